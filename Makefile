@@ -1,0 +1,51 @@
+# Every target makes .venv by itself. PYTHON=/path/to/python uses that interpreter as it is instead: nothing is installed,
+# no network is touched, and the package runs from this checkout.
+OPS := query_pooling
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := .venv/bin/python
+READY := .venv/installed
+endif
+
+GPU_BENCHES := $(OPS:%=gpu-bench-%)
+.PHONY: help demo test bench lint gpu gpu-check gpu-test $(GPU_BENCHES)
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=interpreter, used as it is; OUT=folder for the results of demo, bench and gpu"
+
+demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
+	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
+
+test: $(READY) ## run the test suite
+	$(PY) -m pytest -q
+
+bench: $(READY) ## gate and time every op on this machine
+	set -e; for op in $(OPS); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
+
+lint: $(READY) ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# One recipe, not prerequisites: neither -j nor -k may start a benchmark beside or after a red suite.
+gpu: ## on a CUDA GPU: the suite, then the benchmarks; each slice below also runs alone
+	@set -e; for slice in gpu-test $(GPU_BENCHES); do $(MAKE) --no-print-directory $$slice; done
+
+gpu-test: gpu-check ## one slice: the suite on the card
+	$(PY) -m pytest -q
+
+$(GPU_BENCHES): gpu-bench-%: gpu-check
+	$(PY) benchmarks/run.py $* $(if $(OUT),--out $(OUT))
+
+gpu-check: $(READY)
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA GPU: torch finds none here.")'
+
+.venv/installed: pyproject.toml setup.py
+	python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfused needs Python 3.10 or newer as python3.")'
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --editable ".[dev]"
+	touch $@

@@ -1,0 +1,271 @@
+"""Query pooling: the cases of the FLUID and SigLIP heads, their baselines, and the least work the op takes.
+
+A ``block`` has the projections of nn.MultiheadAttention around the pooling (queries and output, all with biases);
+without it a case is the pooling alone: queries, W_K and W_V. All providers of a case compute the same function of the
+same parameters.
+
+With one head, nn.MultiheadAttention and SDPA have head_dim 768: flash and cuDNN stop at 256, so torch falls back to
+slower attention kernels. FLUID's shape gives a user that today, so it is the baseline; h=8 shows both at head_dim 96.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmfused
+from mmfused.library import why_not_fused
+
+from .measure import Problem, Provider, Unavailable
+
+OURS = ("composed", "fused")
+EXACT_CHUNK = 64  # samples in float64 at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """``B`` samples of ``N`` tokens of width ``D``, pooled by ``L`` queries with ``H`` heads."""
+
+    name: str
+    B: int
+    N: int
+    D: int
+    L: int
+    H: int
+    block: bool = True
+    headline: bool = False  # compiled with autotuning on CUDA
+    cpu_B: int | None = 8  # None: nothing new on a CPU
+
+
+CASES = (
+    Case("fluid", 1024, 197, 768, 32, 1, block=False, headline=True),
+    Case("fluid-n512", 1024, 512, 768, 32, 1, block=False),
+    Case("fluid-block", 1024, 197, 768, 32, 1),
+    Case("fluid-h8-b128", 128, 197, 768, 32, 8),
+    Case("fluid-h8-b1024", 1024, 197, 768, 32, 8, cpu_B=None),
+    Case("siglip-head", 1024, 197, 768, 1, 12),
+    Case("bottleneck", 1024, 32, 768, 2, 1, block=False),
+    Case("fluid-l2-block", 1024, 197, 768, 2, 1),
+)
+
+
+def cases(device_type: str, quick: bool) -> list[Case]:
+    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 2 samples (64 on CUDA)."""
+    chosen = CASES if device_type == "cuda" else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    limit = 64 if device_type == "cuda" else 2
+    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
+
+
+def custom(shape: dict[str, int]) -> Case:
+    """A block of the user's own shape; what it leaves out is as in FLUID."""
+    defaults = {"B": 8, "N": 197, "D": 768, "L": 32, "H": 1}
+    unknown = sorted(shape.keys() - defaults.keys())
+    if unknown:
+        raise ValueError(f"shape has {', '.join(unknown)}; query_pooling takes {', '.join(defaults)}.")
+    sizes = defaults | shape
+    if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
+        raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
+    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
+
+
+def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Random tokens, parameters and upstream gradient: logits of variance 1, as at initialisation."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
+
+    parameters = {"queries": randn(case.L, case.D)}
+    for part in "qkvo" if case.block else "kv":
+        parameters[f"w_{part}"] = randn(case.D, case.D, std=case.D**-0.5)
+        if case.block:
+            parameters[f"b_{part}"] = randn(case.D, std=0.1)
+    x = randn(case.B, case.N, case.D).requires_grad_()
+    return Problem({"x": x}, parameters, randn(case.B, case.L, case.D))
+
+
+# ---- providers ---------------------------------------------------------------------------------------------------
+
+
+class MultiheadAttention(nn.Module):
+    """nn.MultiheadAttention as FLUID and the SigLIP head use it: the learned queries, repeated for each sample."""
+
+    def __init__(self, dim: int, num_queries: int, num_heads: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.queries.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
+
+
+class ProjectedSDPA(nn.Module):
+    """The usual way at its best: one GEMM for keys and values, queries projected once, torch's attention."""
+
+    def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.q_proj = nn.Linear(dim, dim) if block else nn.Identity()
+        self.kv_proj = nn.Linear(dim, 2 * dim, bias=block)
+        self.out_proj = nn.Linear(dim, dim) if block else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, L, D/H)
+        k, v = self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
+    """The layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight; a block's biases likewise."""
+    kinds = {"weight": "w", "bias": "b"} if block else {"weight": "w"}
+    return {
+        f"{name}.{kind}": tuple(f"{letter}_{part}" for part in parts)
+        for name, parts in names.items()
+        for kind, letter in kinds.items()
+    }
+
+
+def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    if not case.block:
+        raise Unavailable("it always projects queries and output; this case is the pooling alone")
+    module = MultiheadAttention(case.D, case.L, case.H).to(device, dtype)
+    layout = {
+        "queries": ("queries",),
+        "attention.in_proj_weight": ("w_q", "w_k", "w_v"),
+        "attention.in_proj_bias": ("b_q", "b_k", "b_v"),
+        "attention.out_proj.weight": ("w_o",),
+        "attention.out_proj.bias": ("b_o",),
+    }
+    return Provider(module, layout)
+
+
+def attention_pool_latent(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    try:
+        from timm.layers import AttentionPoolLatent
+    except ImportError as error:
+        raise Unavailable("timm is not installed") from error
+    options = {"num_heads": case.H, "latent_len": case.L, "pool_type": "", "qkv_bias": case.block}
+    if not case.block:
+        if "q_proj" not in inspect.signature(AttentionPoolLatent).parameters:
+            raise Unavailable("this timm always projects the queries; this case is the pooling alone")
+        options["q_proj"] = False
+    module = AttentionPoolLatent(case.D, case.D if case.block else 0, **options).to(device, dtype)
+    module.mlp = None  # the residual MLP after the pooling is not part of the case
+    names = {"q": "q", "kv": "kv", "proj": "o"} if case.block else {"kv": "kv"}
+    return Provider(module, {"latent": ("queries",)} | linears(case.block, **names))
+
+
+def projected_sdpa(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    module = ProjectedSDPA(case.D, case.L, case.H, case.block).to(device, dtype)
+    names = {"q_proj": "q", "kv_proj": "kv", "out_proj": "o"} if case.block else {"kv_proj": "kv"}
+    return Provider(module, {"queries": ("queries",)} | linears(case.block, **names))
+
+
+def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    block = case.block
+    module = mmfused.QueryPooling(case.D, case.L, case.H, q_proj=block, out_proj=block, bias=block).to(device, dtype)
+    names = {"k_proj": "k", "v_proj": "v"} | ({"q_proj": "q", "out_proj": "o"} if block else {})
+    return Provider(module, {"queries": ("queries",)} | linears(block, **names), backend)
+
+
+def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("reference", case, device, dtype)
+
+
+def composed(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("composed", case, device, dtype)
+
+
+def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    reasons = why_not_fused(device, dtype) or (["interpreted kernels are not timed"] if device.type == "cpu" else [])
+    if reasons:
+        raise Unavailable("; ".join(reasons))
+    return _ours("fused", case, device, dtype)
+
+
+PROVIDERS = {
+    "nn.MultiheadAttention": multihead_attention,
+    "timm AttentionPoolLatent": attention_pool_latent,
+    "projected KV + SDPA": projected_sdpa,
+    "composed": composed,
+    "fused": fused,
+}
+
+
+# ---- accuracy ----------------------------------------------------------------------------------------------------
+
+
+def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
+    """The reference in float64, a few samples at a time: samples are independent, gradients of parameters add up."""
+    parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
+    provider = reference(case, problem.device, torch.float64).load(parameters)
+    outs, dxs, sums = [], [], {}
+    tokens = problem.inputs["x"].detach()
+    for x, upstream in zip(tokens.split(EXACT_CHUNK), problem.upstream.split(EXACT_CHUNK), strict=True):
+        chunk = provider.results(Problem({"x": x.double().requires_grad_()}, parameters, upstream.double()))
+        outs.append(chunk.pop("out"))
+        dxs.append(chunk.pop("dx"))
+        sums = {name: gradient + sums[name] if sums else gradient for name, gradient in chunk.items()}
+    return {"out": torch.cat(outs), "dx": torch.cat(dxs)} | sums
+
+
+def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weight and bias of an affine map side by side.
+
+    The gradient of the key bias is exactly zero: what rounding leaves of it has no scale of its own, only its map's.
+    """
+    joined = dict(results)
+    for part in "qkvo":
+        if f"db_{part}" in results:
+            joined[f"dw_{part}"] = torch.cat([results[f"dw_{part}"], joined.pop(f"db_{part}")[:, None]], 1)
+    return joined
+
+
+# ---- work --------------------------------------------------------------------------------------------------------
+
+
+def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
+    """FLOPs and bytes, stage by stage, of the best algorithm known: absorbed, one pass over the tokens each way.
+
+    X (B,N,D) tokens, R = H L rows of Q', Z = P X; a multiply-add is 2 FLOPs, a tensor moves once in a stage.
+
+        forward   queries  Q' = Q W_K                        2 L D^2          + 2 L D^2 for q_proj
+                  pool     S = Q' X^T, Z = P X               4 B R N D        reads X, writes Z
+                  values   O = Z W_V^T, head by head         2 B L D^2        reads Z, writes O
+                  output   Y = O W_O^T                       2 B L D^2        a block only
+        backward  output   dO = dY W_O, dW_O = dY^T O        4 B L D^2        a block only
+                  values   dZ = dO W_V, dW_V = dO^T Z        4 B L D^2        reads dO and Z, writes dZ
+                  pool     S again, dP = dZ X^T, dQ' = dS X  3 * 2 B R N D    reads X, dZ, and Z for rowsum(dZ Z)
+                           dX = [P;dS]^T [dZ;Q']             4 B R N D        writes dX
+                  queries  dW_K and dQ from dQ'              4 L D^2          + 4 L D^2 for q_proj
+
+    P and dS stay on chip, K and V do not exist: they move no bytes.
+    """
+    B, N, D, L, R, block = case.B, case.N, case.D, case.L, case.H * case.L, case.block
+    x, z, o, w = B * N * D, B * R * D, B * L * D, D * D
+    small = (2 if block else 1) * L * w  # W_K into the queries, and q_proj
+
+    def stage(name, flops, elements):
+        return {"stage": name, "flops": flops, "bytes": elements * itemsize}
+
+    small_w = (2 if block else 1) * w
+    forward = [
+        stage("queries", 2 * small, small_w + (L + R) * D),
+        stage("pool", 4 * R * N * D * B, x + z),
+        stage("values", 2 * o * D, z + w + o),
+    ]
+    backward = [
+        stage("values", 4 * o * D, o + 2 * z + 2 * w),
+        stage("pool", 10 * R * N * D * B, 2 * x + 2 * z),
+        stage("queries", 4 * small, 2 * small_w + 2 * (L + R) * D),
+    ]
+    if block:
+        forward.append(stage("output", 2 * o * D, 2 * o + w))
+        backward.insert(0, stage("output", 4 * o * D, 3 * o + 2 * w))
+    return {"forward": forward, "backward": backward}

@@ -1,0 +1,52 @@
+"""The cases of benchmarks/run.py under pytest-benchmark: ``pytest benchmarks --benchmark-autosave``, later with
+``--benchmark-compare``; ``-k "fluid-block and both"`` chooses. Batches are those of a full run; nothing is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmfused.benchmarks import measure, run
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'mmfused[bench]'")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+OPS = {name: run.load_op(name) for name in run.OPS}
+CASES = [
+    pytest.param((name, case), id=f"{name}-{case.name}") for name, op in OPS.items() for case in op.cases(DEVICE.type, quick=False)
+]
+PROVIDERS = sorted({provider for op in OPS.values() for provider in op.PROVIDERS})
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """The op, the case, and the gate of its problem, shared by all its providers."""
+    name, case = request.param
+    return OPS[name], case, measure.Gate(OPS[name], case, OPS[name].make(case, DEVICE, DTYPE))
+
+
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_speed(benchmark, case, name, which):
+    op, case, gate = case
+    if name not in op.PROVIDERS:
+        pytest.skip(f"{name} is no provider of this op")
+    provider, report = gate.admit(name, None)
+    why = "; ".join([report["gate"], *report["reasons"]])
+    assert report["gate"] != "failed" or name not in op.OURS, why
+    if provider is None:
+        pytest.skip(why)
+    copies = measure.rotation(gate.problem)
+    step = measure.steps(provider, gate.problem.upstream, backward=True)[which]
+    benchmark.group = f"{case.name} {which}"
+    benchmark.extra_info.update(calls=len(copies), dtype=str(DTYPE))
+    benchmark.pedantic(burst, (step, copies), rounds=11, warmup_rounds=2)
+
+
+def burst(step, copies):
+    """One call for each copy of the inputs: the time reported is that of ``extra_info["calls"]`` calls."""
+    for inputs in copies:
+        step(inputs)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,106 @@
+"""Query pooling: launchers around the kernels. Shapes and maths: mmfused/ops/query_pooling/function.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tiles import arch_of, launch, pack_padding, upcasts
+from . import backward as bwd
+from . import forward as fwd
+from .plans import Plan, Tile, plan
+
+__all__ = ["backward", "forward", "plan"]
+
+
+def _run(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None:
+    launch(kernel, grid, *args, **asdict(tile), **constexprs)
+
+
+def forward(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None, tiles: Plan | None = None):
+    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), lse (B, R), mean and rstd (B, N) or (0,)."""
+    batch, length, dim = x.shape
+    rows = q.shape[-2]
+    norm = eps is not None
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm)
+    z = x.new_empty(batch, rows, dim)
+    lse = x.new_empty(batch, rows, dtype=torch.float32)
+    mean, rstd = (x.new_empty((batch, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
+    words, span, width, kind = pack_padding(mask, lengths)
+    strides = (x.stride(0), x.stride(1))
+    stride_qb = q.stride(0) if q.dim() == 3 else 0
+    flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
+    if norm:
+        tile = tiles.forward["moments"]
+        launch(
+            fwd.moments_kernel, (batch, triton.cdiv(length, tile.BN)),
+            x, words, span, mean, rstd, length, width, *strides, eps,
+            D=dim, BN=tile.BN, BD=tile.BD, MASK=kind, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    if "onepass" in tiles.forward:
+        tile = tiles.forward["onepass"]
+        _run(
+            fwd.onepass_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
+            x, q, words, span, z, lse, mean, rstd, length, width, rows, *strides, stride_qb, **flags,
+        )  # fmt: skip
+        return z, lse, mean, rstd
+    logits = x.new_empty(batch, length, rows, dtype=torch.float32)
+    tile = tiles.forward["logits"]
+    _run(
+        fwd.logits_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
+        x, q, words, span, logits, lse, mean, rstd, length, width, rows, *strides, stride_qb, **flags,
+    )  # fmt: skip
+    tile = tiles.forward["pool"]
+    _run(
+        fwd.pool_kernel, tile, (batch, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
+        x, logits, lse, words, span, mean, rstd, z, length, width, rows, *strides, **flags,
+    )  # fmt: skip
+    return z, lse, mean, rstd
+
+
+def backward(
+    dz: Tensor, x: Tensor, q: Tensor, z: Tensor, lse: Tensor, mean: Tensor, rstd: Tensor,
+    mask: Tensor | None, lengths: Tensor | None, need_dx: bool, tiles: Plan | None = None,
+):  # fmt: skip
+    """dz (B, R, D) contiguous, what forward took and gave -> dx (B, N, D) or (0,), dq as q (float32 where the samples share q)."""
+    batch, length, dim = x.shape
+    rows, shared = q.shape[-2], q.dim() == 2
+    norm = mean.numel() > 0
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm)
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    partials = min(batch, tiles.partials) if shared else batch
+    dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
+    words, span, width, kind = pack_padding(mask, lengths)
+    strides = (x.stride(0), x.stride(1))
+    stride_qb = 0 if shared else q.stride(0)
+    flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
+    if "onepass" in tiles.backward:
+        _run(
+            bwd.onepass_kernel, tiles.backward["onepass"], (partials,),
+            x, q, z, dz, lse, mean, rstd, words, span, dx, dq,
+            batch, length, width, rows, *strides, stride_qb, **flags, NEED_DX=need_dx,
+        )  # fmt: skip
+        return dx, dq.sum(0) if shared else dq
+    p, ds = (x.new_empty(batch, length, rows) for _ in range(2))
+    tile = tiles.backward["dlogits"]
+    blocks = triton.cdiv(rows, tile.BR)
+    g_mean, g_x = (x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
+    _run(
+        bwd.dlogits_kernel, tile, (batch, blocks, triton.cdiv(length, tile.BN)),
+        x, q, z, dz, lse, mean, rstd, words, span, p, ds, g_mean, g_x, length, width, rows, *strides, stride_qb, **flags,
+    )  # fmt: skip
+    if need_dx:
+        tile = tiles.backward["dx"]
+        _run(
+            bwd.dx_kernel, tile, (batch, triton.cdiv(length, tile.BN), triton.cdiv(dim, tile.BD)),
+            x, q, dz, p, ds, mean, rstd, g_mean, g_x, words, span, dx, length, width, rows, blocks, *strides, stride_qb, **flags,
+        )  # fmt: skip
+    tile = tiles.backward["dq"]
+    _run(
+        bwd.dq_kernel, tile, (partials, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
+        x, ds, mean, words, span, dq, batch, length, width, rows, *strides, **flags,
+    )  # fmt: skip
+    return dx, dq.sum(0) if shared else dq

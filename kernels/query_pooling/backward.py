@@ -1,0 +1,221 @@
+"""Backward kernels of query pooling. With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
+
+    dX = P^T dZ + dS^T Q'        dQ' = dS X, summed over the samples where they share their queries
+
+With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - mean_D(G) - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. Both
+means follow from numbers at hand: mean_D(G) = (P^T sum(dZ) + dS^T sum(Q')) / D, mean_D(G x^) = sum_r (P dP + dS S) / D.
+No atomics: dX of a token has one owner; dQ' goes into a fixed number of partial sums, added up in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+
+
+@triton.jit
+def _delta(dz, z):
+    return tl.sum(dz.to(tl.float32) * z.to(tl.float32), 0)
+
+
+@triton.jit
+def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """dX of the tokens [first, last): nothing attends to them."""
+    for start in range(first, last, BN):
+        n = start + tl.arange(0, BN)
+        for c in tl.static_range((D + BD - 1) // BD):
+            cols = c * BD + tl.arange(0, BD)
+            zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
+            tl.store(ptr + (b * N + n[:, None]) * D + cols[None, :], zero, mask=(n[:, None] < last) & (cols[None, :] < D))
+
+
+@triton.jit
+def onepass_kernel(
+    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, dx_ptr, dq_ptr,
+    B, N, W, R, stride_xb, stride_xn, stride_qb,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (P,). Program p takes the samples p, p + P, ...; all R <= BR rows and all of dQ'^T stay on chip, X is read once."""
+    rows = tl.arange(0, BR)
+    NC: tl.constexpr = (D + BD - 1) // BD
+    dq = ()
+    for _ in tl.static_range(NC):
+        dq += (tl.zeros([BD, BR], tl.float32),)
+    dq_short = tl.zeros([BR], tl.float32)
+    for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
+        b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
+        lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
+        q = ()
+        dz = ()
+        delta = tl.zeros([BR], tl.float32)
+        q_sum = tl.zeros([BR], tl.float32)
+        dz_sum = tl.zeros([BR], tl.float32)
+        for c in tl.static_range(NC):
+            cols = c * BD + tl.arange(0, BD)
+            q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
+            dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
+            delta += _delta(dz[c], load_rows_t(z_ptr + b * R * D, rows, cols, R, D))
+            if NORM:
+                q_sum += tl.sum(q[c].to(tl.float32), 0)
+                dz_sum += tl.sum(dz[c].to(tl.float32), 0)
+        lo, hi = token_span(b, span_ptr, N, MASK)
+        lo = lo // BN * BN
+        if NEED_DX and MASK != "none":
+            _zero_rows(dx_ptr, b, 0, lo, N, D, BN, BD)
+            _zero_rows(dx_ptr, b, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, N, D, BN, BD)
+        for start in range(lo, hi, BN):
+            n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+            s = tl.zeros([BN, BR], tl.float32)
+            dp = tl.zeros([BN, BR], tl.float32)
+            x = ()
+            for c in tl.static_range(NC):
+                cols = c * BD + tl.arange(0, BD)
+                x += (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D),)
+                s = dot(x[c], q[c], s, UPCAST)
+                dp = dot(x[c], dz[c], dp, UPCAST)
+            if NORM:
+                mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+                rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+                s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
+                dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
+            p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
+            ds = p * (dp - delta[None, :])
+            if NORM:
+                g_mean = tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D * rstd
+                g_x = tl.sum(p * dp + ds * s, 1) / D * rstd
+                p = p * rstd[:, None]
+                ds = ds * rstd[:, None]
+            p = p.to(x_ptr.dtype.element_ty)
+            ds = ds.to(x_ptr.dtype.element_ty)
+            if NORM:
+                dq_short += tl.sum(ds.to(tl.float32) * mean[:, None], 0)
+            grown = ()
+            for c in tl.static_range(NC):
+                if NEED_DX:
+                    dx = dot(p, tl.trans(dz[c]), tl.zeros([BN, BD], tl.float32), UPCAST)
+                    dx = dot(ds, tl.trans(q[c]), dx, UPCAST)
+                    if NORM:
+                        dx -= g_mean[:, None] + (x[c].to(tl.float32) - mean[:, None]) * (rstd * g_x)[:, None]
+                        dx = tl.where(keep[:, None], dx, 0.0)
+                    cols = c * BD + tl.arange(0, BD)
+                    inside = (n[:, None] < N) & (cols[None, :] < D)
+                    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
+                grown += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
+            dq = grown
+    for c in tl.static_range(NC):
+        cols = c * BD + tl.arange(0, BD)
+        store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c] - dq_short[None, :], rows, cols, R, D)
+
+
+@triton.jit
+def dlogits_kernel(
+    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, p_ptr, ds_ptr, g_mean_ptr, g_x_ptr,
+    N, W, R, stride_xb, stride_xn, stride_qb,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), with NORM times rstd, and each row block's share of the token means."""
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    start = tl.program_id(2) * BN
+    n = start + tl.arange(0, BN)
+    lo, hi = token_span(b, span_ptr, N, MASK)
+    if (start < hi) & (start + BN > lo):
+        _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        s = tl.zeros([BN, BR], tl.float32)
+        dp = tl.zeros([BN, BR], tl.float32)
+        delta = tl.zeros([BR], tl.float32)
+        q_sum = tl.zeros([BR], tl.float32)
+        dz_sum = tl.zeros([BR], tl.float32)
+        for c in range((D + BD - 1) // BD):
+            cols = c * BD + tl.arange(0, BD)
+            x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D)
+            q = load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D)
+            dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
+            s = dot(x, q, s, UPCAST)
+            dp = dot(x, dz, dp, UPCAST)
+            delta += _delta(dz, load_rows_t(z_ptr + b * R * D, rows, cols, R, D))
+            if NORM:
+                q_sum += tl.sum(q.to(tl.float32), 0)
+                dz_sum += tl.sum(dz.to(tl.float32), 0)
+        if NORM:
+            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
+            dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
+        lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
+        p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
+        ds = p * (dp - delta[None, :])
+        if NORM:
+            share = (b * tl.num_programs(1) + tl.program_id(1)) * N + n
+            tl.store(g_mean_ptr + share, tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D, mask=n < N)
+            tl.store(g_x_ptr + share, tl.sum(p * dp + ds * s, 1) / D, mask=n < N)
+            p = p * rstd[:, None]
+            ds = ds * rstd[:, None]
+        at = (b * N + n[:, None]) * R + rows[None, :]
+        inside = (n[:, None] < N) & (rows[None, :] < R)
+        tl.store(p_ptr + at, p, mask=inside)
+        tl.store(ds_ptr + at, ds, mask=inside)
+
+
+@triton.jit
+def dx_kernel(
+    x_ptr, q_ptr, dz_ptr, p_ptr, ds_ptr, mean_ptr, rstd_ptr, g_mean_ptr, g_x_ptr, words_ptr, span_ptr, dx_ptr,
+    N, W, R, blocks, stride_xb, stride_xn, stride_qb,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B, N / BN, D / BD). dX = P^T dZ + dS^T Q' over all rows; zero where nothing attends."""
+    b = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BN
+    n = start + tl.arange(0, BN)
+    cols = tl.program_id(2) * BD + tl.arange(0, BD)
+    dx = tl.zeros([BN, BD], tl.float32)
+    lo, hi = token_span(b, span_ptr, N, MASK)
+    if (start < hi) & (start + BN > lo):
+        _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        for start in range(0, R, BR):
+            rows = start + tl.arange(0, BR)
+            p = load_tokens(p_ptr + b * N * R, n, rows, keep, R, R)
+            ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
+            dx = dot(p, load_tokens(dz_ptr + b * R * D, rows, cols, rows < R, D, D), dx, UPCAST)
+            dx = dot(ds, load_tokens(q_ptr + b * stride_qb, rows, cols, rows < R, D, D), dx, UPCAST)
+        if NORM:
+            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+            g_mean = tl.zeros([BN], tl.float32)
+            g_x = tl.zeros([BN], tl.float32)
+            for block in range(blocks):
+                g_mean += tl.load(g_mean_ptr + (b * blocks + block) * N + n, mask=keep, other=0.0)
+                g_x += tl.load(g_x_ptr + (b * blocks + block) * N + n, mask=keep, other=0.0)
+            x = (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D).to(tl.float32) - mean[:, None]) * rstd[:, None]
+            dx -= (g_mean[:, None] + x * g_x[:, None]) * rstd[:, None]
+    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=(n[:, None] < N) & (cols[None, :] < D))
+
+
+@triton.jit
+def dq_kernel(
+    x_ptr, ds_ptr, mean_ptr, words_ptr, span_ptr, dq_ptr,
+    B, N, W, R, stride_xb, stride_xn,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (P, R / BR, D / BD). One chunk of dQ'^T = X^T dS over the samples p, p + P, ..."""
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    cols = tl.program_id(2) * BD + tl.arange(0, BD)
+    acc = tl.zeros([BD, BR], tl.float32)
+    short = tl.zeros([BR], tl.float32)
+    for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
+        b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
+        lo, hi = token_span(b, span_ptr, N, MASK)
+        for start in range(lo // BN * BN, hi, BN):
+            n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+            ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
+            if NORM:
+                mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+                short += tl.sum(ds.to(tl.float32) * mean[:, None], 0)
+            acc = dot(load_tokens_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D), ds, acc, UPCAST)
+    store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, acc - short[None, :], rows, cols, R, D)

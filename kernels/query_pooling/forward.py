@@ -1,0 +1,173 @@
+"""Forward kernels of query pooling: z = softmax(q x^T) x for R rows of absorbed queries, online over the tokens.
+
+Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions want 64 rows on their first side,
+and there are always enough tokens for that, seldom enough queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256.
+With NORM a token x stands for (x - mean) rstd: the logits become rstd (q x - mean sum(q)), the weights p rstd, and the pooled row
+is short of sum(p rstd mean). The sums use the rounded operands, so the correction is exact. lse is +inf for a row
+without tokens, which makes its probabilities zero in backward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W, stride_xb, stride_xn, eps,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """grid (B, N / BN). Mean and rstd of each token, once for all that read them: within the pooling kernels the statistics would
+    pull X out of shared memory into registers, of which there are none left. Chunks merge by Chan's update: no cancellation."""
+    b = tl.program_id(0).to(tl.int64)
+    _, hi = token_span(b, span_ptr, N, MASK)
+    n, keep = tokens_kept(b, tl.program_id(1) * BN, BN, hi, words_ptr, W, MASK)
+    mean = tl.zeros([BN], tl.float32)
+    m2 = tl.zeros([BN], tl.float32)
+    for start in range(0, D, BD):
+        cols = start + tl.arange(0, BD)
+        width = tl.minimum(BD, D - start).to(tl.float32)
+        x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D).to(tl.float32)
+        chunk_mean = tl.sum(x, 1) / width
+        centred = tl.where(cols[None, :] < D, x - chunk_mean[:, None], 0.0)
+        delta = chunk_mean - mean
+        m2 += tl.sum(centred * centred, 1) + delta * delta * (start * width / (start + width))
+        mean += delta * (width / (start + width))
+    tl.store(mean_ptr + b * N + n, mean, mask=n < N)  # of tokens not kept too: what an op returns is always written
+    tl.store(rstd_ptr + b * N + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < N)
+
+
+@triton.jit
+def _softmax_step(s, m, total, keep):
+    """One tile of the online softmax over the first axis: unnormalised p, the new max and sum, and the old state's factor."""
+    s = tl.where(keep[:, None], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 0))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2((s - shift[None, :]) * LOG2E)  # subtract first: large logits differ exactly
+    fade = tl.exp2((m - shift) * LOG2E)
+    return p, m_new, total * fade + tl.sum(p, 0), fade
+
+
+@triton.jit
+def _store_lse(lse_ptr, m, total, ok):
+    tl.store(lse_ptr, tl.where(total > 0, m + tl.log(total), float("inf")), mask=ok)
+
+
+@triton.jit
+def onepass_kernel(
+    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, lse_ptr, mean_ptr, rstd_ptr,
+    N, W, R, stride_xb, stride_xn, stride_qb,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B, R / BR). All of Z^T's chunks stay in registers, so X is read once."""
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    NC: tl.constexpr = (D + BD - 1) // BD
+    q = ()
+    acc = ()
+    q_sum = tl.zeros([BR], tl.float32)
+    for c in tl.static_range(NC):
+        cols = c * BD + tl.arange(0, BD)
+        q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
+        acc += (tl.zeros([BD, BR], tl.float32),)
+        if NORM:
+            q_sum += tl.sum(q[c].to(tl.float32), 0)
+    m = tl.full([BR], float("-inf"), tl.float32)
+    total = tl.zeros([BR], tl.float32)
+    short = tl.zeros([BR], tl.float32)
+    lo, hi = token_span(b, span_ptr, N, MASK)
+    for start in range(lo // BN * BN, hi, BN):
+        n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        s = tl.zeros([BN, BR], tl.float32)
+        x = ()
+        for c in tl.static_range(NC):
+            cols = c * BD + tl.arange(0, BD)
+            x += (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D),)
+            s = dot(x[c], q[c], s, UPCAST)
+        if NORM:
+            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
+        p, m, total, fade = _softmax_step(s, m, total, keep)
+        if NORM:
+            p = tl.where(keep[:, None], p * rstd[:, None], 0.0)
+        p = p.to(x_ptr.dtype.element_ty)
+        if NORM:
+            short = short * fade + tl.sum(p.to(tl.float32) * mean[:, None], 0)
+        faded = ()
+        for c in tl.static_range(NC):
+            faded += (dot(tl.trans(x[c]), p, acc[c] * fade[None, :], UPCAST),)
+        acc = faded
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    for c in tl.static_range(NC):
+        cols = c * BD + tl.arange(0, BD)
+        store_rows_t(z_ptr + b * R * D, (acc[c] - short[None, :]) * inverse[None, :], rows, cols, R, D)
+    _store_lse(lse_ptr + b * R + rows, m, total, rows < R)
+
+
+@triton.jit
+def logits_kernel(
+    x_ptr, q_ptr, words_ptr, span_ptr, s_ptr, lse_ptr, mean_ptr, rstd_ptr,
+    N, W, R, stride_xb, stride_xn, stride_qb,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B, R / BR). For D too wide for registers: the logits (B, N, R) and their log-sum-exp."""
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    m = tl.full([BR], float("-inf"), tl.float32)
+    total = tl.zeros([BR], tl.float32)
+    lo, hi = token_span(b, span_ptr, N, MASK)
+    for start in range(lo // BN * BN, hi, BN):
+        n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        s = tl.zeros([BN, BR], tl.float32)
+        q_sum = tl.zeros([BR], tl.float32)
+        for c in range((D + BD - 1) // BD):
+            cols = c * BD + tl.arange(0, BD)
+            x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D)
+            q = load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D)
+            s = dot(x, q, s, UPCAST)
+            if NORM:
+                q_sum += tl.sum(q.to(tl.float32), 0)
+        if NORM:
+            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
+        _, m, total, _ = _softmax_step(s, m, total, keep)
+        inside = keep[:, None] & (rows[None, :] < R)
+        tl.store(s_ptr + (b * N + n[:, None]) * R + rows[None, :], s, mask=inside)
+    _store_lse(lse_ptr + b * R + rows, m, total, rows < R)
+
+
+@triton.jit
+def pool_kernel(
+    x_ptr, s_ptr, lse_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr,
+    N, W, R, stride_xb, stride_xn,
+    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B, R / BR, D / BD). One chunk of Z^T from the logits: the second read of X."""
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    cols = tl.program_id(2) * BD + tl.arange(0, BD)
+    lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
+    acc = tl.zeros([BD, BR], tl.float32)
+    short = tl.zeros([BR], tl.float32)
+    lo, hi = token_span(b, span_ptr, N, MASK)
+    for start in range(lo // BN * BN, hi, BN):
+        n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        inside = keep[:, None] & (rows[None, :] < R)
+        s = tl.load(s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf"))
+        p = tl.exp2((s - lse[None, :]) * LOG2E)
+        if NORM:
+            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
+            p = p * tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)[:, None]
+        p = p.to(x_ptr.dtype.element_ty)
+        if NORM:
+            short += tl.sum(p.to(tl.float32) * mean[:, None], 0)
+        acc = dot(load_tokens_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D), p, acc, UPCAST)
+    store_rows_t(z_ptr + b * R * D, acc - short[None, :], rows, cols, R, D)

@@ -1,0 +1,72 @@
+"""Which kernels and tiles query pooling runs with: fixed data by architecture, no benchmarking at training time.
+
+Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BN tokens by BR query rows by chunks of BD columns, and the launch. BN is at most 64 (tiles.tokens_kept)."""
+
+    BN: int
+    BR: int
+    BD: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forward: ``onepass``, or ``logits`` then ``pool``. Backward: ``onepass``, or ``dlogits``, then ``dx`` and ``dq``."""
+
+    forward: dict[str, Tile]
+    backward: dict[str, Tile]
+    partials: int = 128  # partial sums of a shared q's gradient: fixed, so that the sum does not depend on the card
+
+
+def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool) -> Plan:
+    """One pass where all of Z^T (forward) or dQ'^T (backward) fits into the registers of one block, two reads of X elsewhere."""
+    narrow = rows <= 16
+    hopper = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
+    wide_type = dtype == torch.float32  # multiplied without matrix instructions, which costs registers
+    chunk = column_chunk(dim)
+    forward = {"moments": Tile(16, 16, 256, 4, 1)} if norm else {}
+    if dim > (1024 if hopper else 768) or wide_type:
+        forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type)
+    elif narrow or not hopper:
+        forward["onepass"] = Tile(32, 16, chunk, 8, 2)
+    else:
+        forward["onepass"] = Tile(32, 32, chunk, 8, 3)
+    if narrow and hopper and dim <= 1024 and not wide_type:
+        # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units busy.
+        backward = {"onepass": Tile(16 if norm and arch == 90 else 32, 16, chunk, 8, 1)}
+    else:
+        backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type)
+    return Plan(forward, backward)
+
+
+def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: bool) -> dict[str, Tile]:
+    if wide_type:
+        return {kernel: Tile(32, 16, 64, 8, 2) for kernel in kernels}
+    few = 16 if rows <= 16 or not hopper else 32
+    many = 64 if rows > 32 and hopper else few
+    tiles = {
+        "logits": Tile(64, few, 64, 4, 3),
+        "pool": Tile(64, few, 128, 4, 3),
+        "dlogits": Tile(64, many, 64, 4, 3),
+        "dx": Tile(64, many, 128, 4, 2),
+        "dq": Tile(64, few, 128, 4, 3) if hopper else Tile(32, 16, 128, 4, 3),
+    }
+    return {kernel: tiles[kernel] for kernel in kernels}
+
+
+def column_chunk(dim: int) -> int:
+    """The power of two from 64 to 256 that wastes the fewest columns, the largest of equals: 768 is 3 x 256, 192 is 3 x 64."""
+    return min((256, 128, 64), key=lambda chunk: -(-dim // chunk) * chunk)

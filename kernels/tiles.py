@@ -1,0 +1,148 @@
+"""What every kernel file shares: the launch that inspection can listen to, the limits of each architecture, and jit helpers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Shared memory one block may use, in bytes. Unknown newer cards get the smallest.
+SHARED_MEMORY = {
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    103: 232_448,
+    120: 101_376,
+    121: 101_376,
+}
+SMALLEST_SHARED_MEMORY = 101_376
+
+# Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the device (see mmfused.cli.inspect).
+listener: Callable | None = None
+pretended_arch: int | None = None
+
+
+def arch_of(tensor: torch.Tensor) -> int:
+    """Compute capability as one number (90 for sm_90); what a tile plan depends on."""
+    if pretended_arch is not None:
+        return pretended_arch
+    if INTERPRETED:
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, **constexprs) -> None:
+    """Launch ``kernel`` over ``grid``, unless the grid is empty."""
+    if listener is not None:
+        listener(kernel, args, constexprs, num_warps, num_stages)
+    elif all(grid):
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Whether ``dot`` must widen its operands: the interpreter multiplies the bit patterns of bfloat16."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def pack_padding(
+    mask: torch.Tensor | None, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, str]:
+    """What kernels take for a padding mask (B, N) bool or lengths (B,): words, span, words a sample, and the kind."""
+    if mask is None:
+        return None, lengths, 0, "none" if lengths is None else "lengths"
+    batch, length = mask.shape
+    width = triton.cdiv(length, 64)
+    words = torch.empty(batch, width, dtype=torch.int64, device=mask.device)
+    span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
+    launch(
+        pack_mask_kernel, (batch,), mask.view(torch.uint8), words, span, length, width, *mask.stride(), num_warps=1, num_stages=1
+    )  # fmt: skip
+    return words, span, width, "padding"
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a @ b in float32; float32 operands are multiplied as such, not as tf32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
+    """grid (B,). 64 tokens of a padding mask (1 = ignore) become one word of bits to keep; span is [first, last + 1) kept."""
+    b = tl.program_id(0).to(tl.int64)
+    first = N
+    end = 0
+    for word in range(0, W):
+        n = word * 64 + tl.arange(0, 64)
+        keep = tl.load(mask_ptr + b * stride_b + n * stride_n, mask=n < N, other=1) == 0
+        tl.store(words_ptr + b * W + word, tl.sum(keep.to(tl.int64) << (n % 64).to(tl.int64), 0))
+        first = tl.minimum(first, tl.min(tl.where(keep, n, N), 0))
+        end = tl.maximum(end, tl.max(tl.where(keep, n + 1, 0), 0))
+    tl.store(span_ptr + 2 * b, tl.minimum(first, end))
+    tl.store(span_ptr + 2 * b + 1, end)
+
+
+@triton.jit
+def token_span(b, span_ptr, N, MASK: tl.constexpr):
+    """[lo, hi) around every token of sample b that is attended to; lo >= hi if there is none. ``span``: lengths (B,) or (B, 2)."""
+    lo = 0
+    hi = N
+    if MASK == "lengths":
+        hi = tl.minimum(tl.load(span_ptr + b), N).to(tl.int32)
+    if MASK == "padding":
+        lo = tl.load(span_ptr + 2 * b)
+        hi = tl.load(span_ptr + 2 * b + 1)
+    return lo, hi
+
+
+@triton.jit
+def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
+    """The tokens start .. start + BN (BN at most 64 and start a multiple of it), and which of them are attended to.
+
+    The mask comes as one scalar a tile: if a tensor load decided which tokens to load, Triton would not prefetch them.
+    """
+    n = start + tl.arange(0, BN)
+    keep = n < hi
+    if MASK == "padding":
+        word = tl.load(words_ptr + b * W + start // 64)
+        keep = keep & (((word >> (n % 64).to(tl.int64)) & 1) != 0)
+    return n, keep
+
+
+@triton.jit
+def load_tokens(x_ptr, n, cols, keep, stride_n, D):
+    """(tokens, columns) of one sample; tokens not kept are never read, so they may hold NaN."""
+    at = n[:, None].to(tl.int64) * stride_n + cols[None, :]
+    return tl.load(x_ptr + at, mask=keep[:, None] & (cols[None, :] < D), other=0.0)
+
+
+@triton.jit
+def load_tokens_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr):
+    """(columns, tokens) of one sample."""
+    at = n[None, :].to(tl.int64) * stride_n + cols[:, None]
+    return tl.load(x_ptr + at, mask=keep[None, :] & (cols[:, None] < D), other=0.0)
+
+
+@triton.jit
+def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
+    """(columns, rows) of a contiguous (R, D) matrix."""
+    return tl.load(ptr + rows[None, :] * D + cols[:, None], mask=(rows[None, :] < R) & (cols[:, None] < D), other=0.0)
+
+
+@triton.jit
+def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
+    """Store (columns, rows) into a contiguous (R, D) matrix."""
+    tl.store(ptr + rows[None, :] * D + cols[:, None], value, mask=(rows[None, :] < R) & (cols[:, None] < D))

@@ -1,0 +1,15 @@
+"""Fused kernels for training multimodal retrieval and classification models: swap a module, keep the numbers."""
+
+from pathlib import Path
+
+# A wheel carries mmfused/kernels (Triton) and mmfused/benchmarks. A checkout has both beside this folder, so its
+# root joins our path. kernels/ has no __init__.py, lest it stand in for Hugging Face's package of that name.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from .library import backend
+from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
+
+__version__ = "0.1.0"
+
+__all__ = ["QTransform", "QueryPooling", "__version__", "backend", "query_pooling", "query_pooling_reference"]

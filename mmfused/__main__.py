@@ -1,0 +1,5 @@
+import sys
+
+from mmfused.cli import main
+
+sys.exit(main())

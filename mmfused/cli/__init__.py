@@ -1,0 +1,53 @@
+"""The ``mmfused`` command.
+
+Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit code``,
+imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+import mmfused
+
+COMMANDS = ("demo", "train", "bench", "inspect", "env")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done; 1 a package is missing or a check failed; 2 the request cannot be served, in one sentence."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = make_parser(argv).parse_args(argv)
+        return args.run(args)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "mmfused"):
+            raise
+        print(f"mmfused: {missing} is not installed: pip install 'mmfused[models]'", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"mmfused: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"mmfused: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmfused: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmfused", description="Fused kernels for multimodal retrieval and classification models."
+    )
+    parser.add_argument("--version", action="version", version=f"mmfused {mmfused.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    asked = [name for name in COMMANDS if argv[:1] == [name]]
+    for name in asked or COMMANDS:
+        module = importlib.import_module(f"mmfused.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

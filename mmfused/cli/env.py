@@ -1,0 +1,56 @@
+"""``mmfused env``: versions, devices, and which backend each op would use here."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+
+import torch
+
+import mmfused
+
+HELP = "show versions, devices, and which backend each op would use here, and why not the better one"
+PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
+OPS = ("query_pooling",)
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype to ask for")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(f"mmfused       {mmfused.__version__}")
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        print(f"{name:<13} {installed(name)}")
+    print(f"CUDA          {torch.version.cuda or 'not in this build of torch'}")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    print(f"CPU           {torch.get_num_threads()} threads")
+    for device in devices:
+        print(describe(device))
+    print(f"backend()     {mmfused.library.current_backend()}")
+    for op in OPS:
+        for device in devices or [torch.device("cpu")]:
+            print(verdict(op, device, getattr(torch, args.dtype)))
+    return 0
+
+
+def installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{device!s:<13} {properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+
+
+def verdict(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    reasons = mmfused.library.why_not_fused(device, dtype)
+    if not reasons:
+        return f"{op}: fused on {device}"
+    return f"{op}: composed on {device}; not fused: {'; '.join(reasons)}"

@@ -1,0 +1,71 @@
+"""``mmfused train``: one run of ``mmfused.training.train`` from the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a model on a folder of products, or on the generated product set"
+MODALITIES = {"image,text": "both", "text,image": "both", "both": "both", "image": "image", "text": "text"}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", default="fluid", help="architecture (fluid)")
+    parser.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder with images and metadata.csv, or 'generated'")
+    parser.add_argument("--val", metavar="DIR", help="the same, to validate on; the generated set has its own")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    parser.add_argument("--backend", default="auto", help="auto, reference, composed or fused (default: auto)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="number of optimiser steps")
+    length.add_argument("--epochs", type=float, help="number of passes over the data")
+    parser.add_argument("--modalities", default="image,text", help="image,text (default), image or text")
+    parser.add_argument("--swap-text", type=float, metavar="P", help="swap this fraction of the texts to another class's")
+    parser.add_argument("--modality-dropout", type=float, metavar="P", help="hide one modality from this fraction of samples")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float)
+    parser.add_argument("--image-size", type=int, help="side of the pictures the model sees (default: as stored)")
+    parser.add_argument("--patch-size", type=int)
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer folder or hub name (default: trained on the texts)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--log-every", type=int, metavar="N", help="write a line to metrics.jsonl every N steps (default: 1)")
+    parser.add_argument("--val-every", type=int, metavar="N", help="validate every N steps (default: 10 times a run)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mmfused.training import TrainConfig, train
+
+    summary = train(TrainConfig(**config_options(args)))
+    print_table(summary)
+    print(f"run written to {args.out}")
+    return 0
+
+
+def config_options(args) -> dict:
+    """Only what was given on the command line: the defaults live in TrainConfig."""
+    if args.modalities not in MODALITIES:
+        raise ValueError(f"modalities: got {args.modalities!r}, takes image,text or image or text")
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("command", "run"):
+        options.pop(name, None)
+    options["modalities"] = MODALITIES[args.modalities]
+    return options
+
+
+def print_table(summary: dict):
+    rows = {
+        "model": f"{summary['model']}, {summary['parameters'] / 1e6:.2f} M parameters, {summary['modalities']}",
+        "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, {len(summary['skipped'])} skipped",
+        "backend": f"{summary['backend']} on {summary['device']}",
+        "steps": f"{summary['steps']}, {summary['step_seconds'] * 1e3:.1f} ms each, {summary['seconds']:.1f} s in all",
+        "loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation",
+        "accuracy": f"{summary['accuracy']:.1%}",
+        "macro F1": f"{summary['macro_f1']:.1%}",
+        "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,86 @@
+"""Augmentation of a whole batch with a handful of tensor operations, so that one core keeps up with training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+CROP_AREA = (0.35, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.3, 0.3
+HUE = 0.06 * 2 * math.pi
+ERASE_PROBABILITY, ERASE_AREA = 0.25, (0.02, 0.2)
+
+# RGB to YIQ (NTSC) and back: there, a turn of the colour plane is a change of hue and its length is the saturation.
+RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
+
+
+def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..1.
+
+    Random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) with a horizontal flip half the time; brightness, contrast,
+    saturation and hue; random erasing (Zhong et al. 2020) to grey for a quarter of the images. Every draw comes from
+    ``generator``.
+    """
+    draw = torch.rand(len(images), 14, generator=generator)
+    pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
+    pixels = _colour(pixels, draw[:, 5:9])
+    return pixels.masked_fill_(_erased(size, draw[:, 9:14]), 0.5)
+
+
+def _between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return low + u * (high - low)
+
+
+def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Width and height of boxes of this area and ratio, as shares of the picture's, at most 1."""
+    ratio = log_ratio.exp()
+    return (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+
+
+def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:
+    area, ratio, x, y, flip = draw.unbind(1)
+    rows, columns = pixels.shape[-2:]
+    log_ratio = _between(ratio, *map(math.log, CROP_RATIO)) + math.log(rows / columns)
+    width, height = _box(_between(area, *CROP_AREA), log_ratio)
+    theta = torch.zeros(len(draw), 2, 3)
+    theta[:, 0, 0] = torch.where(flip < 0.5, width, -width)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * (2 * x - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * y - 1)
+    grid = F.affine_grid(theta, [len(draw), 3, size, size], align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """All four changes are linear in the pixel, so each image needs one 3 x 3 matrix and one offset."""
+    brightness = _between(draw[:, 0], 1 - BRIGHTNESS, 1 + BRIGHTNESS)[:, None, None]
+    contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
+    saturation = _between(draw[:, 2], 1 - SATURATION, 1 + SATURATION)
+    angle = _between(draw[:, 3], -HUE, HUE)
+    turn = torch.zeros(len(draw), 3, 3)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
+    turn[:, 2, 1] = saturation * angle.sin()
+    turn[:, 1, 2] = -turn[:, 2, 1]
+    matrix = brightness * contrast * (YIQ_TO_RGB @ turn @ RGB_TO_YIQ)
+    flat = pixels.flatten(2)
+    # Contrast stretches about the picture's mean grey after the brightness change.
+    grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
+    offset = (1 - contrast) * brightness * grey
+    return torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
+
+
+def _erased(size: int, draw: torch.Tensor) -> torch.Tensor:
+    """Bool (B, 1, size, size): one rectangle in some of the images."""
+    use, area, ratio, x, y = draw.unbind(1)
+    width, height = _box(_between(area, *ERASE_AREA), _between(ratio, math.log(0.4), math.log(2.5)))
+    width = torch.where(use < ERASE_PROBABILITY, width, 0.0)
+    line = (torch.arange(size) + 0.5) / size
+    left, top = (x * (1 - width))[:, None], (y * (1 - height))[:, None]
+    across = (line >= left) & (line < left + width[:, None])
+    down = (line >= top) & (line < top + height[:, None])
+    return (down[:, :, None] & across[:, None, :])[:, None]

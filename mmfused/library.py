@@ -1,0 +1,151 @@
+"""The plumbing of every op, once: registration, device guard, the backend switch, and the checks all public functions share.
+
+A kernel launcher becomes ``torch.ops.mmfused.<name>`` through :func:`register`; a public function asks :func:`choose` which of
+``reference``, ``composed`` and ``fused`` serves the call; users steer that with :class:`backend` or ``MMFUSED_BACKEND``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("auto", "reference", "composed", "fused")
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors: for tests only
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_warned: set[str] = set()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; it takes one of {', '.join(BACKENDS)}.")
+    return name
+
+
+_backend = _checked(os.environ.get("MMFUSED_BACKEND", "auto"), "MMFUSED_BACKEND")
+
+
+class backend:
+    """Choose how ops run: ``"reference"``, ``"composed"``, ``"fused"`` or ``"auto"``. A setter, and a context manager.
+
+    ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer, float32/float16/bfloat16) and ``composed`` elsewhere.
+    Asking for ``fused`` where it cannot run makes the op raise ``RuntimeError`` with the reasons.
+    """
+
+    def __init__(self, name: str):
+        global _backend
+        self.previous = _backend
+        _backend = _checked(name, "backend name")
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _backend
+        _backend = self.previous
+
+
+def current_backend() -> str:
+    """The backend asked for: what :class:`backend` or ``MMFUSED_BACKEND`` set last, else ``"auto"``."""
+    return _backend
+
+
+def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
+    """Every reason why kernels cannot serve tensors of this device and dtype; empty where they can."""
+    device = torch.device(device)
+    reasons = []
+    if not _HAS_TRITON:
+        reasons.append("triton is not installed")
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device.index or 0)  # a constant under torch.compile
+        if torch.version.hip is None and gpu.major < 8:
+            reasons.append(f"the GPU is sm_{gpu.major}{gpu.minor}, the kernels need sm_80 or newer")
+    elif not (device.type == "cpu" and INTERPRETED):
+        reasons.append(f"the tensors are on {device.type} and the kernels need CUDA")
+    if dtype not in FUSED_DTYPES:
+        reasons.append(f"dtype {dtype} is none of float32, float16, bfloat16")
+    return reasons
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, extra: list[str] | None = None) -> str:
+    """Which of ``reference``, ``composed``, ``fused`` serves a call: a pure function of device, dtype and ``extra``.
+
+    ``extra`` holds the op's own reasons against its kernel (an unsupported shape or form).
+    """
+    if _backend in ("reference", "composed"):
+        return _backend
+    reasons = why_not_fused(device, dtype) + (extra or [])
+    interpreted = device.type == "cpu"  # slow, for tests: only when asked for
+    if not reasons and (_backend == "fused" or not interpreted):
+        return "fused"
+    if _backend == "fused":
+        raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}.")
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        _warn_once(f"{op} runs 'composed' instead of 'fused': {'; '.join(reasons)}.")
+    return "composed"
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
+    """Define ``torch.ops.mmfused.<name>`` with ``schema``; on CUDA it calls ``launcher`` ("module:function" under mmfused.kernels).
+
+    The module is imported at the first call, so that importing mmfused needs no triton. Under ``TRITON_INTERPRET=1`` the
+    launcher serves CPU tensors too, so that tests reach the kernels through the public function.
+    """
+    module, function = launcher.split(":")
+
+    def call(*args):
+        launch = getattr(importlib.import_module(f"mmfused.kernels.{module}"), function)
+        index = args[0].device.index
+        if index is None or index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(index):  # triton launches on the current device, whatever the tensors' own
+            return launch(*args)
+
+    torch.library.define(f"mmfused::{name}", schema)
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        torch.library.impl(f"mmfused::{name}", key, call)
+    torch.library.register_fake(f"mmfused::{name}", fake)
+
+
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse what no backend of ``op`` takes: non-tensors, DTensors, and tensors on more than one device."""
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it takes a torch.Tensor.")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{op}: {name} is a DTensor; it takes a local tensor: let FSDP gather the module's parameters, or call to_local()."
+            )
+        if first is None:
+            first = (name, tensor.device)
+        elif tensor.device != first[1]:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1]}; they must share one device.")
+
+
+def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
+    """Check tensor values: a ``ValueError`` on CPU in eager mode, ``torch._assert_async`` elsewhere, so that nothing syncs."""
+    holds = condition()
+    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not holds:
+            raise ValueError(message)
+    else:
+        torch._assert_async(holds, message)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device type, or None outside autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

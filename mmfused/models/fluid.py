@@ -1,0 +1,400 @@
+"""FLUID: token distillation for multimodal product classification (arXiv 2508.07264).
+
+    I = ViT(image), T = BERT(text)                                                (eqs 1, 2)
+    I_n = Q-Transform(Q_1, I), T_n = Q-Transform(Q_2, T)       l tokens each      (eqs 3-6)
+    F = a * I_n + (1 - a) * T_n, a = sigmoid(MLP([I_n ; T_n]))  a scalar a token  (section 4.4)
+    F' = Q-bottleneck(Q_3, F)                                   2 tokens          (eqs 7, 8)
+    N = sum over the top k of G_i(F') E_i(F')                                     (eq. 9)
+    L = lambda_1 CE + lambda_2 contrastive + lambda_3 MoE       1/3 each          (eq. 10)
+
+The paper's: all of the above, l = 32, 16 experts, k = 2.
+From the public code (DucCuong12/Multimodel_CV_NLP), where the paper gives no formula: the post-norm block around each
+attention with its feed-forward part, the router Linear-LN-ReLU-Dropout-Linear, softmax over all experts with the top k
+renormalised, experts of two hidden layers with LN that give class logits, averaged over the two tokens, the balance
+loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token.
+This library's choice: padded text is not attended to (`text_mask`; the public code attends to it), a missing image or
+text is masked as a whole and left out of the contrastive loss, balance "gshard" (the form the paper cites), the linear
+router, precomputed tokens, initialisation, preset "tiny". With one modality there is no gate and no contrastive loss
+(the paper's Table 2). Every expert is computed for every token and weighted by 0 where it was not selected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmfused.library import check_value
+from mmfused.ops.query_pooling import QTransform
+
+MODALITIES, BALANCES, ROUTERS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear")
+
+
+@dataclasses.dataclass
+class FLUIDConfig:
+    """Sizes and weights, by default "tiny" without encoders. Values that do not fit together raise ValueError."""
+
+    num_classes: int
+    modalities: str = "both"  # "both" | "image" | "text"
+    dim: int = 128  # D
+    num_queries: int = 8  # l
+    bottleneck_queries: int = 2
+    depth: int = 1  # blocks in each Q-Transform and in the Q-bottleneck
+    num_heads: int = 4
+    ffn: int | None = None  # hidden width of a block's feed-forward part, None: QTransform's default
+    dropout: float = 0.1  # in the Q-Transforms and the Q-bottleneck
+    head_dropout: float = 0.1  # in the gate, the router and the experts
+    query_std: float = 0.02  # of the initial queries; the public code's 1 drowns what they read, so it learns slowly
+    gate_hidden: tuple[int, ...] = (128,)
+    router: str = "mlp"  # "mlp" | "linear"
+    num_experts: int = 4  # E
+    top_k: int = 2
+    expert_hidden: tuple[int, ...] = (128, 128)
+    balance: str = "mse"  # "mse" | "gshard"
+    balance_weight: float = 0.1
+    z_weight: float = 0.1
+    temperature: float = 0.07
+    loss_weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # cross-entropy, contrastive, MoE
+    text_mask: bool = True  # False: padded text tokens are attended to
+    image_dim: int = 128  # width of the image tokens
+    text_dim: int = 128  # width of the text tokens
+    image: dict | None = None  # VisionTransformer(embed_dim=image_dim, **image); None: no encoder, image_tokens only
+    text: dict | None = None  # BertConfig(hidden_size=text_dim, **text); None: no encoder, text_tokens only
+
+    def __post_init__(self) -> None:
+        self.gate_hidden, self.expert_hidden = tuple(self.gate_hidden), tuple(self.expert_hidden)
+        self.loss_weights = tuple(self.loss_weights)
+        for name, choices in (("modalities", MODALITIES), ("balance", BALANCES), ("router", ROUTERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        sizes = "num_classes dim num_queries bottleneck_queries depth num_heads num_experts top_k image_dim text_dim"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim, got num_heads={self.num_heads} and dim={self.dim}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}")
+        if len(self.loss_weights) != 3:
+            raise ValueError(f"loss_weights must be 3 numbers, got {self.loss_weights}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @classmethod
+    def preset(cls, name="tiny", *, num_classes, vocab_size=None, image_size=None, patch_size=None, **overrides):
+        """The named preset with other values put in; `image` and `text` update the preset's dicts, or are None."""
+        if name not in PRESETS:
+            raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
+        values = {**PRESETS[name], **overrides, "num_classes": num_classes}
+        given = {"image": {"img_size": image_size, "patch_size": patch_size}, "text": {"vocab_size": vocab_size}}
+        for part, sizes in given.items():
+            if values[part] is not None:
+                sizes = {key: value for key, value in sizes.items() if value is not None}
+                values[part] = {**PRESETS[name][part], **sizes, **overrides.get(part, {})}
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict:
+        """Plain values that JSON can hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> FLUIDConfig:
+        """The inverse of `to_dict`; an unknown name raises ValueError."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"FLUIDConfig has no field named {', '.join(unknown)}")
+        return cls(**values)
+
+
+TINY_BERT = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128}
+PRESETS = {
+    "tiny": {
+        "image": {"img_size": 32, "patch_size": 8, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0},
+        "text": {**TINY_BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
+    }
+}
+
+
+class FLUIDOutput(NamedTuple):
+    """What FLUID.forward returns; B samples, C classes, l query tokens, R bottleneck tokens, D = dim."""
+
+    logits: Tensor  # (B, C)
+    loss: Tensor | None  # scalar, the weighted sum; None without labels
+    losses: dict[str, Tensor]  # "ce", "contrastive", "moe", each unweighted; empty without labels
+    routing: tuple[Tensor, Tensor]  # expert indices (B, R, k) int64 and their weights (B, R, k), largest first
+    gate: Tensor | None  # (B, l), the image's share; None with one modality
+    image_embedding: Tensor | None  # (B, D), unit length: the normalised mean of the query tokens
+    text_embedding: Tensor | None  # (B, D)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class TokenGate(nn.Module):
+    """F = a * I_n + (1 - a) * T_n with a = sigmoid(MLP([I_n ; T_n])), one scalar for each token (section 4.4)."""
+
+    def __init__(self, dim: int, hidden: tuple[int, ...], dropout: float = 0.0):
+        super().__init__()
+        layers, widths = [], (2 * dim, *hidden)
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.mlp(torch.cat((image, text), dim=-1)).sigmoid()  # (B, l, 1)
+        return a * image + (1 - a) * text, a.squeeze(-1)  # (B, l, D), (B, l)
+
+
+class ExpertLinear(nn.Module):
+    """E Linear layers side by side, with `norm` each followed by a LayerNorm of its own."""
+
+    def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False):
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_experts, 1, outputs))
+        self.norm_weight = nn.Parameter(torch.ones(num_experts, 1, outputs)) if norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(num_experts, 1, outputs)) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, I) or (E, T, I)
+        x = x @ self.weight.mT + self.bias  # (E, T, O)
+        return x if self.norm_weight is None else F.layer_norm(x, x.shape[-1:]) * self.norm_weight + self.norm_bias
+
+
+class MoEClassifier(nn.Module):
+    """Router and experts (eq. 9): sum over the top k of G_i(x) E_i(x), each expert an MLP that gives class logits."""
+
+    def __init__(self, config: FLUIDConfig):
+        super().__init__()
+        c, dim, drop, self.top_k = config, config.dim, config.head_dropout, config.top_k
+        output = nn.Linear(dim, c.num_experts)
+        hidden = [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(drop)]
+        self.router = nn.Sequential(*hidden, output) if c.router == "mlp" else output
+        layers, widths = [], (dim, *c.expert_hidden)
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [ExpertLinear(c.num_experts, inputs, outputs, norm=True), nn.ReLU(), nn.Dropout(drop)]
+        self.experts = nn.Sequential(*layers, ExpertLinear(c.num_experts, widths[-1], c.num_classes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B, R, D)
+        router_logits = at_least_float32(self.router(x.flatten(0, 1)))  # (T, E), T = B*R tokens
+        top, indices = router_logits.softmax(-1).topk(self.top_k)  # (T, k)
+        weights = top / top.sum(-1, keepdim=True)
+        combine = torch.zeros_like(router_logits).scatter(-1, indices, weights)  # (T, E), 0 where not selected
+        outputs = at_least_float32(self.experts(x.flatten(0, 1)))  # (E, T, C)
+        logits = (combine.T[..., None] * outputs).sum(0)  # (T, C); a product, not a matmul: autocast leaves it alone
+        return logits.view(*x.shape[:2], -1).mean(1), router_logits, indices, weights  # (B, C)
+
+
+def balance_loss(router_logits: Tensor, indices: Tensor, weights: Tensor, form: str) -> Tensor:
+    """Load balance over T tokens and E experts.
+
+    "mse": sum_e (mean_t w_te - 1/E)^2, w the renormalised top-k weights (public code), 0 when balanced;
+    "gshard": E sum_e f_e P_e, f_e the share of first choices, P_e the mean probability (arXiv 2006.16668), 1 when so.
+    """
+    num_experts = router_logits.shape[-1]
+    if form == "mse":
+        mean = torch.zeros_like(router_logits).scatter(-1, indices, weights).mean(0)  # (E,)
+        return (mean - 1 / num_experts).square().sum()
+    share = F.one_hot(indices[:, 0], num_experts).to(router_logits.dtype).mean(0)  # (E,)
+    return num_experts * (share * router_logits.softmax(-1).mean(0)).sum()
+
+
+def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE on unit embeddings (B, D); `pair` (B,) bool: samples with both modalities.
+
+    A sample without a pair is nobody's negative and adds nothing to the mean; fewer than two pairs give 0.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        scores = image @ text.T / temperature  # (B, B)
+    # Each sample keeps its own diagonal: alone in its row it gives exactly 0, never NaN.
+    allowed = (pair[:, None] & pair) | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    rows, columns = scores.logsumexp(1), scores.logsumexp(0)
+    nce = (rows + columns) / 2 - scores.diagonal()  # (B,)
+    return nce.where(pair, 0).sum() / pair.sum().clamp(min=1)
+
+
+class FLUID(nn.Module):
+    """FLUID built from a `FLUIDConfig`; encoders start from random weights (needs `pip install mmfused[models]`)."""
+
+    def __init__(self, config: FLUIDConfig):
+        super().__init__()
+        self.config = c = config
+        self.uses_image, self.uses_text = c.modalities != "text", c.modalities != "image"
+        blocks = {"depth": c.depth, "num_heads": c.num_heads, "ffn": c.ffn, "dropout": c.dropout}
+        if self.uses_image:
+            self.image_encoder = None if c.image is None else build_vit(c)
+            self.image_map = nn.Identity() if c.image_dim == c.dim else nn.Linear(c.image_dim, c.dim)
+            self.image_transform = QTransform(c.dim, c.num_queries, **blocks)
+        if self.uses_text:
+            self.text_encoder = None if c.text is None else build_bert(c)
+            self.text_map = nn.Identity() if c.text_dim == c.dim else nn.Linear(c.text_dim, c.dim)
+            self.text_transform = QTransform(c.dim, c.num_queries, **blocks)
+        if c.modalities == "both":
+            self.gate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
+        self.bottleneck = QTransform(c.dim, c.bottleneck_queries, **blocks)
+        self.moe = MoEClassifier(c)
+        for module in self.modules():
+            if isinstance(module, QTransform):
+                nn.init.normal_(module.queries, std=c.query_std)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        image_present: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        text_present: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        text_padding_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> FLUIDOutput:
+        """Class logits, and the losses when `labels` are given.
+
+        Args:
+            pixel_values: (B, 3, H, W), or image_tokens: (B, N, image_dim) in their place.
+            input_ids: (B, T) int64 with attention_mask (B, T), 1 = real token, None = all real; or in their place
+                text_tokens: (B, T, text_dim) with text_padding_mask (B, T) bool, True = ignore, None = none ignored.
+            image_present, text_present: (B,) bool, False = this sample has none; its tokens are masked as a whole, and
+                it is left out of the contrastive loss. image_present None: all have one. text_present None: a text is
+                missing where `input_ids` hold no more than two real tokens ([CLS] and [SEP]), or no text token is real.
+            labels: (B,) int64 in [0, num_classes).
+
+        The inputs of a modality that the model does not have are ignored. Raises ValueError where a modality has no
+        source or two, and for wrong shapes, ids and labels.
+        """
+        c = self.config
+        image = text = gate = image_embedding = text_embedding = None
+        if self.uses_image:
+            tokens, ignore = self._image_tokens(pixel_values, image_tokens, image_present)
+            image = self.image_transform(map_tokens(self.image_map, tokens, ignore), ignore)  # (B, l, D)
+            image_embedding = F.normalize(at_least_float32(image).mean(1), dim=-1)  # (B, D)
+        if self.uses_text:
+            source = (input_ids, attention_mask, text_tokens, text_padding_mask)
+            tokens, ignore, text_present = self._text_tokens(*source, text_present)
+            text = self.text_transform(map_tokens(self.text_map, tokens, ignore), ignore)  # (B, l, D)
+            text_embedding = F.normalize(at_least_float32(text).mean(1), dim=-1)  # (B, D)
+        if c.modalities == "both":
+            if len(image) != len(text):
+                raise ValueError(f"image and text must have one batch size, got {len(image)} and {len(text)}")
+            fused, gate = self.gate(image, text)  # (B, l, D), (B, l)
+        else:
+            fused = image if text is None else text
+        logits, router_logits, indices, weights = self.moe(self.bottleneck(fused))  # (B, C)
+        routing = tuple(x.view(len(logits), -1, c.top_k) for x in (indices, weights))  # (B, R, k) each
+        if labels is None:
+            return FLUIDOutput(logits, None, {}, routing, gate, image_embedding, text_embedding)
+        if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must be int64 ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}")
+        check_range("labels", labels, c.num_classes)
+        balance = balance_loss(router_logits, indices, weights, c.balance)
+        losses = {
+            "ce": F.cross_entropy(logits, labels),
+            "contrastive": logits.new_zeros(()),
+            "moe": c.balance_weight * balance + c.z_weight * router_logits.logsumexp(-1).square().mean(),
+        }
+        if c.modalities == "both":
+            flags = [flag for flag in (image_present, text_present) if flag is not None]
+            pair = torch.stack([torch.ones_like(labels, dtype=torch.bool), *flags]).all(0)  # (B,)
+            losses["contrastive"] = contrastive_loss(image_embedding, text_embedding, pair, c.temperature)
+        loss = sum(weight * value for weight, value in zip(c.loss_weights, losses.values(), strict=True))
+        return FLUIDOutput(logits, loss, losses, routing, gate, image_embedding, text_embedding)
+
+    def _image_tokens(self, pixels, tokens, present):
+        """I (eq. 1): (B, N, image_dim), and the tokens to ignore (B, N) or None."""
+        source = one_source("pixel_values and image_tokens", pixels, tokens)
+        check_flags("image_present", present, source.shape[:1])
+        if tokens is None:
+            tokens = encode_image(self.image_encoder, pixels, present)
+        check_tokens("image_tokens", tokens, self.config.image_dim)
+        return tokens, None if present is None else ~present[:, None].expand(tokens.shape[:2])
+
+    def _text_tokens(self, ids, attention_mask, tokens, padding, present):
+        """T (eq. 2): (B, T, text_dim), the tokens to ignore (B, T) or None, and the presence flags (B,) or None."""
+        shape = one_source("input_ids and text_tokens", ids, tokens).shape[:2]
+        if (ids is None and attention_mask is not None) or (tokens is None and padding is not None):
+            raise ValueError("attention_mask goes with input_ids, text_padding_mask with text_tokens; got them crossed")
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"attention_mask must be {tuple(shape)} as input_ids, got {tuple(attention_mask.shape)}")
+        check_flags("text_padding_mask", padding, shape)
+        check_flags("text_present", present, shape[:1])
+        if tokens is None:
+            tokens = encode_text(self.text_encoder, ids, attention_mask)
+            padding = torch.zeros_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
+        check_tokens("text_tokens", tokens, self.config.text_dim)
+        if present is None and padding is not None:
+            present = (~padding).sum(1) > (0 if ids is None else 2)  # two: [CLS] and [SEP] around no text
+        absent = None if present is None else ~present[:, None].expand(shape)
+        masks = [mask for mask in (padding if self.config.text_mask else None, absent) if mask is not None]
+        return tokens, torch.stack(masks).any(0) if masks else None, present
+
+
+def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
+    if (first is None) == (second is None):
+        raise ValueError(f"give exactly one of {names}, got {'neither' if first is None else 'both'}")
+    return second if first is None else first
+
+
+def check_tokens(name: str, tokens: Tensor, width: int) -> None:
+    if tokens.ndim != 3 or tokens.shape[-1] != width:
+        raise ValueError(f"{name} must have shape (B, tokens, {width}), got {tuple(tokens.shape)}")
+
+
+def check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
+    if flags is not None and (flags.dtype != torch.bool or flags.shape != shape):
+        raise ValueError(f"{name} must be bool {tuple(shape)}, got {flags.dtype} {tuple(flags.shape)}")
+
+
+def check_range(name: str, values: Tensor, limit: int) -> None:
+    check_value(lambda: ((values >= 0) & (values < limit)).all(), f"{name} must lie in [0, {limit - 1}]")
+
+
+def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
+    """Tokens at the model's width. Ignored ones are zeroed first: NaN in them would reach the weight's gradient."""
+    if isinstance(linear, nn.Linear) and ignore is not None:
+        tokens = tokens.masked_fill(ignore[..., None], 0)
+    return linear(tokens)
+
+
+def build_vit(c: FLUIDConfig) -> nn.Module:
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise ImportError("the image encoder needs timm: pip install mmfused[models]") from error
+    return VisionTransformer(embed_dim=c.image_dim, num_classes=0, **c.image)
+
+
+def build_bert(c: FLUIDConfig) -> nn.Module:
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError as error:
+        raise ImportError("the text encoder needs transformers: pip install mmfused[models]") from error
+    return BertModel(BertConfig(hidden_size=c.text_dim, **c.text), add_pooling_layer=False)
+
+
+def encode_image(encoder: nn.Module | None, pixels: Tensor, present: Tensor | None) -> Tensor:
+    if encoder is None:
+        raise ValueError("pixel_values need an image encoder, but the config's image is None; give image_tokens")
+    expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
+    if tuple(pixels.shape[1:]) != expected:
+        raise ValueError(f"pixel_values must have shape (B, C, H, W) with {expected}, got {tuple(pixels.shape)}")
+    if present is not None:
+        pixels = pixels.masked_fill(~present[:, None, None, None], 0)
+    return encoder.forward_features(pixels)  # (B, 1 + patches, image_dim)
+
+
+def encode_text(encoder: nn.Module | None, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if encoder is None:
+        raise ValueError("input_ids need a text encoder, but the config's text is None; give text_tokens")
+    limit = encoder.config.max_position_embeddings
+    if ids.ndim != 2 or ids.shape[1] > limit:
+        raise ValueError(f"input_ids must have shape (B, T) with T at most {limit}, got {tuple(ids.shape)}")
+    check_range("input_ids", ids, encoder.config.vocab_size)
+    return encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)

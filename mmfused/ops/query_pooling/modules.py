@@ -1,0 +1,113 @@
+"""The modules over :func:`query_pooling`: one that holds its parameters, and FLUID's block of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...library import current_backend
+from .function import dead_samples, query_pooling
+
+
+class QueryPooling(nn.Module):
+    """Pool (B, N, kv_dim) tokens into (B, num_queries, dim) with learned queries: :func:`query_pooling` and its parameters.
+
+    Args:
+        dim: width of queries, keys, values and output; divides by ``num_heads``.
+        num_queries: learned queries of this module; None: it has none, and forward needs ``queries``.
+        kv_dim: width of the tokens, default ``dim``.
+        q_proj, out_proj: project the queries before, the pooled heads after (both, with ``bias``: as nn.MultiheadAttention).
+        bias: biases of the projections.  norm_kv: LayerNorm over the tokens, folded into the projections.
+
+    A sample without tokens gives 0, whatever the biases.
+    """
+
+    def __init__(self, dim, num_queries, num_heads=1, *, kv_dim=None, q_proj=False, out_proj=False, bias=False, norm_kv=False):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"QueryPooling: num_heads is {num_heads}; it must be positive and divide dim = {dim}.")
+        kv_dim = dim if kv_dim is None else kv_dim
+        self.dim, self.num_queries, self.num_heads, self.kv_dim = dim, num_queries, num_heads, kv_dim
+        self.queries = None if num_queries is None else nn.Parameter(torch.randn(num_queries, dim))
+        self.q_proj = nn.Linear(dim, dim, bias=bias) if q_proj else None
+        self.k_proj = nn.Linear(kv_dim, dim, bias=bias)
+        self.v_proj = nn.Linear(kv_dim, dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=bias) if out_proj else None
+        self.norm_kv = nn.LayerNorm(kv_dim) if norm_kv else None
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L, dim) or (B, L, dim) replace its own."""
+        queries = self.queries if queries is None else queries
+        if queries is None:
+            raise ValueError("QueryPooling: queries is None; a module without num_queries takes them in forward.")
+        norm, w_v, b_v = self.norm_kv, self.v_proj.weight, self.v_proj.bias
+        fold = self._folds_out_proj(x.shape[0] * queries.shape[-2])
+        if fold:
+            w_v, b_v = self._value_to_output()
+        out = query_pooling(
+            x, queries if self.q_proj is None else self.q_proj(queries), self.k_proj.weight, w_v, b_v, self.k_proj.bias,
+            num_heads=self.num_heads, key_padding_mask=key_padding_mask, lengths=lengths,
+            norm_weight=None if norm is None else norm.weight, norm_bias=None if norm is None else norm.bias,
+            norm_eps=1e-5 if norm is None else norm.eps,
+        )  # fmt: skip
+        if self.out_proj is None or fold:
+            return out
+        out = self.out_proj(out)
+        dead = dead_samples(key_padding_mask, lengths)
+        return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
+
+    def _folds_out_proj(self, rows: int) -> bool:
+        """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled rows than dim."""
+        return self.out_proj is not None and self.num_heads == 1 and rows > self.dim and current_backend() != "reference"
+
+    def _value_to_output(self) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(self.out_proj.weight.device.type, enabled=False):  # fold first, round once
+            w = self.out_proj.weight @ self.v_proj.weight
+            return w, None if self.v_proj.bias is None else self.out_proj.weight @ self.v_proj.bias + self.out_proj.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, num_queries={self.num_queries}, num_heads={self.num_heads}, kv_dim={self.kv_dim}"
+
+
+class QTransform(nn.Module):
+    """FLUID's Q-Transform: ``depth`` post-norm blocks in which learned queries read the tokens (arXiv 2508.07264 eqs 3-6).
+
+        q = LN(q + Drop(MHA(q, x, x)));   q = LN(q + Drop(FFN(q)))     (the blocks are the public code's; the paper gives the MHA)
+
+    The tokens x (B, N, dim) stay as they are from block to block. ``ffn``: hidden width, default 4 * dim. ``dropout`` acts on the
+    outputs of the pooling and of the FFN. Returns (B, num_queries, dim); a sample without tokens keeps its queries, normalised.
+    """
+
+    def __init__(self, dim, num_queries, depth=1, num_heads=1, *, ffn=None, dropout=0.0):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, dim))
+        self.blocks = nn.ModuleList(
+            _QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn, dropout) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+        q = self.queries  # (L, D): shared by the batch until the first block has read the tokens
+        for block in self.blocks:
+            q = block(q, x, key_padding_mask, lengths)
+        return q
+
+
+class _QTransformBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, ffn: int, dropout: float):
+        super().__init__()
+        self.pool = QueryPooling(dim, None, num_heads, q_proj=True, out_proj=True, bias=True)
+        self.norm_pool = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, q: Tensor, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        q = self.norm_pool(q + self.drop(self.pool(x, mask, q, lengths=lengths)))
+        return self.norm_ffn(q + self.drop(self.ffn(q)))

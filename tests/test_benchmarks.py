@@ -1,0 +1,201 @@
+"""The benchmarks: what a run leaves, that the gate lets nothing wrong be timed, and how requests are refused."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfused import cli
+from mmfused.benchmarks import measure, query_pooling, run
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("query_pooling", "--shape", "B=2,N=16,D=32,L=4,H=2", "--repeats", "2", "--no-compile")
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+STEM = "query_pooling-custom-B2-N16-D32-L4-H2"
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """On a CPU and without minutes for ceilings, wherever the suite runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+
+
+def broken(error):
+    """A provider whose weights are off by ``error``: everything else about it is right."""
+
+    def build(case, device, dtype):
+        provider = query_pooling.composed(case, device, dtype)
+        load = provider.load
+        provider.load = lambda parameters: load(parameters | {"w_v": parameters["w_v"] * (1 + error)})
+        return provider
+
+    return build
+
+
+def record(folder: Path) -> dict:
+    (path,) = folder.glob(f"{STEM}-*.json")
+    return json.loads(path.read_text())
+
+
+def test_run_leaves_samples_table_and_pictures(tmp_path, capsys):
+    assert run.main([*TINY, "--out", str(tmp_path)]) == 0
+    found = record(tmp_path)
+    assert found.keys() >= {
+        "op",
+        "case",
+        "dtype",
+        "backward_is",
+        "environment",
+        "ceilings",
+        "work",
+        "floor_seconds",
+        "providers",
+    }
+    assert found["environment"].keys() >= {"versions", "device", "platform", "threads", "commit", "dirty", "started"}
+    assert found["environment"]["versions"].keys() >= {"mmfused", "python", "torch", "triton"}
+    for name in ("nn.MultiheadAttention", "projected KV + SDPA", "composed"):
+        provider = found["providers"][name]
+        assert provider["gate"] == "passed" and provider["saved_bytes"] > 0
+        passes = provider["seconds"]["eager"]
+        assert {which: len(samples) for which, samples in passes.items()} == {"forward": 2, "both": 2, "backward": 2}
+        assert passes["backward"] == [both - forward for both, forward in zip(passes["both"], passes["forward"], strict=True)]
+    assert found["providers"]["fused"]["gate"] == "unavailable" and found["providers"]["fused"]["reasons"]
+
+    with (tmp_path / "query_pooling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    timed = sum("seconds" in provider for provider in found["providers"].values())
+    assert len(rows) == 3 * timed and {row["pass"] for row in rows} == {"forward", "backward", "both"}
+    for name in (f"{STEM}-float32.png", "query_pooling-roofline.png"):
+        assert not MATPLOTLIB or (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))  # no half-written file stays
+    assert "composed is faster" in capsys.readouterr().out
+
+
+def test_quick_run_replaces_no_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    assert run.main(["query_pooling", "--case", "bottleneck", "--quick", "--repeats", "1"]) == 0
+    assert (tmp_path / run.SCRATCH / "query_pooling-bottleneck-float32.json").is_file()
+    assert run.main([*TINY, "--forward"]) == 0
+    assert len(list(tmp_path.glob(f"results/*/{STEM}-float32.json"))) == 1
+
+
+def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run.main([*TINY, "--forward", "--out", str(tmp_path)]) == 0
+    assert "matplotlib is not installed, so no picture was drawn." in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+    assert record(tmp_path)["providers"]["composed"]["seconds"]["eager"].keys() == {"forward"}
+
+
+def test_results_of_other_cases_stay(tmp_path):
+    for length in (5, 6):
+        shape = f"B=1,N={length},D=8,L=2,H=1"
+        assert run.main(["query_pooling", "--shape", shape, "--repeats", "1", "--forward", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "query_pooling.csv").open() as file:
+        cases = {row["case"] for row in csv.DictReader(file)}
+    assert cases == {"custom-B1-N5-D8-L2-H1", "custom-B1-N6-D8-L2-H1"}
+
+
+@pytest.mark.parametrize("error", [1e-4, float("nan")])
+def test_red_gate_of_ours_times_nothing(error, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(query_pooling.PROVIDERS, "composed", broken(error))
+    assert run.main([*TINY, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed and "relative error" in printed and "faster" not in printed
+    found = record(tmp_path)
+    assert found["providers"]["composed"]["gate"] == "failed"
+    assert not any("seconds" in provider for provider in found["providers"].values())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_red_baseline_is_reported_and_not_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(query_pooling.PROVIDERS, "projected KV + SDPA", broken(1e-4))
+    assert run.main([*TINY, "--out", str(tmp_path)]) == 0
+    providers = record(tmp_path)["providers"]
+    assert providers["projected KV + SDPA"]["gate"] == "failed" and "seconds" not in providers["projected KV + SDPA"]
+    assert "seconds" in providers["composed"]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_spent_budget_skips_compiling(tmp_path):
+    assert run.main([*TINY[:-1], "--compile", "--budget-seconds", "0", "--out", str(tmp_path)]) == 0
+    compiled = record(tmp_path)["providers"]["composed, compiled"]
+    assert compiled["gate"] == "skipped" and "budget" in compiled["reasons"][0]
+
+
+@pytest.mark.parametrize("case", query_pooling.cases("cuda", quick=False), ids=lambda case: case.name)
+def test_every_provider_computes_the_same_function(case):
+    """All cases in float64, smaller: the providers that express a case agree in the output and in all gradients."""
+    small = query_pooling.Case(case.name, 2, 5, 24, min(case.L, 3), case.H, case.block)
+    problem = query_pooling.make(small, torch.device("cpu"), torch.float64)
+    gate = measure.Gate(query_pooling, small, problem)
+    served = set()
+    for name in query_pooling.PROVIDERS:
+        try:
+            results = gate.build(query_pooling.PROVIDERS[name]).results(problem)
+        except measure.Unavailable:
+            continue
+        torch.testing.assert_close(query_pooling.comparable(results), gate.exact, rtol=1e-10, atol=1e-12)
+        served.add(name)
+    assert served >= {"composed", "projected KV + SDPA"}
+    assert ("nn.MultiheadAttention" in served) == case.block
+
+
+def test_work_counts_the_formulas():
+    """The pooling alone as the derivation has it: 4 R N D + 2 L D^2 forward, 10 R N D + 4 L D^2 backward, by sample."""
+    case = query_pooling.Case("", 1024, 197, 768, 32, 1, block=False)
+    work = query_pooling.work(case, itemsize=2)
+    by_pass = {which: sum(s["flops"] for s in stages if s["stage"] != "queries") / case.B for which, stages in work.items()}
+    assert by_pass == {
+        "forward": 4 * 32 * 197 * 768 + 2 * 32 * 768**2,
+        "backward": 10 * 32 * 197 * 768 + 4 * 32 * 768**2,
+    }
+    pool = {which: next(s for s in stages if s["stage"] == "pool")["bytes"] / case.B for which, stages in work.items()}
+    assert pool == {"forward": 2 * (197 + 32) * 768, "backward": 2 * 2 * (197 + 32) * 768}
+    floors = measure.floor_seconds(work, {"flops_per_second": 790e12, "bytes_per_second": 4.3e12})
+    assert floors["forward"] == pytest.approx(133e-6, rel=0.01)
+    assert floors["both"] == floors["forward"] + floors["backward"]
+
+
+REFUSED = [
+    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling."),
+    (("query_pooling", "--case", "nope"), "case is 'nope'; query_pooling on cpu takes one of fluid, "),
+    (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
+    (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
+    (("query_pooling", "--shape", "D=10,H=3"), "H must divide D"),
+    (("query_pooling", "--shape", "B=2", "--slice", "1/2"), "shape is given with case or slice"),
+    (("query_pooling", "--slice", "4/3"), "slice is '4/3'; it takes I/N with 1 <= I <= N, such as 1/3."),
+    (("query_pooling", "--dtype", "int8"), "dtype is 'int8'; it takes one of bf16, fp16, fp32."),
+    (("query_pooling", "--repeats", "0"), "repeats is 0; it takes at least 1."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
+@pytest.mark.parametrize("main", [run.main, lambda arguments: cli.main(["bench", *arguments])], ids=["run.py", "mmfused bench"])
+def test_refusals_are_one_sentence(main, arguments, sentence, capsys):
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_slices_are_all_cases():
+    cases = query_pooling.cases("cuda", quick=False)
+    parts = [run.sliced(cases, f"{part}/3") for part in (1, 2, 3)]
+    assert sorted(case.name for part in parts for case in part) == sorted(case.name for case in cases)
+
+
+def test_runs_as_a_file_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "no_such_op"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("op is 'no_such_op'; it takes one of query_pooling.\n")

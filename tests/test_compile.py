@@ -1,0 +1,156 @@
+"""torch.compile and compilation for cards that are not there: in processes of their own, without Triton's interpreter."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENV = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
+# Between them these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
+CASES = ("fluid", "fluid text", "siglip", "widest")
+
+
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(ROOT)]))
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENV | env | {"PYTHONPATH": path})
+
+
+def test_one_graph_for_three_lengths():
+    """fullgraph and dynamic, forward and backward, for each backend that runs here, with and without padding."""
+    code = """
+import torch, mmfused
+from torch._dynamo.testing import CompileCounterWithBackend
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
+    for padding in (None, "mask", "lengths"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        mmfused.backend(name)
+        model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(device)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        for length in (17, 40, 33):
+            x = torch.randn(5, length, 64, device=device, requires_grad=True)
+            ignore = torch.rand(5, length, device=device) < 0.3
+            kwargs = {"mask": dict(key_padding_mask=ignore), "lengths": dict(lengths=(~ignore).sum(1))}.get(padding, {})
+            want, got = model(x, **kwargs), compiled(x, **kwargs)
+            upstream = torch.randn_like(want)
+            wants, gots = (torch.autograd.grad(o, [x, *model.parameters()], upstream) for o in (want, got))
+            for a, b in zip([want, *wants], [got, *gots], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1, (name, padding, counter.frame_count)
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_fused_op_is_one_node_of_the_graph():
+    """The kernels stay opaque to the compiler: traced on fake CUDA tensors, one call forward and one backward, no graph break."""
+    code = """
+import torch, mmfused
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmfused.ops.query_pooling.function as function
+
+function.choose = lambda *args: "fused"
+with FakeTensorMode():
+    x = torch.empty(3, 17, 64, device="meta", requires_grad=True)
+    q, w = torch.empty(4, 64, device="meta", requires_grad=True), torch.empty(64, 64, device="meta", requires_grad=True)
+    out = mmfused.query_pooling(x, q, w, w, form="absorbed", lengths=torch.empty(3, dtype=torch.int64, device="meta"))
+    grads = torch.autograd.grad(out, [x, q, w], torch.empty_like(out))
+    assert out.shape == (3, 4, 64) and [g.shape for g in grads] == [x.shape, q.shape, w.shape]
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def inspect(tmp_path: Path, arch: str, **env: str) -> list[dict]:
+    table = tmp_path / "inspect.json"
+    cases = [word for case in CASES for word in ("--case", case)]
+    done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", arch, *cases, "--json", str(table), **env)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads(table.read_text())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+def test_plans_compile_without_spills(arch, tmp_path):
+    rows = inspect(tmp_path, arch)
+    kernels = {row["kernel"] for row in rows}
+    assert kernels >= {"onepass fwd", "logits", "pool", "moments", "pack_mask", "dlogits", "dx", "dq"}
+    assert ("onepass bwd" in kernels) == (arch in ("sm_90", "sm_100"))
+    assert not any(row["spilled"] or row["fault"] for row in rows)
+    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    for row in rows:
+        if row["kernel"] not in ("moments", "pack_mask"):
+            assert row["instructions"][meant], row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_plans_compile_on_the_oldest_triton(arch, tmp_path, triton_3_6):
+    rows = inspect(tmp_path, arch, PYTHONPATH=str(triton_3_6))
+    assert rows and not any(row["fault"] for row in rows)
+
+
+@pytest.fixture(scope="session")
+def triton_3_6(tmp_path_factory):
+    """Triton 3.6 unpacked beside the installed one; kept in .venv for the next run."""
+    import triton
+
+    if triton.__version__.startswith("3.6."):
+        pytest.skip("Triton 3.6 is the installed one; the other tests compile with it")
+    if sys.platform != "linux":
+        pytest.skip("Triton has wheels for Linux only")
+    home = ROOT / ".venv" / "triton-3.6.0"
+    if not (home / "triton").is_dir():
+        folder = tmp_path_factory.mktemp("triton")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--target",
+            folder / "t",
+            "triton==3.6.0",
+        ]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("Triton 3.6.0 cannot be fetched: no network")
+        home.parent.mkdir(exist_ok=True)
+        shutil.move(folder / "t", home)
+    return home
+
+
+def test_inspect_reports_a_fault():
+    """A kernel that cannot launch makes the command fail: here, more shared memory than any card has."""
+    code = """
+import sys
+from mmfused import cli
+from mmfused.kernels import query_pooling
+from mmfused.kernels.query_pooling.plans import Plan, Tile
+
+bad = Plan({"onepass": Tile(64, 32, 256, 8, 4)}, {"onepass": Tile(32, 16, 256, 8, 1)})
+query_pooling.plan = lambda *args: bad
+sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs", "1"]))
+"""
+    done = run_python("-W", "ignore", "-c", code)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "bytes of shared memory, the card has 232448" in done.stdout or "spills" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [(["--arch", "90"], "--arch is '90'; it takes names like sm_90"), (["--case", "none"], "it takes some of fluid")],
+)
+def test_inspect_bad_arguments(args, sentence):
+    done = run_python("-m", "mmfused", "inspect", *args)
+    assert done.returncode == 2 and sentence in done.stderr

@@ -1,0 +1,534 @@
+"""FLUID against an independent float64 transcription of its equations, and what the model promises around them."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import mmfused
+from mmfused.models import FLUID, FLUIDConfig
+
+x64 = torch.float64
+SMALL = {
+    "num_classes": 7,
+    "dim": 12,
+    "num_queries": 4,
+    "num_heads": 3,
+    "dropout": 0.0,
+    "head_dropout": 0.0,
+    "gate_hidden": (11, 8),
+    "num_experts": 5,
+    "expert_hidden": (14, 9),
+    "image_dim": 10,
+    "text_dim": 12,
+}
+
+
+def random_model(**options) -> FLUID:
+    """A float64 model without encoders whose parameters are all random, also those that start as zeros or ones."""
+    model = FLUID(FLUIDConfig(**{**SMALL, **options})).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
+    return model
+
+
+def token_batch(batch=6, image_tokens=9, text_tokens=7) -> dict:
+    """Precomputed tokens; sample 1 has no image, sample 2 no text, the others have text of unequal lengths."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([7, 3, 0, 5, 1, 6])[:batch]
+    return {
+        "image_tokens": torch.randn(batch, image_tokens, 10, generator=generator, dtype=x64),
+        "text_tokens": torch.randn(batch, text_tokens, 12, generator=generator, dtype=x64),
+        "text_padding_mask": torch.arange(text_tokens) >= lengths[:, None],
+        "image_present": torch.arange(batch) != 1,
+        "labels": torch.randint(0, 7, (batch,), generator=generator),
+    }
+
+
+# --- the transcription: loops over samples, heads, tokens and experts; parameters by name, no helper of the model ---
+
+
+def linear(p, name, x):
+    return torch.einsum("oi,...i->...o", p[name + ".weight"], x) + p[name + ".bias"]
+
+
+def normed(weight, bias, x):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(1e-5).sqrt() * weight + bias
+
+
+def norm(p, name, x):
+    return normed(p[name + ".weight"], p[name + ".bias"], x)
+
+
+def softmax(x):
+    e = torch.exp(x - x.max())
+    return e / e.sum()
+
+
+def attention(p, name, q, x, heads):
+    """Multi-head attention of one sample's queries q (L, D) over its tokens x (N, D); nothing to attend to gives 0."""
+    if len(x) == 0:
+        return torch.zeros_like(q)
+    query, key, value = linear(p, name + ".q_proj", q), linear(p, name + ".k_proj", x), linear(p, name + ".v_proj", x)
+    size, rows = q.shape[1] // heads, []
+    for i in range(len(q)):
+        row = []
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            weights = softmax(torch.stack([query[i, part] @ k[part] / math.sqrt(size) for k in key]))
+            row.append(sum(w * v[part] for w, v in zip(weights, value, strict=True)))
+        rows.append(torch.cat(row))
+    return linear(p, name + ".out_proj", torch.stack(rows))
+
+
+def q_transform(p, name, x, c):
+    q = p[name + ".queries"]
+    for depth in range(c.depth):
+        block = f"{name}.blocks.{depth}"
+        q = norm(p, block + ".norm_pool", q + attention(p, block + ".pool", q, x, c.num_heads))
+        hidden = linear(p, block + ".ffn.0", q)
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        q = norm(p, block + ".norm_ffn", q + linear(p, block + ".ffn.2", hidden))
+    return q
+
+
+def token_gate(p, image, text, c):
+    rows, gates = [], []
+    for i, t in zip(image, text, strict=True):
+        hidden = torch.cat((i, t))
+        for layer in range(len(c.gate_hidden)):
+            hidden = linear(p, f"gate.mlp.{3 * layer}", hidden).clamp(min=0)
+        a = 1 / (1 + torch.exp(-linear(p, f"gate.mlp.{3 * len(c.gate_hidden)}", hidden)[0]))
+        rows.append(a * i + (1 - a) * t)
+        gates.append(a)
+    return torch.stack(rows), torch.stack(gates)
+
+
+def router(p, x, c):
+    if c.router == "linear":
+        return linear(p, "moe.router", x)
+    return linear(p, "moe.router.4", norm(p, "moe.router.1", linear(p, "moe.router.0", x)).clamp(min=0))
+
+
+def expert(p, e, x, c):
+    for layer in range(0, 3 * len(c.expert_hidden), 3):
+        name = f"moe.experts.{layer}."
+        x = p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
+        x = normed(p[name + "norm_weight"][e, 0], p[name + "norm_bias"][e, 0], x).clamp(min=0)
+    name = f"moe.experts.{3 * len(c.expert_hidden)}."
+    return p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
+
+
+def moe(p, samples, c):
+    """Class logits (B, C), and for each token router logits and the weight of every expert."""
+    logits, scores, weights = [], [], []
+    for tokens in samples:
+        outputs = []
+        for token in tokens:
+            score = router(p, token, c)
+            probability = softmax(score)
+            chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
+            total = sum(probability[e] for e in chosen)
+            weight = {e: probability[e] / total for e in chosen}
+            outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
+            scores.append(score)
+            weights.append(torch.stack([weight.get(e, torch.zeros((), dtype=x64)) for e in range(c.num_experts)]))
+        logits.append(sum(outputs) / len(outputs))
+    return torch.stack(logits), torch.stack(scores), torch.stack(weights)
+
+
+def moe_loss(scores, weights, c):
+    tokens, experts = weights.shape
+    z = sum(torch.log(torch.exp(s).sum()) ** 2 for s in scores) / tokens
+    balance = 0
+    for e in range(experts):
+        if c.balance == "mse":
+            balance = balance + (weights[:, e].sum() / tokens - 1 / experts) ** 2
+        else:
+            first = sum(1 for s in scores if s.argmax() == e) / tokens
+            balance = balance + experts * first * sum(softmax(s)[e] for s in scores) / tokens
+    return c.balance_weight * balance + c.z_weight * z
+
+
+def contrastive_loss(image, text, present, c):
+    pairs = [i for i, there in enumerate(present) if there]
+    if len(pairs) < 2:
+        return torch.zeros((), dtype=x64)
+
+    def unit(x):
+        x = sum(x) / len(x)
+        return x / torch.sqrt((x * x).sum())
+
+    images, texts, loss = [unit(image[i]) for i in pairs], [unit(text[i]) for i in pairs], 0
+    for own, others in ((images, texts), (texts, images)):
+        for i in range(len(pairs)):
+            scores = torch.stack([own[i] @ other / c.temperature for other in others])
+            loss = loss - torch.log(softmax(scores)[i]) / (2 * len(pairs))
+    return loss
+
+
+def transcription(p, batch, c) -> dict:
+    image = text = gates = None
+    size = len(batch["labels"])
+    if c.modalities != "text":
+        x = [x if there else x[:0] for x, there in zip(batch["image_tokens"], batch["image_present"], strict=True)]
+        image = [q_transform(p, "image_transform", linear(p, "image_map", tokens), c) for tokens in x]
+    if c.modalities != "image":
+        real = ~batch["text_padding_mask"]
+        text = [q_transform(p, "text_transform", x[r], c) for x, r in zip(batch["text_tokens"], real, strict=True)]
+    contrastive = torch.zeros((), dtype=x64)
+    if c.modalities == "both":
+        fused, gates = zip(*(token_gate(p, i, t, c) for i, t in zip(image, text, strict=True)), strict=True)
+        contrastive = contrastive_loss(image, text, batch["image_present"] & real.any(1), c)
+    else:
+        fused = text if image is None else image
+    logits, scores, weights = moe(p, [q_transform(p, "bottleneck", f, c) for f in fused], c)
+    ce = sum(-torch.log(softmax(row)[label]) for row, label in zip(logits, batch["labels"], strict=True)) / size
+    out = {"logits": logits, "ce": ce, "contrastive": contrastive, "moe": moe_loss(scores, weights, c)}
+    out["loss"] = sum(w * out[name] for w, name in zip(c.loss_weights, ("ce", "contrastive", "moe"), strict=True))
+    return out if gates is None else {**out, "gate": torch.stack(gates)}
+
+
+def error(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+VARIANTS = [
+    {},
+    {"depth": 2, "balance": "gshard", "loss_weights": (0.5, 0.2, 0.3)},
+    {"router": "linear", "top_k": 1, "gate_hidden": (6,), "temperature": 0.2},
+    {"top_k": 3, "bottleneck_queries": 3, "balance_weight": 0.7, "z_weight": 0.05, "expert_hidden": (8,)},
+    {"modalities": "image"},
+    {"modalities": "text", "balance": "gshard"},
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_agrees_with_the_equations(options, backend):
+    model, batch = random_model(**options), token_batch()
+    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    expected = transcription(leaves, batch, model.config)
+    with mmfused.backend(backend):
+        output = model(**batch)
+        output.loss.backward()
+    got = {"logits": output.logits, "loss": output.loss, "gate": output.gate, **output.losses}
+    for name, value in expected.items():
+        assert error(got[name], value) < 1e-12, name
+    gradients = torch.autograd.grad(expected["loss"], list(leaves.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-11, name
+
+
+def test_q_transform_agrees_with_multihead_attention():
+    """The transcription above reads the projections by name; nn.MultiheadAttention with the same weights decides."""
+    model, x = random_model(), token_batch()["text_tokens"]
+    pool = model.text_transform.blocks[0].pool
+    attention = torch.nn.MultiheadAttention(12, 3, batch_first=True).double()
+    projections = (pool.q_proj, pool.k_proj, pool.v_proj)
+    attention.in_proj_weight.data = torch.cat([projection.weight for projection in projections]).detach()
+    attention.in_proj_bias.data = torch.cat([projection.bias for projection in projections]).detach()
+    attention.out_proj.load_state_dict(pool.out_proj.state_dict())
+    queries = model.text_transform.queries.expand(len(x), -1, -1)
+    assert error(pool(x, None, queries), attention(queries, x, x)[0]) < 1e-12
+
+
+def test_routing_is_reported():
+    model, batch = random_model(top_k=3), token_batch()
+    indices, weights = model(**batch).routing
+    assert indices.shape == weights.shape == (6, 2, 3)
+    assert torch.allclose(weights.sum(-1), torch.ones(6, 2, dtype=x64))
+    assert (weights.diff(dim=-1) <= 0).all()
+    assert all(len(set(row.tolist())) == 3 for row in indices.flatten(0, 1))
+
+
+# --- with the encoders ---
+
+
+def tiny(**options) -> FLUID:
+    torch.manual_seed(0)
+    sizes = {"num_classes": 5, "vocab_size": 50, "dim": 48, "image_dim": 64, "text_dim": 48, "image": {"depth": 2}}
+    return FLUID(FLUIDConfig.preset("tiny", **sizes, **options))
+
+
+def pixel_batch(batch=8, length=10) -> dict:
+    """Pixels and ids; sample 1 has no image, sample 2 no text but [CLS][SEP]."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(4, length + 1, (batch,), generator=generator)
+    lengths[2] = 2
+    return {
+        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(0, 50, (batch, length), generator=generator),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "image_present": torch.arange(batch) != 1,
+        "labels": torch.randint(0, 5, (batch,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("modalities", ["both", "image", "text"])
+def test_every_parameter_gets_a_gradient(modalities):
+    model, batch = tiny(modalities=modalities), pixel_batch()
+    output = model(**batch)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A key bias moves all logits of a query alike: the softmax does not see it.
+        assert parameter.grad.any() or name.endswith(("k_proj.bias", "key.bias")), name
+    assert (output.gate is None) == (modalities != "both")
+    assert (output.image_embedding is None) == (modalities == "text")
+    assert (output.text_embedding is None) == (modalities == "image")
+    if modalities != "both":
+        assert output.losses["contrastive"].item() == 0
+        other = "text" if modalities == "image" else "image"
+        assert not any(name.startswith((other, "gate")) for name, _ in model.named_parameters())
+
+
+def test_precomputed_tokens_take_the_place_of_the_encoders():
+    model, batch = tiny().eval(), pixel_batch()
+    expected = model(**batch)
+    pixels, ids, mask = (batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask"))
+    output = model(
+        image_tokens=model.image_encoder.forward_features(pixels),
+        text_tokens=model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state,
+        text_padding_mask=mask == 0,
+        text_present=mask.sum(1) > 2,
+        **batch,
+    )
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.losses, expected.losses)
+
+
+def test_backends_agree():
+    model, batch = tiny().double().eval(), pixel_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    results = {}
+    for backend in ("reference", "composed"):
+        model.zero_grad()
+        with mmfused.backend(backend):
+            loss = model(**batch).loss
+            loss.backward()
+        results[backend] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    for a, b in zip(results["reference"], results["composed"], strict=True):
+        assert error(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("image_dim", [10, 12])
+def test_an_absent_image_does_not_leak(image_dim):
+    model, batch = random_model(image_dim=image_dim), token_batch()
+    batch["image_tokens"] = torch.randn(6, 9, image_dim, dtype=x64, generator=torch.Generator().manual_seed(4))
+    expected = model(**batch)
+    batch["image_tokens"][1] = float("nan")
+    batch["text_tokens"][batch["text_padding_mask"]] = float("nan")
+    output = model(**batch)
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_absent_pixels_do_not_leak():
+    model, batch = tiny().eval(), pixel_batch()
+    expected = model(**batch).loss
+    batch["pixel_values"][1] = float("nan")
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_missing_text_is_masked_as_a_whole():
+    """[CLS][SEP] alone, no real token at all, and text_present=False give one and the same text embedding."""
+    model, batch = tiny().eval(), pixel_batch()
+    batch["attention_mask"][3] = 0
+    output = model(**batch, text_present=(batch["attention_mask"].sum(1) > 2) & (torch.arange(8) != 4))
+    assert torch.equal(output.text_embedding[2], output.text_embedding[3])
+    assert torch.equal(output.text_embedding[2], output.text_embedding[4])
+    assert not torch.allclose(output.text_embedding[2], output.text_embedding[5])
+    derived = model(**batch)
+    assert torch.equal(derived.text_embedding[2], derived.text_embedding[3])
+    assert not torch.allclose(derived.text_embedding[2], derived.text_embedding[4])
+    derived.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_absent_samples_are_left_out_of_the_contrastive_loss():
+    model, batch = random_model(), token_batch()
+    keep = torch.tensor([0, 3, 4, 5])  # 1 has no image, 2 no text
+    expected = model(**{name: value[keep] for name, value in batch.items()}).losses["contrastive"]
+    assert error(model(**batch).losses["contrastive"], expected) < 1e-12
+    batch["image_present"] = torch.arange(6) == 0
+    loss = model(**batch).losses["contrastive"]
+    assert loss.item() == 0
+    loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_padded_text_is_attended_to_only_without_the_text_mask():
+    batch, changed = token_batch(), token_batch()
+    changed["text_tokens"][changed["text_padding_mask"]] += 1
+    for text_mask in (True, False):
+        model = random_model(text_mask=text_mask)
+        a, b = model(**batch).text_embedding, model(**changed).text_embedding
+        same = (a == b).all(1)
+        # 0 has no padding, and 2 has nothing but padding: absent in either case.
+        assert same.tolist() == ([True] * 6 if text_mask else [True, False, True, False, False, False])
+
+
+def test_more_padding_changes_nothing():
+    model, batch = tiny().double().eval(), pixel_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    expected = model(**batch).loss
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, 5))
+    assert error(model(**batch).loss, expected) < 1e-12
+
+
+def test_without_labels_there_is_no_loss():
+    model, batch = random_model(), token_batch()
+    expected, labels = model(**batch).logits, batch.pop("labels")
+    output = model(**batch)
+    assert output.loss is None and output.losses == {} and len(labels) == len(output.logits)
+    assert torch.equal(output.logits, expected)
+
+
+def test_autocast_keeps_logits_and_losses_in_float32():
+    model, batch = tiny().eval(), pixel_batch()
+    expected = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch)
+    assert output.logits.dtype == output.loss.dtype == output.losses["contrastive"].dtype == torch.float32
+    assert error(output.loss, expected.loss) < 0.05
+
+
+@pytest.mark.parametrize("modalities", ["both", "image", "text"])
+def test_training_lowers_the_loss_and_repeats(modalities):
+    batch, runs = pixel_batch(batch=16), []
+    for _ in range(2):
+        model = tiny(modalities=modalities)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(20):
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs.append(losses)
+    assert runs[0] == runs[1]
+    assert sum(runs[0][-3:]) < 0.75 * sum(runs[0][:3])
+
+
+def test_queries_start_small():
+    """Queries of size 1 would drown what they read: the text variant then learns several times slower."""
+    model = tiny(query_std=0.05)
+    for transform in (model.image_transform, model.text_transform, model.bottleneck):
+        assert 0.03 < transform.queries.std() < 0.07
+
+
+def test_tiny_takes_photos_of_other_sizes():
+    for image_size, patch_size in ((96, 12), (96, 16)):
+        config = FLUIDConfig.preset("tiny", num_classes=81, vocab_size=60, image_size=image_size, patch_size=patch_size)
+        pixels, ids = torch.randn(2, 3, image_size, image_size), torch.arange(8).expand(2, -1)
+        assert FLUID(config)(pixels, ids).logits.shape == (2, 81)
+
+
+# --- configuration and errors ---
+
+
+def test_config_survives_json():
+    config = FLUIDConfig.preset("tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=12, top_k=1, ffn=32)
+    copy = FLUIDConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert copy == config and isinstance(copy.gate_hidden, tuple)
+    assert copy.image["img_size"] == 96 and copy.image["patch_size"] == 12 and copy.text["vocab_size"] == 70
+    model, other = FLUID(config), FLUID(copy)
+    other.load_state_dict(model.state_dict())
+
+
+def test_preset_overrides_update_its_encoders():
+    config = FLUIDConfig.preset("tiny", num_classes=9, image={"depth": 1}, text=None)
+    untouched = FLUIDConfig.preset("tiny", num_classes=9)
+    assert config.image == {**untouched.image, "depth": 1} and config.text is None
+    assert untouched.image["depth"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modalities": "audio"}, "modalities must be one of both, image, text, got 'audio'"),
+        ({"balance": "none"}, "balance must be one of mse, gshard, got 'none'"),
+        ({"router": "hash"}, "router must be one of mlp, linear, got 'hash'"),
+        ({"num_heads": 5}, "num_heads must divide dim, got num_heads=5 and dim=12"),
+        ({"top_k": 6}, "top_k must be at most num_experts=5, got 6"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"loss_weights": (1.0, 1.0)}, "loss_weights must be 3 numbers"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        FLUIDConfig(**{**SMALL, **options})
+
+
+def test_unknown_preset_and_field():
+    with pytest.raises(ValueError, match="name must be one of tiny, got 'huge'"):
+        FLUIDConfig.preset("huge", num_classes=2)
+    with pytest.raises(ValueError, match="no field named depht"):
+        FLUIDConfig.from_dict({"num_classes": 2, "depht": 1})
+
+
+IDS, PIXELS = torch.zeros(6, 7, dtype=torch.long), torch.zeros(6, 3, 32, 32)
+NO_TEXT = {"text_tokens": None, "text_padding_mask": None}
+TOKEN_ERRORS = [
+    ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
+    ({"pixel_values": PIXELS}, "exactly one of pixel_values and image_tokens, got both"),
+    (NO_TEXT, "exactly one of input_ids and text_tokens, got neither"),
+    ({"input_ids": IDS}, "exactly one of input_ids and text_tokens, got both"),
+    ({"attention_mask": torch.ones(6, 7)}, "attention_mask goes with input_ids, text_padding_mask with text_tokens"),
+    ({"image_tokens": torch.zeros(6, 9, 11)}, r"image_tokens must have shape \(B, tokens, 10\), got \(6, 9, 11\)"),
+    ({"text_tokens": torch.zeros(6, 7, 3)}, r"text_tokens must have shape \(B, tokens, 12\), got \(6, 7, 3\)"),
+    ({"text_padding_mask": torch.zeros(6, 7)}, r"text_padding_mask must be bool \(6, 7\), got torch.float32"),
+    ({"image_present": torch.ones(5, dtype=torch.bool)}, r"image_present must be bool \(6,\), got torch.bool \(5,\)"),
+    ({"text_present": torch.ones(6)}, r"text_present must be bool \(6,\), got torch.float32"),
+    ({"image_tokens": torch.zeros(5, 9, 10).double(), "image_present": None}, "one batch size, got 5 and 6"),
+    ({"labels": torch.tensor([0, 1, 2, 3, 4, 7])}, r"labels must lie in \[0, 6\]"),
+    ({"labels": torch.tensor([0, 1, 2, 3, 4, -1])}, r"labels must lie in \[0, 6\]"),
+    ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32"),
+    ({"image_tokens": None, "pixel_values": PIXELS}, "the config's image is None; give image_tokens"),
+    ({**NO_TEXT, "input_ids": IDS}, "the config's text is None; give text_tokens"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), TOKEN_ERRORS)
+def test_bad_tokens(changes, message):
+    model, batch = random_model(), {**token_batch(), **changes}
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": torch.zeros(8, 3, 30, 32)}, r"pixel_values must have .* \(3, 32, 32\), got \(8, 3, 30, 32\)"),
+        ({"input_ids": torch.full((8, 10), 50)}, r"input_ids must lie in \[0, 49\]"),
+        ({"attention_mask": torch.ones(8, 9)}, r"attention_mask must be \(8, 10\) as input_ids, got \(8, 9\)"),
+        (
+            {"input_ids": torch.zeros(8, 129, dtype=torch.long), "attention_mask": None},
+            r"input_ids must have shape \(B, T\) with T at most 128, got \(8, 129\)",
+        ),
+    ],
+)
+def test_bad_pixels_and_ids(changes, message):
+    model, batch = tiny(), {**pixel_batch(), **changes}
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+@pytest.mark.parametrize(("module", "package"), [("timm.models.vision_transformer", "timm"), ("transformers", "transformers")])
+def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install mmfused\[models\]"):
+        tiny()
+    assert FLUID(FLUIDConfig(**SMALL)).image_encoder is None  # without encoders neither package is needed

@@ -1,0 +1,172 @@
+"""The package as users get it: wheel, sdist, editable install, plain clone; and beside Hugging Face's own "kernels"."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmfused", "kernels", "benchmarks", "tests")
+OPTIONAL = ("triton", "timm", "transformers", "tokenizers", "torchvision", "PIL", "numpy", "matplotlib", "tqdm")
+INSTALLED = ("wheel", "sdist", "editable")
+
+
+def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = ()) -> str:
+    """Standard output of `python *arguments` in `cwd`; fails with what it printed otherwise."""
+    settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET", "MMFUSED_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, pythonpath))
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dependencies(tmp_path_factory) -> Path:
+    """Links to all that is installed here except mmfused, so that a test's own copy of it is the only one there is."""
+    folder = tmp_path_factory.mktemp("dependencies")
+    for site in (Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")):
+        for item in site.iterdir():
+            if "mmfused" not in item.name and not (folder / item.name).exists():
+                (folder / item.name).symlink_to(item)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the checkout, so that no build leaves anything in the checkout itself."""
+    folder = tmp_path_factory.mktemp("clone") / "mmfused"
+    folder.mkdir()
+    for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheels(clone, tmp_path_factory) -> dict[str, Path]:
+    """The wheel of the clone, the wheel of its sdist, and its editable wheel, all built without a network."""
+    if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("building a wheel without a network needs pip and setuptools installed")
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("pyproject.toml needs setuptools 77 or newer")
+    out = {mode: tmp_path_factory.mktemp(mode) for mode in INSTALLED}
+    build = "import sys; from setuptools import build_meta as hooks; getattr(hooks, sys.argv[1])(sys.argv[2])"
+    for mode in ("sdist", "editable"):
+        run("-c", build, f"build_{mode}", out[mode], cwd=clone)
+    (sdist,) = out["sdist"].iterdir()
+    for source, mode in ((clone, "wheel"), (sdist, "sdist")):
+        offline = ("--no-build-isolation", "--no-deps", "--no-index")
+        run("-m", "pip", "wheel", *offline, "--wheel-dir", out[mode], source, cwd=out[mode])
+    return {mode: next(folder.glob("*.whl")) for mode, folder in out.items()}
+
+
+@pytest.fixture(scope="module")
+def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
+    """One folder per wheel, as site-packages holds it after the installation."""
+    folders = {mode: tmp_path_factory.mktemp(f"site_{mode}") for mode in wheels}
+    for mode, wheel in wheels.items():
+        run("-m", "pip", "install", "--no-deps", "--no-index", "--target", folders[mode], wheel, cwd=wheel.parent)
+    return folders
+
+
+PROBE = """
+import importlib.util, json, site, sys
+site.addsitedir(sys.argv[1])  # as for site-packages, .pth files count here
+import mmfused, mmfused.benchmarks, mmfused.kernels
+if importlib.util.find_spec("triton"):
+    importlib.import_module("mmfused.kernels.query_pooling")
+assert all(hasattr(mmfused, name) for name in mmfused.__all__)
+print(json.dumps([mmfused.__path__[0], *mmfused.kernels.__path__, *mmfused.benchmarks.__path__]))
+"""
+
+
+def imported_from(cwd: Path, site: Path, dependencies: Path) -> list[Path]:
+    """Where mmfused, its kernels and its benchmarks come from if `site` and the dependencies are all there is."""
+    output = run("-S", "-c", PROBE, site, cwd=cwd, pythonpath=(dependencies,))
+    return [Path(folder).resolve() for folder in json.loads(output)]
+
+
+@pytest.mark.parametrize("mode", INSTALLED)
+def test_installed_package_imports(mode, site_folders, clone, dependencies, tmp_path):
+    site = site_folders[mode]
+    from_clone = [clone / "mmfused", clone / "kernels", clone / "benchmarks"]
+    from_site = [site / "mmfused", site / "mmfused" / "kernels", site / "mmfused" / "benchmarks"]
+    assert imported_from(tmp_path, site, dependencies) == (from_clone if mode == "editable" else from_site)
+    # The working folder comes first, whatever is installed.
+    assert imported_from(clone, site, dependencies) == from_clone
+
+
+def test_plain_clone_imports(clone, dependencies, tmp_path):
+    from_clone = [clone / "mmfused", clone / "kernels", clone / "benchmarks"]
+    assert imported_from(clone, tmp_path, dependencies) == from_clone
+    assert imported_from(tmp_path, clone, dependencies) == from_clone
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheels, clone):
+    package = {path.relative_to(clone) for path in (clone / "mmfused").rglob("*.py")} | {Path("mmfused/py.typed")}
+    for folder in ("kernels", "benchmarks"):
+        package |= {Path("mmfused") / path.relative_to(clone) for path in (clone / folder).rglob("*.py")}
+    for mode in ("wheel", "sdist"):
+        names = [Path(name) for name in zipfile.ZipFile(wheels[mode]).namelist()]
+        assert {name for name in names if not name.parts[0].endswith(".dist-info")} == package
+        assert len({name.parts[0] for name in names}) == 2
+
+
+def test_import_is_light():
+    probe = "import sys, torch; before = set(sys.modules); import mmfused; print(*set(sys.modules) - before)"
+    loaded = {name.split(".")[0] for name in run("-c", probe, cwd=ROOT).split()}
+    assert "mmfused" in loaded
+    assert sorted(loaded & set(OPTIONAL)) == []
+
+
+def test_torch_alone_is_enough():
+    probe = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: importing it raises ImportError
+import mmfused, torch
+x = torch.randn(2, 3, 8, requires_grad=True)
+mmfused.QTransform(8, num_queries=2)(x).square().sum().backward()
+assert x.grad.abs().sum() > 0
+"""
+    run("-c", probe, cwd=ROOT)
+
+
+def test_kernels_folder_is_no_package_of_its_own():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    probe = 'import importlib.util; spec = importlib.util.find_spec("kernels"); print(spec and spec.origin)'
+    origin = run("-c", probe, cwd=ROOT).strip()
+    assert not Path(origin).is_relative_to(ROOT / "kernels")
+
+
+def test_hugging_face_kernels_wins(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("hugging_face = True\n")
+    probe = "import mmfused.kernels, kernels; print(kernels.hugging_face, *mmfused.kernels.__path__)"
+    assert run("-c", probe, cwd=ROOT, pythonpath=(tmp_path,)).split() == ["True", str(ROOT / "kernels")]
+
+
+def test_transformers_is_not_misled():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    run("-c", "from transformers.utils import is_kernels_available as available; available()", cwd=ROOT)
+
+
+def test_an_op_has_the_same_name_in_four_rooms():
+    ops = {path.stem for path in (ROOT / "mmfused" / "ops").iterdir() if not path.name.startswith("_")}
+    assert "query_pooling" in ops
+    for op in ops:
+        assert any((ROOT / place).exists() for place in (f"kernels/{op}.py", f"kernels/{op}", f"csrc/{op}.cu")), op
+        assert (ROOT / "tests" / f"test_{op}.py").is_file()
+        assert (ROOT / "benchmarks" / f"{op}.py").is_file()

@@ -1,0 +1,579 @@
+"""Query pooling: the six tests of every op. On a CPU the kernels run in Triton's interpreter, through the public function."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmfused
+from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_reference
+from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_gradients
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+
+# name -> (B, N, D, L, heads, Dk, Dv): odd on purpose, and between them they reach every kernel
+SHAPES = {
+    "one pass": (3, 37, 70, 5, 1, 24, 20),
+    "row blocks": (2, 65, 96, 9, 4, 32, 48),
+    "head dim 96": (2, 19, 192, 3, 2, 192, 192),
+    "wide": (2, 21, 1056, 3, 2, 16, 12),
+    "more samples than partial sums": (130, 9, 64, 2, 1, 8, 8),
+    "one query": (2, 33, 64, 1, 4, 16, 16),
+}
+PADDINGS = ("none", "mask", "lengths")
+
+
+def make(shape="one pass", *, per_sample=False, norm=False, padding="none", dtype=torch.float64, grad=True, device=DEVICE):
+    batch, length, dim, queries, heads, k_dim, v_dim = SHAPES[shape]
+
+    def randn(*size):
+        return torch.randn(*size, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+    inputs = dict(
+        x=randn(batch, length, dim),
+        queries=randn(*((batch,) if per_sample else ()), queries, k_dim),
+        w_k=(randn(k_dim, dim) * dim**-0.5).detach().requires_grad_(grad),
+        w_v=(randn(v_dim, dim) * dim**-0.5).detach().requires_grad_(grad),
+        b_v=randn(v_dim),
+    )
+    if norm:
+        inputs |= dict(norm_weight=randn(dim), norm_bias=randn(dim))
+    if padding == "mask":
+        ignore = torch.rand(batch, length) < 0.4
+        ignore[0], ignore[1, : length // 2] = True, True  # a sample without tokens, and one padded on the left
+        inputs["key_padding_mask"] = ignore.to(device)
+    if padding == "lengths":
+        inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)
+        inputs["lengths"][:2] = torch.tensor([0, length])
+    return inputs, heads
+
+
+def cast(inputs, dtype):
+    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def run(inputs, heads, backend, upstream=None, form="absorbed", **kwargs):
+    def call(**tensors):
+        with mmfused.backend(backend):
+            return query_pooling(**tensors, num_heads=heads, form=form, **kwargs)
+
+    return value_and_gradients(call, inputs, upstream)
+
+
+def upstream_for(inputs):
+    queries = inputs["queries"]
+    return torch.randn(inputs["x"].shape[0], queries.shape[-2], inputs["w_v"].shape[0], dtype=torch.float64, device=DEVICE)
+
+
+# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
+    inputs, heads = make("row blocks", per_sample=per_sample, norm=norm, padding=padding)
+    inputs["b_k"] = torch.randn(inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True)
+    upstream = upstream_for(inputs)
+    exact = run(inputs, heads, "reference", upstream)
+    actual = run(inputs, heads, "composed", upstream, form)
+    for name, want in exact.items():
+        torch.testing.assert_close(actual[name], want, rtol=1e-10, atol=1e-10)
+    if form == "absorbed":
+        assert not actual["db_k"].any()
+
+
+def test_reference_is_multihead_attention():
+    """Against torch's own module, with the reference's arguments mapped onto its parameters."""
+    mha = nn.MultiheadAttention(24, 3, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        mha.in_proj_bias.normal_(), mha.out_proj.bias.normal_()
+    x, q = torch.randn(2, 7, 24, dtype=torch.float64), torch.randn(2, 4, 24, dtype=torch.float64)
+    ignore = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    want, _ = mha(q, x, x, key_padding_mask=ignore)
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
+    pooled = query_pooling_reference(x, q @ w_q.T + b_q, w_k, w_v, b_v, b_k, num_heads=3, key_padding_mask=ignore)
+    torch.testing.assert_close(mha.out_proj(pooled), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)])
+def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype):
+    inputs, heads = make(shape, per_sample=per_sample, norm=norm, padding=padding, dtype=dtype)
+    check_budget(inputs, heads)
+
+
+@pytest.mark.parametrize("shape", ["head dim 96", "more samples than partial sums", "one query"])
+def test_kernels_stay_within_the_budget_at_more_shapes(shape):
+    inputs, heads = make(shape, padding="mask", dtype=torch.float32)
+    check_budget(inputs, heads)
+
+
+def check_budget(inputs, heads):
+    upstream = upstream_for(inputs)
+    exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
+    plain = run(inputs, heads, "reference", upstream)
+    fused = run(inputs, heads, "fused", upstream)
+    assert not over_budget(fused, exact, plain)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+def test_plans_of_other_cards_compute_the_same(monkeypatch, shape, norm, arch):
+    """Small rows run in one backward pass on sm_90 and through P and dS on sm_80."""
+    if CUDA:
+        pytest.skip("a card runs its own plans; the interpreter runs those of others")
+    from mmfused.kernels import tiles
+
+    monkeypatch.setattr(tiles, "pretended_arch", arch)
+    inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float32)
+    check_budget(inputs, heads)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_both_backwards_are_planned(arch):
+    from mmfused.kernels.query_pooling import plan
+
+    def kernels(rows, dim, dtype=torch.bfloat16):
+        tiles = plan(rows, dim, dtype, arch, False)
+        return set(tiles.forward), set(tiles.backward)
+
+    assert kernels(32, 768)[0] == {"onepass"}
+    assert kernels(32, 2048)[0] == {"logits", "pool"}
+    assert kernels(2, 768)[1] == ({"onepass"} if arch in (90, 100) else {"dlogits", "dx", "dq"})
+    assert kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_samples_without_tokens_give_zero(form, norm, backend):
+    if form == "projected" and backend == "fused":
+        pytest.skip("the projected form has no kernel")
+    inputs, heads = make(norm=norm, padding="mask", dtype=torch.float32)
+    got = run(inputs, heads, backend, form=form)
+    assert not got["out"][0].any() and not got["dx"][0].any()
+    assert got["out"][1].any() and got["dx"][1].any()
+    inputs["key_padding_mask"][:] = True
+    for name, value in run(inputs, heads, backend, form=form).items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("padding", ["mask", "lengths"])
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_nan_behind_the_mask_stays_there(form, padding, norm, backend):
+    if form == "projected" and backend == "fused":
+        pytest.skip("the projected form has no kernel")
+    inputs, heads = make(norm=norm, padding=padding, dtype=torch.float32)
+    want = run(inputs, heads, backend, form=form)
+    length = inputs["x"].shape[1]
+    ignored = inputs.get("key_padding_mask")
+    if ignored is None:
+        ignored = torch.arange(length, device=DEVICE) >= inputs["lengths"][:, None]
+    with torch.no_grad():
+        inputs["x"][ignored] = math.nan
+    for name, value in run(inputs, heads, backend, form=form).items():
+        assert torch.equal(value, want[name]), name
+    assert not want["dx"][ignored].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_empty_inputs(batch, length, backend):
+    inputs, heads = make(dtype=torch.float32)
+    inputs["x"] = inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
+    if not length:
+        inputs["lengths"] = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    got = run(inputs, heads, backend)
+    assert got["out"].shape[0] == batch and not got["out"].any()
+    assert got["dx"].shape == inputs["x"].shape and not got["dqueries"].any()
+
+
+@pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
+def test_large_logits_and_common_mean(factor, mean):
+    """Logits in the thousands; tokens that share a mean as large as their spread, which the folded norm has to cancel."""
+    inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
+    with torch.no_grad():
+        inputs["queries"].mul_(factor), inputs["x"].add_(mean)
+    check_budget(inputs, heads)
+
+
+# ---- 2: layouts -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+def test_strided_inputs_and_gradients(backend):
+    inputs, heads = make(dtype=torch.float32, padding="mask")
+    batch, length, dim = inputs["x"].shape
+    want = run(inputs, heads, backend, torch.ones(batch, 5, 20, device=DEVICE))
+    views = {
+        "tokens after a class token": torch.cat([torch.full((batch, 1, dim), math.nan, device=DEVICE), inputs["x"].detach()], 1)[
+            :, 1:
+        ],
+        "time first": inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1),
+        "columns last": inputs["x"].detach().transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for name, view in views.items():
+        strided = inputs | {"x": view.requires_grad_(), "key_padding_mask": inputs["key_padding_mask"].T.contiguous().T}
+        got = run(strided, heads, backend, torch.ones((), device=DEVICE).expand(batch, 5, 20))
+        for key, value in got.items():
+            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, k=key: f"{n}, {k}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+@pytest.mark.parametrize("layout", ["transpose", "cat"])
+def test_gradients_of_any_layout(layout, backend):
+    inputs, heads = make(dtype=torch.float32)
+    weight = torch.randn(3, 20, 5, device=DEVICE)
+
+    def call(**tensors):
+        with mmfused.backend(backend):
+            out = query_pooling(**tensors, num_heads=heads, form="absorbed")
+        if layout == "transpose":
+            return (out.transpose(1, 2) * weight).sum()
+        return (torch.cat([out, out * 2], -1) * torch.cat([weight, weight], 1).transpose(1, 2)).sum()
+
+    got = value_and_gradients(call, inputs)
+    backend = "reference"
+    want = value_and_gradients(call, inputs)
+    for key, value in got.items():
+        assert relative_error(value, want[key]) < 1e-5, key
+
+
+# ---- 3: registration (torch.compile: tests/test_compile.py) ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_opcheck(eps, padding):
+    inputs, _ = make(padding=padding, dtype=torch.float32, grad=False)
+    x, q = inputs["x"], torch.randn(7, 70, device=DEVICE)
+    mask, lengths = inputs.get("key_padding_mask"), inputs.get("lengths")
+    torch.library.opcheck(torch.ops.mmfused.query_pooling_fwd, (x, q, mask, lengths, eps))
+    z, lse, mean, rstd = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps)
+    for need_dx in (True, False):
+        args = (torch.randn_like(z), x, q, z, lse, mean, rstd, mask, lengths, need_dx)
+        torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
+
+
+# ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+def test_autocast_and_master_weights(backend):
+    """Under autocast the tokens are rounded and the float32 weights are folded before they are; gradients are float32."""
+    inputs, heads = make(dtype=torch.float32, norm=True)
+    low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
+    with torch.autocast(DEVICE, dtype=low):
+        got = run(inputs, heads, "composed" if backend == "fused" and not CUDA else backend)
+    assert got["out"].dtype == low
+    assert all(value.dtype == torch.float32 for name, value in got.items() if name != "out")
+    exact = run(cast(inputs, torch.float64), heads, "reference")
+    for name, value in got.items():
+        assert relative_error(value, exact[name]) < 3e-2, name
+    mixed = inputs | {"x": inputs["x"].detach().to(low).requires_grad_()}
+    assert run(mixed, heads, "composed")["dw_k"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+def test_checkpoint_and_bitwise_repeats(backend):
+    inputs, heads = make("row blocks", dtype=torch.float32, norm=True, padding="mask")
+    upstream = upstream_for(inputs)
+    want = run(inputs, heads, backend, upstream)
+
+    def pool(tensors):
+        with mmfused.backend(backend):  # inside: the recomputation runs in backward, after a context around the call has ended
+            return query_pooling(**tensors, num_heads=heads, form="absorbed")
+
+    def call(**tensors):
+        return checkpoint(pool, tensors, use_reentrant=False)
+
+    for got in (run(inputs, heads, backend, upstream), value_and_gradients(call, inputs, upstream)):
+        for key, value in got.items():
+            assert torch.equal(value, want[key]), key
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+@pytest.mark.parametrize("only", ["x", "queries", "w_k", "w_v", "b_v"])
+def test_partial_gradients(only, backend):
+    inputs, heads = make(dtype=torch.float32)
+    want = run(inputs, heads, backend)
+    frozen = {k: v.detach().requires_grad_(k == only) for k, v in inputs.items()}
+    got = run(frozen, heads, backend)
+    assert set(got) == {"out", f"d{only}"}
+    assert torch.equal(got[f"d{only}"], want[f"d{only}"])
+
+
+def test_frozen_tokens_cost_no_gradient(monkeypatch):
+    """No dX kernel is launched, and no dX allocated, when x needs no gradient."""
+    from mmfused.kernels import query_pooling as kernels
+
+    launched = []
+    real = kernels.launch
+    monkeypatch.setattr(
+        kernels, "launch", lambda kernel, *a, **k: (launched.append((kernel.fn.__name__, k)), real(kernel, *a, **k))
+    )
+    inputs, heads = make("row blocks", dtype=torch.float32)
+    inputs["x"].requires_grad_(False)
+    run(inputs, heads, "fused")
+    assert "dq_kernel" in [name for name, _ in launched] and "dx_kernel" not in [name for name, _ in launched]
+    launched.clear()
+    inputs, heads = make("one pass", dtype=torch.float32)
+    run(inputs, heads, "fused")
+    assert all(k.get("NEED_DX", True) for _, k in launched)
+
+
+def test_padded_tiles_are_skipped(monkeypatch):
+    """The work follows the tokens kept: the interpreter counts the tiles that meet a matrix product."""
+    if CUDA:
+        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counted = [0]
+    real = InterpreterBuilder.create_dot
+    inputs, heads = make("row blocks", dtype=torch.float32)
+
+    def count(*args, **kwargs):
+        counted[0] += 1
+        return real(*args, **kwargs)
+
+    def dots(lengths):
+        counted[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "create_dot", count)
+            run(inputs | {"lengths": torch.tensor(lengths)}, heads, "fused")
+        return counted[0]
+
+    full, half, none = dots([65, 65]), dots([65, 0]), dots([0, 0])
+    assert none == 0 < half == full // 2
+
+
+def test_double_backward():
+    """Composed differentiates twice; the kernels raise rather than be wrong."""
+
+    def call(x, backend):
+        with mmfused.backend(backend):
+            return query_pooling(x, queries.to(x.dtype), w.to(x.dtype), w.to(x.dtype), form="absorbed")
+
+    x, queries, w = (torch.randn(*s, dtype=torch.float64, device=DEVICE) for s in ((2, 3, 4), (2, 4), (4, 4)))
+    assert torch.autograd.gradgradcheck(lambda x: call(x, "composed"), (x.requires_grad_(),))
+    x = x.detach().float().requires_grad_()
+    (dx,) = torch.autograd.grad(call(x, "fused").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_keys_and_values_are_never_saved():
+    """B N D of K and V each in the projected form; in the absorbed form what is kept does not grow with them."""
+    x = torch.randn(4, 197, 768, device=DEVICE)
+    pool = QueryPooling(768, 32, 1).to(DEVICE)
+    mha = nn.MultiheadAttention(768, 1, batch_first=True).to(DEVICE)
+    x.requires_grad_()
+    queries = pool.queries.expand(4, -1, -1)
+    ours = saved_bytes(lambda: pool(x), (x, *pool.parameters()))
+    theirs = saved_bytes(lambda: mha(queries, x, x, need_weights=False)[0], (x, pool.queries, *mha.parameters()))
+    keys = 4 * 197 * 768 * 4
+    assert theirs > 2 * keys  # K, V and more
+    assert ours < keys  # less than K alone
+
+
+# ---- 5: offsets past 2^31 -------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_are_64_bit():
+    """The helper through which every tile of X is read, far behind the first 2^31 elements (virtual memory, never touched)."""
+    from mmfused.kernels.tiles import load_tokens
+
+    if CUDA:
+        pytest.skip("the interpreter probes the helper; the same source runs on the card")
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def probe(x_ptr, out_ptr, first, stride, D: tl.constexpr):
+        n = first + tl.arange(0, 16)
+        cols = tl.arange(0, 16)
+        tile = load_tokens(x_ptr, n, cols, n < first + 3, stride, D)
+        tl.store(out_ptr + tl.arange(0, 16)[:, None] * 16 + cols[None, :], tile)
+
+    probe.fn.__globals__["load_tokens"] = load_tokens
+    rows, stride = 70_000, 40_000
+    x = torch.zeros(rows * stride, dtype=torch.float16)  # 5.6 GB of zero pages: only what is written takes memory
+    x[(rows - 5) * stride : (rows - 5) * stride + 10] = 7
+    out = torch.full((16, 16), -1.0, dtype=torch.float16)
+    probe[(1,)](x, out, rows - 5, stride, D=10)
+    assert (out[0, :10] == 7).all() and not out[0, 10:].any() and not out[1:].any()
+
+
+# ---- 6: modules -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+def test_module_equals_multihead_attention(backend, batch, heads):
+    """Both projections and biases: nn.MultiheadAttention's maths, with W_O folded (9 samples, one head) or not."""
+    dtype = torch.float64 if backend == "composed" else torch.float32
+    mha = nn.MultiheadAttention(32, heads, batch_first=True).to(DEVICE, dtype)
+    pool = QueryPooling(32, 5, heads, q_proj=True, out_proj=True, bias=True).to(DEVICE, dtype)
+    with torch.no_grad():
+        for bias in (mha.in_proj_bias, mha.out_proj.bias):
+            bias.normal_()
+        for proj, w, b in zip(
+            (pool.q_proj, pool.k_proj, pool.v_proj), mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3), strict=True
+        ):
+            proj.weight.copy_(w), proj.bias.copy_(b)
+        pool.out_proj.load_state_dict(mha.out_proj.state_dict())
+    x = torch.randn(batch, 11, 32, device=DEVICE, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(batch, 5, 32, device=DEVICE, dtype=dtype)
+    want = mha(pool.queries.expand(batch, -1, -1), x, x, need_weights=False)[0]
+    with mmfused.backend(backend):
+        got = pool(x)
+    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, **tolerance)
+    pairs = [
+        torch.autograd.grad(o, [x, pool.queries, p.out_proj.weight, p.out_proj.bias], upstream)
+        for o, p in ((got, pool), (want, mha))
+    ]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_module_keeps_empty_samples_at_zero():
+    x = torch.randn(9, 6, 32, device=DEVICE)
+    ignore = torch.zeros(9, 6, dtype=torch.bool, device=DEVICE)
+    ignore[3] = True
+    for heads in (1, 2):
+        pool = QueryPooling(32, 4, heads, out_proj=True, bias=True, norm_kv=True).to(DEVICE)
+        for name in ("reference", "composed"):
+            with mmfused.backend(name):
+                out = pool(x, ignore)
+            assert not out[3].any() and out[2].any()
+            assert torch.equal(out, pool(x, lengths=(~ignore).sum(1))) or name == "reference"
+
+
+def test_module_state_and_queries():
+    pool = QueryPooling(32, 4, 2, kv_dim=20, q_proj=True, out_proj=True, bias=True, norm_kv=True)
+    names = {
+        "queries",
+        *(f"{m}.{p}" for m in ("q_proj", "k_proj", "v_proj", "out_proj", "norm_kv") for p in ("weight", "bias")),
+    }
+    assert set(pool.state_dict()) == names
+    other = QueryPooling(32, 4, 2, kv_dim=20, q_proj=True, out_proj=True, bias=True, norm_kv=True)
+    other.load_state_dict(pool.state_dict())
+    x = torch.randn(3, 6, 20)
+    assert torch.equal(pool(x), other(x))
+    own = pool.queries.expand(3, -1, -1)
+    torch.testing.assert_close(pool(x, queries=own), pool(x))
+    bare = QueryPooling(32, None, 2)
+    assert set(bare.state_dict()) == {"k_proj.weight", "v_proj.weight"}
+    with pytest.raises(ValueError, match="queries is None; a module without num_queries takes them in forward"):
+        bare(torch.randn(3, 6, 32))
+    with pytest.raises(ValueError, match="num_heads is 3; it must be positive and divide dim = 32"):
+        QueryPooling(32, 4, 3)
+
+
+def test_q_transform_is_its_equations():
+    """q = LN(q + MHA(q, x, x)); q = LN(q + FFN(q)), twice, by hand from the parameters; backends agree."""
+    model = QTransform(24, 5, depth=2, num_heads=3, ffn=40).double()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    ignore = torch.tensor([[False] * 7, [True] * 7])
+    q = model.queries.expand(2, -1, -1)
+    for block in model.blocks:
+        p = block.pool
+        pooled = query_pooling_reference(
+            x,
+            p.q_proj(q),
+            p.k_proj.weight,
+            p.v_proj.weight,
+            p.v_proj.bias,
+            p.k_proj.bias,
+            num_heads=3,
+            key_padding_mask=ignore,
+        )
+        read = p.out_proj(pooled) * torch.tensor([1.0, 0.0])[:, None, None]
+        q = nn.functional.layer_norm(q + read, (24,), block.norm_pool.weight, block.norm_pool.bias)
+        q = nn.functional.layer_norm(q + block.ffn(q), (24,), block.norm_ffn.weight, block.norm_ffn.bias)
+    for name in ("reference", "composed"):
+        with mmfused.backend(name):
+            torch.testing.assert_close(model(x, ignore), q, rtol=1e-12, atol=1e-12)
+
+
+def test_q_transform_gives_every_parameter_a_gradient():
+    model = QTransform(16, 3, depth=2, num_heads=2, dropout=0.1)
+    model(torch.randn(4, 5, 16)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "x has shape (3, 37); it takes (batch, tokens, dim)": lambda t: t.update(x=t["x"][..., 0]),
+    "x has dtype torch.int64; it takes float32, float16": lambda t: t.update(x=t["x"].long()),
+    "queries has dtype torch.float64; it takes torch.float32": lambda t: t.update(queries=t["queries"].double()),
+    "queries has shape (2, 5, 24); it takes (L, Dk) or (3, L, Dk)": lambda t: t.update(queries=t["queries"].expand(2, -1, -1)),
+    "w_k has shape (24, 69); it takes (24, 70)": lambda t: t.update(w_k=t["w_k"][:, 1:]),
+    "w_v has shape (20,); it takes (Dv, 70)": lambda t: t.update(w_v=t["w_v"][:, 0]),
+    "b_v has shape (19,); it takes (20,)": lambda t: t.update(b_v=t["b_v"][1:]),
+    "num_heads is 5; it must be positive and divide Dk = 24 and Dv = 20": lambda t: t.update(num_heads=5),
+    "num_heads is 0; it must be positive": lambda t: t.update(num_heads=0),
+    "key_padding_mask has shape (3, 36); it takes (3, 37)": lambda t: t.update(
+        key_padding_mask=torch.zeros(3, 36, dtype=torch.bool)
+    ),
+    "key_padding_mask has dtype torch.float32; it takes torch.bool": lambda t: t.update(key_padding_mask=torch.zeros(3, 37)),
+    "lengths has dtype torch.float32; it takes torch.int32 or torch.int64": lambda t: t.update(lengths=torch.zeros(3)),
+    "lengths has shape (2,); it takes (3,)": lambda t: t.update(lengths=torch.zeros(2, dtype=torch.int64)),
+    "lengths must lie in [0, 37]": lambda t: t.update(lengths=torch.tensor([1, 2, 38])),
+    "key_padding_mask and lengths are both given": lambda t: t.update(
+        key_padding_mask=torch.zeros(3, 37, dtype=torch.bool), lengths=torch.zeros(3, dtype=torch.int64)
+    ),
+    "norm_bias is given without norm_weight": lambda t: t.update(norm_bias=torch.zeros(70)),
+    "form is 'quick'; it takes one of auto, absorbed, projected": lambda t: t.update(form="quick"),
+    "w_k is on meta but x is on cpu": lambda t: t.update(w_k=t["w_k"].to("meta")),
+    "x is a list; it takes a torch.Tensor": lambda t: t.update(x=[1.0]),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input_gets_one_sentence(sentence):
+    inputs, _ = make(dtype=torch.float32, grad=False, device="cpu")
+    BAD[sentence](inputs)
+    with pytest.raises((TypeError, ValueError)) as error:
+        query_pooling(**inputs)
+    assert sentence in str(error.value)
+    assert str(error.value).startswith("query_pooling: ") and str(error.value).count("\n") == 0
+
+
+def test_fused_without_a_kernel():
+    inputs, heads = make(dtype=torch.float64)
+    with mmfused.backend("fused"):
+        with pytest.raises(RuntimeError, match="cannot run here: .*dtype torch.float64"):
+            query_pooling(**inputs, num_heads=heads)
+        with pytest.raises(RuntimeError, match="form='projected' has no kernel of its own"):
+            query_pooling(**cast(inputs, torch.float32), num_heads=heads, form="projected")
+
+
+def test_auto_form_follows_the_flops():
+    from mmfused.ops.query_pooling.function import _cheaper_form
+
+    def form(length, queries, heads, per_sample=False, device="meta"):
+        x = torch.empty(8, length, 768, device=device)
+        q = torch.empty(*((8,) if per_sample else ()), queries, 768, device=device)
+        w = torch.empty(768, 768, device=device)
+        return _cheaper_form(x, q, w, w, heads)
+
+    assert form(197, 32, 1) == form(197, 1, 12) == form(197, 16, 12) == form(32, 2, 1) == form(197, 32, 8) == "absorbed"
+    assert form(197, 64, 12) == form(197, 32, 12) == form(8, 32, 1) == "projected"
+    assert form(257, 32, 12, per_sample=True) == "projected"
+    assert form(197, 32, 12, device="cpu") == "absorbed"  # measured: 1.6 times nn.MultiheadAttention
