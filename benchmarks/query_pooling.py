@@ -44,12 +44,12 @@ class Case:
 CASES = (
     Case("fluid", 1024, 197, 768, 32, 1, block=False, headline=True),
     Case("fluid-n512", 1024, 512, 768, 32, 1, block=False),
-    Case("fluid-block", 1024, 197, 768, 32, 1),
+    Case("fluid-block", 1024, 197, 768, 32, 1, cpu_B=32),
     Case("fluid-h8-b128", 128, 197, 768, 32, 8),
     Case("fluid-h8-b1024", 1024, 197, 768, 32, 8, cpu_B=None),
     Case("siglip-head", 1024, 197, 768, 1, 12),
     Case("bottleneck", 1024, 32, 768, 2, 1, block=False),
-    Case("fluid-l2-block", 1024, 197, 768, 2, 1),
+    Case("fluid-l2-block", 1024, 197, 768, 2, 1, cpu_B=32),
 )
 
 

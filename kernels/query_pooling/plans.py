@@ -37,7 +37,7 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool) -> Plan
     hopper = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
     wide_type = dtype == torch.float32  # multiplied without matrix instructions, which costs registers
     chunk = column_chunk(dim)
-    forward = {"moments": Tile(16, 16, 256, 4, 1)} if norm else {}
+    forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if hopper else 768) or wide_type:
         forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type)
     elif narrow or not hopper:
@@ -59,10 +59,10 @@ def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: boo
     many = 64 if rows > 32 and hopper else few
     tiles = {
         "logits": Tile(64, few, 64, 4, 3),
-        "pool": Tile(64, few, 128, 4, 3),
+        "pool": Tile(64 if hopper else 32, few, 128, 4, 3),
         "dlogits": Tile(64, many, 64, 4, 3),
         "dx": Tile(64, many, 128, 4, 2),
-        "dq": Tile(64, few, 128, 4, 3) if hopper else Tile(32, 16, 128, 4, 3),
+        "dq": Tile(64 if hopper else 32, few, 128, 4, 3),
     }
     return {kernel: tiles[kernel] for kernel in kernels}
 

@@ -73,7 +73,7 @@ def measure_op(device: torch.device, backend: str, repeats: int) -> dict:
     """
     from mmfused.testing import interleaved_medians, saved_bytes
 
-    batch, dtype = (256, torch.bfloat16) if device.type == "cuda" else (8, torch.float32)
+    batch, dtype = (256, torch.bfloat16) if device.type == "cuda" else (32, torch.float32)
     torch.manual_seed(0)
     pool = mmfused.QueryPooling(DIM, QUERIES, q_proj=True, out_proj=True, bias=True).to(device, dtype)
     attention = torch.nn.MultiheadAttention(DIM, 1, batch_first=True).to(device, dtype)

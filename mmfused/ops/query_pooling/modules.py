@@ -43,7 +43,7 @@ class QueryPooling(nn.Module):
         *,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L, dim) or (B, L, dim) replace its own."""
+        """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L, dim) or (B, L, dim) for its own."""
         queries = self.queries if queries is None else queries
         if queries is None:
             raise ValueError("QueryPooling: queries is None; a module without num_queries takes them in forward.")
