@@ -126,16 +126,18 @@ def check_budget(inputs, heads):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
-def test_plans_of_other_cards_compute_the_same(monkeypatch, shape, norm, arch):
-    """Small rows run in one backward pass on sm_90 and through P and dS on sm_80."""
+def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
+    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in 16-bit rounding."""
     if CUDA:
-        pytest.skip("a card runs its own plans; the interpreter runs those of others")
-    from mmfused.kernels import tiles
+        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+    from mmfused.kernels import query_pooling as kernels
 
-    monkeypatch.setattr(tiles, "pretended_arch", arch)
-    inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float32)
+    real = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, norm: real(rows, dim, torch.float16, arch, norm))
+    inputs, heads = make(shape, norm=norm, padding=padding, dtype=torch.float32)
     check_budget(inputs, heads)
 
 
@@ -153,13 +155,14 @@ def test_both_backwards_are_planned(arch):
     assert kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+NAN_CASES = [(b, f, torch.float32) for b in ("reference", "composed") for f in ("absorbed", "projected")]
+NAN_CASES += [("fused", "absorbed", dtype) for dtype in (torch.float32, torch.float16)]  # one plan each
+
+
+@pytest.mark.parametrize("backend, form, dtype", NAN_CASES)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("form", ["absorbed", "projected"])
-def test_samples_without_tokens_give_zero(form, norm, backend):
-    if form == "projected" and backend == "fused":
-        pytest.skip("the projected form has no kernel")
-    inputs, heads = make(norm=norm, padding="mask", dtype=torch.float32)
+def test_samples_without_tokens_give_zero(norm, backend, form, dtype):
+    inputs, heads = make(norm=norm, padding="mask", dtype=dtype)
     got = run(inputs, heads, backend, form=form)
     assert not got["out"][0].any() and not got["dx"][0].any()
     assert got["out"][1].any() and got["dx"][1].any()
@@ -168,14 +171,11 @@ def test_samples_without_tokens_give_zero(form, norm, backend):
         assert not value.any(), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+@pytest.mark.parametrize("backend, form, dtype", NAN_CASES)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("padding", ["mask", "lengths"])
-@pytest.mark.parametrize("form", ["absorbed", "projected"])
-def test_nan_behind_the_mask_stays_there(form, padding, norm, backend):
-    if form == "projected" and backend == "fused":
-        pytest.skip("the projected form has no kernel")
-    inputs, heads = make(norm=norm, padding=padding, dtype=torch.float32)
+def test_nan_behind_the_mask_stays_there(padding, norm, backend, form, dtype):
+    inputs, heads = make(norm=norm, padding=padding, dtype=dtype)
     want = run(inputs, heads, backend, form=form)
     length = inputs["x"].shape[1]
     ignored = inputs.get("key_padding_mask")
@@ -324,17 +324,18 @@ def test_frozen_tokens_cost_no_gradient(monkeypatch):
     monkeypatch.setattr(
         kernels, "launch", lambda kernel, *a, **k: (launched.append((kernel.fn.__name__, k)), real(kernel, *a, **k))
     )
-    inputs, heads = make("row blocks", dtype=torch.float32)
-    inputs["x"].requires_grad_(False)
-    run(inputs, heads, "fused")
-    assert "dq_kernel" in [name for name, _ in launched] and "dx_kernel" not in [name for name, _ in launched]
-    launched.clear()
-    inputs, heads = make("one pass", dtype=torch.float32)
-    run(inputs, heads, "fused")
-    assert all(k.get("NEED_DX", True) for _, k in launched)
+    for shape, frozen in (("row blocks", True), ("row blocks", False), ("one pass", True), ("one pass", False)):
+        launched.clear()
+        inputs, heads = make(shape, dtype=torch.float16)
+        inputs["x"].requires_grad_(not frozen)
+        run(inputs, heads, "fused")
+        makes_dx = any(name == "dx_kernel" or constexprs.get("NEED_DX") for name, constexprs in launched)
+        assert makes_dx != frozen, shape
+        assert any(name == "dq_kernel" or "NEED_DX" in constexprs for name, constexprs in launched)
 
 
-def test_padded_tiles_are_skipped(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_padded_tiles_are_skipped(monkeypatch, dtype):
     """The work follows the tokens kept: the interpreter counts the tiles that meet a matrix product."""
     if CUDA:
         pytest.skip("the interpreter counts; on a card the benchmarks show it")
@@ -342,21 +343,27 @@ def test_padded_tiles_are_skipped(monkeypatch):
 
     counted = [0]
     real = InterpreterBuilder.create_dot
-    inputs, heads = make("row blocks", dtype=torch.float32)
+    inputs, heads = make("row blocks", dtype=dtype)
 
     def count(*args, **kwargs):
         counted[0] += 1
         return real(*args, **kwargs)
 
-    def dots(lengths):
+    def dots(**padding):
         counted[0] = 0
         with monkeypatch.context() as patch:
             patch.setattr(InterpreterBuilder, "create_dot", count)
-            run(inputs | {"lengths": torch.tensor(lengths)}, heads, "fused")
+            run(inputs | padding, heads, "fused")
         return counted[0]
 
-    full, half, none = dots([65, 65]), dots([65, 0]), dots([0, 0])
+    def left_padded(*lengths):
+        return torch.arange(65) < 65 - torch.tensor(lengths)[:, None]
+
+    full, half, none = (dots(lengths=torch.tensor(lengths)) for lengths in ([65, 65], [65, 0], [0, 0]))
     assert none == 0 < half == full // 2
+    full, half, none = (dots(key_padding_mask=left_padded(*lengths)) for lengths in ([65, 65], [65, 0], [0, 0]))
+    assert none == 0 < half == full // 2
+    assert dots(key_padding_mask=left_padded(1, 1)) < full / 2
 
 
 def test_double_backward():
