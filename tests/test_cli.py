@@ -14,7 +14,8 @@ ROOT = Path(mmfused.__file__).parent.parent
 
 
 def python_m(*arguments, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # spinning threads crawl on a busy machine
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # users have no interpreter
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # spinning threads crawl on a busy machine
     return subprocess.run(
         [sys.executable, "-m", "mmfused", *map(str, arguments)],
         cwd=cwd,

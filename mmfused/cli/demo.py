@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import mmfused
-from mmfused.library import why_not_fused
+from mmfused.library import choose
 
 HELP = "train FLUID twice, with and without this library's ops, time query pooling alone, and compare"
 STEPS = 300
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: got {getattr(args, name)}, takes at least 1")
     out = Path(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    best = "composed" if why_not_fused(device, torch.float32) else "fused"
+    best = choose("demo", device, torch.float32)
     print(f"Training FLUID tiny on the generated product set for {args.steps} steps on {device}: reference, then {best}.")
     runs = {backend: train_apart(backend, args.steps, out / backend) for backend in ("reference", best)}
     print("Timing query pooling alone.")
