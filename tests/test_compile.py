@@ -24,7 +24,7 @@ def test_one_graph_for_three_lengths():
     """fullgraph and dynamic, forward and backward, for each backend that runs here, with and without padding."""
     code = """
 import torch, mmfused
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
@@ -33,8 +33,8 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch.manual_seed(0)
         mmfused.backend(name)
         model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(device)
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        counters.clear()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for length in (17, 40, 33):
             x = torch.randn(5, length, 64, device=device, requires_grad=True)
             ignore = torch.rand(5, length, device=device) < 0.3
@@ -44,7 +44,8 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
             wants, gots = (torch.autograd.grad(o, [x, *model.parameters()], upstream) for o in (want, got))
             for a, b in zip([want, *wants], [got, *gots], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        assert counter.frame_count == 1, (name, padding, counter.frame_count)
+        assert counters["stats"]["unique_graphs"] == 1, (name, padding, counters["stats"])
+        assert not counters["graph_break"], (name, padding, counters["graph_break"])
 print("done")
 """
     done = run_python("-c", code)

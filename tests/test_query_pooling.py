@@ -541,7 +541,9 @@ BAD = {
     "key_padding_mask has dtype torch.float32; it takes torch.bool": lambda t: t.update(key_padding_mask=torch.zeros(3, 37)),
     "lengths has dtype torch.float32; it takes torch.int32 or torch.int64": lambda t: t.update(lengths=torch.zeros(3)),
     "lengths has shape (2,); it takes (3,)": lambda t: t.update(lengths=torch.zeros(2, dtype=torch.int64)),
-    "lengths must lie in [0, 37]": lambda t: t.update(lengths=torch.tensor([1, 2, 38])),
+    "lengths holds a value outside [0, N]; it takes the number of tokens to keep": lambda t: t.update(
+        lengths=torch.tensor([1, 2, 38])
+    ),
     "key_padding_mask and lengths are both given": lambda t: t.update(
         key_padding_mask=torch.zeros(3, 37, dtype=torch.bool), lengths=torch.zeros(3, dtype=torch.int64)
     ),

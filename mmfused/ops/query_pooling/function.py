@@ -341,4 +341,7 @@ def _check_padding(op: str, batch: int, length: int, mask: Tensor | None, length
             raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64.")
         if lengths.shape != (batch,):
             raise ValueError(f"{op}: lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
-        check_value(lambda: ((lengths >= 0) & (lengths <= length)).all(), f"{op}: lengths must lie in [0, {length}].")
+        check_value(
+            lambda: ((lengths >= 0) & (lengths <= length)).all(),
+            f"{op}: lengths holds a value outside [0, N]; it takes the number of tokens to keep, N = x.shape[1] at most.",
+        )
