@@ -155,3 +155,8 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
 def test_inspect_bad_arguments(args, sentence):
     done = run_python("-m", "mmfused", "inspect", *args)
     assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_inspect_needs_a_compiler():
+    done = run_python("-m", "mmfused", "inspect", "--arch", "sm_90", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is 1, so nothing is compiled" in done.stderr

@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..library import INTERPRETED
+
 HELP = "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, instructions"
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100")
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
@@ -86,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     for arch in archs:
         if not re.fullmatch(r"sm_\d{2,3}", arch):
             raise ValueError(f"--arch is {arch!r}; it takes names like sm_90.")
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it.")
     jobs = [job for arch in archs for job in heard_launches(arch, args.op, args.case)]
     if not jobs:
         raise ValueError(f"--case is {args.case}; it takes some of {', '.join(c for cases in SPECIMENS.values() for c in cases)}.")
