@@ -10,24 +10,22 @@ import json
 import logging
 import math
 import os
-import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import mmfused
 from mmfused import data as product_data
 from mmfused.models.fluid import FLUID, FLUIDConfig
+from mmfused.run_folder import check_out, clear_out, save_run
 
 MODALITIES = ("both", "image", "text")
 logger = logging.getLogger(__name__)
-RUN_FILES = ("metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer")
 
 
 @dataclass
@@ -51,9 +49,10 @@ class TrainConfig:
     warmup: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    augment: bool = True
+    augment: bool | None = None
     swap_text: float = 0.0
-    modality_dropout: float = 0.0
+    drop_image: float = 0.0
+    drop_text: float = 0.0
     image_size: int | None = None
     patch_size: int | None = None
     max_length: int = 64
@@ -86,9 +85,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: got {value}, takes a number above 0")
-        for name in ("swap_text", "modality_dropout", "warmup"):
+        for name in ("swap_text", "drop_image", "drop_text", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a fraction from 0 to 1")
+        if self.drop_image + self.drop_text > 1:
+            raise ValueError(f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, take a sum of at most 1")
 
 
 def train(config: TrainConfig) -> dict:
@@ -191,15 +192,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - ramp) / max(1, steps - ramp)))
 
 
-def drop_modalities(batch: dict, p: float, generator: torch.Generator, tokenizer) -> dict:
-    """The batch with image or text hidden, with probability ``p`` each sample, where the sample has both.
+def drop_modalities(batch: dict, image: float, text: float, generator: torch.Generator, tokenizer) -> dict:
+    """The batch with samples' image or text hidden, with these probabilities and never both, where a sample has both.
 
     A hidden text is what an empty one looks like: [CLS] [SEP].
     """
     rows = len(batch["labels"])
     draw = torch.rand(rows, generator=generator)
     whole = batch["image_present"] & (batch["attention_mask"].sum(1) > 2)
-    no_image, no_text = whole & (draw < p / 2), whole & (draw >= p / 2) & (draw < p)
+    no_image, no_text = whole & (draw < image), whole & (draw >= image) & (draw < image + text)
     ids, mask = batch["input_ids"].clone(), batch["attention_mask"].clone()
     ids[no_text] = tokenizer.pad_token_id
     ids[no_text, 0], ids[no_text, 1] = tokenizer.cls_token_id, tokenizer.sep_token_id
@@ -226,8 +227,8 @@ def run_steps(config, model, batches, val_batches, steps, tokenizer, log) -> dic
     stream, since, window = endless(batches), time.perf_counter(), 0
     for step in range(1, steps + 1):
         batch = next(stream)
-        if config.modality_dropout and config.modalities == "both":
-            batch = drop_modalities(batch, config.modality_dropout, generator, tokenizer)
+        if config.modalities == "both" and config.drop_image + config.drop_text > 0:
+            batch = drop_modalities(batch, config.drop_image, config.drop_text, generator, tokenizer)
         rate = learning_rate(step - 1, steps, config.lr, config.warmup)
         output = update(model, optimizer, batch, rate, config.clip)
         window += 1
@@ -278,10 +279,11 @@ def model_inputs(model, batch) -> dict:
 
 
 def make_optimizer(model, config):
-    """AdamW; norms, biases and other vectors are not decayed."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """AdamW; weights of norms and biases are not decayed."""
+    groups = [{"params": [], "weight_decay": config.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        kept = parameter.ndim <= 1 or "norm" in name or name.endswith("bias")
+        groups[kept]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
@@ -336,18 +338,21 @@ def load_or_train_tokenizer(config, train_set):
 
 
 def image_sizes(config, train_set) -> tuple[int, int]:
-    """Sides of pictures and patches; unless given, the stored size up to 96, and patches of 8 up to 32, of 12 above."""
+    """Sides of pictures and patches; unless given, the stored size up to 96, and patches of 8 up to 32, of 16 above."""
     pictures = (item["image"] for item in map(train_set.__getitem__, range(len(train_set))) if item["image_present"])
     side = config.image_size or min(96, *next(pictures, torch.empty(3, 32, 32)).shape[1:])
-    patch = config.patch_size or (8 if side <= 32 else 12)
+    patch = config.patch_size or (8 if side <= 32 else 16)
     if side < patch or (config.image_size and side % patch):
         raise ValueError(f"image_size: got {side}, takes a multiple of patch_size = {patch}")
     return side - side % patch, patch
 
 
 def make_batches(config, train_set, val_set, tokenizer, size):
-    augment = config.augment and config.modalities != "text"
-    collate = product_data.Collate(tokenizer, size, config.max_length, augment=augment, seed=config.seed)
+    # The generated set's colours mean something, and its pictures are new enough; photos need every variation.
+    augment = config.data != "generated" if config.augment is None else config.augment
+    collate = product_data.Collate(
+        tokenizer, size, config.max_length, augment=augment and config.modalities != "text", seed=config.seed
+    )
     val_collate = product_data.Collate(tokenizer, size, config.max_length)
     batch_size = min(config.batch_size, len(train_set))
     batches = product_data.Batches(train_set, collate, batch_size, shuffle=True, seed=config.seed, drop_last=True)
@@ -359,60 +364,6 @@ def build_model(config, num_classes, vocab_size, image_size, patch_size):
     sizes = {"vocab_size": vocab_size, "image_size": image_size, "patch_size": patch_size}
     options = {"modalities": config.modalities, **config.model_options}
     return FLUID(FLUIDConfig.preset(config.preset, num_classes=num_classes, **sizes, **options))
-
-
-def check_out(out: Path, overwrite: bool):
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if held and not overwrite:
-        raise FileExistsError(f"out: {out} already holds a run ({', '.join(held)}); choose another folder or overwrite it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def clear_out(out: Path):
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        remove(out / name)
-
-
-def remove(path: Path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def save_run(out: Path, config, model, tokenizer, summary, history):
-    """Every file under a temporary name first, then moved: a file with its own name is a whole file."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    settings = {"mmfused": mmfused.__version__, "model": model.config.to_dict(), "training": asdict(config)}
-    whole(out / "tokenizer", lambda path: tokenizer.save_pretrained(path))
-    whole(out / "model.safetensors", lambda path: path.write_bytes(safetensors.torch.save(state)))
-    whole(out / "curves.png", lambda path: draw_curves({config.backend: history}, path))
-    whole(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
-    whole(out / "config.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
-
-
-def whole(path: Path, write):
-    """Calls ``write(temporary path)``, then gives the result its name in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def draw_curves(runs: dict[str, dict], path: Path):
-    """Training loss and validation accuracy of each named history, side by side, as PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, history in runs.items():
-        left.plot([r["step"] for r in history["train"]], [r["loss"] for r in history["train"]], label=name, linewidth=1)
-        right.plot([r["step"] for r in history["val"]], [r["accuracy"] for r in history["val"]], label=name, marker="o")
-    left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
-    left.legend()
-    figure.savefig(path, format="png", dpi=120)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -429,7 +429,7 @@ def test_queries_start_small():
 
 
 def test_tiny_takes_photos_of_other_sizes():
-    for image_size, patch_size in ((96, 12), (96, 16)):
+    for image_size, patch_size in ((96, 16), (64, 8)):
         config = FLUIDConfig.preset("tiny", num_classes=81, vocab_size=60, image_size=image_size, patch_size=patch_size)
         pixels, ids = torch.randn(2, 3, image_size, image_size), torch.arange(8).expand(2, -1)
         assert FLUID(config)(pixels, ids).logits.shape == (2, 81)
@@ -439,10 +439,10 @@ def test_tiny_takes_photos_of_other_sizes():
 
 
 def test_config_survives_json():
-    config = FLUIDConfig.preset("tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=12, top_k=1, ffn=32)
+    config = FLUIDConfig.preset("tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=16, top_k=1, ffn=32)
     copy = FLUIDConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert copy == config and isinstance(copy.gate_hidden, tuple)
-    assert copy.image["img_size"] == 96 and copy.image["patch_size"] == 12 and copy.text["vocab_size"] == 70
+    assert copy.image["img_size"] == 96 and copy.image["patch_size"] == 16 and copy.text["vocab_size"] == 70
     model, other = FLUID(config), FLUID(copy)
     other.load_state_dict(model.state_dict())
 

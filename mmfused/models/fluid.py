@@ -14,8 +14,8 @@ renormalised, experts of two hidden layers with LN that give class logits, avera
 loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token.
 This library's choice: padded text is not attended to (`text_mask`; the public code attends to it), a missing image or
 text is masked as a whole and left out of the contrastive loss, balance "gshard" (the form the paper cites), the linear
-router, precomputed tokens, initialisation, preset "tiny". With one modality there is no gate and no contrastive loss
-(the paper's Table 2). Every expert is computed for every token and weighted by 0 where it was not selected.
+router, precomputed tokens, initialisation, the ViT's stem, preset "tiny". With one modality there is no gate and no
+contrastive loss (the paper's Table 2). Every expert is computed for every token and weighted by 0 where it was not selected.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfused.library import check_value
+from mmfused.models.encoders import build_bert, build_vit
 from mmfused.ops.query_pooling import QTransform
 
-MODALITIES, BALANCES, ROUTERS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear")
+MODALITIES, BALANCES, ROUTERS, STEMS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear"), ("conv", "patch")
+CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "image_stem": STEMS}
 
 
 @dataclasses.dataclass
@@ -53,7 +55,7 @@ class FLUIDConfig:
     router: str = "mlp"  # "mlp" | "linear"
     num_experts: int = 4  # E
     top_k: int = 2
-    expert_hidden: tuple[int, ...] = (128, 128)
+    expert_hidden: tuple[int, ...] = ()  # the public code has two layers; linear experts learn faster from few samples
     balance: str = "mse"  # "mse" | "gshard"
     balance_weight: float = 0.1
     z_weight: float = 0.1
@@ -62,13 +64,14 @@ class FLUIDConfig:
     text_mask: bool = True  # False: padded text tokens are attended to
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
+    image_stem: str = "conv"  # "conv" (encoders.ConvStem) | "patch", the ViT's own linear patch projection
     image: dict | None = None  # VisionTransformer(embed_dim=image_dim, **image); None: no encoder, image_tokens only
     text: dict | None = None  # BertConfig(hidden_size=text_dim, **text); None: no encoder, text_tokens only
 
     def __post_init__(self) -> None:
         self.gate_hidden, self.expert_hidden = tuple(self.gate_hidden), tuple(self.expert_hidden)
         self.loss_weights = tuple(self.loss_weights)
-        for name, choices in (("modalities", MODALITIES), ("balance", BALANCES), ("router", ROUTERS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         sizes = "num_classes dim num_queries bottleneck_queries depth num_heads num_experts top_k image_dim text_dim"
@@ -113,8 +116,12 @@ class FLUIDConfig:
 TINY_BERT = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128}
 PRESETS = {
     "tiny": {
-        "image": {"img_size": 32, "patch_size": 8, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0},
+        "image": {"img_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
         "text": {**TINY_BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
+        # On a thousand photos the augmentation regularises enough, and one linear map an expert learns fastest.
+        "dropout": 0.0,
+        "head_dropout": 0.0,
+        "expert_hidden": (),
     }
 }
 
@@ -228,11 +235,11 @@ class FLUID(nn.Module):
         self.uses_image, self.uses_text = c.modalities != "text", c.modalities != "image"
         blocks = {"depth": c.depth, "num_heads": c.num_heads, "ffn": c.ffn, "dropout": c.dropout}
         if self.uses_image:
-            self.image_encoder = None if c.image is None else build_vit(c)
+            self.image_encoder = None if c.image is None else build_vit(c.image_dim, c.image_stem, c.image)
             self.image_map = nn.Identity() if c.image_dim == c.dim else nn.Linear(c.image_dim, c.dim)
             self.image_transform = QTransform(c.dim, c.num_queries, **blocks)
         if self.uses_text:
-            self.text_encoder = None if c.text is None else build_bert(c)
+            self.text_encoder = None if c.text is None else build_bert(c.text_dim, c.text)
             self.text_map = nn.Identity() if c.text_dim == c.dim else nn.Linear(c.text_dim, c.dim)
             self.text_transform = QTransform(c.dim, c.num_queries, **blocks)
         if c.modalities == "both":
@@ -361,22 +368,6 @@ def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tens
     if isinstance(linear, nn.Linear) and ignore is not None:
         tokens = tokens.masked_fill(ignore[..., None], 0)
     return linear(tokens)
-
-
-def build_vit(c: FLUIDConfig) -> nn.Module:
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError as error:
-        raise ImportError("the image encoder needs timm: pip install mmfused[models]") from error
-    return VisionTransformer(embed_dim=c.image_dim, num_classes=0, **c.image)
-
-
-def build_bert(c: FLUIDConfig) -> nn.Module:
-    try:
-        from transformers import BertConfig, BertModel
-    except ImportError as error:
-        raise ImportError("the text encoder needs transformers: pip install mmfused[models]") from error
-    return BertModel(BertConfig(hidden_size=c.text_dim, **c.text), add_pooling_layer=False)
 
 
 def encode_image(encoder: nn.Module | None, pixels: Tensor, present: Tensor | None) -> Tensor:
