@@ -149,7 +149,7 @@ def test_augmentation_crops_flips_recolours_and_erases():
     out = augment(ramp.expand(400, 3, 48, 48), 48, torch.Generator().manual_seed(0))
     assert out.shape == (400, 3, 48, 48) and out.min() >= 0 and out.max() <= 1
     erased = (out == 0.5).all(dim=1).flatten(1).float().mean(1)
-    assert 0.15 < (erased > 0.01).float().mean() < 0.35 and erased.max() < 0.25
+    assert 0.07 < (erased > 0.01).float().mean() < 0.13 and erased.max() < 0.25  # ERASE_PROBABILITY
     whole = out[erased < 0.01]
     slope = whole[..., -1].mean((1, 2)) - whole[..., 0].mean((1, 2))
     assert 0.4 < (slope < 0).float().mean() < 0.6
