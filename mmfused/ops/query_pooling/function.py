@@ -80,7 +80,10 @@ def _pool_composed(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | 
     ignore = _ignored(*x.shape[:2], mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
-    logits = x @ q.transpose(-1, -2)  # (B, N, R)
+    if x.device.type == "cpu":  # sample by sample: one product over B*N rows is no faster, and its dq errs up to five times as much
+        q = q.expand(x.shape[0], *q.shape[-2:])
+    few = x.device.type == "cpu" and q.shape[-2] <= 8  # as a product of few rows the backward runs up to 1.8 times as fast
+    logits = (q @ x.transpose(1, 2)).transpose(1, 2) if few else x @ q.transpose(-1, -2)  # (B, N, R)
     if eps is not None:
         var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0, keepdim=True)
         rstd = torch.rsqrt(var + eps)  # (B, N, 1)
