@@ -1,14 +1,15 @@
 """FLUID against an independent float64 transcription of its equations, and what the model promises around them."""
 
 import json
-import math
 import sys
 
 import pytest
 import torch
+from fluid_equations import transcription
 
 import mmfused
 from mmfused.models import FLUID, FLUIDConfig
+from mmfused.models.fluid import COMPONENTS
 
 x64 = torch.float64
 SMALL = {
@@ -48,151 +49,6 @@ def token_batch(batch=6, image_tokens=9, text_tokens=7) -> dict:
     }
 
 
-# --- the transcription: loops over samples, heads, tokens and experts; parameters by name, no helper of the model ---
-
-
-def linear(p, name, x):
-    return torch.einsum("oi,...i->...o", p[name + ".weight"], x) + p[name + ".bias"]
-
-
-def normed(weight, bias, x):
-    mean = x.mean(-1, keepdim=True)
-    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(1e-5).sqrt() * weight + bias
-
-
-def norm(p, name, x):
-    return normed(p[name + ".weight"], p[name + ".bias"], x)
-
-
-def softmax(x):
-    e = torch.exp(x - x.max())
-    return e / e.sum()
-
-
-def attention(p, name, q, x, heads):
-    """Multi-head attention of one sample's queries q (L, D) over its tokens x (N, D); nothing to attend to gives 0."""
-    if len(x) == 0:
-        return torch.zeros_like(q)
-    query, key, value = linear(p, name + ".q_proj", q), linear(p, name + ".k_proj", x), linear(p, name + ".v_proj", x)
-    size, rows = q.shape[1] // heads, []
-    for i in range(len(q)):
-        row = []
-        for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            weights = softmax(torch.stack([query[i, part] @ k[part] / math.sqrt(size) for k in key]))
-            row.append(sum(w * v[part] for w, v in zip(weights, value, strict=True)))
-        rows.append(torch.cat(row))
-    return linear(p, name + ".out_proj", torch.stack(rows))
-
-
-def q_transform(p, name, x, c):
-    q = p[name + ".queries"]
-    for depth in range(c.depth):
-        block = f"{name}.blocks.{depth}"
-        q = norm(p, block + ".norm_pool", q + attention(p, block + ".pool", q, x, c.num_heads))
-        hidden = linear(p, block + ".ffn.0", q)
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        q = norm(p, block + ".norm_ffn", q + linear(p, block + ".ffn.2", hidden))
-    return q
-
-
-def token_gate(p, image, text, c):
-    rows, gates = [], []
-    for i, t in zip(image, text, strict=True):
-        hidden = torch.cat((i, t))
-        for layer in range(len(c.gate_hidden)):
-            hidden = linear(p, f"gate.mlp.{3 * layer}", hidden).clamp(min=0)
-        a = 1 / (1 + torch.exp(-linear(p, f"gate.mlp.{3 * len(c.gate_hidden)}", hidden)[0]))
-        rows.append(a * i + (1 - a) * t)
-        gates.append(a)
-    return torch.stack(rows), torch.stack(gates)
-
-
-def router(p, x, c):
-    if c.router == "linear":
-        return linear(p, "moe.router", x)
-    return linear(p, "moe.router.4", norm(p, "moe.router.1", linear(p, "moe.router.0", x)).clamp(min=0))
-
-
-def expert(p, e, x, c):
-    for layer in range(0, 3 * len(c.expert_hidden), 3):
-        name = f"moe.experts.{layer}."
-        x = p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
-        x = normed(p[name + "norm_weight"][e, 0], p[name + "norm_bias"][e, 0], x).clamp(min=0)
-    name = f"moe.experts.{3 * len(c.expert_hidden)}."
-    return p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
-
-
-def moe(p, samples, c):
-    """Class logits (B, C), and for each token router logits and the weight of every expert."""
-    logits, scores, weights = [], [], []
-    for tokens in samples:
-        outputs = []
-        for token in tokens:
-            score = router(p, token, c)
-            probability = softmax(score)
-            chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
-            total = sum(probability[e] for e in chosen)
-            weight = {e: probability[e] / total for e in chosen}
-            outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
-            scores.append(score)
-            weights.append(torch.stack([weight.get(e, torch.zeros((), dtype=x64)) for e in range(c.num_experts)]))
-        logits.append(sum(outputs) / len(outputs))
-    return torch.stack(logits), torch.stack(scores), torch.stack(weights)
-
-
-def moe_loss(scores, weights, c):
-    tokens, experts = weights.shape
-    z = sum(torch.log(torch.exp(s).sum()) ** 2 for s in scores) / tokens
-    balance = 0
-    for e in range(experts):
-        if c.balance == "mse":
-            balance = balance + (weights[:, e].sum() / tokens - 1 / experts) ** 2
-        else:
-            first = sum(1 for s in scores if s.argmax() == e) / tokens
-            balance = balance + experts * first * sum(softmax(s)[e] for s in scores) / tokens
-    return c.balance_weight * balance + c.z_weight * z
-
-
-def contrastive_loss(image, text, present, c):
-    pairs = [i for i, there in enumerate(present) if there]
-    if len(pairs) < 2:
-        return torch.zeros((), dtype=x64)
-
-    def unit(x):
-        x = sum(x) / len(x)
-        return x / torch.sqrt((x * x).sum())
-
-    images, texts, loss = [unit(image[i]) for i in pairs], [unit(text[i]) for i in pairs], 0
-    for own, others in ((images, texts), (texts, images)):
-        for i in range(len(pairs)):
-            scores = torch.stack([own[i] @ other / c.temperature for other in others])
-            loss = loss - torch.log(softmax(scores)[i]) / (2 * len(pairs))
-    return loss
-
-
-def transcription(p, batch, c) -> dict:
-    image = text = gates = None
-    size = len(batch["labels"])
-    if c.modalities != "text":
-        x = [x if there else x[:0] for x, there in zip(batch["image_tokens"], batch["image_present"], strict=True)]
-        image = [q_transform(p, "image_transform", linear(p, "image_map", tokens), c) for tokens in x]
-    if c.modalities != "image":
-        real = ~batch["text_padding_mask"]
-        text = [q_transform(p, "text_transform", x[r], c) for x, r in zip(batch["text_tokens"], real, strict=True)]
-    contrastive = torch.zeros((), dtype=x64)
-    if c.modalities == "both":
-        fused, gates = zip(*(token_gate(p, i, t, c) for i, t in zip(image, text, strict=True)), strict=True)
-        contrastive = contrastive_loss(image, text, batch["image_present"] & real.any(1), c)
-    else:
-        fused = text if image is None else image
-    logits, scores, weights = moe(p, [q_transform(p, "bottleneck", f, c) for f in fused], c)
-    ce = sum(-torch.log(softmax(row)[label]) for row, label in zip(logits, batch["labels"], strict=True)) / size
-    out = {"logits": logits, "ce": ce, "contrastive": contrastive, "moe": moe_loss(scores, weights, c)}
-    out["loss"] = sum(w * out[name] for w, name in zip(c.loss_weights, ("ce", "contrastive", "moe"), strict=True))
-    return out if gates is None else {**out, "gate": torch.stack(gates)}
-
-
 def error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
@@ -204,6 +60,9 @@ VARIANTS = [
     {"top_k": 3, "bottleneck_queries": 3, "balance_weight": 0.7, "z_weight": 0.05, "expert_hidden": (8,)},
     {"modalities": "image"},
     {"modalities": "text", "balance": "gshard"},
+    *({"without": (name,)} for name in COMPONENTS),
+    {"without": COMPONENTS},
+    {"without": ("q_transform", "moe"), "modalities": "image"},
 ]
 
 
@@ -465,6 +324,9 @@ def test_preset_overrides_update_its_encoders():
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"loss_weights": (1.0, 1.0)}, "loss_weights must be 3 numbers"),
+        ({"pixel_std": (1.0,)}, "pixel_std must be 3 numbers"),
+        ({"without": ("gates",)}, "without takes some of contrastive, q_transform, gate, bottleneck, moe, got 'gates'"),
+        ({"without": ("gate",), "modalities": "text"}, "without 'gate' takes modalities 'both', got 'text'"),
     ],
 )
 def test_bad_config(options, message):
@@ -473,10 +335,12 @@ def test_bad_config(options, message):
 
 
 def test_unknown_preset_and_field():
-    with pytest.raises(ValueError, match="name must be one of tiny, got 'huge'"):
+    with pytest.raises(ValueError, match="name must be one of paper, code, tiny, got 'huge'"):
         FLUIDConfig.preset("huge", num_classes=2)
     with pytest.raises(ValueError, match="no field named depht"):
         FLUIDConfig.from_dict({"num_classes": 2, "depht": 1})
+    with pytest.raises(ValueError, match="num_classes is None; preset 'tiny' takes a number of classes"):
+        FLUIDConfig.preset("tiny")
 
 
 IDS, PIXELS = torch.zeros(6, 7, dtype=torch.long), torch.zeros(6, 3, 32, 32)
@@ -526,7 +390,7 @@ def test_bad_pixels_and_ids(changes, message):
         model(**batch)
 
 
-@pytest.mark.parametrize(("module", "package"), [("timm.models.vision_transformer", "timm"), ("transformers", "transformers")])
+@pytest.mark.parametrize(("module", "package"), [("timm.models", "timm"), ("transformers", "transformers")])
 def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {package}: pip install mmfused\[models\]"):

@@ -8,14 +8,19 @@
     L = lambda_1 CE + lambda_2 contrastive + lambda_3 MoE       1/3 each          (eq. 10)
 
 The paper's: all of the above, l = 32, 16 experts, k = 2.
+The paper's: all of the above, ViT-B/16 and multilingual BERT, l = 32, a gate with one hidden layer, 16 experts, k = 2,
+191 classes, balance by GShard's form (it cites GShard and gives no formula).
 From the public code (DucCuong12/Multimodel_CV_NLP), where the paper gives no formula: the post-norm block around each
-attention with its feed-forward part, the router Linear-LN-ReLU-Dropout-Linear, softmax over all experts with the top k
-renormalised, experts of two hidden layers with LN that give class logits, averaged over the two tokens, the balance
-loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token.
-This library's choice: padded text is not attended to (`text_mask`; the public code attends to it), a missing image or
-text is masked as a whole and left out of the contrastive loss, balance "gshard" (the form the paper cites), the linear
-router, precomputed tokens, initialisation, the ViT's stem, preset "tiny". With one modality there is no gate and no
-contrastive loss (the paper's Table 2). Every expert is computed for every token and weighted by 0 where it was not selected.
+attention with its feed-forward part, 8 heads, the router Linear-LN-ReLU-Dropout-Linear, softmax over all experts with the
+top k renormalised, experts of two hidden layers with LN that give class logits, averaged over the two tokens, the balance
+loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token. Preset
+"code" also takes its six blocks a Q-Transform, two hidden layers in the gate, 8 experts, and attends to padded text.
+This library's choice: in every other preset padded text is not attended to (`text_mask`), a missing image or text is
+masked as a whole and left out of the contrastive loss, the linear router, precomputed tokens, the ViT's stem, small
+initial queries and preset "tiny". Not built: the public code's dropout on attention probabilities.
+With one modality there is no gate and no contrastive loss (the paper's Table 2). `without` leaves components out (Table 3;
+what stands in their place is this library's choice, but for the [CLS] tokens, which are the paper's). Every expert is
+computed for every token and weighted by 0 where it was not selected.
 """
 
 from __future__ import annotations
@@ -28,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmfused.library import check_value
-from mmfused.models.encoders import build_bert, build_vit
+from mmfused.models.encoders import build_text, build_vit
+from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
 from mmfused.ops.query_pooling import QTransform
 
 MODALITIES, BALANCES, ROUTERS, STEMS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear"), ("conv", "patch")
 CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "image_stem": STEMS}
+COMPONENTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
 
 
 @dataclasses.dataclass
@@ -65,12 +71,18 @@ class FLUIDConfig:
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
     image_stem: str = "conv"  # "conv" (encoders.ConvStem) | "patch", the ViT's own linear patch projection
-    image: dict | None = None  # VisionTransformer(embed_dim=image_dim, **image); None: no encoder, image_tokens only
-    text: dict | None = None  # BertConfig(hidden_size=text_dim, **text); None: no encoder, text_tokens only
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # how the pixel_values were normalised: training and
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # evaluation prepare their batches so
+    image: dict | None = None  # encoders.build_vit(image_dim, image_stem, image); None: no encoder, image_tokens only
+    text: dict | None = None  # encoders.build_text(text_dim, text); None: no encoder, text_tokens only
+    # Left out, each one alone or several: "contrastive" (no such term), "q_transform" (the encoders' first tokens [CLS] in
+    # place of the l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens are classified, their logits averaged),
+    # "moe" (one expert for every token, no router).
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.gate_hidden, self.expert_hidden = tuple(self.gate_hidden), tuple(self.expert_hidden)
-        self.loss_weights = tuple(self.loss_weights)
+        for name in ("gate_hidden", "expert_hidden", "loss_weights", "pixel_mean", "pixel_std", "without"):
+            setattr(self, name, tuple(getattr(self, name)))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -82,22 +94,39 @@ class FLUIDConfig:
             raise ValueError(f"num_heads must divide dim, got num_heads={self.num_heads} and dim={self.dim}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}")
-        if len(self.loss_weights) != 3:
-            raise ValueError(f"loss_weights must be 3 numbers, got {self.loss_weights}")
+        for name in ("loss_weights", "pixel_mean", "pixel_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must be 3 numbers, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        for name in self.without:
+            if name not in COMPONENTS:
+                raise ValueError(f"without takes some of {', '.join(COMPONENTS)}, got {name!r}")
+            if name in ("contrastive", "gate") and self.modalities != "both":
+                raise ValueError(f"without {name!r} takes modalities 'both', got {self.modalities!r}, which has none anyway")
 
     @classmethod
-    def preset(cls, name="tiny", *, num_classes, vocab_size=None, image_size=None, patch_size=None, **overrides):
-        """The named preset with other values put in; `image` and `text` update the preset's dicts, or are None."""
+    def preset(cls, name="tiny", *, num_classes=None, vocab_size=None, image_size=None, patch_size=None, **overrides):
+        """The named preset with other values put in; `image` and `text` update the preset's dicts, or are None.
+
+        With a `name` (of a timm model) or a `model_type` (of transformers) in it, a dict takes the preset's place.
+
+        "paper" and "code" have 191 classes unless `num_classes` says otherwise; "tiny" needs it.
+        """
         if name not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-        values = {**PRESETS[name], **overrides, "num_classes": num_classes}
+        values = {**PRESETS[name], **overrides}
+        if num_classes is not None:
+            values["num_classes"] = num_classes
+        if "num_classes" not in values:
+            raise ValueError(f"num_classes is None; preset {name!r} takes a number of classes")
         given = {"image": {"img_size": image_size, "patch_size": patch_size}, "text": {"vocab_size": vocab_size}}
         for part, sizes in given.items():
             if values[part] is not None:
                 sizes = {key: value for key, value in sizes.items() if value is not None}
-                values[part] = {**PRESETS[name][part], **sizes, **overrides.get(part, {})}
+                own = overrides.get(part, {})
+                another = "name" in own or "model_type" in own  # another architecture: the preset's sizes are not its own
+                values[part] = own if another else {**PRESETS[name][part], **sizes, **own}
         return cls.from_dict(values)
 
     def to_dict(self) -> dict:
@@ -114,7 +143,32 @@ class FLUIDConfig:
 
 
 TINY_BERT = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128}
+FULL_SIZE = {
+    "num_classes": 191,
+    "dim": 768,
+    "num_queries": 32,
+    "num_heads": 8,
+    "head_dropout": 0.2,
+    "expert_hidden": (3072, 768),
+    "image_dim": 768,
+    "text_dim": 768,
+    "image_stem": "patch",
+    "pixel_mean": (0.5, 0.5, 0.5),
+    "pixel_std": (0.5, 0.5, 0.5),
+    "image": {"img_size": 224, "patch_size": 16, "depth": 12, "num_heads": 12},  # ViT-B/16
+    "text": {"vocab_size": 119547},  # bert-base-multilingual-cased; the rest is BertConfig's default
+}
 PRESETS = {
+    "paper": {**FULL_SIZE, "depth": 1, "gate_hidden": (768,), "num_experts": 16, "balance": "gshard"},
+    "code": {
+        **FULL_SIZE,
+        "depth": 6,
+        "gate_hidden": (768, 768),
+        "num_experts": 8,
+        "balance": "mse",
+        "text_mask": False,
+        "query_std": 1.0,
+    },
     "tiny": {
         "image": {"img_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
         "text": {**TINY_BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
@@ -122,7 +176,7 @@ PRESETS = {
         "dropout": 0.0,
         "head_dropout": 0.0,
         "expert_hidden": (),
-    }
+    },
 }
 
 
@@ -132,14 +186,21 @@ class FLUIDOutput(NamedTuple):
     logits: Tensor  # (B, C)
     loss: Tensor | None  # scalar, the weighted sum; None without labels
     losses: dict[str, Tensor]  # "ce", "contrastive", "moe", each unweighted; empty without labels
-    routing: tuple[Tensor, Tensor]  # expert indices (B, R, k) int64 and their weights (B, R, k), largest first
-    gate: Tensor | None  # (B, l), the image's share; None with one modality
+    routing: tuple[Tensor, Tensor] | None  # expert indices (B, R, k) int64, weights (B, R, k), largest first; None without "moe"
+    gate: Tensor | None  # (B, l), the image's share; None without a gate
     image_embedding: Tensor | None  # (B, D), unit length: the normalised mean of the query tokens
     text_embedding: Tensor | None  # (B, D)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+class FirstToken(nn.Module):
+    """In the place of a Q-Transform: the encoder's first token, [CLS], as the only query token; 0 where it is ignored."""
+
+    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:  # (B, N, D) -> (B, 1, D)
+        return x[:, :1] if ignore is None else x[:, :1].masked_fill(ignore[:, :1, None], 0)
 
 
 class TokenGate(nn.Module):
@@ -197,6 +258,19 @@ class MoEClassifier(nn.Module):
         return logits.view(*x.shape[:2], -1).mean(1), router_logits, indices, weights  # (B, C)
 
 
+class DenseClassifier(nn.Sequential):
+    """What is left without the mixture: one expert for every token, (B, R, D) -> (B, C), logits averaged over the tokens."""
+
+    def __init__(self, config: FLUIDConfig):
+        layers, widths = [], (config.dim, *config.expert_hidden)
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(), nn.Dropout(config.head_dropout)]
+        super().__init__(*layers, nn.Linear(widths[-1], config.num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return at_least_float32(super().forward(x)).mean(1)
+
+
 def balance_loss(router_logits: Tensor, indices: Tensor, weights: Tensor, form: str) -> Tensor:
     """Load balance over T tokens and E experts.
 
@@ -234,18 +308,22 @@ class FLUID(nn.Module):
         self.config = c = config
         self.uses_image, self.uses_text = c.modalities != "text", c.modalities != "image"
         blocks = {"depth": c.depth, "num_heads": c.num_heads, "ffn": c.ffn, "dropout": c.dropout}
+        pooled = "q_transform" not in c.without
         if self.uses_image:
             self.image_encoder = None if c.image is None else build_vit(c.image_dim, c.image_stem, c.image)
             self.image_map = nn.Identity() if c.image_dim == c.dim else nn.Linear(c.image_dim, c.dim)
-            self.image_transform = QTransform(c.dim, c.num_queries, **blocks)
+            self.image_transform = QTransform(c.dim, c.num_queries, **blocks) if pooled else FirstToken()
         if self.uses_text:
-            self.text_encoder = None if c.text is None else build_bert(c.text_dim, c.text)
+            self.text_encoder = None if c.text is None else build_text(c.text_dim, c.text)
             self.text_map = nn.Identity() if c.text_dim == c.dim else nn.Linear(c.text_dim, c.dim)
-            self.text_transform = QTransform(c.dim, c.num_queries, **blocks)
-        if c.modalities == "both":
+            self.text_transform = QTransform(c.dim, c.num_queries, **blocks) if pooled else FirstToken()
+        if c.modalities == "both" and "gate" not in c.without:
             self.gate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
-        self.bottleneck = QTransform(c.dim, c.bottleneck_queries, **blocks)
-        self.moe = MoEClassifier(c)
+        self.bottleneck = nn.Identity() if "bottleneck" in c.without else QTransform(c.dim, c.bottleneck_queries, **blocks)
+        if "moe" in c.without:
+            self.classifier = DenseClassifier(c)
+        else:
+            self.moe = MoEClassifier(c)
         for module in self.modules():
             if isinstance(module, QTransform):
                 nn.init.normal_(module.queries, std=c.query_std)
@@ -291,23 +369,24 @@ class FLUID(nn.Module):
         if c.modalities == "both":
             if len(image) != len(text):
                 raise ValueError(f"image and text must have one batch size, got {len(image)} and {len(text)}")
-            fused, gate = self.gate(image, text)  # (B, l, D), (B, l)
+            fused, gate = ((image + text) / 2, None) if "gate" in c.without else self.gate(image, text)  # (B, l, D), (B, l)
         else:
             fused = image if text is None else text
-        logits, router_logits, indices, weights = self.moe(self.bottleneck(fused))  # (B, C)
-        routing = tuple(x.view(len(logits), -1, c.top_k) for x in (indices, weights))  # (B, R, k) each
+        fused = self.bottleneck(fused)  # (B, R, D)
+        if "moe" in c.without:
+            logits, routing, moe_loss = self.classifier(fused), None, fused.new_zeros(())
+        else:
+            logits, router_logits, indices, weights = self.moe(fused)  # (B, C)
+            routing = tuple(x.view(len(logits), -1, c.top_k) for x in (indices, weights))  # (B, R, k) each
+            balance = balance_loss(router_logits, indices, weights, c.balance)
+            moe_loss = c.balance_weight * balance + c.z_weight * router_logits.logsumexp(-1).square().mean()
         if labels is None:
             return FLUIDOutput(logits, None, {}, routing, gate, image_embedding, text_embedding)
         if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be int64 ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}")
         check_range("labels", labels, c.num_classes)
-        balance = balance_loss(router_logits, indices, weights, c.balance)
-        losses = {
-            "ce": F.cross_entropy(logits, labels),
-            "contrastive": logits.new_zeros(()),
-            "moe": c.balance_weight * balance + c.z_weight * router_logits.logsumexp(-1).square().mean(),
-        }
-        if c.modalities == "both":
+        losses = {"ce": F.cross_entropy(logits, labels), "contrastive": logits.new_zeros(()), "moe": moe_loss}
+        if c.modalities == "both" and "contrastive" not in c.without:
             flags = [flag for flag in (image_present, text_present) if flag is not None]
             pair = torch.stack([torch.ones_like(labels, dtype=torch.bool), *flags]).all(0)  # (B,)
             losses["contrastive"] = contrastive_loss(image_embedding, text_embedding, pair, c.temperature)
@@ -341,51 +420,3 @@ class FLUID(nn.Module):
         absent = None if present is None else ~present[:, None].expand(shape)
         masks = [mask for mask in (padding if self.config.text_mask else None, absent) if mask is not None]
         return tokens, torch.stack(masks).any(0) if masks else None, present
-
-
-def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
-    if (first is None) == (second is None):
-        raise ValueError(f"give exactly one of {names}, got {'neither' if first is None else 'both'}")
-    return second if first is None else first
-
-
-def check_tokens(name: str, tokens: Tensor, width: int) -> None:
-    if tokens.ndim != 3 or tokens.shape[-1] != width:
-        raise ValueError(f"{name} must have shape (B, tokens, {width}), got {tuple(tokens.shape)}")
-
-
-def check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
-    if flags is not None and (flags.dtype != torch.bool or flags.shape != shape):
-        raise ValueError(f"{name} must be bool {tuple(shape)}, got {flags.dtype} {tuple(flags.shape)}")
-
-
-def check_range(name: str, values: Tensor, limit: int) -> None:
-    check_value(lambda: ((values >= 0) & (values < limit)).all(), f"{name} must lie in [0, {limit - 1}]")
-
-
-def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
-    """Tokens at the model's width. Ignored ones are zeroed first: NaN in them would reach the weight's gradient."""
-    if isinstance(linear, nn.Linear) and ignore is not None:
-        tokens = tokens.masked_fill(ignore[..., None], 0)
-    return linear(tokens)
-
-
-def encode_image(encoder: nn.Module | None, pixels: Tensor, present: Tensor | None) -> Tensor:
-    if encoder is None:
-        raise ValueError("pixel_values need an image encoder, but the config's image is None; give image_tokens")
-    expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
-    if tuple(pixels.shape[1:]) != expected:
-        raise ValueError(f"pixel_values must have shape (B, C, H, W) with {expected}, got {tuple(pixels.shape)}")
-    if present is not None:
-        pixels = pixels.masked_fill(~present[:, None, None, None], 0)
-    return encoder.forward_features(pixels)  # (B, 1 + patches, image_dim)
-
-
-def encode_text(encoder: nn.Module | None, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if encoder is None:
-        raise ValueError("input_ids need a text encoder, but the config's text is None; give text_tokens")
-    limit = encoder.config.max_position_embeddings
-    if ids.ndim != 2 or ids.shape[1] > limit:
-        raise ValueError(f"input_ids must have shape (B, T) with T at most {limit}, got {tuple(ids.shape)}")
-    check_range("input_ids", ids, encoder.config.vocab_size)
-    return encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)

@@ -1,0 +1,56 @@
+"""What every model does with its inputs: check them, encode pixels and ids, bring tokens to the model's width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmfused.library import check_value
+
+
+def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
+    if (first is None) == (second is None):
+        raise ValueError(f"give exactly one of {names}, got {'neither' if first is None else 'both'}")
+    return second if first is None else first
+
+
+def check_tokens(name: str, tokens: Tensor, width: int) -> None:
+    if tokens.ndim != 3 or tokens.shape[-1] != width:
+        raise ValueError(f"{name} must have shape (B, tokens, {width}), got {tuple(tokens.shape)}")
+
+
+def check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
+    if flags is not None and (flags.dtype != torch.bool or flags.shape != shape):
+        raise ValueError(f"{name} must be bool {tuple(shape)}, got {flags.dtype} {tuple(flags.shape)}")
+
+
+def check_range(name: str, values: Tensor, limit: int) -> None:
+    check_value(lambda: ((values >= 0) & (values < limit)).all(), f"{name} must lie in [0, {limit - 1}]")
+
+
+def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
+    """Tokens at the model's width. Ignored ones are zeroed first: NaN in them would reach the weight's gradient."""
+    if isinstance(linear, nn.Linear) and ignore is not None:
+        tokens = tokens.masked_fill(ignore[..., None], 0)
+    return linear(tokens)
+
+
+def encode_image(encoder: nn.Module | None, pixels: Tensor, present: Tensor | None) -> Tensor:
+    if encoder is None:
+        raise ValueError("pixel_values need an image encoder, but the config's image is None; give image_tokens")
+    expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
+    if tuple(pixels.shape[1:]) != expected:
+        raise ValueError(f"pixel_values must have shape (B, C, H, W) with {expected}, got {tuple(pixels.shape)}")
+    if present is not None:
+        pixels = pixels.masked_fill(~present[:, None, None, None], 0)
+    return encoder.forward_features(pixels)  # (B, 1 + patches, image_dim)
+
+
+def encode_text(encoder: nn.Module | None, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if encoder is None:
+        raise ValueError("input_ids need a text encoder, but the config's text is None; give text_tokens")
+    limit = encoder.config.max_position_embeddings
+    if ids.ndim != 2 or ids.shape[1] > limit:
+        raise ValueError(f"input_ids must have shape (B, T) with T at most {limit}, got {tuple(ids.shape)}")
+    check_range("input_ids", ids, encoder.config.vocab_size)
+    return encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)
