@@ -75,7 +75,7 @@ def pretrained_vit(source: str, image_size: int | None = None) -> tuple[dict, nn
         described = read_encoder_folder("image encoder", folder)
         if not timm.is_model(described.get("architecture", "")):
             raise ValueError(f"image encoder: {folder / 'config.json'} names no architecture of timm's")
-        image = {"name": described["architecture"], **described.get("model_args", {}), **size}
+        image = {"name": described["architecture"], **described.get("model_args", {}), **size, "num_classes": 0}
     elif timm.is_model(source):
         image = {"name": source.split(".")[0], **size}
     else:
