@@ -52,6 +52,46 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
+def test_fluid_is_one_graph():
+    """Loss and gradients of the whole model, over three text lengths from tokens, and once with its encoders."""
+    code = """
+import torch, mmfused
+from torch._dynamo.utils import counters
+from mmfused.models import FLUID, FLUIDConfig
+
+def check(model, compiled, batch):
+    parameters = list(model.parameters())
+    want, got = model(**batch), compiled(**batch)
+    torch.testing.assert_close(want.loss, got.loss)
+    for a, b in zip(*(torch.autograd.grad(o.loss, parameters, materialize_grads=True, allow_unused=True) for o in (want, got))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not counters["graph_break"], counters["graph_break"]
+
+labels, there = torch.randint(0, 7, (5,)), torch.tensor([True, True, False, True, True])
+for backend in ("reference", "composed"):
+    mmfused.backend(backend)
+    for without in ((), ("q_transform", "gate", "bottleneck", "moe")):
+        torch._dynamo.reset(), counters.clear(), torch.manual_seed(0)
+        model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, image=None, text=None, balance="gshard", without=without))
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for length in (9, 21, 14):
+            tokens = {"image_tokens": torch.randn(5, 17, 128), "text_tokens": torch.randn(5, length, 128)}
+            masks = {"text_padding_mask": torch.rand(5, length) < 0.3, "image_present": there}
+            check(model, compiled, {**tokens, **masks, "labels": labels})
+        assert counters["stats"]["unique_graphs"] == 1, (backend, without)
+
+counters.clear()
+model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, vocab_size=50, text={"hidden_dropout_prob": 0.0}))
+compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+ids = torch.randint(5, 50, (5, 11))
+batch = {"pixel_values": torch.randn(5, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+check(model.eval(), compiled, {**batch, "image_present": there, "labels": labels})
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
 def test_fused_op_is_one_node_of_the_graph():
     """The kernels stay opaque to the compiler: traced on fake CUDA tensors, one call forward and one backward, no graph break."""
     code = """
