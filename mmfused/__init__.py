@@ -7,9 +7,20 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from .fuse import FuseReport, fuse, unfuse
 from .library import backend
 from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
 
 __version__ = "0.1.0"
 
-__all__ = ["QTransform", "QueryPooling", "__version__", "backend", "query_pooling", "query_pooling_reference"]
+__all__ = [
+    "FuseReport",
+    "QTransform",
+    "QueryPooling",
+    "__version__",
+    "backend",
+    "fuse",
+    "query_pooling",
+    "query_pooling_reference",
+    "unfuse",
+]

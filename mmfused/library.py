@@ -118,6 +118,13 @@ def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
     torch.library.register_fake(f"mmfused::{name}", fake)
 
 
+def register_composed(name: str, schema: str, function: Callable, fake: Callable) -> None:
+    """Define ``torch.ops.mmfused.<name>`` as ``function`` on every device: for composed paths whose loops depend on data."""
+    torch.library.define(f"mmfused::{name}", schema)
+    torch.library.impl(f"mmfused::{name}", "CompositeExplicitAutograd", function)
+    torch.library.register_fake(f"mmfused::{name}", fake)
+
+
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
     """Refuse what no backend of ``op`` takes: non-tensors, DTensors, and tensors on more than one device."""
     first = None

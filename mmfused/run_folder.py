@@ -1,23 +1,29 @@
-"""The folder of a training run: whose it is, and how its files come to be there whole."""
+"""The folder of a training run: whose it is, how its files come to be there whole, and how it is read back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 from matplotlib.figure import Figure
 
-import mmfused
+from mmfused import data as product_data
+from mmfused.models.fluid import FLUID, FLUIDConfig
 
-RUN_FILES = ("metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer")
+# config.json is written last and removed first: where it is, the run is finished and whole.
+RUN_FILES = ("config.json", "checkpoints", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png", "tokenizer")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check_out(out: Path, overwrite: bool):
-    held = [name for name in RUN_FILES if (out / name).exists()]
+def check_out(out: Path, overwrite: bool, resume: bool = False):
+    """Raises FileExistsError where ``out`` holds a run; with ``resume`` one that died before its first checkpoint is none."""
+    empty = ("checkpoints", "metrics.jsonl") if resume else ()
+    held = [name for name in RUN_FILES if (out / name).exists() and name not in empty]
     if held and not overwrite:
         raise FileExistsError(f"out: {out} already holds a run ({', '.join(held)}); choose another folder or overwrite it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +35,17 @@ def clear_out(out: Path):
         remove(out / name)
 
 
+def clean_out(out: Path):
+    """Removes what a process that was killed had half written."""
+    for name in RUN_FILES:
+        for path in out.glob(f".{name}.*.tmp"):
+            remove(path)
+
+
+def is_finished(out: Path) -> bool:
+    return all((out / name).exists() for name in ("config.json", "summary.json", "model.safetensors"))
+
+
 def remove(path: Path):
     if path.is_dir():
         shutil.rmtree(path)
@@ -36,25 +53,54 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def save_run(out: Path, config, model, tokenizer, summary, history):
+def save_run(out: Path, settings: dict, model, tokenizer, summary: dict, history: dict):
     """Every file under a temporary name first, then moved: a file with its own name is a whole file."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    settings = {"mmfused": mmfused.__version__, "model": model.config.to_dict(), "training": asdict(config)}
     whole(out / "tokenizer", lambda path: tokenizer.save_pretrained(path))
-    whole(out / "model.safetensors", lambda path: path.write_bytes(safetensors.torch.save(state)))
-    whole(out / "curves.png", lambda path: draw_curves({config.backend: history}, path))
-    whole(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
-    whole(out / "config.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
+    whole(out / "model.safetensors", lambda path: path.write_bytes(safetensors.torch.save(model_tensors(model))))
+    whole(out / "curves.png", lambda path: draw_curves({settings["training"]["backend"]: history}, path))
+    whole(out / "summary.json", lambda path: write_json(path, summary))
+    whole(out / "config.json", lambda path: write_json(path, settings))
+
+
+def model_tensors(model) -> dict:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def whole(path: Path, write):
-    """Calls ``write(temporary path)``, then gives the result its name in one move."""
+    """Calls ``write(temporary path)``, then gives the result its name in one move.
+
+    Where ``path`` is a folder, it is not there for a moment: no move takes the place of a folder that holds files.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        sync(temporary)
+        if path.is_dir():
+            remove(path)
         os.replace(temporary, path)
+        sync_entry(path.parent)
     finally:
         remove(temporary)
+
+
+def sync(path: Path):
+    """Waits until the file, or the folder with all that it holds, is on the disk."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+    sync_entry(path)
+
+
+def sync_entry(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def draw_curves(runs: dict[str, dict], path: Path):
@@ -68,3 +114,97 @@ def draw_curves(runs: dict[str, dict], path: Path):
     right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
     left.legend()
     figure.savefig(path, format="png", dpi=120)
+
+
+def load_run(folder: str | os.PathLike):
+    """``(model, tokenizer)`` of the run in ``folder``, or of one of its checkpoints; the model on the CPU in evaluation mode.
+
+    Raises FileNotFoundError where ``folder`` holds neither, and ValueError with one sentence where a file of it is
+    truncated, corrupt, a pickle, or holds the weights of another model.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    try:
+        model = FLUID(FLUIDConfig.from_dict(settings["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds the settings of no model that this mmfused has: {error}") from error
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), product_data.load_tokenizer(folder / "tokenizer")
+
+
+def read_settings(folder: Path) -> dict:
+    """The settings of the run or checkpoint in ``folder``: "mmfused", "model", "training" and "image_size".
+
+    Raises as :func:`load_run`.
+    """
+    if (folder / "state.json").is_file():
+        return read_checkpoint(folder)["settings"]
+    refuse_pickles(folder)
+    if not (folder / "config.json").is_file():
+        hint = " (it is not finished; take one of its checkpoints)" if any(folder.glob("checkpoints/step-*")) else ""
+        raise FileNotFoundError(f"{folder} holds no finished run: config.json is missing{hint}")
+    return read_json(folder / "config.json")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """``state.json`` of the checkpoint in ``path``. Raises ValueError naming a file that is not as it was written."""
+    if not (path / "state.json").is_file():
+        raise ValueError(f"{path / 'state.json'} is missing")
+    state = read_json(path / "state.json")
+    for name in ("sha256", "settings", "step", "metrics_bytes"):
+        if name not in state:
+            raise ValueError(f"{path / 'state.json'} lacks {name}")
+    for name, expected in state["sha256"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if sha256(path / name) != expected:
+            raise ValueError(f"{path / name} is truncated or corrupt: its SHA-256 is not the one in state.json")
+    return state
+
+
+def refuse_pickles(path: Path):
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise ValueError(f"{path} is a pickle, which can run any code when opened; only safetensors are read")
+        raise ValueError(f"{path} is a file; what is read is the folder of a run or of one of its checkpoints")
+    pickles = sorted(inner.name for inner in path.glob("*") if inner.suffix in PICKLES)
+    if pickles and not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path / pickles[0]} is a pickle, which can run any code when opened; only safetensors are read")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, takes an object")
+    return value
+
+
+def read_tensors(path: Path) -> dict:
+    """Raises FileNotFoundError, or ValueError where ``path`` is no whole safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+
+
+def load_weights(model, path: Path):
+    """Raises ValueError naming the first tensor in which the file and ``model`` differ, and as :func:`read_tensors`."""
+    got, expected = read_tensors(path), model.state_dict()
+    for name in [*expected, *got]:
+        theirs, ours = (tuple(tensors[name].shape) if name in tensors else "no such tensor" for tensors in (got, expected))
+        if theirs != ours:
+            raise ValueError(f"{path} holds the weights of another model: {name}: got {theirs}, expected {ours}")
+    model.load_state_dict(got)
+
+
+def sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

@@ -1,11 +1,16 @@
 import builtins
+import functools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 import mmfused
 from mmfused.cli import main
@@ -28,7 +33,7 @@ def python_m(*arguments, cwd=ROOT):
 def test_python_m_mmfused_lists_every_command():
     done = python_m("--help")
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "bench", "inspect", "env"):
+    for command in ("demo", "train", "eval", "bench", "inspect", "env"):
         assert command in done.stdout
 
 
@@ -81,7 +86,8 @@ def train_arguments(mugs, out, *more):
 def test_train_ends_with_a_table(mugs, tmp_path, capsys):
     assert main(train_arguments(mugs, tmp_path / "run", "--backend", "composed", "--lr", "0.002", "--seed", "3")) == 0
     captured = capsys.readouterr()
-    for word in ("accuracy", "macro F1", "peak memory", "composed on", "2 to validate, 1 skipped"):
+    scores = ("accuracy", "macro precision", "macro recall", "macro F1")
+    for word in (*scores, "peak memory", "composed on", "autocast", "2 to validate, 1 skipped"):
         assert word in captured.out
     config = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert (config["lr"], config["seed"], config["modalities"], config["steps"]) == (0.002, 3, "text", 2)
@@ -109,6 +115,145 @@ def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
     (out / "model.safetensors").write_text("mine")
     assert "already holds a run" in error_of(train_arguments(mugs, out))
     assert (out / "model.safetensors").read_text() == "mine"
+
+
+def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch):
+    from mmfused import training
+
+    arguments = train_arguments(mugs, tmp_path / "run", "--accumulate", "2", "--save-every", "1", "--keep", "1", "--amp", "off")
+    update = training.update
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args))
+        assert main([*arguments, "--resume"]) == 143
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmfused: ")]
+    assert len(told) == 1 and "stopped by SIGTERM after step 1, saved in" in told[0] and "--resume" in told[0]
+    assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
+    assert "mmfused: error: resume: lr is 0.5, but" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "run written to" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
+    assert "holds this run, finished; nothing was done" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.fixture(scope="module")
+def mug_run(tmp_path_factory):
+    base = tmp_path_factory.mktemp("mugs")
+    rows = [(f"a {colour} {thing}", label) for label, thing in enumerate(("mug", "bowl")) for colour in ("red", "blue", "green")]
+    data = folder(base / "data", rows)
+    val = folder(base / "val", [*rows[:2], rows[4], ("a pot", "x")])
+    training = ["--modalities", "text", "--steps", "4", "--save-every", "2", "--batch-size", "4", "--backend", "composed"]
+    assert main(["train", "--data", data, "--val", val, "--out", str(base / "run"), *training]) == 0
+    return base / "run", val
+
+
+def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
+    run, val = mug_run
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    arguments = ["eval", "--data", val, "--device", "cpu", "--backend", "composed", "--out", str(tmp_path / "numbers.json")]
+    for checkpoint in (run, run / "checkpoints" / "step-00000004"):
+        assert main([*arguments, "--checkpoint", str(checkpoint), "--per-class"]) == 0
+        out = capsys.readouterr().out
+        for word in ("3 rows, 1 skipped", "accuracy", "macro precision", "macro recall", "macro F1", "precision  recall"):
+            assert word in out
+        found = json.loads((tmp_path / "numbers.json").read_text())
+        assert found["loss"] == last["val_loss"]
+        for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
+            assert found[name] == last[name]
+        assert sum(entry["rows"] for entry in found["classes"]) == found["rows"] == 3
+        assert len(found["skipped"]) == 1 and "label takes an integer" in found["skipped"][0]
+    assert main([*arguments, "--checkpoint", str(run / "checkpoints" / "step-00000002")]) == 0
+    assert "precision  recall" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "numbers.json").read_text())["loss"] != last["val_loss"]
+
+
+def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
+    from mmfused import data
+    from mmfused.training import TrainConfig, train
+
+    monkeypatch.setattr(data, "GeneratedProducts", functools.partial(data.GeneratedProducts, size=40))
+    summary = train(TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=8, backend="composed", device="cpu", progress=False))
+    arguments = ["eval", "--checkpoint", str(tmp_path / "run"), "--data", "generated", "--backend", "composed", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path / "numbers.json"), "--per-class"]) == 0
+    assert "round cotton" in capsys.readouterr().out
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert (found["loss"], found["macro_f1"]) == (summary["val_loss"], summary["macro_f1"])
+    assert main([*arguments, "--out", str(tmp_path / "numbers.json"), "--batch-size", "7"]) == 0
+    other = json.loads((tmp_path / "numbers.json").read_text())
+    assert other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]  # the contrastive part sees fewer pairs
+
+
+def reshape_weights(run):
+    weights = safetensors.torch.load_file(run / "model.safetensors")
+    name = "moe.router.0.weight"
+    weights[name] = weights[name][:, :5].contiguous()
+    safetensors.torch.save_file(weights, run / "model.safetensors")
+
+
+def rename_weights(run):
+    safetensors.torch.save_file({"other.weight": torch.zeros(3)}, run / "model.safetensors")
+
+
+def cut(name, kept=1000):
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:kept])
+
+
+def only_a_pickle(run):
+    (run / "model.safetensors").rename(run / "model.bin")
+    (run / "config.json").unlink()
+
+
+DAMAGE = {
+    "no run": (lambda run: (run / "config.json").unlink(), "holds no finished run: config.json is missing (it is not finished"),
+    "truncated": (cut("model.safetensors"), "model.safetensors is truncated, corrupt or no safetensors file"),
+    "shorter": (cut("model.safetensors", -4), "model.safetensors is truncated, corrupt or no safetensors file"),
+    "missing": (lambda run: (run / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "settings": (cut("config.json", 100), "config.json is truncated or corrupt"),
+    "shapes": (reshape_weights, "moe.router.0.weight: got (128, 5), expected (128, 128)"),
+    "model": (rename_weights, "got no such tensor, expected ("),
+    "pickle": (only_a_pickle, "model.bin is a pickle, which can run any code when opened; only safetensors are read"),
+    "zip": (lambda run: (run / "model.safetensors").write_bytes(b"PK\x03\x04" * 99), "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_eval_says_what_is_wrong_with_a_run(mug_run, tmp_path, capsys, damage):
+    run, val = shutil.copytree(mug_run[0], tmp_path / "run"), mug_run[1]
+    spoil, message = DAMAGE[damage]
+    spoil(run)
+    (tmp_path / "numbers.json").write_text("mine")
+    assert message in error_of_eval(capsys, "--checkpoint", run, "--data", val, "--out", tmp_path / "numbers.json")
+    assert (tmp_path / "numbers.json").read_text() == "mine"
+
+
+def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
+    run, val = mug_run
+    data = folder(tmp_path / "data", [("a red mug", 0), ("a red pot", 2)])
+    checkpoint = shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    good = ("--checkpoint", run, "--data", val)
+    with open(checkpoint / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    flipped = error_of_eval(capsys, "--checkpoint", checkpoint, "--data", val)
+    assert "model.safetensors is truncated or corrupt: its SHA-256 is not the one in state.json" in flipped
+    wrong = error_of_eval(capsys, "--checkpoint", run, "--data", data)
+    assert "data: label 2 is out of range, takes the labels 0 to 1 of the model" in wrong
+    assert "only safetensors are read" in error_of_eval(capsys, "--checkpoint", tmp_path / "model.pt", "--data", val)
+    assert "is a file" in error_of_eval(capsys, "--checkpoint", run / "model.safetensors", "--data", val)
+    nowhere = tmp_path / "nowhere"
+    assert "nowhere holds no finished run" in error_of_eval(capsys, "--checkpoint", nowhere, "--data", val)
+    assert "which is not a folder" in error_of_eval(capsys, "--checkpoint", run, "--data", nowhere)
+    assert "batch_size: got 0" in error_of_eval(capsys, *good, "--batch-size", "0")
+    assert "backend: got 'fast'" in error_of_eval(capsys, *good, "--backend", "fast")
+    assert "out: got" in error_of_eval(capsys, *good, "--out", tmp_path)
+
+
+def error_of_eval(capsys, *arguments):
+    assert main(["eval", *map(str, arguments)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmfused: ")]
+    assert len(error) == 1 and error[0].startswith("mmfused: error: ")
+    return error[0]
 
 
 def test_a_missing_optional_package_is_named(mugs, tmp_path, capsys, monkeypatch):

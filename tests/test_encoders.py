@@ -1,5 +1,6 @@
 """Encoders at their authors' sizes and from local checkpoints: what is loaded is what was saved, and no pickle is opened."""
 
+import argparse
 import json
 import math
 
@@ -8,8 +9,13 @@ import timm.models
 import torch
 import transformers
 
+from mmfused import data as product_data
+from mmfused.cli import main
+from mmfused.cli.train import add_arguments, config_options
+from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import FLUID, FLUIDConfig
 from mmfused.models.encoders import build_text, build_vit, pretrained_text, pretrained_vit
+from mmfused.training import load_run
 
 BERT = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 16}
 VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}
@@ -95,3 +101,54 @@ def test_bad_image_encoders():
         pretrained_vit("vit_colossal")
     with pytest.raises(ValueError, match="VisionTransformer of width 64 in timm, got 'resnet18', a ResNet"):
         build_vit(64, "patch", {"name": "resnet18"})
+
+
+@pytest.fixture
+def encoders(tmp_path):
+    """A small ViT and a small BERT with its tokenizer, saved as their libraries save them."""
+    args = {"img_size": 32, "patch_size": 16, "depth": 1}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
+    timm.models.save_for_hf(vit, tmp_path / "vit", model_args=args, safe_serialization=True)
+    tokenizer = train_tokenizer([text for text in GeneratedProducts("train", size=200).texts if text], vocab_size=90)
+    bert = transformers.BertModel(transformers.BertConfig(**{**BERT, "max_position_embeddings": 64}, hidden_size=16))
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return tmp_path, vit, bert
+
+
+def test_train_from_pretrained_encoders(encoders, monkeypatch):
+    folder, vit, bert = encoders
+    monkeypatch.setattr(
+        product_data, "GeneratedProducts", lambda split: GeneratedProducts(split, size={"train": 64, "val": 32}[split])
+    )
+    sources = ["--image-encoder", str(folder / "vit"), "--text-encoder", str(folder / "bert"), "--without", "gate,moe"]
+    options = ["--data", "generated", "--batch-size", "16", "--threads", "1", "--out", str(folder / "run"), "--backend", "composed"]
+    # A learning rate of next to nothing: what the run saves is what it was given.
+    assert main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"]) == 0
+    model, tokenizer = load_run(folder / "run")
+    assert model.config.without == ("gate", "moe") and model.config.image_dim == 192 and model.config.text["vocab_size"] == 90
+    assert model.config.pixel_mean == (0.5, 0.5, 0.5) and len(tokenizer) == 90
+    for encoder, given in ((model.image_encoder, vit), (model.text_encoder, bert)):
+        for name, tensor in encoder.state_dict().items():
+            assert torch.allclose(tensor, given.state_dict()[name], atol=1e-9), name
+    # The encoders' folders are not needed any more, to go on or to evaluate.
+    for name in ("vit", "bert"):
+        (folder / name / "config.json").rename(folder / name / "gone")
+    assert main(["eval", "--checkpoint", str(folder / "run"), "--data", "generated"]) == 0
+
+
+def test_a_tokenizer_larger_than_the_encoder_is_refused(encoders, capsys):
+    folder, _, _ = encoders
+    train_tokenizer([text for text in GeneratedProducts("train", size=400).texts if text], vocab_size=150).save_pretrained(folder)
+    arguments = ["--text-encoder", str(folder / "bert"), "--tokenizer", str(folder), "--out", str(folder / "run")]
+    assert main(["train", "--data", "generated", *arguments, "--steps", "1"]) == 2
+    assert "tokens, takes at most 90" in capsys.readouterr().err and not (folder / "run").exists()
+
+
+def test_a_preset_brings_its_papers_recipe():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    base = ["--data", "x", "--out", "y", "--preset", "paper"]
+    options = config_options(parser.parse_args(base))
+    assert (options["lr"], options["weight_decay"], options["epochs"], options["batch_size"]) == (2e-5, 0.01, 15, 128)
+    assert config_options(parser.parse_args([*base, "--lr", "1e-4"]))["lr"] == 1e-4

@@ -7,20 +7,14 @@ import torch
 from PIL import Image
 
 import mmfused.library
-from mmfused.data import GeneratedProducts
-from mmfused.training import (
-    TrainConfig,
-    drop_modalities,
-    evaluate,
-    learning_rate,
-    load_data,
-    load_run,
-    macro_f1,
-    make_batches,
-    train,
-)
+import mmfused.training
+from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
+from mmfused.metrics import class_scores, count, scores
+from mmfused.train_setup import build_model, load_data, make_batches
+from mmfused.training import TrainConfig, add_gradients, drop_modalities, evaluate, learning_rate, load_run, train
 
-FILES = {"metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer"}
+FILES = {"checkpoints", "metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer"}
+SCORES = {"accuracy", "macro_precision", "macro_recall", "macro_f1"}
 
 
 def write_products(folder, split, size):
@@ -68,7 +62,8 @@ def test_a_run_leaves_every_file_whole(products, tmp_path):
     assert [record["step"] for record in training] == [1, 2, 3, 4]
     assert all({"ce", "contrastive", "moe", "lr", "seconds"} <= record.keys() for record in training)
     assert [record["step"] for record in validation] == [2, 4]
-    assert summary["accuracy"] == validation[-1]["accuracy"] and summary["macro_f1"] == validation[-1]["macro_f1"]
+    assert all(record.keys() == {"step", "val_loss", *SCORES} for record in validation)
+    assert all(summary[name] == validation[-1][name] for name in ("val_loss", *SCORES))
     assert summary["steps"] == 4 and summary["peak_memory"] > 2**20
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     with Image.open(tmp_path / "run" / "curves.png") as picture:
@@ -79,7 +74,7 @@ def test_a_loaded_run_gives_the_recorded_accuracy(products, tmp_path):
     config = TrainConfig(**options(products, tmp_path / "run"))
     summary = train(config)
     model, tokenizer = load_run(tmp_path / "run")
-    _, val_batches = make_batches(config, *load_data(config), tokenizer, size=32)
+    _, val_batches = make_batches(config, *load_data(config), tokenizer, 32, model.config)
     result = evaluate(model, val_batches)
     assert result["accuracy"] == summary["accuracy"]
     assert result["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
@@ -109,13 +104,17 @@ def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatc
     def fail(*args):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("mmfused.run_folder.draw_curves", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfused.run_folder.draw_curves", fail)
+        with pytest.raises(RuntimeError, match="disk full"):
+            train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"metrics.jsonl", "tokenizer", "model.safetensors"}
+    assert left == {"checkpoints", "metrics.jsonl", "tokenizer", "model.safetensors"}
     with pytest.raises(FileNotFoundError, match="no finished run"):
         load_run(tmp_path / "run")
+    train(TrainConfig(**options(products, tmp_path / "run", steps=1, resume=True)))
+    load_run(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
 def test_another_run_is_refused_unless_overwritten(products, tmp_path):
@@ -137,6 +136,10 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
     [
         ({"model": "resnet"}, "model: got 'resnet', takes 'fluid'"),
         ({"modalities": "sound"}, "modalities: got 'sound'"),
+        ({"amp": "fp16"}, "amp: got 'fp16', takes one of auto, bf16, off"),
+        ({"accumulate": 0}, "accumulate: got 0"),
+        ({"save_every": 0}, "save_every: got 0"),
+        ({"keep": 0}, "keep: got 0"),
         ({"steps": 0}, "steps: got 0"),
         ({"lr": -1.0}, "lr: got -1.0"),
         ({"swap_text": 1.5}, "swap_text: got 1.5"),
@@ -187,9 +190,138 @@ def test_learning_rate_warms_up_and_comes_down():
     assert rates[54] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
 
 
-def test_macro_f1_by_hand():
+def literal_scores(predictions, labels):
+    """scikit-learn's definitions, one row and one class at a time; a quotient by 0 counts as 0."""
+    per_class = []
+    for label in sorted({*predictions, *labels}):
+        pairs = list(zip(predictions, labels, strict=True))
+        hits = sum(p == label and t == label for p, t in pairs)
+        precision = hits / max(1, sum(p == label for p, _ in pairs))
+        recall = hits / max(1, sum(t == label for _, t in pairs))
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+        per_class.append((precision, recall, f1))
+    means = [sum(column) / len(per_class) for column in zip(*per_class, strict=True)]
+    right = sum(p == t for p, t in zip(predictions, labels, strict=True))
+    return {"accuracy": right / len(labels), "macro_precision": means[0], "macro_recall": means[1], "macro_f1": means[2]}
+
+
+def test_scores_by_hand():
     labels, predictions = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 2])
-    assert macro_f1(predictions, labels) == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
+    expected = {
+        "accuracy": 1 / 2,
+        "macro_precision": (1 + 1 / 2) / 4,
+        "macro_recall": (1 / 2 + 1) / 4,
+        "macro_f1": (2 / 3 + 2 / 3) / 4,
+    }
+    assert scores(predictions, labels) == pytest.approx(expected)
+    values = class_scores(count(predictions, labels))
+    assert values["precision"].tolist() == [1, 0.5, 0, 0] and values["recall"].tolist() == [0.5, 1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_a_literal_count(seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Among 12 classes, of which 3 never occur, some are never predicted and some never true.
+    labels = torch.randint(0, 9, (40,), generator=generator) + 3
+    predictions = torch.where(torch.rand(40, generator=generator) < 0.5, labels, torch.randint(0, 9, (40,), generator=generator))
+    assert scores(predictions, labels) == pytest.approx(literal_scores(predictions.tolist(), labels.tolist()))
+
+
+def text_model_and_batches(products, tmp_path, batch_size):
+    """Without what couples samples: one modality, cross-entropy alone, no BatchNorm; and without dropout."""
+    still = {"hidden_dropout_prob": 0.0}
+    options_ = {"loss_weights": (1, 0, 0), "text": still}
+    changes = {"modalities": "text", "batch_size": batch_size, "model_options": options_}
+    config = TrainConfig(**options(products, tmp_path / "run", **changes))
+    data = load_data(config)
+    tokenizer = train_tokenizer(data[0].texts)
+    torch.manual_seed(0)
+    model = build_model(config, data[0].num_classes, len(tokenizer), 32, 8)
+    return model, make_batches(config, *data, tokenizer, 32, model.config)[0]
+
+
+def test_accumulated_gradients_are_those_of_the_one_big_batch(products, tmp_path):
+    gradients = {}
+    for batch_size in (12, 48):
+        model, batches = text_model_and_batches(products, tmp_path, batch_size)
+        loss, terms = add_gradients(model, batches, len(batches))
+        gradients[batch_size] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients[batch_size]["loss"], gradients[batch_size]["ce"] = loss, terms["ce"]
+        assert len(batches) == 48 // batch_size
+    assert gradients[12].keys() == gradients[48].keys() and len(gradients[12]) > 20
+    assert max(float(gradient.norm()) for gradient in gradients[48].values()) > 0.1
+    for name, gradient in gradients[48].items():
+        torch.testing.assert_close(gradients[12][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, batch):
+        seen.append(batch["labels"].tolist())
+        return model_inputs(model, batch)
+
+    model_inputs = mmfused.training.model_inputs
+    monkeypatch.setattr(mmfused.training, "model_inputs", spy)
+    summary = train(TrainConfig(**options(products, tmp_path / "run", steps=None, epochs=4, batch_size=8, accumulate=3)))
+    assert summary["steps"] == 8 and len(losses(tmp_path / "run")) == 8
+    # 6 batches an epoch: every two steps the same 48 labels, in another order.
+    epochs = [sum(seen[start : start + 6], []) for start in range(0, 24, 6)]
+    assert len(seen) == 24 and all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
+    found, update = [], mmfused.training.add_gradients
+
+    def spy(model, batches, count, amp):
+        hook = model.gate.mlp[0].register_forward_hook(lambda module, given, result: found.append(result.dtype))
+        loss, terms = update(model, batches, count, amp)
+        hook.remove()
+        found.extend([loss.dtype, *(term.dtype for term in terms.values())])
+        return loss, terms
+
+    monkeypatch.setattr(mmfused.training, "add_gradients", spy)
+    curves = {}
+    for amp in ("auto", "off", "bf16"):
+        found.clear()
+        summary = train(TrainConfig(**options(products, tmp_path / amp, steps=2, amp=amp, device="cpu", augment=False)))
+        curves[amp] = losses(tmp_path / amp)
+        assert summary["amp"] == ("bf16" if amp == "bf16" else "off")
+        assert found[0] == (torch.bfloat16 if amp == "bf16" else torch.float32)
+        assert found[1:5] == [torch.float32] * 4
+    assert curves["auto"] == curves["off"] != curves["bf16"]
+    assert curves["bf16"] == pytest.approx(curves["off"], rel=0.05)
+    model, _ = load_run(tmp_path / "bf16")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeypatch):
+    data = GeneratedProducts("train", size=60)
+    batches = Batches(data, Collate(train_tokenizer(data.texts), 32, 16, augment=True), 8, shuffle=True, seed=3, drop_last=True)
+    made, make = [], batches._batch
+    monkeypatch.setattr(batches, "_batch", lambda *args: made.append(1) or make(*args))
+    stream = batches.stream()
+    expected = [next(stream) for _ in range(20)]
+    for position in (0, 5, 7, 16):
+        made.clear()
+        got = next(batches.stream(position))
+        assert len(made) == 1 and all(torch.equal(got[key], expected[position][key]) for key in got)
+    batches.set_epoch(2)
+    assert torch.equal(next(iter(batches))["pixel_values"], expected[14]["pixel_values"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(products, tmp_path, monkeypatch):
+    update = mmfused.training.update
+
+    def poisoned(model, *args):
+        result = update(model, *args)
+        torch.nn.init.constant_(model.bottleneck.queries, float("nan"))
+        return result
+
+    monkeypatch.setattr(mmfused.training, "update", poisoned)
+    with pytest.raises(RuntimeError, match="bottleneck.queries is not finite after step 1, so no checkpoint was written"):
+        train(TrainConfig(**options(products, tmp_path / "run", save_every=1, val_every=4)))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_modality_dropout_hides_one_modality_and_never_both(products, tmp_path):

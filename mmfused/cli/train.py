@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 HELP = "train a model on a folder of products, or on the generated product set"
 MODALITIES = {"image,text": "both", "text,image": "both", "both": "both", "image": "image", "text": "text"}
@@ -10,11 +12,20 @@ MODALITIES = {"image,text": "both", "text,image": "both", "both": "both", "image
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", default="fluid", help="architecture (fluid)")
-    parser.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help="tiny (default), or the paper's or the public code's size: paper, code")
+    parser.add_argument("--without", metavar="PART,..", help="leave out contrastive, q_transform, gate, bottleneck or moe")
+    parser.add_argument("--image-encoder", metavar="NAME", help="pretrained: a folder in timm's format, or a name timm can fetch")
+    parser.add_argument("--text-encoder", metavar="NAME", help="pretrained: a folder in transformers' format, or a hub name")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with images and metadata.csv, or 'generated'")
     parser.add_argument("--val", metavar="DIR", help="the same, to validate on; the generated set has its own")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    held.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; begin where there is none")
+    parser.add_argument(
+        "--save-every", type=int, metavar="N", help="checkpoint every N steps and at the end (default: --val-every)"
+    )
+    parser.add_argument("--keep", type=int, metavar="K", help="checkpoints to keep, the newest (default: 2)")
     parser.add_argument("--backend", default="auto", help="auto, reference, composed or fused (default: auto)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="number of optimiser steps")
@@ -23,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--swap-text", type=float, metavar="P", help="swap this fraction of the texts to another class's")
     parser.add_argument("--drop-image", type=float, metavar="P", help="hide the image of this fraction of training samples")
     parser.add_argument("--drop-text", type=float, metavar="P", help="hide the text of this fraction of training samples")
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--batch-size", type=int, help="samples in a forward pass (default: 64)")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="batches in an optimiser step (default: 1)")
+    parser.add_argument("--amp", help="auto, bf16 or off: bfloat16 autocast (default: auto, which is on for CUDA)")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float)
     parser.add_argument("--max-length", type=int, metavar="T", help="tokens a text may have (default: 64)")
@@ -38,36 +51,56 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    from mmfused.checkpoint import Stopped
+    from mmfused.run_folder import is_finished
     from mmfused.training import TrainConfig, train
 
-    summary = train(TrainConfig(**config_options(args)))
+    config = TrainConfig(**config_options(args))
+    done = config.resume and is_finished(Path(config.out))
+    try:
+        summary = train(config)
+    except Stopped as stop:
+        print(f"mmfused: {stop}", file=sys.stderr)
+        return 128 + stop.signum
     print_table(summary)
-    print(f"run written to {args.out}")
+    print(f"{args.out} holds this run, finished; nothing was done" if done else f"run written to {args.out}")
     return 0
 
 
 def config_options(args) -> dict:
-    """Only what was given on the command line: the defaults live in TrainConfig."""
+    """What was given on the command line, over the preset's recipe; the other defaults live in TrainConfig."""
+    from mmfused.train_config import RECIPES
+
     if args.modalities not in MODALITIES:
         raise ValueError(f"modalities: got {args.modalities!r}, takes image,text or image or text")
     options = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("command", "run"):
         options.pop(name, None)
     options["modalities"] = MODALITIES[args.modalities]
-    return options
+    if "without" in options:
+        options["model_options"] = {"without": options.pop("without").split(",")}
+    return {**RECIPES.get(args.preset, {}), **options}
 
 
 def print_table(summary: dict):
     rows = {
         "model": f"{summary['model']}, {summary['parameters'] / 1e6:.2f} M parameters, {summary['modalities']}",
         "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, {len(summary['skipped'])} skipped",
-        "backend": f"{summary['backend']} on {summary['device']}",
+        "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {'on' if summary['amp'] == 'bf16' else 'off'}",
         "steps": f"{summary['steps']}, {summary['step_seconds'] * 1e3:.1f} ms each, {summary['seconds']:.1f} s in all",
         "loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation",
-        "accuracy": f"{summary['accuracy']:.1%}",
-        "macro F1": f"{summary['macro_f1']:.1%}",
+        **score_rows(summary),
         "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
     }
+    print_rows(rows)
+
+
+def score_rows(scores: dict) -> dict[str, str]:
+    names = {"accuracy": "accuracy", "macro precision": "macro_precision", "macro recall": "macro_recall", "macro F1": "macro_f1"}
+    return {name: f"{scores[key]:.1%}" for name, key in names.items()}
+
+
+def print_rows(rows: dict[str, str]):
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

@@ -84,8 +84,9 @@ class Collate:
 class Batches:
     """Iterates over ``dataset`` in batches, images and token ids cached in memory as tensors.
 
-    Can be iterated again and again; the order and the augmentation follow from ``seed``, ``collate.seed`` and the
-    epoch alone, so the same epoch gives the same batches. ``set_epoch`` changes it. ``len`` is the number of batches.
+    Can be iterated again and again; an epoch's order follows from ``seed`` and the epoch alone, the augmentation of its
+    batch i from ``collate.seed``, the epoch and i alone: the same epoch gives the same batches, and any of them can be
+    made without those before it. ``set_epoch`` changes the epoch. ``len`` is the number of batches.
     """
 
     def __init__(self, dataset, collate: Collate, batch_size: int, *, shuffle: bool, seed: int = 0, drop_last: bool):
@@ -114,11 +115,22 @@ class Batches:
         self.epoch = check_int("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self._from(self.epoch, 0)
+
+    def stream(self, position: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        """Epoch 0 and all that follow, without end, from batch ``position`` of them on; no batch before it is made."""
+        epoch, start = divmod(check_int("position", position, 0), len(self))
+        while True:
+            yield from self._from(epoch, start)
+            epoch, start = epoch + 1, 0
+
+    def _from(self, epoch: int, start: int) -> Iterator[dict[str, torch.Tensor]]:
         order = torch.arange(len(self._labels))
         if self.shuffle:
-            order = torch.randperm(len(order), generator=torch_generator(self.seed, self.epoch))
-        generator = torch_generator(self.collate.seed, self.epoch)
-        for batch in range(len(self)):
+            order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
+        for batch in range(start, len(self)):
+            # From 1: a trailing 0 adds nothing to a seed, and batch 0 would share its draws with the order.
+            generator = torch_generator(self.collate.seed, epoch, batch + 1)
             yield self._batch(order[batch * self.batch_size : (batch + 1) * self.batch_size], generator)
 
     def _batch(self, rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,0 +1,489 @@
+"""fuse(model): real classes of torch, timm, open_clip and transformers, small and random, give the same numbers as before."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mmfused
+from mmfused import fuse, unfuse
+from mmfused.testing import over_budget
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+B, N, D, K, H = 3, 11, 36, 20, 3  # samples, tokens, width, width of an encoder's tokens, heads
+
+
+class Pool(nn.Module):
+    """Learned queries beside torch's own attention, as users write it."""
+
+    def __init__(self, shape, **options):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(shape))
+        self.attention = nn.MultiheadAttention(D, H, **options)
+
+    def forward(self, x, mask=None):
+        queries = self.queries.expand(len(x), -1, -1)
+        if not self.attention.batch_first:
+            x, queries = x.transpose(0, 1), queries.transpose(0, 1)
+        return self.attention(queries, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+
+def library(path, *args, **options):
+    """An object of that class, or skip the test where its library is not installed."""
+    module, _, name = path.rpartition(".")
+    return getattr(pytest.importorskip(module), name)(*args, **options)
+
+
+def torch_attention(**options):
+    return nn.MultiheadAttention(D, H, batch_first=True, **options)
+
+
+def latent(**options):
+    return library("timm.layers.attention_pool.AttentionPoolLatent", D, num_heads=H, **options)
+
+
+def timm_vit():
+    options = dict(num_classes=5, embed_dim=D, depth=1, num_heads=H, global_pool="map", class_token=False)
+    return library("timm.models.vision_transformer.VisionTransformer", 16, 4, **options)
+
+
+def clip(**options):
+    return library("open_clip.transformer.AttentionalPooler", D, K, H, 4, **options)
+
+
+def clip_tower():
+    pool = dict(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=H, output_dim=K + 1)
+    return library("open_clip.transformer.VisionTransformer", 16, 4, width=D, layers=1, heads=H, mlp_ratio=2.0, **pool)
+
+
+def hugging_face(model, name, config, *args, implementation="sdpa", **options):
+    sizes = dict(hidden_size=D, intermediate_size=24, num_attention_heads=H)
+    config = library(f"transformers.models.{model}.configuration_{model}.{config}", **sizes, **options)
+    config._attn_implementation = implementation
+    return library(f"transformers.models.{model}.modeling_{model}.{name}", config, *args)
+
+
+def head(model, prefix, **options):
+    return hugging_face(model, f"{prefix}MultiheadAttentionPoolingHead", f"{prefix}VisionConfig", **options)
+
+
+def siglip2(**options):
+    return head("siglip2", "Siglip2", **options)
+
+
+def siglip():
+    return hugging_face("siglip", "SiglipVisionModel", "SiglipVisionConfig", num_hidden_layers=1, image_size=16, patch_size=4)
+
+
+def q_former(name="Model", *args, model="blip_2", prefix="Blip2", dropout=0.0, **options):
+    options |= dict(num_hidden_layers=2, encoder_hidden_size=K, cross_attention_frequency=2)
+    options |= dict(attention_probs_dropout_prob=dropout, hidden_dropout_prob=0.0)
+    return hugging_face(model, f"{prefix}QFormer{name}", f"{prefix}QFormerConfig", *args, **options)
+
+
+def cross(**options):
+    return q_former("MultiHeadAttention", True, **options)
+
+
+def after(model, change):
+    change(model)
+    return model
+
+
+def setting(name, value):
+    return lambda model: setattr(model, name, value)
+
+
+SIZES = {"x": (B, N, D), "k": (B, N, K), "q": (B, 5, D), "one q": (1, 5, D), "image": (2, 3, 16, 16)}
+
+
+def data(names):
+    inputs = {n: torch.randn(SIZES[n], dtype=torch.float64, device=DEVICE) for n in names.split(", ") if n != "mask"}
+    if "mask" in names:
+        inputs["mask"] = (torch.arange(N) >= torch.tensor([N, 4, 7])[:, None]).to(DEVICE)
+        inputs["mask"][1, 0] = True  # padded on the left too
+    return inputs
+
+
+def attend_to(mask):
+    return (~mask)[:, None, None]
+
+
+def plain_call(model, *inputs):
+    return model(*inputs)
+
+
+CROSS, SELF = {"encoder.layer.0.crossattention.attention"}, {f"encoder.layer.{i}.attention.attention" for i in (0, 1)}
+
+# name -> (make a model, its inputs, call it, names swapped, names left)
+# fmt: off
+CASES = {
+    "torch, root": (
+        lambda: torch_attention(kdim=K, vdim=K), "q, k",
+        lambda m, q, x: m(q, x, x, need_weights=False)[0],
+    ),
+    "torch, sequence first": (lambda: Pool((5, D), kdim=K, vdim=K), "k, mask", plain_call, {"attention"}),
+    "torch, one query": (lambda: Pool((1, D), bias=False), "x", plain_call, {"attention"}),
+    "torch, batch first": (lambda: Pool((1, 5, D), batch_first=True), "x, mask", plain_call, {"attention"}),
+    "timm": (latent, "x"),
+    "timm, bare": (lambda: latent(latent_len=3, q_proj=False, qkv_bias=False, out_features=0, pool_type=""), "x"),
+    "timm, masked": (
+        lambda: latent(latent_len=3, pos_embed="abs", feat_size=N, norm_layer=nn.LayerNorm, pool_type="avg", latent_dim=16),
+        "x, mask", lambda m, x, mask: m(x, attend_to(mask)),
+    ),
+    "timm, q_norm": (lambda: after(latent(), setting("q_norm", nn.LayerNorm(D // H))), "x"),
+    "timm, a ViT": (timm_vit, "image", plain_call, {"attn_pool"}),
+    "open_clip": (clip, "k"),
+    "open_clip, another norm": (lambda: clip(norm_layer=nn.RMSNorm), "k"),
+    "open_clip, a tower": (clip_tower, "image", plain_call, {"attn_pool"}, {"transformer.resblocks.0.attn"}),
+    "siglip": (siglip, "image", lambda m, x: m(x).pooler_output, {"head"}),
+    "siglip2": (siglip2, "x, mask", lambda m, x, mask: m(x, (~mask).long())),
+    "siglip2, eager": (lambda: siglip2(implementation="eager"), "x, mask", lambda m, x, mask: m(x, ~mask)),
+    "idefics2": (lambda: head("idefics2", "Idefics2"), "x"),
+    "phi4": (
+        lambda: hugging_face("phi4_multimodal", *(f"Phi4MultimodalVision{n}" for n in ("MultiheadAttentionPoolingHead", "Config"))),
+        "x, mask", lambda m, x, mask: m(x, ~mask),
+    ),
+    "blip2": (q_former, "q, k", lambda m, q, x: m(q, encoder_hidden_states=x).last_hidden_state, CROSS, SELF),
+    "blip2, padded": (
+        q_former, "q, k, mask", lambda m, q, x, mask: m(q, 5, None, x, attend_to(mask)).last_hidden_state, CROSS, SELF,
+    ),
+    "instructblip": (
+        lambda: cross(model="instructblip", prefix="InstructBlip"), "one q, k", lambda m, q, x: m(q, encoder_hidden_states=x)[0],
+    ),
+    "instructblipvideo": (
+        lambda: cross(model="instructblipvideo", prefix="InstructBlipVideo"), "q, k", lambda m, q, x: m(q, None, x)[0],
+    ),
+}
+# fmt: on
+
+
+@pytest.fixture
+def pooled(monkeypatch):
+    """One entry for each call that reaches query_pooling: the shape of its queries."""
+    module, calls = sys.modules["mmfused.fuse"], []
+    real = module.query_pooling
+    monkeypatch.setattr(module, "query_pooling", lambda x, q, *a, **k: (calls.append(q.shape), real(x, q, *a, **k))[1])
+    return calls
+
+
+def build(case, dtype=torch.float64):
+    make, inputs, call, swapped, left = CASES[case] + (plain_call, {""}, set())[len(CASES[case]) - 2 :]
+    model = make().to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # none is left at 0, where a wrong one would not be seen
+            parameter.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+    return model.to(dtype), data(inputs), call, swapped, left
+
+
+def results(model, call, inputs, dtype=torch.float64):
+    """Output, and the gradient of every parameter and floating input."""
+    inputs = {k: v.to(dtype).detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
+    out = call(model, *inputs.values())
+    leaves = {k: v for k, v in inputs.items() if v.requires_grad} | dict(model.named_parameters())
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
+    return {"out": out.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_numbers_in_float64(case, training, pooled):
+    model, inputs, call, swapped, left = build(case)
+    model.train(training)
+    want = results(model, call, inputs)
+    report = fuse(model)
+    assert set(report.swapped) == swapped and set(report.left) == left, report
+    got = results(model, call, inputs)
+    assert len(pooled) == len(swapped)
+    for name in want:  # atol: the key bias has no gradient, which is 0 here and rounding there
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    assert got.keys() == want.keys()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
+def test_float32_within_the_budget(case, pooled):
+    """Not the whole Q-Former: its later self-attention enlarges any rounding a thousandfold. Its module alone is instructblip's."""
+    model, inputs, call, swapped, _ = build(case)
+    inputs = {k: v.float().double() if v.is_floating_point() else v for k, v in inputs.items()}
+    model.float().double()
+    exact = results(model, call, inputs)
+    model.float()
+    plain = results(model, call, inputs, torch.float32)
+    fuse(model)
+    actual = results(model, call, inputs, torch.float32)
+    assert len(pooled) == len(swapped)
+    noise = {name for name, value in exact.items() if value.norm() < 1e-10}  # gradients that are 0: key biases
+    assert all(actual[name].norm() < 1e-4 for name in noise)
+    assert not over_budget(*({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case, pooled):
+    model, inputs, call, swapped, _ = build(case)
+    names = {name: type(module) for name, module in model.named_modules()}
+    state, parameters = model.state_dict(), list(map(id, model.parameters()))
+    want = call(model, *inputs.values())
+    dry = fuse(model, dry_run=True)
+    assert {name: type(module) for name, module in model.named_modules()} == names
+    report = fuse(model)
+    assert (report, dict(model.named_modules()).keys()) == (dry, names.keys())
+    for name, module in model.named_modules():
+        assert isinstance(module, names[name]) and type(module).__name__ == names[name].__name__
+        assert (type(module) is not names[name]) == (name in swapped)
+    again = fuse(model)
+    assert set(again.swapped) == swapped and all(phrase.startswith("already swapped") for phrase in again.swapped.values())
+    fused_state = model.state_dict()
+    assert list(fused_state) == list(state) and all(torch.equal(fused_state[k], state[k]) for k in state)
+    assert list(map(id, model.parameters())) == parameters
+    model.load_state_dict(state)
+
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        pooled.clear()
+        torch.testing.assert_close(call(twin, *inputs.values()), want, rtol=1e-10, atol=1e-12)
+        assert len(pooled) == len(swapped)
+        assert set(unfuse(twin)) == swapped and fuse(twin) == report
+    assert set(unfuse(model)) == swapped and unfuse(model) == []
+    assert {name: type(module) for name, module in model.named_modules()} == names
+    pooled.clear()
+    assert torch.equal(call(model, *inputs.values()), want) and not pooled
+
+
+def test_expanded_queries_are_projected_once(pooled):
+    for case in ("torch, sequence first", "torch, batch first"):
+        model, inputs, call, _, _ = build(case)
+        fuse(model)
+        call(model, *inputs.values())
+    assert pooled == [(5, D), (5, D)]
+
+
+def test_report_reads_well():
+    model, *_ = build("open_clip, a tower")
+    lines = str(fuse(model)).splitlines()
+    assert lines[0] == "fuse: 1 swapped, 1 left" and lines[1].startswith("  swapped attn_pool: pools with ln_k folded")
+    assert lines[2].startswith("  left transformer.resblocks.0.attn: No learned queries beside it")
+    assert "(root)" in str(fuse(nn.MultiheadAttention(D, H))) and "FusedAttentionalPooler" in repr(model)
+    assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(clip())  # no class was patched
+    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
+    with pytest.raises(TypeError, match="fuse: model is a int; it takes a torch.nn.Module"):
+        fuse(1)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+INT8 = nn.Parameter(torch.ones(3 * D, D, dtype=torch.int8), requires_grad=False)
+
+
+def hook(model):
+    model.kv.register_forward_hook(lambda *args: None)
+
+
+# fmt: off
+LEFT = {
+    "OwnAttention is a subclass of MultiheadAttention": lambda: OwnAttention(D, H),
+    "dropout is 0.1 and acts": lambda: nn.MultiheadAttention(D, H, dropout=0.1),
+    "kdim 20, vdim 36": lambda: nn.MultiheadAttention(D, H, kdim=K),
+    "add_bias_kv": lambda: nn.MultiheadAttention(D, H, add_bias_kv=True),
+    "add_zero_attn": lambda: nn.MultiheadAttention(D, H, add_zero_attn=True),
+    "no floating-point": lambda: after(torch_attention(), setting("in_proj_weight", INT8)),
+    "No learned queries beside it": lambda: nn.TransformerEncoderLayer(D, H, 24, dropout=0.0),
+    "k_norm is a LayerNorm": lambda: latent(qk_norm=True),
+    "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
+    "scale is 1.0": lambda: after(latent(), setting("scale", 1.0)),
+    "kv is a Sequential": lambda: after(latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))),
+    "Hooks on kv": lambda: after(latent(), hook),
+    "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
+    "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
+    "attention inside is a OwnAttention": lambda: after(siglip2(), setting("attention", OwnAttention(D, H))),
+    "attention_probs_dropout_prob is 0.1": lambda: cross(dropout=0.1),
+    "attention implementation is 'eager'": lambda: cross(implementation="eager"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("words", LEFT)
+def test_left_with_the_reason(words):
+    model = LEFT[words]()
+    types = [type(module) for module in model.modules()]
+    report = fuse(model)
+    (reason,) = (text for text in report.left.values() if words in text)
+    assert reason.endswith(".") and [type(module) for module in model.modules()] == types and not report.swapped
+
+
+def test_an_unknown_argument_is_left(monkeypatch):
+    pooler = siglip2()
+    monkeypatch.setattr(type(pooler), "forward", lambda self, hidden_state, attention_mask=None, temperature=1.0: hidden_state)
+    assert "takes temperature, which fuse does not know" in fuse(pooler).left[""]
+
+
+def test_unfuse_refuses_what_it_did_not_make():
+    model = after(latent(), fuse)
+    model.__class__ = type("Wrapped", (type(model),), {})
+    with pytest.raises(TypeError, match="unfuse: .root. is a .*Wrapped, made from a fused class; undo that first"):
+        unfuse(model)
+    assert "subclass of AttentionPoolLatent" in fuse(model).left[""]
+
+
+# ---- calls that cannot be pooled run the original -------------------------------------------------------------------------------
+
+
+def go_eager(model):
+    model.config._attn_implementation = "eager"
+
+
+STRANGE_MASK = torch.rand(B, 1, 5, N, generator=torch.Generator().manual_seed(0)) < 0.7
+STRANGE_MASK[..., 0] = True
+KEY_MASK = STRANGE_MASK[:, :, :1]
+
+
+# fmt: off
+FALLBACKS = {
+    "need_weights": (torch_attention, lambda m, q, x: m(q, x, x)),
+    "weights of each head": (torch_attention, lambda m, q, x: m(q, x, x, average_attn_weights=False)),
+    "attn_mask": (torch_attention, lambda m, q, x: m(q, x, x, need_weights=False, attn_mask=STRANGE_MASK[0, 0].to(x.device))),
+    "float padding": (torch_attention, lambda m, q, x: m(q, x, x, x[..., 0], need_weights=False)),
+    "other values": (torch_attention, lambda m, q, x: m(q, x, x + 1, need_weights=False)),
+    "self-attention": (torch_attention, lambda m, q, x: m(x, x, x, need_weights=False)),
+    "unbatched": (torch_attention, lambda m, q, x: m(q[0], x[0], x[0], need_weights=False)),
+    "dropout set later": (torch_attention, lambda m, q, x: after(m.eval(), setting("dropout", 0.5))(q, x, x, need_weights=False)),
+    "timm, float mask": (latent, lambda m, q, x: m(x, x[:, None, None, :, 0])),
+    "timm, a mask for each query": (lambda: latent(latent_len=5), lambda m, q, x: m(x, STRANGE_MASK.to(x.device))),
+    "timm, unfused bool mask": (lambda: after(latent(), setting("fused_attn", False)), lambda m, q, x: m(x, KEY_MASK.to(x.device))),
+    "timm, hook set later": (latent, lambda m, q, x: after(m, hook)(x)),
+    "siglip2, 4-D mask": (siglip2, lambda m, q, x: m(x, KEY_MASK.to(x.device))),
+    "blip2, mask repeated": (q_former, lambda m, q, x: m(q, 5, None, x[..., :K], KEY_MASK[:, 0, 0].to(x.device))[0]),
+    "blip2, mask for each query": (cross, lambda m, q, x: m(q, None, x[..., :K], STRANGE_MASK.to(x.device))[0]),
+    "blip2, float mask": (cross, lambda m, q, x: m(q, None, x[..., :K], x[:, None, None, :, 0])[0]),
+    "blip2, eager set later": (cross, lambda m, q, x: after(m, go_eager)(q, None, x[..., :K])),
+    "blip2, output_attentions": (cross, lambda m, q, x: m(q, None, x[..., :K], output_attentions=True)[0]),
+    "blip2, position bias": (cross, lambda m, q, x: m(q, None, x[..., :K], position_bias=x[:, None, :5, :N])[0]),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_other_calls_run_the_original(name, pooled):
+    make, call = FALLBACKS[name]
+    model = make().to(DEVICE, torch.float64)
+    q, x = data("q, x").values()
+    want = call(copy.deepcopy(model), q, x)
+    got = call(after(model, fuse), q, x)
+    assert not pooled
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (got, want)), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "mask" in CASES[case][1]])
+def test_nan_stays_behind_the_padding(case):
+    model, inputs, call, _, _ = build(case)
+    want = results(model, call, inputs)
+    fuse(model)
+    inputs["x" if "x" in inputs else "k"][inputs["mask"]] = float("nan")
+    got = results(model, call, inputs)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["torch, sequence first", "torch, batch first"])
+def test_nothing_to_attend_to_is_zero(case):
+    model, inputs, call, _, _ = build(case)
+    inputs["mask"][1] = True
+    fuse(model)
+    got = results(model, call, inputs)
+    out = got["out"] if model.attention.batch_first else got["out"].transpose(0, 1)
+    assert (
+        not out[1].any()
+        and out[0].any()
+        and not got["dx" if "x" in inputs else "dk"][1].any()
+        and all(v.isfinite().all() for v in got.values())
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autocast(case, pooled):
+    model, inputs, call, swapped, _ = build(case, torch.float32)
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    exact = call(model, *inputs.values())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain = call(model, *inputs.values())
+        fuse(model)
+        actual = call(model, *inputs.values())
+        assert actual.dtype == plain.dtype and len(pooled) == len(swapped)
+        actual.float().sum().backward()
+    assert not over_budget({"out": actual}, {"out": exact.double()}, {"out": plain})
+
+
+def test_dropout_after_the_attention(pooled):
+    model = latent(drop=0.5).double().to(DEVICE)
+    x = data("x")["x"]
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        outs.append(model(x))
+        fuse(model)
+    torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-12)
+    assert len(pooled) == 1
+
+
+def run_python(code):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
+    here = Path(__file__).parent
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (here.parent, here)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_no_graph_break():
+    """Whole models too; the compiled fused model equals the eager one, and a model fused after compiling is compiled again."""
+    for module in ("timm", "open_clip", "transformers"):
+        pytest.importorskip(module)
+    run_python("""
+import torch, mmfused, test_fuse
+from torch._dynamo.utils import counters
+
+for case in test_fuse.CASES:
+    torch._dynamo.reset()
+    model, inputs, call, swapped, _ = test_fuse.build(case)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counters.clear()
+    if case == "timm":
+        call(compiled, *inputs.values())
+    assert mmfused.fuse(model).swapped
+    want, got = test_fuse.results(model, call, inputs), test_fuse.results(model, lambda m, *i: call(compiled, *i), inputs)
+    assert counters["stats"]["unique_graphs"] == 1 + (case == "timm"), (case, counters["stats"])
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m: f"{case}, {name}: {m}")
+print("done")
+""")
+
+
+def test_a_fresh_process_reads_a_fused_model(tmp_path):
+    model, inputs, call, _, _ = build("timm")
+    torch.save((after(model, fuse).cpu(), inputs["x"].cpu(), call(model, *inputs.values()).detach().cpu()), tmp_path / "model.pt")
+    run_python(f"""
+import sys, torch
+model, x, want = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+assert repr(model).startswith("FusedAttentionPoolLatent(")
+torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)
+print("done")
+""")
+
+
+def test_fuse_imports_nothing():
+    run_python("""
+import sys, torch, mmfused
+assert mmfused.fuse(torch.nn.MultiheadAttention(8, 2)).swapped
+assert not {"timm", "transformers", "open_clip"} & set(sys.modules)
+print("done")
+""")
