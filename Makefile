@@ -1,6 +1,6 @@
 # Every target makes .venv by itself. PYTHON=/path/to/python uses that interpreter as it is instead: nothing is installed,
 # no network is touched, and the package runs from this checkout.
-OPS := query_pooling
+OPS := query_pooling masked_info_nce
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -11,6 +11,8 @@ PY := .venv/bin/python
 READY := .venv/installed
 endif
 
+# A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
+WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
 GPU_BENCHES := $(OPS:%=gpu-bench-%)
 .PHONY: help demo test bench lint gpu gpu-check gpu-test $(GPU_BENCHES)
 
@@ -22,7 +24,7 @@ demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (O
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
 
 test: $(READY) ## run the test suite
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS)
 
 bench: $(READY) ## gate and time every op on this machine
 	set -e; for op in $(OPS); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done

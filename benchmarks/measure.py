@@ -46,12 +46,14 @@ class Provider:
     """One way to compute a case.
 
     ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it along the first axis.
+    ``ceiling``: why this is no way to compute the case, only the work inside it: timed without passing the gate.
     """
 
     module: nn.Module
     layout: dict[str, tuple[str, ...]]
     backend: str | None = None
     run: Callable[..., Tensor] | None = None  # the compiled module, where it is compiled
+    ceiling: str | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         run = self.module if self.run is None else self.run
@@ -106,6 +108,8 @@ class Gate:
         report = {"compiled": mode, "gate": "passed", "reasons": []}
         try:
             provider = self.build(self.op.PROVIDERS[name])
+            if provider.ceiling is not None:
+                return provider, report | {"gate": "no gate", "reasons": [provider.ceiling]}
             if mode is not None:
                 provider.run = torch.compile(provider.module, mode=mode, dynamic=False)
             faults = over_budget(self.op.comparable(provider.results(self.problem)), self.exact, self.plain)

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: the checkout it lies in comes first, whate
 
 from mmfused.benchmarks import measure, report
 
-OPS = ("query_pooling",)
+OPS = ("query_pooling", "masked_info_nce")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -7,19 +7,25 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from . import losses
 from .fuse import FuseReport, fuse, unfuse
 from .library import backend
+from .ops.masked_info_nce import MaskedInfoNCE, masked_info_nce, masked_info_nce_reference
 from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FuseReport",
+    "MaskedInfoNCE",
     "QTransform",
     "QueryPooling",
     "__version__",
     "backend",
     "fuse",
+    "losses",
+    "masked_info_nce",
+    "masked_info_nce_reference",
     "query_pooling",
     "query_pooling_reference",
     "unfuse",

@@ -6,6 +6,7 @@ A kernel launcher becomes ``torch.ops.mmfused.<name>`` through :func:`register`;
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -123,6 +124,20 @@ def register_composed(name: str, schema: str, function: Callable, fake: Callable
     torch.library.define(f"mmfused::{name}", schema)
     torch.library.impl(f"mmfused::{name}", "CompositeExplicitAutograd", function)
     torch.library.register_fake(f"mmfused::{name}", fake)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator, which raises only where the upstream gradient has a graph; of a bare loss it has none, and the gradients
+    would silently be constants. This one raises there too."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True; the compiler raises by itself
+            upstream = [x.detach().requires_grad_() for x in upstream]
+        return once(ctx, *upstream)
+
+    return wrapper
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmfused import cli
-from mmfused.benchmarks import measure, query_pooling, run
+from mmfused.benchmarks import masked_info_nce, measure, query_pooling, run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("query_pooling", "--shape", "B=2,N=16,D=32,L=4,H=2", "--repeats", "2", "--no-compile")
@@ -168,7 +168,7 @@ def test_work_counts_the_formulas():
 
 
 REFUSED = [
-    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling."),
+    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce."),
     (("query_pooling", "--case", "nope"), "case is 'nope'; query_pooling on cpu takes one of fluid, "),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
     (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
@@ -198,4 +198,26 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "no_such_op"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("op is 'no_such_op'; it takes one of query_pooling.\n")
+    assert done.returncode == 2 and done.stderr.endswith("op is 'no_such_op'; it takes one of query_pooling, masked_info_nce.\n")
+
+
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_masked_info_nce(tmp_path, modalities):
+    shape = f"B=50,D=16,K={modalities}"
+    assert run.main(["masked_info_nce", "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("masked_info_nce-*.json")
+    found = json.loads(file.read_text())["providers"]
+    gates = {name: entry["gate"] for name, entry in found.items()}
+    assert gates["eager"] == gates["checkpointed chunks"] == gates["composed"] == "passed"
+    assert gates["bare GEMMs"] == ("no gate" if modalities == 1 else "unavailable")
+    assert gates["torch linear_cross_entropy"] in ({"passed", "unavailable"} if modalities == 1 else {"unavailable"})
+    assert found["composed"]["saved_bytes"] < 50 * 50 * 4
+
+
+def test_masked_info_nce_work():
+    case = masked_info_nce.Case("hand", B=10, D=4, K=2)
+    work = masked_info_nce.work(case, itemsize=2)
+    assert work["forward"] == [{"stage": "logits", "flops": 2 * 50 * 4, "bytes": 160}]
+    assert [stage["flops"] for stage in work["backward"]] == [400, 800]
+    key = masked_info_nce.modality(case, torch.device("cpu"))
+    assert key.bincount().tolist() == [5, 5] and masked_info_nce.modality(masked_info_nce.Case("", 10, 4), "cpu") is None

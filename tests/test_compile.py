@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
 # Between them these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
-CASES = ("fluid", "fluid text", "siglip", "widest")
+CASES = ("fluid", "fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -126,11 +126,12 @@ def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch)
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {"onepass fwd", "logits", "pool", "moments", "pack_mask", "dlogits", "dx", "dq"}
+    assert kernels >= {"sweep", "merge", "pairs", "spread", "owner"}
     assert ("onepass bwd" in kernels) == (arch in ("sm_90", "sm_100"))
     assert not any(row["spilled"] or row["fault"] for row in rows)
     meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
     for row in rows:
-        if row["kernel"] not in ("moments", "pack_mask"):
+        if row["kernel"] not in ("moments", "pack_mask", "merge"):
             assert row["instructions"][meant], row
 
 

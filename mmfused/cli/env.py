@@ -12,7 +12,7 @@ import mmfused
 
 HELP = "show versions, devices, and which backend each op would use here, and why not the better one"
 PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("query_pooling",)
+OPS = ("query_pooling", "masked_info_nce")
 
 
 def add_arguments(parser: argparse.ArgumentParser):

@@ -23,7 +23,9 @@ HELP = "compile every kernel for a GPU architecture, without a GPU: registers, s
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100")
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
-# op -> label -> (rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted). Together they reach every kernel and variant.
+# op -> label -> what the op's runner below takes. Together they reach every kernel and variant.
+# query_pooling: rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted
+# masked_info_nce: rows B, candidates C, dim D, dtype, symmetric, keys, ids ("none", "drop", "same"), everything
 SPECIMENS = {
     "query_pooling": {
         "fluid": (32, 768, "bfloat16", False, "none", False, True),
@@ -37,7 +39,23 @@ SPECIMENS = {
         "wide": (32, 1024, "bfloat16", True, "padding", False, True),
         "widest": (64, 4096, "bfloat16", True, "lengths", False, True),
         "float32": (32, 768, "float32", True, "padding", False, True),
-    }
+    },
+    "masked_info_nce": {
+        "nce": (65536, 65536, 768, "bfloat16", True, False, "none", False),
+        "nce narrow": (65536, 65536, 256, "bfloat16", True, False, "none", False),
+        "nce keys ids": (65536, 65536, 768, "bfloat16", True, True, "drop", False),
+        "nce narrow keys": (16384, 16384, 256, "float16", True, True, "drop", False),
+        "nce all": (16384, 16384, 768, "float16", True, True, "same", True),
+        "nce narrow all": (16384, 16384, 256, "bfloat16", True, False, "same", True),
+        "nce tiny all": (16384, 16384, 128, "float16", True, True, "same", True),
+        "nce unite": (4096, 8192, 1536, "bfloat16", False, True, "none", False),
+        "nce smooth": (4096, 4096, 64, "bfloat16", False, False, "none", True),
+        "nce largest": (262144, 262144, 768, "bfloat16", True, False, "none", False),
+        "nce odd": (1003, 3331, 300, "float16", True, True, "drop", False),
+        "nce odd narrow": (1003, 3331, 100, "float16", True, True, "none", False),
+        "nce float32": (4096, 4096, 768, "float32", True, True, "drop", False),
+        "nce float32 all": (4096, 4096, 512, "float32", True, True, "same", True),
+    },
 }
 
 
@@ -95,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--case is {args.case}; it takes some of {', '.join(c for cases in SPECIMENS.values() for c in cases)}.")
     reports = []
     print(
-        f"{'op':14} {'case':13} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} {'shared':>7}  instructions",
+        f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} {'shared':>7}  instructions",
         flush=True,
     )
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -103,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             reports.append(report)
             used = " ".join(f"{name}:{count}" for name, count in report.instructions.items() if count) or "none"
             print(
-                f"{report.op:14} {report.case:13} {report.kernel:8} {report.arch:7} {report.tile:22} {report.registers:4} "
+                f"{report.op:15} {report.case:15} {report.kernel:8} {report.arch:7} {report.tile:22} {report.registers:4} "
                 f"{report.spilled:5} {report.shared:7}  {used}{'  <- ' + report.fault if report.fault else ''}",
                 flush=True,
             )
@@ -127,8 +145,12 @@ def heard_launches(arch: str, only_op: str | None = None, only_cases: list[str] 
                 if only_op not in (None, op) or (only_cases and case not in only_cases):
                     continue
                 heard.clear()
-                _query_pooling_on_meta(*shape)
-                yield from (_job(op, case, arch, *launch) for launch in heard)
+                ON_META[op](*shape)
+                jobs = {}  # a launcher may repeat a kernel over chunks: once is enough
+                for launch in heard:
+                    job = _job(op, case, arch, *launch)
+                    jobs[repr(job)] = job
+                yield from jobs.values()
     finally:
         tiles.listener = tiles.pretended_arch = None
 
@@ -151,10 +173,32 @@ def _query_pooling_on_meta(rows, dim, dtype, norm, padding, per_sample, need_dx)
     query_pooling.backward(empty(*z.shape), x, q, z, *stats, mask, lengths, need_dx)
 
 
+def _masked_info_nce_on_meta(batch, candidates, dim, dtype, symmetric, keys, ids, everything) -> None:
+    import torch
+
+    from mmfused.kernels import masked_info_nce
+
+    def empty(*shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    embeddings = empty(batch, dim, dtype=getattr(torch, dtype)), empty(candidates, dim, dtype=getattr(torch, dtype))
+    bias = empty(candidates, dtype=torch.float32) if keys or ids != "none" else None
+    q_key, c_key = (empty(batch), empty(candidates)) if keys else (None, None)
+    q_id, c_id = (empty(batch), empty(candidates)) if ids != "none" else (None, None)
+    args = (*embeddings, bias, empty(dtype=torch.float32), empty(batch), q_key, c_key, q_id, c_id, ids == "drop")
+    masked_info_nce.sweep(*args, symmetric, everything)
+    row, column = empty(4, batch, dtype=torch.float32), empty(4, candidates, dtype=torch.float32) if symmetric else None
+    masked_info_nce.sweep_backward(row, column, *args, everything)
+
+
+ON_META = {"query_pooling": _query_pooling_on_meta, "masked_info_nce": _masked_info_nce_on_meta}
+
+
 def _job(op, case, arch, kernel, args, constexprs, num_warps, num_stages) -> Job:
     """Type each argument as Triton's launcher does: 1 and None are constants, multiples of 16 are known as such."""
     names = {
         "float32": "fp32",
+        "float64": "fp64",
         "float16": "fp16",
         "bfloat16": "bf16",
         "uint8": "u8",
@@ -210,10 +254,12 @@ def compile_job(job: Job) -> Report:
     if shared > limit:
         faults.append(f"needs {shared} bytes of shared memory, the card has {limit}")
     c = job.constexprs
-    multiplies = "BR" in c and job.signature["x_ptr"] != "*fp32"  # float32 is multiplied exactly, without matrix instructions
+    # UPCAST is what tiles.dot takes; float32 is multiplied exactly, without matrix instructions.
+    multiplies = "UPCAST" in c and not {"*fp16", "*bf16"}.isdisjoint(job.signature.values())
     if multiplies and not any(counts.values()):
         faults.append("no matrix instruction")
-    tile = f"{'x'.join(str(c[k]) for k in ('BN', 'BR', 'BD') if k in c)} w{job.num_warps} s{job.num_stages}"
+    sizes = "x".join(str(c[k]) for k in ("BM", "BX", "BN", "BY", "BR", "BK", "BD") if k in c)
+    tile = f"{sizes} w{job.num_warps} s{job.num_stages}"
     name = job.kernel.removesuffix("_kernel")
     name = f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}" if name == "onepass" else name
     return Report(job.op, job.case, name, job.arch, tile, registers, stack, shared, counts, "; ".join(faults))

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
+from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
 
 MODALITIES, BALANCES, ROUTERS, STEMS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear"), ("conv", "patch")
@@ -290,14 +291,10 @@ def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: flo
 
     A sample without a pair is nobody's negative and adds nothing to the mean; fewer than two pairs give 0.
     """
-    with torch.autocast(image.device.type, enabled=False):
-        scores = image @ text.T / temperature  # (B, B)
-    # Each sample keeps its own diagonal: alone in its row it gives exactly 0, never NaN.
-    allowed = (pair[:, None] & pair) | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    rows, columns = scores.logsumexp(1), scores.logsumexp(0)
-    nce = (rows + columns) / 2 - scores.diagonal()  # (B,)
-    return nce.where(pair, 0).sum() / pair.sum().clamp(min=1)
+    key = torch.arange(1, len(pair) + 1, device=pair.device).masked_fill(pair, 0)  # without a pair: a key of its own
+    masks = {"query_key": key, "candidate_key": key, "row_weight": pair.to(image.dtype)}
+    with torch.autocast(image.device.type, enabled=False):  # in float32, which unit vectors deserve
+        return masked_info_nce(image, text, temperature=temperature, symmetric=True, **masks)
 
 
 class FLUID(nn.Module):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, check_tensors, check_value, choose, current_backend, register
+from ...library import autocast_dtype, check_tensors, check_value, choose, current_backend, once_differentiable, register
 
 FORMS = ("auto", "absorbed", "projected")
 
@@ -137,7 +137,7 @@ class _PoolFused(torch.autograd.Function):
         return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dz):
         x, q, z, lse, mean, rstd, mask, lengths = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]

@@ -1,0 +1,172 @@
+"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q (both still to be multiplied by scale), targets left out, with
+
+    dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - further positives - every pair         (the j terms if symmetric)
+
+Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and ``spread_kernel`` multiplies it
+by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs, and of HBM 6 bytes a pair (16-bit) and 8 a sum and chunk.
+Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums on chip: 8 B C D FLOPs and no traffic.
+``gain``, a power of two, makes the largest weight about 2^13: float16 would lose 1 / (B C) otherwise. Results are divided by it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles import dot
+from .pairs import (
+    SAFE_BOUND,
+    block_range,
+    coefficients,
+    counting_pairs,
+    load_block,
+    nth_tile,
+    products,
+    row_vectors,
+    visits,
+    weighted_softmax,
+)
+
+
+@triton.jit
+def _gain(gain_ptr):
+    gain = 1.0
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr)
+    return gain
+
+
+@triton.jit
+def _taken(ds, s, x_id, y_id, x_side, y_side, IDS: tl.constexpr):
+    """dS less what label smoothing takes off every pair that counts (s is not -inf) and off further positives."""
+    taken = x_side[3][:, None] + y_side[3][None, :]
+    if IDS == "same":
+        taken += tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
+    return ds - tl.where(s == float("-inf"), 0.0, taken)
+
+
+@triton.jit
+def pairs_kernel(
+    q_ptr, c_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, q_id_ptr, c_id_ptr,
+    row_ptr, column_ptr, ds_ptr, B, C, row0, col0, width,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, GROUP: tl.constexpr,
+    KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows, width), 0 in pairs that do not count.
+
+    All of a BX x BY tile that spread_kernel will read is written, and no other. BX and BY are multiples of BM and BN.
+    """
+    i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP)
+    x0 = row0 + i * BM
+    y0 = col0 + j * BN
+    x = x0 + tl.arange(0, BM)
+    y = y0 + tl.arange(0, BN)
+    low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 // BX * BX, B, C, BX, KEYS)
+    _, _, count = visits(low, high, shared, y0 // BY, y0 // BY + 1, BY, KEYS)
+    if count > 0:
+        safe = tl.load(bound_ptr) <= SAFE_BOUND
+        s = products(q_ptr, c_ptr, x0, y0, B, C, D, BM, BN, BK, UPCAST) * tl.load(scale_ptr)
+        if bias_ptr is not None:
+            s += tl.load(bias_ptr + y, mask=y < C, other=0.0)[None, :]
+        target = tl.load(target_ptr + x, mask=x < B, other=-1).to(tl.int32)
+        x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, q_id_ptr, x, B, KEYS, IDS)
+        y_id = y if IDS == "none" else tl.load(c_id_ptr + y, mask=y < C, other=-2)
+        ok = counting_pairs(x, y, B, C, target, x_low, x_high, shared, x_id, y_id, False, KEYS, IDS)
+        s = tl.where(ok, s, float("-inf"))  # here already: what the mask needs is gone before the softmax takes registers
+        gain = _gain(gain_ptr)
+        x_side = coefficients(row_ptr, x, B, gain, EVERYTHING)
+        y_side = coefficients(column_ptr, y, C, gain, EVERYTHING)
+        ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, row_ptr is not None, column_ptr is not None)
+        if EVERYTHING:
+            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
+        tl.store(ds_ptr + at, ds)
+
+
+@triton.jit
+def spread_kernel(
+    ds_ptr, y_ptr, gain_ptr, low_ptr, high_ptr, shared_ptr, out_ptr, X, Y, x0, x1, y0, y1, stride_x, stride_y,
+    D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    KEYS: tl.constexpr, FIRST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (D / BD, blocks of x in the chunk, S). out (S, x1 - x0, D) = or, unless FIRST, += dS y over the chunk's y0 .. y1 - 1.
+
+    Used with x = q, y = c, and with dS transposed by its strides x = c, y = q. It reads the tiles that pairs_kernel wrote and no
+    others: those which hold an allowed pair, and such that lie between the keys of a block on the one side and of a tile on the
+    other, which both count. Blocks and tiles start at multiples of BX and BY on either side.
+    """
+    local = tl.program_id(1) * BX + tl.arange(0, BX)
+    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    split = tl.program_id(2)
+    low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS)
+    first = y0 // BY
+    head, own, count = visits(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
+    STEPS: tl.constexpr = BY // BK
+    begin = (count * split // tl.num_programs(2)) * STEPS
+    end = (count * (split + 1) // tl.num_programs(2)) * STEPS
+    out_ptr += (split.to(tl.int64) * (x1 - x0) + tl.program_id(1) * BX) * D
+    at = tl.arange(0, BX)[:, None] * D + cols[None, :]
+    inside = (local < x1 - x0)[:, None] & (cols < D)[None, :]
+    gain = _gain(gain_ptr)
+    acc = tl.zeros([BX, BD], tl.float32)
+    if not FIRST:
+        acc = tl.load(out_ptr + at, mask=inside, other=0.0) * gain  # here, not at the end: sums and accumulator would not fit
+    for step in range(begin, end):
+        start = nth_tile(step // STEPS, head, own, first) * BY + step % STEPS * BK
+        ds = tl.load(ds_ptr + (start - y0) * stride_y + local[:, None] * stride_x + tl.arange(0, BK)[None, :] * stride_y)
+        acc = dot(ds, load_block(y_ptr, start, tl.arange(0, BK), cols, Y, D, D % BD == 0), acc, UPCAST)
+    if FIRST or end > begin:
+        tl.store(out_ptr + at, acc * (1.0 / gain), mask=inside)
+
+
+@triton.jit
+def owner_kernel(
+    x_ptr, y_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, x_id_ptr, y_id_ptr,
+    x_side_ptr, y_side_ptr, out_ptr, X, Y,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SWAP: tl.constexpr, KEYS: tl.constexpr,
+    IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D columns of sums in registers.
+
+    x = q, y = c, or with SWAP x = c, y = q (S and dS are then transposed, bias belongs to x and target to y).
+    """
+    split = tl.program_id(0)
+    block = tl.program_id(1)
+    x = block * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BD)
+    scale = tl.load(scale_ptr)
+    safe = tl.load(bound_ptr) <= SAFE_BOUND
+    gain = _gain(gain_ptr)
+    low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, block * BM, X, Y, BM, KEYS)
+    head, own, count = visits(low, high, shared, 0, tl.cdiv(Y, BN), BN, KEYS)
+    x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, x_id_ptr, x, X, KEYS, IDS)
+    x_side = coefficients(x_side_ptr, x, X, gain, EVERYTHING)
+    own_rows = load_block(x_ptr, block * BM, tl.arange(0, BM), cols, X, D, D == BD)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for n in range(count * split // tl.num_programs(0), count * (split + 1) // tl.num_programs(0)):
+        start = nth_tile(n, head, own, 0) * BN
+        y = start + tl.arange(0, BN)
+        rows = load_block(y_ptr, start, tl.arange(0, BN), cols, Y, D, D == BD)
+        s = dot(own_rows, tl.trans(rows), tl.zeros([BM, BN], tl.float32), UPCAST) * scale
+        if bias_ptr is not None:
+            if SWAP:
+                s += tl.load(bias_ptr + x, mask=x < X, other=0.0)[:, None]
+            else:
+                s += tl.load(bias_ptr + y, mask=y < Y, other=0.0)[None, :]
+        if SWAP:
+            target = tl.load(target_ptr + y, mask=y < Y, other=-1).to(tl.int32)
+        else:
+            target = tl.load(target_ptr + x, mask=x < X, other=-1).to(tl.int32)
+        y_id = y if IDS == "none" else tl.load(y_id_ptr + y, mask=y < Y, other=-2)
+        ok = counting_pairs(x, y, X, Y, target, x_low, x_high, shared, x_id, y_id, SWAP, KEYS, IDS)
+        s = tl.where(ok, s, float("-inf"))
+        y_side = coefficients(y_side_ptr, y, Y, gain, EVERYTHING)
+        ds = weighted_softmax(
+            s, x_side[0], x_side[1], y_side[0], y_side[1], safe, x_side_ptr is not None, y_side_ptr is not None
+        )  # fmt: skip
+        if EVERYTHING:
+            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
+    acc *= 1.0 / gain
+    at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
+    tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])

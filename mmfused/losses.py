@@ -1,0 +1,169 @@
+"""The relatives of masked InfoNCE in the five papers: hinges, consistency, absolute similarity, the sigmoid loss.
+
+Each takes embeddings as they are (only ``positive_similarity`` normalises) and gives a scalar, float32 or float64. Where a loss
+looks at all pairs it does so a block of rows at a time and computes the block again in backward: no B x C matrix stays alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .library import check_tensors
+
+BLOCK_PAIRS = 2**22  # pairs alive at a time: 16 MB of float32
+
+
+def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
+    """Mean over the rows of ``1 - cos(query_i, positive_i)``, both (B, D): UniCA (arXiv 2606.28350), this library's reading.
+
+    In one sweep with the contrastive loss: ``masked_info_nce(..., positive_weight=...)`` on normalised embeddings.
+    """
+    query, positive = _floats("positive_similarity", query=query, positive=positive)
+    if len(query) != len(positive):
+        raise ValueError(f"positive_similarity: positive has {len(positive)} rows; it takes {len(query)}, as query has.")
+    return (1 - F.cosine_similarity(query, positive, dim=-1)).mean()
+
+
+def hard_negative_margin(
+    query: Tensor, candidate: Tensor, *, temperature: float | Tensor = 1.0, margin: float = 0.2, fraction: float = 0.5
+) -> Tensor:
+    """Hinge over each row's hardest negatives: mean of ``max(0, margin + S_ij - S_ii)``, S = query candidate^T / temperature.
+
+    query (B, D), candidate (C, D), C >= B, row i's positive is candidate i; the hardest are the ``floor(fraction * C)`` largest
+    of the others. 0 where there is none. UniECS (arXiv 2508.13843), L_hard of its V2V term, on scaled logits.
+    """
+    query, candidate = _floats("hard_negative_margin", query=query, candidate=candidate)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1.")
+    hardest = min(int(fraction * len(candidate)), len(candidate) - 1)
+    if hardest == 0:
+        return query.new_zeros(()) * query.sum() * candidate.sum()  # a zero that backward can pass
+
+    def block(rows: Tensor, at: Tensor) -> Tensor:
+        logits = rows @ candidate.T / temperature
+        own = logits.gather(1, at[:, None])
+        others = logits.scatter(1, at[:, None], float("-inf"))
+        return F.relu(margin + others.topk(hardest).values - own).sum()
+
+    return _by_rows(block, query, len(candidate)) / (len(query) * hardest)
+
+
+def product_hinge(
+    query: Tensor,
+    candidate: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    margin: float = 0.3,
+    positive: Tensor | None = None,
+    diagonal: bool = False,
+) -> Tensor:
+    """Mean over all pairs of ``max(0, margin_ij + S_ij - p_i)``, S = scale query candidate^T, both (B, D).
+
+    PPM of UniECS (arXiv 2508.13843) is the mean of this over its three pairs of embeddings, with margin a1 off the diagonal and p_i
+    the own diagonal S_ii. PDC is the mean of two with ``diagonal=True`` (the margin on every pair), S of the whole products, and
+    ``positive`` (B,): S_ii of the image's, then of the text's embedding.
+    """
+    query, candidate = _floats("product_hinge", query=query, candidate=candidate)
+    if len(query) != len(candidate):
+        raise ValueError(f"product_hinge: candidate has {len(candidate)} rows; it takes {len(query)}, as query has.")
+    if positive is not None and positive.shape != query.shape[:1]:
+        raise ValueError(f"product_hinge: positive has shape {tuple(positive.shape)}; it takes ({len(query)},).")
+    if positive is None:
+        positive = (query * candidate).sum(-1) * scale
+
+    def block(rows: Tensor, at: Tensor) -> Tensor:
+        hinge = rows @ candidate.T * scale - positive[at, None]
+        away = torch.full_like(hinge, margin)
+        return F.relu(hinge + (away if diagonal else away.scatter(1, at[:, None], 0.0))).sum()
+
+    return _by_rows(block, query, len(candidate)) / (len(query) * len(candidate))
+
+
+def product_consistency(
+    product: tuple[Tensor, Tensor],
+    image: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    *,
+    scale: float | Tensor = 1.0,
+    tolerance: float = 0.05,
+    top: int = 10,
+) -> Tensor:
+    """PLC of UniECS (arXiv 2508.13843): three similarity matrices agree on each product's nearest ones.
+
+    Each argument is a pair (query (B, D), candidate (B, D)) with S = scale query candidate^T. For each row the ``top`` largest of
+    the product's S (fewer if B is smaller): mean over them, the rows and the three pairs of matrices of
+    ``max(0, (S_a - S_b)^2 - tolerance)``.
+    """
+    if top < 1:
+        raise ValueError(f"product_consistency: top is {top}; it takes at least 1.")
+    names = ("product", "image", "text")
+    pairs = [_floats("product_consistency", query=a, candidate=b) for a, b in (product, image, text)]
+    for name, (query, candidate) in zip(names, pairs, strict=True):
+        if query.shape != pairs[0][0].shape or candidate.shape != pairs[0][0].shape:
+            raise ValueError(
+                f"product_consistency: {name} has shapes {tuple(query.shape)} and {tuple(candidate.shape)}; it takes two of "
+                f"{tuple(pairs[0][0].shape)}, as product has."
+            )
+    count = len(pairs[0][0])
+    top = min(top, count)
+    widths = [query.shape[1] for query, _ in pairs]
+
+    def block(rows: Tensor, at: Tensor) -> Tensor:
+        mm, vm, tm = (part @ candidate.T * scale for part, (_, candidate) in zip(rows.split(widths, 1), pairs, strict=True))
+        nearest = mm.topk(top).indices
+        mm, vm, tm = (matrix.gather(1, nearest) for matrix in (mm, vm, tm))
+        return sum(F.relu((a - b).square() - tolerance).sum() for a, b in ((vm, mm), (tm, mm), (vm, tm)))
+
+    return _by_rows(block, torch.cat([query for query, _ in pairs], 1), 3 * count) / (3 * count * top)
+
+
+def sigmoid_contrastive(
+    query: Tensor, candidate: Tensor, *, temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0
+) -> Tensor:
+    """SigLIP's loss (arXiv 2303.15343): ``-1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias))``.
+
+    query (B, D), candidate (C, D), C >= B; z is 1 for row i's candidate i and -1 elsewhere. Both scalars may be tensors with
+    gradients; the defaults are the paper's initial values.
+    """
+    query, candidate = _floats("sigmoid_contrastive", query=query, candidate=candidate)
+
+    def block(rows: Tensor, at: Tensor) -> Tensor:
+        logits = rows @ candidate.T / temperature + bias
+        own = logits.gather(1, at[:, None])
+        return -F.logsigmoid((-logits).scatter(1, at[:, None], own)).sum()
+
+    return _by_rows(block, query, len(candidate)) / len(query)
+
+
+def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
+    """The embeddings in one dtype, float32 at least; ValueError unless (rows, dim) of one dim, with a candidate for every row."""
+    check_tensors(op, **tensors)
+    (first_name, first), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it takes floats (rows, dim).")
+    for name, tensor in others:
+        if tensor.shape[1] != first.shape[1] or len(tensor) < len(first):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it takes at least {len(first)} rows of {first.shape[1]}, "
+                f"as {first_name} has."
+            )
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()), torch.float32)
+    return [tensor.to(dtype) for tensor in tensors.values()]
+
+
+def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
+    """Sum of ``block(rows, their indices)`` over blocks of rows, each computed again in backward where there are several."""
+    indices = torch.arange(len(rows), device=rows.device)
+    step = max(1, BLOCK_PAIRS // width)
+    with torch.autocast(rows.device.type, enabled=False):
+        if step >= len(rows):
+            return block(rows, indices)
+        parts = zip(rows.split(step), indices.split(step), strict=True)
+        return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum()

@@ -1,0 +1,107 @@
+"""What :func:`masked_info_nce` refuses, one sentence each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...library import check_tensors, check_value
+
+OP = "masked_info_nce"
+SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
+
+
+def check(
+    query, candidate, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric, positive_weight,
+    row_weight, label_smoothing, false_negative_margin, reduction,
+):  # fmt: skip
+    check_first(query, candidate)
+    vectors = dict(target=target, query_key=query_key, candidate_key=candidate_key, query_id=query_id, candidate_id=candidate_id)
+    check_tensors(OP, query=query, **vectors, row_weight=row_weight)
+    sizes = dict(target="query", query_key="query", candidate_key="candidate", query_id="query", candidate_id="candidate")
+    for name, tensor in vectors.items():
+        length = len(query) if sizes[name] == "query" else len(candidate)
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}; it takes torch.int64.")
+        if tensor is not None and tensor.shape != (length,):
+            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes ({length},), one for each {sizes[name]}.")
+    for kind, (mine, theirs) in {"key": (query_key, candidate_key), "id": (query_id, candidate_id)}.items():
+        if mine is not None and theirs is None:
+            raise ValueError(f"{OP}: query_{kind} is given without candidate_{kind}; it takes both, or candidate_{kind} alone.")
+    _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight)
+    if false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf:  # the compiler knows no isfinite
+        raise ValueError(f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None.")
+    _check_temperature(temperature, query)
+    _check_row_weight(row_weight, query)
+    _check_values(target, query_key, candidate_key, len(candidate))
+
+
+def check_first(query: Tensor, candidate: Tensor) -> None:
+    """The embeddings themselves: before anything asks for their length, or sends them to other ranks."""
+    for name, tensor in (("query", query), ("candidate", candidate)):
+        if tensor is None:
+            raise TypeError(f"{OP}: {name} is None; it takes a torch.Tensor.")
+    check_tensors(OP, query=query, candidate=candidate)
+    if not query.is_floating_point() or query.dtype != candidate.dtype:
+        raise TypeError(
+            f"{OP}: query and candidate have dtypes {query.dtype} and {candidate.dtype}; they take one dtype, "
+            "float32, float16, bfloat16 or float64."
+        )
+    for name, tensor in (("query", query), ("candidate", candidate)):
+        if tensor.dim() != 2 or tensor.numel() == 0:
+            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), neither of them 0.")
+    if query.shape[1] != candidate.shape[1]:
+        raise ValueError(f"{OP}: candidate has dim {candidate.shape[1]}; it takes {query.shape[1]} as query has.")
+
+
+def _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight) -> None:
+    if symmetric and target is not None:
+        raise ValueError(f"{OP}: symmetric and target are both given; symmetric takes the default target, arange(B).")
+    if target is None and len(candidate) < len(query):
+        raise ValueError(
+            f"{OP}: there are {len(candidate)} candidates for {len(query)} queries; without a target it takes at least as many."
+        )
+    if same_id not in SAME_ID:
+        raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}.")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{OP}: label_smoothing is {label_smoothing}; it takes a number in [0, 1).")
+    if not positive_weight >= 0:
+        raise ValueError(f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0.")
+
+
+def _check_temperature(temperature: float | Tensor, query: Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"{OP}: temperature is {temperature}; it takes a number above 0.")
+        return
+    check_tensors(OP, query=query, temperature=temperature)
+    if temperature.numel() != 1 or not temperature.is_floating_point():
+        raise ValueError(
+            f"{OP}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
+        )
+    check_value(lambda: (temperature > 0).all(), f"{OP}: temperature holds a number that is not above 0; it takes one above 0.")
+
+
+def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
+    if row_weight is None:
+        return
+    if row_weight.shape != query.shape[:1]:
+        raise ValueError(f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({len(query)},).")
+    if row_weight.requires_grad:
+        raise ValueError(f"{OP}: row_weight requires grad; it takes a constant: detach() it.")
+    check_value(lambda: (row_weight >= 0).all(), f"{OP}: row_weight holds a negative number; it takes numbers of at least 0.")
+
+
+def _check_values(target, query_key, candidate_key, candidates: int) -> None:
+    if target is not None:
+        inside = lambda: ((target >= 0) & (target < candidates)).all()  # noqa: E731
+        check_value(inside, f"{OP}: target holds a value outside [0, {candidates}), the candidates there are.")
+    if query_key is not None:
+        check_value(lambda: (query_key >= 0).all(), f"{OP}: query_key holds a negative value; it takes keys of at least 0.")
+    if candidate_key is not None:
+        lowest = lambda: (candidate_key >= -1).all()  # noqa: E731
+        check_value(lowest, f"{OP}: candidate_key holds a value below -1; it takes keys of at least 0, or -1 for everybody.")

@@ -1,0 +1,81 @@
+"""How a module is swapped without losing its identity: its class becomes a subclass of its own class with another forward."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+KINDS: dict[str, type[Swap]] = {}  # full name of a class -> how its instances are swapped
+_classes: dict[type, type] = {}  # a module's own class -> its fused subclass
+
+
+class Swap:
+    """What every kind of swap says of itself.
+
+    ``needs``: the attributes its forward reads.  ``does``: a phrase for the report.  ``whole``: the modules inside belong to it and
+    are not swapped themselves.  ``why_not(module)``: the reason against swapping it, or None; asked at every call too, for modules
+    are edited afterwards.  ``misplaced``: the reason against its place in a model.
+    """
+
+    needs = does = ""
+    whole = True
+
+    @staticmethod
+    def misplaced(module: nn.Module, name: str, model: nn.Module) -> str | None:
+        return None
+
+    def __reduce_ex__(self, protocol):
+        """Copies and pickles name the module's own class, which a fresh process can find, and derive the fused one again."""
+        made, own = super().__reduce_ex__(protocol), own_class(self)
+        return made if own is type(self) else (revive, (own,), *made[2:])
+
+    def _get_name(self) -> str:
+        return f"Fused{super()._get_name()}"  # printed only: other libraries look modules up by __name__, which stays
+
+
+def fused_class(kind: type, cls: type) -> type:
+    if cls not in _classes:
+        _classes[cls] = type(cls.__name__, (kind, cls), {"__doc__": cls.__doc__, "__module__": __name__})
+    return _classes[cls]
+
+
+def revive(cls: type) -> nn.Module:
+    return object.__new__(fused_class(KINDS[path_of(cls)], cls))
+
+
+def own_class(module: nn.Module) -> type:
+    cls = type(module)
+    return cls.__bases__[-1] if _classes.get(cls.__bases__[-1]) is cls else cls
+
+
+def path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def other_version(kind: type, cls: type, module: nn.Module) -> str | None:
+    """Another release may have built the class differently."""
+    missing = [name for name in kind.needs.split() if not hasattr(module, name)]
+    if missing:
+        return f"This version of {cls.__qualname__} has no {', '.join(missing)}: its structure is another."
+    new = inspect.signature(cls.forward).parameters.keys() - inspect.signature(kind.forward).parameters.keys()
+    if new:
+        return f"This version of {cls.__qualname__} takes {', '.join(sorted(new))}, which fuse does not know."
+    return touched(module, "this module", hooks=False)
+
+
+def touched(module: nn.Module, name: str, hooks: bool = True) -> str | None:
+    """Hooks of a module whose weights are used without calling it would never run; a forward of its own would not be heard."""
+    if "forward" in module.__dict__:
+        return f"The forward of {name} was replaced on the instance."
+    seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return f"Hooks on {name} would not run." if hooks and seen else None
+
+
+def dense(*tensors: Tensor | None) -> bool:
+    """Plain tensors: neither nested nor sparse nor a subclass (DTensor, quantised) that computes in its own way."""
+    return all(
+        t is None or (type(t).__name__ in ("Tensor", "Parameter", "FakeTensor") and t.layout is torch.strided and not t.is_nested)
+        for t in tensors
+    )

@@ -1,0 +1,125 @@
+"""Losses over 1, 2 and 3 processes (gloo) against one process with the whole batch."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmfused import MaskedInfoNCE
+
+SPLITS = {1: [(11, 14)], 2: [(7, 8), (4, 6)], 3: [(2, 2), (6, 9), (3, 3)]}  # (queries, candidates) of each rank
+CASES = {
+    "plain": {},
+    "symmetric": {"symmetric": True},
+    "keys": {"symmetric": True, "positive_weight": 0.3},
+    "ids": {"same_id": "mean", "symmetric": True, "label_smoothing": 0.1},
+    "weighted": {},
+}
+
+
+class Towers(nn.Module):
+    """Two linear towers and the loss, so that DDP averages the gradients of shared parameters and of the temperature."""
+
+    def __init__(self, gather, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.candidate = nn.Linear(9, 6), nn.Linear(10, 6)
+        self.loss = MaskedInfoNCE(0.2, learnable_temperature=True, gather=gather, **options)
+
+    def forward(self, query, candidate, **keys):
+        return self.loss(self.query(query), self.candidate(candidate), **keys)
+
+
+def batch_of_rank(case: str, split: list, rank: int) -> tuple:
+    """This rank's rows of a fixed batch. Each rank's first candidates are its positives, the others extra negatives."""
+    queries, candidates = split[rank]
+    generator = torch.Generator().manual_seed(100 + rank)
+    data = [torch.randn(n, width, generator=generator, dtype=torch.float64) for n, width in ((queries, 9), (candidates, 10))]
+    keys = {}
+    draw = lambda n, high, low=0: torch.randint(low, high, (n,), generator=generator)  # noqa: E731
+    if case == "keys":
+        keys = {"query_key": draw(queries, 3), "candidate_key": draw(candidates, 3, -1)}
+    if case == "ids":
+        keys = {"candidate_id": draw(candidates, 6)}
+    if case == "weighted":
+        keys = {"row_weight": torch.rand(queries, generator=generator, dtype=torch.float64)}
+    return (*data, keys)
+
+
+def whole_batch(case: str, split: list) -> tuple:
+    """The batch of all ranks with the positives first, as one process needs it."""
+    parts = [batch_of_rank(case, split, rank) for rank in range(len(split))]
+    sizes = [queries for queries, _ in split]
+
+    def reorder(tensors):
+        return torch.cat(
+            [t[:n] for t, n in zip(tensors, sizes, strict=True)] + [t[n:] for t, n in zip(tensors, sizes, strict=True)]
+        )
+
+    keys = {name: torch.cat([p[2][name] for p in parts]) for name in parts[0][2] if not name.startswith("candidate")}
+    keys |= {name: reorder([p[2][name] for p in parts]) for name in parts[0][2] if name.startswith("candidate")}
+    return torch.cat([p[0] for p in parts]), reorder([p[1] for p in parts]), keys
+
+
+def run_rank(rank: int, split: list, folder: str):
+    store = dist.FileStore(os.path.join(folder, "store"), len(split))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(split))
+    results = {}
+    for case, options in CASES.items():
+        model = DistributedDataParallel(Towers("global", options).double())
+        query, candidate, keys = batch_of_rank(case, split, rank)
+        loss = model(query, candidate, **keys)
+        loss.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        results[case] = [mean / len(split), *(p.grad for p in model.parameters())]
+    local = Towers("local", {}).double()
+    query, candidate, _ = batch_of_rank("plain", split, rank)
+    loss = local(query, candidate)
+    loss.backward()
+    results["local"] = [loss.detach(), *(p.grad for p in local.parameters())]
+    torch.save(results, os.path.join(folder, f"rank{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=sorted(SPLITS))
+def ranks(request):
+    split = SPLITS[request.param]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, args=(split, folder), nprocs=len(split))
+        yield split, [torch.load(os.path.join(folder, f"rank{rank}")) for rank in range(len(split))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_one_process(ranks, case):
+    split, results = ranks
+    model = Towers(None, CASES[case]).double()
+    query, candidate, keys = whole_batch(case, split)
+    loss = model(query, candidate, **keys)
+    loss.backward()
+    for rank in results:
+        for got, want in zip(rank[case], [loss.detach(), *(p.grad for p in model.parameters())], strict=True):
+            assert (got - want).norm() <= 1e-11 * max(want.norm(), 1), case
+
+
+def test_local_takes_remote_candidates_as_constants(ranks):
+    split, results = ranks
+    query, candidate, _ = whole_batch("plain", split)
+    first, extra = 0, sum(queries for queries, _ in split)
+    for rank, (queries, candidates) in enumerate(split):
+        model = Towers(None, {"reduction": "none"}).double()
+        own, more = slice(first, first + queries), slice(extra, extra + candidates - queries)
+        first, extra = own.stop, more.stop
+        mine = torch.zeros(len(candidate), 1, dtype=torch.bool)
+        mine[own], mine[more] = True, True
+        c = model.candidate(candidate)
+        loss = model.loss(model.query(query), torch.where(mine, c, c.detach()))[own].sum() * len(split) / len(query)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for got, want in zip(results[rank]["local"], [loss.detach(), *gradients], strict=True):
+            assert (got - want).norm() <= 1e-11 * max(want.norm(), 1)

@@ -1,0 +1,397 @@
+"""Masked InfoNCE without kernels: the reference against the definition, the composed sweep against the reference.
+
+Properties and the module: test_masked_info_nce_properties.py; kernels: ..._fused.py; several processes: test_distributed.py.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from info_nce_cases import DEVICE, B, C, D, assert_close, cast, in_loops, make, run
+from torch.nn.functional import normalize
+
+import mmfused
+from mmfused import masked_info_nce, masked_info_nce_reference
+from mmfused.ops.masked_info_nce import composed, function
+from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_gradients
+
+KEYS, IDS = ("none", "one", "three", "many"), (None, "drop", "mean", "sum")
+
+
+# ---- the definition -------------------------------------------------------------------------------------------------------------
+
+
+LITERAL = {
+    "plain": dict(target=True, weight=True, positive_weight=0.7),
+    "keys": dict(keys="many", symmetric=True),
+    "default query keys": dict(keys="three", target=True, label_smoothing=0.2, reduction="none"),
+    "drop": dict(keys="three", same_id="drop", symmetric=True, reduction="sum", weight=True),
+    "mean": dict(same_id="mean", symmetric=True, label_smoothing=0.1, reduction="none"),
+    "sum": dict(keys="many", same_id="sum", target=True, label_smoothing=0.1),
+    "margin": dict(keys="three", same_id="sum", symmetric=True, false_negative_margin=-0.1),
+}
+
+
+@pytest.mark.parametrize("case", LITERAL)
+def test_reference_is_the_definition(case):
+    inputs = make(6, 8, 4, **LITERAL[case])
+    upstream = torch.randn(6 if inputs.get("reduction") == "none" else (), dtype=torch.float64, device=DEVICE)
+    assert_close(run(inputs, "reference", upstream), value_and_gradients(in_loops, inputs, upstream), 1e-12)
+
+
+# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.002])  # composed: one shift for all logits, and a maximum of each row and column
+@pytest.mark.parametrize("way", ["target", "symmetric"])
+@pytest.mark.parametrize("same_id", IDS)
+@pytest.mark.parametrize("keys", KEYS)
+def test_composed_equals_reference_in_float64(keys, same_id, way, temperature, monkeypatch):
+    monkeypatch.setattr(composed, "BLOCK_BYTES", 1)  # the least there is: 16 rows
+    options = itertools.product(["mean", "sum", "none"], [0.0, 0.15], [None, 0.1])
+    for n, (reduction, smoothing, margin) in enumerate(options):
+        rest = dict(reduction=reduction, label_smoothing=smoothing, false_negative_margin=margin, positive_weight=[0.0, 0.4][n % 2])
+        given = dict(symmetric=True) if way == "symmetric" else dict(target=True)
+        inputs = make(temperature=temperature, keys=keys, same_id=same_id, weight=n % 3 > 0, **given, **rest)
+        upstream = torch.randn(B if reduction == "none" else (), dtype=torch.float64, device=DEVICE)
+        assert_close(run(inputs, "composed", upstream), run(inputs, "reference", upstream))
+
+
+def test_both_code_paths_are_taken():
+    q, c = (make()[name].detach() for name in ("query", "candidate"))
+    shifts = [composed._safe_shift(q, c, bias, torch.tensor(1 / t)) for t, bias in ((0.2, None), (0.2, 0 * c[:, 0]), (0.002, None))]
+    assert shifts == [pytest.approx(5), pytest.approx(5), None]
+    assert composed._safe_shift(q, c, c[:, 0] * math.nan, torch.tensor(1.0)) is None
+
+
+BUDGET = {
+    "plain": dict(symmetric=True),
+    "keys": dict(keys="three", symmetric=True, weight=True, positive_weight=0.5),
+    "ids": dict(same_id="mean", target=True, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("case", BUDGET)
+def test_lower_precisions_stay_within_the_budget(case, temperature, dtype, monkeypatch):
+    monkeypatch.setattr(composed, "BLOCK_BYTES", 64 * 4 * 150)
+    inputs = make(130, 150, 40, dtype, temperature=temperature, **BUDGET[case])
+    upstream = torch.randn((), device=DEVICE)
+    exact, plain = run(cast(inputs, torch.float64), "reference", upstream), run(inputs, "reference", upstream)
+    actual = run(inputs, "composed", upstream)
+    assert actual["out"].dtype == torch.float32 and actual["dquery"].dtype == dtype
+    assert not over_budget(actual, exact, plain)
+
+
+# ---- adversarial values ---------------------------------------------------------------------------------------------------------
+
+
+def extreme(case, dtype):
+    inputs = make(33, 41, 8, dtype)
+    q, c = (inputs[name].data for name in ("query", "candidate"))
+    if case == "equal rows":
+        q[:], c[:] = q[0].clone(), q[0].clone()
+    if case == "one huge logit":
+        q[3], c[7] = 100 * q[3], 100 * q[3]
+    if case == "zero vectors":
+        q[::2], c[::3] = 0, 0
+    if case == "zero":
+        q[:], c[:] = 0, 0
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
+@pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
+def test_extreme_values(case, scale, dtype):
+    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one, but no column."""
+    inputs = extreme(case, dtype)
+    inputs["temperature"].data.fill_(1 / scale)
+    for options in (dict(symmetric=True), dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3)):
+        exact, plain = run(cast(inputs, torch.float64) | options, "reference"), run(inputs | options, "reference")
+        got = run(inputs | options)
+        # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
+        floor = {"out": 1, "dquery": scale / 33, "dcandidate": scale / 33, "dtemperature": scale**2}
+        exact, plain, got = (
+            {k: torch.cat([v.flatten(), v.new_ones(1) * floor[k]]) for k, v in r.items()} for r in (exact, plain, got)
+        )
+        # 1 / temperature is rounded once: of no account until logits of 10^4, all of whose digits but a few are lost anyway.
+        if dtype == torch.float64:
+            assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
+        else:
+            assert not over_budget(got, exact, plain, factor=4 if scale == 1e4 else 2), options
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("same_id", [None, "mean", "sum"])
+def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
+    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)), which float64's log_softmax gives to four digits only."""
+    s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
+    inputs = dict(query=eye.clone().requires_grad_(), candidate=eye.clone().requires_grad_(), temperature=1 / s)
+    if same_id is not None:
+        inputs |= dict(candidate_id=torch.arange(4, device=DEVICE), same_id=same_id)
+    p = math.exp(-s) / (1 + 3 * math.exp(-s))
+    slope = s * p / 4 * (torch.ones(4, 4, dtype=torch.float64) - 4 * torch.eye(4))
+    for temperature in (1 / s, torch.tensor(1 / s, dtype=dtype, device=DEVICE)):
+        got = run(inputs | dict(temperature=temperature))
+        tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+        assert abs(got["out"].item() / math.log1p(3 * math.exp(-s)) - 1) < tolerance
+        assert relative_error(got["dquery"].cpu(), slope) < tolerance and relative_error(got["dcandidate"].cpu(), slope) < tolerance
+
+
+@pytest.mark.parametrize("n", [1, 2, 37])
+def test_identical_embeddings_cost_log_n(n):
+    x = normalize(torch.ones(n, 3, dtype=torch.float64, device=DEVICE), dim=-1)
+    for temperature in (1.0, 0.002):
+        for symmetric in (False, True):
+            with mmfused.backend("composed"):
+                loss = masked_info_nce(x, x, temperature=temperature, symmetric=symmetric)
+            assert abs(loss.item() - math.log(n)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(symmetric=True), dict(label_smoothing=0.2), dict(candidate_id=[1] * 5, same_id="sum")]
+)
+def test_rows_without_negatives(options, backend):
+    """Exactly 0, still counted in the mean, and with their positive term: here every other row is alone with its key."""
+    n, each = 24, torch.arange(24, device=DEVICE)
+    alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
+    inputs = make(n, n, keys="one", **options) | dict(query_key=key, candidate_key=key)
+    if "same_id" in options:
+        inputs["candidate_id"] = torch.zeros_like(each)
+    losses = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none")
+    assert not losses["out"][alone].any() and losses["out"][~alone].all()
+    assert not losses["dquery"][alone].any() and not losses["dcandidate"][alone].any()
+    assert_close(run(inputs, backend), {k: v.sum() / n if k == "out" else v / n for k, v in losses.items()}, 1e-13)
+    dots = (inputs["query"] * inputs["candidate"]).sum(-1)
+    with_term = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none", positive_weight=0.3)
+    torch.testing.assert_close(with_term["out"][alone], 0.3 * (1 - dots[alone]))
+    torch.testing.assert_close(with_term["dquery"][alone], -0.3 * inputs["candidate"][alone])
+
+
+@pytest.mark.parametrize("b, c", [(1, 1), (1, 7), (7, 1), (17, 3), (16, 16), (33, 65)])
+def test_odd_sizes(b, c, monkeypatch):
+    monkeypatch.setattr(composed, "BLOCK_BYTES", 1)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        inputs = make(b, c, 3, dtype, keys="three", target=c < b, symmetric=c >= b, positive_weight=0.1)
+        assert_close(run(inputs), run(inputs, "reference"), tolerance)
+
+
+@pytest.mark.parametrize("scale", [35.9, 39.9])  # on either side of what one shift for all serves
+def test_large_upstream_gradients_do_not_overflow(scale):
+    """A loss scale of 2^20 on logits that all lie at the lower bound, where exp(bound - logit) is largest."""
+    inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
+    with torch.no_grad():
+        inputs["query"][:] = inputs["query"][0].clone()
+        inputs["candidate"][:] = -inputs["query"]
+    got = run(inputs, upstream=torch.tensor(2.0**20, device=DEVICE))
+    assert all(value.isfinite().all() for value in got.values())
+
+
+# ---- 2, 3, 4: layouts, operators, behaviour -------------------------------------------------------------------------------------
+
+
+def test_strided_inputs_and_gradients():
+    inputs = make(keys="three", target=True, reduction="none", weight=True)
+    want = run(inputs)
+    wide = torch.randn(C, 2 * D, dtype=torch.float64, device=DEVICE)
+    wide[:, ::2] = inputs["candidate"].detach()
+    strided = dict(query=inputs["query"].detach().T.contiguous().T, candidate=wide[:, ::2])
+    strided = {k: v.requires_grad_() for k, v in strided.items()}
+    strided |= {k: v.repeat_interleave(3)[::3] for k, v in inputs.items() if k in ("candidate_key", "target", "row_weight")}
+    assert_close(run(inputs | strided, upstream=torch.ones((), dtype=torch.float64, device=DEVICE).expand(B)), want, 1e-13)
+
+
+def test_opcheck(monkeypatch):
+    operate, arguments = function._operate, {}
+    monkeypatch.setattr(
+        function, "_operate", lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest)
+    )
+    run(make(keys="three", same_id="mean", dtype=torch.float32, symmetric=True))
+    assert len(arguments) == 2
+    for name, args in arguments.items():
+        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        torch.library.opcheck(getattr(torch.ops.mmfused, f"{name}_composed"), (*args, torch.zeros(B, device=DEVICE)))
+
+
+COMPILED = """
+import torch, mmfused
+from torch._dynamo.utils import counters
+
+def case(kind, n):
+    q, c = torch.randn(n, 6, requires_grad=True), torch.randn(n, 6, requires_grad=True)
+    key, temperature = torch.randint(0, 3, (n,)), torch.tensor(0.5, requires_grad=True)
+    options = {"keys": dict(query_key=key, candidate_key=key, row_weight=torch.rand(n)), "itself": {},
+        "everything": dict(candidate_key=key - 1, candidate_id=key, same_id="mean", label_smoothing=0.1, false_negative_margin=0.1)}
+    return [q, q if kind == "itself" else c, temperature], dict(symmetric=True, **options[kind])
+
+def loss(tensors, options):
+    return mmfused.masked_info_nce(tensors[0], tensors[1], temperature=tensors[2], **options)
+
+for name, kind in (("composed", "keys"), ("composed", "itself"), ("composed", "everything"), ("reference", "everything")):
+    torch._dynamo.reset(), counters.clear()
+    mmfused.backend(name)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (17, 40, 33):
+        tensors, options = case(kind, n)
+        want, got = loss(tensors, options), compiled(tensors, options)
+        wants, gots = (torch.autograd.grad(out, tensors) for out in (want, got))
+        for a, b in zip([want, *wants], [got, *gots], strict=True):
+            torch.testing.assert_close(b, a)
+    assert counters["stats"]["unique_graphs"] == 1, (name, kind, counters["stats"])
+print("done")
+"""
+
+
+def run_python(code):
+    """In a process of its own, without Triton's interpreter and the backend that this one may have."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
+    env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_one_graph_for_three_batch_sizes():
+    done = run_python(COMPILED)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_differentiating_twice():
+    """The reference can; the composed sweep raises rather than be wrong."""
+    inputs = make(5, 7, 3, symmetric=True, positive_weight=0.3)
+    rest = {k: v for k, v in inputs.items() if k != "query"}
+    assert torch.autograd.gradgradcheck(lambda q: masked_info_nce_reference(q, **rest), (inputs["query"],))
+    with mmfused.backend("composed"):
+        (dq,) = torch.autograd.grad(masked_info_nce(**inputs), inputs["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("options", [dict(target=True), dict(target=True, keys="three", same_id="mean")])
+def test_equal_bits(options):
+    """Of two runs and of two backwards of one, with two threads and targets that many rows share."""
+    inputs = make(1024, 100, 64, torch.float32, temperature=0.07, **options)
+    inputs["target"] %= 3
+    leaves, threads = [inputs[name] for name in ("query", "candidate", "temperature")], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with mmfused.backend("composed"):
+            losses = [masked_info_nce(**inputs) for _ in range(2)]
+        runs = [torch.autograd.grad(losses[i], leaves, retain_graph=True) for i in (0, 1) * 3]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for other in runs for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("only", ["query", "candidate", "temperature"])
+def test_partial_gradients(only, backend):
+    inputs = make(keys="three", symmetric=True)
+    want = run(inputs, backend)
+    got = run({k: v.detach().requires_grad_(k == only) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+               for k, v in inputs.items()}, backend)  # fmt: skip
+    assert got.keys() == {"out", f"d{only}"} and all(torch.equal(got[name], want[name]) for name in got)
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+def test_autocast(backend):
+    """The embeddings are rounded, nothing else is: the loss and the gradients stay float32."""
+    inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
+    low = {k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")}
+    exact, plain = run(cast(inputs | low, torch.float64), "reference"), run(cast(inputs | low, torch.bfloat16), "reference")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = run(inputs, backend)
+        mixed = run(inputs | dict(candidate=inputs["candidate"].detach().bfloat16().requires_grad_()), backend)
+        assert run(make(), backend)["out"].dtype == torch.float64
+        with pytest.raises(TypeError, match="dtypes torch.int64"):
+            masked_info_nce(ints[:, None], ints[:, None], temperature=1.0)
+    assert all(value.dtype == torch.float32 for value in got.values()) and torch.equal(mixed["out"], got["out"])
+    assert relative_error(got["out"], exact["out"]) < 1e-6
+    assert not over_budget(got, exact, plain)
+
+
+def test_nothing_of_size_b_times_c_is_saved():
+    n, d = 1024, 16
+    inputs = make(n, n, d, torch.float32, keys="three", same_id="mean", symmetric=True, label_smoothing=0.1, weight=True)
+    given = tuple(v for v in inputs.values() if isinstance(v, torch.Tensor))
+    saved = {}
+    for name in ("reference", "composed"):
+        with mmfused.backend(name):
+            saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
+    assert saved["reference"] > 4 * n * n and saved["composed"] < 4 * n * d + 30 * 8 * n  # the candidates without NaN, and vectors
+
+
+def test_peak_memory():
+    """B = 16384 against itself, both directions: eager keeps five matrices of 1 GiB. Full size, since it is a claim about size."""
+    code = """
+import torch, mmfused
+torch.set_num_threads(1)
+x = [torch.nn.functional.normalize(torch.randn(n, 256), dim=-1).requires_grad_() for n in (16384, 16384, 32, 32)]
+loss = lambda q, c: mmfused.masked_info_nce(q, c, temperature=0.07, symmetric=True)
+loss(*x[2:]).backward()  # what is loaded at the first call
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss starts at the parent's
+before = peak()
+loss(*x[:2]).backward()
+print((peak() - before) / 1024)
+"""
+    done = run_python(code)
+    assert not done.returncode, done.stderr
+    assert 16 < float(done.stdout) < 250  # MiB; 32 of them are the gradients
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------------------
+
+x, ints = torch.randn(5, 4), torch.arange(5)
+BAD = {
+    "query and candidate have dtypes torch.float32 and torch.float64; they take one dtype, float32,": dict(candidate=x.double()),
+    "query and candidate have dtypes torch.int64 and torch.int64; they take one dtype": dict(query=x.long(), candidate=x.long()),
+    "query is a list; it takes a torch.Tensor": dict(query=[1.0]),
+    "candidate is None; it takes a torch.Tensor": dict(candidate=None),
+    "candidate is on meta but query is on cpu; they must share one device": dict(candidate=x.to("meta")),
+    "query has shape (4,); it takes (rows, dim), neither of them 0": dict(query=x[0]),
+    "candidate has shape (0, 4); it takes (rows, dim)": dict(candidate=x[:0]),
+    "candidate has dim 3; it takes 4 as query has": dict(candidate=x[:, :3]),
+    "target has dtype torch.int32; it takes torch.int64": dict(target=ints.int()),
+    "candidate_key has shape (4,); it takes (5,), one for each candidate": dict(candidate_key=ints[:4]),
+    "query_id has shape (5, 1); it takes (5,), one for each query": dict(query_id=ints[:, None], candidate_id=ints),
+    "query_key is given without candidate_key; it takes both, or candidate_key alone": dict(query_key=ints),
+    "query_id is given without candidate_id; it takes both": dict(query_id=ints),
+    "symmetric and target are both given; symmetric takes the default target": dict(symmetric=True, target=ints),
+    "there are 4 candidates for 5 queries; without a target it takes at least as many": dict(candidate=x[:4]),
+    "same_id is 'keep'; it takes one of drop, mean, sum": dict(same_id="keep"),
+    "reduction is 'max'; it takes one of mean, sum, none": dict(reduction="max"),
+    "label_smoothing is 1.0; it takes a number in [0, 1)": dict(label_smoothing=1.0),
+    "positive_weight is -1; it takes a number of at least 0": dict(positive_weight=-1),
+    "false_negative_margin is nan; it takes a finite number, or None": dict(false_negative_margin=math.nan),
+    "temperature is 0.0; it takes a number above 0": dict(temperature=0.0),
+    "temperature has shape (2,) and dtype torch.float32; it takes one floating": dict(temperature=torch.ones(2)),
+    "temperature holds a number that is not above 0; it takes one above 0": dict(temperature=torch.tensor(-1.0)),
+    "row_weight has shape (4,); it takes (5,)": dict(row_weight=x[:4, 0]),
+    "row_weight requires grad; it takes a constant: detach() it": dict(row_weight=torch.ones(5, requires_grad=True)),
+    "row_weight holds a negative number; it takes numbers of at least 0": dict(row_weight=-torch.ones(5)),
+    "target holds a value outside [0, 5), the candidates there are": dict(target=ints + 1),
+    "query_key holds a negative value; it takes keys of at least 0": dict(query_key=ints - 1, candidate_key=ints),
+    "candidate_key holds a value below -1; it takes keys of at least 0, or -1": dict(candidate_key=ints - 2),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input_gets_one_sentence(sentence):
+    with pytest.raises((TypeError, ValueError)) as error:
+        masked_info_nce(**dict(query=x, candidate=x, temperature=0.1) | BAD[sentence])
+    assert str(error.value).startswith("masked_info_nce: ") and sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fused_where_it_cannot_run():
+    with mmfused.backend("fused"):
+        with pytest.raises(RuntimeError, match="cannot run here: .*dtype torch.float64"):
+            masked_info_nce(x.double(), x.double(), temperature=0.1)
+        with pytest.raises(RuntimeError, match="false_negative_margin has no kernel"):
+            masked_info_nce(x, x, temperature=0.1, false_negative_margin=0.1)

@@ -1,0 +1,243 @@
+"""The kernels of masked InfoNCE, through the public function: on a CPU in Triton's interpreter, with small tiles, so that little
+data has several tiles on each side; on a GPU with the tiles of the plan."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import mmfused
+from mmfused.kernels import masked_info_nce as kernels
+from mmfused.kernels.masked_info_nce import backward, forward, plans
+from mmfused.kernels.masked_info_nce.plans import Plan, Tile
+from mmfused.ops.masked_info_nce import masked_info_nce, masked_info_nce_reference
+from mmfused.testing import over_budget, value_and_gradients
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BACKWARDS = ("chunked", "owner")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+
+
+@pytest.fixture(params=BACKWARDS)
+def tiles(request, monkeypatch):
+    return small_tiles(monkeypatch, request.param)
+
+
+def small_tiles(monkeypatch, backward, dim=32, **sizes):
+    """16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows; on a GPU only the backward is forced."""
+    tile = Tile(16, 32, 32, 4, 2, BD=32)
+    owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
+    spread = Tile(32, 32, 32, 4, 2, BD=32)
+    small = Plan(tile, backward, tile, spread, owner, partial_bytes=4 * 2 * 2 * 53, chunk_bytes=4 * 32 * 64, merge=(2, 32))
+    small = dataclasses.replace(small, **sizes)
+    planned = kernels.plan
+
+    def plan(*args):
+        return dataclasses.replace(planned(*args), backward=backward) if CUDA else small
+
+    monkeypatch.setattr(kernels, "plan", plan)
+    return small
+
+
+def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
+    torch.manual_seed(seed)
+    query, candidate = torch.randn(rows, dim, dtype=torch.float64), torch.randn(candidates, dim, dtype=torch.float64)
+    query, candidate = (x / x.norm(dim=1, keepdim=True) for x in (query, candidate))
+    return dict(query=query, candidate=candidate, temperature=torch.tensor(1 / scale, dtype=torch.float64))
+
+
+def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
+    """Value and gradients; embeddings rounded to the dtype before, whichever dtype computes."""
+    rounded = {k: v.to(torch.float16 if dtype == torch.float64 else dtype) for k, v in inputs.items() if k != "temperature"}
+    cast = {k: v.to(DEVICE, dtype).requires_grad_() for k, v in rounded.items()}
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    cast["temperature"] = inputs["temperature"].to(DEVICE, acc).requires_grad_()
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    with mmfused.backend(name):
+        return value_and_gradients(lambda **leaves: function(**leaves, **options), cast, upstream)
+
+
+def check(inputs, options, dtype=torch.float32, **kwargs):
+    """Fused against the reference in float64, within twice the error of the reference in the same dtype."""
+    inputs = {k: v.to(dtype).double() if k != "temperature" else v.float().double() for k, v in inputs.items()}
+    exact = {k: v.to(DEVICE, torch.float64).requires_grad_() for k, v in inputs.items()}
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    upstream = torch.randn(len(inputs["query"]), device=DEVICE) if options.get("reduction") == "none" else None
+    want = value_and_gradients(lambda **leaves: masked_info_nce_reference(**leaves, **moved), exact, upstream)
+    plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
+    got = run(inputs, options, dtype, upstream=upstream)
+    # <query, dquery>, hence of dS rounded to the embeddings' dtype, where the reference has float32 throughout.
+    size = want["dtemperature"].abs() + 1e-9
+    for results in (got, want, plain):
+        results["dtemperature"] = results["dtemperature"] / size
+    got["dtemperature"] = got["dtemperature"].to(dtype)
+    assert over_budget(got, want, plain, **kwargs) == []
+    return got
+
+
+def keys(rows, candidates, kinds, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        query_key=torch.randint(0, kinds, (rows,), generator=generator),
+        candidate_key=torch.randint(-1, kinds, (candidates,), generator=generator),
+    )
+
+
+def ids(rows, candidates, kinds=9, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        query_id=torch.randint(-kinds, kinds, (rows,), generator=generator),
+        candidate_id=torch.randint(-kinds, kinds, (candidates,), generator=generator) * 2**40,
+    )
+
+
+TARGET = dict(target=torch.randint(0, 53, (37,), generator=torch.Generator().manual_seed(3)))
+OPTIONS = {
+    "symmetric": dict(symmetric=True),
+    "target": TARGET,
+    "one key, for everybody too": dict(symmetric=True, candidate_key=torch.arange(53) % 2 - 1),
+    "three keys": dict(symmetric=True, candidate_key=torch.arange(53) % 4 - 1),
+    "many keys": dict(keys(37, 53, 20), **TARGET),
+    "keys and ids": dict(keys(37, 53, 3), **ids(37, 53), symmetric=True),
+    "dropped": dict(ids(37, 53), **TARGET),
+    "mean": dict(ids(37, 53), **keys(37, 53, 3), same_id="mean", symmetric=True),
+    "sum": dict(candidate_id=torch.arange(53) % 20, same_id="sum", label_smoothing=0.1, symmetric=True),
+    "smoothed": dict(label_smoothing=0.2, row_weight=torch.arange(37.0) % 3, **TARGET),
+    "smoothed with keys": dict(keys(37, 53, 3), label_smoothing=0.2, positive_weight=0.5, symmetric=True, reduction="sum"),
+    "each": dict(keys(37, 53, 2), reduction="none", positive_weight=0.5, row_weight=torch.arange(37.0) % 3, symmetric=True),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_value_and_gradients(tiles, option):
+    check(make(), OPTIONS[option])
+
+
+@pytest.mark.parametrize("option", ["symmetric", "keys and ids", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_half_precision(tiles, option, dtype):
+    """Weights far below what a half holds, as 1 / B of a large batch, and candidates beyond it."""
+    check(make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize("rows, candidates, dim", [(65, 65, 40), (1, 1, 7), (1, 70, 16), (33, 33, 3)])
+def test_shapes(monkeypatch, rows, candidates, dim):
+    dtype = torch.float16 if rows == 1 else torch.float32  # one row has no typical rounding error in float32
+    for kind in BACKWARDS:
+        small_tiles(monkeypatch, kind, dim)
+        got = check(make(rows, candidates, dim), dict(symmetric=True), dtype)
+        if candidates == 1:
+            assert not any(value.any() for value in got.values())  # exactly 0
+    if rows < 65:
+        check(make(rows, candidates, dim), dict(keys(rows, candidates, 2), target=torch.full((rows,), candidates - 1)), dtype)
+
+
+def test_planned_tiles():
+    """The tiles that run on a card, too."""
+    check(make(33, 70, 20), OPTIONS["symmetric"] | dict(candidate_key=torch.arange(70) % 3 - 1))
+    check(make(20, 70, 20), dict(symmetric=True), torch.float16)
+    check(make(20, 40, 300), dict(symmetric=True), torch.float16)
+
+
+@pytest.mark.parametrize("scale", [50.0, 100.0, 1e4])
+def test_large_scales(tiles, scale):
+    """Below and beyond the bound up to which half precision needs no maximum, and where float32 has few digits left. Not float32
+    for owner-computes: the interpreter sums its dot products in another order than the forward's, which that would show."""
+    dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
+    for option in ("symmetric", "keys and ids"):
+        got = check(make(scale=scale), OPTIONS[option], dtype)
+        assert all(value.isfinite().all() for value in got.values())
+
+
+def test_rows_without_negatives(tiles):
+    """Exactly 0, and no gradient: a row whose key nobody has, in both directions."""
+    key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
+    options = dict(candidate_key=key, symmetric=True, reduction="none")
+    got = check(make(), options)
+    assert not got["out"][:20].any() and not got["dquery"][:20].any() and not got["dcandidate"][:20].any()
+    assert got["out"][20:].all() and got["dquery"][20:].any(1).all()
+
+
+def test_nan_stays_where_nobody_sees_it(tiles):
+    inputs, key = make(), torch.arange(53) % 3
+    unseen = torch.arange(53) % 3 == 2
+    inputs["candidate"][unseen] = float("nan")
+    options = dict(query_key=torch.arange(37) % 2, candidate_key=key, target=torch.arange(37) % 2)
+    got = check(inputs, options)
+    assert all(value.isfinite().all() for value in got.values()) and not got["dcandidate"][unseen.to(DEVICE)].any()
+    inputs["candidate"][3] = float("nan")  # seen by the rows of key 0
+    with torch.no_grad():
+        out = masked_info_nce_fused(inputs, options | dict(reduction="none"))
+    assert torch.equal(out.isnan(), (torch.arange(37) % 2 == 0).to(DEVICE))
+
+
+def masked_info_nce_fused(inputs, options):
+    with mmfused.backend("fused"):
+        moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        embeddings = {k: inputs[k].to(DEVICE, torch.float32) for k in ("query", "candidate")}
+        return masked_info_nce(**embeddings, temperature=0.07, **moved)
+
+
+def test_bitwise_repeat(tiles):
+    first, second = (run(make(), OPTIONS["mean"], torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_not_contiguous():
+    inputs = make(dim=38)
+    views = {k: v[:, ::2] if v.dim() else v for k, v in inputs.items()}
+    dense = {k: v.contiguous() for k, v in views.items()}
+    got, want = (run(x, OPTIONS["symmetric"], torch.float32) for x in (views, dense))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.skipif(CUDA, reason="counts calls of the interpreter")
+def test_tiles_without_pairs_are_not_visited(monkeypatch):
+    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep. With the first column of tiles for everybody, only
+    that by the two row blocks of the first key, and two tiles by each of the other six."""
+    small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
+    calls = []
+    for module in (forward, backward):
+        original = module.products
+        monkeypatch.setattr(module, "products", lambda *args, f=original, m=module: calls.append(m.__name__) or f(*args))
+    for head, visited in ((0, 8), (32, 2 + 6 * 2)):
+        calls.clear()
+        key = torch.arange(128) // 32
+        options = dict(query_key=key, candidate_key=key.masked_fill(key < head // 32, -1), target=torch.arange(128))
+        run(make(128, 128, 8), options, torch.float32)
+        assert [sum(name.endswith(kind) for name in calls) for kind in ("forward", "backward")] == [visited, visited]
+
+
+def arguments(symmetric, everything, with_keys):
+    torch.manual_seed(0)
+    q, c = torch.randn(20, 24, device=DEVICE), torch.randn(40, 24, device=DEVICE)
+    key = dict(device=DEVICE, dtype=torch.int64)
+    q_key, c_key = (torch.arange(20, **key) // 10, torch.arange(-8, 32, **key).div(16, rounding_mode="floor"))
+    vectors = (q_key, c_key, torch.arange(20, **key) % 7, torch.arange(40, **key) % 9) if with_keys else (None,) * 4
+    bias = torch.zeros(40, device=DEVICE) if with_keys else None
+    forward = (q, c, bias, torch.tensor(3.0, device=DEVICE), torch.arange(20, **key), *vectors, not everything)
+    coefficients = (torch.rand(4, 20, device=DEVICE), torch.rand(4, 40, device=DEVICE) if symmetric else None)
+    return (*forward, symmetric, everything), (*coefficients, *forward, everything)
+
+
+@pytest.mark.parametrize("symmetric, everything, with_keys", [(True, False, False), (False, True, True), (True, False, True)])
+def test_opcheck(monkeypatch, symmetric, everything, with_keys):
+    small_tiles(monkeypatch, "owner" if symmetric and with_keys else "chunked")
+    forward, backward = arguments(symmetric, everything, with_keys)
+    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep.default, forward)
+    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep_bwd.default, backward)
+
+
+def test_plans_stay_within_their_memory():
+    """What the design promises: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B = 262144."""
+    for rows, most in ((65536, 1e9), (262144, 4e9)):
+        plan = plans.plan(768, torch.bfloat16, 90, True, False)
+        splits, length, groups, each = plans.sweep_grid(rows, rows, plan.sweep, plan.partial_bytes, 2)
+        assert groups * each * plan.sweep.BM >= rows and splits * length * plan.sweep.BN >= rows
+        assert 4 * 2 * groups * rows <= plan.partial_bytes
+        height, width = plans.chunk(rows, rows, plan.spread, plan.chunk_bytes, 2)
+        assert 2 * height * width + 2 * 4 * rows * 768 <= most
+    for rows, candidates in ((1, 1), (1000, 3), (17, 10**6), (20000, 33333)):
+        height, width = plans.chunk(rows, candidates, plan.spread, plan.chunk_bytes, 2)
+        assert height % plan.spread.BM == 0 and width % plan.spread.BN == 0 and 2 * height * width <= plan.chunk_bytes

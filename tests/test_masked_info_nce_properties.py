@@ -1,0 +1,213 @@
+"""Masked InfoNCE: what must not change the loss, what must add up, GradCache, and the module."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from info_nce_cases import DEVICE, B, C, assert_close, make, run
+from torch import nn
+from torch.nn.functional import normalize
+
+import mmfused
+from mmfused import MaskedInfoNCE, masked_info_nce
+from mmfused.ops.masked_info_nce import composed
+
+# ---- properties -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0])
+@pytest.mark.parametrize("by", ["key", "key, symmetric", "id"])
+def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
+    inputs = make(keys="none" if by == "id" else "three", symmetric="symmetric" in by, label_smoothing=0.1)
+    if by == "id":  # every row is of item 7
+        inputs |= dict(query_id=torch.full((B,), 7, device=DEVICE), candidate_id=torch.arange(100, 100 + C, device=DEVICE))
+    hidden = torch.arange(C, device=DEVICE) % 5 == 1
+    hidden[:B] = False  # their rows see them
+    mark = {"key": ("candidate_key", 9), "id": ("candidate_id", 7)}[by[:3].strip(",")]
+    inputs[mark[0]][hidden] = mark[1]
+    with torch.no_grad():
+        inputs["candidate"][hidden, 1:] = value
+    kept = {k: v[~hidden] for k, v in inputs.items() if k.startswith("candidate")}
+    kept["candidate"] = kept["candidate"].detach().requires_grad_()
+    got, want = run(inputs, backend), run(inputs | kept, backend)
+    assert not got["dcandidate"][hidden].any()
+    got["dcandidate"] = got["dcandidate"][~hidden]
+    assert_close(got, want, 1e-13)
+
+
+def test_order_does_not_matter():
+    inputs = make(keys="many", same_id="mean", target=True, weight=True, label_smoothing=0.1, reduction="none")
+    upstream = torch.rand(B, dtype=torch.float64, device=DEVICE)
+    want = run(inputs, upstream=upstream)
+    rows, columns = torch.randperm(B, device=DEVICE), torch.randperm(C, device=DEVICE)
+    moved = {k: inputs[k][rows] for k in ("query", "query_key", "row_weight")}
+    moved |= {k: inputs[k][columns] for k in ("candidate", "candidate_key", "candidate_id")}
+    moved = {k: v.detach().requires_grad_(inputs[k].requires_grad) for k, v in moved.items()}
+    moved["target"] = columns.argsort()[inputs["target"]][rows]
+    got = run(inputs | moved, upstream=upstream[rows])
+    want |= dict(out=want["out"][rows], dquery=want["dquery"][rows], dcandidate=want["dcandidate"][columns])
+    assert_close(got, want, 1e-13)
+
+
+def test_symmetric_is_the_mean_of_both_directions():
+    inputs = make(c=B, keys="many", same_id="sum", label_smoothing=0.1, positive_weight=0.3)
+    key, ids = inputs["query_key"], inputs["candidate_id"]
+    inputs |= dict(candidate_key=key, query_id=ids)
+    exchanged = inputs | dict(query=inputs["candidate"], candidate=inputs["query"])
+    both, there, back, exchanged = (run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, exchanged), (1, exchanged)))
+    exchange = dict(dquery="dcandidate", dcandidate="dquery")
+    assert_close(both, {k: (there[k] + back[exchange.get(k, k)]) / 2 for k in there}, 1e-13)
+    assert_close(both, {k: exchanged[exchange.get(k, k)] for k in both}, 1e-13)
+
+
+def test_modalities_are_separate_losses():
+    inputs = make(c=B, symmetric=True, reduction="sum")
+    key = torch.arange(B, device=DEVICE) % 3
+    got = run(inputs, query_key=key, candidate_key=key)
+    parts = [{k: inputs[k].detach()[key == m].requires_grad_() for k in ("query", "candidate")} for m in range(3)]
+    parts = [run(inputs | part) for part in parts]
+    want = {k: sum(part[k] for part in parts) for k in ("out", "dtemperature")}
+    for name in ("dquery", "dcandidate"):
+        want[name] = torch.zeros_like(got[name])
+        for m, part in enumerate(parts):
+            want[name][key == m] = part[name]
+    assert_close(got, want, 1e-13)
+
+
+def test_what_changes_nothing():
+    inputs = make(symmetric=True)
+    want = run(inputs)
+    ones, each = torch.ones(C, dtype=torch.int64, device=DEVICE), torch.arange(C, device=DEVICE)
+    same = dict(
+        true_masks=dict(query_key=ones[:B], candidate_key=ones), for_everybody=dict(query_key=ones[:B], candidate_key=-ones),
+        one_positive_mean=dict(candidate_id=each, same_id="mean"), one_positive_sum=dict(candidate_id=each, same_id="sum"),
+        one_positive_drop=dict(candidate_id=each), no_smoothing=dict(label_smoothing=1e-18),
+        equal_weights=dict(row_weight=ones[:B]), no_margin=dict(false_negative_margin=9.0),
+    )  # fmt: skip
+    for options in same.values():
+        assert_close(run(inputs, **options), want, 1e-13)
+
+
+@pytest.mark.parametrize("keys", ["none", "three"])
+def test_blocks_do_not_matter(keys, monkeypatch):
+    inputs = make(150, 170, keys=keys, same_id="mean", symmetric=True, label_smoothing=0.1)
+    want = run(inputs)  # one block
+    for rows in (1, 50, 149):
+        monkeypatch.setattr(composed, "BLOCK_BYTES", rows * 4 * 170)
+        assert_close(run(inputs), want, 1e-13)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.002])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradient_sums(symmetric, temperature):
+    """A constant dimension shows sum_j dS_ij, which is 0 in each row of one direction and over all of a symmetric loss."""
+    inputs = make(keys="three", same_id="mean", temperature=temperature, symmetric=symmetric, label_smoothing=0.1)
+    want = run(inputs)
+    assert want["out"] >= 0
+    scale = 1 / temperature
+    product = (inputs["query"] * want["dquery"]).sum()  # = scale * dscale, dscale = -temperature^2 dtemperature
+    torch.testing.assert_close(product, -want["dtemperature"] / scale, rtol=1e-10, atol=1e-12)
+    for name in ("query", "candidate"):
+        inputs[name] = torch.cat(
+            [inputs[name].detach(), torch.full((len(inputs[name]), 1), 0.5, device=DEVICE)], 1
+        ).requires_grad_()
+    got = run(inputs)  # each logit is larger by 0.25 * scale
+    sums = got["dquery"][:, -1].sum() if symmetric else got["dquery"][:, -1]
+    assert sums.abs().max() < 1e-12 * scale
+    for name in ("dquery", "dcandidate"):
+        got[name] = got[name][:, :-1]
+    del got["dtemperature"], want["dtemperature"]  # <q, dq> over all dimensions
+    assert_close(got, want, 1e-11)
+
+
+# ---- GradCache, and the module --------------------------------------------------------------------------------------------------
+
+
+def test_gradient_cache():
+    """Embeddings without graph, the loss on leaves, its gradients carried through chunks of the towers."""
+    data = [torch.randn(n, 7, dtype=torch.float64) for n in (12, 20)]
+    towers = [nn.Linear(7, 5).double() for _ in data]
+    loss_of = MaskedInfoNCE(0.2, learnable_temperature=True, symmetric=True).double()
+    parameters = [p for module in (*towers, loss_of) for p in module.parameters()]
+    loss = loss_of(*(tower(x) for tower, x in zip(towers, data, strict=True)))
+    want = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        leaves = [tower(x) for tower, x in zip(towers, data, strict=True)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    cached = loss_of(*leaves)
+    cached.backward(retain_graph=True)
+    cached.backward()
+    for tower, x, leaf in zip(towers, data, leaves, strict=True):
+        for chunk, gradient in zip(x.split(4), leaf.grad.split(4), strict=True):
+            (tower(chunk) * gradient).sum().backward()
+    assert torch.equal(cached, loss)
+    for p, gradient in zip(parameters, want, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient, rtol=1e-11, atol=1e-13)
+
+
+def test_module():
+    q, c = torch.randn(6, 4), torch.randn(9, 4)
+    key = torch.arange(9) % 2
+    options = dict(symmetric=True, label_smoothing=0.1, positive_weight=0.2, reduction="sum")
+    want = masked_info_nce(normalize(q, dim=-1), normalize(c, dim=-1), temperature=0.2, candidate_key=key, **options)
+    torch.testing.assert_close(MaskedInfoNCE(0.2, **options)(q, c, candidate_key=key), want)
+    raw = MaskedInfoNCE(0.2, normalize=False)(q, c)
+    torch.testing.assert_close(raw, masked_info_nce(q, c, temperature=0.2))
+    for gather in ("global", "local"):  # without a process group, as without gather
+        assert torch.equal(MaskedInfoNCE(0.2, normalize=False, gather=gather)(q, c), raw)
+
+
+def test_temperature_of_the_module():
+    """Learned: a parameter, held at max_scale in training only. Fixed: a buffer. Both in the state."""
+    q, c = torch.randn(6, 4), torch.randn(6, 4)
+    learned, fixed = MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0), MaskedInfoNCE(0.1)
+    assert set(learned.state_dict()) == set(fixed.state_dict()) == {"log_scale"} and not list(fixed.parameters())
+    learned.load_state_dict(fixed.state_dict())
+    torch.testing.assert_close(learned(q, c), fixed(q, c))
+    (slope,) = torch.autograd.grad(learned(q, c), learned.log_scale)
+    with torch.no_grad():
+        learned.log_scale.add_(1e-3)
+        above = learned(q, c)
+        learned.log_scale.sub_(2e-3)
+        torch.testing.assert_close((above - learned(q, c)) / 2e-3, slope, rtol=1e-2, atol=1e-4)
+        learned.log_scale.fill_(5.0)
+    assert learned.eval()(q, c) != MaskedInfoNCE(1 / 20)(q, c) and learned.log_scale == 5
+    losses_of_two = learned.train()(q, c) + learned(c, q)  # what is clamped in place is saved by no graph
+    losses_of_two.backward()
+    assert learned.log_scale.item() == pytest.approx(math.log(20)) and learned.log_scale.grad is not None
+    torch.testing.assert_close(learned(q, c), MaskedInfoNCE(1 / 20)(q, c))
+    assert repr(learned).startswith("MaskedInfoNCE(learned temperature, normalize=True, gather=None")
+
+
+def test_gather_in_one_process(tmp_path):
+    q, c = torch.randn(6, 4), torch.randn(9, 4)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for gather in ("global", "local"):
+            loss = MaskedInfoNCE(0.2, gather=gather, normalize=False)
+            torch.testing.assert_close(loss(q, c), masked_info_nce(q, c, temperature=0.2))
+            with torch.autocast("cpu", torch.bfloat16):  # as where one side comes from a Linear and the other does not
+                assert torch.equal(loss(q.bfloat16(), c), loss(q.bfloat16(), c.bfloat16()))
+            with mmfused.backend("reference"), pytest.raises(RuntimeError, match="'reference' has no gather; it takes gather=None"):
+                loss(q, c)
+    finally:
+        dist.destroy_process_group()
+
+
+BAD_MODULES = {
+    "temperature is 0; it takes a number above 0": dict(temperature=0),
+    "gather is 'all'; it takes None, 'global' or 'local'": dict(gather="all"),
+    "reduction is 'sum'; with gather it takes 'mean'": dict(gather="global", reduction="sum"),
+    "gather is 'local' and symmetric is True; symmetric takes gather='global'": dict(gather="local", symmetric=True),
+    "max_scale is 0; it takes a number above 0": dict(max_scale=0),
+    "'margin' is no option; it takes same_id, symmetric": dict(margin=0.1),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_MODULES)
+def test_bad_options_of_the_module(sentence):
+    with pytest.raises((TypeError, ValueError)) as error:
+        MaskedInfoNCE(**BAD_MODULES[sentence])
+    assert str(error.value).startswith("MaskedInfoNCE: ") and sentence in str(error.value) and "\n" not in str(error.value)
