@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .library import check_tensors
+from .ops.masked_info_nce.checks import check_temperature
 
 BLOCK_PAIRS = 2**22  # pairs alive at a time: 16 MB of float32
 
@@ -39,6 +40,7 @@ def hard_negative_margin(
     of the others. 0 where there is none. UniECS (arXiv 2508.13843), L_hard of its V2V term, on scaled logits.
     """
     query, candidate = _floats("hard_negative_margin", query=query, candidate=candidate)
+    check_temperature("hard_negative_margin", temperature, query)
     if not 0 <= fraction <= 1:
         raise ValueError(f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1.")
     hardest = min(int(fraction * len(candidate)), len(candidate) - 1)
@@ -132,6 +134,7 @@ def sigmoid_contrastive(
     gradients; the defaults are the paper's initial values.
     """
     query, candidate = _floats("sigmoid_contrastive", query=query, candidate=candidate)
+    check_temperature("sigmoid_contrastive", temperature, query)
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         logits = rows @ candidate.T / temperature + bias

@@ -323,6 +323,8 @@ BAD_LOSSES = {
     "candidate has shape (3, 3); it takes at least 4 rows of 3, as query has": lambda: sigmoid_contrastive(x, y[:3]),
     "candidate has shape (4, 2); it takes at least 4 rows of 3": lambda: hard_negative_margin(x, y[:, :2]),
     "candidate is on meta but query is on cpu": lambda: product_hinge(x, y.to("meta")),
+    "hard_negative_margin: temperature is 0; it takes a number above 0": lambda: hard_negative_margin(x, y, temperature=0),
+    "sigmoid_contrastive: temperature is None; it takes a number above 0": lambda: sigmoid_contrastive(x, y, temperature=None),
     "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=1.5),
     "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=math.nan),
     "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(x, torch.randn(5, 3)),

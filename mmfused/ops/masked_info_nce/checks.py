@@ -33,7 +33,7 @@ def check(
     _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight)
     if false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf:  # the compiler knows no isfinite
         raise ValueError(f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None.")
-    _check_temperature(temperature, query)
+    check_temperature(OP, temperature, query)
     _check_row_weight(row_weight, query)
     _check_values(target, query_key, candidate_key, len(candidate))
 
@@ -73,17 +73,17 @@ def _check_options(symmetric, target, query, candidate, same_id, label_smoothing
         raise ValueError(f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0.")
 
 
-def _check_temperature(temperature: float | Tensor, query: Tensor) -> None:
+def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"{OP}: temperature is {temperature}; it takes a number above 0.")
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise ValueError(f"{op}: temperature is {temperature!r}; it takes a number above 0.")
         return
-    check_tensors(OP, query=query, temperature=temperature)
+    check_tensors(op, query=query, temperature=temperature)
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
-            f"{OP}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
+            f"{op}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
         )
-    check_value(lambda: (temperature > 0).all(), f"{OP}: temperature holds a number that is not above 0; it takes one above 0.")
+    check_value(lambda: (temperature > 0).all(), f"{op}: temperature holds a number that is not above 0; it takes one above 0.")
 
 
 def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
