@@ -10,7 +10,7 @@ import mmfused
 from mmfused.kernels import masked_info_nce as kernels
 from mmfused.kernels.masked_info_nce import backward, forward, plans
 from mmfused.kernels.masked_info_nce.plans import Plan, Tile
-from mmfused.ops.masked_info_nce import masked_info_nce, masked_info_nce_reference
+from mmfused.ops.masked_info_nce import function, masked_info_nce, masked_info_nce_reference
 from mmfused.testing import over_budget, value_and_gradients
 
 CUDA = torch.cuda.is_available()
@@ -218,7 +218,7 @@ def arguments(symmetric, everything, with_keys):
     bias = torch.zeros(40, device=DEVICE) if with_keys else None
     forward = (q, c, bias, torch.tensor(3.0, device=DEVICE), torch.arange(20, **key), *vectors, not everything)
     coefficients = (torch.rand(4, 20, device=DEVICE), torch.rand(4, 40, device=DEVICE) if symmetric else None)
-    return (*forward, symmetric, everything), (*coefficients, *forward, everything)
+    return (*forward, symmetric, everything), (*coefficients, *forward, everything, True, not everything)
 
 
 @pytest.mark.parametrize("symmetric, everything, with_keys", [(True, False, False), (False, True, True), (True, False, True)])
@@ -241,3 +241,20 @@ def test_plans_stay_within_their_memory():
     for rows, candidates in ((1, 1), (1000, 3), (17, 10**6), (20000, 33333)):
         height, width = plans.chunk(rows, candidates, plan.spread, plan.chunk_bytes, 2)
         assert height % plan.spread.BM == 0 and width % plan.spread.BN == 0 and 2 * height * width <= plan.chunk_bytes
+
+
+@pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
+    """The other side's product is left out, and the gradient is the same to the bit."""
+    if kind != "composed":
+        small_tiles(monkeypatch, kind)
+    results, operate = [], function._operate
+    monkeypatch.setattr(function, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
+    sides = [torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (20, 40)]
+    with mmfused.backend("composed" if kind == "composed" else "fused"):
+        want = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides)
+        sides[1 - only] = sides[1 - only].detach()
+        (got,) = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only])
+    assert torch.equal(got, want[only])
+    assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1]

@@ -43,8 +43,10 @@ def sweep(
 def sweep_backward(
     row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
     q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
+    need_dq: bool, need_dc: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D) over scale, float32."""
+    """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D) over scale, float32; (0,) for one
+    that is not needed, which costs nothing then."""
     tiles = plan(q.shape[1], q.dtype, arch_of(q), column is not None, everything)
     q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
     row, column = _coefficients(row), None if column is None else _coefficients(column)
@@ -52,12 +54,15 @@ def sweep_backward(
     ranges = (_row_ranges(q_key, c_key), _column_ranges(q_key, c_key))
     flags = dict(KEYS=c_key is not None, IDS=_kind(c_id, drop), EVERYTHING=everything, UPCAST=upcasts(q.dtype))
     run = _owner if tiles.backward == "owner" else _chunked
-    return run(tiles, row, column, q, c, common, ranges, _ids(q_id, c_id), flags)
+    return run(tiles, row, column, q, c, common, ranges, _ids(q_id, c_id), flags, need_dq, need_dc)
 
 
-def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags) -> tuple[Tensor, Tensor]:
+def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc) -> tuple[Tensor, Tensor]:
     tile, gradients = tiles.owner, []
-    for swap in (False, True):
+    for swap, needed in ((False, need_dq), (True, need_dc)):
+        if not needed:
+            gradients.append(q.new_empty(0, dtype=torch.float32))
+            continue
         x, y = (c, q) if swap else (q, c)
         x_side, y_side = (column, row) if swap else (row, column)
         x_id, y_id = reversed(ids) if swap else ids
@@ -74,11 +79,11 @@ def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags) -> tuple[
     return gradients[0], gradients[1]
 
 
-def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags) -> tuple[Tensor, Tensor]:
+def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc) -> tuple[Tensor, Tensor]:
     tile, bx, by = tiles.pairs, tiles.spread.BM, tiles.spread.BN
     height, width = chunk(len(q), len(c), tiles.spread, tiles.chunk_bytes, q.element_size())
     ds = q.new_empty(height, width)
-    dq, dc = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, c))
+    dq, dc = (x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in ((q, need_dq), (c, need_dc)))
     for row0 in range(0, len(q), height):
         rows = (row0, min(row0 + height, len(q)))
         for col0 in range(0, len(c), width):
@@ -90,8 +95,10 @@ def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags) -> tupl
                 D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, BX=bx, BY=by, GROUP=SWIZZLE, **flags,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-            _spread(tiles.spread, ds, (width, 1), c, common[3], ranges[0], dq, rows, cols, (bx, by), col0 == 0, flags)
-            _spread(tiles.spread, ds, (1, width), q, common[3], ranges[1], dc, cols, rows, (by, bx), row0 == 0, flags)
+            if need_dq:
+                _spread(tiles.spread, ds, (width, 1), c, common[3], ranges[0], dq, rows, cols, (bx, by), col0 == 0, flags)
+            if need_dc:
+                _spread(tiles.spread, ds, (1, width), q, common[3], ranges[1], dc, cols, rows, (by, bx), row0 == 0, flags)
     return dq, dc
 
 

@@ -188,7 +188,7 @@ def _masked_info_nce_on_meta(batch, candidates, dim, dtype, symmetric, keys, ids
     args = (*embeddings, bias, empty(dtype=torch.float32), empty(batch), q_key, c_key, q_id, c_id, ids == "drop")
     masked_info_nce.sweep(*args, symmetric, everything)
     row, column = empty(4, batch, dtype=torch.float32), empty(4, candidates, dtype=torch.float32) if symmetric else None
-    masked_info_nce.sweep_backward(row, column, *args, everything)
+    masked_info_nce.sweep_backward(row, column, *args, everything, True, True)
 
 
 ON_META = {"query_pooling": _query_pooling_on_meta, "masked_info_nce": _masked_info_nce_on_meta}

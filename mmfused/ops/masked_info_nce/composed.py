@@ -52,15 +52,16 @@ def sweep(
 def sweep_backward(
     row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
     q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
-    limit: Tensor | None,
+    need_dq: bool, need_dc: bool, limit: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dq, dc) over scale: dS c and dS^T q with dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
 
     row (4, B) and column (4, C): lse, weight, and with ``everything`` what is taken off further positives and off every pair.
+    A gradient that is not needed is (0,).
     """
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
-    dq, dc = torch.zeros_like(q), torch.zeros_like(c)
+    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq), (c, need_dc)))
     for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, limit):
         sides = [row[:, block.rows, None]] + ([] if column is None else [column[:, block.columns]])
         lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]  # no weight: exp(logit - lse) must not overflow
@@ -77,8 +78,10 @@ def sweep_backward(
             grad.sub_(block.hidden(taken.expand_as(grad).clone(), 0.0))
             if block.same is not None:
                 grad.sub_(block.same * sum(side[2] for side in sides))
-        dq[block.rows].addmm_(grad, c[block.columns])
-        dc[block.columns].addmm_(grad.T, q[block.rows])
+        if need_dq:
+            dq[block.rows].addmm_(grad, c[block.columns])
+        if need_dc:
+            dc[block.columns].addmm_(grad.T, q[block.rows])
     return dq, dc
 
 

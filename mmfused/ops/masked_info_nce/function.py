@@ -129,7 +129,7 @@ _SWEEP = (
 )
 _SWEEP_BACKWARD = (
     "(Tensor row, Tensor? column, Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key,"
-    " Tensor? q_id, Tensor? c_id, bool drop, bool everything) -> (Tensor dq, Tensor dc)"
+    " Tensor? q_id, Tensor? c_id, bool drop, bool everything, bool need_dq, bool need_dc) -> (Tensor dq, Tensor dc)"
 )
 
 
@@ -141,9 +141,11 @@ def _fake_sweep(q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, colum
     return q.new_empty(5, q.shape[0], dtype=torch.float64), q.new_empty(5, c.shape[0] if columns else 0, dtype=torch.float64)
 
 
-def _fake_sweep_backward(row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, limit=None):
+def _fake_sweep_backward(
+    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, limit=None
+):
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape, dtype=dtype), c.new_empty(c.shape, dtype=dtype)
+    return q.new_empty(q.shape if need_dq else 0, dtype=dtype), c.new_empty(c.shape if need_dc else 0, dtype=dtype)
 
 
 register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", _fake_sweep)
@@ -210,18 +212,21 @@ class _InfoNCE(torch.autograd.Function):
             _pick(bias, c_order), scale, _pick(_place(target, c_order), q_order), _pick(q_key, q_order), _pick(c_key, c_order),
             _pick(q_id, q_order), _pick(c_id, c_order), ctx.same_id == "drop", ctx.everything,
         )  # fmt: skip
+        need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
+        args = (*args, need_query or need_scale, need_candidate)
         dq, dc = _operate("info_nce_sweep_bwd", ctx, args, dots, scale, q_order)
-        dq, dc = _unpick(dq, q_order, 0), _unpick(dc, c_order, 0)
-        d_scale = None
-        if ctx.needs_input_grad[2]:
-            # Two large sums that nearly cancel.
-            d_scale = ((query.to(acc) * dq).sum(dtype=torch.float64) + (d_logit * dots).sum()).to(scale.dtype)
+        d_query = d_candidate = d_scale = None
         pair = (d_logit * scale + d_dots).to(acc)[:, None]
-        dq = dq.mul_(scale).add_(pair * candidate[target].to(acc))
-        dc = _add_rows(dc.mul_(scale), target, pair * query.to(acc))
-        if ctx.ranks is not None:
-            dc = ctx.ranks.return_gradient(dc)
-        return dq.to(query.dtype), dc.to(candidate.dtype), d_scale, *[None] * 11
+        if need_query or need_scale:
+            dq = _unpick(dq, q_order, 0)
+        if need_scale:  # two large sums that nearly cancel
+            d_scale = ((query.to(acc) * dq).sum(dtype=torch.float64) + (d_logit * dots).sum()).to(scale.dtype)
+        if need_query:
+            d_query = dq.mul_(scale).add_(pair * candidate[target].to(acc)).to(query.dtype)
+        if need_candidate:
+            dc = _add_rows(_unpick(dc, c_order, 0).mul_(scale), target, pair * query.to(acc))
+            d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(candidate.dtype)
+        return d_query, d_candidate, d_scale, *[None] * 11
 
 
 def _operate(name: str, ctx, args: tuple, dots: Tensor, scale: Tensor, q_order: Tensor | None):

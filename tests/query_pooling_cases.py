@@ -1,0 +1,68 @@
+"""Inputs for the tests of query pooling: shapes that between them reach every kernel, and how a case is run."""
+
+import torch
+
+import mmfused
+from mmfused import query_pooling
+from mmfused.testing import value_and_gradients
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+
+# name -> (B, N, D, L, heads, Dk, Dv): odd on purpose, and between them they reach every kernel
+SHAPES = {
+    "one pass": (3, 37, 70, 5, 1, 24, 20),
+    "row blocks": (2, 65, 96, 9, 4, 32, 48),
+    "head dim 96": (2, 19, 192, 3, 2, 192, 192),
+    "wide": (2, 21, 1056, 3, 2, 16, 12),
+    "more samples than partial sums": (130, 9, 64, 2, 1, 8, 8),
+    "one query": (2, 33, 64, 1, 4, 16, 16),
+}
+PADDINGS = ("none", "mask", "lengths")
+
+
+def make(shape="one pass", *, per_sample=False, norm=False, padding="none", dtype=torch.float64, grad=True, device=DEVICE):
+    batch, length, dim, queries, heads, k_dim, v_dim = SHAPES[shape]
+
+    def randn(*size):
+        return torch.randn(*size, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+    inputs = dict(
+        x=randn(batch, length, dim),
+        queries=randn(*((batch,) if per_sample else ()), queries, k_dim),
+        w_k=(randn(k_dim, dim) * dim**-0.5).detach().requires_grad_(grad),
+        w_v=(randn(v_dim, dim) * dim**-0.5).detach().requires_grad_(grad),
+        b_v=randn(v_dim),
+    )
+    if norm:
+        inputs |= dict(norm_weight=randn(dim), norm_bias=randn(dim))
+    if padding == "mask":
+        ignore = torch.rand(batch, length) < 0.4
+        ignore[0], ignore[1, : length // 2] = True, True  # a sample without tokens, and one padded on the left
+        inputs["key_padding_mask"] = ignore.to(device)
+    if padding == "lengths":
+        inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)
+        inputs["lengths"][:2] = torch.tensor([0, length])
+    return inputs, heads
+
+
+def cast(inputs, dtype):
+    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def run(inputs, heads, backend, upstream=None, form="absorbed", **kwargs):
+    def call(**tensors):
+        with mmfused.backend(backend):
+            return query_pooling(**tensors, num_heads=heads, form=form, **kwargs)
+
+    return value_and_gradients(call, inputs, upstream)
+
+
+def upstream_for(inputs):
+    queries = inputs["queries"]
+    return torch.randn(inputs["x"].shape[0], queries.shape[-2], inputs["w_v"].shape[0], dtype=torch.float64, device=DEVICE)
+
+
+# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
