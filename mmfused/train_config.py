@@ -82,6 +82,11 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a fraction from 0 to 1")
         if self.drop_image + self.drop_text > 1:
             raise ValueError(f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, take a sum of at most 1")
+        for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
+            if getattr(self, name) and self.modalities == absent:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, takes modalities that use it")
+        if self.image_encoder and self.patch_size:
+            raise ValueError(f"patch_size: got {self.patch_size} with image_encoder, takes none: the encoder has its own")
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume: got both, take one: a run is begun anew or gone on with")
 

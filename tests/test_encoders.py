@@ -89,15 +89,27 @@ def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"text encoder: .* takes config.json and weights as .safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"text encoder: .* takes config.json and \*\.safetensors"):
         pretrained_text(str(tmp_path))
     timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path, safe_serialization=False)
     with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks one of them"):
         pretrained_vit(str(tmp_path))  # pytorch_model.bin is a pickle
+    (tmp_path / "another.safetensors").touch()  # timm would still open the pickle first
+    with pytest.raises(FileNotFoundError, match=r"image encoder: .* takes config.json and model.safetensors"):
+        pretrained_vit(str(tmp_path))
+
+
+def test_of_the_hub_only_safetensors_are_asked_for(monkeypatch):
+    asked, given = [], timm.create_model("vit_tiny_patch16_224", num_classes=1000).state_dict()
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *a, **k: asked.append(a) or given)
+    fields, encoder = pretrained_vit("vit_tiny_patch16_224", image_size=32)
+    assert asked[0][0].startswith("timm/vit_tiny_patch16_224") and asked[0][1] == "model.safetensors"
+    assert torch.equal(encoder.blocks[3].mlp.fc1.weight, given["blocks.3.mlp.fc1.weight"])
+    assert fields["image"] == {"name": "vit_tiny_patch16_224", "img_size": 32}
 
 
 def test_bad_image_encoders():
-    with pytest.raises(ValueError, match="image encoder: got 'vit_colossal', takes a folder or a name timm knows"):
+    with pytest.raises(ValueError, match="image encoder: got 'vit_colossal', takes a folder, or a name of timm's"):
         pretrained_vit("vit_colossal")
     with pytest.raises(ValueError, match="VisionTransformer of width 64 in timm, got 'resnet18', a ResNet"):
         build_vit(64, "patch", {"name": "resnet18"})

@@ -178,7 +178,7 @@ def fork(work) -> int:
     try:
         work()
         os._exit(0)
-    except BaseException:
+    except BaseException:  # nothing may get past the fork, back into the parent's tests; the exit code tells the parent
         import traceback
 
         traceback.print_exc()

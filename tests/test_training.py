@@ -145,6 +145,9 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ({"swap_text": 1.5}, "swap_text: got 1.5"),
         ({"backend": "fast"}, "fast"),
         ({"val": None}, "val: got nothing"),
+        ({"image_encoder": "x", "modalities": "text"}, "image_encoder: got 'x' with modalities 'text'"),
+        ({"text_encoder": "x", "modalities": "image"}, "text_encoder: got 'x' with modalities 'image'"),
+        ({"image_encoder": "x", "patch_size": 8}, "patch_size: got 8 with image_encoder, takes none"),
         ({"batch_size": 64}, None),
     ],
 )

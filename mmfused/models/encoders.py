@@ -64,7 +64,8 @@ def build_text(dim: int, options: dict) -> nn.Module:
 
 
 def pretrained_vit(source: str, image_size: int | None = None) -> tuple[dict, nn.Module]:
-    """A pretrained VisionTransformer: a folder in timm's format (config.json, model.safetensors), or a name timm can download.
+    """A pretrained VisionTransformer: a folder in timm's format (config.json, model.safetensors), or a name timm can download
+    from the hub, of which only model.safetensors is taken.
 
     Returns the config fields that rebuild it without ``source`` (image, image_dim, image_stem, pixel_mean, pixel_std), and the
     encoder. ``image_size`` resamples its position embedding.
@@ -72,15 +73,17 @@ def pretrained_vit(source: str, image_size: int | None = None) -> tuple[dict, nn
     timm, folder = import_timm(), Path(source)
     size = {} if image_size is None else {"img_size": image_size}
     if folder.is_dir():
-        described = read_encoder_folder("image encoder", folder)
+        described = read_encoder_folder("image encoder", folder, "model.safetensors")  # timm takes a pickle before another name
         if not timm.is_model(described.get("architecture", "")):
             raise ValueError(f"image encoder: {folder / 'config.json'} names no architecture of timm's")
         image = {"name": described["architecture"], **described.get("model_args", {}), **size, "num_classes": 0}
-    elif timm.is_model(source):
+        where = {"model_name": f"local-dir:{folder}"}
+    elif timm.is_model(source) and getattr(timm.models.get_pretrained_cfg(source), "hf_hub_id", None):
         image = {"name": source.split(".")[0], **size}
+        where = {"model_name": source, "pretrained_cfg_overlay": {"hf_hub_filename": "model.safetensors"}}
     else:
-        raise ValueError(f"image encoder: got {source!r}, takes a folder or a name timm knows")
-    vit = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else source, pretrained=True, num_classes=0, **size)
+        raise ValueError(f"image encoder: got {source!r}, takes a folder, or a name of timm's with weights on the hub")
+    vit = timm.create_model(**where, pretrained=True, num_classes=0, **size)
     pixels = {f"pixel_{name}": tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")}
     return {"image": image, "image_dim": vit.embed_dim, "image_stem": "patch", **pixels}, vit
 
@@ -92,7 +95,7 @@ def pretrained_text(source: str) -> tuple[dict, nn.Module]:
     """
     transformers, folder = import_transformers(), Path(source)
     if folder.is_dir():
-        read_encoder_folder("text encoder", folder)
+        read_encoder_folder("text encoder", folder, "*.safetensors")
     config = transformers.AutoConfig.from_pretrained(source)
     options = {"model_type": config.model_type, **config.to_diff_dict()}
     for name in ("transformers_version", "architectures", "dtype", "hidden_size", "_name_or_path"):
@@ -103,10 +106,10 @@ def pretrained_text(source: str) -> tuple[dict, nn.Module]:
     return {"text": options, "text_dim": config.hidden_size}, encoder
 
 
-def read_encoder_folder(name: str, folder: Path) -> dict:
-    """The folder's config.json; FileNotFoundError unless that and safetensors weights are there: a pickle is never loaded."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{name}: {folder} takes config.json and weights as .safetensors, and lacks one of them")
+def read_encoder_folder(name: str, folder: Path, weights: str) -> dict:
+    """The folder's config.json; FileNotFoundError unless that and the ``weights`` are there: a pickle is never loaded."""
+    if not (folder / "config.json").is_file() or not any(folder.glob(weights)):
+        raise FileNotFoundError(f"{name}: {folder} takes config.json and {weights}, and lacks one of them")
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 

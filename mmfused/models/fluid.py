@@ -7,7 +7,6 @@
     N = sum over the top k of G_i(F') E_i(F')                                     (eq. 9)
     L = lambda_1 CE + lambda_2 contrastive + lambda_3 MoE       1/3 each          (eq. 10)
 
-The paper's: all of the above, l = 32, 16 experts, k = 2.
 The paper's: all of the above, ViT-B/16 and multilingual BERT, l = 32, a gate with one hidden layer, 16 experts, k = 2,
 191 classes, balance by GShard's form (it cites GShard and gives no formula).
 From the public code (DucCuong12/Multimodel_CV_NLP), where the paper gives no formula: the post-norm block around each
