@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
-from mmfused.library import why_not_fused
 
-from .measure import Problem, Provider, Unavailable
+from .measure import Problem, Provider, Unavailable, need_kernels
 
 OURS = ("composed", "fused")
 TEMPERATURE = 0.07
@@ -271,9 +270,7 @@ def composed(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    reasons = why_not_fused(device, dtype) or (["interpreted kernels are not timed"] if device.type == "cpu" else [])
-    if reasons:
-        raise Unavailable("; ".join(reasons))
+    need_kernels(device, dtype)
     return Provider(Ours(case, device, dtype), LAYOUT, "fused")
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfused
+from mmfused.library import why_not_fused
 from mmfused.testing import interleaved_seconds, over_budget, relative_error, saved_bytes
 
 MAX_COPIES = 64
@@ -26,6 +27,13 @@ MAX_COPIES = 64
 
 class Unavailable(RuntimeError):
     """A provider that cannot serve a case on this machine; the message says why."""
+
+
+def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises Unavailable where the library's kernels cannot be timed."""
+    reasons = why_not_fused(device, dtype) or (["interpreted kernels are not timed"] if device.type == "cpu" else [])
+    if reasons:
+        raise Unavailable("; ".join(reasons))
 
 
 @dataclass

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfused
-from mmfused.library import why_not_fused
 
-from .measure import Problem, Provider, Unavailable
+from .measure import Problem, Provider, Unavailable, need_kernels
 
 OURS = ("composed", "fused")
 EXACT_CHUNK = 64  # samples in float64 at a time
@@ -183,9 +182,7 @@ def composed(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    reasons = why_not_fused(device, dtype) or (["interpreted kernels are not timed"] if device.type == "cpu" else [])
-    if reasons:
-        raise Unavailable("; ".join(reasons))
+    need_kernels(device, dtype)
     return _ours("fused", case, device, dtype)
 
 
