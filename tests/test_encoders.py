@@ -18,7 +18,6 @@ from mmfused.models.encoders import build_text, build_vit, pretrained_text, pret
 from mmfused.training import load_run
 
 BERT = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 16}
-VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
 @pytest.mark.parametrize("preset", ["paper", "code"])

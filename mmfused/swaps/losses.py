@@ -55,9 +55,7 @@ class _MultipleNegativesRankingLoss(Swap):
             return f"hardness_mode is {module.hardness_mode!r}: the sweep weights all negatives alike."
         if module.gather_across_devices and dist.is_available() and dist.is_initialized():
             return "gather_across_devices: its gradients are scaled otherwise; use MaskedInfoNCE(gather='global')."
-        if path_of(module.similarity_fct) not in (
-            f"sentence_transformers.util.similarity.{name}" for name in ("cos_sim", "dot_score")
-        ):
+        if path_of(module.similarity_fct) not in SIMILARITIES:
             return f"similarity_fct is {path_of(module.similarity_fct)}: the sweep knows cos_sim and dot_score."
         return None
 
