@@ -48,6 +48,11 @@ class Problem:
     def device(self) -> torch.device:
         return self.upstream.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What providers are built in: that of the first input. The output, and with it ``upstream``, may be wider."""
+        return next(iter(self.inputs.values())).dtype
+
 
 @dataclass
 class Provider:
@@ -55,6 +60,7 @@ class Provider:
 
     ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it along the first axis.
     ``ceiling``: why this is no way to compute the case, only the work inside it: timed without passing the gate.
+    ``uncompiled``: why there is nothing to gain from compiling it.
     """
 
     module: nn.Module
@@ -62,6 +68,7 @@ class Provider:
     backend: str | None = None
     run: Callable[..., Tensor] | None = None  # the compiled module, where it is compiled
     ceiling: str | None = None
+    uncompiled: str | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         run = self.module if self.run is None else self.run
@@ -109,7 +116,7 @@ class Gate:
         self.plain = op.comparable(self.build(op.reference).results(problem))
 
     def build(self, builder: Callable[..., Provider]) -> Provider:
-        return builder(self.case, self.problem.device, self.problem.upstream.dtype).load(self.problem.parameters)
+        return builder(self.case, self.problem.device, self.problem.dtype).load(self.problem.parameters)
 
     def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict]:
         """Build, compile in ``mode`` if given, and judge: the provider if it may be timed, and what to report of it."""
@@ -118,6 +125,8 @@ class Gate:
             provider = self.build(self.op.PROVIDERS[name])
             if provider.ceiling is not None:
                 return provider, report | {"gate": "no gate", "reasons": [provider.ceiling]}
+            if mode is not None and provider.uncompiled is not None:
+                raise Unavailable(provider.uncompiled)
             if mode is not None:
                 provider.run = torch.compile(provider.module, mode=mode, dynamic=False)
             faults = over_budget(self.op.comparable(provider.results(self.problem)), self.exact, self.plain)

@@ -20,7 +20,7 @@ import torch
 import mmfused
 
 PASSES = ("forward", "backward", "both")
-PACKAGES = ("torch", "triton", "timm", "numpy")
+PACKAGES = ("torch", "triton", "timm", "liger-kernel", "numpy")
 
 
 # ---- the machine and the source ----------------------------------------------------------------------------------
@@ -202,6 +202,8 @@ def roofline(op: str, records: list[dict], axes) -> None:
         which = longest_pass(record)
         stages = [stage for name, some in record["work"].items() if which in (name, "both") for stage in some]
         flops, moved = (sum(stage[key] for stage in stages) for key in ("flops", "bytes"))
+        if not flops:  # all memory traffic: no place on logarithmic axes
+            continue
         axes.axvline(flops / moved, color="0.9", zorder=0)
         name = record["case"]["name"]
         height = 0.01 + 0.15 * (index % 4)  # neighbours may be as dense
@@ -219,7 +221,8 @@ def roofline(op: str, records: list[dict], axes) -> None:
         axes.plot(ends, [min(peak, bandwidth * x) for x in ends], color="black", linewidth=0.8)
     axes.set(xscale="log", yscale="log", title=f"{op}: measured ceilings and times")
     axes.set(xlabel="FLOPs per byte of the best algorithm", ylabel="useful FLOP/s")
-    axes.legend(fontsize=7)
+    if points:
+        axes.legend(fontsize=7)
 
 
 def eager_name(label: str) -> str:

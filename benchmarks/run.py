@@ -21,7 +21,7 @@ if not __package__:  # run as a file: the checkout it lies in comes first, whate
 
 from mmfused.benchmarks import measure, report
 
-OPS = ("query_pooling", "masked_info_nce")
+OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     parser.add_argument("op", metavar="OP", help=f"one of {', '.join(OPS)}")
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
-    option("--shape", metavar="B=..,N=..", help="one case of your own instead (query_pooling: B, N, D, L queries, H heads)")
+    sizes = "query_pooling: B, N, D, L queries, H heads; masked_info_nce: B, D, K"
+    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k"
+    option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
     option("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--forward", dest="backward", action="store_false", help="time the forward alone")

@@ -70,6 +70,27 @@ def pack_padding(
     return words, span, width, "padding"
 
 
+def tile_rows(rows: int, num_experts: int) -> int:
+    """Rows of a tile of the sorted rows: a power of two from 16 to 128, no more than an expert has on average."""
+    return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
+
+
+def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor:
+    """offsets (E + 1,) int32 -> tiles (rows // 16 + E, 2) int32: (expert, first row), expert by expert, then (-1, 0)."""
+    tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
+    block = tile_block(num_experts)
+    launch(
+        tile_map_kernel, (triton.cdiv(len(tiles), block),), offsets, tiles, len(tiles), tile_rows(rows, num_experts),
+        E=num_experts, BE=triton.next_power_of_2(num_experts), BI=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return tiles
+
+
+def tile_block(num_experts: int) -> int:
+    """Tiles that one program of the tile map looks up, each against every expert."""
+    return max(16, 2048 // triton.next_power_of_2(num_experts))
+
+
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a @ b in float32; float32 operands are multiplied as such, not as tf32."""
@@ -146,3 +167,31 @@ def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
 def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
     """Store (columns, rows) into a contiguous (R, D) matrix."""
     tl.store(ptr + rows[None, :] * D + cols[:, None], value, mask=(rows[None, :] < R) & (cols[:, None] < D))
+
+
+@triton.jit
+def tile_entries(i, begin, end, H):
+    """(expert, first row) of the tiles i, from the first and one past the last sorted row of each expert; (-1, 0) beyond the last.
+
+    ``begin`` and ``end`` are as long as a power of two; what lies beyond E has no rows.
+    """
+    height = (end - begin + H - 1) // H
+    last = tl.cumsum(height, 0)
+    past = last[None, :] <= i[:, None]
+    there = i < tl.max(last, 0)
+    expert = tl.sum(past.to(tl.int32), 1)
+    before = tl.sum(tl.where(past, height[None, :], 0), 1)
+    row = tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H  # rows are sorted: an expert begins where those before end
+    return tl.where(there, expert, -1), tl.where(there, row, 0)
+
+
+@triton.jit
+def tile_map_kernel(offsets_ptr, tiles_ptr, N, H, E: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr):
+    """grid (N / BI,). The N tiles of H rows that the offsets of E experts ask for."""
+    experts = tl.arange(0, BE)
+    begin = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+    end = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    expert, row = tile_entries(i, begin, end, H)
+    tl.store(tiles_ptr + 2 * i, expert, mask=i < N)
+    tl.store(tiles_ptr + 2 * i + 1, row, mask=i < N)

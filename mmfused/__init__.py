@@ -10,8 +10,18 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from . import losses
 from .fuse import FuseReport, fuse, unfuse
 from .library import backend
+from .ops.grouped_mlp import TopKMoE, grouped_linear, grouped_linear_reference, grouped_mlp, grouped_mlp_reference
 from .ops.masked_info_nce import MaskedInfoNCE, masked_info_nce, masked_info_nce_reference
 from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
+from .ops.topk_routing import (
+    Routing,
+    routing_from_indices,
+    topk_routing,
+    topk_routing_from_input,
+    topk_routing_reference,
+    update_selection_bias,
+)
+from .swaps.experts import register_experts
 
 __version__ = "0.1.0"
 
@@ -20,13 +30,25 @@ __all__ = [
     "MaskedInfoNCE",
     "QTransform",
     "QueryPooling",
+    "Routing",
+    "TopKMoE",
     "__version__",
     "backend",
     "fuse",
+    "grouped_linear",
+    "grouped_linear_reference",
+    "grouped_mlp",
+    "grouped_mlp_reference",
     "losses",
     "masked_info_nce",
     "masked_info_nce_reference",
     "query_pooling",
     "query_pooling_reference",
+    "register_experts",
+    "routing_from_indices",
+    "topk_routing",
+    "topk_routing_from_input",
+    "topk_routing_reference",
     "unfuse",
+    "update_selection_bias",
 ]

@@ -1,4 +1,4 @@
-"""fuse(model): pooling modules and contrastive losses that a model already has, of other libraries, run on the ops of this one.
+"""fuse(model): pooling, experts and contrastive losses that a model already has, of other libraries, run on the ops of this one.
 
 A module found by its exact type keeps its identity, parameters, hooks and state_dict: only its ``__class__`` becomes a subclass of
 its own class with another forward. No class is patched, no library is imported. Each forward says at every call whether it may
@@ -34,11 +34,15 @@ class FuseReport:
 
 
 def fuse(model: nn.Module, *, dry_run: bool = False) -> FuseReport:
-    """Let the known modules of this model, and of no other, run on :func:`query_pooling` and :func:`masked_info_nce`.
+    """Let the known modules of this model, and of no other, run on the ops of this library.
 
     Known are nn.MultiheadAttention with learned queries beside it, timm's AttentionPoolLatent, open_clip's AttentionalPooler, the
-    pooling heads of SigLIP, SigLIP 2, Idefics2 and Phi-4, and the Q-Former cross-attention of BLIP-2 and InstructBLIP; the losses
-    ClipLoss of open_clip and MultipleNegativesRankingLoss of sentence-transformers.
+    pooling heads of SigLIP, SigLIP 2, Idefics2 and Phi-4, and the Q-Former cross-attention of BLIP-2 and InstructBLIP; in
+    transformers the experts of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3-VL-MoE and Qwen3.5-MoE (of other models:
+    :func:`register_experts`); the losses ClipLoss of open_clip and MultipleNegativesRankingLoss of sentence-transformers.
+
+    The router beside experts is called as before, so its recorded logits and the loss made of them stay. Where it gives a token one
+    expert and renormalises the one weight, it learns nothing from it: those experts are left, with that reason.
 
     Args:
         model: any module; it may itself be one of the known ones. Fusing it again changes nothing.

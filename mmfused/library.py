@@ -6,6 +6,7 @@ A kernel launcher becomes ``torch.ops.mmfused.<name>`` through :func:`register`;
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -107,7 +108,7 @@ def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
 
     def call(*args):
         launch = getattr(importlib.import_module(f"mmfused.kernels.{module}"), function)
-        index = args[0].device.index
+        index = _first_tensor(args).device.index
         if index is None or index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(index):  # triton launches on the current device, whatever the tensors' own
@@ -117,6 +118,12 @@ def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         torch.library.impl(f"mmfused::{name}", key, call)
     torch.library.register_fake(f"mmfused::{name}", fake)
+
+
+def _first_tensor(args) -> torch.Tensor:
+    """Some ops begin with lists, or with a gradient that may be None."""
+    flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return next(x for x in flat if isinstance(x, torch.Tensor))
 
 
 def register_composed(name: str, schema: str, function: Callable, fake: Callable) -> None:
@@ -134,7 +141,7 @@ def once_differentiable(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def wrapper(ctx, *upstream):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True; the compiler raises by itself
-            upstream = [x.detach().requires_grad_() for x in upstream]
+            upstream = [None if x is None else x.detach().requires_grad_() for x in upstream]
         return once(ctx, *upstream)
 
     return wrapper
@@ -172,3 +179,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device type, or None outside autocast."""
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocasts else None
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A context without autocast; unlike torch's own it knows the meta device."""
+    return contextlib.nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

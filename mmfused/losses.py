@@ -1,4 +1,4 @@
-"""The relatives of masked InfoNCE in the five papers: hinges, consistency, absolute similarity, the sigmoid loss.
+"""The small losses of the five papers: hinges, consistency, absolute similarity, the sigmoid loss, MOON2.0's dual alignment.
 
 Each takes embeddings as they are (only ``positive_similarity`` normalises) and gives a scalar, float32 or float64. Where a loss
 looks at all pairs it does so a block of rows at a time and computes the block again in backward: no B x C matrix stays alive.
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .library import check_tensors
+from .library import check_tensors, no_autocast
 from .ops.masked_info_nce.checks import check_temperature
+from .ops.topk_routing import Routing
 
 BLOCK_PAIRS = 2**22  # pairs alive at a time: 16 MB of float32
 
@@ -144,6 +145,72 @@ def sigmoid_contrastive(
     return _by_rows(block, query, len(candidate)) / len(query)
 
 
+def expert_shares(routing: Routing, samples: int) -> Tensor:
+    """(B, Z): what share of each sample's tokens went to each of Z experts, by weight: MOON2.0's G of a sample, as read here.
+
+    ``routing`` of B * N tokens, a sample's side by side; the mean is over a sample's tokens that are not masked, 0 where all are.
+    """
+    tokens, experts = len(routing.indices), len(routing.offsets) - 1
+    if samples < 1 or tokens % samples:
+        raise ValueError(f"expert_shares: samples is {samples}; it takes a divisor of the routing's {tokens} tokens.")
+    dense = routing.weights.new_zeros(tokens, experts).scatter_add(1, routing.indices, routing.weights)
+    live = routing.position.view(routing.indices.shape)[:, 0] < routing.offsets[-1]
+    count = live.view(samples, -1).sum(1, keepdim=True).clamp(min=1)
+    return dense.view(samples, -1, experts).sum(1) / count
+
+
+def dual_alignment(
+    alignment: Tensor,
+    shares: Tensor,
+    *,
+    members: Tensor | None = None,
+    detach_routing: bool = False,
+    normalise: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MOON2.0 (arXiv 2511.12449): weights of M objectives from what the experts that serve them are aligned with, and how sharply.
+
+        p_zm = softmax over m of alignment_zm      omega_m = mean over b in B_m of sum_z p_zm G_bz
+        sparsity = mean over z of -sum_m p_zm log p_zm
+
+    Args:
+        alignment: (Z, M), the learned matrix; near zero at first, so that all objectives weigh the same.
+        shares: (B, Z), routing weights of each sample, see :func:`expert_shares`; of several layers, their mean.
+        members: (B, M) bool, which samples an objective has (B_m), default all; an objective without any weighs 0.
+        detach_routing: no gradient to the router, which otherwise learns to favour experts of easy objectives, as the paper has it.
+        normalise: scale the weights to this sum: 1, or M for a mean of 1. None: as they are, the paper's.
+
+    Returns: omega (M,) and the sparsity loss, float32 or float64.
+    """
+    op = "dual_alignment"
+    check_tensors(op, alignment=alignment, shares=shares, members=members)
+    for name, tensor in (("alignment", alignment), ("shares", shares)):
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it takes a matrix of floats.")
+    if shares.shape[1] != alignment.shape[0]:
+        raise ValueError(
+            f"{op}: shares has shape {tuple(shares.shape)}; it takes (B, {alignment.shape[0]}), as alignment has rows."
+        )
+    if members is not None and (members.dtype != torch.bool or members.shape != (len(shares), alignment.shape[1])):
+        raise ValueError(
+            f"{op}: members has shape {tuple(members.shape)} and dtype {members.dtype}; it takes bool "
+            f"{(len(shares), alignment.shape[1])}."
+        )
+    if normalise is not None and not normalise > 0:
+        raise ValueError(f"{op}: normalise is {normalise}; it takes a positive sum, or None.")
+    dtype = reduce(torch.promote_types, (alignment.dtype, shares.dtype), torch.float32)
+    shares = shares.detach() if detach_routing else shares
+    with no_autocast(alignment.device.type):
+        log_p = alignment.to(dtype).log_softmax(1)
+        aligned = shares.to(dtype) @ log_p.exp()  # (B, M)
+        if members is None:
+            members = torch.ones_like(aligned, dtype=torch.bool)
+        omega = (aligned * members).sum(0) / members.sum(0).clamp(min=1)
+        if normalise is not None:
+            total = omega.sum()
+            omega = normalise * omega / total.masked_fill(total == 0, 1.0)
+        return omega, -(log_p.exp() * log_p).sum(1).mean()
+
+
 def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
     """The embeddings in one dtype, float32 at least; ValueError unless (rows, dim) of one dim, with a candidate for every row."""
     check_tensors(op, **tensors)
@@ -165,7 +232,7 @@ def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int
     """Sum of ``block(rows, their indices)`` over blocks of rows, each computed again in backward where there are several."""
     indices = torch.arange(len(rows), device=rows.device)
     step = max(1, BLOCK_PAIRS // width)
-    with torch.autocast(rows.device.type, enabled=False):
+    with no_autocast(rows.device.type):
         if step >= len(rows):
             return block(rows, indices)
         parts = zip(rows.split(step), indices.split(step), strict=True)

@@ -80,12 +80,12 @@ def router(p, x, c):
 
 
 def expert(p, e, x, c):
-    for layer in range(0, 3 * len(c.expert_hidden), 3):
+    for layer in range(len(c.expert_hidden)):
         name = f"moe.experts.{layer}."
-        x = p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
-        x = normed(p[name + "norm_weight"][e, 0], p[name + "norm_bias"][e, 0], x).clamp(min=0)
-    name = f"moe.experts.{3 * len(c.expert_hidden)}."
-    return p[name + "weight"][e] @ x + p[name + "bias"][e, 0]
+        x = p[name + "weight"][e] @ x + p[name + "bias"][e]
+        x = normed(p[name + "norm_weight"][e], p[name + "norm_bias"][e], x).clamp(min=0)
+    name = f"moe.experts.{len(c.expert_hidden)}."
+    return p[name + "weight"][e] @ x + p[name + "bias"][e]
 
 
 def moe(p, samples, c):
@@ -97,7 +97,7 @@ def moe(p, samples, c):
             score = router(p, token, c)
             probability = softmax(score)
             chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
-            total = sum(probability[e] for e in chosen)
+            total = sum(probability[e] for e in chosen) if c.top_k > 1 else 1  # renormalised to 1, one weight would teach nothing
             weight = {e: probability[e] / total for e in chosen}
             outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
             scores.append(score)

@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mmfused import cli
-from mmfused.benchmarks import masked_info_nce, measure, query_pooling, run
+from mmfused.benchmarks import grouped_mlp, masked_info_nce, measure, query_pooling, run, topk_routing
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("query_pooling", "--shape", "B=2,N=16,D=32,L=4,H=2", "--repeats", "2", "--no-compile")
@@ -168,7 +169,7 @@ def test_work_counts_the_formulas():
 
 
 REFUSED = [
-    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce."),
+    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce, topk_routing, grouped_mlp."),
     (("query_pooling", "--case", "nope"), "case is 'nope'; query_pooling on cpu takes one of fluid, "),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
     (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
@@ -198,7 +199,9 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "no_such_op"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("op is 'no_such_op'; it takes one of query_pooling, masked_info_nce.\n")
+    assert done.returncode == 2 and done.stderr.endswith(
+        "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce, topk_routing, grouped_mlp.\n"
+    )
 
 
 @pytest.mark.parametrize("modalities", [1, 3])
@@ -221,3 +224,104 @@ def test_masked_info_nce_work():
     assert [stage["flops"] for stage in work["backward"]] == [400, 800]
     key = masked_info_nce.modality(case, torch.device("cpu"))
     assert key.bincount().tolist() == [5, 5] and masked_info_nce.modality(masked_info_nce.Case("", 10, 4), "cpu") is None
+
+
+@pytest.mark.parametrize("shape", ["T=40,E=6,k=3", "T=40,E=6,k=3,D=16,S=2"])
+def test_topk_routing(tmp_path, shape):
+    gates = gates_of_run("topk_routing", shape, tmp_path)
+    assert gates["eager"] == gates["composed"] == "passed"
+    assert gates["eager, 16-bit product"] == gates["fused C++"] == gates["fused"] == "unavailable"
+
+
+def test_grouped_mlp(tmp_path):
+    gates = gates_of_run("grouped_mlp", "T=40,D=16,I=24,E=6,k=2", tmp_path)
+    assert gates["eager loop"] == gates["dense, all experts"] == gates["composed"] == "passed"
+    assert gates["grouped_mm pattern"] in ("passed", "failed", "unavailable")  # on a CPU since torch 2.11
+    assert gates["Liger fused_moe"] == gates["fused"] == "unavailable"
+
+
+def gates_of_run(op, shape, folder) -> dict[str, str]:
+    assert run.main([op, "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(folder)]) == 0
+    (file,) = folder.glob(f"{op}-*.json")
+    return {name: entry["gate"] for name, entry in json.loads(file.read_text())["providers"].items()}
+
+
+@pytest.mark.parametrize("case", topk_routing.cases("cuda", quick=False), ids=lambda case: case.name)
+def test_routers_compute_the_same_function(case):
+    """All cases in float64, smaller: outputs and gradients, and the order that the output does not show."""
+    small = replace(case, T=50, D=case.D and 24)
+    problem = topk_routing.make(small, torch.device("cpu"), torch.float64)
+    problem.inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
+    gate = measure.Gate(topk_routing, small, problem)
+    found = {}
+    for name in ("eager", "composed"):
+        provider = gate.build(topk_routing.PROVIDERS[name])
+        torch.testing.assert_close(provider.results(problem), gate.exact, rtol=1e-10, atol=1e-10)
+        found[name] = [tensor.long() for tensor in provider.module.sorted]
+    torch.testing.assert_close(found["eager"], found["composed"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", grouped_mlp.cases("cuda", quick=False), ids=lambda case: case.name)
+def test_experts_compute_the_same_function(case):
+    """All cases, smaller: in float64 but for grouped_mm, which takes none."""
+    small = replace(case, T=30, D=16, I=24)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        problem = grouped_mlp.make(small, torch.device("cpu"), dtype)
+        gate, served = measure.Gate(grouped_mlp, small, problem), set()
+        for name, build in grouped_mlp.PROVIDERS.items():
+            try:
+                results = gate.build(build).results(problem)
+            except (measure.Unavailable, NotImplementedError):
+                continue
+            results = {part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()}
+            torch.testing.assert_close(results, gate.exact, rtol=tolerance, atol=tolerance)
+            served.add(name)
+        assert served >= {"eager loop", "dense, all experts", "composed"}
+
+
+def test_choices_are_routed_as_they_are_called():
+    shares = {}
+    for routed in grouped_mlp.ROUTED:
+        found = grouped_mlp.choices(grouped_mlp.Case("", T=2000, D=8, I=8, E=8, k=2, routed=routed))
+        assert (found[:, 0] != found[:, 1]).all()
+        shares[routed] = found.flatten().bincount(minlength=8) / 2000
+    torch.testing.assert_close(shares["uniform"], torch.full((8,), 0.25), rtol=0, atol=0.05)
+    assert (shares["zipf"][:-1] > shares["zipf"][1:]).all() and shares["zipf"][0] > 3 * shares["zipf"][-1]
+    assert 0.9 < shares["hot"][0] < 0.94 and shares["one-hot"][0] == 1
+    assert (shares["half"][4:] == 0).all() and (shares["half"][:4] > 0.4).all()
+
+
+def test_a_loop_over_data_is_not_compiled():
+    case = grouped_mlp.Case("", T=8, D=8, I=8, E=2, k=1)
+    gate = measure.Gate(grouped_mlp, case, grouped_mlp.make(case, torch.device("cpu"), torch.float32))
+    provider, report = gate.admit("eager loop", "default")
+    assert provider is None and report["gate"] == "unavailable" and "stops at each expert" in report["reasons"][0]
+
+
+# Microseconds forward and backward at 790 TFLOP/s and 4.3 TB/s, computed apart from work().
+FLOORS = {
+    grouped_mlp: {
+        "fluid-512": (36.9, 72.2),
+        "fluid-2048": (48.9, 97.9),
+        "fluid-16384": (391, 783),
+        "swiglu-e8": (179, 359),
+        "swiglu-e4": (701, 1403),
+        "swiglu-e128": (3132, 6263),
+    },
+    topk_routing: {
+        "fluid-2048": (0.74, 1.51),
+        "x-32768-e128": (31.8, 66.6),
+        "logits-16384": (0.30, 0.49),
+        "logits-131072-e64": (9.8, 15.6),
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, floors in FLOORS.items() for name in floors])
+def test_floors_of_a_mixture(op, name):
+    (case,) = [case for case in op.cases("cuda", quick=False) if case.name == name]
+    work = op.work(case, itemsize=2)
+    if op is topk_routing:  # the table has neither the order nor the gradient of the weights, which are small
+        work = {which: [stage for stage in stages if stage["stage"] == "route"] for which, stages in work.items()}
+    floors = measure.floor_seconds(work, {"flops_per_second": 790e12, "bytes_per_second": 4.3e12})
+    assert (1e6 * floors["forward"], 1e6 * floors["backward"]) == pytest.approx(FLOORS[op][name], rel=0.02)

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmfused", "kernels", "benchmarks", "tests")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmfused", "kernels", "csrc", "benchmarks", "tests")
 OPTIONAL = ("triton", "timm", "transformers", "tokenizers", "torchvision", "PIL", "numpy", "matplotlib", "tqdm")
 INSTALLED = ("wheel", "sdist", "editable")
 
 
-def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = ()) -> str:
+def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
     """Standard output of `python *arguments` in `cwd`; fails with what it printed otherwise."""
-    settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET", "MMFUSED_BACKEND")
+    settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_CUDA", "MMFUSED_ROUTER")
     environment = {name: value for name, value in os.environ.items() if name not in settings}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, pythonpath))
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, pythonpath))} | variables
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -119,10 +119,36 @@ def test_wheel_holds_the_package_and_nothing_else(wheels, clone):
     package = {path.relative_to(clone) for path in (clone / "mmfused").rglob("*.py")} | {Path("mmfused/py.typed")}
     for folder in ("kernels", "benchmarks"):
         package |= {Path("mmfused") / path.relative_to(clone) for path in (clone / folder).rglob("*.py")}
+    package |= {Path("mmfused") / path.relative_to(clone) for path in (clone / "csrc").iterdir()}
     for mode in ("wheel", "sdist"):
         names = [Path(name) for name in zipfile.ZipFile(wheels[mode]).namelist()]
         assert {name for name in names if not name.parts[0].endswith(".dist-info")} == package
         assert len({name.parts[0] for name in names}) == 2
+
+
+BUILD_WHEEL = "from setuptools import build_meta as hooks; print(hooks.build_wheel({!r}))"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "reason"),
+    [("import sys; sys.modules['torch'] = None", "torch is not installed"), ("import torch", "holds no bin/nvcc")],
+)
+def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wheels, tmp_path):
+    settings = dict(MMFUSED_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
+    output = run("-c", f"{hidden}\n{BUILD_WHEEL.format(str(tmp_path))}", cwd=clone, **settings)
+    (line,) = (line for line in output.splitlines() if line.startswith("mmfused: MMFUSED_CUDA=1"))
+    assert "skipped" in line and reason in line
+    assert output.splitlines()[-1].endswith("py3-none-any.whl")
+
+
+def test_an_installed_package_finds_the_sources_of_its_extension(site_folders, dependencies, tmp_path):
+    probe = (
+        "import site, sys; site.addsitedir(sys.argv[1]); from mmfused import extension as e;"
+        " print(e.source_folder(), 'sources' in str(e.why_not()))"
+    )
+    for site in site_folders.values():
+        folder, missing = run("-S", "-c", probe, site, cwd=tmp_path, pythonpath=(dependencies,)).split()
+        assert (Path(folder) / "topk_routing.cu").is_file() and missing == "False"
 
 
 def test_import_is_light():

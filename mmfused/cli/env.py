@@ -9,10 +9,11 @@ from importlib import metadata
 import torch
 
 import mmfused
+from mmfused import extension
 
 HELP = "show versions, devices, and which backend each op would use here, and why not the better one"
 PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("query_pooling", "masked_info_nce")
+OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for device in devices:
         print(describe(device))
     print(f"backend()     {mmfused.library.current_backend()}")
+    print(f"router        {extension.current_router()}; C++: {compiled()}")
     for op in OPS:
         for device in devices or [torch.device("cpu")]:
             print(verdict(op, device, getattr(torch, args.dtype)))
@@ -41,6 +43,13 @@ def installed(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def compiled() -> str:
+    reasons = extension.why_not()
+    if extension.built():
+        return f"built, cannot run here ({'; '.join(reasons)})" if reasons else "built"
+    return f"not built ({'; '.join(reasons)})" if reasons else "not built yet (the first use does)"
 
 
 def describe(device: torch.device) -> str:

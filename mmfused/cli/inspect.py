@@ -166,11 +166,11 @@ def compile_job(job: Job) -> Report:
     source = ASTSource(
         fn=kernel,
         signature=job.signature,
-        constexprs={place[name]: value for name, value in job.constexprs.items()},
+        constexprs={place[name]: value for name, value in job.constexprs.items() if name in place},
         attrs={place[name]: [["tt.divisibility", 16]] for name in job.divisible},
     )
     arch = int(job.arch.removeprefix("sm_"))
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "maxnreg": job.constexprs.get("maxnreg")}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"])
     counts = {name: compiled.asm["ptx"].count(text) for name, text in MATRIX_INSTRUCTIONS.items()}

@@ -7,6 +7,8 @@ import torch
 # op -> label -> what the op's runner below takes. Together they reach every kernel and variant.
 # query_pooling: rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted
 # masked_info_nce: rows B, candidates C, dim D, dtype, symmetric, keys, ids ("none", "drop", "same"), everything
+# topk_routing: experts E, choices k, dim D (None: from logits), dtype, router dtype, sigmoid, renormalize, balance, everything
+# grouped_mlp: tokens T, D, I, experts E, choices k, activation (or None: the linear layer), biases, packed, dtype
 SPECIMENS = {
     "query_pooling": {
         "fluid": (32, 768, "bfloat16", False, "none", False, True),
@@ -36,6 +38,40 @@ SPECIMENS = {
         "nce odd narrow": (1003, 3331, 100, "float16", True, True, "none", False),
         "nce float32": (4096, 4096, 768, "float32", True, True, "drop", False),
         "nce float32 all": (4096, 4096, 512, "float32", True, True, "same", True),
+    },
+    "topk_routing": {
+        "route fluid": (16, 2, 768, "bfloat16", "bfloat16", False, True, "mse", False),
+        "route exact": (16, 2, 768, "bfloat16", "float32", False, True, "switch", False),
+        "route half": (5, 1, 300, "float16", "float32", False, False, "gshard", True),
+        "route 64": (64, 8, 2048, "bfloat16", "float32", False, True, "switch", False),
+        "route 128": (128, 8, 2048, "bfloat16", "bfloat16", False, True, "switch", False),
+        "route 128 exact": (128, 8, 2048, "bfloat16", "float32", True, True, "mse", True),
+        "route 128 half": (128, 8, 2048, "float16", "float32", True, True, "mse", True),
+        "route 256": (256, 8, 7168, "bfloat16", "float32", True, True, "switch", True),
+        "route float32": (16, 2, 768, "float32", "float32", False, True, "switch", False),
+        "route 128 f32": (128, 8, 2048, "float32", "float32", True, True, "mse", True),
+        "logits 5": (5, 2, None, "float32", None, False, True, "switch", False),
+        "logits 64": (64, 2, None, "float16", None, False, False, "gshard", True),
+        "logits 128": (128, 8, None, "float32", None, False, True, "switch", False),
+        "logits 128 all": (128, 8, None, "bfloat16", None, True, True, "mse", True),
+        "logits 256": (256, 8, None, "float32", None, True, False, "mse", True),
+    },
+    "grouped_mlp": {
+        "experts fluid": (16384, 768, 3072, 16, 2, "gelu", True, False, "bfloat16"),
+        "experts fluid 2k": (2048, 768, 3072, 16, 2, "gelu", True, False, "bfloat16"),
+        "experts fluid 512": (512, 768, 3072, 16, 2, "gelu", True, False, "bfloat16"),
+        "experts fluid 256": (256, 768, 3072, 16, 2, "gelu", True, False, "bfloat16"),
+        "experts fluid 64": (64, 768, 3072, 16, 2, "gelu", True, False, "bfloat16"),
+        "experts mllm": (8192, 2048, 5504, 4, 1, "swiglu", False, True, "bfloat16"),
+        "experts fine": (32768, 2048, 768, 128, 8, "swiglu", True, False, "bfloat16"),
+        "experts fine 1k": (1024, 2048, 768, 128, 8, "swiglu", False, True, "float16"),
+        "experts fine 512": (512, 2048, 768, 128, 8, "swiglu", False, True, "bfloat16"),
+        "experts fine 64": (64, 2048, 768, 128, 8, "swiglu", True, True, "bfloat16"),
+        "experts linear": (8192, 1024, 1024, 8, 2, None, True, False, "bfloat16"),
+        "experts odd": (1003, 300, 70, 5, 3, "swiglu", True, True, "float16"),
+        "experts odd 20": (20, 300, 70, 5, 3, "relu", True, False, "bfloat16"),
+        "experts float32": (16384, 768, 3072, 16, 2, "swiglu", True, False, "float32"),
+        "experts float32 512": (512, 768, 3072, 16, 2, "gelu", True, False, "float32"),
     },
 }
 
@@ -72,4 +108,74 @@ def _masked_info_nce_on_meta(batch, candidates, dim, dtype, symmetric, keys, ids
     masked_info_nce.sweep_backward(row, column, *args, everything, True, True)
 
 
-ON_META = {"query_pooling": _query_pooling_on_meta, "masked_info_nce": _masked_info_nce_on_meta}
+def _topk_routing_on_meta(experts, k, dim, dtype, router_dtype, sigmoid, renormalize, balance, everything) -> None:
+    """``everything``: padding, segments with their own experts, a selection bias, jitter; and a replayed choice made elsewhere."""
+    from mmfused.kernels import topk_routing
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tokens, segments = 8192, 3 if everything else 1
+    source = empty(tokens, experts if dim is None else dim, dtype=getattr(torch, dtype))
+    router = (None, None)
+    if dim is not None:
+        router = empty(experts, dim, dtype=getattr(torch, router_dtype)), empty(experts, dtype=getattr(torch, router_dtype))
+    bias = mask = segment = available = seed = None
+    if everything:
+        bias, mask, available = empty(experts), empty(tokens, dtype=torch.bool), empty(segments, experts, dtype=torch.bool)
+        segment, seed = empty(tokens, dtype=torch.int64), empty(dtype=torch.int64)
+    masked, noise = (mask, segment, segments, available, balance), (0.1 if everything else 0.0, seed)
+
+    def forward(given):
+        return topk_routing.forward(source, *router, k, sigmoid, renormalize, bias, *masked, given, *noise)
+
+    logits, indices, weights, *_, coefficients = forward(None)
+    logits = source if dim is None else logits
+    upstream = (empty(tokens, k), empty(), empty(), empty())
+    d_logits = topk_routing.backward(*upstream, logits, indices, weights, coefficients, sigmoid, renormalize, *masked, *noise)
+    if dim is not None:
+        topk_routing.input_backward(d_logits, source, router[0], mask, True, True)
+    if everything:
+        forward(indices)
+        topk_routing.order(indices, mask, experts)
+
+
+def _grouped_mlp_on_meta(tokens, dim, width, experts, k, activation, biases, packed, dtype) -> None:
+    from mmfused.kernels import grouped_mlp
+
+    compute = getattr(torch, dtype)
+
+    def empty(*shape, dtype=compute):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def bias(n):
+        return empty(experts, n) if biases else None
+
+    rows, integer = tokens * k, torch.int32
+    order = (empty(rows, dtype=integer), empty(rows, dtype=integer), empty(experts + 1, dtype=integer))
+    order += (empty(rows // 16 + experts, 2, dtype=integer),)
+    x, weights, w_down = empty(tokens, dim), empty(tokens, k, dtype=torch.float32), empty(experts, dim, width)
+    if activation is None:
+        w_up, wants = empty(experts, width, dim), (True, True, True)
+        for combine, gather in ((None, True), (weights, True), (None, False), (weights, False)):
+            source, d_out = (x if gather else empty(rows, dim)), empty(rows if combine is None else tokens, width)
+            args = (source, w_up, bias(width), combine, *order, k, gather)
+            grouped_mlp.linear_forward(*args)
+            grouped_mlp.linear_backward(d_out, *args, *wants)
+        return
+    w_up = empty(experts, 2 * width if packed else width, dim)
+    w_gate = empty(experts, width, dim) if activation == "swiglu" and not packed else None
+    up = (w_up, w_gate, w_down)
+    grouped_mlp.mlp_forward(x, *up, bias(width), bias(dim), weights, *order, activation, packed)
+    hidden = empty(2 if activation == "swiglu" else 1, rows, width)
+    grouped_mlp.mlp_backward(
+        empty(tokens, dim), x, hidden, *up, bias(dim), weights, *order, activation, packed, True, True, biases
+    )  # fmt: skip
+
+
+ON_META = {
+    "query_pooling": _query_pooling_on_meta,
+    "masked_info_nce": _masked_info_nce_on_meta,
+    "topk_routing": _topk_routing_on_meta,
+    "grouped_mlp": _grouped_mlp_on_meta,
+}

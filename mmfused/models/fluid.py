@@ -15,11 +15,11 @@ top k renormalised, experts of two hidden layers with LN that give class logits,
 loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token. Preset
 "code" also takes its six blocks a Q-Transform, two hidden layers in the gate, 8 experts, and attends to padded text.
 This library's choice: in every other preset padded text is not attended to (`text_mask`), a missing image or text is
-masked as a whole and left out of the contrastive loss, the linear router, precomputed tokens, the ViT's stem, small
-initial queries and preset "tiny". Not built: the public code's dropout on attention probabilities.
+masked as a whole and left out of the contrastive loss, the linear router, the probability as the weight where top_k is 1,
+precomputed tokens, the ViT's stem, small initial queries and preset "tiny". Not built: the public code's dropout on
+attention probabilities.
 With one modality there is no gate and no contrastive loss (the paper's Table 2). `without` leaves components out (Table 3;
-what stands in their place is this library's choice, but for the [CLS] tokens, which are the paper's). Every expert is
-computed for every token and weighted by 0 where it was not selected.
+what stands in their place is this library's choice, but for the [CLS] tokens, which are the paper's).
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfused.library import no_autocast
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
+from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
+from mmfused.ops.topk_routing import Routing, topk_routing
 
 MODALITIES, BALANCES, ROUTERS, STEMS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear"), ("conv", "patch")
 CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "image_stem": STEMS}
@@ -219,19 +222,25 @@ class TokenGate(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """E Linear layers side by side, with `norm` each followed by a LayerNorm of its own."""
+    """A Linear layer for each of E experts, with `norm` each followed by a LayerNorm of its own."""
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False):
         super().__init__()
         bound = inputs**-0.5
         self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_experts, 1, outputs))
-        self.norm_weight = nn.Parameter(torch.ones(num_experts, 1, outputs)) if norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(num_experts, 1, outputs)) if norm else None
+        self.bias = nn.Parameter(torch.zeros(num_experts, outputs))
+        self.norm_weight = nn.Parameter(torch.ones(num_experts, outputs)) if norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(num_experts, outputs)) if norm else None
 
-    def forward(self, x: Tensor) -> Tensor:  # (T, I) or (E, T, I)
-        x = x @ self.weight.mT + self.bias  # (E, T, O)
-        return x if self.norm_weight is None else F.layer_norm(x, x.shape[-1:]) * self.norm_weight + self.norm_bias
+    def forward(self, x: Tensor, routing: Routing, expert: Tensor, first: bool, last: bool) -> Tensor:
+        """The `first` layer takes tokens (T, I), the `last` gives tokens (T, O); between them are rows (T*k, O) by expert."""
+        x = grouped_linear(x, routing, self.weight, self.bias, gather=first, combine=last)
+        if self.norm_weight is None:
+            return x
+        with no_autocast(x.device.type):
+            # A product with one-hot rows picks each row's scale and shift; its gradient is summed in a fixed order.
+            scale, shift = (expert.to(p.dtype) @ p for p in (self.norm_weight, self.norm_bias))
+        return F.layer_norm(x, x.shape[-1:]) * scale + shift
 
 
 class MoEClassifier(nn.Module):
@@ -239,23 +248,24 @@ class MoEClassifier(nn.Module):
 
     def __init__(self, config: FLUIDConfig):
         super().__init__()
-        c, dim, drop, self.top_k = config, config.dim, config.head_dropout, config.top_k
+        c, dim, drop = config, config.dim, config.head_dropout
+        self.top_k, self.balance = c.top_k, c.balance
         output = nn.Linear(dim, c.num_experts)
         hidden = [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(drop)]
         self.router = nn.Sequential(*hidden, output) if c.router == "mlp" else output
-        layers, widths = [], (dim, *c.expert_hidden)
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [ExpertLinear(c.num_experts, inputs, outputs, norm=True), nn.ReLU(), nn.Dropout(drop)]
-        self.experts = nn.Sequential(*layers, ExpertLinear(c.num_experts, widths[-1], c.num_classes))
+        widths = (dim, *c.expert_hidden)
+        layers = [ExpertLinear(c.num_experts, *pair, norm=True) for pair in itertools.pairwise(widths)]
+        self.experts = nn.ModuleList([*layers, ExpertLinear(c.num_experts, widths[-1], c.num_classes)])
+        self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B, R, D)
-        router_logits = at_least_float32(self.router(x.flatten(0, 1)))  # (T, E), T = B*R tokens
-        top, indices = router_logits.softmax(-1).topk(self.top_k)  # (T, k)
-        weights = top / top.sum(-1, keepdim=True)
-        combine = torch.zeros_like(router_logits).scatter(-1, indices, weights)  # (T, E), 0 where not selected
-        outputs = at_least_float32(self.experts(x.flatten(0, 1)))  # (E, T, C)
-        logits = (combine.T[..., None] * outputs).sum(0)  # (T, C); a product, not a matmul: autocast leaves it alone
-        return logits.view(*x.shape[:2], -1).mean(1), router_logits, indices, weights  # (B, C)
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (B, R, D) -> (B, C)
+        tokens = x.flatten(0, 1)  # (T, D), T = B*R
+        routing = topk_routing(at_least_float32(self.router(tokens)), self.top_k, balance=self.balance)
+        expert = F.one_hot(routing.indices.flatten()[routing.order], len(self.experts[0].weight))  # (T*k, E)
+        out, end = tokens, len(self.experts) - 1
+        for i, layer in enumerate(self.experts):
+            out = layer(out if i == 0 else self.drop(F.relu(out)), routing, expert, first=i == 0, last=i == end)
+        return at_least_float32(out).view(*x.shape[:2], -1).mean(1), routing
 
 
 class DenseClassifier(nn.Sequential):
@@ -271,20 +281,6 @@ class DenseClassifier(nn.Sequential):
         return at_least_float32(super().forward(x)).mean(1)
 
 
-def balance_loss(router_logits: Tensor, indices: Tensor, weights: Tensor, form: str) -> Tensor:
-    """Load balance over T tokens and E experts.
-
-    "mse": sum_e (mean_t w_te - 1/E)^2, w the renormalised top-k weights (public code), 0 when balanced;
-    "gshard": E sum_e f_e P_e, f_e the share of first choices, P_e the mean probability (arXiv 2006.16668), 1 when so.
-    """
-    num_experts = router_logits.shape[-1]
-    if form == "mse":
-        mean = torch.zeros_like(router_logits).scatter(-1, indices, weights).mean(0)  # (E,)
-        return (mean - 1 / num_experts).square().sum()
-    share = F.one_hot(indices[:, 0], num_experts).to(router_logits.dtype).mean(0)  # (E,)
-    return num_experts * (share * router_logits.softmax(-1).mean(0)).sum()
-
-
 def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: float) -> Tensor:
     """Symmetric InfoNCE on unit embeddings (B, D); `pair` (B,) bool: samples with both modalities.
 
@@ -292,7 +288,7 @@ def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: flo
     """
     key = torch.arange(1, len(pair) + 1, device=pair.device).masked_fill(pair, 0)  # without a pair: a key of its own
     masks = {"query_key": key, "candidate_key": key, "row_weight": pair.to(image.dtype)}
-    with torch.autocast(image.device.type, enabled=False):  # in float32, which unit vectors deserve
+    with no_autocast(image.device.type):  # in float32, which unit vectors deserve
         return masked_info_nce(image, text, temperature=temperature, symmetric=True, **masks)
 
 
@@ -372,10 +368,9 @@ class FLUID(nn.Module):
         if "moe" in c.without:
             logits, routing, moe_loss = self.classifier(fused), None, fused.new_zeros(())
         else:
-            logits, router_logits, indices, weights = self.moe(fused)  # (B, C)
-            routing = tuple(x.view(len(logits), -1, c.top_k) for x in (indices, weights))  # (B, R, k) each
-            balance = balance_loss(router_logits, indices, weights, c.balance)
-            moe_loss = c.balance_weight * balance + c.z_weight * router_logits.logsumexp(-1).square().mean()
+            logits, routing = self.moe(fused)  # (B, C)
+            moe_loss = c.balance_weight * routing.balance_loss + c.z_weight * routing.z_loss
+            routing = tuple(x.view(len(logits), -1, c.top_k) for x in (routing.indices, routing.weights))  # (B, R, k) each
         if labels is None:
             return FLUIDOutput(logits, None, {}, routing, gate, image_embedding, text_embedding)
         if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:

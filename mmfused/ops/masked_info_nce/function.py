@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, once_differentiable, register, register_composed
+from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register, register_composed
 from .checks import check, check_first
 from .composed import sweep, sweep_backward
 from .distributed import Ranks
@@ -230,7 +230,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _operate(name: str, ctx, args: tuple, dots: Tensor, scale: Tensor, q_order: Tensor | None):
-    with torch.autocast(dots.device.type, enabled=False):  # some call backward under autocast
+    with no_autocast(dots.device.type):  # some call backward under autocast
         if ctx.backend == "fused":
             return getattr(torch.ops.mmfused, name)(*args)
         limit = None if ctx.margin is None else _pick((dots + ctx.margin) * scale, q_order)
@@ -381,7 +381,7 @@ def _loss(
     check(query, candidate, temperature=temperature, **options, **rest)
     no_kernel = [] if false_negative_margin is None else ["false_negative_margin has no kernel"]
     chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device.type):
         if chosen == "reference":
             if ranks is not None:
                 raise RuntimeError("masked_info_nce: backend 'reference' has no gather; it takes gather=None, or 'composed'.")

@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, check_tensors, check_value, choose, current_backend, once_differentiable, register
+from ...library import (
+    autocast_dtype,
+    check_tensors,
+    check_value,
+    choose,
+    current_backend,
+    no_autocast,
+    once_differentiable,
+    register,
+)
 
 FORMS = ("auto", "absorbed", "projected")
 
@@ -280,7 +289,7 @@ def query_pooling(
     norm = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps)
     cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if cast is not None and x.dtype != torch.float64:
-        with torch.autocast(x.device.type, enabled=False):  # weights are folded before they are rounded: this op casts for itself
+        with no_autocast(x.device.type):  # weights are folded before they are rounded: this op casts for itself
             return query_pooling(x.to(cast), *args, **options, **norm, form=form)
     _check(x, *args, **options, norm_weight=norm_weight, norm_bias=norm_bias, form=form)
     no_kernel = ["form='projected' has no kernel of its own"] if form == "projected" else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...library import current_backend
+from ...library import current_backend, no_autocast
 from .function import dead_samples, query_pooling
 
 
@@ -68,7 +68,7 @@ class QueryPooling(nn.Module):
         return self.out_proj is not None and self.num_heads == 1 and rows > self.dim and current_backend() != "reference"
 
     def _value_to_output(self) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(self.out_proj.weight.device.type, enabled=False):  # fold first, round once
+        with no_autocast(self.out_proj.weight.device.type):  # fold first, round once
             w = self.out_proj.weight @ self.v_proj.weight
             return w, None if self.v_proj.bias is None else self.out_proj.weight @ self.v_proj.bias + self.out_proj.bias
 

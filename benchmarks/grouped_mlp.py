@@ -1,0 +1,342 @@
+"""Experts of a mixture: FLUID's small head and the SwiGLU layers of large models, their baselines, and the least work they take.
+
+The choice of experts is made once and is the same for all; its weights are an input, so that their gradient is in the gate. Sorting
+by expert belongs to the router (topk_routing.py), so whoever takes sorted tokens gets them: the grouped_mm pattern does; the loop
+looks for its tokens, and Liger sorts, since they have no other interface.
+
+Left out: the experts of st-moe-pytorch take (E, capacity) slots, which is another function where a token finds none left.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmfused
+
+from .measure import Problem, Provider, Unavailable, need_kernels
+
+OURS = ("composed", "fused")
+ROUTED = ("uniform", "zipf", "hot", "one-hot", "half")
+DENSE_HIDDEN = 2**31  # elements of all experts' hidden layer beyond which dense computation is not asked for
+
+
+@dataclass(frozen=True)
+class Case:
+    """``T`` tokens of width ``D``, each to ``k`` of ``E`` experts with hidden width ``I``: GELU and biases, or ``gated`` SwiGLU.
+
+    ``routed``: "uniform"; "zipf", popularity falls as rank**-1.2; "hot", 90 % of tokens have expert 0 among theirs; "one-hot", all
+    do; "half", no token goes to the second half.
+    """
+
+    name: str
+    T: int
+    D: int
+    I: int  # noqa: E741
+    E: int
+    k: int
+    gated: bool = False
+    routed: str = "uniform"
+    headline: bool = False  # compiled with autotuning on CUDA
+    cpu_T: int | None = None  # None: nothing new on a CPU, or too large for one
+
+
+CASES = (
+    Case("fluid-256", 256, 768, 3072, 16, 2, cpu_T=256),
+    Case("fluid-512", 512, 768, 3072, 16, 2, headline=True),
+    Case("fluid-2048", 2048, 768, 3072, 16, 2),
+    Case("fluid-2048-half", 2048, 768, 3072, 16, 2, routed="half", cpu_T=128),
+    Case("fluid-16384", 16384, 768, 3072, 16, 2),
+    Case("fluid-16384-zipf", 16384, 768, 3072, 16, 2, routed="zipf", cpu_T=128),
+    Case("swiglu-e4", 8192, 2048, 5504, 4, 1, gated=True, headline=True),
+    Case("swiglu-e4-one-hot", 8192, 2048, 5504, 4, 1, gated=True, routed="one-hot"),
+    Case("swiglu-e8", 4096, 1024, 2816, 8, 2, gated=True, cpu_T=128),
+    Case("swiglu-e8-hot", 4096, 1024, 2816, 8, 2, gated=True, routed="hot", cpu_T=128),
+    Case("swiglu-e128", 32768, 2048, 768, 128, 8, gated=True),
+)
+
+
+def cases(device_type: str, quick: bool) -> list[Case]:
+    """The cases for a device: its numbers of tokens; a ``quick`` run keeps at most 512, on a CPU 32 and a quarter of the widths."""
+    if device_type == "cuda":
+        return [replace(case, T=min(case.T, 512)) for case in CASES] if quick else list(CASES)
+    chosen = [replace(case, T=case.cpu_T) for case in CASES if case.cpu_T]
+    return [replace(case, T=32, D=case.D // 4, I=case.I // 4) for case in chosen] if quick else chosen
+
+
+def custom(shape: dict[str, int]) -> Case:
+    """Uniform routing to GELU experts of the user's own sizes; what is left out is as in FLUID."""
+    defaults = {"T": 512, "D": 768, "I": 3072, "E": 16, "k": 2}
+    unknown = sorted(shape.keys() - defaults.keys())
+    if unknown:
+        raise ValueError(f"shape has {', '.join(unknown)}; grouped_mlp takes {', '.join(defaults)}.")
+    sizes = defaults | shape
+    if min(sizes.values()) < 1 or sizes["k"] > sizes["E"]:
+        raise ValueError(f"shape is {sizes}; all sizes must be positive and k at most E.")
+    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
+
+
+@functools.cache
+def choices(case: Case) -> Tensor:
+    """(T, k) int64 on the CPU: different experts, drawn without replacement as ``case.routed`` says."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator).clamp(min=1e-30)
+
+    keys = -(-rand(case.T, case.E).log()).log()  # Gumbel: the k largest sums with log p are a draw from p
+    if case.routed == "zipf":
+        keys -= 1.2 * torch.arange(1, case.E + 1).log()
+    elif case.routed == "half":
+        keys[:, (case.E + 1) // 2 :] = float("-inf")
+    elif case.routed != "uniform":
+        hot = rand(case.T) < {"hot": 0.9, "one-hot": 1.1}[case.routed]
+        keys[hot, 0] = float("inf")
+    return keys.topk(case.k).indices
+
+
+def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Random tokens and experts, with variance 1 kept by each layer; routing weights in float32, as routers give them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
+
+    rows = (2 if case.gated else 1) * case.I
+    parameters = {
+        "w_up": randn(case.E, rows, case.D, std=case.D**-0.5),
+        "w_down": randn(case.E, case.D, case.I, std=case.I**-0.5),
+    }
+    if not case.gated:
+        parameters |= {"b_up": randn(case.E, rows, std=0.1), "b_down": randn(case.E, case.D, std=0.1)}
+    x, scores = randn(case.T, case.D).requires_grad_(), randn(case.T, case.k + 1)
+    weights = scores.to(torch.promote_types(dtype, torch.float32)).softmax(-1)[:, : case.k].clone().requires_grad_()
+    return Problem({"x": x, "weights": weights}, parameters, randn(case.T, case.D))
+
+
+# ---- providers ---------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """The parameters all providers share; those of SwiGLU as transformers keeps them: one w_up, gate rows first."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        rows = (2 if case.gated else 1) * case.I
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.E, self.k, self.gated = case.E, case.k, case.gated
+        self.w_up, self.w_down = parameter(case.E, rows, case.D), parameter(case.E, case.D, case.I)
+        self.b_up = None if case.gated else parameter(case.E, rows)
+        self.b_down = None if case.gated else parameter(case.E, case.D)
+        self.register_buffer("indices", choices(case).to(device))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(hidden)
+        gate, up = hidden.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+class Loop(Experts):
+    """An expert at a time on the tokens that chose it, added to the output: Mixtral's first code."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        none = [None] * self.E
+        # unbind, since the gradient of w[e] would be a zero tensor as large as all the experts, each time
+        parameters = [none if p is None else p.unbind() for p in (self.w_up, self.b_up, self.w_down, self.b_down)]
+        out = weights.new_zeros(x.shape)
+        for e, (w_up, b_up, w_down, b_down) in enumerate(zip(*parameters, strict=True)):
+            token, choice = torch.where(self.indices == e)
+            hidden = F.linear(x.index_select(0, token), w_up, b_up)
+            y = F.linear(self.activate(hidden), w_down, b_down)
+            out.index_add_(0, token, y * weights[token, choice, None])
+        return out.to(x.dtype)
+
+
+class Dense(Experts):
+    """Every expert on every token: the batched product that needs no sorting."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        hidden = self.product(x.expand(self.E, -1, -1), self.w_up, self.b_up)
+        y = self.product(self.activate(hidden), self.w_down, self.b_down)
+        spread = weights.new_zeros(len(x), self.E).scatter(1, self.indices, weights)
+        return (y * spread.T[:, :, None]).sum(0).to(x.dtype)
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+
+
+class GroupedMM(Experts):
+    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, biases by indexing, and back in order."""
+
+    def __init__(self, case, device, dtype, grouped_mm):
+        super().__init__(case, device, dtype)
+        self.grouped_mm = grouped_mm
+        expert, order = self.indices.flatten().sort(stable=True)
+        ends = torch.bincount(expert, minlength=case.E).cumsum(0).int()
+        for name, tensor in {"expert": expert, "order": order, "position": order.argsort(), "ends": ends}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        hidden = self.product(x[self.order // self.k], self.w_up, self.b_up)
+        y = self.product(self.activate(hidden), self.w_down, self.b_down)
+        y = y * weights.flatten()[self.order, None]
+        return y[self.position].unflatten(0, (-1, self.k)).sum(1).to(x.dtype)
+
+    def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = self.grouped_mm(rows, weight.mT, offs=self.ends)
+        return out if bias is None else out + bias[self.expert]
+
+
+class Liger(Experts):
+    def __init__(self, case, device, dtype, function):
+        super().__init__(case, device, dtype)
+        self.function, self.indices = function, self.indices.int()
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.function.apply(x, self.w_up, self.w_down, self.indices, weights)
+
+
+class Ours(Experts):
+    """The routing as the router leaves it, in the form ``backend`` makes; only its weights are new in each call."""
+
+    def __init__(self, case, device, dtype, backend: str):
+        super().__init__(case, device, dtype)
+        weights = torch.zeros(case.T, case.k, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        with mmfused.backend(backend):
+            self.routing = mmfused.routing_from_indices(self.indices, weights, case.E)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        routing = self.routing._replace(weights=weights)
+        activation = "swiglu" if self.gated else "gelu"
+        return mmfused.grouped_mlp(
+            x, routing, self.w_up, self.w_down, b_up=self.b_up, b_down=self.b_down, activation=activation
+        )  # fmt: skip
+
+
+def layout(case: Case) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in ("w_up", "w_down", *(() if case.gated else ("b_up", "b_down")))}
+
+
+def loop(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    why = "how many tokens an expert has is data: a compiled loop stops at each expert"
+    return Provider(Loop(case, device, dtype), layout(case), uncompiled=why)
+
+
+def dense(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    hidden = case.T * case.E * case.I
+    if hidden > DENSE_HIDDEN:
+        raise Unavailable(f"{case.E // case.k} times the work, and {hidden:.2g} hidden values at once")
+    return Provider(Dense(case, device, dtype), layout(case))
+
+
+def grouped_mm(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    function = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if function is None:
+        raise Unavailable("this torch has no grouped_mm")
+    if dtype == torch.float64:
+        raise Unavailable("grouped_mm takes no float64")
+    return Provider(GroupedMM(case, device, dtype, function), layout(case))
+
+
+def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    if not case.gated:
+        raise Unavailable("it knows SwiGLU without biases only")
+    if device.type != "cuda":
+        raise Unavailable("its kernels need CUDA")
+    try:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    except ImportError as error:
+        raise Unavailable("a liger_kernel with fused_moe is not installed") from error
+    return Provider(Liger(case, device, dtype, LigerFusedMoEFunction), layout(case))
+
+
+def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return Provider(Ours(case, device, dtype, backend), layout(case), backend)
+
+
+def composed(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("composed", case, device, dtype)
+
+
+def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    need_kernels(device, dtype)
+    return _ours("fused", case, device, dtype)
+
+
+reference = loop  # the formula in plain PyTorch, at any size: what the error budget is taken from
+PROVIDERS = {
+    "eager loop": loop,
+    "dense, all experts": dense,
+    "grouped_mm pattern": grouped_mm,
+    "Liger fused_moe": liger,
+    "composed": composed,
+    "fused": fused,
+}
+
+
+# ---- accuracy ----------------------------------------------------------------------------------------------------
+
+
+def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
+    """The composed path in float64, which the tests hold to the reference; that computes every expert on every row."""
+    parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
+    inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
+    provider = composed(case, problem.device, torch.float64).load(parameters)
+    return provider.results(Problem(inputs, parameters, problem.upstream.double()))
+
+
+def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weight and bias of an affine map side by side.
+
+    Biases by indexing, as the grouped_mm pattern has them, are rounded to 16 bits at every addition of their gradient: judged by
+    themselves they would leave the cases with biases without that baseline.
+    """
+    joined = dict(results)
+    for part in ("up", "down"):
+        if f"db_{part}" in results:
+            joined[f"dw_{part}"] = torch.cat([results[f"dw_{part}"], joined.pop(f"db_{part}")[..., None]], -1)
+    return joined
+
+
+# ---- work --------------------------------------------------------------------------------------------------------
+
+
+def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
+    """FLOPs and bytes, stage by stage, of the best algorithm known: two grouped products forward, four backward.
+
+    R = T k rows, n = 2 (3 with a gate) matrices of I D values; H, the R rows before the activation, is what the backward keeps. A
+    multiply-add is 2 FLOPs, a tensor moves once in a stage; of W only experts that some token chose are read.
+
+        forward   up     H = X W_up^T                      2 (n - 1) R I D    reads X and W_up, writes H
+                  down   Y = act(H) W_down^T, summed       2 R I D            reads W_down, writes the output
+        backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D            reads dO, W_down and H, writes dW_down
+                  up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D    reads X and W_up, writes dX and dW_up
+
+    A = act(H), dH and the rows of Y before they are summed move no bytes here, though no kernels keep them all on chip. Biases,
+    routing weights and indices are small beside the rest.
+    """
+    R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
+    tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())
+
+    def stage(name, flops, elements):
+        return {"stage": name, "flops": flops, "bytes": elements * itemsize}
+
+    return {
+        "forward": [
+            stage("up", 2 * up * R * matrix, tokens + touched * up * matrix + hidden),
+            stage("down", 2 * R * matrix, touched * matrix + tokens),
+        ],
+        "backward": [
+            stage("down", 4 * R * matrix, tokens + hidden + (touched + case.E) * matrix),
+            stage("up", 4 * up * R * matrix, 2 * tokens + (touched + case.E) * up * matrix),
+        ],
+    }

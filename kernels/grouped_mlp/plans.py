@@ -1,0 +1,91 @@
+"""Tiles of the grouped products: fixed data by architecture, no benchmarking at training time.
+
+Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..tiles import tile_rows
+
+KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
+PROGRAMS = 2 * 132  # two for each multiprocessor of an H200; fixed, so that results do not depend on the card
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM by BN of the result, BK of what is summed over; the launch; and how often the epilogue's columns are halved."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+    halvings: int = 0
+
+
+def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile:
+    """``kind``: "rows", a product (R, k) x (k, n); "gated", two of the same rows; "hidden" and "gated hidden", a product with an
+    epilogue that reads pre-activations: all of these with BM = tile_rows. "weights": an expert's (n, k), summed over its rows;
+    "gathered weights": and the pipeline has to wait for where they are."""
+    height = tile_rows(rows, experts)
+    large = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
+    odd = n % 16 != 0 or k % 16 != 0  # loads of single numbers, which take registers
+    if kind.endswith("weights"):
+        return _weights(kind, height, rows // experts, dtype, large, odd)
+    both = 2 if kind == "gated" else 1
+    if dtype == torch.float32:
+        return Tile(height, 64 // both, 16, 8 if height >= 64 else 4, 2, 2 if kind.endswith("hidden") else 0)
+    if odd:
+        return Tile(height, 64 // both, 32, 8 if height == 128 else 4, 2, 1 if kind.endswith("hidden") else 0)
+    if height == 128:
+        return _tall(kind, rows, n, k) if large else _tall_small(kind)
+    # Few rows: the weights are streamed, one block of columns after the other; enough programs to keep loads in flight.
+    tiles = rows // height + experts // 2
+    wide = 64 if height == 16 or tiles * -(-n * both // 128) < PROGRAMS else 128
+    if height == 64:
+        return Tile(64, wide // both, 64, 4, 4 if large else 3, 1 if wide == 128 else 0)
+    return Tile(height, wide // both, 64, 4, 4)
+
+
+def _tall(kind: str, rows: int, n: int, k: int) -> Tile:
+    """Long sums hide an epilogue, and want the fewest bytes a FLOP; else two programs share a multiprocessor to hide it."""
+    long = k >= 1024 and (rows // 128) * (n // 128) >= PROGRAMS
+    if kind == "gated":
+        return Tile(128, 128, 64, 8, 4, 2) if long else Tile(128, 64, 64, 8, 3, 1)
+    if kind == "rows":
+        return Tile(128, 256, 64, 8, 4, 2) if long else Tile(128, 128, 64, 8, 3, 1)
+    return Tile(128, 128, 64, 8, 3, 3 if kind == "gated hidden" else 2)
+
+
+def _tall_small(kind: str) -> Tile:
+    if kind == "gated":
+        return Tile(128, 64, 32, 8, 4)
+    return Tile(128, 128, 32, 8, 4, 1 if kind == "rows" else 2)
+
+
+def _weights(kind: str, height: int, each: int, dtype: torch.dtype, large: bool, odd: bool) -> Tile:
+    if dtype == torch.float32:
+        return Tile(64, 64, 16, 8, 2)
+    if odd:
+        return Tile(64, 32, 32, 4, 2)
+    # Where rows have to be looked up first, half of the stages are spent on that.
+    if kind == "gathered weights":
+        stages = 5 if large else 7
+    else:
+        stages = 3 if large else 4
+    if height <= 32:
+        return Tile(64, 128, 32, 4, stages)
+    if large and each >= 512:
+        return Tile(128, 256, 64, 8, stages)
+    return Tile(128, 128, 64 if large else 32, 8, stages)
+
+
+def combine_block(n: int) -> tuple[int, int]:
+    """Tokens by columns that one program adds up: 4096 sums, so that a small batch too has a program for each multiprocessor."""
+    width = min(512, 1 << (max(16, n) - 1).bit_length())
+    return min(64, 4096 // width), width

@@ -1,0 +1,90 @@
+"""The layer of a transformer that a mixture of experts takes the place of: router, experts and their parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..topk_routing import Routing, topk_routing_from_input
+from .checks import ACTIVATIONS
+from .function import grouped_mlp
+
+ROUTING_OPTIONS = ("score", "renormalize", "num_segments", "balance", "jitter")
+
+
+class TopKMoE(nn.Module):
+    """A mixture of MLPs: :func:`topk_routing_from_input`, :func:`grouped_mlp` and their parameters.
+
+    Args:
+        dim, hidden_dim, out_dim: widths of tokens, of an expert's hidden layer and of the output (default ``dim``).
+        num_experts, top_k: E experts, of which a token uses k.
+        activation: "gelu", "relu" or "swiglu".  bias: of the experts; a "swiglu" gate has none.
+        selection_bias: hold a buffer ``selection_bias`` (E,) for balance without a loss: after each optimizer step call
+            ``update_selection_bias(moe.selection_bias, routing.counts)``.
+        available: (num_segments, E) bool, the experts each segment may use; kept as a buffer.
+        score, renormalize, num_segments, balance, jitter: as :func:`topk_routing`; jitter acts in training.
+
+    Parameters: router (nn.Linear without bias), w_up and with "swiglu" w_gate (E, hidden_dim, dim), w_down (E, out_dim,
+    hidden_dim), b_up, b_down. The losses are in the Routing that forward returns: add ``coefficient * routing.balance_loss``.
+    """
+
+    def __init__(self, dim, hidden_dim, num_experts, top_k=2, *, out_dim=None, activation="gelu", bias=True,
+                 selection_bias=False, available=None, **routing):  # fmt: skip
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"TopKMoE: top_k is {top_k}; it takes 1 to {num_experts}, the number of experts.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"TopKMoE: activation is {activation!r}; it takes one of {', '.join(ACTIVATIONS)}.")
+        unknown = sorted(routing.keys() - set(ROUTING_OPTIONS))
+        if unknown:
+            raise TypeError(f"TopKMoE: it takes no option {', '.join(unknown)}; of routing it takes {', '.join(ROUTING_OPTIONS)}.")
+        out_dim = dim if out_dim is None else out_dim
+        self.dim, self.num_experts, self.top_k, self.activation, self.routing = dim, num_experts, top_k, activation, routing
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim)) if activation == "swiglu" else None
+        self.w_down = nn.Parameter(torch.empty(num_experts, out_dim, hidden_dim))
+        self.b_up = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.b_down = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None)
+        self.register_buffer("available", available)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear's: uniform within one over the square root of the inputs."""
+        self.router.reset_parameters()
+        for weight, bias in ((self.w_up, self.b_up), (self.w_gate, None), (self.w_down, self.b_down)):
+            for parameter in (weight, bias):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
+
+    def forward(
+        self, x: Tensor, *, token_padding_mask: Tensor | None = None, segments: Tensor | None = None, indices: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x (..., dim) -> (..., out_dim) and the :class:`Routing` of its T tokens, first dimensions flattened.
+
+        token_padding_mask (...) bool, True = ignore: such a token gives 0. segments (...) int64. indices (T, k): replay a routing.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"TopKMoE: x has shape {tuple(x.shape)}; it takes (..., {self.dim}).")
+        for name, tensor in (("token_padding_mask", token_padding_mask), ("segments", segments)):
+            if tensor is not None and tensor.shape != x.shape[:-1]:
+                raise ValueError(f"TopKMoE: {name} has shape {tuple(tensor.shape)}; it takes {tuple(x.shape[:-1])}.")
+        tokens = x.reshape(-1, self.dim)
+        options = self.routing if self.training else {**self.routing, "jitter": 0.0}
+        routing = topk_routing_from_input(
+            tokens, self.router.weight, self.top_k, selection_bias=self.selection_bias, available=self.available,
+            token_padding_mask=None if token_padding_mask is None else token_padding_mask.reshape(-1),
+            segments=None if segments is None else segments.reshape(-1), indices=indices, **options,
+        )  # fmt: skip
+        out = grouped_mlp(
+            tokens, routing, self.w_up, self.w_down, b_up=self.b_up, b_down=self.b_down, w_gate=self.w_gate,
+            activation=self.activation,
+        )  # fmt: skip
+        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out, routing
+
+    def extra_repr(self) -> str:
+        experts, _, hidden = self.w_down.shape
+        return f"{self.dim}, hidden_dim={hidden}, num_experts={experts}, top_k={self.top_k}, activation={self.activation!r}"

@@ -1,0 +1,94 @@
+"""Inputs for the tests of the experts' kernels: shapes that between them reach every kernel, and how a case is run."""
+
+import torch
+
+import mmfused
+from mmfused import grouped_linear, grouped_mlp, routing_from_indices
+from mmfused.testing import over_budget, value_and_gradients
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+
+# name -> (T, E, k, D, I, Dout): odd on purpose
+SHAPES = {
+    "odd": (37, 5, 2, 70, 50, 36),
+    "even": (29, 5, 3, 80, 80, 48),  # rows of 16 bytes: the plans of 16 bits for well-behaved sizes
+    "wide": (11, 3, 1, 300, 70, 90),
+    "many tiles": (257, 16, 2, 12, 70, 9),
+    "top 1": (257, 13, 1, 6, 10, 7),
+    "one token": (1, 5, 3, 12, 10, 9),
+    "three tokens": (3, 16, 2, 12, 10, 9),
+    "no token": (0, 5, 2, 12, 10, 9),
+}
+VARIANTS = ("gelu", "relu", "swiglu", "packed")
+
+
+def randn(*shape):
+    """Values that every dtype holds exactly."""
+    return torch.randn(*shape).to(torch.bfloat16).double()
+
+
+def choose_experts(tokens, experts, k, choice="random"):
+    """(T, k) int64: "one": everybody's first choice is expert 1; "half": the even experts get nothing."""
+    score = torch.rand(tokens, experts)
+    if choice == "one":
+        score[:, 1] += 1
+    if choice == "half":
+        score[:, ::2] -= 1
+    return score.argsort(1, descending=True)[:, :k].to(DEVICE)
+
+
+def make_mlp(shape="odd", variant="gelu", bias=True):
+    """Leaves of :func:`run_mlp` in float64; "packed" is swiglu with gate and up in one tensor."""
+    tokens, experts, k, dim, width, out = SHAPES[shape] if isinstance(shape, str) else shape
+    leaves = dict(
+        x=randn(tokens, dim), weights=torch.rand(tokens, k).double(),
+        w_up=randn(experts, 2 * width if variant == "packed" else width, dim) / 8, w_down=randn(experts, out, width) / 8,
+    )  # fmt: skip
+    if variant == "swiglu":
+        leaves["w_gate"] = randn(experts, width, dim) / 8
+    if bias:
+        leaves |= dict(b_up=randn(experts, width), b_down=randn(experts, out))
+    return leaves
+
+
+def run_mlp(leaves, indices, dtype, backend="fused", *, variant="gelu", mask=None, upstream=None, frozen=(), sort="composed"):
+    """Output and gradients. ``sort``: which backend sorts the rows; the composed one leaves the map of tiles to the launcher."""
+    experts, activation = len(leaves["w_down"]), "swiglu" if variant == "packed" else variant
+
+    def call(x, weights, **parameters):
+        with mmfused.backend(sort):
+            routing = routing_from_indices(indices, weights, experts, token_padding_mask=mask)
+        with mmfused.backend(backend):
+            return grouped_mlp(x, routing, **parameters, activation=activation)
+
+    return value_and_gradients(call, cast(leaves, dtype, frozen), upstream)
+
+
+def run_linear(leaves, indices, dtype, backend="fused", *, gather, combine, mask=None, upstream=None, frozen=()):
+    def call(x, weights, **parameters):
+        with mmfused.backend("composed"):
+            routing = routing_from_indices(indices, weights, len(parameters["weight"]), token_padding_mask=mask)
+        with mmfused.backend(backend):
+            return grouped_linear(x, routing, **parameters, gather=gather, combine=combine)
+
+    if not combine:
+        frozen = (*frozen, "weights")
+    return value_and_gradients(call, cast(leaves, dtype, frozen), upstream)
+
+
+def cast(leaves, dtype, frozen=()):
+    """In ``dtype`` with the strides they have; routing weights at least in float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    cast = {k: v.to(DEVICE, wide if k == "weights" else dtype) for k, v in leaves.items()}
+    return {k: v.requires_grad_(k not in frozen) for k, v in cast.items()}
+
+
+def check(run, *args, dtype=torch.float32, **options):
+    """Fused within the error budget of the reference; returns what fused gave."""
+    exact, plain = (run(*args, kind, "reference", **options) for kind in (torch.float64, dtype))
+    fused = run(*args, dtype, "fused", **options)
+    assert not over_budget(fused, exact, plain)
+    return fused

@@ -1,0 +1,407 @@
+"""The C++ router: its kernels thread by thread on a CPU, its arithmetic on the host, its build; on a GPU, against Triton."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import csrc_cases
+import pytest
+import torch
+from csrc_cases import CASES, expected, make, upstream
+
+from mmfused import extension
+from mmfused.ops.topk_routing import topk_routing_reference
+from mmfused.random import uniform
+from mmfused.testing import over_budget
+
+CUDA = torch.cuda.is_available()
+ROOT = Path(__file__).resolve().parents[1]
+EXACT = ("indices", "counts", "order", "position", "offsets", "tiles")
+CLOSE = ("weights", "losses", "d_logits")
+needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA GPU is visible")
+
+
+def pick(tensors: dict, names=CLOSE) -> dict:
+    return {name: tensors[name] for name in names}
+
+
+# ---- the kernels, on a CPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory):
+    if reason := csrc_cases.why_no_simt():
+        pytest.skip(reason)
+    return csrc_cases.Simt(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.mark.parametrize("blocks", [512, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_match_the_reference(name, blocks, simt):
+    case = make(**CASES[name])
+    gradients = upstream(case)
+    out = simt.forward(case, blocks=blocks)
+    out["d_logits"] = simt.backward(case, gradients, out)
+    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    for key in EXACT:
+        assert torch.equal(out[key], exact[key]), key
+    assert over_budget(pick(out), pick(exact), pick(plain)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_take_sixteen_bits_and_strides(dtype, simt):
+    case = make(37, 12, 3, dtype=dtype, strided=True, masked=True, balance="gshard")
+    gradients = upstream(case)
+    out = simt.forward(case)
+    out["d_logits"] = simt.backward(case, gradients, out)
+    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    plain["d_logits"] = plain["d_logits"].to(dtype)
+    assert all(torch.equal(out[key], exact[key]) for key in EXACT)
+    assert over_budget(pick(out), pick(exact), pick(plain)) == []
+
+
+def test_kernels_repeat_their_bits_and_skip_absent_gradients(simt):
+    case = make(90, 20, 4, segments=3, masked=True)
+    gradients = upstream(case)
+    first, second = simt.forward(case), simt.forward(case)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    for kept in range(4):
+        some = [g if i == kept else None for i, g in enumerate(gradients)]
+        zero = [g if i == kept else torch.zeros_like(g) for i, g in enumerate(gradients)]
+        assert torch.equal(simt.backward(case, some, first), simt.backward(case, zero, first))
+        assert simt.backward(case, some, first).abs().sum() > 0
+
+
+def test_a_tile_may_be_of_any_height(simt):
+    for tokens in (20, 60, 130, 300):  # 16, 32, 64 and 128 rows
+        case = make(tokens, 4, 2)
+        out = simt.forward(case)
+        assert torch.equal(out["tiles"], expected(case, torch.float32)["tiles"])
+
+
+def test_an_index_out_of_range_makes_its_tokens_weights_nan(simt):
+    case = make(20, 6, 2, replay=True)
+    case["indices"][3, 1], case["indices"][7, 0] = -5, 2**40
+    out = simt.forward(case)
+    assert out["weights"].isnan().any(1).nonzero().flatten().tolist() == [3, 7]
+    assert out["order"].sort().values.tolist() == list(range(40))
+    assert out["counts"].sum() == 40
+
+
+def test_segments_out_of_range_are_clamped(simt):
+    case = make(20, 6, 2, segments=3)
+    case["segments"][0], case["segments"][1] = -(2**40), 2**40
+    out = simt.forward(case)
+    case["segments"].clamp_(0, 2)
+    assert torch.equal(out["counts"], expected(case, torch.float32)["counts"])
+
+
+# ---- the arithmetic, on the host ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def module():
+    if not extension.built() and (reasons := extension.why_not_build()):
+        pytest.skip("; ".join(reasons))
+    return extension.load()
+
+
+HOST = ("source", "k", "sigmoid", "renormalize", "selection_bias", "mask", "segments", "num_segments", "available", "indices")
+
+
+def route_on_host(module, case) -> dict[str, torch.Tensor]:
+    arguments = [case[name] for name in (*HOST, "jitter", "jitter_seed")]
+    return dict(zip(("indices", "weights", "lse", "entropy", "P"), module.route_tokens_on_host(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_host_loop_matches_the_reference(name, module):
+    case = make(**CASES[name])
+    out, exact, plain = route_on_host(module, case), expected(case, torch.float64), expected(case, torch.float32)
+    assert torch.equal(out["indices"], exact["indices"])
+    assert over_budget(pick(out, ["weights"]), pick(exact, ["weights"]), pick(plain, ["weights"])) == []
+    valid = torch.ones(len(out["lse"]), dtype=torch.bool) if case["mask"] is None else ~case["mask"]
+    if valid.any():  # the losses are means of what the loop gives for each token
+        means = torch.stack([out["lse"][valid].square().mean(), out["entropy"][valid].mean()])
+        torch.testing.assert_close(means.double(), exact["losses"][1:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out["P"][valid].sum(1), torch.ones(int(valid.sum())))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
+    """Of losses that are written out here: P, the weights and the statistics of each token, with random coefficients."""
+    case = make(12, 10, 3, sigmoid=sigmoid, renormalize=renormalize, segments=2, available=True)
+    case["segments"] = torch.arange(12) % 2
+    routed = route_on_host(module, case)
+    d_weights, d_balance, d_z, d_entropy = upstream(case)
+    coefficients = torch.cat([torch.randn(20), torch.tensor([1 / 12])])
+    row = coefficients[:-1].view(2, 10)[case["segments"]]
+
+    def gradient(dtype):
+        logits = case["source"].to(dtype).requires_grad_()
+        usable = logits.masked_fill(~case["available"][case["segments"]], float("-inf"))
+        u = torch.nn.functional.logsigmoid(usable) if sigmoid else usable
+        probs = u.softmax(-1)
+        chosen = u.gather(1, routed["indices"])
+        weights = chosen.softmax(-1) if renormalize else chosen.exp() if sigmoid else probs.gather(1, routed["indices"])
+        loss = (weights * d_weights).sum() + d_balance * (row * probs).sum() + d_z * usable.logsumexp(-1).square().mean()
+        log_probs = probs.clamp(min=1e-300 if dtype == torch.float64 else 1e-38).log()
+        loss = loss - d_entropy * (probs * log_probs).sum(1).mean()
+        return {"d_logits": torch.autograd.grad(loss, logits)[0]}
+
+    actual = module.gradient_rows_on_host(
+        d_weights, d_balance, d_z, d_entropy, case["source"], routed["indices"], routed["weights"], coefficients, sigmoid,
+        renormalize, None, case["segments"], 2, case["available"], "switch", 0.0, None,
+    )  # fmt: skip
+    assert over_budget({"d_logits": actual}, gradient(torch.float64), gradient(torch.float32)) == []
+
+
+def test_ties_go_to_the_lower_expert(module):
+    case = make(4, 40, 5)
+    case["source"] = torch.zeros(4, 40)
+    case["source"][1, ::2] = -0.0  # ties with zero
+    case["source"][2, 33] = case["source"][2, 35] = 1.0
+    case["source"][3] = torch.randint(0, 3, (40,)).float()
+    out = route_on_host(module, case)
+    assert out["indices"][:3].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [33, 35, 0, 1, 2]]
+    assert torch.equal(out["indices"], topk_routing_reference(case["source"], 5).indices)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_nan_and_infinite_logits(sigmoid, renormalize, module):
+    """NaN reaches all weights of its token; its choice is of different experts that are available, like any other."""
+    case = make(5, 6, 3, sigmoid=sigmoid, renormalize=renormalize, available=True, segments=1)
+    case["available"] = torch.tensor([[True, True, False, True, True, True]])
+    case["source"][1, 4] = case["source"][2, :] = float("nan")
+    case["source"][3, 1:4] = float("-inf")
+    case["source"][4, :] = float("-inf")
+    out = route_on_host(module, case)
+    # Scores of minus infinity: no distribution, but sigmoid(-inf) by itself is 0.
+    assert out["weights"].isnan().all(1).tolist() == [False, True, True, False, renormalize or not sigmoid]
+    assert all(len(set(row)) == 3 and 2 not in row for row in out["indices"].tolist())
+    assert out["indices"][2].tolist() == out["indices"][4].tolist() == [0, 1, 3]  # all tie
+    exact = topk_routing_reference(
+        case["source"][3:4].double(), 3, score="sigmoid" if sigmoid else "softmax", renormalize=renormalize,
+        available=case["available"],
+    )  # fmt: skip
+    torch.testing.assert_close(out["weights"][3:4].double(), exact.weights, rtol=1e-6, atol=0)
+
+
+def test_jitter_has_the_same_bits_everywhere(module):
+    """One expert scores sigmoid(0 + noise) = sigmoid(noise): every bit of the noise shows in the raw logits' logsumexp."""
+    case = make(64, 1, 1, sigmoid=True, jitter=0.37)
+    case["source"] = torch.full((64, 1), 3.0)
+    for seed in (0, 1, 2**63 - 1, -5):
+        case["jitter_seed"] = torch.tensor(seed)
+        noise = 1 + torch.tensor(0.37) * (2 * uniform(case["jitter_seed"], 64, 1) - 1)
+        assert torch.equal(route_on_host(module, case)["lse"], (3.0 * noise).flatten())
+        assert noise.unique().numel() > 60
+
+
+# ---- how it is built and chosen -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
+    home = extension._cuda_home()
+    if home is None:
+        pytest.skip("nvcc not found")
+    source = extension.source_folder() / "topk_routing.cu"
+    command = [
+        str(home / "bin" / "nvcc"),
+        *extension.NVCC_FLAGS,
+        "-std=c++17",
+        f"-arch=sm_{arch}",
+        "-Xptxas=-v",
+        "-cubin",
+        str(source),
+    ]
+    recipe = hashlib.sha256(repr((command, os.path.realpath(command[0]))).encode())
+    for path in sorted(source.parent.glob("topk_routing*")):
+        recipe.update(path.read_bytes())
+    # ptxas says the same of the same sources: kept, so that only who changes them waits.
+    kept = getattr(pytestconfig, "cache", None)
+    log = (Path(kept.mkdir("csrc")) if kept else tmp_path) / f"ptxas_{arch}_{recipe.hexdigest()[:16]}.txt"
+    if not log.is_file():
+        done = subprocess.run([*command, "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+        log.write_text(done.stderr)
+    used = {}
+    for kernel in log.read_text().split("Compiling entry function")[1:]:
+        name = re.search(r"([a-z]+_kernel)(?:I(\w+?)Li(\d+)ELi(\d+)E)?", kernel)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel, name
+        used[tuple(filter(None, name.groups()))] = int(re.search(r"Used (\d+) registers", kernel).group(1))
+    print(f"sm_{arch}:", {" ".join(name): count for name, count in used.items()})
+    assert len(used) == 2 * 3 * 6 + 2  # passes, dtypes, shapes; scan and finish
+    assert max(used.values()) <= 255
+
+
+def test_loading_twice_gives_the_same_module(module):
+    assert extension.load() is module is sys.modules["mmfused._C"]
+    assert extension.built()
+
+
+def test_a_second_process_imports_what_the_first_one_built(module):
+    probe = "import mmfused.extension as e; e.why_not_build = lambda: ['it must not build']; print(e.load().__file__)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == module.__file__, done.stderr
+
+
+def test_the_ops_refuse_cpu_tensors(module):
+    case = make(4, 6, 2)
+    with pytest.raises(RuntimeError, match="mmfused::topk_routing_cuda_fwd takes CUDA tensors; on a CPU use backend 'composed'"):
+        torch.ops.mmfused.topk_routing_cuda_fwd(*case.values())
+    weights = torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match="mmfused::topk_routing_cuda_bwd takes CUDA tensors; on a CPU use backend 'composed'"):
+        torch.ops.mmfused.topk_routing_cuda_bwd(
+            weights, None, None, None, case["source"], weights.long(), weights, torch.zeros(7), False, True, None, None, 1, None,
+            "switch", 0.0, None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(tokens=2, experts=600, k=2), "other than 1 to 512 experts"),
+        (dict(tokens=2, experts=64, k=40), "other than 1 to 32 choices"),
+        (dict(tokens=2, experts=100, k=2, segments=50), "so many segments of so many experts"),
+    ],
+)
+def test_shapes_beyond_the_kernels_name_the_router_that_takes_them(changes, sentence, module):
+    with pytest.raises(ValueError, match=f"{sentence}.*router\\('triton'\\)"):
+        route_on_host(module, make(**changes))
+
+
+@pytest.fixture
+def unbuilt(monkeypatch, tmp_path):
+    """As on a machine where nothing is built and no toolkit is in its usual place."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    monkeypatch.setattr(extension, "_module", None)
+    monkeypatch.setattr(extension, "USUAL_CUDA", tmp_path / "no_cuda")
+    monkeypatch.delitem(sys.modules, "mmfused._C", raising=False)
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_why_not_names_every_reason(unbuilt, tmp_path):
+    if extension.built():
+        pytest.skip("mmfused._C is installed here")
+    unbuilt.setenv("PATH", str(tmp_path))
+    unbuilt.setattr(extension.sys, "executable", str(tmp_path / "python"))
+    reasons = extension.why_not()
+    assert {"nvcc not found", "ninja not found", "no C++ compiler found under the name c++"} <= set(reasons)
+    assert ("no CUDA GPU is visible" in reasons) == (torch.version.cuda is not None and not CUDA)
+    with pytest.raises(RuntimeError, match="cannot be here: .*nvcc not found; ninja not found"):
+        extension.load()
+    unbuilt.setenv("CUDA_HOME", "/nowhere")
+    assert "CUDA_HOME is '/nowhere' and holds no bin/nvcc" in extension.why_not()
+    unbuilt.setattr(extension, "source_folder", lambda: tmp_path)
+    assert f"the sources are not in {tmp_path}" in extension.why_not()
+
+
+def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_path):
+    if extension.built() or extension.why_not_build():
+        pytest.skip("needs what a build needs, and nothing built")
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for name in extension.SOURCES:
+        (sources / name).write_text("#error on purpose\n")
+    unbuilt.setattr(extension, "source_folder", lambda: sources)
+    unbuilt.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError, match="(?s)could not be built in .*on purpose"):
+        extension.load()
+    assert dict(os.environ) == before
+    assert not extension.built()
+
+
+def test_the_router_is_chosen_by_name():
+    assert extension.current_router() in extension.ROUTERS
+    with extension.router("cuda"):
+        assert extension.current_router() == "cuda"
+        with extension.router("triton"):
+            assert extension.current_router() == "triton"
+        assert extension.current_router() == "cuda"
+    with pytest.raises(ValueError, match="router name is 'metal'; it takes one of triton, cuda."):
+        extension.router("metal")
+    command = [sys.executable, "-c", "import mmfused"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MMFUSED_ROUTER": "metal"}, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ValueError: MMFUSED_ROUTER is 'metal'; it takes one of triton, cuda."
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------------------
+
+
+def on_device(case: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+
+
+def run_ops(case: dict, gradients, suffix: str) -> dict[str, torch.Tensor]:
+    names = ("logits", "indices", "weights", "counts", "losses", "order", "position", "offsets", "tiles", "coefficients")
+    forward, backward = (getattr(torch.ops.mmfused, f"topk_routing{suffix}_{way}") for way in ("fwd", "bwd"))
+    out = dict(zip(names, forward(*case.values()), strict=True))
+    if case["indices"] is not None:
+        out["indices"] = case["indices"]
+    options = [case[name] for name in ("sigmoid", "renormalize", "mask", "segments", "num_segments", "available")]
+    options += [case["balance"], case["jitter"], case["jitter_seed"]]
+    gradients = [g.cuda() for g in gradients]
+    out["d_logits"] = backward(*gradients, case["source"], out["indices"], out["weights"], out["coefficients"], *options)
+    return out
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", csrc_cases.DTYPES)
+@pytest.mark.parametrize("tokens", [None, 20_000])
+@pytest.mark.parametrize("name", CASES)
+def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
+    options = CASES[name] | dict(dtype=dtype) | (dict(tokens=tokens) if tokens else {})
+    case = make(**options)
+    gradients = upstream(case)
+    cpp, triton = run_ops(on_device(case), gradients, "_cuda"), run_ops(on_device(case), gradients, "")
+    # A bias is added to scores, whose last bit is each implementation's own: then a near tie may fall either way.
+    if case["selection_bias"] is None:
+        for key in EXACT:
+            a, b = cpp[key], triton[key]
+            if key == "tiles":  # of those that are not used, the row is nobody's
+                a, b = (tiles.masked_fill(tiles[:, :1] < 0, -1) for tiles in (a, b))
+            assert torch.equal(a, b), key
+    case["indices"] = cpp["indices"].cpu()
+    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    plain["d_logits"] = plain["d_logits"].to(dtype)
+    assert over_budget({k: v.cpu() for k, v in pick(cpp).items()}, pick(exact), pick(plain)) == []
+    again = run_ops(on_device(case), gradients, "_cuda")  # a replay now, of the same choice
+    assert all(torch.equal(cpp[key], again[key]) for key in (*EXACT, *CLOSE))
+
+
+@needs_cuda
+def test_cpp_runs_in_a_cuda_graph_and_past_2_31_elements(module):
+    case = on_device(make(3000, 16, 2))
+    warm = run_ops(case, upstream(case), "_cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.mmfused.topk_routing_cuda_fwd(*case.values())
+    graph.replay()
+    assert torch.equal(out[1], warm["indices"]) and torch.equal(out[5], warm["order"])
+    if torch.cuda.mem_get_info()[0] > 24 * 2**30:
+        far = case | dict(source=torch.zeros(3, 2**31 // 2 + 16, device="cuda", dtype=torch.bfloat16)[:, -16:])
+        far["source"].copy_(torch.randn(3, 16))
+        near = far | dict(source=far["source"].contiguous())
+        gradients = upstream(far)
+        for a, b in zip(*(run_ops(either, gradients, "_cuda").values() for either in (far, near)), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cpp_runs_on_the_tensors_own_device(module):
+    case = {name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value for name, value in make(30, 16, 2).items()}
+    assert torch.ops.mmfused.topk_routing_cuda_fwd(*case.values())[1].device.index == 1

@@ -1,0 +1,111 @@
+"""MOON2.0's dual alignment: the Z x M matrix, objective weights and sparsity, against a literal transcription."""
+
+import math
+
+import pytest
+import torch
+
+import mmfused
+from mmfused.losses import dual_alignment, expert_shares
+
+
+def literal(alignment, shares, members):
+    """models.md section 3, one number at a time."""
+    experts, objectives = alignment.shape
+    p = [[torch.exp(alignment[z, m]) / sum(torch.exp(alignment[z, k]) for k in range(objectives)) for m in range(objectives)]
+         for z in range(experts)]  # fmt: skip
+    omega = []
+    for m in range(objectives):
+        batch = [b for b in range(len(shares)) if members[b, m]]
+        total = sum(sum(p[z][m] * shares[b, z] for z in range(experts)) for b in batch)
+        omega.append(total / len(batch) if batch else torch.zeros((), dtype=torch.float64))
+    sparsity = sum(-sum(q * torch.log(q) for q in row) for row in p) / experts
+    return torch.stack(omega), sparsity
+
+
+def make(experts=4, objectives=5, batch=6):
+    alignment = torch.randn(experts, objectives, dtype=torch.float64, requires_grad=True)
+    shares = torch.rand(batch, experts, dtype=torch.float64)
+    return alignment, (shares / shares.sum(1, keepdim=True)).requires_grad_(), torch.rand(batch, objectives) < 0.6
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_the_equations(everybody):
+    alignment, shares, members = make()
+    members[:, 2] = False  # an objective that nobody has
+    members = torch.ones_like(members) if everybody else members
+    got, want = dual_alignment(alignment, shares, members=None if everybody else members), literal(alignment, shares, members)
+    upstream = torch.randn(5, dtype=torch.float64)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    for a, b in zip(*(torch.autograd.grad(o @ upstream + 3 * s, (alignment, shares)) for o, s in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert everybody or got[0][2] == 0
+
+
+def test_at_the_start_all_objectives_weigh_the_same():
+    _, shares, _ = make()
+    omega, sparsity = dual_alignment(torch.zeros(4, 5, dtype=torch.float64), shares)
+    torch.testing.assert_close(omega, torch.full((5,), 0.2, dtype=torch.float64))
+    assert abs(sparsity.item() - math.log(5)) < 1e-14
+
+
+def test_detached_routing_still_learns_the_alignment():
+    alignment, shares, _ = make()
+    omega, _ = dual_alignment(alignment, shares, detach_routing=True)
+    d_alignment, d_shares = torch.autograd.grad(omega[0], (alignment, shares), allow_unused=True)
+    assert d_shares is None and d_alignment.any()
+    torch.testing.assert_close(omega, dual_alignment(alignment, shares)[0])
+
+
+@pytest.mark.parametrize("total", [1, 5.0])
+def test_normalised_weights(total):
+    alignment, shares, members = make()
+    plain, _ = dual_alignment(alignment, shares, members=members)
+    omega, _ = dual_alignment(alignment, shares, members=members, normalise=total)
+    torch.testing.assert_close(omega, plain * total / plain.sum())
+    nobody = torch.zeros_like(members)
+    omega, _ = dual_alignment(alignment, shares, members=nobody, normalise=total)
+    assert not omega.any() and not torch.autograd.grad(omega.sum(), alignment)[0].any()
+
+
+def test_shares_of_a_sample_are_the_mean_over_its_tokens():
+    logits, masked = torch.randn(15, 4, dtype=torch.float64, requires_grad=True), torch.zeros(15, dtype=torch.bool)
+    masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # the last sample has none left
+    routing = mmfused.topk_routing(logits, 2, token_padding_mask=masked)
+    shares = expert_shares(routing, 3)
+    want = torch.zeros(3, 4, dtype=torch.float64)
+    for t in range(15):
+        for e, w in zip(routing.indices[t].tolist(), routing.weights[t], strict=True):
+            want[t // 5, e] += w.detach() / (~masked[t // 5 * 5 : t // 5 * 5 + 5]).sum().clamp(min=1)
+    torch.testing.assert_close(shares.detach(), want)
+    torch.testing.assert_close(shares.sum(1).detach(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    d_logits = torch.autograd.grad(shares[0] @ torch.randn(4, dtype=torch.float64), logits)[0]
+    assert d_logits[:3].any() and not d_logits[3:].any()
+
+
+def test_low_precision_and_autocast():
+    alignment, shares, _ = make()
+    want, sparsity = dual_alignment(alignment, shares)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, also = dual_alignment(alignment.float(), shares.float())
+    assert got.dtype == also.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    assert dual_alignment(alignment.bfloat16(), shares.bfloat16())[0].dtype == torch.float32
+
+
+BAD = {
+    "alignment has shape (4,)": lambda a, s, m: dual_alignment(a[:, 0], s),
+    "shares has shape (6, 3)": lambda a, s, m: dual_alignment(a, s[:, :3]),
+    "members has shape (6, 5) and dtype torch.int64": lambda a, s, m: dual_alignment(a, s, members=m.long()),
+    "members has shape (5, 5)": lambda a, s, m: dual_alignment(a, s, members=m[1:]),
+    "normalise is 0; it takes a positive sum": lambda a, s, m: dual_alignment(a, s, normalise=0),
+    "samples is 4; it takes a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(mmfused.topk_routing(s, 2), 4),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input(sentence):
+    with pytest.raises(ValueError) as caught:
+        BAD[sentence](*make())
+    assert sentence in str(caught.value)
