@@ -1,23 +1,10 @@
 """torch.compile and compilation for cards that are not there: in processes of their own, without Triton's interpreter."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).parent.parent
-ENV = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
 # Between them these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
 CASES = ("fluid", "fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
-
-
-def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(ROOT)]))
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENV | env | {"PYTHONPATH": path})
 
 
 def test_one_graph_for_three_lengths():
@@ -113,91 +100,9 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_moe_is_one_graph_for_three_lengths():
-    """Router and experts, with masks, segments, a selection bias and jitter: nothing in them asks how many tokens an expert got."""
-    code = """
-import torch, mmfused
-from torch._dynamo.utils import counters
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
-    for activation, options in (("gelu", {}), ("swiglu", dict(score="sigmoid", num_segments=2, selection_bias=True))):
-        torch._dynamo.reset()
-        counters.clear()
-        torch.manual_seed(0)
-        mmfused.backend(name)
-        model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(device)
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-        for length in (17, 40, 33):
-            x = torch.randn(3, length, 32, device=device, requires_grad=True)
-            kwargs = dict(token_padding_mask=torch.rand(3, length, device=device) < 0.3)
-            if options:
-                kwargs["segments"] = torch.randint(0, 2, (3, length), device=device)
-            upstream = torch.randn_like(x)
-            results = []
-            for step in (model, compiled):
-                torch.manual_seed(1)
-                out, routing = step(x, **kwargs)
-                total = (out * upstream).sum() + routing.balance_loss + routing.z_loss + routing.entropy
-                results.append([out, *torch.autograd.grad(total, [x, *model.parameters()])])
-            for a, b in zip(*results, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        assert counters["stats"]["unique_graphs"] == 1, (name, activation, counters["stats"])
-        assert not counters["graph_break"], (name, activation, counters["graph_break"])
-print("done")
-"""
-    done = run_python("-c", code)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
-
-
-def test_fused_moe_is_five_nodes_of_the_graph():
-    """Traced on fake CUDA tensors: router and experts are one opaque call each, forward and backward, plus the router's input."""
-    code = """
-import torch, mmfused
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import mmfused.ops.grouped_mlp.function as experts
-import mmfused.ops.topk_routing.function as router
-
-router.choose = experts.choose = lambda *args: "fused"
-called = []
-
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        called.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-with FakeTensorMode(), Watch():
-    with torch.device("meta"):
-        moe = mmfused.TopKMoE(32, 48, 5, 2, activation="swiglu")
-    called.clear()
-    x = torch.empty(3, 17, 32, device="meta", requires_grad=True)
-    out, routing = moe(x)
-    total = out.sum() + routing.balance_loss + routing.z_loss
-    grads = torch.autograd.grad(total, [x, *moe.parameters()])
-    assert out.shape == x.shape and [g.shape for g in grads] == [x.shape, *(p.shape for p in moe.parameters())]
-    assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [(51, 2), (1, 5), (102,), (6,)]
-names = sorted(name.split(".")[1] for name in called if name.startswith("mmfused"))
-experts, route = ["grouped_mlp_bwd", "grouped_mlp_fwd"], ["topk_routing_bwd", "topk_routing_fwd", "topk_routing_input_bwd"]
-assert names == experts + route, names
-print("done")
-"""
-    done = run_python("-c", code)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
-
-
-def inspect(tmp_path: Path, arch: str, **env: str) -> list[dict]:
-    table = tmp_path / "inspect.json"
-    cases = [word for case in CASES for word in ("--case", case)]
-    done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", arch, *cases, "--json", str(table), **env)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return json.loads(table.read_text())
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
 def test_plans_compile_without_spills(arch, tmp_path):
-    rows = inspect(tmp_path, arch)
+    rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {"onepass fwd", "logits", "pool", "moments", "pack_mask", "dlogits", "dx", "dq"}
     assert kernels >= {"sweep", "merge", "pairs", "spread", "owner"}
@@ -210,40 +115,9 @@ def test_plans_compile_without_spills(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_plans_compile_on_the_oldest_triton(arch, tmp_path, triton_3_6):
-    rows = inspect(tmp_path, arch, PYTHONPATH=str(triton_3_6))
+def test_plans_compile_on_the_oldest_triton(arch, tmp_path, triton_3_6):  # noqa: F811
+    rows = inspect(tmp_path, arch, CASES, PYTHONPATH=str(triton_3_6))
     assert rows and not any(row["fault"] for row in rows)
-
-
-@pytest.fixture(scope="session")
-def triton_3_6(tmp_path_factory):
-    """Triton 3.6 unpacked beside the installed one; kept in .venv for the next run."""
-    import triton
-
-    if triton.__version__.startswith("3.6."):
-        pytest.skip("Triton 3.6 is the installed one; the other tests compile with it")
-    if sys.platform != "linux":
-        pytest.skip("Triton has wheels for Linux only")
-    home = ROOT / ".venv" / "triton-3.6.0"
-    if not (home / "triton").is_dir():
-        folder = tmp_path_factory.mktemp("triton")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--target",
-            folder / "t",
-            "triton==3.6.0",
-        ]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("Triton 3.6.0 cannot be fetched: no network")
-        home.parent.mkdir(exist_ok=True)
-        shutil.move(folder / "t", home)
-    return home
 
 
 def test_inspect_reports_a_fault():

@@ -74,10 +74,7 @@ def _weights(kind: str, height: int, each: int, dtype: torch.dtype, large: bool,
     if odd:
         return Tile(64, 32, 32, 4, 2)
     # Where rows have to be looked up first, half of the stages are spent on that.
-    if kind == "gathered weights":
-        stages = 5 if large else 7
-    else:
-        stages = 3 if large else 4
+    stages = 5 if kind == "gathered weights" else 3 if large else 4
     if height <= 32:
         return Tile(64, 128, 32, 4, stages)
     if large and each >= 512:

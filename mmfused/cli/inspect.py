@@ -74,9 +74,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--arch is {arch!r}; it takes names like sm_90.")
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it.")
+    known = [case for op, cases in SPECIMENS.items() if args.op in (None, op) for case in cases]
+    for case in args.case or ():
+        if case not in known:
+            raise ValueError(f"--case is {case!r}; it takes some of {', '.join(known)}.")
     jobs = [job for arch in archs for job in heard_launches(arch, args.op, args.case)]
-    if not jobs:
-        raise ValueError(f"--case is {args.case}; it takes some of {', '.join(c for cases in SPECIMENS.values() for c in cases)}.")
     reports = []
     print(
         f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} {'shared':>7}  instructions",

@@ -1,0 +1,57 @@
+"""What the tests of compilation share: processes without Triton's interpreter, and the table of ``mmfused inspect``."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENV = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER")}
+
+
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(ROOT)]))
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENV | env | {"PYTHONPATH": path})
+
+
+def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> list[dict]:
+    table = tmp_path / "inspect.json"
+    words = [word for case in cases for word in ("--case", case)]
+    done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", arch, *words, "--json", str(table), **env)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads(table.read_text())
+
+
+@pytest.fixture(scope="session")
+def triton_3_6(tmp_path_factory):
+    """Triton 3.6 unpacked beside the installed one; kept in .venv for the next run."""
+    import triton
+
+    if triton.__version__.startswith("3.6."):
+        pytest.skip("Triton 3.6 is the installed one; the other tests compile with it")
+    if sys.platform != "linux":
+        pytest.skip("Triton has wheels for Linux only")
+    home = ROOT / ".venv" / "triton-3.6.0"
+    if not (home / "triton").is_dir():
+        folder = tmp_path_factory.mktemp("triton")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--target",
+            folder / "t",
+            "triton==3.6.0",
+        ]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("Triton 3.6.0 cannot be fetched: no network")
+        home.parent.mkdir(exist_ok=True)
+        shutil.move(folder / "t", home)
+    return home

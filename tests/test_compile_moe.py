@@ -1,0 +1,99 @@
+"""As test_compile.py, for the mixture of experts: its graph, and its kernels for cards that are not there."""
+
+import pytest
+from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
+
+# Every kernel of routing and of the experts; the other cases of `mmfused inspect` differ in sizes.
+CASES = ("logits 5", "route exact", "moe fluid 512")
+
+
+def test_moe_is_one_graph_for_three_lengths():
+    """Router and experts, with masks, segments, a selection bias and jitter: nothing in them asks how many tokens an expert got."""
+    code = """
+import torch, mmfused
+from torch._dynamo.utils import counters
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
+    for activation, options in (("gelu", {}), ("swiglu", dict(score="sigmoid", num_segments=2, selection_bias=True))):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        mmfused.backend(name)
+        model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(device)
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for length in (17, 40, 33):
+            x = torch.randn(3, length, 32, device=device, requires_grad=True)
+            kwargs = dict(token_padding_mask=torch.rand(3, length, device=device) < 0.3)
+            if options:
+                kwargs["segments"] = torch.randint(0, 2, (3, length), device=device)
+            upstream = torch.randn_like(x)
+            results = []
+            for step in (model, compiled):
+                torch.manual_seed(1)
+                out, routing = step(x, **kwargs)
+                total = (out * upstream).sum() + routing.balance_loss + routing.z_loss + routing.entropy
+                results.append([out, *torch.autograd.grad(total, [x, *model.parameters()])])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1, (name, activation, counters["stats"])
+        assert not counters["graph_break"], (name, activation, counters["graph_break"])
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_fused_moe_is_five_nodes_of_the_graph():
+    """Traced on fake CUDA tensors: router and experts are one opaque call each, forward and backward, plus the router's input."""
+    code = """
+import torch, mmfused
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmfused.ops.grouped_mlp.function as experts
+import mmfused.ops.topk_routing.function as router
+
+router.choose = experts.choose = lambda *args: "fused"
+called = []
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        called.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+with FakeTensorMode(), Watch():
+    with torch.device("meta"):
+        moe = mmfused.TopKMoE(32, 48, 5, 2, activation="swiglu")
+    called.clear()
+    x = torch.empty(3, 17, 32, device="meta", requires_grad=True)
+    out, routing = moe(x)
+    total = out.sum() + routing.balance_loss + routing.z_loss
+    grads = torch.autograd.grad(total, [x, *moe.parameters()])
+    assert out.shape == x.shape and [g.shape for g in grads] == [x.shape, *(p.shape for p in moe.parameters())]
+    assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [(51, 2), (1, 5), (102,), (6,)]
+names = sorted(name.split(".")[1] for name in called if name.startswith("mmfused"))
+experts, route = ["grouped_mlp_bwd", "grouped_mlp_fwd"], ["topk_routing_bwd", "topk_routing_fwd", "topk_routing_input_bwd"]
+assert names == experts + route, names
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_plans_compile_without_spills(arch, tmp_path):
+    rows = inspect(tmp_path, arch, CASES)
+    kernels = {row["kernel"] for row in rows}
+    assert kernels >= {"route", "route_x", "scan", "finish", "logits", "dx", "dw"}
+    assert kernels >= {"rows", "hidden", "weights", "combine"}
+    assert not any(row["spilled"] or row["fault"] for row in rows)
+    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    for row in rows:
+        if row["kernel"] in ("rows", "hidden", "weights"):
+            assert row["instructions"][meant], row
+
+
+def test_plans_compile_on_the_oldest_triton(tmp_path, triton_3_6):  # noqa: F811
+    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(triton_3_6))
+    assert rows and not any(row["fault"] for row in rows)
