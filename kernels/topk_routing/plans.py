@@ -1,8 +1,8 @@
 """Which tiles top-k routing runs with: fixed data by shape, dtype and architecture, no benchmarking at training time.
 
 Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Where ``maxnreg`` is not said, ptxas
-aims at an occupancy of its own, and spills a word or two for it.
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
+an occupancy of its own choice, and spills a word or two to reach it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Rows:
 
     BR: int
     num_warps: int
-    maxnreg: int = 128
+    maxnreg: int = 168
 
 
 @dataclass(frozen=True)
