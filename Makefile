@@ -1,6 +1,6 @@
 # Every target makes .venv by itself. PYTHON=/path/to/python uses that interpreter as it is instead: nothing is installed,
 # no network is touched, and the package runs from this checkout.
-OPS := query_pooling masked_info_nce topk_routing grouped_mlp
+OPS := query_pooling masked_info_nce topk_routing grouped_mlp gated_cross_attention
 
 ifdef PYTHON
 PY := $(PYTHON)

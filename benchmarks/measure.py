@@ -60,7 +60,8 @@ class Provider:
 
     ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it along the first axis.
     ``ceiling``: why this is no way to compute the case, only the work inside it: timed without passing the gate.
-    ``uncompiled``: why there is nothing to gain from compiling it.
+    ``uncompiled``: why it is not compiled.
+    ``drops``: dropout acts when it is timed, on elements of its own: what it computes is judged without.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Provider:
     run: Callable[..., Tensor] | None = None  # the compiled module, where it is compiled
     ceiling: str | None = None
     uncompiled: str | None = None
+    drops: bool = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         run = self.module if self.run is None else self.run
@@ -95,7 +97,11 @@ class Provider:
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
         """The output and all gradients by the names that all providers share."""
+        if self.drops:
+            self.module.eval()
         out, *gradients = self.both(tuple(problem.inputs.values()), problem.upstream)
+        if self.drops:
+            self.module.train()
         named = {"out": out} | {f"d{name}": gradients.pop(0) for name in problem.inputs}
         for parts, gradient in zip(self.layout.values(), gradients, strict=True):
             shapes = [problem.parameters[part].shape for part in parts]
@@ -130,6 +136,9 @@ class Gate:
             if mode is not None:
                 provider.run = torch.compile(provider.module, mode=mode, dynamic=False)
             faults = over_budget(self.op.comparable(provider.results(self.problem)), self.exact, self.plain)
+            if provider.drops:  # what is timed runs too, and its gradients are numbers
+                tensors = provider.both(tuple(self.problem.inputs.values()), self.problem.upstream)
+                faults += [] if all(tensor.isfinite().all() for tensor in tensors) else ["Under dropout it is not finite."]
         except Unavailable as why:
             return None, report | {"gate": "unavailable", "reasons": [str(why)]}
         except RuntimeError as error:  # out of memory, or a kernel or compiler that refuses the shape
@@ -197,7 +206,7 @@ def graph_seconds(providers: dict[str, Provider], problem: Problem, repeats: int
     for name, provider in providers.items():
         try:
             graphs = {
-                (name, which): capture(step, copies, pool).replay
+                (name, which): capture(step, copies, pool, compared=not provider.drops).replay
                 for which, step in steps(provider, problem.upstream, backward).items()
             }
         except RuntimeError as error:
@@ -207,7 +216,7 @@ def graph_seconds(providers: dict[str, Provider], problem: Problem, repeats: int
     return seconds(bursts, len(copies), repeats), refused
 
 
-def capture(step: Callable, copies: list[tuple[Tensor, ...]], pool) -> torch.cuda.CUDAGraph:
+def capture(step: Callable, copies: list[tuple[Tensor, ...]], pool, compared: bool = True) -> torch.cuda.CUDAGraph:
     """A graph of one step for each copy. Graphs share ``pool``: one runs at a time, and nobody reads what it leaves."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -222,7 +231,7 @@ def capture(step: Callable, copies: list[tuple[Tensor, ...]], pool) -> torch.cud
     graph.replay()
     torch.cuda.synchronize()
     # A kernel on another stream escapes the capture: output and first gradient (of an input) tell.
-    if not all(relative_error(got, want) < 1e-2 for got, want in zip(left[:2], wanted[:2], strict=True)):
+    if compared and not all(relative_error(got, want) < 1e-2 for got, want in zip(left[:2], wanted[:2], strict=True)):
         raise RuntimeError("the replay does not compute what the eager call does")
     return graph
 

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: the checkout it lies in comes first, whate
 
 from mmfused.benchmarks import measure, report
 
-OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp")
+OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp", "gated_cross_attention")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     sizes = "query_pooling: B, N, D, L queries, H heads; masked_info_nce: B, D, K"
-    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k"
+    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k; gated_cross_attention: B, N, M, D, H"
     option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
     option("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)")
     which = parser.add_mutually_exclusive_group()

@@ -101,6 +101,21 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
+    """(rows, BN) bool: what dropout keeps of the columns first .. first + BN, both multiples of 4: mmfused.random.keep_mask.
+
+    One call of Philox serves four columns. ``seed``: the int64 itself, loaded once; ``rows``: of the whole mask, any integers.
+    """
+    quads = first // 4 + tl.arange(0, BN // 4)
+    zero = tl.zeros([rows.shape[0], BN // 4], tl.uint32)
+    words = tl.philox(seed, zero + rows[:, None].to(tl.uint32), zero + quads[None, :].to(tl.uint32), zero + stream, zero)
+    kept = ()
+    for i in tl.static_range(4):
+        kept += ((tl.uint_to_uniform_float(words[i]) >= p).to(tl.int8),)
+    return tl.interleave(tl.interleave(kept[0], kept[2]), tl.interleave(kept[1], kept[3])) != 0
+
+
+@triton.jit
 def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
     """grid (B,). 64 tokens of a padding mask (1 = ignore) become one word of bits to keep; span is [first, last + 1) kept."""
     b = tl.program_id(0).to(tl.int64)

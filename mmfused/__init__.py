@@ -10,6 +10,15 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from . import losses
 from .fuse import FuseReport, fuse, unfuse
 from .library import backend
+from .ops.gated_cross_attention import (
+    BidirectionalGatedCrossAttention,
+    CrossAttentionWeights,
+    GatedCrossAttention,
+    TokenGate,
+    bidirectional_gated_cross_attention,
+    gated_cross_attention,
+    pack_passes,
+)
 from .ops.grouped_mlp import TopKMoE, grouped_linear, grouped_linear_reference, grouped_mlp, grouped_mlp_reference
 from .ops.masked_info_nce import MaskedInfoNCE, masked_info_nce, masked_info_nce_reference
 from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
@@ -26,15 +35,21 @@ from .swaps.experts import register_experts
 __version__ = "0.1.0"
 
 __all__ = [
+    "BidirectionalGatedCrossAttention",
+    "CrossAttentionWeights",
     "FuseReport",
+    "GatedCrossAttention",
     "MaskedInfoNCE",
     "QTransform",
     "QueryPooling",
     "Routing",
+    "TokenGate",
     "TopKMoE",
     "__version__",
     "backend",
+    "bidirectional_gated_cross_attention",
     "fuse",
+    "gated_cross_attention",
     "grouped_linear",
     "grouped_linear_reference",
     "grouped_mlp",
@@ -42,6 +57,7 @@ __all__ = [
     "losses",
     "masked_info_nce",
     "masked_info_nce_reference",
+    "pack_passes",
     "query_pooling",
     "query_pooling_reference",
     "register_experts",

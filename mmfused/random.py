@@ -5,6 +5,8 @@ A kernel asks for the number at a logical position and gets what plain PyTorch c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,32 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def uniform(seed: Tensor, rows: int, columns: int) -> Tensor:
     """(rows, columns) float32 in [0, 1): position (r, c) is the first word of Philox4x32-10 with counter (r, c, 0, 0)."""
+    return _unit(_philox(seed, rows, columns, 0)[0])
+
+
+def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
+    """What dropout keeps, ``shape`` bool: of row r (all dimensions but the last taken as one) and column c it is word c % 4 of
+    Philox with counter (r, c // 4, stream, 0), as a number in [0, 1), that must be at least p."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    kept = _unit(torch.stack(_philox(seed, rows, -(-columns // 4), stream), -1).flatten(1)) >= p
+    # Not a slice: for torch.compile that would be one graph where 4 divides columns and one where it does not.
+    return kept.index_select(1, torch.arange(columns, device=seed.device)).view(shape)
+
+
+def _philox(seed: Tensor, rows: int, columns: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words, each (rows, columns) int64 in [0, 2^32), of counter (r, c, stream, 0)."""
     counter = torch.arange(rows, device=seed.device)[:, None], torch.arange(columns, device=seed.device)[None, :]
-    c0, c1, c2, c3 = *torch.broadcast_tensors(*counter), torch.zeros_like(counter[1]), torch.zeros_like(counter[1])
+    c0, c1 = torch.broadcast_tensors(*counter)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits hold the products of 32: int64 wraps around, bits are what they are
         c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    signed = torch.where(c0 > 0x7FFFFFFF, _WORD - c0, c0)  # a 32-bit word below 0 counts as -1 - word
-    return signed.to(torch.float32) * 4.6566127342e-10  # the largest float32 below 1 / (2^31 - 1): never 1
+    return c0, c1, c2, c3
+
+
+def _unit(word: Tensor) -> Tensor:
+    """float32 in [0, 1) of a 32-bit word, as Triton makes it."""
+    signed = torch.where(word > 0x7FFFFFFF, _WORD - word, word)  # a word below 0, read as signed, counts as -1 - word
+    return signed.to(torch.float32) * 4.6566127342e-10  # a little less than 2^-31: never 1

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .random import keep_mask as _keep_mask
+
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """||actual - exact|| / ||exact|| in float64 (the absolute norm where exact is all zero); NaN counts as infinite."""
@@ -88,3 +90,12 @@ def interleaved_seconds(fns: dict[str, Callable[[], object]], repeats: int = 21,
 def interleaved_medians(fns: dict[str, Callable[[], object]], repeats: int = 21, warmup: int = 2) -> dict[str, float]:
     """Median wall seconds of each function, see :func:`interleaved_seconds`."""
     return {name: statistics.median(values) for name, values in interleaved_seconds(fns, repeats, warmup).items()}
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
+    """What the ops of this library keep under dropout with ``dropout_seed=seed``, ``shape`` bool, on every backend.
+
+    Streams: query pooling 0 (probabilities (B, num_heads, L, N)); gated cross-attention 0 (probabilities (B, num_heads, N, M)) and
+    1 (output (B, N, D)), in the other direction 2 and 3.
+    """
+    return _keep_mask(seed, shape, p, stream)

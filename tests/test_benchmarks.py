@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmfused import cli
-from mmfused.benchmarks import grouped_mlp, masked_info_nce, measure, query_pooling, run, topk_routing
+from mmfused.benchmarks import gated_cross_attention, grouped_mlp, masked_info_nce, measure, query_pooling, run, topk_routing
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("query_pooling", "--shape", "B=2,N=16,D=32,L=4,H=2", "--repeats", "2", "--no-compile")
@@ -168,8 +168,9 @@ def test_work_counts_the_formulas():
     assert floors["both"] == floors["forward"] + floors["backward"]
 
 
+NO_SUCH_OP = f"op is 'no_such_op'; it takes one of {', '.join(run.OPS)}."
 REFUSED = [
-    (("no_such_op",), "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce, topk_routing, grouped_mlp."),
+    (("no_such_op",), NO_SUCH_OP),
     (("query_pooling", "--case", "nope"), "case is 'nope'; query_pooling on cpu takes one of fluid, "),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
     (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
@@ -199,9 +200,7 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "no_such_op"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith(
-        "op is 'no_such_op'; it takes one of query_pooling, masked_info_nce, topk_routing, grouped_mlp.\n"
-    )
+    assert done.returncode == 2 and done.stderr.endswith(f"{NO_SUCH_OP}\n")
 
 
 @pytest.mark.parametrize("modalities", [1, 3])
@@ -238,6 +237,13 @@ def test_grouped_mlp(tmp_path):
     assert gates["eager loop"] == gates["dense, all experts"] == gates["composed"] == "passed"
     assert gates["grouped_mm pattern"] in ("passed", "failed", "unavailable")  # on a CPU since torch 2.11
     assert gates["Liger fused_moe"] == gates["fused"] == "unavailable"
+
+
+def test_gated_cross_attention(tmp_path):
+    gates = gates_of_run("gated_cross_attention", "B=3,N=10,M=7,D=24,H=3", tmp_path)
+    assert {gates[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {"passed"}
+    others = ("SDPA, samples with both gathered", "SDPA efficient", "SDPA cuDNN", "FlexAttention", "varlen_attn", "fused")
+    assert {gates[name] for name in others} == {"unavailable"}
 
 
 def gates_of_run(op, shape, folder) -> dict[str, str]:
@@ -279,6 +285,37 @@ def test_experts_compute_the_same_function(case):
         assert served >= {"eager loop", "dense, all experts", "composed"}
 
 
+@pytest.mark.parametrize("case", gated_cross_attention.cases("cuda", quick=False), ids=lambda case: case.name)
+def test_cross_attentions_compute_the_same_function(case, monkeypatch):
+    """All cases in float64, smaller; the exact results are put together from chunks."""
+    monkeypatch.setattr(gated_cross_attention, "EXACT_CHUNK", 3)
+    small = replace(case, B=7, N=9, M=6, D=24, H=3)
+    problem = gated_cross_attention.make(small, torch.device("cpu"), torch.float64)
+    gate, served = measure.Gate(gated_cross_attention, small, problem), set()
+    for name, build in gated_cross_attention.PROVIDERS.items():
+        try:
+            results = gate.build(build).results(problem)
+        except measure.Unavailable:
+            continue
+        torch.testing.assert_close(gated_cross_attention.comparable(results), gate.exact, rtol=1e-10, atol=1e-11)
+        served.add(name)
+    assert served >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
+    assert ("SDPA, samples with both gathered" in served) == case.missing
+
+
+def test_dropout_is_timed_and_not_judged():
+    case = gated_cross_attention.Case("", B=2, N=5, M=4, D=8, H=2, p=0.5)
+    problem = gated_cross_attention.make(case, torch.device("cpu"), torch.float32)
+    gate, inputs = measure.Gate(gated_cross_attention, case, problem), tuple(problem.inputs.values())
+    for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed"):
+        provider, report = gate.admit(name, None)
+        assert report["gate"] == "passed", report
+        assert not torch.equal(provider(*inputs), provider(*inputs))
+    provider.module.register_forward_hook(lambda module, args, out: out * float("nan") if module.training else out)
+    gate.build = lambda builder: provider
+    assert gate.admit("composed", None)[1]["reasons"] == ["Under dropout it is not finite."]
+
+
 def test_choices_are_routed_as_they_are_called():
     shares = {}
     for routed in grouped_mlp.ROUTED:
@@ -314,14 +351,29 @@ FLOORS = {
         "logits-16384": (0.30, 0.49),
         "logits-131072-e64": (9.8, 15.6),
     },
+    gated_cross_attention: {
+        "uniecs": (300, 616),
+        "uniecs-n50": (125, 254),
+        "uniecs-n512": (990, 2115),
+        "wide": (1591, 3232),
+    },
 }
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, floors in FLOORS.items() for name in floors])
-def test_floors_of_a_mixture(op, name):
+def test_floors(op, name):
     (case,) = [case for case in op.cases("cuda", quick=False) if case.name == name]
     work = op.work(case, itemsize=2)
     if op is topk_routing:  # the table has neither the order nor the gradient of the weights, which are small
         work = {which: [stage for stage in stages if stage["stage"] == "route"] for which, stages in work.items()}
     floors = measure.floor_seconds(work, {"flops_per_second": 790e12, "bytes_per_second": 4.3e12})
     assert (1e6 * floors["forward"], 1e6 * floors["backward"]) == pytest.approx(FLOORS[op][name], rel=0.02)
+
+
+def test_bytes_of_cross_attention_are_the_tokens():
+    """64 us to read and write them once, who lacks a modality too."""
+    for case, expected in (("uniecs", 64), ("uniecs-missing", 64)):
+        (case,) = [found for found in gated_cross_attention.cases("cuda", quick=False) if found.name == case]
+        stages = gated_cross_attention.work(case, itemsize=2)["forward"]
+        assert sum(stage["bytes"] for stage in stages) / 4.3e6 == pytest.approx(expected, rel=0.02)
+    assert stages[-1] == {"stage": "unchanged", "flops": 0, "bytes": 682 * 4 * 261 * 256}

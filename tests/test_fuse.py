@@ -37,10 +37,11 @@ from mmfused.testing import over_budget
 
 @pytest.fixture
 def pooled(monkeypatch):
-    """One entry for each call that reaches query_pooling: the shape of its queries."""
+    """One entry for each call that is swapped: the shape of its queries."""
     module, calls = mmfused.swaps.pooling, []
-    real = module.query_pooling
-    monkeypatch.setattr(module, "query_pooling", lambda x, q, *a, **k: (calls.append(q.shape), real(x, q, *a, **k))[1])
+    for name in ("query_pooling", "attend"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, q, *a, real=real, **k: (calls.append(q.shape), real(x, q, *a, **k))[1])
     return calls
 
 
@@ -138,7 +139,7 @@ def test_report_reads_well():
     model, *_ = build("open_clip, a tower")
     lines = str(fuse(model)).splitlines()
     assert lines[0] == "fuse: 1 swapped, 1 left" and lines[1].startswith("  swapped attn_pool: pools with ln_k folded")
-    assert lines[2].startswith("  left transformer.resblocks.0.attn: No learned queries beside it")
+    assert lines[2].startswith("  left transformer.resblocks.0.attn: Self-attention")
     assert "(root)" in str(fuse(nn.MultiheadAttention(D, H))) and "FusedAttentionalPooler" in repr(model)
     assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(clip())  # no class was patched
     assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
@@ -161,12 +162,12 @@ def hook(model):
 # fmt: off
 LEFT = {
     "OwnAttention is a subclass of MultiheadAttention": lambda: OwnAttention(D, H),
-    "dropout is 0.1 and acts": lambda: nn.MultiheadAttention(D, H, dropout=0.1),
+    "dropout is 1.0: query_pooling takes": lambda: nn.MultiheadAttention(D, H, dropout=1.0),
     "kdim 20, vdim 36": lambda: nn.MultiheadAttention(D, H, kdim=K),
     "add_bias_kv": lambda: nn.MultiheadAttention(D, H, add_bias_kv=True),
     "add_zero_attn": lambda: nn.MultiheadAttention(D, H, add_zero_attn=True),
     "no floating-point": lambda: after(torch_attention(), setting("in_proj_weight", INT8)),
-    "No learned queries beside it": lambda: nn.TransformerEncoderLayer(D, H, 24, dropout=0.0),
+    "Self-attention: its tokens": lambda: nn.TransformerEncoderLayer(D, H, 24, dropout=0.0),
     "k_norm is a LayerNorm": lambda: latent(qk_norm=True),
     "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
     "scale is 1.0": lambda: after(latent(), setting("scale", 1.0)),
@@ -175,7 +176,7 @@ LEFT = {
     "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
     "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
     "attention inside is a OwnAttention": lambda: after(siglip2(), setting("attention", OwnAttention(D, H))),
-    "attention_probs_dropout_prob is 0.1": lambda: cross(dropout=0.1),
+    "attention_probs_dropout_prob is 1.0: query_pooling takes": lambda: cross(dropout=1.0),
     "attention implementation is 'eager'": lambda: cross(implementation="eager"),
 }
 # fmt: on
@@ -225,7 +226,7 @@ FALLBACKS = {
     "other values": (torch_attention, lambda m, q, x: m(q, x, x + 1, need_weights=False)),
     "self-attention": (torch_attention, lambda m, q, x: m(x, x, x, need_weights=False)),
     "unbatched": (torch_attention, lambda m, q, x: m(q[0], x[0], x[0], need_weights=False)),
-    "dropout set later": (torch_attention, lambda m, q, x: after(m.eval(), setting("dropout", 0.5))(q, x, x, need_weights=False)),
+    "dropout set later": (torch_attention, lambda m, q, x: after(m.eval(), setting("dropout", 1.0))(q, x, x, need_weights=False)),
     "timm, float mask": (latent, lambda m, q, x: m(x, x[:, None, None, :, 0])),
     "timm, a mask for each query": (lambda: latent(latent_len=5), lambda m, q, x: m(x, STRANGE_MASK.to(x.device))),
     "timm, unfused bool mask": (lambda: after(latent(), setting("fused_attn", False)), lambda m, q, x: m(x, KEY_MASK.to(x.device))),
@@ -303,6 +304,32 @@ def test_dropout_after_the_attention(pooled):
         fuse(model)
     torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-12)
     assert len(pooled) == 1
+
+
+DROPS = {  # name -> (make a model, call it)
+    "torch": (lambda: torch_attention(dropout=0.3), lambda m, q, x: m(q, x, x, need_weights=False)[0]),
+    "open_clip": (lambda: after(clip(), lambda m: setting("dropout", 0.3)(m.attn)), lambda m, q, x: m(x[..., :K])),
+    "blip2": (lambda: cross(dropout=0.3), lambda m, q, x: m(q, None, x[..., :K])[0]),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
+    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same numbers."""
+    make, call = DROPS[name]
+    model = make().to(DEVICE, torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+    q, x = (t[:1].expand(4000, -1, -1) for t in data("q, x").values())
+    want, exact = call(model, q, x).detach(), call(model.eval(), q, x).detach()
+    assert "; dropout 0.3 of attention weights acts as before" in fuse(model).swapped[""]
+    torch.testing.assert_close(call(model, q, x), exact, rtol=1e-10, atol=1e-12)
+    got = call(model.train(), q, x).detach()
+    assert len(pooled) == 2 and not torch.equal(got[0], got[1])
+    sigma = want.std(0)
+    assert ((got.mean(0) - exact[0]).abs() < 6 * sigma / 4000**0.5).all()
+    torch.testing.assert_close(got.std(0), sigma, rtol=0.1, atol=0.0)
 
 
 def run_python(code):

@@ -76,7 +76,7 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch
     from mmfused.kernels import query_pooling as kernels
 
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, norm: real(rows, dim, torch.float16, arch, norm))
+    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest))
     inputs, heads = make(shape, norm=norm, padding=padding, dtype=torch.float32)
     check_budget(inputs, heads)
 
@@ -200,11 +200,14 @@ def test_opcheck(eps, padding):
     inputs, _ = make(padding=padding, dtype=torch.float32, grad=False)
     x, q = inputs["x"], torch.randn(7, 70, device=DEVICE)
     mask, lengths = inputs.get("key_padding_mask"), inputs.get("lengths")
-    torch.library.opcheck(torch.ops.mmfused.query_pooling_fwd, (x, q, mask, lengths, eps))
-    z, lse, mean, rstd = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps)
-    for need_dx in (True, False):
-        args = (torch.randn_like(z), x, q, z, lse, mean, rstd, mask, lengths, need_dx)
-        torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
+    for dropout in ((0.0, None), (0.3, torch.tensor(5, device=DEVICE))):
+        args = (x, q, mask, lengths, eps, *dropout)
+        torch.library.opcheck(torch.ops.mmfused.query_pooling_fwd, args)
+        z, *saved = torch.ops.mmfused.query_pooling_fwd(*args)
+        dksum = torch.randn(z.shape[:2], device=DEVICE) if dropout[0] else None
+        for need_dx in (True, False):
+            args = (torch.randn_like(z), dksum, x, q, z, *saved, mask, lengths, need_dx, *dropout)
+            torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
 
 
 # ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------

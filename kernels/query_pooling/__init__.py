@@ -11,6 +11,7 @@ from torch import Tensor
 from ..tiles import arch_of, launch, pack_padding, upcasts
 from . import backward as bwd
 from . import forward as fwd
+from .dropout import keep_words
 from .plans import Plan, Tile, plan
 
 __all__ = ["backward", "forward", "plan"]
@@ -20,19 +21,31 @@ def _run(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None
     launch(kernel, grid, *args, **asdict(tile), **constexprs)
 
 
-def forward(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None, tiles: Plan | None = None):
-    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), lse (B, R), mean and rstd (B, N) or (0,)."""
+def _dropout(like: Tensor, seed: Tensor | None, p: float, batch: int, rows: int, length: int) -> tuple[Tensor | None, float | None]:
+    """Which probabilities are kept, and what they are multiplied by."""
+    return (keep_words(like, seed, p, batch, rows, length), 1 / (1 - p)) if p else (None, None)
+
+
+def forward(
+    x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None, dropout_p: float,
+    dropout_seed: Tensor | None, tiles: Plan | None = None,
+):  # fmt: skip
+    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), lse (B, R), mean and rstd (B, N) or (0,),
+    ksum (B, R) or (0,)."""
     batch, length, dim = x.shape
     rows = q.shape[-2]
     norm = eps is not None
-    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm)
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
     z = x.new_empty(batch, rows, dim)
     lse = x.new_empty(batch, rows, dtype=torch.float32)
     mean, rstd = (x.new_empty((batch, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
+    ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
+    keep, scale = _dropout(x, dropout_seed, dropout_p, batch, rows, length)
     words, span, width, kind = pack_padding(mask, lengths)
     strides = (x.stride(0), x.stride(1))
     stride_qb = q.stride(0) if q.dim() == 3 else 0
     flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
+    drops = dict(DROPOUT=keep is not None)
     if norm:
         tile = tiles.forward["moments"]
         launch(
@@ -44,9 +57,9 @@ def forward(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, e
         tile = tiles.forward["onepass"]
         _run(
             fwd.onepass_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
-            x, q, words, span, z, lse, mean, rstd, length, width, rows, *strides, stride_qb, **flags,
+            x, q, words, span, z, lse, mean, rstd, keep, ksum, length, width, rows, *strides, stride_qb, scale, **flags, **drops,
         )  # fmt: skip
-        return z, lse, mean, rstd
+        return z, lse, mean, rstd, ksum
     logits = x.new_empty(batch, length, rows, dtype=torch.float32)
     tile = tiles.forward["logits"]
     _run(
@@ -56,32 +69,36 @@ def forward(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, e
     tile = tiles.forward["pool"]
     _run(
         fwd.pool_kernel, tile, (batch, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x, logits, lse, words, span, mean, rstd, z, length, width, rows, *strides, **flags,
+        x, logits, lse, words, span, mean, rstd, z, keep, ksum, length, width, rows, *strides, scale, **flags, **drops,
     )  # fmt: skip
-    return z, lse, mean, rstd
+    return z, lse, mean, rstd, ksum
 
 
 def backward(
-    dz: Tensor, x: Tensor, q: Tensor, z: Tensor, lse: Tensor, mean: Tensor, rstd: Tensor,
-    mask: Tensor | None, lengths: Tensor | None, need_dx: bool, tiles: Plan | None = None,
+    dz: Tensor, dksum: Tensor | None, x: Tensor, q: Tensor, z: Tensor, lse: Tensor, mean: Tensor, rstd: Tensor, ksum: Tensor,
+    mask: Tensor | None, lengths: Tensor | None, need_dx: bool, dropout_p: float, dropout_seed: Tensor | None,
+    tiles: Plan | None = None,
 ):  # fmt: skip
-    """dz (B, R, D) contiguous, what forward took and gave -> dx (B, N, D) or (0,), dq as q (float32 where the samples share q)."""
+    """dz (B, R, D) and with dropout dksum (B, R) contiguous, what forward took and gave -> dx (B, N, D) or (0,), dq as q (float32
+    where the samples share q)."""
     batch, length, dim = x.shape
     rows, shared = q.shape[-2], q.dim() == 2
     norm = mean.numel() > 0
-    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm)
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
     dx = x.new_empty(x.shape if need_dx else (0,))
     partials = min(batch, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
     words, span, width, kind = pack_padding(mask, lengths)
+    keep, scale = _dropout(x, dropout_seed, dropout_p, batch, rows, length)
+    drops = dict(DROPOUT=keep is not None)
     strides = (x.stride(0), x.stride(1))
     stride_qb = 0 if shared else q.stride(0)
     flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
     if "onepass" in tiles.backward:
         _run(
             bwd.onepass_kernel, tiles.backward["onepass"], (partials,),
-            x, q, z, dz, lse, mean, rstd, words, span, dx, dq,
-            batch, length, width, rows, *strides, stride_qb, **flags, NEED_DX=need_dx,
+            x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, dx, dq,
+            batch, length, width, rows, *strides, stride_qb, scale, **flags, **drops, NEED_DX=need_dx,
         )  # fmt: skip
         return dx, dq.sum(0) if shared else dq
     p, ds = (x.new_empty(batch, length, rows) for _ in range(2))
@@ -90,7 +107,8 @@ def backward(
     g_mean, g_x = (x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
     _run(
         bwd.dlogits_kernel, tile, (batch, blocks, triton.cdiv(length, tile.BN)),
-        x, q, z, dz, lse, mean, rstd, words, span, p, ds, g_mean, g_x, length, width, rows, *strides, stride_qb, **flags,
+        x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_mean, g_x,
+        length, width, rows, *strides, stride_qb, scale, **flags, **drops,
     )  # fmt: skip
     if need_dx:
         tile = tiles.backward["dx"]

@@ -4,6 +4,7 @@
 
 With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - mean_D(G) - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. Both
 means follow from numbers at hand: mean_D(G) = (P^T sum(dZ) + dS^T sum(Q')) / D, mean_D(G x^) = sum_r (P dP + dS S) / D.
+With DROPOUT the dropped P stands in all of this but in dS = Drop(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum.
 No atomics: dX of a token has one owner; dQ' goes into a fixed number of partial sums, added up in order.
 """
 
@@ -13,11 +14,35 @@ import triton
 import triton.language as tl
 
 from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+from .dropout import rows_keep
 
 
 @triton.jit
 def _delta(dz, z):
     return tl.sum(dz.to(tl.float32) * z.to(tl.float32), 0)
+
+
+@triton.jit
+def _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
+    """dksum, and its share of delta."""
+    dksum = tl.zeros(rows.shape, tl.float32)
+    share = dksum
+    if DROPOUT:
+        dksum = tl.load(dksum_ptr + b * R + rows, mask=rows < R, other=0.0)
+        share = dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
+    return dksum, share
+
+
+@triton.jit
+def _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN: tl.constexpr, rows, N, R, scale, DROPOUT: tl.constexpr):
+    """P, dropped, and dS."""
+    pooled = p
+    if DROPOUT:
+        pooled = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
+        ds = pooled * (dp + dksum[None, :]) - p * delta[None, :]
+    else:
+        ds = p * (dp - delta[None, :])
+    return pooled, ds
 
 
 @triton.jit
@@ -33,10 +58,10 @@ def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, dx_ptr, dq_ptr,
-    B, N, W, R, stride_xb, stride_xn, stride_qb,
+    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, dx_ptr, dq_ptr,
+    B, N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grid (P,). Program p takes the samples p, p + P, ...; all R <= BR rows and all of dQ'^T stay on chip, X is read once."""
     rows = tl.arange(0, BR)
@@ -50,7 +75,7 @@ def onepass_kernel(
         lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
         q = ()
         dz = ()
-        delta = tl.zeros([BR], tl.float32)
+        dksum, delta = _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         q_sum = tl.zeros([BR], tl.float32)
         dz_sum = tl.zeros([BR], tl.float32)
         for c in tl.static_range(NC):
@@ -82,7 +107,7 @@ def onepass_kernel(
                 s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
                 dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
             p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
-            ds = p * (dp - delta[None, :])
+            p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
             if NORM:
                 g_mean = tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D * rstd
                 g_x = tl.sum(p * dp + ds * s, 1) / D * rstd
@@ -112,10 +137,10 @@ def onepass_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, p_ptr, ds_ptr, g_mean_ptr, g_x_ptr,
-    N, W, R, stride_xb, stride_xn, stride_qb,
+    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
+    g_mean_ptr, g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), with NORM times rstd, and each row block's share of the token means."""
     b = tl.program_id(0).to(tl.int64)
@@ -127,7 +152,7 @@ def dlogits_kernel(
         _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         s = tl.zeros([BN, BR], tl.float32)
         dp = tl.zeros([BN, BR], tl.float32)
-        delta = tl.zeros([BR], tl.float32)
+        dksum, delta = _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         q_sum = tl.zeros([BR], tl.float32)
         dz_sum = tl.zeros([BR], tl.float32)
         for c in range((D + BD - 1) // BD):
@@ -148,7 +173,7 @@ def dlogits_kernel(
             dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
         lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
         p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
-        ds = p * (dp - delta[None, :])
+        p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
         if NORM:
             share = (b * tl.num_programs(1) + tl.program_id(1)) * N + n
             tl.store(g_mean_ptr + share, tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D, mask=n < N)

@@ -4,7 +4,8 @@ Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The mat
 and there are always enough tokens for that, seldom enough queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256.
 With NORM a token x stands for (x - mean) rstd: the logits become rstd (q x - mean sum(q)), the weights p rstd, and the pooled row
 is short of sum(p rstd mean). The sums use the rounded operands, so the correction is exact. lse is +inf for a row
-without tokens, which makes its probabilities zero in backward.
+without tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which
+ksum is the sum of each row; lse knows nothing of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+from .dropout import rows_keep
 
 
 @triton.jit
@@ -58,10 +60,10 @@ def _store_lse(lse_ptr, m, total, ok):
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, lse_ptr, mean_ptr, rstd_ptr,
-    N, W, R, stride_xb, stride_xn, stride_qb,
+    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, lse_ptr, mean_ptr, rstd_ptr, keep_ptr, ksum_ptr,
+    N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grid (B, R / BR). All of Z^T's chunks stay in registers, so X is read once."""
     b = tl.program_id(0).to(tl.int64)
@@ -79,6 +81,7 @@ def onepass_kernel(
     m = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
     short = tl.zeros([BR], tl.float32)
+    ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
@@ -93,6 +96,9 @@ def onepass_kernel(
             rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
             s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
         p, m, total, fade = _softmax_step(s, m, total, keep)
+        if DROPOUT:
+            p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
+            ksum = ksum * fade + tl.sum(p, 0)
         if NORM:
             p = tl.where(keep[:, None], p * rstd[:, None], 0.0)
         p = p.to(x_ptr.dtype.element_ty)
@@ -103,6 +109,9 @@ def onepass_kernel(
             faded += (dot(tl.trans(x[c]), p, acc[c] * fade[None, :], UPCAST),)
         acc = faded
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    if DROPOUT:
+        inverse *= scale
+        tl.store(ksum_ptr + b * R + rows, ksum * inverse, mask=rows < R)
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
         store_rows_t(z_ptr + b * R * D, (acc[c] - short[None, :]) * inverse[None, :], rows, cols, R, D)
@@ -145,10 +154,10 @@ def logits_kernel(
 
 @triton.jit
 def pool_kernel(
-    x_ptr, s_ptr, lse_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr,
-    N, W, R, stride_xb, stride_xn,
+    x_ptr, s_ptr, lse_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr, keep_ptr, ksum_ptr,
+    N, W, R, stride_xb, stride_xn, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grid (B, R / BR, D / BD). One chunk of Z^T from the logits: the second read of X."""
     b = tl.program_id(0).to(tl.int64)
@@ -157,12 +166,16 @@ def pool_kernel(
     lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
     acc = tl.zeros([BD, BR], tl.float32)
     short = tl.zeros([BR], tl.float32)
+    ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         inside = keep[:, None] & (rows[None, :] < R)
         s = tl.load(s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf"))
         p = tl.exp2((s - lse[None, :]) * LOG2E)
+        if DROPOUT:
+            p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
+            ksum += tl.sum(p, 0)
         if NORM:
             mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
             p = p * tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)[:, None]
@@ -171,3 +184,5 @@ def pool_kernel(
             short += tl.sum(p.to(tl.float32) * mean[:, None], 0)
         acc = dot(load_tokens_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D), p, acc, UPCAST)
     store_rows_t(z_ptr + b * R * D, acc - short[None, :], rows, cols, R, D)
+    if DROPOUT and tl.program_id(2) == 0:
+        tl.store(ksum_ptr + b * R + rows, ksum, mask=rows < R)

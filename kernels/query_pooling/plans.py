@@ -31,22 +31,27 @@ class Plan:
     partials: int = 128  # partial sums of a shared q's gradient: fixed, so that the sum does not depend on the card
 
 
-def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool) -> Plan:
+def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout: bool = False) -> Plan:
     """One pass where all of Z^T (forward) or dQ'^T (backward) fits into the registers of one block, two reads of X elsewhere."""
     narrow = rows <= 16
     hopper = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
     wide_type = dtype == torch.float32  # multiplied without matrix instructions, which costs registers
     chunk = column_chunk(dim)
+    blackwell = hopper and arch > 90
+    tight = norm and dropout  # in one pass they leave too few registers for the largest tiles
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if hopper else 768) or wide_type:
         forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type)
-    elif narrow or not hopper:
-        forward["onepass"] = Tile(32, 16, chunk, 8, 2)
+    elif narrow or not hopper or (tight and dim > 768) or (dropout and blackwell and chunk == 64):
+        # Of Blackwell's registers a thread gets 128 where two such blocks fit: enough for chunks of 128.
+        width = min(chunk, 128) if tight and blackwell else chunk
+        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, width, 8, 2)
     else:
         forward["onepass"] = Tile(32, 32, chunk, 8, 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
         # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units busy.
-        backward = {"onepass": Tile(16 if norm and arch == 90 else 32, 16, chunk, 8, 1)}
+        few = (norm and not blackwell) or tight or (dropout and dim > 768)
+        backward = {"onepass": Tile(16 if few else 32, 16, chunk, 8, 1)}
     else:
         backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type)
     return Plan(forward, backward)

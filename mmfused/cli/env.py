@@ -13,7 +13,7 @@ from mmfused import extension
 
 HELP = "show versions, devices, and which backend each op would use here, and why not the better one"
 PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp")
+OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp", "gated_cross_attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 # op -> label -> what the op's runner below takes. Together they reach every kernel and variant.
-# query_pooling: rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted
+# query_pooling: rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted, dropout (where it is not 0)
 # masked_info_nce: rows B, candidates C, dim D, dtype, symmetric, keys, ids ("none", "drop", "same"), everything
 # topk_routing: experts E, choices k, dim D (None: from logits), dtype, router dtype, sigmoid, renormalize, balance, everything
+# gated_cross_attention: D, heads, context width (None: both directions), dtype, gate, indicator, missing, masks, pre_norm, dropout
 # grouped_mlp: tokens T, D, I, experts E, choices k, activation (or None: the linear layer), biases, packed, dtype
 SPECIMENS = {
     "query_pooling": {
@@ -22,6 +23,14 @@ SPECIMENS = {
         "wide": (32, 1024, "bfloat16", True, "padding", False, True),
         "widest": (64, 4096, "bfloat16", True, "lengths", False, True),
         "float32": (32, 768, "float32", True, "padding", False, True),
+        "fluid drop": (32, 768, "bfloat16", False, "none", False, True, 0.1),
+        "code drop": (256, 768, "bfloat16", False, "padding", True, True, 0.1),
+        "siglip drop": (12, 768, "float16", True, "lengths", False, True, 0.1),
+        "bottleneck drop": (2, 768, "bfloat16", False, "none", False, True, 0.1),
+        "wide drop": (32, 1024, "bfloat16", True, "padding", False, True, 0.1),
+        "widest drop": (64, 4096, "bfloat16", True, "lengths", False, True, 0.1),
+        "odd drop": (21, 100, "float16", True, "padding", False, True, 0.1),
+        "float32 drop": (32, 768, "float32", True, "padding", False, True, 0.1),
     },
     "masked_info_nce": {
         "nce": (65536, 65536, 768, "bfloat16", True, False, "none", False),
@@ -73,23 +82,41 @@ SPECIMENS = {
         "moe float32": (16384, 768, 3072, 16, 2, "swiglu", True, False, "float32"),
         "moe float32 512": (512, 768, 3072, 16, 2, "gelu", True, False, "float32"),
     },
+    "gated_cross_attention": {
+        "uniecs": (256, 8, None, "bfloat16", "channel", True, "skip", True, True, 0.1),
+        "uniecs eval": (256, 8, None, "bfloat16", "channel", True, "skip", False, True, 0.0),
+        "uniecs zeroed": (256, 4, None, "bfloat16", "channel", True, "constant", True, True, 0.0),
+        "cross 64": (64, 4, None, "float16", "channel", False, "zero", True, True, 0.1),
+        "cross 512": (512, 4, None, "bfloat16", "channel", True, "skip", True, True, 0.1),
+        "cross 768": (768, 12, None, "bfloat16", "channel", True, "skip", True, True, 0.1),
+        "cross 768 token": (768, 8, None, "bfloat16", "token", True, "zero", True, True, 0.1),
+        "cross 1024": (1024, 16, None, "float16", "channel", True, "attend", True, True, 0.0),
+        "unica": (256, 8, 768, "bfloat16", "none", True, "skip", True, False, 0.1),
+        "one way": (192, 2, 1024, "bfloat16", "token", True, "constant", True, True, 0.0),
+        "one way odd": (70, 2, 300, "float16", "channel", True, "skip", True, True, 0.1),
+        "cross float32": (256, 8, None, "float32", "channel", True, "skip", True, True, 0.1),
+        "cross 768 f32": (768, 6, None, "float32", "channel", True, "skip", True, True, 0.1),
+        "unica float32": (1024, 8, 768, "float32", "none", True, "zero", True, False, 0.1),
+    },
 }
 
 
-def _query_pooling_on_meta(rows, dim, dtype, norm, padding, per_sample, need_dx) -> None:
+def _query_pooling_on_meta(rows, dim, dtype, norm, padding, per_sample, need_dx, dropout=0.0) -> None:
     from mmfused.kernels import query_pooling
 
     compute = getattr(torch, dtype)
 
     def empty(*shape, dtype=compute):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     batch, length = 64, 197
     x, q = empty(batch, length, dim), empty(batch, rows, dim) if per_sample else empty(rows, dim)
     mask = empty(batch, length, dtype=torch.bool) if padding == "padding" else None
     lengths = empty(batch, dtype=torch.int64) if padding == "lengths" else None
-    z, *stats = query_pooling.forward(x, q, mask, lengths, 1e-5 if norm else None)
-    query_pooling.backward(empty(*z.shape), x, q, z, *stats, mask, lengths, need_dx)
+    drops = (dropout, empty(dtype=torch.int64) if dropout else None)
+    z, *stats = query_pooling.forward(x, q, mask, lengths, 1e-5 if norm else None, *drops)
+    dksum = empty(*z.shape[:2], dtype=torch.float32) if dropout else None
+    query_pooling.backward(empty(*z.shape), dksum, x, q, z, *stats, mask, lengths, need_dx, *drops)
 
 
 def _masked_info_nce_on_meta(batch, candidates, dim, dtype, symmetric, keys, ids, everything) -> None:
@@ -173,9 +200,40 @@ def _grouped_mlp_on_meta(tokens, dim, width, experts, k, activation, biases, pac
     )  # fmt: skip
 
 
+def _gated_cross_attention_on_meta(dim, heads, context_dim, dtype, gate, indicator, missing, masks, pre_norm, dropout) -> None:
+    from mmfused.kernels import gated_cross_attention
+
+    compute = getattr(torch, dtype)
+
+    def empty(*shape, dtype=compute):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, lengths, directions = 64, (197, 64), 2 if context_dim is None else 1
+    widths = (dim, context_dim or dim)
+    tokens = [empty(batch, length, width) for length, width in zip(lengths, widths, strict=True)]
+    norms = [empty(width) for width in widths for _ in range(2)]
+    norms[2:] = norms[2:] if pre_norm or directions == 2 else [empty(0)] * 2
+    ignores = [empty(batch, length, dtype=torch.bool) if masks else empty(0, dtype=torch.bool) for length in lengths]
+    absents = [empty(batch if masks else 0, dtype=torch.bool) for _ in range(2)]
+    if directions == 1:
+        ignores[0], absents[0] = empty(0, dtype=torch.bool), empty(0, dtype=torch.bool)
+    gates = dict(channel=dim, token=1, none=0)[gate]
+    gate_width = 2 * dim + (1 if indicator else 0)
+    weight = [empty(dim, dim), *[empty(dim, widths[1])] * 2, empty(dim, dim), empty(gates, gate_width) if gates else empty(0)]
+    weights = (weight + [empty(dim)] * 4 + [empty(gates)]) * directions
+    flags = [empty(batch if indicator else 0, dtype=torch.float32)] * directions
+    seed = empty(dtype=torch.int64) if dropout else None
+    lists = (tokens, norms, ignores, absents, weights, flags)
+    options = (heads, gate, missing, pre_norm, 1e-5, dropout, seed)
+    results = gated_cross_attention.forward(*lists, *options)
+    d_outs = [empty(*x.shape) for x in tokens[:directions]]
+    gated_cross_attention.backward(d_outs, *lists, results[directions:], *options)
+
+
 ON_META = {
     "query_pooling": _query_pooling_on_meta,
     "masked_info_nce": _masked_info_nce_on_meta,
     "topk_routing": _topk_routing_on_meta,
     "grouped_mlp": _grouped_mlp_on_meta,
+    "gated_cross_attention": _gated_cross_attention_on_meta,
 }

@@ -10,14 +10,14 @@
 The paper's: all of the above, ViT-B/16 and multilingual BERT, l = 32, a gate with one hidden layer, 16 experts, k = 2,
 191 classes, balance by GShard's form (it cites GShard and gives no formula).
 From the public code (DucCuong12/Multimodel_CV_NLP), where the paper gives no formula: the post-norm block around each
-attention with its feed-forward part, 8 heads, the router Linear-LN-ReLU-Dropout-Linear, softmax over all experts with the
-top k renormalised, experts of two hidden layers with LN that give class logits, averaged over the two tokens, the balance
-loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at temperature 0.07 on the mean query token. Preset
-"code" also takes its six blocks a Q-Transform, two hidden layers in the gate, 8 experts, and attends to padded text.
+attention with its feed-forward part, dropout of attention probabilities and of what either adds, 8 heads, the router
+Linear-LN-ReLU-Dropout-Linear, softmax over all experts with the top k renormalised, experts of two hidden layers with
+LN that give class logits, averaged over the two tokens, the balance loss "mse" and the z loss (0.1 each), the symmetric
+contrastive loss at temperature 0.07 on the mean query token. Preset "code" also takes its six blocks a Q-Transform, two
+hidden layers in the gate, 8 experts, and attends to padded text.
 This library's choice: in every other preset padded text is not attended to (`text_mask`), a missing image or text is
-masked as a whole and left out of the contrastive loss, the linear router, the probability as the weight where top_k is 1,
-precomputed tokens, the ViT's stem, small initial queries and preset "tiny". Not built: the public code's dropout on
-attention probabilities.
+masked as a whole and left out of the contrastive loss, the linear router, the probability as the weight where top_k is
+1, precomputed tokens, the ViT's stem, small initial queries and preset "tiny".
 With one modality there is no gate and no contrastive loss (the paper's Table 2). `without` leaves components out (Table 3;
 what stands in their place is this library's choice, but for the [CLS] tokens, which are the paper's).
 """
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from mmfused.library import no_autocast
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
+from mmfused.ops.gated_cross_attention import TokenGate
 from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
@@ -57,7 +58,7 @@ class FLUIDConfig:
     depth: int = 1  # blocks in each Q-Transform and in the Q-bottleneck
     num_heads: int = 4
     ffn: int | None = None  # hidden width of a block's feed-forward part, None: QTransform's default
-    dropout: float = 0.1  # in the Q-Transforms and the Q-bottleneck
+    dropout: float = 0.1  # in the Q-Transforms and the Q-bottleneck: of attention probabilities, and of what a block adds
     head_dropout: float = 0.1  # in the gate, the router and the experts
     query_std: float = 0.02  # of the initial queries; the public code's 1 drowns what they read, so it learns slowly
     gate_hidden: tuple[int, ...] = (128,)
@@ -206,21 +207,6 @@ class FirstToken(nn.Module):
         return x[:, :1] if ignore is None else x[:, :1].masked_fill(ignore[:, :1, None], 0)
 
 
-class TokenGate(nn.Module):
-    """F = a * I_n + (1 - a) * T_n with a = sigmoid(MLP([I_n ; T_n])), one scalar for each token (section 4.4)."""
-
-    def __init__(self, dim: int, hidden: tuple[int, ...], dropout: float = 0.0):
-        super().__init__()
-        layers, widths = [], (2 * dim, *hidden)
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.mlp(torch.cat((image, text), dim=-1)).sigmoid()  # (B, l, 1)
-        return a * image + (1 - a) * text, a.squeeze(-1)  # (B, l, D), (B, l)
-
-
 class ExpertLinear(nn.Module):
     """A Linear layer for each of E experts, with `norm` each followed by a LayerNorm of its own."""
 
@@ -361,7 +347,7 @@ class FLUID(nn.Module):
         if c.modalities == "both":
             if len(image) != len(text):
                 raise ValueError(f"image and text must have one batch size, got {len(image)} and {len(text)}")
-            fused, gate = ((image + text) / 2, None) if "gate" in c.without else self.gate(image, text)  # (B, l, D), (B, l)
+            fused, gate = ((image + text) / 2, None) if "gate" in c.without else self._blend(image, text)  # (B, l, D), (B, l)
         else:
             fused = image if text is None else text
         fused = self.bottleneck(fused)  # (B, R, D)
@@ -383,6 +369,10 @@ class FLUID(nn.Module):
             losses["contrastive"] = contrastive_loss(image_embedding, text_embedding, pair, c.temperature)
         loss = sum(weight * value for weight, value in zip(c.loss_weights, losses.values(), strict=True))
         return FLUIDOutput(logits, loss, losses, routing, gate, image_embedding, text_embedding)
+
+    def _blend(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.gate.share(image, text)  # (B, l)
+        return a[..., None] * image + (1 - a[..., None]) * text, a
 
     def _image_tokens(self, pixels, tokens, present):
         """I (eq. 1): (B, N, image_dim), and the tokens to ignore (B, N) or None."""

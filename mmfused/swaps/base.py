@@ -8,19 +8,24 @@ import torch
 from torch import Tensor, nn
 
 KINDS: dict[str, type[Swap]] = {}  # full name of a class -> how its instances are swapped
+LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left
 _classes: dict[type, type] = {}  # a module's own class -> its fused subclass
 
 
 class Swap:
     """What every kind of swap says of itself.
 
-    ``needs``: the attributes its forward reads.  ``does``: a phrase for the report.  ``whole``: the modules inside belong to it and
-    are not swapped themselves.  ``why_not(module)``: the reason against swapping it, or None; asked at every call too, for modules
-    are edited afterwards.  ``misplaced``: the reason against its place in a model.
+    ``needs``: the attributes its forward reads.  ``does``: a phrase for the report; ``says``, of one module.  ``whole``: the
+    modules inside belong to it and are not swapped themselves.  ``why_not(module)``: the reason against swapping it, or None;
+    asked at every call too, for modules are edited afterwards.  ``misplaced``: the reason against its place in a model.
     """
 
     needs = does = ""
     whole = True
+
+    @classmethod
+    def says(cls, module: nn.Module) -> str:
+        return cls.does
 
     @staticmethod
     def misplaced(module: nn.Module, name: str, model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..library import autocast_dtype
 from ..ops.query_pooling import query_pooling
 from ..ops.query_pooling.function import dead_samples
+from .attention import attend, self_attention
 from .base import KINDS, Swap, dense, own_class, path_of, touched
 
 
@@ -57,7 +58,8 @@ def _attend(mha, x, queries, key_padding_mask=None, *, batch_first=True, **norm)
     w_q, w_k, w_v = weights[0].chunk(3) if len(weights) == 1 else weights
     b_q, b_k, b_v = (None,) * 3 if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)
     q = F.linear(queries, w_q, b_q)
-    out = query_pooling(x, q, w_k, w_v, b_v, b_k, num_heads=mha.num_heads, key_padding_mask=key_padding_mask, **norm)
+    options = dict(num_heads=mha.num_heads, key_padding_mask=key_padding_mask, dropout_p=mha.dropout if mha.training else 0.0)
+    out = attend(x, q, w_k, w_v, b_v, b_k, **options, **norm)
     dead = dead_samples(key_padding_mask, None)
     if not batch_first:
         out = out.transpose(0, 1)  # before the projection, whose result is contiguous, as the original's
@@ -65,27 +67,47 @@ def _attend(mha, x, queries, key_padding_mask=None, *, batch_first=True, **norm)
     return out if dead is None else out.masked_fill(dead[:, None, None] if batch_first else dead[None, :, None], 0.0)
 
 
-class _MultiheadAttention(Swap):
+class _Pooling(Swap):
+    @staticmethod
+    def dropout_of(module: nn.Module) -> float:
+        """The share of attention weights it drops in training."""
+        return 0.0
+
+    @classmethod
+    def says(cls, module):
+        p = cls.dropout_of(module)
+        return cls.does + (f"; dropout {p} of attention weights acts as before, on others than with the same seed" if p else "")
+
+
+def _not_dropout(p: float, name: str) -> str | None:
+    return None if 0 <= p < 1 else f"{name} is {p}: query_pooling takes a number from 0 to below 1."
+
+
+class _MultiheadAttention(_Pooling):
     needs = "embed_dim num_heads kdim vdim in_proj_weight q_proj_weight in_proj_bias out_proj bias_k"
-    does = "pools where key is value, not query, all 3-D, with need_weights=False, no attn_mask and no float mask; else as before"
+    does = (
+        "pools, or reads another input, where key is value, not query, all 3-D, with need_weights=False, no attn_mask and no float "
+        "mask; else, self-attention too, as before"
+    )
+
+    @staticmethod
+    def dropout_of(module):
+        return module.dropout
 
     @staticmethod
     def why_not(module):
-        if module.dropout > 0:
-            return f"dropout is {module.dropout} and acts on the attention weights: set it to 0."
         if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
             return "It adds tokens of its own (add_bias_kv or add_zero_attn)."
         if module.kdim != module.vdim:
             return f"Keys and values differ in width: kdim {module.kdim}, vdim {module.vdim}."
-        return None if all(w.is_floating_point() for w in _weights(module)) else "Its weights are no floating-point numbers."
+        if not all(w.is_floating_point() for w in _weights(module)):
+            return "Its weights are no floating-point numbers."
+        return _not_dropout(module.dropout, "dropout")
 
     @staticmethod
     def misplaced(module, name, model):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        for p in parent.parameters(recurse=False) if name else ():
-            if p.shape[-1:] == (module.embed_dim,) and (p.dim() == 2 or (p.dim() == 3 and 1 in p.shape[:2])):
-                return None
-        return "No learned queries beside it: self-attention, or cross-attention between inputs." if name else None
+        path, _, own = name.rpartition(".")
+        return self_attention(own, model.get_submodule(path)) if name else None
 
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
@@ -108,7 +130,7 @@ class _MultiheadAttention(Swap):
         return same and (mask is None or (mask.dtype == torch.bool and mask.shape == (key.shape[batch], key.shape[tokens])))
 
 
-class _AttentionPoolLatent(Swap):
+class _AttentionPoolLatent(_Pooling):
     needs = "num_heads head_dim scale fused_attn pos_embed latent latent_len q kv q_norm k_norm proj proj_drop norm mlp pool"
     does = "pools the latent's tokens; an attn_mask other than a bool padding mask runs the original forward"
 
@@ -141,9 +163,13 @@ class _AttentionPoolLatent(Swap):
         return x[:, 0] if self.pool == "token" else x.mean(1) if self.pool == "avg" else x
 
 
-class _AttentionalPooler(Swap):
+class _AttentionalPooler(_Pooling):
     needs = "query attn ln_q ln_k"
     does = "pools with ln_k folded into the keys and values (applied before, where it is no plain LayerNorm or autocast rounds)"
+
+    @staticmethod
+    def dropout_of(module):
+        return module.attn.dropout
 
     @staticmethod
     def why_not(module):
@@ -165,9 +191,13 @@ class _AttentionalPooler(Swap):
         return dict(norm_weight=ln.weight, norm_bias=ln.bias, norm_eps=ln.eps) if same else {}
 
 
-class _PoolingHead(Swap):
+class _PoolingHead(_Pooling):
     needs = "probe attention layernorm mlp"
     does = "pools, its probe projected once for the batch"
+
+    @staticmethod
+    def dropout_of(module):
+        return module.attention.dropout
 
     @staticmethod
     def why_not(module):
@@ -205,18 +235,21 @@ class _MaskedPoolingHead(_PoolingHead):
 _IDLE_KWARGS = ("output_hidden_states", "return_dict", "num_items_in_batch", "interpolate_pos_encoding", "use_cache")
 
 
-class _QFormerCrossAttention(Swap):
+class _QFormerCrossAttention(_Pooling):
     needs = "config query key value num_attention_heads attention_head_size scaling attention_dropout"
     does = "pools encoder_hidden_states under sdpa, with no mask or a bool (B, 1, 1, N); any other call runs the original forward"
 
     @staticmethod
+    def dropout_of(module):
+        return module.attention_dropout
+
+    @staticmethod
     def why_not(module):
-        if module.attention_dropout > 0:
-            return f"attention_probs_dropout_prob is {module.attention_dropout}: it must be 0, in the config before building."
         implementation = getattr(module.config, "_attn_implementation", None)
         if implementation != "sdpa":
             return f"The attention implementation is {implementation!r}, which may return attention weights: choose 'sdpa'."
-        return _not_linear(module.key, "key") or _not_linear(module.value, "value")
+        reason = _not_linear(module.key, "key") or _not_linear(module.value, "value")
+        return reason or _not_dropout(module.attention_dropout, "attention_probs_dropout_prob")
 
     @staticmethod
     def misplaced(module, name, model):
@@ -235,6 +268,7 @@ class _QFormerCrossAttention(Swap):
         q, k, v = self.query(hidden_states), self.key, self.value
         q = q[0] if q.shape[0] == 1 else q  # one set of queries for the batch
         options = dict(num_heads=self.num_attention_heads, scale=self.scaling, key_padding_mask=ignore)
+        options["dropout_p"] = self.attention_dropout if self.training else 0.0
         return query_pooling(x, q, k.weight, v.weight, v.bias, k.bias, **options), None
 
 

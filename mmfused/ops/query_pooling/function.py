@@ -11,7 +11,11 @@ the rows of softmax(S) sum to one, so b_V is added once. K and V never exist; W_
 in front of the projections folds away too: its weight into W_K and W_V, its bias into b_V, and mean and rstd of each token enter
 the logits and the probabilities. FLOPs per sample, forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
 
-Rows of S are (head, query), head-major: R = num_heads * L of them.
+Dropout scales each probability by 0 or 1 / (1 - p), so that a row no longer sums to one but to ksum, and then
+
+    Z = Drop(softmax(S)) X      ksum = rowsum(Drop(softmax(S)))      O_h = Z_h W_V,h^T + ksum_h b_V
+
+where b_V holds the folded LayerNorm's bias too. Rows of S are (head, query), head-major: R = num_heads * L of them.
 """
 
 from __future__ import annotations
@@ -20,18 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import (
-    autocast_dtype,
-    check_tensors,
-    check_value,
-    choose,
-    current_backend,
-    no_autocast,
-    once_differentiable,
-    register,
-)
-
-FORMS = ("auto", "absorbed", "projected")
+from ...library import autocast_dtype, choose, current_backend, no_autocast, once_differentiable, register
+from ...random import draw_seed, keep_mask
+from .checks import check
 
 
 def query_pooling_reference(
@@ -49,6 +44,8 @@ def query_pooling_reference(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """The specification of :func:`query_pooling`: the projected form, one line per equation, any floating dtype, any device."""
     batch, length, dim = x.shape
@@ -61,8 +58,11 @@ def query_pooling_reference(
     k = F.linear(x, w_k, b_k).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, N, dk)
     v = F.linear(x, w_v, b_v).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, N, dv)
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    probs = _masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1).to(v.dtype)
-    return (probs @ v).transpose(1, 2).flatten(2)
+    probs = _masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1)
+    if dropout_p:
+        seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
+        probs = probs * keep_mask(seed, probs.shape, dropout_p) / (1 - dropout_p)
+    return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def _masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
@@ -83,8 +83,11 @@ def _ignored(batch: int, length: int, mask: Tensor | None, lengths: Tensor | Non
 # ---- the pooling itself: z = softmax(q x^T) x, q already scaled and absorbed ----------------------------------------------------
 
 
-def _pool_composed(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None) -> Tensor:
-    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D). With ``eps`` x stands for its rows normalised to mean 0, variance 1."""
+def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor | tuple[Tensor, Tensor]:
+    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D), and under dropout ksum (B, R), at least float32.
+
+    With ``eps`` x stands for its rows normalised to mean 0, variance 1.
+    """
     q = q.to(x.dtype)
     ignore = _ignored(*x.shape[:2], mask, lengths, x.device)
     if ignore is not None:
@@ -98,60 +101,65 @@ def _pool_composed(x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | 
         rstd = torch.rsqrt(var + eps)  # (B, N, 1)
         logits = (logits - mean * q.sum(-1)[..., None, :]) * rstd
     probs = _masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
+    if dropout_p:
+        kept = keep_mask(dropout_seed, (x.shape[0], q.shape[-2], x.shape[1]), dropout_p).transpose(1, 2)
+        probs = probs * kept / (1 - dropout_p)
     if eps is None:
-        return probs.to(x.dtype).transpose(1, 2) @ x
-    weights = probs * rstd
-    shift = (weights * mean).sum(1)[:, :, None]
-    return (weights.to(x.dtype).transpose(1, 2) @ x - shift).to(x.dtype)
+        z = probs.to(x.dtype).transpose(1, 2) @ x
+    else:
+        weights = probs * rstd
+        shift = (weights * mean).sum(1)[:, :, None]
+        z = (weights.to(x.dtype).transpose(1, 2) @ x - shift).to(x.dtype)
+    return (z, probs.sum(1)) if dropout_p else z
 
 
-def _fake_forward(x, q, mask, lengths, eps):
-    batch, length, dim = x.shape
-    stats = (batch, length) if eps is not None else (0,)
-    z = x.new_empty(batch, q.shape[-2], dim)
-    lse = x.new_empty(batch, q.shape[-2], dtype=torch.float32)
-    return z, lse, x.new_empty(stats, dtype=torch.float32), x.new_empty(stats, dtype=torch.float32)
+def _fake_forward(x, q, mask, lengths, eps, dropout_p, dropout_seed):
+    (batch, length, dim), rows = x.shape, q.shape[-2]
+    shapes = (batch, rows), *[(batch, length) if eps is not None else (0,)] * 2, (batch, rows) if dropout_p else (0,)
+    return x.new_empty(batch, rows, dim), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _fake_backward(dz, x, q, z, lse, mean, rstd, mask, lengths, need_dx):
+def _fake_backward(dz, dksum, x, q, z, lse, mean, rstd, ksum, mask, lengths, need_dx, dropout_p, dropout_seed):
     dx = x.new_empty(x.shape if need_dx else (0,))
     return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
 
 
 register(
     "query_pooling_fwd",
-    "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps) -> (Tensor z, Tensor lse, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p, Tensor? dropout_seed)"
+    " -> (Tensor z, Tensor lse, Tensor mean, Tensor rstd, Tensor ksum)",
     "query_pooling:forward",
     _fake_forward,
 )
 register(
     "query_pooling_bwd",
-    "(Tensor dz, Tensor x, Tensor q, Tensor z, Tensor lse, Tensor mean, Tensor rstd, Tensor? mask, Tensor? lengths, bool need_dx)"
-    " -> (Tensor dx, Tensor dq)",
+    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor lse, Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask,"
+    " Tensor? lengths, bool need_dx, float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
     "query_pooling:backward",
     _fake_backward,
 )
 
 
 class _PoolFused(torch.autograd.Function):
-    """The kernels under autograd: saves x, q, z and one number a row, never K, V, the logits or the probabilities."""
+    """The kernels under autograd: saves x, q, z and a number or two a row, never K, V, logits, probabilities or their mask."""
 
     @staticmethod
-    def forward(ctx, x, q, mask, lengths, eps):
-        ctx.q_dtype = q.dtype
+    def forward(ctx, x, q, mask, lengths, eps, dropout_p, seed):
+        ctx.q_dtype, ctx.dropout_p = q.dtype, dropout_p
         x = x if x.stride(-1) == 1 else x.contiguous()
         q = q.to(x.dtype).contiguous()
-        z, lse, mean, rstd = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps)
-        ctx.save_for_backward(x, q, z, lse, mean, rstd, mask, lengths)
-        return z
+        z, lse, mean, rstd, ksum = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
+        ctx.save_for_backward(x, q, z, lse, mean, rstd, ksum, mask, lengths, seed)
+        return (z, ksum) if dropout_p else z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dz):
-        x, q, z, lse, mean, rstd, mask, lengths = ctx.saved_tensors
+    def backward(ctx, dz, dksum=None):
+        *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
-        dx, dq = torch.ops.mmfused.query_pooling_bwd(dz.contiguous(), x, q, z, lse, mean, rstd, mask, lengths, need_dx)
-        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, None, None, None
+        dksum = None if dksum is None else dksum.contiguous()
+        dx, dq = torch.ops.mmfused.query_pooling_bwd(dz.contiguous(), dksum, *saved, need_dx, ctx.dropout_p, seed)
+        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 5
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -171,6 +179,7 @@ class _ZeroGradient(torch.autograd.Function):
 
 # The absorbed form is taken where its FLOPs are this many times fewer: bmm reaches the same rate as the projections on a CPU
 # (measured break-even: ratio 1.2); on a GPU the small row count keeps it from the GEMM's rate until a measurement says otherwise.
+# Dropout takes the projected form off torch's attention, which makes masks of its own; then fewer FLOPs are enough.
 _ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
@@ -182,14 +191,15 @@ def flops(batch: int, length: int, dim: int, queries: int, k_dim: int, v_dim: in
     return {"absorbed": absorbed, "projected": projected}
 
 
-def _cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int) -> str:
+def _cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int, dropout_p: float = 0.0) -> str:
     cost = flops(*x.shape, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
-    margin = _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
+    margin = 1.0 if dropout_p else _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if cost["absorbed"] * margin <= cost["projected"] else "projected"
 
 
 def _absorbed(
-    pool, x, queries, w_k, w_v, b_v, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps
+    pool, x, queries, w_k, w_v, b_v, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps, dropout_p,
+    dropout_seed,
 ):  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)  # weights are folded in float32 and rounded once
     # W_K goes into the queries. One set of queries: a small product, so in float32; per-sample queries: in the compute dtype.
@@ -198,7 +208,9 @@ def _absorbed(
     q = queries.to(fold).unflatten(-1, (num_heads, -1)).transpose(-2, -3)  # (..., h, L, dk)
     q = ((q * scale) @ w_k.unflatten(0, (num_heads, -1))).flatten(-3, -2)  # (..., R, D)
 
-    z = pool(x, q, key_padding_mask, lengths, None if norm_weight is None else norm_eps)  # (B, R, D)
+    eps = None if norm_weight is None else norm_eps
+    z = pool(x, q, key_padding_mask, lengths, eps, dropout_p, dropout_seed)  # (B, R, D)
+    z, ksum = z if dropout_p else (z, None)  # (B, R)
 
     if norm_weight is not None:
         if norm_bias is not None:
@@ -211,6 +223,9 @@ def _absorbed(
     out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
     if b_v is None:
         return out
+    if ksum is not None:
+        heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
+        return out + (heads * b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))).flatten(2).to(x.dtype)
     dead = dead_samples(key_padding_mask, lengths)
     return out + b_v.to(x.dtype) * (1 if dead is None else ~dead[:, None, None])
 
@@ -223,7 +238,8 @@ def dead_samples(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
 
 
 def _projected(
-    x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps
+    x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps, dropout_p,
+    dropout_seed,
 ):  # fmt: skip
     batch, length, dim = x.shape
     ignore = _ignored(batch, length, key_padding_mask, lengths, x.device)
@@ -235,6 +251,10 @@ def _projected(
     q = cast[0].expand(batch, *queries.shape[-2:]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k = F.linear(x, cast[1], cast[2]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     v = F.linear(x, cast[3], cast[4]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    if dropout_p:  # torch's attention would draw a mask of its own
+        probs = _masked_softmax(q @ k.transpose(-1, -2) * scale, None if ignore is None else ignore[:, None, None, :], -1)
+        probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p) / (1 - dropout_p)
+        return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     if ignore is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
     # A dead row attends to everything and is zeroed after: not every SDPA backend returns 0 and zero gradients for it.
@@ -262,6 +282,8 @@ def query_pooling(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     form: str = "auto",
 ) -> Tensor:
     """Pool tokens with learned queries: ``softmax(scale * Q K^T) V`` with ``K = x w_k^T + b_k`` and ``V = x w_v^T + b_v``.
@@ -276,6 +298,8 @@ def query_pooling(
             A sample without tokens gives 0 (not the value bias) with gradient 0; ignored tokens may hold NaN.
         norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections, folded into them. Folded, a token's
             mean cancels after the products: with a mean m times its spread, logits err about m times as much as without folding.
+        dropout_p: of the probabilities, those kept are divided by 1 - dropout_p. dropout_seed: () int64 tensor, None draws one from
+            the device's generator; a seed drops the same on every backend (``mmfused.testing.dropout_mask``).
         form: "absorbed" never materialises K or V; "projected" is the usual way, on torch's attention; "auto" compares FLOPs.
 
     Returns: (B, L, Dv) in the dtype of ``x`` (of autocast where it is on).
@@ -287,73 +311,25 @@ def query_pooling(
     args = (queries, w_k, w_v, b_v, b_k)
     options = dict(num_heads=num_heads, scale=scale, key_padding_mask=key_padding_mask, lengths=lengths)
     norm = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps)
+    dropout = dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
     cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if cast is not None and x.dtype != torch.float64:
         with no_autocast(x.device.type):  # weights are folded before they are rounded: this op casts for itself
-            return query_pooling(x.to(cast), *args, **options, **norm, form=form)
-    _check(x, *args, **options, norm_weight=norm_weight, norm_bias=norm_bias, form=form)
+            return query_pooling(x.to(cast), *args, **options, **norm, **dropout, form=form)
+    check(x, *args, **options, norm_weight=norm_weight, norm_bias=norm_bias, **dropout, form=form)
     no_kernel = ["form='projected' has no kernel of its own"] if form == "projected" else []
     chosen = choose("query_pooling", x.device, x.dtype, no_kernel)
+    if dropout_p and dropout_seed is None:
+        dropout["dropout_seed"] = draw_seed(x.device)
     if chosen == "reference":
         args = [None if t is None else t.to(x.dtype) for t in args]
         norm = {k: v.to(x.dtype) if isinstance(v, Tensor) else v for k, v in norm.items()}
-        return query_pooling_reference(x, *args, **options, **norm)
+        return query_pooling_reference(x, *args, **options, **norm, **dropout)
     options["scale"] = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else scale
     if form == "auto":
-        form = "absorbed" if current_backend() == "fused" else _cheaper_form(x, queries, w_k, w_v, num_heads)
+        form = "absorbed" if current_backend() == "fused" else _cheaper_form(x, queries, w_k, w_v, num_heads, dropout_p)
     if form == "projected":
-        return _projected(x, *args, **options, **norm)
+        return _projected(x, *args, **options, **norm, **dropout)
     pool = _PoolFused.apply if chosen == "fused" else _pool_composed
-    out = _absorbed(pool, x, *args[:4], **options, **norm)
+    out = _absorbed(pool, x, *args[:4], **options, **norm, **dropout)
     return out if b_k is None else _ZeroGradient.apply(out, b_k)
-
-
-def _check(x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, form):
-    op = "query_pooling"
-    floats = dict(x=x, queries=queries, w_k=w_k, w_v=w_v, b_v=b_v, b_k=b_k, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_tensors(op, **floats, key_padding_mask=key_padding_mask, lengths=lengths)
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64.")
-    takes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # master weights may stay in float32
-    for name, tensor in floats.items():
-        if tensor is not None and tensor.dtype not in takes:
-            raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}; it takes {' or '.join(sorted(map(str, takes)))}, as x has {x.dtype}."
-            )
-    if x.dim() != 3:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
-    if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != x.shape[0]):
-        raise ValueError(f"{op}: queries has shape {tuple(queries.shape)}; it takes (L, Dk) or ({x.shape[0]}, L, Dk).")
-    if w_v.dim() != 2:
-        raise ValueError(f"{op}: w_v has shape {tuple(w_v.shape)}; it takes (Dv, {x.shape[-1]}).")
-    k_dim, v_dim, dim = queries.shape[-1], w_v.shape[0], x.shape[-1]
-    expected = dict(w_k=(k_dim, dim), w_v=(v_dim, dim), b_v=(v_dim,), b_k=(k_dim,), norm_weight=(dim,), norm_bias=(dim,))
-    for name, shape in expected.items():
-        if floats[name] is not None and floats[name].shape != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(floats[name].shape)}; it takes {shape}.")
-    if num_heads < 1 or k_dim % num_heads or v_dim % num_heads:
-        raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide Dk = {k_dim} and Dv = {v_dim}.")
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both.")
-    if form not in FORMS:
-        raise ValueError(f"{op}: form is {form!r}; it takes one of {', '.join(FORMS)}.")
-    _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
-
-
-def _check_padding(op: str, batch: int, length: int, mask: Tensor | None, lengths: Tensor | None) -> None:
-    if mask is not None and lengths is not None:
-        raise ValueError(f"{op}: key_padding_mask and lengths are both given; it takes one of them.")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: key_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token.")
-        if mask.shape != (batch, length):
-            raise ValueError(f"{op}: key_padding_mask has shape {tuple(mask.shape)}; it takes {(batch, length)}.")
-    if lengths is not None:
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64.")
-        if lengths.shape != (batch,):
-            raise ValueError(f"{op}: lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
-        check_value(
-            lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            f"{op}: lengths holds a value outside [0, N]; it takes the number of tokens to keep, N = x.shape[1] at most.",
-        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...library import current_backend, no_autocast
+from .checks import check_dropout
 from .function import dead_samples, query_pooling
 
 
@@ -18,16 +19,21 @@ class QueryPooling(nn.Module):
         kv_dim: width of the tokens, default ``dim``.
         q_proj, out_proj: project the queries before, the pooled heads after (both, with ``bias``: as nn.MultiheadAttention).
         bias: biases of the projections.  norm_kv: LayerNorm over the tokens, folded into the projections.
+        dropout: of the attention probabilities, in training.
 
     A sample without tokens gives 0, whatever the biases.
     """
 
-    def __init__(self, dim, num_queries, num_heads=1, *, kv_dim=None, q_proj=False, out_proj=False, bias=False, norm_kv=False):
+    def __init__(
+        self, dim, num_queries, num_heads=1, *, kv_dim=None, q_proj=False, out_proj=False, bias=False, norm_kv=False, dropout=0.0
+    ):  # fmt: skip
         super().__init__()
+        check_dropout("QueryPooling", "dropout", dropout)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"QueryPooling: num_heads is {num_heads}; it must be positive and divide dim = {dim}.")
         kv_dim = dim if kv_dim is None else kv_dim
         self.dim, self.num_queries, self.num_heads, self.kv_dim = dim, num_queries, num_heads, kv_dim
+        self.dropout = dropout
         self.queries = None if num_queries is None else nn.Parameter(torch.randn(num_queries, dim))
         self.q_proj = nn.Linear(dim, dim, bias=bias) if q_proj else None
         self.k_proj = nn.Linear(kv_dim, dim, bias=bias)
@@ -42,6 +48,7 @@ class QueryPooling(nn.Module):
         queries: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L, dim) or (B, L, dim) for its own."""
         queries = self.queries if queries is None else queries
@@ -55,7 +62,7 @@ class QueryPooling(nn.Module):
             x, queries if self.q_proj is None else self.q_proj(queries), self.k_proj.weight, w_v, b_v, self.k_proj.bias,
             num_heads=self.num_heads, key_padding_mask=key_padding_mask, lengths=lengths,
             norm_weight=None if norm is None else norm.weight, norm_bias=None if norm is None else norm.bias,
-            norm_eps=1e-5 if norm is None else norm.eps,
+            norm_eps=1e-5 if norm is None else norm.eps, dropout_p=self._dropout_p(), dropout_seed=dropout_seed,
         )  # fmt: skip
         if self.out_proj is None or fold:
             return out
@@ -64,8 +71,15 @@ class QueryPooling(nn.Module):
         return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
 
     def _folds_out_proj(self, rows: int) -> bool:
-        """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled rows than dim."""
-        return self.out_proj is not None and self.num_heads == 1 and rows > self.dim and current_backend() != "reference"
+        """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled rows than dim.
+
+        Not under dropout, where b_V counts as often as probabilities are kept, and b_O once.
+        """
+        many = self.num_heads == 1 and rows > self.dim and not self._dropout_p()
+        return self.out_proj is not None and many and current_backend() != "reference"
+
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _value_to_output(self) -> tuple[Tensor, Tensor | None]:
         with no_autocast(self.out_proj.weight.device.type):  # fold first, round once
@@ -73,7 +87,8 @@ class QueryPooling(nn.Module):
             return w, None if self.v_proj.bias is None else self.out_proj.weight @ self.v_proj.bias + self.out_proj.bias
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, num_queries={self.num_queries}, num_heads={self.num_heads}, kv_dim={self.kv_dim}"
+        names = ("num_queries", "num_heads", "kv_dim", "dropout")
+        return ", ".join([str(self.dim), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
 class QTransform(nn.Module):
@@ -82,7 +97,8 @@ class QTransform(nn.Module):
         q = LN(q + Drop(MHA(q, x, x)));   q = LN(q + Drop(FFN(q)))     (the blocks are the public code's; the paper gives the MHA)
 
     The tokens x (B, N, dim) stay as they are from block to block. ``ffn``: hidden width, default 4 * dim. ``dropout`` acts on the
-    outputs of the pooling and of the FFN. Returns (B, num_queries, dim); a sample without tokens keeps its queries, normalised.
+    attention probabilities, and on the outputs of the pooling and of the FFN (the public code's). Returns (B, num_queries, dim); a
+    sample without tokens keeps its queries, normalised.
     """
 
     def __init__(self, dim, num_queries, depth=1, num_heads=1, *, ffn=None, dropout=0.0):
@@ -102,7 +118,7 @@ class QTransform(nn.Module):
 class _QTransformBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn: int, dropout: float):
         super().__init__()
-        self.pool = QueryPooling(dim, None, num_heads, q_proj=True, out_proj=True, bias=True)
+        self.pool = QueryPooling(dim, None, num_heads, q_proj=True, out_proj=True, bias=True, dropout=dropout)
         self.norm_pool = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
         self.norm_ffn = nn.LayerNorm(dim)

@@ -1,0 +1,154 @@
+"""Backward of the attention of both directions. With P the probabilities, K the dropout's mask over 1 - p (or 1), dP = K (dO V^T):
+
+    delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (K P)^T dO
+
+No atomics: one program owns BM queries of a head, in another launch one owns BN keys, and goes through all that meet them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles import LOG2E, dot, philox_keep
+from .attend import load_head, place, store_head
+from .tokens import key_span, listened, listened_span, pick
+
+
+@triton.jit
+def _tile(
+    q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
+    H: tl.constexpr, DH: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BH: tl.constexpr, IGNORE: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """P and dP of the queries at hand and the keys from ``start``, and these keys."""
+    j = start + tl.arange(0, BN)
+    k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
+    v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+    keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+    s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
+    weight = tl.where(keep[None, :], tl.exp2(s * (scale * LOG2E) - lse[:, None]), 0.0)
+    d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
+    if DROPOUT:
+        d_weight = tl.where(philox_keep(tl.load(seed_ptr), lse_at, start, p, 2 * direction, BN), d_weight / (1.0 - p), 0.0)
+    return weight, d_weight, k
+
+
+@triton.jit
+def d_query_kernel(
+    projected0_ptr, projected1_ptr, attended0_ptr, attended1_ptr, d_attended0_ptr, d_attended1_ptr, lse0_ptr, lse1_ptr,
+    delta0_ptr, delta1_ptr, d_projected0_ptr, d_projected1_ptr,
+    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
+    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (directions * B * H * tiles,). dQ of BM queries, and their delta; 0 where there is nothing to read.
+    EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 / sum P behind it, so that dS sums to 0 and P to
+    1 to the last digit; with 16 bits the rounding of dS hides what O and lse have lost."""
+    direction, b, head, tile = place(tiles, H, B)
+    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    back = direction == 1
+    N = pick(back, N0, N1)
+    M = pick(back, N1, N0)
+    first = tile * BM
+    n = first + tl.arange(0, BM)
+    if first < N:
+        lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+        if IGNORE != 0:
+            asks, past = listened_span(direction, b, N, who, IGNORE)
+            hi = tl.where((first < past) & (first + BM > asks), hi, lo)
+        acc = tl.zeros([BM, BH], tl.float32)
+        if lo < hi:
+            k_ptr = pick(back, projected1_ptr, projected0_ptr)
+            delta_ptr = pick(back, delta0_ptr, delta1_ptr)
+            rows = b * N + n
+            lse_at = (b * H + head) * N + n
+            q = load_head(pick(back, projected0_ptr, projected1_ptr), rows, n < N, head * DH, WQ, DH, BH)
+            do = load_head(pick(back, d_attended0_ptr, d_attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
+            o = load_head(pick(back, attended0_ptr, attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
+            lse = tl.load(pick(back, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf"))
+            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+            if EXACT:
+                total = tl.zeros([BM], tl.float32)
+                delta = tl.zeros([BM], tl.float32)
+                for start in range(lo // BN * BN, hi, BN):
+                    weight, d_weight = _tile(
+                        q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
+                        H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
+                    )[:2]  # fmt: skip
+                    total += tl.sum(weight, 1)
+                    delta += tl.sum(weight * d_weight, 1)
+                delta = delta / total
+                tl.store(delta_ptr + (B * N).to(tl.int64) * H + lse_at, 1.0 / total, mask=n < N)
+            tl.store(delta_ptr + lse_at, delta, mask=n < N)
+            for start in range(lo // BN * BN, hi, BN):
+                weight, d_weight, k = _tile(
+                    q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
+                    H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
+                )  # fmt: skip
+                ds = weight * (d_weight - delta[:, None])
+                if EXACT:
+                    ds = ds / total[:, None]
+                acc = dot(ds.to(k.dtype), k, acc, UPCAST)
+        d_q_ptr = pick(back, d_projected0_ptr, d_projected1_ptr)
+        store_head(d_q_ptr, acc * scale, b * N + n, n < N, head * DH, WQ, DH, BH)
+
+
+@triton.jit
+def d_key_kernel(
+    projected0_ptr, projected1_ptr, d_attended0_ptr, d_attended1_ptr, lse0_ptr, lse1_ptr,
+    delta0_ptr, delta1_ptr, d_projected0_ptr, d_projected1_ptr,
+    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
+    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (directions * B * H * tiles,). dK and dV of BN keys; 0 for keys that nobody reads. Tiles are kept keys first."""
+    direction, b, head, tile = place(tiles, H, B)
+    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    back = direction == 1
+    N = pick(back, N0, N1)
+    M = pick(back, N1, N0)
+    start = tile * BN
+    j = start + tl.arange(0, BN)
+    if start < M:
+        lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+        dk = tl.zeros([BN, BH], tl.float32)
+        dv = tl.zeros([BN, BH], tl.float32)
+        if (start < hi) & (start + BN > lo):
+            asks, past = listened_span(direction, b, N, who, IGNORE)
+            q_ptr = pick(back, projected0_ptr, projected1_ptr)
+            k_ptr = pick(back, projected1_ptr, projected0_ptr)
+            do_ptr = pick(back, d_attended0_ptr, d_attended1_ptr)
+            lse_ptr = pick(back, lse0_ptr, lse1_ptr)
+            delta_ptr = pick(back, delta0_ptr, delta1_ptr)
+            k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
+            v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+            keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+            if DROPOUT:
+                seed = tl.load(seed_ptr)
+            for first in range(asks // BM * BM, past, BM):
+                n = first + tl.arange(0, BM)
+                ok = (n >= asks) & (n < past)
+                lse_at = (b * H + head) * N + n
+                q = load_head(q_ptr, b * N + n, ok, head * DH, WQ, DH, BH)
+                do = load_head(do_ptr, b * N + n, ok, head * DH, H * DH, DH, BH)
+                lse = tl.load(lse_ptr + lse_at, mask=ok, other=float("inf"))
+                delta = tl.load(delta_ptr + lse_at, mask=ok, other=0.0)
+                s = dot(k, tl.trans(q), tl.zeros([BN, BM], tl.float32), UPCAST)
+                weight = tl.where(keep[:, None], tl.exp2(s * (scale * LOG2E) - lse[None, :]), 0.0)
+                if EXACT:
+                    weight *= tl.load(delta_ptr + (B * N).to(tl.int64) * H + lse_at, mask=ok, other=0.0)[None, :]
+                d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)
+                ds = weight
+                if DROPOUT:
+                    kept = tl.trans(philox_keep(seed, lse_at, start, p, 2 * direction, BN).to(tl.int8)) != 0
+                    d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
+                    weight = tl.where(kept, weight / (1.0 - p), 0.0)
+                ds = ds * (d_weight - delta[None, :])
+                dv = dot(weight.to(do.dtype), do, dv, UPCAST)
+                dk = dot(ds.to(q.dtype), q, dk, UPCAST)
+        d_k_ptr = pick(back, d_projected1_ptr, d_projected0_ptr)
+        store_head(d_k_ptr, dk * scale, b * M + j, j < M, FIRST_KEY + head * DH, WK, DH, BH)
+        store_head(d_k_ptr, dv, b * M + j, j < M, FIRST_KEY + (H + head) * DH, WK, DH, BH)

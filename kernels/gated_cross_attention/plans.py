@@ -1,0 +1,63 @@
+"""Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
+
+Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A product's BM rows by BN columns, BK at a time; in attention BM queries by BN keys."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``product``: with any weight but the projections' own. ``together``: out-projection and blend, as one launch (else None)."""
+
+    project: Tile
+    attend: Tile
+    d_query: Tile
+    d_key: Tile
+    product: Tile
+    rows: Tile  # whole rows of BN columns
+    together: Tile | None
+    partials: int = 256  # partial sums of the norms' gradients: fixed, so that the sum does not depend on the card
+
+
+def power(n: int) -> int:
+    """Columns of a tile that holds n: a power of two, 16 at least for the matrix instructions."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
+    widest = power(max(dim, context_dim))
+    rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
+    warps = 4 if head_dim <= 64 else 8
+    if dtype == torch.float32:  # multiplied without matrix instructions, which costs registers
+        tile = Tile(32, 32, 32, 4, 2)
+        attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
+        return Plan(tile, attend, attend, attend, tile, rows, tile if dim <= 256 else None)
+    hopper = arch in (90, 100, 103)  # others multiply out of registers, and some have 99 KB of shared memory
+    project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
+    attend = Tile(64, 64, 0, warps, 2)
+    d_query = attend if head_dim <= (64 if hopper else 32) else Tile(32, 64, 0, 4, 2)
+    d_key = Tile(32, 64, 0, 4 if head_dim <= (64 if hopper else 32) else 8, 2)
+    product, together = Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
+    # Rows and heads that begin at odd places are loaded number by number, and each takes an address.
+    if head_dim % 8:
+        attend = d_query = d_key = Tile(32, 32, 0, warps, 1)
+    if dim % 8 or context_dim % 8:
+        project = product = together = Tile(32, 64, 32, 4, 2)
+    return Plan(project, attend, d_query, d_key, product, rows, together if dim <= 256 else None)

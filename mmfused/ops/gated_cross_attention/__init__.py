@@ -1,0 +1,15 @@
+"""Gated cross-attention: two modalities read each other, a gate decides how much stays, a missing one costs nothing."""
+
+from .function import bidirectional_gated_cross_attention, gated_cross_attention
+from .modules import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, pack_passes
+from .reference import CrossAttentionWeights
+
+__all__ = [
+    "BidirectionalGatedCrossAttention",
+    "CrossAttentionWeights",
+    "GatedCrossAttention",
+    "TokenGate",
+    "bidirectional_gated_cross_attention",
+    "gated_cross_attention",
+    "pack_passes",
+]

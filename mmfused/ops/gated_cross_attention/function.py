@@ -1,0 +1,298 @@
+"""Gated cross-attention: one modality reads another, and a gate decides how much of it to keep (UniECS; UniCA without the gate).
+
+    A = Drop( MHA(q = LN_x(x), k = v = LN_c(context), dropout on the probabilities) W_o^T + b_o )
+    g = sigmoid( [x ; A ; e] W_g^T + b_g )         e = 1 where the context is there, 0 where it is missing
+    out = g * A + (1 - g) * x                      x un-normalised; a gate per channel, or one per token
+
+Both directions of a pair, a reads b and b reads a, both old, run in the same launches. The kernels normalise tokens as they load
+them for the projections (one product per modality: queries of its own direction, keys and values of the other), attend where there
+is something to attend to, and end with output projection, dropout, gate and blend together. The gate sees no concatenation:
+[x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e. FLOPs of a sample, both directions: 12 (N_a + N_b) D^2 + 8 N_a N_b D forward, twice
+that backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...random import draw_seed, keep_mask
+from .checks import check
+from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, stays
+
+FIELDS = len(CrossAttentionWeights._fields)
+
+
+def _attend_composed(
+    x: Side, context: Side, w: CrossAttentionWeights, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p,
+    dropout_seed, stream,
+) -> Tensor:  # fmt: skip
+    """As the reference, with one product for keys and values, torch's attention, and no concatenation for the gate."""
+    batch, _, dim = x.tokens.shape
+    masked = context.ignore is not None or context.absent is not None
+    keys, ignore = read_keys(context, missing, collapse=dropout_p == 0)
+    unchanged = stays(x, context, missing)
+    tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
+
+    def normed(y, norm):
+        return F.layer_norm(y, y.shape[-1:], *norm, norm_eps) if pre_norm else y
+
+    q = F.linear(normed(tokens, x.norm), w.w_q, w.b_q)
+    biases = [w.w_k.new_zeros(dim) if b is None else b for b in (w.b_k, w.b_v)]
+    k, v = F.linear(normed(keys, context.norm), torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
+    q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+    attended = _attention(q, k, v, ignore if masked else None, dropout_p, dropout_seed, 2 * stream)
+    attended = F.linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    if masked or not context.tokens.shape[1]:
+        attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
+    if dropout_p:
+        attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
+    if gate == "none":
+        out = tokens + attended
+        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+    else:
+        logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
+        if indicator:
+            logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
+        out = tokens + logits.sigmoid() * (attended - tokens)
+    return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def _attention(q, k, v, ignore, dropout_p, dropout_seed, stream) -> Tensor:
+    if dropout_p == 0:
+        if ignore is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        # A dead row attends to everything and is zeroed after: not every SDPA backend returns 0 and zero gradients for it.
+        attend = ~(ignore & ~ignore.all(1, keepdim=True))[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None])
+    return (probs * keep_mask(dropout_seed, probs.shape, dropout_p, stream) / (1 - dropout_p)).to(v.dtype) @ v
+
+
+# ---- the kernels under autograd -------------------------------------------------------------------------------------------------
+
+# Lists, for one direction or two: tokens and what goes with them by side (the first side asks in the first direction, the other in
+# the second), weights flat, FIELDS of each direction. None cannot be in a list of tensors: an empty tensor stands for it.
+_LISTS = "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] absents, Tensor[] weights, Tensor[] flags"
+_OPTIONS = "int num_heads, str gate, str missing, bool pre_norm, float norm_eps, float dropout_p, Tensor? dropout_seed"
+
+
+def _widths(directions: int, dim: int) -> tuple[int, int]:
+    """Columns of each side's projections: queries, or keys and values, or with two directions all three."""
+    return (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
+
+
+def _fake_forward(tokens, norms, ignores, absents, weights, flags, num_heads, gate, missing, pre_norm, norm_eps, dropout_p, seed):
+    directions, dim = len(weights) // FIELDS, tokens[0].shape[-1]
+    asking = tokens[:directions]
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in asking]
+    projected = [x.new_empty(*x.shape[:2], width) for x, width in zip(tokens, _widths(directions, dim), strict=True)]
+    moments = [x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in tokens]
+    attended = [x.new_empty(x.shape) for x in asking]
+    lse = [x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in asking]
+    kept = [x.new_empty(x.shape) for x in asking]
+    return [*outs, *projected, *moments, *attended, *lse, *kept]
+
+
+def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, saved, *options):
+    wide = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
+    return wide + [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*norms, *weights)]
+
+
+register("gated_cross_attention_fwd", f"({_LISTS}, {_OPTIONS}) -> Tensor[]", "gated_cross_attention:forward", _fake_forward)
+register(
+    "gated_cross_attention_bwd",
+    f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
+    "gated_cross_attention:backward",
+    _fake_backward,
+)
+
+
+class _Fused(torch.autograd.Function):
+    """Saves tokens, projections, the attention's output and what it became after W_o and dropout: no probabilities, no gate."""
+
+    @staticmethod
+    def forward(ctx, options, directions, *flat):
+        ctx.options, ctx.directions = options, directions
+        lists = _split(flat, directions)
+        seed = flat[-1]
+        results = torch.ops.mmfused.gated_cross_attention_fwd(*lists, *options, seed)
+        ctx.save_for_backward(*flat, *results[directions:])
+        ctx.inputs = len(flat)
+        return tuple(results[:directions])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outs):
+        tensors = ctx.saved_tensors  # once: a checkpoint unpacks them once
+        flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
+        lists, seed = _split(flat, ctx.directions), flat[-1]
+        gradients = torch.ops.mmfused.gated_cross_attention_bwd(
+            [d.contiguous() for d in d_outs], *lists, list(saved), *ctx.options, seed
+        )
+        tokens, rest = gradients[:2], gradients[2:]
+        norms, weights = rest[:4], rest[4:]
+        full = [*tokens, *norms, *[None] * 4, *weights, *[None] * ctx.directions, None]
+        return None, None, *(g if need else None for g, need in zip(full, ctx.needs_input_grad[2:], strict=True))
+
+
+def _split(flat, directions):
+    """tokens (2), norms (4), ignores (2), absents (2), weights, flags, seed."""
+    ends = [2, 6, 8, 10, 10 + FIELDS * directions, 10 + (FIELDS + 1) * directions]
+    return [list(flat[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _attend_fused(sides, directions, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p, dropout_seed):
+    tokens = [side.tokens if side.tokens.stride(-1) == 1 else side.tokens.contiguous() for side in sides]
+    none = tokens[0].new_empty(0)
+    no_flag = none.bool()
+    norms = [none if side.norm is None else part for side in sides for part in (side.norm or (none, none))]
+    ignores = [no_flag if side.ignore is None else side.ignore.contiguous() for side in sides]
+    absents = [no_flag if side.absent is None else side.absent for side in sides]
+    weights = [none if weight is None else weight.contiguous() for w in directions for weight in w]
+    like, batch = tokens[0].new_empty(0, dtype=torch.float32), tokens[0].shape[0]
+    flags = [flag_of(sides[1 - i], batch, indicator, like) if indicator else like for i in range(len(directions))]
+    options = (num_heads, gate, missing, pre_norm, norm_eps, dropout_p)
+    return _Fused.apply(options, len(directions), *tokens, *norms, *ignores, *absents, *weights, *flags, dropout_seed)
+
+
+# ---- the functions --------------------------------------------------------------------------------------------------------------
+
+
+def gated_cross_attention(
+    x: Tensor,
+    context: Tensor,
+    weights: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    norm_x: tuple[Tensor, Tensor] | None = None,
+    norm_context: tuple[Tensor, Tensor] | None = None,
+    gate: str = "channel",
+    indicator: bool | str = True,
+    missing: str = "skip",
+    pre_norm: bool = True,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    context_key_padding_mask: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+    context_present: Tensor | None = None,
+) -> Tensor:
+    """Let x (B, N, D) read context (B, M, Dc) and blend in, by a gate, what it read; returns x' (B, N, D).
+
+    Args:
+        weights: a :class:`CrossAttentionWeights`; D divides by ``num_heads``.
+        norm_x, norm_context: weight and bias of a LayerNorm over the tokens; with ``pre_norm`` both, else norm_x alone, which then
+            normalises the sum: ``norm_x(x + A)``, only with ``gate="none"``.
+        gate: "channel", w_g (D, 2D + 1); "token", w_g (1, 2D + 1), a scalar a token; "none", ``x + A``.
+        indicator: the gate sees whether the context is there, one column of w_g; "batch": one flag for the whole batch, 1 if any
+            sample's is (UniECS's released code); False: w_g has 2D columns.
+        missing: what a sample gets whose context is absent or has no token that may be read:
+            "skip" x, unchanged, and no work is done; the context may hold NaN. "zero" A = 0, and the gate acts. "attend" it reads
+            the tokens as they stand. "constant" the same, where the caller knows them to be equal to the first that may be read:
+            without dropout that one is read alone.
+        dropout_p: of the probabilities and of A. dropout_seed: () int64 tensor, None draws one from the device's generator; a seed
+            drops the same elements on every backend (``mmfused.testing.dropout_mask``).
+        context_key_padding_mask: (B, M) bool, True = ignore the token, or context_lengths: (B,) int, keep the first; not both.
+            Ignored tokens may hold NaN. context_present: (B,) bool, default all.
+
+    Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
+
+    Source: UniECS (arXiv 2508.13843), its released EnhancedCrossModalAttention; UniCA (arXiv 2606.28350) as ``pre_norm=False``.
+    """
+    sides = (x, norm_x, None, None, None), (context, norm_context, context_key_padding_mask, context_lengths, context_present)
+    return _run(
+        "gated_cross_attention", ("x", "context"), sides, [weights], num_heads=num_heads, gate=gate, indicator=indicator,
+        missing=missing, pre_norm=pre_norm, norm_eps=norm_eps, dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )[0]  # fmt: skip
+
+
+def bidirectional_gated_cross_attention(
+    a: Tensor,
+    b: Tensor,
+    to_a: CrossAttentionWeights,
+    to_b: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    norm_a: tuple[Tensor, Tensor] | None = None,
+    norm_b: tuple[Tensor, Tensor] | None = None,
+    gate: str = "channel",
+    indicator: bool | str = True,
+    missing: str = "skip",
+    pre_norm: bool = True,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    a_key_padding_mask: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    a_present: Tensor | None = None,
+    b_key_padding_mask: Tensor | None = None,
+    b_lengths: Tensor | None = None,
+    b_present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """a (B, N, D) reads b (B, M, D) with ``to_a``, b reads a with ``to_b``, both as they were; returns (a', b').
+
+    As :func:`gated_cross_attention` twice, in the same launches. A token that its own side's mask ignores comes back unchanged, and
+    with ``missing="skip"`` both sides do where either is absent. norm_a and norm_b serve both directions.
+    """
+    sides = (a, norm_a, a_key_padding_mask, a_lengths, a_present), (b, norm_b, b_key_padding_mask, b_lengths, b_present)
+    outs = _run(
+        "bidirectional_gated_cross_attention", ("a", "b"), sides, [to_a, to_b], num_heads=num_heads, gate=gate, indicator=indicator,
+        missing=missing, pre_norm=pre_norm, norm_eps=norm_eps, dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    return outs[0], outs[1]
+
+
+def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
+    check(op, names, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
+    device, dtype = given[0][0].device, given[0][0].dtype
+    cast = autocast_dtype(device.type)
+    dtype = dtype if cast is None or dtype == torch.float64 else cast
+    sides = [_side(tokens.to(dtype), *rest) for tokens, *rest in given]
+    if dropout_p and dropout_seed is None:
+        dropout_seed = draw_seed(device)
+    options |= dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
+    with no_autocast(device.type):
+        directions = [CrossAttentionWeights(*(None if t is None else t.to(dtype) for t in w)) for w in directions]
+        chosen = choose(op, device, dtype)
+        if chosen == "fused":
+            return _attend_fused(sides, directions, **options)
+        if chosen == "reference":
+            return _each(attend_reference, sides, directions, options)
+        keep = _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
+        if keep is None:
+            return _each(_attend_composed, sides, directions, options)
+        picked = [Side(*(p if p is None or isinstance(p, tuple) else p[keep] for p in side)) for side in sides]
+        outs = _each(_attend_composed, picked, directions, options)
+        return [side.tokens.index_copy(0, keep, out) for side, out in zip(sides, outs, strict=False)]
+
+
+def _each(attend, sides: list[Side], directions: list[CrossAttentionWeights], options: dict) -> list[Tensor]:
+    pairs = ((sides[0], sides[1]), (sides[1], sides[0]))
+    return [attend(*pair, w, **options, stream=i) for i, (pair, w) in enumerate(zip(pairs, directions, strict=False))]
+
+
+def _worth_gathering(sides: list[Side], missing: str, dropout_p: float) -> Tensor | None:
+    """On a CPU, where nothing has to wait for it, the samples that "skip" does not skip; None where there is nothing to skip.
+    Under dropout the elements are drawn by sample, so all stay where they are."""
+    absents = [side.absent for side in sides if side.absent is not None]
+    if missing != "skip" or dropout_p or not absents or absents[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    absent = torch.stack(absents).any(0)
+    return (~absent).nonzero()[:, 0] if absent.any() else None
+
+
+def _side(tokens: Tensor, norm, mask: Tensor | None, lengths: Tensor | None, present: Tensor | None) -> Side:
+    """Mask and lengths as one mask; absent where the flag says so or nothing may be read."""
+    ignore = mask
+    if lengths is not None:
+        ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    absents = [] if present is None else [~present]
+    if ignore is not None:
+        absents.append(ignore.all(1))
+    absent = torch.stack(absents).any(0) if absents else None
+    norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)
+    return Side(tokens, norm, ignore, absent)

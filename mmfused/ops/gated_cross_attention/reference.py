@@ -1,0 +1,117 @@
+"""Gated cross-attention: the equations, and what each missing mode means. One line per rule, any floating dtype, any device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...random import keep_mask
+
+
+class CrossAttentionWeights(NamedTuple):
+    """One direction's parameters, laid out as ``nn.Linear``'s; every bias may be None."""
+
+    w_q: Tensor  # (D, D), of the tokens that ask
+    w_k: Tensor  # (D, Dc), of the context
+    w_v: Tensor  # (D, Dc)
+    w_o: Tensor  # (D, D)
+    w_g: Tensor | None = None  # (D or 1, 2D or 2D + 1): columns for x, for A and for the indicator; None without a gate
+    b_q: Tensor | None = None  # (D,)
+    b_k: Tensor | None = None
+    b_v: Tensor | None = None
+    b_o: Tensor | None = None
+    b_g: Tensor | None = None  # (D,) or (1,)
+
+
+class Side(NamedTuple):
+    """Tokens of one modality: (B, N, D), its norm's weight and bias (None without), what to ignore (B, N), who is absent (B,)."""
+
+    tokens: Tensor
+    norm: tuple[Tensor, Tensor] | None
+    ignore: Tensor | None
+    absent: Tensor | None  # present flags and masks taken together; None: nobody
+
+
+def attend_reference(
+    x: Side, context: Side, weights: CrossAttentionWeights, *, num_heads: int, gate: str, indicator, missing: str, pre_norm: bool,
+    norm_eps: float, dropout_p: float, dropout_seed: Tensor | None, stream: int,
+) -> Tensor:  # fmt: skip
+    """x' of one direction. ``stream``: 0 or 1, so that two directions of one seed drop different elements."""
+    w = weights
+    batch, length, dim = x.tokens.shape
+    keys, ignore = read_keys(context, missing, collapse=dropout_p == 0)
+    unchanged = stays(x, context, missing)
+    # A token that stays as it is may hold NaN.
+    tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
+
+    def normed(y, norm):
+        return F.layer_norm(y, y.shape[-1:], *norm, norm_eps) if pre_norm else y
+
+    def heads(y, weight, bias):
+        return F.linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
+
+    keys = normed(keys, context.norm)
+    q, k, v = heads(normed(tokens, x.norm), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
+    probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, ignore[:, None, None])
+    if dropout_p:
+        probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
+    attended = F.linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)  # nothing to attend to: 0, without the bias
+    if dropout_p:
+        attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
+
+    if gate == "none":
+        out = tokens + attended
+        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+    else:
+        parts = [tokens, attended]
+        if indicator:
+            parts.append(flag_of(context, batch, indicator, tokens)[:, None, None].expand(batch, length, 1))
+        g = F.linear(torch.cat(parts, -1), w.w_g, w.b_g).sigmoid()  # (B, N, D) or (B, N, 1)
+        out = g * attended + (1 - g) * tokens
+    return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def flag_of(context: Side, batch: int, indicator: bool | str, like: Tensor) -> Tensor:
+    """e (B,): 1 where the context is there; "batch": where any sample's is."""
+    if context.absent is None:
+        return like.new_ones(batch)
+    there = ~context.absent
+    return (there.any().expand(batch) if indicator == "batch" else there).to(like.dtype)
+
+
+def stays(x: Side, context: Side, missing: str) -> Tensor | None:
+    """(B, N): tokens that come back unchanged: what their own mask ignores, and with "skip" samples that lack either side."""
+    batch, length = x.tokens.shape[:2]
+    masks = [] if x.ignore is None else [x.ignore]
+    if missing == "skip":
+        masks += [absent[:, None].expand(batch, length) for absent in (x.absent, context.absent) if absent is not None]
+    return torch.stack(masks).any(0) if masks else None
+
+
+def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tensor]:
+    """The context's tokens with 0 in place of those that nobody may read, and which these are (B, M)."""
+    batch, length = context.tokens.shape[:2]
+    ignore = context.ignore
+    if ignore is None:
+        ignore = torch.zeros(batch, length, dtype=torch.bool, device=context.tokens.device)
+    if context.absent is not None:
+        absent = context.absent[:, None]
+        if missing in ("skip", "zero"):
+            ignore = ignore | absent
+        if missing == "constant" and collapse:  # all tokens of an absent sample are equal: the first that may be read says it all
+            first = (~ignore).to(torch.int32).cumsum(1) == 1
+            ignore = torch.where(absent, ~first | ignore, ignore)
+    return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
+
+
+def masked_softmax(logits: Tensor, ignore: Tensor | None) -> Tensor:
+    """At least in float32; a row with nothing left is all zeros, and so is its gradient."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if ignore is None:
+        return logits.softmax(-1, dtype=dtype)
+    floor = torch.finfo(dtype).min
+    return logits.to(dtype).masked_fill(ignore, floor).softmax(-1).masked_fill(ignore, 0.0)

@@ -1,0 +1,74 @@
+"""Inputs for the tests of the kernels of gated cross-attention, and how a case is run."""
+
+import torch
+from torch import nn
+
+import mmfused
+from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+
+# name -> (B, N, M, D, heads, width of the context where one direction is run): odd on purpose
+SHAPES = {
+    "odd": (4, 9, 11, 70, 2, 70),
+    "narrow": (4, 6, 7, 20, 2, 36),
+    "several tiles": (2, 67, 35, 16, 1, 16),
+    "many keys": (2, 5, 131, 16, 1, 24),
+    "head dim 96": (3, 7, 6, 192, 2, 192),
+    "wide": (3, 7, 6, 264, 2, 264),
+}
+
+
+def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **options):
+    """A module with every parameter random, and its inputs; ``masks``: "mixed", "present" or "none"."""
+    batch, n, m, dim, heads, context = SHAPES[shape]
+    if both:
+        module = BidirectionalGatedCrossAttention(dim, heads, **options)
+    else:
+        module = GatedCrossAttention(dim, heads, context_dim=context, **options)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=dim**-0.5 if parameter.dim() > 1 else 0.5)
+    inputs = [torch.randn(batch, n, dim), torch.randn(batch, m, dim if both else context)]
+    present = torch.arange(batch) != batch - 2, torch.arange(batch) != 0
+    second = "b" if both else "context"
+    extra = {}
+    if masks != "none":
+        extra[f"{second}_present"] = present[1]
+        if both:
+            extra["a_present"] = present[0]
+    if masks == "mixed":
+        ignore = torch.rand(batch, m) < 0.3
+        ignore[-1, : m - m // 3] = True  # padded on the left
+        ignore[0, 0] = True  # the first token that an absent context still offers is its second
+        extra[f"{second}_key_padding_mask"] = ignore
+        if both:
+            extra["a_lengths"] = torch.randint(1, n + 1, (batch,))
+    extra = {name: value.to(DEVICE) for name, value in extra.items()}
+    return module.to(DEVICE, dtype), [x.to(DEVICE, dtype).requires_grad_() for x in inputs], extra
+
+
+def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
+    """Outputs and the gradients of tokens and parameters, by name."""
+    dtype = dtype or inputs[0].dtype
+    module = module.to(dtype)
+    leaves = [x.detach().to(dtype).requires_grad_() if x.dtype != dtype else x.detach().requires_grad_() for x in inputs]
+    with mmfused.backend(backend):
+        outs = module(*leaves, **extra, dropout_seed=torch.tensor(seed, device=DEVICE))
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    named = {"x0": leaves[0], "x1": leaves[1]} | dict(module.named_parameters())
+    upstream = [torch.ones_like(out) for out in outs] if upstream is None else [u.to(dtype) for u in upstream]
+    gradients = torch.autograd.grad(outs, list(named.values()), upstream[: len(outs)])
+    results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
+    results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
+    # One number's error is a matter of luck: a token gate's bias is measured as a column of its weight.
+    for name in [name for name, gradient in results.items() if gradient.shape == (1,)]:
+        weight = name.replace("bias", "weight")
+        results[weight] = torch.cat([results[weight], results.pop(name)[None]], 1)
+    return results
+
+
+def upstream_for(inputs):
+    return [torch.randn(x.shape, dtype=torch.float64, device=DEVICE) for x in inputs]

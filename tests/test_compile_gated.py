@@ -1,0 +1,78 @@
+"""As test_compile.py, for gated cross-attention: its graph, and its kernels for cards that are not there."""
+
+import pytest
+from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
+
+# Every kernel; the other cases of `mmfused inspect` differ in sizes.
+CASES = ("uniecs", "cross 768")
+
+
+def test_gated_cross_attention_is_one_graph_for_three_lengths():
+    """Both directions, with masks, flags and dropout; one graph for each of three lengths of both sides."""
+    code = """
+import torch, mmfused
+from torch._dynamo.utils import counters
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
+    for options in (dict(missing="skip"), dict(missing="zero", gate="token", dropout=0.2), dict(gate="none", pre_norm=False)):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        mmfused.backend(name)
+        model = mmfused.BidirectionalGatedCrossAttention(32, 4, **options).to(device)
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n, m in ((17, 9), (40, 21), (33, 14)):
+            a, b = (torch.randn(5, length, 32, device=device, requires_grad=True) for length in (n, m))
+            present = torch.tensor([True, True, False, True, True], device=device)
+            kwargs = dict(b_key_padding_mask=torch.rand(5, m, device=device) < 0.3, a_present=present)
+            results = []
+            for step in (model, compiled):
+                torch.manual_seed(1)
+                outs = step(a, b, **kwargs)
+                total = sum((out * torch.arange(32, device=device)).sum() for out in outs)
+                results.append([*outs, *torch.autograd.grad(total, [a, b, *model.parameters()], allow_unused=True)])
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
+        assert counters["stats"]["unique_graphs"] == 1, (name, options, counters["stats"])
+        assert not counters["graph_break"], (name, options, counters["graph_break"])
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_fused_op_is_one_node_each_way():
+    """Traced on fake CUDA tensors: one opaque call forward and one backward for both directions."""
+    code = """
+import torch, mmfused
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmfused.ops.gated_cross_attention.function as function
+
+function.choose = lambda *args: "fused"
+with FakeTensorMode():
+    with torch.device("meta"):
+        model = mmfused.BidirectionalGatedCrossAttention(32, 4)
+    a, b = (torch.empty(3, length, 32, device="meta", requires_grad=True) for length in (17, 9))
+    outs = model(a, b, a_present=torch.empty(3, dtype=torch.bool, device="meta"))
+    inputs = [a, b, *model.parameters()]
+    grads = torch.autograd.grad(sum(out.sum() for out in outs), inputs)
+    assert [out.shape for out in outs] == [a.shape, b.shape] and [g.shape for g in grads] == [x.shape for x in inputs]
+print("done")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_plans_compile_without_spills(arch, tmp_path):
+    rows = inspect(tmp_path, arch, CASES)
+    assert not any(row["spilled"] or row["fault"] for row in rows)
+    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    assert any(row["instructions"][meant] for row in rows)
+
+
+def test_plans_compile_on_the_oldest_triton(tmp_path, triton_3_6):  # noqa: F811
+    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(triton_3_6))
+    assert rows and not any(row["fault"] for row in rows)

@@ -1,0 +1,383 @@
+"""Gated cross-attention: the specification against a literal transcription, composed path and modules. Kernels: *_fused.py."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmfused
+from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, gated_cross_attention, pack_passes
+from mmfused.testing import dropout_mask
+
+B, N, M, D, HEADS = 4, 6, 5, 12, 3
+PRESENT = torch.tensor([True, False, True, True])
+
+
+def module(cls=BidirectionalGatedCrossAttention, **options):
+    built = cls(D, HEADS, **options).double()
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def linear(layer, x):
+    return torch.stack([(layer.weight[o] * x).sum() for o in range(len(layer.weight))]) + (0 if layer.bias is None else layer.bias)
+
+
+def normed(norm, x):
+    return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + norm.eps) * norm.weight + norm.bias
+
+
+def literal(direction, norm_x, norm_context, x, context, ignored, present, both_present, own_ignored, options, keep):
+    """One sample, one token, one head at a time: models.md section 1b, and architecture.md section 3 for what is missing."""
+    missing, gate, pre_norm = options["missing"], options["gate"], options["pre_norm"]
+    readable = [[j for j in range(context.shape[1]) if not ignored[s][j]] for s in range(len(x))]
+    there = [bool(present[s]) and bool(readable[s]) for s in range(len(x))]
+    out = []
+    for s in range(len(x)):
+        keys = readable[s] if there[s] or missing in ("attend", "constant") else []
+        rows = []
+        for i in range(x.shape[1]):
+            skip = missing == "skip" and not (there[s] and both_present[s])
+            if skip or own_ignored[s][i]:
+                rows.append(x[s, i])
+                continue
+            q = linear(direction.q_proj, normed(norm_x, x[s, i]) if pre_norm else x[s, i])
+            width, heads = D // HEADS, []
+            for h in range(HEADS):
+                part = slice(h * width, (h + 1) * width)
+                logits, values = [], []
+                for j in keys:
+                    c = normed(norm_context, context[s, j]) if pre_norm else context[s, j]
+                    logits.append((q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(width))
+                    values.append(linear(direction.v_proj, c)[part])
+                total = sum(torch.exp(logit) for logit in logits)
+                kept = [keep[0][s, h, i, j] for j in keys]
+                terms = [torch.exp(a) / total * v * k for a, v, k in zip(logits, values, kept, strict=True)]
+                heads.append(sum(terms) if keys else torch.zeros(width, dtype=torch.float64))
+            read = linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i] if keys else torch.zeros(D, dtype=torch.float64)
+            if gate == "none":
+                rows.append(x[s, i] + read if pre_norm else normed(norm_x, x[s, i] + read))
+                continue
+            parts = [x[s, i], read]
+            if options["indicator"]:
+                flag = any(there) if options["indicator"] == "batch" else there[s]
+                parts.append(torch.tensor([float(flag)], dtype=torch.float64))
+            g = 1 / (1 + torch.exp(-linear(direction.gate_proj, torch.cat(parts))))
+            rows.append(g * read + (1 - g) * x[s, i])
+        out.append(torch.stack(rows))
+    return torch.stack(out)
+
+
+def both_ways(built, a, b, masks, options, p, seed):
+    ignore = {side: masks.get(f"{side}_key_padding_mask", torch.zeros(B, n).bool()) for side, n in (("a", N), ("b", M))}
+    present = {side: masks.get(f"{side}_present", torch.ones(B).bool()) for side in "ab"}
+    there = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
+
+    def keep(stream, asks, reads):
+        shapes = (B, HEADS, asks, reads), (B, asks, D)
+        return [dropout_mask(seed, shape, p, 2 * stream + i).double() / (1 - p) for i, shape in enumerate(shapes)]
+
+    args = (
+        built.to_a,
+        built.norm_a,
+        built.norm_b,
+        a,
+        b,
+        ignore["b"],
+        present["b"],
+        there["a"],
+        ignore["a"],
+        options,
+        keep(0, N, M),
+    )
+    back = (
+        built.to_b,
+        built.norm_b,
+        built.norm_a,
+        b,
+        a,
+        ignore["a"],
+        present["a"],
+        there["b"],
+        ignore["b"],
+        options,
+        keep(1, M, N),
+    )
+    return literal(*args), literal(*back)
+
+
+def padding():
+    ignore_a, ignore_b = torch.rand(B, N) < 0.3, torch.rand(B, M) < 0.3
+    ignore_b[3] = True  # nothing to read
+    ignore_a[0, 0] = False
+    return dict(a_key_padding_mask=ignore_a, b_key_padding_mask=ignore_b)
+
+
+CASES = [
+    *itertools.product(["channel"], [True], ["skip", "zero", "attend"], [True], [False, True], [0.0]),
+    *itertools.product(["token", "channel", "none"], [False, "batch"], ["zero", "skip"], [True], [True], [0.0, 0.4]),
+    *itertools.product(["none"], [True], ["skip", "zero", "attend"], [False], [True], [0.0, 0.4]),
+]
+
+
+@pytest.mark.parametrize("gate, indicator, missing, pre_norm, padded, p", CASES)
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+def test_the_equations(backend, gate, indicator, missing, pre_norm, padded, p):
+    options = dict(gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm)
+    built = module(**options, dropout=p)
+    a, b, seed = randn(B, N, D), randn(B, M, D), torch.tensor(11)
+    masks = (padding() if padded else {}) | dict(a_present=PRESENT, b_present=PRESENT.roll(1))
+    with mmfused.backend(backend):
+        got = built(a, b, **masks, dropout_seed=seed)
+    want = both_ways(built, a, b, masks, options, p, seed)
+    inputs = [a, b, *built.parameters()]
+    upstream = [torch.randn_like(x) for x in want]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+    gradients = [torch.autograd.grad(outs, inputs, upstream, materialize_grads=True, allow_unused=True) for outs in (got, want)]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
+BACKENDS = ("reference", "composed")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_direction_is_half_of_both(backend):
+    """And a context of another width, with lengths for a mask."""
+    both = module(missing="zero")
+    one = module(GatedCrossAttention, missing="zero")
+    one.load_state_dict({**{k.removeprefix("to_a."): v for k, v in both.state_dict().items() if k.startswith("to_a.")},
+                         "norm_x.weight": both.norm_a.weight, "norm_x.bias": both.norm_a.bias,
+                         "norm_context.weight": both.norm_b.weight, "norm_context.bias": both.norm_b.bias})  # fmt: skip
+    a, b, lengths = randn(B, N, D), randn(B, M, D), torch.tensor([5, 0, 2, 1])
+    ignore = torch.arange(M) >= lengths[:, None]
+    with mmfused.backend(backend):
+        want = both(a, b, b_key_padding_mask=ignore, b_present=PRESENT)[0]
+        assert torch.equal(one(a, b, context_key_padding_mask=ignore, context_present=PRESENT), want)
+        assert torch.equal(one(a, b, context_lengths=lengths, context_present=PRESENT), want)
+        narrow = GatedCrossAttention(D, HEADS, context_dim=7).double()
+        assert narrow(a, randn(B, M, 7)).shape == a.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_constant_context_collapses(backend, p):
+    """Absent samples hold equal tokens: reading one of them, or all, is the same; under dropout all are read."""
+    built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
+    x, context = randn(B, N, D), randn(B, M, D).detach()
+    context[~PRESENT] = context[~PRESENT][:, :1]
+    lengths = torch.tensor([5, 3, 2, 1])
+    results = []
+    for missing in ("constant", "attend"):
+        built.options["missing"] = missing
+        leaf = context.clone().requires_grad_()
+        with mmfused.backend(backend):
+            out = built(x, leaf, context_present=PRESENT, context_lengths=lengths, dropout_seed=seed)
+        gradients = torch.autograd.grad(out, [x, leaf, *built.parameters()], torch.linspace(-1, 1, out.numel()).view(out.shape))
+        results.append([out, gradients[0], gradients[1].sum(1), *gradients[2:]])  # equal tokens share their gradient
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_passes_are_separate_calls(backend):
+    built, a, b = module(missing="constant"), randn(B, N, D), randn(B, M, D)
+    with mmfused.backend(backend):
+        packed = built(*(packs := pack_passes(a, b))[:2], a_present=packs[2], b_present=packs[3])
+        flags = torch.ones(B).bool()
+        zero_a, zero_b = torch.zeros_like(a), torch.zeros_like(b)
+        calls = [built(a, b), built(a, zero_b, b_present=~flags), built(zero_a, b, a_present=~flags)]
+    for got, want in zip(packed, zip(*calls, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.cat(want), rtol=1e-12, atol=1e-12)
+    assert [flag.tolist() for flag in packs[2:]] == [[True] * 8 + [False] * 4, [True] * 4 + [False] * 4 + [True] * 4]
+    with pytest.raises(ValueError, match=r"pack_passes: passes is \('c',\); it takes some of both, a, b"):
+        pack_passes(a, b, ("c",))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_skipped_samples_come_back_and_keep_their_nan(backend):
+    built, a, b = module(), randn(B, N, D), randn(B, M, D)
+    masks = dict(b_present=PRESENT, a_key_padding_mask=torch.rand(B, N) < 0.3)
+    masks["a_key_padding_mask"][:, 0] = False
+
+    def run(a, b):
+        with mmfused.backend(backend):
+            outs = built(a, b, **masks)
+        total = sum((out[PRESENT] * torch.arange(1, D + 1)).sum() for out in outs[1:]) + (
+            outs[0][PRESENT] * ~masks["a_key_padding_mask"][PRESENT, :, None]).sum()  # fmt: skip
+        return outs, torch.autograd.grad(total, [a, b, *built.parameters()])
+
+    outs, want = run(a, b)
+    assert torch.equal(outs[0][1], a[1]) and torch.equal(outs[1][1], b[1])
+    assert torch.equal(outs[0][masks["a_key_padding_mask"]], a[masks["a_key_padding_mask"]])
+    poisoned_a, poisoned_b = a.detach().clone(), b.detach().clone()
+    poisoned_a[masks["a_key_padding_mask"]], poisoned_b[~PRESENT] = math.nan, math.nan
+    _, got = run(poisoned_a.requires_grad_(), poisoned_b.requires_grad_())
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("missing", ["skip", "zero"])
+def test_all_missing_trains_without_none(backend, missing):
+    built, x, context = module(GatedCrossAttention, missing=missing), randn(B, N, D), torch.full((B, M, D), math.nan).double()
+    context.requires_grad_()
+    with mmfused.backend(backend):
+        out = built(x, context, context_present=torch.zeros(B).bool())
+    gradients = dict(zip(dict(built.named_parameters()), torch.autograd.grad(out.sum(), [*built.parameters()]), strict=True))
+    assert all(g.isfinite().all() for g in gradients.values())
+    assert not gradients["k_proj.weight"].any() and not gradients["out_proj.bias"].any()
+    assert torch.equal(out, x) == (missing == "skip") and gradients["gate_proj.weight"].any() == (missing == "zero")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, length, width", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_inputs(batch, length, width, backend):
+    built, x, context = module(GatedCrossAttention, missing="zero"), randn(batch, length, D), randn(batch, width, D)
+    with mmfused.backend(backend):
+        out = built(x, context)
+    assert out.shape == x.shape and out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [x, context, *built.parameters()]))
+
+
+def test_dropout_is_drawn_replayed_and_off_in_evaluation():
+    built, a, b = module(dropout=0.5), randn(B, N, D), randn(B, M, D)
+    assert not torch.equal(built(a, b)[0], built(a, b)[0])
+    torch.manual_seed(1)
+    first = built(a, b)
+    torch.manual_seed(1)
+    again = checkpoint(built, a, b, use_reentrant=False)
+    assert torch.equal(first[0], again[0])
+    upstream = torch.randn_like(first[0])
+    for x, y in zip(*(torch.autograd.grad(outs[0], [a, b], upstream) for outs in (first, again)), strict=True):
+        assert torch.equal(x, y)
+    plain = module(dropout=0.0)
+    plain.load_state_dict(built.state_dict())
+    assert torch.equal(built.eval()(a, b)[1], plain(a, b)[1])
+
+
+def test_dropout_masks_have_the_right_frequencies_and_are_independent():
+    seed, shape = torch.tensor(12345), (40, 5, 60, 70)
+    keep = dropout_mask(seed, shape, 0.3).double()
+    assert abs(keep.mean() - 0.7) < 0.002
+    centred = keep - keep.mean()
+    for other in (dropout_mask(seed, shape, 0.3, 1), dropout_mask(seed + 1, shape, 0.3)):
+        assert abs((centred * (other.double() - 0.7)).mean()) < 0.001
+    for shift in range(1, 4):
+        for dim in (1, 2, 3):
+            assert abs((centred * centred.roll(shift, dim)).mean()) < 0.002, (shift, dim)
+    assert dropout_mask(seed, (3, 0), 0.3).shape == (3, 0) and dropout_mask(seed, shape, 0.0).all()
+    assert torch.equal(dropout_mask(seed, (6, 9), 0.3), dropout_mask(seed, (6, 70), 0.3)[:, :9])  # by position, not by shape
+
+
+def test_mean_over_seeds_is_the_result_without_dropout():
+    """Of the attention alone (gate none, one head's worth of values is linear in the probabilities)."""
+    built, x, context = module(GatedCrossAttention, gate="none", dropout=0.2), randn(2, 3, D), randn(2, 4, D)
+    with torch.no_grad():
+        outs = torch.stack([built(x, context, dropout_seed=torch.tensor(s)) for s in range(3000)])
+        want = built.eval()(x, context)
+    error = (outs.mean(0) - want).abs() / (outs.std(0) / 3000**0.5)
+    assert error.max() < 5 and error.mean() < 1.1
+
+
+def test_shared_weights_and_state_dicts():
+    shared = module(share_weights=True)
+    assert shared.to_a is shared.to_b and len(list(shared.parameters())) == 4 + 10
+    apart = module()
+    assert set(apart.state_dict()) == set(shared.state_dict())
+    apart.load_state_dict(shared.state_dict())
+    a, b = randn(B, N, D), randn(B, M, D)
+    for x, y in zip(shared(a, b), apart(a, b), strict=True):
+        assert torch.equal(x, y)
+    names = set(GatedCrossAttention(D, HEADS).state_dict())
+    linears = {f"{name}_proj.{part}" for name in ("q", "k", "v", "out", "gate") for part in ("weight", "bias")}
+    assert names == linears | {f"norm_{side}.{part}" for side in ("x", "context") for part in ("weight", "bias")}
+    assert GatedCrossAttention(D, HEADS).gate_proj.weight.shape == (D, 2 * D + 1)
+    assert GatedCrossAttention(D, HEADS, gate="token", indicator=False).gate_proj.weight.shape == (1, 2 * D)
+    assert GatedCrossAttention(D, HEADS, gate="none", pre_norm=False, bias=False).gate_proj is None
+
+
+def test_autocast_and_master_weights():
+    built, a, b = module(), randn(B, N, D), randn(B, M, D)
+    exact = built(a, b, b_present=PRESENT)
+    low = BidirectionalGatedCrossAttention(D, HEADS)
+    low.load_state_dict(built.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = low(a.float(), b.float(), b_present=PRESENT)
+    mixed = low(a.bfloat16(), b.bfloat16(), b_present=PRESENT)
+    for outs in (got, mixed):
+        for x, y in zip(outs, exact, strict=True):
+            assert x.dtype == torch.bfloat16 and (x - y).norm() / y.norm() < 2e-2
+    low.zero_grad()
+    sum(out.float().sum() for out in got).backward()
+    assert all(p.grad.dtype == torch.float32 for p in low.parameters())
+
+
+def test_token_gate():
+    gate, a, b = TokenGate(D, hidden=(7,)).double(), randn(B, N, D), randn(B, N, D)
+    first, last = gate.mlp[0], gate.mlp[3]
+    for s, i in ((0, 0), (3, 5)):
+        share = 1 / (1 + torch.exp(-linear(last, linear(first, torch.cat([a[s, i], b[s, i]])).clamp(min=0))))
+        torch.testing.assert_close(gate.share(a, b)[s, i], share[0])
+        torch.testing.assert_close(gate(a, b)[s, i], share * a[s, i] + (1 - share) * b[s, i])
+    assert TokenGate(D).mlp[0].weight.shape == (D, 2 * D)
+    with pytest.raises(ValueError, match=r"b has shape \(4, 5, 12\); it takes \(4, 6, 12\), as a has"):
+        gate(a, randn(B, M, D))
+
+
+def call(**changes):
+    built = module(GatedCrossAttention)
+    x, context = randn(B, N, D), randn(B, M, D)
+    args = dict(x=x, context=context, weights=built.weights(), num_heads=HEADS, norm_x=(built.norm_x.weight, built.norm_x.bias),
+                norm_context=(built.norm_context.weight, built.norm_context.bias))  # fmt: skip
+    return gated_cross_attention(**args | changes)
+
+
+BAD = {
+    "num_heads is 5; it must be positive and divide dim = 12": lambda: GatedCrossAttention(D, 5),
+    "num_heads is 7; it must be positive": lambda: call(num_heads=7),
+    "gate is 'soft'; it takes one of channel, token, none": lambda: GatedCrossAttention(D, HEADS, gate="soft"),
+    "missing is 'drop'; it takes one of skip, zero, attend, constant": lambda: GatedCrossAttention(D, HEADS, missing="drop"),
+    "indicator is 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
+    "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(D, HEADS, pre_norm=False),
+    "dropout is 1.0; it takes a number from 0 to below 1": lambda: GatedCrossAttention(D, HEADS, dropout=1.0),
+    "dropout is -0.1": lambda: call(dropout_p=-0.1),
+    "context has shape (4, 12)": lambda: call(context=randn(B, D)),
+    "context has shape (3, 5, 12); it takes (4, tokens, dim)": lambda: call(context=randn(3, M, D)),
+    "x has dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
+    "context has dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
+    "weights is a tuple; it takes CrossAttentionWeights": lambda: call(weights=(1,)),
+    "weights.w_k has shape (12, 12); with gate 'channel' it takes (12, 7)": lambda: call(context=randn(B, M, 7)),
+    "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(indicator=False),
+    "weights.w_g has shape (12, 25); with gate 'none' it takes None": lambda: call(gate="none"),
+    "norm_context is None; it takes a LayerNorm's weight and bias": lambda: call(norm_context=None),
+    "norm_context is given with pre_norm=False": lambda: call(
+        gate="none", pre_norm=False, weights=module(GatedCrossAttention, gate="none").weights()
+    ),
+    "context_key_padding_mask and context_lengths are both given": lambda: call(
+        context_key_padding_mask=torch.zeros(B, M).bool(), context_lengths=torch.ones(B).long()
+    ),
+    "context_key_padding_mask has shape (4, 6); it takes (4, 5)": lambda: call(context_key_padding_mask=torch.zeros(B, N).bool()),
+    "context_lengths has dtype torch.float32": lambda: call(context_lengths=torch.ones(B)),
+    "context_lengths holds a value outside [0, 5]": lambda: call(context_lengths=torch.full((B,), 6)),
+    "context_present has shape (3,); it takes (4,)": lambda: call(context_present=torch.ones(3).bool()),
+    "context_present has dtype torch.float32": lambda: call(context_present=torch.ones(B)),
+    "dropout_seed has dtype torch.float32": lambda: call(dropout_p=0.1, dropout_seed=torch.tensor(1.0)),
+    "b has width 7; it takes 12, as a has": lambda: module()(randn(B, N, D), randn(B, M, 7)),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input(sentence):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        BAD[sentence]()
+    assert sentence in str(caught.value)

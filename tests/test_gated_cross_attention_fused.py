@@ -1,0 +1,296 @@
+"""The kernels of gated cross-attention, through the modules: on a CPU in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from gated_cross_attention_cases import CUDA, DEVICE, DTYPES, SHAPES, make, run, upstream_for
+from torch.utils.checkpoint import checkpoint
+
+import mmfused
+from mmfused.testing import dropout_mask, over_budget
+
+# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+
+
+def check_budget(module, inputs, extra):
+    dtype, upstream = inputs[0].dtype, upstream_for(inputs)
+    exact, plain, fused = (
+        run(module, inputs, extra, backend, precision, upstream)
+        for backend, precision in (("reference", torch.float64), ("reference", dtype), ("fused", dtype))
+    )
+    assert not over_budget(fused, exact, plain)
+
+
+BOTH = [
+    dict(dropout=0.3),
+    dict(missing="zero", gate="token"),
+    dict(missing="constant", indicator="batch"),
+    dict(missing="attend", gate="none", dropout=0.3),
+    dict(missing="zero", gate="none", pre_norm=False, dropout=0.3),
+    dict(missing="constant", gate="token", indicator=False, dropout=0.3, bias=False),
+    dict(missing="zero", indicator=False, masks="present"),
+    dict(share_weights=True, masks="none"),
+]
+ONE = [
+    dict(),
+    dict(missing="constant"),
+    dict(missing="zero", gate="token", indicator="batch", dropout=0.3),
+    dict(missing="attend", dropout=0.3, masks="present"),
+    dict(gate="none", pre_norm=False, missing="attend"),
+    dict(gate="none", bias=False, masks="none", dropout=0.3),
+]
+
+
+@pytest.mark.parametrize("options", BOTH, ids=str)
+def test_both_directions_stay_within_the_budget(options):
+    check_budget(*make(**options, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("options", ONE, ids=str)
+def test_one_direction_stays_within_the_budget(options):
+    check_budget(*make(**options, both=False, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("options", [BOTH[0], BOTH[1], BOTH[4]], ids=str)
+def test_half_precision_stays_within_the_budget(options, dtype):
+    check_budget(*make("odd", **options, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape, options", [("several tiles", BOTH[0]), ("many keys", BOTH[2])], ids=str)
+def test_several_tiles_stay_within_the_budget(shape, options):
+    check_budget(*make(shape, **options, dtype=torch.float32))
+
+
+PLANNED = {
+    "several tiles": BOTH[0],
+    "many keys": BOTH[3],
+    "head dim 96": BOTH[0],
+    "wide": BOTH[0],
+    "wide token": BOTH[1],
+    "wide none": BOTH[4],
+}
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_half_precision_plans_in_float32(monkeypatch, case):
+    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in 16-bit rounding."""
+    if CUDA:
+        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+    from mmfused.kernels import gated_cross_attention as kernels
+
+    real = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90))
+    check_budget(*make("wide" if case.startswith("wide") else case, **PLANNED[case], dtype=torch.float32))
+
+
+def test_dropout_drops_what_it_says():
+    module, inputs, extra = make(gate="none", dropout=0.4, masks="none", dtype=torch.float32)
+    got = run(module, inputs, extra, "fused", seed=5)
+    for i, x in enumerate(inputs):
+        kept = dropout_mask(torch.tensor(5, device=DEVICE), x.shape, 0.4, 2 * i + 1)
+        assert torch.equal(got[f"out{i}"] != x, kept)
+
+
+# ---- what is missing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nan_that_nobody_may_read_stays_where_it_is(dropout):
+    module, inputs, extra = make(dropout=dropout, dtype=torch.float32)
+    want = run(module, inputs, extra, "fused")
+    lacking = ~extra["a_present"] | ~extra["b_present"] | extra["b_key_padding_mask"].all(1)
+    ignored = torch.arange(inputs[0].shape[1], device=DEVICE) >= extra["a_lengths"][:, None], extra["b_key_padding_mask"]
+    hidden = [mask | lacking[:, None] for mask in ignored]
+    with torch.no_grad():
+        for x, gone in zip(inputs, hidden, strict=True):
+            x[gone] = math.nan
+    got = run(module, inputs, extra, "fused")
+    for i, gone in enumerate(hidden):
+        assert got[f"out{i}"][gone].isnan().all() and torch.equal(got[f"out{i}"][~gone], want[f"out{i}"][~gone])
+        assert torch.equal(want[f"d x{i}"][gone], torch.ones_like(want[f"d x{i}"][gone]))
+    for name, value in got.items():
+        assert name.startswith("out") or torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("missing", ["skip", "zero", "constant"])
+def test_an_absent_context_is_read_as_far_as_it_says(missing):
+    module, inputs, extra = make(both=False, missing=missing, dtype=torch.float32)
+    want = run(module, inputs, extra, "fused")
+    ignore = extra["context_key_padding_mask"].clone()
+    gone = ~extra["context_present"]
+    ignore[gone] = True
+    if missing == "constant":
+        ignore[gone, 1] = extra["context_key_padding_mask"][gone, 1]
+        extra["context_key_padding_mask"][gone, 1] = ignore[gone, 1] = False
+        want = run(module, inputs, extra, "fused")
+    with torch.no_grad():
+        inputs[1][ignore] = math.nan
+    got = run(module, inputs, extra, "fused")
+    for name, value in got.items():
+        assert torch.equal(value, want[name]), name
+    assert not got["d x1"][ignore].any()
+
+
+def count_products(monkeypatch, call):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counted, real = [0], InterpreterBuilder.create_dot
+
+    def count(*args, **kwargs):
+        counted[0] += 1
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", count)
+        result = call()
+    return counted[0], result
+
+
+def test_skip_does_no_work(monkeypatch):
+    """Nothing is multiplied, forward or backward, and gradients are zeros, not None."""
+    if CUDA:
+        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+    module, inputs, extra = make(dtype=torch.float32, dropout=0.3, masks="present")
+    some, _ = count_products(monkeypatch, lambda: run(module, inputs, extra, "fused"))
+    extra["a_present"][:], extra["b_present"][:2], extra["b_present"][2:] = True, False, False
+    none, got = count_products(monkeypatch, lambda: run(module, inputs, extra, "fused"))
+    assert none == 0 < some
+    for name, value in got.items():
+        want = torch.ones_like(value) if name.startswith("d x") else torch.zeros_like(value)
+        assert torch.equal(value, inputs[int(name[-1])] if name.startswith("out") else want), name
+
+
+@pytest.mark.parametrize("missing", ["skip", "zero"])
+def test_attention_follows_the_samples_there(monkeypatch, missing):
+    """Attention tiles are worked for the samples that are there, and for no key beyond the last that may be read."""
+    if CUDA:
+        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+    from mmfused.kernels.gated_cross_attention import attend, attend_backward
+
+    module, inputs, _ = make("many keys", both=False, missing=missing, dtype=torch.float32, masks="none")
+    worked = []
+    for owner in (attend, attend_backward):
+        real = owner.dot
+        monkeypatch.setattr(owner, "dot", lambda *args, real=real: (worked.append(1), real(*args))[1])
+
+    def tiles(**extra):
+        worked.clear()
+        run(module, inputs, extra, "fused")
+        return len(worked)
+
+    full, half = tiles(), tiles(context_present=torch.tensor([True, False]))
+    short, none = tiles(context_lengths=torch.tensor([32, 64])), tiles(context_present=torch.tensor([False, False]))
+    assert none == 0 < half == full // 2
+    assert short == full * 3 // 10  # 1 and 2 tiles of the 5 and 5 that hold 131 keys
+
+
+@pytest.mark.parametrize("missing", ["skip", "zero", "attend"])
+@pytest.mark.parametrize("batch, n, m", [(0, 6, 7), (2, 0, 7), (2, 6, 0)])
+def test_empty_inputs(batch, n, m, missing):
+    module, inputs, _ = make(missing=missing, dtype=torch.float32, masks="none")
+    inputs = [x.detach()[:1, :length].expand(batch, -1, -1).clone() for x, length in zip(inputs, (n, m), strict=True)]
+    got, want = (run(module, inputs, {}, backend) for backend in ("fused", "reference"))
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- 2: layouts -----------------------------------------------------------------------------------------------------------------
+
+
+def test_strided_tokens_and_gradients():
+    module, inputs, extra = make(dtype=torch.float32)
+    want = run(module, inputs, extra, "fused")
+    views = [
+        torch.cat([torch.full_like(inputs[0][:, :1], math.nan), inputs[0].detach()], 1)[:, 1:],
+        inputs[1].detach().transpose(0, 1).contiguous().transpose(0, 1),
+    ]
+    swapped = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    expanded = [torch.ones((), device=DEVICE).expand(x.shape) for x in inputs]
+    extra["b_key_padding_mask"] = extra["b_key_padding_mask"].T.contiguous().T
+    for tokens in (views, swapped):
+        for name, value in run(module, tokens, extra, "fused", upstream=expanded).items():
+            assert torch.equal(value, want[name]), name
+
+
+# ---- 3: registration, launches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [BOTH[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)], ids=str)
+def test_opcheck(monkeypatch, options):
+    module, inputs, extra = make(**options, dtype=torch.float32)
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in ("gated_cross_attention_fwd", "gated_cross_attention_bwd"):
+            real = getattr(torch.ops.mmfused, name)
+            patch.setattr(torch.ops.mmfused, name, lambda *args, real=real: (calls.append((real, args)), real(*args))[1])
+        run(module, inputs, extra, "fused")
+    assert len(calls) == 2
+    for op, args in calls:
+        args = torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args)
+        # What nobody will read is not written: where there is such, two runs need not agree in it.
+        more = ("test_autograd_registration", "test_aot_dispatch_dynamic") if options.get("masks") == "none" else ()
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", *more))
+
+
+def test_forward_takes_five_launches_at_most(monkeypatch):
+    from mmfused.kernels import gated_cross_attention as kernels
+
+    launched = []
+    real = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)))
+    for shape, most in (("narrow", 4), ("wide", 5)):
+        launched.clear()
+        module, inputs, extra = make(shape, dtype=torch.float16)
+        with torch.no_grad(), mmfused.backend("fused"):
+            module(*inputs, **extra)
+        assert len(launched) == most, launched
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_plans_are_powers_of_two(arch):
+    from mmfused.kernels.gated_cross_attention import plan
+
+    for dim, context, heads in ((64, 64, 2), (192, 1024, 2), (256, 256, 8), (768, 768, 12), (1024, 256, 8)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            tiles = plan(dim, context, dim // heads, dtype, arch)
+            for tile in (tiles.project, tiles.attend, tiles.d_query, tiles.d_key, tiles.product, tiles.rows):
+                assert all(size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK))
+            assert tiles.rows.BN >= max(dim, context) and (tiles.together is not None) == (dim <= 256)
+
+
+# ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_and_bitwise_repeats():
+    module, inputs, extra = make(dtype=torch.float32, dropout=0.3)
+    upstream = upstream_for(inputs)
+    want = run(module, inputs, extra, "fused", upstream=upstream)
+    for name, value in run(module, inputs, extra, "fused", upstream=upstream).items():
+        assert torch.equal(value, want[name]), name
+    seed = torch.tensor(11, device=DEVICE)
+
+    def attend(*tokens):
+        with mmfused.backend("fused"):  # inside: the recomputation runs in backward, after a context around the call has ended
+            return module(*tokens, **extra, dropout_seed=seed)
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outs = checkpoint(attend, *leaves, use_reentrant=False)
+    named = {"x0": leaves[0], "x1": leaves[1]} | dict(module.named_parameters())
+    gradients = torch.autograd.grad(outs, list(named.values()), [u.float() for u in upstream])
+    for name, value in zip(named, gradients, strict=True):
+        assert torch.equal(value, want[f"d {name}"]), name
+
+
+def test_double_backward_raises():
+    module, inputs, extra = make(dtype=torch.float32, both=False)
+    with mmfused.backend("fused"):
+        out = module(*inputs, **extra)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        (gradient,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+        gradient.sum().backward()
+
+
+def test_shapes_are_what_their_names_say():
+    assert SHAPES["wide"][3] > 256 >= SHAPES["head dim 96"][3] and SHAPES["head dim 96"][3] == 96 * SHAPES["head dim 96"][4]
