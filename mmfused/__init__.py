@@ -16,7 +16,9 @@ from .ops.gated_cross_attention import (
     GatedCrossAttention,
     TokenGate,
     bidirectional_gated_cross_attention,
+    bidirectional_gated_cross_attention_reference,
     gated_cross_attention,
+    gated_cross_attention_reference,
     pack_passes,
 )
 from .ops.grouped_mlp import TopKMoE, grouped_linear, grouped_linear_reference, grouped_mlp, grouped_mlp_reference
@@ -48,8 +50,10 @@ __all__ = [
     "__version__",
     "backend",
     "bidirectional_gated_cross_attention",
+    "bidirectional_gated_cross_attention_reference",
     "fuse",
     "gated_cross_attention",
+    "gated_cross_attention_reference",
     "grouped_linear",
     "grouped_linear_reference",
     "grouped_mlp",

@@ -2,7 +2,11 @@
 
 from .function import bidirectional_gated_cross_attention, gated_cross_attention
 from .modules import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, pack_passes
-from .reference import CrossAttentionWeights
+from .reference import (
+    CrossAttentionWeights,
+    bidirectional_gated_cross_attention_reference,
+    gated_cross_attention_reference,
+)
 
 __all__ = [
     "BidirectionalGatedCrossAttention",
@@ -10,6 +14,8 @@ __all__ = [
     "GatedCrossAttention",
     "TokenGate",
     "bidirectional_gated_cross_attention",
+    "bidirectional_gated_cross_attention_reference",
     "gated_cross_attention",
+    "gated_cross_attention_reference",
     "pack_passes",
 ]

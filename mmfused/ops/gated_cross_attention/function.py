@@ -20,7 +20,7 @@ from torch import Tensor
 from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
 from .checks import check
-from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, stays
+from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
 
 FIELDS = len(CrossAttentionWeights._fields)
 
@@ -251,7 +251,7 @@ def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
     device, dtype = given[0][0].device, given[0][0].dtype
     cast = autocast_dtype(device.type)
     dtype = dtype if cast is None or dtype == torch.float64 else cast
-    sides = [_side(tokens.to(dtype), *rest) for tokens, *rest in given]
+    sides = [side_of(tokens.to(dtype), *rest) for tokens, *rest in given]
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(device)
     options |= dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
@@ -283,16 +283,3 @@ def _worth_gathering(sides: list[Side], missing: str, dropout_p: float) -> Tenso
         return None
     absent = torch.stack(absents).any(0)
     return (~absent).nonzero()[:, 0] if absent.any() else None
-
-
-def _side(tokens: Tensor, norm, mask: Tensor | None, lengths: Tensor | None, present: Tensor | None) -> Side:
-    """Mask and lengths as one mask; absent where the flag says so or nothing may be read."""
-    ignore = mask
-    if lengths is not None:
-        ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-    absents = [] if present is None else [~present]
-    if ignore is not None:
-        absents.append(ignore.all(1))
-    absent = torch.stack(absents).any(0) if absents else None
-    norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)
-    return Side(tokens, norm, ignore, absent)

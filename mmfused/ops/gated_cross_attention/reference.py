@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...random import keep_mask
+from ...random import draw_seed, keep_mask
 
 
 class CrossAttentionWeights(NamedTuple):
@@ -33,6 +33,85 @@ class Side(NamedTuple):
     norm: tuple[Tensor, Tensor] | None
     ignore: Tensor | None
     absent: Tensor | None  # present flags and masks taken together; None: nobody
+
+
+def gated_cross_attention_reference(
+    x: Tensor,
+    context: Tensor,
+    weights: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    norm_x: tuple[Tensor, Tensor] | None = None,
+    norm_context: tuple[Tensor, Tensor] | None = None,
+    gate: str = "channel",
+    indicator: bool | str = True,
+    missing: str = "skip",
+    pre_norm: bool = True,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    context_key_padding_mask: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+    context_present: Tensor | None = None,
+) -> Tensor:
+    """The specification of :func:`gated_cross_attention`: any floating dtype, any device."""
+    sides = side_of(x, norm_x), side_of(context, norm_context, context_key_padding_mask, context_lengths, context_present)
+    return attend_reference(
+        *sides, weights, num_heads=num_heads, gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm,
+        norm_eps=norm_eps, dropout_p=dropout_p, dropout_seed=_seed(dropout_p, dropout_seed, x), stream=0,
+    )  # fmt: skip
+
+
+def bidirectional_gated_cross_attention_reference(
+    a: Tensor,
+    b: Tensor,
+    to_a: CrossAttentionWeights,
+    to_b: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    norm_a: tuple[Tensor, Tensor] | None = None,
+    norm_b: tuple[Tensor, Tensor] | None = None,
+    gate: str = "channel",
+    indicator: bool | str = True,
+    missing: str = "skip",
+    pre_norm: bool = True,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    a_key_padding_mask: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    a_present: Tensor | None = None,
+    b_key_padding_mask: Tensor | None = None,
+    b_lengths: Tensor | None = None,
+    b_present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The specification of :func:`bidirectional_gated_cross_attention`: each side reads the other as it was."""
+    options = dict(
+        num_heads=num_heads, gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm, norm_eps=norm_eps,
+        dropout_p=dropout_p, dropout_seed=_seed(dropout_p, dropout_seed, a),
+    )  # fmt: skip
+    a = side_of(a, norm_a, a_key_padding_mask, a_lengths, a_present)
+    b = side_of(b, norm_b, b_key_padding_mask, b_lengths, b_present)
+    return attend_reference(a, b, to_a, **options, stream=0), attend_reference(b, a, to_b, **options, stream=1)
+
+
+def _seed(dropout_p: float, dropout_seed: Tensor | None, like: Tensor) -> Tensor | None:
+    return draw_seed(like.device) if dropout_p and dropout_seed is None else dropout_seed
+
+
+def side_of(
+    tokens: Tensor, norm=None, mask: Tensor | None = None, lengths: Tensor | None = None, present: Tensor | None = None
+) -> Side:
+    """Mask and lengths as one mask; absent where the flag says so or nothing may be read."""
+    ignore = mask
+    if lengths is not None:
+        ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    absents = [] if present is None else [~present]
+    if ignore is not None:
+        absents.append(ignore.all(1))
+    absent = torch.stack(absents).any(0) if absents else None
+    norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)
+    return Side(tokens, norm, ignore, absent)
 
 
 def attend_reference(
