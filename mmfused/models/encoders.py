@@ -13,11 +13,11 @@ class ConvStem(nn.Sequential):
     """Takes the place of ``projection``, the convolution that turns each patch into a token, with the same shapes in and out.
 
     3 x 3 convolutions of stride 2 with BatchNorm and ReLU, the width doubling up to the token's, then a 1 x 1 convolution:
-    Xiao et al. 2021, "Early Convolutions Help Transformers See Better". Raises ValueError unless the patch's side is a
-    power of two.
+    Xiao et al. 2021, "Early Convolutions Help Transformers See Better". ``group``: GroupNorm in BatchNorm's place, so that a
+    picture's tokens do not depend on its batch. Raises ValueError unless the patch's side is a power of two.
     """
 
-    def __init__(self, projection: nn.Conv2d):
+    def __init__(self, projection: nn.Conv2d, group: bool = False):
         side, width = projection.kernel_size[0], projection.out_channels
         if side < 2 or side & (side - 1):
             raise ValueError(f"patch_size must be a power of two for the convolutional stem, got {side}")
@@ -25,13 +25,14 @@ class ConvStem(nn.Sequential):
         widths = [projection.in_channels, *(max(8, width >> (count - 1 - layer)) for layer in range(count))]
         layers = []
         for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            norm = nn.GroupNorm(1, outputs) if group else nn.BatchNorm2d(outputs)
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), norm, nn.ReLU()]
         super().__init__(*layers, nn.Conv2d(width, width, 1))
         self.in_channels = projection.in_channels
 
 
 def build_vit(dim: int, stem: str, options: dict) -> nn.Module:
-    """timm's VisionTransformer of width ``dim`` without a head; ``stem``: "conv" or "patch".
+    """timm's VisionTransformer of width ``dim`` without a head; ``stem``: "conv", "conv_group" or "patch".
 
     ``options``: its arguments (depth, num_heads, img_size, ...), or with a ``name`` the arguments of that timm model.
     """
@@ -45,8 +46,8 @@ def build_vit(dim: int, stem: str, options: dict) -> nn.Module:
             raise ValueError(f"image takes the name of a VisionTransformer of width {dim} in timm, got {name!r}, a {found}")
     else:
         vit = timm.models.VisionTransformer(embed_dim=dim, **options)
-    if stem == "conv":
-        vit.patch_embed.proj = ConvStem(vit.patch_embed.proj)
+    if stem != "patch":
+        vit.patch_embed.proj = ConvStem(vit.patch_embed.proj, group=stem == "conv_group")
     return vit
 
 
@@ -104,6 +105,13 @@ def pretrained_text(source: str) -> tuple[dict, nn.Module]:
     loaded = transformers.AutoModel.from_pretrained(source, use_safetensors=True)
     encoder.load_state_dict({name: loaded.state_dict()[name] for name in encoder.state_dict()})
     return {"text": options, "text_dim": config.hidden_size}, encoder
+
+
+def freeze(encoder: nn.Module) -> nn.Module:
+    """No gradients, and no dropout in training either: :meth:`train` leaves it in evaluation mode."""
+    encoder.requires_grad_(False).eval()
+    encoder.train = lambda mode=True: encoder
+    return encoder
 
 
 def read_encoder_folder(name: str, folder: Path, weights: str) -> dict:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfused.library import no_autocast
+from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
 from mmfused.ops.gated_cross_attention import TokenGate
@@ -41,13 +42,14 @@ from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
 from mmfused.ops.topk_routing import Routing, topk_routing
 
-MODALITIES, BALANCES, ROUTERS, STEMS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear"), ("conv", "patch")
-CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "image_stem": STEMS}
+MODALITIES, BALANCES, ROUTERS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear")
+STEMS = ("conv", "conv_group", "patch")
 COMPONENTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
+CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "image_stem": STEMS, "without": COMPONENTS}
 
 
 @dataclasses.dataclass
-class FLUIDConfig:
+class FLUIDConfig(ModelConfig):
     """Sizes and weights, by default "tiny" without encoders. Values that do not fit together raise ValueError."""
 
     num_classes: int
@@ -74,7 +76,7 @@ class FLUIDConfig:
     text_mask: bool = True  # False: padded text tokens are attended to
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
-    image_stem: str = "conv"  # "conv" (encoders.ConvStem) | "patch", the ViT's own linear patch projection
+    image_stem: str = "conv"  # "conv" | "conv_group" (encoders.ConvStem) | "patch", the ViT's own linear patch projection
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # how the pixel_values were normalised: training and
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # evaluation prepare their batches so
     image: dict | None = None  # encoders.build_vit(image_dim, image_stem, image); None: no encoder, image_tokens only
@@ -85,11 +87,8 @@ class FLUIDConfig:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("gate_hidden", "expert_hidden", "loss_weights", "pixel_mean", "pixel_std", "without"):
-            setattr(self, name, tuple(getattr(self, name)))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        self.freeze_lists()
+        self.check_choices(CHOICES)
         sizes = "num_classes dim num_queries bottleneck_queries depth num_heads num_experts top_k image_dim text_dim"
         for name in sizes.split():
             if getattr(self, name) < 1:
@@ -104,46 +103,17 @@ class FLUIDConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         for name in self.without:
-            if name not in COMPONENTS:
-                raise ValueError(f"without takes some of {', '.join(COMPONENTS)}, got {name!r}")
             if name in ("contrastive", "gate") and self.modalities != "both":
                 raise ValueError(f"without {name!r} takes modalities 'both', got {self.modalities!r}, which has none anyway")
 
     @classmethod
-    def preset(cls, name="tiny", *, num_classes=None, vocab_size=None, image_size=None, patch_size=None, **overrides):
-        """The named preset with other values put in; `image` and `text` update the preset's dicts, or are None.
-
-        With a `name` (of a timm model) or a `model_type` (of transformers) in it, a dict takes the preset's place.
-
-        "paper" and "code" have 191 classes unless `num_classes` says otherwise; "tiny" needs it.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-        values = {**PRESETS[name], **overrides}
+    def preset(cls, name="tiny", *, num_classes=None, **options):
+        """As `ModelConfig.preset`; "paper" and "code" have 191 classes unless `num_classes` says otherwise, "tiny" needs it."""
         if num_classes is not None:
-            values["num_classes"] = num_classes
-        if "num_classes" not in values:
+            options["num_classes"] = num_classes
+        elif name == "tiny":
             raise ValueError(f"num_classes is None; preset {name!r} takes a number of classes")
-        given = {"image": {"img_size": image_size, "patch_size": patch_size}, "text": {"vocab_size": vocab_size}}
-        for part, sizes in given.items():
-            if values[part] is not None:
-                sizes = {key: value for key, value in sizes.items() if value is not None}
-                own = overrides.get(part, {})
-                another = "name" in own or "model_type" in own  # another architecture: the preset's sizes are not its own
-                values[part] = own if another else {**PRESETS[name][part], **sizes, **own}
-        return cls.from_dict(values)
-
-    def to_dict(self) -> dict:
-        """Plain values that JSON can hold."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> FLUIDConfig:
-        """The inverse of `to_dict`; an unknown name raises ValueError."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"FLUIDConfig has no field named {', '.join(unknown)}")
-        return cls(**values)
+        return super().preset(name, **options)
 
 
 TINY_BERT = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128}
@@ -162,7 +132,7 @@ FULL_SIZE = {
     "image": {"img_size": 224, "patch_size": 16, "depth": 12, "num_heads": 12},  # ViT-B/16
     "text": {"vocab_size": 119547},  # bert-base-multilingual-cased; the rest is BertConfig's default
 }
-PRESETS = {
+FLUIDConfig.PRESETS = {
     "paper": {**FULL_SIZE, "depth": 1, "gate_hidden": (768,), "num_experts": 16, "balance": "gshard"},
     "code": {
         **FULL_SIZE,

@@ -1,0 +1,97 @@
+"""What the four retrieval models share: the views of an item, the parts of a training batch, and rows of other ranks.
+
+An item is a picture, a text, or both. A batch's parts are items: `query`, `candidate` (row i is query i's positive) and, for models
+that take them, `negative` (row i a hard negative of query i). Parts are dicts of the arguments of `embed`, with `labels` (B,) int64
+beside them: items of one label are one product, and nobody's negatives for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfused.ops.masked_info_nce.distributed import Ranks
+
+VIEWS = ("image", "text", "both")
+
+
+class RetrievalOutput(NamedTuple):
+    loss: Tensor  # scalar, the weighted sum
+    losses: dict[str, Tensor]  # each term, unweighted
+
+
+class RetrievalModel(nn.Module):
+    """Parts of a batch in, a loss out; in between a dict of tensors for each part, whose rows GradCache can make in chunks.
+
+    A model has `encode(role, **items)`: what the loss needs of a part, tensors of a row an item, and scalars that are means over
+    the items; `compare(query, candidate, negative)`: the output, from these; and `embed(views, **items)`: for each view unit
+    embeddings (B, D) in float32. Over several ranks each gives the loss such that the mean over ranks has the gradient of one
+    process with the whole batch.
+    """
+
+    def forward(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
+        parts = {"query": query, "candidate": candidate, "negative": negative}
+        encoded = {role: None if items is None else self.encode(role, **items) for role, items in parts.items()}
+        return self.compare(**encoded)
+
+    def set_progress(self, share: float) -> None:
+        """How much of the training is over, 0 to 1; for models with a schedule."""
+
+
+def check_views(views: tuple[str, ...]) -> None:
+    unknown = [view for view in views if view not in VIEWS]
+    if unknown or not views:
+        raise ValueError(f"views takes some of {', '.join(VIEWS)}, got {tuple(views)}")
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 at least; a row of zeros stays one."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def late_fusion(image: Tensor, text: Tensor) -> Tensor:
+    """What stands in a fusion's place: the direction between two unit embeddings (B, D)."""
+    return unit(image + text)
+
+
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.ranks = Ranks(x, x, share_gradients=True)
+        return ctx.ranks.gather(x.contiguous())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.ranks.return_gradient(gradient.contiguous())
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order; ranks may have unequally many. The gradient is summed over the ranks' uses of a row.
+
+    A loss that every rank evaluates on all rows has, averaged over ranks as DDP does, the gradient of one process.
+    """
+    if not in_group():
+        return x
+    return _GatherRows.apply(x) if x.is_floating_point() else Ranks(x, x, share_gradients=True).gather(x)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; the mode it was in comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
