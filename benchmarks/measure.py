@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Provider:
     ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it along the first axis.
     ``ceiling``: why this is no way to compute the case, only the work inside it: timed without passing the gate.
     ``uncompiled``: why it is not compiled.
+    ``within``: what every call runs in, beside the backend.
     ``drops``: dropout acts when it is timed, on elements of its own: what it computes is judged without.
     """
 
@@ -71,12 +73,13 @@ class Provider:
     ceiling: str | None = None
     uncompiled: str | None = None
     drops: bool = False
+    within: Callable[[], AbstractContextManager] = nullcontext
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         run = self.module if self.run is None else self.run
         if self.backend is None:
             return run(*inputs)
-        with mmfused.backend(self.backend):
+        with mmfused.backend(self.backend), self.within():
             return run(*inputs)
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENV = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER")}
+SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION")
+ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:

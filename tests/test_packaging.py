@@ -22,8 +22,8 @@ INSTALLED = ("wheel", "sdist", "editable")
 
 def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
     """Standard output of `python *arguments` in `cwd`; fails with what it printed otherwise."""
-    settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_CUDA", "MMFUSED_ROUTER")
-    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in settings and not name.startswith("MMFUSED_")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, pythonpath))} | variables
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from ..tiles import arch_of, launch, upcasts
-from . import attend, attend_backward, blend, gradients, project
+from . import attend, attend_backward, blend, block, gradients, project
 from .parameters import d_gate_weight, d_linear, d_norm
-from .plans import Tile, plan, power
+from .plans import Tile, asked_block, plan, power
 
 __all__ = ["backward", "forward", "plan"]
 
@@ -100,6 +100,7 @@ def forward(
     call = _Call(
         tokens, norms, ignores, absents, weights, flags, num_heads, gate, missing, pre_norm, norm_eps, dropout_p, dropout_seed
     )
+    whole = asked_block(call.plan, call.dim, call.heads)
     asking = tokens[: call.directions]
     outs, attended, kept = ([x.new_empty(x.shape) for x in asking] for _ in range(3))
     projected = [x.new_empty(*x.shape[:2], width) for x, width in zip(tokens, call.widths, strict=True)]
@@ -109,8 +110,11 @@ def forward(
     packed = [x.new_empty(call.dim, 2 * call.dim) for x in asking] if packs else call.weights[W_G::FIELDS]
     for side in (0, 1):
         _project(call, side, projected[side], moments[side], packed[side] if packs and side < call.directions else None)
-    _attend(call, projected, attended, lse)
-    _blend(call, attended, lse, packed, kept, outs, moments)
+    if whole is None:
+        _attend(call, projected, attended, lse)
+        _blend(call, attended, lse, packed, kept, outs, moments)
+    else:
+        _block(call, whole, projected, attended, lse, packed, kept, outs, moments)
     return [*outs, *projected, *moments, *attended, *lse, *kept]
 
 
@@ -139,14 +143,36 @@ def _attend(call: _Call, projected: list[Tensor], attended: list[Tensor], lse: l
     _run(
         attend.attend_kernel, tile, (call.directions * call.batch * call.heads * tiles,),
         *projected, *_both(attended), *_both(lse), *call.who, call.seed, call.batch, *call.lengths, tiles,
-        call.head_dim**-0.5, call.p,
+        call.head_dim**-0.5, call.p, **_reads(call), **call.given,
+    )  # fmt: skip
+
+
+def _reads(call: _Call) -> dict:
+    """What the forward of attention is compiled for."""
+    return dict(
         H=call.heads, DH=call.head_dim, WQ=call.widths[0], WK=call.widths[1], FIRST_KEY=call.first_key, BH=power(call.head_dim),
-        COLLAPSE=call.collapse, DROPOUT=call.p > 0, **call.given,
+        COLLAPSE=call.collapse, DROPOUT=call.p > 0,
+    )  # fmt: skip
+
+
+def _gates(call: _Call) -> dict:
+    """What the end of forward is compiled for."""
+    biased = _bits(call.weights[B_G::FIELDS])
+    return dict(GATE=call.gate, INDICATOR=call.indicator, POSTNORM=not call.pre_norm, BIAS_G=biased, D=call.dim)
+
+
+def _block(call: _Call, tile: Tile, projected, attended, lse, packed, kept, outs, moments) -> None:
+    tiles = triton.cdiv(max(call.lengths[: call.directions]), tile.BM)
+    _run(
+        block.block_kernel, tile, (call.directions * call.batch * tiles,),
+        *projected, *call.tokens, *_both(attended), *_both(kept), *_both(outs), *_both(lse), *call.of(W_O), *call.of(B_O),
+        *_both(packed), *call.of(W_G), *call.of(B_G), *_both(call.flags), *call.norm(0), *call.norm(1), *moments, *call.who,
+        call.seed, call.batch, *call.lengths, *call.strides, tiles, call.head_dim**-0.5, call.eps, call.p,
+        BIAS_O=_bits(call.weights[B_O::FIELDS]), BD=power(call.dim), **_reads(call), **_gates(call), **call.given,
     )  # fmt: skip
 
 
 def _blend(call: _Call, attended, lse, packed, kept, outs, moments) -> None:
-    gate = dict(GATE=call.gate, INDICATOR=call.indicator, POSTNORM=not call.pre_norm, BIAS_G=_bits(call.weights[B_G::FIELDS]))
     norms = (*call.norm(0), *call.norm(1), *moments)
     sizes = (call.batch, *call.lengths, *call.strides, call.eps)
 
@@ -156,8 +182,8 @@ def _blend(call: _Call, attended, lse, packed, kept, outs, moments) -> None:
             blend.blend_kernel, tile, (call.row_blocks(tile.BM) * columns, call.directions),
             *call.tokens, *_both(attended), *_both(kept), *_both(outs), *_both(lse), *call.of(W_O), *call.of(B_O),
             *_both(packed), *call.of(W_G), *call.of(B_G), *_both(call.flags), *norms, *call.who, call.seed, *sizes, call.p,
-            READ=read, BLEND=blended, H=call.heads, D=call.dim, BIAS_O=_bits(call.weights[B_O::FIELDS]),
-            DROPOUT=call.p > 0, **gate, **call.given,
+            READ=read, BLEND=blended, H=call.heads, BIAS_O=_bits(call.weights[B_O::FIELDS]),
+            DROPOUT=call.p > 0, **_gates(call), **call.given,
         )  # fmt: skip
 
     if call.plan.together is not None:
@@ -169,7 +195,7 @@ def _blend(call: _Call, attended, lse, packed, kept, outs, moments) -> None:
     _run(
         blend.blend_rows_kernel, tile, (call.row_blocks(tile.BM), call.directions),
         *call.tokens, *_both(kept), *_both(outs), *call.of(W_G), *call.of(B_G), *_both(call.flags), *norms, *call.who, *sizes,
-        D=call.dim, **gate, **call.masks,
+        **_gates(call), **call.masks,
     )  # fmt: skip
 
 

@@ -35,6 +35,60 @@ def store_head(ptr, value, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: 
 
 
 @triton.jit
+def attend_head(
+    q_ptr, k_ptr, attended_ptr, lse_ptr, seed_ptr, direction, b, head, n, N, M, lo, hi, scale, p, who,
+    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What one head of the queries n reads of the keys lo .. hi, stored with its lse and given back as it was stored."""
+    lse_at = (b * H + head) * N + n
+    m = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BH], tl.float32)
+    if lo < hi:
+        q = load_head(q_ptr, b * N + n, n < N, head * DH, WQ, DH, BH)
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+        for start in range(lo // BN * BN, hi, BN):
+            j = start + tl.arange(0, BN)
+            k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
+            v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+            keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+            s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
+            s = tl.where(keep[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weight = tl.exp2((s - shift[:, None]) * (scale * LOG2E))  # subtract first: large logits differ exactly
+            fade = tl.exp2((m - shift) * (scale * LOG2E))
+            total = total * fade + tl.sum(weight, 1)
+            if DROPOUT:
+                weight = tl.where(philox_keep(seed, lse_at, start, p, 2 * direction, BN), weight, 0.0)
+            acc = dot(weight.to(v.dtype), v, acc * fade[:, None], UPCAST)
+            m = m_new
+    inverse = tl.where(total == 0, 0.0, 1.0 / total)  # NaN stays NaN
+    if DROPOUT:
+        inverse = inverse / (1.0 - p)
+    attended = (acc * inverse[:, None]).to(attended_ptr.dtype.element_ty)
+    store_head(attended_ptr, attended, b * N + n, n < N, head * DH, H * DH, DH, BH)
+    lse = tl.where(total == 0, float("inf"), m * (scale * LOG2E) + tl.log2(total))
+    tl.store(lse_ptr + lse_at, lse, mask=n < N)
+    return attended
+
+
+@triton.jit
+def spans(
+    direction, b, first, N, M, who, BM: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+):  # fmt: skip
+    """[lo, hi) around the keys that the queries from ``first`` read; empty if their own mask ignores them all."""
+    lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+    if IGNORE != 0:
+        asks, past = listened_span(direction, b, N, who, IGNORE)
+        hi = tl.where((first < past) & (first + BM > asks), hi, lo)
+    return lo, hi
+
+
+@triton.jit
 def attend_kernel(
     projected0_ptr, projected1_ptr, attended0_ptr, attended1_ptr, lse0_ptr, lse1_ptr,
     ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
@@ -49,42 +103,11 @@ def attend_kernel(
     N = pick(back, N0, N1)
     M = pick(back, N1, N0)
     first = tile * BM
-    n = first + tl.arange(0, BM)
-    lse_at = (b * H + head) * N + n
-    attended_ptr = pick(back, attended0_ptr, attended1_ptr)
     if first < N:
-        lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
-        if IGNORE != 0:
-            asks, past = listened_span(direction, b, N, who, IGNORE)
-            hi = tl.where((first < past) & (first + BM > asks), hi, lo)
-        q_ptr = pick(back, projected0_ptr, projected1_ptr)
-        k_ptr = pick(back, projected1_ptr, projected0_ptr)
-        m = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BH], tl.float32)
-        if lo < hi:
-            q = load_head(q_ptr, b * N + n, n < N, head * DH, WQ, DH, BH)
-            if DROPOUT:
-                seed = tl.load(seed_ptr)
-            for start in range(lo // BN * BN, hi, BN):
-                j = start + tl.arange(0, BN)
-                k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
-                v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-                keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
-                s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
-                s = tl.where(keep[None, :], s, float("-inf"))
-                m_new = tl.maximum(m, tl.max(s, 1))
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-                weight = tl.exp2((s - shift[:, None]) * (scale * LOG2E))  # subtract first: large logits differ exactly
-                fade = tl.exp2((m - shift) * (scale * LOG2E))
-                total = total * fade + tl.sum(weight, 1)
-                if DROPOUT:
-                    weight = tl.where(philox_keep(seed, lse_at, start, p, 2 * direction, BN), weight, 0.0)
-                acc = dot(weight.to(v.dtype), v, acc * fade[:, None], UPCAST)
-                m = m_new
-        inverse = tl.where(total == 0, 0.0, 1.0 / total)  # NaN stays NaN
-        if DROPOUT:
-            inverse = inverse / (1.0 - p)
-        store_head(attended_ptr, acc * inverse[:, None], b * N + n, n < N, head * DH, H * DH, DH, BH)
-        lse = tl.where(total == 0, float("inf"), m * (scale * LOG2E) + tl.log2(total))
-        tl.store(pick(back, lse0_ptr, lse1_ptr) + lse_at, lse, mask=n < N)
+        lo, hi = spans(direction, b, first, N, M, who, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
+        attend_head(
+            pick(back, projected0_ptr, projected1_ptr), pick(back, projected1_ptr, projected0_ptr),
+            pick(back, attended0_ptr, attended1_ptr), pick(back, lse0_ptr, lse1_ptr), seed_ptr,
+            direction, b, head, first + tl.arange(0, BM), N, M, lo, hi, scale, p, who,
+            H, DH, WQ, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
+        )  # fmt: skip

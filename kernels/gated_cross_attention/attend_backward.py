@@ -70,7 +70,7 @@ def d_query_kernel(
             lse = tl.load(pick(back, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf"))
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
             if EXACT:
-                total = tl.zeros([BM], tl.float32)
+                total = tl.where(lse == float("inf"), 1.0, 0.0)  # not 0 where forward worked nothing, as the row's mask ignores it
                 delta = tl.zeros([BM], tl.float32)
                 for start in range(lo // BN * BN, hi, BN):
                     weight, d_weight = _tile(

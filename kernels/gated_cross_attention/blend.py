@@ -38,17 +38,12 @@ def dropped(value, seed_ptr, r, first, p, stream, BN: tl.constexpr):
 
 
 @triton.jit
-def _store_kept(
-    attended_ptr, kept_ptr, w_ptr, b_ptr, biased, lse_ptr, seed_ptr, r, R, N, ok, first, p, direction,
-    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+def store_kept(
+    acc, live, kept_ptr, b_ptr, biased, seed_ptr, r, R, first, p, direction,
+    D: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """A of the rows r and the columns first .. first + BN."""
+    """A of the rows r and the columns first .. first + BN, from the product with W_o."""
     cols = first + tl.arange(0, BN)
-    live = alive(lse_ptr, r, N, ok, H)
-    limit = tl.where(any_of(live), D, 0)
-    acc = tl.zeros([BM, BN], tl.float32)
-    acc = add_product(acc, attended_ptr, r.to(tl.int64) * D, live, limit, w_ptr, cols, D, 1, D, D, BK, UPCAST)
     acc = tl.where(live[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
     if DROPOUT:
         acc = dropped(acc, seed_ptr, r, first, p, 2 * direction + 1, BN)
@@ -139,6 +134,29 @@ def _blend_rows(
 
 
 @triton.jit
+def blend_tokens(
+    x_ptr, x_at, kept_ptr, out_ptr, w_ptr, w_whole_ptr, b_ptr, biased, flag_ptr, gamma_ptr, beta_ptr, moments_ptr,
+    r, R, N, ok, begin, end, eps, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """From A to the output: the columns begin .. end with a gate per channel, whole rows else."""
+    if GATE == "channel":
+        for first in range(begin, end, BN):
+            cols = first + tl.arange(0, BN)
+            z = gate_logits(
+                x_ptr, x_at, kept_ptr, w_ptr, w_whole_ptr, b_ptr, biased, flag_ptr, r, N, ok, cols, D, BM, BN, BK, INDICATOR, UPCAST
+            )  # fmt: skip
+            a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
+            x = _load_x(x_ptr, x_at, r, R, cols, D)
+            _store_out(out_ptr, tl.sigmoid(z) * a + tl.sigmoid(-z) * x.to(tl.float32), x, r, R, cols, ok, D)
+    else:
+        _blend_rows(
+            x_ptr, x_at, kept_ptr, out_ptr, w_ptr, b_ptr, biased, flag_ptr, gamma_ptr, beta_ptr, moments_ptr, r, R, N, ok, eps,
+            D, BM, BN, GATE, INDICATOR, POSTNORM,
+        )  # fmt: skip
+
+
+@triton.jit
 def blend_kernel(
     x0_ptr, x1_ptr, attended0_ptr, attended1_ptr, kept0_ptr, kept1_ptr, out0_ptr, out1_ptr, lse0_ptr, lse1_ptr,
     wo0_ptr, wo1_ptr, bo0_ptr, bo1_ptr, wg0_ptr, wg1_ptr, whole0_ptr, whole1_ptr, bg0_ptr, bg1_ptr, flag0_ptr, flag1_ptr,
@@ -168,29 +186,25 @@ def blend_kernel(
         b_ptr = pick(back, bg0_ptr, bg1_ptr)
         flag_ptr = pick(back, flag0_ptr, flag1_ptr)
         if READ:
+            live = alive(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+            limit = tl.where(any_of(live), D, 0)
             for first in range(begin, end, BN):
-                _store_kept(
-                    pick(back, attended0_ptr, attended1_ptr), kept_ptr, pick(back, wo0_ptr, wo1_ptr), pick(back, bo0_ptr, bo1_ptr),
-                    (BIAS_O >> direction) & 1, pick(back, lse0_ptr, lse1_ptr), seed_ptr, r, R, N, ok, first, p, direction,
-                    H, D, BM, BN, BK, DROPOUT, UPCAST,
+                acc = add_product(
+                    tl.zeros([BM, BN], tl.float32), pick(back, attended0_ptr, attended1_ptr), r.to(tl.int64) * D, live, limit,
+                    pick(back, wo0_ptr, wo1_ptr), first + tl.arange(0, BN), D, 1, D, D, BK, UPCAST,
+                )  # fmt: skip
+                store_kept(
+                    acc, live, kept_ptr, pick(back, bo0_ptr, bo1_ptr), (BIAS_O >> direction) & 1, seed_ptr, r, R, first, p,
+                    direction, D, BN, DROPOUT,
                 )  # fmt: skip
         if READ and BLEND:
             tl.debug_barrier()  # what follows reads A as other threads of this program have written it
-        if BLEND and GATE == "channel":
-            for first in range(begin, end, BN):
-                cols = first + tl.arange(0, BN)
-                z = gate_logits(
-                    x_ptr, x_at, kept_ptr, pick(back, wg0_ptr, wg1_ptr), pick(back, whole0_ptr, whole1_ptr), b_ptr,
-                    (BIAS_G >> direction) & 1, flag_ptr, r, N, ok, cols, D, BM, BN, BK, INDICATOR, UPCAST,
-                )  # fmt: skip
-                a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
-                x = _load_x(x_ptr, x_at, r, R, cols, D)
-                _store_out(out_ptr, tl.sigmoid(z) * a + tl.sigmoid(-z) * x.to(tl.float32), x, r, R, cols, ok, D)
-        elif BLEND:
-            _blend_rows(
-                x_ptr, x_at, kept_ptr, out_ptr, pick(back, wg0_ptr, wg1_ptr), b_ptr, (BIAS_G >> direction) & 1, flag_ptr,
-                pick(back, gamma0_ptr, gamma1_ptr), pick(back, beta0_ptr, beta1_ptr), pick(back, moments0_ptr, moments1_ptr),
-                r, R, N, ok, eps, D, BM, BN, GATE, INDICATOR, POSTNORM,
+        if BLEND:
+            blend_tokens(
+                x_ptr, x_at, kept_ptr, out_ptr, pick(back, wg0_ptr, wg1_ptr), pick(back, whole0_ptr, whole1_ptr), b_ptr,
+                (BIAS_G >> direction) & 1, flag_ptr, pick(back, gamma0_ptr, gamma1_ptr), pick(back, beta0_ptr, beta1_ptr),
+                pick(back, moments0_ptr, moments1_ptr), r, R, N, ok, begin, end, eps,
+                D, BM, BN, BK, GATE, INDICATOR, POSTNORM, UPCAST,
             )  # fmt: skip
 
 

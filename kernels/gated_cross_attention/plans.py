@@ -2,13 +2,22 @@
 
 Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
+
+Forward has two forms behind the projections, which write the same: "epilogue", attention by head and then out-projection, gate and
+blend; "block", one launch for all of it, a block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, read at
+every call; backward is the same after both.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+FORMS = ("epilogue", "block")
+FORM = "epilogue"  # where MMFUSED_CROSS_ATTENTION says nothing
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Plan:
     product: Tile
     rows: Tile  # whole rows of BN columns
     together: Tile | None
+    block: Tile | None  # all heads of BM queries, BN keys and then BN columns of the output at a time
     partials: int = 256  # partial sums of the norms' gradients: fixed, so that the sum does not depend on the card
 
 
@@ -41,14 +51,56 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@contextmanager
+def form(name: str):
+    """MMFUSED_CROSS_ATTENTION for a while."""
+    before = os.environ.get("MMFUSED_CROSS_ATTENTION")
+    os.environ["MMFUSED_CROSS_ATTENTION"] = name
+    try:
+        yield
+    finally:
+        del os.environ["MMFUSED_CROSS_ATTENTION"]
+        if before is not None:
+            os.environ["MMFUSED_CROSS_ATTENTION"] = before
+
+
+def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
+    """The tile of the form "block" if that is to run, else None. What it does not take is an error only where it was asked for."""
+    asked = os.environ.get("MMFUSED_CROSS_ATTENTION")
+    if asked not in (None, *FORMS):
+        raise ValueError(f"MMFUSED_CROSS_ATTENTION is {asked!r}; it takes one of {', '.join(FORMS)}.")
+    if asked == "block" and chosen.block is None:
+        raise ValueError(
+            f"MMFUSED_CROSS_ATTENTION is 'block', but dim is {dim} with {heads} heads; block takes dim <= 256 and heads of at most "
+            "64 channels, 32 in float32."
+        )
+    return chosen.block if (asked or FORM) == "block" else None
+
+
+def block_takes(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """False where its out-projection would spill: the weights of one head lie in registers on their way to the product."""
+    return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
+
+
+def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | None:
+    if not block_takes(dim, head_dim, dtype):
+        return None
+    if dtype == torch.float32:
+        return Tile(16, 32, 32, 8, 1)
+    if dim % 8 or head_dim % 8:
+        return Tile(16 if dim % 2 else 32, 32, 32, 8, 1)
+    return Tile(64 if head_dim <= 32 and arch in (90, 100, 103) else 32, 64, 64, 8, 2)
+
+
 def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
     widest = power(max(dim, context_dim))
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
+    block = _block(dim, head_dim, dtype, arch)
     warps = 4 if head_dim <= 64 else 8
     if dtype == torch.float32:  # multiplied without matrix instructions, which costs registers
         tile = Tile(32, 32, 32, 4, 2)
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
-        return Plan(tile, attend, attend, attend, tile, rows, tile if dim <= 256 else None)
+        return Plan(tile, attend, attend, attend, tile, rows, tile if dim <= 256 else None, block)
     hopper = arch in (90, 100, 103)  # others multiply out of registers, and some have 99 KB of shared memory
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
     attend = Tile(64, 64, 0, warps, 2)
@@ -60,4 +112,4 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         attend = d_query = d_key = Tile(32, 32, 0, warps, 1)
     if dim % 8 or context_dim % 8:
         project = product = together = Tile(32, 64, 32, 4, 2)
-    return Plan(project, attend, d_query, d_key, product, rows, together if dim <= 256 else None)
+    return Plan(project, attend, d_query, d_key, product, rows, together if dim <= 256 else None, block)

@@ -8,7 +8,8 @@ import torch
 # query_pooling: rows R, dim D, dtype, norm, padding, per-sample queries, dX wanted, dropout (where it is not 0)
 # masked_info_nce: rows B, candidates C, dim D, dtype, symmetric, keys, ids ("none", "drop", "same"), everything
 # topk_routing: experts E, choices k, dim D (None: from logits), dtype, router dtype, sigmoid, renormalize, balance, everything
-# gated_cross_attention: D, heads, context width (None: both directions), dtype, gate, indicator, missing, masks, pre_norm, dropout
+# gated_cross_attention: D, heads, context width (None: both directions), dtype, gate, indicator, missing, masks, pre_norm, dropout,
+# form (where it is not the default: then forward alone)
 # grouped_mlp: tokens T, D, I, experts E, choices k, activation (or None: the linear layer), biases, packed, dtype
 SPECIMENS = {
     "query_pooling": {
@@ -97,6 +98,15 @@ SPECIMENS = {
         "cross float32": (256, 8, None, "float32", "channel", True, "skip", True, True, 0.1),
         "cross 768 f32": (768, 6, None, "float32", "channel", True, "skip", True, True, 0.1),
         "unica float32": (1024, 8, 768, "float32", "none", True, "zero", True, False, 0.1),
+        "block": (256, 8, None, "bfloat16", "channel", True, "skip", True, True, 0.1, "block"),
+        "block eval": (256, 8, None, "float16", "channel", True, "zero", False, True, 0.0, "block"),
+        "block zeroed": (256, 4, None, "bfloat16", "channel", True, "constant", True, True, 0.0, "block"),
+        "block 64": (64, 4, None, "float16", "channel", False, "zero", True, True, 0.1, "block"),
+        "block token": (192, 4, 1024, "float16", "token", True, "attend", True, True, 0.1, "block"),
+        "block unica": (256, 8, 768, "bfloat16", "none", True, "skip", True, False, 0.1, "block"),
+        "block even": (250, 5, None, "bfloat16", "channel", True, "skip", True, True, 0.1, "block"),
+        "block odd": (255, 5, None, "bfloat16", "token", True, "skip", True, True, 0.1, "block"),
+        "block float32": (256, 8, None, "float32", "channel", True, "skip", True, True, 0.1, "block"),
     },
 }
 
@@ -200,7 +210,9 @@ def _grouped_mlp_on_meta(tokens, dim, width, experts, k, activation, biases, pac
     )  # fmt: skip
 
 
-def _gated_cross_attention_on_meta(dim, heads, context_dim, dtype, gate, indicator, missing, masks, pre_norm, dropout) -> None:
+def _gated_cross_attention_on_meta(
+    dim, heads, context_dim, dtype, gate, indicator, missing, masks, pre_norm, dropout, form=None
+) -> None:  # fmt: skip
     from mmfused.kernels import gated_cross_attention
 
     compute = getattr(torch, dtype)
@@ -225,6 +237,10 @@ def _gated_cross_attention_on_meta(dim, heads, context_dim, dtype, gate, indicat
     seed = empty(dtype=torch.int64) if dropout else None
     lists = (tokens, norms, ignores, absents, weights, flags)
     options = (heads, gate, missing, pre_norm, 1e-5, dropout, seed)
+    if form is not None:
+        with gated_cross_attention.plans.form(form):
+            gated_cross_attention.forward(*lists, *options)
+        return
     results = gated_cross_attention.forward(*lists, *options)
     d_outs = [empty(*x.shape) for x in tokens[:directions]]
     gated_cross_attention.backward(d_outs, *lists, results[directions:], *options)
