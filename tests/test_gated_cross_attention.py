@@ -175,13 +175,15 @@ def test_a_constant_context_collapses(backend, p):
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
-    lengths = torch.tensor([5, 3, 2, 1])
+    ignore = torch.arange(M) >= torch.tensor([5, 5, 2, 1])[:, None]
+    ignore[1, ::2] = True  # the first that may be read stands between two that may not
+    context[ignore] = math.nan
     results = []
     for missing in ("constant", "attend"):
         built.options["missing"] = missing
         leaf = context.clone().requires_grad_()
         with mmfused.backend(backend):
-            out = built(x, leaf, context_present=PRESENT, context_lengths=lengths, dropout_seed=seed)
+            out = built(x, leaf, context_present=PRESENT, context_key_padding_mask=ignore, dropout_seed=seed)
         gradients = torch.autograd.grad(out, [x, leaf, *built.parameters()], torch.linspace(-1, 1, out.numel()).view(out.shape))
         results.append([out, gradients[0], gradients[1].sum(1), *gradients[2:]])  # equal tokens share their gradient
     for a, b in zip(*results, strict=True):
@@ -350,13 +352,15 @@ BAD = {
     "indicator is 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
     "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(D, HEADS, pre_norm=False),
     "dropout is 1.0; it takes a number from 0 to below 1": lambda: GatedCrossAttention(D, HEADS, dropout=1.0),
-    "dropout is -0.1": lambda: call(dropout_p=-0.1),
+    "dropout_p is -0.1; it takes a number from 0 to below 1": lambda: call(dropout_p=-0.1),
     "context has shape (4, 12)": lambda: call(context=randn(B, D)),
     "context has shape (3, 5, 12); it takes (4, tokens, dim)": lambda: call(context=randn(3, M, D)),
     "x has dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
     "context has dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
     "weights is a tuple; it takes CrossAttentionWeights": lambda: call(weights=(1,)),
-    "weights.w_k has shape (12, 12); with gate 'channel' it takes (12, 7)": lambda: call(context=randn(B, M, 7)),
+    "context has width 7; it takes 12, as weights.w_k has columns": lambda: call(context=randn(B, M, 7)),
+    "x has width 10; it takes 12, as weights.w_q has columns": lambda: call(x=randn(B, N, 10)),
+    "a has width 10; it takes 12, as to_a.w_q has columns": lambda: module()(randn(B, N, 10), randn(B, M, D)),
     "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(indicator=False),
     "weights.w_g has shape (12, 25); with gate 'none' it takes None": lambda: call(gate="none"),
     "norm_context is None; it takes a LayerNorm's weight and bias": lambda: call(norm_context=None),
@@ -372,7 +376,7 @@ BAD = {
     "context_present has shape (3,); it takes (4,)": lambda: call(context_present=torch.ones(3).bool()),
     "context_present has dtype torch.float32": lambda: call(context_present=torch.ones(B)),
     "dropout_seed has dtype torch.float32": lambda: call(dropout_p=0.1, dropout_seed=torch.tensor(1.0)),
-    "b has width 7; it takes 12, as a has": lambda: module()(randn(B, N, D), randn(B, M, 7)),
+    "b has width 7; it takes 12, as to_a.w_k has columns": lambda: module()(randn(B, N, D), randn(B, M, 7)),
 }
 
 

@@ -344,11 +344,11 @@ def test_modules_refuse_what_is_no_share():
 
 def test_auto_form_without_torch_attention():
     """Where the projected form has no kernel of torch's either, fewer FLOPs are enough for the absorbed one."""
-    from mmfused.ops.query_pooling.function import _cheaper_form
+    from mmfused.ops.query_pooling.function import cheaper_form
 
     x, q, w = torch.empty(8, 257, 768, device="meta"), torch.empty(8, 32, 768, device="meta"), torch.empty(768, 768, device="meta")
-    assert _cheaper_form(x, q, w, w, 12) == "projected" and _cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
-    assert _cheaper_form(x, q, w, w, 32, 0.1) == "projected"
+    assert cheaper_form(x, q, w, w, 12) == "projected" and cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
+    assert cheaper_form(x, q, w, w, 32, 0.1) == "projected"
 
 
 def test_one_graph():

@@ -159,13 +159,13 @@ def test_fused_without_a_kernel():
 
 
 def test_auto_form_follows_the_flops():
-    from mmfused.ops.query_pooling.function import _cheaper_form
+    from mmfused.ops.query_pooling.function import cheaper_form
 
     def form(length, queries, heads, per_sample=False, device="meta"):
         x = torch.empty(8, length, 768, device=device)
         q = torch.empty(*((8,) if per_sample else ()), queries, 768, device=device)
         w = torch.empty(768, 768, device=device)
-        return _cheaper_form(x, q, w, w, heads)
+        return cheaper_form(x, q, w, w, heads)
 
     assert form(197, 32, 1) == form(197, 1, 12) == form(197, 16, 12) == form(32, 2, 1) == form(197, 32, 8) == "absorbed"
     assert form(197, 64, 12) == form(197, 32, 12) == form(8, 32, 1) == "projected"

@@ -1,7 +1,8 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
 Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
+a round number of warps a processor and spills a few registers to get there.
 
 Forward has two forms behind the projections, which write the same: "epilogue", attention by head and then out-projection, gate and
 blend; "block", one launch for all of it, a block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, read at
@@ -29,6 +30,7 @@ class Tile:
     BK: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
     block = _block(dim, head_dim, dtype, arch)
     warps = 4 if head_dim <= 64 else 8
     if dtype == torch.float32:  # multiplied without matrix instructions, which costs registers
-        tile = Tile(32, 32, 32, 4, 2)
+        tile = Tile(32, 32, 16, 4, 2)
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
-        return Plan(tile, attend, attend, attend, tile, rows, tile if dim <= 256 else None, block)
+        d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
+        return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
     hopper = arch in (90, 100, 103)  # others multiply out of registers, and some have 99 KB of shared memory
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
     attend = Tile(64, 64, 0, warps, 2)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..library import current_backend
 from ..ops.query_pooling import query_pooling
-from ..ops.query_pooling.function import _cheaper_form
+from ..ops.query_pooling.function import cheaper_form
 from .base import LEFT, path_of
 
 
@@ -20,7 +20,7 @@ def attend(
 
     Keys and values are one product, as in nn.MultiheadAttention, but are read where it left them: that copies both.
     """
-    absorbed = _cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
+    absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
         options = dict(num_heads=num_heads, key_padding_mask=key_padding_mask, dropout_p=dropout_p)
         return query_pooling(x, queries, w_k, w_v, b_v, b_k, **options, form="absorbed" if absorbed else "auto", **norm)

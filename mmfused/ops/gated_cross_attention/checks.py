@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check(
     op, names, given, directions, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p, dropout_seed
 ) -> None:
-    check_options(op, gate, indicator, missing, pre_norm, dropout_p)
+    check_options(op, gate, indicator, missing, pre_norm, dropout_p=dropout_p)
     floats = dict(zip(names, (side[0] for side in given), strict=True))
     for name, w in zip(("weights",) if len(directions) == 1 else ("to_a", "to_b"), directions, strict=True):
         if not isinstance(w, CrossAttentionWeights):
@@ -46,7 +46,8 @@ def check(
         raise TypeError(f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar.")
 
 
-def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_norm: bool, dropout_p: float) -> None:
+def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_norm: bool, **dropout: float) -> None:
+    """``dropout``: the one number, by the name that the caller knows."""
     for option, value, choices in (
         ("gate", gate, GATES),
         ("missing", missing, MISSING),
@@ -56,8 +57,9 @@ def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_n
             raise ValueError(f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}.")
     if not pre_norm and gate != "none":
         raise ValueError(f"{op}: pre_norm is False and gate is {gate!r}; a norm after the sum takes gate 'none'.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout is {dropout_p}; it takes a number from 0 to below 1.")
+    for name, p in dropout.items():
+        if not 0 <= p < 1:
+            raise ValueError(f"{op}: {name} is {p}; it takes a number from 0 to below 1.")
 
 
 def _masks(names, given) -> dict[str, Tensor | None]:
@@ -75,6 +77,10 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
             batch = x.shape[0] if x.dim() == 3 else "batch"
             raise ValueError(f"{op}: {name} has shape {tuple(tokens.shape)}; it takes ({batch}, tokens, dim).")
     dims = x.shape[-1], context.shape[-1]
+    first = "weights" if len(directions) == 1 else "to_a"
+    for name, dim, field in zip(names, dims, ("w_q", "w_k"), strict=True):
+        if (w := getattr(directions[0], field)).dim() == 2 and w.shape[1] != dim:
+            raise ValueError(f"{op}: {name} has width {dim}; it takes {w.shape[1]}, as {first}.{field} has columns.")
     if num_heads < 1 or dims[0] % num_heads:
         raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide dim = {dims[0]}.")
     if len(directions) == 2 and dims[0] != dims[1]:

@@ -149,7 +149,7 @@ def _attend_fused(sides, directions, *, num_heads, gate, indicator, missing, pre
     tokens = [side.tokens if side.tokens.stride(-1) == 1 else side.tokens.contiguous() for side in sides]
     none = tokens[0].new_empty(0)
     no_flag = none.bool()
-    norms = [none if side.norm is None else part for side in sides for part in (side.norm or (none, none))]
+    norms = [part.contiguous() for side in sides for part in (side.norm or (none, none))]
     ignores = [no_flag if side.ignore is None else side.ignore.contiguous() for side in sides]
     absents = [no_flag if side.absent is None else side.absent for side in sides]
     weights = [none if weight is None else weight.contiguous() for w in directions for weight in w]

@@ -169,4 +169,4 @@ def _norm(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
 def _check(name, dim, num_heads, gate, indicator, missing, pre_norm, dropout) -> None:
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"{name}: num_heads is {num_heads}; it must be positive and divide dim = {dim}.")
-    check_options(name, gate, indicator, missing, pre_norm, dropout)
+    check_options(name, gate, indicator, missing, pre_norm, dropout=dropout)

@@ -107,7 +107,9 @@ def side_of(
     if lengths is not None:
         ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
     absents = [] if present is None else [~present]
-    if ignore is not None:
+    if not tokens.shape[1]:  # no token that may be read, mask or no mask
+        absents.append(torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+    elif ignore is not None:
         absents.append(ignore.all(1))
     absent = torch.stack(absents).any(0) if absents else None
     norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)

@@ -191,7 +191,7 @@ def flops(batch: int, length: int, dim: int, queries: int, k_dim: int, v_dim: in
     return {"absorbed": absorbed, "projected": projected}
 
 
-def _cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int, dropout_p: float = 0.0) -> str:
+def cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int, dropout_p: float = 0.0) -> str:
     cost = flops(*x.shape, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
     margin = 1.0 if dropout_p else _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if cost["absorbed"] * margin <= cost["projected"] else "projected"
@@ -327,7 +327,7 @@ def query_pooling(
         return query_pooling_reference(x, *args, **options, **norm, **dropout)
     options["scale"] = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else scale
     if form == "auto":
-        form = "absorbed" if current_backend() == "fused" else _cheaper_form(x, queries, w_k, w_v, num_heads, dropout_p)
+        form = "absorbed" if current_backend() == "fused" else cheaper_form(x, queries, w_k, w_v, num_heads, dropout_p)
     if form == "projected":
         return _projected(x, *args, **options, **norm, **dropout)
     pool = _PoolFused.apply if chosen == "fused" else _pool_composed
