@@ -13,10 +13,11 @@ import safetensors.torch
 from matplotlib.figure import Figure
 
 from mmfused import data as product_data
-from mmfused.models.fluid import FLUID, FLUIDConfig
+from mmfused.models import MODELS
 
 # config.json is written last and removed first: where it is, the run is finished and whole.
 RUN_FILES = ("config.json", "checkpoints", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png", "tokenizer")
+SCORE_OF_TASK = {"classification": "accuracy", "retrieval": "recall_at_1"}  # the one that is drawn and shown
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -57,7 +58,8 @@ def save_run(out: Path, settings: dict, model, tokenizer, summary: dict, history
     """Every file under a temporary name first, then moved: a file with its own name is a whole file."""
     whole(out / "tokenizer", lambda path: tokenizer.save_pretrained(path))
     whole(out / "model.safetensors", lambda path: path.write_bytes(safetensors.torch.save(model_tensors(model))))
-    whole(out / "curves.png", lambda path: draw_curves({settings["training"]["backend"]: history}, path))
+    headline = SCORE_OF_TASK[MODELS[settings["training"]["model"]].task]
+    whole(out / "curves.png", lambda path: draw_curves({settings["training"]["backend"]: history}, path, headline))
     whole(out / "summary.json", lambda path: write_json(path, summary))
     whole(out / "config.json", lambda path: write_json(path, settings))
 
@@ -103,15 +105,15 @@ def sync_entry(path: Path):
         os.close(descriptor)
 
 
-def draw_curves(runs: dict[str, dict], path: Path):
-    """Training loss and validation accuracy of each named history, side by side, as PNG."""
+def draw_curves(runs: dict[str, dict], path: Path, score: str = "accuracy"):
+    """Training loss and a validation score of each named history, side by side, as PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, history in runs.items():
         left.plot([r["step"] for r in history["train"]], [r["loss"] for r in history["train"]], label=name, linewidth=1)
-        right.plot([r["step"] for r in history["val"]], [r["accuracy"] for r in history["val"]], label=name, marker="o")
+        right.plot([r["step"] for r in history["val"]], [r[score] for r in history["val"]], label=name, marker="o")
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
+    right.set(xlabel="step", ylabel=f"validation {score.replace('_', ' ')}", ylim=(0, 1))
     left.legend()
     figure.savefig(path, format="png", dpi=120)
 
@@ -125,7 +127,8 @@ def load_run(folder: str | os.PathLike):
     folder = Path(folder)
     settings = read_settings(folder)
     try:
-        model = FLUID(FLUIDConfig.from_dict(settings["model"]))
+        kind = MODELS[settings["training"]["model"]]
+        model = kind.model(kind.config.from_dict(settings["model"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds the settings of no model that this mmfused has: {error}") from error
     load_weights(model, folder / "model.safetensors")

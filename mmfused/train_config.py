@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+MODELS = ("fluid", "uniecs", "unica", "moon2", "unite")
 MODALITIES = ("both", "image", "text")
 PRECISIONS = ("auto", "bf16", "off")
-# What may differ when a run goes on: where it runs and how much of it is shown or kept, not what it computes.
 # The papers' own settings, where a preset has any; what is given on the command line goes before them.
 RECIPES = {
-    name: {"lr": 2e-5, "weight_decay": 0.01, "epochs": 15, "batch_size": 128, "max_length": 512} for name in ("paper", "code")
+    **{
+        ("fluid", name): {"lr": 2e-5, "weight_decay": 0.01, "epochs": 15, "batch_size": 128, "max_length": 512}
+        for name in ("paper", "code")
+    },
+    **{("uniecs", name): {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256} for name in ("paper", "code")},
+    ("unica", "paper"): {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109},  # of VISTA, its host
+    ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
+    **{("unite", name): {"lr": 2e-5, "epochs": 1, "batch_size": 1024, "max_length": 2048} for name in ("paper", "code")},
 }
+# What may differ when a run goes on: where it runs and how much of it is shown or kept, not what it computes.
 FREE = {"out", "threads", "device", "progress", "overwrite", "resume", "save_every", "keep"}
 
 
@@ -22,18 +30,23 @@ class TrainConfig:
     A step is one update of the weights, from ``accumulate`` batches of ``batch_size``. ``amp``: "bf16" computes under
     autocast, "auto" does so on CUDA cards that have bf16. A checkpoint every ``save_every`` steps (None: at every
     validation) and at the end; the ``keep`` newest stay. ``resume`` goes on from the newest one, if there is any.
-    ``image_encoder`` and ``text_encoder``: pretrained ones to begin with, folders or names (:mod:`mmfused.models.encoders`).
+    ``image_encoder``, ``text_encoder`` and, for MOON2.0 and UNITE, ``host``: pretrained ones to begin with, folders or names.
+    ``products``: the catalogue that retrieval models look in, else the data themselves. ``text_column``: of the data, not of the
+    products. ``grad_cache``: items of a batch encoded at a time. Over several ranks (``torchrun``) ``batch_size`` is of all.
     Raises ValueError for values out of range.
     """
 
     out: str
     data: str = "generated"
     val: str | None = None
+    products: str | None = None
+    text_column: str = "text"
     model: str = "fluid"
     preset: str = "tiny"
     model_options: dict = field(default_factory=dict)
     image_encoder: str | None = None
     text_encoder: str | None = None
+    host: str | None = None
     backend: str = "auto"
     amp: str = "auto"
     modalities: str = "both"
@@ -41,6 +54,7 @@ class TrainConfig:
     epochs: float = 60
     batch_size: int = 64
     accumulate: int = 1
+    grad_cache: int | None = None
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
@@ -67,13 +81,11 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self):
-        if self.model != "fluid":
-            raise ValueError(f"model: got {self.model!r}, takes 'fluid'")
-        for name, choices in (("modalities", MODALITIES), ("amp", PRECISIONS)):
+        for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(choices)}")
-        positive = "steps epochs batch_size accumulate lr clip image_size patch_size threads log_every val_every save_every keep"
-        for name in positive.split():
+        positive = "steps epochs batch_size accumulate grad_cache lr clip image_size patch_size threads"
+        for name in (positive + " log_every val_every save_every keep").split():
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: got {value}, takes a number above 0")
@@ -85,10 +97,29 @@ class TrainConfig:
         for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
             if getattr(self, name) and self.modalities == absent:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, takes modalities that use it")
-        if self.image_encoder and self.patch_size:
-            raise ValueError(f"patch_size: got {self.patch_size} with image_encoder, takes none: the encoder has its own")
+        for name in ("image_encoder", "host"):
+            if getattr(self, name) and self.patch_size:
+                raise ValueError(f"patch_size: got {self.patch_size} with {name}, takes none: it has its own")
+        self.check_task()
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume: got both, take one: a run is begun anew or gone on with")
+
+    def check_task(self):
+        """Raises ValueError for what the model has no use for."""
+        hosted = self.model in ("moon2", "unite")
+        for name, fits, takes in (
+            ("products", self.model != "fluid", "a retrieval model"),
+            ("grad_cache", self.model != "fluid", "a retrieval model"),
+            ("host", hosted, "moon2 or unite"),
+            ("image_encoder", not hosted, "fluid, uniecs or unica; moon2 and unite take a host"),
+            ("text_encoder", not hosted, "fluid, uniecs or unica; moon2 and unite take a host"),
+        ):
+            if getattr(self, name) is not None and not fits:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} with model {self.model!r}, takes {takes}")
+        if self.model != "fluid" and self.modalities != "both":
+            raise ValueError(f"modalities: got {self.modalities!r} with model {self.model!r}, takes 'both': it embeds each view")
+        if self.grad_cache and self.accumulate > 1:
+            raise ValueError(f"accumulate: got {self.accumulate} with grad_cache, takes 1: the batch is one, in chunks")
 
     def to_dict(self) -> dict:
         """Plain values that JSON holds and gives back the same."""

@@ -10,8 +10,9 @@ import torch
 
 import mmfused
 from mmfused import data as product_data
+from mmfused.models import MODELS
 from mmfused.models.encoders import pretrained_text, pretrained_vit
-from mmfused.models.fluid import FLUID, FLUIDConfig
+from mmfused.models.qwen import pretrained_qwen2_vl
 
 # The contrastive loss depends on it: evaluating with another size gives the same scores and another loss.
 VAL_BATCH_SIZE = 256
@@ -49,7 +50,9 @@ def load_data(config):
     elif config.val is None:
         raise ValueError("val: got nothing, takes a folder with images and metadata.csv to validate on")
     else:
-        train_set, val_set = product_data.ProductFolder(config.data), product_data.ProductFolder(config.val)
+        train_set, val_set = (
+            product_data.ProductFolder(folder, text_column=config.text_column) for folder in (config.data, config.val)
+        )
     for name, split in (("data", train_set), ("val", val_set)):
         if len(split) == 0:
             raise ValueError(f"{name}: {getattr(config, name)} holds no usable row, takes at least one")
@@ -63,17 +66,30 @@ def load_data(config):
     return train_set, val_set
 
 
+def load_catalogue(config):
+    """The products that candidates are taken from; None: from the data themselves."""
+    if config.products is None:
+        return None
+    products = product_data.ProductFolder(config.products)
+    warn_of_skipped("products", products)
+    return products
+
+
 def warn_of_skipped(name: str, split, most: int = 5):
     if split.skipped:
         more = [f"and {len(split.skipped) - most} more"] if len(split.skipped) > most else []
         logger.warning("%s: %d rows skipped\n  %s", name, len(split.skipped), "\n  ".join(split.skipped[:most] + more))
 
 
-def load_or_train_tokenizer(config, train_set):
-    """The one that is named, or else the text encoder's own, or else a new one of the training texts."""
-    if config.tokenizer or config.text_encoder:
-        return product_data.load_tokenizer(config.tokenizer or config.text_encoder)
-    return product_data.train_tokenizer([text for text in train_set.texts if text], vocab_size=config.vocab_size)
+def load_or_train_tokenizer(config, train_set, products=None):
+    """The one that is named, or else the pretrained encoder's own, or else a new one of the texts of training and products."""
+    named = config.tokenizer or config.text_encoder or config.host
+    if named:
+        tokenizer = product_data.load_tokenizer(named)
+    else:
+        texts = [*train_set.texts, *(products.texts if products is not None else [])]
+        tokenizer = product_data.train_tokenizer([text for text in texts if text], vocab_size=config.vocab_size)
+    return MODELS[config.model].config.prepare_tokenizer(tokenizer)
 
 
 def image_sizes(config, train_set) -> tuple[int | None, int | None]:
@@ -81,7 +97,7 @@ def image_sizes(config, train_set) -> tuple[int | None, int | None]:
 
     Preset "tiny" has none, unless given: the stored size up to 96, and patches of 8 up to 32, of 16 above.
     """
-    if config.preset != "tiny" or config.image_encoder:
+    if config.preset != "tiny" or config.image_encoder or config.host:
         return config.image_size, config.patch_size
     pictures = (item["image"] for item in map(train_set.__getitem__, range(len(train_set))) if item["image_present"])
     side = config.image_size or min(96, *next(pictures, torch.empty(3, 32, 32)).shape[1:])
@@ -91,13 +107,13 @@ def image_sizes(config, train_set) -> tuple[int | None, int | None]:
     return side - side % patch, patch
 
 
-def make_batches(config, train_set, val_set, tokenizer, size, model_config):
+def make_batches(config, train_set, val_set, tokenizer, size, model_config, rank: int = 0, world: int = 1):
     # The generated set's colours mean something, and its pictures are new enough; photos need every variation.
     augment = config.data != "generated" if config.augment is None else config.augment
     augment = augment and config.modalities != "text"
     collate = make_collate(tokenizer, size, config.max_length, model_config, augment=augment, seed=config.seed)
-    batch_size = min(config.batch_size, len(train_set))
-    batches = product_data.Batches(train_set, collate, batch_size, shuffle=True, seed=config.seed, drop_last=True)
+    options = {"shuffle": True, "seed": config.seed, "drop_last": True, "rank": rank, "world": world}
+    batches = product_data.Batches(train_set, collate, min(config.batch_size, len(train_set) // world * world), **options)
     return batches, make_val_batches(val_set, make_collate(tokenizer, size, config.max_length, model_config))
 
 
@@ -115,28 +131,38 @@ def digest(dataset) -> str:
     return hashlib.sha256(json.dumps([list(dataset.texts), list(map(int, dataset.labels))]).encode()).hexdigest()
 
 
-def check_rows(config, expected: dict, train_set, val_set):
+def check_rows(config, expected: dict, train_set, val_set, products=None):
     """Raises ValueError where the rows are not those that ``expected``, the checkpoint's digests, were made from."""
-    for name, split in (("data", train_set), ("val", val_set)):
-        if digest(split) != expected[name]:
+    for name, split in (("data", train_set), ("val", val_set), ("products", products)):
+        if split is not None and digest(split) != expected[name]:
             where = getattr(config, name) or config.data
             raise ValueError(f"resume: {name}: the rows of {where} are not those the run was trained with; put them back")
 
 
-def build_model(config, num_classes, vocab_size, image_size, patch_size):
-    """The model with its weights as they are before training: random but for pretrained encoders."""
-    sizes = {"vocab_size": vocab_size, "image_size": image_size, "patch_size": patch_size}
-    options, loaded = {"modalities": config.modalities, **config.model_options}, {}
-    if config.image_encoder and config.modalities != "text":
-        fields, loaded["image_encoder"] = pretrained_vit(config.image_encoder, config.image_size)
-        options = {**fields, **options}
-    if config.text_encoder and config.modalities != "image":
-        fields, loaded["text_encoder"] = pretrained_text(config.text_encoder)
-        options = {**fields, **options}
-        if vocab_size > fields["text"]["vocab_size"]:
-            known = fields["text"]["vocab_size"]
-            raise ValueError(f"tokenizer: got {vocab_size} tokens, takes at most {known}, as {config.text_encoder} knows")
-    model = FLUID(FLUIDConfig.preset(config.preset, num_classes=num_classes, **sizes, **options))
-    for name, encoder in loaded.items():
-        getattr(model, name).load_state_dict(encoder.state_dict())
+def build_model(config, num_classes, tokenizer, image_size, patch_size):
+    """The model with its weights as they are before training: random but for what is pretrained."""
+    kind = MODELS[config.model]
+    options, loaded = dict(config.model_options), {}
+    if kind.task == "classification":
+        options = {"num_classes": num_classes, "modalities": config.modalities, **options}
+    known = kind.config.of_tokenizer(tokenizer)
+    for name, source, load in (
+        ("image_encoder", config.image_encoder if config.modalities != "text" else None, pretrained_vit),
+        ("text_encoder", config.text_encoder if config.modalities != "image" else None, pretrained_text),
+        ("host", config.host, pretrained_qwen2_vl),
+    ):
+        if source:
+            fields, loaded[name] = load(source, config.image_size) if name == "image_encoder" else load(source)
+            options = {**fields, **options}
+            check_vocabulary(fields, len(tokenizer), source)
+    model = kind.model(kind.config.preset(config.preset, image_size=image_size, patch_size=patch_size, **known, **options))
+    for name, module in loaded.items():
+        getattr(model, name).load_state_dict(module.state_dict())
     return model
+
+
+def check_vocabulary(fields: dict, tokens: int, source: str) -> None:
+    """Raises ValueError where a pretrained encoder does not know all of the tokenizer's tokens."""
+    inner = fields.get("text") or fields.get("host", {}).get("text_config") or {}
+    if tokens > inner.get("vocab_size", tokens):
+        raise ValueError(f"tokenizer: got {tokens} tokens, takes at most {inner['vocab_size']}, as {source} knows")

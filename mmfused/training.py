@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +23,23 @@ from tqdm import tqdm
 import mmfused
 from mmfused import checkpoint as checkpoints
 from mmfused.data import load_tokenizer
-from mmfused.metrics import evaluate, model_inputs, peak_memory
-from mmfused.models.fluid import FLUID, FLUIDConfig
-from mmfused.run_folder import check_out, clean_out, clear_out, is_finished, load_run, read_json, read_settings, save_run
+from mmfused.data._common import torch_generator
+from mmfused.gradients import average_gradients, join_ranks, stop_together, wait_for_ranks
+from mmfused.metrics import peak_memory
+from mmfused.models import MODELS
+from mmfused.models.retrieval import RetrievalModel
+from mmfused.run_folder import (
+    SCORE_OF_TASK,
+    check_out,
+    clean_out,
+    clear_out,
+    is_finished,
+    load_run,
+    read_json,
+    read_settings,
+    save_run,
+)
+from mmfused.tasks import TASKS
 from mmfused.train_config import TrainConfig
 from mmfused.train_setup import (
     build_model,
@@ -32,15 +47,14 @@ from mmfused.train_setup import (
     check_rows,
     digest,
     image_sizes,
+    load_catalogue,
     load_data,
     load_or_train_tokenizer,
-    make_batches,
     pick_device,
     use_amp,
 )
 
-__all__ = ["TrainConfig", "evaluate", "load_run", "train"]
-SCORES = ("val_loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
+__all__ = ["TrainConfig", "load_run", "train"]
 
 
 def train(config: TrainConfig) -> dict:
@@ -55,6 +69,7 @@ def train(config: TrainConfig) -> dict:
     asked it to stop (in the main thread), after saving a checkpoint, and RuntimeError where the loss is not finite.
     """
     out = Path(config.out)
+    rank, world = join_ranks(pick_device(config.device))
     if config.resume and is_finished(out):
         config.check_same(read_settings(out)["training"], out)
         return read_json(out / "summary.json")
@@ -63,19 +78,23 @@ def train(config: TrainConfig) -> dict:
         config.check_same(found[1]["settings"]["training"], found[0])
     else:
         check_out(out, config.overwrite, config.resume)
-    training = prepare(config, found)
-    if found is None:
-        clear_out(out)
-    clean_out(out)
-    checkpoints.keep_until(out / "checkpoints", training.step)
+    training = prepare(config, found, rank, world)
+    wait_for_ranks()  # all have read what is there, and agree that it can be used
+    if rank == 0:
+        if found is None:
+            clear_out(out)
+        clean_out(out)
+        checkpoints.keep_until(out / "checkpoints", training.step)
     with mmfused.backend(config.backend):
         training.run()
     summary = training.summary()
-    save_run(out, training.settings, training.model, training.tokenizer, summary, training.history)
+    if rank == 0:
+        save_run(out, training.settings, training.model, training.tokenizer, summary, training.history)
+    wait_for_ranks()
     return summary
 
 
-def prepare(config, found: tuple[Path, dict] | None) -> Training:
+def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int = 1) -> Training:
     """Everything up to the first step, or up to the step of the checkpoint that was ``found``; writes nothing."""
     device = pick_device(config.device)
     amp = use_amp(config.amp, device)
@@ -83,29 +102,33 @@ def prepare(config, found: tuple[Path, dict] | None) -> Training:
     if config.threads:
         torch.set_num_threads(config.threads)
     train_set, val_set = load_data(config)
+    products = load_catalogue(config)
     if found:
-        check_rows(config, found[1]["rows"], train_set, val_set)
+        check_rows(config, found[1]["rows"], train_set, val_set, products)
         tokenizer = load_tokenizer(found[0] / "tokenizer")
     else:
-        tokenizer = load_or_train_tokenizer(config, train_set)
+        tokenizer = load_or_train_tokenizer(config, train_set, products)
     torch.manual_seed(config.seed)
     if found:
-        model = FLUID(FLUIDConfig.from_dict(found[1]["settings"]["model"])).to(device)
+        kind = MODELS[config.model]
+        model = kind.model(kind.config.from_dict(found[1]["settings"]["model"])).to(device)
     else:
         sizes = image_sizes(config, train_set)
-        model = build_model(config, train_set.num_classes, len(tokenizer), *sizes).to(device)
-    # A model without pixels gets none that would cost time.
-    image_size = model.image_encoder.patch_embed.img_size[0] if model.uses_image else 16
-    batches, val_batches = make_batches(config, train_set, val_set, tokenizer, image_size, model.config)
-    skipped = [*train_set.skipped, *val_set.skipped]
+        model = build_model(config, train_set.num_classes, tokenizer, *sizes).to(device)
+    image_size = model.picture_size
+    data = (train_set, val_set, products)
+    task = TASKS[MODELS[config.model].task](config, tokenizer, image_size, model.config, *data, rank, world)
+    given = [split for split in data if split is not None]
     about = {
         "settings": {"model": model.config.to_dict(), "training": config.to_dict(), "image_size": image_size},
-        "rows": {"data": digest(train_set), "val": digest(val_set)},
-        "facts": {"train_rows": len(train_set), "val_rows": len(val_set), "skipped": skipped},
+        "rows": {name: digest(split) for name, split in zip(("data", "val", "products"), given, strict=False)},
+        "facts": {"train_rows": len(train_set), "val_rows": len(val_set), "skipped": [s for split in given for s in split.skipped]},
     }
-    training = Training(config, model, tokenizer, batches, val_batches, amp, **about)
+    training = Training(config, model, tokenizer, task, amp, rank, **about)
     if found:
         training.go_on_from(*found)
+    if rank > 0:  # dropout of its own; the first rank's is the one that a checkpoint holds
+        torch.manual_seed(torch_generator(config.seed, training.step, rank).initial_seed())
     return training
 
 
@@ -115,14 +138,15 @@ class Training:
     ``settings`` rebuild the model, ``rows`` are the sums of the data, ``facts`` belong to the summary.
     """
 
-    def __init__(self, config, model, tokenizer, batches, val_batches, amp: bool, settings: dict, rows: dict, facts: dict):
+    def __init__(self, config, model, tokenizer, task, amp: bool, rank: int, settings: dict, rows: dict, facts: dict):
         self.config, self.model, self.tokenizer, self.amp = config, model, tokenizer, amp
-        self.batches, self.val_batches = batches, val_batches
+        self.task, self.batches, self.main = task, task.batches, rank == 0
+        self.score = SCORE_OF_TASK[MODELS[config.model].task]
         self.settings = {"mmfused": mmfused.__version__, **settings}
         self.rows, self.facts = rows, facts
         self.out = Path(config.out)
         self.device = next(model.parameters()).device
-        self.steps = config.steps or max(1, round(config.epochs * len(batches) / config.accumulate))
+        self.steps = config.steps or max(1, round(config.epochs * len(self.batches) / config.accumulate))
         self.val_every = config.val_every or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_every or self.val_every
         self.optimizer = make_optimizer(model, config)
@@ -147,19 +171,21 @@ class Training:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.begun = self.since = time.perf_counter()
         title = f"{self.config.model} {self.config.backend}"
-        shown = {"disable": not self.config.progress, "unit": "step", "initial": self.step}
+        shown = {"disable": not (self.config.progress and self.main), "unit": "step", "initial": self.step}
         with (
-            open(self.out / "metrics.jsonl", "ab") as self.log,
+            open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab") as self.log,
             tqdm(total=self.steps, desc=title, **shown) as self.bar,
             checkpoints.stop_on_signals() as stop,
         ):
-            self.log.truncate(self.metrics_bytes)  # steps after the checkpoint are made again
+            if self.main:
+                self.log.truncate(self.metrics_bytes)  # steps after the checkpoint are made again
             self.loop(stop)
 
     def loop(self, stop: checkpoints.StopRequest):
         self.model.train()
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
+            stop_together(stop)
             # A signal does not wait for a validation; the run that goes on makes up for it here.
             if self.is_due(self.val_every) and self.validated_step() < self.step:
                 self.validate(stop)
@@ -181,8 +207,10 @@ class Training:
         """One step from the next batches of ``stream``; records it where that is due."""
         c = self.config
         rate = learning_rate(self.step, self.steps, c.lr, c.warmup)
+        if isinstance(self.model, RetrievalModel):
+            self.model.set_progress(self.step / self.steps)
         batches = map(self.hide, islice(stream, c.accumulate))
-        loss, terms = update(self.model, self.optimizer, batches, c.accumulate, rate, c.clip, self.amp)
+        loss, terms = update(self.model, self.optimizer, self.task, batches, c.accumulate, rate, c.clip, self.amp)
         self.step += 1
         self.window += 1
         if self.is_due(c.log_every):
@@ -191,8 +219,8 @@ class Training:
             seconds = (time.perf_counter() - self.since) / self.window
             terms = {name: float(value) for name, value in terms.items()}
             self.record("train", {"step": self.step, "loss": float(loss), **terms, "lr": rate, "seconds": seconds})
-            accuracy = f", acc {self.history['val'][-1]['accuracy']:.1%}" if self.history["val"] else ""
-            self.bar.set_postfix_str(f"loss {loss:.3f}{accuracy}, {seconds:.3f} s/step", refresh=False)
+            score = f", {self.score} {self.history['val'][-1][self.score]:.1%}" if self.history["val"] else ""
+            self.bar.set_postfix_str(f"loss {loss:.3f}{score}, {seconds:.3f} s/step", refresh=False)
             self.restart_clock()
         self.bar.update()
 
@@ -200,16 +228,20 @@ class Training:
         c = self.config
         if c.modalities != "both" or c.drop_image + c.drop_text == 0:
             return batch
-        return drop_modalities(batch, c.drop_image, c.drop_text, self.generators["drop"], self.tokenizer)
+        hidden = partial(drop_modalities, generator=self.generators["drop"], tokenizer=self.tokenizer)
+        return self.task.hide(batch, partial(hidden, image=c.drop_image, text=c.drop_text))
 
     def validate(self, stop):
-        result = evaluate(self.model, self.val_batches, self.amp, stop)
+        result = self.task.evaluate(self.model, self.amp, stop)
         if result is not None:
             self.record("val", {"step": self.step, **result})
         self.restart_clock()
 
     def save(self):
         """The records first: a checkpoint says how many bytes of them are its own, so they must be on the disk."""
+        if not self.main:
+            self.saved = self.step, self.out / "checkpoints"
+            return
         os.fsync(self.log.fileno())
         epoch, batch = divmod(self.step * self.config.accumulate, len(self.batches))
         state = {
@@ -249,7 +281,7 @@ class Training:
             **self.facts,
             "steps": self.steps,
             "train_loss": training[-1]["loss"],
-            **{name: last[name] for name in SCORES},
+            **{name: value for name, value in last.items() if name != "step"},
             "step_seconds": statistics.median(record["seconds"] for record in training[1:] or training),
             "seconds": self.seconds(),
             "peak_memory": peak_memory(self.device),
@@ -264,7 +296,7 @@ def read_history(path: Path, length: int) -> dict:
             f"resume: {path} holds {len(data)} bytes, but {length} at the checkpoint; put it back or overwrite the run"
         )
     records = [json.loads(line) for line in data[:length].splitlines()]
-    return {"train": [r for r in records if "loss" in r], "val": [r for r in records if "accuracy" in r]}
+    return {"train": [r for r in records if "loss" in r], "val": [r for r in records if "loss" not in r]}
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -275,36 +307,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - ramp) / max(1, steps - ramp)))
 
 
-def update(model, optimizer, batches: Iterable[dict], count: int, rate: float, clip: float, amp: bool = False):
-    """One optimiser step at learning rate ``rate`` from ``count`` batches, gradients clipped to norm ``clip``.
+def update(model, optimizer, task, batches: Iterable[dict], count: int, rate: float, clip: float, amp: bool = False):
+    """One optimiser step at learning rate ``rate`` from ``count`` batches, gradients averaged over ranks, then clipped to ``clip``.
 
-    Returns what :func:`add_gradients` does.
+    Returns what :func:`mmfused.gradients.add_gradients` does.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    result = add_gradients(model, batches, count, amp)
+    result = task.gradients(model, batches, count, amp)
+    average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return result
-
-
-def add_gradients(model, batches: Iterable[dict], count: int, amp: bool = False):
-    """Adds the gradient of the mean loss of ``count`` batches, one after the other in memory; (mean loss, mean terms), detached.
-
-    For losses that are means over samples, and batches of one size, that is the gradient of the one big batch. It is not
-    for what couples samples: the contrastive loss takes its negatives, the balance loss its shares, and BatchNorm its
-    statistics from one micro-batch.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    device = next(model.parameters()).device
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            output = model(**model_inputs(model, batch))
-        (output.loss / count).backward()
-        for name, value in {"": output.loss, **output.losses}.items():
-            sums[name] = sums.get(name, 0) + value.detach() / count
-    return sums.pop(""), sums
 
 
 def drop_modalities(batch: dict, image: float, text: float, generator: torch.Generator, tokenizer) -> dict:
@@ -329,6 +344,8 @@ def make_optimizer(model, config):
     """AdamW; weights of norms and biases are not decayed."""
     groups = [{"params": [], "weight_decay": config.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         kept = parameter.ndim <= 1 or "norm" in name or name.endswith("bias")
         groups[kept]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

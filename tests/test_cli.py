@@ -228,7 +228,7 @@ def test_eval_says_what_is_wrong_with_a_run(mug_run, tmp_path, capsys, damage):
 
 def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
     run, val = mug_run
-    data = folder(tmp_path / "data", [("a red mug", 0), ("a red pot", 2)])
+    data = folder(tmp_path / "data", [("a red pot", 2)])
     checkpoint = shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
     (tmp_path / "model.pt").write_bytes(b"PK")
     good = ("--checkpoint", run, "--data", val)
@@ -238,7 +238,7 @@ def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
     flipped = error_of_eval(capsys, "--checkpoint", checkpoint, "--data", val)
     assert "model.safetensors is truncated or corrupt: its SHA-256 is not the one in state.json" in flipped
     wrong = error_of_eval(capsys, "--checkpoint", run, "--data", data)
-    assert "data: label 2 is out of range, takes the labels 0 to 1 of the model" in wrong
+    assert "no usable row" in wrong and "label takes an integer from 0 to 1, got '2'" in wrong
     assert "only safetensors are read" in error_of_eval(capsys, "--checkpoint", tmp_path / "model.pt", "--data", val)
     assert "is a file" in error_of_eval(capsys, "--checkpoint", run / "model.safetensors", "--data", val)
     nowhere = tmp_path / "nowhere"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mmfused
-from mmfused import training
+from mmfused import tasks, training
 from mmfused.checkpoint import Stopped, newest, saved, stop_on_signals
 from mmfused.data import GeneratedProducts
 from mmfused.training import TrainConfig, train
@@ -225,14 +225,14 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, whole_run, sig
 
 
 def test_a_signal_ends_a_validation(tmp_path, monkeypatch, whole_run):
-    evaluate = training.evaluate
+    evaluate = tasks.evaluate
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted)
+        patch.setattr(tasks, "evaluate", interrupted)
         with pytest.raises(Stopped, match="after step 4"):
             train(small_run(tmp_path / "run"))
     assert all("accuracy" not in record for record in records(tmp_path / "run"))

@@ -9,9 +9,10 @@ from PIL import Image
 import mmfused.library
 import mmfused.training
 from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
-from mmfused.metrics import class_scores, count, scores
+from mmfused.gradients import add_gradients
+from mmfused.metrics import class_scores, count, evaluate, scores
 from mmfused.train_setup import build_model, load_data, make_batches
-from mmfused.training import TrainConfig, add_gradients, drop_modalities, evaluate, learning_rate, load_run, train
+from mmfused.training import TrainConfig, drop_modalities, learning_rate, load_run, train
 
 FILES = {"checkpoints", "metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer"}
 SCORES = {"accuracy", "macro_precision", "macro_recall", "macro_f1"}
@@ -134,7 +135,7 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "resnet"}, "model: got 'resnet', takes 'fluid'"),
+        ({"model": "resnet"}, "model: got 'resnet', takes one of fluid, uniecs, unica, moon2, unite"),
         ({"modalities": "sound"}, "modalities: got 'sound'"),
         ({"amp": "fp16"}, "amp: got 'fp16', takes one of auto, bf16, off"),
         ({"accumulate": 0}, "accumulate: got 0"),
@@ -239,7 +240,7 @@ def text_model_and_batches(products, tmp_path, batch_size):
     data = load_data(config)
     tokenizer = train_tokenizer(data[0].texts)
     torch.manual_seed(0)
-    model = build_model(config, data[0].num_classes, len(tokenizer), 32, 8)
+    model = build_model(config, data[0].num_classes, tokenizer, 32, 8)
     return model, make_batches(config, *data, tokenizer, 32, model.config)[0]
 
 
@@ -264,8 +265,8 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
         seen.append(batch["labels"].tolist())
         return model_inputs(model, batch)
 
-    model_inputs = mmfused.training.model_inputs
-    monkeypatch.setattr(mmfused.training, "model_inputs", spy)
+    model_inputs = mmfused.tasks.model_inputs
+    monkeypatch.setattr(mmfused.tasks, "model_inputs", spy)
     summary = train(TrainConfig(**options(products, tmp_path / "run", steps=None, epochs=4, batch_size=8, accumulate=3)))
     assert summary["steps"] == 8 and len(losses(tmp_path / "run")) == 8
     # 6 batches an epoch: every two steps the same 48 labels, in another order.
@@ -274,7 +275,7 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
 
 
 def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
-    found, update = [], mmfused.training.add_gradients
+    found, update = [], mmfused.tasks.add_gradients
 
     def spy(model, batches, count, amp):
         hook = model.gate.mlp[0].register_forward_hook(lambda module, given, result: found.append(result.dtype))
@@ -283,7 +284,7 @@ def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
         found.extend([loss.dtype, *(term.dtype for term in terms.values())])
         return loss, terms
 
-    monkeypatch.setattr(mmfused.training, "add_gradients", spy)
+    monkeypatch.setattr(mmfused.tasks, "add_gradients", spy)
     curves = {}
     for amp in ("auto", "off", "bf16"):
         found.clear()
@@ -301,8 +302,8 @@ def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
 def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeypatch):
     data = GeneratedProducts("train", size=60)
     batches = Batches(data, Collate(train_tokenizer(data.texts), 32, 16, augment=True), 8, shuffle=True, seed=3, drop_last=True)
-    made, make = [], batches._batch
-    monkeypatch.setattr(batches, "_batch", lambda *args: made.append(1) or make(*args))
+    made, make = [], batches.items.batch
+    monkeypatch.setattr(batches.items, "batch", lambda *args: made.append(1) or make(*args))
     stream = batches.stream()
     expected = [next(stream) for _ in range(20)]
     for position in (0, 5, 7, 16):

@@ -12,7 +12,7 @@ import sys
 
 import mmfused
 
-COMMANDS = ("demo", "train", "eval", "bench", "inspect", "env")
+COMMANDS = ("demo", "train", "eval", "embed", "ablate", "bench", "inspect", "env")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``mmfused eval``: a trained model, from a run folder or one of its checkpoints, measured on labelled products."""
+"""``mmfused eval``: a trained model, of a run or a checkpoint, measured on labelled products: its classes, or retrieval."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ HELP = "measure a trained model on a folder of products, or on the generated val
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with images and metadata.csv, or 'generated'")
+    parser.add_argument("--products", metavar="DIR", help="retrieval: what is looked in (default: the data themselves)")
+    parser.add_argument("--text-column", metavar="NAME", help="of the data's metadata.csv (default: the one trained with)")
     parser.add_argument("--backend", default="auto", help="auto, reference, composed or fused (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="samples at a time; the loss's contrastive part depends on it")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -32,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"out: got {out}, takes a file in a folder that is there")
     result = measure(args)
     print_table(result)
-    if args.per_class:
+    if "pairs" in result:
+        print_pairs(result["pairs"])
+    elif args.per_class:
         print_classes(result["classes"])
     if out:
         whole(out, lambda path: write_json(path, result))
@@ -42,64 +46,48 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     """Raises ValueError or FileNotFoundError where the checkpoint or the data cannot be used, or do not fit together."""
-    import torch
-
     import mmfused
-    from mmfused.metrics import predict, scores
-    from mmfused.run_folder import load_run, read_settings
-    from mmfused.train_setup import (
-        VAL_BATCH_SIZE,
-        check_backend,
-        make_collate,
-        make_val_batches,
-        pick_device,
-        use_amp,
-        warn_of_skipped,
-    )
+    from mmfused.trained import load_trained
 
-    device = pick_device(args.device)
-    settings = read_settings(Path(args.checkpoint))
-    model, tokenizer = load_run(args.checkpoint)
-    amp = use_amp(settings["training"].get("amp", "off"), device)
-    check_backend(args.backend, device, torch.bfloat16 if amp else torch.float32)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    data = load_products(args.data, model.config.num_classes)
-    warn_of_skipped("data", data)
-    collate = make_collate(tokenizer, image_size(settings, model.config), settings["training"]["max_length"], model.config)
-    batches = make_val_batches(data, collate, args.batch_size or VAL_BATCH_SIZE)
+    trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
+    retrieves = trained.task == "retrieval"
+    if args.products and not retrieves:
+        raise ValueError(f"products: got {args.products!r} with model {trained.name!r}, takes a retrieval model")
+    text_column = args.text_column or trained.settings["training"].get("text_column", "text")
+    num_classes = None if retrieves else trained.model.config.num_classes
+    data, batches = trained.batches(args.data, args.batch_size, text_column, num_classes)
+    products, product_batches = trained.batches(args.products, args.batch_size) if args.products else (None, None)
     with mmfused.backend(args.backend):
-        loss, predictions, labels = predict(model.to(device), batches, amp)
+        scored = score_retrieval(trained, batches, product_batches) if retrieves else score_classes(trained, data, batches)
     return {
         "checkpoint": args.checkpoint,
         "data": args.data,
-        "model": settings["training"]["model"],
-        "modalities": model.config.modalities,
+        "products": args.products,
+        "model": trained.name,
+        "modalities": getattr(trained.model.config, "modalities", "both"),
         "backend": args.backend,
-        "device": str(device),
-        "amp": "bf16" if amp else "off",
+        "device": str(trained.device),
+        "amp": "bf16" if trained.amp else "off",
         "rows": len(data),
-        "skipped": data.skipped,
-        "loss": loss,
-        **scores(predictions, labels),
-        "classes": class_table(predictions, labels, data.class_names),
+        "without_image": int((~batches.items.present).sum()),
+        "without_text": sum(not text for text in data.texts),
+        "unknown_labels": [] if products is None else sorted({*data.labels} - {*products.labels}),
+        "skipped": data.skipped + (products.skipped if products is not None else []),
+        **scored,
     }
 
 
-def load_products(name: str, num_classes: int):
-    """Raises ValueError where a label is none of the model's classes."""
-    from mmfused.data import GeneratedProducts, ProductFolder
+def score_classes(trained, data, batches) -> dict:
+    from mmfused.metrics import predict, scores
 
-    data = GeneratedProducts("val") if name == "generated" else ProductFolder(name)
-    if max(data.labels) >= num_classes:
-        known = f"the labels 0 to {num_classes - 1} of the model"
-        raise ValueError(f"data: label {max(data.labels)} is out of range, takes {known}")
-    return data
+    loss, predictions, labels = predict(trained.model, batches, trained.amp)
+    return {"loss": loss, **scores(predictions, labels), "classes": class_table(predictions, labels, data.class_names)}
 
 
-def image_size(settings: dict, config) -> int:
-    """Of the pictures the model was trained on; runs from before it was noted have it in the encoder's settings alone."""
-    return settings.get("image_size") or (config.image or {}).get("img_size", 32)
+def score_retrieval(trained, batches, product_batches) -> dict:
+    from mmfused.tasks import evaluate_retrieval
+
+    return evaluate_retrieval(trained.model, batches, product_batches, trained.amp)
 
 
 def class_table(predictions, labels, names) -> list[dict]:
@@ -121,15 +109,31 @@ def class_table(predictions, labels, names) -> list[dict]:
 
 
 def print_table(result: dict):
+    where = f", looking in {result['products']}" if result["products"] else ""
+    unknown = {"labels": f"no product has {', '.join(map(str, result['unknown_labels']))}"} if result["unknown_labels"] else {}
+    scored = {"loss": f"{result['loss']:.4f}", **score_rows(result)} if "loss" in result else {}
     print_rows(
         {
             "model": f"{result['model']}, {result['modalities']}, from {result['checkpoint']}",
-            "data": f"{result['data']}, {result['rows']} rows, {len(result['skipped'])} skipped",
+            "data": f"{result['data']}, {result['rows']} rows, {len(result['skipped'])} skipped{where}",
+            "missing": f"{result['without_image']} rows without a picture, {result['without_text']} without a text",
+            **unknown,
             "backend": f"{result['backend']} on {result['device']}, bf16 autocast {'on' if result['amp'] == 'bf16' else 'off'}",
-            "loss": f"{result['loss']:.4f}",
-            **score_rows(result),
+            **scored,
         }
     )
+
+
+def print_pairs(pairs: dict[str, dict]):
+    """A line for each pair of views; what chance gives beside Recall@1."""
+    print(f"\n{'query->candidate':<16}  queries  no answer  R@1 (chance)     R@5    R@10     MRR  macro F1")
+    for name, pair in pairs.items():
+        line = f"{name:<16}  {pair['queries']:>7}  {pair['unanswerable']:>9}"
+        if "mrr" in pair:
+            line += f"  {pair['recall_at_1']:>5.1%} {'(' + format(pair['chance']['recall_at_1'], '.1%') + ')':>6}"
+            line += "".join(f"  {pair[score]:>6.1%}" for score in ("recall_at_5", "recall_at_10", "mrr"))
+            line += f"  {pair['macro_f1']:>8.1%}"
+        print(line)
 
 
 def print_classes(classes: list[dict]):

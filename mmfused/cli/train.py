@@ -11,13 +11,16 @@ MODALITIES = {"image,text": "both", "text,image": "both", "both": "both", "image
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", default="fluid", help="architecture (fluid)")
+    parser.add_argument("--model", default="fluid", help="fluid (default), uniecs, unica, moon2 or unite")
     parser.add_argument("--preset", default="tiny", help="tiny (default), or the paper's or the public code's size: paper, code")
-    parser.add_argument("--without", metavar="PART,..", help="leave out contrastive, q_transform, gate, bottleneck or moe")
+    parser.add_argument("--without", metavar="PART,..", help="leave out components; each model's file has the list, ablate runs it")
     parser.add_argument("--image-encoder", metavar="NAME", help="pretrained: a folder in timm's format, or a name timm can fetch")
     parser.add_argument("--text-encoder", metavar="NAME", help="pretrained: a folder in transformers' format, or a hub name")
+    parser.add_argument("--host", metavar="NAME", help="moon2, unite: a pretrained Qwen2-VL, a folder or a hub name")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with images and metadata.csv, or 'generated'")
     parser.add_argument("--val", metavar="DIR", help="the same, to validate on; the generated set has its own")
+    parser.add_argument("--products", metavar="DIR", help="retrieval: the catalogue to look in (default: the data themselves)")
+    parser.add_argument("--text-column", metavar="NAME", help="of the data's metadata.csv, not of the products' (default: text)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
     held = parser.add_mutually_exclusive_group()
     held.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--drop-text", type=float, metavar="P", help="hide the text of this fraction of training samples")
     parser.add_argument("--batch-size", type=int, help="samples in a forward pass (default: 64)")
     parser.add_argument("--accumulate", type=int, metavar="N", help="batches in an optimiser step (default: 1)")
+    parser.add_argument("--grad-cache", type=int, metavar="N", help="retrieval: encode N items of the batch at a time, exactly")
     parser.add_argument("--amp", help="auto, bf16 or off: bfloat16 autocast (default: auto, which is on for CUDA)")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float)
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     from mmfused.checkpoint import Stopped
+    from mmfused.gradients import leave_ranks
     from mmfused.run_folder import is_finished
     from mmfused.training import TrainConfig, train
 
@@ -62,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     except Stopped as stop:
         print(f"mmfused: {stop}", file=sys.stderr)
         return 128 + stop.signum
+    if leave_ranks() > 0:
+        return 0
     print_table(summary)
     print(f"{args.out} holds this run, finished; nothing was done" if done else f"run written to {args.out}")
     return 0
@@ -79,7 +86,7 @@ def config_options(args) -> dict:
     options["modalities"] = MODALITIES[args.modalities]
     if "without" in options:
         options["model_options"] = {"without": options.pop("without").split(",")}
-    return {**RECIPES.get(args.preset, {}), **options}
+    return {**RECIPES.get((args.model, args.preset), {}), **options}
 
 
 def print_table(summary: dict):
@@ -88,11 +95,21 @@ def print_table(summary: dict):
         "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, {len(summary['skipped'])} skipped",
         "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {'on' if summary['amp'] == 'bf16' else 'off'}",
         "steps": f"{summary['steps']}, {summary['step_seconds'] * 1e3:.1f} ms each, {summary['seconds']:.1f} s in all",
-        "loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation",
-        **score_rows(summary),
+        **(class_rows(summary) if "val_loss" in summary else retrieval_rows(summary)),
         "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
     }
     print_rows(rows)
+
+
+def class_rows(summary: dict) -> dict[str, str]:
+    return {"loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation", **score_rows(summary)}
+
+
+def retrieval_rows(summary: dict) -> dict[str, str]:
+    """Means over the pairs of views."""
+    names = {"Recall@1": "recall_at_1", "Recall@5": "recall_at_5", "MRR": "mrr"}
+    scores = {f"mean {name}": f"{summary[key]:.1%}" for name, key in names.items()}
+    return {"loss": f"{summary['train_loss']:.4f} training", **scores}
 
 
 def score_rows(scores: dict) -> dict[str, str]:

@@ -81,15 +81,51 @@ class Collate:
         return pixels.sub_(mean).div_(std).mul_(present[:, None, None, None])
 
 
+class Items:
+    """A dataset's images and token ids in memory as tensors, and batches of any of its rows."""
+
+    def __init__(self, dataset, collate: Collate):
+        self.collate = collate
+        items = [dataset[row] for row in range(len(dataset))]
+        images = torch.stack(same_size([item["image"] for item in items], collate.image_size))
+        self.images = images if collate.augment else centre(images, collate.image_size)
+        self.present = torch.tensor([bool(item["image_present"]) for item in items])
+        self.ids, self.mask = collate.tokenize([item["text"] for item in items])
+        self.labels = torch.tensor([item["label"] for item in items], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """As :class:`Collate` makes it; ``generator`` draws the augmentation."""
+        present, mask = self.present[rows], self.mask[rows]
+        # Padding may be on the left, so columns that no row uses are dropped wherever they are.
+        used = mask.any(dim=0)
+        return {
+            "pixel_values": self.collate.pixel_values(self.images[rows], present, generator),
+            "image_present": present,
+            "input_ids": self.ids[rows][:, used],
+            "attention_mask": mask[:, used],
+            "labels": self.labels[rows],
+        }
+
+
 class Batches:
     """Iterates over ``dataset`` in batches, images and token ids cached in memory as tensors.
 
     Can be iterated again and again; an epoch's order follows from ``seed`` and the epoch alone, the augmentation of its
     batch i from ``collate.seed``, the epoch and i alone: the same epoch gives the same batches, and any of them can be
-    made without those before it. ``set_epoch`` changes the epoch. ``len`` is the number of batches.
+    made without those before it. ``set_epoch`` changes the epoch. ``len`` is the number of batches. Over ``world`` ranks, each
+    makes its own rows of every batch.
     """
 
-    def __init__(self, dataset, collate: Collate, batch_size: int, *, shuffle: bool, seed: int = 0, drop_last: bool):
+    def __init__(
+        self, dataset, collate: Collate, batch_size: int, *, shuffle: bool, seed: int = 0, drop_last: bool, rank: int = 0,
+        world: int = 1,
+    ):  # fmt: skip
+        self.rank, self.world = rank, world
+        if batch_size % world:
+            raise ValueError(f"batch_size takes a multiple of the {world} ranks, got {batch_size}")
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.seed = check_int("seed", seed, 0)
         rows = len(dataset)
@@ -99,16 +135,10 @@ class Batches:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.epoch = 0
-        items = [dataset[row] for row in range(rows)]
-        self._images = torch.stack(same_size([item["image"] for item in items], collate.image_size))
-        if not collate.augment:
-            self._images = centre(self._images, collate.image_size)
-        self._present = torch.tensor([bool(item["image_present"]) for item in items])
-        self._ids, self._mask = collate.tokenize([item["text"] for item in items])
-        self._labels = torch.tensor([item["label"] for item in items], dtype=torch.int64)
+        self.items = Items(dataset, collate)
 
     def __len__(self) -> int:
-        rows = len(self._labels)
+        rows = len(self.items)
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,25 +155,16 @@ class Batches:
             epoch, start = epoch + 1, 0
 
     def _from(self, epoch: int, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        order = torch.arange(len(self._labels))
+        order = torch.arange(len(self.items))
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
             # From 1: a trailing 0 adds nothing to a seed, and batch 0 would share its draws with the order.
-            generator = torch_generator(self.collate.seed, epoch, batch + 1)
-            yield self._batch(order[batch * self.batch_size : (batch + 1) * self.batch_size], generator)
-
-    def _batch(self, rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        present, mask = self._present[rows], self._mask[rows]
-        # Padding may be on the left, so columns that no row uses are dropped wherever they are.
-        used = mask.any(dim=0)
-        return {
-            "pixel_values": self.collate.pixel_values(self._images[rows], present, generator),
-            "image_present": present,
-            "input_ids": self._ids[rows][:, used],
-            "attention_mask": mask[:, used],
-            "labels": self._labels[rows],
-        }
+            entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            share = -(-len(rows) // self.world)
+            rows = rows[self.rank * share : (self.rank + 1) * share]
+            yield self.items.batch(rows, torch_generator(self.collate.seed, *entropy))
 
 
 def same_size(images: list[torch.Tensor], size: int) -> list[torch.Tensor]:

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from ._common import check_int
 
-COLUMNS = ("file_name", "text", "label")
 # What Pillow raises for a file that is missing, is no image, is cut short, or is implausibly large.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -24,15 +23,17 @@ class BrokenRow(ValueError):
 class ProductFolder(Dataset):
     """Images, texts and labels of ``root``, read from ``root/metadata.csv`` (UTF-8).
 
-    Columns ``file_name`` (relative to root), ``text`` and ``label`` (integer >= 0); others are ignored. An empty
-    file_name or text is a missing modality: a zero image with ``image_present`` False, or the text ``""``. A row with
-    neither, with a bad label, or whose image cannot be decoded is left out, one sentence about it in ``.skipped``.
+    Columns ``file_name`` (relative to root), ``text`` and ``label`` (integer >= 0), and ``coarse_label`` (the same) where labels
+    have families: ``.coarse_labels``, None without that column; others are ignored. An empty file_name or text is a missing
+    modality: a zero image with ``image_present`` False, or the text ``""``. A row with neither, with a bad label, or whose
+    image cannot be decoded is left out, one sentence about it in ``.skipped``.
 
     Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``; images are decoded once
     and kept in memory.
 
     Args:
         image_size: short side resized to this, then centre crop; None keeps each image's own size.
+        text_column: the column that texts are read from in place of ``text``.
         num_classes: labels must be below it; None takes the largest label + 1.
         strict: the first broken row raises ValueError with its sentence.
 
@@ -43,18 +44,23 @@ class ProductFolder(Dataset):
 
     class_names = None
 
-    def __init__(self, root, *, image_size: int | None = None, num_classes: int | None = None, strict: bool = False):
+    def __init__(self, root, *, image_size: int | None = None, num_classes: int | None = None, strict: bool = False,
+                 text_column: str = "text"):  # fmt: skip
         if image_size is not None:
             check_int("image_size", image_size, 1)
         # 2**31 keeps a label inside every integer type used downstream, and a typing slip out of the class count.
         label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
         self.root = Path(root)
         self.image_size = image_size
+        self.text_column = text_column
+        self.file_names: list[str] = []
         self.texts: list[str] = []
         self.labels: list[int] = []
+        self.coarse_labels: list[int] | None = []
         self.skipped: list[str] = []
         self._images: list[torch.Tensor | None] = []
-        for line, row in read_metadata(self.root):
+        rows = read_metadata(self.root, text_column)
+        for line, row in rows:
             try:
                 self._add(row, label_limit)
             except BrokenRow as error:
@@ -65,20 +71,25 @@ class ProductFolder(Dataset):
         if not self.labels:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"root has no usable row in {self.root / 'metadata.csv'}{first}")
+        if "coarse_label" not in rows[0][1]:
+            self.coarse_labels = None
         self.num_classes = max(self.labels) + 1 if num_classes is None else num_classes
         self._blank = self._blank_image()
 
     def _add(self, row: dict, label_limit: int) -> None:
         if None in row or None in row.values():
             raise BrokenRow("the row's number of fields differs from the header's, an unquoted comma perhaps")
-        label = parse_label(row["label"], label_limit)
-        name, text = row["file_name"].strip(), row["text"].strip()
+        label = parse_label("label", row["label"], label_limit)
+        coarse = parse_label("coarse_label", row.get("coarse_label", "0"), 2**31)
+        name, text = row["file_name"].strip(), row[self.text_column].strip()
         if not name and not text:
-            raise BrokenRow("file_name and text are both empty, at least one must be given")
+            raise BrokenRow(f"file_name and {self.text_column} are both empty, at least one must be given")
         image = self._decode(name) if name else None
         self._images.append(image)
+        self.file_names.append(name)
         self.texts.append(text)
         self.labels.append(label)
+        self.coarse_labels.append(coarse)
 
     def _decode(self, name: str) -> torch.Tensor:
         try:
@@ -110,7 +121,7 @@ class ProductFolder(Dataset):
         }
 
 
-def read_metadata(root: Path) -> list[tuple[int, dict]]:
+def read_metadata(root: Path, text_column: str = "text") -> list[tuple[int, dict]]:
     """(line number, row) of every row of ``root/metadata.csv``; the line is the one the row ends on."""
     path = root / "metadata.csv"
     if not root.is_dir():
@@ -122,9 +133,11 @@ def read_metadata(root: Path) -> list[tuple[int, dict]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
-            missing = [column for column in COLUMNS if column not in header]
+            columns = ("file_name", text_column, "label")
+            missing = [column for column in columns if column not in header]
             if missing:
-                raise ValueError(f"{path} takes a header line with file_name, text and label, got a first line without {missing}")
+                expected = f"file_name, {text_column} and label"
+                raise ValueError(f"{path} takes a header line with {expected}, got a first line without {missing}")
             return [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} takes UTF-8 text, got a byte that is not at position {error.start}") from error
@@ -134,11 +147,11 @@ def read_metadata(root: Path) -> list[tuple[int, dict]]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def parse_label(value: str, limit: int) -> int:
+def parse_label(column: str, value: str, limit: int) -> int:
     digits = value.strip()
     # isdigit alone lets through digits of other scripts, and int() alone "1_0"; 18 digits always fit an int64.
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 18 and int(digits) < limit):
-        raise BrokenRow(f"label takes an integer from 0 to {limit - 1}, got {value!r}")
+        raise BrokenRow(f"{column} takes an integer from 0 to {limit - 1}, got {value!r}")
     return int(digits)
 
 

@@ -91,6 +91,7 @@ class GeneratedProducts(Dataset):
         self.attributes = draw_attributes(attributes_rng, size, fractions)
         self.texts = compose_titles(titles_rng, self.attributes)
         self.labels = self.attributes["label"].tolist()
+        self.coarse_labels = [label // len(MATERIALS) for label in self.labels]  # the shape
         self.skipped: list[str] = []
         self._images = draw_pictures(pixels_rng, self.attributes, image_size)
 

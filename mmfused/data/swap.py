@@ -24,6 +24,7 @@ class SwappedTexts(Dataset):
         self.labels = dataset.labels
         self.num_classes = dataset.num_classes
         self.class_names = dataset.class_names
+        self.coarse_labels = getattr(dataset, "coarse_labels", None)
         self.skipped = dataset.skipped
 
     def __len__(self) -> int:

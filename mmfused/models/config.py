@@ -29,6 +29,16 @@ class ModelConfig:
                 values[part] = own if another else {**cls.PRESETS[name][part], **sizes, **own}
         return cls.from_dict(values)
 
+    @staticmethod
+    def prepare_tokenizer(tokenizer):
+        """The tokenizer with the special tokens that the model needs."""
+        return tokenizer
+
+    @staticmethod
+    def of_tokenizer(tokenizer) -> dict:
+        """What `preset` has to know of the tokenizer."""
+        return {"vocab_size": len(tokenizer)}
+
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from mmfused.library import no_autocast
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit
-from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, encode_text, map_tokens, one_source
+from mmfused.models.inputs import check_range, map_tokens, read_image, read_text
 from mmfused.ops.gated_cross_attention import TokenGate
 from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
@@ -276,6 +276,11 @@ class FLUID(nn.Module):
             if isinstance(module, QTransform):
                 nn.init.normal_(module.queries, std=c.query_std)
 
+    @property
+    def picture_size(self) -> int:
+        """Side of the pictures it takes; without an image encoder, of ones that cost little."""
+        return self.image_encoder.patch_embed.img_size[0] if self.uses_image and self.image_encoder is not None else 16
+
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -306,12 +311,15 @@ class FLUID(nn.Module):
         c = self.config
         image = text = gate = image_embedding = text_embedding = None
         if self.uses_image:
-            tokens, ignore = self._image_tokens(pixel_values, image_tokens, image_present)
+            tokens, has_image = read_image(self.image_encoder, c.image_dim, pixel_values, image_tokens, image_present)
+            ignore = None if image_present is None else ~has_image[:, None].expand(tokens.shape[:2])
             image = self.image_transform(map_tokens(self.image_map, tokens, ignore), ignore)  # (B, l, D)
             image_embedding = F.normalize(at_least_float32(image).mean(1), dim=-1)  # (B, D)
         if self.uses_text:
             source = (input_ids, attention_mask, text_tokens, text_padding_mask)
-            tokens, ignore, text_present = self._text_tokens(*source, text_present)
+            tokens, padding, text_present = read_text(self.text_encoder, c.text_dim, *source, text_present)
+            absent = ~text_present[:, None].expand(padding.shape)
+            ignore = absent | padding if c.text_mask else absent
             text = self.text_transform(map_tokens(self.text_map, tokens, ignore), ignore)  # (B, l, D)
             text_embedding = F.normalize(at_least_float32(text).mean(1), dim=-1)  # (B, D)
         if c.modalities == "both":
@@ -343,31 +351,3 @@ class FLUID(nn.Module):
     def _blend(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         a = self.gate.share(image, text)  # (B, l)
         return a[..., None] * image + (1 - a[..., None]) * text, a
-
-    def _image_tokens(self, pixels, tokens, present):
-        """I (eq. 1): (B, N, image_dim), and the tokens to ignore (B, N) or None."""
-        source = one_source("pixel_values and image_tokens", pixels, tokens)
-        check_flags("image_present", present, source.shape[:1])
-        if tokens is None:
-            tokens = encode_image(self.image_encoder, pixels, present)
-        check_tokens("image_tokens", tokens, self.config.image_dim)
-        return tokens, None if present is None else ~present[:, None].expand(tokens.shape[:2])
-
-    def _text_tokens(self, ids, attention_mask, tokens, padding, present):
-        """T (eq. 2): (B, T, text_dim), the tokens to ignore (B, T) or None, and the presence flags (B,) or None."""
-        shape = one_source("input_ids and text_tokens", ids, tokens).shape[:2]
-        if (ids is None and attention_mask is not None) or (tokens is None and padding is not None):
-            raise ValueError("attention_mask goes with input_ids, text_padding_mask with text_tokens; got them crossed")
-        if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(f"attention_mask must be {tuple(shape)} as input_ids, got {tuple(attention_mask.shape)}")
-        check_flags("text_padding_mask", padding, shape)
-        check_flags("text_present", present, shape[:1])
-        if tokens is None:
-            tokens = encode_text(self.text_encoder, ids, attention_mask)
-            padding = torch.zeros_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
-        check_tokens("text_tokens", tokens, self.config.text_dim)
-        if present is None and padding is not None:
-            present = (~padding).sum(1) > (0 if ids is None else 2)  # two: [CLS] and [SEP] around no text
-        absent = None if present is None else ~present[:, None].expand(shape)
-        masks = [mask for mask in (padding if self.config.text_mask else None, absent) if mask is not None]
-        return tokens, torch.stack(masks).any(0) if masks else None, present

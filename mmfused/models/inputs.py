@@ -54,3 +54,38 @@ def encode_text(encoder: nn.Module | None, ids: Tensor, attention_mask: Tensor |
         raise ValueError(f"input_ids must have shape (B, T) with T at most {limit}, got {tuple(ids.shape)}")
     check_range("input_ids", ids, encoder.config.vocab_size)
     return encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)
+
+
+def read_image(encoder, width: int, pixels, tokens, present) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, N, width) from pixels or as given, and who has an image (B,) bool."""
+    source = one_source("pixel_values and image_tokens", pixels, tokens)
+    check_flags("image_present", present, source.shape[:1])
+    if tokens is None:
+        tokens = encode_image(encoder, pixels, present)
+    check_tokens("image_tokens", tokens, width)
+    if present is None:
+        present = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    return tokens, present
+
+
+def read_text(encoder, width: int, ids, attention_mask, tokens, padding, present) -> tuple[Tensor, Tensor, Tensor]:
+    """Text tokens (B, T, width) from ids or as given, padded ones (B, T) bool, and who has a text (B,) bool.
+
+    Unless `present` says so a text is missing where no more than two ids are real ([CLS] and [SEP]), or none of the given tokens.
+    """
+    shape = one_source("input_ids and text_tokens", ids, tokens).shape[:2]
+    if (ids is None and attention_mask is not None) or (tokens is None and padding is not None):
+        raise ValueError("attention_mask goes with input_ids, text_padding_mask with text_tokens; got them crossed")
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must be {tuple(shape)} as input_ids, got {tuple(attention_mask.shape)}")
+    check_flags("text_padding_mask", padding, shape)
+    check_flags("text_present", present, shape[:1])
+    if tokens is None:
+        tokens = encode_text(encoder, ids, attention_mask)
+        padding = None if attention_mask is None else attention_mask == 0
+    check_tokens("text_tokens", tokens, width)
+    if padding is None:
+        padding = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+    if present is None:
+        present = (~padding).sum(1) > (0 if ids is None else 2)
+    return tokens, padding, present

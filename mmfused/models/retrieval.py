@@ -35,10 +35,17 @@ class RetrievalModel(nn.Module):
     process with the whole batch.
     """
 
+    takes_negatives = True  # whether a batch has hard negatives
+
     def forward(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
         parts = {"query": query, "candidate": candidate, "negative": negative}
         encoded = {role: None if items is None else self.encode(role, **items) for role, items in parts.items()}
         return self.compare(**encoded)
+
+    @property
+    def picture_size(self) -> int:
+        """Side of the pictures it takes."""
+        return self.image_encoder.patch_embed.img_size[0]
 
     def set_progress(self, share: float) -> None:
         """How much of the training is over, 0 to 1; for models with a schedule."""

@@ -1,0 +1,86 @@
+"""The four retrieval models, as small as they come, and batches of products for them."""
+
+import torch
+
+from mmfused.data import train_tokenizer
+from mmfused.models import MODELS
+
+NAMES = ("uniecs", "unica", "moon2", "unite")
+TEXTS = [
+    "a red mug of clay",
+    "green bowl",
+    "wooden spoon, long and thin",
+    "blue tea pot",
+    "fork",
+    "a white plate",
+    "knife",
+    "jar",
+]
+BERT = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "hidden_dropout_prob": 0.0}
+VIT = {"img_size": 32, "patch_size": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
+ENCODERS = {"image_dim": 12, "text_dim": 12, "image": VIT, "text": BERT}
+LANGUAGE = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+}
+HOST = {"text_config": LANGUAGE, "vision_config": {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1}}
+SMALL = {
+    "uniecs": {**ENCODERS, "dim": 8, "num_heads": 2, "cross_layers": 1},
+    "unica": {**ENCODERS, "num_heads": 2, "ffn": 16, "dropout": 0.0},
+    "moon2": {"host": HOST, "num_experts": 3, "image_size": 32},
+    # One view alone: which one an item shows is drawn, and ranks draw apart.
+    "unite": {"host": HOST, "image_size": 32, "query_views": ("image",), "candidate_views": ("both",)},
+}
+
+
+def tokenizer_of(name):
+    return MODELS[name].config.prepare_tokenizer(train_tokenizer(TEXTS))
+
+
+def small_model(name, **changes):
+    """In float64, without dropout."""
+    kind = MODELS[name]
+    known = kind.config.of_tokenizer(tokenizer_of(name))
+    torch.manual_seed(0)
+    return kind.model(kind.config.preset("tiny", **known, **{**SMALL[name], **changes})).double()
+
+
+def batch(name, count=6, side=32):
+    """Query, candidate and negative items; some lack their picture, some their text, and none repeats a label."""
+    tokenizer, generator = tokenizer_of(name), torch.Generator().manual_seed(1)
+    parts = {}
+    roles = ("query", "candidate", "negative") if MODELS[name].model.takes_negatives else ("query", "candidate")
+    for place, role in enumerate(roles):
+        texts = [TEXTS[(row + 3 * place) % len(TEXTS)] for row in range(count)]
+        texts[1] = ""
+        ids = tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+        present = torch.arange(count) != 2
+        pixels = torch.randn(count, 3, side, side, generator=generator, dtype=torch.float64)
+        parts[role] = {
+            "pixel_values": pixels * present[:, None, None, None],
+            "image_present": present,
+            "input_ids": ids["input_ids"],
+            "attention_mask": ids["attention_mask"],
+            "labels": torch.arange(count) + (100 if role == "negative" else 0),
+        }
+    return parts
+
+
+def rows_of(parts, first, last):
+    return {role: {name: value[first:last] for name, value in items.items()} for role, items in parts.items()}
+
+
+def without_images(parts):
+    hidden = {role: {**items} for role, items in parts.items()}
+    for items in hidden.values():
+        items["pixel_values"] = torch.zeros_like(items["pixel_values"])
+        items["image_present"] = torch.zeros_like(items["image_present"])
+    return hidden
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

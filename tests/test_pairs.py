@@ -1,0 +1,111 @@
+"""Pairs and hard negatives: what a batch for retrieval holds."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmfused.data import Collate, PairBatches, train_tokenizer
+from mmfused.data.pairs import hard_negatives, rows_by_label
+
+
+class Rows:
+    """Labelled rows whose picture tells the row's number."""
+
+    def __init__(self, labels, coarse=None, first=0):
+        self.labels, self.coarse_labels, self.first = labels, coarse, first
+        self.texts = [f"product number {row}" for row in range(len(labels))]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        image = torch.full((3, 4, 4), self.first + row, dtype=torch.uint8)
+        return {"image": image, "image_present": True, "text": self.texts[row], "label": self.labels[row]}
+
+
+LABELS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4]
+COARSE = [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def collate():
+    return Collate(train_tokenizer(["product number 0 1 2 3"]), 4, 16, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def rows_of(items):
+    return (items["pixel_values"][:, 0, 0, 0] * 255).round().long()
+
+
+def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collate):
+    batches = PairBatches(Rows(LABELS, COARSE), collate, 4)
+    assert len(batches) == 2  # label 2 has one row: no pair, so ten rows fill two batches
+    stream, seen = batches.stream(), set()
+    for _ in range(60):
+        batch = next(stream)
+        labels = batch["query"]["labels"]
+        assert labels.unique().numel() == 4 and 2 not in labels  # nobody's label twice
+        assert torch.equal(batch["candidate"]["labels"], labels)
+        assert (rows_of(batch["query"]) != rows_of(batch["candidate"])).all()
+        assert (batch["negative"]["labels"] != labels).all()
+        for label, negative in zip(labels.tolist(), batch["negative"]["labels"].tolist(), strict=True):
+            assert (label, negative) in {(0, 1), (0, 2), (1, 0), (1, 2)} or label in (3, 4)
+            seen.add((label, negative))
+    assert {(0, 1), (0, 2), (1, 0), (1, 2)} <= seen and {n for label, n in seen if label == 3} == {0, 1, 2, 4}
+
+
+def test_products_are_the_candidates(collate):
+    products = Rows([0, 1, 2, 3, 5], [0, 0, 0, 1, 1], first=100)
+    batches = PairBatches(Rows(LABELS), collate, 4, products=products)
+    for _, batch in zip(range(20), batches.stream(), strict=False):
+        labels = batch["query"]["labels"]
+        assert 4 not in labels and (rows_of(batch["query"]) < 100).all()
+        assert torch.equal(rows_of(batch["candidate"]) - 100, labels)
+        assert (rows_of(batch["negative"]) >= 100).all()
+        assert (batch["negative"]["labels"][labels == 3] == 5).all()
+
+
+def test_more_rows_than_labels_repeat_every_label_as_often(collate):
+    batch = next(PairBatches(Rows(LABELS, COARSE), collate, 8).stream())
+    assert batch["query"]["labels"].bincount().tolist() == [2, 2, 0, 2, 2]
+
+
+def test_batches_are_the_same_wherever_one_begins_and_ranks_share_them(collate):
+    def make(**options):
+        return PairBatches(Rows(LABELS, COARSE), collate, 4, seed=3, **options)
+
+    stream = make().stream()
+    expected = [next(stream) for _ in range(6)]
+    for position in (0, 1, 5):
+        got = next(make().stream(position))
+        assert all(torch.equal(got[role][key], expected[position][role][key]) for role in got for key in got[role])
+    halves = [next(make(rank=rank, world=2).stream(4)) for rank in (0, 1)]
+    for role in ("query", "candidate", "negative"):
+        assert torch.equal(torch.cat([rows_of(half[role]) for half in halves]), rows_of(expected[4][role]))
+    other = next(PairBatches(Rows(LABELS, COARSE), collate, 4, seed=4).stream())
+    assert not torch.equal(rows_of(other["query"]), rows_of(expected[0]["query"]))
+
+
+def test_without_negatives_there_are_none(collate):
+    assert next(PairBatches(Rows(LABELS), collate, 4, negatives=False).stream()).keys() == {"query", "candidate"}
+
+
+def test_labels_are_drawn_by_their_rows(collate):
+    batches = PairBatches(Rows([0] * 6 + [1] * 2), collate, 1)
+    drawn = torch.cat([batch["query"]["labels"] for _, batch in zip(range(400), batches.stream(), strict=False)])
+    assert drawn.float().mean() == pytest.approx(0.25, abs=0.07)
+
+
+def test_what_cannot_make_pairs_is_refused(collate):
+    with pytest.raises(ValueError, match="rows that have another row, or a product, of their label; got none"):
+        PairBatches(Rows([0, 1, 2]), collate, 2)
+    with pytest.raises(ValueError, match="at least two labels, got one"):
+        PairBatches(Rows([0, 0]), collate, 2)
+    with pytest.raises(ValueError, match="batch_size takes a multiple of the 2 ranks, got 3"):
+        PairBatches(Rows(LABELS), collate, 3, world=2)
+
+
+def test_rows_by_label():
+    found = rows_by_label([5, 2, 5, 2, 9])
+    assert {label: rows.tolist() for label, rows in found.items()} == {2: [1, 3], 5: [0, 2], 9: [4]}
+    negatives = hard_negatives([2], Rows([5, 2, 5, 2, 9], [1, 1, 1, 1, 2]), found)
+    assert np.array_equal(negatives[2], [0, 2])

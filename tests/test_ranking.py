@@ -1,0 +1,80 @@
+"""Retrieval scores against literal counts, and what chance gives against many random orders."""
+
+import random
+
+import pytest
+import torch
+
+from mmfused.ranking import chance, mean_scores, rank_of_first, ranking_scores, retrieval_scores
+
+
+def literal_ranks(query, candidate, labels, theirs, alone):
+    ranks, nearest = [], []
+    for i, q in enumerate(query.tolist()):
+        found = []
+        for j, c in enumerate(candidate.tolist()):
+            if not (alone and i == j):
+                found.append((-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j))
+        found.sort()  # of equal scores the irrelevant ones first
+        ranks.append(next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None))
+        nearest.append(theirs[found[0][2]])
+    return ranks, nearest
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_scores_equal_a_literal_ranking(alone, monkeypatch):
+    monkeypatch.setattr("mmfused.ranking.ROWS", 4)
+    n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
+    queries = items(n, labels)
+    theirs = labels if alone else [0, 1, 2, 3, 0, 6, 2]
+    candidates = queries if alone else items(c, theirs)
+    pairs = retrieval_scores(queries, None if alone else candidates)
+    assert len(pairs) == 9
+    for name, pair in pairs.items():
+        query, candidate = (side[view] for side, view in zip((queries, candidates), name.split("->"), strict=True))
+        ranks, nearest = literal_ranks(query, candidate, labels, theirs, alone)
+        kept = [rank for rank in ranks if rank is not None]
+        assert pair["queries"] == len(kept) and pair["unanswerable"] == ranks.count(None) > 0
+        for k in (1, 5, 10):
+            assert pair[f"recall_at_{k}"] == pytest.approx(sum(rank <= k for rank in kept) / len(kept))
+        assert pair["mrr"] == pytest.approx(sum(1 / rank for rank in kept) / len(kept))
+        right = sum(label == near for label, near, rank in zip(labels, nearest, ranks, strict=True) if rank is not None)
+        assert pair["accuracy"] == pytest.approx(right / len(kept))
+    means = mean_scores(pairs)
+    assert means["mrr"] == pytest.approx(sum(pair["mrr"] for pair in pairs.values()) / 9)
+
+
+def items(count, labels):
+    views = {view: torch.randn(count, 3).round(decimals=1) for view in ("image", "text", "both")}
+    everybody = torch.ones(count, dtype=torch.bool)
+    return {**views, "labels": torch.tensor(labels), "has_image": everybody, "has_text": everybody}
+
+
+def test_items_without_a_view_are_left_out_and_counted():
+    queries, products = items(6, [0, 1, 2, 0, 1, 2]), items(3, [0, 1, 2])
+    queries["has_text"] = torch.tensor([True, False, True, True, True, False])
+    products["has_image"] = torch.tensor([True, True, False])
+    pairs = retrieval_scores(queries, products)
+    assert [pairs[f"text->{view}"]["queries"] for view in ("text", "both", "image")] == [4, 4, 3]
+    assert pairs["image->image"]["unanswerable"] == 2 and pairs["image->image"]["candidates"] == 2
+    assert pairs["both->text"]["queries"] == 6
+    products["has_image"] = torch.zeros(3, dtype=torch.bool)
+    pairs = retrieval_scores(queries, products)
+    assert "mrr" not in pairs["text->image"] and pairs["text->image"]["unanswerable"] == 4
+    assert mean_scores(pairs)["mrr"] > 0
+
+
+def test_ties_count_against_the_relevant_one():
+    kind = torch.tensor([[1, 0, 0, -1]], dtype=torch.int8)
+    ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: kind)
+    assert ranks.tolist() == [3]
+    with pytest.raises(ValueError, match="query takes rows that have a relevant candidate each"):
+        rank_of_first(torch.zeros(1, 2), torch.randn(2, 2), lambda first, last: torch.zeros(1, 2, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(("relevant", "candidates"), [(1, 9), (3, 12), (12, 12), (1, 81)])
+def test_chance_is_the_mean_over_random_orders(relevant, candidates):
+    expected, draw = chance(relevant, candidates), random.Random(0)
+    places = [min(draw.sample(range(1, candidates + 1), relevant)) for _ in range(20000)]
+    for name, value in ranking_scores(torch.tensor(places)).items():
+        assert expected[name] == pytest.approx(value, abs=0.015)

@@ -1,0 +1,209 @@
+"""Train, measure, embed and ablate a retrieval model from the command line, on a folder as users have them."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+from mmfused.cli import main
+from mmfused.run_folder import read_json
+from mmfused.training import TrainConfig, train
+
+COLOURS = ("red", "green", "blue", "white", "black", "brown")
+
+
+def write(folder, rows):
+    """Rows (colour's number, text) as pictures of that colour; a text of None is a broken picture."""
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "title", "text", "label", "coarse_label"])
+        for i, (label, text) in enumerate(rows):
+            name = f"images/{i}.png"
+            shade = np.full((32, 32, 3), (40 * label % 256, 90 * label % 256, 7 * i % 256), np.uint8)
+            Image.fromarray(shade).save(folder / name)
+            if text is None:
+                (folder / name).write_bytes(b"no picture")
+            title = f"a {COLOURS[label % 6]} thing" if text else ""
+            writer.writerow([name, title, text or "", label, label // 2])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("retrieval")
+    rows = [(label, f"thing number {i} in {COLOURS[label]}") for i in range(3) for label in range(6)]
+    products = [(label, f"the {COLOURS[label]} product") for label in range(6)]
+    return {
+        "data": write(root / "train", rows),
+        "val": write(root / "val", [*rows[:8], (0, None), (9, "an unknown thing"), (1, "")]),
+        "products": write(root / "products", products),
+    }
+
+
+def arguments(folders, out, *more):
+    named = [part for name, folder in folders.items() for part in (f"--{name}", folder)]
+    small = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--max-length", "12", "--backend", "composed"]
+    return ["train", "--model", "uniecs", *named, *small, "--device", "cpu", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uniecs") / "run"
+    assert main(arguments({**folders, "val": folders["data"]}, out, "--text-column", "title", "--val-every", "1")) == 0
+    return out
+
+
+def test_a_run_has_scores_of_every_pair_of_views(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    validated = [record for record in records if "pairs" in record]
+    assert [record["step"] for record in validated] == [1, 2] and len(validated[0]["pairs"]) == 9
+    assert read_json(run / "summary.json")["recall_at_1"] == validated[1]["recall_at_1"]
+    assert (run / "curves.png").stat().st_size > 1000
+
+
+def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys):
+    measured = ["eval", "--checkpoint", str(run), "--backend", "composed", "--device", "cpu", "--out", str(tmp_path / "n.json")]
+    assert main([*measured, "--data", folders["val"], "--products", folders["products"]]) == 0
+    told, found = capsys.readouterr().out, read_json(tmp_path / "n.json")
+    assert "10 rows, 1 skipped" in told and "0 rows without a picture, 1 without a text" in told and "no product has 9" in told
+    assert "image->both" in told and "R@1" in told
+    assert found["rows"] == 10 and len(found["skipped"]) == 1 and "images/8.png" in found["skipped"][0]
+    assert found["unknown_labels"] == [9] and found["without_text"] == 1
+    assert found["pairs"]["image->image"] | {"queries": 9, "unanswerable": 1} == found["pairs"]["image->image"]
+    assert found["pairs"]["text->image"]["queries"] == 8
+    assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(1 / 6)
+    assert main([*measured, "--data", folders["data"]]) == 0  # among each other
+    found = read_json(tmp_path / "n.json")
+    assert found["pairs"]["image->image"]["candidates"] == 18
+    assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(2 / 17)
+
+
+def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monkeypatch):
+    from mmfused import ranking
+
+    out = tmp_path / "items.npz"
+    command = [
+        "embed",
+        "--checkpoint",
+        str(run),
+        "--data",
+        folders["val"],
+        "--out",
+        str(out),
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    made, embed_items = [], ranking.embed_items
+
+    def failing(*args):
+        made.append(1)
+        if len(made) == 3:
+            raise OSError("the power went")
+        return embed_items(*args)
+
+    monkeypatch.setattr(ranking, "embed_items", failing)
+    assert main(command) == 2 and not out.exists()
+    assert main(command) == 0 and len(made) == 4  # of three batches two were there already
+    arrays = np.load(out)
+    assert arrays["image"].shape == arrays["both"].shape == (10, 128) and arrays["image"].dtype == np.float32
+    assert np.allclose(np.linalg.norm(arrays["both"], axis=1), 1, atol=1e-5)
+    assert arrays["labels"].tolist()[-2:] == [9, 1] and arrays["file_names"][-1] == "images/10.png"
+    assert arrays["has_text"].tolist() == [True] * 9 + [False] and "images/8.png" in str(arrays["skipped"])
+    assert not out.with_name("items.npz.parts").exists()
+    assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--views", "text"]) == 0 and "image" not in np.load(out)
+    with pytest.raises(SystemExit):
+        main(["embed"])
+    assert main([*command, "--overwrite", "--views", "sound"]) == 2 and "views takes some of" in capsys.readouterr().err
+
+
+def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
+    parts = tmp_path / "items.npz.parts"
+    parts.mkdir()
+    (parts / "job.json").write_text("{}")
+    command = ["embed", "--checkpoint", str(run), "--data", folders["val"], "--out", str(tmp_path / "items.npz")]
+    assert main(command) == 2 and "holds parts of another checkpoint" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
+    options = dict(model="uniecs", **{**folders, "val": folders["data"]}, steps=3, batch_size=4, image_size=32, max_length=12)
+    options |= dict(backend="composed", device="cpu", progress=False, save_every=1, val_every=3, grad_cache=3)
+    whole = train(TrainConfig(out=str(tmp_path / "whole"), **options))
+    train(TrainConfig(out=str(tmp_path / "other"), **options))
+    for name in ("config.json", "summary.json", "model.safetensors"):
+        (tmp_path / "other" / name).unlink()
+    shutil.rmtree(sorted((tmp_path / "other" / "checkpoints").iterdir())[-1])
+    resumed = train(TrainConfig(out=str(tmp_path / "other"), resume=True, **options))
+    assert resumed["train_loss"] == whole["train_loss"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "other")]
+    assert weights[0] == weights[1]
+
+
+def train_on_rank(rank, world, port, options):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    train(TrainConfig(**options))
+
+
+def test_two_ranks_train_as_one_process_does(folders, tmp_path):
+    still = {"text": {"hidden_dropout_prob": 0.0}}
+    options = dict(model="uniecs", **{**folders, "val": folders["data"]}, steps=3, batch_size=4, image_size=32, max_length=12)
+    options |= dict(backend="composed", device="cpu", progress=False, augment=False, model_options=still, lr=1e-2)
+    train(TrainConfig(out=str(tmp_path / "one"), **options))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(train_on_rank, (2, port, {**options, "out": str(tmp_path / "two")}), nprocs=2)
+    curves = []
+    for name in ("one", "two"):
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves.append([record["loss"] for record in records if "loss" in record])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4) and len(curves[0]) == 3
+    assert read_json(tmp_path / "two" / "summary.json")["recall_at_1"] > 0
+
+
+def test_ablate_leaves_out_one_part_after_the_other(folders, tmp_path, capsys):
+    command = ["ablate", *arguments({**folders, "val": folders["data"]}, tmp_path)[1:]]
+    assert main([*command, "--only", "clal,fusion"]) == 0
+    assert "without clal" in capsys.readouterr().out
+    summaries = read_json(tmp_path / "ablation.json")
+    assert summaries.keys() == {"whole", "without clal", "without fusion"}
+    assert read_json(tmp_path / "without-clal" / "config.json")["model"]["without"] == ["clal"]
+    records = (tmp_path / "without-clal" / "metrics.jsonl").read_text()
+    assert "ppm" not in records and "ppm" in (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert main([*command, "--only", "sound"]) == 2 and "only: got 'sound'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "fluid", "products": "x"}, "products: got 'x' with model 'fluid', takes a retrieval model"),
+        ({"model": "fluid", "grad_cache": 4}, "grad_cache: got 4 with model 'fluid'"),
+        ({"model": "uniecs", "host": "x"}, "host: got 'x' with model 'uniecs', takes moon2 or unite"),
+        ({"model": "unite", "text_encoder": "x"}, "text_encoder: got 'x' with model 'unite'"),
+        ({"model": "unica", "modalities": "image"}, "modalities: got 'image' with model 'unica', takes 'both'"),
+        ({"model": "unica", "grad_cache": 4, "accumulate": 2}, "accumulate: got 2 with grad_cache, takes 1"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(out="x", **changes)
+
+
+def test_fluid_is_no_retrieval_model(folders, tmp_path, capsys):
+    few = {"data": folders["data"], "val": folders["data"]}
+    assert main(arguments(few, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0
+    embed = ["embed", "--checkpoint", str(tmp_path / "run"), "--data", folders["val"], "--out", str(tmp_path / "items.npz")]
+    assert main(embed) == 2 and "holds fluid, a classifier; embed takes a retrieval model" in capsys.readouterr().err

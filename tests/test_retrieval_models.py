@@ -1,0 +1,120 @@
+"""What all four retrieval models promise: GradCache and ranks change nothing, missing modalities train, one command each."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from retrieval_models import NAMES, batch, gradients, rows_of, small_model, without_images
+from torch.nn.parallel import DistributedDataParallel
+
+import mmfused
+from mmfused.gradients import add_cached_gradients, add_gradients
+from mmfused.models.retrieval import VIEWS
+
+# MOON2.0's balance loss is of each pass by itself, by its definition: without it GradCache and ranks are exact.
+EXACT = {"moon2": {"without": ("balance",)}}
+
+
+def close(got, expected, rtol=1e-7):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=rtol, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_gradients_are_the_whole_batch_s(name):
+    whole, cached = small_model(name, **EXACT.get(name, {})), small_model(name, **EXACT.get(name, {}))
+    with mmfused.backend("composed"):
+        loss, terms = add_gradients(whole, [batch(name)], 1)
+        cached_loss, cached_terms = add_cached_gradients(cached, batch(name), 4)
+    torch.testing.assert_close(cached_loss, loss)
+    close(cached_terms, terms)
+    expected = gradients(whole)
+    assert len(expected) > 15 and max(float(g.abs().max()) for g in expected.values()) > 1e-4
+    close(gradients(cached), expected)
+
+
+CASES = [(name, case) for name in NAMES for case in ("all", "lacking")]
+
+
+def steps_of_rank(rank, world, path, folder):
+    """A step of each model in each case, in one process: starting them takes longer than all steps."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    for name, case in CASES:
+        model = DistributedDataParallel(small_model(name, **EXACT.get(name, {})), find_unused_parameters=False)
+        with mmfused.backend("composed"):
+            output = model(**rows_of(whole_batch(name, case), *((0, 3) if rank == 0 else (3, 6))))
+            output.loss.backward()
+        loss = output.loss.detach().clone()
+        dist.all_reduce(loss)
+        torch.save({"loss": loss / world, **gradients(model.module)}, f"{folder}/{name}-{case}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with tempfile.TemporaryDirectory() as store:
+        mp.spawn(steps_of_rank, (2, f"{store}/store", str(folder)), nprocs=2)
+    return folder
+
+
+def whole_batch(name, case):
+    """ "lacking": the second rank has no picture, which the first one has."""
+    parts = batch(name)
+    if case == "lacking":
+        blind = without_images(parts)
+        parts = {role: {key: torch.cat([parts[role][key][:3], blind[role][key][3:]]) for key in parts[role]} for role in parts}
+    return parts
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_ddp_over_two_ranks_is_one_process(name, case, two_ranks):
+    model = small_model(name, **EXACT.get(name, {}))
+    with mmfused.backend("composed"):
+        output = model(**whole_batch(name, case))
+        output.loss.backward()
+    expected = {"loss": output.loss.detach(), **gradients(model)}
+    for rank in (0, 1):
+        close(torch.load(two_ranks / f"{name}-{case}-{rank}.pt"), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_any_picture_or_text_trains(name):
+    for hide in (without_images, without_texts):
+        model = small_model(name)
+        with mmfused.backend("composed"):
+            add_gradients(model, [hide(batch(name))], 1)
+        found = gradients(model)
+        assert found.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def without_texts(parts):
+    hidden = {role: {**items} for role, items in parts.items()}
+    for items in hidden.values():
+        items["attention_mask"] = items["attention_mask"].clone()
+        items["attention_mask"][:, 2:] = 0
+        items["image_present"] = torch.ones_like(items["image_present"])
+    return hidden
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_late_fusion_takes_the_place_of_the_model_s_own(name):
+    items = {key: value for key, value in batch(name)["query"].items() if key != "labels"}
+    with mmfused.backend("composed"), torch.no_grad():
+        own = small_model(name).eval().embed(views=VIEWS, **items)
+        late = small_model(name, without=("fusion",)).eval().embed(views=VIEWS, **items)
+    whole = [row for row in range(6) if row not in (1, 2)]
+    for rows in (*own.values(), *late.values()):
+        torch.testing.assert_close(rows.norm(dim=1)[whole], rows.new_ones(4))
+        assert rows.isfinite().all()
+    middle = torch.nn.functional.normalize(late["image"] + late["text"], dim=-1)
+    torch.testing.assert_close(late["both"][whole], middle[whole])
+    assert (own["both"] - torch.nn.functional.normalize(own["image"] + own["text"], dim=-1))[whole].abs().max() > 1e-5

@@ -1,0 +1,382 @@
+"""UniCA against an independent float64 transcription of its equations, and what the model promises around them."""
+
+import json
+
+import pytest
+import torch
+from unica_equations import BERT, SMALL, error, random_model, shown, token_batch, token_part, transcription, x64
+
+import mmfused
+from mmfused.models.unica import COMPONENTS, UniCA, UniCAConfig
+
+VIEWS = ("image", "text", "both")
+VARIANTS = [
+    {},
+    {"blocks": 2, "share_weights": True, "positive_weight": 0.3},
+    {"bica_norm": "pre", "blocks": 2, "temperature": 0.05, "text": {**BERT, "num_hidden_layers": 2}},
+    {"bica_norm": "pre", "without": ("ffn",), "gather": "local"},
+    *({"without": (name,)} for name in COMPONENTS),
+    {"without": COMPONENTS},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values()))[:30] or "default")
+def test_agrees_with_the_equations(options):
+    model, batch = random_model(**options), token_batch()
+    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    expected, views = transcription(leaves, batch, model.config)
+    gradients = torch.autograd.grad(expected["loss"], list(leaves.values()), allow_unused=True)
+    for backend in ("reference", "composed"):
+        model.zero_grad()
+        with mmfused.backend(backend):
+            output = model(**batch)
+            output.loss.backward()
+            embedded = model.embed(VIEWS, **shown(batch["query"]))
+        assert error(output.loss, expected["loss"]) < 1e-12
+        assert output.losses.keys() == {"info_nce", "positive_similarity"}
+        for name, value in output.losses.items():
+            assert error(value, expected[name]) < 1e-12, name
+        for view in VIEWS:
+            assert error(embedded[view], views[view]) < 1e-12, view
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+            assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-10, name
+
+
+def test_the_terms_add_up_with_and_without_negatives():
+    model, batch = random_model(positive_weight=0.5), token_batch()
+    loss, terms = model(**batch)
+    assert abs((terms["info_nce"] + 0.5 * terms["positive_similarity"] - loss).item()) < 1e-14
+    del batch["negative"]
+    expected, _ = transcription(dict(model.named_parameters()), batch, model.config)
+    assert error(model(**batch).loss, expected["loss"]) < 1e-12
+
+
+def test_a_text_alone_is_what_plain_bert_makes_of_it():
+    model, items = random_model(), token_part()
+    states = model.text_encoder(input_ids=items["input_ids"], attention_mask=items["attention_mask"]).last_hidden_state
+    plain = torch.nn.functional.normalize(states[:, 0], dim=-1)
+    items["image_present"] = torch.arange(6) == 0
+    views = model.embed(("text", "both"), **shown(items))
+    assert error(views["text"], plain) < 1e-12
+    assert error(views["both"][1:], plain[1:]) < 1e-12  # beside an image that is there, in slots of its own
+    assert error(views["both"][0], plain[0]) > 1e-3
+
+
+def test_pre_norm_starts_as_the_host_alone():
+    torch.manual_seed(0)
+    model = UniCA(UniCAConfig(**SMALL, bica_norm="pre", blocks=2)).double()
+    without = UniCA(UniCAConfig(**SMALL, without=("bica",))).double()
+    without.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("bica")})
+    batch = token_batch()
+    assert error(model(**batch).loss, without(**batch).loss) < 1e-12
+    model(**batch).loss.backward()
+    assert model.bica[0].attention.to_a.out_proj.weight.grad.any()
+
+
+# --- parity ---
+
+
+def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options):
+    """(losses and terms of each step, parameters, embeddings) after some steps."""
+    torch.manual_seed(5)  # of dropout
+    model = random_model(**options).to(dtype)  # a fresh one sees little of its items
+    model.info_nce.options["positive_weight"] *= perturb
+    batch = {role: {name: value[:items] for name, value in part.items()} for role, part in token_batch().items()}
+    for part in batch.values():
+        part["image_tokens"] = part["image_tokens"].to(dtype)
+    optimizer, history = optimizer(model.parameters(), lr=3e-3), []
+    with mmfused.backend(backend):
+        for _ in range(steps):
+            output = model(**batch)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            history += [output.loss.detach(), *output.losses.values()]
+        views = model.eval().embed(VIEWS, **shown(batch["query"]))
+    return (
+        torch.stack(history),
+        torch.cat([p.detach().flatten() for p in model.parameters()]),
+        torch.cat([*views.values()]).detach(),
+    )
+
+
+def apart(first, second) -> float:
+    return max(error(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_training_is_the_same_on_both_backends_and_the_test_sees_one_perturbed_term():
+    expected = trained("reference", 30, x64)
+    assert apart(trained("composed", 30, x64), expected) < 1e-9
+    assert apart(trained("composed", 30, x64, perturb=1.01), expected) > 1e-4
+    assert expected[0][-3] < 0.8 * expected[0][0]  # and it learns
+
+
+def test_training_with_dropout_is_the_same_on_both_backends():
+    options = {"dropout": 0.1, "text": {**BERT, "hidden_dropout_prob": 0.1}, "bica_norm": "pre", "share_weights": True}
+    assert apart(trained("composed", 30, x64, **options), trained("reference", 30, x64, **options)) < 1e-9
+
+
+def test_the_kernels_train_alike():
+    """By SGD: Adam's first steps turn the rounding of a gradient that is zero into a step."""
+    options = {"optimizer": torch.optim.SGD, "items": 3, "text_dim": 32, "num_heads": 2, "ffn": 32}
+    fused = trained("fused", 2, torch.float32, **options)
+    assert apart(trained("reference", 2, torch.float32, **options), fused) < 1e-5
+    assert apart(trained("reference", 2, torch.float32, perturb=1.01, **options), fused) > 1e-4
+
+
+# --- what is missing ---
+
+CASES = {
+    "no image": {"image_present": torch.zeros(6, dtype=torch.bool)},
+    "no text": {"text_present": torch.zeros(6, dtype=torch.bool)},
+    "nothing": {"image_present": torch.zeros(6, dtype=torch.bool), "attention_mask": torch.zeros(6, 6, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_that_lacks_a_modality_trains(case, backend):
+    model, batch = random_model(), {role: {**items, **CASES[case]} for role, items in token_batch().items()}
+    with mmfused.backend(backend):
+        loss = model(**batch).loss
+        loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert not (name.startswith("bica") and parameter.grad.any()), name
+        assert case == "no text" or not (name.startswith("visual_proj") and parameter.grad.any()), name
+
+
+def test_what_is_absent_does_not_leak():
+    model, batch = random_model(), token_batch()
+    expected = model(**batch).loss
+    for items in batch.values():
+        items["image_tokens"][~items["image_present"]] = float("nan")
+        items["input_ids"] = items["input_ids"].masked_fill(items["attention_mask"] == 0, 19)
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_missing_text_is_cls_and_sep():  # as [CLS][SEP] alone, no real token at all, or text_present=False
+    model, items = random_model(), token_part()
+    items["image_present"] = None
+    items["image_tokens"] = items["image_tokens"][:1].expand(6, -1, -1)
+    items["attention_mask"][3] = 0
+    present = (items["attention_mask"].sum(1) > 2) & (torch.arange(6) != 4)
+    both = model.embed(**shown(items), text_present=present)["both"]
+    assert torch.equal(both[2], both[3]) and torch.equal(both[2], both[4])
+    assert error(both[2], both[5]) > 1e-3
+    assert error(model.embed(**shown(items))["both"][4], both[4]) > 1e-3
+
+
+def test_items_do_not_depend_on_each_other_or_on_padding():
+    model, items = random_model(), shown(token_part())
+    whole = model.embed(VIEWS, **items)
+    wider = {**items, **{name: torch.nn.functional.pad(items[name], (0, 4)) for name in ("input_ids", "attention_mask")}}
+    padded = model.embed(VIEWS, **wider)
+    for row in range(6):
+        alone = model.embed(VIEWS, **{name: value[row : row + 1] for name, value in items.items()})
+        for view in VIEWS:
+            assert error(alone[view][0], whole[view][row]) < 1e-12 and error(padded[view], whole[view]) < 1e-12
+
+
+def test_views_hide_the_other_modality():
+    model, items = random_model(), shown(token_part())
+    expected = model.embed(VIEWS, **items)
+    other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
+    assert torch.equal(other["text"], expected["text"]) and error(other["image"], expected["image"]) > 1e-3
+    other = model.embed(VIEWS, **{**items, "input_ids": token_part(7)["input_ids"]})
+    assert torch.equal(other["image"], expected["image"]) and error(other["text"], expected["text"]) > 1e-3
+    for view in VIEWS:
+        assert expected[view].shape == (6, 12)
+        assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
+    assert error(expected["both"][2], expected["image"][2]) < 1e-12  # no text
+    with pytest.raises(ValueError, match="views takes some of image, text, both, got \\('video',\\)"):
+        model.embed(("video",), **items)
+
+
+# --- components ---
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_each_component_changes_what_it_should(name):
+    full, batch = random_model(), token_batch()
+    ablated = UniCA(UniCAConfig(**SMALL, without=(name,))).double()
+    ablated.load_state_dict({key: value for key, value in full.state_dict().items() if key in ablated.state_dict()})
+    (a, terms), (b, ablated_terms) = full(**batch), ablated(**batch)
+    assert abs(a - b).item() > 1e-3
+    views, ablated_views = (model.embed(VIEWS, **shown(batch["query"])) for model in (full, ablated))
+    changed = [view for view in VIEWS if error(views[view], ablated_views[view]) > 1e-6]
+    assert changed == (["both"] if name in ("bica", "ffn", "fusion") else [])
+    if name == "positive_similarity":
+        assert error(b, terms["info_nce"]) < 1e-12 and torch.equal(ablated_terms["info_nce"], b)
+    if name == "fusion":
+        late = torch.nn.functional.normalize(views["image"] + views["text"], dim=-1)
+        assert error(ablated_views["both"][[0, 4, 5]], late[[0, 4, 5]]) < 1e-12
+        assert not ablated.bica
+
+
+# --- with the encoders ---
+
+
+def tiny(**options) -> UniCA:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "image_size": 32, "patch_size": 16, "text_dim": 32, "image_dim": 32, "ffn": 48}
+    return UniCA(UniCAConfig.preset("tiny", **sizes, **options))
+
+
+def pixel_part(seed=3, batch=4, length=8) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([8, 5, 2, 4])
+    return {
+        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(4, 50, (batch, length), generator=generator),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "image_present": torch.arange(batch) != 1,
+        "labels": torch.arange(batch),
+    }
+
+
+def pixel_batch() -> dict:
+    return {role: pixel_part(seed) for seed, role in enumerate(("query", "candidate", "negative"))}
+
+
+def test_every_parameter_gets_a_gradient():
+    model = tiny()
+    model(**pixel_batch()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A key bias moves all logits of a query alike: the softmax does not see it.
+        assert parameter.grad.any() or name.endswith(("k_proj.bias", "key.bias")), name
+
+
+def test_pixels_pass_the_vit_whose_first_token_is_dropped():
+    model, items = tiny().eval(), shown(pixel_part())
+    expected = model.embed(VIEWS, **items)
+    tokens = model.image_encoder.forward_features(items["pixel_values"])
+    assert tokens.shape[1] == 5
+    del items["pixel_values"]
+    got = model.embed(VIEWS, image_tokens=tokens[:, 1:], **items)
+    torch.testing.assert_close(got, expected)
+
+
+def test_absent_pixels_do_not_leak():
+    model, batch = tiny().eval(), pixel_batch()
+    expected = model(**batch).loss
+    for items in batch.values():
+        items["pixel_values"][1] = float("nan")
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("frozen", [("text",), ("image",), ("image", "text")])
+def test_frozen_encoders_stay_and_let_gradients_through(frozen):
+    model = tiny(freeze=frozen).train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    still = tuple(f"{part}_encoder." for part in frozen)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**pixel_batch()).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name.startswith(still):
+            assert parameter.grad is None and torch.equal(parameter, before[name]), name
+        elif not name.endswith(("k_proj.bias", "key.bias")):
+            assert parameter.grad.any() and not torch.equal(parameter, before[name]), name
+    assert not any(getattr(model, f"{part}_encoder").training for part in frozen) and model.training
+
+
+def test_autocast_keeps_embeddings_and_losses_in_float32():
+    model, batch = tiny().eval(), pixel_batch()
+    expected = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, embedded = model(**batch), model.embed(**shown(batch["query"]))
+    assert output.loss.dtype == embedded["both"].dtype == output.losses["positive_similarity"].dtype == torch.float32
+    assert error(output.loss, expected.loss) < 0.1
+
+
+def test_training_tells_items_apart():
+    model, part = tiny(), pixel_part()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(15):
+        output = model(part, part)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.losses["info_nce"] < 0.5
+
+
+# --- configuration and errors ---
+
+
+def test_config_survives_json():
+    config = UniCAConfig.preset("tiny", vocab_size=70, image_size=96, freeze=("text",), without=("ffn",), gather="local")
+    copy = UniCAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert copy == config and isinstance(copy.freeze, tuple) and copy.text["vocab_size"] == 70
+    UniCA(config).load_state_dict(UniCA(copy).state_dict())
+    assert UniCA(copy).picture_size == 96 and UniCA(UniCAConfig(**SMALL)).picture_size == 16
+
+
+def test_preset_paper_has_its_sizes():
+    with torch.device("meta"):
+        model = UniCA(UniCAConfig.preset("paper"))
+    assert model.image_encoder.patch_embed.num_patches == 196 and len(model.text_encoder.encoder.layer) == 12
+    assert not any(parameter.requires_grad for parameter in model.text_encoder.parameters())
+    assert model.info_nce.log_scale.is_meta and model.config.temperature == 0.02
+    assert model.bica[0].image_ffn.layers[0].out_features == 3072
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bica_norm": "none"}, "bica_norm must be one of post, pre, got 'none'"),
+        ({"gather": "all"}, "gather must be one of global, local, got 'all'"),
+        ({"without": ("gate",)}, "without takes some of bica, ffn, positive_similarity, hard_negatives, fusion, got 'gate'"),
+        ({"freeze": ("vision",)}, "freeze takes some of image, text, got 'vision'"),
+        ({"freeze": ("image",)}, "freeze 'image' takes an image encoder, but image is None"),
+        ({"num_heads": 5}, "num_heads must divide text_dim, got num_heads=5 and text_dim=12"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"ffn": 0}, "ffn must be positive, got 0"),
+        ({"positive_weight": -1.0}, "positive_weight must not be negative, got -1.0"),
+        ({"pixel_mean": (0.5,)}, r"pixel_mean must be 3 numbers, got \(0.5,\)"),
+        ({"text": None}, "text takes the options of a host of model_type 'bert', got None"),
+        ({"text": {"model_type": "roberta"}}, "text takes the options of a host of model_type 'bert', got 'roberta'"),
+        ({"empty_text": (101, 102)}, r"empty_text must be ids below the host's vocab_size=20, got \(101, 102\)"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        UniCA(UniCAConfig(**{**SMALL, **options}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
+        ({"pixel_values": torch.zeros(6, 3, 32, 32)}, "exactly one of pixel_values and image_tokens, got both"),
+        ({"image_tokens": torch.zeros(6, 3, 11)}, r"image_tokens must have shape \(B, tokens, 10\), got \(6, 3, 11\)"),
+        ({"image_present": torch.ones(6)}, r"image_present must be bool \(6,\), got torch.float32"),
+        ({"text_present": torch.ones(5, dtype=torch.bool)}, r"text_present must be bool \(6,\), got torch.bool \(5,\)"),
+        ({"input_ids": None}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got None"),
+        ({"input_ids": torch.zeros(6, 14).long()}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 14\)"),
+        ({"input_ids": torch.zeros(6, 1).long()}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 1\)"),
+        ({"input_ids": torch.zeros(5, 6).long()}, "image and text must have one batch size, got 6 and 5"),
+        ({"input_ids": torch.full((6, 6), 20)}, r"input_ids must lie in \[0, 19\]"),
+        ({"attention_mask": torch.ones(6, 7)}, r"attention_mask must be \(6, 6\) as input_ids, got \(6, 7\)"),
+        ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32 \(6,\)"),
+        ({"image_tokens": None, "pixel_values": torch.zeros(6, 3, 8, 8)}, "the config's image is None; give image_tokens"),
+    ],
+)
+def test_bad_items(changes, message):
+    with pytest.raises(ValueError, match=message):
+        random_model().encode("query", **{**token_part(), **changes})
+
+
+def test_a_candidate_for_every_query():
+    batch = token_batch()
+    batch["candidate"] = {name: value[:5] for name, value in batch["candidate"].items()}
+    with pytest.raises(ValueError, match="candidate must have a row for each of the 6 queries, got 5"):
+        random_model()(**batch)

@@ -1,0 +1,432 @@
+"""UniECS against an independent float64 transcription of its equations, and what the model promises around them."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from uniecs_equations import transcription
+
+import mmfused
+from mmfused.models.uniecs import COMPONENTS, UniECS, UniECSConfig
+from mmfused.models.uniecs_losses import LossOptions, adaptive_loss, adaptive_weights, group_losses, loss_terms
+
+x64 = torch.float64
+VIEWS = ("image", "text", "both")
+SMALL = {"dim": 8, "num_heads": 2, "cross_layers": 1, "image_dim": 6, "text_dim": 7, "nearest": 2}
+
+
+def random_model(**options) -> UniECS:
+    """A float64 model without encoders whose parameters are all random, also those that start as zeros or ones."""
+    model = UniECS(UniECSConfig(**{**SMALL, **options})).double()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name != "log_scale":
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.6
+    return model
+
+
+def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
+    """Precomputed tokens, texts of unequal lengths; items 0 and 3 are one product."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, rows + 1, (batch,), generator=generator)
+    lengths[list(no_text)] = 0
+    return {
+        "image_tokens": torch.randn(batch, 3, 6, generator=generator, dtype=x64),
+        "text_tokens": torch.randn(batch, rows, 7, generator=generator, dtype=x64),
+        "text_padding_mask": torch.arange(rows) >= lengths[:, None],
+        "image_present": torch.tensor([i not in no_image for i in range(batch)]),
+        "labels": torch.tensor([0, 1, 2, 0]),
+    }
+
+
+def token_pair() -> tuple[dict, dict]:
+    """A query lacks both, one its text, a candidate its image, one its text. Two empty embeddings of a side would tie in top k."""
+    return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(3, no_image=(3,), no_text=(0,))
+
+
+def view_of(encoded: dict) -> torch.Tensor:
+    return torch.stack([encoded[view] for view in VIEWS], 1)
+
+
+def error(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+VARIANTS = [
+    {"cross_layers": 2},
+    {"cross_layers": 2, "placement": "after", "self_blocks": 2, "fusion_blocks": 2, "v2f": "f_to_v", "weighting": "static"},
+    {"indicator": "batch", "text_mask": False, "text_length": 6, "v2f": "f_to_v"},
+    {"indicator": False, "missing": "zero", "text_length": 3, "beta": 1.0, "epsilon": 0.1},
+    {"missing": "skip", "margins": (0.6, 0.1, 0.2, 0.4), "initial_scale": 4.0, "hard_fraction": 0.9, "temperature": 0.2},
+    {"missing": "zero", "temperature_v2v": 0.3, "temperature_t2t": 0.1, "text_mask": False, "text_length": 3},
+    *({"without": (name,)} for name in COMPONENTS),
+    {"without": ("fusion", "cmal", "imcl", "adaptive"), "text_mask": False, "text_length": 5},
+]
+
+
+def zero_for_none(gradients, like):
+    return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(gradients, like, strict=True)]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+def test_agrees_with_the_equations(options):
+    model, (query, candidate) = random_model(**options), token_pair()
+    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    expected = transcription(leaves, query, candidate, model.config)
+    inputs = list(leaves.values())
+    gradients = zero_for_none(torch.autograd.grad(expected["loss"], inputs, allow_unused=True), inputs)
+    for backend in ("reference", "composed"):
+        model.zero_grad()
+        with mmfused.backend(backend):
+            encoded = model.encode("query", **query), model.encode("candidate", **candidate)
+            output = model.compare(*encoded)
+            output.loss.backward()
+        got = {"query": view_of(encoded[0]), "candidate": view_of(encoded[1]), "loss": output.loss, **output.losses}
+        assert list(got) == list(expected)
+        for name, value in expected.items():
+            assert error(got[name], value) < 1e-10, name
+        own = zero_for_none([parameter.grad for parameter in model.parameters()], inputs)
+        for name, a, b in zip(leaves, own, gradients, strict=True):
+            assert error(a, b) < 1e-9, name
+
+
+def test_self_attention_agrees_with_multihead_attention():
+    """The transcription reads the projections by name; nn.MultiheadAttention with the same weights decides."""
+    block = random_model().stages[0].text_blocks[0]
+    x, ignore = torch.randn(3, 4, 8, dtype=x64), torch.arange(4) >= torch.tensor([4, 2, 1])[:, None]
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
+    projections = (block.q_proj, block.k_proj, block.v_proj)
+    attention.in_proj_weight.data = torch.cat([projection.weight for projection in projections]).detach()
+    attention.in_proj_bias.data = torch.cat([projection.bias for projection in projections]).detach()
+    attention.out_proj.load_state_dict(block.out_proj.state_dict())
+    normed = block.norm1(x)
+    read = x + block.gamma1 * attention(normed, normed, normed, key_padding_mask=ignore)[0]
+    assert error(block(x, ignore), read + block.gamma2 * block.ffn(block.norm2(read))) < 1e-12
+
+
+# --- the adaptive weights ---
+
+
+def random_rows(batch=6):
+    rows = F.normalize(torch.randn(batch, 6, 8, dtype=x64), dim=-1).requires_grad_()
+    ids = torch.ones(batch, 6, dtype=torch.int64)
+    ids[:, 0] = ids[:, 3] = torch.arange(batch)
+    return rows, torch.tensor(2.0, dtype=x64, requires_grad=True), ids
+
+
+def options_of(**changes) -> LossOptions:
+    config = UniECSConfig(**{**SMALL, **changes})
+    return LossOptions(*(getattr(config, name) for name in LossOptions._fields))
+
+
+def literal(rows, log_scale, ids, options):
+    losses = group_losses(loss_terms(rows, log_scale, ids, options), options)
+    norms = [torch.autograd.grad(loss, rows, retain_graph=True)[0].norm() for loss in losses]
+    powers = [(norm + options.epsilon) ** -options.beta for norm in norms]
+    return sum(power / sum(powers) * loss for power, loss in zip(powers, losses, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta": 1.0}, {"without": ("clal",)}, {"v2f": "f_to_v"}])
+def test_adaptive_loss_is_its_definition(changes):
+    rows, log_scale, ids = random_rows()
+    options = options_of(**changes)
+    expected = literal(rows, log_scale, ids, options)
+    loss, values = adaptive_loss(rows, log_scale, ids, tuple(options))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(values, torch.stack(list(loss_terms(rows, log_scale, ids, options).values())))
+    assert not values.requires_grad
+    wanted = torch.autograd.grad(3 * expected, (rows, log_scale), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (rows, log_scale)), wanted)
+    with torch.no_grad():
+        assert torch.equal(adaptive_loss(rows, log_scale, ids, tuple(options))[0], loss)
+
+
+def test_adaptive_weights():
+    norms, eps = torch.tensor([1.0, 4.0, 0.25]), 1e-6
+    equal, half, full = (adaptive_weights(norms, options_of(beta=beta, epsilon=eps)) for beta in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(equal, torch.full((3,), 1 / 3))
+    torch.testing.assert_close(half, torch.tensor([2.0, 1.0, 4.0]) / 7)  # a smaller gradient, a larger weight
+    torch.testing.assert_close(full * norms, (full * norms)[:1].expand(3))  # all pull alike
+    idle = adaptive_weights(torch.tensor([0.0, 1.0, 1.0]), options_of())
+    torch.testing.assert_close(idle, torch.tensor([0.0, 0.5, 0.5]))
+
+
+# --- missing modalities ---
+
+
+@pytest.mark.parametrize("absent", ["image", "text", "both"])
+@pytest.mark.parametrize("options", [{}, {"without": ("fusion",)}, {"text_mask": False, "text_length": 4}])
+def test_a_whole_batch_may_lack_a_modality(absent, options):
+    everyone = range(4)
+    lack = {"no_image": everyone if absent != "text" else (), "no_text": everyone if absent != "image" else ()}
+    model = random_model(**options)
+    parts = token_items(2, **lack), token_items(3, **lack)
+    for part in parts:
+        part["image_tokens"][~part["image_present"]] = float("nan")
+        part["text_tokens"][part["text_padding_mask"]] = float("nan")
+    output = model(*parts)
+    output.loss.backward()
+    assert output.loss.isfinite() and all(term.isfinite() for term in output.losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    for name in ("image", "text"):
+        if absent in (name, "both"):
+            assert not getattr(model, f"{name}_map").weight.grad.any()
+
+
+def test_what_is_absent_does_not_leak():
+    model, (query, candidate) = random_model(), token_pair()
+    expected = model(query, candidate).loss
+    for part in (query, candidate):
+        part["image_tokens"][~part["image_present"]] = float("nan")
+        part["text_tokens"][part["text_padding_mask"]] = float("nan")
+    output = model(query, candidate)
+    output.loss.backward()
+    assert torch.equal(output.loss, expected)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"indicator": "batch"}, {"text_mask": False, "text_length": 4}])
+def test_an_item_does_not_depend_on_its_batch(options):
+    model, items = random_model(**options), token_pair()[0]
+    together = model.embed(VIEWS, **{k: v for k, v in items.items() if k != "labels"})
+    for i in range(4):
+        alone = {name: value[i : i + 1] for name, value in items.items() if name != "labels"}
+        alone["text_tokens"], alone["text_padding_mask"] = (
+            F.pad(alone["text_tokens"], (0, 0, 0, 3)),
+            F.pad(alone["text_padding_mask"], (0, 3), value=True),
+        )
+        for view in VIEWS:
+            assert error(model.embed((view,), **alone)[view][0], together[view][i]) < 1e-12
+
+
+def test_views_hide_what_they_must():
+    model, items = random_model(), token_pair()[0]
+    del items["labels"]
+    before = model.embed(VIEWS, **items)
+    other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
+    assert torch.equal(before["text"], other["text"])
+    assert ((before["image"] - other["image"]).abs().amax(1) > 1e-3).tolist() == [True, False, True, True]
+    assert ((before["both"] - other["both"]).abs().amax(1) > 1e-3).tolist() == [True, False, True, True]
+    other = model.embed(VIEWS, **{**items, "text_tokens": items["text_tokens"].flip(0)})
+    assert torch.equal(before["image"], other["image"]) and not torch.allclose(before["text"], other["text"])
+    # With one modality, or none, both is what the model makes of that.
+    assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(before["both"][1], before["text"][1])
+    for rows in before.values():
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4, dtype=x64))
+
+
+# --- parity of the backends, in training ---
+
+
+def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
+    model = random_model(**options).to(dtype)
+    parts = [{k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()} for part in token_pair()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)  # eps: a key's bias has no gradient but rounding
+    trace = []
+    with mmfused.backend(backend):
+        for _ in range(steps):
+            output = model(*parts)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            trace.append(torch.stack([output.loss.detach(), *output.losses.values()]).detach())
+        embedded = view_of(model.encode("query", **parts[0])).detach()
+    return [torch.stack(trace), embedded, *(parameter.detach() for parameter in model.parameters())]
+
+
+def apart(a, b) -> float:
+    return max(error(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_thirty_steps_agree_and_a_perturbation_shows():
+    expected = train("reference", 30)
+    assert apart(train("composed", 30), expected) < 1e-9
+    assert expected[0][-1, 0] < expected[0][0, 0]
+    weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # 1 % more of V2F
+    assert apart(train("composed", 3, loss_weights=weights), train("reference", 3)) > 1e-5
+
+
+def test_interpreted_kernels_agree():
+    sizes = {"dim": 16, "num_heads": 1, "items": slice(2, 4)}  # one lacks its text, one its image
+    assert apart(train("fused", 2, torch.float32, **sizes), train("reference", 2, torch.float32, **sizes)) < 1e-3
+
+
+def test_dropout_acts_in_training_alone():
+    model, parts = random_model(dropout=0.3), token_pair()
+    first, second = model(*parts).loss, model(*parts).loss
+    assert not torch.allclose(first, second)
+    model.eval()
+    assert torch.equal(model(*parts).loss, model(*parts).loss)
+
+
+# --- with the encoders ---
+
+
+def tiny(**options) -> UniECS:
+    torch.manual_seed(0)
+    return UniECS(UniECSConfig.preset("tiny", vocab_size=50, image_size=32, dim=32, image_dim=32, text_dim=32, **options))
+
+
+def pixel_items(seed=3, batch=4, length=8) -> dict:
+    """Pixels and ids; item 1 has no image, item 2 no text but [CLS][SEP]."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, length + 1, (batch,), generator=generator)
+    lengths[2] = 2
+    return {
+        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(0, 50, (batch, length), generator=generator),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "image_present": torch.arange(batch) != 1,
+        "labels": torch.arange(batch),
+    }
+
+
+def test_every_parameter_gets_a_gradient():
+    model, parts = tiny(), (pixel_items(3), pixel_items(4))
+    model(*parts).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A key bias moves all logits of a query alike; over one token attention has nothing to choose.
+        single = "fusion_blocks" in name and ("q_proj" in name or "k_proj" in name)
+        assert parameter.grad.any() or single or name.endswith(("k_proj.bias", "key.bias")), name
+
+
+def test_absent_pixels_do_not_leak():
+    model, parts = tiny().eval(), (pixel_items(3), pixel_items(4))
+    expected = model(*parts)
+    parts[0]["pixel_values"][1] = float("nan")
+    output = model(*parts)
+    output.loss.backward()
+    assert torch.equal(output.loss, expected.loss) and output.loss.dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_autocast_keeps_embeddings_and_losses_in_float32():
+    model, parts = tiny().eval(), (pixel_items(3), pixel_items(4))
+    expected = model(*parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, encoded = model(*parts), model.encode("query", **parts[0])
+    assert output.loss.dtype == encoded["both"].dtype == torch.float32
+    assert error(output.loss, expected.loss) < 0.1
+
+
+@pytest.mark.parametrize("frozen", [("image",), ("text",), ("image", "text")])
+def test_frozen_encoders_stay_as_they_are(frozen):
+    model = tiny(freeze=frozen).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(pixel_items(3), pixel_items(4)).loss.backward()
+    optimizer.step()
+    for part in ("image", "text"):
+        encoder = getattr(model, f"{part}_encoder")
+        assert encoder.training == all(p.grad is not None for p in encoder.parameters()) == (part not in frozen)
+        same = [torch.equal(value, before[f"{part}_encoder.{name}"]) for name, value in encoder.state_dict().items()]
+        assert all(same) == (part in frozen)
+    assert not torch.equal(model.image_map.weight, before["image_map.weight"])
+
+
+def test_training_lowers_the_loss_and_keeps_the_scale_in_bounds():
+    model, parts = tiny(initial_scale=20.0, weighting="static"), (pixel_items(3), pixel_items(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(15):
+        with torch.no_grad():
+            model.log_scale.add_(0.5)
+        output = model(*parts)
+        optimizer.zero_grad()
+        output.loss.backward()
+        assert model.log_scale.item() <= 3
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --- components, configuration and errors ---
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components_act(name):
+    parts = token_pair()
+    torch.manual_seed(5)
+    whole = UniECS(UniECSConfig(**SMALL)).double()
+    less = UniECS(UniECSConfig(**SMALL, without=(name,))).double()
+    less.load_state_dict({**less.state_dict(), **{k: v for k, v in whole.state_dict().items() if k in less.state_dict()}})
+    a, b = (view_of(model.encode("query", **parts[0])) for model in (whole, less))
+    embeds = name in ("gate", "cross", "fusion")  # the others change the loss alone
+    assert torch.allclose(a, b) != embeds
+    first, second = whole(*parts), less(*parts)
+    assert abs(first.loss.item() - second.loss.item()) > 1e-6
+    groups = {"cmal": 5, "clal": 6, "imcl": 7}
+    assert len(second.losses) == groups.get(name, 9)
+
+
+@pytest.mark.parametrize("name", ["paper", "code", "tiny"])
+def test_presets_build_and_survive_json(name):
+    config = UniECSConfig.preset(name, loss_weights=(1.0,) * 9)
+    copy = UniECSConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert copy == config and isinstance(copy.loss_weights, tuple)
+    with torch.device("meta"):
+        model = UniECS(config)
+    tokens = model.image_encoder.patch_embed.num_patches + 1
+    assert (tokens, len(model.stages)) == {"paper": (197, 4), "code": (50, 3), "tiny": (17, 2)}[name]
+    blocks = [len(stage.image_blocks) for stage in model.stages]
+    assert blocks == {"paper": [1] * 4, "code": [0, 0, 2], "tiny": [1, 1]}[name]
+
+
+def test_starts_as_the_code_does():
+    model = UniECS(UniECSConfig(**{**SMALL, "dim": 64, "image_dim": 400}))
+    assert abs(model.image_map.weight.std().item() - 400**-0.5) < 3e-3
+    gate = model.stages[0].cross.to_a.gate_proj
+    assert gate.weight.abs().max() <= math.sqrt(6 / (129 + 64)) and not gate.bias.any()
+    assert model.log_scale.item() == pytest.approx(math.log(10)) and model.stages[0].text_blocks[0].gamma1 == 1
+
+
+BAD_CONFIGS = [
+    ({"num_heads": 3}, "num_heads must divide dim, got num_heads=3 and dim=8"),
+    ({"placement": "before"}, "placement must be one of interleaved, after, got 'before'"),
+    ({"without": ("gates",)}, "without takes some of gate, cross, .*, got 'gates'"),
+    ({"without": ("cmal", "clal", "imcl")}, "without takes at most two of cmal, clal, imcl"),
+    ({"without": ("adaptive",), "weighting": "static"}, "without 'adaptive' takes weighting 'adaptive', got 'static'"),
+    ({"text_mask": False}, "text_length is None; without text_mask it takes a number"),
+    ({"indicator": "batch", "missing": "skip"}, "indicator 'batch' takes missing 'constant', got 'skip'"),
+    ({"margins": (0.3,)}, "margins must be 4 numbers"),
+    ({"loss_weights": (0.0,) * 9}, "loss_weights must be positive"),
+    ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+    ({"freeze": ("text",)}, "freeze 'text' takes a config with that encoder, got text=None"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONFIGS)
+def test_bad_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        UniECSConfig(**{**SMALL, **options})
+
+
+BAD_ITEMS = [
+    ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
+    ({"text_tokens": None, "text_padding_mask": None}, "exactly one of input_ids and text_tokens, got neither"),
+    ({"attention_mask": torch.ones(4, 4)}, "attention_mask goes with input_ids"),
+    ({"image_tokens": torch.zeros(4, 3, 9)}, r"image_tokens must have shape \(B, tokens, 6\), got \(4, 3, 9\)"),
+    ({"image_tokens": torch.zeros(3, 3, 6), "image_present": None}, "image and text must have one batch size, got 3 and 4"),
+    ({"image_present": torch.ones(4)}, r"image_present must be bool \(4,\)"),
+    ({"labels": torch.zeros(4)}, r"labels must be int64 \(4,\), got torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ITEMS)
+def test_bad_items(changes, message):
+    query, candidate = token_pair()
+    with pytest.raises(ValueError, match=message):
+        random_model()({**query, **changes}, candidate)
+
+
+def test_bad_views_and_negatives():
+    model, (query, candidate) = random_model(), token_pair()
+    with pytest.raises(ValueError, match="negative must be None: UniECS has its negatives from the batch"):
+        model(query, candidate, candidate)
+    del query["labels"]
+    with pytest.raises(ValueError, match="views takes some of image, text, both, got"):
+        model.embed(("sound",), **query)

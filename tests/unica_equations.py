@@ -1,0 +1,210 @@
+"""UniCA's equations, literally, in float64: loops over items, heads and tokens, parameters by name, no padding anywhere.
+
+Below them a small model and batches to compare with.
+"""
+
+import math
+
+import torch
+
+from mmfused.models.unica import UniCA, UniCAConfig
+
+x64 = torch.float64
+HOST = "text_encoder."
+
+
+def linear(p, name, x):
+    return torch.einsum("oi,...i->...o", p[name + ".weight"], x) + p[name + ".bias"]
+
+
+def norm(p, name, x, eps):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+
+
+def softmax(x):
+    e = torch.exp(x - x.max())
+    return e / e.sum()
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def heads_read(query, key, value, heads):
+    """(L, D) queries over (N, D) keys and values, head by head, query by query."""
+    size, rows = query.shape[1] // heads, []
+    for q in query:
+        parts = [slice(h * size, (h + 1) * size) for h in range(heads)]
+        rows.append(torch.cat([softmax(key[:, part] @ q[part] / math.sqrt(size)) @ value[:, part] for part in parts]))
+    return torch.stack(rows)
+
+
+def embedded(p, x, position):
+    """BERT's embedding of one token that has vector x: position, token type 0, LayerNorm."""
+    x = x + p[HOST + "embeddings.position_embeddings.weight"][position]
+    x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
+    return norm(p, HOST + "embeddings.LayerNorm", x, 1e-12)
+
+
+def bert_layer(p, name, x, heads):
+    q, k, v = (linear(p, f"{name}.attention.self.{part}", x) for part in ("query", "key", "value"))
+    read = linear(p, name + ".attention.output.dense", heads_read(q, k, v, heads))
+    x = norm(p, name + ".attention.output.LayerNorm", x + read, 1e-12)
+    added = linear(p, name + ".output.dense", gelu(linear(p, name + ".intermediate.dense", x)))
+    return norm(p, name + ".output.LayerNorm", x + added, 1e-12)
+
+
+def direction(p, name, to, x, context, c):
+    """What x reads from the context; both may be normalised already."""
+    name = f"{name}.attention.{'to_a' if c.share_weights else to}."
+    read = heads_read(
+        linear(p, name + "q_proj", x), *(linear(p, name + part, context) for part in ("k_proj", "v_proj")), c.num_heads
+    )
+    return linear(p, name + "out_proj", read)
+
+
+def feed_forward(p, name, x, c):
+    def layers(x):
+        return linear(p, name + ".layers.2", gelu(linear(p, name + ".layers.0", x)))
+
+    if c.bica_norm == "pre":
+        return x + layers(norm(p, name + ".norm", x, 1e-5))
+    return norm(p, name + ".norm", x + layers(x), 1e-5)
+
+
+def bica(p, name, image, text, c):
+    def normed(side, x):
+        return norm(p, f"{name}.attention.norm_{side}", x, 1e-5)
+
+    if c.bica_norm == "pre":
+        v, t = normed("a", image), normed("b", text)
+        image, text = image + direction(p, name, "to_a", v, t, c), text + direction(p, name, "to_b", t, v, c)
+    else:
+        read = direction(p, name, "to_a", image, text, c), direction(p, name, "to_b", text, image, c)
+        image, text = normed("a", image + read[0]), normed("b", text + read[1])
+    if "ffn" in c.without:
+        return image, text
+    return feed_forward(p, name + ".image_ffn", image, c), feed_forward(p, name + ".text_ffn", text, c)
+
+
+def unit(x):
+    return x / torch.sqrt((x * x).sum())
+
+
+def read(p, image, ids, c):
+    """Embedding of one item: image (N, image_dim) or None, ids of a text with [CLS] and [SEP], or None."""
+    start = 0 if image is None else len(image)
+    word = p[HOST + "embeddings.word_embeddings.weight"]
+    first, *rest = c.empty_text if ids is None else ids
+    first = embedded(p, word[first], 0)
+    text = torch.stack([embedded(p, word[token], start + 1 + i) for i, token in enumerate(rest)])
+    if image is None:
+        x = torch.cat((first[None], text))
+    else:
+        image = torch.stack([embedded(p, linear(p, "visual_proj", patch), 1 + n) for n, patch in enumerate(image)])
+        if ids is not None and "bica" not in c.without:
+            for block in range(c.blocks):
+                image, text = bica(p, f"bica.{block}", image, text, c)
+        x = torch.cat((first[None], image, text))
+    for layer in range(c.text["num_hidden_layers"]):
+        x = bert_layer(p, f"{HOST}encoder.layer.{layer}", x, c.text["num_attention_heads"])
+    return unit(x[0])
+
+
+def embeddings(p, items, c):
+    """{view: (B, D)} of a part."""
+    views = {"image": [], "text": [], "both": []}
+    for row in range(len(items["labels"])):
+        image = items["image_tokens"][row] if items["image_present"][row] else None
+        ids = items["input_ids"][row][items["attention_mask"][row] == 1].tolist()
+        ids = ids if len(ids) > 2 else None
+        views["image"].append(read(p, image, None, c))
+        views["text"].append(read(p, None, ids, c))
+        if "fusion" not in c.without:
+            views["both"].append(read(p, image, ids, c))
+        elif image is None or ids is None:
+            views["both"].append(views["image" if ids is None else "text"][-1])
+        else:
+            views["both"].append(unit(views["image"][-1] + views["text"][-1]))
+    return {view: torch.stack(rows) for view, rows in views.items()}
+
+
+def losses(query, candidate, labels, c):
+    """labels of (queries, candidates); candidate i < B is query i's positive, hard negatives follow."""
+    info_nce = apart = 0
+    for i, q in enumerate(query):
+        own = q @ candidate[i]
+        total = torch.exp(own / c.temperature)
+        for j, other in enumerate(candidate):
+            if j != i and labels[1][j] != labels[0][i]:
+                total = total + torch.exp(q @ other / c.temperature)
+        info_nce = info_nce - torch.log(torch.exp(own / c.temperature) / total) / len(query)
+        apart = apart + (1 - own) / len(query)
+    weight = 0 if "positive_similarity" in c.without else c.positive_weight
+    return {"loss": info_nce + weight * apart, "info_nce": info_nce, "positive_similarity": apart}
+
+
+def transcription(p, parts, c):
+    """Loss, its terms, and the embeddings of the queries."""
+    encoded = {role: embeddings(p, items, c) for role, items in parts.items()}
+    roles = ["candidate"] if "hard_negatives" in c.without or "negative" not in parts else ["candidate", "negative"]
+    candidate = torch.cat([encoded[role]["both"] for role in roles])
+    labels = parts["query"]["labels"].tolist(), torch.cat([parts[role]["labels"] for role in roles]).tolist()
+    return losses(encoded["query"]["both"], candidate, labels, c), encoded["query"]
+
+
+# --- a small model, and items ---
+
+BERT = {
+    "vocab_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 14,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+SMALL = {"text": BERT, "text_dim": 12, "image_dim": 10, "num_heads": 3, "ffn": 18, "dropout": 0.0, "temperature": 0.2}
+
+
+def random_model(**options) -> UniCA:
+    """A float64 model without image encoder whose parameters are all random, also those that start as zeros or ones."""
+    model = UniCA(UniCAConfig(**{**SMALL, **options})).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
+    model.info_nce.log_scale.fill_(-math.log(model.config.temperature))  # built in float32
+    return model
+
+
+def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
+    """Precomputed patch tokens and ids; item 1 has no image, item 2 no text, item 3 neither, the texts' lengths differ."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([6, 4, 2, 2, 3, 5])[:batch]
+    ids = torch.randint(4, 20, (batch, length), generator=generator)
+    ids[:, 0] = 2
+    return {
+        "image_tokens": torch.randn(batch, images, 10, generator=generator, dtype=x64),
+        "input_ids": ids.scatter(1, lengths[:, None] - 1, 3),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "image_present": (torch.arange(batch) != 1) & (torch.arange(batch) != 3),
+        "labels": torch.arange(batch) if labels is None else torch.tensor(labels),
+    }
+
+
+def token_batch() -> dict:
+    """Queries 0 and 4 show one product, and the negative of query 5 is query 1's."""
+    return {
+        "query": token_part(2, labels=[0, 1, 2, 3, 0, 5]),
+        "candidate": token_part(3, labels=[0, 1, 2, 3, 0, 5]),
+        "negative": token_part(4, labels=[6, 7, 8, 9, 10, 1]),
+    }
+
+
+def shown(items: dict) -> dict:
+    return {name: value for name, value in items.items() if name != "labels"}
+
+
+def error(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()

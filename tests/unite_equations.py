@@ -1,0 +1,88 @@
+"""UNITE's equations, literally, in float64: item by item through the host's own forward pass, losses in loops."""
+
+import torch
+
+from mmfused.models import qwen
+
+x64 = torch.float64
+VIEWS = ("image", "text", "both")
+KINDS = {(0, 0): "text", (0, 1): "text", (1, 0): "image", (1, 1): "image and text"}
+CODES = {"text": 1, "image": 2, "video": 4}
+
+
+def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
+    """Token after token what item i shows in a view, and its modality code."""
+    image = bool(batch["image_present"][i]) and view != "text"
+    real = batch["attention_mask"][i] == 1
+    words = [] if view == "image" else [word for word in batch["input_ids"][i][real].tolist() if word not in tokens["drop"]]
+    seen = "video" if batch["pixel_values"].ndim == 5 else "image"
+    ids = [tokens["vision_start"]] + [tokens["image"]] * count + [tokens["vision_end"]] if image else []
+    ids += words + tokens["prompts"][KINDS[image, bool(words)].replace("image", seen)] + [tokens["end"]]
+    return ids, image * CODES[seen] + bool(words) * CODES["text"]
+
+
+def forward(host, ids, pixels, tokens):
+    """The last token's state over its length; the host finds positions and places for the picture's tokens itself."""
+    ids, given = torch.tensor([ids]), {}
+    if tokens["image"] in ids:
+        rows, grid = qwen.patches(pixels[None], 4, 2, 2)
+        names = ("pixel_values", "image_grid_thw") if pixels.ndim == 3 else ("pixel_values_videos", "video_grid_thw")
+        given = dict(zip(names, (rows, grid), strict=True))
+        if pixels.ndim == 4:
+            ids[ids == tokens["image"]] = host.config.video_token_id
+        given["mm_token_type_ids"] = (ids == host.config.image_token_id).int() + 2 * (ids == host.config.video_token_id).int()
+    host.rope_deltas = None
+    last = host(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state[0, -1]
+    return last / torch.sqrt((last * last).sum())
+
+
+def embeddings(host, batch, views, config):
+    """(B, D) and codes (list); `views` names one for each item."""
+    pixels = batch["pixel_values"]
+    count = pixels.shape[-1] * pixels.shape[-2] // 64 * (pixels.shape[1] // 2 if pixels.ndim == 5 else 1)
+    rows, codes = [], []
+    for i, view in enumerate(views):
+        ids, code = sequence(batch, i, view, config.tokens, count)
+        if "fusion" in config.without and code in (3, 5):
+            parts = [sequence(batch, i, part, config.tokens, count)[0] for part in ("image", "text")]
+            row = sum(forward(host, part, pixels[i], config.tokens) for part in parts)
+            row = row / torch.sqrt((row * row).sum())
+        else:
+            row = forward(host, ids, pixels[i], config.tokens)
+        rows.append(row)
+        codes.append(code)
+    return torch.stack(rows), codes
+
+
+def log_share(scores, allowed, i):
+    """log of candidate i's probability among the allowed ones."""
+    return scores[i] - torch.log(sum(torch.exp(scores[j]) for j in allowed))
+
+
+def loss(query, candidate, negative, codes, labels, config):
+    """L of the config's stage; `labels`: the products of query, candidate and negative."""
+    size, total = len(query), torch.zeros((), dtype=x64)
+    dual = config.stage == 1 and "dual" not in config.without
+    masked = config.stage == 2 and "mamcl" not in config.without
+    curated = config.stage == 2 and "negatives" not in config.without and negative is not None
+    rows = torch.cat([candidate, negative]) if curated else candidate
+    products = [*labels[1].tolist(), *(labels[2].tolist() if curated else [])]
+    for i in range(size):
+        scores = torch.stack([query[i] @ row / config.temperature for row in rows])
+        seen = [j for j in range(len(rows)) if j >= size or not masked or codes[j] == codes[i]]
+        same = [j for j in seen if j != i and products[j] == labels[0][i]]
+        if config.same_id == "drop":
+            total = total - log_share(scores, [j for j in seen if j not in same], i)
+        else:
+            total = total - sum(log_share(scores, seen, j) for j in (i, *same))
+    if dual:
+        back = torch.zeros((), dtype=x64)
+        for j in range(size):
+            scores = torch.stack([query[i] @ candidate[j] / config.temperature for i in range(size)])
+            same = [i for i in range(size) if i != j and labels[0][i] == labels[1][j]]
+            if config.same_id == "drop":
+                back = back - log_share(scores, [i for i in range(size) if i not in same], j)
+            else:
+                back = back - sum(log_share(scores, range(size), i) for i in (j, *same))
+        total = (total + back) / 2
+    return total / size
