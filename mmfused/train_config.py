@@ -31,6 +31,7 @@ class TrainConfig:
     autocast, "auto" does so on CUDA cards that have bf16. A checkpoint every ``save_every`` steps (None: at every
     validation) and at the end; the ``keep`` newest stay. ``resume`` goes on from the newest one, if there is any.
     ``image_encoder``, ``text_encoder`` and, for MOON2.0 and UNITE, ``host``: pretrained ones to begin with, folders or names.
+    ``init``: a run or checkpoint of the same model whose weights and tokenizer to begin with, as for UNITE's second stage.
     ``products``: the catalogue that retrieval models look in, else the data themselves. ``text_column``: of the data, not of the
     products. ``grad_cache``: items of a batch encoded at a time. Over several ranks (``torchrun``) ``batch_size`` is of all.
     Raises ValueError for values out of range.
@@ -47,6 +48,7 @@ class TrainConfig:
     image_encoder: str | None = None
     text_encoder: str | None = None
     host: str | None = None
+    init: str | None = None
     backend: str = "auto"
     amp: str = "auto"
     modalities: str = "both"
@@ -97,6 +99,9 @@ class TrainConfig:
         for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
             if getattr(self, name) and self.modalities == absent:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, takes modalities that use it")
+        for name in ("image_encoder", "text_encoder", "host", "tokenizer"):
+            if self.init and getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r} with init, takes none: the run has its own")
         for name in ("image_encoder", "host"):
             if getattr(self, name) and self.patch_size:
                 raise ValueError(f"patch_size: got {self.patch_size} with {name}, takes none: it has its own")

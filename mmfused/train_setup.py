@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from mmfused import data as product_data
 from mmfused.models import MODELS
 from mmfused.models.encoders import pretrained_text, pretrained_vit
 from mmfused.models.qwen import pretrained_qwen2_vl
+from mmfused.run_folder import load_weights, read_settings
 
 # The contrastive loss depends on it: evaluating with another size gives the same scores and another loss.
 VAL_BATCH_SIZE = 256
@@ -82,8 +84,8 @@ def warn_of_skipped(name: str, split, most: int = 5):
 
 
 def load_or_train_tokenizer(config, train_set, products=None):
-    """The one that is named, or else the pretrained encoder's own, or else a new one of the texts of training and products."""
-    named = config.tokenizer or config.text_encoder or config.host
+    """The one that is named, or else the pretrained one's own, or else a new one of the texts of training and products."""
+    named = f"{config.init}/tokenizer" if config.init else config.tokenizer or config.text_encoder or config.host
     if named:
         tokenizer = product_data.load_tokenizer(named)
     else:
@@ -158,6 +160,9 @@ def build_model(config, num_classes, tokenizer, image_size, patch_size):
     model = kind.model(kind.config.preset(config.preset, image_size=image_size, patch_size=patch_size, **known, **options))
     for name, module in loaded.items():
         getattr(model, name).load_state_dict(module.state_dict())
+    if config.init:
+        read_settings(Path(config.init))  # says what is wrong with it
+        load_weights(model, Path(config.init) / "model.safetensors")
     return model
 
 

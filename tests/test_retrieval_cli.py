@@ -8,6 +8,7 @@ import socket
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
@@ -148,6 +149,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
     assert resumed["train_loss"] == whole["train_loss"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "other")]
     assert weights[0] == weights[1]
+
+
+def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
+    few = {**folders, "val": folders["data"]}
+    unite = ["--model", "unite", "--option", 'query_views=["image"]']
+    assert main(arguments(few, tmp_path / "one", *unite, "--option", "stage=1")) == 0
+    init = ["--init", str(tmp_path / "one"), "--lr", "1e-9", "--steps", "1"]
+    assert main(arguments(few, tmp_path / "two", *unite, *init)) == 0
+    stages = [read_json(tmp_path / name / "config.json")["model"]["stage"] for name in ("one", "two")]
+    assert stages == [1, 2]
+    first, second = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
+    assert main(arguments(few, tmp_path / "three", *init)) == 2 and "the weights of another model" in capsys.readouterr().err
+    assert main(arguments(few, tmp_path / "three", *unite, "--option", "stage")) == 2
+    assert "option: got 'stage', takes NAME=VALUE" in capsys.readouterr().err
+    assert main(arguments(few, tmp_path / "three", *unite, "--option", "stages=1")) == 2
+    assert "UNITEConfig has no field named stages" in capsys.readouterr().err
 
 
 def train_on_rank(rank, world, port, options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", default="fluid", help="fluid (default), uniecs, unica, moon2 or unite")
     parser.add_argument("--preset", default="tiny", help="tiny (default), or the paper's or the public code's size: paper, code")
     parser.add_argument("--without", metavar="PART,..", help="leave out components; each model's file has the list, ablate runs it")
+    parser.add_argument(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a field of the model's config; VALUE is JSON: stage=1, or a string",
+    )
+    parser.add_argument("--init", metavar="DIR", help="begin with the weights and the tokenizer of a run, or of a checkpoint")
     parser.add_argument("--image-encoder", metavar="NAME", help="pretrained: a folder in timm's format, or a name timm can fetch")
     parser.add_argument("--text-encoder", metavar="NAME", help="pretrained: a folder in transformers' format, or a hub name")
     parser.add_argument("--host", metavar="NAME", help="moon2, unite: a pretrained Qwen2-VL, a folder or a hub name")
@@ -84,9 +92,23 @@ def config_options(args) -> dict:
     for name in ("command", "run"):
         options.pop(name, None)
     options["modalities"] = MODALITIES[args.modalities]
+    fields = dict(map(field_of, options.pop("option", [])))
     if "without" in options:
-        options["model_options"] = {"without": options.pop("without").split(",")}
+        fields["without"] = options.pop("without").split(",")
+    if fields:
+        options["model_options"] = fields
     return {**RECIPES.get((args.model, args.preset), {}), **options}
+
+
+def field_of(given: str) -> tuple[str, object]:
+    """A value that is no JSON is a string."""
+    name, equals, value = given.partition("=")
+    if not name or not equals:
+        raise ValueError(f"option: got {given!r}, takes NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def print_table(summary: dict):
