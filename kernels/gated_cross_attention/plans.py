@@ -90,7 +90,7 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
     if dtype == torch.float32:
         return Tile(16, 32, 32, 8, 1)
     if dim % 8 or head_dim % 8:
-        return Tile(16 if dim % 2 else 32, 32, 32, 8, 1)
+        return Tile(16, 32, 32, 8, 1)
     return Tile(64 if head_dim <= 32 and arch in (90, 100, 103) else 32, 64, 64, 8, 2)
 
 
