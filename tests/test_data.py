@@ -215,6 +215,20 @@ def test_folder_labels_must_be_below_num_classes(tmp_path):
         ProductFolder(tmp_path, num_classes=5, strict=True)
 
 
+def test_folder_reads_another_text_column_and_families(tmp_path):
+    header = ("file_name", "title", "text", "label", "coarse_label")
+    rows = [("0.png", "a mug", "long", 3, 1), ("1.png", "", "long", 4, 0), ("2.png", "a jar", "", 4, "x")]
+    root = write_folder(tmp_path, rows, header)
+    data = ProductFolder(root, text_column="title")
+    assert data.texts == ["a mug", ""] and data.coarse_labels == [1, 0] and data.file_names == ["0.png", "1.png"]
+    assert data.skipped == ["metadata.csv line 4 (2.png): coarse_label takes an integer from 0 to 2147483647, got 'x'"]
+    assert ProductFolder(root).texts == ["long", "long"]
+    with pytest.raises(ValueError, match="takes a header line with file_name, name and label"):
+        ProductFolder(root, text_column="name")
+    (tmp_path / "plain").mkdir()
+    assert ProductFolder(write_folder(tmp_path / "plain", [("0.png", "a mug", 0)])).coarse_labels is None
+
+
 def test_folder_without_a_usable_row(tmp_path):
     with pytest.raises(ValueError, match=r"root has no usable row in .*metadata.csv; the first: metadata.csv line 2"):
         ProductFolder(write_folder(tmp_path, [("0.png", "a", "x")]))

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from mmfused.library import no_autocast
 from mmfused.losses import dual_alignment, expert_shares
 from mmfused.models import qwen
-from mmfused.models.inputs import check_range
 from mmfused.models.qwen import HostedConfig
 from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views, gather_rows, in_group, late_fusion, unit
 from mmfused.ops.grouped_mlp import TopKMoE
@@ -118,23 +117,9 @@ QWEN2_5_VL_3B = {
         "fullatt_block_indexes": [7, 15, 23, 31],
     },
 }
-TINY = {
-    "text_config": {
-        "vocab_size": 2000,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    },
-    "vision_config": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8, "spatial_merge_size": 2},
-}
 MOON2Config.PRESETS = {
     "paper": {"host": QWEN2_5_VL_3B, "image_size": 224},
-    "tiny": {"host": TINY, "image_size": 64, "num_experts": 4},
+    "tiny": {"host": qwen.TINY, "image_size": 64, "num_experts": 4},
 }
 
 
@@ -298,19 +283,10 @@ class MOON2(RetrievalModel):
 
     def _states(self, sequence: qwen.Sequence, pictures: Tensor) -> tuple[Tensor, list]:
         """`qwen.hidden_states`, and of each mixture the shares (B, Z) and the balance loss."""
-        model, slot, reports = self.host.language_model, sequence.picture_slot[..., None], []
-        check_range("input_ids", sequence.input_ids, model.embed_tokens.num_embeddings)
-        words = model.embed_tokens(sequence.input_ids)
-        placed = pictures.to(words.dtype).gather(1, slot.clamp(min=0).expand(-1, -1, words.shape[-1]))
+        reports = []
         shows = sequence.has_image | sequence.has_text  # what shows nothing is one end token, and not the experts' business
         routed = {"token_padding_mask": (sequence.attention_mask == 0) | ~shows[:, None], "reports": reports}
-        states = model(
-            inputs_embeds=torch.where(slot >= 0, placed, words),
-            attention_mask=sequence.attention_mask,
-            position_ids=sequence.position_ids,
-            use_cache=False,
-            **({} if "moe" in self.config.without else routed),
-        ).last_hidden_state
+        states = qwen.hidden_states(self.host, sequence, pictures, **({} if "moe" in self.config.without else routed))
         return states, reports
 
     def _omega(self, names: list[str], query, candidate, negative) -> tuple[Tensor | list[float], Tensor | None]:

@@ -29,6 +29,20 @@ VISION_TOKENS = {
 PROMPT = "Summary above {} in one word:"
 KINDS = ("text", "image", "image and text", "video", "video and text")  # what a sequence can hold
 PARTS = {"vision": "visual", "language": "language_model"}  # what a config's `freeze` names, and the host's names for it
+TINY = {  # a host for a CPU, trained in minutes
+    "text_config": {
+        "vocab_size": 2000,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    },
+    "vision_config": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8, "spatial_merge_size": 2},
+}
 
 
 class Sequence(NamedTuple):
@@ -301,8 +315,11 @@ def grid_positions(grid: tuple[int, int, int], device) -> Tensor:
     return torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
 
 
-def hidden_states(host: nn.Module, sequence: Sequence, pictures: Tensor) -> Tensor:
-    """(B, L, D): the language model's last hidden states, with the ``pictures``' tokens (B, n, D) in their slots."""
+def hidden_states(host: nn.Module, sequence: Sequence, pictures: Tensor, **options) -> Tensor:
+    """(B, L, D): the language model's last hidden states, with the ``pictures``' tokens (B, n, D) in their slots.
+
+    ``options`` go to its layers as they are.
+    """
     embedding = host.language_model.embed_tokens
     check_range("input_ids", sequence.input_ids, embedding.num_embeddings)
     words = embedding(sequence.input_ids)
@@ -313,4 +330,5 @@ def hidden_states(host: nn.Module, sequence: Sequence, pictures: Tensor) -> Tens
         attention_mask=sequence.attention_mask,
         position_ids=sequence.position_ids,
         use_cache=False,
+        **options,
     ).last_hidden_state

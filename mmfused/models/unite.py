@@ -90,25 +90,11 @@ QWEN2_VL_2B = {
     },
     "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2},
 }
-TINY = {
-    "text_config": {
-        "vocab_size": 2000,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    },
-    "vision_config": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8, "spatial_merge_size": 2},
-}
 UNITEConfig.PRESETS = {
     # 448 x 448 pixels are 256 tokens, the least that UNITE takes.
     "paper": {"host": QWEN2_VL_2B, "image_size": 448, "freeze": ("vision",)},
     "code": {"host": QWEN2_VL_2B, "image_size": 448, "freeze": ("vision",), "same_id": "sum"},
-    "tiny": {"host": TINY, "image_size": 64},
+    "tiny": {"host": qwen.TINY, "image_size": 64},
 }
 
 
