@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from mmfused.data import Batches, PairBatches
@@ -14,8 +15,6 @@ from mmfused.train_setup import make_batches, make_collate, make_val_batches
 
 class Classification:
     """Batches of labelled items; loss and scores of the predicted classes."""
-
-    scores = ("val_loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
 
     def __init__(self, config, tokenizer, size: int, model_config, train_set, val_set, products, rank: int, world: int):
         made = make_batches(config, train_set, val_set, tokenizer, size, model_config, rank, world)
@@ -37,9 +36,8 @@ class Retrieval:
     Validation asks with the items of ``val`` for the product of their label, or without products for each other.
     """
 
-    scores = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr", "accuracy", "macro_f1")
-
     def __init__(self, config, tokenizer, size: int, model_config, train_set, val_set, products, rank: int, world: int):
+        check_answers(val_set, products)
         self.chunk = config.grad_cache
         augment = config.data != "generated" if config.augment is None else config.augment
         collate = make_collate(tokenizer, size, config.max_length, model_config, augment=augment, seed=config.seed)
@@ -61,6 +59,15 @@ class Retrieval:
 
     def evaluate(self, model, amp: bool, stopped) -> dict | None:
         return evaluate_retrieval(model, self.val_batches, self.product_batches, amp, stopped)
+
+
+def check_answers(val_set, products) -> None:
+    """Raises ValueError where no item to validate on has anything to find."""
+    counts = Counter(val_set.labels)
+    found = {label for label, count in counts.items() if count > 1} if products is None else counts.keys() & {*products.labels}
+    if not found:
+        where = "another row" if products is None else "a product"
+        raise ValueError(f"val: takes rows that have {where} of their label to find; got none")
 
 
 TASKS = {"classification": Classification, "retrieval": Retrieval}

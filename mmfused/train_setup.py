@@ -47,6 +47,8 @@ def check_backend(name: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 def load_data(config):
     """The training and the validation set, each with its own draw of swapped texts."""
+    if config.data == "generated" and config.text_column != "text":
+        raise ValueError(f"text_column: got {config.text_column!r} with the generated set, takes 'text', the only one it has")
     if config.data == "generated":
         train_set, val_set = product_data.GeneratedProducts("train"), product_data.GeneratedProducts("val")
     elif config.val is None:
@@ -59,7 +61,7 @@ def load_data(config):
         if len(split) == 0:
             raise ValueError(f"{name}: {getattr(config, name)} holds no usable row, takes at least one")
         warn_of_skipped(name, split)
-    if val_set.num_classes > train_set.num_classes:
+    if MODELS[config.model].task == "classification" and val_set.num_classes > train_set.num_classes:
         known = f"the labels 0 to {train_set.num_classes - 1} of the training data"
         raise ValueError(f"val: label {val_set.num_classes - 1} is out of range, takes {known}")
     if config.swap_text:

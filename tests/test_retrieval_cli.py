@@ -221,6 +221,15 @@ def test_settings_that_would_do_nothing_are_refused(changes, message):
         TrainConfig(out="x", **changes)
 
 
+def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, capsys):
+    stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
+    assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
+    assert "val: takes rows that have a product of their label to find; got none" in capsys.readouterr().err
+    assert main(["train", "--model", "unica", "--data", "generated", "--text-column", "title", "--out", str(tmp_path / "run")]) == 2
+    assert "text_column: got 'title' with the generated set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_fluid_is_no_retrieval_model(folders, tmp_path, capsys):
     few = {"data": folders["data"], "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0

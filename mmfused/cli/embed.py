@@ -82,7 +82,8 @@ def embed_parts(trained, batches, parts: Path, views: tuple[str, ...]) -> None:
         path = parts / f"{index:08d}.npz"
         if not path.is_file():
             rows = torch.arange(index * batches.batch_size, min((index + 1) * batches.batch_size, len(batches.items)))
-            arrays = {name: value.numpy() for name, value in embed_items(trained.model, [batches.items.batch(rows)], views).items()}
+            embedded = embed_items(trained.model, [batches.items.batch(rows)], views, trained.amp)
+            arrays = {name: value.numpy() for name, value in embedded.items()}
             whole(path, lambda temporary, arrays=arrays: save_npz(temporary, arrays))
 
 
