@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; compile tests run in processes of their own
 
+with torch.device("meta"):
+    torch.empty(0)  # torch notes here, once, what takes a default device; the patched functions below would not be found
+
 
 def _poisoned(allocate):
     def wrapper(*args, **kwargs):
