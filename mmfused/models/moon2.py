@@ -190,18 +190,19 @@ class MOON2(RetrievalModel):
     def encode(
         self,
         role: str,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor,
         image_present: Tensor | None = None,
+        image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the loss needs of the items, in their three views.
 
         Args:
             role: "query", "candidate" or "negative", which are encoded alike.
-            pixel_values: (B, 3, S, S).
+            pixel_values: (B, 3, S, S), or image_tokens: (B, n, D), as the vision tower gives them.
             input_ids: (B, T) int64, with attention_mask (B, T), 1 = real, None = all.
             labels: (B,) int64, the product.
             image_present: (B,) bool, None = all.
@@ -209,7 +210,7 @@ class MOON2(RetrievalModel):
         Returns: "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool; "labels"; with a mixture "shares"
         (B, 3, Z), the experts' shares of each view, 0 where it shows nothing, and "balance", a scalar.
         """
-        pictures = qwen.picture_tokens(self.host, pixel_values, image_present)
+        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
         return {"labels": labels, **self._read(VIEWS, *pictures, input_ids, attention_mask, image_present)}
 
     def compare(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
@@ -240,14 +241,15 @@ class MOON2(RetrievalModel):
         self,
         views: tuple[str, ...] = ("both",),
         *,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_present: Tensor | None = None,
+        image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Unit embeddings (B, D) in float32 of each view; arguments as `encode`'s."""
         check_views(views)
-        pictures = qwen.picture_tokens(self.host, pixel_values, image_present)
+        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
         read = self._read(tuple(views), *pictures, input_ids, attention_mask, image_present)
         return {view: read[view] for view in views}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import freeze, import_transformers, read_encoder_folder
-from mmfused.models.inputs import check_flags, check_range
+from mmfused.models.inputs import check_flags, check_range, one_source
 from mmfused.models.retrieval import VIEWS
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Qwen2-VL's, CLIP's
@@ -227,6 +227,25 @@ def picture_tokens(host: nn.Module, pixel_values: Tensor, present: Tensor | None
     return features.view(len(grid), -1, features.shape[-1]), (times, height // side, width // side)
 
 
+def read_pictures(host: nn.Module, size: int, pixel_values, image_tokens, present) -> tuple[Tensor, tuple[int, int, int]]:
+    """`picture_tokens` of the pixels; or of pictures of ``size`` x ``size`` the tokens (B, n, D) that are given instead.
+
+    With tokens the vision tower does not run: freeze it.
+    """
+    one_source("pixel_values and image_tokens", pixel_values, image_tokens)
+    if image_tokens is None:
+        return picture_tokens(host, pixel_values, present)
+    c = host.config.vision_config
+    side = size // (c.patch_size * c.spatial_merge_size)
+    takes = (side * side, host.config.text_config.hidden_size)
+    if image_tokens.ndim != 3 or tuple(image_tokens.shape[1:]) != takes:
+        raise ValueError(f"image_tokens must have shape (B, {takes[0]}, {takes[1]}), got {tuple(image_tokens.shape)}")
+    check_flags("image_present", present, image_tokens.shape[:1])
+    if present is not None:
+        image_tokens = image_tokens.masked_fill(~present[:, None, None], 0)
+    return image_tokens, (1, side, side)
+
+
 # --- sequences ---
 
 
@@ -281,6 +300,8 @@ def assemble(
 
 def visible(tokens, input_ids, attention_mask, image_present, view) -> tuple[Tensor, Tensor]:
     """What a view shows: of each item its picture (B,) bool, and the tokens of its text (B, T) bool."""
+    if input_ids is None:
+        raise ValueError("input_ids is None; it takes the ids of each item's text, padding alone where it has none")
     if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         mask = None if attention_mask is None else tuple(attention_mask.shape)
         raise ValueError(f"input_ids and attention_mask must both be (B, T), got {tuple(input_ids.shape)} and {mask}")

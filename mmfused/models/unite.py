@@ -113,18 +113,19 @@ class UNITE(RetrievalModel):
     def encode(
         self,
         role: str,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor,
         image_present: Tensor | None = None,
+        image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the loss needs of the items, each in a view drawn from the config's for its `role`.
 
         Args:
             role: "query", "candidate" or "negative"; the last draws as candidates do.
-            pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S).
+            pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S); or image_tokens: (B, n, D), as the vision tower gives them.
             input_ids: (B, T) int64, with attention_mask (B, T), 1 = real, None = all.
             labels: (B,) int64, the product.
             image_present: (B,) bool, None = all.
@@ -136,8 +137,8 @@ class UNITE(RetrievalModel):
         views = self.config.query_views if role == "query" else self.config.candidate_views
         allowed = torch.tensor([VIEWS.index(view) for view in views])
         view = allowed[torch.randint(len(views), (len(input_ids),))].to(input_ids.device, non_blocking=True)
-        pictures = qwen.picture_tokens(self.host, pixel_values, image_present)
-        video = pixel_values.ndim == 5
+        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
+        video = pixel_values is not None and pixel_values.ndim == 5
         embedding, has_image, has_text = self._read(*pictures, input_ids, attention_mask, image_present, view, video)
         code = has_image * (VIDEO if video else IMAGE) + has_text * TEXT
         return {"embedding": embedding, "code": code, "labels": labels}
@@ -166,16 +167,18 @@ class UNITE(RetrievalModel):
         self,
         views: tuple[str, ...] = ("both",),
         *,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_present: Tensor | None = None,
+        image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Unit embeddings (B, D) in float32 of each view; arguments as `encode`'s."""
         check_views(views)
-        pictures = qwen.picture_tokens(self.host, pixel_values, image_present)
+        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
         items = (input_ids, attention_mask, image_present)
-        return {view: unit(self._read(*pictures, *items, view, pixel_values.ndim == 5)[0]) for view in views}
+        video = pixel_values is not None and pixel_values.ndim == 5
+        return {view: unit(self._read(*pictures, *items, view, video)[0]) for view in views}
 
     def _read(self, pictures, grid, ids, attention_mask, image_present, view, video) -> tuple[Tensor, Tensor, Tensor]:
         """Unit embeddings (B, D) of items in their views, and which show a picture and a text, (B,) bool each."""
