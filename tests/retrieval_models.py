@@ -70,6 +70,11 @@ def batch(name, count=6, side=32):
     return parts
 
 
+def home(dtype) -> torch.device:
+    """Where a training of the parity tests runs: in float32 on the card, if there is one, which the fused kernels need."""
+    return torch.device("cuda" if torch.cuda.is_available() and dtype == torch.float32 else "cpu")
+
+
 def rows_of(parts, first, last):
     return {role: {name: value[first:last] for name, value in items.items()} for role, items in parts.items()}
 

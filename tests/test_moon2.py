@@ -6,9 +6,10 @@ import moon2_equations as equations
 import pytest
 import torch
 from moon2_equations import HOST, TOKENS, batch, exact, random_model, tiny, x64
+from retrieval_models import home
 
 import mmfused
-from mmfused.gradients import add_cached_gradients, add_gradients
+from mmfused.gradients import add_cached_gradients, add_gradients, to_device
 from mmfused.models import qwen
 from mmfused.models.moon2 import COMPONENTS, MOON2, MOON2Config
 from mmfused.models.retrieval import VIEWS
@@ -291,9 +292,9 @@ def test_more_padding_changes_nothing():
 
 def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[torch.Tensor]:
     """Losses, parameters and embeddings after some steps."""
-    model, losses = tiny(host=SHALLOW, **options).to(dtype), []
+    model, losses = tiny(host=SHALLOW, **options).to(home(dtype), dtype), []
     parts = {role: {name: value[:rows] for name, value in part.items()} for role, part in batch(negatives).items()}
-    parts = parts if dtype == x64 else plain(parts)
+    parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     with mmfused.backend(backend):
         for step in range(steps):

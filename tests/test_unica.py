@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from retrieval_models import home
 from unica_equations import BERT, SMALL, error, random_model, shown, token_batch, token_part, transcription, x64
 
 import mmfused
+from mmfused.gradients import to_device
 from mmfused.models.unica import COMPONENTS, UniCA, UniCAConfig
 
 VIEWS = ("image", "text", "both")
@@ -79,11 +81,12 @@ def test_pre_norm_starts_as_the_host_alone():
 def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options):
     """(losses and terms of each step, parameters, embeddings) after some steps."""
     torch.manual_seed(5)  # of dropout
-    model = random_model(**options).to(dtype)  # a fresh one sees little of its items
+    model = random_model(**options).to(home(dtype), dtype)  # a fresh one sees little of its items
     model.info_nce.options["positive_weight"] *= perturb
     batch = {role: {name: value[:items] for name, value in part.items()} for role, part in token_batch().items()}
     for part in batch.values():
         part["image_tokens"] = part["image_tokens"].to(dtype)
+    batch = to_device(batch, home(dtype))
     optimizer, history = optimizer(model.parameters(), lr=3e-3), []
     with mmfused.backend(backend):
         for _ in range(steps):

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from retrieval_models import home
 from uniecs_equations import transcription
 
 import mmfused
+from mmfused.gradients import to_device
 from mmfused.models.uniecs import COMPONENTS, UniECS, UniECSConfig
 from mmfused.models.uniecs_losses import LossOptions, adaptive_loss, adaptive_weights, group_losses, loss_terms
 
@@ -222,8 +224,9 @@ def test_views_hide_what_they_must():
 
 
 def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
-    model = random_model(**options).to(dtype)
+    model = random_model(**options).to(home(dtype), dtype)
     parts = [{k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()} for part in token_pair()]
+    parts = [to_device(part, home(dtype)) for part in parts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)  # eps: a key's bias has no gradient but rounding
     trace = []
     with mmfused.backend(backend):

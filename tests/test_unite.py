@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 import unite_equations as equations
+from retrieval_models import home
 
 import mmfused
-from mmfused.gradients import add_cached_gradients, add_gradients
+from mmfused.gradients import add_cached_gradients, add_gradients, to_device
 from mmfused.models import qwen
 from mmfused.models.retrieval import VIEWS
 from mmfused.models.unite import COMPONENTS, UNITE, UNITEConfig, lora
@@ -213,8 +214,8 @@ def test_chunks_draw_the_views_of_the_whole():
 
 def train(backend, steps, dtype=x64, **options) -> list[torch.Tensor]:
     """Losses, parameters and embeddings after some steps."""
-    model, parts, losses = tiny(**options, host=ONE_LAYER).to(dtype), batch(), []
-    parts = parts if dtype == x64 else plain(parts)
+    model, parts, losses = tiny(**options, host=ONE_LAYER).to(home(dtype), dtype), batch(), []
+    parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     torch.manual_seed(2)
     with mmfused.backend(backend):
