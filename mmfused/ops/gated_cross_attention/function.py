@@ -56,7 +56,7 @@ def _attend_composed(
         logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
         if indicator:
             logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
-        out = tokens + logits.sigmoid() * (attended - tokens)
+        out = torch.lerp(tokens, attended, logits.sigmoid())  # keeps both for backward, which others keep anyway
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
 
