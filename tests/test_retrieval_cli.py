@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from mmfused.cli import main
+from mmfused.data import train_tokenizer
+from mmfused.models import MODELS, qwen
 from mmfused.run_folder import read_json
 from mmfused.training import TrainConfig, train
 
@@ -203,6 +205,35 @@ def test_ablate_leaves_out_one_part_after_the_other(folders, tmp_path, capsys):
     records = (tmp_path / "without-clal" / "metrics.jsonl").read_text()
     assert "ppm" not in records and "ppm" in (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert main([*command, "--only", "sound"]) == 2 and "only: got 'sound'" in capsys.readouterr().err
+
+
+def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, capsys):
+    command = ["ablate", *arguments({**folders, "val": folders["data"]}, tmp_path, "--model", "unite", "--steps", "1")[1:]]
+    assert main(command) == 0
+    assert "left out: without 'dual' takes stage 1, got 2" in capsys.readouterr().out
+    expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}
+    assert read_json(tmp_path / "ablation.json").keys() == expected
+    assert main([*command, "--only", "dual", "--overwrite"]) == 2 and "takes stage 1, got 2" in capsys.readouterr().err
+
+
+def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
+    tokenizer = MODELS["unite"].config.prepare_tokenizer(train_tokenizer(["a thing", *COLOURS]))
+    options = {**qwen.TINY, "text_config": {**qwen.TINY["text_config"], "vocab_size": len(tokenizer)}}
+    host = qwen.build_qwen2_vl(options)
+    for part in (host, tokenizer):
+        part.save_pretrained(tmp_path / "host")
+    few = {**folders, "val": folders["data"]}
+    for name in ("unite", "moon2"):
+        given = ["--model", name, "--host", str(tmp_path / "host"), "--lr", "1e-9", "--steps", "1", "--image-size", "32"]
+        assert main(arguments(few, tmp_path / name, *given)) == 0
+        trained = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for key, tensor in host.state_dict().items():
+            if name == "unite" or ".mlp." not in key or "visual" in key:
+                torch.testing.assert_close(trained[f"host.{key}"], tensor, rtol=0, atol=1e-6)
+            else:  # MOON2.0's experts are copies with a little noise
+                key = key.replace("_proj.weight", "").replace("mlp.", "mlp.w_")
+                for expert in trained[f"host.{key}"]:
+                    assert (expert - tensor).norm() < 0.05 * tensor.norm()
 
 
 @pytest.mark.parametrize(
