@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,93 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmfused
 
+from .gated_cross_attention_cases import Case, cases, custom, make, present
 from .measure import Problem, Provider, Unavailable, need_kernels
+
+__all__ = ["OURS", "PROVIDERS", "Case", "cases", "comparable", "custom", "exact", "make", "reference", "work"]
 
 OURS = ("composed", "fused", "fused, one block kernel")
 EXACT_CHUNK = 48  # samples in float64 at a time: a multiple of 3, as what samples lack repeats
 ONCE = "compiled in the headline case alone: a run has minutes"
-
-
-@dataclass(frozen=True)
-class Case:
-    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, ``H`` heads: UniECS's layer (norms first, a gate a channel, a flag).
-
-    ``post_norm``: UniCA's, without a gate, LN(x + A).  ``missing``: a third of the samples lacks a, another third b.  ``p``: of the
-    probabilities and of what is read, dropped.
-    """
-
-    name: str
-    B: int
-    N: int
-    M: int
-    D: int
-    H: int
-    post_norm: bool = False
-    missing: bool = False
-    p: float = 0.0
-    headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = None  # None: nothing new on a CPU
-
-
-CASES = (
-    Case("uniecs", 1024, 197, 64, 256, 8, headline=True, cpu_B=16),
-    Case("uniecs-missing", 1024, 197, 64, 256, 8, missing=True, cpu_B=18),
-    Case("wide", 512, 197, 128, 768, 12, cpu_B=4),
-    Case("uniecs-dropout", 1024, 197, 64, 256, 8, p=0.1, cpu_B=16),
-    Case("uniecs-n50", 1024, 50, 64, 256, 8),
-    Case("uniecs-n512", 1024, 197, 512, 256, 8, cpu_B=4),
-    Case("unica", 320, 196, 64, 768, 12, post_norm=True, cpu_B=4),
-)
-
-
-def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 3 samples (63 on CUDA)."""
-    chosen = CASES if device_type == "cuda" else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
-    limit = 63 if device_type == "cuda" else 3
-    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
-
-
-def custom(shape: dict[str, int]) -> Case:
-    """UniECS's layer at the user's own sizes; what is left out is as there."""
-    defaults = {"B": 8, "N": 197, "M": 64, "D": 256, "H": 8}
-    unknown = sorted(shape.keys() - defaults.keys())
-    if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; gated_cross_attention takes {', '.join(defaults)}.")
-    sizes = defaults | shape
-    if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
-        raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
-    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
-
-
-def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Who has a, who has b: both, b alone, a alone, in turn."""
-    if not case.missing:
-        return None, None
-    kind = torch.arange(case.B, device=device) % 3
-    return kind != 1, kind != 2
-
-
-def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens, parameters and upstream gradient: logits and gates of variance 1 or so, as at initialisation.
-
-    The gate's weight is there whole and by its columns: those of x, of what was read and of the flag.
-    """
-    generator, dim = torch.Generator(device).manual_seed(0), case.D
-
-    def randn(*shape, std=1.0):
-        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
-
-    parameters = {}
-    for side in "ab":
-        parameters |= {f"{side}.w_n": 1 + randn(dim, std=0.1), f"{side}.b_n": randn(dim, std=0.1)}
-        for part in "qkvo":
-            parameters |= {f"{side}.w_{part}": randn(dim, dim, std=dim**-0.5), f"{side}.b_{part}": randn(dim, std=0.1)}
-        if not case.post_norm:
-            gate = randn(dim, 2 * dim + 1, std=(2 * dim) ** -0.5)
-            parameters |= {f"{side}.w_g": gate, f"{side}.b_g": randn(dim, std=0.1)}
-            parameters |= {f"{side}.w_g{part}": piece for part, piece in zip("xae", gate.split([dim, dim, 1], 1), strict=True)}
-    inputs = {"a": randn(case.B, case.N, dim).requires_grad_(), "b": randn(case.B, case.M, dim).requires_grad_()}
-    return Problem(inputs, parameters, randn(case.B, case.N + case.M, dim))
 
 
 # ---- providers: plain layers -------------------------------------------------------------------------------------
@@ -206,11 +127,13 @@ class Merged(nn.Module):
     """Torch at its best: one product a modality (its own queries, the other direction's keys and values), no concatenation.
 
     ``attend(q, k, v, p)`` takes and gives (B, tokens, H, D / H).  ``gathered``: the samples that have both alone are computed.
+    ``blend(x, read, logits)``: the end of the gate.
     """
 
-    def __init__(self, case: Case, device: torch.device, attend: Callable[..., Tensor], gathered: bool = False):
+    def __init__(self, case: Case, device: torch.device, attend, gathered: bool = False, blend=None):
         super().__init__()
         self.case, self.attend, self.gathered, dim = case, attend, gathered, case.D
+        self.blend = blend or (lambda x, read, logits: torch.lerp(x, read, logits.sigmoid()))
         for side in "ab":
             self.add_module(f"norm_{side}", nn.LayerNorm(dim))
             self.add_module(f"qkv_{side}", nn.Linear(dim, 3 * dim))
@@ -250,10 +173,10 @@ class Merged(nn.Module):
         gate = getattr(self, f"gate_{side}")
         bias = gate.bias + getattr(self, f"gate_flag_{side}").weight[:, 0]  # whoever is computed has both
         logits = F.linear(x, gate.weight, bias) + getattr(self, f"gate_read_{side}")(read)
-        return torch.lerp(x, read, logits.sigmoid())
+        return self.blend(x, read, logits)
 
 
-def merged(case: Case, device, dtype, attend: Callable[..., Tensor], gathered: bool = False, uncompiled=None) -> Provider:
+def merged(case: Case, device, dtype, attend: Callable[..., Tensor], gathered=False, uncompiled=None, blend=None) -> Provider:
     layout = _stacked(case, **{"out_{}": "o", "norm_{}": "n"})
     for side, other in ("ab", "ba"):
         for kind in ("weight", "bias"):
@@ -262,7 +185,7 @@ def merged(case: Case, device, dtype, attend: Callable[..., Tensor], gathered: b
         if not case.post_norm:
             layout |= {f"gate_{side}.weight": (f"{side}.w_gx",), f"gate_{side}.bias": (f"{side}.b_g",)}
             layout |= {f"gate_read_{side}.weight": (f"{side}.w_ga",), f"gate_flag_{side}.weight": (f"{side}.w_ge",)}
-    module = Merged(case, device, attend, gathered).to(device, dtype)
+    module = Merged(case, device, attend, gathered, blend).to(device, dtype)
     return Provider(module, layout, uncompiled=uncompiled, drops=case.p > 0)
 
 
@@ -275,6 +198,16 @@ def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provi
     if not case.missing:
         raise Unavailable("no sample lacks a modality")
     return merged(case, device, dtype, attend_sdpa, gathered=True, uncompiled="how many samples have both is data")
+
+
+def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    """SDPA, and what many would then write: sigmoid and blend as one elementwise kernel, forward and backward."""
+    if case.post_norm:
+        raise Unavailable("there is no gate")
+    need_kernels(device, dtype)
+    from .gate_kernel import blend
+
+    return merged(case, device, dtype, attend_sdpa, blend=blend, uncompiled="compiled, torch writes such a kernel itself")
 
 
 def forced(name: str) -> Callable[..., Provider]:
@@ -362,6 +295,7 @@ PROVIDERS = {
     "eager": eager,
     "nn.MultiheadAttention": multihead_attention,
     "SDPA, samples with both gathered": sdpa_gathered,
+    "SDPA, gate in Triton": triton_gate,
     "SDPA flash": forced("FLASH"),
     "SDPA efficient": forced("EFFICIENT"),
     "SDPA cuDNN": forced("CUDNN"),

@@ -277,7 +277,7 @@ def test_experts_compute_the_same_function(case):
         for name, build in grouped_mlp.PROVIDERS.items():
             try:
                 results = gate.build(build).results(problem)
-            except (measure.Unavailable, NotImplementedError):
+            except (measure.Unavailable, NotImplementedError):  # the second: torch's grouped_mm, of float64
                 continue
             results = {part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()}
             torch.testing.assert_close(results, gate.exact, rtol=tolerance, atol=tolerance)
@@ -301,6 +301,19 @@ def test_cross_attentions_compute_the_same_function(case, monkeypatch):
         served.add(name)
     assert served >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
     assert ("SDPA, samples with both gathered" in served) == case.missing
+
+
+def test_the_gate_in_triton_is_the_gate(monkeypatch):
+    """The baseline through its provider: on a CPU interpreted, which is never timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(gated_cross_attention, "need_kernels", lambda device, dtype: None)
+    case = gated_cross_attention.Case("", B=3, N=9, M=6, D=24, H=3)
+    problem = gated_cross_attention.make(case, device, torch.float32)
+    gate = measure.Gate(gated_cross_attention, case, problem)
+    report = gate.admit("SDPA, gate in Triton", None)[1]
+    assert report["gate"] == "passed", report
+    with pytest.raises(measure.Unavailable, match="there is no gate"):
+        gated_cross_attention.triton_gate(replace(case, post_norm=True), device, torch.float32)
 
 
 def test_dropout_is_timed_and_not_judged():

@@ -212,7 +212,7 @@ def test_jitter_has_the_same_bits_everywhere(module):
 def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
     home = extension._cuda_home()
     if home is None:
-        pytest.skip("nvcc not found")
+        pytest.skip("nvcc not found: nothing to compile the CUDA sources with")
     source = extension.source_folder() / "topk_routing.cu"
     command = [
         str(home / "bin" / "nvcc"),
@@ -294,7 +294,7 @@ def unbuilt(monkeypatch, tmp_path):
 
 def test_why_not_names_every_reason(unbuilt, tmp_path):
     if extension.built():
-        pytest.skip("mmfused._C is installed here")
+        pytest.skip("mmfused._C is installed here: there is no reason left to name")
     unbuilt.setenv("PATH", str(tmp_path))
     unbuilt.setattr(extension.sys, "executable", str(tmp_path / "python"))
     reasons = extension.why_not()
@@ -310,7 +310,7 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
 
 def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_path):
     if extension.built() or extension.why_not_build():
-        pytest.skip("needs what a build needs, and nothing built")
+        pytest.skip("a build can only fail where nvcc, ninja and a C++ compiler are there and mmfused._C is not installed")
     sources = tmp_path / "csrc"
     sources.mkdir()
     for name in extension.SOURCES:
