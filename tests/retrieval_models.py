@@ -1,9 +1,10 @@
 """The four retrieval models, as small as they come, and batches of products for them."""
 
+import pytest
 import torch
 
 from mmfused.data import train_tokenizer
-from mmfused.models import MODELS
+from mmfused.models import MODELS, qwen
 
 NAMES = ("uniecs", "unica", "moon2", "unite")
 TEXTS = [
@@ -89,3 +90,24 @@ def without_images(parts):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_given_tokens(model, parts):
+    """A hosted model gives the same from its pictures' tokens as from their pixels, and refuses what is neither or both."""
+    given = {role: dict(items) for role, items in parts.items()}
+    for items in given.values():
+        tokens, _ = qwen.picture_tokens(model.host, items.pop("pixel_values"), items["image_present"])
+        items["image_tokens"] = tokens.detach()
+        items["image_tokens"][~items["image_present"]] = float("nan")
+    losses = []
+    for batches in (parts, given):
+        torch.manual_seed(1)
+        losses.append(model(**batches).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    items = {name: value for name, value in given["query"].items() if name != "labels"}
+    with pytest.raises(ValueError, match=r"image_tokens must have shape \(B, "):
+        model.embed(**{**items, "image_tokens": items["image_tokens"][:, 1:]})
+    with pytest.raises(ValueError, match="give exactly one of pixel_values and image_tokens"):
+        model.embed(**{**items, "image_tokens": None})
+    with pytest.raises(ValueError, match="input_ids is None"):
+        model.embed(image_tokens=items["image_tokens"], image_present=items["image_present"])

@@ -6,7 +6,7 @@ import moon2_equations as equations
 import pytest
 import torch
 from moon2_equations import HOST, TOKENS, batch, exact, random_model, tiny, x64
-from retrieval_models import home
+from retrieval_models import check_given_tokens, home
 
 import mmfused
 from mmfused.gradients import add_cached_gradients, add_gradients, to_device
@@ -217,24 +217,7 @@ def test_the_forward_pass_compiles_without_a_break(monkeypatch):
 
 
 def test_tokens_of_pictures_may_be_given():
-    model, parts = tiny(), plain(batch())
-    given = {role: dict(items) for role, items in parts.items()}
-    for items in given.values():
-        tokens, _ = qwen.picture_tokens(model.host, items.pop("pixel_values"), items["image_present"])
-        items["image_tokens"] = tokens.detach()
-        items["image_tokens"][~items["image_present"]] = float("nan")
-    losses = []
-    for batches in (parts, given):
-        torch.manual_seed(1)
-        losses.append(model(**batches).loss)
-    assert error(losses[1], losses[0]) < 1e-12
-    items = {name: value for name, value in given["query"].items() if name != "labels"}
-    with pytest.raises(ValueError, match=r"image_tokens must have shape \(B, "):
-        model.embed(**{**items, "image_tokens": items["image_tokens"][:, 1:]})
-    with pytest.raises(ValueError, match="give exactly one of pixel_values and image_tokens"):
-        model.embed(**{**items, "image_tokens": None})
-    with pytest.raises(ValueError, match="input_ids is None"):
-        model.embed(image_tokens=items["image_tokens"], image_present=items["image_present"])
+    check_given_tokens(tiny(), plain(batch()))
 
 
 # --- missing modalities ---
