@@ -132,7 +132,8 @@ def load_run(folder: str | os.PathLike):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds the settings of no model that this mmfused has: {error}") from error
     load_weights(model, folder / "model.safetensors")
-    return model.eval(), product_data.load_tokenizer(folder / "tokenizer")
+    # Again: a saved tokenizer of some classes comes back without what was put around its texts.
+    return model.eval(), kind.config.prepare_tokenizer(product_data.load_tokenizer(folder / "tokenizer"))
 
 
 def read_settings(folder: Path) -> dict:

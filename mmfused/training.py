@@ -105,7 +105,7 @@ def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int =
     products = load_catalogue(config)
     if found:
         check_rows(config, found[1]["rows"], train_set, val_set, products)
-        tokenizer = load_tokenizer(found[0] / "tokenizer")
+        tokenizer = MODELS[config.model].config.prepare_tokenizer(load_tokenizer(found[0] / "tokenizer"))
     else:
         tokenizer = load_or_train_tokenizer(config, train_set, products)
     torch.manual_seed(config.seed)

@@ -12,11 +12,13 @@ import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 from mmfused.cli import main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
-from mmfused.run_folder import read_json
+from mmfused.run_folder import load_run, read_json
 from mmfused.training import TrainConfig, train
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
@@ -214,6 +216,30 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
     expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}
     assert read_json(tmp_path / "ablation.json").keys() == expected
     assert main([*command, "--only", "dual", "--overwrite"]) == 2 and "takes stage 1, got 2" in capsys.readouterr().err
+
+
+def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
+    """It puts nothing around a text, so that an empty one would be nothing at all."""
+    draft = Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()), "show_progress": False}
+    draft.train_from_iterator(["a red thing"], trainers.BpeTrainer(vocab_size=270, special_tokens=["<|endoftext|>"], **alphabet))
+    found = json.loads(draft.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=found["vocab"], merges=[tuple(pair) for pair in found["merges"]])
+    assert tokenizer("")["input_ids"] == []
+    options = {**qwen.TINY, "text_config": {**qwen.TINY["text_config"], "vocab_size": 300}}
+    for part in (qwen.build_qwen2_vl(options), tokenizer):
+        part.save_pretrained(tmp_path / "host")
+    few = {**folders, "val": folders["data"]}
+    given = ["--model", "unite", "--host", str(tmp_path / "host"), "--steps", "1", "--max-length", "24", "--save-every", "1"]
+    assert main(arguments(few, tmp_path / "run", *given)) == 0
+    evaluated = ["eval", "--checkpoint", str(tmp_path / "run"), "--data", folders["val"], "--products", folders["products"]]
+    assert main([*evaluated, "--out", str(tmp_path / "n.json"), "--device", "cpu"]) == 0
+    pairs = read_json(tmp_path / "n.json")["pairs"]
+    assert pairs["text->image"]["queries"] == 8 and pairs["image->image"]["queries"] == 9  # one text is empty, one label unknown
+    _, loaded = load_run(tmp_path / "run")
+    ids = loaded("red", add_special_tokens=True)["input_ids"]
+    assert (ids[0], ids[-1]) == (loaded.cls_token_id, loaded.sep_token_id) and loaded.decode(ids[1:-1]) == "red"
 
 
 def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):

@@ -83,7 +83,7 @@ class HostedConfig(ModelConfig):
 
     @staticmethod
     def prepare_tokenizer(tokenizer):
-        return add_vision_tokens(tokenizer)
+        return add_vision_tokens(enclose_texts(tokenizer))
 
     @staticmethod
     def of_tokenizer(tokenizer) -> dict:
@@ -157,6 +157,23 @@ def freeze_parts(host: nn.Module, frozen: tuple[str, ...]) -> nn.Module:
 
 
 # --- tokens ---
+
+
+def enclose_texts(tokenizer):
+    """The same tokenizer, a text between two tokens, as BERT's [CLS] and [SEP]: by these alone is an empty text known.
+
+    Qwen's own puts nothing around a text; then <|im_start|> and <|im_end|> serve, which sequences leave out (`token_ids`, "drop").
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    if tokenizer("")["input_ids"]:
+        return tokenizer
+    tokenizer.add_special_tokens({"cls_token": "<|im_start|>", "sep_token": "<|im_end|>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1", special_tokens=ends
+    )
+    return tokenizer
 
 
 def add_vision_tokens(tokenizer):
