@@ -14,7 +14,7 @@ endif
 # A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
 GPU_BENCHES := $(OPS:%=gpu-bench-%)
-.PHONY: help demo test bench lint gpu gpu-check gpu-test $(GPU_BENCHES)
+.PHONY: help demo test bench readme lint gpu gpu-check gpu-test $(GPU_BENCHES)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ test: $(READY) ## run the test suite
 
 bench: $(READY) ## gate and time every op on this machine
 	set -e; for op in $(OPS); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
+
+readme: $(READY) ## make README's numbers and pictures from benchmarks/results
+	$(PY) benchmarks/readme.py
 
 lint: $(READY) ## check style and formatting
 	$(PY) -m ruff check .

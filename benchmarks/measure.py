@@ -245,12 +245,12 @@ def capture(step: Callable, copies: list[tuple[Tensor, ...]], pool, compared: bo
 def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
     """Of one forward + backward: peak bytes above inputs and parameters, bytes kept for the backward, kernels launched.
 
-    Peak and kernels are None off CUDA.
+    ``forward_kernels``: those of the forward alone. Peak and kernels are None off CUDA.
     """
     inputs = tuple(problem.inputs.values())
     saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))
     if problem.device.type != "cuda":
-        return {"peak_bytes": None, "saved_bytes": saved, "kernels": None}
+        return {"peak_bytes": None, "saved_bytes": saved, "kernels": None, "forward_kernels": None}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -258,7 +258,8 @@ def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     kernels = kernel_count(lambda: provider.both(inputs, problem.upstream))
-    return {"peak_bytes": peak, "saved_bytes": saved, "kernels": kernels}
+    forward_kernels = kernel_count(lambda: provider(*inputs))
+    return {"peak_bytes": peak, "saved_bytes": saved, "kernels": kernels, "forward_kernels": forward_kernels}
 
 
 def kernel_count(call: Callable) -> int | None:

@@ -234,8 +234,11 @@ def longest_pass(record: dict) -> str:
 
 
 def headline(record: dict) -> str:
-    shape = " ".join(f"{key}={value}" for key, value in record["case"].items() if type(value) is int and len(key) == 1)
-    return f"{record['op']} {record['case']['name']}: {shape} {record['dtype']}"
+    return f"{record['op']} {record['case']['name']}: {sizes(record)} {record['dtype']}"
+
+
+def sizes(record: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in record["case"].items() if type(value) is int and len(key) == 1)
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
@@ -295,6 +298,10 @@ def best_of_ours(record: dict, ours: tuple[str, ...], launch: str) -> tuple[str,
 
 def size(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.4g} MiB"
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in ([*head], ["---"] * len(head), *lines))
 
 
 def align(lines: list[list[str]]) -> list[str]:
