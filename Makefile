@@ -13,12 +13,12 @@ endif
 
 # A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-GPU_BENCHES := $(OPS:%=gpu-bench-%)
-.PHONY: help demo test bench readme lint gpu gpu-check gpu-test $(GPU_BENCHES)
+.PHONY: help demo test bench readme lint gpu
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=interpreter, used as it is; OUT=folder for the results of demo, bench and gpu"
+	@echo "Variables: PYTHON=interpreter, used as it is; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
+	@echo "after which it begins nothing, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
 
 demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
@@ -36,18 +36,8 @@ lint: $(READY) ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# One recipe, not prerequisites: neither -j nor -k may start a benchmark beside or after a red suite.
-gpu: ## on a CUDA GPU: the suite, then the benchmarks; each slice below also runs alone
-	@set -e; for slice in gpu-test $(GPU_BENCHES); do $(MAKE) --no-print-directory $$slice; done
-
-gpu-test: gpu-check ## one slice: the suite on the card
-	$(PY) -m pytest -q
-
-$(GPU_BENCHES): gpu-bench-%: gpu-check
-	$(PY) benchmarks/run.py $* $(if $(OUT),--out $(OUT))
-
-gpu-check: $(READY)
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA GPU: torch finds none here.")'
+gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
+	$(PY) benchmarks/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
 
 .venv/installed: pyproject.toml setup.py
 	python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfused needs Python 3.10 or newer as python3.")'

@@ -205,7 +205,7 @@ def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provide
     if case.post_norm:
         raise Unavailable("there is no gate")
     need_kernels(device, dtype)
-    from .gate_kernel import blend
+    from .gated_cross_attention_gate import blend
 
     return merged(case, device, dtype, attend_sdpa, blend=blend, uncompiled="compiled, torch writes such a kernel itself")
 

@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Provider:
     ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it along the first axis.
     ``ceiling``: why this is no way to compute the case, only the work inside it: timed without passing the gate.
     ``uncompiled``: why it is not compiled.
-    ``within``: what every call runs in, beside the backend.
+    ``within``: what every call and its backward run in, beside the backend.
     ``drops``: dropout acts when it is timed, on elements of its own: what it computes is judged without.
     """
 
@@ -75,12 +75,16 @@ class Provider:
     drops: bool = False
     within: Callable[[], AbstractContextManager] = nullcontext
 
+    def setting(self) -> AbstractContextManager:
+        stack = ExitStack()
+        if self.backend is not None:
+            stack.enter_context(mmfused.backend(self.backend))
+        stack.enter_context(self.within())
+        return stack
+
     def __call__(self, *inputs: Tensor) -> Tensor:
-        run = self.module if self.run is None else self.run
-        if self.backend is None:
-            return run(*inputs)
-        with mmfused.backend(self.backend), self.within():
-            return run(*inputs)
+        with self.setting():
+            return (self.module if self.run is None else self.run)(*inputs)
 
     @torch.no_grad()
     def load(self, parameters: dict[str, Tensor]) -> Provider:
@@ -94,9 +98,10 @@ class Provider:
 
     def both(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
         """Forward and backward: the output, then the gradients of all inputs and all parameters."""
-        out = self(*inputs)
         leaves = [*inputs, *(self.module.get_parameter(name) for name in self.layout)]
-        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+        with self.setting():
+            out = (self.module if self.run is None else self.run)(*inputs)
+            return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
         """The output and all gradients by the names that all providers share."""
@@ -144,7 +149,7 @@ class Gate:
                 faults += [] if all(tensor.isfinite().all() for tensor in tensors) else ["Under dropout it is not finite."]
         except Unavailable as why:
             return None, report | {"gate": "unavailable", "reasons": [str(why)]}
-        except RuntimeError as error:  # out of memory, or a kernel or compiler that refuses the shape
+        except Exception as error:  # out of memory, a kernel or compiler that refuses the shape, another version's interface
             return None, report | {"gate": "failed", "reasons": [f"{type(error).__name__}: {first_line(error)}"]}
         if faults:
             return None, report | {"gate": "failed", "reasons": faults}

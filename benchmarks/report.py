@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -19,8 +18,10 @@ import torch
 
 import mmfused
 
+from .sources import source_facts
+
 PASSES = ("forward", "backward", "both")
-PACKAGES = ("torch", "triton", "timm", "liger-kernel", "numpy")
+PACKAGES = ("torch", "triton", "timm", "transformers", "liger-kernel", "numpy")
 
 
 # ---- the machine and the source ----------------------------------------------------------------------------------
@@ -59,23 +60,6 @@ def cuda_facts(device: torch.device) -> dict:
     return {"cuda": torch.version.cuda, "cuda_driver": driver, "capability": capability, "sm_clock_mhz": clock}
 
 
-def source_facts() -> dict:
-    """The commit of the checkout this file lies in, and whether anything but results differs from it."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if not (root / ".git").exists():
-        return {"commit": None, "dirty": None}
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    except FileNotFoundError:
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
@@ -99,10 +83,14 @@ def stem(record: dict) -> str:
 
 
 def write_record(record: dict, folder: Path) -> None:
+    write_json(record, folder / f"{stem(record)}.json")
+
+
+def write_json(record: dict, path: Path) -> None:
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     # A list of numbers on one line: raw samples are many.
     text = re.sub(r"\[[\s\d.,e+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
-    write(folder / f"{stem(record)}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write(path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_records(op: str, folder: Path) -> list[dict]:

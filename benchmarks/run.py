@@ -1,8 +1,7 @@
 """Gate and time one op against its baselines: ``python benchmarks/run.py OP``, or ``mmfused bench OP``.
 
-Every provider of a case first passes the accuracy gate, in the shape and with the compiled code that is then timed. A
-baseline that fails is reported and not timed. Where one of the library's own fails, the exit code is 1 and no ratio is
-printed or drawn.
+Every provider of a case first passes the accuracy gate, in the shape and with the compiled code that is then timed. Who fails is
+reported and not timed; where that is one of the library's own, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,11 +20,12 @@ if not __package__:  # run as a file: the checkout it lies in comes first, whate
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import measure, report
+from mmfused.benchmarks.sources import OPS, ROOT, source_hash
 
-OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp", "gated_cross_attention")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+UNFINISHED = 3  # exit code: all is well, and some cases wait for another run
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = "runs/bench"  # for what must not replace committed results
 
 
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     option("--slice", metavar="I/N", help="only the I-th of N parts of the cases, to run the parts one by one")
     limit = f"after these seconds compile nothing more, and say so (default: {BUDGET_SECONDS:.0f} on CUDA, else no limit)"
     option("--budget-seconds", type=float, metavar="S", help=limit)
+    resume = "pass over cases measured already with these sources, versions and settings; begin none once the budget is spent"
+    option("--resume", action="store_true", help=f"{resume} (exit code {UNFINISHED}: some wait)")
     where = out or f"benchmarks/results/<device>, {SCRATCH} if --quick"
     option("--out", default=out, metavar="DIR", help=f"folder for the results (default: {where})")
 
@@ -59,28 +62,71 @@ class Settings:
     repeats: int
     backward: bool
     compiled: bool
+    quick: bool
     budget: measure.Budget
+
+    def facts(self) -> dict:
+        """What two records must share to be of the same measurement, beside the case and the machine."""
+        names = ("repeats", "backward", "compiled", "quick")
+        return {"dtype": str(self.dtype).removeprefix("torch.")} | {name: getattr(self, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: measured; 1: one of the library's own failed the gate. Raises ValueError on a request it cannot serve."""
+    """0: measured; 1: one of the library's own failed the gate; 3: see ``--resume``. Raises ValueError on a bad request."""
     settings = chosen_settings(args)
     device, op = settings.device, load_op(args.op)
     cases = chosen_cases(args, op, device)
-    facts = report.environment(device) | {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    facts = report.environment(device) | {"source": source_hash(args.op)}
+    folder = chosen_folder(args, facts["device"])
+    if args.resume:
+        known = report.read_records(args.op, folder)
+        cases = [case for case in cases if not any(measured(case, settings, facts, record) for record in known)]
+        if not cases:
+            print(f"{args.op}: all of it is measured already, in {folder}.")
+            return 0
+    facts |= {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     rates = measure.ceilings(device, settings.dtype)
     flops, moved = rates["flops_per_second"] / 1e12, rates["bytes_per_second"] / 1e9
     print(f"{facts['device']}: {flops:.3g} TFLOP/s, {moved:.4g} GB/s", flush=True)
 
-    folder = chosen_folder(args, facts["device"])
-    records, red = [], []
+    records = []
     for case in cases:
-        record = describe(args.op, op, case, settings, rates) | {"environment": facts, "quick": args.quick}
-        record["providers"], faults = measure_case(op, case, settings, timed=not red)
-        red += faults
+        if args.resume and records and settings.budget.spent():
+            break
+        begun = time.monotonic()
+        record = describe(args.op, op, case, settings, rates) | {"environment": facts}
+        record["providers"] = measure_case(op, case, settings)
+        record["took_seconds"] = time.monotonic() - begun
         report.write_record(record, folder)
         records.append(record)
-    return fail(red) if red else finish(args.op, op, records, folder)
+    finish(args.op, op, records, folder)
+    if faults := [fault for record in records for fault in faults_of(op, record)]:
+        print("FAILED the accuracy gate:", *faults, sep="\n  ")
+        return 1
+    waiting = [case.name for case in cases[len(records) :]]
+    if waiting:
+        print(f"The budget is spent: {', '.join(waiting)} wait for another run with --resume.")
+    return UNFINISHED if waiting else 0
+
+
+def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
+    """Whether ``record`` is of this case, by these sources, versions and settings, green, and nothing left out for want of time."""
+    op, here = load_op(record["op"]), ("device", "versions", "source")
+    return (
+        record["case"] == asdict(case)
+        and record.get("settings") == settings.facts()
+        and all(record["environment"].get(name) == facts[name] for name in here)
+        and record["providers"].keys() == {label for label, *_ in variants(op, case, settings)}
+        and not faults_of(op, record)
+        and all(found["gate"] != "skipped" for found in record["providers"].values())
+    )
+
+
+def faults_of(op, record: dict) -> list[str]:
+    """What is wrong with the library's own providers of this case."""
+    failed = [(label, found) for label, found in record["providers"].items() if found["gate"] == "failed"]
+    ours = [(label, found) for label, found in failed if report.eager_name(label) in op.OURS]
+    return [f"{record['case']['name']}: {label}: {reason}" for label, found in ours for reason in found["reasons"]]
 
 
 def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -> dict:
@@ -88,8 +134,10 @@ def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -
     return {
         "op": name,
         "case": asdict(case),
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "settings": settings.facts(),
+        "dtype": settings.facts()["dtype"],
         "backward": settings.backward,
+        "quick": settings.quick,
         "backward_is": "both minus forward, sample by sample",
         "ceilings": rates,
         "work": work,
@@ -97,29 +145,27 @@ def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -
     }
 
 
-def measure_case(op, case, settings: Settings, timed: bool) -> tuple[dict[str, dict], list[str]]:
-    """What to report of each provider, and the faults of ours. Nothing is timed unless ``timed`` and ours all pass."""
+def measure_case(op, case, settings: Settings) -> dict[str, dict]:
+    """What to report of each provider. Who fails the gate is not timed."""
     if settings.compiled:
         torch._dynamo.reset()  # what is compiled for one case must not count against the next
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()  # the last case's blocks have other sizes
     problem = op.make(case, settings.device, settings.dtype)
     gate = measure.Gate(op, case, problem)
-    providers, found, faults = {}, {}, []
+    providers, found = {}, {}
     for label, name, mode in variants(op, case, settings):
         if mode is not None and settings.budget.spent():
             provider, why = None, f"the budget of {settings.budget.limit:.0f} s was spent before it was compiled"
             found[label] = {"compiled": mode, "gate": "skipped", "reasons": [why]}
         else:
             provider, found[label] = gate.admit(name, mode)
-        verdict, reasons = found[label]["gate"], found[label]["reasons"]
-        print(f"{case.name}: {label}: {'; '.join([verdict, *reasons])}", flush=True)
+        print(f"{case.name}: {label}: {'; '.join([found[label]['gate'], *found[label]['reasons']])}", flush=True)
         if provider is not None:
             providers[label] = provider
-        if verdict == "failed" and name in op.OURS:
-            faults += [f"{case.name}: {label}: {reason}" for reason in reasons]
     del gate  # its float64 results are large
-    if timed and not faults:
-        clock(providers, found, problem, settings)
-    return found, faults
+    clock(providers, found, problem, settings)
+    return found
 
 
 def variants(op, case, settings: Settings) -> list[tuple[str, str, str | None]]:
@@ -144,19 +190,13 @@ def clock(providers: dict, found: dict[str, dict], problem, settings: Settings) 
             found[label]["seconds"][launch] = passes
 
 
-def fail(faults: list[str]) -> int:
-    print("FAILED the accuracy gate, so there is nothing to compare:", *faults, sep="\n  ")
-    return 1
-
-
-def finish(name: str, op, records: list[dict], folder: Path) -> int:
+def finish(name: str, op, records: list[dict], folder: Path) -> None:
     everything = report.read_records(name, folder)
     report.write_csv(name, everything, folder)
     note = report.draw(name, records, everything, folder)
     for record in records:
         print("", report.table(record, op.OURS), sep="\n")
     print(f"\nRaw samples, CSV and pictures are in {folder}.", *([note] if note else []))
-    return 0
 
 
 # ---- the request -------------------------------------------------------------------------------------------------
@@ -179,7 +219,7 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(f"repeats is {repeats}; it takes at least 1.")
     limit = BUDGET_SECONDS if args.budget_seconds is None and on_cuda else args.budget_seconds
     compiled = on_cuda if args.compile is None else args.compile
-    return Settings(device, DTYPES[dtype], repeats, args.backward, compiled, measure.Budget(limit))
+    return Settings(device, DTYPES[dtype], repeats, args.backward, compiled, args.quick, measure.Budget(limit))
 
 
 def chosen_cases(args: argparse.Namespace, op, device: torch.device) -> list:

@@ -11,6 +11,7 @@ ranked choices, no z-loss, no entropy and no order.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -200,17 +201,6 @@ class Ours(Router):
         return routing.weights, losses, (routing.order, routing.position, routing.offsets)
 
 
-@dataclass
-class Fused(Provider):
-    """``router``: whose kernels route, Triton's or those written in C++."""
-
-    router: str = "triton"
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        with extension.router(self.router):
-            return super().__call__(*inputs)
-
-
 def layout(case: Case) -> dict[str, tuple[str, ...]]:
     return {"router": ("router",)} if case.D else {}
 
@@ -247,12 +237,12 @@ def fused_cpp(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     reasons = extension.why_not()
     if reasons:
         raise Unavailable("; ".join(reasons))
-    return Fused(Ours(case, device, dtype), layout(case), "fused", router="cuda")
+    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(extension.router, "cuda"))
 
 
 def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     need_kernels(device, dtype)
-    return Fused(Ours(case, device, dtype), layout(case), "fused")
+    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(extension.router, "triton"))
 
 
 PROVIDERS = {
