@@ -86,6 +86,10 @@ def pooling_passes(which: str, passes: str) -> Wrap:
     return planned("query_pooling", change)
 
 
+def loss_plan(**changes) -> Wrap:
+    return planned("masked_info_nce", lambda plan, *_: replace(plan, **changes))
+
+
 def cross_attention_form(form: str) -> Wrap:
     def context():
         from mmfused.kernels.gated_cross_attention import plans
@@ -119,7 +123,11 @@ def choices() -> list[Choice]:
         Choice(
             "masked_info_nce", "backward",
             lambda: [masked_info_nce.custom({"B": 16384, "D": width, "K": k}) for width in (64, 128, 256) for k in (1, 4)],
-            {way: ("fused", planned("masked_info_nce", functools.partial(_backward, way))) for way in ("owner", "chunked")},
+            {way: ("fused", loss_plan(backward=way)) for way in ("owner", "chunked")},
+        ),
+        Choice(
+            "masked_info_nce", "chunk", lambda: by_name(masked_info_nce, "clip-65536", "clip-65536-k4"),
+            {f"{size} MiB of dS": ("fused", loss_plan(chunk_bytes=size * 2**20)) for size in (32, 128, 512, 2048)},
         ),
         Choice(
             "gated_cross_attention", "form",
@@ -132,10 +140,6 @@ def choices() -> list[Choice]:
             {"triton": ("fused", plain), "C++": ("fused C++", plain)},
         ),
     ]  # fmt: skip
-
-
-def _backward(way: str, plan, *_):
-    return replace(plan, backward=way)
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------
