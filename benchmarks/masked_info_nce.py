@@ -229,10 +229,12 @@ def torch_head(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
 def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     need_cuda(device)
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    return Provider(Head(case, device, dtype, lambda q, c, t: linear_cross_entropy(q, c, t, impl="cce_exact")), LAYOUT)
+    # The package index has one without this mode (25.1.1), where no threshold means that nothing is dropped.
+    exact = {"impl": "cce_exact"} if hasattr(LinearCrossEntropyImpl, "CCE_EXACT") else {"impl": "cce", "filter_eps": None}
+    return Provider(Head(case, device, dtype, lambda q, c, t: linear_cross_entropy(q, c, t, **exact)), LAYOUT)
 
 
 def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
