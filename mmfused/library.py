@@ -168,7 +168,8 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
 def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
     """Check tensor values: a ``ValueError`` on CPU in eager mode, ``torch._assert_async`` elsewhere, so that nothing syncs."""
     holds = condition()
-    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
+    eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()  # another type: a compiler traces without saying so
+    if holds.device.type == "cpu" and eager:
         if not holds:
             raise ValueError(message)
     else:

@@ -337,6 +337,7 @@ def test_experts_of_other_ranks(act, backend):
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
+    want["weights"] = want["weights"].masked_fill(index == E, 0.0)  # older releases leave what would be added, times 0, there
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):
         got = run_experts(module, x, index, weights)

@@ -226,7 +226,7 @@ import torch, mmfused
 from torch._dynamo.utils import counters
 
 def case(kind, n):
-    q, c = torch.randn(n, 6, requires_grad=True), torch.randn(n, 6, requires_grad=True)
+    q, c = (torch.randn(n, 6, requires_grad=True, dtype=torch.float64 if n == 33 else torch.float32) for _ in "qc")
     key, temperature = torch.randint(0, 3, (n,)), torch.tensor(0.5, requires_grad=True)
     options = {"keys": dict(query_key=key, candidate_key=key, row_weight=torch.rand(n)), "itself": {},
         "everything": dict(candidate_key=key - 1, candidate_id=key, same_id="mean", label_smoothing=0.1, false_negative_margin=0.1)}

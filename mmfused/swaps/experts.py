@@ -36,7 +36,9 @@ def _other_layout(module) -> str | None:
 
 def _not_swiglu(module) -> str | None:
     """silu(gate) * up, by the gate of every experts class that defines none of its own."""
-    if not getattr(module, "has_gate", True) or getattr(module._apply_gate, "__name__", "") != "_default_apply_gate":
+    # Of the class: torch 2.11's compiler compares the name of a bound method wrongly.
+    gate = None if "_apply_gate" in module.__dict__ else type(module)._apply_gate
+    if not getattr(module, "has_gate", True) or getattr(gate, "__name__", "") != "_default_apply_gate":
         return "Its experts have no gate, or one of their own."
     act = type(module.act_fn)
     return None if path_of(act) in _SILU else f"act_fn is a {act.__name__}, not silu."

@@ -192,7 +192,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx.save_for_backward(
             query, candidate, bias, scale, target, q_key, c_key, q_id, c_id, q_order, c_order, row, column, dots
         )  # fmt: skip
-        return nce.to(acc), dots
+        return nce.to(acc, copy=True), dots  # a cast that does nothing would lose the gradient under torch 2.11's compiler
 
     @staticmethod
     @once_differentiable
