@@ -79,7 +79,7 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     if dry:  # the launches themselves, which compute-sanitizer would watch
         sanitize = [Slice(f"sanitize-{op}", ("benchmarks/sanitize.py", "--launch", op), everything, interpreted) for op in OPS]
     else:
-        sanitize = [Slice("sanitize", ("benchmarks/sanitize.py", *where, "--limit-seconds", "{budget}"), everything)]
+        sanitize = [Slice("sanitize", ("benchmarks/sanitize.py", *where, "--limit-seconds", "150"), everything)]
     choices = ("benchmarks/choices.py", *where, *(("--quick",) if dry else ("--budget-seconds", "{budget}")))
     return [
         Slice("build", ("-c", "from mmfused import extension; print(extension.load())"), everything),
@@ -190,9 +190,12 @@ def start(part: Slice, log: Path, left: float) -> tuple[int | None, float]:
 
 
 def end(child: subprocess.Popen) -> None:
-    """It and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    """It and all that it started; first it is asked, so that it ends what runs in sessions of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
 
 
 def main(argv: list[str] | None = None) -> int:

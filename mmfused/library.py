@@ -147,6 +147,15 @@ def once_differentiable(backward: Callable) -> Callable:
     return wrapper
 
 
+def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The same tensors as different objects: the compiler does not trace a Function that gets one twice (keys for both sides)."""
+    out: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in out)
+        out.append(tensor.view_as(tensor) if repeated else tensor)
+    return out
+
+
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
     """Refuse what no backend of ``op`` takes: non-tensors, DTensors, and tensors on more than one device."""
     first = None

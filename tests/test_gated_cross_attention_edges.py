@@ -91,7 +91,9 @@ def test_more_pairs_stay_within_the_budget(both, options):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("both", [False, True], ids=["one", "both"])
-@pytest.mark.parametrize("gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])])
+@pytest.mark.parametrize(
+    "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])]
+)
 def test_composed_equals_reference(gate, missing, both, dropout):
     """The first sample and another lack a side, so that what is gathered lies elsewhere than it came from."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)

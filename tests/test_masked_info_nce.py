@@ -225,8 +225,8 @@ COMPILED = """
 import torch, mmfused
 from torch._dynamo.utils import counters
 
-def case(kind, n):
-    q, c = (torch.randn(n, 6, requires_grad=True, dtype=torch.float64 if n == 33 else torch.float32) for _ in "qc")
+def case(kind, n, dtype):
+    q, c = (torch.randn(n, 6, requires_grad=True, dtype=dtype) for _ in "qc")
     key, temperature = torch.randint(0, 3, (n,)), torch.tensor(0.5, requires_grad=True)
     options = {"keys": dict(query_key=key, candidate_key=key, row_weight=torch.rand(n)), "itself": {},
         "everything": dict(candidate_key=key - 1, candidate_id=key, same_id="mean", label_smoothing=0.1, false_negative_margin=0.1)}
@@ -235,12 +235,13 @@ def case(kind, n):
 def loss(tensors, options):
     return mmfused.masked_info_nce(tensors[0], tensors[1], temperature=tensors[2], **options)
 
-for name, kind in (("composed", "keys"), ("composed", "itself"), ("composed", "everything"), ("reference", "everything")):
+runs = [("composed", kind, torch.float32) for kind in ("keys", "itself", "everything")] + [("composed", "keys", torch.float64)]
+for name, kind, dtype in [*runs, ("reference", "everything", torch.float32)]:
     torch._dynamo.reset(), counters.clear()
     mmfused.backend(name)
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (17, 40, 33):
-        tensors, options = case(kind, n)
+        tensors, options = case(kind, n, dtype)
         want, got = loss(tensors, options), compiled(tensors, options)
         wants, gots = (torch.autograd.grad(out, tensors) for out in (want, got))
         for a, b in zip([want, *wants], [got, *gots], strict=True):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...library import autocast_dtype, choose, distinct, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
 from .checks import check
 from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
@@ -156,7 +156,10 @@ def _attend_fused(sides, directions, *, num_heads, gate, indicator, missing, pre
     like, batch = tokens[0].new_empty(0, dtype=torch.float32), tokens[0].shape[0]
     flags = [flag_of(sides[1 - i], batch, indicator, like) if indicator else like for i in range(len(directions))]
     options = (num_heads, gate, missing, pre_norm, norm_eps, dropout_p)
-    return _Fused.apply(options, len(directions), *tokens, *norms, *ignores, *absents, *weights, *flags, dropout_seed)
+    flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, dropout_seed)
+    if torch.compiler.is_compiling():  # one stand-in serves for all that is not there, and both directions may share weights
+        flat = distinct(*flat)
+    return _Fused.apply(options, len(directions), *flat)
 
 
 # ---- the functions --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register, register_composed
+from ...library import autocast_dtype, choose, distinct, no_autocast, once_differentiable, register, register_composed
 from .checks import check, check_first
 from .composed import sweep, sweep_backward
 from .distributed import Ranks
@@ -97,15 +97,6 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
         return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
     return [cast(x) for x in tensors]
-
-
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors as different objects: the compiler does not trace a Function that gets one twice (keys for both sides)."""
-    out: list[Tensor | None] = []
-    for tensor in tensors:
-        repeated = tensor is not None and any(tensor is other for other in out)
-        out.append(tensor.view_as(tensor) if repeated else tensor)
-    return out
 
 
 def _reduce(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
@@ -394,7 +385,7 @@ def _loss(
         target, query_key, query_id = _defaults(query, target, query_key, candidate_key, query_id, candidate_id)
         if ranks is not None:
             target = target + ranks.first_candidate
-        tensors = _distinct(query, candidate, scale, target, query_key, candidate_key, query_id, candidate_id)
+        tensors = distinct(query, candidate, scale, target, query_key, candidate_key, query_id, candidate_id)
         options = (same_id, symmetric, label_smoothing, false_negative_margin)
         nce, dots = _InfoNCE.apply(*tensors, *options, chosen, ranks)
         loss = nce + positive_weight * (1 - dots) if positive_weight else nce

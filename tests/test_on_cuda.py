@@ -1,0 +1,229 @@
+"""What only a card can show: nothing waits for the host, CUDA graphs, streams, repeats, real tile sizes, compiled, memory.
+
+The cases are in on_cuda_cases.py. Without a GPU each runs once in the interpreter, at a tiny size, so that the table is known to be
+right when the first card comes.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from on_cuda_cases import CASES, CUDA, HALF, info_nce, pooling
+
+import mmfused
+from mmfused import extension
+from mmfused.library import INTERPRETED
+from mmfused.testing import over_budget, relative_error
+
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
+FUSED = [name for name, case in CASES.items() if case.fused]
+MODULES = [name for name, case in CASES.items() if case.module]
+ON_DEVICE = [(name, "fused") for name in FUSED] + [(name, "composed") for name, case in CASES.items() if case.composed]
+UNWAITING = [(name, backend) for name, backend in ON_DEVICE if backend == "fused" or not CASES[name].waits]
+
+
+def label(value) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def make(name, tiny=not CUDA):
+    if name == "topk_routing in C++" and (reasons := extension.why_not()):
+        pytest.skip("; ".join(reasons))
+    torch.manual_seed(0)
+    return CASES[name].make(tiny)
+
+
+@contextlib.contextmanager
+def path(name, backend):
+    with mmfused.backend(backend), CASES[name].around():
+        yield
+
+
+def values(problem) -> dict[str, torch.Tensor]:
+    """Everything a call reads, and that may be written to."""
+    return problem.leaves() | {name: x for name, x in problem.given.items()}
+
+
+@torch.no_grad()
+def write(problem, given: dict[str, torch.Tensor]) -> None:
+    for name, target in values(problem).items():
+        target.copy_(given[name])
+
+
+def others(problem) -> dict[str, torch.Tensor]:
+    """Other values that the call takes as well."""
+    return {name: x.detach().flip(0) if x.dim() else x.detach() + 1 for name, x in values(problem).items()}
+
+
+def assert_same(actual, expected) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name, want in expected.items() if not torch.equal(actual[name], want)] == []
+    assert all(torch.isfinite(x).all() for x in actual.values())
+
+
+def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
+    """What is not as exact as plain PyTorch in ``dtype``. Where the error is a matter of luck it may be larger: of one number, and
+    of what is 0 but for rounding (the gradient of the keys' bias, which a softmax forgets)."""
+    with path(name, "reference"):
+        exact, plain = problem.run(), problem.to(dtype).run()
+    tested = problem.to(dtype)
+    with path(name, backend):
+        actual = tested.run(None if compiler is None else torch.compile(tested.module, fullgraph=True, backend=compiler))
+    lucky = {key for key, want in exact.items() if want.numel() == 1 or want.abs().max() < 1e-9}
+    judged = ({key: x for key, x in results.items() if key not in lucky} for results in (actual, exact, plain))
+    found = over_budget(*judged, factor=2.0 if CUDA else 4.0)  # a tiny size is a matter of luck too
+    for key in lucky:
+        want = exact[key].where(exact[key].abs() > 1e-9, 0.0)
+        allowed = 8 * relative_error(plain[key], want) + 64 * torch.finfo(actual[key].dtype).eps
+        if not relative_error(actual[key], want) <= allowed:
+            found.append(f"{key}: error {relative_error(actual[key], want):.3e}, allowed {allowed:.3e}.")
+    return found
+
+
+# ---- at real sizes; without a GPU, that the cases run ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, dtype) for name in FUSED for dtype in (ALL_DTYPES if CUDA and CASES[name].dtypes else [HALF])],
+    ids=label,
+)
+def test_kernels_are_as_exact_as_plain_pytorch(name, dtype):
+    assert faults(make(name), dtype, "fused", name) == []
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.composed])
+def test_composed_paths_are_as_exact_as_plain_pytorch(name):
+    dtype = HALF if CUDA else torch.float32
+    assert faults(make(name), dtype, "composed", name) == []
+
+
+@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_modules_are_as_exact_as_plain_pytorch(name, monkeypatch):
+    """In one graph. Without a GPU that is made and not compiled further."""
+    monkeypatch.undo()  # the compiler would trace into the poisoned torch.empty
+    torch._dynamo.reset()
+    dtype, compiler = (HALF, "inductor") if CUDA else (torch.float32, "aot_eager")
+    assert faults(make(name), dtype, "fused" if CASES[name].fused else "composed", name, compiler) == []
+
+
+# ---- the host, graphs, streams and devices ---------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
+def test_nothing_waits_for_the_host(name, backend):
+    problem = make(name).to(HALF)
+    with path(name, backend):
+        problem.run()
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            problem.run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
+def test_a_cuda_graph_replays_on_new_values(name, backend):
+    problem = make(name).to(HALF)
+    given, new = {key: x.detach().clone() for key, x in values(problem).items()}, others(problem)
+    # torch's fused attention, on the composed paths, adds up its gradients in any order
+    with path(name, backend), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        write(problem, new)
+        wanted = problem.run()
+        write(problem, given)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            problem.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = problem.run()
+    write(problem, new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(results, wanted)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", FUSED)
+def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
+    problem, noise = make(name).to(HALF), torch.randn(4096, 4096, device="cuda")
+    with path(name, "fused"):
+        first = problem.run()
+        assert_same(problem.run(), first)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(20):
+                noise = torch.tanh(noise @ noise)
+        assert_same(problem.run(), first)
+        torch.cuda.current_stream().wait_stream(side)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", FUSED)
+def test_a_side_stream_keeps_the_order_of_its_work(name):
+    """The values arrive late, on the stream that then runs the call: a launch on any other stream would be too early."""
+    problem = make(name).to(HALF)
+    given, new = {key: x.detach().clone() for key, x in values(problem).items()}, others(problem)
+    with path(name, "fused"):
+        write(problem, new)
+        wanted = problem.run()
+        write(problem, given)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)  # cycles: long after all launches
+            write(problem, new)
+            results = problem.run()
+        torch.cuda.current_stream().wait_stream(side)
+    assert_same(results, wanted)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("name", FUSED)
+def test_another_device_than_the_current_one(name):
+    problem = make(name).to(HALF)
+    with path(name, "fused"):
+        wanted, results = problem.run(), problem.on(torch.device("cuda", 1)).run()
+    for key, want in wanted.items():
+        assert results[key].device.index == 1 and relative_error(results[key].to(want.device), want) < 1e-2, key
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@needs_cuda
+def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
+    """Its matrix of logits alone would be 2 GB in 16 bits."""
+    inputs = {name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_() for name in ("query", "candidate")}
+    problem = info_nce(symmetric=True)(True)
+    problem.inputs = problem.to(HALF).inputs | inputs
+    with mmfused.backend("fused"):
+        assert peak_bytes(problem.run) < 2**30
+
+
+@needs_cuda
+def test_pooling_never_holds_keys_or_values():
+    """Either would be as large as x."""
+    problem = pooling()(False).to(HALF)
+    with mmfused.backend("fused"):
+        assert peak_bytes(lambda: problem.module(**problem.inputs)) < problem.inputs["x"].nbytes / 2
