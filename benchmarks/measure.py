@@ -3,7 +3,7 @@
 An op's file (query_pooling.py) gives ``cases(device_type, quick)``, ``custom(shape)``, ``make(case, device, dtype)`` ->
 :class:`Problem`, ``PROVIDERS`` (name -> builder(case, device, dtype) -> :class:`Provider`), ``OURS`` (those that must
 pass), ``reference`` (one more builder), ``exact(case, problem)`` (float64 results), ``comparable(results)`` and
-``work(case, itemsize)``.
+``work(case, itemsize)``; if it likes ``extras(case, device, dtype)``, more for the record, of which ``faults`` are as the gate's.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 @dataclass
 class Problem:
-    """One case as tensors: differentiable inputs, the parameters all providers load, the gradient of the output."""
+    """One case as tensors: differentiable inputs, the parameters all providers load, the gradient of the output.
+
+    ``evicts``: a call moves many times what the cache holds, and so the next finds nothing there.
+    """
 
     inputs: dict[str, Tensor]
     parameters: dict[str, Tensor]
     upstream: Tensor
+    evicts: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +170,7 @@ def first_line(error: Exception) -> str:
 def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
     """The inputs; on CUDA one copy more than twice the L2 cache holds, so that no call finds its inputs there."""
     inputs = tuple(problem.inputs.values())
-    if problem.device.type != "cuda":
+    if problem.device.type != "cuda" or problem.evicts:
         return [inputs]
     cache = torch.cuda.get_device_properties(problem.device).L2_cache_size
     count = 1 + -(-2 * cache // sum(t.nbytes for t in inputs))
@@ -175,9 +179,13 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable]:
-    """What is timed: the forward that builds the graph, and forward + backward with all gradients."""
+    """What is timed: the forward that builds the graph, forward + backward with all gradients, and of models a whole step."""
     forward = {"forward": lambda inputs: (provider(*inputs).detach(),)}
-    return forward | ({"both": lambda inputs: provider.both(inputs, upstream)} if backward else {})
+    if not backward:
+        return forward
+    both = forward | {"both": lambda inputs: provider.both(inputs, upstream)}
+    trained = provider.layout and hasattr(provider, "step")  # there are parameters, and an optimiser
+    return both | ({"step": lambda inputs: provider.step(inputs, upstream)} if trained else {})
 
 
 def seconds(bursts: dict[tuple[str, str], Callable], calls: int, repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -20,7 +20,7 @@ import mmfused
 
 from .sources import source_facts
 
-PASSES = ("forward", "backward", "both")
+PASSES = ("forward", "backward", "both", "step")
 PACKAGES = ("torch", "triton", "timm", "transformers", "liger-kernel", "numpy")
 
 
@@ -118,7 +118,7 @@ def rows(record: dict) -> list[dict]:
         for launch, passes in provider.get("seconds", {}).items():
             for which in (which for which in PASSES if which in passes):
                 times = summary(passes[which])
-                floor = record["floor_seconds"][which]
+                floor = record["floor_seconds"]["both" if which == "step" else which]
                 measured = {f"{key}_seconds": value for key, value in times.items()} | {"samples": len(passes[which])}
                 measured |= {"floor_seconds": floor, "fraction_of_floor": floor / times["median"]}
                 memory = {key: provider[key] for key in ("peak_bytes", "saved_bytes", "kernels")}
@@ -236,7 +236,8 @@ def table(record: dict, ours: tuple[str, ...]) -> str:
     """Times, memory, and how many times faster the library's best eager provider is, launch by launch."""
     timed = [provider["seconds"] for provider in record["providers"].values() if "seconds" in provider]
     launches = sorted({launch for seconds in timed for launch in seconds})
-    columns = [(launch, which) for launch in launches for which in (PASSES if record["backward"] else ("forward",))]
+    found = {(launch, which) for seconds in timed for launch, passes in seconds.items() for which in passes}
+    columns = [(launch, which) for launch in launches for which in PASSES if (launch, which) in found]
     best = {launch: found for launch in launches if (found := best_of_ours(record, ours, launch))}
     ratios = [f"{name} is faster, {launch}" for launch, (name, _) in best.items()]
     head = [

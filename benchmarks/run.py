@@ -19,9 +19,10 @@ import torch
 if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmfused.benchmarks import measure, report
-from mmfused.benchmarks.sources import OPS, ROOT, source_hash
+from mmfused.benchmarks import measure, report, sources
+from mmfused.benchmarks.sources import ROOT, source_hash
 
+OPS = (*sources.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNFINISHED = 3  # exit code: all is well, and some cases wait for another run
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     sizes = "query_pooling: B, N, D, L queries, H heads; masked_info_nce: B, D, K"
-    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k; gated_cross_attention: B, N, M, D, H"
+    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k; gated_cross_attention: B, N, M, D, H; models: none"
     option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
     option("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)")
     which = parser.add_mutually_exclusive_group()
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         begun = time.monotonic()
         record = describe(args.op, op, case, settings, rates) | {"environment": facts}
         record["providers"] = measure_case(op, case, settings)
+        if hasattr(op, "extras") and not faults_of(op, record):
+            record |= op.extras(case, device, settings.dtype)
         record["took_seconds"] = time.monotonic() - begun
         report.write_record(record, folder)
         records.append(record)
@@ -123,10 +126,12 @@ def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
 
 
 def faults_of(op, record: dict) -> list[str]:
-    """What is wrong with the library's own providers of this case."""
-    failed = [(label, found) for label, found in record["providers"].items() if found["gate"] == "failed"]
-    ours = [(label, found) for label, found in failed if report.eager_name(label) in op.OURS]
-    return [f"{record['case']['name']}: {label}: {reason}" for label, found in ours for reason in found["reasons"]]
+    """What is wrong with the library's own providers of this case, and with what else was measured of it."""
+    case, faults = record["case"]["name"], list(record.get("faults", []))
+    for label, found in record["providers"].items():
+        if found["gate"] == "failed" and report.eager_name(label) in op.OURS:
+            faults += [f"{case}: {label}: {reason}" for reason in found["reasons"]]
+    return faults
 
 
 def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -> dict:

@@ -52,6 +52,7 @@ def serves(name: Path, op: str) -> bool:
     if "models" in rooms:
         return op == "models"
     if "benchmarks" in rooms:
-        return last in ("measure", "run", "torch_modules") or last.startswith((op, *used))
+        more = ("model_steps", "torch_modules") if op == "models" else ()
+        return last in ("measure", "run", *more) or last.startswith((op, *used))
     others = [each for each in OPS if each in rooms or last.startswith(each)]  # the op it belongs to; none: it is everybody's
     return not others or others[0] in used

@@ -37,7 +37,11 @@ def over_budget(actual: dict, exact: dict, plain: dict, *, factor: float = 2.0) 
         if got.shape != want.shape:
             faults.append(f"{name}: shape {tuple(got.shape)} instead of {tuple(want.shape)}.")
             continue
-        allowed = factor * relative_error(plain[name], want) + torch.finfo(got.dtype).eps
+        plain_error = relative_error(plain[name], want)
+        if not math.isfinite(plain_error):
+            faults.append(f"{name}: plain PyTorch's is not finite, which would allow anything.")
+            continue
+        allowed = factor * plain_error + torch.finfo(got.dtype).eps
         error = relative_error(got, want)
         if not error <= allowed:
             faults.append(f"{name}: relative error {error:.3e}, allowed {allowed:.3e}.")

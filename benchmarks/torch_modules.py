@@ -1,0 +1,314 @@
+"""The library's models written with torch's own modules: what `benchmarks/models.py` compares with.
+
+A model's file is loaded once more, under another name, and what it takes from the library's ops is replaced there by the classes
+and functions below, which compute the same with torch alone: the rest of a model, its losses included, stays the library's own and
+is the same for all. The library itself is not touched. Only what the models ask for is here.
+
+Written as a good user of torch would: SDPA, projections of the same tokens stacked in one weight, F.cross_entropy over masked
+logits, sorted rows in F.grouped_mm without those of padding, rows moved by index_select.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfused.losses import expert_shares
+from mmfused.models import moon2
+from mmfused.ops.topk_routing import Routing  # the container alone
+
+# Linears of ours that are stacked along the first axis in one of these modules' Linears, by its name.
+STACKED = {
+    "kv_proj": ("k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_a": ("to_a.q_proj", "to_b.k_proj", "to_b.v_proj"),
+    "qkv_b": ("to_b.q_proj", "to_a.k_proj", "to_a.v_proj"),
+}
+
+
+def heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
+    """(B, N, parts * D) -> for each part (B, heads, N, D / heads)."""
+    return [y.transpose(1, 2) for y in x.unflatten(-1, (parts, num_heads, -1)).unbind(2)]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
+    """Heads in, (B, L, D) out; ignore (B, N) bool."""
+    mask = None if ignore is None else ~ignore[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+# ---- query pooling -----------------------------------------------------------------------------------------------
+
+
+class Pooling(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.kv_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
+        (q,) = heads(self.q_proj(queries.expand(len(x), -1, -1) if queries.dim() == 3 else queries[None]), 1, self.num_heads)
+        k, v = heads(self.kv_proj(x), 2, self.num_heads)
+        return self.out_proj(attend(q.expand(len(x), -1, -1, -1), k, v, ignore))
+
+
+class QTransformBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, ffn: int):
+        super().__init__()
+        self.pool, self.norm_pool, self.norm_ffn = Pooling(dim, num_heads), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
+
+    def forward(self, q: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
+        q = self.norm_pool(q + self.pool(q, x, ignore))
+        return self.norm_ffn(q + self.ffn(q))
+
+
+class QTransform(nn.Module):
+    def __init__(self, dim, num_queries, depth=1, num_heads=1, *, ffn=None, dropout=0.0):
+        super().__init__()
+        without_dropout(dropout)
+        self.queries = nn.Parameter(torch.randn(num_queries, dim))
+        self.blocks = nn.ModuleList(QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn) for _ in range(depth))
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        q = self.queries
+        for block in self.blocks:
+            q = block(q, x, key_padding_mask)
+        return q
+
+
+def without_dropout(dropout: float) -> None:
+    if dropout:
+        raise ValueError(f"dropout is {dropout}; the baselines take 0, as the gate compares numbers.")
+
+
+# ---- cross-attention and self-attention --------------------------------------------------------------------------
+
+
+class BidirectionalGatedCrossAttention(nn.Module):
+    """One product a modality: its own queries, the other direction's keys and values; no concatenation for the gate.
+
+    ``missing`` "skip": who lacks a modality is computed with the rest, and chosen away. "constant": who reads equal tokens gets
+    their first one's value; SDPA's, 1/N of each, is off by one rounding N times, and the gate does not pass its gradients.
+    """
+
+    def __init__(self, dim, num_heads, *, gate, indicator, missing, pre_norm=True, share_weights=False, dropout=0.0):
+        super().__init__()
+        without_dropout(dropout)
+        if share_weights or (gate, indicator) not in (("channel", True), ("none", False)) or missing not in ("skip", "constant"):
+            raise ValueError("the baseline has UniECS's and UniCA's forms alone")
+        self.num_heads, self.pre_norm, self.skips = num_heads, pre_norm, missing == "skip"
+        for side in "ab":
+            to = nn.Module()
+            to.out_proj = nn.Linear(dim, dim)
+            to.gate_proj = nn.Linear(2 * dim + 1, dim) if indicator else None
+            self.add_module(f"to_{side}", to)
+            self.add_module(f"norm_{side}", nn.LayerNorm(dim))
+            self.add_module(f"qkv_{side}", nn.Linear(dim, 3 * dim))
+
+    def forward(self, a, b, *, b_key_padding_mask=None, a_present=None, b_present=None) -> tuple[Tensor, Tensor]:
+        normed = (self.norm_a(a), self.norm_b(b)) if self.pre_norm else (a, b)
+        q_a, k_a, v_a = heads(self.qkv_a(normed[0]), 3, self.num_heads)
+        q_b, k_b, v_b = heads(self.qkv_b(normed[1]), 3, self.num_heads)
+        new_a = self.end(a, self.to_a, self.norm_a, self.read(q_a, k_b, v_b, b_key_padding_mask, b_present), b_present)
+        new_b = self.end(b, self.to_b, self.norm_b, self.read(q_b, k_a, v_a, None, a_present), a_present)
+        if not self.skips:
+            return new_a, new_b
+        both = (a_present & b_present)[:, None, None]
+        return torch.where(both, new_a, a), torch.where(both, new_b, b)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None, present: Tensor) -> Tensor:
+        read = attend(q, k, v, ignore)
+        return read if self.skips else torch.where(present[:, None, None], read, v[:, :, 0].flatten(1)[:, None])
+
+    def end(self, x: Tensor, to: nn.Module, norm: nn.LayerNorm, read: Tensor, present: Tensor) -> Tensor:
+        read = to.out_proj(read)
+        if to.gate_proj is None:
+            return x + read if self.pre_norm else norm(x + read)
+        dim = x.shape[-1]
+        of_x, of_read, of_flag = to.gate_proj.weight.split([dim, dim, 1], 1)
+        logits = F.linear(x, of_x, to.gate_proj.bias) + F.linear(read, of_read)
+        logits = logits + present.to(logits.dtype)[:, None, None] * of_flag[:, 0].to(logits.dtype)
+        return torch.lerp(x, read.to(x.dtype), logits.sigmoid().to(x.dtype))
+
+
+class Block(nn.Module):
+    """UniECS's, with queries, keys and values from one product."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        without_dropout(dropout)
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv_proj, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.gamma1, self.gamma2 = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
+        read = attend(*heads(self.qkv_proj(self.norm1(x)), 3, self.num_heads), ignore)
+        x = x + self.gamma1 * self.out_proj(read)
+        return x + self.gamma2 * self.ffn(self.norm2(x))
+
+
+# ---- mixture of experts ------------------------------------------------------------------------------------------
+
+
+def topk_routing(logits: Tensor, k: int, *, balance: str = "switch", mask: Tensor | None = None) -> Routing:
+    """mask (T,) bool, True = ignore: weight 0, and the last rows."""
+    tokens, experts = logits.shape
+    probs = logits.softmax(-1)
+    weights, indices = probs.topk(k)
+    weights = weights / weights.sum(-1, keepdim=True) if k > 1 else weights
+    live = torch.ones_like(probs[:, :1]) if mask is None else (~mask)[:, None].to(probs.dtype)
+    number, counted = live.sum().clamp(min=1), indices if balance == "switch" else indices[:, :1]
+    share = (F.one_hot(counted, experts).sum(1) * live).sum(0) / (counted.shape[1] * number)
+    balance_loss = experts * (share * (probs * live).sum(0) / number).sum()
+    z_loss = (logits.logsumexp(-1, keepdim=True).square() * live).sum() / number
+    expert = indices.flatten() if mask is None else indices.masked_fill(mask[:, None], experts).flatten()
+    expert, order = expert.sort(stable=True)
+    offsets = torch.searchsorted(expert, torch.arange(experts + 1, device=expert.device), out_int32=True)
+    return Routing(indices, weights * live, None, balance_loss, z_loss, None, order, order.argsort(), offsets, None)
+
+
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """rows (R, I) by expert, weight (E, O, I) -> (R, O); rows behind the last expert's may hold anything."""
+    weight = weight.to(rows.dtype)
+    if rows.dtype != torch.float64:
+        return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
+    ends = [*offsets.tolist(), len(rows)]  # grouped_mm takes no float64
+    parts = [rows[first:end] @ w.T for first, end, w in zip(ends, ends[1:], weight, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-2], weight.shape[1])])
+
+
+def combine(rows: Tensor, routing: Routing) -> Tensor:
+    """Each token's k rows, weighted and added up."""
+    chosen = rows.index_select(0, routing.position).unflatten(0, routing.indices.shape)
+    return (chosen * routing.weights[:, :, None]).sum(1).to(rows.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def grouped_linear(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor, *, gather: bool, combine: bool) -> Tensor:
+    x = x.to(compute_dtype(x))
+    rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
+    expert = F.one_hot(routing.indices.flatten()[routing.order], len(weight))  # its product sums the gradient in float32
+    out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
+    return _combine(out, routing) if combine else out
+
+
+_combine = combine
+
+
+class Experts(moon2.Experts):
+    """MOON2.0's mixture, gate and up in one weight. Rows of padding are sorted to the end, where grouped_mm does not look."""
+
+    def __init__(self, layer: nn.Module, config):
+        super().__init__(layer, config)
+        both = torch.cat([self.w_gate.detach(), self.w_up.detach()], 1)
+        del self.w_gate, self.w_up
+        self.w_gate_up = nn.Parameter(both)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, reports = self.padding.flatten(), self.reports
+        self.padding = self.reports = None
+        tokens = x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # 16-bit logits choose other experts
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
+        routing = topk_routing(logits, self.top_k, balance=self.routing["balance"], mask=mask)
+        tokens = tokens.to(compute_dtype(x)).masked_fill(mask[:, None], 0)  # and its gradient: rows of padding get anything
+        rows = tokens.index_select(0, routing.order // self.top_k)
+        gate, up = grouped_product(rows, self.w_gate_up, routing.offsets).chunk(2, -1)
+        out = grouped_product(F.silu(gate) * up, self.w_down, routing.offsets)
+        live = torch.arange(len(out), device=out.device) < routing.offsets[-1]
+        out = combine(out.masked_fill(~live[:, None], 0), routing)
+        reports.append((expert_shares(routing, len(x)), routing.balance_loss))
+        return out.view_as(x)
+
+
+# ---- contrastive losses ------------------------------------------------------------------------------------------
+
+
+def masked_info_nce(
+    query, candidate, *, temperature, query_key=None, candidate_key=None, query_id=None, candidate_id=None, same_id="drop",
+    symmetric=False, positive_weight=0.0, row_weight=None,
+) -> Tensor:  # fmt: skip
+    """F.cross_entropy over the matrix of logits, float32 at least, -inf where a pair is masked."""
+    if same_id != "drop":
+        raise ValueError(f"same_id is {same_id!r}; the baseline takes 'drop'.")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    count, at = len(query), torch.arange(len(query), device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        query, candidate = query.to(wide), candidate.to(wide)
+        logits = query @ candidate.T / temperature
+        masked = []
+        if candidate_key is not None:
+            masked.append((query_key[:, None] != candidate_key) & (candidate_key != -1))
+        if candidate_id is not None:
+            masked.append(query_id[:, None] == candidate_id)
+        if masked:
+            own = at[:, None] == torch.arange(len(candidate), device=query.device)
+            logits = logits.masked_fill(functools.reduce(torch.logical_or, masked) & ~own, float("-inf"))
+        loss = F.cross_entropy(logits, at, reduction="none")
+        if symmetric:
+            loss = (loss + F.cross_entropy(logits[:, :count].T, at, reduction="none")) / 2
+        if positive_weight:
+            loss = loss + positive_weight * (1 - (query * candidate[:count]).sum(-1))
+        if row_weight is None:
+            return loss.mean()
+        total = row_weight.sum()
+        return (loss * row_weight).sum() / total.masked_fill(total == 0, 1)
+
+
+class MaskedInfoNCE(nn.Module):
+    def __init__(self, temperature: float, *, normalize: bool, gather: str, same_id: str, positive_weight: float):
+        super().__init__()
+        if normalize:
+            raise ValueError("the baseline takes unit embeddings")
+        self.register_buffer("log_scale", torch.tensor(-math.log(temperature)))  # of the same digits as ours
+        self.options = {"same_id": same_id, "positive_weight": positive_weight}
+
+    def forward(self, query: Tensor, candidate: Tensor, **ids: Tensor) -> Tensor:
+        return masked_info_nce(query, candidate, temperature=(-self.log_scale).exp(), **self.options, **ids)
+
+
+# ---- the models --------------------------------------------------------------------------------------------------
+
+
+def copy_of(name: str, **replaced) -> ModuleType:
+    """mmfused.models.<name> loaded once more, with other things under its names."""
+    path = importlib.util.find_spec(f"mmfused.models.{name}").origin
+    spec = importlib.util.spec_from_file_location(f"{__package__}.torch_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and the compiler look for it
+    spec.loader.exec_module(module)
+    unknown = sorted(name for name in replaced if not hasattr(module, name))
+    if unknown:
+        raise AttributeError(f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace.")
+    vars(module).update(replaced)
+    return module
+
+
+@functools.cache
+def models() -> SimpleNamespace:
+    """FLUID, UniECS, UniCA, MOON2 and UNITE, built from the library's configs."""
+    nce = {"masked_info_nce": masked_info_nce}
+    fluid = copy_of("fluid", QTransform=QTransform, topk_routing=topk_routing, grouped_linear=grouped_linear, **nce)
+    losses = copy_of("uniecs_losses", **nce)
+    own_losses = {"loss_terms": losses.loss_terms, "adaptive_loss": losses.adaptive_loss}
+    cross = {"BidirectionalGatedCrossAttention": BidirectionalGatedCrossAttention}
+    uniecs = copy_of("uniecs", Block=Block, **cross, **own_losses)
+    unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, **cross)
+    mixture = copy_of("moon2", Experts=Experts, **nce)
+    unite = copy_of("unite", **nce)
+    return SimpleNamespace(FLUID=fluid.FLUID, UniECS=uniecs.UniECS, UniCA=unica.UniCA, MOON2=mixture.MOON2, UNITE=unite.UNITE)

@@ -1,0 +1,168 @@
+"""The models' benchmark: its baselines compute the models and use none of the ops, and a run leaves loss curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfused.benchmarks import measure, models, run, torch_modules
+from mmfused.benchmarks.model_steps import STEPS, Case, cases
+
+CPU = torch.device("cpu")
+# What is in the ops' files and plain torch: checks, UniECS's packing, FLUID's gate.
+PLAIN = {"pack_passes", "<listcomp>", "check_temperature", "share"}
+
+
+def tiny(name: str) -> Case:
+    return Case(name, 16 if name == "unite" else 6, small=True)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """On a CPU and without minutes for ceilings, wherever the suite runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def gate(request):
+    """In float64, where every provider computes the same to rounding."""
+    case = tiny(request.param)
+    return measure.Gate(models, case, models.make(case, CPU, torch.float64))
+
+
+def test_every_provider_computes_the_model(gate):
+    for name in (models.BASELINE, "composed"):
+        results = gate.build(models.PROVIDERS[name]).results(gate.problem)
+        torch.testing.assert_close(models.comparable(results), gate.exact, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gate.plain, gate.exact, rtol=1e-9, atol=1e-12)  # float64's composed path is the reference
+    parameters = {f"d{name}" for name in (*gate.problem.inputs, *gate.problem.parameters)}
+    assert results.keys() == {"out"} | parameters  # every gradient is judged
+    assert all(tensor.count_nonzero() for tensor in gate.exact.values())  # and says something
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def used(gate, name: str) -> tuple[set[str], set[str]]:
+    """Of a forward and backward: operators, and functions of the ops' files."""
+    provider, functions = gate.build(models.PROVIDERS[name]), set()
+
+    def note(frame, event, _):
+        if event == "call" and "/mmfused/ops/" in frame.f_code.co_filename.replace("\\", "/"):
+            functions.add(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        with Operators() as operators:
+            provider.results(gate.problem)
+    finally:
+        sys.setprofile(before)
+    return operators.names, functions
+
+
+def test_the_baseline_uses_no_op(gate):
+    operators, functions = used(gate, models.BASELINE)
+    assert operators and not [name for name in operators if name.startswith("mmfused")]
+    assert functions <= PLAIN, functions - PLAIN
+    assert not used(gate, "composed")[1] <= PLAIN  # the library's model does use them, and this sees it
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
+def test_a_baseline_with_another_weight_fails(name):
+    gate = measure.Gate(models, tiny(name), models.make(tiny(name), CPU, torch.float32))
+    provider = gate.build(models.torch_modules)
+    assert broken_gate(gate, provider) == "passed"
+    with torch.no_grad():
+        [p for name, p in provider.module.named_parameters() if name.endswith("weight") and p.dim() > 1][-1].mul_(1 + 1e-3)
+    assert broken_gate(gate, provider) == "failed"
+
+
+def test_a_baseline_with_another_temperature_fails():
+    gate = measure.Gate(models, tiny("unite"), models.make(tiny("unite"), CPU, torch.float32))
+    provider = gate.build(models.torch_modules)
+    assert broken_gate(gate, provider) == "passed"
+    config = provider.module.model.config
+    type(provider.module.model).config = dataclasses.replace(config, temperature=config.temperature * 1.01)
+    assert broken_gate(gate, provider) == "failed"
+
+
+def broken_gate(gate, provider) -> str:
+    gate.build = lambda builder: provider
+    return gate.admit(models.BASELINE, None)[1]["gate"]
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """All cases through the script, and what it said."""
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+        code = run.main(["models", "--quick", "--repeats", "1", "--out", str(folder)])
+    return code, {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_a_run_leaves_times_and_curves(quick_run):
+    code, records = quick_run
+    assert code == 0 and records.keys() == {f"models-{name}-float32" for name in STEPS}
+    for record in records.values():
+        for name in (models.BASELINE, "composed"):
+            provider = record["providers"][name]
+            steps = set() if record["case"]["name"] == "unite" else {"step"}
+            assert provider["gate"] == "passed" and provider["seconds"]["eager"].keys() == {"forward", "backward", "both"} | steps
+        assert record["providers"]["fused"]["gate"] == "unavailable"
+        curves = record["curves"]
+        assert curves["losses"].keys() == {models.BASELINE, f"{models.BASELINE}, float64", "composed"}
+        for losses in curves["losses"].values():
+            assert len(losses) == models.TRAINED and losses[-1] < 0.95 * losses[0]
+        assert curves["difference"]["composed"] <= curves["bound"] < 1e-2 and not record["faults"]
+
+
+def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
+    def other(case, device, dtype):
+        provider = models._provider(models.library, "composed", case, device, dtype)
+        provider.module.register_forward_hook(lambda module, args, out: out * 1.01)
+        return provider
+
+    case = tiny("unite")
+    monkeypatch.setitem(models.PROVIDERS, "composed", other)
+    found = models.extras(case, CPU, torch.float32)
+    assert found["curves"]["difference"]["composed"] == pytest.approx(0.01, rel=0.01) and "losses differ" in found["faults"][0]
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "extras", lambda *_: found)
+    assert run.main(["models", "--quick", "--case", "unite", "--forward", "--repeats", "1", "--out", str(tmp_path)]) == 1
+    assert "losses differ" in capsys.readouterr().out
+
+
+def test_work_is_counted():
+    """UNITE by hand: products of all pairs, one forward and two backward; bytes of the rows."""
+    (case,) = [case for case in cases("cpu", quick=True) if case.name == "unite"]
+    work, rows = models.work(case, itemsize=4), 3 * case.B * 24 * 4
+    assert work["forward"] == [{"stage": "all", "flops": 2 * case.B * 2 * case.B * 24, "bytes": rows}]
+    assert work["backward"] == [{"stage": "all", "flops": 4 * case.B * 2 * case.B * 24, "bytes": 2 * rows}]
+
+
+def test_models_take_no_shape(capsys):
+    assert run.main(["models", "--shape", "B=3"]) == 2
+    assert "models takes none" in capsys.readouterr().err
+
+
+def test_nothing_to_replace_is_refused():
+    with pytest.raises(AttributeError, match="has no topk_router"):
+        torch_modules.copy_of("fluid", topk_router=None)
