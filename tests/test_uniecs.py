@@ -379,6 +379,18 @@ def test_presets_build_and_survive_json(name):
     assert blocks == {"paper": [1] * 4, "code": [0, 0, 2], "tiny": [1, 1]}[name]
 
 
+@pytest.mark.parametrize("preset", ["tiny", "paper", "code"])
+@pytest.mark.parametrize("lacks", [None, "image", "text"])
+def test_first_gradients_are_moderate(preset, lacks):
+    """Also where an item lacks a modality: tokens of zeros would pass every LayerNorm on the way back, times 316 each."""
+    torch.manual_seed(0)
+    model = UniECS(UniECSConfig.preset(preset, image=None, text=None, image_dim=24, text_dim=20, dropout=0.0))
+    present = {} if lacks is None else {f"{lacks}_present": torch.arange(4) % 2 == 0}
+    items = {"image_tokens": torch.randn(4, 6, 24), "text_tokens": torch.randn(4, 5, 20), "labels": torch.arange(4), **present}
+    model(query=items, candidate=items).loss.backward()
+    assert torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None) < 30
+
+
 def test_starts_as_the_code_does():
     model = UniECS(UniECSConfig(**{**SMALL, "dim": 64, "image_dim": 400}))
     assert abs(model.image_map.weight.std().item() - 400**-0.5) < 3e-3

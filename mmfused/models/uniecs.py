@@ -19,7 +19,7 @@ weights that fall with the gradient, beta = 0.5. From the public code (qzp2018/U
 gated layers and then two self-attention blocks, patches of 32, texts of 64 rows without a mask, static weights (the mean of all
 terms by weight), V2F and S^vm as f_1 -> v_2 (an older script, and preset "paper": v_1 -> f_2), the indicator per batch. That flag
 is taken after a LayerNorm with a bias, so from the first step on it is 1 for zeros too: "batch" is 1 for every item here.
-This library's choice: which term belongs to which group, the form of the adaptive weights, padded text masked (`text_mask`; without
+This library's choice: an initial b of W that is not 0 (see `_initialise`), which term belongs to which group, the form of the adaptive weights, padded text masked (`text_mask`; without
 it padded rows are zeros), the indicator per item, `missing` = "constant" in every preset: zero tokens are attended to, as in the
 code, and being equal they cost one key. A term that compares images (texts) leaves out items that have none, only the hinges (PPM,
 PDC, PLC, L_hard) keep their embedding of an empty item and know no labels, as in the code. Left out: two heads of the code whose
@@ -255,6 +255,10 @@ class UniECS(RetrievalModel):
                     nn.init.zeros_(module.bias)
         for linear in (self.image_map, self.text_map):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in (self.image_proj, self.text_proj):
+            # What an absent modality is made of. With 0 (the code) its tokens would be zeros in all layers, and each LayerNorm
+            # on the way back would multiply their gradient by eps**-0.5 = 316: inf after a few.
+            nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
     def encode(self, role: str, *, labels: Tensor, **items) -> dict[str, Tensor]:
         """For each item its embeddings "image" (v), "text" (t), "both" (f), (B, D), has_image, has_text (B,) bool, and labels.
