@@ -19,11 +19,12 @@ weights that fall with the gradient, beta = 0.5. From the public code (qzp2018/U
 gated layers and then two self-attention blocks, patches of 32, texts of 64 rows without a mask, static weights (the mean of all
 terms by weight), V2F and S^vm as f_1 -> v_2 (an older script, and preset "paper": v_1 -> f_2), the indicator per batch. That flag
 is taken after a LayerNorm with a bias, so from the first step on it is 1 for zeros too: "batch" is 1 for every item here.
-This library's choice: an initial b of W that is not 0 (see `_initialise`), which term belongs to which group, the form of the adaptive weights, padded text masked (`text_mask`; without
-it padded rows are zeros), the indicator per item, `missing` = "constant" in every preset: zero tokens are attended to, as in the
-code, and being equal they cost one key. A term that compares images (texts) leaves out items that have none, only the hinges (PPM,
-PDC, PLC, L_hard) keep their embedding of an empty item and know no labels, as in the code. Left out: two heads of the code whose
-outputs it discards. CLIP's ViT differs from timm's by a norm before its blocks; take it by its name in timm for CLIP's weights.
+This library's choice: which term belongs to which group, the form of the adaptive weights, an initial b of W that is not 0 (see
+`_initialise`), padded text masked (`text_mask`; without it padded rows are zeros), the indicator per item, `missing` = "constant"
+in every preset: an absent modality's tokens, equal ones, are attended to, as in the code, and cost one key. A term that compares
+images (texts) leaves out items that have none, only the hinges (PPM, PDC, PLC, L_hard) keep their embedding of an empty item and
+know no labels, as in the code. Left out: two heads of the code whose outputs it discards. CLIP's ViT differs from timm's by a norm
+before its blocks; take it by its name in timm for CLIP's weights.
 """
 
 from __future__ import annotations
