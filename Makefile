@@ -18,7 +18,7 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfil
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=interpreter, used as it is; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
-	@echo "after which it begins nothing, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
+	@echo "after which it ends, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
 
 demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)

@@ -40,7 +40,8 @@ from mmfused.benchmarks.run import OPS as BENCHES
 from mmfused.benchmarks.sources import OPS, ROOT, source_hash
 
 DRY_OUT = "runs/gpu-dry-run"
-GRACE = 240.0  # seconds that a slice may go on after the budget that it was given
+LIMIT = 540.0  # seconds of a slice
+LAST = 120.0  # of them, those in which it should begin nothing more; with less left no slice begins
 # The suite's files, an op at a time; those of no pattern are "rest".
 TESTS = {
     "query_pooling": ("query_pooling*",),
@@ -127,12 +128,13 @@ def run(args: argparse.Namespace) -> int:
         left = args.budget_seconds - (time.monotonic() - begun)
         if not args.slices and green(states.get(part.name), part, facts):
             shown[part.name] = "green before"
-        elif left <= 0:
+        elif left < LAST:
             shown[part.name] = "waits"
         else:
             print(f"==== {part.name}", flush=True)
-            code, seconds = start(part, out / "logs" / f"{part.name}.log", left)
-            shown[part.name] = {0: "green", UNFINISHED: "unfinished", None: "ended by its limit"}.get(code, "RED")
+            code, seconds = start(part, out / "logs" / f"{part.name}.log", min(left, LIMIT))
+            cut = "unfinished" if left < LIMIT else "ended by its limit"
+            shown[part.name] = {0: "green", UNFINISHED: "unfinished", None: cut}.get(code, "RED")
             states[part.name] = {
                 "state": shown[part.name],
                 "exit_code": code,
@@ -163,10 +165,10 @@ def green(state: dict | None, part: Slice, facts: dict) -> bool:
     return (state["source"], state["versions"]) == (part.source, facts["versions"])
 
 
-def start(part: Slice, log: Path, left: float) -> tuple[int | None, float]:
+def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
     """The exit code and the seconds it took; None where it was ended. Its output goes to the terminal and to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    budget = min(left, BUDGET_SECONDS)
+    budget = min(max(1.0, limit - LAST), BUDGET_SECONDS)
     command = [sys.executable, *(word.replace("{budget}", str(int(budget))) for word in part.command)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -174,7 +176,7 @@ def start(part: Slice, log: Path, left: float) -> tuple[int | None, float]:
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipe)
-        alarm = threading.Timer(budget + GRACE, lambda: (over.set(), end(child)))
+        alarm = threading.Timer(limit, lambda: (over.set(), end(child)))
         alarm.start()
         try:
             for line in child.stdout:

@@ -76,7 +76,7 @@ def test_a_spent_budget_begins_nothing(begin, tmp_path, capsys):
 
 
 def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", -298.0)  # of the 300 seconds that a slice gets
+    monkeypatch.setattr(gpu, "LIMIT", 2.0)
     child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
     text = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     begun = time.monotonic()
@@ -90,7 +90,19 @@ def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeyp
 def test_budgets_reach_the_commands(begin, tmp_path):
     text = f"import sys; open({str(tmp_path / 'ran')!r}, 'w').write(sys.argv[1])"
     begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "100")
-    assert 95 <= int((tmp_path / "ran").read_text()) <= 100
+    assert not (tmp_path / "ran").exists()  # too little is left to begin
+    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "250")
+    assert 125 <= int((tmp_path / "ran").read_text()) <= 130
+    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")])
+    assert (tmp_path / "ran").read_text() != "300"  # green before
+    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "two")])
+    assert (tmp_path / "ran").read_text() == "300"
+
+
+def test_what_the_budget_ends_is_no_fault(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LAST", 0.5)
+    code, journal = begin([part("bench-x", "import time; time.sleep(60)")], "--budget-seconds", "2")
+    assert code == run.UNFINISHED and journal["bench-x"]["state"] == "unfinished"
 
 
 def test_slices_hold_the_whole_suite_and_all_benchmarks():
