@@ -60,15 +60,7 @@ def settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass
 class Trained(Provider):
-    """A provider under `settings`, with its optimiser's step."""
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        with settings(inputs[0].device, inputs[0].dtype):
-            return super().__call__(*inputs)
-
-    def both(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
-        with settings(inputs[0].device, inputs[0].dtype):
-            return super().both(inputs, upstream)
+    """A provider with its optimiser's step."""
 
     def step(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
         results = self.both(inputs, upstream)
@@ -124,7 +116,8 @@ def parts(name: str, parameter: Tensor) -> tuple[str, ...]:
 
 def _provider(models, backend: str | None, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     step = build(case, device, dtype, models() if callable(models) else models)
-    return Trained(step, {name: parts(name, parameter) for name, parameter in step.named_parameters()}, backend)
+    layout = {name: parts(name, parameter) for name, parameter in step.named_parameters()}
+    return Trained(step, layout, backend, within=functools.partial(settings, device, dtype))
 
 
 def torch_modules(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
