@@ -13,6 +13,9 @@ that backward.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,26 +29,25 @@ FIELDS = len(CrossAttentionWeights._fields)
 
 
 def _attend_composed(
-    x: Side, context: Side, w: CrossAttentionWeights, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p,
+    x: Side, context: Side, w: CrossAttentionWeights, *, normed, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p,
     dropout_seed, stream,
 ) -> Tensor:  # fmt: skip
-    """As the reference, with one product for keys and values, torch's attention, and no concatenation for the gate."""
+    """As the reference, with one product for keys and values, torch's attention, and no concatenation for the gate.
+
+    ``normed(tokens, norm)``: the LayerNorm of ``pre_norm``, which both directions share where no mask sets them apart.
+    """
     batch, _, dim = x.tokens.shape
-    masked = context.ignore is not None or context.absent is not None
     keys, ignore = read_keys(context, missing, collapse=dropout_p == 0)
     unchanged = stays(x, context, missing)
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
-
-    def normed(y, norm):
-        return F.layer_norm(y, y.shape[-1:], *norm, norm_eps) if pre_norm else y
 
     q = F.linear(normed(tokens, x.norm), w.w_q, w.b_q)
     biases = [w.w_k.new_zeros(dim) if b is None else b for b in (w.b_k, w.b_v)]
     k, v = F.linear(normed(keys, context.norm), torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-    attended = _attention(q, k, v, ignore if masked else None, dropout_p, dropout_seed, 2 * stream)
+    attended = _attention(q, k, v, ignore, dropout_p, dropout_seed, 2 * stream)
     attended = F.linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
-    if masked or not context.tokens.shape[1]:
+    if ignore is not None:
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
         attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
@@ -58,6 +60,22 @@ def _attend_composed(
             logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
         out = torch.lerp(tokens, attended, logits.sigmoid())  # keeps both for backward, which others keep anyway
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]:
+    """LayerNorm of the tokens of a side, once for all who ask with the same tensor."""
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def normed(tokens, norm):
+        if not pre_norm:
+            return tokens
+        for seen, out in known:
+            if seen is tokens:
+                return out
+        known.append((tokens, F.layer_norm(tokens, tokens.shape[-1:], *norm, eps)))
+        return known[-1][1]
+
+    return normed
 
 
 def _attention(q, k, v, ignore, dropout_p, dropout_seed, stream) -> Tensor:
@@ -265,11 +283,13 @@ def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
             return _attend_fused(sides, directions, **options)
         if chosen == "reference":
             return _each(attend_reference, sides, directions, options)
+        attend = functools.partial(_attend_composed, normed=_norms(options["pre_norm"], options["norm_eps"]))
         keep = _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
         if keep is None:
-            return _each(_attend_composed, sides, directions, options)
-        picked = [Side(*(p if p is None or isinstance(p, tuple) else p[keep] for p in side)) for side in sides]
-        outs = _each(_attend_composed, picked, directions, options)
+            return _each(attend, sides, directions, options)
+        ignores = [None if side.ignore is None else side.ignore[keep] for side in sides]
+        picked = [Side(side.tokens[keep], side.norm, ignore, None) for side, ignore in zip(sides, ignores, strict=True)]
+        outs = _each(attend, picked, directions, options)
         return [side.tokens.index_copy(0, keep, out) for side, out in zip(sides, outs, strict=False)]
 
 

@@ -136,11 +136,12 @@ def attend_reference(
 
     keys = normed(keys, context.norm)
     q, k, v = heads(normed(tokens, x.norm), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
-    probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, ignore[:, None, None])
+    probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None if ignore is None else ignore[:, None, None])
     if dropout_p:
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
     attended = F.linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
-    attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)  # nothing to attend to: 0, without the bias
+    if ignore is not None:  # nothing to attend to: 0, without the bias
+        attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
         attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
 
@@ -173,10 +174,12 @@ def stays(x: Side, context: Side, missing: str) -> Tensor | None:
     return torch.stack(masks).any(0) if masks else None
 
 
-def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tensor]:
-    """The context's tokens with 0 in place of those that nobody may read, and which these are (B, M)."""
+def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tensor | None]:
+    """The context's tokens with 0 in place of those that nobody may read, and which these are (B, M); None: there are none such."""
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore
+    if ignore is None and (context.absent is None or missing == "attend") and length:
+        return context.tokens, None
     if ignore is None:
         ignore = torch.zeros(batch, length, dtype=torch.bool, device=context.tokens.device)
     if context.absent is not None:
