@@ -27,8 +27,8 @@ _EXPERTS_ON_A_CPU = (
     "already, keep it."
 )
 _PRODUCTS_ON_A_CPU = (
-    "on a CPU the layer is its matrix products, and with all projections of a modality merged into one they are fewer and larger. "
-    "Who trains on a CPU and can write the layer anew should write that."
+    "on a CPU the layer is its matrix products, which a layer written by hand has too, and there is little to gain. Who trains on "
+    "a CPU and has such a layer should keep it."
 )
 # Why a case is slower than the best baseline, and when not to use the op: "device/op/case", device being cuda or cpu.
 SLOWER = {

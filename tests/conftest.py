@@ -9,8 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; compile tests run in processes of their own
 
+# What torch, and its compiler, note once of torch's functions: the patched ones below would not be found.
 with torch.device("meta"):
-    torch.empty(0)  # torch notes here, once, what takes a default device; the patched functions below would not be found
+    torch.empty(0)
+torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 def _poisoned(allocate):
