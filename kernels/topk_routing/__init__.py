@@ -108,7 +108,7 @@ def _sort(
         indices, mask, available, prefix, totals, sums, order, position, offsets, tiles, counts, losses, coefficients,
         tokens, blocks, len(tiles), tile_blocks, tile_rows(rows, experts),
         E=experts, K=k, S=segments, BALANCE=balance, BE=width(experts), BI=tile_block(experts), BR=block,
-        num_warps=4, num_stages=1, maxnreg=128,
+        num_warps=8 if experts > 256 else 4, num_stages=1, maxnreg=128,
     )  # fmt: skip
     return order, position, offsets, tiles
 
