@@ -332,7 +332,8 @@ def masked_info_nce(
         reduction: "mean", "sum" or "none", (B,).
 
     Returns: float32, or float64 for float64 inputs. A row (or column) with one allowed pair has an nce of exactly 0 and counts in
-    the mean. A candidate that nobody sees may hold NaN and gets gradient 0. Not twice differentiable: that raises.
+    the mean. A candidate that nobody sees may hold NaN and gets gradient 0. Not twice differentiable: that raises. On a GPU the
+    kernels wait for nothing; ``composed`` waits for the host to learn which blocks have pairs, so no CUDA graph takes it.
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
 
