@@ -183,11 +183,10 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
                 print(line, end="", flush=True)
                 file.write(line)
             child.wait()
-        except BaseException:  # Ctrl-C: what is begun must not go on alone
-            end(child)
-            raise
         finally:
             alarm.cancel()
+            if child.poll() is None:  # Ctrl-C: what is begun must not go on alone
+                end(child)
     return None if over.is_set() else child.returncode, time.monotonic() - begun
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 
 import torch
@@ -42,7 +43,7 @@ TOKENS = {"vision_start": 1, "vision_end": 2, "image": 3, "end": 4, "pad": 5, "d
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-class Step(nn.Module):
+class Step(nn.Module, ABC):
     """``model`` and a batch; ``forward`` takes the tokens of `inputs`, in their order, and gives the loss.
 
     ``models``: the library's, or `torch_modules.models()`.  ``dtype``: of the inputs.  ``small``: for a CPU.
@@ -63,19 +64,21 @@ class Step(nn.Module):
         with nullcontext() if self.autocast is None else torch.autocast(**self.autocast):
             return self.loss(*inputs)
 
+    @abstractmethod
     def build(self, models) -> nn.Module:
-        raise NotImplementedError
+        """The model, of the library or of `torch_modules`."""
 
+    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the inputs, by name."""
-        raise NotImplementedError
 
     def data(self) -> dict[str, Tensor]:
         """What is the same in every call: labels, masks and ids, made on the CPU."""
         return {}
 
+    @abstractmethod
     def loss(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of the inputs, in the order of `shapes`."""
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Random tokens, float32."""

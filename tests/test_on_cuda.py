@@ -51,9 +51,14 @@ def write(problem, given: dict[str, torch.Tensor]) -> None:
         target.copy_(given[name])
 
 
-def others(problem) -> dict[str, torch.Tensor]:
-    """Other values that the call takes as well."""
-    return {name: x.detach().flip(0) if x.dim() else x.detach() + 1 for name, x in values(problem).items()}
+def on_other_values(problem) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Other values that the call takes as well, and what it makes of them; the problem's own stay."""
+    given = {name: x.detach().clone() for name, x in values(problem).items()}
+    new = {name: x.flip(0) if x.dim() else x + 1 for name, x in given.items()}
+    write(problem, new)
+    wanted = problem.run()
+    write(problem, given)
+    return new, wanted
 
 
 def assert_same(actual, expected) -> None:
@@ -132,12 +137,9 @@ def test_nothing_waits_for_the_host(name, backend):
 @pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
 def test_a_cuda_graph_replays_on_new_values(name, backend):
     problem = make(name).to(HALF)
-    given, new = {key: x.detach().clone() for key, x in values(problem).items()}, others(problem)
     # torch's fused attention, on the composed paths, adds up its gradients in any order
     with path(name, backend), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        write(problem, new)
-        wanted = problem.run()
-        write(problem, given)
+        new, wanted = on_other_values(problem)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -173,11 +175,8 @@ def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
 def test_a_side_stream_keeps_the_order_of_its_work(name):
     """The values arrive late, on the stream that then runs the call: a launch on any other stream would be too early."""
     problem = make(name).to(HALF)
-    given, new = {key: x.detach().clone() for key, x in values(problem).items()}, others(problem)
     with path(name, "fused"):
-        write(problem, new)
-        wanted = problem.run()
-        write(problem, given)
+        new, wanted = on_other_values(problem)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
