@@ -8,6 +8,7 @@ import torch
 
 import mmfused
 from mmfused import library
+from mmfused.testing import over_budget
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -94,3 +95,10 @@ def test_values_are_checked_on_cpu():
     library.check_value(lambda: torch.tensor(True), "never")
     with pytest.raises(ValueError, match="wrong value"):
         library.check_value(lambda: torch.tensor(False), "wrong value")
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_budget_that_is_not_finite_allows_nothing(number):
+    exact, plain = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 1.0, number])
+    wanted = ["x: plain PyTorch's is not finite, which would allow anything."]
+    assert over_budget({"x": torch.ones(3)}, {"x": exact}, {"x": plain}) == wanted
