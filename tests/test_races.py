@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiling import run_python
+from compiling import run_python, triton_3_6  # noqa: F401 (a fixture)
 
 KERNEL = str(Path(__file__).parent / "racy_kernel.py")
 
