@@ -8,7 +8,8 @@ With few queries and many tokens, K and V cost far more than the pooling itself.
 
 which is exact: b_K adds the same number to a whole row of logits and drops out of the softmax (its gradient is exactly zero), and
 the rows of softmax(S) sum to one, so b_V is added once. K and V never exist; W_K's gradient costs nothing per sample. A LayerNorm
-in front of the projections folds away but for (x - mean) rstd: its weight into W_K and W_V, its bias into b_V. FLOPs per sample, forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
+in front of the projections folds away but for (x - mean) rstd: its weight into W_K and W_V, its bias into b_V. FLOPs per sample,
+forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
 
 Dropout scales each probability by 0 or 1 / (1 - p), so that a row no longer sums to one but to ksum, and then
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, current_backend, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
+from ..attention import attention
 from .checks import check
 
 
@@ -253,11 +255,11 @@ def _projected(
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p) / (1 - dropout_p)
         return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     if ignore is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
     # A dead row attends to everything and is zeroed after: not every SDPA backend returns 0 and zero gradients for it.
     dead = ignore.all(1)
     attend = ~(ignore & ~dead[:, None])[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, attend, scale).transpose(1, 2).flatten(2)
     return out.masked_fill(dead[:, None, None], 0.0)
 
 
