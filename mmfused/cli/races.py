@@ -1,0 +1,84 @@
+"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in what it prints before PTX.
+
+A loop's loads go through rings of shared memory that asynchronous copies fill ahead of use. A tile that an asynchronous
+``warp_group_dot`` reads needs one slot more than a tile that is read into registers, since the copy that refills a slot must
+wait for the dot of the previous turn. Triton counts a tile that is used both ways as the latter: the next copy overwrites what the
+tensor cores still read. No interpreter shows it, and a card mostly hides it by timing. The mend is to use such a tile in one way
+only, or ``num_stages=1``.
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAME = r"%[\w-]+(?:#\d+)?"
+
+
+def pipelined_register_reads(ttgir: str) -> list[str]:
+    """One sentence for each ring of shared memory whose copy overtakes an asynchronous dot.
+
+    That is a ring that a loop reads into registers and multiplies, and refills while the dot may still run. ``ttgir``:
+    ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. Empty where there is none, as on every architecture but sm_90.
+    """
+    lines = ttgir.splitlines()
+    rings, slots = _rings(lines)
+    faults = {}
+    for loop in _loops(lines):
+        loaded = set().union(*(_used(line, rings) for line in loop if "ttg.local_load " in line))
+        running: list[set[str]] = []  # what each dot still under way reads
+        for line in loop * 2:  # twice: dots of one turn run into the next
+            wait = re.search(r"ttng\.warp_group_dot_wait .*pendings = (\d+)", line)
+            if wait:
+                running = running[max(0, len(running) - int(wait[1])) :]
+            elif "ttng.warp_group_dot " in line and "isAsync = true" in line:
+                running.append(_used(line, rings))
+            elif "ttg.async_copy_global_to_local " in line:
+                for ring in sorted(_used(line, rings) & loaded & set().union(*running)):
+                    faults[ring] = (
+                        f"{ring}, of {slots[ring]} slots, is refilled while a dot reads it: it is read into registers too"
+                    )
+    return list(faults.values())
+
+
+def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
+    """The ring that each name of shared memory belongs to, through indices, views, waits and loops; each ring's slots."""
+    rings, slots = {}, {}
+
+    def follow(name: str, source: str) -> None:
+        if source in rings:
+            rings[name] = rings[source]
+
+    for line in lines:
+        made = re.match(rf"\s*({_NAME})(?::\d+)? = (\S+)", line)
+        if not made:
+            continue
+        name, op, rest = made[1], made[2], line[made.end() :]
+        if op == "ttg.local_alloc":
+            count = re.search(r"memdesc<(\d+)x\d+x\d+x", rest)
+            if count and int(count[1]) > 1:
+                rings[name], slots[name] = name, int(count[1])
+        elif op == "scf.for":
+            for inner, outer in re.findall(rf"({_NAME}) = ({_NAME})", rest):
+                follow(inner, outer)
+        elif op == "ttng.warp_group_dot_wait":  # gives its operands back, in order
+            for i, operand in enumerate(re.findall(_NAME, rest.split("{")[0])):
+                follow(f"{name}#{i}", operand)
+        elif op.startswith("ttg.memdesc_"):
+            follow(name, re.search(_NAME, rest)[0])
+    return rings, slots
+
+
+def _used(line: str, rings: dict[str, str]) -> set[str]:
+    """The rings among the operands of an operation."""
+    return {rings[name] for name in re.findall(_NAME, line.split(" = ", 1)[-1]) if name in rings}
+
+
+def _loops(lines: list[str]) -> list[list[str]]:
+    """The lines of every scf.for, nested ones included: a region is closed in the column where it was opened."""
+    loops = []
+    for i, line in enumerate(lines):
+        if "scf.for " in line:
+            close = re.match(r"\s*", line)[0] + "}"
+            end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(close))
+            loops.append(lines[i + 1 : end])
+    return loops
