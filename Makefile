@@ -13,7 +13,7 @@ endif
 
 # A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test bench readme lint gpu
+.PHONY: help demo test bench readme lint gpu compile-matrix newest
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,12 @@ readme: $(READY) ## make README's numbers and pictures from benchmarks/results
 lint: $(READY) ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; goes on where it was stopped
+	$(PY) tools/compile_matrix.py
+
+newest: $(READY) ## compile a few kernels on the newest Triton of the package index
+	$(PY) tools/compile_matrix.py --newest
 
 gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
 	$(PY) benchmarks/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
