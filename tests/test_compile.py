@@ -20,7 +20,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
     for padding in (None, "mask", "lengths"):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(device)
         counters.clear()
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -58,7 +58,7 @@ def check(model, compiled, batch):
 
 labels, there = torch.randint(0, 7, (5,)), torch.tensor([True, True, False, True, True])
 for backend in ("reference", "composed"):
-    mmfused.backend(backend)
+    mmfused.set_backend(backend)
     for without in ((), ("q_transform", "gate", "bottleneck", "moe")):
         torch._dynamo.reset(), counters.clear(), torch.manual_seed(0)
         model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, image=None, text=None, balance="gshard", without=without))

@@ -19,7 +19,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch._dynamo.reset()
         counters.clear()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.BidirectionalGatedCrossAttention(32, 4, **options).to(device)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for n, m in ((17, 9), (40, 21), (33, 14)):

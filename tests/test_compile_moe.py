@@ -19,7 +19,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch._dynamo.reset()
         counters.clear()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(device)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for length in (17, 40, 33):

@@ -238,7 +238,7 @@ def loss(tensors, options):
 runs = [("composed", kind, torch.float32) for kind in ("keys", "itself", "everything")] + [("composed", "keys", torch.float64)]
 for name, kind, dtype in [*runs, ("reference", "everything", torch.float32)]:
     torch._dynamo.reset(), counters.clear()
-    mmfused.backend(name)
+    mmfused.set_backend(name)
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (17, 40, 33):
         tensors, options = case(kind, n, dtype)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
 FORMS = ("epilogue", "block")
 FORM = "epilogue"  # where MMFUSED_CROSS_ATTENTION says nothing
+_asked: ContextVar[str | None] = ContextVar("form", default=None)
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,17 @@ def power(n: int) -> int:
 
 @contextmanager
 def form(name: str):
-    """MMFUSED_CROSS_ATTENTION for a while."""
-    before = os.environ.get("MMFUSED_CROSS_ATTENTION")
-    os.environ["MMFUSED_CROSS_ATTENTION"] = name
+    """As MMFUSED_CROSS_ATTENTION, inside ``with``, for this thread and context alone."""
+    before = _asked.set(name)
     try:
         yield
     finally:
-        del os.environ["MMFUSED_CROSS_ATTENTION"]
-        if before is not None:
-            os.environ["MMFUSED_CROSS_ATTENTION"] = before
+        _asked.reset(before)
 
 
 def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
     """The tile of the form "block" if that is to run, else None. What it does not take is an error only where it was asked for."""
-    asked = os.environ.get("MMFUSED_CROSS_ATTENTION")
+    asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
     if asked not in (None, *FORMS):
         raise ValueError(f"MMFUSED_CROSS_ATTENTION is {asked!r}; it takes one of {', '.join(FORMS)}.")
     if asked == "block" and chosen.block is None:

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...extension import current_router, load
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...extension import load
+from ...library import autocast_dtype, choose, current_router, no_autocast, once_differentiable, register
 from ...random import draw_seed, uniform
 from .checks import check, check_router
 from .composed import routing_composed
