@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION")
+SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION", "MMFUSED_CHECK")
 ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 
