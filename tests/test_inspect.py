@@ -2,7 +2,7 @@
 
 import json
 
-from compiling import run_python
+from compiling import ROOT, run_python
 
 from mmfused.kernels import tiles
 from mmfused.supported import ARCHS, TRITONS
@@ -65,3 +65,10 @@ def test_an_unknown_architecture_is_refused():
 def test_supported_versions_are_sorted_and_architectures_known():
     assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(TRITONS)
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
+
+
+def test_readme_and_the_committed_table_name_what_is_supported():
+    readme, table = (ROOT / "README.md").read_text(), (ROOT / "benchmarks/results/compile_matrix.md").read_text()
+    assert all(name in readme for name in (*TRITONS, *ARCHS))
+    assert all(f"| {version} |" in table for version in TRITONS)
+    assert " | ".join(ARCHS) in table and ", 0 with a fault." in table

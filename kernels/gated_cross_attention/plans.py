@@ -1,6 +1,6 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
-Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
+Every entry compiles without spills on every supported Triton for the architectures it names (``mmfused inspect``). Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
 a round number of warps a processor and spills a few registers to get there.
 
