@@ -62,15 +62,11 @@ __global__ void __launch_bounds__(kThreads, SLOTS > 8   ? 1
     const bool exists = first + i < r.tokens;
     const int64_t t = exists ? first + i : r.tokens - 1;
     Token<Group, SLOTS, 1> token(r, t);
+    if (f.replay != nullptr) token.replay(f.replay);
     token.score(load);
-    bool sound = true;
-    if (f.replay == nullptr) {
-      token.choose(f.selection_bias);
-    } else {
-      sound = token.replay(f.replay);
-    }
+    if (f.replay == nullptr) token.choose(f.selection_bias);
     float weight[1];
-    token.weigh(sound, weight);
+    token.weigh(weight);
     const float entropy = token.entropy();
     if (exists && lane < r.choices) {
       if (f.replay == nullptr) f.indices[t * r.choices + lane] = token.expert[0];
@@ -298,11 +294,11 @@ __device__ inline void write_losses(const Router& r, const Forward& f, const Pla
       const int at = s * r.experts + e;
       float slope = 0.0f;
       if (members[s] > 0 && r.balance == Balance::mse) {
-        if (r.available == nullptr || r.available[at]) {
-          const float distance = sums[at] / tokens - 1.0f / size;
-          value += distance * distance;
-          slope = 2.0f * distance * each;
-        }
+        // What nobody may use has a mean of 0, or NaN.
+        const float target = r.available == nullptr || r.available[at] ? 1.0f / size : 0.0f;
+        const float distance = sums[at] / tokens - target;
+        value += distance * distance;
+        slope = 2.0f * distance * each;
       } else if (members[s] > 0) {
         const bool gshard = r.balance == Balance::gshard;
         const float share = gshard ? float(totals[p.cells + at]) / tokens : float(totals[at]) / (tokens * float(r.choices));
@@ -350,8 +346,8 @@ __global__ void __launch_bounds__(kBackwardThreads, SLOTS > 4 ? 4 : 8) backward_
   const int64_t i = blockIdx.x * int64_t(blockDim.x / LANES) + threadIdx.x / LANES;
   const int64_t t = i < r.tokens ? i : r.tokens - 1;
   Token<Group, SLOTS, 1> token(r, t);
-  token.score(Load<T>{static_cast<const T*>(r.logits), r.stride_t, r.stride_e});
   token.replay(b.indices);
+  token.score(Load<T>{static_cast<const T*>(r.logits), r.stride_t, r.stride_e});
   const float weight[1] = {Group::lane() < r.choices ? b.weights[t * r.choices + Group::lane()] : 0.0f};
   token.gradient(b, weight);
   if (i >= r.tokens) return;

@@ -117,37 +117,51 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
   int64_t t;
   int segment;
   bool masked;
-  float l[SLOTS];      // the logit with its noise; 0 for a masked token, -inf for what cannot be chosen
-  float u[SLOTS];      // the logarithm of the score, up to a constant
-  float p[SLOTS];      // softmax of u
-  float top, log_sum;  // of u: log p = (u - top) - log_sum
-  float inverse;       // of the sum behind log_sum
-  float lse;           // of l
+  bool sound;  // its segment and the choice it replays exist, and its segment has enough experts; else its logits are NaN
+  bool every;  // of a segment that does not exist or has too few experts all may be chosen: k different ones, as always
+  float l[SLOTS];          // the logit with its noise; 0 for a masked token, -inf for what cannot be chosen
+  float u[SLOTS];          // the logarithm of the score, up to a constant
+  float p[SLOTS];          // softmax of u
+  float top, log_sum;      // of u: log p = (u - top) - log_sum
+  float inverse;           // of the sum behind log_sum
+  float top_l, inverse_l;  // of l, as top and inverse are of u
+  float lse;               // of l
   int expert[CHOICES];
 
   MMFUSED_BOTH Token(const Router& router, int64_t token) : r(router), t(token) {
     masked = r.mask != nullptr && r.mask[t];
+    sound = true;
     segment = 0;
     if (r.segment != nullptr) {
       const int64_t s = r.segment[t];
       segment = int(s < 0 ? 0 : s >= r.segments ? r.segments - 1 : s);
+      sound = s == segment;
     }
+    every = !sound;
   }
 
   static MMFUSED_BOTH int expert_of(int slot) { return slot * Group::lanes + Group::lane(); }
   MMFUSED_BOTH bool usable(int e) const {
-    return e < r.experts && (r.available == nullptr || r.available[segment * r.experts + e]);
+    return e < r.experts && (every || r.available == nullptr || r.available[segment * r.experts + e]);
   }
 
-  // Load is a function of (token, expert): the logits' dtype is its business.
+  // Load is a function of (token, expert): the logits' dtype is its business. A choice that is replayed comes before.
   template <class Load> MMFUSED_BOTH void score(Load load) {
     const uint64_t seed = r.jitter != 0.0f ? uint64_t(*r.seed) : 0;
+    if (r.available != nullptr) {
+      float there = 0.0f;
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) there += usable(expert_of(s)) ? 1.0f : 0.0f;
+      const bool few = Group::sum(there) < float(r.choices);
+      every = every || few;
+      sound = sound && !few;
+    }
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int e = expert_of(s);
       l[s] = -INFINITY;
       if (usable(e)) {
-        l[s] = masked ? 0.0f : load(t, e);  // a masked row may hold NaN
+        l[s] = masked ? 0.0f : sound ? load(t, e) : NAN;  // a masked row may hold NaN
         if (r.jitter != 0.0f) l[s] = rounded_product(l[s], noise(r.jitter, seed, t, e));
       }
       u[s] = r.sigmoid ? log_sigmoid(l[s]) : l[s];
@@ -159,10 +173,12 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     inverse = isfinite(lse) ? 1.0f / total : NAN;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) p[s] *= inverse;
+    top_l = top;
+    inverse_l = inverse;
     if (r.sigmoid) {
-      float largest;
-      total = softmax(l, largest, false);
-      lse = largest + logf(total);
+      total = softmax(l, top_l, false);
+      inverse_l = 1.0f / total;
+      lse = top_l + logf(total);
     }
   }
 
@@ -209,19 +225,16 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
   }
 
-  // The choice as given; false where an expert does not exist. What is kept then does, so that nothing is read out of bounds.
-  MMFUSED_BOTH bool replay(const int64_t* indices) {
-    bool exist = true;
+  // The choice as given. In place of an expert that does not exist another is kept, so that nothing is read out of bounds.
+  MMFUSED_BOTH void replay(const int64_t* indices) {
     for (int j = 0; j < r.choices; ++j) {
       const int64_t e = indices[t * r.choices + j];
-      exist = exist && e >= 0 && e < r.experts;
+      sound = sound && e >= 0 && e < r.experts;
       keep(j, expert, int(e < 0 ? 0 : e >= r.experts ? r.experts - 1 : e));
     }
-    return exist;
   }
 
-  MMFUSED_BOTH void weigh(bool exist, float (&weight)[CHOICES]) {
-    const bool sound = exist && !isnan(log_sum);
+  MMFUSED_BOTH void weigh(float (&weight)[CHOICES]) {
     float log_score[CHOICES], value[CHOICES];
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) log_score[c] = -INFINITY;
@@ -243,7 +256,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
       for (int c = 0; c < CHOICES; ++c) value[c] /= total;
     }
 #pragma unroll
-    for (int c = 0; c < CHOICES; ++c) weight[c] = masked ? 0.0f : sound ? value[c] : NAN;
+    for (int c = 0; c < CHOICES; ++c) weight[c] = masked ? 0.0f : isnan(log_sum) ? NAN : value[c];
   }
 
   MMFUSED_BOTH float entropy() const {
@@ -303,7 +316,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     for (int s = 0; s < SLOTS; ++s) {
       const int e = expert_of(s);
       float dl = r.sigmoid ? du[s] * sigmoid(-l[s]) : du[s];
-      if (b.d_z != nullptr) dl += 2.0f * d_z * lse * expf(l[s] - lse);
+      if (b.d_z != nullptr) dl += 2.0f * d_z * lse * (r.sigmoid ? expf(l[s] - top_l) * inverse_l : p[s]);
       if (r.jitter != 0.0f) dl *= noise(r.jitter, seed, t, e);
       l[s] = masked || !usable(e) ? 0.0f : dl;
     }

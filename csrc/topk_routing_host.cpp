@@ -52,15 +52,11 @@ struct HostLoad {
 void route_on_host(const Router& r, const float* selection_bias, const int64_t* replay, const HostOutput& out) {
   for (int64_t t = 0; t < r.tokens; ++t) {
     HostToken token(r, t);
+    if (replay != nullptr) token.replay(replay);
     token.score(HostLoad{r});
-    bool sound = true;
-    if (replay == nullptr) {
-      token.choose(selection_bias);
-    } else {
-      sound = token.replay(replay);
-    }
+    if (replay == nullptr) token.choose(selection_bias);
     float weight[kMaxChoices];
-    token.weigh(sound, weight);
+    token.weigh(weight);
     for (int j = 0; j < r.choices; ++j) {
       out.indices[t * r.choices + j] = token.expert[j];
       out.weights[t * r.choices + j] = weight[j];
@@ -74,8 +70,8 @@ void route_on_host(const Router& r, const float* selection_bias, const int64_t* 
 void gradient_on_host(const Router& r, const Backward& b) {
   for (int64_t t = 0; t < r.tokens; ++t) {
     HostToken token(r, t);
-    token.score(HostLoad{r});
     token.replay(b.indices);
+    token.score(HostLoad{r});
     float weight[kMaxChoices] = {};
     for (int j = 0; j < r.choices; ++j) weight[j] = b.weights[t * r.choices + j];
     token.gradient(b, weight);

@@ -12,7 +12,7 @@ import pytest
 from mmfused.supported import TRITONS
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION")
+SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION", "MMFUSED_CHECK")
 ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 

@@ -104,21 +104,21 @@ def backward(
     p, ds = (x.new_empty(batch, length, rows) for _ in range(2))
     tile = tiles.backward["dlogits"]
     blocks = triton.cdiv(rows, tile.BR)
-    g_mean, g_x = (x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
+    g_x = x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32)
     _run(
         bwd.dlogits_kernel, tile, (batch, blocks, triton.cdiv(length, tile.BN)),
-        x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_mean, g_x,
+        x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_x,
         length, width, rows, *strides, stride_qb, scale, **flags, **drops,
     )  # fmt: skip
     if need_dx:
         tile = tiles.backward["dx"]
         _run(
             bwd.dx_kernel, tile, (batch, triton.cdiv(length, tile.BN), triton.cdiv(dim, tile.BD)),
-            x, q, dz, p, ds, mean, rstd, g_mean, g_x, words, span, dx, length, width, rows, blocks, *strides, stride_qb, **flags,
+            x, q, dz, p, ds, mean, rstd, g_x, words, span, dx, length, width, rows, blocks, *strides, stride_qb, **flags,
         )  # fmt: skip
     tile = tiles.backward["dq"]
     _run(
         bwd.dq_kernel, tile, (partials, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x, ds, mean, words, span, dq, batch, length, width, rows, *strides, **flags,
+        x, ds, mean, rstd, words, span, dq, batch, length, width, rows, *strides, **flags,
     )  # fmt: skip
     return dx, dq.sum(0) if shared else dq

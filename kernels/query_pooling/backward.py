@@ -2,8 +2,8 @@
 
     dX = P^T dZ + dS^T Q'        dQ' = dS X, summed over the samples where they share their queries
 
-With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - mean_D(G) - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. Both
-means follow from numbers at hand: mean_D(G) = (P^T sum(dZ) + dS^T sum(Q')) / D, mean_D(G x^) = sum_r (P dP + dS S) / D.
+With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. LayerNorm's
+other term, mean_D(G), is 0, for dZ and Q' come with rows that sum to 0 over D. mean_D(G x^) = sum_r (P dP + dS S) / D.
 With DROPOUT the dropped P stands in all of this but in dS = Drop(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum.
 No atomics: dX of a token has one owner; dQ' goes into a fixed number of partial sums, added up in order.
 """
@@ -13,24 +13,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+from ..tiles import LOG2E, dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
 from .dropout import rows_keep
+from .tokens import load_moments, load_normed, load_normed_t
 
 
 @triton.jit
-def _delta(dz, z):
-    return tl.sum(dz.to(tl.float32) * z.to(tl.float32), 0)
-
-
-@triton.jit
-def _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
-    """dksum, and its share of delta."""
+def _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr):
+    """delta and dksum. In a loop of its own: a tile of dZ read into registers beside its product would race (cli/races.py)."""
     dksum = tl.zeros(rows.shape, tl.float32)
-    share = dksum
+    delta = dksum
     if DROPOUT:
         dksum = tl.load(dksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-        share = dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-    return dksum, share
+        delta = dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
+    for start in range(0, D, BD):
+        cols = start + tl.arange(0, BD)
+        dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D).to(tl.float32)
+        delta += tl.sum(dz * load_rows_t(z_ptr + b * R * D, rows, cols, R, D).to(tl.float32), 0)
+    return delta, dksum
 
 
 @triton.jit
@@ -69,23 +69,16 @@ def onepass_kernel(
     dq = ()
     for _ in tl.static_range(NC):
         dq += (tl.zeros([BD, BR], tl.float32),)
-    dq_short = tl.zeros([BR], tl.float32)
     for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
         b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
         lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
         q = ()
         dz = ()
-        dksum, delta = _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
-        q_sum = tl.zeros([BR], tl.float32)
-        dz_sum = tl.zeros([BR], tl.float32)
+        delta, dksum = _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D, BD, DROPOUT)
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
-            delta += _delta(dz[c], load_rows_t(z_ptr + b * R * D, rows, cols, R, D))
-            if NORM:
-                q_sum += tl.sum(q[c].to(tl.float32), 0)
-                dz_sum += tl.sum(dz[c].to(tl.float32), 0)
         lo, hi = token_span(b, span_ptr, N, MASK)
         lo = lo // BN * BN
         if NEED_DX and MASK != "none":
@@ -93,38 +86,28 @@ def onepass_kernel(
             _zero_rows(dx_ptr, b, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, N, D, BN, BD)
         for start in range(lo, hi, BN):
             n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
             s = tl.zeros([BN, BR], tl.float32)
             dp = tl.zeros([BN, BR], tl.float32)
             x = ()
             for c in tl.static_range(NC):
                 cols = c * BD + tl.arange(0, BD)
-                x += (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D),)
+                x += (load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),)
                 s = dot(x[c], q[c], s, UPCAST)
                 dp = dot(x[c], dz[c], dp, UPCAST)
-            if NORM:
-                mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-                rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
-                s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
-                dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
             p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
             p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
-            if NORM:
-                g_mean = tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D * rstd
-                g_x = tl.sum(p * dp + ds * s, 1) / D * rstd
-                p = p * rstd[:, None]
-                ds = ds * rstd[:, None]
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
             if NORM:
-                dq_short += tl.sum(ds.to(tl.float32) * mean[:, None], 0)
+                g_x = tl.sum(p * dp + ds * s, 1) / D
             grown = ()
             for c in tl.static_range(NC):
                 if NEED_DX:
                     dx = dot(p, tl.trans(dz[c]), tl.zeros([BN, BD], tl.float32), UPCAST)
                     dx = dot(ds, tl.trans(q[c]), dx, UPCAST)
                     if NORM:
-                        dx -= g_mean[:, None] + (x[c].to(tl.float32) - mean[:, None]) * (rstd * g_x)[:, None]
-                        dx = tl.where(keep[:, None], dx, 0.0)
+                        dx = (dx - x[c].to(tl.float32) * g_x[:, None]) * rstd[:, None]
                     cols = c * BD + tl.arange(0, BD)
                     inside = (n[:, None] < N) & (cols[None, :] < D)
                     tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
@@ -132,17 +115,17 @@ def onepass_kernel(
             dq = grown
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
-        store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c] - dq_short[None, :], rows, cols, R, D)
+        store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c], rows, cols, R, D)
 
 
 @triton.jit
 def dlogits_kernel(
     x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
-    g_mean_ptr, g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb, scale,
+    g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), with NORM times rstd, and each row block's share of the token means."""
+    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), and with NORM each row block's share of mean_D(G x^)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     start = tl.program_id(2) * BN
@@ -152,34 +135,21 @@ def dlogits_kernel(
         _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         s = tl.zeros([BN, BR], tl.float32)
         dp = tl.zeros([BN, BR], tl.float32)
-        dksum, delta = _ksum_gradient(ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
-        q_sum = tl.zeros([BR], tl.float32)
-        dz_sum = tl.zeros([BR], tl.float32)
+        delta, dksum = _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D, BD, DROPOUT)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
         for c in range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
-            x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D)
-            q = load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D)
-            dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
-            s = dot(x, q, s, UPCAST)
-            dp = dot(x, dz, dp, UPCAST)
-            delta += _delta(dz, load_rows_t(z_ptr + b * R * D, rows, cols, R, D))
-            if NORM:
-                q_sum += tl.sum(q.to(tl.float32), 0)
-                dz_sum += tl.sum(dz.to(tl.float32), 0)
-        if NORM:
-            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
-            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
-            dp = (dp - mean[:, None] * dz_sum[None, :]) * rstd[:, None]
+            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
+            dp = dot(x, load_rows_t(dz_ptr + b * R * D, rows, cols, R, D), dp, UPCAST)
         lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
         p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
         p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
+        p = p.to(x_ptr.dtype.element_ty)
+        ds = ds.to(x_ptr.dtype.element_ty)
         if NORM:
             share = (b * tl.num_programs(1) + tl.program_id(1)) * N + n
-            tl.store(g_mean_ptr + share, tl.sum(p * dz_sum[None, :] + ds * q_sum[None, :], 1) / D, mask=n < N)
             tl.store(g_x_ptr + share, tl.sum(p * dp + ds * s, 1) / D, mask=n < N)
-            p = p * rstd[:, None]
-            ds = ds * rstd[:, None]
         at = (b * N + n[:, None]) * R + rows[None, :]
         inside = (n[:, None] < N) & (rows[None, :] < R)
         tl.store(p_ptr + at, p, mask=inside)
@@ -188,7 +158,7 @@ def dlogits_kernel(
 
 @triton.jit
 def dx_kernel(
-    x_ptr, q_ptr, dz_ptr, p_ptr, ds_ptr, mean_ptr, rstd_ptr, g_mean_ptr, g_x_ptr, words_ptr, span_ptr, dx_ptr,
+    x_ptr, q_ptr, dz_ptr, p_ptr, ds_ptr, mean_ptr, rstd_ptr, g_x_ptr, words_ptr, span_ptr, dx_ptr,
     N, W, R, blocks, stride_xb, stride_xn, stride_qb,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
@@ -209,21 +179,18 @@ def dx_kernel(
             dx = dot(p, load_tokens(dz_ptr + b * R * D, rows, cols, rows < R, D, D), dx, UPCAST)
             dx = dot(ds, load_tokens(q_ptr + b * stride_qb, rows, cols, rows < R, D, D), dx, UPCAST)
         if NORM:
-            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
-            g_mean = tl.zeros([BN], tl.float32)
             g_x = tl.zeros([BN], tl.float32)
             for block in range(blocks):
-                g_mean += tl.load(g_mean_ptr + (b * blocks + block) * N + n, mask=keep, other=0.0)
                 g_x += tl.load(g_x_ptr + (b * blocks + block) * N + n, mask=keep, other=0.0)
-            x = (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D).to(tl.float32) - mean[:, None]) * rstd[:, None]
-            dx -= (g_mean[:, None] + x * g_x[:, None]) * rstd[:, None]
+            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            dx = (dx - x.to(tl.float32) * g_x[:, None]) * rstd[:, None]
     tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=(n[:, None] < N) & (cols[None, :] < D))
 
 
 @triton.jit
 def dq_kernel(
-    x_ptr, ds_ptr, mean_ptr, words_ptr, span_ptr, dq_ptr,
+    x_ptr, ds_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, dq_ptr,
     B, N, W, R, stride_xb, stride_xn,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
@@ -232,15 +199,13 @@ def dq_kernel(
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
     acc = tl.zeros([BD, BR], tl.float32)
-    short = tl.zeros([BR], tl.float32)
     for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
         b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
         lo, hi = token_span(b, span_ptr, N, MASK)
         for start in range(lo // BN * BN, hi, BN):
             n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
             ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
-            if NORM:
-                mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-                short += tl.sum(ds.to(tl.float32) * mean[:, None], 0)
-            acc = dot(load_tokens_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D), ds, acc, UPCAST)
-    store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, acc - short[None, :], rows, cols, R, D)
+            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+            x = load_normed_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            acc = dot(x, ds, acc, UPCAST)
+    store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, acc, rows, cols, R, D)

@@ -2,10 +2,10 @@
 
 Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions want 64 rows on their first side,
 and there are always enough tokens for that, seldom enough queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256.
-With NORM a token x stands for (x - mean) rstd: the logits become rstd (q x - mean sum(q)), the weights p rstd, and the pooled row
-is short of sum(p rstd mean). The sums use the rounded operands, so the correction is exact. lse is +inf for a row
-without tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which
-ksum is the sum of each row; lse knows nothing of it.
+With NORM a token x stands for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
+subtracted after the products, a large mean would leave the rounding of its square behind. lse is +inf for a row without tokens,
+which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which ksum is the sum of
+each row; lse knows nothing of it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2E, dot, load_rows_t, load_tokens, load_tokens_t, store_rows_t, token_span, tokens_kept
+from ..tiles import LOG2E, dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
 from .dropout import rows_keep
+from .tokens import load_moments, load_normed, load_normed_t
 
 
 @triton.jit
@@ -71,39 +72,28 @@ def onepass_kernel(
     NC: tl.constexpr = (D + BD - 1) // BD
     q = ()
     acc = ()
-    q_sum = tl.zeros([BR], tl.float32)
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
         q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
         acc += (tl.zeros([BD, BR], tl.float32),)
-        if NORM:
-            q_sum += tl.sum(q[c].to(tl.float32), 0)
     m = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
-    short = tl.zeros([BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
         s = tl.zeros([BN, BR], tl.float32)
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
-            x += (load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D),)
+            x += (load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),)
             s = dot(x[c], q[c], s, UPCAST)
-        if NORM:
-            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
-            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
         p, m, total, fade = _softmax_step(s, m, total, keep)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum = ksum * fade + tl.sum(p, 0)
-        if NORM:
-            p = tl.where(keep[:, None], p * rstd[:, None], 0.0)
         p = p.to(x_ptr.dtype.element_ty)
-        if NORM:
-            short = short * fade + tl.sum(p.to(tl.float32) * mean[:, None], 0)
         faded = ()
         for c in tl.static_range(NC):
             faded += (dot(tl.trans(x[c]), p, acc[c] * fade[None, :], UPCAST),)
@@ -114,7 +104,7 @@ def onepass_kernel(
         tl.store(ksum_ptr + b * R + rows, ksum * inverse, mask=rows < R)
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
-        store_rows_t(z_ptr + b * R * D, (acc[c] - short[None, :]) * inverse[None, :], rows, cols, R, D)
+        store_rows_t(z_ptr + b * R * D, acc[c] * inverse[None, :], rows, cols, R, D)
     _store_lse(lse_ptr + b * R + rows, m, total, rows < R)
 
 
@@ -133,19 +123,12 @@ def logits_kernel(
     lo, hi = token_span(b, span_ptr, N, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
         s = tl.zeros([BN, BR], tl.float32)
-        q_sum = tl.zeros([BR], tl.float32)
         for c in range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
-            x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D)
-            q = load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D)
-            s = dot(x, q, s, UPCAST)
-            if NORM:
-                q_sum += tl.sum(q.to(tl.float32), 0)
-        if NORM:
-            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-            rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
-            s = (s - mean[:, None] * q_sum[None, :]) * rstd[:, None]
+            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
         _, m, total, _ = _softmax_step(s, m, total, keep)
         inside = keep[:, None] & (rows[None, :] < R)
         tl.store(s_ptr + (b * N + n[:, None]) * R + rows[None, :], s, mask=inside)
@@ -165,7 +148,6 @@ def pool_kernel(
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
     lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
     acc = tl.zeros([BD, BR], tl.float32)
-    short = tl.zeros([BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
     for start in range(lo // BN * BN, hi, BN):
@@ -176,13 +158,9 @@ def pool_kernel(
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
             ksum += tl.sum(p, 0)
-        if NORM:
-            mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-            p = p * tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)[:, None]
-        p = p.to(x_ptr.dtype.element_ty)
-        if NORM:
-            short += tl.sum(p.to(tl.float32) * mean[:, None], 0)
-        acc = dot(load_tokens_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D), p, acc, UPCAST)
-    store_rows_t(z_ptr + b * R * D, acc - short[None, :], rows, cols, R, D)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+        x = load_normed_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+        acc = dot(x, p.to(x_ptr.dtype.element_ty), acc, UPCAST)
+    store_rows_t(z_ptr + b * R * D, acc, rows, cols, R, D)
     if DROPOUT and tl.program_id(2) == 0:
         tl.store(ksum_ptr + b * R + rows, ksum, mask=rows < R)

@@ -41,33 +41,31 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
     tight = norm and dropout  # in one pass they leave too few registers for the largest tiles
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if hopper else 768) or wide_type:
-        forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type)
-    elif narrow or not hopper or (tight and dim > 768) or (dropout and blackwell and chunk == 64):
-        # Of Blackwell's registers a thread gets 128 where two such blocks fit: enough for chunks of 128.
-        width = min(chunk, 128) if tight and blackwell else chunk
-        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, width, 8, 2)
+        forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type, norm)
+    elif narrow or not hopper or (norm and dim > 768) or (dropout and blackwell and chunk < 256):
+        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2)
     else:
         forward["onepass"] = Tile(32, 32, chunk, 8, 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
         # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units busy.
-        few = (norm and not blackwell) or tight or (dropout and dim > 768)
-        backward = {"onepass": Tile(16 if few else 32, 16, chunk, 8, 1)}
+        few = norm or (dropout and dim > 768)
+        backward = {"onepass": Tile(16 if few else 32, 16, chunk, 8, 2 if norm else 1)}
     else:
-        backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type)
+        backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type, norm)
     return Plan(forward, backward)
 
 
-def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: bool) -> dict[str, Tile]:
+def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: bool, norm: bool) -> dict[str, Tile]:
     if wide_type:
-        return {kernel: Tile(32, 16, 64, 8, 2) for kernel in kernels}
+        return {kernel: Tile(32, 16, 32 if kernel == "dlogits" else 64, 8, 2) for kernel in kernels}
     few = 16 if rows <= 16 or not hopper else 32
     many = 64 if rows > 32 and hopper else few
     tiles = {
         "logits": Tile(64, few, 64, 4, 3),
         "pool": Tile(64 if hopper else 32, few, 128, 4, 3),
-        "dlogits": Tile(64, many, 64, 4, 3),
+        "dlogits": Tile(64, many, 64, 8 if norm else 4, 3),
         "dx": Tile(64, many, 128, 4, 2),
-        "dq": Tile(64 if hopper else 32, few, 128, 4, 3),
+        "dq": Tile(64 if hopper else 32, few, 128, 4, 2 if norm and not hopper else 3),
     }
     return {kernel: tiles[kernel] for kernel in kernels}
 

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, load_tokens, store_rows_t
-from .scores import jitter_factor, load_allowed, load_choice, load_logits, load_segment, scores, tokens_kept
+from .scores import (
+    choices_outside,
+    jitter_factor,
+    load_allowed,
+    load_choice,
+    load_logits,
+    load_segment,
+    scores,
+    tokens_kept,
+)
 
 
 @triton.jit
@@ -45,9 +54,11 @@ def logits_kernel(
     if seed_ptr is not None:
         factor = jitter_factor(seed_ptr, jitter, n, experts)
         logits *= factor
-    segment = load_segment(segments_ptr, n, T, S)
-    allowed = load_allowed(available_ptr, segment, experts, E)
-    _, p, log_p, lse = scores(logits, allowed, SIGMOID)
+    segment, void = load_segment(segments_ptr, n, T, S)
+    allowed, void = load_allowed(available_ptr, segment, void, experts, E, K)
+    void = void | choices_outside(indices_ptr, n, keep, E, K)
+    logits = tl.where((void & keep)[:, None], float("nan"), logits)
+    _, p, log_p, p_logits, lse = scores(logits, allowed, SIGMOID)
     each = tl.load(coefficients_ptr + S * E)
     gp = tl.zeros([BR, BE], tl.float32)
     du = tl.zeros([BR, BE], tl.float32)
@@ -82,9 +93,7 @@ def logits_kernel(
     if SIGMOID:
         d *= tl.sigmoid(-logits)
     if d_z_ptr is not None:
-        if SIGMOID:
-            p = tl.exp(tl.where(allowed, logits, float("-inf")) - lse[:, None])
-        d += (tl.load(d_z_ptr) * each * 2.0) * lse[:, None] * p
+        d += (tl.load(d_z_ptr) * each * 2.0) * lse[:, None] * p_logits
     if seed_ptr is not None:
         d *= factor
     d = tl.where(keep[:, None] & allowed, d, 0.0)

@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, load_tokens
-from .scores import jitter_factor, load_allowed, load_choice, load_logits, load_segment, scores, softmax, tokens_kept
+from .scores import (
+    choices_outside,
+    jitter_factor,
+    load_allowed,
+    load_choice,
+    load_logits,
+    load_segment,
+    scores,
+    softmax,
+    tokens_kept,
+)
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32
 LOW_GAIN = tl.constexpr(2048.0)  # what float16 rounds off is brought back into its range
@@ -33,17 +43,16 @@ def _key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
 
 @triton.jit
 def _choose(
-    key, value, broken, n, T, given_ptr, indices_ptr, experts, slots,
+    key, value, n, T, given_ptr, indices_ptr, experts, slots,
     E: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The k largest keys, or the choice given: by slot the expert and its value, by expert how often chosen, and void rows."""
+    """The k largest keys, or the choice given: by slot the expert and its value, and by expert how often chosen."""
     choice = tl.zeros([BR, BS], tl.int32)
     chosen = tl.full([BR, BS], float("-inf"), tl.float32)
     times = tl.zeros([BR, BE], tl.int32)
     for j in range(K):
         if given_ptr is not None:
-            at, given = load_choice(given_ptr, n, j, n < T, E, K)
-            broken = broken | (given != at)
+            at, _ = load_choice(given_ptr, n, j, n < T, E, K)
         else:
             _, at = tl.max(key, 1, return_indices=True, return_indices_tie_break_left=True)
         here = experts[None, :] == at[:, None]
@@ -56,7 +65,7 @@ def _choose(
     if given_ptr is None:
         at = n[:, None].to(tl.int64) * K + slots[None, :]
         tl.store(indices_ptr + at, choice.to(tl.int64), mask=(n[:, None] < T) & (slots[None, :] < K))
-    return choice, chosen, times, broken
+    return choice, chosen, times
 
 
 @triton.jit
@@ -111,21 +120,22 @@ def _route(
     logits = load_logits(logits_ptr, n, experts, keep, stride_n, stride_e, E)
     if seed_ptr is not None:
         logits *= jitter_factor(seed_ptr, jitter, n, experts)
-    segment = load_segment(segments_ptr, n, T, S)
-    allowed = load_allowed(available_ptr, segment, experts, E)
-    u, p, log_p, lse = scores(logits, allowed, SIGMOID)
+    segment, void = load_segment(segments_ptr, n, T, S)
+    allowed, void = load_allowed(available_ptr, segment, void, experts, E, K)
+    if given_ptr is not None:
+        void = void | choices_outside(given_ptr, n, keep, E, K)
+    logits = tl.where((void & keep)[:, None], float("nan"), logits)
+    u, p, log_p, _, lse = scores(logits, allowed, SIGMOID)
     entropy = tl.sum(p * tl.where(p > 0, -log_p, 0.0), 1)  # 0 log 0 = 0, and NaN where P is
     score = p
     if SIGMOID:
         score = tl.where(allowed, tl.sigmoid(logits), 0.0)
     key = _key(logits, score, selection_bias_ptr, experts, allowed, E)
     value = u if RENORMALIZE else score
-    choice, weights, times, broken = _choose(
-        key, value, lse != lse, n, T, given_ptr, indices_ptr, experts, slots, E, K, BR, BE, BS
-    )  # fmt: skip
+    choice, weights, times = _choose(key, value, n, T, given_ptr, indices_ptr, experts, slots, E, K, BR, BE, BS)
     if RENORMALIZE:
         weights, _, _ = softmax(weights)
-    weights = tl.where(broken[:, None], float("nan"), weights)
+    weights = tl.where((lse != lse)[:, None], float("nan"), weights)
     weights = tl.where(keep[:, None] & (slots[None, :] < K), weights, 0.0)
     at = n[:, None].to(tl.int64) * K + slots[None, :]
     tl.store(weights_ptr + at, weights, mask=(n[:, None] < T) & (slots[None, :] < K))

@@ -145,7 +145,8 @@ def _losses(
         size = tl.sum(usable.to(tl.int32), 0).to(tl.float64)
         mean = tl.load(sums_ptr + s * E + experts, mask=exists, other=0.0) / tl.maximum(number, 1).to(tl.float64)
         if BALANCE == "mse":
-            off = tl.where(usable & (number > 0), mean - 1.0 / tl.maximum(size, 1.0), 0.0)
+            target = tl.where(usable & (number > 0), 1.0 / tl.maximum(size, 1.0), 0.0)
+            off = mean - target  # what nobody may use has a mean of 0, or NaN
             slope = 2.0 * off
             loss = tl.sum(off * off, 0)
         else:

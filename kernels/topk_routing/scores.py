@@ -31,21 +31,37 @@ def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def load_segment(segments_ptr, n, T, S: tl.constexpr):
-    """The segment of each token; all are of the first where there is but one."""
+    """The segment of each token, forced into [0, S), and whether it lay outside; all are of the first where none are given."""
     segment = tl.zeros_like(n)
+    void = n < 0
     if segments_ptr is not None:
         given = tl.load(segments_ptr + n, mask=n < T, other=0)
         segment = tl.minimum(tl.maximum(given, 0), S - 1).to(tl.int32)
-    return segment
+        void = given != segment
+    return segment, void
 
 
 @triton.jit
-def load_allowed(available_ptr, segment, experts, E: tl.constexpr):
-    """Which experts a token may use: (tokens, experts), or one row for all tokens."""
+def load_allowed(available_ptr, segment, void, experts, E: tl.constexpr, K: tl.constexpr):
+    """Which experts a token may use: (tokens, experts), or one row for all tokens; and the void tokens, with those whose segment
+    has fewer than K. They may use all experts, so that their choice is of K different ones like any other."""
     exists = (experts < E)[None, :]
+    allowed = exists
     if available_ptr is not None:
-        exists = tl.load(available_ptr + segment[:, None] * E + experts[None, :], mask=exists, other=0) != 0
-    return exists
+        allowed = tl.load(available_ptr + segment[:, None] * E + experts[None, :], mask=exists, other=0) != 0
+        void = void | (tl.sum(allowed.to(tl.int32), 1) < K)
+        allowed = allowed | (void[:, None] & exists)
+    return allowed, void
+
+
+@triton.jit
+def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
+    """The tokens of which a choice is no expert."""
+    void = n < 0
+    for j in range(K):
+        at, given = load_choice(indices_ptr, n, j, keep, E, K)
+        void = void | (given != at)
+    return void
 
 
 @triton.jit
@@ -58,27 +74,30 @@ def jitter_factor(seed_ptr, jitter, n, experts):
 
 @triton.jit
 def softmax(x):
-    """P over the second axis, its logarithm, and the log-sum-exp; as in PyTorch NaN where a row holds NaN, inf or only -inf.
+    """P over the second axis, its logarithm, and the log-sum-exp. As in PyTorch P is NaN where a row holds NaN, inf or only -inf;
+    the log-sum-exp is NaN, inf and -inf there.
 
     The logarithm does not come from the log-sum-exp, which large logits leave few digits.
     """
     top = tl.max(x, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
     x -= top[:, None]
     p = tl.exp(x)
     total = tl.sum(p, 1)
-    log_total = tl.log(total)
-    return p / total[:, None], x - log_total[:, None], top + log_total
+    lse = top + tl.log(total)
+    total = tl.where(total < float("inf"), total, float("nan"))
+    return p / total[:, None], x - tl.log(total)[:, None], lse
 
 
 @triton.jit
 def scores(logits, allowed, SIGMOID: tl.constexpr):
-    """u, P = softmax(u), log P, and the log-sum-exp of the logits; u and P of an expert not allowed are -inf and 0."""
+    """u, P = softmax(u), log P, and softmax and log-sum-exp of the logits; u and P of an expert not allowed are -inf and 0."""
     u = logits
     if SIGMOID:
         u = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
     u = tl.where(allowed, u, float("-inf"))
     p, log_p, lse = softmax(u)
+    p_logits = p
     if SIGMOID:
-        _, _, lse = softmax(tl.where(allowed, logits, float("-inf")))
-    return u, p, log_p, lse
+        p_logits, _, lse = softmax(tl.where(allowed, logits, float("-inf")))
+    return u, p, log_p, p_logits, lse

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, distinct, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
+from ..attention import attention
 from .checks import check
 from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
 
@@ -81,10 +82,10 @@ def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor
 def _attention(q, k, v, ignore, dropout_p, dropout_seed, stream) -> Tensor:
     if dropout_p == 0:
         if ignore is None:
-            return F.scaled_dot_product_attention(q, k, v)
+            return attention(q, k, v)
         # A dead row attends to everything and is zeroed after: not every SDPA backend returns 0 and zero gradients for it.
         attend = ~(ignore & ~ignore.all(1, keepdim=True))[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        return attention(q, k, v, attend)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None])
     return (probs * keep_mask(dropout_seed, probs.shape, dropout_p, stream) / (1 - dropout_p)).to(v.dtype) @ v

@@ -8,8 +8,8 @@ With few queries and many tokens, K and V cost far more than the pooling itself.
 
 which is exact: b_K adds the same number to a whole row of logits and drops out of the softmax (its gradient is exactly zero), and
 the rows of softmax(S) sum to one, so b_V is added once. K and V never exist; W_K's gradient costs nothing per sample. A LayerNorm
-in front of the projections folds away too: its weight into W_K and W_V, its bias into b_V, and mean and rstd of each token enter
-the logits and the probabilities. FLOPs per sample, forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
+in front of the projections folds away but for (x - mean) rstd: its weight into W_K and W_V, its bias into b_V. FLOPs per sample,
+forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
 
 Dropout scales each probability by 0 or 1 / (1 - p), so that a row no longer sums to one but to ksum, and then
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, current_backend, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
+from ..attention import attention
 from .checks import check
 
 
@@ -92,24 +93,17 @@ def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor 
     ignore = _ignored(*x.shape[:2], mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
+    if eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)
     if x.device.type == "cpu":  # sample by sample: one product over B*N rows is no faster, and its dq errs up to five times as much
         q = q.expand(x.shape[0], *q.shape[-2:])
     few = x.device.type == "cpu" and q.shape[-2] <= 8  # as a product of few rows the backward runs up to 1.8 times as fast
     logits = (q @ x.transpose(1, 2)).transpose(1, 2) if few else x @ q.transpose(-1, -2)  # (B, N, R)
-    if eps is not None:
-        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0, keepdim=True)
-        rstd = torch.rsqrt(var + eps)  # (B, N, 1)
-        logits = (logits - mean * q.sum(-1)[..., None, :]) * rstd
     probs = _masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
     if dropout_p:
         kept = keep_mask(dropout_seed, (x.shape[0], q.shape[-2], x.shape[1]), dropout_p).transpose(1, 2)
         probs = probs * kept / (1 - dropout_p)
-    if eps is None:
-        z = probs.to(x.dtype).transpose(1, 2) @ x
-    else:
-        weights = probs * rstd
-        shift = (weights * mean).sum(1)[:, :, None]
-        z = (weights.to(x.dtype).transpose(1, 2) @ x - shift).to(x.dtype)
+    z = probs.to(x.dtype).transpose(1, 2) @ x
     return (z, probs.sum(1)) if dropout_p else z
 
 
@@ -204,7 +198,10 @@ def _absorbed(
     wide = torch.promote_types(x.dtype, torch.float32)  # weights are folded in float32 and rounded once
     # W_K goes into the queries. One set of queries: a small product, so in float32; per-sample queries: in the compute dtype.
     fold = wide if queries.dim() == 2 else x.dtype
-    w_k = w_k.to(fold) if norm_weight is None else (w_k.to(wide) * norm_weight.to(wide)).to(fold)
+    if norm_weight is not None:
+        b_v = b_v if norm_bias is None else w_v.to(wide) @ norm_bias.to(wide) + (0.0 if b_v is None else b_v.to(wide))
+        w_k, w_v = (_normed_weight(w.to(wide), norm_weight.to(wide)) for w in (w_k, w_v))
+    w_k = w_k.to(fold)
     q = queries.to(fold).unflatten(-1, (num_heads, -1)).transpose(-2, -3)  # (..., h, L, dk)
     q = ((q * scale) @ w_k.unflatten(0, (num_heads, -1))).flatten(-3, -2)  # (..., R, D)
 
@@ -212,11 +209,6 @@ def _absorbed(
     z = pool(x, q, key_padding_mask, lengths, eps, dropout_p, dropout_seed)  # (B, R, D)
     z, ksum = z if dropout_p else (z, None)  # (B, R)
 
-    if norm_weight is not None:
-        if norm_bias is not None:
-            shift = w_v.to(wide) @ norm_bias.to(wide)
-            b_v = shift if b_v is None else b_v.to(wide) + shift
-        w_v = w_v.to(wide) * norm_weight.to(wide)
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries.shape[-2])).transpose(0, 1)  # (h, B, L, D)
     out = z.flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
@@ -228,6 +220,13 @@ def _absorbed(
         return out + (heads * b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))).flatten(2).to(x.dtype)
     dead = dead_samples(key_padding_mask, lengths)
     return out + b_v.to(x.dtype) * (1 if dead is None else ~dead[:, None, None])
+
+
+def _normed_weight(w: Tensor, norm_weight: Tensor) -> Tensor:
+    """W (O, D) with LayerNorm's weight, each row less its mean: normalised tokens sum to 0 over D, so it adds nothing, and without
+    it the gradient of a normalised token sums to 0 as well, which the kernels count on."""
+    w = w * norm_weight
+    return w - w.mean(1, keepdim=True)
 
 
 def dead_samples(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
@@ -256,11 +255,11 @@ def _projected(
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p) / (1 - dropout_p)
         return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     if ignore is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
     # A dead row attends to everything and is zeroed after: not every SDPA backend returns 0 and zero gradients for it.
     dead = ignore.all(1)
     attend = ~(ignore & ~dead[:, None])[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, attend, scale).transpose(1, 2).flatten(2)
     return out.masked_fill(dead[:, None, None], 0.0)
 
 
@@ -296,8 +295,8 @@ def query_pooling(
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore the token. ``lengths``: (B,) int in [0, N], keep the first tokens. Not both.
             A sample without tokens gives 0 (not the value bias) with gradient 0; ignored tokens may hold NaN.
-        norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections, folded into them. Folded, a token's
-            mean cancels after the products: with a mean m times its spread, logits err about m times as much as without folding.
+        norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections. Weight and bias are folded into
+            them; tokens are normalised in float32 where they are read, so that no mean, however large, costs accuracy.
         dropout_p: of the probabilities, those kept are divided by 1 - dropout_p. dropout_seed: () int64 tensor, None draws one from
             the device's generator; a seed drops the same on every backend (``mmfused.testing.dropout_mask``).
         form: "absorbed" never materialises K or V; "projected" is the usual way, on torch's attention; "auto" compares FLOPs.

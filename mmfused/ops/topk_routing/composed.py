@@ -9,6 +9,7 @@ from torch import Tensor
 from ...library import once_differentiable
 from ...random import uniform
 from .order import Routing
+from .values import spoil, take
 
 
 def routing_composed(
@@ -16,10 +17,10 @@ def routing_composed(
     jitter, jitter_seed,
 ) -> Routing:  # fmt: skip
     noise = 1 + jitter * (2 * uniform(jitter_seed, *logits.shape) - 1) if jitter else None
-    usable = None if available is None else available[0] if segments is None else available[segments]
+    segments, indices, usable, void = take(k, logits.shape[1], segments, num_segments, available, indices)
     if indices is None:
         with torch.no_grad():
-            scores = _scores(logits, noise, token_padding_mask, usable, score)
+            scores = _scores(logits, noise, token_padding_mask, usable, void, score)
             key = scores[0] if selection_bias is None else scores[2].exp() + selection_bias
             indices = _largest(key, usable, k)
     order, position, offsets, tiles = torch.ops.mmfused.expert_order_composed(indices, token_padding_mask, logits.shape[1])
@@ -27,16 +28,18 @@ def routing_composed(
     counts = offsets.diff().long()[None] if counts is None else counts
     renormalize = renormalize and (k > 1 or score == "sigmoid")
     losses = _Scores.apply(
-        logits, indices, counts, noise, token_padding_mask, segments, available, usable, score, renormalize, balance
+        logits, indices, counts, noise, token_padding_mask, segments, available, usable, void, score,
+        renormalize, balance,
     )  # fmt: skip
     return Routing(indices, losses[0], counts, *losses[1:], order, position, offsets, tiles)
 
 
-def _scores(logits, noise, mask, usable, score) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(logits, noise, mask, usable, void, score) -> tuple[Tensor, Tensor, Tensor]:
     """l, u and log s of every token and expert: s is the score, softmax(u) the probabilities."""
     logits = logits if noise is None else logits * noise
     logits = logits if mask is None else logits.masked_fill(mask[:, None], 0.0)
     logits = logits if usable is None else logits.masked_fill(~usable, float("-inf"))
+    logits = spoil(logits, void, mask)
     if score == "sigmoid":
         u = F.logsigmoid(logits)
         return logits, u, u
@@ -68,8 +71,10 @@ class _Scores(torch.autograd.Function):
     """Weights, balance, z and entropy of chosen experts; the gradients are those of the module docstring of function.py."""
 
     @staticmethod
-    def forward(ctx, logits, indices, counts, noise, mask, segments, available, usable, score, renormalize, balance):
-        logit, u, log_score = _scores(logits, noise, mask, usable, score)
+    def forward(
+        ctx, logits, indices, counts, noise, mask, segments, available, usable, void, score, renormalize, balance
+    ):  # fmt: skip
+        logit, u, log_score = _scores(logits, noise, mask, usable, void, score)
         probs = log_score.exp() if score == "softmax" else u.softmax(-1)
         chosen = log_score.gather(1, indices)
         weights = chosen.softmax(-1) if renormalize else chosen.exp()
@@ -106,14 +111,16 @@ class _Scores(torch.autograd.Function):
             d_probs = d_probs.scatter_add(1, indices, d_weights)
         else:
             du = du.scatter_add(1, indices, weights * d_weights)
-        du = du + probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
+        d_probs = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
+        # It sums to 0: what rounding left of 1 - P near 1, where the other experts know better.
+        du = du + d_probs - probs * d_probs.sum(-1, keepdim=True)
         if ctx.score == "sigmoid":
             du = du * torch.sigmoid(-logit)
         if d_z is not None:
             softmax = probs if ctx.score == "softmax" else logit.softmax(-1)
             du = du + (2 * d_z / total * lse)[:, None] * softmax
         du = torch.where(live[:, None] > 0, du, 0.0)
-        return (du if noise is None else du * noise).to(ctx.dtype), *[None] * 10
+        return (du if noise is None else du * noise).to(ctx.dtype), *[None] * 11
 
 
 def _balance(form, probs, weights, indices, counts, live, segments, available) -> tuple[Tensor, Tensor]:
@@ -128,8 +135,8 @@ def _balance(form, probs, weights, indices, counts, live, segments, available) -
     clamped, nonempty = number.clamp(min=1)[:, None], (number > 0).sum().clamp(min=1)
     if form == "mse":
         dense = torch.zeros_like(probs).scatter_add(1, indices, weights)
-        away = (member.mT @ dense) / clamped - 1 / sizes[:, None]
-        away = (away if available is None else away * available) * (number > 0)[:, None]
+        target = (number > 0)[:, None] / sizes.clamp(min=1)[:, None]
+        away = _sums(member, dense) / clamped - (target if available is None else target * available)
         return away.square().sum() / nonempty, 2 * away / clamped / nonempty
     k = indices.shape[1]
     share = counts.to(live.dtype) / (k * clamped)
@@ -137,4 +144,11 @@ def _balance(form, probs, weights, indices, counts, live, segments, available) -
         first = torch.zeros_like(probs).scatter(1, indices[:, :1], 1.0)
         share = (member.mT @ first) / clamped
     slope = sizes[:, None] * share / clamped / nonempty
-    return (slope * (member.mT @ probs)).sum(), slope
+    return (slope * _sums(member, probs)).sum(), slope
+
+
+def _sums(member: Tensor, values: Tensor) -> Tensor:
+    """(S, E): the values (T, E) added up by segment. NaN stays in its own, where a product would have 0 times NaN elsewhere."""
+    void = values.isnan()
+    sums = member.mT @ values.masked_fill(void, 0.0)
+    return sums.masked_fill(member.mT @ void.to(values.dtype) > 0, float("nan"))

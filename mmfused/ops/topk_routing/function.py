@@ -28,6 +28,7 @@ from ...random import draw_seed, uniform
 from .checks import check, check_router
 from .composed import routing_composed
 from .order import Routing, sort_by_expert
+from .values import spoil, take
 
 
 def topk_routing_reference(
@@ -50,14 +51,15 @@ def topk_routing_reference(
     tokens, experts = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = torch.ones(tokens, dtype=torch.bool, device=logits.device) if token_padding_mask is None else ~token_padding_mask
+    segments, indices, usable, void = take(k, experts, segments, num_segments, available, indices)
     segment = torch.zeros(tokens, dtype=torch.int64, device=logits.device) if segments is None else segments
     if available is None:
         available = torch.ones(num_segments, experts, dtype=torch.bool, device=logits.device)
+    usable = (available[0] if usable is None else usable).expand(tokens, experts)
     if jitter:
         logits = logits * (1 + jitter * (2 * uniform(jitter_seed, tokens, experts) - 1))
     logits = logits.masked_fill(~valid[:, None], 0.0)  # a masked token may hold NaN
-    usable = available[segment]  # (T, E)
-    logits = logits.masked_fill(~usable, float("-inf"))
+    logits = spoil(logits.masked_fill(~usable, float("-inf")), void, token_padding_mask)
 
     log_score = logits.log_softmax(-1) if score == "softmax" else F.logsigmoid(logits)
     probs = log_score.softmax(-1)
@@ -76,22 +78,26 @@ def topk_routing_reference(
     for s in range(num_segments):
         member = (valid & (segment == s))[:, None]
         counts.append((times * member).sum(0))
-        number, size = member.sum().clamp(min=1).to(logits.dtype), available[s].sum().to(logits.dtype)
+        number, size = (x.sum().clamp(min=1).to(logits.dtype) for x in (member, available[s]))
+
+        def mean(of, member=member, number=number):  # NaN stays in its segment
+            return of.masked_fill(~member, 0.0).sum(0) / number
+
         if balance == "mse":
-            loss = (((dense * member).sum(0) / number - 1 / size).square() * available[s]).sum()
+            loss = (mean(dense) - available[s] / size).square().sum()
         else:
-            share = counts[s] / (k * number) if balance == "switch" else (first * member).sum(0) / number
-            loss = size * (share * probs.masked_fill(~member, 0.0).sum(0) / number).sum()
-        losses.append(loss * member.any())
+            share = counts[s] / (k * number) if balance == "switch" else mean(first)
+            loss = size * (share * mean(probs)).sum()
+        losses.append(torch.where(member.any(), loss, 0.0))
     nonempty = (torch.stack(counts).sum(1) > 0).sum().clamp(min=1)
 
-    def mean(per_token):
+    def mean_of_all(per_token):
         return per_token.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
     log_probs = log_score.log_softmax(-1).masked_fill(probs == 0, 0.0)  # 0 log 0 = 0
     return Routing(
-        indices, weights, torch.stack(counts), torch.stack(losses).sum() / nonempty, mean(logits.logsumexp(-1).square()),
-        mean(-(probs * log_probs).sum(-1)), *sort_by_expert(indices, token_padding_mask, experts),
+        indices, weights, torch.stack(counts), torch.stack(losses).sum() / nonempty,
+        mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)), *sort_by_expert(indices, token_padding_mask, experts),
     )  # fmt: skip
 
 

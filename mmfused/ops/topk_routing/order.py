@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 
 def sort_by_expert(indices: Tensor, mask: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """order, position, offsets and no tiles, in plain PyTorch: no shape depends on what the indices are."""
-    expert = indices.flatten()
+    expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
     expert, order = expert.sort(stable=True)
@@ -61,7 +61,8 @@ def routing_from_indices(
     """The :class:`Routing` of choices that another router made: indices (T, k) int64 in [0, E), weights (T, k) floats.
 
     Weights of padded tokens (token_padding_mask (T,) bool, True = ignore) count as 0. ``counts`` has one segment; the losses are 0.
-    An index out of range raises on a CPU; on CUDA, where nothing may wait, it is clamped.
+    An index may stand in a row twice. One out of range raises on a CPU; on CUDA, where nothing may wait, its weight becomes NaN,
+    and so does what its token gets.
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)
@@ -73,12 +74,13 @@ def routing_from_indices(
         raise TypeError(f"{op}: weights has dtype {weights.dtype}; it takes a floating dtype.")
     check_indices(op, indices, num_experts)
     check_mask(op, token_padding_mask, len(indices))
+    inside = indices.clamp(0, num_experts - 1)
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    weights = weights.masked_fill(inside != indices, float("nan"))
     if token_padding_mask is not None:
         weights = weights.masked_fill(token_padding_mask[:, None], 0.0)
+    indices = inside
     fused = choose(op, indices.device, weights.dtype) == "fused"
-    if indices.device.type != "cpu":
-        indices = indices.clamp(0, num_experts - 1)
     operator = torch.ops.mmfused.expert_order if fused else torch.ops.mmfused.expert_order_composed
     order, position, offsets, tiles = operator(indices, token_padding_mask, num_experts)
     counts, zero = offsets.diff().long()[None], weights.new_zeros(())
@@ -88,11 +90,10 @@ def routing_from_indices(
 def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices has dtype {indices.dtype}; it takes torch.int64.")
-    if indices.device.type == "cpu":
-        check_value(
-            lambda: ((indices >= 0) & (indices < num_experts)).all(),
-            f"{op}: indices holds a value outside [0, {num_experts}); it takes numbers of experts.",
-        )
+    check_value(
+        lambda: ((indices >= 0) & (indices < num_experts)).all(),
+        f"{op}: indices holds a value outside [0, {num_experts}); it takes numbers of experts.",
+    )
 
 
 def check_mask(op: str, mask: Tensor | None, tokens: int) -> None:

@@ -1,0 +1,97 @@
+"""What every public function must refuse: one argument of a good call is broken, and the error must name it."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from public_functions import arguments, has_kernels, leaves, public_functions, replaced
+from torch import Tensor
+
+import mmfused
+
+NAN = float("nan")
+# Values that an option never takes. None of these: anything goes.
+BAD_OPTIONS = {
+    "num_heads": (0, -1, 10**6),
+    "form": ("nonsense",),
+    "dropout_p": (-0.1, 1.0, NAN),
+    "gate": ("nonsense",),
+    "indicator": ("nonsense",),
+    "missing": ("nonsense",),
+    "passes": (("nonsense",), ()),
+    "same_id": ("nonsense",),
+    "positive_weight": (-1.0, NAN),
+    "label_smoothing": (-0.1, 1.0, NAN),
+    "reduction": ("nonsense",),
+    "false_negative_margin": (NAN, float("inf")),
+    "k": (0, -1, 10**6),
+    "score": ("nonsense",),
+    "balance": ("nonsense",),
+    "num_segments": (0,),
+    "jitter": (-0.1, 1.0, NAN),
+    "activation": ("nonsense",),
+    "fraction": (-0.1, 1.1, NAN),
+    "top": (0,),
+    "samples": (0, 10**6 + 1),
+    "normalise": (0, -1.0),
+    "temperature": (0.0, -1.0),
+}
+ANYTHING_GOES = ("scale", "norm_eps", "pre_norm", "symmetric", "renormalize", "gather", "combine", "rate", "num_experts", "margin")
+ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing")
+# Integers that are out of range somewhere, so that a CPU, which checks values, refuses them.
+BAD_VALUES = {"target": (-1, 10**6), "query_key": (-1,), "candidate_key": (-2,), "segments": (-1, 10**6), "lengths": (-1, 10**6)}
+BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
+BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
+# What these take is not checked, only their kind.
+UNCHECKED = ("pack_passes", "update_selection_bias")
+
+
+def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
+    """Faults of one refusal: no error, another kind of error, or one that does not say which argument is wrong."""
+    broken = list(_breaks(function, inputs))
+    if function in UNCHECKED or not broken:
+        return []
+    name, what, bad = broken[choice.randrange(len(broken))]
+    try:
+        with mmfused.backend(backend if has_kernels(function) else "composed"):
+            public_functions()[function](**bad)
+    except (ValueError, TypeError, RuntimeError) as error:
+        names = (name, name.split(".")[-1], name.split(".")[0], name.removeprefix("a_").removeprefix("b_"))
+        if any(word in str(error) for word in names) and f"{function}:" in str(error):
+            return []
+        return [f"with {name} {what}, the error does not name it: {type(error).__name__}: {error}"]
+    except Exception as error:
+        return [f"with {name} {what}: {type(error).__name__}: {error}"]
+    return [f"with {name} {what} nothing is refused."]
+
+
+def _breaks(function: str, inputs: dict):
+    """(argument, what is wrong, arguments of the call)."""
+    known = arguments(public_functions()[function])
+    for name in known:
+        if name in inputs and not isinstance(inputs[name], Tensor):
+            for value in BAD_OPTIONS.get(name, ()):
+                yield name, f"= {value!r}", inputs | {name: value}
+    if "routing" in inputs:
+        yield "routing", "a tuple", inputs | dict(routing=tuple(inputs["routing"]))
+    for path, x in leaves(inputs).items():
+        if path.startswith("routing."):  # is what the library made of it
+            continue
+        yield path, "a list", replaced(inputs, {path: x.tolist()})
+        if x.is_floating_point() and path not in ("row_weight",):
+            yield path, "of integers", replaced(inputs, {path: torch.ones_like(x, dtype=torch.int64)})
+        elif not x.is_floating_point():
+            yield path, "of floats", replaced(inputs, {path: x.float()})
+        if path != "temperature" and path not in ANYTHING_GOES:
+            yield path, "with two dimensions more", replaced(inputs, {path: x[None, None]})
+        if x.dim() and x.numel():
+            for value in BAD_VALUES.get(path, ()):
+                yield path, f"holding {value}", replaced(inputs, {path: _holding(x, value)})
+
+
+def _holding(x: Tensor, value: object) -> Tensor:
+    """``value`` in the first row, in all of it."""
+    x = x.clone()
+    x[0] = value
+    return x

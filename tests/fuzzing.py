@@ -1,0 +1,355 @@
+"""Random calls of every public function against the float64 reference. A case is fully told by function and seed.
+
+    python tests/fuzzing.py --function masked_info_nce --seed 123        one case: what its inputs are, and its fault
+    python tests/fuzzing.py --minutes 60                                 new seeds, in several processes; 1 where one fails
+
+Shapes, dtypes, layouts in memory and options are drawn (function_inputs.py), NaN is put where nobody reads, memory that is
+allocated holds garbage. Most cases compare values and gradients within the error budget, on the composed path or the kernels;
+some put NaN into one row, which must leave the others alone, some break one argument, which must be refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before anything imports triton
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from fuzz_refusals import refused
+from function_inputs import INFINITE, MAKERS, Draw
+from public_functions import (
+    differentiable,
+    garbage_in_new_memory,
+    has_kernels,
+    in_float64,
+    leaves,
+    replaced,
+    run,
+)
+from strided_views import SAME_VALUES, lay_out
+from torch import Tensor
+
+import mmfused
+from mmfused.random import uniform
+from mmfused.testing import over_budget
+
+CUDA = torch.cuda.is_available()
+ROUTERS = ("topk_routing", "topk_routing_from_input")
+# The interpreter truncates where hardware rounds to bfloat16: the kernels meet that dtype on a GPU only.
+DTYPES = {
+    "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
+    "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * CUDA,
+}
+# Functions whose output has a row for each row of an input, and that input.
+ROWS = {
+    "query_pooling": "x",
+    "gated_cross_attention": "context",
+    "bidirectional_gated_cross_attention": "a",
+    "masked_info_nce": "query",
+    "topk_routing": "logits",
+    "topk_routing_from_input": "x",
+    "grouped_mlp": "x",
+}
+ROW_OUTPUTS = ("out", "out0", "out1", "indices", "weights")
+NEIGHBOURS = 6
+
+
+class Case:
+    """What one seed draws for one function."""
+
+    def __init__(self, function: str, seed: int):
+        self.function, self.seed = function, seed
+        choice = self.random = random.Random(f"{function} {seed} how")
+        self.backend = "fused" if has_kernels(function) and choice.random() < 0.6 else "composed"
+        self.dtype = choice.choice(DTYPES[self.backend])
+        kind = choice.random()
+        self.kind = "refusal" if kind < 0.06 else "row" if kind < 0.14 and function in ROWS else "values"
+        fixed = {}
+        if self.backend == "fused":
+            fixed = dict(form=choice.choice(("auto", "absorbed")), margin=False)
+        if self.kind == "row":
+            fixed |= dict(reduction="none", symmetric=False, dropout=False, jitter=False)
+        self.inputs = MAKERS[function](Draw(f"{function} {seed}", self.dtype, fixed=fixed, layouts=self.kind == "values"))
+        self.wanted = differentiable(function, self.inputs)
+        if choice.random() < 0.3:
+            self.wanted = [path for path in self.wanted if choice.random() < 0.5]
+        self.layout = choice.choice((*SAME_VALUES, "expanded first", "expanded last"))
+        self.repeats = choice.random() < 0.15
+        self.checkpointed = choice.random() < 0.15
+        self.silent = choice.random() < 0.2  # some outputs get no gradient
+
+    def describe(self) -> str:
+        lines = [f"{self.function}, seed {self.seed}: {self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}"]
+        for path, x in leaves(self.inputs).items():
+            finite = "" if not x.is_floating_point() or x.isfinite().all() else ", not finite"
+            name = str(x.dtype).removeprefix("torch.")
+            grad = ", wanted" if path in self.wanted else ""
+            lines.append(f"  {path}: {name} {tuple(x.shape)}, strides {x.stride()} at {x.storage_offset()}{finite}{grad}")
+        options = {name: value for name, value in self.inputs.items() if not leaves(value) and not isinstance(value, Tensor)}
+        return "\n".join([*lines, f"  {options}"])
+
+    def upstream(self, name: str, out: Tensor) -> Tensor | None:
+        """The same for each run of the case, whatever the dtype of the output."""
+        drawn = random.Random(f"{self.function} {self.seed} {name}")
+        if self.silent and drawn.random() < 0.5:
+            return None
+        generator = torch.Generator().manual_seed(drawn.getrandbits(60))
+        values = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(self.dtype).double()
+        return lay_out(values, self.layout)
+
+    def run(self, inputs: dict, backend: str, checkpointed: bool = False, layout: str | None = None, **options) -> dict:
+        torch.manual_seed(self.seed)  # a seed that nobody gives is drawn from here
+        options = dict(wanted=self.wanted, upstream=self.upstream, layout=self.layout) | options
+        return run(self.function, inputs, backend, checkpointed=checkpointed, **options)
+
+    def faults(self) -> list[str]:
+        """A sentence for each; empty where all is well."""
+        if self.kind == "refusal":
+            return refused(self.function, self.inputs, self.backend, self.random)
+        with garbage_in_new_memory(), _small_blocks(self.random):
+            actual = self.run(self.inputs, self.backend)
+            if self.kind == "row":
+                return self._other_rows(actual)
+            found = []
+            if self.repeats and not _same(actual, self.run(self.inputs, self.backend)):
+                found.append("a second run differs in bits.")
+            if self.checkpointed and not _same(actual, self.run(self.inputs, self.backend, checkpointed=True)):
+                found.append("under a checkpoint it differs in bits.")
+        if self.function in ROUTERS:
+            found += _choice_faults(self, actual["indices"])
+        return found + self._compare(actual, self._replayed(actual))
+
+    def _replayed(self, actual: dict) -> dict:
+        """The oracle chooses the same experts: near a tie either choice is right, and :func:`_choice_faults` judges it."""
+        return self.inputs | dict(indices=actual["indices"]) if self.function in ROUTERS else self.inputs
+
+    def _compare(self, actual: dict, inputs: dict) -> list[str]:
+        exact = self.run(in_float64(inputs), "reference")
+        plain = self.run(inputs, "reference")
+        whole = [name for name, value in exact.items() if not value.is_floating_point()]
+        found = [f"{name} differs." for name in whole if not torch.equal(actual[name].cpu(), exact[name].cpu())]
+        parts, more = _finite({name: value for name, value in exact.items() if name not in whole}, actual, plain)
+        found += more
+        given = leaves(inputs)
+        sizes = {f"d {path}": given[path].double().nan_to_num(0, 0, 0).norm().item() for path in self.wanted}
+
+        def near(generator: torch.Generator) -> tuple[dict, dict]:
+            there = _neighbour(inputs, generator)
+            return self.run(in_float64(there), "reference"), self.run(there, "reference")
+
+        return found + judge(*parts, near, sizes)
+
+    def _other_rows(self, clean: dict) -> list[str]:
+        """One row of one input is not finite: the other rows come out as before, and so do their gradients."""
+        path = ROWS[self.function]
+        x = leaves(self.inputs)[path]
+        if len(x) < 2 or not x[0].numel():
+            return []
+        row = self.random.randrange(len(x))
+        broken = x.clone()
+        broken[row].view(-1)[self.random.randrange(x[0].numel())] = self.random.choice(INFINITE)
+        others = torch.arange(len(x)) != row
+        names = [name for name, out in clean.items() if name in ROW_OUTPUTS]
+        wanted = [path] if path in self.wanted else []
+        inputs, options = self._replayed(clean), dict(wanted=wanted, layout="contiguous")
+        options["upstream"] = lambda name, out: self.upstream(name, out) if name in names else None
+
+        def rows(part: dict, inputs: dict, backend: str) -> dict:
+            results = self.run(replaced(inputs, {path: part}), backend, **options)
+            kept = [*names, *(f"d {name}" for name in wanted)]
+            return {name: results[name][others] for name in kept}
+
+        actual = rows(broken, self.inputs, self.backend)
+        exact, plain = rows(x.double(), in_float64(inputs), "reference"), rows(x, inputs, "reference")
+        whole = [name for name in names if not exact[name].is_floating_point()]
+        found = [f"{name} of another row differs." for name in whole if not torch.equal(actual[name], exact[name])]
+        actual, exact, plain = ({k: v for k, v in part.items() if k not in whole} for part in (actual, exact, plain))
+        parts, more = _finite(exact, actual, plain)
+
+        def near(generator: torch.Generator) -> tuple[dict, dict]:
+            there = _neighbour(inputs, generator)
+            x = leaves(there)[path]
+            return rows(x.double(), in_float64(there), "reference"), rows(x, there, "reference")
+
+        sizes = {f"d {name}": x[others].double().norm().item() for name in wanted}
+        found += [*more, *judge(*parts, near, sizes)]
+        return [f"row {row} is not finite: {fault}" for fault in found]
+
+
+def judge(actual: dict, exact: dict, plain: dict, near: Callable[[torch.Generator], tuple[dict, dict]], sizes: dict) -> list[str]:
+    """:func:`over_budget`, and where it finds a fault, again without plain PyTorch's luck.
+
+    At one input plain's error may be small by luck, which is likely where a tensor has few elements: taken instead is its largest
+    error at this input and its neighbours, one rounding away (``near`` runs oracle and plain there). A gradient that is 0 but for
+    rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it changed the loss as much as
+    the input that changes it most.
+    """
+    if not over_budget(actual, exact, plain):
+        return []
+    errors = {name: _distance(plain[name], want) for name, want in exact.items()}
+    for i in range(NEIGHBOURS):
+        there, there_plain = near(torch.Generator().manual_seed(i))
+        for name in exact:
+            error = _distance(there_plain[name], there[name])
+            errors[name] = max(errors[name], error) if math.isfinite(error) else errors[name]
+    effect = max((exact[name].norm().item() * size for name, size in sizes.items() if name in exact), default=0.0)
+    faults = []
+    for name, want in exact.items():
+        scale = want.norm().item()
+        if name in sizes and sizes[name] and scale < 1e-11 * effect / sizes[name]:
+            scale = effect / sizes[name]
+        scale = scale or 1.0
+        error, allowed = _distance(actual[name], want) / scale, 2 * errors[name] / scale + torch.finfo(actual[name].dtype).eps
+        if not error <= allowed:
+            faults.append(f"{name}: relative error {error:.3e}, allowed {allowed:.3e}.")
+    return faults
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return torch.linalg.vector_norm(a.double() - b.double()).item()
+
+
+def _small_blocks(choice: random.Random):
+    """The small losses go over the pairs in blocks, which a small case fills only where they are small too."""
+    return mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20) if choice.random() < 0.5 else nullcontext()
+
+
+def _same(a: dict, b: dict) -> bool:
+    return all(torch.equal(x.nan_to_num(7e4), b[name].nan_to_num(7e4)) and x.dtype == b[name].dtype for name, x in a.items())
+
+
+def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
+    new = {}
+    for path, x in leaves(inputs).items():
+        if x.is_floating_point():
+            step = torch.randint(-1, 2, x.shape, generator=generator) * torch.finfo(x.dtype).eps
+            new[path] = (x.double() * (1 + step)).to(x.dtype)
+    return replaced(inputs, new)
+
+
+def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
+    """The three without what the oracle says is not finite, where ``actual`` must say the same, and faults of that kind.
+
+    Tokens that stay as they are may hold NaN. A gradient that the oracle cannot tell, and one that overflows for plain PyTorch
+    in that dtype, is not judged.
+    """
+    faults, kept = [], ({}, {}, {})
+    for name, want in exact.items():
+        got, formula = actual[name], plain[name]
+        if got.shape != want.shape:
+            faults.append(f"{name}: shape {tuple(got.shape)} instead of {tuple(want.shape)}.")
+            continue
+        there = want.isfinite()
+        largest = want[there].abs().max().item() if there.any() else 0.0
+        overflows = largest > torch.finfo(got.dtype).max / 4 or not formula[there].isfinite().all()
+        if overflows or (name.startswith("d ") and not there.all()):
+            continue
+        same = torch.where(want.isnan(), got.isnan(), got.double() == want) | there
+        if not same.all():
+            faults.append(f"{name}: finite where the oracle is not.")
+            continue
+        for part, value in zip(kept, (actual, exact, plain), strict=True):
+            part[name] = value[name].masked_fill(~there, 0.0)
+    return kept, faults
+
+
+def _choice_faults(case: Case, indices: Tensor) -> list[str]:
+    """Whether these are the k largest: to the letter where logits alone decide, elsewhere within rounding of the scores."""
+    given = in_float64(case.inputs)
+    if given.get("indices") is not None:
+        return [] if torch.equal(indices, given["indices"]) else ["indices: not those that were given."]
+    mask, segments, available = (given.get(name) for name in ("token_padding_mask", "segments", "available"))
+    k, rounding = given["k"], torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+    if "logits" in given:
+        logits, error = given["logits"], torch.zeros(())
+    else:
+        x = given["x"] if mask is None else given["x"].masked_fill(mask[:, None], 0.0)
+        logits, error = x @ given["router_weight"].T, x.abs() @ given["router_weight"].abs().T
+        logits = logits if given.get("router_bias") is None else logits + given["router_bias"]
+    tokens, experts = logits.shape
+    live = torch.ones(tokens, dtype=torch.bool) if mask is None else ~mask
+    if indices.shape != (tokens, k) or not ((indices >= 0) & (indices < experts)).all():
+        return [f"indices: shape {tuple(indices.shape)}, or a number that is no expert."]
+    logits = logits.masked_fill(~live[:, None], 0.0)
+    if given.get("jitter"):
+        torch.manual_seed(case.seed)
+        seed = given.get("jitter_seed")
+        seed = mmfused.random.draw_seed(logits.device) if seed is None else seed
+        logits = logits * (1 + given["jitter"] * (2 * uniform(seed, tokens, experts) - 1).double())
+        error = error + logits.abs()
+    bias = given.get("selection_bias")
+    usable = torch.ones_like(logits, dtype=torch.bool) if available is None else available[0 if segments is None else segments]
+    usable = usable.expand_as(logits)
+    logits = logits.masked_fill(~usable, float("-inf"))
+    key = logits if bias is None and given["score"] == "softmax" else None
+    if key is None:
+        scores = logits.softmax(-1) if given["score"] == "softmax" else logits.sigmoid()
+        key = scores if bias is None else scores + bias
+        error = error + (1 if bias is None else 1 + bias.abs()) * torch.ones_like(key) + logits.masked_fill(~usable, 0.0).abs()
+        key = key.masked_fill(~usable, float("-inf"))
+    slack = 16 * rounding * error.amax(1, keepdim=True) if error.dim() else torch.zeros(tokens, 1)
+    chosen = key.gather(1, indices)
+    rest = key.scatter(1, indices, float("-inf")).amax(1, keepdim=True)
+    right = (chosen[:, 1:] <= chosen[:, :-1] + slack).all(1) & (chosen >= rest - slack).all(1) & usable.gather(1, indices).all(1)
+    right &= indices.sort(1).values.diff(dim=1).ne(0).all(1)
+    if not error.dim():
+        right &= (indices == key.sort(dim=1, descending=True, stable=True).indices[:, :k]).all(1)
+    wrong = (~right & live).nonzero()[:, 0].tolist()
+    return [f"indices: tokens {wrong[:5]} did not get the largest."] if wrong else []
+
+
+def attempt(function: str, seed: int) -> tuple[str, str]:
+    """("", kind of the case) or (the fault, ...)."""
+    case = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case = Case(function, seed)
+            faults = case.faults()
+        return " ".join(faults), case.kind
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})", case.kind if case else "making inputs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--function", choices=sorted(MAKERS), help="only this one")
+    parser.add_argument("--seed", type=int, help="one case: needs --function; with --minutes or --cases, the first seed")
+    parser.add_argument("--cases", type=int, help="so many seeds of each function from --seed on, in this process")
+    parser.add_argument("--minutes", type=float, help="new seeds for so long")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of --minutes")
+    args = parser.parse_args()
+    functions = [args.function] if args.function else list(MAKERS)
+    if args.minutes:
+        from fuzz_workers import fuzz
+
+        sys.exit(fuzz(functions, args.minutes, args.workers, args.seed))
+    if args.cases is None and (args.function is None or args.seed is None):
+        parser.error("give --function and --seed, or --minutes, or --cases")
+    failed = 0
+    for seed in range(args.seed or 0, (args.seed or 0) + (args.cases or 1)):
+        for function in functions:
+            if args.cases is None:
+                print(Case(function, seed).describe())
+            fault, _ = attempt(function, seed)
+            failed += bool(fault)
+            if fault or args.cases is None:
+                print(f"--function {function} --seed {seed}: {fault or 'no fault'}", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,193 @@
+"""Every public function of mmfused that takes tensors, found by signature: its arguments, and a run with all gradients.
+
+Tensors inside arguments have paths: ``x``, ``weights.w_q`` (a NamedTuple's field), ``norm_x.0`` (of a tuple).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from strided_views import garbage, lay_out
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import mmfused
+
+# f(**options) takes also the options of what it hands them to.
+FORWARDS = {"topk_routing_from_input": "topk_routing"}
+# Those that do the same on every backend.
+ONE_BACKEND = ("pack_passes", "update_selection_bias")
+# Floats that get no gradient: constants, and what a routing carries for its caller.
+CONSTANTS = ("row_weight", "selection_bias", "routing.balance_loss", "routing.z_loss", "routing.entropy")
+
+
+def public_functions() -> dict[str, Callable]:
+    """By name, without the ``*_reference``: these are reached through ``backend("reference")``."""
+    named = {name: getattr(mmfused, name) for name in mmfused.__all__}
+    own = {k: v for k, v in vars(mmfused.losses).items() if getattr(v, "__module__", "") == mmfused.losses.__name__}
+    named |= {name: value for name, value in own.items() if not name.startswith("_")}
+    functions = {name: value for name, value in named.items() if inspect.isfunction(value)}
+    return {name: f for name, f in functions.items() if not name.endswith("_reference") and tensor_arguments(f)}
+
+
+def has_kernels(function: str) -> bool:
+    return function not in ONE_BACKEND and not hasattr(mmfused.losses, function)
+
+
+def arguments(function: Callable) -> dict[str, object]:
+    """Name and type of every argument, those that ``**options`` forwards too."""
+    hints = typing.get_type_hints(function)
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+            assert function.__name__ in FORWARDS, (
+                f"{function.__name__} takes **{name}: say in FORWARDS of {__name__} which function has these options."
+            )
+            forwarded = arguments(getattr(mmfused, FORWARDS[function.__name__]))
+            positional = list(inspect.signature(getattr(mmfused, FORWARDS[function.__name__])).parameters.values())
+            only = {p.name for p in positional if p.kind == inspect.Parameter.KEYWORD_ONLY}
+            found |= {key: hint for key, hint in forwarded.items() if key in only}
+        else:
+            assert name in hints, f"{function.__name__}: {name} has no type, so nobody can know whether it takes a tensor."
+            found[name] = hints[name]
+    return found
+
+
+def tensor_arguments(function: Callable) -> list[str]:
+    """The paths of all tensors that a call may be given."""
+    try:
+        found = arguments(function)
+    except AssertionError:
+        return ["?"]  # it is tested, and fails there with that sentence
+    return [path for name, hint in found.items() for path in _paths(hint, name)]
+
+
+def _paths(hint: object, path: str) -> list[str]:
+    if hint is Tensor:
+        return [path]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [found for part in typing.get_args(hint) for found in _paths(part, path)]
+    if typing.get_origin(hint) is tuple:
+        return [found for i, part in enumerate(typing.get_args(hint)) for found in _paths(part, f"{path}.{i}")]
+    if hasattr(hint, "_fields"):
+        parts = typing.get_type_hints(hint)
+        return [found for name, part in parts.items() for found in _paths(part, f"{path}.{name}")]
+    return []
+
+
+def leaves(value: object, path: str = "") -> dict[str, Tensor]:
+    """The tensors inside arguments, by path."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    found = {}
+    for key, part in _items(value):
+        found |= leaves(part, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def replaced(value: object, new: dict[str, object], path: str = "") -> object:
+    """The same arguments with other tensors at some paths."""
+    if path in new:
+        return new[path]
+    items = _items(value)
+    if not items:
+        return value
+    parts = {key: replaced(part, new, f"{path}.{key}" if path else str(key)) for key, part in items}
+    if isinstance(value, dict):
+        return parts
+    return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+
+
+def _items(value: object) -> list[tuple[object, object]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    if hasattr(value, "_fields"):
+        return list(value._asdict().items())
+    return list(enumerate(value)) if isinstance(value, tuple | list) else []
+
+
+def differentiable(function: str, inputs: dict) -> list[str]:
+    if function == "update_selection_bias":
+        return []
+    return [path for path, x in leaves(inputs).items() if x.is_floating_point() and path not in CONSTANTS]
+
+
+def in_float64(inputs: dict) -> dict:
+    """The same values for the oracle."""
+    floats = {path: x for path, x in leaves(inputs).items() if x.is_floating_point()}
+    return replaced(inputs, {path: x.detach().double() for path, x in floats.items()})
+
+
+def run(
+    function: str,
+    inputs: dict,
+    backend: str,
+    *,
+    wanted: list[str],
+    upstream: Callable[[str, Tensor], Tensor | None],
+    layout: str = "contiguous",
+    checkpointed: bool = False,
+) -> dict[str, Tensor]:
+    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no gradient arrives.
+
+    ``upstream(name, output)``: the gradient of an output, float64 is fine, None for none; it comes in that ``layout``.
+    """
+    given = leaves(inputs)
+    inputs = replaced(inputs, {path: given[path].detach().requires_grad_() for path in wanted})
+    given = leaves(inputs)
+
+    def call() -> dict[str, Tensor]:
+        with mmfused.backend(backend):
+            return _outputs(function, inputs)
+
+    outputs = checkpoint(call, use_reentrant=False) if checkpointed else call()
+    results = {name: out.detach() for name, out in outputs.items()}
+    asked = {name: upstream(name, out) for name, out in outputs.items() if out.requires_grad}
+    asked = {name: lay_out(value.to(outputs[name].dtype), layout) for name, value in asked.items() if value is not None}
+    gradients = [None] * len(wanted)
+    if asked and wanted:
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in asked], [given[path] for path in wanted], list(asked.values()), allow_unused=True
+        )
+    for path, gradient in zip(wanted, gradients, strict=True):
+        results[f"d {path}"] = torch.zeros_like(given[path]).detach() if gradient is None else gradient
+    return results
+
+
+def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
+    if function == "update_selection_bias":  # the one that writes into its argument, which stays as it was for the next call
+        before = inputs["bias"].clone()
+        mmfused.update_selection_bias(**inputs)
+        after = inputs["bias"].clone()
+        inputs["bias"].copy_(before)
+        return {"bias": after}
+    out = public_functions()[function](**inputs)
+    if isinstance(out, Tensor):
+        return {"out": out}
+    named = out._asdict() if hasattr(out, "_fields") else {f"out{i}": part for i, part in enumerate(out)}
+    return {name: part for name, part in named.items() if name != "tiles"}  # the map of a kernel: not every backend makes one
+
+
+@contextlib.contextmanager
+def garbage_in_new_memory():
+    """What mmfused allocates and nobody writes holds NaN, or an integer that is no index."""
+
+    def filled(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if inspect.currentframe().f_back.f_globals.get("__name__", "").startswith("mmfused") and tensor.is_cpu:
+                tensor.copy_(garbage(tensor.numel(), tensor.dtype).view(tensor.shape))
+            return tensor
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
+        yield

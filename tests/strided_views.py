@@ -1,0 +1,55 @@
+"""The same values in other memory: views with strides and offsets, with garbage before, between and after them.
+
+A kernel that ignores a stride or an offset, or reads beyond a row, meets NaN, or an integer that is no index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The last two change the values: what lies along that dimension is all alike, its stride is 0.
+SAME_VALUES = ("contiguous", "offset", "sliced", "strided", "transposed")
+EXPANDED = ("expanded first", "expanded last")
+GUARD = 19  # elements of garbage before and after: odd, so that an offset is aligned to nothing
+
+
+def garbage(size: int, dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.full((size,), float("nan"), dtype=dtype)
+    if dtype == torch.bool:
+        return torch.arange(size) % 3 != 1
+    return torch.full((size,), torch.iinfo(dtype).max // 3, dtype=dtype)
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """``values`` as a view of that layout into memory of its own. Where it is applied again, nothing changes any more."""
+    values = values.detach()
+    if layout in EXPANDED:
+        return _expanded(values, 0 if layout == "expanded first" else -1)
+    if layout == "contiguous":
+        return values.clone(memory_format=torch.contiguous_format)
+    dims = range(values.dim())
+    if layout == "transposed":
+        return _placed(values, order=list(dims), step=1 if values.dim() > 1 else 3, gap=0)
+    step, gap = {"offset": (1, 0), "sliced": (1, 3), "strided": (2, 5)}[layout]
+    return _placed(values, order=list(reversed(dims)), step=step, gap=gap)
+
+
+def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
+    """``order``: the dimensions, the densest first; ``step`` is the stride of that one, ``gap`` what is left after each."""
+    strides, stride = [0] * values.dim(), step
+    for dim in order:
+        strides[dim] = stride
+        stride = stride * max(values.shape[dim], 1) + gap
+    span = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True) if size)
+    memory = garbage(GUARD + span + 1 + GUARD, values.dtype)
+    return memory.as_strided(values.shape, strides, GUARD).copy_(values)
+
+
+def _expanded(values: Tensor, dim: int) -> Tensor:
+    """The last along ``dim`` in place of all."""
+    if not values.dim() or not values.shape[dim]:
+        return _placed(values, list(reversed(range(values.dim()))), 1, 0)
+    last = values.narrow(dim, values.shape[dim] - 1, 1)
+    return lay_out(last, "sliced").expand(values.shape)

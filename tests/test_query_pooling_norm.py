@@ -1,0 +1,68 @@
+"""Query pooling over tokens that a LayerNorm folds into: the budget holds at any mean, and where there is no spread at all."""
+
+import pytest
+import torch
+from query_pooling_cases import DEVICE, DTYPES, cast, make, run, upstream_for
+
+from mmfused.testing import over_budget
+
+MEANS = (0, 1, 3, 10, 100)  # times the spread
+WAYS = [("composed", form, dtype) for form in ("absorbed", "projected") for dtype in {*DTYPES, torch.bfloat16}]
+WAYS += [("fused", "absorbed", dtype) for dtype in DTYPES]
+WAYS.sort(key=str)
+
+
+def check_budget(inputs, heads, backend, form):
+    upstream = upstream_for(inputs)
+    exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
+    exact = {name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()}  # 0, but for its rounding
+    plain = run(inputs, heads, "reference", upstream)
+    actual = run(inputs, heads, backend, upstream, form)
+    assert not over_budget(actual, exact, plain)
+
+
+def shifted(inputs, mean):
+    return inputs | {"x": (inputs["x"].detach() + mean).requires_grad_()}
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
+@pytest.mark.parametrize("shape, padding", [("one pass", "mask"), ("row blocks", "none"), ("wide", "lengths")])
+def test_a_mean_costs_no_accuracy(shape, padding, backend, form, dtype, mean):
+    inputs, heads = make(shape, norm=True, padding=padding, dtype=dtype)
+    check_budget(shifted(inputs, mean), heads, backend, form)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, mean):
+    from mmfused.kernels import query_pooling as kernels
+
+    if DEVICE == "cuda":
+        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+    real = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest))
+    inputs, heads = make(shape, norm=True, padding="mask", dtype=torch.float32)
+    check_budget(shifted(inputs, mean), heads, "fused", "absorbed")
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
+def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
+    """Of D columns a LayerNorm leaves D - 2 free: with one column its output is its bias, and dX is 0."""
+    import query_pooling_cases as cases
+
+    monkeypatch.setitem(cases.SHAPES, "few columns", (3, 9, dim, 4, 2, 8, 6))
+    inputs, heads = make("few columns", norm=True, padding="mask", dtype=dtype)
+    check_budget(shifted(inputs, 3), heads, backend, form)
+
+
+@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
+def test_equal_columns_are_normalised_to_zero(backend, form, dtype):
+    """rstd is 316 where nothing varies: 300 times it is beyond float16."""
+    inputs, heads = make(norm=True, dtype=dtype)
+    inputs["x"] = torch.full_like(inputs["x"].detach(), 300.0).requires_grad_()
+    out = run(inputs, heads, backend, form=form)["out"]
+    want = run(cast(inputs, torch.float64), heads, "reference")["out"]
+    torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
