@@ -1,6 +1,6 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
-Every entry compiles without spills on every supported Triton for the architectures it names (``mmfused inspect``). Which of two clean
+Every entry compiles without spills on every supported Triton and architecture (``make compile-matrix``). Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
 a round number of warps a processor and spills a few registers to get there.
 
@@ -91,8 +91,8 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
     if dim % 8 or head_dim % 8:
         return Tile(16, 32, 32, 8, 1)
     tall = head_dim <= 32 and arch in (90, 100, 103)
-    # Two stages of the tall tile spill 80 bytes on sm_100 under Triton 3.8.
-    return Tile(64 if tall else 32, 64, 64, 8, 1 if tall and arch != 90 else 2)
+    # On sm_120, 64 keys at a time spill 8 bytes under Triton 3.6.
+    return Tile(64 if tall else 32, 32 if arch >= 120 else 64, 64, 8, 2)
 
 
 def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
@@ -107,15 +107,17 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
     hopper = arch in (90, 100, 103)  # others multiply out of registers, and some have 99 KB of shared memory
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
-    attend = Tile(64, 64, 0, warps, 2)
-    d_query = attend if head_dim <= (64 if hopper else 32) else Tile(32, 64, 0, 4, 2)
-    # Wide heads on Hopper: 32 queries at a time spill up to 80 bytes under Triton 3.8.
     wide = head_dim > (64 if hopper else 32)
-    d_key = Tile(16 if wide and hopper else 32, 64, 0, 8 if wide else 4, 2)
-    product, together = Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
+    # Under Triton 3.8 wide heads spill 80 bytes with 32 queries at a time in d_key, and on sm_120 8
+    # with four warps in attend; there a product of 128 columns spills 8.
+    attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
+    d_query = Tile(32, 64, 0, 4, 2) if wide else attend
+    d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
+    product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
     # Rows and heads that begin at odd places are loaded number by number, and each takes an address.
     if head_dim % 8:
-        attend = d_query = d_key = Tile(32, 32, 0, warps, 1)
+        attend = d_query = Tile(32, 32, 0, warps, 1)
+        d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120
     if dim % 8 or context_dim % 8:
         project = product = together = Tile(32, 64, 32, 4, 2)
     return Plan(project, attend, d_query, d_key, product, rows, together if dim <= 256 else None, block)

@@ -97,7 +97,8 @@ def topk_routing_reference(
     log_probs = log_score.log_softmax(-1).masked_fill(probs == 0, 0.0)  # 0 log 0 = 0
     return Routing(
         indices, weights, torch.stack(counts), torch.stack(losses).sum() / nonempty,
-        mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)), *sort_by_expert(indices, token_padding_mask, experts),
+        mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)),
+        *sort_by_expert(indices, token_padding_mask, experts),
     )  # fmt: skip
 
 
