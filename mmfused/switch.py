@@ -16,16 +16,23 @@ import os
 import sys
 from contextvars import ContextVar
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 _here = sys.modules[__name__]
 _switches: dict[str, Switch] = {}
-_hooks_of_torch = torch._C._autograd
-_top_hooks = getattr(_hooks_of_torch, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)
-_pop_hooks = _hooks_of_torch._pop_saved_tensors_default_hooks
-_push_hooks = _hooks_of_torch._push_saved_tensors_default_hooks
-_hooks_are_enabled = _hooks_of_torch._saved_tensors_hooks_is_enabled
+
+try:
+    from torch._C._autograd import _pop_saved_tensors_default_hooks as _pop_hooks
+    from torch._C._autograd import _push_saved_tensors_default_hooks as _push_hooks
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_are_enabled
+    from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
+
+    _top_hooks(False)
+except (ImportError, TypeError):  # a torch that has them otherwise: recomputations then ask anew
+
+    def _top_hooks(ignore_tracing: bool) -> None:
+        return None
+
 
 
 class Switch:
@@ -110,12 +117,14 @@ def _saved_tensor_hooks() -> list:
     if not _hooks_are_enabled():  # then none can be put back
         return [top[0]]
     hooks = []
-    while top is not None:
-        hooks.append(top)
-        _pop_hooks()
-        top = _top_hooks(False)
-    for pair in reversed(hooks):
-        _push_hooks(*pair)
+    try:
+        while top is not None:
+            hooks.append(top)
+            _pop_hooks()
+            top = _top_hooks(False)
+    finally:
+        for pair in reversed(hooks):
+            _push_hooks(*pair)
     return [pack for pack, _ in reversed(hooks)]
 
 
@@ -127,4 +136,5 @@ def _checkpoint(hook) -> tuple[object | None, bool]:
     again = "target_frame_ref" in cells
     cell = cells.get("target_frame_ref" if again else "frame")
     frame = cell and (cell.cell_contents() if again else cell.cell_contents)
-    return (frame, again) if type(frame).__name__ == "_CheckpointFrame" else (None, False)
+    known = type(frame).__name__ == "_CheckpointFrame" and hasattr(frame, "__dict__")
+    return (frame, again) if known else (None, False)
