@@ -33,7 +33,7 @@ BAD_OPTIONS = {
     "activation": ("nonsense",),
     "fraction": (-0.1, 1.1, NAN),
     "top": (0,),
-    "samples": (0, 10**6 + 1),
+    "samples": (0,),
     "normalise": (0, -1.0),
     "temperature": (0.0, -1.0),
 }

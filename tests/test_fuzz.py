@@ -1,0 +1,61 @@
+"""A little of the fuzz with fixed seeds, and that it sees what it is there to see. `make fuzz MINUTES=60` draws new ones."""
+
+import functools
+
+import pytest
+import torch
+from function_inputs import MAKERS, Draw
+from fuzz_refusals import ANYTHING_GOES, BAD_OPTIONS
+from fuzzing import Case, attempt
+from public_functions import arguments, leaves, public_functions, tensor_arguments
+
+import mmfused
+
+FUNCTIONS = public_functions()
+SEEDS = range(6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_fault_is_known_at_fixed_seeds(function):
+    faults = {seed: fault for seed in SEEDS if (fault := attempt(function, seed)[0])}
+    assert not faults
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_argument_is_drawn_by_some_seed(function):
+    missing, seed = set(arguments(FUNCTIONS[function])), 0
+    while missing and seed < 200:
+        missing -= set(MAKERS[function](Draw(seed, fixed={"sorted by a kernel": False})))
+        seed += 1
+    assert not missing, f"{function} takes {sorted(missing)}, which the fuzz never gives: add them to its maker."
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_option_is_broken_or_takes_anything(function):
+    tensors = {path.split(".")[0] for path in tensor_arguments(FUNCTIONS[function])}
+    unknown = set(arguments(FUNCTIONS[function])) - tensors - set(BAD_OPTIONS) - set(ANYTHING_GOES)
+    assert not unknown, f"{function} takes {sorted(unknown)}: say in fuzz_refusals.py what these never take."
+
+
+def test_a_case_is_the_same_each_time():
+    for seed in range(5):
+        first, second = (Case("masked_info_nce", seed) for _ in range(2))
+        assert first.describe() == second.describe()
+        for x, y in zip(leaves(first.inputs).values(), leaves(second.inputs).values(), strict=True):
+            assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+
+
+def test_an_error_of_one_in_a_hundred_thousand_is_a_fault(monkeypatch):
+    right = mmfused.masked_info_nce
+
+    @functools.wraps(right)
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return out if mmfused.library.current_backend() == "reference" else out * 1.00001
+
+    monkeypatch.setattr(mmfused, "masked_info_nce", wrong)
+    cases = [Case("masked_info_nce", seed) for seed in range(60)]
+    cases = [case for case in cases if case.dtype == torch.float32 and case.kind == "values" and case.backend == "composed"]
+    large = [case for case in cases if float(case.inputs["temperature"]) > 0.1 and len(case.inputs["candidate"]) > 2]
+    assert len(large) > 2
+    assert all(case.faults() for case in large)
