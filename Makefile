@@ -37,7 +37,7 @@ lint: $(READY) ## check style and formatting
 	$(PY) -m ruff format --check .
 
 fuzz: $(READY) ## random calls of every public function against the float64 reference, for MINUTES (default 10), with new seeds
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
+	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
 
 compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; goes on where it was stopped
 	$(PY) tools/compile_matrix.py
