@@ -90,9 +90,9 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
         return Tile(16, 32, 32, 8, 1)
     if dim % 8 or head_dim % 8:
         return Tile(16, 32, 32, 8, 1)
-    tall = head_dim <= 32 and arch in (90, 100, 103)
-    # On sm_120, 64 keys at a time spill 8 bytes under Triton 3.6.
-    return Tile(64 if tall else 32, 32 if arch >= 120 else 64, 64, 8, 2)
+    if head_dim <= 32 and arch in (90, 100, 103):
+        return Tile(64, 64, 64, 8, 2)
+    return Tile(32, 32, 64, 8, 2)  # 64 keys at a time spill on sm_80 and sm_120 under Triton 3.6
 
 
 def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
