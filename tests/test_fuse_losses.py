@@ -72,8 +72,8 @@ CASES = {
 @pytest.fixture
 def swept(monkeypatch):
     module, calls = mmfused.swaps.losses, []
-    real = module.masked_info_nce
-    monkeypatch.setattr(module, "masked_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
+    real = module.scaled_info_nce
+    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
     return calls
 
 

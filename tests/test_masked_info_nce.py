@@ -210,7 +210,7 @@ def test_strided_inputs_and_gradients():
 
 
 def test_opcheck(monkeypatch):
-    operate, arguments = function._operate, {}
+    operate, arguments = autograd._operate, {}
     monkeypatch.setattr(
         function, "_operate", lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest)
     )

@@ -249,8 +249,8 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
     """The other side's product is left out, and the gradient is the same to the bit."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
-    results, operate = [], function._operate
-    monkeypatch.setattr(function, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
+    results, operate = [], autograd._operate
+    monkeypatch.setattr(autograd, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
     sides = [torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (20, 40)]
     with mmfused.backend("composed" if kind == "composed" else "fused"):
         want = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides)

@@ -19,8 +19,9 @@ SWIZZLE = 16  # row blocks that share the columns in L2
 def sweep(
     q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor, q_key: Tensor | None, c_key: Tensor | None,
     q_id: Tensor | None, c_id: Tensor | None, drop: bool, columns: bool, everything: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q (B, D), c (C, D), sorted by key -> statistics of the rows (5, B) and, where ``columns``, of the columns (5, C), float64."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q (B, D), c (C, D), sorted by key -> statistics of the rows (5, B) and, where ``columns``, of the columns (5, C), float64;
+    and the targets' products q . c (B,) float32."""
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
     q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
     tile, stats = tiles.sweep, 6 if everything else 2
@@ -30,6 +31,8 @@ def sweep(
     if c_key is not None or blocks > 1:  # a tile that a group does not visit, or the first of several that it adds up
         column[:, 0] = float("-inf")
         column[:, 1:] = 0
+    elif everything and _kind(c_id, drop) != "same":  # there are no further positives, whose sums the kernel would write
+        column[:, 2:4] = 0
     launch(
         fwd.sweep_kernel, (parts, groups),
         q, c, bias, scale, _bound(q, c, scale), target, *_row_ranges(q_key, c_key), *_ids(q_id, c_id), row, column,
@@ -37,7 +40,7 @@ def sweep(
         D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, KEYS=c_key is not None, IDS=_kind(c_id, drop), COLUMNS=columns,
         EVERYTHING=everything, MERGE=blocks > 1, UPCAST=upcasts(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _merged(row, tiles, everything), _merged(column, tiles, everything)
+    return _merged(row, tiles, everything), _merged(column, tiles, everything), _target_products(q, c, target, tile)
 
 
 def sweep_backward(
@@ -130,13 +133,25 @@ def _merged(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
     return out
 
 
+def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
+    """q . c_target (B,) float32, to the bit what a sweep with these tiles has in the target's place: of two equal candidates
+    neither may be the likelier, and at logits of 10^4 another order of summation would be an error of 10^-3."""
+    out = q.new_empty(len(q), dtype=torch.float32)
+    launch(
+        fwd.target_kernel, (triton.cdiv(len(q), min(tile.BM, tile.BN)),), q, c, target, out, len(q), len(c),
+        D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, UPCAST=upcasts(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
 def _bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
     """A bound of |logits| on the device, NaN where a number is. Not for float32: exp(S) exp(-lse) rounds twice as often as
     exp(S - lse), and where nothing but FLOPs costs there is nothing to win."""
     if q.dtype == torch.float32:
         return q.new_full((), float("inf"))
     longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (q, c)]
-    return longest[0] * longest[1] * scale
+    return longest[0] * longest[1] * scale.abs()
 
 
 def _coefficients(side: Tensor) -> Tensor:

@@ -37,12 +37,16 @@ def _gain(gain_ptr):
 
 
 @triton.jit
-def _taken(ds, s, x_id, y_id, x_side, y_side, IDS: tl.constexpr):
-    """dS less what label smoothing takes off every pair that counts (s is not -inf) and off further positives."""
-    taken = x_side[3][:, None] + y_side[3][None, :]
-    if IDS == "same":
-        taken += tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
-    return ds - tl.where(s == float("-inf"), 0.0, taken)
+def _counted(ds, s, x_id, y_id, x_side, y_side, KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr):
+    """dS less what label smoothing takes off every pair and off further positives; 0 in pairs that do not count (s is -inf), also
+    of a row or column whose coefficients are NaN."""
+    if EVERYTHING:
+        ds -= x_side[3][:, None] + y_side[3][None, :]
+        if IDS == "same":
+            ds -= tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
+    if EVERYTHING or KEYS or IDS != "none":
+        ds = tl.where(s == float("-inf"), 0.0, ds)
+    return ds
 
 
 @triton.jit
@@ -77,8 +81,7 @@ def pairs_kernel(
         x_side = coefficients(row_ptr, x, B, gain, EVERYTHING)
         y_side = coefficients(column_ptr, y, C, gain, EVERYTHING)
         ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, row_ptr is not None, column_ptr is not None)
-        if EVERYTHING:
-            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
 
@@ -164,8 +167,7 @@ def owner_kernel(
         ds = weighted_softmax(
             s, x_side[0], x_side[1], y_side[0], y_side[1], safe, x_side_ptr is not None, y_side_ptr is not None
         )  # fmt: skip
-        if EVERYTHING:
-            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
