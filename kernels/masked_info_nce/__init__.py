@@ -46,23 +46,30 @@ def sweep(
 def sweep_backward(
     row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
     q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
-    need_dq: bool, need_dc: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D) over scale, float32; (0,) for one
-    that is not needed, which costs nothing then."""
+    need_dq: bool, need_dc: bool, need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D) over scale, float32, and the sum of
+    dS_ij q_i . c_j, the scale's gradient, () float64; (0,) for one that is not needed, which costs nothing then."""
     tiles = plan(q.shape[1], q.dtype, arch_of(q), column is not None, everything)
     q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
+    if need_scale:  # found from the logits
+        scale = scale.masked_fill(scale == 0, 1e-20)
     row, column = _coefficients(row), None if column is None else _coefficients(column)
     common = (bias, scale, _bound(q, c, scale), _gain(row, column, q.dtype), target)
     ranges = (_row_ranges(q_key, c_key), _column_ranges(q_key, c_key))
     flags = dict(KEYS=c_key is not None, IDS=_kind(c_id, drop), EVERYTHING=everything, UPCAST=upcasts(q.dtype))
     run = _owner if tiles.backward == "owner" else _chunked
-    return run(tiles, row, column, q, c, common, ranges, _ids(q_id, c_id), flags, need_dq, need_dc)
+    dq, dc, moments = run(tiles, row, column, q, c, common, ranges, _ids(q_id, c_id), flags, need_dq, need_dc, need_scale)
+    if not need_scale:
+        return dq, dc, row.new_empty(0, dtype=torch.float64)
+    gain = 1.0 if common[3] is None else common[3].double()
+    return dq, dc, torch.stack([part.sum(dtype=torch.float64) for part in moments]).sum() / (scale.double() * gain)
 
 
-def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc) -> tuple[Tensor, Tensor]:
-    tile, gradients = tiles.owner, []
-    for swap, needed in ((False, need_dq), (True, need_dc)):
+def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc, need_scale):
+    """dq, dc, and parts of the sum of dS S."""
+    tile, gradients, moments = tiles.owner, [], []
+    for swap, needed in ((False, need_dq or need_scale), (True, need_dc)):
         if not needed:
             gradients.append(q.new_empty(0, dtype=torch.float32))
             continue
@@ -72,18 +79,21 @@ def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, 
         blocks = triton.cdiv(len(x), tile.BM)
         parts = splits(blocks, triton.cdiv(len(y), tile.BN))
         out = x.new_empty(parts, *x.shape, dtype=torch.float32)
+        moment = x.new_empty(parts, len(x), dtype=torch.float32) if need_scale and not swap else None
+        moments += [] if moment is None else [moment]
         launch(
             bwd.owner_kernel, (parts, blocks),
-            x, y, *common, *ranges[swap], x_id, y_id, x_side, y_side, out, len(x), len(y),
+            x, y, *common, *ranges[swap], x_id, y_id, x_side, y_side, out, moment, len(x), len(y),
             D=x.shape[1], BM=tile.BM, BN=tile.BN, BD=tile.BD, SWAP=swap, **flags,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         gradients.append(out[0] if parts == 1 else out.sum(0))
-    return gradients[0], gradients[1]
+    return gradients[0] if need_dq else q.new_empty(0, dtype=torch.float32), gradients[1], moments
 
 
-def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc) -> tuple[Tensor, Tensor]:
-    tile, bx, by = tiles.pairs, tiles.spread.BM, tiles.spread.BN
+def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, need_dc, need_scale):
+    """dq, dc, and parts of the sum of dS S."""
+    tile, moments, bx, by = tiles.pairs, [], tiles.spread.BM, tiles.spread.BN
     height, width = chunk(len(q), len(c), tiles.spread, tiles.chunk_bytes, q.element_size())
     ds = q.new_empty(height, width)
     dq, dc = (x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in ((q, need_dq), (c, need_dc)))
@@ -92,9 +102,11 @@ def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq
         for col0 in range(0, len(c), width):
             cols = (col0, min(col0 + width, len(c)))
             grid = (triton.cdiv(rows[1] - row0, bx) * (bx // tile.BM), triton.cdiv(cols[1] - col0, by) * (by // tile.BN))
+            moment = q.new_empty(grid, dtype=torch.float32) if need_scale else None
+            moments += [] if moment is None else [moment]
             launch(
                 bwd.pairs_kernel, grid,
-                q, c, *common, *ranges[0], *ids, row, column, ds, len(q), len(c), row0, col0, width,
+                q, c, *common, *ranges[0], *ids, row, column, ds, moment, len(q), len(c), row0, col0, width,
                 D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, BX=bx, BY=by, GROUP=SWIZZLE, **flags,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
@@ -102,7 +114,7 @@ def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq
                 _spread(tiles.spread, ds, (width, 1), c, common[3], ranges[0], dq, rows, cols, (bx, by), col0 == 0, flags)
             if need_dc:
                 _spread(tiles.spread, ds, (1, width), q, common[3], ranges[1], dc, cols, rows, (by, bx), row0 == 0, flags)
-    return dq, dc
+    return dq, dc, moments
 
 
 def _spread(tile: Tile, ds, strides, y, gain, ranges, out, x_span, y_span, blocks, first, flags) -> None:

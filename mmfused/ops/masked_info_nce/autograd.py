@@ -17,7 +17,8 @@ _SWEEP = (
 )
 _SWEEP_BACKWARD = (
     "(Tensor row, Tensor? column, Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key,"
-    " Tensor? q_id, Tensor? c_id, bool drop, bool everything, bool need_dq, bool need_dc) -> (Tensor dq, Tensor dc)"
+    " Tensor? q_id, Tensor? c_id, bool drop, bool everything, bool need_dq, bool need_dc, bool need_scale)"
+    " -> (Tensor dq, Tensor dc, Tensor d_scale)"
 )
 
 
@@ -31,10 +32,12 @@ def _fake_sweep(q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, colum
 
 
 def _fake_sweep_backward(
-    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, dots=None, margin=None
-):
+    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, need_scale, dots=None,
+    margin=None,
+):  # fmt: skip
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape if need_dq else 0, dtype=dtype), c.new_empty(c.shape if need_dc else 0, dtype=dtype)
+    dq, dc = q.new_empty(q.shape if need_dq else 0, dtype=dtype), c.new_empty(c.shape if need_dc else 0, dtype=dtype)
+    return dq, dc, q.new_empty(() if need_scale else 0, dtype=torch.float64)
 
 
 register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", _fake_sweep)
@@ -114,16 +117,14 @@ class InfoNCE(torch.autograd.Function):
             _pick(q_id, q_order), _pick(c_id, c_order), ctx.same_id == "drop", ctx.everything,
         )  # fmt: skip
         need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
-        args = (*args, need_query or need_scale, need_candidate)
-        dq, dc = _operate("info_nce_sweep_bwd", ctx, args, _pick(dots, q_order), ctx.margin)
-        d_query = d_candidate = d_scale = None
+        args = (*args, need_query, need_candidate, need_scale)
+        dq, dc, d_scale = _operate("info_nce_sweep_bwd", ctx, args, _pick(dots, q_order), ctx.margin)
+        d_query = d_candidate = None
         pair = (d_logit * scale + d_dots).to(acc)[:, None]
-        if need_query or need_scale:
-            dq = _unpick(dq, q_order, 0)
-        if need_scale:  # two large sums that nearly cancel
-            d_scale = ((query.to(acc) * dq).sum(dtype=torch.float64) + (d_logit * dots).sum()).to(scale.dtype)
+        # Two large sums that nearly cancel.
+        d_scale = (d_scale + (d_logit * dots).sum()).to(scale.dtype) if need_scale else None
         if need_query:
-            d_query = dq.mul_(scale).add_(pair * candidate[target].to(acc)).to(query.dtype)
+            d_query = _unpick(dq, q_order, 0).mul_(scale).add_(pair * candidate[target].to(acc)).to(query.dtype)
         if need_candidate:
             dc = _add_rows(_unpick(dc, c_order, 0).mul_(scale), target, pair * query.to(acc))
             d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(candidate.dtype)

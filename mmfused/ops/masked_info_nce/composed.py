@@ -54,16 +54,17 @@ def sweep(
 def sweep_backward(
     row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
     q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
-    need_dq: bool, need_dc: bool, dots: Tensor, margin: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dq, dc) over scale: dS c and dS^T q with dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
+    need_dq: bool, need_dc: bool, need_scale: bool, dots: Tensor, margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dc) over scale, and the scale's gradient () float64: dS c, dS^T q, and the sum of dS_ij q_i . c_j, with
+    dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
 
     row (4, B) and column (4, C): lse, weight, and with ``everything`` what is taken off further positives and off every pair.
     ``dots`` (B,): the targets' products. A gradient that is not needed is (0,).
     """
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
-    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq), (c, need_dc)))
+    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq or need_scale), (c, need_dc)))
     for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin):
         sides = [row[:, block.rows, None]] + ([] if column is None else [column[:, block.columns]])
         lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]  # no weight: exp(logit - lse) must not overflow
@@ -80,11 +81,12 @@ def sweep_backward(
             if block.same is not None:
                 grad.sub_(block.same * sum(side[2] for side in sides))
         grad = block.hidden(grad, 0.0)  # last: of a broken row everything else is NaN
-        if need_dq:
+        if need_dq or need_scale:
             dq[block.rows].addmm_(grad, c[block.columns])
         if need_dc:
             dc[block.columns].addmm_(grad.T, q[block.rows])
-    return dq, dc
+    d_scale = (q * dq).sum(dtype=torch.float64) if need_scale else dq.new_empty(0, dtype=torch.float64)
+    return dq if need_dq else dq.new_empty(0), dc, d_scale
 
 
 def _logsumexp(logits: Tensor, axis: int) -> Tensor:

@@ -234,9 +234,7 @@ def _loss(
             scale = scale + 0 * scale  # infinite: NaN, whatever the products are
         else:
             scale = torch.full((), scale, dtype=acc, device=query.device)
-        target, query_key, query_id, broken = _defaults(
-            query, candidate, target, query_key, candidate_key, query_id, candidate_id
-        )
+        target, query_key, query_id, broken = _defaults(query, candidate, target, query_key, candidate_key, query_id, candidate_id)
         if ranks is not None:
             target = target + ranks.first_candidate
         tensors = distinct(query, candidate, scale, target, broken, query_key, candidate_key, query_id, candidate_id)
