@@ -140,7 +140,7 @@ def test_planned_tiles():
     check(make(20, 40, 300), dict(symmetric=True), torch.float16)
 
 
-@pytest.mark.parametrize("scale", [50.0, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
     """Below and beyond the bound up to which half precision needs no maximum, and where float32 has few digits left. Not float32
     for owner-computes: the interpreter sums its dot products in another order than the forward's, which that would show."""

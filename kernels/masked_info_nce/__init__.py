@@ -50,7 +50,8 @@ def sweep_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D) over scale, float32, and the sum of
     dS_ij q_i . c_j, the scale's gradient, () float64; (0,) for one that is not needed, which costs nothing then."""
-    tiles = plan(q.shape[1], q.dtype, arch_of(q), column is not None, everything)
+    masked = c_key is not None or c_id is not None
+    tiles = plan(q.shape[1], q.dtype, arch_of(q), column is not None, everything, masked or need_scale)
     q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
     if need_scale:  # found from the logits
         scale = scale.masked_fill(scale == 0, 1e-20)
