@@ -93,9 +93,9 @@ class MaskedInfoNCE(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, computed in float32 at least. One that is not finite becomes NaN, and its gradient is 0 where the upstream
-    one is: a row that the loss ignores."""
+    """Rows of length 1, computed in float32 at least. One that is not finite becomes NaN; if the loss ignores it, its gradient is
+    0 all the same."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     broken = ~wide.isfinite().all(-1, keepdim=True)
     nan = torch.zeros_like(wide[:, :1]).masked_fill(broken, float("nan"))
-    return (F.normalize(wide.masked_fill(broken, 0.0), dim=-1) + nan).to(x.dtype)
+    return (F.normalize(wide.nan_to_num(0.0, 0.0, 0.0), dim=-1) + nan).to(x.dtype)
