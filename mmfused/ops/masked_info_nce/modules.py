@@ -91,7 +91,7 @@ class MaskedInfoNCE(nn.Module):
     def extra_repr(self) -> str:
         learned = "fixed" if self.log_scale is None else "learned"
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"{learned} temperature, normalize={self.normalize}, gather={self.gather!r}{options}"
+        return f"{learned} temperature={self.temperature:g}, normalize={self.normalize}, gather={self.gather!r}{options}"
 
 
 def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
