@@ -13,11 +13,11 @@ endif
 
 # A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test bench readme lint gpu
+.PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=interpreter, used as it is; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
+	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
 	@echo "after which it ends, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
 
 demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
@@ -35,6 +35,15 @@ readme: $(READY) ## make README's numbers and pictures from benchmarks/results
 lint: $(READY) ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+fuzz: $(READY) ## random calls of every public function against the float64 reference, for MINUTES (default 10), with new seeds
+	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
+
+compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; goes on where it was stopped
+	$(PY) tools/compile_matrix.py
+
+newest: $(READY) ## compile a few kernels on the newest Triton of the package index
+	$(PY) tools/compile_matrix.py --newest
 
 gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
 	$(PY) benchmarks/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)

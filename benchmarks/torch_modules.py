@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -275,11 +274,11 @@ class MaskedInfoNCE(nn.Module):
         super().__init__()
         if normalize:
             raise ValueError("the baseline takes unit embeddings")
-        self.register_buffer("log_scale", torch.tensor(-math.log(temperature)))  # of the same digits as ours
+        self.temperature = temperature
         self.options = {"same_id": same_id, "positive_weight": positive_weight}
 
     def forward(self, query: Tensor, candidate: Tensor, **ids: Tensor) -> Tensor:
-        return masked_info_nce(query, candidate, temperature=(-self.log_scale).exp(), **self.options, **ids)
+        return masked_info_nce(query, candidate, temperature=self.temperature, **self.options, **ids)
 
 
 # ---- the models --------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ SHARED_MEMORY = {
 }
 SMALLEST_SHARED_MEMORY = 101_376
 
+# Stated at every launch and inspection: what the compiler does by default differs by version (3.10 fuses no more).
+OPTIONS = {"enable_fp_fusion": True}
+
 # Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the device (see mmfused.cli.inspect).
 listener: Callable | None = None
 pretended_arch: int | None = None
@@ -46,7 +49,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int
     if listener is not None:
         listener(kernel, args, constexprs, num_warps, num_stages)
     elif all(grid):
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
 
 def upcasts(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from . import losses
 from .fuse import FuseReport, fuse, unfuse
-from .library import backend
+from .library import backend, set_backend
 from .ops.gated_cross_attention import (
     BidirectionalGatedCrossAttention,
     CrossAttentionWeights,
@@ -66,6 +66,7 @@ __all__ = [
     "query_pooling_reference",
     "register_experts",
     "routing_from_indices",
+    "set_backend",
     "topk_routing",
     "topk_routing_from_input",
     "topk_routing_reference",

@@ -1,8 +1,8 @@
-"""The CUDA C++ kernels of csrc/: which router runs, and where the compiled module comes from.
+"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is :mod:`.library`'s, and found here too.
 
 ``mmfused._C`` is there if the package was installed with ``MMFUSED_CUDA=1``. Else :func:`load` compiles it at its first use, with
 ninja and nvcc, into torch's folder for extensions, where later processes find it. setup.py runs this file by itself, so it imports
-nothing of mmfused.
+nothing of mmfused at first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import ModuleType
 
 import torch
 
-ROUTERS = ("triton", "cuda")
 SOURCES = ("bindings.cpp", "topk_routing.cu", "topk_routing_host.cpp")
 CXX_FLAGS = ["-O3"]  # torch adds the standard its own headers need
 NVCC_FLAGS = ["-O3", "-Xptxas=-warn-spills"]
@@ -28,37 +27,10 @@ USUAL_CUDA = Path("/usr/local/cuda")
 _module: ModuleType | None = None
 
 
-# ---- which router ---------------------------------------------------------------------------------------------------------------
-
-
-def _checked(name: str, source: str) -> str:
-    if name not in ROUTERS:
-        raise ValueError(f"{source} is {name!r}; it takes one of {', '.join(ROUTERS)}.")
-    return name
-
-
-_router = _checked(os.environ.get("MMFUSED_ROUTER", "triton"), "MMFUSED_ROUTER")
-
-
-class router:
-    """Choose the kernels that route tokens under backend "fused", ``"triton"`` or ``"cuda"``: a setter and a context manager."""
-
-    def __init__(self, name: str):
-        global _router
-        self.previous = _router
-        _router = _checked(name, "router name")
-
-    def __enter__(self) -> router:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        global _router
-        _router = self.previous
-
-
-def current_router() -> str:
-    """What :class:`router` or ``MMFUSED_ROUTER`` set last, else ``"triton"``."""
-    return _router
+def __getattr__(name: str):
+    if name in ("ROUTERS", "router", "set_router", "current_router"):
+        return getattr(importlib.import_module("mmfused.library"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- the compiled module --------------------------------------------------------------------------------------------------------

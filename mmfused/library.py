@@ -1,7 +1,8 @@
 """The plumbing of every op, once: registration, device guard, the backend switch, and the checks all public functions share.
 
 A kernel launcher becomes ``torch.ops.mmfused.<name>`` through :func:`register`; a public function asks :func:`choose` which of
-``reference``, ``composed`` and ``fused`` serves the call; users steer that with :class:`backend` or ``MMFUSED_BACKEND``.
+``reference``, ``composed`` and ``fused`` serves the call; users steer that with :class:`backend`, :func:`set_backend` or
+``MMFUSED_BACKEND``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from collections.abc import Callable
 
 import torch
 
+from .switch import Choice, Switch
+
 BACKENDS = ("auto", "reference", "composed", "fused")
+ROUTERS = ("triton", "cuda")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors: for tests only
 CHECK_ON_DEVICE = os.environ.get("MMFUSED_CHECK") == "1"  # values are asserted on CUDA and in compiled graphs: for debugging
@@ -24,38 +28,51 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; it takes one of {', '.join(BACKENDS)}.")
-    return name
+_backend = Switch("backend name", BACKENDS, "MMFUSED_BACKEND", "auto")
+_router = Switch("router name", ROUTERS, "MMFUSED_ROUTER", "triton")
 
 
-_backend = _checked(os.environ.get("MMFUSED_BACKEND", "auto"), "MMFUSED_BACKEND")
-
-
-class backend:
-    """Choose how ops run: ``"reference"``, ``"composed"``, ``"fused"`` or ``"auto"``. A setter, and a context manager.
+class backend(Choice):
+    """``with mmfused.backend(name):`` runs ops inside as ``"reference"``, ``"composed"``, ``"fused"`` or ``"auto"``.
 
     ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer, float32/float16/bfloat16) and ``composed`` elsewhere.
     Asking for ``fused`` where it cannot run makes the op raise ``RuntimeError`` with the reasons.
+
+    It holds for this thread and context (asyncio task) alone; what ``with`` does not say, :func:`set_backend` does. A backward uses
+    its forward's backend wherever it runs, and so does a recomputation under ``torch.utils.checkpoint(use_reentrant=False)``. With
+    ``use_reentrant=True`` enter the ``with`` inside the checkpointed function.
     """
 
-    def __init__(self, name: str):
-        global _backend
-        self.previous = _backend
-        _backend = _checked(name, "backend name")
+    switch = _backend
 
-    def __enter__(self) -> backend:
-        return self
 
-    def __exit__(self, *exc) -> None:
-        global _backend
-        _backend = self.previous
+def set_backend(name: str) -> None:
+    """Set the backend of this process, in all threads, where no ``with mmfused.backend(...)`` says otherwise.
+
+    At first it is ``MMFUSED_BACKEND``, or ``"auto"``. Raises ``ValueError`` for another name than :class:`backend` takes.
+    """
+    _backend.set(name)
 
 
 def current_backend() -> str:
-    """The backend asked for: what :class:`backend` or ``MMFUSED_BACKEND`` set last, else ``"auto"``."""
-    return _backend
+    """The backend asked for here: by :class:`backend`, else by :func:`set_backend` or ``MMFUSED_BACKEND``, else ``"auto"``."""
+    return _backend.current()
+
+
+class router(Choice):
+    """``with router(name):`` routes tokens under backend "fused" by the kernels in ``"triton"`` or in ``"cuda"`` (C++)."""
+
+    switch = _router
+
+
+def set_router(name: str) -> None:
+    """Set the router of this process, as :func:`set_backend` does the backend; at first ``MMFUSED_ROUTER``, or ``"triton"``."""
+    _router.set(name)
+
+
+def current_router() -> str:
+    """The router asked for here: by :class:`router`, else by :func:`set_router` or ``MMFUSED_ROUTER``, else ``"triton"``."""
+    return _router.current()
 
 
 def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
@@ -80,13 +97,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, extra: list[str] |
 
     ``extra`` holds the op's own reasons against its kernel (an unsupported shape or form).
     """
-    if _backend in ("reference", "composed"):
-        return _backend
+    asked = current_backend()
+    if asked in ("reference", "composed"):
+        return asked
     reasons = why_not_fused(device, dtype) + (extra or [])
     interpreted = device.type == "cpu"  # slow, for tests: only when asked for
-    if not reasons and (_backend == "fused" or not interpreted):
+    if not reasons and (asked == "fused" or not interpreted):
         return "fused"
-    if _backend == "fused":
+    if asked == "fused":
         raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}.")
     if device.type == "cuda" and not torch.compiler.is_compiling():
         _warn_once(f"{op} runs 'composed' instead of 'fused': {'; '.join(reasons)}.")

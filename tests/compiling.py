@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mmfused.supported import TRITONS
+
 ROOT = Path(__file__).parent.parent
-SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION")
+SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION", "MMFUSED_CHECK")
 ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 
@@ -28,15 +30,16 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 
 @pytest.fixture(scope="session")
-def triton_3_6(tmp_path_factory):
-    """Triton 3.6 unpacked beside the installed one; kept in .venv for the next run."""
+def oldest_triton(tmp_path_factory):
+    """The oldest supported Triton unpacked beside the installed one; kept in .venv for the next run."""
     import triton
 
-    if triton.__version__.startswith("3.6."):
-        pytest.skip("Triton 3.6 is the installed one; the other tests compile with it")
+    oldest = TRITONS[0]
+    if triton.__version__ == oldest:
+        pytest.skip(f"Triton {oldest} is the installed one; the other tests compile with it")
     if sys.platform != "linux":
         pytest.skip("Triton has wheels for Linux only")
-    home = ROOT / ".venv" / "triton-3.6.0"
+    home = ROOT / ".venv" / f"triton-{oldest}"
     if not (home / "triton").is_dir():
         folder = tmp_path_factory.mktemp("triton")
         command = [
@@ -49,10 +52,10 @@ def triton_3_6(tmp_path_factory):
             "--only-binary=:all:",
             "--target",
             folder / "t",
-            "triton==3.6.0",
+            f"triton=={oldest}",
         ]
         if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("Triton 3.6.0 cannot be fetched: no network")
+            pytest.skip(f"Triton {oldest} cannot be fetched: no network")
         home.parent.mkdir(exist_ok=True)
         shutil.move(folder / "t", home)
     return home

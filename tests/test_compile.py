@@ -1,7 +1,9 @@
 """torch.compile and compilation for cards that are not there: in processes of their own, without Triton's interpreter."""
 
 import pytest
-from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
+from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
+
+from mmfused.supported import ARCHS
 
 # Between them these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
 CASES = ("fluid", "fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
@@ -18,7 +20,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
     for padding in (None, "mask", "lengths"):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(device)
         counters.clear()
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -56,7 +58,7 @@ def check(model, compiled, batch):
 
 labels, there = torch.randint(0, 7, (5,)), torch.tensor([True, True, False, True, True])
 for backend in ("reference", "composed"):
-    mmfused.backend(backend)
+    mmfused.set_backend(backend)
     for without in ((), ("q_transform", "gate", "bottleneck", "moe")):
         torch._dynamo.reset(), counters.clear(), torch.manual_seed(0)
         model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, image=None, text=None, balance="gshard", without=without))
@@ -100,7 +102,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}
@@ -115,8 +117,8 @@ def test_plans_compile_without_spills(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_plans_compile_on_the_oldest_triton(arch, tmp_path, triton_3_6):  # noqa: F811
-    rows = inspect(tmp_path, arch, CASES, PYTHONPATH=str(triton_3_6))
+def test_plans_compile_on_the_oldest_triton(arch, tmp_path, oldest_triton):  # noqa: F811
+    rows = inspect(tmp_path, arch, CASES, PYTHONPATH=str(oldest_triton))
     assert rows and not any(row["fault"] for row in rows)
 
 

@@ -1,7 +1,7 @@
 """As test_compile.py, for gated cross-attention: its graph, and its kernels for cards that are not there."""
 
 import pytest
-from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
+from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
 # Every kernel; the other cases of `mmfused inspect` differ in sizes.
 CASES = ("uniecs", "cross 768", "block")
@@ -19,7 +19,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch._dynamo.reset()
         counters.clear()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.BidirectionalGatedCrossAttention(32, 4, **options).to(device)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for n, m in ((17, 9), (40, 21), (33, 14)):
@@ -73,6 +73,6 @@ def test_plans_compile_without_spills(arch, tmp_path):
     assert any(row["instructions"][meant] for row in rows)
 
 
-def test_plans_compile_on_the_oldest_triton(tmp_path, triton_3_6):  # noqa: F811
-    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(triton_3_6))
+def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811
+    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(oldest_triton))
     assert rows and not any(row["fault"] for row in rows)

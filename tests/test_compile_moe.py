@@ -1,7 +1,7 @@
 """As test_compile.py, for the mixture of experts: its graph, and its kernels for cards that are not there."""
 
 import pytest
-from compiling import inspect, run_python, triton_3_6  # noqa: F401 (a fixture)
+from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
 # Every kernel of routing and of the experts; the other cases of `mmfused inspect` differ in sizes.
 CASES = ("logits 5", "route exact", "moe fluid 512")
@@ -19,7 +19,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch._dynamo.reset()
         counters.clear()
         torch.manual_seed(0)
-        mmfused.backend(name)
+        mmfused.set_backend(name)
         model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(device)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for length in (17, 40, 33):
@@ -94,6 +94,6 @@ def test_plans_compile_without_spills(arch, tmp_path):
             assert row["instructions"][meant], row
 
 
-def test_plans_compile_on_the_oldest_triton(tmp_path, triton_3_6):  # noqa: F811
-    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(triton_3_6))
+def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811
+    rows = inspect(tmp_path, "sm_90", CASES, PYTHONPATH=str(oldest_triton))
     assert rows and not any(row["fault"] for row in rows)

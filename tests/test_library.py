@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-import mmfused
 from mmfused import library
 from mmfused.testing import over_budget
 
@@ -16,31 +15,6 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
 
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | env)
-
-
-def test_backend_is_a_context_manager_and_a_setter():
-    assert library.current_backend() == "auto"
-    with mmfused.backend("reference"):
-        assert library.current_backend() == "reference"
-        with mmfused.backend("composed"):
-            assert library.current_backend() == "composed"
-        assert library.current_backend() == "reference"
-    assert library.current_backend() == "auto"
-    mmfused.backend("composed")
-    assert library.current_backend() == "composed"
-    mmfused.backend("auto")
-
-
-def test_backend_is_restored_after_an_error():
-    with pytest.raises(KeyError), mmfused.backend("reference"):
-        raise KeyError
-    assert library.current_backend() == "auto"
-
-
-def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend name is 'fast'; it takes one of auto, reference, composed, fused"):
-        mmfused.backend("fast")
-    assert library.current_backend() == "auto"
 
 
 def test_environment_variable():
@@ -95,6 +69,39 @@ def test_values_are_checked_on_cpu():
     library.check_value(lambda: torch.tensor(True), "never")
     with pytest.raises(ValueError, match="wrong value"):
         library.check_value(lambda: torch.tensor(False), "wrong value")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_values_elsewhere_are_asserted_only_if_asked_for(asked, monkeypatch):
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append(message))
+    monkeypatch.setattr(library, "CHECK_ON_DEVICE", asked)
+    library.check_value(lambda: torch.tensor(False, device="meta"), "wrong value")
+    assert asserted == ["wrong value"] * asked
+
+
+def test_a_compiled_graph_asserts_only_if_asked_for():
+    code = """
+import torch, mmfused
+
+found = []
+
+def look(graph, inputs):
+    found.extend(node for node in graph.graph.nodes if "assert" in str(node.target))
+    return graph
+
+target, key, there = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.tensor([3, 4])
+calls = [
+    lambda x: mmfused.masked_info_nce(x, x, temperature=x.abs().mean(), target=target, candidate_key=key),
+    lambda x: mmfused.topk_routing(x, 2, segments=target % 2, num_segments=2, indices=target[:, None] % 2 + target[:2]).weights,
+    lambda x: mmfused.query_pooling(x[None].expand(2, -1, -1), x, x, x, lengths=there),
+]
+for call in calls:
+    torch.compile(call, backend=look)(torch.rand(4, 4))
+print(len(found))
+"""
+    assert run_python(code, MMFUSED_CHECK="0").stdout.strip() == "0"
+    assert int(run_python(code, MMFUSED_CHECK="1").stdout) >= 3
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])

@@ -361,7 +361,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
     torch._dynamo.reset()
     counters.clear()
-    mmfused.backend(name)
+    mmfused.set_backend(name)
     model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=0.3).to(device)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (17, 40, 33):

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiling import run_python, triton_3_6  # noqa: F401 (a fixture)
+from compiling import oldest_triton, run_python  # noqa: F401 (a fixture)
 
 KERNEL = str(Path(__file__).parent / "racy_kernel.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
-@pytest.mark.parametrize("release", ["installed", "3.6"])
+@pytest.mark.parametrize("release", ["installed", "oldest"])
 def test_a_tile_that_is_multiplied_and_summed_in_a_pipelined_loop_is_a_race(release, request):
-    env = {"PYTHONPATH": str(request.getfixturevalue("triton_3_6"))} if release == "3.6" else {}
+    env = {"PYTHONPATH": str(request.getfixturevalue("oldest_triton"))} if release == "oldest" else {}
     done = run_python("-W", "ignore", KERNEL, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     races = json.loads(done.stdout)

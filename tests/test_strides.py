@@ -3,7 +3,17 @@
 import pytest
 import torch
 from function_inputs import MAKERS, Draw
-from public_functions import arguments, differentiable, has_kernels, in_float64, leaves, public_functions, replaced, run, tensor_arguments
+from public_functions import (
+    arguments,
+    differentiable,
+    has_kernels,
+    in_float64,
+    leaves,
+    public_functions,
+    replaced,
+    run,
+    tensor_arguments,
+)
 from strided_views import EXPANDED, SAME_VALUES, lay_out
 
 from mmfused.testing import over_budget

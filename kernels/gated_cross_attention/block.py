@@ -39,7 +39,9 @@ def block_kernel(
         lo, hi = spans(direction, b, tile * BM, N, M, who, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         cols = tl.arange(0, BD)
         acc = tl.zeros([BM, BD], tl.float32)
-        for head in range(0, H):
+        # Without licm the addresses of W_o are worked out for each head; kept for the next one they
+        # fill the registers, and spill on sm_100 and sm_120.
+        for head in tl.range(0, H, disable_licm=True):
             attended = attend_head(
                 pick(back, projected0_ptr, projected1_ptr), pick(back, projected1_ptr, projected0_ptr),
                 pick(back, attended0_ptr, attended1_ptr), lse_ptr, seed_ptr, direction, b, head, n, N, M, lo, hi, scale, p, who,

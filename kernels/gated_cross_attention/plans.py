@@ -1,6 +1,6 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
-Every entry compiles without spills on Triton 3.6 and 3.9 for the architectures it names (``mmfused inspect``). Which of two clean
+Every entry compiles without spills on every supported Triton and architecture (``make compile-matrix``). Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
 a round number of warps a processor and spills a few registers to get there.
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
 FORMS = ("epilogue", "block")
 FORM = "epilogue"  # where MMFUSED_CROSS_ATTENTION says nothing
+_asked: ContextVar[str | None] = ContextVar("form", default=None)
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,17 @@ def power(n: int) -> int:
 
 @contextmanager
 def form(name: str):
-    """MMFUSED_CROSS_ATTENTION for a while."""
-    before = os.environ.get("MMFUSED_CROSS_ATTENTION")
-    os.environ["MMFUSED_CROSS_ATTENTION"] = name
+    """As MMFUSED_CROSS_ATTENTION, inside ``with``, for this thread and context alone."""
+    before = _asked.set(name)
     try:
         yield
     finally:
-        del os.environ["MMFUSED_CROSS_ATTENTION"]
-        if before is not None:
-            os.environ["MMFUSED_CROSS_ATTENTION"] = before
+        _asked.reset(before)
 
 
 def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
     """The tile of the form "block" if that is to run, else None. What it does not take is an error only where it was asked for."""
-    asked = os.environ.get("MMFUSED_CROSS_ATTENTION")
+    asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
     if asked not in (None, *FORMS):
         raise ValueError(f"MMFUSED_CROSS_ATTENTION is {asked!r}; it takes one of {', '.join(FORMS)}.")
     if asked == "block" and chosen.block is None:
@@ -91,7 +90,9 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
         return Tile(16, 32, 32, 8, 1)
     if dim % 8 or head_dim % 8:
         return Tile(16, 32, 32, 8, 1)
-    return Tile(64 if head_dim <= 32 and arch in (90, 100, 103) else 32, 64, 64, 8, 2)
+    if head_dim <= 32 and arch in (90, 100, 103):
+        return Tile(64, 64, 64, 8, 2)
+    return Tile(32, 32, 64, 8, 2)  # 64 keys at a time spill on sm_80 and sm_120 under Triton 3.6
 
 
 def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
@@ -106,13 +107,17 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
     hopper = arch in (90, 100, 103)  # others multiply out of registers, and some have 99 KB of shared memory
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
-    attend = Tile(64, 64, 0, warps, 2)
-    d_query = attend if head_dim <= (64 if hopper else 32) else Tile(32, 64, 0, 4, 2)
-    d_key = Tile(32, 64, 0, 4 if head_dim <= (64 if hopper else 32) else 8, 2)
-    product, together = Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
+    wide = head_dim > (64 if hopper else 32)
+    # Under Triton 3.8 wide heads spill 80 bytes with 32 queries at a time in d_key, and on sm_120 8
+    # with four warps in attend; there a product of 128 columns spills 8.
+    attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
+    d_query = Tile(32, 64, 0, 4, 2) if wide else attend
+    d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
+    product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
     # Rows and heads that begin at odd places are loaded number by number, and each takes an address.
     if head_dim % 8:
-        attend = d_query = d_key = Tile(32, 32, 0, warps, 1)
+        attend = d_query = Tile(32, 32, 0, warps, 1)
+        d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120
     if dim % 8 or context_dim % 8:
         project = product = together = Tile(32, 64, 32, 4, 2)
     return Plan(project, attend, d_query, d_key, product, rows, together if dim <= 256 else None, block)

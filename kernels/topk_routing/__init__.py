@@ -55,9 +55,9 @@ def forward(
     )  # fmt: skip
     if from_input:
         launch(
-            fwd.route_x_kernel, (programs,), logits, *common, source, router_weight.contiguous(), _dense(router_bias), source.stride(0),
-            D=source.shape[1], PARTS=_parts(source.dtype) if exact else 1, UPCAST=upcasts(source.dtype), **asdict(tiles.route),
-            **flags,
+            fwd.route_x_kernel, (programs,), logits, *common, source, router_weight.contiguous(), _dense(router_bias),
+            source.stride(0), D=source.shape[1], PARTS=_parts(source.dtype) if exact else 1, UPCAST=upcasts(source.dtype),
+            **asdict(tiles.route), **flags,
         )  # fmt: skip
     else:
         flags |= asdict(tiles.rows) | dict(num_stages=1)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for device in devices:
         print(describe(device))
     print(f"backend()     {mmfused.library.current_backend()}")
-    print(f"router        {extension.current_router()}; C++: {compiled()}")
+    print(f"router        {mmfused.library.current_router()}; C++: {compiled()}")
     for op in OPS:
         for device in devices or [torch.device("cpu")]:
             print(verdict(op, device, getattr(torch, args.dtype)))

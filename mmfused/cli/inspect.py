@@ -1,14 +1,23 @@
 """``mmfused inspect``: compile every plan of every kernel without a GPU and look at what came out.
 
 The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` pretends to be on the asked architecture and hands each launch
-over instead of starting it, so what is compiled here is what would run there. A spill, or more shared memory than the card has, is
-a fault and makes the command exit 1; so is a matrix instruction missing where the plan means to use one.
+over instead of starting it, so what is compiled here is what would run there. A spill, more shared memory than the card has, a race
+(:mod:`.races`), or a matrix instruction missing where the plan means to use one is a fault and makes the command exit 1.
+
+What was measured is stored by kernel source, arguments, options and Triton version, so that a second run compiles only what has
+changed, and a run that was stopped goes on. ``MMFUSED_INSPECT_CACHE`` names the folder (default ``~/.cache/mmfused/inspect``).
+Triton's own cache is a temporary folder: the user's is neither read nor filled.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import importlib
+import inspect
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -18,10 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..library import INTERPRETED
+from ..supported import ARCHS
+from . import races
 from .specimens import ON_META, SPECIMENS
 
 HELP = "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, instructions"
-ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100")
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
 
@@ -39,6 +49,17 @@ class Report:
     shared: int  # bytes a block
     instructions: dict[str, int]
     fault: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler made of one launch."""
+
+    registers: int
+    stack: int  # bytes a thread: without local arrays, spills
+    shared: int  # bytes a block
+    instructions: dict[str, int]
+    races: list[str]
 
 
 @dataclass
@@ -69,23 +90,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     archs = args.arch or list(ARCHS)
+    _check(args, archs)
+    jobs: dict[str, list[Job]] = {}  # the same launch, of several cases, is compiled once
     for arch in archs:
-        if not re.fullmatch(r"sm_\d{2,3}", arch):
-            raise ValueError(f"--arch is {arch!r}; it takes names like sm_90.")
-    if INTERPRETED:
-        raise ValueError("TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it.")
-    known = [case for op, cases in SPECIMENS.items() if args.op in (None, op) for case in cases]
-    for case in args.case or ():
-        if case not in known:
-            raise ValueError(f"--case is {case!r}; it takes some of {', '.join(known)}.")
-    jobs = [job for arch in archs for job in heard_launches(arch, args.op, args.case)]
+        for job in heard_launches(arch, args.op, args.case):
+            jobs.setdefault(source_key(job), []).append(job)
     reports = []
     print(
         f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} {'shared':>7}  instructions",
         flush=True,
     )
-    with ProcessPoolExecutor(args.jobs) as pool:
-        for report in pool.map(compile_job, jobs):
+    for key, measured in _measure_all({key: same[0] for key, same in jobs.items()}, args.jobs):
+        for report in (report_of(job, measured) for job in jobs[key]):
             reports.append(report)
             used = " ".join(f"{name}:{count}" for name, count in report.instructions.items() if count) or "none"
             print(
@@ -98,6 +114,76 @@ def run(args: argparse.Namespace) -> int:
     faults = sum(bool(r.fault) for r in reports)
     print(f"{len(reports)} kernels compiled, {faults} with a fault.")
     return 1 if faults else 0
+
+
+def _check(args: argparse.Namespace, archs: list[str]) -> None:
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it.")
+    from mmfused.kernels.tiles import SHARED_MEMORY
+
+    takes = [f"sm_{number}" for number in SHARED_MEMORY]
+    for arch in archs:
+        if arch not in takes:
+            raise ValueError(f"--arch is {arch!r}; it takes one of {', '.join(takes)}.")
+    known = [case for op, cases in SPECIMENS.items() if args.op in (None, op) for case in cases]
+    for case in args.case or ():
+        if case not in known:
+            raise ValueError(f"--case is {case!r}; it takes some of {', '.join(known)}.")
+
+
+def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Measured]]:
+    """What each job became: from the store, or compiled now, which the store then keeps."""
+    store = _store()
+    missing = []
+    for key, job in jobs.items():
+        measured = _stored(store / key)
+        if measured is None:
+            missing.append((key, job))
+        else:
+            yield key, measured
+    with tempfile.TemporaryDirectory() as triton_cache:
+        os.environ["TRITON_CACHE_DIR"] = triton_cache  # the worker processes inherit it
+        with ProcessPoolExecutor(workers) as pool:
+            for (key, _), measured in zip(missing, pool.map(compile_job, [job for _, job in missing]), strict=True):
+                partial = store / f"{key}.{os.getpid()}"
+                partial.write_text(json.dumps(asdict(measured)))
+                partial.replace(store / key)
+                yield key, measured
+
+
+def _store() -> Path:
+    named = os.environ.get("MMFUSED_INSPECT_CACHE")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfused" / "inspect"
+    folder = Path(named) if named else root
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _stored(path: Path) -> Measured | None:
+    """A file that is damaged is named, and its launch compiled again."""
+    if not path.is_file():
+        return None
+    try:
+        return Measured(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        print(f"{path} is damaged: its launch is compiled again.", flush=True)
+        return None
+
+
+@functools.cache
+def _fingerprint(module: str, kernel: str) -> str:
+    """The source of a kernel and of all it calls, and this Triton; and how a kernel is judged here."""
+    import triton
+
+    judge = [inspect.getsource(part) for part in (compile_job, _resources, races)]
+    source = getattr(importlib.import_module(module), kernel).cache_key
+    return hashlib.sha256(repr((triton.__version__, source, judge)).encode()).hexdigest()
+
+
+def source_key(job: Job) -> str:
+    """A name for all that decides what the compiler makes of a launch."""
+    launch = (job.arch, job.signature, job.constexprs, job.divisible, job.num_warps, job.num_stages)
+    return hashlib.sha256(repr((_fingerprint(job.module, job.kernel), launch)).encode()).hexdigest()
 
 
 def heard_launches(arch: str, only_op: str | None = None, only_cases: list[str] | None = None) -> Iterator[Job]:
@@ -153,10 +239,8 @@ def _job(op, case, arch, kernel, args, constexprs, num_warps, num_stages) -> Job
     return Job(op, case, arch, kernel.fn.__module__, kernel.fn.__name__, signature, constants, divisible, num_warps, num_stages)
 
 
-def compile_job(job: Job) -> Report:
+def compile_job(job: Job) -> Measured:
     """Compile one launch for its architecture and read registers, stack, shared memory and matrix instructions."""
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -171,33 +255,67 @@ def compile_job(job: Job) -> Report:
         constexprs={place[name]: value for name, value in job.constexprs.items() if name in place},
         attrs={place[name]: [["tt.divisibility", 16]] for name in job.divisible},
     )
-    arch = int(job.arch.removeprefix("sm_"))
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "maxnreg": job.constexprs.get("maxnreg")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"])
+    options = {
+        "num_warps": job.num_warps,
+        "num_stages": job.num_stages,
+        "maxnreg": job.constexprs.get("maxnreg"),
+        **tiles.OPTIONS,
+    }
+    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"], job)
     counts = {name: compiled.asm["ptx"].count(text) for name, text in MATRIX_INSTRUCTIONS.items()}
-    shared, limit = compiled.metadata.shared, tiles.SHARED_MEMORY.get(arch, tiles.SMALLEST_SHARED_MEMORY)
-    faults = []
-    if stack:
-        faults.append(f"spills {stack} bytes a thread")
-    if shared > limit:
-        faults.append(f"needs {shared} bytes of shared memory, the card has {limit}")
+    found = races.pipelined_register_reads(compiled.asm["ttgir"])
+    return Measured(registers, stack, compiled.metadata.shared, counts, found)
+
+
+def report_of(job: Job, measured: Measured) -> Report:
+    """The row of a launch, and what is wrong with it."""
+    from mmfused.kernels import tiles
+
+    limit = tiles.SHARED_MEMORY[int(job.arch.removeprefix("sm_"))]
+    faults = list(measured.races)
+    if measured.stack:
+        faults.append(f"spills {measured.stack} bytes a thread")
+    if measured.shared > limit:
+        faults.append(f"needs {measured.shared} bytes of shared memory, the card has {limit}")
     c = job.constexprs
     # UPCAST is what tiles.dot takes; float32 is multiplied exactly, without matrix instructions.
     multiplies = "UPCAST" in c and not {"*fp16", "*bf16"}.isdisjoint(job.signature.values())
-    if multiplies and not any(counts.values()):
+    if multiplies and not any(measured.instructions.values()):
         faults.append("no matrix instruction")
     sizes = "x".join(str(c[k]) for k in ("BM", "BX", "BN", "BY", "BR", "BK", "BD") if k in c)
-    tile = f"{sizes} w{job.num_warps} s{job.num_stages}"
+    return Report(
+        op=job.op,
+        case=job.case,
+        kernel=_short_name(job),
+        arch=job.arch,
+        tile=f"{sizes} w{job.num_warps} s{job.num_stages}",
+        registers=measured.registers,
+        spilled=measured.stack,
+        shared=measured.shared,
+        instructions=measured.instructions,
+        fault="; ".join(faults),
+    )
+
+
+def _short_name(job: Job) -> str:
     name = job.kernel.removesuffix("_kernel")
-    name = f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}" if name == "onepass" else name
-    return Report(job.op, job.case, name, job.arch, tile, registers, stack, shared, counts, "; ".join(faults))
+    return f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}" if name == "onepass" else name
 
 
-def _resources(triton_root: Path, cubin: bytes) -> tuple[int, int]:
+def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton_root / "backends/nvidia/bin/cuobjdump", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(
+            f"{job.kernel} for {job.arch} became {len(cubin)} bytes that cuobjdump cannot read "
+            f"({done.stderr.strip() or 'no message'}): Triton's cache {os.environ.get('TRITON_CACHE_DIR')} is "
+            "damaged, or its disk is full."
+        )
+    return int(found[1]), int(found[2])

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from mmfused.library import no_autocast
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit
-from mmfused.models.inputs import check_range, map_tokens, read_image, read_text
+from mmfused.models.inputs import check_range, contain, map_tokens, read_image, read_text
 from mmfused.ops.gated_cross_attention import TokenGate
 from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
@@ -340,7 +340,12 @@ class FLUID(nn.Module):
         if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be int64 ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}")
         check_range("labels", labels, c.num_classes)
-        losses = {"ce": F.cross_entropy(logits, labels), "contrastive": logits.new_zeros(()), "moe": moe_loss}
+        labels, poison = contain(labels, c.num_classes)
+        losses = {
+            "ce": F.cross_entropy(logits + poison[:, None].to(logits.dtype), labels),
+            "contrastive": logits.new_zeros(()),
+            "moe": moe_loss,
+        }
         if c.modalities == "both" and "contrastive" not in c.without:
             flags = [flag for flag in (image_present, text_present) if flag is not None]
             pair = torch.stack([torch.ones_like(labels, dtype=torch.bool), *flags]).all(0)  # (B,)

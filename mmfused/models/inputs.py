@@ -28,6 +28,15 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
     check_value(lambda: ((values >= 0) & (values < limit)).all(), f"{name} must lie in [0, {limit - 1}]")
 
 
+def contain(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Indices in [0, limit), and what to add to what they look up: 0, or NaN where one was outside.
+
+    On CUDA, where :func:`check_range` raises nothing, torch's lookup of such a one would end the context.
+    """
+    inside = indices.clamp(0, limit - 1)
+    return inside, torch.where(inside == indices, 0.0, float("nan"))
+
+
 def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
     """Tokens at the model's width. Ignored ones are zeroed first: NaN in them would reach the weight's gradient."""
     if isinstance(linear, nn.Linear) and ignore is not None:
@@ -53,7 +62,9 @@ def encode_text(encoder: nn.Module | None, ids: Tensor, attention_mask: Tensor |
     if ids.ndim != 2 or ids.shape[1] > limit:
         raise ValueError(f"input_ids must have shape (B, T) with T at most {limit}, got {tuple(ids.shape)}")
     check_range("input_ids", ids, encoder.config.vocab_size)
-    return encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)
+    ids, poison = contain(ids, encoder.config.vocab_size)
+    tokens = encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, text_dim)
+    return tokens + poison.to(tokens.dtype).sum(1)[:, None, None]  # its tokens have read each other
 
 
 def read_image(encoder, width: int, pixels, tokens, present) -> tuple[Tensor, Tensor]:

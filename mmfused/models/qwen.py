@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import freeze, import_transformers, read_encoder_folder
-from mmfused.models.inputs import check_flags, check_range, one_source
+from mmfused.models.inputs import check_flags, check_range, contain, one_source
 from mmfused.models.retrieval import VIEWS
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Qwen2-VL's, CLIP's
@@ -360,7 +360,9 @@ def hidden_states(host: nn.Module, sequence: Sequence, pictures: Tensor, **optio
     """
     embedding = host.language_model.embed_tokens
     check_range("input_ids", sequence.input_ids, embedding.num_embeddings)
-    words = embedding(sequence.input_ids)
+    ids, poison = contain(sequence.input_ids, embedding.num_embeddings)
+    words = embedding(ids)
+    words = words + poison[..., None].to(words.dtype)
     slot = sequence.picture_slot[..., None]
     placed = pictures.to(words.dtype).gather(1, slot.clamp(min=0).expand(-1, -1, words.shape[-1]))
     return host.language_model(

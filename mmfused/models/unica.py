@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mmfused.library import no_autocast
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
-from mmfused.models.inputs import check_flags, check_range, check_tokens, encode_image, map_tokens, one_source
+from mmfused.models.inputs import check_flags, check_range, check_tokens, contain, encode_image, map_tokens, one_source
 from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, check_views, gather_rows, late_fusion, unit
 from mmfused.ops.gated_cross_attention import BidirectionalGatedCrossAttention
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
@@ -263,7 +263,9 @@ class UniCA(RetrievalModel):
         image, ids, real = x.image, *self._or_empty(x.input_ids, x.real, x.has_text)
         slots = torch.arange(ids.shape[1], device=ids.device)
         behind = image.shape[1] * x.has_image[:, None]  # (B, 1): behind its picture, if any, a text begins
+        ids, poison = contain(ids, self.text_encoder.config.vocab_size)
         text = self.text_encoder.embeddings(input_ids=ids, position_ids=slots + behind * (slots > 0))
+        text = text + poison[..., None].to(text.dtype)
         first, text = text[:, :1], text[:, 1:]
         if image.shape[1]:
             for block in self.bica:

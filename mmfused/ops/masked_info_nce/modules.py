@@ -19,8 +19,10 @@ class MaskedInfoNCE(nn.Module):
     """:func:`masked_info_nce` with its temperature, over one process or all of them.
 
     Args:
-        temperature: the (initial) temperature; the state holds ``log_scale`` = log(1 / temperature).
-        learnable_temperature: ``log_scale`` is a parameter. In training it is clamped to log(``max_scale``) before use, in place.
+        temperature: the temperature, or where it is learned its initial value. A fixed one is a number: no state
+            dict holds it and no cast rounds it.
+        learnable_temperature: ``log_scale`` = log(1 / temperature) is a parameter. In training it is clamped to
+            log(``max_scale``) before use, in place.
         normalize: bring query and candidate to unit length first, in float32 at least.
         gather: None, this process's candidates only. "global": those of all ranks; each returns (W / N) times the sum of its own
             rows' losses, and candidate gradients return to their rank, so that DDP's average is the gradient of one process with
@@ -57,32 +59,56 @@ class MaskedInfoNCE(nn.Module):
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise TypeError(f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction.")
-        log_scale = torch.tensor(-math.log(temperature))
-        if learnable_temperature:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        self.temperature = temperature
+        self.log_scale = nn.Parameter(torch.empty(())) if learnable_temperature else None
         self.max_scale, self.normalize, self.gather = max_scale, normalize, gather
         self.options = {**options, "reduction": reduction}
+        self.register_load_state_dict_pre_hook(_without_fixed_scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A learned temperature takes its initial value again."""
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.fill_(-math.log(self.temperature))
 
     def forward(self, query: Tensor, candidate: Tensor, **keys: Tensor) -> Tensor:
         """query (B, D), candidate (C, D); ``keys``: target, query_key, candidate_key, query_id, candidate_id, row_weight."""
-        if self.training and isinstance(self.log_scale, nn.Parameter):
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(self.max_scale))
+        temperature = self.temperature
+        if self.log_scale is not None:
+            if self.training:
+                with torch.no_grad():
+                    self.log_scale.clamp_(max=math.log(self.max_scale))
+            wide = torch.promote_types(self.log_scale.dtype, torch.float32)
+            temperature = (-self.log_scale.to(wide)).exp()
         if self.normalize:
-            query, candidate = unit(query), unit(candidate)
-        temperature = (-self.log_scale).exp()
+            masked = keys.get("candidate_key") is not None or keys.get("candidate_id") is not None
+            query, candidate = unit(query), unit(candidate, may_be_ignored=masked)
         if self.gather is None or not dist.is_available() or not dist.is_initialized():
             return masked_info_nce(query, candidate, temperature=temperature, **keys, **self.options)
         return loss_over_ranks(query, candidate, self.gather == "global", temperature=temperature, **keys, **self.options)
 
     def extra_repr(self) -> str:
-        learned = "learned" if isinstance(self.log_scale, nn.Parameter) else "fixed"
+        learned = "fixed" if self.log_scale is None else "learned"
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"{learned} temperature, normalize={self.normalize}, gather={self.gather!r}{options}"
+        return f"{learned} temperature={self.temperature:g}, normalize={self.normalize}, gather={self.gather!r}{options}"
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, computed in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
+def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
+    """Rows of length 1, computed in float32 at least.
+
+    ``may_be_ignored``: a row that is not finite becomes NaN by a sum, whose gradient is the upstream one: 0
+    where the loss ignores the row. That of a division by its length would be NaN.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not may_be_ignored:
+        return F.normalize(wide, dim=-1).to(x.dtype)
+    broken = ~wide.isfinite().all(-1, keepdim=True)
+    rows = F.normalize(wide.masked_fill(broken, 0.0), dim=-1)
+    return torch.where(broken, wide + float("nan"), rows).to(x.dtype)
+
+
+def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
+    """Version 0.1 kept a fixed temperature in the state; the one asked for counts."""
+    if module.log_scale is None:
+        state_dict.pop(prefix + "log_scale", None)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...extension import current_router, load
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...extension import load
+from ...library import autocast_dtype, choose, current_router, no_autocast, once_differentiable, register
 from ...random import draw_seed, uniform
 from .checks import check, check_router
 from .composed import routing_composed
@@ -97,7 +97,8 @@ def topk_routing_reference(
     log_probs = log_score.log_softmax(-1).masked_fill(probs == 0, 0.0)  # 0 log 0 = 0
     return Routing(
         indices, weights, torch.stack(counts), torch.stack(losses).sum() / nonempty,
-        mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)), *sort_by_expert(indices, token_padding_mask, experts),
+        mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)),
+        *sort_by_expert(indices, token_padding_mask, experts),
     )  # fmt: skip
 
 
@@ -252,14 +253,16 @@ def topk_routing(
         available: (num_segments, E) bool, the experts a segment may use, at least k. The probabilities are over these.
         balance: "switch", "gshard" or "mse". Of n experts available, n takes the place of E: balanced is 1, for "mse" 0.
         indices: (T, k) int64, replay this choice (of :attr:`Routing.indices`); all else is computed from the logits.
-            Out of range raises on a CPU; on CUDA, where nothing may wait, it makes the token's weights NaN.
+            It may name an expert twice.
         jitter: each logit is multiplied by a number from 1 - jitter to 1 + jitter, as Switch Transformer's input is.
         jitter_seed: () int64 tensor; None draws one from the device's generator. A seed gives the same noise on every backend.
 
     Returns: a :class:`Routing`. ``balance_loss``, ``z_loss`` and ``entropy`` have gradients and no coefficients. transformers'
     ``load_balancing_loss_func`` is k times "switch".
 
-    Raises: ``TypeError``, ``ValueError`` on bad input, before any launch. Ties go to the lower expert; two runs agree bit for bit.
+    Raises: ``TypeError``, ``ValueError`` on bad input, before any launch. Values are looked at on a CPU only: on CUDA, where nothing
+    may wait, a segment or a replayed index out of range, or a segment with fewer than k experts, makes its tokens' weights and
+    gradients and the losses NaN. Ties go to the lower expert; two runs agree bit for bit.
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906), DeepSeek-V3 (2412.19437) for the bias,
     FLUID (2508.07264) eq. 9, MOON2.0 (2511.12449).
@@ -317,7 +320,7 @@ def _route(
             source, router_weight, router_bias, k, score == "sigmoid", renormalize, selection_bias, mask, segments, num_segments,
             available, balance, indices, jitter, jitter_seed, router,
         ))  # fmt: skip
-        return routing if indices is None else routing._replace(indices=indices)
+        return routing if indices is None else routing._replace(indices=indices.clamp(0, routing.counts.shape[1] - 1))
 
 
 @torch.no_grad()

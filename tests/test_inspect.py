@@ -1,0 +1,74 @@
+"""``mmfused inspect`` without a GPU: what it stores, what it says of damage, and the options that every launch states."""
+
+import json
+
+from compiling import ROOT, run_python
+
+from mmfused.kernels import tiles
+from mmfused.supported import ARCHS, TRITONS
+
+COMMAND = ("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_80", "--case", "logits 5")
+
+
+def test_every_launch_states_what_the_compiler_may_fuse(monkeypatch):
+    heard = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: heard.append(options)
+
+    tiles.launch(Kernel(), (1,), num_warps=4, num_stages=1, BM=16)
+    assert heard == [{"num_warps": 4, "num_stages": 1, "BM": 16, "enable_fp_fusion": True}]
+
+
+def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_again(tmp_path):
+    env = {"MMFUSED_INSPECT_CACHE": str(tmp_path / "store"), "TRITON_CACHE_DIR": str(tmp_path / "users")}
+    first = run_python(*COMMAND, **env)
+    results = sorted((tmp_path / "store").iterdir())
+    assert first.returncode == 0 and len(results) == 4, first.stderr
+    assert not (tmp_path / "users").exists()  # the cache that training uses
+    marked = json.loads(results[0].read_text())
+    results[0].write_text(json.dumps({**marked, "registers": 77}))
+    second = run_python(*COMMAND, **env)
+    assert " 77 " in second.stdout  # read, not measured
+    results[0].write_text("{")
+    third = run_python(*COMMAND, **env)
+    said = f"{results[0]} is damaged: its launch is compiled again."
+    assert sorted(third.stdout.splitlines()) == sorted([*first.stdout.splitlines(), said])
+    assert json.loads(results[0].read_text()) == marked
+
+
+def test_an_unreadable_binary_is_named_in_one_sentence(tmp_path):
+    code = f"""
+import pathlib, sys
+import triton
+from mmfused.cli import inspect, main
+true = triton.compile
+def damaged(*args, **kwargs):
+    compiled = true(*args, **kwargs)
+    compiled.asm["cubin"] = compiled.asm["cubin"][:100]
+    return compiled
+triton.compile = damaged
+sys.exit(main({COMMAND[4:]!r}))
+"""
+    done = run_python("-W", "ignore", "-c", code, MMFUSED_INSPECT_CACHE=str(tmp_path))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "became 100 bytes that cuobjdump cannot read" in done.stderr and "is damaged" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_architecture_is_refused():
+    done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_99")
+    assert done.returncode == 2 and "--arch is 'sm_99'; it takes one of sm_80" in done.stderr
+
+
+def test_supported_versions_are_sorted_and_architectures_known():
+    assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(TRITONS)
+    assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
+
+
+def test_readme_and_the_committed_table_name_what_is_supported():
+    readme, table = (ROOT / "README.md").read_text(), (ROOT / "benchmarks/results/compile_matrix.md").read_text()
+    assert all(name in readme for name in (*TRITONS, *ARCHS))
+    assert all(f"| {version} |" in table for version in TRITONS)
+    assert " | ".join(ARCHS) in table and ", 0 with a fault." in table

@@ -1,0 +1,326 @@
+"""The backend and the router: a default of the process, and ``with`` for one thread and context."""
+
+import asyncio
+import importlib
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mmfused
+from mmfused import extension, library
+from mmfused.library import current_backend, current_router
+
+
+@pytest.fixture(autouse=True)
+def process_default():
+    before = current_backend(), current_router()
+    yield
+    mmfused.set_backend(before[0])
+    library.set_router(before[1])
+
+
+SWITCHES = [
+    (mmfused.backend, mmfused.set_backend, current_backend, ("auto", "reference", "composed")),
+    (extension.router, extension.set_router, extension.current_router, ("triton", "cuda", "triton")),
+]
+
+
+@pytest.mark.parametrize(("choice", "set_default", "current", "names"), SWITCHES)
+def test_a_choice_holds_inside_with_alone_and_nests(choice, set_default, current, names):
+    first, second, third = names
+    assert current() == first
+    choice(second)
+    assert current() == first
+    with choice(second):
+        assert current() == second
+        with choice(third):
+            assert current() == third
+            set_default(second)
+            assert current() == third
+        assert current() == second
+    assert current() == second
+    set_default(third)
+    assert current() == third
+
+
+@pytest.mark.parametrize(("choice", "set_default", "current", "names"), SWITCHES)
+def test_an_object_may_be_entered_again_and_inside_itself(choice, set_default, current, names):
+    again = choice(names[1])
+    for _ in range(2):
+        with again, choice(names[2]), again:
+            assert current() == names[1]
+        assert current() == names[0]
+
+
+def test_a_choice_ends_with_an_error():
+    with pytest.raises(KeyError), mmfused.backend("reference"):
+        raise KeyError
+    assert current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["fast", None, 1])
+def test_an_unknown_name_is_refused_before_anything_changes(name):
+    sentence = f"backend name is {name!r}; it takes one of auto, reference, composed, fused."
+    for choose in (mmfused.backend, mmfused.set_backend):
+        with pytest.raises(ValueError, match=sentence):
+            choose(name)
+    assert current_backend() == "auto"
+
+
+def in_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    assert results, "the thread failed"
+    return results[0]
+
+
+def test_threads_do_not_disturb_each_other():
+    """Two that overlap: each sees its own, and the process's default is what it was."""
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with mmfused.backend("reference"):
+            entered.set()
+            assert left.wait(10)
+            seen.append(current_backend())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert entered.wait(10)
+    assert current_backend() == "auto"
+    with mmfused.backend("composed"):
+        left.set()
+        thread.join()
+        assert current_backend() == "composed"
+    assert current_backend() == "auto" and seen == ["reference"]
+
+
+def test_a_default_is_every_threads_and_a_with_its_own():
+    mmfused.set_backend("composed")
+    with mmfused.backend("reference"):
+        assert in_thread(current_backend) == "composed"
+
+
+def test_tasks_that_take_turns_each_keep_their_own():
+    seen = []
+
+    async def task(name):
+        for _ in range(3):
+            with mmfused.backend(name):
+                await asyncio.sleep(0)
+                seen.append((name, current_backend()))
+
+    async def both():
+        await asyncio.gather(task("reference"), task("composed"))
+
+    asyncio.run(both())
+    assert len(seen) == 6 and all(name == got for name, got in seen)
+
+
+def test_generators_that_end_out_of_order_leave_nothing_behind():
+    def holding(name):
+        with mmfused.backend(name):
+            yield
+
+    first, second = holding("reference"), holding("composed")
+    next(first), next(second)
+    first.close()
+    assert current_backend() == "composed"
+    second.close()
+    assert current_backend() == "auto"
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------------------
+
+WIDTH = 16
+FUNCTIONS = [f"mmfused.ops.{op}.function" for op in ("query_pooling", "topk_routing", "grouped_mlp", "masked_info_nce")]
+FUNCTIONS += ["mmfused.ops.topk_routing.order", "mmfused.ops.gated_cross_attention.function"]
+
+
+def pooled(x):
+    return mmfused.query_pooling(x[None], x[:3], x[:WIDTH], x[:WIDTH], num_heads=2)
+
+
+def contrasted(x):
+    return mmfused.masked_info_nce(x[:10], x[10:], temperature=0.3, symmetric=True)
+
+
+def mixed(x):
+    routing = mmfused.topk_routing_from_input(x, x[:4], 2)
+    out = mmfused.grouped_mlp(x, routing, x[None, :8].expand(4, -1, -1), x.T[None, :, :8].expand(4, -1, -1), activation="swiglu",
+                              w_gate=x[None, 8:16].expand(4, -1, -1))  # fmt: skip
+    return out.sum() + routing.balance_loss + routing.z_loss + routing.entropy
+
+
+def read(x):
+    torch.manual_seed(0)
+    layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1)
+    return torch.cat(layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3)), 1)
+
+
+OPS = {"query_pooling": pooled, "masked_info_nce": contrasted, "routing and experts": mixed, "cross-attention": read}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the ops were told to run as, and by which router, call by call."""
+    calls = []
+    for name in FUNCTIONS:
+        module = importlib.import_module(name)
+
+        def recorded(*args, _choose=module.choose, **options):
+            calls.append(_choose(*args, **options))
+            return calls[-1]
+
+        monkeypatch.setattr(module, "choose", recorded)
+    return calls
+
+
+def tokens():
+    return torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def gradient(op, backend, around=lambda function, x: function(x), backward=lambda loss: loss.backward()):
+    x = tokens()
+    with mmfused.backend(backend):
+        loss = around(op, x).square().sum()
+    backward(loss)
+    return x.grad
+
+
+def elsewhere(loss):
+    """In another thread, which another backend is the default of."""
+    mmfused.set_backend("composed")
+    in_thread(lambda: loss.backward() or True)
+
+
+def under_another(loss):
+    with mmfused.backend("composed"), extension.router("cuda"):
+        loss.backward()
+
+
+BACKWARDS = pytest.mark.parametrize("backward", [torch.Tensor.backward, elsewhere, under_another])
+
+
+@BACKWARDS
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_is_its_forwards_wherever_it_runs(op, backend, backward, asked):
+    want = gradient(OPS[op], backend)
+    calls = len(asked)
+    got = gradient(OPS[op], backend, backward=backward)
+    assert torch.equal(got, want)
+    assert set(asked) == {backend} and len(asked) == 2 * calls  # no backward has asked
+
+
+def checkpointed(depth):
+    def around(function, x):
+        for _ in range(depth):
+            function = lambda x, inner=function: checkpoint(inner, x, use_reentrant=False)  # noqa: E731
+        return function(x)
+
+    return around
+
+
+@BACKWARDS
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_a_recomputation_is_its_forwards_wherever_it_runs(op, depth, backward, asked):
+    backend = "reference"  # the bits of the others differ
+    want = gradient(OPS[op], backend)
+    asked.clear()
+    got = gradient(OPS[op], backend, checkpointed(depth), backward)
+    assert torch.equal(got, want)
+    assert len(asked) > 1 and set(asked) == {backend}
+
+
+def test_a_recomputation_keeps_the_default_of_its_forward(asked):
+    mmfused.set_backend("reference")
+    x = tokens()
+    loss = checkpoint(pooled, x, use_reentrant=False).sum()
+    elsewhere(loss)
+    assert asked == ["reference"] * 2
+
+
+def test_a_recomputation_keeps_its_forwards_router():
+    seen = []
+
+    def layer(x):
+        seen.append(current_router())
+        return x.sin().cos()
+
+    x = tokens()
+    with extension.router("cuda"):
+        loss = checkpoint(layer, x, use_reentrant=False).sum()
+    loss.backward()
+    assert seen == ["cuda", "cuda"]
+
+
+@BACKWARDS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_with_inside_a_checkpoint_wins(reentrant, backward):
+    seen = []
+
+    def layer(x):
+        with mmfused.backend("reference"):
+            seen.append(current_backend())
+            x = x.sin()
+        return x.cos()
+
+    x = tokens()
+    with mmfused.backend("fused"):
+        loss = checkpoint(layer, x, use_reentrant=reentrant).sum()
+    backward(loss)
+    assert seen == ["reference"] * 2
+
+
+@BACKWARDS
+def test_before_and_after_a_with_inside_a_checkpoint_its_forwards_holds(backward):
+    seen = []
+
+    def inner(x):
+        seen.append(current_backend())
+        return x.sin().cos()
+
+    def layer(x):
+        seen.append(current_backend())
+        with mmfused.backend("reference"):
+            x = checkpoint(inner, x.sin(), use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu():  # its hooks hide the checkpoint's
+            seen.append(current_backend())
+        return x.sin().cos()
+
+    x = tokens()
+    with mmfused.backend("fused"):
+        loss = checkpoint(layer, x, use_reentrant=False).sum()
+    assert seen == ["fused", "reference", "fused"]
+    seen.clear()
+    backward(loss)
+    assert seen == ["fused", "reference", "fused", "reference"]  # the layer again, then the inner one's own recomputation
+
+
+def test_hooks_on_saved_tensors_stay_as_they_were():
+    packed = []
+
+    def hooks(name):
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(name) or x, lambda x: x)
+
+    x = tokens()
+    with hooks("outer"):
+        with hooks("inner"):
+            assert current_backend() == "auto"
+            x.sin()
+        x.sin()
+    assert packed == ["inner", "outer"]
+
+
+def test_a_torch_that_hides_its_hooks_is_one_without_checkpoints(monkeypatch):
+    monkeypatch.setattr(mmfused.switch, "_top_hooks", lambda ignore_tracing: None)
+    x = tokens()
+    with mmfused.backend("reference"):
+        checkpoint(pooled, x, use_reentrant=False).sum().backward()
+        assert current_backend() == "reference"

@@ -1,0 +1,274 @@
+"""Routing with values that are not numbers, out of range, very large, or never written: on every backend, and in the C++ router."""
+
+import itertools
+import math
+
+import csrc_cases
+import pytest
+import torch
+from topk_routing_cases import DEVICE, DTYPES, LOSSES, cast, make_inputs, make_logits, run
+
+import mmfused
+from mmfused import routing_from_indices
+from mmfused.ops.topk_routing import checks, order
+from mmfused.testing import over_budget
+
+BACKENDS = ("reference", "composed", "fused")
+BALANCES = ("switch", "gshard", "mse")
+inf, nan = math.inf, math.nan
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory):
+    if reason := csrc_cases.why_no_simt():
+        pytest.skip(reason)
+    return csrc_cases.Simt(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What is computed where nobody may raise: on CUDA and in compiled graphs."""
+    for module in (checks, order):
+        monkeypatch.setattr(module, "check_value", lambda condition, message: None)
+
+
+def agree(got, exact, plain):
+    """NaN and inf where the reference in float64 has them; what is finite there within the error budget.
+
+    A token whose gradient holds NaN in the reference may have NaN in more of its logits."""
+    tables = [dict(table) for table in (got, exact, plain)]
+    for name, want in exact.items():
+        free = torch.zeros_like(want, dtype=torch.bool)
+        if name[0] == "d":
+            free |= want.isnan().any(-1, keepdim=True)
+        for table in tables:
+            value = table[name].masked_fill(free, 0.0)
+            assert torch.equal(value.isnan(), want.isnan() & ~free), name
+            assert torch.equal(value.isinf(), want.isinf()), name
+            table[name] = value.nan_to_num(0.0, 0.0, 0.0)
+    return tables
+
+
+class Tables:
+    """What several cases gave, compared as one: of a single number plain PyTorch may be right by luck."""
+
+    def __init__(self):
+        self.seen = [{}, {}, {}]
+
+    def add(self, tables):
+        for table, seen in zip(tables, self.seen, strict=True):
+            for name, value in table.items():
+                seen.setdefault(name, []).append(value.flatten())
+
+    def check(self):
+        assert over_budget(*({name: torch.cat(values) for name, values in seen.items()} for seen in self.seen)) == []
+
+
+def check_rows(together, options, leaves, k, backend, own):
+    """Against the reference, but for the gradients of the tokens ``own``, which are what they are."""
+    upstream = torch.randn(len(next(iter(leaves.values()))), k, dtype=torch.float64, device=DEVICE)
+    results = [run(leaves, k, options, backend, upstream)]
+    replay = dict(indices=options.get("indices", results[0][1].indices))
+    results.append(run(cast(leaves, torch.float64), k, options, "reference", upstream, **replay))
+    results.append(run(leaves, k, options, "reference", upstream, **replay))
+    others = torch.ones(len(upstream), dtype=torch.bool, device=DEVICE)
+    others[own] = False
+    tables = [{n: x[others] if n[:2] in ("dl", "dx") else x for n, x in table.items()} for table, _ in results]
+    together.add(agree(*tables))
+    for name in ("indices", "counts", "order", "position", "offsets"):
+        assert torch.equal(getattr(results[0][1], name), getattr(results[1][1], name)), name
+    return results[0]
+
+
+# ---- NaN and inf ----------------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "NaN": [nan, 0.5, 1, 2, -1, 0, 3],
+    "all NaN": [nan] * 7,
+    "inf": [1, inf, 0, -1, 2, 0.3, 0.1],
+    "two inf": [1, inf, 0, inf, 2, 0.3, 0.1],
+    "NaN and inf": [nan, inf, 0, -1, 2, 0.3, 0.1],
+    "-inf": [-inf] * 7,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, backend):
+    """Of its own segment the losses, and with "mse" their gradients, as in the reference; the other segment's stay finite."""
+    segments, together = (torch.arange(20) % 3 == 0).long().to(DEVICE), Tables()
+    for row, renormalize in itertools.product(ROWS.values(), (True, False)):
+        leaves = make_logits(20, 7)
+        with torch.no_grad():
+            leaves["logits"][4] = torch.tensor(row)
+        options = dict(score=score, balance=balance, renormalize=renormalize, segments=segments, num_segments=2)
+        got, _ = check_rows(together, options, leaves, 2, backend, [4])
+        d = got["dlogits from weights"]
+        assert d[:4].isfinite().all() and d[5:].isfinite().all()
+        assert got["dlogits from all"][segments == 1].isfinite().all()
+    together.check()
+
+
+@pytest.mark.parametrize("sigmoid, renormalize, balance", [*itertools.product([False, True], [False, True], BALANCES)])
+def test_a_row_that_is_not_finite_in_the_cpp_router(sigmoid, renormalize, balance, simt):
+    options, together = dict(sigmoid=sigmoid, renormalize=renormalize, balance=balance), Tables()
+    for row in ROWS.values():
+        case = csrc_cases.make(20, 7, 2, segments=3, **options)
+        case["source"][4] = torch.tensor(row)
+        check_cpp(together, case, simt, [4])
+    together.check()
+
+
+def check_cpp(together, case, simt, own):
+    gradients = csrc_cases.upstream(case)
+    out = simt.forward(case)
+    out["d_logits"] = simt.backward(case, gradients, out)
+    exact, plain = (csrc_cases.expected(case, dtype, gradients) for dtype in (torch.float64, torch.float32))
+    for name in ("indices", "counts", "order", "position", "offsets", "tiles"):
+        if name != "indices" or case["indices"] is None:
+            assert torch.equal(out[name], exact[name]), name
+    others = torch.ones(len(case["source"]), dtype=torch.bool)
+    others[own] = False
+    tables = [{n: t[n] for n in ("weights", "losses")} | {"d": t["d_logits"][others]} for t in (out, exact, plain)]
+    together.add(agree(*tables))
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("value", [nan, inf])
+def test_a_token_of_x_that_is_not_finite_stays_in_its_outputs(value, backend):
+    for dtype in DTYPES:
+        leaves = make_inputs(40, 13, 33, dtype)
+        upstream = torch.randn(40, 2, device=DEVICE)
+        want, before = run(leaves, 2, {}, backend, upstream)
+        with torch.no_grad():
+            leaves["x"][17, 5] = value
+        got, after = run(leaves, 2, {}, backend, upstream)
+        others = torch.arange(40, device=DEVICE) != 17
+        assert torch.equal(after.indices[others], before.indices[others])
+        assert torch.equal(got["weights"][others], want["weights"][others]) and got["weights"][17].isnan().all()
+        name = "dx from weights"
+        assert torch.equal(got[name][others], want[name][others])
+
+
+# ---- out of range ---------------------------------------------------------------------------------------------------------------
+
+
+def bad_values(tokens, experts, k):
+    """Options with one fault each, and the tokens that have it."""
+    segments = (torch.arange(tokens) % 3).to(DEVICE)
+    for s in (-1, 3, 2**40, -(2**40)):
+        given = segments.clone()
+        given[[2, tokens - 1]] = s
+        yield dict(segments=given, num_segments=3), [2, tokens - 1]
+        available = torch.ones(3, experts, dtype=torch.bool, device=DEVICE)
+        available[:, 1] = False
+        yield dict(segments=given, num_segments=3, available=available), [2, tokens - 1]
+    given = torch.zeros_like(segments)
+    given[1] = 1
+    yield dict(segments=given, num_segments=1), [1]
+    for usable in range(k):
+        available = torch.ones(3, experts, dtype=torch.bool, device=DEVICE)
+        available[1, usable:] = False
+        yield dict(segments=segments, num_segments=3, available=available), [t for t in range(tokens) if t % 3 == 1]
+    available = torch.zeros(1, experts, dtype=torch.bool, device=DEVICE)
+    yield dict(available=available), list(range(tokens))
+    for e in (-1, experts, 2**40, -(2**40)):
+        indices = torch.rand(tokens, experts, device=DEVICE).argsort(1)[:, :k].contiguous()
+        indices[3, 0], indices[tokens - 2, k - 1] = e, e
+        yield dict(indices=indices, segments=segments, num_segments=3), [3, tokens - 2]
+        yield dict(indices=indices), [3, tokens - 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("score, renormalize, masked", [("softmax", True, False), ("sigmoid", False, True)])
+def test_values_out_of_range_make_their_tokens_nan(score, renormalize, masked, balance, backend, unchecked):
+    mask = torch.zeros(11, dtype=torch.bool, device=DEVICE)
+    mask[[2, 5]] = masked
+    together = Tables()
+    for options, own in bad_values(11, 5, 2):
+        options = options | dict(score=score, renormalize=renormalize, balance=balance)
+        options |= dict(token_padding_mask=mask) if masked else {}
+        leaves = make_logits(11, 5)
+        got, routing = check_rows(together, options, leaves, 2, backend, own)
+        void = torch.zeros(11, dtype=torch.bool, device=DEVICE)
+        void[own] = True
+        assert torch.equal(got["weights"].isnan().all(1), void & ~mask)
+        assert all(got[name].isnan() for name in LOSSES)
+        assert got["dlogits from all"][void & ~mask].isnan().all() and not got["dlogits from all"][mask].any()
+        if "indices" not in options:
+            assert all(len(set(row)) == 2 and 0 <= min(row) <= max(row) < 5 for row in routing.indices.tolist())
+    together.check()
+
+
+@pytest.mark.parametrize("sigmoid, renormalize, balance", [(False, True, "switch"), (True, False, "mse"), (True, True, "gshard")])
+def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, simt):
+    together = Tables()
+    for options, own in bad_values(11, 5, 2):
+        case = csrc_cases.make(11, 5, 2, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
+        out = check_cpp(together, case | {name: getattr(x, "cpu", lambda x=x: x)() for name, x in options.items()}, simt, own)
+        assert out["losses"].isnan().all() and out["d_logits"][own].isnan().all()
+    together.check()
+
+
+def test_an_expert_named_twice_counts_twice():
+    """A replayed choice may do that, as one of experts on other ranks, which all go to the last."""
+    indices, together = torch.tensor([[1, 1], [0, 2], [3, 3]], device=DEVICE), Tables()
+    for backend, score, renormalize in itertools.product(BACKENDS[1:], ("softmax", "sigmoid"), (True, False)):
+        check_rows(together, dict(indices=indices, score=score, renormalize=renormalize), make_logits(3, 4), 2, backend, [])
+    together.check()
+
+
+@pytest.mark.parametrize("sort", BACKENDS)
+def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
+    """Every backend of the experts on every backend's routing: the void tokens are NaN, the others as without them."""
+    indices = torch.randint(0, 4, (9, 2), device=DEVICE)
+    bad = indices.clone()
+    bad[2, 1], bad[5, 0], bad[6] = 4, -1, 2**40
+    void = (bad != indices).any(1)
+    x, up, down = (torch.randn(*shape, device=DEVICE) for shape in ((9, 6), (4, 8, 6), (4, 5, 8)))
+    outs = {}
+    for backend in BACKENDS:
+        for name, given in (("good", indices.where(~void[:, None], 0)), ("bad", bad)):
+            weights = torch.full((9, 2), 0.5, device=DEVICE, requires_grad=True)
+            leaf = x.clone().requires_grad_()
+            with mmfused.backend(sort):
+                routing = routing_from_indices(given, weights, 4)
+            assert routing.order.sort().values.tolist() == list(range(18)) and routing.offsets.tolist()[::4] == [0, 18]
+            with mmfused.backend(backend):
+                out = mmfused.grouped_mlp(leaf, routing, up, down)
+            outs[name] = (out, *torch.autograd.grad(out[~void].sum(), [leaf, weights]))
+        assert outs["bad"][0][void].isnan().all()
+        for a, b in zip(outs["bad"], outs["good"], strict=True):
+            assert torch.allclose(a[~void], b[~void], rtol=1e-5, atol=1e-6)
+
+
+# ---- large ----------------------------------------------------------------------------------------------------------------------
+
+
+def large(size):
+    """Logits up to ``size``: far apart, close to one another far from zero on either side, all equal, and small ones."""
+    logits = torch.randn(64, 13, dtype=torch.float64)
+    near = torch.rand(64, 13, dtype=torch.float64) * 4
+    logits[::8] *= size / 4
+    logits[1::4], logits[2::4], logits[3::8] = size - near[1::4], near[2::4] - size, size
+    return logits.clamp(-size, size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("score, renormalize", [*itertools.product(["softmax", "sigmoid"], [True, False])])
+def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
+    together = Tables()
+    for size, balance in itertools.product((1e3, 1e4), BALANCES):
+        leaves = dict(logits=large(size).to(DEVICE, dtype).requires_grad_())
+        options = dict(score=score, renormalize=renormalize, balance=balance)
+        upstream = torch.randn(64, 3, dtype=torch.float64, device=DEVICE)
+        got, routing = run(leaves, 3, options, backend, upstream)
+        exact, plain = (
+            run(cast(leaves, to), 3, options, "reference", upstream, indices=routing.indices)[0] for to in (torch.float64, dtype)
+        )
+        together.add([got, exact, plain])
+    together.check()

@@ -1,0 +1,128 @@
+"""Compile every case of ``mmfused inspect`` for every supported GPU architecture on every supported Triton.
+
+    python tools/compile_matrix.py             all of it, and the table benchmarks/results/compile_matrix.md
+    python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
+
+Each Triton lies unpacked in .venv/triton-<version>, fetched where it is not there yet, and comes first on the path of
+a process of its own. What is compiled is stored (see mmfused/cli/inspect.py): a run that was stopped goes on. Exit
+status 1 where a kernel has a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "compile_matrix.md"
+# One of each op, among them all that a supported version once spilled or raced in.
+NEWEST_CASES = ("fluid", "fluid text", "nce all", "route fluid", "moe fluid", "moe fine 64", "cross 512", "block")
+
+
+def supported():
+    """mmfused/supported.py by its path: importing the package would load torch."""
+    spec = importlib.util.spec_from_file_location("supported", ROOT / "mmfused" / "supported.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unpacked(version: str) -> Path:
+    """The folder of that Triton, fetched if it is not there."""
+    home = ROOT / ".venv" / f"triton-{version}"
+    if not (home / "triton").is_dir():
+        home.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as folder:
+            target = Path(folder) / "triton"
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+            subprocess.run([*command, "--target", target, f"triton=={version}"], check=True)
+            shutil.move(target, home)
+    return home
+
+
+def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: int) -> list[dict]:
+    """The rows of ``mmfused inspect`` under that Triton."""
+    path = os.pathsep.join((str(unpacked(version)), str(ROOT)))
+    words = [word for arch in archs for word in ("--arch", arch)]
+    words += [word for case in cases for word in ("--case", case)]
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.json"
+        command = [sys.executable, "-W", "ignore", "-m", "mmfused", "inspect", "--jobs", str(jobs), *words]
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        subprocess.run([*command, "--json", table], env={**env, "PYTHONPATH": path}, cwd=ROOT, stdout=sys.stderr)
+        if not table.is_file():
+            sys.exit(f"Triton {version}: inspect did not finish.")
+        return [{"triton": version, **row} for row in json.loads(table.read_text())]
+
+
+def written(rows: list[dict], archs: tuple[str, ...]) -> str:
+    """The table: a line for each op and Triton, a column for each architecture."""
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["op"], row["triton"], row["arch"]].append(row)
+    lines = [
+        "# Kernels compiled without a GPU",
+        "",
+        "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture and Triton. In a cell:",
+        "kernels, the most registers of a thread, the most shared memory of a block. A fault is a spill, a race, more",
+        "shared memory than the card has, or a matrix instruction missing.",
+        "",
+        f"| op | Triton | {' | '.join(archs)} | faults |",
+        "|---|---|" + "---|" * len(archs) + "---|",
+    ]
+    for op, version in dict.fromkeys((row["op"], row["triton"]) for row in rows):
+        parts, faults = [], 0
+        for arch in archs:
+            cell = cells[op, version, arch]
+            faults += sum(bool(row["fault"]) for row in cell)
+            most = [max((row[name] for row in cell), default=0) for name in ("registers", "shared")]
+            parts.append(f"{len(cell)}, {most[0]}, {most[1] / 1024:.0f} KB")
+        lines.append(f"| {op} | {version} | {' | '.join(parts)} | {faults} |")
+    faulty = [row for row in rows if row["fault"]]
+    lines += ["", f"{len(rows)} kernels, {len(faulty)} with a fault."]
+    lines += [f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}" for r in faulty]
+    return "\n".join(lines) + "\n"
+
+
+def newest_version() -> str:
+    """What the package index has; pip knows where that is."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "triton"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.match(r"triton \((.+?)\)", listing)[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--newest", action="store_true", help="a few cases on the newest Triton of the package index")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: cores)")
+    args = parser.parse_args()
+    known = supported()
+    if args.newest:
+        version = newest_version()
+        among = "is supported" if version in known.TRITONS else f"is newer than the supported {known.TRITONS[-1]}"
+        print(f"Triton {version} {among}; compiling {', '.join(NEWEST_CASES)}.", flush=True)
+        rows = inspect(version, known.ARCHS, NEWEST_CASES, args.jobs)
+    else:
+        rows = [row for version in known.TRITONS for row in inspect(version, known.ARCHS, (), args.jobs)]
+        ops = list(dict.fromkeys(row["op"] for row in rows))
+        rows.sort(key=lambda row: ops.index(row["op"]))
+        TABLE.write_text(written(rows, known.ARCHS))
+        print(f"Written to {TABLE.relative_to(ROOT)}.")
+    faults = [row for row in rows if row["fault"]]
+    for row in faults:
+        print(f"{row['case']}: {row['kernel']}, {row['arch']}, Triton {row['triton']}: {row['fault']}")
+    print(f"{len(rows)} kernels, {len(faults)} with a fault.")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
