@@ -26,7 +26,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from function_inputs import INFINITE, MAKERS, Draw
+from drawing import INFINITE, Draw
+from function_inputs import MAKERS
 from fuzz_refusals import refused
 from public_functions import (
     differentiable,
@@ -326,7 +327,10 @@ def attempt(function: str, seed: int) -> tuple[str, str]:
         return " ".join(faults), case.kind
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})", case.kind if case else "making inputs"
+        return (
+            f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
+            case.kind if case else "making inputs",
+        )
 
 
 def main() -> None:
