@@ -187,7 +187,7 @@ class Case:
                 return exact, rows(x, there, "reference")
             return rows(x.double(), in_float64(there), "reference"), rows(x, there, "reference")
 
-        sizes = {f"d {name}": x[others].double().norm().item() for name in wanted}
+        sizes = {f"d {name}": x[others].double().nan_to_num(0, 0, 0).norm().item() for name in wanted}
         found += [*more, *judge(*parts, near, sizes, self.dtype)]
         return [f"row {row} is not finite: {fault}" for fault in found]
 
