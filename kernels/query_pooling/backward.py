@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2E, dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
+from ..tiles import dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
 from .dropout import rows_keep
+from .forward import softmax_of
 from .tokens import load_moments, load_normed, load_normed_t
 
 
@@ -58,7 +59,7 @@ def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, dx_ptr, dq_ptr,
+    x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, dx_ptr, dq_ptr,
     B, N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
@@ -71,7 +72,6 @@ def onepass_kernel(
         dq += (tl.zeros([BD, BR], tl.float32),)
     for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
         b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-        lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
         q = ()
         dz = ()
         delta, dksum = _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D, BD, DROPOUT)
@@ -95,7 +95,7 @@ def onepass_kernel(
                 x += (load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),)
                 s = dot(x[c], q[c], s, UPCAST)
                 dp = dot(x[c], dz[c], dp, UPCAST)
-            p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
+            p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
             p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
@@ -120,7 +120,7 @@ def onepass_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, lse_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
+    x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
     g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
@@ -142,8 +142,7 @@ def dlogits_kernel(
             x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
             dp = dot(x, load_rows_t(dz_ptr + b * R * D, rows, cols, R, D), dp, UPCAST)
-        lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
-        p = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * LOG2E), 0.0)
+        p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
         p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
         p = p.to(x_ptr.dtype.element_ty)
         ds = ds.to(x_ptr.dtype.element_ty)
