@@ -214,9 +214,11 @@ def masked_info_nce(draw: Draw) -> dict:
     symmetric = draw.pick("symmetric", False, False, True)
     with_target = not symmetric and draw.given("target", 0.4)
     columns = draw.pick("candidates", 1, 5, 37, 70) if with_target else rows + draw.pick("more", 0, 0, 1, 13, 32)
-    query, candidate = (
-        draw.place(normalize(draw.normal(n, dim, dtype=torch.float64), dim=-1).to(draw.dtype)) for n in (rows, columns)
-    )
+    # None expanded, nor all of length 1 in one dimension: among equal candidates gradients are rounding errors alone.
+    query, candidate = (torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns))
+    if dim > 1:
+        query, candidate = normalize(query, dim=-1), normalize(candidate, dim=-1)
+    query, candidate = draw.place(query.to(draw.dtype), expand=()), draw.place(candidate.to(draw.dtype), expand=())
     inputs = dict(
         query=query,
         candidate=candidate,
