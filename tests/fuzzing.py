@@ -326,7 +326,10 @@ def attempt(function: str, seed: int) -> tuple[str, str]:
         return " ".join(faults), case.kind
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})", case.kind if case else "making inputs"
+        return (
+            f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
+            case.kind if case else "making inputs",
+        )
 
 
 def main() -> None:

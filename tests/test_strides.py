@@ -19,7 +19,9 @@ from strided_views import EXPANDED, SAME_VALUES, lay_out
 from mmfused.testing import over_budget
 
 FUNCTIONS = public_functions()
-SMALL = dict(batch=3, tokens=5, dim=7, heads=2, k_dim=3, v_dim=4, queries=3, head_dim=5, context_dim=7, keys=6, tokens_a=5, tokens_b=6)
+SMALL = dict(
+    batch=3, tokens=5, dim=7, heads=2, k_dim=3, v_dim=4, queries=3, head_dim=5, context_dim=7, keys=6, tokens_a=5, tokens_b=6
+)
 SMALL |= dict(candidates=9, more=4, experts=5, k=2, num_segments=2, std=1.0, temperature=0.2, mean=0, out=3, hidden=6, objectives=3)
 SMALL |= {"one expert": False, "large": 1.0, "sorted by a kernel": True}
 # What gives all tensor arguments between them: those that exclude each other come in turn.
