@@ -184,3 +184,10 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
         (got,) = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only])
     assert torch.equal(got, want[only])
     assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1, False]
+
+
+@pytest.mark.parametrize("query_key, candidate_key", [([3], [7]), ([7], [3]), ([5, 5, 9], [7, 7, 7, 2]), ([7, 7], [5, 9, 1])])
+def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(tiles, query_key, candidate_key):
+    """Of each row its target alone counts; new memory is NaN."""
+    options = dict(query_key=torch.tensor(query_key), candidate_key=torch.tensor(candidate_key), positive_weight=0.5)
+    check(make(len(query_key), len(candidate_key), 7), options)

@@ -115,6 +115,8 @@ def spread_kernel(
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     split = tl.program_id(2)
     low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS)
+    if KEYS:
+        high = tl.where(high > low, high, 0)  # the tile that [low, low) lies in need not have been written
     first = y0 // BY
     head, own, count = visits(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
     STEPS: tl.constexpr = BY // BK
