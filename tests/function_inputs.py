@@ -5,70 +5,15 @@ MAKERS: name of the function -> a maker of its arguments. VARIANTS: the choices 
 
 from __future__ import annotations
 
-import random
-
+import small_loss_inputs
 import torch
-from strided_views import EXPANDED, SAME_VALUES, lay_out
+from drawing import Draw
+from strided_views import EXPANDED
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import mmfused
 from mmfused import CrossAttentionWeights
-
-INFINITE = (float("nan"), float("inf"), float("-inf"))
-
-
-class Draw:
-    """Random choices, all of one seed. ``fixed`` decides some by name; with ``full`` every optional argument is given."""
-
-    def __init__(self, seed: object, dtype=torch.float32, *, full=False, fixed: dict | None = None, layouts=False):
-        self.random = random.Random(str(seed))
-        self.generator = torch.Generator().manual_seed(self.random.getrandbits(60))
-        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.full, self.fixed, self.layouts = full, fixed or {}, layouts
-
-    def pick(self, name: str, *choices):
-        return self.fixed.get(name, self.random.choice(choices))
-
-    def given(self, name: str, chance: float = 0.5) -> bool:
-        happens = self.random.random() < chance
-        return self.fixed.get(name, self.full or happens)
-
-    def rarely(self, name: str, chance: float = 0.1) -> bool:
-        return self.random.random() < chance and self.fixed.get(name, not self.full)
-
-    def normal(self, *shape: int, std=1.0, mean=0.0, dtype=None, expand=EXPANDED) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * std + mean
-        return self.place(values.to(dtype or self.dtype), expand)
-
-    def weight(self, *shape: int, std=1.0) -> Tensor:
-        """A parameter: in the dtype of the activations, or a master copy in float32."""
-        return self.normal(*shape, std=std, dtype=self.random.choice((self.dtype, self.dtype, self.wide)))
-
-    def uniform(self, *shape: int, dtype=None) -> Tensor:
-        return self.place(torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype))
-
-    def integers(self, low: int, high: int, *shape: int, dtype=torch.int64) -> Tensor:
-        return self.place(torch.randint(low, max(high, low + 1), shape, generator=self.generator, dtype=dtype))
-
-    def flags(self, chance: float, *shape: int) -> Tensor:
-        return self.place(torch.rand(shape, generator=self.generator) < chance)
-
-    def seed(self) -> Tensor:
-        return torch.tensor(self.random.getrandbits(62))
-
-    def place(self, values: Tensor, expand=EXPANDED) -> Tensor:
-        if not self.layouts or self.random.random() < 0.5:
-            return values
-        layout = self.random.choice((*SAME_VALUES, *expand))
-        if layout in EXPANDED and self.random.random() < 0.5:
-            layout = "strided"
-        return lay_out(values, layout)
-
-    def poison(self, x: Tensor, where: Tensor) -> None:
-        """NaN or infinity in rows of x that nobody reads; not where rows share their memory."""
-        if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
-            x.masked_fill_(where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE))
 
 
 def _padding(draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True) -> tuple[dict, Tensor]:
@@ -402,49 +347,6 @@ def grouped_mlp(draw: Draw) -> dict:
     return inputs
 
 
-# ---- the small losses -----------------------------------------------------------------------------------------------------------
-
-
-def _pair(draw: Draw, more: bool = True) -> dict:
-    rows, dim = draw.pick("batch", 1, 2, 5, 17), draw.pick("dim", 1, 3, 17)
-    columns = rows + draw.pick("more", 0, 1, 13) * more
-    return dict(query=draw.normal(rows, dim), candidate=draw.normal(columns, dim))
-
-
-def _scalar(draw: Draw, name: str, value: float) -> float | Tensor:
-    return draw.place(torch.tensor(value, dtype=draw.wide)) if draw.given(name) else value
-
-
-def positive_similarity(draw: Draw) -> dict:
-    pair = _pair(draw, more=False)
-    return dict(query=pair["query"], positive=pair["candidate"])
-
-
-def hard_negative_margin(draw: Draw) -> dict:
-    options = dict(margin=draw.pick("margin", 0.0, 0.2, 2.0), fraction=draw.pick("fraction", 0.0, 0.3, 1.0))
-    return _pair(draw) | options | dict(temperature=_scalar(draw, "temperature", draw.pick("", 0.1, 1.0)))
-
-
-def product_hinge(draw: Draw) -> dict:
-    inputs = _pair(draw, more=False) | dict(margin=draw.pick("margin", 0.0, 0.3), diagonal=draw.pick("diagonal", True, False))
-    inputs["scale"] = _scalar(draw, "scale", draw.pick("", 0.5, 10.0))
-    if draw.given("positive"):
-        inputs["positive"] = draw.normal(len(inputs["query"]), dtype=draw.pick("", draw.dtype, draw.wide))
-    return inputs
-
-
-def product_consistency(draw: Draw) -> dict:
-    rows, dim = draw.pick("batch", 1, 2, 5, 17), draw.pick("dim", 1, 3, 17)
-    pairs = {name: (draw.normal(rows, dim), draw.normal(rows, dim)) for name in ("product", "image", "text")}
-    options = dict(tolerance=draw.pick("tolerance", 0.0, 0.05), top=draw.pick("top", 1, 3, 10))
-    return pairs | options | dict(scale=_scalar(draw, "scale", draw.pick("", 0.5, 2.0)))
-
-
-def sigmoid_contrastive(draw: Draw) -> dict:
-    scalars = dict(temperature=_scalar(draw, "temperature", 0.1), bias=_scalar(draw, "bias", draw.pick("", -10.0, 0.0)))
-    return _pair(draw) | scalars
-
-
 def expert_shares(draw: Draw) -> dict:
     routing, _ = _routing(draw)
     tokens = len(routing.indices)
@@ -452,24 +354,12 @@ def expert_shares(draw: Draw) -> dict:
     return dict(routing=routing, samples=draw.pick("samples", *divisors))
 
 
-def dual_alignment(draw: Draw) -> dict:
-    experts, objectives, samples = draw.pick("experts", 1, 2, 5), draw.pick("objectives", 1, 3), draw.pick("batch", 1, 2, 7)
-    inputs = dict(
-        alignment=draw.normal(experts, objectives),
-        shares=draw.uniform(samples, experts),
-        detach_routing=draw.pick("detach_routing", False, True),
-        normalise=draw.pick("normalise", None, 1, 3.0),
-    )
-    if draw.given("members"):
-        inputs["members"] = draw.flags(0.5, samples, objectives)
-    return inputs
-
-
+LOSSES = ("positive_similarity", "hard_negative_margin", "product_hinge", "product_consistency", "sigmoid_contrastive")
 MAKERS = {
     maker.__name__: maker
     for maker in (
         query_pooling, gated_cross_attention, bidirectional_gated_cross_attention, pack_passes, masked_info_nce, topk_routing,
-        topk_routing_from_input, routing_from_indices, update_selection_bias, grouped_linear, grouped_mlp, positive_similarity,
-        hard_negative_margin, product_hinge, product_consistency, sigmoid_contrastive, expert_shares, dual_alignment,
+        topk_routing_from_input, routing_from_indices, update_selection_bias, grouped_linear, grouped_mlp, expert_shares,
     )
 }  # fmt: skip
+MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}

@@ -26,7 +26,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from function_inputs import INFINITE, MAKERS, Draw
+from drawing import INFINITE, Draw
+from function_inputs import MAKERS
 from fuzz_refusals import refused
 from public_functions import (
     differentiable,

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from function_inputs import MAKERS, Draw
+from drawing import Draw
+from function_inputs import MAKERS
 from fuzz_refusals import ANYTHING_GOES, BAD_OPTIONS
 from fuzzing import Case, attempt
 from public_functions import arguments, leaves, public_functions, tensor_arguments
@@ -54,7 +55,8 @@ def test_an_error_of_one_in_a_hundred_thousand_is_a_fault(monkeypatch):
         return out if mmfused.library.current_backend() == "reference" else out * 1.00001
 
     monkeypatch.setattr(mmfused, "masked_info_nce", wrong)
-    cases = [Case("masked_info_nce", seed) for seed in range(60)]
+    cases = [Case("masked_info_nce", seed) for seed in range(150)]
     cases = [case for case in cases if case.dtype == torch.float32 and case.kind == "values" and case.backend == "composed"]
     large = [case for case in cases if float(case.inputs["temperature"]) > 0.1 and len(case.inputs["candidate"]) > 2]
-    assert sum(bool(case.faults()) for case in large) > 0.8 * len(large) > 2  # a loss of 0 stays 0
+    assert len(large) > 3
+    assert sum(bool(case.faults()) for case in large) > len(large) / 2  # a loss of 0 stays 0

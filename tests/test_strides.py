@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from function_inputs import MAKERS, Draw
+from drawing import Draw
+from function_inputs import MAKERS
 from public_functions import (
     arguments,
     differentiable,
