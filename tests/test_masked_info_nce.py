@@ -1,6 +1,6 @@
 """Masked InfoNCE without kernels: the reference against the definition, the composed sweep against the reference.
 
-Properties and the module: test_masked_info_nce_properties.py; kernels: ..._fused.py; several processes: test_distributed.py.
+Properties, the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels: ..._fused.py; test_distributed.py.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 import mmfused
 from mmfused import masked_info_nce, masked_info_nce_reference
-from mmfused.ops.masked_info_nce import composed, function
+from mmfused.ops.masked_info_nce import autograd, composed
 from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_gradients
 
 KEYS, IDS = ("none", "one", "three", "many"), (None, "drop", "mean", "sum")
@@ -110,22 +110,24 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_values(case, scale, dtype):
-    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one, but no column."""
-    inputs = extreme(case, dtype)
-    inputs["temperature"].data.fill_(1 / scale)
+    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one, but no column. Of four batches:
+    where few logits decide, one batch's error is a matter of luck."""
     for options in (dict(symmetric=True), dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3)):
-        exact, plain = run(cast(inputs, torch.float64) | options, "reference"), run(inputs | options, "reference")
-        got = run(inputs | options)
-        # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
-        floor = {"out": 1, "dquery": scale / 33, "dcandidate": scale / 33, "dtemperature": scale**2}
-        exact, plain, got = (
-            {k: torch.cat([v.flatten(), v.new_ones(1) * floor[k]]) for k, v in r.items()} for r in (exact, plain, got)
-        )
+        exact, plain, got = ({}, {}, {})
+        for _ in range(4):
+            inputs = extreme(case, dtype) | options
+            inputs["temperature"].data.fill_(1 / scale)
+            runs = run(cast(inputs, torch.float64), "reference"), run(inputs, "reference"), run(inputs)
+            # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
+            floor = {"out": 1, "dquery": scale / 33, "dcandidate": scale / 33, "dtemperature": scale**2}
+            for results, of in zip((exact, plain, got), runs, strict=True):
+                for k, v in of.items():
+                    results[k] = torch.cat([results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]])
         # 1 / temperature is rounded once: of no account until logits of 10^4, all of whose digits but a few are lost anyway.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
-            assert not over_budget(got, exact, plain, factor=4 if scale == 1e4 else 2), options
+            assert not over_budget(got, exact, plain), options
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -210,15 +212,15 @@ def test_strided_inputs_and_gradients():
 
 
 def test_opcheck(monkeypatch):
-    operate, arguments = function._operate, {}
+    operate, arguments = autograd._operate, {}
     monkeypatch.setattr(
-        function, "_operate", lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest)
+        autograd, "_operate", lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest)
     )
     run(make(keys="three", same_id="mean", dtype=torch.float32, symmetric=True))
     assert len(arguments) == 2
-    for name, args in arguments.items():
+    for (name, args), extra in zip(arguments.items(), ((0.1,), (torch.zeros(B, device=DEVICE), 0.1)), strict=True):
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-        torch.library.opcheck(getattr(torch.ops.mmfused, f"{name}_composed"), (*args, torch.zeros(B, device=DEVICE)))
+        torch.library.opcheck(getattr(torch.ops.mmfused, f"{name}_composed"), (*args, *extra))
 
 
 COMPILED = """

@@ -1,20 +1,14 @@
 """The kernels of masked InfoNCE, through the public function: on a CPU in Triton's interpreter, with small tiles, so that little
 data has several tiles on each side; on a GPU with the tiles of the plan."""
 
-import dataclasses
-
 import pytest
 import torch
+from info_nce_kernels import CUDA, DEVICE, check, check_together, ids, keys, make, run, small_tiles
 
 import mmfused
-from mmfused.kernels import masked_info_nce as kernels
 from mmfused.kernels.masked_info_nce import backward, forward, plans
-from mmfused.kernels.masked_info_nce.plans import Plan, Tile
-from mmfused.ops.masked_info_nce import function, masked_info_nce, masked_info_nce_reference
-from mmfused.testing import over_budget, value_and_gradients
+from mmfused.ops.masked_info_nce import autograd, masked_info_nce
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BACKWARDS = ("chunked", "owner")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
@@ -22,74 +16,6 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 @pytest.fixture(params=BACKWARDS)
 def tiles(request, monkeypatch):
     return small_tiles(monkeypatch, request.param)
-
-
-def small_tiles(monkeypatch, backward, dim=32, **sizes):
-    """16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows; on a GPU only the backward is forced."""
-    tile = Tile(16, 32, 32, 4, 2, BD=32)
-    owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
-    spread = Tile(32, 32, 32, 4, 2, BD=32)
-    small = Plan(tile, backward, tile, spread, owner, partial_bytes=4 * 2 * 2 * 53, chunk_bytes=4 * 32 * 64, merge=(2, 32))
-    small = dataclasses.replace(small, **sizes)
-    planned = kernels.plan
-
-    def plan(*args):
-        return dataclasses.replace(planned(*args), backward=backward) if CUDA else small
-
-    monkeypatch.setattr(kernels, "plan", plan)
-    return small
-
-
-def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
-    torch.manual_seed(seed)
-    query, candidate = torch.randn(rows, dim, dtype=torch.float64), torch.randn(candidates, dim, dtype=torch.float64)
-    query, candidate = (x / x.norm(dim=1, keepdim=True) for x in (query, candidate))
-    return dict(query=query, candidate=candidate, temperature=torch.tensor(1 / scale, dtype=torch.float64))
-
-
-def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
-    """Value and gradients; embeddings rounded to the dtype before, whichever dtype computes."""
-    rounded = {k: v.to(torch.float16 if dtype == torch.float64 else dtype) for k, v in inputs.items() if k != "temperature"}
-    cast = {k: v.to(DEVICE, dtype).requires_grad_() for k, v in rounded.items()}
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    cast["temperature"] = inputs["temperature"].to(DEVICE, acc).requires_grad_()
-    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    with mmfused.backend(name):
-        return value_and_gradients(lambda **leaves: function(**leaves, **options), cast, upstream)
-
-
-def check(inputs, options, dtype=torch.float32, **kwargs):
-    """Fused against the reference in float64, within twice the error of the reference in the same dtype."""
-    inputs = {k: v.to(dtype).double() if k != "temperature" else v.float().double() for k, v in inputs.items()}
-    exact = {k: v.to(DEVICE, torch.float64).requires_grad_() for k, v in inputs.items()}
-    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    upstream = torch.randn(len(inputs["query"]), device=DEVICE) if options.get("reduction") == "none" else None
-    want = value_and_gradients(lambda **leaves: masked_info_nce_reference(**leaves, **moved), exact, upstream)
-    plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
-    got = run(inputs, options, dtype, upstream=upstream)
-    # <query, dquery>, hence of dS rounded to the embeddings' dtype, where the reference has float32 throughout.
-    size = want["dtemperature"].abs() + 1e-9
-    for results in (got, want, plain):
-        results["dtemperature"] = results["dtemperature"] / size
-    got["dtemperature"] = got["dtemperature"].to(dtype)
-    assert over_budget(got, want, plain, **kwargs) == []
-    return got
-
-
-def keys(rows, candidates, kinds, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return dict(
-        query_key=torch.randint(0, kinds, (rows,), generator=generator),
-        candidate_key=torch.randint(-1, kinds, (candidates,), generator=generator),
-    )
-
-
-def ids(rows, candidates, kinds=9, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return dict(
-        query_id=torch.randint(-kinds, kinds, (rows,), generator=generator),
-        candidate_id=torch.randint(-kinds, kinds, (candidates,), generator=generator) * 2**40,
-    )
 
 
 TARGET = dict(target=torch.randint(0, 53, (37,), generator=torch.Generator().manual_seed(3)))
@@ -123,14 +49,16 @@ def test_half_precision(tiles, option, dtype):
 
 @pytest.mark.parametrize("rows, candidates, dim", [(65, 65, 40), (1, 1, 7), (1, 70, 16), (33, 33, 3)])
 def test_shapes(monkeypatch, rows, candidates, dim):
-    dtype = torch.float16 if rows == 1 else torch.float32  # one row has no typical rounding error in float32
+    several = [make(rows, candidates, dim, seed=seed) for seed in range(8 if rows == 1 else 1)]
     for kind in BACKWARDS:
         small_tiles(monkeypatch, kind, dim)
-        got = check(make(rows, candidates, dim), dict(symmetric=True), dtype)
+        check_together((inputs, dict(symmetric=True)) for inputs in several)
         if candidates == 1:
+            got = run(several[0], dict(symmetric=True), torch.float32)
             assert not any(value.any() for value in got.values())  # exactly 0
     if rows < 65:
-        check(make(rows, candidates, dim), dict(keys(rows, candidates, 2), target=torch.full((rows,), candidates - 1)), dtype)
+        masked = dict(keys(rows, candidates, 2), target=torch.full((rows,), candidates - 1))
+        check_together((inputs, masked) for inputs in several)
 
 
 def test_planned_tiles():
@@ -140,7 +68,7 @@ def test_planned_tiles():
     check(make(20, 40, 300), dict(symmetric=True), torch.float16)
 
 
-@pytest.mark.parametrize("scale", [50.0, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
     """Below and beyond the bound up to which half precision needs no maximum, and where float32 has few digits left. Not float32
     for owner-computes: the interpreter sums its dot products in another order than the forward's, which that would show."""
@@ -218,7 +146,7 @@ def arguments(symmetric, everything, with_keys):
     bias = torch.zeros(40, device=DEVICE) if with_keys else None
     forward = (q, c, bias, torch.tensor(3.0, device=DEVICE), torch.arange(20, **key), *vectors, not everything)
     coefficients = (torch.rand(4, 20, device=DEVICE), torch.rand(4, 40, device=DEVICE) if symmetric else None)
-    return (*forward, symmetric, everything), (*coefficients, *forward, everything, True, not everything)
+    return (*forward, symmetric, everything), (*coefficients, *forward, everything, True, not everything, with_keys)
 
 
 @pytest.mark.parametrize("symmetric, everything, with_keys", [(True, False, False), (False, True, True), (True, False, True)])
@@ -249,12 +177,12 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
     """The other side's product is left out, and the gradient is the same to the bit."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
-    results, operate = [], function._operate
-    monkeypatch.setattr(function, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
+    results, operate = [], autograd._operate
+    monkeypatch.setattr(autograd, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
     sides = [torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (20, 40)]
     with mmfused.backend("composed" if kind == "composed" else "fused"):
         want = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides)
         sides[1 - only] = sides[1 - only].detach()
         (got,) = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only])
     assert torch.equal(got, want[only])
-    assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1]
+    assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1, False]

@@ -160,11 +160,11 @@ def test_module():
 
 
 def test_temperature_of_the_module():
-    """Learned: a parameter, held at max_scale in training only. Fixed: a buffer. Both in the state."""
+    """Learned: a parameter, held at max_scale in training only. Fixed: a number, in no state."""
     q, c = torch.randn(6, 4), torch.randn(6, 4)
     learned, fixed = MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0), MaskedInfoNCE(0.1)
-    assert set(learned.state_dict()) == set(fixed.state_dict()) == {"log_scale"} and not list(fixed.parameters())
-    learned.load_state_dict(fixed.state_dict())
+    assert set(learned.state_dict()) == {"log_scale"} and not fixed.state_dict() and not list(fixed.parameters())
+    learned.load_state_dict({"log_scale": torch.tensor(-math.log(0.1))})
     torch.testing.assert_close(learned(q, c), fixed(q, c))
     (slope,) = torch.autograd.grad(learned(q, c), learned.log_scale)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_temperature_of_the_module():
     losses_of_two.backward()
     assert learned.log_scale.item() == pytest.approx(math.log(20)) and learned.log_scale.grad is not None
     torch.testing.assert_close(learned(q, c), MaskedInfoNCE(1 / 20)(q, c))
-    assert repr(learned).startswith("MaskedInfoNCE(learned temperature, normalize=True, gather=None")
+    assert repr(learned).startswith("MaskedInfoNCE(learned temperature=0.5, normalize=True, gather=None")
 
 
 def test_gather_in_one_process(tmp_path):
@@ -211,3 +211,48 @@ def test_bad_options_of_the_module(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
         MaskedInfoNCE(**BAD_MODULES[sentence])
     assert str(error.value).startswith("MaskedInfoNCE: ") and sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e30])
+@pytest.mark.parametrize("gather", [None, "global"])
+def test_an_ignored_candidate_gets_no_gradient_through_the_normalisation(value, gather, tmp_path):
+    query, candidate = torch.randn(4, 5), torch.randn(6, 5)
+    candidate[5] = value
+    key = torch.tensor([0, 0, 1, 1, 0, 7])
+    if gather:
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        leaves = [x.requires_grad_() for x in (query, candidate)]
+        dq, dc = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves)
+        kept = [query, candidate[:5].detach().requires_grad_()]
+        want = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*kept, candidate_key=key[:5]), kept)
+        assert not dc[5].any()
+        torch.testing.assert_close((dq, dc[:5]), want)
+        with torch.no_grad():
+            candidate[2] = math.nan
+        dq, dc = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves)
+        assert dq[2:].isnan().all() and dc[2].isnan().all() and dq[:2].isfinite().all() and not dc[5].any()
+    finally:
+        if gather:
+            dist.destroy_process_group()
+
+
+def test_a_fixed_temperature_is_changed_by_nothing():
+    fixed = MaskedInfoNCE(0.03).bfloat16()
+    assert fixed.temperature == 0.03 and not fixed.state_dict()
+    with torch.device("meta"):
+        moved = MaskedInfoNCE(0.03)
+    assert moved.to_empty(device="cpu").temperature == 0.03
+    for holder, prefix in ((fixed, ""), (nn.Sequential(fixed), "0.")):  # a state of before, when it was a buffer
+        holder.load_state_dict({f"{prefix}log_scale": torch.tensor(1.0)})
+        with pytest.raises(RuntimeError, match="Unexpected"):
+            holder.load_state_dict({f"{prefix}other": torch.tensor(1.0)})
+    q, c = torch.randn(6, 4), torch.randn(6, 4)
+    assert torch.equal(fixed(q, c), MaskedInfoNCE(0.03)(q, c)) and fixed.temperature == 0.03
+
+
+def test_parameters_reset_after_to_empty():
+    with torch.device("meta"):
+        learned = MaskedInfoNCE(0.03, learnable_temperature=True)
+    learned.to_empty(device="cpu").reset_parameters()
+    assert learned.log_scale.item() == pytest.approx(-math.log(0.03)) and isinstance(learned.log_scale, nn.Parameter)

@@ -328,7 +328,7 @@ def test_preset_paper_has_its_sizes():
         model = UniCA(UniCAConfig.preset("paper"))
     assert model.image_encoder.patch_embed.num_patches == 196 and len(model.text_encoder.encoder.layer) == 12
     assert not any(parameter.requires_grad for parameter in model.text_encoder.parameters())
-    assert model.info_nce.log_scale.is_meta and model.config.temperature == 0.02
+    assert model.info_nce.temperature == model.config.temperature == 0.02
     assert model.bica[0].image_ffn.layers[0].out_features == 3072
 
 

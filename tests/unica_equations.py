@@ -174,7 +174,6 @@ def random_model(**options) -> UniCA:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
-    model.info_nce.log_scale.fill_(-math.log(model.config.temperature))  # built in float32
     return model
 
 

@@ -4,6 +4,7 @@
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and ``spread_kernel`` multiplies it
 by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs, and of HBM 6 bytes a pair (16-bit) and 8 a sum and chunk.
+``moment``: sums of dS S, from which comes the scale's gradient. It cancels nearly, so no rounded dS may enter it.
 Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums on chip: 8 B C D FLOPs and no traffic.
 ``gain``, a power of two, makes the largest weight about 2^13: float16 would lose 1 / (B C) otherwise. Results are divided by it.
 """
@@ -37,22 +38,33 @@ def _gain(gain_ptr):
 
 
 @triton.jit
-def _taken(ds, s, x_id, y_id, x_side, y_side, IDS: tl.constexpr):
-    """dS less what label smoothing takes off every pair that counts (s is not -inf) and off further positives."""
-    taken = x_side[3][:, None] + y_side[3][None, :]
-    if IDS == "same":
-        taken += tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
-    return ds - tl.where(s == float("-inf"), 0.0, taken)
+def _counted(ds, s, x_id, y_id, x_side, y_side, KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr):
+    """dS less what label smoothing takes off every pair and off further positives; 0 in pairs that do not count (s is -inf), also
+    of a row or column whose coefficients are NaN."""
+    if EVERYTHING:
+        ds -= x_side[3][:, None] + y_side[3][None, :]
+        if IDS == "same":
+            ds -= tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
+    if EVERYTHING or KEYS or IDS != "none":
+        ds = tl.where(s == float("-inf"), 0.0, ds)
+    return ds
+
+
+@triton.jit
+def _moment(ds, s):
+    """The rows' sums of dS S. Where s is -inf, dS is 0 and so must the product be."""
+    return tl.sum(ds * tl.maximum(s, -3e38), 1)
 
 
 @triton.jit
 def pairs_kernel(
     q_ptr, c_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, q_id_ptr, c_id_ptr,
-    row_ptr, column_ptr, ds_ptr, B, C, row0, col0, width,
+    row_ptr, column_ptr, ds_ptr, moment_ptr, B, C, row0, col0, width,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, GROUP: tl.constexpr,
     KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows, width), 0 in pairs that do not count.
+    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows, width), 0 in pairs that do not count;
+    and its sum of dS S into (grid).
 
     All of a BX x BY tile that spread_kernel will read is written, and no other. BX and BY are multiples of BM and BN.
     """
@@ -63,6 +75,7 @@ def pairs_kernel(
     y = y0 + tl.arange(0, BN)
     low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 // BX * BX, B, C, BX, KEYS)
     _, _, count = visits(low, high, shared, y0 // BY, y0 // BY + 1, BY, KEYS)
+    moment = 0.0
     if count > 0:
         safe = tl.load(bound_ptr) <= SAFE_BOUND
         s = products(q_ptr, c_ptr, x0, y0, B, C, D, BM, BN, BK, UPCAST) * tl.load(scale_ptr)
@@ -77,10 +90,13 @@ def pairs_kernel(
         x_side = coefficients(row_ptr, x, B, gain, EVERYTHING)
         y_side = coefficients(column_ptr, y, C, gain, EVERYTHING)
         ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, row_ptr is not None, column_ptr is not None)
-        if EVERYTHING:
-            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
+        if moment_ptr is not None:
+            moment = tl.sum(_moment(ds, s), 0)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + i * tl.num_programs(1) + j, moment)
 
 
 @triton.jit
@@ -122,11 +138,12 @@ def spread_kernel(
 @triton.jit
 def owner_kernel(
     x_ptr, y_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, x_id_ptr, y_id_ptr,
-    x_side_ptr, y_side_ptr, out_ptr, X, Y,
+    x_side_ptr, y_side_ptr, out_ptr, moment_ptr, X, Y,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SWAP: tl.constexpr, KEYS: tl.constexpr,
     IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D columns of sums in registers.
+    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D columns of sums in registers; moment
+    (S, X): of the sums of dS S.
 
     x = q, y = c, or with SWAP x = c, y = q (S and dS are then transposed, bias belongs to x and target to y).
     """
@@ -143,6 +160,7 @@ def owner_kernel(
     x_side = coefficients(x_side_ptr, x, X, gain, EVERYTHING)
     own_rows = load_block(x_ptr, block * BM, tl.arange(0, BM), cols, X, D, D == BD)
     acc = tl.zeros([BM, BD], tl.float32)
+    moment = tl.zeros([BM], tl.float32)
     for n in range(count * split // tl.num_programs(0), count * (split + 1) // tl.num_programs(0)):
         start = nth_tile(n, head, own, 0) * BN
         y = start + tl.arange(0, BN)
@@ -164,9 +182,12 @@ def owner_kernel(
         ds = weighted_softmax(
             s, x_side[0], x_side[1], y_side[0], y_side[1], safe, x_side_ptr is not None, y_side_ptr is not None
         )  # fmt: skip
-        if EVERYTHING:
-            ds = _taken(ds, s, x_id, y_id, x_side, y_side, IDS)
+        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
+        if moment_ptr is not None:
+            moment += _moment(ds, s)
         acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
     tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])
+    if moment_ptr is not None:
+        tl.store(moment_ptr + split.to(tl.int64) * X + x, moment, mask=x < X)

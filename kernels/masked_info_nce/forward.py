@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2E
-from .pairs import SAFE_BOUND, block_range, counting_pairs, nth_tile, products, row_vectors, visits
+from ..tiles import LOG2E, dot
+from .pairs import SAFE_BOUND, block_range, counting_pairs, load_block, nth_tile, products, row_vectors, visits
 
 
 @triton.jit
@@ -151,6 +151,26 @@ def sweep_kernel(
         if EVERYTHING:
             _store_sums(own_rows + 2 * B, B, x, positive, False)
             _store_sums(own_rows + 4 * B, B, x, every, False)
+
+
+@triton.jit
+def target_kernel(
+    q_ptr, c_ptr, target_ptr, out_ptr, B, C,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grid (B / min(BM, BN),). out (B,) = q_i . c_target(i): the diagonal of a tile, multiplied as the sweep's tiles are."""
+    R: tl.constexpr = BM if BM < BN else BN
+    start = tl.program_id(0) * R
+    rows = tl.arange(0, BM)
+    columns = tl.arange(0, BN)
+    target = tl.load(target_ptr + start + columns, mask=start + columns < B, other=0)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, (D + BK - 1) // BK):
+        cols = k * BK + tl.arange(0, BK)
+        x = load_block(q_ptr, start, rows, cols, B, D, D % BK == 0)
+        acc = dot(x, tl.trans(load_block(c_ptr, 0, target, cols, C, D, D % BK == 0)), acc, UPCAST)
+    diagonal = tl.sum(tl.where(rows[:, None] == columns[None, :], acc, 0.0), 1)
+    tl.store(out_ptr + start + rows, diagonal, mask=(rows < R) & (start + rows < B))
 
 
 @triton.jit

@@ -15,9 +15,10 @@ import triton.language as tl
 
 from ..tiles import LOG2E, dot
 
-# Up to this bound of |logits| exp needs no maximum: exp(64) times 2^31 pairs stays below float32's largest, exp(-64) is a normal
-# number, so are exp(s) and exp(-lse). One exponential then serves a row and a column.
-SAFE_BOUND = tl.constexpr(64.0)
+# Up to this bound of |logits| exp needs no maximum: exp(32) times 2^31 pairs stays far below float32's largest, exp(-32) is
+# a normal number, so are exp(s) and exp(-lse). One exponential then serves a row and a column. Up to 64 it would do too, but
+# a product of exponentials has the rounding errors of both logits, and the temperature's gradient, a float32, would show them.
+SAFE_BOUND = tl.constexpr(32.0)
 
 
 @triton.jit

@@ -43,17 +43,18 @@ class Plan:
     merge: tuple[int, int] = (16, 128)  # partials by rows at a time
 
 
-def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: bool) -> Plan:
-    """Tiles, and which backward, of a loss over rows or, with ``columns``, over both; ``everything``: the sums too.
+def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: bool, logits: bool = False) -> Plan:
+    """Tiles, and which backward, of a loss over rows or, with ``columns``, over both; ``everything``: the sums too; ``logits``: the
+    backward needs them beside dS, for masks or for the temperature's gradient.
 
     On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes spends 2 B C D FLOPs more than chunked, 2 D / 790e12 s a pair, and chunked 6
     bytes a pair more, 6 / 4.3e12 s: owner-computes wins below D = 550. But its sums of all of D fit into registers, beside a tile
     of logits, up to D = 256 only. float32 has no matrix instructions here, FLOPs are all that costs: chunked.
     """
     if dtype == torch.float32:
-        sweep = Tile(32, 64, 16, 8, 2) if everything else Tile(32, 32, 32, 4, 2)
+        sweep = Tile(32, 64, 16, 8, 2)  # as pairs, so that both have the same logits: of 10^4 no digit of the sum is to spare
         owner = Tile(64, 32, 0, 8, 1, BD=_power(dim))
-        return Plan(sweep, "chunked", Tile(32, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2, BD=64), owner)
+        return Plan(sweep, "chunked", sweep, Tile(64, 64, 16, 8, 2, BD=64), owner)
     way = "owner" if dim <= 256 else "chunked"
     if arch in (90, 100, 103):  # 228 KB of shared memory
         hopper = arch == 90
@@ -65,7 +66,9 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
             sweep = Tile(128, 128, 64, 8, 3) if hopper else both
         pairs = Tile(128, 128 if hopper and not short else 64, 64, 8, 3)
         spread = Tile(128, 128, 64, 8, 3, BD=min(256 if hopper else 128, max(64, _power(dim))))
-        owner = Tile(128, 32 if everything and dim > 64 else 64, 0, 8, 3, BD=_power(dim))
+        crowded = logits and dim > 128
+        narrow = (everything and dim > 64) or (crowded and hopper)
+        owner = Tile(64 if crowded and not hopper else 128, 32 if narrow else 64, 0, 8, 3, BD=_power(dim))
         return Plan(sweep, way, pairs, spread, owner)
     wide = 64 if everything or dim % 32 else 128
     spread = Tile(128, 128, 32, 8, 3, BD=min(128, max(64, _power(dim))))

@@ -33,7 +33,9 @@ def check(
     _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight)
     if false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf:  # the compiler knows no isfinite
         raise ValueError(f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None.")
-    check_temperature(OP, temperature, query)
+    if temperature is not None:  # the scale is given
+        check_temperature(OP, temperature, query)
+        _check_reciprocal(temperature, query)
     _check_row_weight(row_weight, query)
     _check_values(target, query_key, candidate_key, len(candidate))
 
@@ -84,6 +86,16 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
             f"{op}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
         )
     check_value(lambda: (temperature > 0).all(), f"{op}: temperature holds a number that is not above 0; it takes one above 0.")
+
+
+def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
+    """Logits are multiplied by it; their dtype must hold it."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    sentence = f"{OP}: temperature holds a number too small for 1 / temperature in {dtype}."
+    if isinstance(temperature, Tensor):
+        check_value(lambda: temperature.to(dtype).reciprocal().isfinite().all(), sentence)
+    elif not 1 / temperature <= torch.finfo(dtype).max:
+        raise ValueError(sentence)
 
 
 def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:

@@ -17,20 +17,22 @@ SAFE_SHIFT = {torch.float32: 36.0, torch.float64: 320.0}
 
 def sweep(
     q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor, q_key: Tensor | None, c_key: Tensor | None,
-    q_id: Tensor | None, c_id: Tensor | None, drop: bool, columns: bool, everything: bool, limit: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Statistics over all pairs but the targets: for the rows (5, B), and for the columns (5, C) where ``columns``.
+    q_id: Tensor | None, c_id: Tensor | None, drop: bool, columns: bool, everything: bool, margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Statistics over all pairs but the targets: for the rows (5, B), and for the columns (5, C) where ``columns``; and the
+    targets' products q . c (B,), from the same product of matrices as the others where it holds them.
 
     Row 0: logsumexp of the allowed logits. With ``everything`` also: 1, 2 number and sum of the further positives, 3, 4 of all
-    allowed pairs. ``bias`` (C,) is added to the logits of a column; a logit above its row's ``limit`` (B,) does not count, unless
-    the candidate is for everybody.
+    allowed pairs. ``bias`` (C,) is added to the logits of a column; a product above the target's plus ``margin`` does not count,
+    unless the candidate is for everybody.
     """
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
     row, column = (torch.zeros(5, n, dtype=torch.float64, device=q.device) for n in (len(q), len(c) if columns else 0))
+    dots = (q * c[target]).sum(-1)
     if shift is None:
         row[0], column[0] = float("-inf"), float("-inf")
-    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, limit):
+    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin, own_dots=True):
         sides = ((1, row, block.rows), (0, column, block.columns))[: 1 + columns]
         if everything:
             for axis, out, where in sides:
@@ -46,26 +48,27 @@ def sweep(
     if shift is not None:
         row[0].log_().add_(shift)
         column[0].log_().add_(shift)
-    return row, column
+    return row, column, dots
 
 
 def sweep_backward(
     row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
     q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
-    need_dq: bool, need_dc: bool, limit: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dq, dc) over scale: dS c and dS^T q with dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
+    need_dq: bool, need_dc: bool, need_scale: bool, dots: Tensor, margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dc) over scale, and the scale's gradient () float64: dS c, dS^T q, and the sum of dS_ij q_i . c_j, with
+    dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
 
     row (4, B) and column (4, C): lse, weight, and with ``everything`` what is taken off further positives and off every pair.
-    A gradient that is not needed is (0,).
+    ``dots`` (B,): the targets' products. A gradient that is not needed is (0,).
     """
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
-    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq), (c, need_dc)))
-    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, limit):
+    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq or need_scale), (c, need_dc)))
+    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin):
         sides = [row[:, block.rows, None]] + ([] if column is None else [column[:, block.columns]])
         lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]  # no weight: exp(logit - lse) must not overflow
-        logits = block.hidden(block.logits, float("-inf"))
+        logits = block.logits
         if shift is not None:
             factors = [(side[1] * (shift - lse.double()).exp()).to(q.dtype) for side, lse in zip(sides, lses, strict=True)]
             grad = logits.sub_(shift).exp_().mul_(sum(factors))
@@ -74,15 +77,16 @@ def sweep_backward(
             for side, lse in zip(sides, lses, strict=True):
                 grad = grad + (logits - lse).exp_().mul_(side[1])
         if everything:
-            taken = sum(side[3] for side in sides)
-            grad.sub_(block.hidden(taken.expand_as(grad).clone(), 0.0))
+            grad.sub_(sum(side[3] for side in sides))
             if block.same is not None:
                 grad.sub_(block.same * sum(side[2] for side in sides))
-        if need_dq:
+        grad = block.hidden(grad, 0.0)  # last: of a broken row everything else is NaN
+        if need_dq or need_scale:
             dq[block.rows].addmm_(grad, c[block.columns])
         if need_dc:
             dc[block.columns].addmm_(grad.T, q[block.rows])
-    return dq, dc
+    d_scale = (q * dq).sum(dtype=torch.float64) if need_scale else dq.new_empty(0, dtype=torch.float64)
+    return dq if need_dq else dq.new_empty(0), dc, d_scale
 
 
 def _logsumexp(logits: Tensor, axis: int) -> Tensor:
@@ -115,7 +119,7 @@ class _Block:
             out[2] += values.mul_(self.same).sum(axis)
 
 
-def _blocks(q, c, bias, scale, target, keys, ids, drop, limit):
+def _blocks(q, c, bias, scale, target, keys, ids, drop, dots, margin, own_dots=False):
     """Blocks that cover all allowed pairs. With keys, a block of rows sees the candidates for everybody (key -1, sorted first) and
     the range of candidates with its own keys; pairs of two keys are denied where a block holds several."""
     rows_at_once = max(16, BLOCK_BYTES // (4 * len(c)))
@@ -127,12 +131,15 @@ def _blocks(q, c, bias, scale, target, keys, ids, drop, limit):
     for start, end, parts in zip(starts, ends, ranges, strict=True):
         for low, high, mixed, spared in parts:
             rows, columns = slice(start, end), slice(low, high)
-            logits = torch.mm(q[rows], c[columns].T).mul_(scale)
-            if bias is not None:
-                logits.add_(bias[columns])
+            logits = torch.mm(q[rows], c[columns].T)
             inside = (target[rows] >= low) & (target[rows] < high)
             at = inside.nonzero()[:, 0]
             targets = at, target[rows][at] - low
+            if own_dots:
+                dots[rows][at] = logits[targets]
+            logits.mul_(scale)
+            if bias is not None:
+                logits.add_(bias[columns])
             denied = keys[0][rows, None] != keys[1][columns] if mixed else None
             same = None if ids[0] is None else ids[0][rows, None] == ids[1][columns]
             if same is not None and denied is not None:
@@ -141,8 +148,8 @@ def _blocks(q, c, bias, scale, target, keys, ids, drop, limit):
                 same[targets] = False
             if same is not None and drop:
                 denied, same = same if denied is None else denied | same, None
-            if limit is not None and not spared:
-                above = logits > limit[rows, None]
+            if margin is not None and not spared:
+                above = logits > ((dots[rows, None] + margin) * scale)
                 same = None if same is None else same & ~above
                 denied = above if denied is None else denied | above
             yield _Block(logits, rows, columns, targets, denied, same)
@@ -167,5 +174,5 @@ def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> flo
     """A bound of |logits| that may stand in for every row's and column's maximum; None where exponentials could then underflow."""
     if bias is not None and bias.any():  # NaN
         return None
-    bound = float(torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max() * scale)
+    bound = float(torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max() * scale.abs())
     return bound if bound <= SAFE_SHIFT[q.dtype] else None  # False for NaN too

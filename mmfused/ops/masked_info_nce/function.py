@@ -13,13 +13,14 @@ logits, backward for the two gradients, 8 B C D FLOPs in all for both directions
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, distinct, no_autocast, once_differentiable, register, register_composed
+from ...library import autocast_dtype, choose, distinct, no_autocast
+from .autograd import InfoNCE
 from .checks import check, check_first
-from .composed import sweep, sweep_backward
 from .distributed import Ranks
 
 
@@ -43,7 +44,8 @@ def masked_info_nce_reference(
 ) -> Tensor:
     """The specification of :func:`masked_info_nce`: the whole matrix, one line per rule, any floating dtype, any device."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    target, query_key, query_id = _defaults(query, target, query_key, candidate_key, query_id, candidate_id)
+    target, query_key, query_id, broken = _defaults(query, candidate, target, query_key, candidate_key, query_id, candidate_id)
+    temperature = temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
     is_target = target[:, None] == torch.arange(candidate.shape[0], device=query.device)  # (B, C)
     allowed = torch.ones_like(is_target)
     if candidate_key is not None:
@@ -66,6 +68,8 @@ def masked_info_nce_reference(
         own = slice(0, query.shape[0])
         loss = (loss + _cross_entropy(logits[:, own].T, allowed[:, own].T, positive[:, own].T, **options)) / 2
     loss = loss + positive_weight * (1 - (query * candidate[target]).sum(-1))
+    if broken is not None:
+        loss = loss * torch.ones_like(loss).masked_fill(broken, float("nan"))  # the gradients too
     return _reduce(loss, row_weight, reduction)
 
 
@@ -79,14 +83,23 @@ def _cross_entropy(logits: Tensor, allowed: Tensor, positive: Tensor, average: b
     return loss.masked_fill(allowed.sum(-1) == 1, 0.0)
 
 
-def _defaults(query, target, query_key, candidate_key, query_id, candidate_id):
+def _defaults(query, candidate, target, query_key, candidate_key, query_id, candidate_id):
+    """(target, query_key, query_id, broken) with the defaults filled in. ``broken`` (B,) bool, or None: the rows that give NaN, as
+    their target or key is none, or as a candidate's key is none; ``target`` is a valid index also there."""
+    broken = []
     if target is None:
         target = torch.arange(query.shape[0], device=query.device)
-    if candidate_key is not None and query_key is None:
-        query_key = candidate_key[target]
+    else:
+        given, target = target, target.clamp(0, candidate.shape[0] - 1)
+        broken.append(given != target)
+    if query_key is not None:
+        broken.append(query_key < 0)
+    if candidate_key is not None:
+        broken.append((candidate_key < -1).any().expand(query.shape[0]))
+        query_key = candidate_key[target] if query_key is None else query_key
     if candidate_id is not None and query_id is None:
         query_id = candidate_id[target]
-    return target, query_key, query_id
+    return target, query_key, query_id, reduce(torch.logical_or, broken) if broken else None
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -101,194 +114,17 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 
 def _reduce(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
     if row_weight is not None:
-        loss = loss * row_weight.to(loss.dtype)
+        row_weight = row_weight.to(loss.dtype)
+        row_weight = row_weight.masked_fill(row_weight < 0, float("nan"))
+        loss = loss * row_weight
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     if row_weight is None:
         return loss.mean()
-    total = row_weight.to(loss.dtype).sum()
+    total = row_weight.sum()
     return loss.sum() / total.masked_fill(total == 0, 1.0)
-
-
-# ---- the sweep as an operator: kernels for CUDA, blocks of rows elsewhere; the compiler looks into neither ----------------------
-
-_SWEEP = (
-    "(Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key, Tensor? q_id, Tensor? c_id,"
-    " bool drop, bool columns, bool everything) -> (Tensor row, Tensor column)"
-)
-_SWEEP_BACKWARD = (
-    "(Tensor row, Tensor? column, Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key,"
-    " Tensor? q_id, Tensor? c_id, bool drop, bool everything, bool need_dq, bool need_dc) -> (Tensor dq, Tensor dc)"
-)
-
-
-def _with_limit(schema: str) -> str:
-    return schema.replace(") ->", ", Tensor? limit) ->")
-
-
-def _fake_sweep(q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, columns, everything, limit=None):
-    return q.new_empty(5, q.shape[0], dtype=torch.float64), q.new_empty(5, c.shape[0] if columns else 0, dtype=torch.float64)
-
-
-def _fake_sweep_backward(
-    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, limit=None
-):
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape if need_dq else 0, dtype=dtype), c.new_empty(c.shape if need_dc else 0, dtype=dtype)
-
-
-register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", _fake_sweep)
-register("info_nce_sweep_bwd", _SWEEP_BACKWARD, "masked_info_nce:sweep_backward", _fake_sweep_backward)
-register_composed("info_nce_sweep_composed", _with_limit(_SWEEP), sweep, _fake_sweep)
-register_composed("info_nce_sweep_bwd_composed", _with_limit(_SWEEP_BACKWARD), sweep_backward, _fake_sweep_backward)
-
-
-class _InfoNCE(torch.autograd.Function):
-    """(nce (B,), q . c_target (B,)), float32 or float64. Saves the embeddings and vectors of length B and C.
-
-    With ``ranks``, candidate and its keys are this rank's own, and target counts among the candidates of all.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, query, candidate, scale, target, q_key, c_key, q_id, c_id, same_id, symmetric, smoothing, margin, backend, ranks
-    ):  # fmt: skip
-        ctx.same_id, ctx.symmetric, ctx.smoothing, ctx.margin = same_id, symmetric, smoothing, margin
-        ctx.backend, ctx.ranks = backend, ranks
-        if ranks is not None:
-            candidate, c_key, c_id = (None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id))
-        ctx.everything = smoothing > 0 or (c_id is not None and same_id != "drop")
-        q_order, c_order = (None, None) if c_key is None else (q_key.argsort(stable=True), c_key.argsort(stable=True))
-        candidate, bias = _without_nan(candidate, c_key is not None or c_id is not None)
-        place = _place(target, c_order)
-        args = (
-            _pick(query, q_order), _pick(candidate, c_order), _pick(bias, c_order), scale, _pick(place, q_order),
-            _pick(q_key, q_order), _pick(c_key, c_order), _pick(q_id, q_order), _pick(c_id, c_order), same_id == "drop",
-        )  # fmt: skip
-        acc = torch.promote_types(query.dtype, torch.float32)
-        dots = (query.to(acc) * candidate[target].to(acc)).sum(-1)
-        if bias is not None:
-            dots = dots + bias[target].to(acc)
-        row, column = _operate("info_nce_sweep", ctx, (*args, symmetric, ctx.everything), dots, scale, q_order)
-        row, column = row.double(), column.double()  # vectors: what they cost is nothing, and a logsumexp keeps its digits
-        row, column = _unpick(row, q_order), _unpick(column, c_order) if symmetric else None
-        if symmetric:
-            column = (column if ranks is None else ranks.merge_columns(column))[:, target]
-        logit = dots * scale
-        nce = _term(row, logit, ctx)
-        if symmetric:
-            nce = (nce + _term(column, logit, ctx)) / 2
-        ctx.save_for_backward(
-            query, candidate, bias, scale, target, q_key, c_key, q_id, c_id, q_order, c_order, row, column, dots
-        )  # fmt: skip
-        return nce.to(acc, copy=True), dots  # a cast that does nothing would lose the gradient under torch 2.11's compiler
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_nce, d_dots):
-        query, candidate, bias, scale, target, q_key, c_key, q_id, c_id, q_order, c_order, row, column, dots = ctx.saved_tensors
-        d_nce, logit = d_nce / 2 if ctx.symmetric else d_nce, dots * scale
-        acc = dots.dtype
-        row, d_logit = _coefficients(row, logit, d_nce, ctx)
-        if ctx.symmetric:
-            column, more = _coefficients(column, logit, d_nce, ctx)
-            d_logit = d_logit + more
-            # The other candidates have no column term.
-            column = column.new_zeros(4, candidate.shape[0]).index_copy_(1, target, column)
-            column = column if ctx.ranks is None else ctx.ranks.share_columns(column)
-        args = (
-            _pick(row, q_order, 1), _pick(column, c_order, 1), _pick(query, q_order), _pick(candidate, c_order),
-            _pick(bias, c_order), scale, _pick(_place(target, c_order), q_order), _pick(q_key, q_order), _pick(c_key, c_order),
-            _pick(q_id, q_order), _pick(c_id, c_order), ctx.same_id == "drop", ctx.everything,
-        )  # fmt: skip
-        need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
-        args = (*args, need_query or need_scale, need_candidate)
-        dq, dc = _operate("info_nce_sweep_bwd", ctx, args, dots, scale, q_order)
-        d_query = d_candidate = d_scale = None
-        pair = (d_logit * scale + d_dots).to(acc)[:, None]
-        if need_query or need_scale:
-            dq = _unpick(dq, q_order, 0)
-        if need_scale:  # two large sums that nearly cancel
-            d_scale = ((query.to(acc) * dq).sum(dtype=torch.float64) + (d_logit * dots).sum()).to(scale.dtype)
-        if need_query:
-            d_query = dq.mul_(scale).add_(pair * candidate[target].to(acc)).to(query.dtype)
-        if need_candidate:
-            dc = _add_rows(_unpick(dc, c_order, 0).mul_(scale), target, pair * query.to(acc))
-            d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(candidate.dtype)
-        return d_query, d_candidate, d_scale, *[None] * 11
-
-
-def _operate(name: str, ctx, args: tuple, dots: Tensor, scale: Tensor, q_order: Tensor | None):
-    with no_autocast(dots.device.type):  # some call backward under autocast
-        if ctx.backend == "fused":
-            return getattr(torch.ops.mmfused, name)(*args)
-        limit = None if ctx.margin is None else _pick((dots + ctx.margin) * scale, q_order)
-        return getattr(torch.ops.mmfused, f"{name}_composed")(*args, limit)
-
-
-def _without_nan(candidate: Tensor, masked: bool) -> tuple[Tensor, Tensor | None]:
-    """A candidate that is not finite as zeros, and a bias that makes its logits NaN: so it reaches only rows that may see it."""
-    if not masked:
-        return candidate, None
-    broken = ~candidate.isfinite().all(-1)
-    bias = torch.zeros(candidate.shape[0], device=candidate.device).masked_fill_(broken, float("nan"))
-    return candidate.masked_fill(broken[:, None], 0.0), bias
-
-
-def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """x[at] += rows, in place and always in the same order, whatever is in ``at`` twice: of torch's two, each device has one."""
-    return x.index_add_(0, at, rows) if x.device.type == "cpu" else x.index_put_((at,), rows, accumulate=True)
-
-
-def _pick(x: Tensor | None, order: Tensor | None, dim: int = 0) -> Tensor | None:
-    return x if x is None or order is None else x.index_select(dim, order)
-
-
-def _unpick(x: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
-    return x if order is None else torch.empty_like(x).index_copy_(dim, order, x)
-
-
-def _place(target: Tensor, c_order: Tensor | None) -> Tensor:
-    """Where the targets are among the sorted candidates."""
-    if c_order is None:
-        return target
-    place = torch.empty_like(c_order)
-    place[c_order] = torch.arange(c_order.shape[0], device=c_order.device)
-    return place[target]
-
-
-def _term(statistics: Tensor, logit: Tensor, ctx) -> Tensor:
-    """-log p of the target, from the statistics of a row (or column) without it."""
-    others, count, total = statistics[0], statistics[1:4:2] + 1, statistics[2:5:2] + logit
-    if not ctx.everything:
-        return -F.logsigmoid(logit - others)
-    share = count[0] if ctx.same_id == "sum" else 1.0
-    mean = total[0] if ctx.same_id == "sum" else total[0] / count[0]
-    wanted = (1 - ctx.smoothing) * mean + ctx.smoothing * share * total[1] / count[1]
-    loss = (share * logit - wanted) - share * F.logsigmoid(logit - others)  # with one positive the first is 0: no digit is lost
-    return loss.masked_fill(count[1] == 1, 0.0)
-
-
-def _coefficients(statistics: Tensor, logit: Tensor, upstream: Tensor, ctx) -> tuple[Tensor, Tensor]:
-    """What the backward sweep needs of a row (or column), (4, B) in the logits' dtype: lse, weight of the softmax, and what is
-    taken off further positives and off every pair; and the derivative to the target's logit. The weight makes good for the
-    rounding of lse."""
-    others, count = statistics[0], statistics[1:4:2] + 1
-    lse = torch.logaddexp(others, logit)
-    rounded = lse.to(logit.dtype)
-    undo = (rounded - lse).exp()
-    if not ctx.everything:
-        zero = torch.zeros_like(upstream)
-        coefficients = torch.stack((rounded, (upstream * undo).to(logit.dtype), zero, zero))
-        return coefficients, -upstream * torch.sigmoid(others - logit)
-    upstream = upstream.masked_fill(count[1] == 1, 0.0)
-    share = upstream * count[0] if ctx.same_id == "sum" else upstream
-    positive = (1 - ctx.smoothing) * (upstream if ctx.same_id == "sum" else upstream / count[0])
-    uniform = ctx.smoothing * share / count[1]
-    coefficients = torch.stack((rounded, share * undo, positive, uniform)).to(logit.dtype)
-    return coefficients, (share - positive - uniform) - share * torch.sigmoid(others - logit)
 
 
 # ---- the function ---------------------------------------------------------------------------------------------------------------
@@ -332,10 +168,14 @@ def masked_info_nce(
         reduction: "mean", "sum" or "none", (B,).
 
     Returns: float32, or float64 for float64 inputs. A row (or column) with one allowed pair has an nce of exactly 0 and counts in
-    the mean. A candidate that nobody sees may hold NaN and gets gradient 0. Not twice differentiable: that raises. On a GPU the
+    the mean. A candidate that nobody sees may hold NaN and gets gradient 0; where there are keys or ids, one that is not finite
+    makes the rows that see it NaN, and a query its own row and what that sees. Not twice differentiable: that raises. On a GPU the
     kernels wait for nothing; ``composed`` waits for the host to learn which blocks have pairs, so no CUDA graph takes it.
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
+    Values in tensors are checked in eager mode on a CPU. Elsewhere a row gives NaN if its target is none of the candidates, or its
+    key or weight negative, and every row if a candidate's key is below -1, or the temperature 0 or NaN, or so small that its
+    reciprocal is infinite (below 3e-39 in float32); a negative temperature is computed as it stands.
 
     Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362); keys as masks are this library's.
     """
@@ -343,6 +183,12 @@ def masked_info_nce(
     weights["false_negative_margin"] = false_negative_margin
     keys = dict(query_key=query_key, candidate_key=candidate_key, query_id=query_id, candidate_id=candidate_id, same_id=same_id)
     return _loss(query, candidate, None, temperature=temperature, target=target, symmetric=symmetric, **keys, **weights)
+
+
+def scaled_info_nce(query: Tensor, candidate: Tensor, scale: float | Tensor, *, symmetric: bool = False) -> Tensor:
+    """:func:`masked_info_nce` of logits ``scale * query candidate^T``. The scale may be any number, 0, negative or NaN: what other
+    libraries' losses take."""
+    return _loss(query, candidate, None, scale=scale, symmetric=symmetric)
 
 
 def loss_over_ranks(
@@ -361,8 +207,8 @@ def loss_over_ranks(
 
 
 def _loss(
-    query, candidate, ranks, *, temperature, target=None, query_key=None, candidate_key=None, query_id=None, candidate_id=None,
-    same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0,
+    query, candidate, ranks, *, temperature=None, scale=None, target=None, query_key=None, candidate_key=None, query_id=None,
+    candidate_id=None, same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0,
     false_negative_margin=None, reduction="mean",
 ):  # fmt: skip
     query, candidate = _autocast(query, candidate)
@@ -377,17 +223,22 @@ def _loss(
         if chosen == "reference":
             if ranks is not None:
                 raise RuntimeError("masked_info_nce: backend 'reference' has no gather; it takes gather=None, or 'composed'.")
+            if scale is not None:
+                query, temperature = query * scale, 1.0
             return masked_info_nce_reference(query, candidate, temperature=temperature, **options, **rest)
         acc = torch.promote_types(query.dtype, torch.float32)
-        if isinstance(temperature, Tensor):
-            scale = temperature.to(acc).reshape(()).reciprocal()
+        if scale is None:
+            scale = temperature.to(acc).reciprocal() if isinstance(temperature, Tensor) else 1 / temperature
+        if isinstance(scale, Tensor):
+            scale = scale.to(query.device, acc).reshape(())
+            scale = scale + 0 * scale  # infinite: NaN, whatever the products are
         else:
-            scale = torch.full((), 1 / temperature, dtype=acc, device=query.device)
-        target, query_key, query_id = _defaults(query, target, query_key, candidate_key, query_id, candidate_id)
+            scale = torch.full((), scale, dtype=acc, device=query.device)
+        target, query_key, query_id, broken = _defaults(query, candidate, target, query_key, candidate_key, query_id, candidate_id)
         if ranks is not None:
             target = target + ranks.first_candidate
-        tensors = distinct(query, candidate, scale, target, query_key, candidate_key, query_id, candidate_id)
+        tensors = distinct(query, candidate, scale, target, broken, query_key, candidate_key, query_id, candidate_id)
         options = (same_id, symmetric, label_smoothing, false_negative_margin)
-        nce, dots = _InfoNCE.apply(*tensors, *options, chosen, ranks)
+        nce, dots = InfoNCE.apply(*tensors, *options, chosen, ranks)
         loss = nce + positive_weight * (1 - dots) if positive_weight else nce
         return _reduce(loss, row_weight, reduction)

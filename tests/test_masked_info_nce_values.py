@@ -1,0 +1,243 @@
+"""Masked InfoNCE at the edges of its values: memory nobody wrote, logits of 10^4, rows that are not finite, integers and numbers
+that are none; composed and fused."""
+
+import math
+
+import pytest
+import torch
+from info_nce_kernels import DEVICE, check_together, ids, keys, make, small_tiles
+from torch.nn.functional import normalize
+
+import mmfused
+from mmfused import masked_info_nce
+from mmfused.ops.masked_info_nce import checks
+from mmfused.ops.masked_info_nce.function import scaled_info_nce
+
+MIB = 2**20
+BACKENDS = ("composed", "fused")
+
+
+# ---- memory that nobody wrote is NaN in these tests -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("partial_bytes", "backward"), [(1, "chunked"), (512 * MIB, "owner")], ids=["one group", "groups"])
+@pytest.mark.parametrize("same_id", [None, "drop", "mean", "sum"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_option_set_reads_only_what_was_written(symmetric, same_id, partial_bytes, backward, monkeypatch):
+    small_tiles(monkeypatch, backward, partial_bytes=partial_bytes)
+
+    def cases():
+        for seed, (rows, candidates) in enumerate(((3, 20), (16, 32), (20, 45))):  # below, at and above a tile of 16 x 32
+            for smoothing in (0.0, 0.1):
+                for masked in (False, True):
+                    options = dict(symmetric=symmetric, label_smoothing=smoothing)
+                    options |= keys(rows, candidates, 3) if masked else {}
+                    options |= {} if same_id is None else dict(ids(rows, candidates), same_id=same_id)
+                    yield make(rows, candidates, seed=seed), options
+
+    check_together(cases())
+
+
+# ---- large logits ---------------------------------------------------------------------------------------------------------------
+
+
+def large(kind, seed):
+    """Logits of up to 10^4, and how close the nearest of a row lie to its target."""
+    inputs = make(33, 41, 24, scale=1e4, seed=seed)
+    query, candidate = inputs["query"], inputs["candidate"]
+    if kind == "long rows":
+        query *= 100
+        candidate *= 100
+        inputs["temperature"].fill_(1.0)
+    if kind == "equal candidates":
+        candidate[1::2] = candidate[0].clone()
+    if kind == "found":
+        candidate[:33] = query
+    if kind == "alike":
+        for x in (query, candidate):
+            x += 8 * query[0].clone()
+            x /= x.norm(dim=1, keepdim=True)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["random", "long rows", "equal candidates", "found", "alike"])
+def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
+    options = [
+        dict(symmetric=True),
+        dict(target=torch.arange(33).flip(0), label_smoothing=0.1),
+        dict(keys(33, 41, 2), symmetric=True),
+    ]
+    check_together(((large(kind, seed), o) for seed in range(3) for o in options), dtype, backend)
+
+
+def test_equal_candidates_are_equally_likely():
+    """The target's logit is, to the bit, what the sweep has for a candidate equal to it: at 10^4 another order of summation would
+    tell them apart. Also for a margin of 0, above which no equal one lies."""
+    query, candidate = (normalize(torch.randn(n, 24), dim=-1).to(DEVICE) for n in (20, 1))
+    candidate = candidate.expand(45, 24)
+    for backend in BACKENDS:
+        with mmfused.backend(backend):
+            loss = masked_info_nce(query, candidate, temperature=1e-4, reduction="none")
+        torch.testing.assert_close(loss, torch.full_like(loss, math.log(45)))
+    with mmfused.backend("composed"):
+        loss = masked_info_nce(query, candidate, temperature=1e-4, reduction="none", false_negative_margin=0.0)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(45)))
+
+
+# ---- rows that are not finite ---------------------------------------------------------------------------------------------------
+
+
+def gradients(backend, query, candidate, *, upstream=None, function=masked_info_nce, **options):
+    """(losses of the rows, d query, d candidate)."""
+    leaves = [x.detach().clone().requires_grad_() for x in (query, candidate)]
+    with mmfused.backend(backend):
+        out = function(*leaves, **dict(temperature=0.3, reduction="none") | options)
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out) if upstream is None else upstream)
+
+
+@pytest.mark.parametrize("backward", ["chunked", "owner"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_broken_row_reaches_only_what_sees_it(symmetric, side, value, backend, backward, monkeypatch):
+    """Two keys in one tile: what has the other key is as it was without the broken row, to the last bit where it is computed."""
+    small_tiles(monkeypatch, backward)
+    sides = [torch.randn(n, 8, device=DEVICE) for n in (20, 24)]
+    key = torch.arange(24, device=DEVICE) % 2
+    options = dict(query_key=key[:20], candidate_key=key, symmetric=symmetric, label_smoothing=0.1)
+    want = gradients(backend, *sides, **options)
+    sides[side][4, 1:3] = value
+    got = gradients(backend, *sides, **options)
+    for actual, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(actual[1::2], expected[1::2])
+        assert actual.flatten(1).isnan().any(1)[4] if actual.dim() > 1 else actual[4].isnan()
+
+
+# ---- values that are none: what a card computes where it must not wait for a check ----------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    monkeypatch.setattr(checks, "check_value", lambda condition, message: None)
+
+
+BAD_ROWS = {
+    "a target below 0": ("target", -5),
+    "a target of C": ("target", 24),
+    "a target far away": ("target", 2**40),
+    "a negative key": ("query_key", -1),
+    "a key far below": ("query_key", -(2**40)),
+    "a negative weight": ("row_weight", -1),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
+    name, value = BAD_ROWS[case]
+    query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (20, 24))
+    key = torch.arange(24, device=DEVICE) % 2
+    given = dict(
+        target=key.new_tensor(range(20)), query_key=key[:20].clone(), candidate_key=key, row_weight=torch.ones(20, device=DEVICE)
+    )
+    want = gradients(backend, query, candidate, **given)
+    given[name][4] = value
+    got = gradients(backend, query, candidate, **given)
+    rows = torch.arange(20, device=DEVICE) == 4
+    for actual, expected in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(actual[~rows], expected[~rows])
+        assert actual[rows].isnan().all()
+    torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])  # of the other key; the last stands in for a target beyond it
+    if name == "target":
+        alone = gradients(backend, query, candidate, target=given["target"])
+        assert torch.equal(alone[0].isnan(), rows) and torch.equal(alone[1].isnan().all(1), rows)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
+    query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
+    for key in (-2, -(2**40)):
+        key = torch.tensor([0, 1, key, 0, 1, -1], device=DEVICE)
+        assert all(x.isnan().any() for x in gradients(backend, query, candidate, candidate_key=key))
+        assert gradients(backend, query, candidate, candidate_key=key)[0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [-0.05, -0.3, math.nan, 0.0, 1e-39, -0.0])
+def test_temperatures_that_are_none(temperature, backend, unchecked):
+    """Negative: the formula. Without a finite reciprocal: NaN."""
+    query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.float16) for n in (5, 6))
+    temperature = torch.tensor([temperature], device=DEVICE)
+    out, *rest = gradients(backend, query, candidate, temperature=temperature)
+    if temperature.abs() > 1e-3:
+        want = torch.nn.functional.cross_entropy(
+            query.double() @ candidate.double().T / temperature.double(), torch.arange(5, device=DEVICE), reduction="none"
+        )
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+        assert all(x.isfinite().all() for x in rest)
+    else:
+        assert out.isnan().all() and all(x.isnan().all() for x in rest)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("scale", [-20.0, 0.0, 3])
+def test_any_scale_is_taken_by_what_swapped_losses_call(scale, backend):
+    query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
+    results = {}
+    for name, dtype in (("got", torch.float32), ("want", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (query, candidate, torch.tensor([scale], device=DEVICE))]
+        if name == "got":
+            with mmfused.backend(backend):
+                out = scaled_info_nce(*leaves)
+        else:
+            out = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T * leaves[2], torch.arange(5, device=DEVICE))
+        results[name] = [x.double() for x in (out, *torch.autograd.grad(out, leaves))]
+    torch.testing.assert_close(results["got"], results["want"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_without_a_reciprocal_is_refused():
+    x = torch.randn(4, 3)
+    for temperature in (1e-39, torch.tensor(1e-39), torch.tensor(1e-60, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="too small for 1 / temperature in torch.float32"):
+            masked_info_nce(x, x, temperature=temperature)
+    assert masked_info_nce(x.double(), x.double(), temperature=1e-39).isfinite()
+
+
+# ---- strides --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_every_argument_may_be_a_view(backend, masked):
+    """Every second number of a longer tensor, from an offset on; and one number expanded."""
+    rows = dict(target=torch.randint(0, 24, (20,)), query_id=torch.randint(0, 5, (20,)), row_weight=torch.rand(20))
+    given = dict(rows, candidate_id=torch.randint(0, 5, (24,)), temperature=torch.tensor([0.3]), same_id="mean")
+    if masked:
+        given |= dict(query_key=torch.randint(0, 3, (20,)), candidate_key=torch.randint(-1, 3, (24,)))
+    sides = torch.randn(20, 8), torch.randn(24, 8)
+
+    def view(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        wide = torch.full([2 * n + 3 for n in x.shape], 77, dtype=x.dtype)
+        wide[tuple(slice(3, None, 2) for _ in x.shape)] = x
+        return wide[tuple(slice(3, None, 2) for _ in x.shape)]
+
+    def losses(*sides, **given):
+        with mmfused.backend(backend):
+            leaves = [x.detach().to(DEVICE).requires_grad_() for x in sides]  # detach keeps the strides
+            moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            out = masked_info_nce(*leaves, **moved)
+            return out, *torch.autograd.grad(out, leaves)
+
+    want = losses(*sides, **given)
+    got = losses(*map(view, sides), **{k: view(v) for k, v in given.items()})
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    one = {k: v[:1].expand(v.shape) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    dense = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
+    sides = [x[:1].expand(x.shape) for x in sides]
+    got, want = losses(*sides, **one), losses(*(x.contiguous() for x in sides), **dense)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
