@@ -72,8 +72,8 @@ CASES = {
 @pytest.fixture
 def swept(monkeypatch):
     module, calls = mmfused.swaps.losses, []
-    real = module.masked_info_nce
-    monkeypatch.setattr(module, "masked_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
+    real = module.scaled_info_nce
+    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
     return calls
 
 
@@ -139,3 +139,43 @@ def test_what_a_ranking_loss_trains_is_fused_too():
     loss.model.queries = nn.Parameter(torch.randn(3, D))
     loss.model.attention = nn.MultiheadAttention(D, 2, batch_first=True)
     assert set(fuse(loss).swapped) == {"", "model.attention"}
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -3.0, 0.0, 20], ids=str)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_any_scale_gives_what_the_original_gives(scale, tensor, swept):
+    a, b = torch.randn(2, B, D)
+    x, y = torch.randn(2, B, 7)
+    given = torch.tensor(float(scale)) if tensor else scale
+    clip, ranking = clip_loss(), ranking_loss()
+    ranking.scale = given  # it takes any number after its construction
+    want = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
+    fuse(clip), fuse(ranking)
+    got = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
+    assert len(swept) == 2
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_an_empty_batch_gives_what_the_original_gives(swept):
+    a, x, clip, ranking = torch.randn(0, D), torch.randn(0, 7), clip_loss(), ranking_loss()
+
+    def outcome(call):
+        try:
+            return call()
+        except Exception as error:
+            return type(error), str(error)
+
+    calls = lambda: clip(a, a, 2.0), lambda: ranking([{"x": x}, {"x": x}], None)  # noqa: E731
+    want = [outcome(call) for call in calls]
+    fuse(clip), fuse(ranking)
+    got = [outcome(call) for call in calls]
+    assert not swept and isinstance(want[0], torch.Tensor)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True) if isinstance(b, torch.Tensor) else pytest.fail(f"{a}, {b}")
+
+
+def test_a_scale_of_several_numbers_runs_the_original(swept):
+    a, b, scale, loss = torch.randn(B, D), torch.randn(B, D), torch.rand(D), clip_loss()
+    want = loss(a, b, scale)
+    fuse(loss)
+    assert torch.equal(loss(a, b, scale), want) and not swept

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.masked_info_nce import masked_info_nce
+from ..ops.masked_info_nce.function import scaled_info_nce
 from ..ops.masked_info_nce.modules import unit
 from .base import KINDS, Swap, dense, path_of
 
@@ -14,8 +14,13 @@ SIMILARITIES = {f"sentence_transformers.util.similarity.{name}" for name in ("co
 
 
 def _embeddings(*tensors: Tensor) -> bool:
-    """(rows, dim) of one dtype each, which this op sees as the original does."""
-    return dense(*tensors) and all(x.dim() == 2 and x.is_floating_point() and x.dtype == tensors[0].dtype for x in tensors)
+    """(rows, dim) of one dtype each, neither of them 0, which this op sees as the original does."""
+    same = all(x.dim() == 2 and x.is_floating_point() and x.dtype == tensors[0].dtype for x in tensors)
+    return dense(*tensors) and same and all(x.numel() > 0 for x in tensors)
+
+
+def _one_number(scale: float | Tensor) -> bool:
+    return isinstance(scale, int | float) or (isinstance(scale, Tensor) and dense(scale) and scale.numel() == 1)
 
 
 class _ClipLoss(Swap):
@@ -30,9 +35,9 @@ class _ClipLoss(Swap):
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
         fits = _embeddings(image_features, text_features) and image_features.shape == text_features.shape
-        if _ClipLoss.why_not(self) or not fits or logit_bias is not None:
+        if _ClipLoss.why_not(self) or not fits or not _one_number(logit_scale) or logit_bias is not None:
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-        loss = masked_info_nce(image_features, text_features, temperature=1 / logit_scale, symmetric=True)
+        loss = scaled_info_nce(image_features, text_features, logit_scale, symmetric=True)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -64,12 +69,12 @@ class _MultipleNegativesRankingLoss(Swap):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         fits = len(embeddings) > 1 and _embeddings(*embeddings) and all(x.shape == embeddings[0].shape for x in embeddings)
-        if _MultipleNegativesRankingLoss.why_not(self) or not fits:
+        if _MultipleNegativesRankingLoss.why_not(self) or not fits or not _one_number(self.scale):
             return super().compute_loss_from_embeddings(embeddings, labels)
         query, documents = embeddings[0], torch.cat(embeddings[1:])
         if self.similarity_fct.__name__ == "cos_sim":
             query, documents = unit(query), unit(documents)
-        return masked_info_nce(query, documents, temperature=1 / self.scale, symmetric=len(self.directions) == 2)
+        return scaled_info_nce(query, documents, self.scale, symmetric=len(self.directions) == 2)
 
 
 KINDS |= {
