@@ -193,3 +193,5 @@ def owner_kernel(
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
     tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])
+    if moment_ptr is not None:
+        tl.store(moment_ptr + split.to(tl.int64) * X + x, moment, mask=x < X)
