@@ -79,7 +79,7 @@ def _breaks(function: str, inputs: dict):
         if path.startswith("routing."):  # is what the library made of it
             continue
         yield path, "a list", replaced(inputs, {path: x.tolist()})
-        if x.is_floating_point() and path not in ("row_weight",):
+        if x.is_floating_point() and path not in ("row_weight", "scale"):
             yield path, "of integers", replaced(inputs, {path: torch.ones_like(x, dtype=torch.int64)})
         elif not x.is_floating_point():
             yield path, "of floats", replaced(inputs, {path: x.float()})

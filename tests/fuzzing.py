@@ -151,7 +151,7 @@ class Case:
                 return exact, self.run(there, "reference")
             return self.run(in_float64(there), "reference"), self.run(there, "reference")
 
-        return found + judge(*parts, near, sizes)
+        return found + judge(*parts, near, sizes, self.dtype)
 
     def _other_rows(self, clean: dict) -> list[str]:
         """One row of one input is not finite: the other rows come out as before, and so do their gradients."""
@@ -188,17 +188,19 @@ class Case:
             return rows(x.double(), in_float64(there), "reference"), rows(x, there, "reference")
 
         sizes = {f"d {name}": x[others].double().norm().item() for name in wanted}
-        found += [*more, *judge(*parts, near, sizes)]
+        found += [*more, *judge(*parts, near, sizes, self.dtype)]
         return [f"row {row} is not finite: {fault}" for fault in found]
 
 
-def judge(actual: dict, exact: dict, plain: dict, near: Callable[[torch.Generator], tuple[dict, dict]], sizes: dict) -> list[str]:
+def judge(
+    actual: dict, exact: dict, plain: dict, near: Callable[[torch.Generator], tuple[dict, dict]], sizes: dict, dtype: torch.dtype
+) -> list[str]:
     """:func:`over_budget`, and where it finds a fault, again without plain PyTorch's luck.
 
     At one input plain's error may be small by luck, which is likely where a tensor has few elements: taken instead is its largest
-    error at this input and its neighbours, one rounding away (``near`` runs oracle and plain there). A gradient that is 0 but for
-    rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it changed the loss as much as
-    the input that changes it most.
+    error at this input and its neighbours, one rounding away (``near`` runs oracle and plain there), twice of it for a few numbers.
+    A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
+    changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -211,11 +213,13 @@ def judge(actual: dict, exact: dict, plain: dict, near: Callable[[torch.Generato
     effect = max((exact[name].norm().item() * size for name, size in sizes.items() if name in exact), default=0.0)
     faults = []
     for name, want in exact.items():
-        scale = want.norm().item()
-        if name in sizes and sizes[name] and scale < 1e-11 * effect / sizes[name]:
-            scale = effect / sizes[name]
+        scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
+        if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
+            scale = max(effect / sizes[name], 1.0)
+            rounding = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
         scale = scale or 1.0
-        error, allowed = _distance(actual[name], want) / scale, 2 * errors[name] / scale + torch.finfo(actual[name].dtype).eps
+        allowed = (2 if want.numel() > 4 else 4) * errors[name] / scale + rounding
+        error = _distance(actual[name], want) / scale
         if not error <= allowed:
             faults.append(f"{name}: relative error {error:.3e}, allowed {allowed:.3e}.")
     return faults
