@@ -156,16 +156,15 @@ def with_logits_up_to(largest, inputs, heads):
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 @pytest.mark.parametrize("backend, form", WAYS[1:])
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
-    """One token takes nearly all of a row, and of the gradients to the logits little is left: a few rows decide, so of many draws."""
+    """One token takes nearly all of a row, which leaves the logits little gradient: a few rows decide, so of many draws."""
     got, exact, plain = {}, {}, {}
     for _ in range(6):
         inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float64)
         inputs = cast(with_logits_up_to(logit, inputs, heads), dtype)
         upstream = upstream_for(inputs)
         doubles = cast(inputs, torch.float64)
-        for results, (name, how, given) in zip(
-            (got, exact, plain), ((backend, form, inputs), ("reference", "auto", doubles), ("reference", "auto", inputs)), strict=True
-        ):
+        runs = (backend, form, inputs), ("reference", "auto", doubles), ("reference", "auto", inputs)
+        for results, (name, how, given) in zip((got, exact, plain), runs, strict=True):
             for key, value in run(given, heads, name, upstream, how).items():
                 results[key] = torch.stack([*results.get(key, ()), value])
     assert not over_budget(got, exact, plain)
