@@ -140,7 +140,7 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
     lo = 0
     hi = N
     if MASK == "lengths":
-        hi = tl.minimum(tl.load(span_ptr + b), N).to(tl.int32)
+        hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(tl.int32)  # whatever it holds, no token beyond is read
     if MASK == "padding":
         lo = tl.load(span_ptr + 2 * b)
         hi = tl.load(span_ptr + 2 * b + 1)

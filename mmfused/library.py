@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -203,6 +204,12 @@ def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
             raise ValueError(message)
     elif CHECK_ON_DEVICE:
         torch._assert_async(holds, message)
+
+
+def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.Tensor:
+    """``out`` (B, ...), NaN in each sample whose length lies outside [0, N]: what ``check_value`` let pass."""
+    holds = (lengths >= 0) & (lengths <= length)
+    return out.masked_fill(~holds.view(-1, *[1] * (out.dim() - 1)), math.nan)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

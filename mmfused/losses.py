@@ -75,8 +75,12 @@ def product_hinge(
     query, candidate = _floats("product_hinge", query=query, candidate=candidate)
     if len(query) != len(candidate):
         raise ValueError(f"product_hinge: candidate has {len(candidate)} rows; it takes {len(query)}, as query has.")
-    if positive is not None and positive.shape != query.shape[:1]:
-        raise ValueError(f"product_hinge: positive has shape {tuple(positive.shape)}; it takes ({len(query)},).")
+    check_tensors("product_hinge", query=query, positive=positive)
+    if positive is not None and (positive.shape != query.shape[:1] or not positive.is_floating_point()):
+        raise ValueError(
+            f"product_hinge: positive has shape {tuple(positive.shape)} and dtype {positive.dtype}; it takes floats "
+            f"({len(query)},)."
+        )
     if positive is None:
         positive = (query * candidate).sum(-1) * scale
 
@@ -105,9 +109,9 @@ def product_consistency(
     """
     if top < 1:
         raise ValueError(f"product_consistency: top is {top}; it takes at least 1.")
-    names = ("product", "image", "text")
-    pairs = [_floats("product_consistency", query=a, candidate=b) for a, b in (product, image, text)]
-    for name, (query, candidate) in zip(names, pairs, strict=True):
+    named = {"product": product, "image": image, "text": text}
+    pairs = [_floats("product_consistency", **{f"{name}[{i}]": x for i, x in enumerate(pair)}) for name, pair in named.items()]
+    for name, (query, candidate) in zip(named, pairs, strict=True):
         if query.shape != pairs[0][0].shape or candidate.shape != pairs[0][0].shape:
             raise ValueError(
                 f"product_consistency: {name} has shapes {tuple(query.shape)} and {tuple(candidate.shape)}; it takes two of "
@@ -150,6 +154,8 @@ def expert_shares(routing: Routing, samples: int) -> Tensor:
 
     ``routing`` of B * N tokens, a sample's side by side; the mean is over a sample's tokens that are not masked, 0 where all are.
     """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"expert_shares: routing is a {type(routing).__name__}; it takes a Routing.")
     tokens, experts = len(routing.indices), len(routing.offsets) - 1
     if samples < 1 or tokens % samples:
         raise ValueError(f"expert_shares: samples is {samples}; it takes a divisor of the routing's {tokens} tokens.")

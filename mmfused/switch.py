@@ -1,13 +1,16 @@
-"""A choice among names, such as the backend: a default of the process, and a ``with`` for one thread and context.
+"""A choice among names, such as the backend: a default of the process, and a ``with`` for one
+thread and context.
 
-Three readers have to agree on it. Eager code and asyncio tasks read a context variable. ``torch.compile`` refuses to set one, and
-in some releases to read it: what it traces is kept apart (``Switch.traced``), and what holds around the compiled call it reads as
-an attribute of this module, which it guards on without looking at how the value comes about. A recomputation
-(``torch.utils.checkpoint``, not reentrant) runs in a backward, outside the user's ``with``: the forward notes its choice in the
-checkpoint's frame, which both know by the hooks they have put on saved tensors.
+Three readers have to agree on it. Eager code and asyncio tasks read a context variable.
+``torch.compile`` refuses to set one, and in some releases to read it: what it traces is kept apart
+(``Switch.traced``), and what holds around the compiled call it reads as an attribute of this
+module, which it guards on without looking at how the value comes about. A recomputation
+(``torch.utils.checkpoint``, not reentrant) runs in a backward, outside the user's ``with``: the
+forward notes its choice in the checkpoint's frame, which both know by the hooks they have put on
+saved tensors.
 
-No function here that runs by itself may name the module torch: the compiler takes up only frames that do, and would trace
-``__enter__`` alone where a graph break has left the ``with`` to Python.
+No function here that runs by itself may name the module torch: the compiler takes up only frames
+that do, and would trace ``__enter__`` alone where a graph break has left the ``with`` to Python.
 """
 
 from __future__ import annotations
@@ -34,20 +37,21 @@ except (ImportError, TypeError):  # a torch that has them otherwise: recomputati
         return None
 
 
-
 class Switch:
-    """One choice of ``names``; ``variable`` is the environment's, read once, ``what`` its name in an error."""
+    """One choice of ``names``; ``variable`` is the environment's, ``what`` its name in an error."""
 
     def __init__(self, what: str, names: tuple[str, ...], variable: str, default: str):
         self.what, self.names, self.variable = what, names, variable
         self.default = self.checked(os.environ.get(variable, default), variable)
-        self.entered: ContextVar[tuple] = ContextVar(variable, default=())  # of (choice, hook on top when it was entered)
+        # Pairs of a choice and the hook on saved tensors that was on top when it was entered.
+        self.entered: ContextVar[tuple] = ContextVar(variable, default=())
         self.traced: tuple[str, ...] = ()  # of names; empty but while the compiler traces
         _switches[variable] = self
 
     def checked(self, name: str, source: str | None = None) -> str:
         if name not in self.names:
-            raise ValueError(f"{source or self.what} is {name!r}; it takes one of {', '.join(self.names)}.")
+            takes = ", ".join(self.names)
+            raise ValueError(f"{source or self.what} is {name!r}; it takes one of {takes}.")
         return name
 
     def set(self, name: str) -> None:
@@ -56,7 +60,8 @@ class Switch:
     def current(self) -> str:
         if self.traced:
             return self.traced[-1]
-        return (getattr(_here, self.variable) if is_dynamo_compiling() else self.chosen()) or self.default
+        chosen = getattr(_here, self.variable) if is_dynamo_compiling() else self.chosen()
+        return chosen or self.default
 
     def chosen(self) -> str | None:
         """What a ``with`` chose here, or in a recomputation its forward; None for the default."""
@@ -66,7 +71,8 @@ class Switch:
         if _top_hooks(False) is None:  # no checkpoint is near
             return name
         hooks = _saved_tensor_hooks()
-        inside = hooks[hooks.index(mark) + 1 :] if mark in hooks else hooks  # checkpoints begun since: a with in one runs again
+        # Of the checkpoints begun since: a with inside one is entered again when it recomputes.
+        inside = hooks[hooks.index(mark) + 1 :] if mark in hooks else hooks
         for hook in inside:
             frame, again = _checkpoint(hook)
             if frame is not None:
@@ -85,7 +91,7 @@ def __getattr__(variable: str) -> str | None:
 
 
 class Choice:
-    """``with Choice(name):`` makes a choice of ``switch`` inside, nowhere else; nests, and may be entered again."""
+    """``with Choice(name):`` chooses for ``switch`` inside, nowhere else; may be entered again."""
 
     switch: Switch
 
@@ -105,14 +111,14 @@ class Choice:
             self.switch.traced = self.switch.traced[:-1]
             return
         entered = self.switch.entered.get()
-        for i in reversed(range(len(entered))):  # generators may end in another order than they began, or elsewhere
+        for i in reversed(range(len(entered))):  # generators may end out of order, or elsewhere
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
 
 
 def _saved_tensor_hooks() -> list:
-    """The hooks that pack saved tensors in this thread, the outermost first. torch shows the innermost alone."""
+    """This thread's hooks that pack saved tensors, outermost first; torch shows the last alone."""
     top = _top_hooks(False)
     if not _hooks_are_enabled():  # then none can be put back
         return [top[0]]
@@ -129,7 +135,7 @@ def _saved_tensor_hooks() -> list:
 
 
 def _checkpoint(hook) -> tuple[object | None, bool]:
-    """The frame of the checkpoint that packs with this hook, and whether it recomputes; None where torch calls it otherwise."""
+    """The frame of the checkpoint that packs with this hook, or None, and whether it recomputes."""
     hook = getattr(hook, "_torchdynamo_orig_callable", hook)
     names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(hook, "__closure__", None) or (), strict=False))

@@ -327,7 +327,9 @@ BAD_LOSSES = {
     "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=1.5),
     "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=math.nan),
     "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(x, torch.randn(5, 3)),
-    "positive has shape (3,); it takes (4,)": lambda: product_hinge(x, y, positive=x[:3, 0]),
+    "positive has shape (3,) and dtype torch.float32; it takes floats (4,)": lambda: product_hinge(x, y, positive=x[:3, 0]),
+    "positive has shape (4,) and dtype torch.int64; it takes floats (4,)": lambda: product_hinge(x, y, positive=torch.arange(4)),
+    "text[1] has shape (4,) and dtype torch.float32; it takes floats": lambda: product_consistency((x, y), (x, y), (x, y[:, 0])),
     "top is 0; it takes at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),
     "text has shapes (3, 3) and (3, 3); it takes two of (4, 3), as product": lambda: product_consistency(
         (x, y), (x, y), (x[1:], y[1:])

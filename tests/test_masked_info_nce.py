@@ -1,6 +1,6 @@
 """Masked InfoNCE without kernels: the reference against the definition, the composed sweep against the reference.
 
-Properties and the module: test_masked_info_nce_properties.py; kernels: ..._fused.py; several processes: test_distributed.py.
+Properties, the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels: ..._fused.py; test_distributed.py.
 """
 
 import itertools
@@ -115,9 +115,8 @@ def test_extreme_values(case, scale, dtype):
     for options in (dict(symmetric=True), dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3)):
         exact, plain, got = ({}, {}, {})
         for _ in range(4):
-            inputs = extreme(case, dtype)
+            inputs = extreme(case, dtype) | options
             inputs["temperature"].data.fill_(1 / scale)
-            inputs |= options
             runs = run(cast(inputs, torch.float64), "reference"), run(inputs, "reference"), run(inputs)
             # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
             floor = {"out": 1, "dquery": scale / 33, "dcandidate": scale / 33, "dtemperature": scale**2}

@@ -3,7 +3,7 @@ data has several tiles on each side; on a GPU with the tiles of the plan."""
 
 import pytest
 import torch
-from info_nce_kernels import CUDA, DEVICE, check, ids, keys, make, run, small_tiles
+from info_nce_kernels import CUDA, DEVICE, check, check_together, ids, keys, make, run, small_tiles
 
 import mmfused
 from mmfused.kernels.masked_info_nce import backward, forward, plans
@@ -49,14 +49,16 @@ def test_half_precision(tiles, option, dtype):
 
 @pytest.mark.parametrize("rows, candidates, dim", [(65, 65, 40), (1, 1, 7), (1, 70, 16), (33, 33, 3)])
 def test_shapes(monkeypatch, rows, candidates, dim):
-    dtype = torch.float16 if rows == 1 else torch.float32  # one row has no typical rounding error in float32
+    several = [make(rows, candidates, dim, seed=seed) for seed in range(8 if rows == 1 else 1)]
     for kind in BACKWARDS:
         small_tiles(monkeypatch, kind, dim)
-        got = check(make(rows, candidates, dim), dict(symmetric=True), dtype)
+        check_together((inputs, dict(symmetric=True)) for inputs in several)
         if candidates == 1:
+            got = run(several[0], dict(symmetric=True), torch.float32)
             assert not any(value.any() for value in got.values())  # exactly 0
     if rows < 65:
-        check(make(rows, candidates, dim), dict(keys(rows, candidates, 2), target=torch.full((rows,), candidates - 1)), dtype)
+        masked = dict(keys(rows, candidates, 2), target=torch.full((rows,), candidates - 1))
+        check_together((inputs, masked) for inputs in several)
 
 
 def test_planned_tiles():
@@ -184,3 +186,10 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
         (got,) = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only])
     assert torch.equal(got, want[only])
     assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1, False]
+
+
+@pytest.mark.parametrize("query_key, candidate_key", [([3], [7]), ([7], [3]), ([5, 5, 9], [7, 7, 7, 2]), ([7, 7], [5, 9, 1])])
+def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(tiles, query_key, candidate_key):
+    """Of each row its target alone counts; new memory is NaN."""
+    options = dict(query_key=torch.tensor(query_key), candidate_key=torch.tensor(candidate_key), positive_weight=0.5)
+    check(make(len(query_key), len(candidate_key), 7), options)

@@ -1,6 +1,6 @@
-"""Ids and labels outside their table where nothing may raise (CUDA, a compiled graph): NaN for their item alone, no lookup outside.
+"""Ids and labels outside their table, where nothing may raise: NaN for their item alone.
 
-Here on a CPU, whose lookups do raise, with the check taken away.
+That is on CUDA and in compiled graphs; here on a CPU, whose lookups raise, without the check.
 """
 
 import pytest

@@ -300,7 +300,7 @@ def test_before_and_after_a_with_inside_a_checkpoint_its_forwards_holds(backward
     assert seen == ["fused", "reference", "fused"]
     seen.clear()
     backward(loss)
-    assert seen == ["fused", "reference", "fused", "reference"]  # the layer again, then the inner one's own recomputation
+    assert seen == ["fused", "reference", "fused", "reference"]  # the last: inner, recomputed
 
 
 def test_hooks_on_saved_tensors_stay_as_they_were():

@@ -115,6 +115,8 @@ def spread_kernel(
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     split = tl.program_id(2)
     low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS)
+    if KEYS:
+        high = tl.where(high > low, high, 0)  # the tile that [low, low) lies in need not have been written
     first = y0 // BY
     head, own, count = visits(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
     STEPS: tl.constexpr = BY // BK
@@ -191,3 +193,5 @@ def owner_kernel(
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
     tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])
+    if moment_ptr is not None:
+        tl.store(moment_ptr + split.to(tl.int64) * X + x, moment, mask=x < X)

@@ -30,14 +30,14 @@ def forward(
     x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None, dropout_p: float,
     dropout_seed: Tensor | None, tiles: Plan | None = None,
 ):  # fmt: skip
-    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), lse (B, R), mean and rstd (B, N) or (0,),
+    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), sums (B, R, 2), mean and rstd (B, N) or (0,),
     ksum (B, R) or (0,)."""
     batch, length, dim = x.shape
     rows = q.shape[-2]
     norm = eps is not None
     tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
     z = x.new_empty(batch, rows, dim)
-    lse = x.new_empty(batch, rows, dtype=torch.float32)
+    sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
     mean, rstd = (x.new_empty((batch, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
     ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
     keep, scale = _dropout(x, dropout_seed, dropout_p, batch, rows, length)
@@ -57,25 +57,25 @@ def forward(
         tile = tiles.forward["onepass"]
         _run(
             fwd.onepass_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
-            x, q, words, span, z, lse, mean, rstd, keep, ksum, length, width, rows, *strides, stride_qb, scale, **flags, **drops,
+            x, q, words, span, z, sums, mean, rstd, keep, ksum, length, width, rows, *strides, stride_qb, scale, **flags, **drops,
         )  # fmt: skip
-        return z, lse, mean, rstd, ksum
+        return z, sums, mean, rstd, ksum
     logits = x.new_empty(batch, length, rows, dtype=torch.float32)
     tile = tiles.forward["logits"]
     _run(
         fwd.logits_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
-        x, q, words, span, logits, lse, mean, rstd, length, width, rows, *strides, stride_qb, **flags,
+        x, q, words, span, logits, sums, mean, rstd, length, width, rows, *strides, stride_qb, **flags,
     )  # fmt: skip
     tile = tiles.forward["pool"]
     _run(
         fwd.pool_kernel, tile, (batch, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x, logits, lse, words, span, mean, rstd, z, keep, ksum, length, width, rows, *strides, scale, **flags, **drops,
+        x, logits, sums, words, span, mean, rstd, z, keep, ksum, length, width, rows, *strides, scale, **flags, **drops,
     )  # fmt: skip
-    return z, lse, mean, rstd, ksum
+    return z, sums, mean, rstd, ksum
 
 
 def backward(
-    dz: Tensor, dksum: Tensor | None, x: Tensor, q: Tensor, z: Tensor, lse: Tensor, mean: Tensor, rstd: Tensor, ksum: Tensor,
+    dz: Tensor, dksum: Tensor | None, x: Tensor, q: Tensor, z: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, ksum: Tensor,
     mask: Tensor | None, lengths: Tensor | None, need_dx: bool, dropout_p: float, dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def backward(
     if "onepass" in tiles.backward:
         _run(
             bwd.onepass_kernel, tiles.backward["onepass"], (partials,),
-            x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, dx, dq,
+            x, q, z, dz, sums, mean, rstd, words, span, keep, ksum, dksum, dx, dq,
             batch, length, width, rows, *strides, stride_qb, scale, **flags, **drops, NEED_DX=need_dx,
         )  # fmt: skip
         return dx, dq.sum(0) if shared else dq
@@ -107,7 +107,7 @@ def backward(
     g_x = x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32)
     _run(
         bwd.dlogits_kernel, tile, (batch, blocks, triton.cdiv(length, tile.BN)),
-        x, q, z, dz, lse, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_x,
+        x, q, z, dz, sums, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_x,
         length, width, rows, *strides, stride_qb, scale, **flags, **drops,
     )  # fmt: skip
     if need_dx:

@@ -3,9 +3,10 @@
 Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions want 64 rows on their first side,
 and there are always enough tokens for that, seldom enough queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256.
 With NORM a token x stands for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
-subtracted after the products, a large mean would leave the rounding of its square behind. lse is +inf for a row without tokens,
-which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which ksum is the sum of
-each row; lse knows nothing of it.
+subtracted after the products, a large mean would leave the rounding of its square behind. Each row keeps its largest logit and the
+logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The largest is +inf for a row without
+tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which ksum is the
+sum of each row; the sums know nothing of it.
 """
 
 from __future__ import annotations
@@ -55,13 +56,24 @@ def _softmax_step(s, m, total, keep):
 
 
 @triton.jit
-def _store_lse(lse_ptr, m, total, ok):
-    tl.store(lse_ptr, tl.where(total > 0, m + tl.log(total), float("inf")), mask=ok)
+def _store_sums(sums_ptr, b, rows, R, m, total):
+    at = sums_ptr + 2 * (b * R + rows)
+    tl.store(at, tl.where(total > 0, m, float("inf")), mask=rows < R)
+    tl.store(at + 1, tl.where(total > 0, tl.log(total), 0.0), mask=rows < R)
+
+
+@triton.jit
+def softmax_of(s, sums_ptr, b, rows, R):
+    """The probabilities (tokens, rows) that belong to the logits s."""
+    at = sums_ptr + 2 * (b * R + rows)
+    m = tl.load(at, mask=rows < R, other=float("inf"))
+    log_total = tl.load(at + 1, mask=rows < R, other=0.0)
+    return tl.exp2((s - m[None, :] - log_total[None, :]) * LOG2E)
 
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, lse_ptr, mean_ptr, rstd_ptr, keep_ptr, ksum_ptr,
+    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, sums_ptr, mean_ptr, rstd_ptr, keep_ptr, ksum_ptr,
     N, W, R, stride_xb, stride_xn, stride_qb, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
@@ -105,17 +117,17 @@ def onepass_kernel(
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
         store_rows_t(z_ptr + b * R * D, acc[c] * inverse[None, :], rows, cols, R, D)
-    _store_lse(lse_ptr + b * R + rows, m, total, rows < R)
+    _store_sums(sums_ptr, b, rows, R, m, total)
 
 
 @triton.jit
 def logits_kernel(
-    x_ptr, q_ptr, words_ptr, span_ptr, s_ptr, lse_ptr, mean_ptr, rstd_ptr,
+    x_ptr, q_ptr, words_ptr, span_ptr, s_ptr, sums_ptr, mean_ptr, rstd_ptr,
     N, W, R, stride_xb, stride_xn, stride_qb,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grid (B, R / BR). For D too wide for registers: the logits (B, N, R) and their log-sum-exp."""
+    """grid (B, R / BR). For D too wide for registers: the logits (B, N, R) and their sums."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     m = tl.full([BR], float("-inf"), tl.float32)
@@ -132,12 +144,12 @@ def logits_kernel(
         _, m, total, _ = _softmax_step(s, m, total, keep)
         inside = keep[:, None] & (rows[None, :] < R)
         tl.store(s_ptr + (b * N + n[:, None]) * R + rows[None, :], s, mask=inside)
-    _store_lse(lse_ptr + b * R + rows, m, total, rows < R)
+    _store_sums(sums_ptr, b, rows, R, m, total)
 
 
 @triton.jit
 def pool_kernel(
-    x_ptr, s_ptr, lse_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr, keep_ptr, ksum_ptr,
+    x_ptr, s_ptr, sums_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr, keep_ptr, ksum_ptr,
     N, W, R, stride_xb, stride_xn, scale,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
@@ -146,7 +158,6 @@ def pool_kernel(
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
-    lse = tl.load(lse_ptr + b * R + rows, mask=rows < R, other=float("inf"))
     acc = tl.zeros([BD, BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
@@ -154,7 +165,7 @@ def pool_kernel(
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         inside = keep[:, None] & (rows[None, :] < R)
         s = tl.load(s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf"))
-        p = tl.exp2((s - lse[None, :]) * LOG2E)
+        p = softmax_of(s, sums_ptr, b, rows, R)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
             ksum += tl.sum(p, 0)

@@ -57,7 +57,7 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
 
 def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: bool, norm: bool) -> dict[str, Tile]:
     if wide_type:
-        return {kernel: Tile(32, 16, 32 if kernel == "dlogits" else 64, 8, 2) for kernel in kernels}
+        return {kernel: Tile(32, 16, 32 if "logits" in kernel else 64, 8, 2) for kernel in kernels}
     few = 16 if rows <= 16 or not hopper else 32
     many = 64 if rows > 32 and hopper else few
     tiles = {

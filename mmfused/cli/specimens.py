@@ -146,7 +146,8 @@ def _masked_info_nce_on_meta(batch, candidates, dim, dtype, symmetric, keys, ids
     args = (*embeddings, bias, empty(dtype=torch.float32), empty(batch), q_key, c_key, q_id, c_id, ids == "drop")
     masked_info_nce.sweep(*args, symmetric, everything)
     row, column = empty(4, batch, dtype=torch.float32), empty(4, candidates, dtype=torch.float32) if symmetric else None
-    masked_info_nce.sweep_backward(row, column, *args, everything, True, True, True)
+    for need_scale in (True, False) if bias is None else (True,):  # the tiles differ where nothing else needs the logits
+        masked_info_nce.sweep_backward(row, column, *args, everything, True, True, need_scale)
 
 
 def _topk_routing_on_meta(experts, k, dim, dtype, router_dtype, sigmoid, renormalize, balance, everything) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..library import autocast_dtype
 from ..ops.query_pooling import query_pooling
-from ..ops.query_pooling.function import dead_samples
 from .attention import attend, self_attention
 from .base import KINDS, Swap, dense, own_class, path_of, touched
 
@@ -60,7 +59,7 @@ def _attend(mha, x, queries, key_padding_mask=None, *, batch_first=True, **norm)
     q = F.linear(queries, w_q, b_q)
     options = dict(num_heads=mha.num_heads, key_padding_mask=key_padding_mask, dropout_p=mha.dropout if mha.training else 0.0)
     out = attend(x, q, w_k, w_v, b_v, b_k, **options, **norm)
-    dead = dead_samples(key_padding_mask, None)
+    dead = None if key_padding_mask is None else key_padding_mask.all(1)
     if not batch_first:
         out = out.transpose(0, 1)  # before the projection, whose result is contiguous, as the original's
     out = F.linear(out, w_out, mha.out_proj.bias)
@@ -118,7 +117,7 @@ class _MultiheadAttention(_Pooling):
             args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return super().forward(*args)
         x, q = (key, query) if self.batch_first else (key.transpose(0, 1), query.transpose(0, 1))
-        if q.shape[0] == 1 or q.stride(0) == 0:  # one set of queries expanded over the batch: project it once
+        if len(q) == 1 or (len(q) and q.stride(0) == 0):  # one set of queries expanded over the batch: project it once
             q = q[0]
         return _attend(self, x, q, key_padding_mask, batch_first=self.batch_first), None
 

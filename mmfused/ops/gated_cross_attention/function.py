@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, distinct, no_autocast, once_differentiable, register
+from ...library import autocast_dtype, choose, distinct, nan_unless, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
 from ..attention import attention
 from .checks import check
@@ -270,6 +270,14 @@ def bidirectional_gated_cross_attention(
 
 def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
     check(op, names, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
+    outs = _outputs(op, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
+    for tokens, _, _, lengths, _ in given:
+        if lengths is not None:
+            outs = [nan_unless(lengths, tokens.shape[1], out) for out in outs]
+    return outs
+
+
+def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
     device, dtype = given[0][0].device, given[0][0].dtype
     cast = autocast_dtype(device.type)
     dtype = dtype if cast is None or dtype == torch.float64 else cast

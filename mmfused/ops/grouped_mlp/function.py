@@ -34,8 +34,9 @@ def grouped_linear_reference(
     expert = routing.indices.flatten()[routing.order]
     out = rows.new_zeros(len(rows), weight.shape[1])
     for e in range(len(weight)):
-        mine = (live & (expert == e))[:, None]
-        out = torch.where(mine, F.linear(rows, weight[e], None if bias is None else bias[e]), out)
+        mine = (live & (expert == e))[:, None]  # others' rows may be NaN, and a product's gradient has 0 times NaN
+        result = F.linear(rows.masked_fill(~mine, 0.0), weight[e], None if bias is None else bias[e])
+        out = torch.where(mine, result, out)
     if not combine:
         return out
     chosen = out[routing.position].unflatten(0, (tokens, k))
@@ -225,7 +226,7 @@ def grouped_linear(
         if chosen == "composed":
             return _linear_composed(x, routing, weight, bias, gather, combine)
         weights = routing.weights.float() if combine else None
-        return _LinearFused.apply(*_rows(x, weight), bias, weights, *_order(routing), routing.indices.shape[1], gather)
+        return _LinearFused.apply(*_rows(x, weight), bias, weights, *routing[6:], routing.indices.shape[1], gather)
 
 
 def grouped_mlp(
@@ -267,7 +268,7 @@ def grouped_mlp(
             return _mlp_composed(x, routing, w_up, w_gate, w_down, b_up, b_down, activation)
         x, w_up, w_gate, w_down = _rows(x, w_up, w_gate, w_down)
         return _MLPFused.apply(
-            x, w_up, w_gate, w_down, b_up, b_down, routing.weights.float(), *_order(routing), activation, packed
+            x, w_up, w_gate, w_down, b_up, b_down, routing.weights.float(), *routing[6:], activation, packed
         )  # fmt: skip
 
 
@@ -276,11 +277,6 @@ def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     dtype = autocast_dtype(x.device.type)
     dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     return [None if tensor is None else tensor.to(dtype) for tensor in (x, *parameters)]
-
-
-def _order(routing: Routing) -> list[Tensor]:
-    """order, position, offsets and tiles, dense: kernels read them by number."""
-    return [tensor.contiguous() for tensor in routing[6:]]
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""Masked InfoNCE. ``function.py``: the maths, the reference, the loss under autograd; ``composed.py``: the sweep on torch;
+"""Masked InfoNCE. ``function.py``: the maths, the reference; ``autograd.py``: the gradient; ``composed.py``: the sweep on torch;
 ``distributed.py``: what ranks exchange."""
 
 from .function import masked_info_nce, masked_info_nce_reference

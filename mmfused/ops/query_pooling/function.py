@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, current_backend, no_autocast, once_differentiable, register
+from ...library import autocast_dtype, choose, current_backend, nan_unless, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
 from ..attention import attention
 from .checks import check
@@ -109,11 +109,11 @@ def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor 
 
 def _fake_forward(x, q, mask, lengths, eps, dropout_p, dropout_seed):
     (batch, length, dim), rows = x.shape, q.shape[-2]
-    shapes = (batch, rows), *[(batch, length) if eps is not None else (0,)] * 2, (batch, rows) if dropout_p else (0,)
+    shapes = (batch, rows, 2), *[(batch, length) if eps is not None else (0,)] * 2, (batch, rows) if dropout_p else (0,)
     return x.new_empty(batch, rows, dim), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _fake_backward(dz, dksum, x, q, z, lse, mean, rstd, ksum, mask, lengths, need_dx, dropout_p, dropout_seed):
+def _fake_backward(dz, dksum, x, q, z, sums, mean, rstd, ksum, mask, lengths, need_dx, dropout_p, dropout_seed):
     dx = x.new_empty(x.shape if need_dx else (0,))
     return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
 
@@ -121,13 +121,13 @@ def _fake_backward(dz, dksum, x, q, z, lse, mean, rstd, ksum, mask, lengths, nee
 register(
     "query_pooling_fwd",
     "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p, Tensor? dropout_seed)"
-    " -> (Tensor z, Tensor lse, Tensor mean, Tensor rstd, Tensor ksum)",
+    " -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
     "query_pooling:forward",
     _fake_forward,
 )
 register(
     "query_pooling_bwd",
-    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor lse, Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask,"
+    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask,"
     " Tensor? lengths, bool need_dx, float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
     "query_pooling:backward",
     _fake_backward,
@@ -142,8 +142,9 @@ class _PoolFused(torch.autograd.Function):
         ctx.q_dtype, ctx.dropout_p = q.dtype, dropout_p
         x = x if x.stride(-1) == 1 else x.contiguous()
         q = q.to(x.dtype).contiguous()
-        z, lse, mean, rstd, ksum = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
-        ctx.save_for_backward(x, q, z, lse, mean, rstd, ksum, mask, lengths, seed)
+        lengths = None if lengths is None else lengths.contiguous()
+        z, sums, mean, rstd, ksum = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
+        ctx.save_for_backward(x, q, z, sums, mean, rstd, ksum, mask, lengths, seed)
         return (z, ksum) if dropout_p else z
 
     @staticmethod
@@ -218,7 +219,7 @@ def _absorbed(
     if ksum is not None:
         heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
         return out + (heads * b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))).flatten(2).to(x.dtype)
-    dead = dead_samples(key_padding_mask, lengths)
+    dead = dead_samples(x, key_padding_mask, lengths)
     return out + b_v.to(x.dtype) * (1 if dead is None else ~dead[:, None, None])
 
 
@@ -229,11 +230,13 @@ def _normed_weight(w: Tensor, norm_weight: Tensor) -> Tensor:
     return w - w.mean(1, keepdim=True)
 
 
-def dead_samples(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+def dead_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """(B,) bool: samples with nothing to attend to; None where that cannot happen."""
+    if not x.shape[1]:
+        return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:
         return mask.all(1)
-    return None if lengths is None else lengths <= 0
+    return None if lengths is None else lengths == 0
 
 
 def _projected(
@@ -323,12 +326,15 @@ def query_pooling(
     if chosen == "reference":
         args = [None if t is None else t.to(x.dtype) for t in args]
         norm = {k: v.to(x.dtype) if isinstance(v, Tensor) else v for k, v in norm.items()}
-        return query_pooling_reference(x, *args, **options, **norm, **dropout)
+        out = query_pooling_reference(x, *args, **options, **norm, **dropout)
+        return out if lengths is None else nan_unless(lengths, x.shape[1], out)
     options["scale"] = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else scale
     if form == "auto":
         form = "absorbed" if current_backend() == "fused" else cheaper_form(x, queries, w_k, w_v, num_heads, dropout_p)
     if form == "projected":
-        return _projected(x, *args, **options, **norm, **dropout)
-    pool = _PoolFused.apply if chosen == "fused" else _pool_composed
-    out = _absorbed(pool, x, *args[:4], **options, **norm, **dropout)
-    return out if b_k is None else _ZeroGradient.apply(out, b_k)
+        out = _projected(x, *args, **options, **norm, **dropout)
+    else:
+        pool = _PoolFused.apply if chosen == "fused" else _pool_composed
+        out = _absorbed(pool, x, *args[:4], **options, **norm, **dropout)
+        out = out if b_k is None else _ZeroGradient.apply(out, b_k)
+    return out if lengths is None else nan_unless(lengths, x.shape[1], out)

@@ -67,7 +67,7 @@ class QueryPooling(nn.Module):
         if self.out_proj is None or fold:
             return out
         out = self.out_proj(out)
-        dead = dead_samples(key_padding_mask, lengths)
+        dead = dead_samples(x, key_padding_mask, lengths)
         return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
 
     def _folds_out_proj(self, rows: int) -> bool:

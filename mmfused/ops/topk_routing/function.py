@@ -260,7 +260,7 @@ def topk_routing(
     Returns: a :class:`Routing`. ``balance_loss``, ``z_loss`` and ``entropy`` have gradients and no coefficients. transformers'
     ``load_balancing_loss_func`` is k times "switch".
 
-    Raises: ``TypeError``, ``ValueError`` on bad input, before any launch. Values are looked at on a CPU only: on CUDA, where nothing
+    Raises: ``TypeError``, ``ValueError`` on bad input, before any launch. Values are checked on a CPU only: on CUDA, where nothing
     may wait, a segment or a replayed index out of range, or a segment with fewer than k experts, makes its tokens' weights and
     gradients and the losses NaN. Ties go to the lower expert; two runs agree bit for bit.
 

@@ -1,0 +1,170 @@
+"""Query pooling on what a CUDA tensor may hold, which nothing checks there; and on tensors of any layout."""
+
+import math
+
+import pytest
+import torch
+from query_pooling_cases import DEVICE, DTYPES, cast, make, run, upstream_for
+from torch import nn
+
+import mmfused
+from mmfused import QueryPooling
+from mmfused.testing import over_budget
+
+WAYS = [("reference", "auto"), ("composed", "absorbed"), ("composed", "projected"), ("fused", "absorbed")]
+BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As on CUDA, where no value is checked."""
+    monkeypatch.setattr("mmfused.ops.query_pooling.checks.check_value", lambda *_: None)
+
+
+@pytest.mark.parametrize("bad", BAD_LENGTHS)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("backend, form", WAYS)
+def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(unchecked, backend, form, norm, bad):
+    inputs, heads = make(norm=norm, padding="lengths", dtype=torch.float32)
+    inputs["lengths"] = torch.tensor([5, 20, 37], device=DEVICE)
+    want = run(inputs, heads, backend, form=form)
+    inputs["lengths"][1] = bad
+    got = run(inputs, heads, backend, form=form)
+    assert got["out"][1].isnan().all()
+    for name in ("out", "dx"):
+        assert torch.equal(got[name][0::2], want[name][0::2]), name
+
+
+def test_a_module_gives_nan_for_a_length_outside_the_tokens(unchecked):
+    pool = QueryPooling(8, 3, 2, out_proj=True, bias=True).to(DEVICE)
+    for name in ("reference", "composed"):
+        with mmfused.backend(name):
+            out = pool(torch.randn(4, 5, 8, device=DEVICE), lengths=torch.tensor([-1, 6, 0, 5], device=DEVICE))
+        assert out[:2].isnan().all() and not out[2].any() and out[3].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape", ["one pass", "wide"])
+@pytest.mark.parametrize("backend, form", WAYS)
+def test_a_broken_token_or_query_touches_only_its_own_outputs(backend, form, shape, norm, value):
+    inputs, heads = make(shape, norm=norm, dtype=torch.float32, per_sample=True)
+    want = run(inputs, heads, backend, form=form)
+    token = inputs | {"x": inputs["x"].detach().clone()}
+    token["x"][1, 3, 4] = value
+    token["x"].requires_grad_()
+    got = run(token, heads, backend, form=form)
+    others = [i for i in range(len(inputs["x"])) if i != 1]
+    assert not got["out"][1].isfinite().any()
+    for name in ("out", "dx", "dqueries"):
+        torch.testing.assert_close(got[name][others], want[name][others], rtol=1e-5, atol=1e-6)
+
+    query = inputs | {"queries": inputs["queries"].detach().clone()}
+    query["queries"][1, 2, :] = value
+    query["queries"].requires_grad_()
+    got = run(query, heads, backend, form=form)
+    rows = [i for i in range(inputs["queries"].shape[1]) if i != 2]
+    assert not got["out"][1, 2].isfinite().any()
+    torch.testing.assert_close(got["out"][others], want["out"][others], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["out"][1, rows], want["out"][1, rows], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["dqueries"][1, rows], want["dqueries"][1, rows], rtol=1e-4, atol=1e-5)
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------------------
+
+
+def every_second(t):
+    return torch.stack([t, torch.full_like(t, math.nan) if t.is_floating_point() else t], -1)[..., 0]
+
+
+def offset(t):
+    return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
+
+
+def transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def expanded(t):
+    """Each slice of the first dimension the same one."""
+    return t[:1].expand(t.shape) if t.dim() else t
+
+
+@pytest.mark.parametrize("layout", [every_second, offset, transposed, expanded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("padding", ["mask", "lengths"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+def test_every_argument_in_any_layout(backend, per_sample, padding, layout):
+    inputs, heads = make(norm=True, padding=padding, per_sample=per_sample, dtype=torch.float32)
+    if padding == "lengths":
+        inputs["lengths"] = torch.tensor([20, 37, 5], device=DEVICE)
+    inputs["b_k"] = torch.randn(inputs["w_k"].shape[0], device=DEVICE, requires_grad=True)
+    views = {name: layout(value.detach()) for name, value in inputs.items()}
+    plain = {name: value.contiguous().clone() for name, value in views.items()}
+    for name, value in inputs.items():
+        views[name].requires_grad_(value.requires_grad), plain[name].requires_grad_(value.requires_grad)
+    seed = torch.tensor(7, device=DEVICE)
+    seeds = layout(torch.stack([seed, seed]))[1]
+    want = run(plain, heads, backend, dropout_p=0.2, dropout_seed=seed)
+    got = run(views, heads, backend, dropout_p=0.2, dropout_seed=seeds)
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- nothing at all -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("batch, length, queries", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
+@pytest.mark.parametrize("backend, form", WAYS)
+def test_no_samples_tokens_or_queries(monkeypatch, backend, form, batch, length, queries, dropout_p, norm):
+    import query_pooling_cases as cases
+
+    monkeypatch.setitem(cases.SHAPES, "empty", (batch, length, 70, queries, 1, 24, 20))
+    inputs, heads = make("empty", norm=norm, dtype=torch.float32)
+    got = run(inputs, heads, backend, form=form, dropout_p=dropout_p)
+    assert got["out"].shape == (batch, queries, 20)
+    for name, value in got.items():
+        assert not value.any(), name
+        assert name == "out" or value.shape == inputs[name[1:]].shape
+
+
+def test_a_module_without_tokens_gives_zero():
+    for heads in (1, 2):
+        pool = QueryPooling(8, 9, heads, out_proj=True, bias=True, norm_kv=True).to(DEVICE)
+        for name in ("reference", "composed"):
+            with mmfused.backend(name):
+                assert not pool(torch.randn(4, 0, 8, device=DEVICE)).any()
+
+
+# ---- large logits ---------------------------------------------------------------------------------------------------------------
+
+
+def with_logits_up_to(largest, inputs, heads):
+    x, norm = inputs["x"], [inputs.get("norm_weight"), inputs.get("norm_bias")]
+    x = x if norm[0] is None else nn.functional.layer_norm(x, x.shape[-1:], *norm)
+    q = inputs["queries"].unflatten(-1, (heads, -1)).transpose(0, 1)
+    k = (x @ inputs["w_k"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    factor = largest / ((q @ k.transpose(2, 3)).abs().max() * q.shape[-1] ** -0.5)
+    return inputs | {"queries": (inputs["queries"] * factor).detach().requires_grad_()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+@pytest.mark.parametrize("backend, form", WAYS[1:])
+def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
+    """One token takes nearly all of a row, which leaves the logits little gradient: a few rows decide, so of many draws."""
+    got, exact, plain = {}, {}, {}
+    for _ in range(6):
+        inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float64)
+        inputs = cast(with_logits_up_to(logit, inputs, heads), dtype)
+        upstream = upstream_for(inputs)
+        doubles = cast(inputs, torch.float64)
+        runs = (backend, form, inputs), ("reference", "auto", doubles), ("reference", "auto", inputs)
+        for results, (name, how, given) in zip((got, exact, plain), runs, strict=True):
+            for key, value in run(given, heads, name, upstream, how).items():
+                results[key] = torch.stack([*results.get(key, ()), value])
+    assert not over_budget(got, exact, plain)
