@@ -125,7 +125,10 @@ def mlp_backward(
 
 
 def _rows(order: Tensor, position: Tensor, offsets: Tensor, tiles: Tensor, k: int) -> Rows:
-    return Rows(order, position, offsets, tiles if len(tiles) else tile_map(offsets, len(order), len(offsets) - 1), k)
+    order, position, offsets, tiles = (_dense(tensor) for tensor in (order, position, offsets, tiles))
+    if not len(tiles):
+        tiles = tile_map(offsets, len(order), len(offsets) - 1)
+    return Rows(order, position, offsets, tiles, k)
 
 
 def _halves(w_up: Tensor, w_gate: Tensor | None, packed: bool) -> tuple[Tensor, Tensor | None]:

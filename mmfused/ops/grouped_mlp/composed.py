@@ -1,8 +1,8 @@
 """The composed path of the experts: rows sorted by expert, one product for each expert's segment of them.
 
 On CUDA in bfloat16 torch's grouped_mm does all segments at once. It leaves what is beyond the last segment, and in some releases
-the weight gradient of an empty one, as they come, wants 16-byte rows, knows no bias and refuses an expanded gradient; here each is
-made good. Elsewhere a loop over the segments, which on CUDA waits for their sizes.
+the weight gradient of an empty one, as they come, wants rows that are dense, of 16 bytes and begin at a multiple of those, and knows
+no bias; here each is made good. Elsewhere a loop over the segments, which on CUDA waits for their sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
     """x (R, I) sorted, weight (E, O, I), bias (E, O), offsets (E+1,) -> (R, O); rows beyond offsets[E] are 0."""
     if _has_grouped_mm(x, weight):
         expert, live = _experts(x, offsets)
-        out = _grouped_mm(x.contiguous(), weight.mT, offs=offsets[1:])
+        out = _grouped_mm(_dense(x), _in_rows(weight).mT, offs=offsets[1:])
         return (out if bias is None else out + bias[expert]).masked_fill(~live, 0.0)
     out, ends = x.new_empty(x.shape[0], weight.shape[1]), offsets.tolist()
     for e, (first, end) in enumerate(pairwise(ends)):
@@ -40,15 +40,17 @@ def segment_linear_backward(
     dx = dw = db = x.new_empty(0)
     if _has_grouped_mm(x, weight):
         expert, live = _experts(x, offsets)
-        dy, x = dy.contiguous(), x.contiguous()
+        dy, x = _dense(dy), _dense(x)
         if need_dx:
-            dx = _grouped_mm(dy, weight.contiguous(), offs=offsets[1:]).masked_fill(~live, 0.0)
+            dx = _grouped_mm(dy, _dense(weight), offs=offsets[1:]).masked_fill(~live, 0.0)
         if need_dw:
             empty = (offsets.diff() == 0)[:, None, None]
             dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
-        if need_db:  # a product with ones, in a fixed order
-            mine = (expert == torch.arange(len(weight), device=x.device)[:, None]) & live.T
-            db = mine.to(dy.dtype) @ dy.masked_fill(~live, 0.0)
+        if need_db:  # a product with ones, in a fixed order; 0 times NaN would be NaN for every expert
+            mine = ((expert == torch.arange(len(weight), device=x.device)[:, None]) & live.T).to(dy.dtype)
+            void = ~dy.isfinite() & live
+            db = mine @ dy.masked_fill(void | ~live, 0.0)
+            db = db.masked_fill(mine @ void.to(dy.dtype) > 0, float("nan"))
         return dx, dw, db
     ends = offsets.tolist()
     if need_dx:
@@ -74,6 +76,18 @@ def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=len(offsets) - 2)
     return expert, (rows < offsets[-1])[:, None]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _in_rows(weight: Tensor) -> Tensor:
+    """As grouped_mm takes it: the halves of a packed weight do as they are."""
+    experts, rows, columns = weight.stride()
+    fits = columns == 1 and rows >= weight.shape[2] and rows % 8 == 0 and experts % 8 == 0 and weight.data_ptr() % 16 == 0
+    return weight if fits else _dense(weight)
 
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:

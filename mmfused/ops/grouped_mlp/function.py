@@ -34,8 +34,9 @@ def grouped_linear_reference(
     expert = routing.indices.flatten()[routing.order]
     out = rows.new_zeros(len(rows), weight.shape[1])
     for e in range(len(weight)):
-        mine = (live & (expert == e))[:, None]
-        out = torch.where(mine, F.linear(rows, weight[e], None if bias is None else bias[e]), out)
+        mine = (live & (expert == e))[:, None]  # others' rows may be NaN, and a product's gradient has 0 times NaN
+        result = F.linear(rows.masked_fill(~mine, 0.0), weight[e], None if bias is None else bias[e])
+        out = torch.where(mine, result, out)
     if not combine:
         return out
     chosen = out[routing.position].unflatten(0, (tokens, k))

@@ -20,7 +20,7 @@ class TopKMoE(nn.Module):
         num_experts, top_k: E experts, of which a token uses k.
         activation: "gelu", "relu" or "swiglu".  bias: of the experts; a "swiglu" gate has none.
         selection_bias: hold a buffer ``selection_bias`` (E,) for balance without a loss: after each optimizer step call
-            ``update_selection_bias(moe.selection_bias, routing.counts)``.
+            ``update_selection_bias(moe.selection_bias, routing.counts)``. It stays in float32 when the module is cast to 16 bits.
         available: (num_segments, E) bool, the experts each segment may use; kept as a buffer.
         score, renormalize, num_segments, balance, jitter: as :func:`topk_routing`; jitter acts in training.
 
@@ -59,6 +59,14 @@ class TopKMoE(nn.Module):
                     nn.init.uniform_(parameter, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
         if self.selection_bias is not None:
             self.selection_bias.zero_()
+
+    def _apply(self, fn, recurse=True):
+        """The selection bias stays in float32 when the module is cast: 16 bits lose its steps."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias.dtype in (torch.float16, torch.bfloat16):
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
 
     def forward(
         self, x: Tensor, *, token_padding_mask: Tensor | None = None, segments: Tensor | None = None, indices: Tensor | None = None
