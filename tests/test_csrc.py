@@ -93,14 +93,6 @@ def test_an_index_out_of_range_makes_its_tokens_weights_nan(simt):
     assert out["counts"].sum() == 40
 
 
-def test_segments_out_of_range_are_clamped(simt):
-    case = make(20, 6, 2, segments=3)
-    case["segments"][0], case["segments"][1] = -(2**40), 2**40
-    out = simt.forward(case)
-    case["segments"].clamp_(0, 2)
-    assert torch.equal(out["counts"], expected(case, torch.float32)["counts"])
-
-
 # ---- the arithmetic, on the host ------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +152,30 @@ def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
         renormalize, None, case["segments"], 2, case["available"], "switch", 0.0, None,
     )  # fmt: skip
     assert over_budget({"d_logits": actual}, gradient(torch.float64), gradient(torch.float32)) == []
+
+
+def test_the_binding_takes_views_of_everything(module):
+    """Every second element of a wider tensor, as a slice of it."""
+    case = make(12, 10, 3, segments=2, available=True, biased=True, masked=True, jitter=0.2)
+    case["source"] = torch.randn(12, 10)
+    gradients, coefficients = upstream(case), torch.randn(21)
+    weights, indices = torch.rand(12, 3), torch.rand(12, 10).argsort(1)[:, :3].contiguous()
+
+    def wide(value):
+        return torch.stack((value, value + 1 if value.dtype != torch.bool else ~value), -1)[..., 0]
+
+    def results(view):
+        given = {n: view(x) if isinstance(x, torch.Tensor) and x.dim() else x for n, x in case.items()}
+        replayed = given | dict(indices=view(indices))
+        logits, *rest = (view(x) for x in (case["source"], indices, weights, coefficients))
+        d_logits = module.gradient_rows_on_host(
+            view(gradients[0]), *gradients[1:], logits, *rest, False, True, given["mask"], given["segments"], 2,
+            given["available"], "mse", 0.2, given["jitter_seed"],
+        )  # fmt: skip
+        return [*route_on_host(module, given).values(), *route_on_host(module, replayed).values(), d_logits]
+
+    for a, b in zip(results(wide), results(torch.clone), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ties_go_to_the_lower_expert(module):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from grouped_mlp_cases import make_mlp, run_linear, run_mlp
-from topk_routing_cases import CUDA, DEVICE, OPTIONS, make_inputs, make_logits, make_options, run
+from topk_routing_cases import CUDA, DEVICE, OPTIONS, make_inputs, make_logits, make_options, route
 
 import mmfused
 from mmfused import TopKMoE, grouped_linear, routing_from_indices, topk_routing, update_selection_bias
@@ -50,10 +50,10 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("variant", ["gelu", "relu", "swiglu"])
 def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, backend):
     """Its own output and gradients, and those of its experts' parameters; all others are the same bits."""
-    leaves = make_mlp((37, 5, 2, 16, 24, 8), variant)
-    indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[torch.arange(37, device=DEVICE) % 4]
-    mask = torch.arange(37, device=DEVICE) % 9 == 8
-    upstream = torch.randn(37, 8, device=DEVICE)
+    leaves = make_mlp((19, 5, 2, 16, 24, 8), variant)
+    indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[torch.arange(19, device=DEVICE) % 4]
+    mask = torch.arange(19, device=DEVICE) % 9 == 8
+    upstream = torch.randn(19, 8, device=DEVICE)
     options = dict(variant=variant, mask=mask)
     want = run_mlp(leaves, indices, torch.float32, backend, upstream=upstream, **options)
     if where == "upstream":
@@ -61,7 +61,7 @@ def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, 
     else:
         leaves[where][4, 1] = value
     got = run_mlp(leaves, indices, torch.float32, backend, upstream=upstream, **options)
-    others = torch.arange(37, device=DEVICE) != 4
+    others = torch.arange(19, device=DEVICE) != 4
     for name in ("out", "dx", "dweights"):
         assert torch.equal(got[name][others], want[name][others]), name
     own = torch.tensor([e in (1, 3) for e in range(5)], device=DEVICE)
@@ -73,14 +73,19 @@ def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, 
 # ---- views ----------------------------------------------------------------------------------------------------------------------
 
 
-def views(tensor):
+VIEWS = ("every second", "shifted", "transposed", "wider rows")
+
+
+def view(tensor, how):
     """The same values in every other second, a transposed and a shifted place, between garbage."""
     garbage = torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
-    yield "every second", torch.stack((tensor, garbage), -1)[..., 0]
-    yield "shifted", torch.cat((garbage.flatten()[:1], tensor.flatten()))[1:].view(tensor.shape)
-    if tensor.dim() > 1:
-        yield "transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)
-        yield "wider rows", torch.cat((garbage, tensor), -1)[..., tensor.shape[-1] :]
+    if how == "every second":
+        return torch.stack((tensor, garbage), -1)[..., 0]
+    if how == "shifted":
+        return torch.cat((garbage.flatten()[:1], tensor.flatten()))[1:].view(tensor.shape)
+    if how == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    return torch.cat((garbage, tensor), -1)[..., tensor.shape[-1] :]
 
 
 def values_of(call, leaves, options):
@@ -94,17 +99,15 @@ def values_of(call, leaves, options):
 
 def check_views(call, leaves, options, exact):
     want = values_of(call, leaves, options)
-    for name in [n for n, x in {**leaves, **options}.items() if isinstance(x, torch.Tensor) and x.dim()]:
-        table = leaves if name in leaves else options
-        for how, view in views(table[name]):
-            changed = {name: view}
-            got = values_of(
-                call, {**leaves, **changed} if table is leaves else leaves, options if table is leaves else options | changed
-            )
-            for i, (a, b) in enumerate(zip(got, want, strict=True)):
-                if a is not None or b is not None:
-                    same = torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-                    assert same, (name, how, i)
+    for how in VIEWS:
+        tables = [
+            {n: view(x, how) if isinstance(x, torch.Tensor) and x.dim() else x for n, x in table.items()}
+            for table in (leaves, options)
+        ]
+        for i, (a, b) in enumerate(zip(values_of(call, *tables), want, strict=True)):
+            if a is not None or b is not None:
+                same = torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+                assert same, (how, i)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,17 +177,18 @@ def test_every_tensor_of_a_routing_made_elsewhere_may_be_a_view(backend):
 def test_bias_and_counts_of_an_update_may_be_views():
     counts, want = torch.randint(0, 9, (2, 5)), torch.zeros(5)
     update_selection_bias(want, counts)
-    for _, view in views(counts):
-        for _, bias in views(torch.zeros(5)):
-            update_selection_bias(bias, view)
+    for how in VIEWS:
+        for other in VIEWS:
+            bias = view(torch.zeros(5), other)
+            update_selection_bias(bias, view(counts, how))
             assert torch.equal(bias, want)
 
 
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "packed"])
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
-    leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((13, 5, 2, 16, 8, 8), variant).items()}
+    leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
     with mmfused.backend("fused"):  # with the map of tiles
-        routing = topk_routing(torch.randn(13, 5, device=DEVICE), 2, token_padding_mask=torch.arange(13, device=DEVICE) == 3)
+        routing = topk_routing(torch.randn(5, 3, device=DEVICE), 2, token_padding_mask=torch.arange(5, device=DEVICE) == 3)
     fields = {n: getattr(routing, n) for n in ("indices", "order", "position", "offsets", "tiles")}
     activation = "swiglu" if variant == "packed" else variant
 
@@ -211,15 +215,15 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
 # ---- memory nobody wrote, and nobody's rows --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[GARBAGE, -GARBAGE])
-def garbage(request, monkeypatch):
+@pytest.fixture
+def garbage(monkeypatch):
     """Integers that nobody wrote are garbage, floats NaN."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             if sys._getframe(1).f_globals.get("__name__", "").startswith("mmfused") and tensor.dtype != torch.bool:
-                tensor.fill_(math.nan if tensor.is_floating_point() else request.param if tensor.element_size() > 1 else 77)
+                tensor.fill_(math.nan if tensor.is_floating_point() else GARBAGE if tensor.element_size() > 1 else 77)
             return tensor
 
         return wrapper
@@ -228,32 +232,34 @@ def garbage(request, monkeypatch):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-ROUTED = ((0, 5, 2), (1, 1, 1), (21, 5, 5), (70, 13, 2))  # none, few and several blocks of tokens
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
-    """Routing from logits and from x, all masked too: as the composed path, and nothing is NaN or out of range."""
-    for tokens, experts, k in ROUTED:
-        options = make_options(option, tokens, experts, k)
-        for masked in (None, torch.ones(tokens, dtype=torch.bool, device=DEVICE)):
-            given = options if masked is None else options | dict(token_padding_mask=masked)
-            upstream = torch.randn(tokens, k, device=DEVICE)
-            for leaves in (make_logits(tokens, experts), make_inputs(tokens, experts, 20)):
-                got, routing = run(leaves, k, given, "fused", upstream)
-                want, expected = run(leaves, k, given, "composed", upstream, indices=routing.indices)
-                for name in ("counts", "order", "position", "offsets"):
-                    assert torch.equal(getattr(routing, name), getattr(expected, name)), name
-                assert ((routing.tiles[:, 0] >= -1) & (routing.tiles[:, 0] < experts)).all()
-                assert ((routing.tiles[:, 1] >= 0) & (routing.tiles[:, 1] <= tokens * k)).all()
-                for name, value in got.items():
-                    assert torch.allclose(value, want[name], rtol=1e-3, atol=1e-5), name
+    """Routing from logits and from x, of one, two or no blocks of tokens, all masked too: as the composed path."""
+    for tokens, all_masked in ((0, False), (21, True), (70, False)):
+        options = make_options(option, tokens, 13, 2)
+        if all_masked:
+            options["token_padding_mask"] = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+        upstream = torch.randn(tokens, 2, device=DEVICE)
+        for leaves in (make_logits(tokens, 13), make_inputs(tokens, 13, 20)):
+            results = []
+            for backend in ("fused", "composed"):
+                replay = options | dict(indices=results[0][0].indices) if results else options
+                routing = route(leaves, 2, replay, backend)
+                total = (routing.weights * upstream).sum() + routing.balance_loss + routing.z_loss - routing.entropy
+                results.append((routing, torch.autograd.grad(total, list(leaves.values()))))
+            (routing, got), (expected, want) = results
+            for name in ("counts", "order", "position", "offsets"):
+                assert torch.equal(getattr(routing, name), getattr(expected, name)), name
+            assert ((routing.tiles[:, 0] >= -1) & (routing.tiles[:, 0] < 13)).all()
+            assert ((routing.tiles[:, 1] >= 0) & (routing.tiles[:, 1] <= tokens * 2)).all()
+            for a, b in zip((*routing[1:6], *got), (*expected[1:6], *want), strict=True):
+                assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("sort", ["composed", "fused"])
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
 def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
-    for tokens, experts, k in ROUTED:
+    for tokens, experts, k in ((0, 5, 2), (1, 1, 1), (40, 5, 2)):
         indices = torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2  # odd experts get nothing, and some two
         indices = indices.clamp(max=experts - 1)
         for share in (0.0, 0.4, 1.0):
