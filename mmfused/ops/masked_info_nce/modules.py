@@ -59,23 +59,24 @@ class MaskedInfoNCE(nn.Module):
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise TypeError(f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction.")
-        self.temperature = temperature
-        self.log_scale = nn.Parameter(torch.empty(())) if learnable_temperature else None
+        self.temperature, self.learnable_temperature = temperature, learnable_temperature
+        # Fixed, it is there to be read; it is not registered, so that no state holds it and no cast rounds it.
+        log_scale = torch.tensor(-math.log(temperature), device=None if learnable_temperature else "cpu")
+        self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
         self.max_scale, self.normalize, self.gather = max_scale, normalize, gather
         self.options = {**options, "reduction": reduction}
         self.register_load_state_dict_pre_hook(_without_fixed_scale)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A learned temperature takes its initial value again."""
-        if self.log_scale is not None:
+        if self.learnable_temperature:
             with torch.no_grad():
                 self.log_scale.fill_(-math.log(self.temperature))
 
     def forward(self, query: Tensor, candidate: Tensor, **keys: Tensor) -> Tensor:
         """query (B, D), candidate (C, D); ``keys``: target, query_key, candidate_key, query_id, candidate_id, row_weight."""
         temperature = self.temperature
-        if self.log_scale is not None:
+        if self.learnable_temperature:
             if self.training:
                 with torch.no_grad():
                     self.log_scale.clamp_(max=math.log(self.max_scale))
@@ -89,7 +90,7 @@ class MaskedInfoNCE(nn.Module):
         return loss_over_ranks(query, candidate, self.gather == "global", temperature=temperature, **keys, **self.options)
 
     def extra_repr(self) -> str:
-        learned = "fixed" if self.log_scale is None else "learned"
+        learned = "learned" if self.learnable_temperature else "fixed"
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{learned} temperature={self.temperature:g}, normalize={self.normalize}, gather={self.gather!r}{options}"
 
@@ -110,5 +111,5 @@ def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
 
 def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
     """Version 0.1 kept a fixed temperature in the state; the one asked for counts."""
-    if module.log_scale is None:
+    if not module.learnable_temperature:
         state_dict.pop(prefix + "log_scale", None)
