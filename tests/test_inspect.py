@@ -67,8 +67,6 @@ def test_supported_versions_are_sorted_and_architectures_known():
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
 
 
-def test_readme_and_the_committed_table_name_what_is_supported():
-    readme, table = (ROOT / "README.md").read_text(), (ROOT / "benchmarks/results/compile_matrix.md").read_text()
+def test_readme_names_what_is_supported():
+    readme = (ROOT / "README.md").read_text()
     assert all(name in readme for name in (*TRITONS, *ARCHS))
-    assert all(f"| {version} |" in table for version in TRITONS)
-    assert " | ".join(ARCHS) in table and ", 0 with a fault." in table

@@ -1,6 +1,6 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
-Every entry compiles without spills on every supported Triton and architecture (``make compile-matrix``). Which of two clean
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
 a round number of warps a processor and spills a few registers to get there.
 

@@ -1,6 +1,6 @@
 """Tiles of the grouped products: fixed data by architecture, no benchmarking at training time.
 
-Every entry compiles without spills on every supported Triton and architecture (``make compile-matrix``). Which of two clean
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
 """
 

@@ -1,6 +1,6 @@
 """Which tiles top-k routing runs with: fixed data by shape, dtype and architecture, no benchmarking at training time.
 
-Every entry compiles without spills on every supported Triton and architecture (``make compile-matrix``). Which of two clean
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
 entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
 an occupancy of its own choice, and spills a word or two to reach it.
 """
