@@ -51,9 +51,9 @@ def _counted(ds, s, x_id, y_id, x_side, y_side, KEYS: tl.constexpr, IDS: tl.cons
 
 
 @triton.jit
-def _moment(ds, s, AXIS: tl.constexpr):
-    """Sums of dS S over an axis. Where s is -inf, dS is 0 and so must the product be."""
-    return tl.sum(ds * tl.maximum(s, -3e38), AXIS)
+def _moment(ds, s):
+    """dS S. Where s is -inf, dS is 0 and so must the product be."""
+    return ds * tl.maximum(s, -3e38)
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def pairs_kernel(
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
         if moment_ptr is not None:
-            moment = tl.sum(_moment(ds, s, 0), 0)  # the columns first: Triton 3.6 cannot sum these rows for sm_100
+            # As one vector: Triton 3.6 cannot sum rows or columns of the product's layout for sm_100.
+            moment = tl.sum(tl.reshape(_moment(ds, s), [BM * BN]), 0)
     if moment_ptr is not None:
         tl.store(moment_ptr + i * tl.num_programs(1) + j, moment)
 
@@ -186,7 +187,7 @@ def owner_kernel(
         )  # fmt: skip
         ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         if moment_ptr is not None:
-            moment += _moment(ds, s, 1)
+            moment += tl.sum(_moment(ds, s), 1)
         acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
     if moment_ptr is not None:
         tl.store(moment_ptr + split.to(tl.int64) * X + x, moment, mask=x < X)
