@@ -141,7 +141,7 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
 
 @pytest.mark.parametrize(
     "args, sentence",
-    [(["--arch", "90"], "--arch is '90'; it takes names like sm_90"), (["--case", "none"], "it takes some of fluid")],
+    [(["--arch", "90"], "--arch is '90'; it takes one of sm_80"), (["--case", "none"], "it takes some of fluid")],
 )
 def test_inspect_bad_arguments(args, sentence):
     done = run_python("-m", "mmfused", "inspect", *args)

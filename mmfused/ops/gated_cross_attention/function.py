@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, distinct, nan_unless, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
-from ..attention import attention
+from ...attention import attention
 from .checks import check
 from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, current_backend, nan_unless, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
-from ..attention import attention
+from ...attention import attention
 from .checks import check
 
 
