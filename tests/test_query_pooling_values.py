@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from query_pooling_cases import DEVICE, make, run
+from query_pooling_cases import DEVICE, DTYPES, cast, make, run, upstream_for
+from torch import nn
 
 import mmfused
 from mmfused import QueryPooling
+from mmfused.testing import over_budget, relative_error
 
 WAYS = [("reference", "auto"), ("composed", "absorbed"), ("composed", "projected"), ("fused", "absorbed")]
 BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
@@ -134,3 +136,39 @@ def test_a_module_without_tokens_gives_zero():
         for name in ("reference", "composed"):
             with mmfused.backend(name):
                 assert not pool(torch.randn(4, 0, 8, device=DEVICE)).any()
+
+
+# ---- large logits ---------------------------------------------------------------------------------------------------------------
+
+
+def with_logits_up_to(largest, inputs, heads):
+    x, norm = inputs["x"], [inputs.get("norm_weight"), inputs.get("norm_bias")]
+    x = x if norm[0] is None else nn.functional.layer_norm(x, x.shape[-1:], *norm)
+    q = inputs["queries"].unflatten(-1, (heads, -1)).transpose(0, 1)
+    k = (x @ inputs["w_k"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    factor = largest / ((q @ k.transpose(2, 3)).abs().max() * q.shape[-1] ** -0.5)
+    return inputs | {"queries": (inputs["queries"] * factor).detach().requires_grad_()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+@pytest.mark.parametrize("backend, form", WAYS[1:])
+def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
+    """One token takes nearly all of a row, and of the gradients to the logits little is left. A few rows decide: of many draws."""
+    got, exact, plain = {}, {}, {}
+    for _ in range(6):
+        inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float64)
+        inputs = cast(with_logits_up_to(logit, inputs, heads), dtype)
+        upstream = upstream_for(inputs)
+        doubles = cast(inputs, torch.float64)
+        ways = (got, backend, form, inputs), (exact, "reference", "auto", doubles), (plain, "reference", "auto", inputs)
+        for results, name, how, given in ways:
+            for key, value in run(given, heads, name, upstream, how).items():
+                results[key] = torch.stack([*results.get(key, ()), value])
+    if logit > 1e3:  # plain PyTorch's too are then left to how the largest logits round
+        sure = [key for key, value in plain.items() if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps]
+        assert "db_v" in sure and ("out" in sure or shape != "one pass")
+        got, exact, plain = ({key: results[key] for key in sure} for results in (got, exact, plain))
+    assert not over_budget(got, exact, plain)

@@ -20,17 +20,24 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 
 @triton.jit
-def _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr):
-    """delta and dksum. In a loop of its own: a tile of dZ read into registers beside its product would race (cli/races.py)."""
+def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
+    """(BN, columns): the rows of Z in place of tokens."""
+    n = tl.arange(0, BN)
+    first = tl.min(rows, 0)
+    kept = (n < rows.shape[0]) & (first + n < R)
+    return load_tokens(z_ptr + b * R * D, first + n, cols, kept, D, D)
+
+
+@triton.jit
+def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
+    """delta and dksum, from zdz = Z dZ^T, a product like dP, for the sake of its diagonal: where one token takes all of a row, Z is
+    that token, both sums round alike, and dS is 0. A sum over dZ's tile beside its product would also race (cli/races.py)."""
+    diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
+    delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
     dksum = tl.zeros(rows.shape, tl.float32)
-    delta = dksum
     if DROPOUT:
         dksum = tl.load(dksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-        delta = dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-    for start in range(0, D, BD):
-        cols = start + tl.arange(0, BD)
-        dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D).to(tl.float32)
-        delta += tl.sum(dz * load_rows_t(z_ptr + b * R * D, rows, cols, R, D).to(tl.float32), 0)
+        delta += dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
     return delta, dksum
 
 
@@ -74,11 +81,13 @@ def onepass_kernel(
         b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
         q = ()
         dz = ()
-        delta, dksum = _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D, BD, DROPOUT)
+        zdz = tl.zeros([BN, BR], tl.float32)
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
+            zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
+        delta, dksum = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         lo, hi = token_span(b, span_ptr, N, MASK)
         lo = lo // BN * BN
         if NEED_DX and MASK != "none":
@@ -135,13 +144,16 @@ def dlogits_kernel(
         _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         s = tl.zeros([BN, BR], tl.float32)
         dp = tl.zeros([BN, BR], tl.float32)
-        delta, dksum = _delta(z_ptr, dz_ptr, ksum_ptr, dksum_ptr, b, rows, R, D, BD, DROPOUT)
+        zdz = tl.zeros([BN, BR], tl.float32)
         mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
         for c in range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
             x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
-            dp = dot(x, load_rows_t(dz_ptr + b * R * D, rows, cols, R, D), dp, UPCAST)
+            dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
+            dp = dot(x, dz, dp, UPCAST)
+            zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
+        delta, dksum = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
         p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
         p = p.to(x_ptr.dtype.element_ty)

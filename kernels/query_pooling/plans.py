@@ -45,7 +45,7 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
     elif narrow or not hopper or (norm and dim > 768) or (dropout and blackwell and chunk < 256):
         forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2)
     else:
-        forward["onepass"] = Tile(32, 32, chunk, 8, 3)
+        forward["onepass"] = Tile(32, 32, chunk, 8, 2 if blackwell else 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
         # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units busy.
         few = norm or (dropout and dim > 768)
@@ -63,7 +63,7 @@ def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: boo
     tiles = {
         "logits": Tile(64, few, 64, 4, 3),
         "pool": Tile(64 if hopper else 32, few, 128, 4, 3),
-        "dlogits": Tile(64, many, 64, 8 if norm else 4, 3),
+        "dlogits": Tile(64, many, 64, 8 if norm or many > 32 else 4, 3),
         "dx": Tile(64, many, 128, 4, 2),
         "dq": Tile(64 if hopper else 32, few, 128, 4, 2 if norm and not hopper else 3),
     }
