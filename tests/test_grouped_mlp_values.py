@@ -280,9 +280,9 @@ def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)])
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
 def test_a_module_without_tokens(shape, activation, backend):
-    moe = TopKMoE(12, 8, 5, activation=activation).to(DEVICE)
+    moe = TopKMoE(16, 8, 5, activation=activation).to(DEVICE)
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
     with mmfused.backend(backend):
         out, routing = moe(x)

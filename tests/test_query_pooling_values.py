@@ -9,7 +9,7 @@ from torch import nn
 
 import mmfused
 from mmfused import QueryPooling
-from mmfused.testing import over_budget
+from mmfused.testing import over_budget, relative_error
 
 WAYS = [("reference", "auto"), ("composed", "absorbed"), ("composed", "projected"), ("fused", "absorbed")]
 BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
@@ -156,15 +156,19 @@ def with_logits_up_to(largest, inputs, heads):
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 @pytest.mark.parametrize("backend, form", WAYS[1:])
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
-    """One token takes nearly all of a row, which leaves the logits little gradient: a few rows decide, so of many draws."""
+    """One token takes nearly all of a row, and of the gradients to the logits little is left. A few rows decide: of many draws."""
     got, exact, plain = {}, {}, {}
     for _ in range(6):
         inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float64)
         inputs = cast(with_logits_up_to(logit, inputs, heads), dtype)
         upstream = upstream_for(inputs)
         doubles = cast(inputs, torch.float64)
-        runs = (backend, form, inputs), ("reference", "auto", doubles), ("reference", "auto", inputs)
-        for results, (name, how, given) in zip((got, exact, plain), runs, strict=True):
+        ways = (got, backend, form, inputs), (exact, "reference", "auto", doubles), (plain, "reference", "auto", inputs)
+        for results, name, how, given in ways:
             for key, value in run(given, heads, name, upstream, how).items():
                 results[key] = torch.stack([*results.get(key, ()), value])
+    if logit > 1e3:  # plain PyTorch's too are then left to how the largest logits round
+        sure = [key for key, value in plain.items() if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps]
+        assert "db_v" in sure and ("out" in sure or shape != "one pass")
+        got, exact, plain = ({key: results[key] for key in sure} for results in (got, exact, plain))
     assert not over_budget(got, exact, plain)
