@@ -189,8 +189,6 @@ def owner_kernel(
         if moment_ptr is not None:
             moment += tl.sum(_moment(ds, s), 1)
         acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
-    if moment_ptr is not None:
-        tl.store(moment_ptr + split.to(tl.int64) * X + x, moment, mask=x < X)
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
     tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])
