@@ -26,6 +26,8 @@ SHARED_MEMORY = {
 }
 SMALLEST_SHARED_MEMORY = 101_376
 
+REGISTERS = 65_536  # of a multiprocessor, on every architecture
+
 # Stated at every launch and inspection: what the compiler does by default differs by version (3.10 fuses no more).
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -44,12 +46,19 @@ def arch_of(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, **constexprs) -> None:
-    """Launch ``kernel`` over ``grid``, unless the grid is empty."""
+def launch(
+    kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, maxnreg: int | None = None, **constexprs
+) -> None:
+    """Launch ``kernel`` over ``grid``, unless the grid is empty.
+
+    ``maxnreg``: registers a thread may use, by default all that there are. Without a number ptxas aims at an occupancy of its own
+    choice, and spills a word or two to reach it.
+    """
+    launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg or min(255, REGISTERS // (32 * num_warps)))
     if listener is not None:
-        listener(kernel, args, constexprs, num_warps, num_stages)
+        listener(kernel, args, constexprs, launched)
     elif all(grid):
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+        kernel[grid](*args, **constexprs, **launched, **OPTIONS)
 
 
 def upcasts(dtype: torch.dtype) -> bool:

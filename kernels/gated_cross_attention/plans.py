@@ -1,8 +1,7 @@
 """Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no benchmarking at training time.
 
 ``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
-a round number of warps a processor and spills a few registers to get there.
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
 
 Forward has two forms behind the projections, which write the same: "epilogue", attention by head and then out-projection, gate and
 blend; "block", one launch for all of it, a block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, read at
@@ -32,7 +31,6 @@ class Tile:
     BK: int
     num_warps: int
     num_stages: int
-    maxnreg: int = 255
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Which tiles top-k routing runs with: fixed data by shape, dtype and architecture, no benchmarking at training time.
 
 ``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so. Without ``maxnreg`` ptxas aims at
-an occupancy of its own choice, and spills a word or two to reach it.
+entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class Tile:
     BD: int
     num_warps: int
     num_stages: int
-    maxnreg: int = 255
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,7 @@ class Job:
     signature: dict[str, str]
     constexprs: dict[str, object]
     divisible: list[str]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +181,7 @@ def _fingerprint(module: str, kernel: str) -> str:
 
 def source_key(job: Job) -> str:
     """A name for all that decides what the compiler makes of a launch."""
-    launch = (job.arch, job.signature, job.constexprs, job.divisible, job.num_warps, job.num_stages)
+    launch = (job.arch, job.signature, job.constexprs, job.divisible, job.options)
     return hashlib.sha256(repr((_fingerprint(job.module, job.kernel), launch)).encode()).hexdigest()
 
 
@@ -209,7 +208,7 @@ def heard_launches(arch: str, only_op: str | None = None, only_cases: list[str] 
         tiles.listener = tiles.pretended_arch = None
 
 
-def _job(op, case, arch, kernel, args, constexprs, num_warps, num_stages) -> Job:
+def _job(op, case, arch, kernel, args, constexprs, options) -> Job:
     """Type each argument as Triton's launcher does: 1 and None are constants, multiples of 16 are known as such."""
     names = {
         "float32": "fp32",
@@ -236,7 +235,7 @@ def _job(op, case, arch, kernel, args, constexprs, num_warps, num_stages) -> Job
             divisible.append(name)
     signature |= {name: "constexpr" for name in constexprs}
     signature = {name: signature[name] for name in kernel.arg_names}
-    return Job(op, case, arch, kernel.fn.__module__, kernel.fn.__name__, signature, constants, divisible, num_warps, num_stages)
+    return Job(op, case, arch, kernel.fn.__module__, kernel.fn.__name__, signature, constants, divisible, options)
 
 
 def compile_job(job: Job) -> Measured:
@@ -255,14 +254,8 @@ def compile_job(job: Job) -> Measured:
         constexprs={place[name]: value for name, value in job.constexprs.items() if name in place},
         attrs={place[name]: [["tt.divisibility", 16]] for name in job.divisible},
     )
-    options = {
-        "num_warps": job.num_warps,
-        "num_stages": job.num_stages,
-        "maxnreg": job.constexprs.get("maxnreg"),
-        **tiles.OPTIONS,
-    }
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=job.options | tiles.OPTIONS)
     registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"], job)
     counts = {name: compiled.asm["ptx"].count(text) for name, text in MATRIX_INSTRUCTIONS.items()}
     found = races.pipelined_register_reads(compiled.asm["ttgir"])
@@ -290,7 +283,7 @@ def report_of(job: Job, measured: Measured) -> Report:
         case=job.case,
         kernel=_short_name(job),
         arch=job.arch,
-        tile=f"{sizes} w{job.num_warps} s{job.num_stages}",
+        tile=f"{sizes} w{job.options['num_warps']} s{job.options['num_stages']}",
         registers=measured.registers,
         spilled=measured.stack,
         shared=measured.shared,
