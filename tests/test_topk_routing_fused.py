@@ -86,11 +86,12 @@ def test_float32_router_beside_half_precision(dtype):
     check(leaves, 2, make_options("mask", 140, 16, 2))
     results = []
     for scale in (1.0, 2.0**-30):
-        weights = route(leaves, 2, {}, "fused").weights
+        routing = route(leaves, 2, {}, "fused")
+        weights = routing.weights
         generator = torch.Generator(DEVICE).manual_seed(0)
         upstream = scale * torch.randn(weights.shape, generator=generator, device=DEVICE)
         results.append(torch.autograd.grad(weights, leaves["router_weight"], upstream)[0])
-    assert torch.equal(results[0] * 2.0**-30, results[1]) and results[1].all()
+    assert torch.equal(results[0] * 2.0**-30, results[1]) and results[1][routing.counts[0] > 0].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

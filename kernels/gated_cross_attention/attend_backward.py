@@ -45,7 +45,8 @@ def d_query_kernel(
 ):  # fmt: skip
     """grid (directions * B * H * tiles,). dQ of BM queries, and their delta; 0 where there is nothing to read.
     EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 / sum P behind it, so that dS sums to 0 and P to
-    1 to the last digit; with 16 bits the rounding of dS hides what O and lse have lost."""
+    1 to the last digit; with 16 bits the rounding of dS hides what O and lse have lost, unless the keys are so few that one of
+    them may take all, when the difference is all rounding: one tile of keys costs little to go through twice."""
     direction, b, head, tile = place(tiles, H, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
@@ -66,11 +67,9 @@ def d_query_kernel(
             lse_at = (b * H + head) * N + n
             q = load_head(pick(back, projected0_ptr, projected1_ptr), rows, n < N, head * DH, WQ, DH, BH)
             do = load_head(pick(back, d_attended0_ptr, d_attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
-            o = load_head(pick(back, attended0_ptr, attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
             lse = tl.load(pick(back, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf"))
-            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+            total = tl.where(lse == float("inf"), 1.0, 0.0)  # not 0 where forward worked nothing, as the row's mask ignores it
             if EXACT:
-                total = tl.where(lse == float("inf"), 1.0, 0.0)  # not 0 where forward worked nothing, as the row's mask ignores it
                 delta = tl.zeros([BM], tl.float32)
                 for start in range(lo // BN * BN, hi, BN):
                     weight, d_weight = _tile(
@@ -81,6 +80,16 @@ def d_query_kernel(
                     delta += tl.sum(weight * d_weight, 1)
                 delta = delta / total
                 tl.store(delta_ptr + (B * N).to(tl.int64) * H + lse_at, 1.0 / total, mask=n < N)
+            else:
+                o = load_head(pick(back, attended0_ptr, attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
+                delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+                start = lo // BN * BN
+                if hi - start <= BN:
+                    weight, d_weight = _tile(
+                        q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
+                        H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
+                    )[:2]  # fmt: skip
+                    delta = tl.sum(weight * d_weight, 1) / (total + tl.sum(weight, 1))
             tl.store(delta_ptr + lse_at, delta, mask=n < N)
             for start in range(lo // BN * BN, hi, BN):
                 weight, d_weight, k = _tile(

@@ -46,7 +46,8 @@ def logits_kernel(
     E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BALANCE: tl.constexpr,
     BR: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """grid (T / BR,). The gradient of the logits from those of weights, balance, z and entropy; None = it has none."""
+    """grid (T / BR,). The gradient of the logits from those of weights, balance, z and entropy; None = it has none.
+    That of a softmax sums to 0. What rounding leaves instead (1 - P of a P near 1, where the others know better) is taken off."""
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -69,27 +70,29 @@ def logits_kernel(
         gp -= tl.where(p > 0, tl.load(d_entropy_ptr) * each * (log_p + 1.0), 0.0)
     if d_weights_ptr is not None or (d_balance_ptr is not None and BALANCE == "mse"):
         mean = tl.zeros([BR], tl.float32)
+        rest = tl.zeros([BR], tl.float32)
         if RENORMALIZE:
             for j in range(K):
                 at, w, g = _upstream(
                     d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
                 )  # fmt: skip
                 mean += w * g
+            for j in range(K):
+                at, w, g = _upstream(
+                    d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
+                )  # fmt: skip
+                rest += w * (g - mean)
         for j in range(K):
             at, w, g = _upstream(
                 d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
             )  # fmt: skip
             here = experts[None, :] == at[:, None]
             if RENORMALIZE or SIGMOID:
-                du += tl.where(here, (w * (g - mean))[:, None], 0.0)
+                du += tl.where(here, (w * (g - mean - rest))[:, None], 0.0)
             else:
                 gp += tl.where(here, g[:, None], 0.0)
     d = p * (gp - tl.sum(p * gp, 1)[:, None])
-    if RENORMALIZE:
-        d += du
-    d -= p * tl.sum(d, 1)[:, None]  # it sums to 0: what rounding left of 1 - P near 1, where the other experts know better
-    if not RENORMALIZE:
-        d += du
+    d += du - p * tl.sum(d, 1)[:, None]
     if SIGMOID:
         d *= tl.sigmoid(-logits)
     if d_z_ptr is not None:

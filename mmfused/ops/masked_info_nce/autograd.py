@@ -62,6 +62,7 @@ class InfoNCE(torch.autograd.Function):
     ):  # fmt: skip
         ctx.same_id, ctx.symmetric, ctx.smoothing, ctx.margin = same_id, symmetric, smoothing, margin
         ctx.backend, ctx.ranks, ctx.device_type = backend, ranks, query.device.type
+        query, candidate = query.contiguous(), candidate.contiguous()  # products of matrices round by layout: one for both sweeps
         if ranks is not None:
             candidate, c_key, c_id = (None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id))
         ctx.everything = smoothing > 0 or (c_id is not None and same_id != "drop")

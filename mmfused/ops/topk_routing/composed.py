@@ -106,13 +106,14 @@ class _Scores(torch.autograd.Function):
             d_probs = d_probs - d_entropy / total * torch.where(probs > 0, probs.log() + 1, 0.0)
         du = torch.zeros_like(probs)
         if ctx.renormalize:
-            du = du.scatter_add(1, indices, weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)))
+            away = d_weights - (d_weights * weights).sum(-1, keepdim=True)
+            du = du.scatter_add(1, indices, weights * (away - (away * weights).sum(-1, keepdim=True)))
         elif ctx.score == "softmax":
             d_probs = d_probs.scatter_add(1, indices, d_weights)
         else:
             du = du.scatter_add(1, indices, weights * d_weights)
         d_probs = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
-        # It sums to 0: what rounding left of 1 - P near 1, where the other experts know better.
+        # A softmax's gradient sums to 0: what rounding leaves of 1 - P near 1, where the others know better, is taken off here too.
         du = du + d_probs - probs * d_probs.sum(-1, keepdim=True)
         if ctx.score == "sigmoid":
             du = du * torch.sigmoid(-logit)
