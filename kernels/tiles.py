@@ -26,8 +26,6 @@ SHARED_MEMORY = {
 }
 SMALLEST_SHARED_MEMORY = 101_376
 
-REGISTERS = 65_536  # of a multiprocessor, on every architecture
-
 # Stated at every launch and inspection: what the compiler does by default differs by version (3.10 fuses no more).
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -51,10 +49,10 @@ def launch(
 ) -> None:
     """Launch ``kernel`` over ``grid``, unless the grid is empty.
 
-    ``maxnreg``: registers a thread may use, by default all that there are. Without a number ptxas aims at an occupancy of its own
-    choice, and spills a word or two to reach it.
+    ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own choice, and spills a word or two to
+    reach it, often where a kernel is light; with it, where a kernel is near the limit of 255.
     """
-    launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg or min(255, REGISTERS // (32 * num_warps)))
+    launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if listener is not None:
         listener(kernel, args, constexprs, launched)
     elif all(grid):

@@ -18,7 +18,7 @@ def test_every_launch_states_what_the_compiler_may_fuse(monkeypatch):
             return lambda *args, **options: heard.append(options)
 
     tiles.launch(Kernel(), (1,), num_warps=4, num_stages=1, BM=16)
-    assert heard == [{"num_warps": 4, "num_stages": 1, "maxnreg": 255, "BM": 16, "enable_fp_fusion": True}]
+    assert heard == [{"num_warps": 4, "num_stages": 1, "maxnreg": None, "BM": 16, "enable_fp_fusion": True}]
 
 
 def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_again(tmp_path):

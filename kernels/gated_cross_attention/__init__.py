@@ -31,7 +31,7 @@ def _bits(tensors: list[Tensor]) -> int:
 def _run(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None:
     sizes = asdict(tile)
     kept = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-    launch(kernel, grid, *args, **kept, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    launch(kernel, grid, *args, **kept, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg)
 
 
 @dataclass

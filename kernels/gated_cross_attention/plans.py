@@ -31,6 +31,7 @@ class Tile:
     BK: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def sweep(
         q, c, bias, scale, _bound(q, c, scale), target, *_row_ranges(q_key, c_key), *_ids(q_id, c_id), row, column,
         len(q), len(c), blocks, length,
         D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, KEYS=c_key is not None, IDS=_kind(c_id, drop), COLUMNS=columns,
-        EVERYTHING=everything, MERGE=blocks > 1, UPCAST=upcasts(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        EVERYTHING=everything, MERGE=blocks > 1, UPCAST=upcasts(q.dtype), **tile.launch,
     )  # fmt: skip
     return _merged(row, tiles, everything), _merged(column, tiles, everything), _target_products(q, c, target, tile)
 
@@ -86,7 +86,7 @@ def _owner(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq, 
             bwd.owner_kernel, (parts, blocks),
             x, y, *common, *ranges[swap], x_id, y_id, x_side, y_side, out, moment, len(x), len(y),
             D=x.shape[1], BM=tile.BM, BN=tile.BN, BD=tile.BD, SWAP=swap, **flags,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.launch,
         )  # fmt: skip
         gradients.append(out[0] if parts == 1 else out.sum(0))
     return gradients[0] if need_dq else q.new_empty(0, dtype=torch.float32), gradients[1], moments
@@ -109,7 +109,7 @@ def _chunked(tiles: Plan, row, column, q, c, common, ranges, ids, flags, need_dq
                 bwd.pairs_kernel, grid,
                 q, c, *common, *ranges[0], *ids, row, column, ds, moment, len(q), len(c), row0, col0, width,
                 D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, BX=bx, BY=by, GROUP=SWIZZLE, **flags,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                **tile.launch,
             )  # fmt: skip
             if need_dq:
                 _spread(tiles.spread, ds, (width, 1), c, common[3], ranges[0], dq, rows, cols, (bx, by), col0 == 0, flags)
@@ -129,7 +129,7 @@ def _spread(tile: Tile, ds, strides, y, gain, ranges, out, x_span, y_span, block
         bwd.spread_kernel, (*grid, parts),
         ds, y, gain, *ranges, into, len(out), len(y), x0, x1, y0, y1, *strides,
         D=y.shape[1], BX=bx, BY=by, BK=min(tile.BK, by), BD=tile.BD, KEYS=flags["KEYS"], FIRST=first or parts > 1,
-        UPCAST=flags["UPCAST"], num_warps=tile.num_warps, num_stages=tile.num_stages,
+        UPCAST=flags["UPCAST"], **tile.launch,
     )  # fmt: skip
     if parts > 1:
         mine.copy_(into.sum(0)) if first else mine.add_(into.sum(0))
@@ -153,7 +153,7 @@ def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor
     launch(
         fwd.target_kernel, (triton.cdiv(len(q), min(tile.BM, tile.BN)),), q, c, target, out, len(q), len(c),
         D=q.shape[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, UPCAST=upcasts(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.launch,
     )  # fmt: skip
     return out
 

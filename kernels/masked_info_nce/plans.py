@@ -27,6 +27,11 @@ class Tile:
     num_warps: int
     num_stages: int
     BD: int = 0
+    maxnreg: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
     of logits, up to D = 256 only. float32 has no matrix instructions here, FLOPs are all that costs: chunked.
     """
     if dtype == torch.float32:
-        sweep = Tile(32, 64, 16, 8, 2)  # as pairs, so that both have the same logits: of 10^4 no digit of the sum is to spare
+        sweep = Tile(32, 64, 16, 8, 2, maxnreg=255)  # as pairs, so that both have the same logits: of 10^4 no digit of the sum is to spare
         owner = Tile(64, 32, 0, 8, 1, BD=_power(dim))
         return Plan(sweep, "chunked", sweep, Tile(64, 64, 16, 8, 2, BD=64), owner)
     way = "owner" if dim <= 256 else "chunked"
@@ -73,7 +78,8 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
     wide = 64 if everything or dim % 32 else 128
     spread = Tile(128, 128, 32, 8, 3, BD=min(128, max(64, _power(dim))))
     owner = Tile(64, 64, 0, 8, 2, BD=_power(dim))
-    return Plan(Tile(64 if everything else 128, wide, 32, 8, 3), way, Tile(128, wide, 32, 8, 3), spread, owner)
+    sweep = Tile(64, wide, 32, 8, 3, maxnreg=255) if everything else Tile(128, wide, 32, 8, 3)
+    return Plan(sweep, way, Tile(128, wide, 32, 8, 3), spread, owner)
 
 
 def _power(dim: int) -> int:

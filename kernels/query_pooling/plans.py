@@ -21,6 +21,7 @@ class Tile:
     BD: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 # Beyond it 32 rows of normalised tokens leave too few registers: under Triton 3.6 three chunks spill 8 bytes on sm_90.
@@ -44,11 +45,12 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
     chunk = column_chunk(dim)
     blackwell = hopper and arch > 90
     tight = norm and dropout  # in one pass they leave too few registers for the largest tiles
+    light = 255 if chunk < 256 else None
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if hopper else 768) or wide_type:
         forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type, norm)
     elif narrow or not hopper or (norm and dim > _NORMED_DIM) or (dropout and blackwell and chunk < 256):
-        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2)
+        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2, light)
     else:
         forward["onepass"] = Tile(32, 32, chunk, 8, 2 if blackwell else 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
@@ -62,15 +64,15 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
 
 def _two_reads(kernels: tuple[str, ...], rows: int, hopper: bool, wide_type: bool, norm: bool) -> dict[str, Tile]:
     if wide_type:
-        return {kernel: Tile(32, 16, 32 if "logits" in kernel else 64, 8, 2) for kernel in kernels}
+        return {kernel: Tile(32, 16, 32 if "logits" in kernel else 64, 8, 2, 255) for kernel in kernels}
     few = 16 if rows <= 16 or not hopper else 32
     many = 64 if rows > 32 and hopper else few
     tiles = {
-        "logits": Tile(64, few, 64, 4, 3),
-        "pool": Tile(64 if hopper else 32, few, 128, 4, 3),
-        "dlogits": Tile(64, many, 64, 8 if norm or many > 32 else 4, 3),
-        "dx": Tile(64, many, 128, 4, 2),
-        "dq": Tile(64 if hopper else 32, few, 128, 4, 2 if norm and not hopper else 3),
+        "logits": Tile(64, few, 64, 4, 3, 255),
+        "pool": Tile(64 if hopper else 32, few, 128, 4, 3, 255),
+        "dlogits": Tile(64, many, 64, 8 if norm or many > 32 else 4, 3, 255),
+        "dx": Tile(64, many, 128, 4, 2, 255),
+        "dq": Tile(64 if hopper else 32, few, 128, 4, 2 if norm and not hopper else 3, 255),
     }
     return {kernel: tiles[kernel] for kernel in kernels}
 

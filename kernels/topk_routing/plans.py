@@ -28,6 +28,7 @@ class Tile:
     BD: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
 @dataclass(frozen=True)
