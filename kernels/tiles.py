@@ -44,9 +44,7 @@ def arch_of(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
-def launch(
-    kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, maxnreg: int | None = None, **constexprs
-) -> None:
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, maxnreg: int | None = None, **constexprs) -> None:
     """Launch ``kernel`` over ``grid``, unless the grid is empty.
 
     ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own choice, and spills a word or two to

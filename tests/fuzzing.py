@@ -94,7 +94,8 @@ class Case:
         self.attention = choice.choice(("torch's own", "math")) if attends else "none"
 
     def describe(self) -> str:
-        lines = [f"{self.function}, seed {self.seed}: {self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}, attention {self.attention}"]
+        how = f"{self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}, attention {self.attention}"
+        lines = [f"{self.function}, seed {self.seed}: {how}"]
         for path, x in leaves(self.inputs).items():
             finite = "" if not x.is_floating_point() or x.isfinite().all() else ", not finite"
             name = str(x.dtype).removeprefix("torch.")
@@ -198,7 +199,12 @@ class Case:
 
 
 def judge(
-    actual: dict, exact: dict, plain: dict, near: Callable[[torch.Generator], tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype,
+    actual: dict,
+    exact: dict,
+    plain: dict,
+    near: Callable[[torch.Generator], tuple[dict, dict, dict]],
+    sizes: dict,
+    dtype: torch.dtype,
     delta_rounds: bool,
 ) -> list[str]:
     """:func:`over_budget`, and where it finds a fault, again without luck.
@@ -207,9 +213,9 @@ def judge(
     are taken at this input and its neighbours, one rounding away (``near`` runs all three there): the mean error may be twice
     plain's, and the error here eight times plain's largest.
     A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
-    changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may every gradient that torch's own attention had a part in
-    (``delta_rounds``): where one key takes all, dP and delta = rowsum(dO O), which it subtracts, are equal but for their rounding,
-    and softmax's own backward, which plain PyTorch goes through, subtracts equals.
+    changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may
+    every gradient that torch's own attention had a part in (``delta_rounds``): where one key takes all, dP and the rowsum(dO O)
+    that it subtracts are equal but for their rounding; softmax's backward, which plain PyTorch goes through, subtracts equals.
     """
     if not over_budget(actual, exact, plain):
         return []

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention import attention
 from ...library import autocast_dtype, choose, current_backend, nan_unless, no_autocast, once_differentiable, register
 from ...random import draw_seed, keep_mask
-from ...attention import attention
 from .checks import check
 
 
