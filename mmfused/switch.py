@@ -19,7 +19,11 @@ import os
 import sys
 from contextvars import ContextVar
 
+from torch import __version__ as _torch_version
 from torch.compiler import is_dynamo_compiling
+
+# Older compilers allow no side effect in a checkpointed function of their own accord.
+_STRICT_CHECKPOINTS = _torch_version < "2.14"
 
 _here = sys.modules[__name__]
 _switches: dict[str, Switch] = {}
@@ -100,7 +104,7 @@ class Choice:
 
     def __enter__(self):
         if is_dynamo_compiling():
-            self.switch.traced = (*self.switch.traced, self.name)
+            _trace(self.switch, (*self.switch.traced, self.name))
         else:
             top = _top_hooks(False)
             self.switch.entered.set((*self.switch.entered.get(), (self, top and top[0])))
@@ -108,13 +112,26 @@ class Choice:
 
     def __exit__(self, *exc) -> None:
         if is_dynamo_compiling():
-            self.switch.traced = self.switch.traced[:-1]
+            _trace(self.switch, self.switch.traced[:-1])
             return
         entered = self.switch.entered.get()
         for i in reversed(range(len(entered))):  # generators may end out of order, or elsewhere
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
+
+
+def _set_traced(switch: Switch, names: tuple[str, ...]) -> None:
+    switch.traced = names
+
+
+def _trace(switch: Switch, names: tuple[str, ...]) -> None:
+    if _STRICT_CHECKPOINTS:
+        from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as allow
+
+        allow(_set_traced, switch, names)
+    else:
+        _set_traced(switch, names)
 
 
 def _saved_tensor_hooks() -> list:

@@ -199,6 +199,16 @@ for kind, make in kinds.items():
             got, want = gradient(function, name, elsewhere), gradient(layer, name, "")
             torch.testing.assert_close(got, want, msg=f"{kind} {elsewhere}")
     assert current_backend() == "auto"
+
+def with_inside(x):
+    with mmfused.backend("reference"):
+        with mmfused.backend("fused"):
+            first = layer(x)
+        return first + layer(x)
+
+for function in (recomputed(with_inside), recomputed(recomputed(with_inside))):
+    got = gradient(compiled(function, "aot_eager", fullgraph=True), "auto", "with")
+    torch.testing.assert_close(got, gradient(with_inside, "auto", ""))
 """
 
 OPS = """
