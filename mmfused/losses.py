@@ -42,6 +42,7 @@ def hard_negative_margin(
     """
     query, candidate = _floats("hard_negative_margin", query=query, candidate=candidate)
     check_temperature("hard_negative_margin", temperature, query)
+    _check_scalars("hard_negative_margin", query, margin=margin)
     if not 0 <= fraction <= 1:
         raise ValueError(f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1.")
     hardest = min(int(fraction * len(candidate)), len(candidate) - 1)
@@ -76,6 +77,7 @@ def product_hinge(
     if len(query) != len(candidate):
         raise ValueError(f"product_hinge: candidate has {len(candidate)} rows; it takes {len(query)}, as query has.")
     check_tensors("product_hinge", query=query, positive=positive)
+    _check_scalars("product_hinge", query, scale=scale, margin=margin)
     if positive is not None and (positive.shape != query.shape[:1] or not positive.is_floating_point()):
         raise ValueError(
             f"product_hinge: positive has shape {tuple(positive.shape)} and dtype {positive.dtype}; it takes floats "
@@ -117,6 +119,7 @@ def product_consistency(
                 f"product_consistency: {name} has shapes {tuple(query.shape)} and {tuple(candidate.shape)}; it takes two of "
                 f"{tuple(pairs[0][0].shape)}, as product has."
             )
+    _check_scalars("product_consistency", pairs[0][0], scale=scale, tolerance=tolerance)
     count = len(pairs[0][0])
     top = min(top, count)
     widths = [query.shape[1] for query, _ in pairs]
@@ -140,6 +143,7 @@ def sigmoid_contrastive(
     """
     query, candidate = _floats("sigmoid_contrastive", query=query, candidate=candidate)
     check_temperature("sigmoid_contrastive", temperature, query)
+    _check_scalars("sigmoid_contrastive", query, bias=bias)
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         logits = rows @ candidate.T / temperature + bias
@@ -232,6 +236,18 @@ def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
             )
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()), torch.float32)
     return [tensor.to(dtype) for tensor in tensors.values()]
+
+
+def _check_scalars(op: str, query: Tensor, **scalars: float | Tensor) -> None:
+    for name, value in scalars.items():
+        if isinstance(value, Tensor):
+            check_tensors(op, query=query, **{name: value})
+            if value.numel() != 1 or not value.is_floating_point():
+                raise ValueError(
+                    f"{op}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; it takes a number, or one floating element."
+                )
+        elif not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} is {value!r}; it takes a number, or a tensor of one element.")
 
 
 def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:

@@ -52,11 +52,11 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
     elif narrow or not hopper or (norm and dim > _NORMED_DIM) or (dropout and blackwell and chunk < 256):
         forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2, light)
     else:
-        forward["onepass"] = Tile(32, 32, chunk, 8, 2 if blackwell else 3)
+        forward["onepass"] = Tile(32, 32, chunk, 8, 2 if blackwell or norm else 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
         # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units busy.
         few = norm or (dropout and dim > 768)
-        backward = {"onepass": Tile(16 if few else 32, 16, chunk, 8, 2 if norm else 1)}
+        backward = {"onepass": Tile(16 if few else 32, 16, chunk, 8, 2 if norm or dropout else 1)}
     else:
         backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type, norm)
     return Plan(forward, backward)
