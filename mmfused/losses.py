@@ -244,7 +244,7 @@ def _check_scalars(op: str, query: Tensor, **scalars: float | Tensor) -> None:
             check_tensors(op, query=query, **{name: value})
             if value.numel() != 1 or not value.is_floating_point():
                 raise ValueError(
-                    f"{op}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; it takes a number, or one floating element."
+                    f"{op}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; it takes one floating element."
                 )
         elif not isinstance(value, int | float):
             raise TypeError(f"{op}: {name} is {value!r}; it takes a number, or a tensor of one element.")

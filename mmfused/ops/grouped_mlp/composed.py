@@ -23,6 +23,7 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
         expert, live = _experts(x, offsets)
         out = _grouped_mm(_dense(x), _in_rows(weight).mT, offs=offsets[1:])
         return (out if bias is None else out + bias[expert]).masked_fill(~live, 0.0)
+    x = x.contiguous()  # torch 2.14's product in bfloat16 on a CPU reads beyond the end of a row that is followed by a gap
     out, ends = x.new_empty(x.shape[0], weight.shape[1]), offsets.tolist()
     for e, (first, end) in enumerate(pairwise(ends)):
         if bias is None:
@@ -52,6 +53,7 @@ def segment_linear_backward(
             db = mine @ dy.masked_fill(void | ~live, 0.0)
             db = db.masked_fill(mine @ void.to(dy.dtype) > 0, float("nan"))
         return dx, dw, db
+    dy, x = dy.contiguous(), x.contiguous()
     ends = offsets.tolist()
     if need_dx:
         dx = x.new_empty(x.shape)
