@@ -214,9 +214,9 @@ def judge(
     plain's, and the error here eight times plain's largest.
     A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
     changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may
-    every gradient that torch's own attention had a part in (``delta_rounds``), and by four times plain's mean: where one key takes
+    every gradient that torch's own attention had a part in (``delta_rounds``), and by 16 times plain's mean: where one key takes
     all, dP and the rowsum(dO O) that it subtracts are equal but for their rounding; softmax's backward, which plain PyTorch goes
-    through, subtracts equals.
+    through, subtracts equals. Half of these cases run on torch's "math" attention, which is held to the budget.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -244,8 +244,8 @@ def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dt
         scale = scale or 1.0
         if sizes.get(name) and (delta_rounds or dtype == torch.float64):  # float64: the oracle's own roundings
             rounding += (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps * effect / sizes[name] / scale
-        factor = 4 if delta_rounds else 2
-        for error, allowed, what in ((_mean(ours), factor * _mean(theirs), "mean"), (ours[0], 8 * max(theirs), "single")):
+        factor = 16 if delta_rounds else 2
+        for error, allowed, what in ((_mean(ours), factor * _mean(theirs), "mean"), (ours[0], 4 * factor * max(theirs), "single")):
             if not error / scale <= allowed / scale + rounding:
                 faults.append(f"{name}: {what} relative error {error / scale:.3e}, allowed {allowed / scale + rounding:.3e}.")
                 break

@@ -24,8 +24,8 @@ class Tile:
     maxnreg: int | None = None
 
 
-# Beyond it 32 rows of normalised tokens leave too few registers: under Triton 3.6 three chunks spill 8 bytes on sm_90.
-_NORMED_DIM = 512 if triton.__version__.startswith("3.6.") else 768
+# Triton 3.6 spills 8 bytes on sm_90 where three chunks of normalised tokens meet 32 rows, or four chunks 32 tokens.
+_OLDEST = triton.__version__.startswith("3.6.")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ def plan(rows: int, dim: int, dtype: torch.dtype, arch: int, norm: bool, dropout
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if hopper else 768) or wide_type:
         forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type, norm)
-    elif narrow or not hopper or (norm and dim > _NORMED_DIM) or (dropout and blackwell and chunk < 256):
-        forward["onepass"] = Tile(16 if tight and not hopper else 32, 16, chunk, 8, 1 if tight and not hopper else 2, light)
+    elif narrow or not hopper or (norm and dim > (512 if _OLDEST else 768)) or (dropout and blackwell and chunk < 256):
+        crowded = tight and not hopper
+        few = crowded or (_OLDEST and dim > 768)
+        forward["onepass"] = Tile(16 if few else 32, 16, chunk, 8, 1 if crowded else 2, light)
     else:
         forward["onepass"] = Tile(32, 32, chunk, 8, 2 if blackwell or norm else 3)
     if narrow and hopper and dim <= 1024 and not wide_type:
