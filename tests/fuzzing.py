@@ -210,8 +210,8 @@ def judge(
     """:func:`over_budget`, and where it finds a fault, again without luck.
 
     At one input plain's error may be small by luck, and the other large, which is likely where a tensor has few elements. So both
-    are taken at this input and its neighbours, one rounding away (``near`` runs all three there): the mean error may be twice
-    plain's, and the error here eight times plain's largest.
+    are taken at this input and its neighbours, one rounding away (``near`` runs all three there): the mean error may be three
+    times plain's (not two, as inputs are drawn whose roundings are not independent), and the error here 12 times plain's largest.
     A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
     changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may
     every gradient that torch's own attention had a part in (``delta_rounds``), and by 16 times plain's mean: where one key takes
@@ -244,7 +244,7 @@ def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dt
         scale = scale or 1.0
         if sizes.get(name) and (delta_rounds or dtype == torch.float64):  # float64: the oracle's own roundings
             rounding += (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps * effect / sizes[name] / scale
-        factor = 16 if delta_rounds else 2
+        factor = 16 if delta_rounds else 3
         for error, allowed, what in ((_mean(ours), factor * _mean(theirs), "mean"), (ours[0], 4 * factor * max(theirs), "single")):
             if not error / scale <= allowed / scale + rounding:
                 faults.append(f"{name}: {what} relative error {error / scale:.3e}, allowed {allowed / scale + rounding:.3e}.")

@@ -1,7 +1,7 @@
 """Attention of both directions: softmax(Q K^T / sqrt(d)) V by head, online over the keys, in base 2.
 
-lse is the base-2 logarithm of the row's sum, +inf where there is nothing to read: backward makes probabilities of it, and the
-kernels after this one see by it which rows are dead. What is attended to by nobody is exactly 0 and finite, never unwritten.
+lse is the logarithm of the row's sum, in units of q . k, so that backward subtracts it from those before it scales them; +inf where
+there is nothing to read: the kernels after this one see by it which rows are dead. What is attended to by nobody is exactly 0 and finite, never unwritten.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def attend_head(
         inverse = inverse / (1.0 - p)
     attended = (acc * inverse[:, None]).to(attended_ptr.dtype.element_ty)
     store_head(attended_ptr, attended, b * N + n, n < N, head * DH, H * DH, DH, BH)
-    lse = tl.where(total == 0, float("inf"), m * (scale * LOG2E) + tl.log2(total))
+    lse = tl.where(total == 0, float("inf"), m + tl.log2(total) / (scale * LOG2E))
     tl.store(lse_ptr + lse_at, lse, mask=n < N)
     return attended
 

@@ -27,7 +27,7 @@ def _tile(
     v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
     keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
     s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
-    weight = tl.where(keep[None, :], tl.exp2(s * (scale * LOG2E) - lse[:, None]), 0.0)
+    weight = tl.where(keep[None, :], tl.exp2((s - lse[:, None]) * (scale * LOG2E)), 0.0)
     d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
     if DROPOUT:
         d_weight = tl.where(philox_keep(tl.load(seed_ptr), lse_at, start, p, 2 * direction, BN), d_weight / (1.0 - p), 0.0)
@@ -146,7 +146,7 @@ def d_key_kernel(
                 lse = tl.load(lse_ptr + lse_at, mask=ok, other=float("inf"))
                 delta = tl.load(delta_ptr + lse_at, mask=ok, other=0.0)
                 s = dot(k, tl.trans(q), tl.zeros([BN, BM], tl.float32), UPCAST)
-                weight = tl.where(keep[:, None], tl.exp2(s * (scale * LOG2E) - lse[None, :]), 0.0)
+                weight = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * (scale * LOG2E)), 0.0)
                 if EXACT:
                     weight *= tl.load(delta_ptr + (B * N).to(tl.int64) * H + lse_at, mask=ok, other=0.0)[None, :]
                 d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)

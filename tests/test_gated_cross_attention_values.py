@@ -1,0 +1,79 @@
+"""Gated cross-attention on tokens with a mean, of a single key, on lengths that nothing checks on CUDA, on tokens that are not finite."""
+
+import math
+
+import pytest
+import torch
+from gated_cross_attention_cases import DEVICE, DTYPES, make, run, upstream_for
+
+from mmfused.testing import over_budget
+
+WAYS = [("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=str)] + [("fused", dtype) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize("mean", [1, 10, 100])
+@pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
+def test_a_mean_costs_no_accuracy(backend, dtype, mean):
+    module, inputs, extra = make("odd", masks="present")
+    module = module.to(dtype)
+    inputs = [(x.detach() + mean).to(dtype).requires_grad_() for x in inputs]
+    upstream = upstream_for(inputs)
+    plain = with_biases_as_columns(run(module, inputs, extra, "reference", upstream=upstream))
+    actual = with_biases_as_columns(run(module, inputs, extra, backend, upstream=upstream))
+    exact = with_biases_as_columns(run(module, inputs, extra, "reference", torch.float64, upstream))
+    assert not over_budget(actual, exact, plain)
+
+
+def with_biases_as_columns(results):
+    """The gradient of k_proj.bias is 0, that of q_proj.bias a sum that nearly cancels: measured as columns of the weights'."""
+    for name in [name for name in results if name.endswith(("q_proj.bias", "k_proj.bias"))]:
+        weight = name.replace("bias", "weight")
+        results[weight] = torch.cat([results[weight], results.pop(name)[:, None]], 1)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_a_single_key_queries_and_keys_have_no_gradient(dtype):
+    """Softmax is 1 whatever they are: not a rounding of the value's gradient, which Adam would blow up to a step."""
+    for dropout in (0.0, 0.3):
+        module, inputs, _ = make(both=False, masks="none", dtype=dtype, dropout=dropout)
+        inputs[1] = inputs[1].detach()[:, :1].requires_grad_()
+        got = run(module, inputs, {}, "fused")
+        for name in ("q_proj.weight", "q_proj.bias", "k_proj.weight"):
+            assert not got[f"d {name}"].any()
+        assert got["d v_proj.weight"].any()
+
+
+@pytest.mark.parametrize("bad", [-1, 8, 2**40])
+@pytest.mark.parametrize("missing", ["skip", "zero", "attend"])
+@pytest.mark.parametrize("both", [True, False], ids=["both", "one way"])
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(monkeypatch, backend, both, missing, bad):
+    monkeypatch.setattr("mmfused.ops.gated_cross_attention.checks.check_value", lambda *_: None)
+    module, inputs, _ = make(both=both, masks="none", missing=missing, dtype=torch.float32)
+    name = "b_lengths" if both else "context_lengths"
+    lengths = torch.tensor([7, 2, 3, 5], device=DEVICE)
+    want = run(module, inputs, {name: lengths.clone()}, backend)
+    lengths[1] = bad
+    got = run(module, inputs, {name: lengths}, backend)
+    for key in ("out0", "out1") if both else ("out0",):
+        assert got[key][1].isnan().all()
+        torch.testing.assert_close(got[key][[0, 2, 3]], want[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
+    assert got["d x0"].isfinite().all() and got["d x1"].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
+def test_a_broken_token_touches_only_its_own_sample(backend, value):
+    module, inputs, _ = make(masks="none", dtype=torch.float32)
+    want = run(module, inputs, {}, backend)
+    for side in (0, 1):
+        broken = [x.detach().clone() for x in inputs]
+        broken[side][1, 2, 3] = value
+        got = run(module, [x.requires_grad_() for x in broken], {}, backend)
+        for name in ("out0", "out1", "d x0", "d x1"):
+            torch.testing.assert_close(got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5)
+        asking, reading = ("out0", "out1") if side == 0 else ("out1", "out0")
+        assert got[reading][1].isnan().all()  # every token of the other side reads it
+        rows = [i for i in range(inputs[side].shape[1]) if i != 2]
+        torch.testing.assert_close(got[asking][1, rows], want[asking][1, rows], rtol=1e-5, atol=1e-5)
