@@ -73,7 +73,7 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
         pairs = Tile(128, 128 if hopper and not short else 64, 64, 8, 3)
         spread = Tile(128, 128, 64, 8, 3, BD=min(256 if hopper else 128, max(64, _power(dim))))
         crowded = logits and dim > 128
-        narrow = (everything and dim > 64) or (crowded and hopper)
+        narrow = (crowded if hopper else dim % 64 != 0 and dim > 64) or (everything and dim > 64)
         owner = Tile(64 if crowded and not hopper else 128, 32 if narrow else 64, 0, 8, 3, BD=_power(dim))
         return Plan(sweep, way, pairs, spread, owner)
     wide = 64 if everything or dim % 32 else 128
