@@ -1,4 +1,4 @@
-"""Gated cross-attention on tokens with a mean, of a single key, on lengths that nothing checks on CUDA, on tokens that are not finite."""
+"""Gated cross-attention: tokens with a mean, a single key, lengths that nothing checks on CUDA, tokens that are not finite."""
 
 import math
 

@@ -138,6 +138,15 @@ def test_triplets_are_filtered_as_training_goes_on():
 # --- the mixture in the host ---
 
 
+def test_no_cast_and_no_older_state_changes_the_margin():
+    model = tiny()
+    state = model.state_dict()
+    assert "margin" not in state
+    model.bfloat16().load_state_dict(state | {"margin": torch.tensor(0.7)})
+    model.set_progress(0.25)
+    assert model.margin == model.config.filter_margin * 0.75
+
+
 def test_starts_as_the_host():
     """Without noise the same function; with it nearly; and a pretrained host's own state loads into it."""
     dense = tiny(without=("moe",)).double()

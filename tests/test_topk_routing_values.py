@@ -272,3 +272,15 @@ def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
         )
         together.add([got, exact, plain])
     together.check()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, score):
+    """Renormalised weights know nothing of the experts that are not chosen, and sum to 1: where one is near 1, too."""
+    logits = (10 ** torch.linspace(-1, 4, 60)[:, None] * torch.randn(60, 11)).to(DEVICE).requires_grad_()
+    with mmfused.backend(backend):
+        routing = mmfused.topk_routing(logits, 4, score=score, renormalize=True)
+    (gradient,) = torch.autograd.grad(routing.weights, logits, torch.randn(60, 4, device=DEVICE))
+    assert not gradient.scatter(1, routing.indices, 0.0).any()
+    assert gradient.any()

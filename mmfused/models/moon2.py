@@ -164,6 +164,11 @@ def spread(moe: Experts, state: dict, prefix: str, *_) -> None:
     state[prefix + "router.weight"] = moe.router.weight.detach()
 
 
+def _without_margin(module, state_dict: dict, prefix: str, *_) -> None:
+    """States of former versions hold the margin, which follows from the training's progress."""
+    state_dict.pop(f"{prefix}margin", None)
+
+
 class MOON2(RetrievalModel):
     """MOON2.0 from a `MOON2Config`; the host starts from random weights (needs `pip install mmfused[models]`)."""
 
@@ -178,7 +183,9 @@ class MOON2(RetrievalModel):
         self.objectives = (INTER if "inter" not in c.without else ()) + (INTRA if "intra" not in c.without else ())
         aligned = not {"moe", "dual_alignment"} & set(c.without)
         self.alignment = nn.Parameter(0.02 * torch.randn(c.num_experts, len(self.objectives))) if aligned else None  # W*
-        self.register_buffer("margin", torch.tensor(c.filter_margin))  # D; a tensor, so that its decay compiles nothing again
+        # D: a tensor, so that its decay compiles nothing again; no buffer, which a cast would round and to_empty lose.
+        self.margin = torch.tensor(c.filter_margin, dtype=torch.float64)
+        self.register_load_state_dict_pre_hook(_without_margin)
 
     @property
     def picture_size(self) -> int:

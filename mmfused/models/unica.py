@@ -211,7 +211,6 @@ class UniCA(RetrievalModel):
         self.info_nce = MaskedInfoNCE(
             c.temperature, normalize=False, gather=c.gather, same_id="drop", positive_weight=self.positive_weight
         )
-        self.register_buffer("empty_text", torch.tensor(c.empty_text), persistent=False)
         for name in c.freeze:
             freeze(getattr(self, f"{name}_encoder"))
 
@@ -282,7 +281,8 @@ class UniCA(RetrievalModel):
 
     def _or_empty(self, ids: Tensor, real: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
         """[CLS][SEP] in place of what is missing."""
-        empty = torch.cat((self.empty_text.expand(len(ids), 2), ids[:, 2:]), 1)
+        markers = (torch.full_like(ids[:, :1], marker) for marker in self.config.empty_text)
+        empty = torch.cat((*markers, ids[:, 2:]), 1)
         there, first_two = has_text[:, None], torch.arange(ids.shape[1], device=ids.device) < 2
         return torch.where(there, ids, empty), torch.where(there, real, first_two)
 
