@@ -288,6 +288,12 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
     product = r.renormalize ? Group::sum(product) : 0.0f;
 
+    // The gradient of a softmax sums to 0: what rounding leaves instead, of 1 - P near 1, is taken off here and below.
+    float rest = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHOICES; ++c) rest += weight[c] * (g[c] - product);
+    rest = r.renormalize ? Group::sum(rest) : 0.0f;
+
     float du[SLOTS], inner = 0.0f;  // du holds gP first
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -303,11 +309,15 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) inner += du[s] * p[s];
     inner = Group::sum(inner);
+    float left = 0.0f;
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) du[s] = p[s] * (du[s] - inner);
+    for (int s = 0; s < SLOTS; ++s) left += du[s] = p[s] * (du[s] - inner);
+    left = Group::sum(left);
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) du[s] -= p[s] * left;
     if (r.renormalize || r.sigmoid) {
 #pragma unroll
-      for (int c = 0; c < CHOICES; ++c) g[c] = weight[c] * (g[c] - product);
+      for (int c = 0; c < CHOICES; ++c) g[c] = weight[c] * (g[c] - product - rest);
       scatter(g, du);
     }
 

@@ -72,7 +72,7 @@ def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
     """What plain PyTorch makes of a case in ``dtype``: every output of the op but its coefficients, and the gradient."""
-    logits = case["source"].to(dtype).requires_grad_(gradients is not None)
+    logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():
         routing = topk_routing_reference(
             logits, case["k"], score="sigmoid" if case["sigmoid"] else "softmax", renormalize=case["renormalize"],

@@ -274,6 +274,23 @@ def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
     together.check()
 
 
+@pytest.mark.parametrize("sigmoid, renormalize", [*itertools.product([False, True], [True, False])])
+def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormalize, simt):
+    together = Tables()
+    for size, balance in itertools.product((30, 1e3, 1e4), BALANCES):
+        case = csrc_cases.make(64, 13, 3, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
+        case["source"].copy_(large(size) if size > 30 else size * torch.randn(64, 13))
+        gradients = csrc_cases.upstream(case)
+        for only in (slice(1), slice(1, 4)):  # of the weights alone, and of the losses alone
+            given = [x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)]
+            out = simt.forward(case)
+            d = simt.backward(case, given, out)
+            replayed = case | dict(indices=out["indices"])
+            exact, plain = (csrc_cases.expected(replayed, to, given)["d_logits"] for to in (torch.float64, torch.float32))
+            together.add([{f"d {size} {only}": x} for x in (d, exact, plain)])
+    together.check()
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, score):
