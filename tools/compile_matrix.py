@@ -64,6 +64,13 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
         return [{"triton": version, **row} for row in json.loads(table.read_text())]
 
 
+def commit() -> str:
+    """Of the sources that were compiled, with a + where they differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def written(rows: list[dict], archs: tuple[str, ...]) -> str:
     """The table: a line for each op and Triton, a column for each architecture."""
     cells = defaultdict(list)
@@ -74,7 +81,7 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
         "",
         "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture and Triton. In a cell:",
         "kernels, the most registers of a thread, the most shared memory of a block. A fault is a spill, a race, more",
-        "shared memory than the card has, or a matrix instruction missing.",
+        f"shared memory than the card has, or a matrix instruction missing. Made at commit {commit()}.",
         "",
         f"| op | Triton | {' | '.join(archs)} | faults |",
         "|---|---|" + "---|" * len(archs) + "---|",
