@@ -238,7 +238,7 @@ def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dt
         errors = [pair for pair in errors if math.isfinite(pair[1])]  # at a neighbour plain may overflow
         ours, theirs = zip(*errors, strict=True)
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        rounding *= 4 if dtype in (torch.float32, torch.float64) else 1  # more products in a row than plain's; of 16 bits in float32
+        rounding *= 4 if dtype in (torch.float32, torch.float64) else 1  # more products in a row than plain; of 16 bits in float32
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
