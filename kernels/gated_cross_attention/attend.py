@@ -1,7 +1,7 @@
 """Attention of both directions: softmax(Q K^T / sqrt(d)) V by head, online over the keys, in base 2.
 
-lse is the logarithm of the row's sum, in units of q . k, so that backward subtracts it from those before it scales them; +inf where
-there is nothing to read: the kernels after this one see by it which rows are dead. What is attended to by nobody is exactly 0 and finite, never unwritten.
+lse is the row's logarithm of the sum, in units of q . k: backward subtracts before it scales. It is +inf where nothing may be read,
+by which later kernels know dead rows. What is attended to by nobody is exactly 0 and finite, never unwritten.
 """
 
 from __future__ import annotations
