@@ -13,6 +13,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None, sca
 
     q (B, h, L, dk), k (B, h, N, dk), v (B, h, N, dv); ``attend``: bool, broadcast to (B, h, L, N), True = attend, no row empty.
     """
+    if k.shape[-2] == 1:  # v, whatever q and k are: their gradients are 0, not what rounding leaves of dP - rowsum(dO O)
+        return v + (q * 0.0).sum(-1, keepdim=True) + (k * 0.0).sum(-1, keepdim=True)
     # The compiler refuses second derivatives by itself; torch.func takes no Function of this kind.
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if plain or not torch.is_grad_enabled() or not any(y.requires_grad for y in (q, k, v)):

@@ -232,7 +232,7 @@ def judge(
 def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_rounds: bool) -> list[str]:
     actual, exact, _ = points[0]
     effect = max((exact[name].norm().item() * size for name, size in sizes.items() if name in exact), default=0.0)
-    faults = []
+    faults, few = [], 64 if dtype == torch.float64 else 32 if delta_rounds else 4
     for name, want in exact.items():
         errors = [(_distance(got[name], there[name]), _distance(formula[name], there[name])) for got, there, formula in points]
         errors = [pair for pair in errors if math.isfinite(pair[1])]  # at a neighbour plain may overflow
@@ -241,10 +241,10 @@ def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dt
         rounding *= 4 if dtype in (torch.float32, torch.float64) else 1  # more products in a row than plain; of 16 bits in float32
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
-            rounding = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
+            rounding = few * torch.finfo(dtype).eps
         scale = scale or 1.0
         if sizes.get(name) and (delta_rounds or dtype == torch.float64):  # float64: the oracle's own roundings
-            rounding += (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps * effect / sizes[name] / scale
+            rounding += few * torch.finfo(dtype).eps * effect / sizes[name] / scale
         factor = 16 if delta_rounds else 3
         for error, allowed, what in ((_mean(ours), factor * _mean(theirs), "mean"), (ours[0], 4 * factor * max(theirs), "single")):
             if not error / scale <= allowed / scale + rounding:
