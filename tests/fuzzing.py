@@ -232,7 +232,7 @@ def judge(
 def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_rounds: bool) -> list[str]:
     actual, exact, _ = points[0]
     effect = max((exact[name].norm().item() * size for name, size in sizes.items() if name in exact), default=0.0)
-    faults, few = [], 64 if dtype == torch.float64 else 32 if delta_rounds else 4
+    faults, few = [], 1024 if dtype == torch.float64 else 32 if delta_rounds else 4
     for name, want in exact.items():
         errors = [(_distance(got[name], there[name]), _distance(formula[name], there[name])) for got, there, formula in points]
         errors = [pair for pair in errors if math.isfinite(pair[1])]  # at a neighbour plain may overflow
