@@ -110,7 +110,7 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
     # Under Triton 3.8 wide heads spill 80 bytes with 32 queries at a time in d_key, and on sm_120 8
     # with four warps in attend; there a product of 128 columns spills 8.
     attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
-    d_query = Tile(32, 64, 0, 4, 2) if wide else attend
+    d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)  # four warps spill under Triton 3.8
     d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
     product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
     # Rows and heads that begin at odd places are loaded number by number, and each takes an address.
