@@ -37,7 +37,7 @@ def query_pooling(draw: Draw) -> dict:
     dim, rows = draw.pick("dim", 1, 2, 5, 8, 16, 17, 32, 33, 65), draw.pick("queries", 0, 1, 2, 3, 5, 9, 17)
     heads = draw.pick("heads", 1, 1, 2, 3)
     k_dim, v_dim = heads * draw.pick("k_dim", 1, 3, 8, 16), heads * draw.pick("v_dim", 1, 3, 8, 16)
-    norm = draw.given("norm")
+    norm = draw.given("norm") and (dim != 2 or draw.fixed.get("norm_of_two", True))
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if norm else 0
     inputs = dict(
         x=draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1]),

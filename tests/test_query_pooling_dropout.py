@@ -381,3 +381,22 @@ print("done")
     env["PYTHONPATH"] = str(Path(__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+# ---- a softmax that one token takes whole ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["small", "wide"])
+@pytest.mark.parametrize("p", [0.1, P])
+@pytest.mark.parametrize(("backend", "form"), WAYS)
+def test_of_a_row_that_one_token_takes_the_logits_have_no_gradient(backend, form, p, shape):
+    """dropped P and dP times 1 / (1 - p) must meet the same number rounded alike, or what is left of their difference counts."""
+    torch.manual_seed(5)
+    batch, length, dim = (3, 5, 24) if shape == "small" else (2, 3, 1100)
+    x = torch.randn(batch, length, dim, device=DEVICE) * 10
+    queries = torch.randn(batch, 2, dim, device=DEVICE).requires_grad_()
+    w_k, w_v, b_v = torch.eye(dim, device=DEVICE), torch.randn(3, dim, device=DEVICE), torch.randn(3, device=DEVICE)
+    with mmfused.backend(backend):
+        out = query_pooling(x, queries, w_k, w_v, b_v, scale=1e4, form=form, **drops(p))
+        (gradient,) = torch.autograd.grad(out, queries, torch.randn_like(out))
+    assert gradient.abs().max() == 0

@@ -21,11 +21,6 @@ def _run(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None
     launch(kernel, grid, *args, **asdict(tile), **constexprs)
 
 
-def _dropout(like: Tensor, seed: Tensor | None, p: float, batch: int, rows: int, length: int) -> tuple[Tensor | None, float | None]:
-    """Which probabilities are kept, and what they are multiplied by."""
-    return (keep_words(like, seed, p, batch, rows, length), 1 / (1 - p)) if p else (None, None)
-
-
 def forward(
     x: Tensor, q: Tensor, mask: Tensor | None, lengths: Tensor | None, eps: float | None, dropout_p: float,
     dropout_seed: Tensor | None, tiles: Plan | None = None,
@@ -40,7 +35,7 @@ def forward(
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
     mean, rstd = (x.new_empty((batch, length) if norm else (0,), dtype=torch.float32) for _ in range(2))
     ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
-    keep, scale = _dropout(x, dropout_seed, dropout_p, batch, rows, length)
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length) if dropout_p else None
     words, span, width, kind = pack_padding(mask, lengths)
     strides = (x.stride(0), x.stride(1))
     stride_qb = q.stride(0) if q.dim() == 3 else 0
@@ -57,7 +52,7 @@ def forward(
         tile = tiles.forward["onepass"]
         _run(
             fwd.onepass_kernel, tile, (batch, triton.cdiv(rows, tile.BR)),
-            x, q, words, span, z, sums, mean, rstd, keep, ksum, length, width, rows, *strides, stride_qb, scale, **flags, **drops,
+            x, q, words, span, z, sums, mean, rstd, keep, ksum, length, width, rows, *strides, stride_qb, **flags, **drops,
         )  # fmt: skip
         return z, sums, mean, rstd, ksum
     logits = x.new_empty(batch, length, rows, dtype=torch.float32)
@@ -69,7 +64,7 @@ def forward(
     tile = tiles.forward["pool"]
     _run(
         fwd.pool_kernel, tile, (batch, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x, logits, sums, words, span, mean, rstd, z, keep, ksum, length, width, rows, *strides, scale, **flags, **drops,
+        x, logits, sums, words, span, mean, rstd, z, keep, ksum, length, width, rows, *strides, **flags, **drops,
     )  # fmt: skip
     return z, sums, mean, rstd, ksum
 
@@ -89,7 +84,7 @@ def backward(
     partials = min(batch, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
     words, span, width, kind = pack_padding(mask, lengths)
-    keep, scale = _dropout(x, dropout_seed, dropout_p, batch, rows, length)
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length) if dropout_p else None
     drops = dict(DROPOUT=keep is not None)
     strides = (x.stride(0), x.stride(1))
     stride_qb = 0 if shared else q.stride(0)
@@ -98,7 +93,7 @@ def backward(
         _run(
             bwd.onepass_kernel, tiles.backward["onepass"], (partials,),
             x, q, z, dz, sums, mean, rstd, words, span, keep, ksum, dksum, dx, dq,
-            batch, length, width, rows, *strides, stride_qb, scale, **flags, **drops, NEED_DX=need_dx,
+            batch, length, width, rows, *strides, stride_qb, **flags, **drops, NEED_DX=need_dx,
         )  # fmt: skip
         return dx, dq.sum(0) if shared else dq
     p, ds = (x.new_empty(batch, length, rows) for _ in range(2))
@@ -108,7 +103,7 @@ def backward(
     _run(
         bwd.dlogits_kernel, tile, (batch, blocks, triton.cdiv(length, tile.BN)),
         x, q, z, dz, sums, mean, rstd, words, span, keep, ksum, dksum, p, ds, g_x,
-        length, width, rows, *strides, stride_qb, scale, **flags, **drops,
+        length, width, rows, *strides, stride_qb, **flags, **drops,
     )  # fmt: skip
     if need_dx:
         tile = tiles.backward["dx"]

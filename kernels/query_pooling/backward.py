@@ -4,7 +4,7 @@
 
 With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. LayerNorm's
 other term, mean_D(G), is 0, for dZ and Q' come with rows that sum to 0 over D. mean_D(G x^) = sum_r (P dP + dS S) / D.
-With DROPOUT the dropped P stands in all of this but in dS = Drop(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum.
+With DROPOUT the kept P stand in all of this but in dS = kept(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum.
 No atomics: dX of a token has one owner; dQ' goes into a fixed number of partial sums, added up in order.
 """
 
@@ -42,11 +42,11 @@ def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN: tl.constexpr, rows, N, R, scale, DROPOUT: tl.constexpr):
-    """P, dropped, and dS."""
+def _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN: tl.constexpr, rows, N, R, DROPOUT: tl.constexpr):
+    """The kept P, and dS."""
     pooled = p
     if DROPOUT:
-        pooled = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
+        pooled = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
         ds = pooled * (dp + dksum[None, :]) - p * delta[None, :]
     else:
         ds = p * (dp - delta[None, :])
@@ -67,7 +67,7 @@ def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl
 @triton.jit
 def onepass_kernel(
     x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, dx_ptr, dq_ptr,
-    B, N, W, R, stride_xb, stride_xn, stride_qb, scale,
+    B, N, W, R, stride_xb, stride_xn, stride_qb,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def onepass_kernel(
                 s = dot(x[c], q[c], s, UPCAST)
                 dp = dot(x[c], dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-            p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
+            p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
             if NORM:
@@ -130,7 +130,7 @@ def onepass_kernel(
 @triton.jit
 def dlogits_kernel(
     x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
-    g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb, scale,
+    g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def dlogits_kernel(
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
         delta, dksum = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-        p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, scale, DROPOUT)
+        p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
         p = p.to(x_ptr.dtype.element_ty)
         ds = ds.to(x_ptr.dtype.element_ty)
         if NORM:

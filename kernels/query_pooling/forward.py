@@ -5,8 +5,9 @@ and there are always enough tokens for that, seldom enough queries. D is cut int
 With NORM a token x stands for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
 subtracted after the products, a large mean would leave the rounding of its square behind. Each row keeps its largest logit and the
 logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The largest is +inf for a row without
-tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are dropped ones, of which ksum is the
-sum of each row; the sums know nothing of it.
+tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are those kept, of which ksum is the
+sum of each row; the sums know nothing of it, and 1 / (1 - p) is in W_V: scaled, Z would round otherwise than the token that it is
+where one token takes all, and backward relies on that.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def softmax_of(s, sums_ptr, b, rows, R):
 @triton.jit
 def onepass_kernel(
     x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, sums_ptr, mean_ptr, rstd_ptr, keep_ptr, ksum_ptr,
-    N, W, R, stride_xb, stride_xn, stride_qb, scale,
+    N, W, R, stride_xb, stride_xn, stride_qb,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +113,6 @@ def onepass_kernel(
         acc = faded
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
     if DROPOUT:
-        inverse *= scale
         tl.store(ksum_ptr + b * R + rows, ksum * inverse, mask=rows < R)
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
@@ -150,7 +150,7 @@ def logits_kernel(
 @triton.jit
 def pool_kernel(
     x_ptr, s_ptr, sums_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr, keep_ptr, ksum_ptr,
-    N, W, R, stride_xb, stride_xn, scale,
+    N, W, R, stride_xb, stride_xn,
     D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def pool_kernel(
         s = tl.load(s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf"))
         p = softmax_of(s, sums_ptr, b, rows, R)
         if DROPOUT:
-            p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p * scale, 0.0)
+            p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum += tl.sum(p, 0)
         mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
         x = load_normed_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)

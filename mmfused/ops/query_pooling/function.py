@@ -11,11 +11,12 @@ the rows of softmax(S) sum to one, so b_V is added once. K and V never exist; W_
 in front of the projections folds away but for (x - mean) rstd: its weight into W_K and W_V, its bias into b_V. FLOPs per sample,
 forward and backward: 14 h L N D + 6 L D^2 against 12 N D^2 + 14 L N D.
 
-Dropout scales each probability by 0 or 1 / (1 - p), so that a row no longer sums to one but to ksum, and then
+Dropout keeps the probabilities where M is 1 and divides them by 1 - p, so that a row no longer sums to one, and then
 
-    Z = Drop(softmax(S)) X      ksum = rowsum(Drop(softmax(S)))      O_h = Z_h W_V,h^T + ksum_h b_V
+    Z = (M softmax(S)) X      ksum = rowsum(M softmax(S))      O_h = (Z_h W_V,h^T + ksum_h b_V) / (1 - p)
 
-where b_V holds the folded LayerNorm's bias too. Rows of S are (head, query), head-major: R = num_heads * L of them.
+where b_V holds the folded LayerNorm's bias too, and W_V and b_V take the division. Rows of S are (head, query), head-major:
+R = num_heads * L of them.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _ignored(batch: int, length: int, mask: Tensor | None, lengths: Tensor | Non
 
 
 def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor | tuple[Tensor, Tensor]:
-    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D), and under dropout ksum (B, R), at least float32.
+    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D), and under dropout ksum (B, R), at least float32; neither over 1 - p.
 
     With ``eps`` x stands for its rows normalised to mean 0, variance 1.
     """
@@ -102,7 +103,7 @@ def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor 
     probs = _masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
     if dropout_p:
         kept = keep_mask(dropout_seed, (x.shape[0], q.shape[-2], x.shape[1]), dropout_p).transpose(1, 2)
-        probs = probs * kept / (1 - dropout_p)
+        probs = probs * kept
     z = probs.to(x.dtype).transpose(1, 2) @ x
     return (z, probs.sum(1)) if dropout_p else z
 
@@ -202,6 +203,8 @@ def _absorbed(
     if norm_weight is not None:
         b_v = b_v if norm_bias is None else w_v.to(wide) @ norm_bias.to(wide) + (0.0 if b_v is None else b_v.to(wide))
         w_k, w_v = (_normed_weight(w.to(wide), norm_weight.to(wide)) for w in (w_k, w_v))
+    if dropout_p:
+        w_v, b_v = (None if t is None else t.to(wide) / (1 - dropout_p) for t in (w_v, b_v))
     w_k = w_k.to(fold)
     q = queries.to(fold).unflatten(-1, (num_heads, -1)).transpose(-2, -3)  # (..., h, L, dk)
     q = ((q * scale) @ w_k.unflatten(0, (num_heads, -1))).flatten(-3, -2)  # (..., R, D)
@@ -320,6 +323,8 @@ def query_pooling(
             return query_pooling(x.to(cast), *args, **options, **norm, **dropout, form=form)
     check(x, *args, **options, norm_weight=norm_weight, norm_bias=norm_bias, **dropout, form=form)
     no_kernel = ["form='projected' has no kernel of its own"] if form == "projected" else []
+    if norm_weight is not None and x.shape[-1] == 2:  # normalised, both are +-1, and the gradient what is left of their difference
+        no_kernel.append("a LayerNorm of two features has no kernel: its gradient would be rounding")
     chosen = choose("query_pooling", x.device, x.dtype, no_kernel)
     if dropout_p and dropout_seed is None:
         dropout["dropout_seed"] = draw_seed(x.device)
