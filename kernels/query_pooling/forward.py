@@ -6,8 +6,8 @@ With NORM a token x stands for (x - mean) rstd, made in float32 where x is loade
 subtracted after the products, a large mean would leave the rounding of its square behind. Each row keeps its largest logit and the
 logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The largest is +inf for a row without
 tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are those kept, of which ksum is the
-sum of each row; the sums know nothing of it, and 1 / (1 - p) is in W_V: scaled, Z would round otherwise than the token that it is
-where one token takes all, and backward relies on that.
+sum of each row; the sums know nothing of it. The output is divided by 1 - p, not Z: divided, Z would round otherwise than the token
+that it is where one token takes all, and backward relies on that.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ Dropout keeps the probabilities where M is 1 and divides them by 1 - p, so that 
 
     Z = (M softmax(S)) X      ksum = rowsum(M softmax(S))      O_h = (Z_h W_V,h^T + ksum_h b_V) / (1 - p)
 
-where b_V holds the folded LayerNorm's bias too, and W_V and b_V take the division. Rows of S are (head, query), head-major:
-R = num_heads * L of them.
+where b_V holds the folded LayerNorm's bias too. Rows of S are (head, query), head-major: R = num_heads * L of them.
 """
 
 from __future__ import annotations
@@ -203,8 +202,6 @@ def _absorbed(
     if norm_weight is not None:
         b_v = b_v if norm_bias is None else w_v.to(wide) @ norm_bias.to(wide) + (0.0 if b_v is None else b_v.to(wide))
         w_k, w_v = (_normed_weight(w.to(wide), norm_weight.to(wide)) for w in (w_k, w_v))
-    if dropout_p:
-        w_v, b_v = (None if t is None else t.to(wide) / (1 - dropout_p) for t in (w_v, b_v))
     w_k = w_k.to(fold)
     q = queries.to(fold).unflatten(-1, (num_heads, -1)).transpose(-2, -3)  # (..., h, L, dk)
     q = ((q * scale) @ w_k.unflatten(0, (num_heads, -1))).flatten(-3, -2)  # (..., R, D)
@@ -217,11 +214,13 @@ def _absorbed(
     z = z.unflatten(1, (num_heads, queries.shape[-2])).transpose(0, 1)  # (h, B, L, D)
     out = z.flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
     out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
+    if ksum is not None:
+        if b_v is not None:
+            heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
+            out = out + (heads * b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))).flatten(2)
+        return (out / (1 - dropout_p)).to(x.dtype)
     if b_v is None:
         return out
-    if ksum is not None:
-        heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
-        return out + (heads * b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))).flatten(2).to(x.dtype)
     dead = dead_samples(x, key_padding_mask, lengths)
     return out + b_v.to(x.dtype) * (1 if dead is None else ~dead[:, None, None])
 
