@@ -88,7 +88,7 @@ def product_hinge(
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         hinge = rows @ candidate.T * scale - positive[at, None]
-        away = torch.full_like(hinge, margin)
+        away = torch.ones_like(hinge) * margin  # which may be learned
         return F.relu(hinge + (away if diagonal else away.scatter(1, at[:, None], 0.0))).sum()
 
     return _by_rows(block, query, len(candidate)) / (len(query) * len(candidate))

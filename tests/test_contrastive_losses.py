@@ -312,6 +312,22 @@ def test_bfloat16_and_autocast(name, blocks):
         assert torch.equal(gradient, want[leaf])
 
 
+LEARNED = {
+    "hard_negative_margin": lambda q, c, number: hard_negative_margin(q, c, margin=number, fraction=0.5),
+    "product_hinge": lambda q, c, number: product_hinge(q, c, margin=number),
+    "product_consistency": lambda q, c, number: product_consistency((q, c), (q, q), (c, c), tolerance=number),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_margin_may_be_learned(name):
+    torch.manual_seed(0)
+    q, c = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
+    number = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda number: LEARNED[name](q, c, number), number)
+    assert torch.autograd.grad(LEARNED[name](q, c, number), number)[0] != 0
+
+
 x, y = torch.randn(4, 3), torch.randn(4, 3)
 BAD_LOSSES = {
     "positive_similarity: positive has 5 rows; it takes 4, as query has.": lambda: positive_similarity(x, torch.randn(5, 3)),
@@ -326,6 +342,18 @@ BAD_LOSSES = {
     "sigmoid_contrastive: temperature is None; it takes a number above 0": lambda: sigmoid_contrastive(x, y, temperature=None),
     "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=1.5),
     "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=math.nan),
+    "hard_negative_margin: margin is None; it takes a number, or a tensor of one element": lambda: hard_negative_margin(
+        x, y, margin=None
+    ),
+    "product_hinge: margin has shape (2,) and dtype torch.float32; it takes one floating element": lambda: product_hinge(
+        x, y, margin=torch.ones(2)
+    ),
+    "product_hinge: scale has shape () and dtype torch.int64; it takes one floating element": lambda: product_hinge(
+        x, y, scale=torch.tensor(1)
+    ),
+    "product_consistency: tolerance is '0.1'; it takes a number": lambda: product_consistency(
+        (x, y), (x, y), (x, y), tolerance="0.1"
+    ),
     "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(x, torch.randn(5, 3)),
     "positive has shape (3,) and dtype torch.float32; it takes floats (4,)": lambda: product_hinge(x, y, positive=x[:3, 0]),
     "positive has shape (4,) and dtype torch.int64; it takes floats (4,)": lambda: product_hinge(x, y, positive=torch.arange(4)),

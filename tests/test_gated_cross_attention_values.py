@@ -77,3 +77,22 @@ def test_a_broken_token_touches_only_its_own_sample(backend, value):
         assert got[reading][1].isnan().all()  # every token of the other side reads it
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
         torch.testing.assert_close(got[asking][1, rows], want[asking][1, rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("logit", [1, 100, 10_000])
+def test_what_all_logits_have_in_common_costs_the_kernel_no_accuracy(logit):
+    """Queries and keys are whole numbers, so that plain PyTorch's logits are exact, and what its softmax subtracts. (Torch's fused
+    attention, which the composed path takes, is off by 2e-4 at 10,000.)"""
+    module, _, _ = make("several tiles", both=False, dtype=torch.float32, gate="none", indicator=False, pre_norm=False)
+    for projection in (module.q_proj, module.k_proj):
+        projection.weight.data, projection.bias.data = torch.eye(16, device=DEVICE), torch.zeros(16, device=DEVICE)
+        projection.weight.data[0, 0] = (4 * logit) ** 0.5  # of tokens whose first feature is 1; the scale is 1/4
+    inputs = [torch.randint(-1, 2, (2, count, 16), device=DEVICE).float() for count in (67, 35)]
+    for tokens in inputs:
+        tokens[..., 0] = 1
+    inputs = [tokens.requires_grad_() for tokens in inputs]
+    upstream = upstream_for(inputs)
+    plain, actual = (run(module, inputs, {}, name, upstream=upstream) for name in ("reference", "fused"))
+    exact = run(module, inputs, {}, "reference", torch.float64, upstream)
+    plain, actual, exact = (with_biases_as_columns(part) for part in (plain, actual, exact))
+    assert not over_budget(actual, exact, plain)

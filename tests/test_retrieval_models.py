@@ -37,6 +37,19 @@ def test_cached_gradients_are_the_whole_batch_s(name):
     close(gradients(cached), expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
+    """Its numbers are parameters or of its configuration; the buffers that no state dict holds are the encoders'."""
+    model = small_model(name)
+    with torch.device("meta"):
+        empty = small_model(name)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    for path, value in model.named_buffers():
+        assert path.startswith(("image_encoder.", "text_encoder.", "host."))
+        empty.get_buffer(path).copy_(value)
+    assert torch.equal(empty(**batch(name)).loss, model(**batch(name)).loss)
+
+
 CASES = [(name, case) for name in NAMES for case in ("all", "lacking")]
 
 

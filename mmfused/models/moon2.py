@@ -184,7 +184,7 @@ class MOON2(RetrievalModel):
         aligned = not {"moe", "dual_alignment"} & set(c.without)
         self.alignment = nn.Parameter(0.02 * torch.randn(c.num_experts, len(self.objectives))) if aligned else None  # W*
         # D: a tensor, so that its decay compiles nothing again; no buffer, which a cast would round and to_empty lose.
-        self.margin = torch.tensor(c.filter_margin, dtype=torch.float64)
+        self.margin = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
         self.register_load_state_dict_pre_hook(_without_margin)
 
     @property
