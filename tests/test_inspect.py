@@ -4,6 +4,7 @@ import json
 
 from compiling import ROOT, run_python
 
+from mmfused.cli.specimens import SPECIMENS
 from mmfused.kernels import tiles
 from mmfused.supported import ARCHS, TRITONS
 
@@ -65,6 +66,15 @@ def test_an_unknown_architecture_is_refused():
 def test_supported_versions_are_sorted_and_architectures_known():
     assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(TRITONS)
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
+
+
+def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_no_fault():
+    lines = (ROOT / "benchmarks" / "results" / "compile_matrix.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[0] == ["op", "Triton", *ARCHS, "faults"]
+    assert {(op, version) for op, version, *_ in cells[2:]} == {(op, version) for op in SPECIMENS for version in TRITONS}
+    for op, version, *compiled, faults in cells[2:]:
+        assert all(int(cell.split(",")[0]) > 0 for cell in compiled) and faults == "0", (op, version)
 
 
 def test_readme_names_what_is_supported():
