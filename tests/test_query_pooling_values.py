@@ -173,3 +173,21 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
         assert "db_v" in sure and ("out" in sure or shape != "one pass")
         got, exact, plain = ({key: results[key] for key in sure} for results in (got, exact, plain))
     assert not over_budget(got, exact, plain)
+
+
+@pytest.mark.parametrize("logit", [1, 100, 10_000])
+@pytest.mark.parametrize("dim", [24, 1100], ids=["one pass", "wide"])
+@pytest.mark.parametrize("backend", ["composed", "fused"])
+def test_what_all_logits_have_in_common_costs_no_accuracy(backend, dim, logit):
+    """Queries and tokens are whole numbers, so that plain PyTorch's logits are exact, and what its softmax subtracts."""
+    x = torch.randint(-1, 2, (2, 37, dim), device=DEVICE).float()
+    queries = torch.randint(-1, 2, (5, dim), device=DEVICE).float()
+    queries[:, 20:] = 0.0
+    x[..., 0], queries[:, 0] = 1, logit
+    w_v = torch.randn(3, dim, device=DEVICE)
+    inputs = dict(x=x, queries=queries, w_k=torch.eye(dim, device=DEVICE), w_v=w_v)
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    upstream = torch.randn(2, 5, 3, dtype=torch.float64, device=DEVICE)
+    plain, got = (run(inputs, 1, name, upstream, scale=1.0) for name in ("reference", backend))
+    exact = run(cast(inputs, torch.float64), 1, "reference", upstream, scale=1.0)
+    assert not over_budget(got, exact, plain)
