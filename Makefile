@@ -16,7 +16,7 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfil
 .PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
 	@echo "after which it ends, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
 

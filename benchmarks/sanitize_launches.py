@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 import mmfused
-from mmfused import extension
+from mmfused import extension, library
 from mmfused.kernels import gated_cross_attention, masked_info_nce, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,7 +196,7 @@ def route(tokens, experts, k, *, dim=None, dtype=FLOAT, router_dtype=None, route
         leaves = [randn(tokens, experts, dtype=dtype)]
         if ties:
             leaves = [leaves[0].detach().round().requires_grad_()]
-        with extension.router(router):
+        with library.router(router):
             routing = mmfused.topk_routing(leaves[0], k, **options)
             backward((routing.weights, routing.balance_loss, routing.z_loss, routing.entropy), *leaves)
         return

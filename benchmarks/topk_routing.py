@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfused
-from mmfused import extension
+from mmfused import extension, library
 
 from .measure import Problem, Provider, Unavailable, need_kernels
 
@@ -237,12 +237,12 @@ def fused_cpp(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     reasons = extension.why_not()
     if reasons:
         raise Unavailable("; ".join(reasons))
-    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(extension.router, "cuda"))
+    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(library.router, "cuda"))
 
 
 def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     need_kernels(device, dtype)
-    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(extension.router, "triton"))
+    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(library.router, "triton"))
 
 
 PROVIDERS = {

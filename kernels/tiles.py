@@ -12,7 +12,7 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Shared memory one block may use, in bytes. Unknown newer cards get the smallest.
+# Shared memory one block may use, in bytes.
 SHARED_MEMORY = {
     80: 166_912,
     86: 101_376,
@@ -24,7 +24,6 @@ SHARED_MEMORY = {
     120: 101_376,
     121: 101_376,
 }
-SMALLEST_SHARED_MEMORY = 101_376
 
 # Stated at every launch and inspection: what the compiler does by default differs by version (3.10 fuses no more).
 OPTIONS = {"enable_fp_fusion": True}
@@ -32,6 +31,10 @@ OPTIONS = {"enable_fp_fusion": True}
 # Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the device (see mmfused.cli.inspect).
 listener: Callable | None = None
 pretended_arch: int | None = None
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def arch_of(tensor: torch.Tensor) -> int:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .library import no_autocast
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None, scale: float | None = None) -> Tensor:
     """``F.scaled_dot_product_attention``; under ``create_graph=True`` its gradients are computed anew, by the plain formula.
@@ -52,9 +54,9 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             *inputs, attend = ctx.saved_tensors
-            with sdpa_kernel(SDPBackend.MATH):
+            with no_autocast(inputs[0].device.type), sdpa_kernel(SDPBackend.MATH):  # some call backward under autocast
                 out = F.scaled_dot_product_attention(*inputs, attn_mask=attend, scale=ctx.scale)
-            wanted = [y for y in inputs if y.requires_grad]
-            made = iter(torch.autograd.grad(out, wanted, ctx.upstream.pop(), create_graph=True))
+                wanted = [y for y in inputs if y.requires_grad]
+                made = iter(torch.autograd.grad(out, wanted, ctx.upstream.pop(), create_graph=True))
             gradients = [next(made) if y.requires_grad else None for y in inputs]
         return *gradients, None, None, None

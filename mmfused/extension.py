@@ -1,8 +1,8 @@
-"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is :mod:`.library`'s, and found here too.
+"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is decided in :mod:`.library`.
 
 ``mmfused._C`` is there if the package was installed with ``MMFUSED_CUDA=1``. Else :func:`load` compiles it at its first use, with
-ninja and nvcc, into torch's folder for extensions, where later processes find it. setup.py runs this file by itself, so it imports
-nothing of mmfused at first.
+ninja and nvcc, into torch's folder for extensions, where later processes find it. setup.py runs this file by itself: it must not
+import mmfused at module level.
 """
 
 from __future__ import annotations
@@ -25,12 +25,6 @@ CXX_FLAGS = ["-O3"]  # torch adds the standard its own headers need
 NVCC_FLAGS = ["-O3", "-Xptxas=-warn-spills"]
 USUAL_CUDA = Path("/usr/local/cuda")
 _module: ModuleType | None = None
-
-
-def __getattr__(name: str):
-    if name in ("ROUTERS", "router", "set_router", "current_router"):
-        return getattr(importlib.import_module("mmfused.library"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- the compiled module --------------------------------------------------------------------------------------------------------

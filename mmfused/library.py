@@ -24,7 +24,10 @@ BACKENDS = ("auto", "reference", "composed", "fused")
 ROUTERS = ("triton", "cuda")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors: for tests only
-CHECK_ON_DEVICE = os.environ.get("MMFUSED_CHECK") == "1"  # values are asserted on CUDA and in compiled graphs: for debugging
+# Values are asserted on CUDA and in compiled graphs too: for debugging.
+CHECK_ON_DEVICE = {"": False, "0": False, "1": True}.get(os.environ.get("MMFUSED_CHECK", ""))
+if CHECK_ON_DEVICE is None:
+    raise ValueError(f"MMFUSED_CHECK is {os.environ['MMFUSED_CHECK']!r}; it takes 1, or 0.")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
@@ -39,7 +42,8 @@ class backend(Choice):
     ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer, float32/float16/bfloat16) and ``composed`` elsewhere.
     Asking for ``fused`` where it cannot run makes the op raise ``RuntimeError`` with the reasons.
 
-    It holds for this thread and context (asyncio task) alone; what ``with`` does not say, :func:`set_backend` does. A backward uses
+    It holds for this thread and context (asyncio task) alone; what no ``with`` says, :func:`set_backend` does, and a call without
+    ``with`` does nothing. A backward uses
     its forward's backend wherever it runs, and so does a recomputation under ``torch.utils.checkpoint(use_reentrant=False)``. With
     ``use_reentrant=True`` enter the ``with`` inside the checkpointed function.
     """
@@ -194,9 +198,16 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1]}; they must share one device.")
 
 
+def check_numbers(op: str, **numbers: float | None) -> None:
+    """Refuse a tensor, whose gradient would be lost, and all else that is no number."""
+    for name, number in numbers.items():
+        if number is not None and not isinstance(number, int | float):
+            raise TypeError(f"{op}: {name} is a {type(number).__name__}; it takes a number.")
+
+
 def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
     """Check tensor values: a ``ValueError`` on CPU in eager mode. Elsewhere nothing syncs and no assertion ends a CUDA context: the
-    op gives NaN for a value it does not take, and only ``MMFUSED_CHECK=1`` asserts on the device, for debugging."""
+    caller sees to it that a value it does not take gives NaN, and only ``MMFUSED_CHECK=1`` asserts on the device, for debugging."""
     holds = condition()
     eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()  # another type: a compiler traces without saying so
     if holds.device.type == "cpu" and eager:
@@ -207,9 +218,11 @@ def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
 
 
 def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (B, ...), NaN in each sample whose length lies outside [0, N]: what ``check_value`` let pass."""
-    holds = (lengths >= 0) & (lengths <= length)
-    return out.masked_fill(~holds.view(-1, *[1] * (out.dim() - 1)), math.nan)
+    """``out`` (B, ...), NaN in each sample whose length lies outside [0, N], and so the gradient from there: what ``check_value``
+    let pass."""
+    broken = (lengths < 0) | (lengths > length)
+    factor = torch.ones(len(lengths), dtype=out.dtype, device=out.device).masked_fill(broken, math.nan)
+    return out * factor.view(-1, *[1] * (out.dim() - 1))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .library import check_tensors, no_autocast
-from .ops.masked_info_nce.checks import check_temperature
+from .ops.masked_info_nce.checks import check_temperature, valid_or_nan
 from .ops.topk_routing import Routing
 
 BLOCK_PAIRS = 2**22  # pairs alive at a time: 16 MB of float32
@@ -42,6 +42,7 @@ def hard_negative_margin(
     """
     query, candidate = _floats("hard_negative_margin", query=query, candidate=candidate)
     check_temperature("hard_negative_margin", temperature, query)
+    temperature = valid_or_nan(temperature)
     _check_scalars("hard_negative_margin", query, margin=margin)
     if not 0 <= fraction <= 1:
         raise ValueError(f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1.")
@@ -143,6 +144,7 @@ def sigmoid_contrastive(
     """
     query, candidate = _floats("sigmoid_contrastive", query=query, candidate=candidate)
     check_temperature("sigmoid_contrastive", temperature, query)
+    temperature = valid_or_nan(temperature)
     _check_scalars("sigmoid_contrastive", query, bias=bias)
 
     def block(rows: Tensor, at: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ module, which it guards on without looking at how the value comes about. A recom
 forward notes its choice in the checkpoint's frame, which both know by the hooks they have put on
 saved tensors.
 
-No function here that runs by itself may name the module torch: the compiler takes up only frames
-that do, and would trace ``__enter__`` alone where a graph break has left the ``with`` to Python.
+Functions that may be called outside a traced frame do not refer to the global ``torch``: the
+compiler takes up the frames that do, and after a graph break would trace ``__enter__`` by itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ try:
     from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 
     _top_hooks(False)
-except (ImportError, TypeError):  # a torch that has them otherwise: recomputations then ask anew
+except (ImportError, TypeError):  # another torch: a recomputation then reads the current setting
 
     def _top_hooks(ignore_tracing: bool) -> None:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import small_loss_inputs
 import torch
 from drawing import Draw
-from strided_views import EXPANDED
+from strided_views import DEVICE, EXPANDED
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -308,8 +308,9 @@ def _routing(draw: Draw) -> tuple[dict, Tensor]:
     weights = torch.rand(tokens, k, generator=draw.generator, dtype=torch.float64).to(draw.wide)
     fused = draw.wide == torch.float32 and draw.pick("sorted by a kernel", True, False)
     with mmfused.backend("fused" if fused else "composed"):
-        routing = mmfused.routing_from_indices(indices, weights, experts, token_padding_mask=mask)
-    return type(routing)(*(draw.place(part, expand=()) for part in routing)), mask
+        given = (x.to(DEVICE) for x in (indices, weights, mask))
+        routing = mmfused.routing_from_indices(next(given), next(given), experts, token_padding_mask=next(given))
+    return type(routing)(*(draw.place(part.cpu(), expand=()) for part in routing)), mask
 
 
 def grouped_linear(draw: Draw) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import torch
 from public_functions import arguments, has_kernels, leaves, public_functions, replaced
@@ -10,26 +11,26 @@ from torch import Tensor
 
 import mmfused
 
-NAN = float("nan")
+NAN, LEARNED = float("nan"), torch.tensor(0.1, requires_grad=True)
 # Values that an option never takes. None of these: anything goes.
 BAD_OPTIONS = {
     "num_heads": (0, -1, 10**6),
     "form": ("nonsense",),
-    "dropout_p": (-0.1, 1.0, NAN),
+    "dropout_p": (-0.1, 1.0, NAN, LEARNED),
     "gate": ("nonsense",),
     "indicator": ("nonsense",),
     "missing": ("nonsense",),
     "passes": (("nonsense",), ()),
     "same_id": ("nonsense",),
-    "positive_weight": (-1.0, NAN),
-    "label_smoothing": (-0.1, 1.0, NAN),
+    "positive_weight": (-1.0, NAN, LEARNED),
+    "label_smoothing": (-0.1, 1.0, NAN, LEARNED),
     "reduction": ("nonsense",),
-    "false_negative_margin": (NAN, float("inf")),
+    "false_negative_margin": (NAN, float("inf"), LEARNED),
     "k": (0, -1, 10**6),
     "score": ("nonsense",),
     "balance": ("nonsense",),
     "num_segments": (0,),
-    "jitter": (-0.1, 1.0, NAN),
+    "jitter": (-0.1, 1.0, NAN, LEARNED),
     "activation": ("nonsense",),
     "fraction": (-0.1, 1.1, NAN),
     "top": (0,),
@@ -58,7 +59,8 @@ def refused(function: str, inputs: dict, backend: str, choice: random.Random) ->
             public_functions()[function](**bad)
     except (ValueError, TypeError, RuntimeError) as error:
         names = (name, name.split(".")[-1], name.split(".")[0], name.removeprefix("a_").removeprefix("b_"))
-        if any(word in str(error) for word in names) and f"{function}:" in str(error):
+        _, named, sentence = str(error).partition(f"{function}:")
+        if named and any(re.search(rf"\b{re.escape(word)}\b", sentence) for word in names):
             return []
         return [f"with {name} {what}, the error does not name it: {type(error).__name__}: {error}"]
     except Exception as error:

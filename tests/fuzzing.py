@@ -38,7 +38,7 @@ from public_functions import (
     replaced,
     run,
 )
-from strided_views import SAME_VALUES, lay_out
+from strided_views import DEVICE, SAME_VALUES, lay_out
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,12 +46,11 @@ import mmfused
 from mmfused.random import uniform
 from mmfused.testing import over_budget
 
-CUDA = torch.cuda.is_available()
 ROUTERS = ("topk_routing", "topk_routing_from_input")
 # The interpreter truncates where hardware rounds to bfloat16: the kernels meet that dtype on a GPU only.
 DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
-    "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * CUDA,
+    "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
 }
 # Functions whose output has a row for each row of an input, and that input.
 ROWS = {
@@ -124,7 +123,7 @@ class Case:
     def faults(self) -> list[str]:
         """A sentence for each; empty where all is well."""
         if self.kind == "refusal":
-            return refused(self.function, self.inputs, self.backend, self.random)
+            return refused(self.function, self.inputs, self.backend if DEVICE == "cpu" else "composed", self.random)
         with garbage_in_new_memory(), _small_blocks(self.random):
             actual = self.run(self.inputs, self.backend)
             if self.kind == "row":
@@ -334,7 +333,7 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     if given.get("jitter"):
         torch.manual_seed(case.seed)
         seed = given.get("jitter_seed")
-        seed = mmfused.random.draw_seed(logits.device) if seed is None else seed
+        seed = mmfused.random.draw_seed(torch.device(DEVICE)).cpu() if seed is None else seed
         logits = logits * (1 + given["jitter"] * (2 * uniform(seed, tokens, experts) - 1).double())
         error = error + logits.abs()
     bias = given.get("selection_bias")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfused
-from mmfused import extension
+from mmfused import library
 from mmfused.kernels.gated_cross_attention.plans import form
 
 CUDA = torch.cuda.is_available()
@@ -187,7 +187,7 @@ def routing(from_input: bool, everything=False, router="triton", **options):
         function = mmfused.topk_routing_from_input if from_input else mmfused.topk_routing
 
         def call(**arguments):
-            with extension.router(router):
+            with library.router(router):
                 return function(k=k, **arguments, **options)
 
         given = {}

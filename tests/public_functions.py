@@ -13,7 +13,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from strided_views import garbage, lay_out
+from strided_views import garbage, lay_out, on_device
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -134,12 +134,12 @@ def run(
     layout: str = "contiguous",
     checkpointed: bool = False,
 ) -> dict[str, Tensor]:
-    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no gradient arrives.
+    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no gradient arrives. The call is made
+    on the card where there is one, inputs and results are on the CPU.
 
     ``upstream(name, output)``: the gradient of an output, float64 is fine, None for none; it comes in that ``layout``.
     """
-    given = leaves(inputs)
-    inputs = replaced(inputs, {path: given[path].detach().requires_grad_() for path in wanted})
+    inputs = replaced(inputs, {path: on_device(x.detach()).requires_grad_(path in wanted) for path, x in leaves(inputs).items()})
     given = leaves(inputs)
 
     def call() -> dict[str, Tensor]:
@@ -147,16 +147,16 @@ def run(
             return _outputs(function, inputs)
 
     outputs = checkpoint(call, use_reentrant=False) if checkpointed else call()
-    results = {name: out.detach() for name, out in outputs.items()}
+    results = {name: out.detach().cpu() for name, out in outputs.items()}
     asked = {name: upstream(name, out) for name, out in outputs.items() if out.requires_grad}
-    asked = {name: lay_out(value.to(outputs[name].dtype), layout) for name, value in asked.items() if value is not None}
+    asked = {name: on_device(lay_out(value.to(outputs[name].dtype), layout)) for name, value in asked.items() if value is not None}
     gradients = [None] * len(wanted)
     if asked and wanted:
         gradients = torch.autograd.grad(
             [outputs[name] for name in asked], [given[path] for path in wanted], list(asked.values()), allow_unused=True
         )
     for path, gradient in zip(wanted, gradients, strict=True):
-        results[f"d {path}"] = torch.zeros_like(given[path]).detach() if gradient is None else gradient
+        results[f"d {path}"] = (torch.zeros_like(given[path]).detach() if gradient is None else gradient).cpu()
     return results
 
 
@@ -181,7 +181,7 @@ def garbage_in_new_memory():
     def filled(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if inspect.currentframe().f_back.f_globals.get("__name__", "").startswith("mmfused") and tensor.is_cpu:
+            if inspect.currentframe().f_back.f_globals.get("__name__", "").startswith("mmfused") and not tensor.is_meta:
                 tensor.copy_(garbage(tensor.numel(), tensor.dtype).view(tensor.shape))
             return tensor
 

@@ -11,6 +11,7 @@ from torch import Tensor
 # The last two change the values: what lies along that dimension is all alike, its stride is 0.
 SAME_VALUES = ("contiguous", "offset", "sliced", "strided", "transposed")
 EXPANDED = ("expanded first", "expanded last")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 19  # elements of garbage before and after: odd, so that an offset is aligned to nothing
 
 
@@ -20,6 +21,14 @@ def garbage(size: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return torch.arange(size) % 3 != 1
     return torch.full((size,), torch.iinfo(dtype).max // 3, dtype=dtype)
+
+
+def on_device(x: Tensor) -> Tensor:
+    """Drawn on the CPU, for the same seed is then the same case everywhere: with all the memory it is a view into."""
+    if DEVICE == "cpu":
+        return x
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return memory.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

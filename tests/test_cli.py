@@ -65,6 +65,9 @@ def test_env_names_versions_and_each_op(capsys):
     for word in ("mmfused", "python", "torch", "triton", "timm", "transformers", "CUDA", "query_pooling:"):
         assert word in out
     assert "fused on" in out or "not fused: " in out
+    with mmfused.backend("reference"):
+        assert main(["env"]) == 0
+    assert "query_pooling: reference on" in capsys.readouterr().out
 
 
 def folder(path, rows):

@@ -312,6 +312,13 @@ def test_bfloat16_and_autocast(name, blocks):
         assert torch.equal(gradient, want[leaf])
 
 
+@pytest.mark.parametrize("temperature", [0.0, -0.5, math.nan])
+@pytest.mark.parametrize("loss", [hard_negative_margin, sigmoid_contrastive])
+def test_where_no_value_is_refused_a_temperature_not_above_0_gives_nan(loss, temperature, monkeypatch):
+    monkeypatch.setattr("mmfused.ops.masked_info_nce.checks.check_value", lambda *_: None)
+    assert loss(torch.randn(5, 3), torch.randn(5, 3), temperature=torch.tensor(temperature)).isnan()
+
+
 LEARNED = {
     "hard_negative_margin": lambda q, c, number: hard_negative_margin(q, c, margin=number, fraction=0.5),
     "product_hinge": lambda q, c, number: product_hinge(q, c, margin=number),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from csrc_cases import CASES, expected, make, upstream
 
-from mmfused import extension
+from mmfused import extension, library
 from mmfused.ops.topk_routing import topk_routing_reference
 from mmfused.random import uniform
 from mmfused.testing import over_budget
@@ -341,14 +341,14 @@ def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_pa
 
 
 def test_the_router_is_chosen_by_name():
-    assert extension.current_router() in extension.ROUTERS
-    with extension.router("cuda"):
-        assert extension.current_router() == "cuda"
-        with extension.router("triton"):
-            assert extension.current_router() == "triton"
-        assert extension.current_router() == "cuda"
+    assert library.current_router() in library.ROUTERS
+    with library.router("cuda"):
+        assert library.current_router() == "cuda"
+        with library.router("triton"):
+            assert library.current_router() == "triton"
+        assert library.current_router() == "cuda"
     with pytest.raises(ValueError, match="router name is 'metal'; it takes one of triton, cuda."):
-        extension.router("metal")
+        library.router("metal")
     command = [sys.executable, "-c", "import mmfused"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MMFUSED_ROUTER": "metal"}, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "ValueError: MMFUSED_ROUTER is 'metal'; it takes one of triton, cuda."

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import mmfused
 from mmfused import library
 from mmfused.testing import over_budget
 
@@ -22,6 +23,32 @@ def test_environment_variable():
     assert done.stdout.strip() == "reference", done.stderr
     done = run_python("import mmfused", MMFUSED_BACKEND="quick")
     assert done.returncode and "MMFUSED_BACKEND is 'quick'; it takes one of" in done.stderr
+
+
+def test_the_check_of_values_is_on_or_off():
+    done = run_python("import mmfused; print(mmfused.library.CHECK_ON_DEVICE)", MMFUSED_CHECK="1")
+    assert done.stdout.strip() == "True", done.stderr
+    done = run_python("import mmfused", MMFUSED_CHECK="yes")
+    assert done.returncode and "MMFUSED_CHECK is 'yes'; it takes 1, or 0." in done.stderr
+
+
+X, W = torch.randn(4, 6), torch.randn(6, 6)
+NUMBERS = {
+    "query_pooling: scale": lambda t: mmfused.query_pooling(X[None], X, W, W, scale=t),
+    "query_pooling: norm_eps": lambda t: mmfused.query_pooling(X[None], X, W, W, norm_weight=X[0], norm_eps=t),
+    "query_pooling: dropout_p": lambda t: mmfused.query_pooling(X[None], X, W, W, dropout_p=t),
+    "masked_info_nce: label_smoothing": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, label_smoothing=t),
+    "masked_info_nce: positive_weight": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, positive_weight=t),
+    "masked_info_nce: false_negative_margin": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, false_negative_margin=t),
+    "topk_routing: jitter": lambda t: mmfused.topk_routing(X, 2, jitter=t),
+    "BidirectionalGatedCrossAttention: dropout": lambda t: mmfused.BidirectionalGatedCrossAttention(6, 2, dropout=t),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_option_that_is_a_number_is_no_tensor_whose_gradient_would_be_lost(name):
+    with pytest.raises(TypeError, match=f"{name} is a Tensor; it takes a number."):
+        NUMBERS[name](torch.tensor(0.1, requires_grad=True))
 
 
 def test_auto_takes_composed_on_a_cpu_and_fused_says_why_not():

@@ -179,7 +179,7 @@ def test_temperature_of_the_module():
     losses_of_two.backward()
     assert learned.log_scale.item() == pytest.approx(math.log(20)) and learned.log_scale.grad is not None
     torch.testing.assert_close(learned(q, c), MaskedInfoNCE(1 / 20)(q, c))
-    assert repr(learned).startswith("MaskedInfoNCE(learned temperature=0.5, normalize=True, gather=None")
+    assert repr(learned).startswith("MaskedInfoNCE(learned, initial temperature=0.5, normalize=True, gather=None")
 
 
 def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
@@ -291,7 +291,9 @@ def test_a_fixed_temperature_is_changed_by_nothing():
         moved = MaskedInfoNCE(0.03)
     assert moved.to_empty(device="cpu").temperature == 0.03
     for holder, prefix in ((fixed, ""), (nn.Sequential(fixed), "0.")):  # a state of before, when it was a buffer
-        holder.load_state_dict({f"{prefix}log_scale": torch.tensor(1.0)})
+        with pytest.warns(UserWarning, match="the state's temperature is 0.3679; the module keeps its own, 0.03"):
+            holder.load_state_dict({f"{prefix}log_scale": torch.tensor(1.0)})
+        holder.load_state_dict({f"{prefix}log_scale": torch.tensor(-math.log(0.03), dtype=torch.bfloat16)})
         with pytest.raises(RuntimeError, match="Unexpected"):
             holder.load_state_dict({f"{prefix}other": torch.tensor(1.0)})
     q, c = torch.randn(6, 4), torch.randn(6, 4)

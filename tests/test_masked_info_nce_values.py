@@ -168,18 +168,48 @@ def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [-0.05, -0.3, math.nan, 0.0, 1e-39, -0.0])
 def test_temperatures_that_are_none(temperature, backend, unchecked):
-    """Negative: the formula. Without a finite reciprocal: NaN."""
+    """Not above 0, or without a finite reciprocal: NaN."""
     query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.float16) for n in (5, 6))
     temperature = torch.tensor([temperature], device=DEVICE)
-    out, *rest = gradients(backend, query, candidate, temperature=temperature)
-    if temperature.abs() > 1e-3:
-        want = torch.nn.functional.cross_entropy(
-            query.double() @ candidate.double().T / temperature.double(), torch.arange(5, device=DEVICE), reduction="none"
-        )
-        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
-        assert all(x.isfinite().all() for x in rest)
-    else:
-        assert out.isnan().all() and all(x.isnan().all() for x in rest)
+    for result in gradients(backend, query, candidate, temperature=temperature):
+        assert result.isnan().all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("where", ["query", "candidate", "both"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(backend, value, where, symmetric):
+    """An infinite target would outweigh all others, and of the others one at -inf would drop out: a loss of 0, or a good one."""
+    query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
+    query[2] = -1
+    if where != "candidate":
+        query[1] = value
+    if where != "query":
+        candidate[0] = value
+    with mmfused.backend(backend):
+        out = mmfused.masked_info_nce(query, candidate, temperature=0.1, symmetric=symmetric, reduction="none")
+    rows = [1] if where == "query" and not symmetric else [0, 1, 2, 3]
+    assert out[rows].isnan().all() and out.isnan().sum() == len(rows)
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+def test_a_scale_rounds_no_embedding(backend):
+    query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.bfloat16) for n in (5, 6))
+    scale = torch.tensor(14.3, device=DEVICE)
+    with mmfused.backend(backend):
+        out = scaled_info_nce(query, candidate, scale)
+        want = scaled_info_nce(query.double(), candidate.double(), scale.double())
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_an_infinite_logit_of_finite_embeddings_is_no_good_loss(backend):
+    with mmfused.backend(backend):
+        x = 2e19 * torch.eye(2, 8, device=DEVICE)
+        assert mmfused.masked_info_nce(x, x, temperature=1.0, reduction="none").isnan().all()
+        x = 2 * torch.eye(2, 8, device=DEVICE)
+        assert mmfused.masked_info_nce(x, x, temperature=5e-39, reduction="none").isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -95,3 +95,12 @@ def test_functional_transforms_pass():
     q.requires_grad_()
     (want,) = torch.autograd.grad(attention(q, k, v).sum(), q)
     torch.testing.assert_close(got, want)
+
+
+def test_a_differentiable_gradient_called_under_autocast_keeps_its_precision():
+    q, k, v = (torch.randn(2, 2, n, 8, device=DEVICE, requires_grad=True) for n in (5, 7, 7))
+    out = attention(q, k, v).square().sum()
+    want = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = torch.autograd.grad(out, (q, k, v), create_graph=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from strided_views import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
-from mmfused import extension, library
+from mmfused import library
 from mmfused.library import current_backend, current_router
 
 
@@ -23,7 +24,7 @@ def process_default():
 
 SWITCHES = [
     (mmfused.backend, mmfused.set_backend, current_backend, ("auto", "reference", "composed")),
-    (extension.router, extension.set_router, extension.current_router, ("triton", "cuda", "triton")),
+    (library.router, library.set_router, library.current_router, ("triton", "cuda", "triton")),
 ]
 
 
@@ -158,8 +159,8 @@ def mixed(x):
 
 def read(x):
     torch.manual_seed(0)
-    layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1)
-    return torch.cat(layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3)), 1)
+    layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1).to(DEVICE)
+    return torch.cat(layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3, device=DEVICE)), 1)
 
 
 OPS = {"query_pooling": pooled, "masked_info_nce": contrasted, "routing and experts": mixed, "cross-attention": read}
@@ -181,7 +182,7 @@ def asked(monkeypatch):
 
 
 def tokens():
-    return torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    return torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
 
 
 def gradient(op, backend, around=lambda function, x: function(x), backward=lambda loss: loss.backward()):
@@ -199,7 +200,7 @@ def elsewhere(loss):
 
 
 def under_another(loss):
-    with mmfused.backend("composed"), extension.router("cuda"):
+    with mmfused.backend("composed"), library.router("cuda"):
         loss.backward()
 
 
@@ -254,7 +255,7 @@ def test_a_recomputation_keeps_its_forwards_router():
         return x.sin().cos()
 
     x = tokens()
-    with extension.router("cuda"):
+    with library.router("cuda"):
         loss = checkpoint(layer, x, use_reentrant=False).sum()
     loss.backward()
     assert seen == ["cuda", "cuda"]

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tiles import arch_of, launch, tile_map, upcasts
+from ..tiles import arch_of, dense, launch, tile_map, upcasts
 from .combine import combine_kernel
 from .gradients import hidden_kernel, weights_kernel
 from .plans import Tile, combine_block, plan
@@ -125,7 +125,7 @@ def mlp_backward(
 
 
 def _rows(order: Tensor, position: Tensor, offsets: Tensor, tiles: Tensor, k: int) -> Rows:
-    order, position, offsets, tiles = (_dense(tensor) for tensor in (order, position, offsets, tiles))
+    order, position, offsets, tiles = (dense(tensor) for tensor in (order, position, offsets, tiles))
     if not len(tiles):
         tiles = tile_map(offsets, len(order), len(offsets) - 1)
     return Rows(order, position, offsets, tiles, k)
@@ -153,7 +153,7 @@ def _product(
     slots = rows.slots(tile.BM)
     launch(
         rows_kernel, (slots * triton.cdiv(n, tile.BN),),
-        a, weight, second, _dense(bias), rows.order, rows.offsets, rows.tiles, hidden, out,
+        a, weight, second, dense(bias), rows.order, rows.offsets, rows.tiles, hidden, out,
         rows.count, rows.experts, slots, a.stride(0), *weight.stride(),
         N=n, K=k, k=rows.k, **_blocks(tile), HALVINGS=tile.halvings, GROUP=16, GATHER=gather, ACTIVATION=activation, TAIL=tail,
         UPCAST=upcasts(a.dtype),
@@ -173,7 +173,7 @@ def _hidden(
     stride_e, stride_k, stride_n = weight.stride()
     launch(
         hidden_kernel, (slots * blocks,),
-        d_out, weight, h, _dense(combine_weights), rows.order, rows.offsets, rows.tiles, dh, scaled, partial,
+        d_out, weight, h, dense(combine_weights), rows.order, rows.offsets, rows.tiles, dh, scaled, partial,
         rows.count, rows.experts, slots, d_out.stride(0), stride_e, stride_n, stride_k, h.stride(-2),
         N=n, K=k, k=rows.k, **_blocks(tile), HALVINGS=tile.halvings, GROUP=16, GATHER=gather, ACTIVATION=activation, TAIL=tail,
         UPCAST=upcasts(h.dtype),
@@ -200,7 +200,7 @@ def _weight_gradients(
     blocks = len(weights) * triton.cdiv(n, tile.BM) * triton.cdiv(width, tile.BN)
     launch(
         weights_kernel, (experts * blocks,),
-        y, x, _dense(combine_weights), rows.order, rows.offsets, dw[0], dw[1] if len(dw) == 2 else None, db if need_db else None,
+        y, x, dense(combine_weights), rows.order, rows.offsets, dw[0], dw[1] if len(dw) == 2 else None, db if need_db else None,
         y.stride(0), x.stride(0), dw[0].stride(0),
         N=n, K=width, k=rows.k, **_blocks(tile), GROUP=8, GATHER_Y=gather_y, GATHER_X=gather_x, UPCAST=upcasts(y.dtype),
     )  # fmt: skip
@@ -220,7 +220,7 @@ def _combine(
     height, width = combine_block(max(n, inner))
     launch(
         combine_kernel, (triton.cdiv(tokens, height), triton.cdiv(n, width) + (parts is not None)),
-        y, _dense(combine_weights), rows.position, rows.offsets, out, partial, d_out, _dense(bias), d_combine,
+        y, dense(combine_weights), rows.position, rows.offsets, out, partial, d_out, dense(bias), d_combine,
         tokens, rows.count, rows.experts, 0 if partial is None else len(partial), 0 if d_out is None else d_out.stride(0),
         N=n, D=inner, k=rows.k, BT=height, BN=width,
         BE=triton.next_power_of_2(rows.experts), num_warps=4, num_stages=1,
@@ -230,7 +230,3 @@ def _combine(
 
 def _blocks(tile: Tile) -> dict[str, int]:
     return dict(BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

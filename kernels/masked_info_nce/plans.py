@@ -57,7 +57,7 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
     of logits, up to D = 256 only. float32 has no matrix instructions here, FLOPs are all that costs: chunked.
     """
     if dtype == torch.float32:
-        # As pairs, so that both have the same logits: of 10^4 no digit of the sum is to spare.
+        # The tile of `pairs`: forward and backward add up the same logits, which at 10^4 have no digit to spare.
         sweep = Tile(32, 64, 16, 8, 2, maxnreg=255)
         owner = Tile(64, 32, 0, 8, 1, BD=_power(dim))
         return Plan(sweep, "chunked", sweep, Tile(64, 64, 16, 8, 2, BD=64), owner)

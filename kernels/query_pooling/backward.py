@@ -21,7 +21,8 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
-    """(BN, columns): the rows of Z in place of tokens."""
+    """(BN, columns): the rows of Z in place of tokens, of which a tile has no fewer."""
+    tl.static_assert(rows.shape[0] <= BN)
     n = tl.arange(0, BN)
     first = tl.min(rows, 0)
     kept = (n < rows.shape[0]) & (first + n < R)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tiles import arch_of, launch, tile_block, tile_rows, upcasts
+from ..tiles import arch_of, dense, launch, tile_block, tile_rows, upcasts
 from . import backward as bwd
 from . import forward as fwd
 from . import order as ord
@@ -42,12 +42,12 @@ def forward(
         return source.new_empty(shape, dtype=dtype)
 
     mask, available = _bytes(mask), _bytes(available)
-    segments = _dense(segments)
-    given = _dense(indices)
+    segments = dense(segments)
+    given = dense(indices)
     chosen = empty(*((tokens, k) if given is None else (0,)), dtype=torch.int64)
     weights, logits = empty(tokens, k), empty(*((tokens, experts) if from_input else (0,)))
     partial_ints, partial_floats = empty(blocks, ints, dtype=torch.int32), empty(blocks, floats)
-    inputs = (_dense(selection_bias), mask, segments, available, given, jitter_seed if jitter else None)
+    inputs = (dense(selection_bias), mask, segments, available, given, jitter_seed if jitter else None)
     common = (*inputs, chosen, weights, partial_ints, partial_floats, tokens, ints, floats, jitter)
     flags = dict(
         E=experts, K=k, S=num_segments, SIGMOID=sigmoid, RENORMALIZE=renormalize, BALANCE=balance, BR=block,
@@ -55,7 +55,7 @@ def forward(
     )  # fmt: skip
     if from_input:
         launch(
-            fwd.route_x_kernel, (programs,), logits, *common, source, router_weight.contiguous(), _dense(router_bias),
+            fwd.route_x_kernel, (programs,), logits, *common, source, router_weight.contiguous(), dense(router_bias),
             source.stride(0), D=source.shape[1], PARTS=_parts(source.dtype) if exact else 1, UPCAST=upcasts(source.dtype),
             **asdict(tiles.route), **flags,
         )  # fmt: skip
@@ -122,10 +122,10 @@ def backward(
     tokens, experts = logits.shape
     rows = plan(experts, logits.dtype, arch_of(logits), False).rows
     d_logits = logits.new_empty(logits.shape)
-    segments = _dense(segments)
+    segments = dense(segments)
     launch(
         bwd.logits_kernel, (triton.cdiv(tokens, rows.BR),),
-        _dense(d_weights), d_balance, d_z, d_entropy, logits, indices.contiguous(), weights, coefficients, _bytes(mask), segments,
+        dense(d_weights), d_balance, d_z, d_entropy, logits, indices.contiguous(), weights, coefficients, _bytes(mask), segments,
         _bytes(available), jitter_seed if jitter else None, d_logits, tokens, *logits.stride(), jitter,
         E=experts, K=indices.shape[1], S=num_segments, SIGMOID=sigmoid, RENORMALIZE=renormalize, BALANCE=balance,
         BE=width(experts), **asdict(rows), num_stages=1,
@@ -171,10 +171,6 @@ def input_backward(
 def _parts(dtype: torch.dtype) -> int:
     """Numbers of this dtype that add up to any of float32."""
     return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _bytes(flags: Tensor | None) -> Tensor | None:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"CPU           {torch.get_num_threads()} threads")
     for device in devices:
         print(describe(device))
-    print(f"backend()     {mmfused.library.current_backend()}")
+    print(f"backend       {mmfused.library.current_backend()}")
     print(f"router        {mmfused.library.current_router()}; C++: {compiled()}")
     for op in OPS:
         for device in devices or [torch.device("cpu")]:
@@ -59,6 +59,9 @@ def describe(device: torch.device) -> str:
 
 
 def verdict(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    asked = mmfused.library.current_backend()
+    if asked in ("reference", "composed"):
+        return f"{op}: {asked} on {device}, as asked"
     reasons = mmfused.library.why_not_fused(device, dtype)
     if not reasons:
         return f"{op}: fused on {device}"

@@ -174,9 +174,11 @@ def _fingerprint(module: str, kernel: str) -> str:
     """The source of a kernel and of all it calls, and this Triton; and how a kernel is judged here."""
     import triton
 
+    from mmfused.kernels import tiles
+
     judge = [inspect.getsource(part) for part in (compile_job, _resources, races)]
     source = getattr(importlib.import_module(module), kernel).cache_key
-    return hashlib.sha256(repr((triton.__version__, source, judge)).encode()).hexdigest()
+    return hashlib.sha256(repr((triton.__version__, source, judge, tiles.OPTIONS, MATRIX_INSTRUCTIONS)).encode()).hexdigest()
 
 
 def source_key(job: Job) -> str:

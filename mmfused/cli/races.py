@@ -3,7 +3,7 @@
 A loop's loads go through rings of shared memory that asynchronous copies fill ahead of use. A tile that an asynchronous
 ``warp_group_dot`` reads needs one slot more than a tile that is read into registers, since the copy that refills a slot must
 wait for the dot of the previous turn. Triton counts a tile that is used both ways as the latter: the next copy overwrites what the
-tensor cores still read. No interpreter shows it, and a card mostly hides it by timing. The mend is to use such a tile in one way
+tensor cores still read. No interpreter shows it, and a card mostly hides it by timing. The fix is to use such a tile in one way
 only, or ``num_stages=1``.
 """
 

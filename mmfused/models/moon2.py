@@ -165,7 +165,7 @@ def spread(moe: Experts, state: dict, prefix: str, *_) -> None:
 
 
 def _without_margin(module, state_dict: dict, prefix: str, *_) -> None:
-    """States of former versions hold the margin, which follows from the training's progress."""
+    """Earlier states hold the margin, which follows from the training's progress."""
     state_dict.pop(f"{prefix}margin", None)
 
 

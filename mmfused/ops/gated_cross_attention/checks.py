@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_tensors, check_value
+from ...library import check_numbers, check_tensors, check_value
 from .reference import CrossAttentionWeights
 
 GATES = ("channel", "token", "none")
@@ -17,6 +17,7 @@ def check(
     op, names, given, directions, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p, dropout_seed
 ) -> None:
     check_options(op, gate, indicator, missing, pre_norm, dropout_p=dropout_p)
+    check_numbers(op, norm_eps=norm_eps)
     floats = dict(zip(names, (side[0] for side in given), strict=True))
     for name, w in zip(("weights",) if len(directions) == 1 else ("to_a", "to_b"), directions, strict=True):
         if not isinstance(w, CrossAttentionWeights):
@@ -57,6 +58,7 @@ def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_n
             raise ValueError(f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}.")
     if not pre_norm and gate != "none":
         raise ValueError(f"{op}: pre_norm is False and gate is {gate!r}; a norm after the sum takes gate 'none'.")
+    check_numbers(op, **dropout)
     for name, p in dropout.items():
         if not 0 <= p < 1:
             raise ValueError(f"{op}: {name} is {p}; it takes a number from 0 to below 1.")

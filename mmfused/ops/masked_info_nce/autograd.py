@@ -67,11 +67,12 @@ class InfoNCE(torch.autograd.Function):
             candidate, c_key, c_id = (None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id))
         ctx.everything = smoothing > 0 or (c_id is not None and same_id != "drop")
         q_order, c_order = (None, None) if c_key is None else (q_key.argsort(stable=True), c_key.argsort(stable=True))
-        bias = None
+        bias, nan = None, _nan_rows(query)
         if c_key is not None or c_id is not None:  # some pairs are hidden, and must stay so: 0 times NaN is NaN
             candidate, bias = _without_nan(candidate)
-            nan = _nan_rows(query)
-            broken = nan if broken is None else nan | broken
+        else:
+            nan = nan | _nan_rows(candidate).any()
+        broken = nan if broken is None else nan | broken
         place = _place(target, c_order)
         args = (
             _pick(query, q_order), _pick(candidate, c_order), _pick(bias, c_order), scale, _pick(place, q_order),
@@ -82,13 +83,15 @@ class InfoNCE(torch.autograd.Function):
         dots = _unpick(dots, q_order, 0)
         if bias is not None:
             dots = dots + bias[target].to(acc)
-        if broken is not None:
-            dots = dots.masked_fill(broken, float("nan"))
+        dots = dots.masked_fill(broken, float("nan"))
         row, column = row.double(), column.double()  # vectors: what they cost is nothing, and a logsumexp keeps its digits
         row, column = _unpick(row, q_order), _unpick(column, c_order) if symmetric else None
         if symmetric:
+            if bias is None:
+                column = column.masked_fill(nan.any(), float("nan"))
             column = (column if ranks is None else ranks.merge_columns(column))[:, target]
         logit = dots * scale
+        logit = logit + 0 * logit  # infinite: NaN, not a target that outweighs all
         nce = _term(row, logit, ctx)
         if symmetric:
             nce = (nce + _term(column, logit, ctx)) / 2

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...library import check_tensors, check_value
+from ...library import check_numbers, check_tensors, check_value
 
 OP = "masked_info_nce"
 SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
@@ -31,6 +31,7 @@ def check(
         if mine is not None and theirs is None:
             raise ValueError(f"{OP}: query_{kind} is given without candidate_{kind}; it takes both, or candidate_{kind} alone.")
     _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight)
+    check_numbers(OP, false_negative_margin=false_negative_margin)
     if false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf:  # the compiler knows no isfinite
         raise ValueError(f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None.")
     if temperature is not None:  # the scale is given
@@ -69,6 +70,7 @@ def _check_options(symmetric, target, query, candidate, same_id, label_smoothing
         raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}.")
+    check_numbers(OP, label_smoothing=label_smoothing, positive_weight=positive_weight)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{OP}: label_smoothing is {label_smoothing}; it takes a number in [0, 1).")
     if not positive_weight >= 0:
@@ -86,6 +88,11 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
             f"{op}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
         )
     check_value(lambda: (temperature > 0).all(), f"{op}: temperature holds a number that is not above 0; it takes one above 0.")
+
+
+def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
+    """NaN in place of a temperature that is not above 0: what ``check_value`` let pass."""
+    return torch.where(temperature > 0, temperature, math.nan) if isinstance(temperature, Tensor) else temperature
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The sweep over all pairs in plain PyTorch, one block of rows at a time: nothing of size B x C is ever alive.
 
-Queries and candidates come sorted by key. Each row's target is left out here (:mod:`.function` treats it by itself): a row with
+Queries and candidates come sorted by key. Each row's target is left out here (:mod:`.autograd` treats it by itself): a row with
 nothing else then gets exactly -inf, and a loss near 0 keeps its digits. The statistics are float64: a logsumexp of 20 rounded to
 float32 would put an error of 1e-6 on a whole row of probabilities.
 """

@@ -8,7 +8,7 @@
 The target leaves the sum: with n_i = log sum over P_i without the target of exp(S_ij), the term is softplus(n_i - S_i,target) and
 its derivative -sigmoid of the same, so neither loses digits where the target's probability nears 1, and a row without negatives
 (n_i = -inf) gives exactly 0. What remains is one sweep over the pairs: forward for the n_i of rows and columns from the same
-logits, backward for the two gradients, 8 B C D FLOPs in all for both directions. d scale = <q, dq> / scale needs no sweep.
+logits, backward for the two gradients and that of the scale, sum_ij dS_ij q_i . c_j: 8 B C D FLOPs in all for both directions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...library import autocast_dtype, choose, distinct, no_autocast
 from .autograd import InfoNCE
-from .checks import check, check_first
+from .checks import check, check_first, valid_or_nan
 from .distributed import Ranks
 
 
@@ -168,14 +168,14 @@ def masked_info_nce(
         reduction: "mean", "sum" or "none", (B,).
 
     Returns: float32, or float64 for float64 inputs. A row (or column) with one allowed pair has an nce of exactly 0 and counts in
-    the mean. A candidate that nobody sees may hold NaN and gets gradient 0; where there are keys or ids, one that is not finite
-    makes the rows that see it NaN, and a query its own row and what that sees. Not twice differentiable: that raises. On a GPU the
+    the mean. A candidate that nobody sees may hold NaN and gets gradient 0; another that is not finite makes the rows that see it
+    NaN, and a query its own row and what that sees. Not twice differentiable: that raises. On a GPU the
     kernels wait for nothing; ``composed`` waits for the host to learn which blocks have pairs, so no CUDA graph takes it.
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
     Values in tensors are checked in eager mode on a CPU. Elsewhere a row gives NaN if its target is none of the candidates, or its
-    key or weight negative, and every row if a candidate's key is below -1, or the temperature 0 or NaN, or so small that its
-    reciprocal is infinite (below 3e-39 in float32); a negative temperature is computed as it stands.
+    key or weight negative, and every row if a candidate's key is below -1, or the temperature not above 0, or so small that its
+    reciprocal is infinite (below 3e-39 in float32).
 
     Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362); keys as masks are this library's.
     """
@@ -217,6 +217,7 @@ def _loss(
     rest = dict(positive_weight=positive_weight, row_weight=row_weight, label_smoothing=label_smoothing, reduction=reduction)
     rest["false_negative_margin"] = false_negative_margin
     check(query, candidate, temperature=temperature, **options, **rest)
+    temperature = valid_or_nan(temperature)
     no_kernel = [] if false_negative_margin is None else ["false_negative_margin has no kernel"]
     chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel)
     with no_autocast(query.device.type):
@@ -224,7 +225,7 @@ def _loss(
             if ranks is not None:
                 raise RuntimeError("masked_info_nce: backend 'reference' has no gather; it takes gather=None, or 'composed'.")
             if scale is not None:
-                query, temperature = query * scale, 1.0
+                query, temperature = query.to(torch.promote_types(query.dtype, torch.float32)) * scale, 1.0
             return masked_info_nce_reference(query, candidate, temperature=temperature, **options, **rest)
         acc = torch.promote_types(query.dtype, torch.float32)
         if scale is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -60,9 +61,8 @@ class MaskedInfoNCE(nn.Module):
         if unknown:
             raise TypeError(f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction.")
         self.temperature, self.learnable_temperature = temperature, learnable_temperature
-        # Fixed, it is there to be read; it is not registered, so that no state holds it and no cast rounds it.
-        log_scale = torch.tensor(-math.log(temperature), device=None if learnable_temperature else "cpu")
-        self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
+        if learnable_temperature:  # a fixed one is a number: no state holds it and no cast rounds it
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.max_scale, self.normalize, self.gather = max_scale, normalize, gather
         self.options = {**options, "reduction": reduction}
         self.register_load_state_dict_pre_hook(_without_fixed_scale)
@@ -90,7 +90,7 @@ class MaskedInfoNCE(nn.Module):
         return loss_over_ranks(query, candidate, self.gather == "global", temperature=temperature, **keys, **self.options)
 
     def extra_repr(self) -> str:
-        learned = "learned" if self.learnable_temperature else "fixed"
+        learned = "learned, initial" if self.learnable_temperature else "fixed"
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{learned} temperature={self.temperature:g}, normalize={self.normalize}, gather={self.gather!r}{options}"
 
@@ -110,6 +110,10 @@ def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
 
 
 def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
-    """Version 0.1 kept a fixed temperature in the state; the one asked for counts."""
-    if not module.learnable_temperature:
-        state_dict.pop(prefix + "log_scale", None)
+    """Earlier states hold a fixed temperature too; the one asked for counts."""
+    kept = None if module.learnable_temperature else state_dict.pop(prefix + "log_scale", None)
+    if kept is None:
+        return
+    stored, own = math.exp(-kept.item()), module.temperature
+    if abs(stored / own - 1) > 0.01:  # of 16 bits it is rounded
+        warnings.warn(f"MaskedInfoNCE: the state's temperature is {stored:.4g}; the module keeps its own, {own}.", stacklevel=2)

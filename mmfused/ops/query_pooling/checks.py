@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_tensors, check_value
+from ...library import check_numbers, check_tensors, check_value
 
 FORMS = ("auto", "absorbed", "projected")
 
 
 def check(
-    x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, dropout_p,
+    x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps, dropout_p,
     dropout_seed, form,
 ) -> None:  # fmt: skip
     op = "query_pooling"
@@ -36,6 +36,7 @@ def check(
     for name, shape in expected.items():
         if floats[name] is not None and floats[name].shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(floats[name].shape)}; it takes {shape}.")
+    check_numbers(op, scale=scale, norm_eps=norm_eps)
     if num_heads < 1 or k_dim % num_heads or v_dim % num_heads:
         raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide Dk = {k_dim} and Dv = {v_dim}.")
     if norm_bias is not None and norm_weight is None:
@@ -50,6 +51,7 @@ def check(
 
 
 def check_dropout(op: str, name: str, p: float) -> None:
+    check_numbers(op, **{name: p})
     if not 0 <= p < 1:
         raise ValueError(f"{op}: {name} is {p}; it takes a number from 0 to below 1.")
 

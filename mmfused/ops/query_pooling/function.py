@@ -320,7 +320,7 @@ def query_pooling(
     if cast is not None and x.dtype != torch.float64:
         with no_autocast(x.device.type):  # weights are folded before they are rounded: this op casts for itself
             return query_pooling(x.to(cast), *args, **options, **norm, **dropout, form=form)
-    check(x, *args, **options, norm_weight=norm_weight, norm_bias=norm_bias, **dropout, form=form)
+    check(x, *args, **options, **norm, **dropout, form=form)
     no_kernel = ["form='projected' has no kernel of its own"] if form == "projected" else []
     if norm_weight is not None and x.shape[-1] == 2:  # normalised, both are +-1, and the gradient what is left of their difference
         no_kernel.append("a LayerNorm of two features has no kernel: its gradient would be rounding")

@@ -1,7 +1,8 @@
-"""What becomes of values that routing does not take where nobody may raise: on CUDA and in compiled graphs their tokens are NaN."""
+"""Values that routing does not take, on CUDA and in compiled graphs, where nothing can raise: their tokens become NaN."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -34,18 +35,11 @@ def take(
         few = available.sum(1) < k
         row = 0 if segments is None else segments
         void.append(few[row])
-        usable = available[row] | _any(void)[..., None]
+        usable = available[row] | reduce(torch.logical_or, void)[..., None]
     if indices is not None:
         given, indices = indices, indices.clamp(0, num_experts - 1)
         void.append((given != indices).any(1))
-    return Values(segments, indices, usable, _any(void) if void else None)
-
-
-def _any(conditions: list[Tensor]) -> Tensor:
-    first, *others = conditions
-    for other in others:
-        first = first | other
-    return first
+    return Values(segments, indices, usable, reduce(torch.logical_or, void) if void else None)
 
 
 def spoil(logits: Tensor, void: Tensor | None, mask: Tensor | None) -> Tensor:
