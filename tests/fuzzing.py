@@ -218,7 +218,7 @@ def judge(
     terms of a sum may be a lucky one at all of them, and no formula is asked to err less than one rounding of its input.
     A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
     changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may
-    every gradient that a fused attention's rowsum(dO O) had a part in (``delta_rounds``), and by 16 times plain's mean: torch's own,
+    every gradient that a fused attention's rowsum(dO O) had a part in (``delta_rounds``), and by 16 times plain's mean: torch's,
     pooling's kernel at large logits, cross-attention's in 16 bits. Rounded by itself, it does not make dS sum to 0 as softmax's
     backward does, which plain PyTorch goes through. Half of the cases of attention run on "math", which is held to the budget.
     """
