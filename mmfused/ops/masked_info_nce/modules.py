@@ -61,8 +61,9 @@ class MaskedInfoNCE(nn.Module):
         if unknown:
             raise TypeError(f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction.")
         self.temperature, self.learnable_temperature = temperature, learnable_temperature
-        if learnable_temperature:  # a fixed one is a number: no state holds it and no cast rounds it
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        # Of a fixed temperature it is there to be read alone, and not registered: no state holds it and no cast rounds it.
+        log_scale = torch.tensor(-math.log(temperature), device=None if learnable_temperature else "cpu")
+        self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
         self.max_scale, self.normalize, self.gather = max_scale, normalize, gather
         self.options = {**options, "reduction": reduction}
         self.register_load_state_dict_pre_hook(_without_fixed_scale)
