@@ -301,7 +301,8 @@ def query_pooling(
         key_padding_mask: (B, N) bool, True = ignore the token. ``lengths``: (B,) int in [0, N], keep the first tokens. Not both.
             A sample without tokens gives 0 (not the value bias) with gradient 0; ignored tokens may hold NaN.
         norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections. Weight and bias are folded into
-            them; tokens are normalised in float32 where they are read, so that no mean, however large, costs accuracy.
+            them; tokens are normalised in float32 where they are read, so that no mean, however large, costs accuracy. D = 2 has no
+            kernel.
         dropout_p: of the probabilities, those kept are divided by 1 - dropout_p. dropout_seed: () int64 tensor, None draws one from
             the device's generator; a seed drops the same on every backend (``mmfused.testing.dropout_mask``).
         form: "absorbed" never materialises K or V; "projected" is the usual way, on torch's attention; "auto" compares FLOPs.
