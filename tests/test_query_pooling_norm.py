@@ -55,6 +55,10 @@ def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (3, 9, dim, 4, 2, 8, 6))
     inputs, heads = make("few columns", norm=True, padding="mask", dtype=dtype)
+    if (backend, dim) == ("fused", 2):  # +1 and -1 whatever x is: the kernel's gradient would be what rounding left
+        with pytest.raises(RuntimeError, match="a LayerNorm of two features has no kernel"):
+            run(inputs, heads, backend, form="auto")
+        return
     check_budget(shifted(inputs, 3), heads, backend, form)
 
 
@@ -66,12 +70,3 @@ def test_equal_columns_are_normalised_to_zero(backend, form, dtype):
     out = run(inputs, heads, backend, form=form)["out"]
     want = run(cast(inputs, torch.float64), heads, "reference")["out"]
     torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
-
-
-def test_a_norm_of_two_features_has_no_kernel():
-    """Normalised they are +1 and -1 whatever x is: the kernel's gradient would be what rounding left."""
-    inputs, heads = make(norm=True, dtype=torch.float32, grad=False)
-    for name in ("x", "w_k", "w_v", "norm_weight", "norm_bias"):
-        inputs[name] = inputs[name][..., :2]
-    with pytest.raises(RuntimeError, match="a LayerNorm of two features has no kernel"):
-        run(inputs, heads, "fused", form="auto")
