@@ -243,7 +243,7 @@ def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dt
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        rounding *= 4 if dtype in (torch.float32, torch.float64) else 1  # more products in a row than plain; of 16 bits in float32
+        rounding *= 4 if rounding < 1e-3 else 1  # more products in a row than plain; those of 16 bits are in float32
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = few * torch.finfo(dtype).eps
