@@ -42,10 +42,9 @@ class backend(Choice):
     ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer, float32/float16/bfloat16) and ``composed`` elsewhere.
     Asking for ``fused`` where it cannot run makes the op raise ``RuntimeError`` with the reasons.
 
-    It holds for this thread and context (asyncio task) alone; what no ``with`` says, :func:`set_backend` does, and a call without
-    ``with`` does nothing. A backward uses
-    its forward's backend wherever it runs, and so does a recomputation under ``torch.utils.checkpoint(use_reentrant=False)``. With
-    ``use_reentrant=True`` enter the ``with`` inside the checkpointed function.
+    It holds for this thread and context (asyncio task) alone; elsewhere :func:`set_backend` decides. Without ``with`` the call does
+    nothing. A backward uses its forward's backend wherever it runs, and so does a recomputation under
+    ``torch.utils.checkpoint(use_reentrant=False)``; with ``use_reentrant=True`` enter the ``with`` inside the function.
     """
 
     switch = _backend
@@ -203,6 +202,14 @@ def check_numbers(op: str, **numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int | float):
             raise TypeError(f"{op}: {name} is a {type(number).__name__}; it takes a number.")
+
+
+def check_fractions(op: str, **fractions: float) -> None:
+    """Refuse what is no number from 0 to below 1, such as a share of what is dropped."""
+    check_numbers(op, **fractions)
+    for name, fraction in fractions.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{op}: {name} is {fraction}; it takes a number from 0 to below 1.")
 
 
 def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:

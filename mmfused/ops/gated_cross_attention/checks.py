@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_numbers, check_tensors, check_value
 from .reference import CrossAttentionWeights
 
 GATES = ("channel", "token", "none")
@@ -58,10 +58,7 @@ def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_n
             raise ValueError(f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}.")
     if not pre_norm and gate != "none":
         raise ValueError(f"{op}: pre_norm is False and gate is {gate!r}; a norm after the sum takes gate 'none'.")
-    check_numbers(op, **dropout)
-    for name, p in dropout.items():
-        if not 0 <= p < 1:
-            raise ValueError(f"{op}: {name} is {p}; it takes a number from 0 to below 1.")
+    check_fractions(op, **dropout)
 
 
 def _masks(names, given) -> dict[str, Tensor | None]:

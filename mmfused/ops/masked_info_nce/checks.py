@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...library import check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_numbers, check_tensors, check_value
 
 OP = "masked_info_nce"
 SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
@@ -70,9 +70,8 @@ def _check_options(symmetric, target, query, candidate, same_id, label_smoothing
         raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}.")
-    check_numbers(OP, label_smoothing=label_smoothing, positive_weight=positive_weight)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"{OP}: label_smoothing is {label_smoothing}; it takes a number in [0, 1).")
+    check_fractions(OP, label_smoothing=label_smoothing)
+    check_numbers(OP, positive_weight=positive_weight)
     if not positive_weight >= 0:
         raise ValueError(f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0.")
 

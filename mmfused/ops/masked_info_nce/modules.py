@@ -113,7 +113,7 @@ def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
 def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
     """Earlier states hold a fixed temperature too; the one asked for counts."""
     kept = None if module.learnable_temperature else state_dict.pop(prefix + "log_scale", None)
-    if kept is None:
+    if kept is None or kept.is_meta:
         return
     stored, own = math.exp(-kept.item()), module.temperature
     if abs(stored / own - 1) > 0.01:  # of 16 bits it is rounded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_numbers, check_tensors, check_value
 
 FORMS = ("auto", "absorbed", "projected")
 
@@ -43,17 +43,11 @@ def check(
         raise ValueError(f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both.")
     if form not in FORMS:
         raise ValueError(f"{op}: form is {form!r}; it takes one of {', '.join(FORMS)}.")
-    check_dropout(op, "dropout_p", dropout_p)
+    check_fractions(op, dropout_p=dropout_p)
     if dropout_seed is not None and (dropout_seed.dtype != torch.int64 or dropout_seed.dim()):
         shape = tuple(dropout_seed.shape)
         raise TypeError(f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar.")
     _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
-
-
-def check_dropout(op: str, name: str, p: float) -> None:
-    check_numbers(op, **{name: p})
-    if not 0 <= p < 1:
-        raise ValueError(f"{op}: {name} is {p}; it takes a number from 0 to below 1.")
 
 
 def _check_padding(op: str, batch: int, length: int, mask: Tensor | None, lengths: Tensor | None) -> None:

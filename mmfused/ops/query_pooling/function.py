@@ -85,9 +85,9 @@ def _ignored(batch: int, length: int, mask: Tensor | None, lengths: Tensor | Non
 
 
 def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor | tuple[Tensor, Tensor]:
-    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D), and under dropout ksum (B, R), at least float32; neither over 1 - p.
+    """x (B, N, D), q (R, D) or (B, R, D) -> z (B, R, D), and under dropout ksum (B, R), at least float32.
 
-    With ``eps`` x stands for its rows normalised to mean 0, variance 1.
+    Under dropout neither is divided by 1 - p. With ``eps`` x stands for its rows normalised to mean 0, variance 1.
     """
     q = q.to(x.dtype)
     ignore = _ignored(*x.shape[:2], mask, lengths, x.device)

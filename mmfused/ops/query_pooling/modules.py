@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...library import current_backend, no_autocast
-from .checks import check_dropout
+from ...library import check_fractions, current_backend, no_autocast
 from .function import dead_samples, query_pooling
 
 
@@ -28,7 +27,7 @@ class QueryPooling(nn.Module):
         self, dim, num_queries, num_heads=1, *, kv_dim=None, q_proj=False, out_proj=False, bias=False, norm_kv=False, dropout=0.0
     ):  # fmt: skip
         super().__init__()
-        check_dropout("QueryPooling", "dropout", dropout)
+        check_fractions("QueryPooling", dropout=dropout)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"QueryPooling: num_heads is {num_heads}; it must be positive and divide dim = {dim}.")
         kv_dim = dim if kv_dim is None else kv_dim

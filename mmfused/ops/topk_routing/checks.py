@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_tensors, check_value
 from .order import check_indices, check_mask
 
 BALANCES = ("switch", "gshard", "mse")
@@ -57,9 +57,7 @@ def check(
         if indices.shape != (tokens, k):
             raise ValueError(f"{op}: indices has shape {tuple(indices.shape)}; it takes {(tokens, k)}.")
         check_indices(op, indices, experts)
-    check_numbers(op, jitter=jitter)
-    if not 0 <= jitter < 1:
-        raise ValueError(f"{op}: jitter is {jitter}; it takes a number from 0 to below 1.")
+    check_fractions(op, jitter=jitter)
     if jitter_seed is not None and (jitter_seed.dtype != torch.int64 or jitter_seed.dim()):
         raise TypeError(
             f"{op}: jitter_seed has dtype {jitter_seed.dtype} and shape {tuple(jitter_seed.shape)}; it takes a torch.int64 scalar."
