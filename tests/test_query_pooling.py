@@ -194,8 +194,7 @@ def test_gradients_of_any_layout(layout, backend):
 # ---- 3: registration (torch.compile: tests/test_compile.py) ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize("eps, padding", [(None, "mask"), (1e-5, "lengths"), (1e-5, "none")])
 def test_opcheck(eps, padding):
     inputs, _ = make(padding=padding, dtype=torch.float32, grad=False)
     x, q = inputs["x"], torch.randn(7, 70, device=DEVICE)
@@ -359,9 +358,9 @@ def test_offsets_are_64_bit():
         tl.store(out_ptr + tl.arange(0, 16)[:, None] * 16 + cols[None, :], tile)
 
     probe.fn.__globals__["load_tokens"] = load_tokens
-    rows, stride = 70_000, 40_000
-    x = torch.zeros(rows * stride, dtype=torch.float16)  # 5.6 GB of zero pages: only what is written takes memory
+    rows, stride = 70_000, 32_000
+    x = torch.zeros(rows * stride, dtype=torch.uint8)  # 2.2 GB of zero pages
     x[(rows - 5) * stride : (rows - 5) * stride + 10] = 7
-    out = torch.full((16, 16), -1.0, dtype=torch.float16)
+    out = torch.full((16, 16), 9, dtype=torch.uint8)
     probe[(1,)](x, out, rows - 5, stride, D=10)
     assert (out[0, :10] == 7).all() and not out[0, 10:].any() and not out[1:].any()

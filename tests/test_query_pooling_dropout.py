@@ -65,7 +65,7 @@ def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype)
     check_budget(inputs, heads)
 
 
-@pytest.mark.parametrize("shape", ["head dim 96", "more samples than partial sums", "one query"])
+@pytest.mark.parametrize("shape", ["head dim 96", "one query"])
 def test_kernels_stay_within_the_budget_at_more_shapes(shape):
     inputs, heads = make(shape, padding="mask", dtype=torch.float32)
     check_budget(inputs, heads, p=0.7)
@@ -358,7 +358,7 @@ import torch, mmfused
 from torch._dynamo.utils import counters
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
+for name in ["composed"] + (["fused"] if device == "cuda" else []):
     torch._dynamo.reset()
     counters.clear()
     mmfused.set_backend(name)
