@@ -66,7 +66,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` does all
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     assert not any(row["spilled"] or row["fault"] for row in rows)
