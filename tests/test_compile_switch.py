@@ -235,10 +235,10 @@ def inside(function):
 x = torch.randn(5, 6, 16)
 for name, function in functions.items():
     want = inside(function)(x)
-    got = compiled(inside(function), "aot_eager", fullgraph=True)(x)
+    got = compiled(inside(function), fullgraph=True)(x)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    run = compiled(function, "aot_eager", fullgraph=True)
+    run = compiled(function, fullgraph=True)
     for backend in ("reference", "composed", "reference"):
         with mmfused.backend(backend):
             torch.testing.assert_close(run(x), function(x), rtol=1e-5, atol=1e-5)

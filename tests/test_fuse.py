@@ -351,7 +351,7 @@ from torch._dynamo.utils import counters
 for case in test_fuse.CASES:
     torch._dynamo.reset()
     model, inputs, call, swapped, _ = test_fuse.build(case)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     counters.clear()
     if case == "timm":
         call(compiled, *inputs.values())

@@ -181,7 +181,7 @@ def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
 
 def test_tiles_are_changed_one_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(choices, "small", lambda case: masked_info_nce.custom({"B": 20, "D": 16}))
+    monkeypatch.setattr(choices, "small", lambda case: masked_info_nce.custom({"B": 5, "D": 16}))
     assert choices.main(["--op", "masked_info_nce", "--tiles", "clip-65536", "--quick", "--out", str(tmp_path)]) == 0
     (variants,) = found(tmp_path, "tiles-clip-65536")["cases"].values()
     assert variants[choices.LIBRARY]["gate"] == "passed" and len(variants) > 10

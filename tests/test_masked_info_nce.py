@@ -241,7 +241,8 @@ runs = [("composed", kind, torch.float32) for kind in ("keys", "itself", "everyt
 for name, kind, dtype in [*runs, ("reference", "everything", torch.float32)]:
     torch._dynamo.reset(), counters.clear()
     mmfused.set_backend(name)
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    backend = "aot_eager" if (name, kind) == ("composed", "everything") else "eager"  # tracing the gradients too takes long
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for n in (17, 40, 33):
         tensors, options = case(kind, n, dtype)
         want, got = loss(tensors, options), compiled(tensors, options)
