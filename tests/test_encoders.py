@@ -42,7 +42,7 @@ def test_full_size_presets_train(preset):
     output.loss.backward()
     before = {name: parameter.detach().sum() for name, parameter in model.named_parameters() if parameter.ndim < 3}
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.sum().isfinite() for p in model.parameters())
     assert before["moe.router.4.weight"] != model.moe.router[4].weight.detach().sum()
 
 
