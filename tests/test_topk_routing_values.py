@@ -301,3 +301,34 @@ def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, scor
     (gradient,) = torch.autograd.grad(routing.weights, logits, torch.randn(60, 4, device=DEVICE))
     assert not gradient.scatter(1, routing.indices, 0.0).any()
     assert gradient.any()
+
+
+def near_1():
+    logits = torch.randn(40, 5) * 0.3
+    logits[:, 0] += torch.linspace(8, 20, 40)
+    return logits
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
+    """It is what the other experts leave: in float32 P - P ** 2 has no digit of it, their sum has all."""
+    logits, upstream, gradients = near_1(), torch.randn(40, k), []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaf = logits.to(DEVICE, dtype).requires_grad_()
+        with mmfused.backend(name):
+            weights = mmfused.topk_routing(leaf, k, renormalize=False).weights
+        gradients += torch.autograd.grad(weights, leaf, upstream.to(DEVICE, dtype))
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_gradient_of_a_probability_near_1_keeps_its_digits_in_the_cpp_router(k, simt):
+    case = csrc_cases.make(40, 5, k, sigmoid=False, renormalize=False)
+    case["source"].copy_(near_1())
+    weights, *losses = csrc_cases.upstream(case)
+    upstream = [weights, *map(torch.zeros_like, losses)]
+    out = simt.forward(case)
+    got = simt.backward(case, upstream, out)
+    want = csrc_cases.expected(case | dict(indices=out["indices"]), torch.float64, upstream)["d_logits"]
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0.0)
