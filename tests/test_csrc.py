@@ -224,7 +224,7 @@ def test_jitter_has_the_same_bits_everywhere(module):
 # ---- how it is built and chosen -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
     home = extension._cuda_home()
     if home is None:
