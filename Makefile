@@ -13,11 +13,11 @@ endif
 
 # A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz
+.PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
+	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; CHECKOUTS, SUITES of peers; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
 	@echo "after which it ends, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
 
 demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
@@ -44,6 +44,9 @@ compile-matrix: $(READY) ## compile every kernel for every supported GPU and Tri
 
 newest: $(READY) ## compile a few kernels on the newest Triton of the package index
 	$(PY) tools/compile_matrix.py --newest
+
+peers: $(READY) ## run suites of sentence-transformers, open_clip and transformers plain and fused, from their clones in CHECKOUTS
+	$(PY) tools/peers.py $(if $(CHECKOUTS),--checkouts $(CHECKOUTS)) $(SUITES)
 
 gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
 	$(PY) benchmarks/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)

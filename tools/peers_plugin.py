@@ -1,0 +1,137 @@
+"""A plugin of pytest for tools/peers.py: inserts this library, and writes down how each test ended.
+
+``--peers-insert fuse`` fuses every module that is called, and every loss when it is made: a loss
+has methods that are called without the module being called. ``experts`` chooses
+``experts_implementation="mmfused"`` in models that have the choice.
+"""
+
+import functools
+import json
+import random
+import sys
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+RANK = ("passed", "skipped", "failed")
+tests: dict[str, dict] = {}  # node id -> outcome, calls of our ops, the last failure
+calls = 0  # of our ops, in this process
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("peers")
+    group.addoption("--peers-insert", default="nothing", choices=("nothing", "fuse", "experts"))
+    group.addoption("--peers-out", type=Path, required=True)
+
+
+def pytest_configure(config):
+    how = config.getoption("--peers-insert")
+    if how != "nothing":
+        import mmfused  # only now: a plain run is one without this library
+
+        count_ops(mmfused.swaps)
+        at_first_call(mmfused.fuse if how == "fuse" else choose_experts(mmfused))
+
+
+def count_ops(swaps):
+    """Count the calls that the swapped forwards make of functions in mmfused.ops."""
+
+    def counted(op):
+        @functools.wraps(op)
+        def call(*args, **kwargs):
+            if not torch.compiler.is_compiling():
+                global calls
+                calls += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for module in vars(swaps).values():
+        if isinstance(module, types.ModuleType):
+            for name, op in list(vars(module).items()):
+                if isinstance(op, types.FunctionType) and op.__module__.startswith("mmfused.ops."):
+                    setattr(module, name, counted(op))
+
+
+def at_first_call(insert):
+    """Call ``insert(module)`` before the first call of a module that is in none seen before."""
+    seen, original = weakref.WeakSet(), nn.Module.__call__
+
+    def call(self, *args, **kwargs):
+        if not torch.compiler.is_compiling() and self not in seen:
+            seen.update(self.modules())
+            insert(self)
+        return original(self, *args, **kwargs)
+
+    nn.Module.__call__ = call
+
+
+def choose_experts(mmfused):
+    mmfused.register_experts()
+
+    def choose(module):
+        for model in module.modules():
+            can_set = getattr(model, "_can_set_experts_implementation", None)  # of the class
+            if can_set is not None and can_set():
+                model.set_experts_implementation("mmfused")
+
+    return choose
+
+
+def fuse_new_losses():
+    """Fuse losses, of classes imported by now, as soon as they are made; not their subclasses."""
+    import mmfused
+
+    def fusing(cls, original):
+        @functools.wraps(original)
+        def __init__(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            if type(self) is cls:
+                mmfused.fuse(self)
+
+        __init__.fuses = True
+        return __init__
+
+    for path in mmfused.swaps.KINDS:
+        module, _, name = path.rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        if "loss" in path and cls is not None and not hasattr(cls.__init__, "fuses"):
+            cls.__init__ = fusing(cls, cls.__init__)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same random numbers with and without the library, and in any order of the tests."""
+    if item.config.getoption("--peers-insert") == "fuse":
+        fuse_new_losses()
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    before = calls
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("calls of ops", calls - before))
+
+
+def pytest_runtest_logreport(report):
+    test = tests.setdefault(report.nodeid, {"outcome": "passed", "calls": 0, "failure": ""})
+    test["outcome"] = max(test["outcome"], report.outcome, key=RANK.index)
+    test["calls"] = dict(report.user_properties).get("calls of ops", test["calls"])
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        test["failure"] = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):  # a worker of pytest-xdist, which writes nothing
+        session.config.getoption("--peers-out").write_text(json.dumps(tests))
