@@ -238,6 +238,23 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if autocasts else None
 
 
+def to_autocast(*values: object) -> list:
+    """Floating tensors in the dtype that autocast chooses, differentiably; float64, and what is no such tensor, as it is."""
+
+    def cast(x):
+        dtype = autocast_dtype(x.device.type) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+        return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+    return [cast(x) for x in values]
+
+
+def wide_unless(dtype: torch.dtype, *values: object) -> list:
+    """Floating tensors of another 16-bit type than ``dtype`` in float32: parameters under autocast that are rounded later."""
+    keep = (dtype, torch.float32, torch.float64)
+    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in values]
+    return [x.float() if float_ and x.dtype not in keep else x for x, float_ in zip(values, floats, strict=True)]
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """A context without autocast; unlike torch's own it knows the meta device."""
     return contextlib.nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

@@ -172,7 +172,7 @@ LEFT = {
     "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
     "scale is 1.0": lambda: after(latent(), setting("scale", 1.0)),
     "kv is a Sequential": lambda: after(latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))),
-    "Hooks on kv": lambda: after(latent(), hook),
+    "kv has hooks": lambda: after(latent(), hook),
     "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
     "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
     "attention inside is a OwnAttention": lambda: after(siglip2(), setting("attention", OwnAttention(D, H))),

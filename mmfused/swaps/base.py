@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 KINDS: dict[str, type[Swap]] = {}  # full name of a class -> how its instances are swapped
 LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left
@@ -67,20 +66,4 @@ def other_version(kind: type, cls: type, module: nn.Module) -> str | None:
     new = inspect.signature(cls.forward).parameters.keys() - inspect.signature(kind.forward).parameters.keys()
     if new:
         return f"This version of {cls.__qualname__} takes {', '.join(sorted(new))}, which fuse does not know."
-    return touched(module, "this module", hooks=False)
-
-
-def touched(module: nn.Module, name: str, hooks: bool = True) -> str | None:
-    """Hooks of a module whose weights are used without calling it would never run; a forward of its own would not be heard."""
-    if "forward" in module.__dict__:
-        return f"The forward of {name} was replaced on the instance."
-    seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return f"Hooks on {name} would not run." if hooks and seen else None
-
-
-def dense(*tensors: Tensor | None) -> bool:
-    """Plain tensors: neither nested nor sparse nor a subclass (DTensor, quantised) that computes in its own way."""
-    return all(
-        t is None or (type(t).__name__ in ("Tensor", "Parameter", "FakeTensor") and t.layout is torch.strided and not t.is_nested)
-        for t in tensors
-    )
+    return "The forward of this module was replaced on the instance." if "forward" in module.__dict__ else None

@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..children import attached, dense
 from ..ops.grouped_mlp import grouped_linear, grouped_mlp
 from ..ops.grouped_mlp.checks import FLOATS
 from ..ops.topk_routing import Routing, routing_from_indices
-from .base import KINDS, Swap, dense, path_of, touched
+from .base import KINDS, Swap, path_of
 
 # What transformers' decorator notes of an experts class, and what the kernels take.
 _LAYOUT = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_post_expert_norm": False}
@@ -115,7 +116,9 @@ class _MoeExperts(Swap):
             return "Its experts are spread over ranks: use experts_implementation='mmfused' (mmfused.register_experts())."
         if getattr(module.config, "_experts_implementation", None) == "deepgemm_megamoe":
             return "experts_implementation is 'deepgemm_megamoe', which lays the weights out anew."
-        return _other_layout(module) or _not_swiglu(module) or _other_weights(module) or touched(module.act_fn, "act_fn")
+        reason = _other_layout(module) or _not_swiglu(module) or _other_weights(module)
+        why = attached(module.act_fn)
+        return reason or (why and f"act_fn {why}, which would not act.")
 
     @staticmethod
     def misplaced(module, name, model):

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..children import dense
 from ..ops.masked_info_nce.function import scaled_info_nce
 from ..ops.masked_info_nce.modules import unit
-from .base import KINDS, Swap, dense, path_of
+from .base import KINDS, Swap, path_of
 
 SIMILARITIES = {f"sentence_transformers.util.similarity.{name}" for name in ("cos_sim", "dot_score")}
 

@@ -21,10 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import attention
-from ...library import autocast_dtype, choose, distinct, nan_unless, no_autocast, once_differentiable, register
+from ...children import Called, layer_norm, linear
+from ...library import choose, distinct, nan_unless, no_autocast, once_differentiable, register, to_autocast
 from ...random import draw_seed, keep_mask
 from .checks import check
-from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
+from .reference import (
+    CrossAttentionWeights,
+    Side,
+    attend_reference,
+    flag_of,
+    gate_logits,
+    masked_softmax,
+    read_keys,
+    side_of,
+    stays,
+)
 
 FIELDS = len(CrossAttentionWeights._fields)
 
@@ -42,25 +53,35 @@ def _attend_composed(
     unchanged = stays(x, context, missing)
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
-    q = F.linear(normed(tokens, x.norm), w.w_q, w.b_q)
-    biases = [w.w_k.new_zeros(dim) if b is None else b for b in (w.b_k, w.b_v)]
-    k, v = F.linear(normed(keys, context.norm), torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
+    q = linear(normed(tokens, x.norm), w.w_q, w.b_q)
+    k, v = _keys_and_values(normed(keys, context.norm), w)
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     attended = _attention(q, k, v, ignore, dropout_p, dropout_seed, 2 * stream)
-    attended = F.linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    attended = linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
     if ignore is not None:
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
         attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
     if gate == "none":
         out = tokens + attended
-        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+        out = out if pre_norm else layer_norm(out, x.norm, norm_eps)
     else:
-        logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
-        if indicator:
-            logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
+        if isinstance(w.w_g, Called):
+            logits = gate_logits(tokens, attended, context, w, indicator)
+        else:
+            logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
+            if indicator:
+                logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
         out = torch.lerp(tokens, attended, logits.sigmoid())  # keeps both for backward, which others keep anyway
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def _keys_and_values(keys: Tensor, w: CrossAttentionWeights) -> tuple[Tensor, Tensor]:
+    """One product, unless either child must be called."""
+    if isinstance(w.w_k, Called) or isinstance(w.w_v, Called):
+        return linear(keys, w.w_k, w.b_k), linear(keys, w.w_v, w.b_v)
+    biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in ((w.w_k, w.b_k), (w.w_v, w.b_v))]
+    return F.linear(keys, torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
 
 
 def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]:
@@ -73,7 +94,7 @@ def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor
         for seen, out in known:
             if seen is tokens:
                 return out
-        known.append((tokens, F.layer_norm(tokens, tokens.shape[-1:], *norm, eps)))
+        known.append((tokens, layer_norm(tokens, norm, eps)))
         return known[-1][1]
 
     return normed
@@ -269,6 +290,9 @@ def bidirectional_gated_cross_attention(
 
 
 def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
+    # Before the checks, which want one dtype: autocast takes any.
+    given = [(*to_autocast(tokens), _cast_all(norm), *masks) for tokens, norm, *masks in given]
+    directions = [_cast_all(w) for w in directions]
     check(op, names, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
     outs = _outputs(op, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
     for tokens, _, _, lengths, _ in given:
@@ -279,15 +303,14 @@ def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
 
 def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
     device, dtype = given[0][0].device, given[0][0].dtype
-    cast = autocast_dtype(device.type)
-    dtype = dtype if cast is None or dtype == torch.float64 else cast
-    sides = [side_of(tokens.to(dtype), *rest) for tokens, *rest in given]
+    sides = [side_of(*side) for side in given]
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(device)
     options |= dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
     with no_autocast(device.type):
-        directions = [CrossAttentionWeights(*(None if t is None else t.to(dtype) for t in w)) for w in directions]
-        chosen = choose(op, device, dtype)
+        directions = [CrossAttentionWeights(*(t.to(dtype) if isinstance(t, Tensor) else t for t in w)) for w in directions]
+        parts = (*(side.norm for side in sides), *(part for w in directions for part in w))
+        chosen = choose(op, device, dtype, [part.reason for part in parts if isinstance(part, Called)])
         if chosen == "fused":
             return _attend_fused(sides, directions, **options)
         if chosen == "reference":
@@ -300,6 +323,14 @@ def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
         picked = [Side(side.tokens[keep], side.norm, ignore, None) for side, ignore in zip(sides, ignores, strict=True)]
         outs = _each(attend, picked, directions, options)
         return [side.tokens.index_copy(0, keep, out) for side, out in zip(sides, outs, strict=False)]
+
+
+def _cast_all(parts):
+    """A norm or the weights of a direction as autocast has them; what is neither is for the checks."""
+    if not isinstance(parts, tuple | list):
+        return parts
+    cast = to_autocast(*parts)
+    return CrossAttentionWeights(*cast) if isinstance(parts, CrossAttentionWeights) else type(parts)(cast)
 
 
 def _each(attend, sides: list[Side], directions: list[CrossAttentionWeights], options: dict) -> list[Tensor]:

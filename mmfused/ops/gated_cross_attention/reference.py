@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...children import Called, layer_norm, linear
 from ...random import draw_seed, keep_mask
 
 
@@ -112,7 +113,8 @@ def side_of(
     elif ignore is not None:
         absents.append(ignore.all(1))
     absent = torch.stack(absents).any(0) if absents else None
-    norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)
+    if not (norm is None or isinstance(norm, Called)):
+        norm = tuple(part.to(tokens.dtype) for part in norm)
     return Side(tokens, norm, ignore, absent)
 
 
@@ -129,17 +131,17 @@ def attend_reference(
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
     def normed(y, norm):
-        return F.layer_norm(y, y.shape[-1:], *norm, norm_eps) if pre_norm else y
+        return layer_norm(y, norm, norm_eps) if pre_norm else y
 
     def heads(y, weight, bias):
-        return F.linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
+        return linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
 
     keys = normed(keys, context.norm)
     q, k, v = heads(normed(tokens, x.norm), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
     probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None if ignore is None else ignore[:, None, None])
     if dropout_p:
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
-    attended = F.linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    attended = linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
     if ignore is not None:  # nothing to attend to: 0, without the bias
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
@@ -147,14 +149,26 @@ def attend_reference(
 
     if gate == "none":
         out = tokens + attended
-        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+        out = out if pre_norm else layer_norm(out, x.norm, norm_eps)
     else:
-        parts = [tokens, attended]
-        if indicator:
-            parts.append(flag_of(context, batch, indicator, tokens)[:, None, None].expand(batch, length, 1))
-        g = F.linear(torch.cat(parts, -1), w.w_g, w.b_g).sigmoid()  # (B, N, D) or (B, N, 1)
+        g = gate_logits(tokens, attended, context, w, indicator).sigmoid()  # (B, N, D) or (B, N, 1)
         out = g * attended + (1 - g) * tokens
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def gate_logits(
+    x: Tensor,
+    attended: Tensor,
+    context: Side,
+    w: CrossAttentionWeights,
+    indicator: bool | str,
+) -> Tensor:
+    """``[x ; A ; e] W_g^T + b_g``."""
+    parts = [x, attended]
+    if indicator:
+        e = flag_of(context, x.shape[0], indicator, x)
+        parts.append(e[:, None, None].expand(*x.shape[:2], 1))
+    return linear(torch.cat(parts, -1), w.w_g, w.b_g)
 
 
 def flag_of(context: Side, batch: int, indicator: bool | str, like: Tensor) -> Tensor:

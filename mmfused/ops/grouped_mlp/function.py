@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...library import choose, no_autocast, once_differentiable, register, to_autocast
 from ..topk_routing import Routing
 from .checks import check_linear, check_mlp
 from .composed import Gather, SegmentLinear, combine
@@ -217,8 +217,9 @@ def grouped_linear(
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
     """
+    x, weight, bias = to_autocast(x, weight, bias)
     check_linear(x, routing, weight, bias, gather)
-    x, weight, bias = _cast(x, weight, bias)
+    weight, bias = _cast(x.dtype, weight, bias)
     with no_autocast(x.device.type):
         chosen = choose("grouped_linear", x.device, x.dtype)
         if chosen == "reference":
@@ -255,8 +256,10 @@ def grouped_mlp(
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
     """
-    packed = check_mlp(x, routing, w_up, w_gate, w_down, b_up, b_down, activation)
-    x, w_up, w_gate, w_down, b_up, b_down = _cast(x, w_up, w_gate, w_down, b_up, b_down)
+    parameters = w_up, w_gate, w_down, b_up, b_down
+    x, *parameters = to_autocast(x, *parameters)
+    packed = check_mlp(x, routing, *parameters, activation)
+    w_up, w_gate, w_down, b_up, b_down = _cast(x.dtype, *parameters)
     with no_autocast(x.device.type):
         chosen = choose("grouped_mlp", x.device, x.dtype)
         if chosen == "reference":
@@ -272,11 +275,8 @@ def grouped_mlp(
         )  # fmt: skip
 
 
-def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """All in the dtype autocast asks for, else in that of x; differentiably."""
-    dtype = autocast_dtype(x.device.type)
-    dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *parameters)]
+def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in parameters]
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -23,7 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...extension import load
-from ...library import autocast_dtype, choose, current_router, no_autocast, once_differentiable, register
+from ...library import (
+    autocast_dtype,
+    choose,
+    current_router,
+    no_autocast,
+    once_differentiable,
+    register,
+    to_autocast,
+    wide_unless,
+)
 from ...random import draw_seed, uniform
 from .checks import check, check_router
 from .composed import routing_composed
@@ -283,10 +292,10 @@ def topk_routing_from_input(x: Tensor, router_weight: Tensor, k: int, router_bia
     the router may stay in float32, and loses no digit. Under autocast x is cast, the router is not.
     """
     op = "topk_routing_from_input"
+    if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
+        (x,) = to_autocast(x)
+        router_weight, router_bias = wide_unless(x.dtype, router_weight, router_bias)
     check_router(op, x, router_weight, router_bias)
-    cast = autocast_dtype(x.device.type)
-    if cast is not None and x.dtype == torch.float32:
-        x = x.to(cast)
     check(op, "x", x, router_weight.T, k, **options)
     dtype = router_weight.dtype if x.dtype != torch.float64 else x.dtype
     return _route(op, x, router_weight, router_bias, k, dtype, **options)
