@@ -137,12 +137,13 @@ def test_expanded_queries_are_projected_once(pooled):
 
 def test_report_reads_well():
     model, *_ = build("open_clip, a tower")
-    lines = str(fuse(model)).splitlines()
-    assert lines[0] == "fuse: 1 swapped, 1 left" and lines[1].startswith("  swapped attn_pool: pools with ln_k folded")
-    assert lines[2].startswith("  left transformer.resblocks.0.attn: Self-attention")
-    assert "(root)" in str(fuse(nn.MultiheadAttention(D, H))) and "FusedAttentionalPooler" in repr(model)
+    report = fuse(model)
+    assert report.swapped["attn_pool"].startswith("pools with ln_k folded")
+    assert report.left == {"transformer.resblocks.0.attn": "Self-attention: its tokens are its queries."}
+    assert str(report).startswith("fuse: 1 swapped, 1 left\n") and "FusedAttentionalPooler" in repr(model)
+    assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
     assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(clip())  # no class was patched
-    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
+    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport() and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
     with pytest.raises(TypeError, match="fuse: model is a int; it takes a torch.nn.Module"):
         fuse(1)
 

@@ -107,6 +107,7 @@ def register_experts() -> None:
 
 
 class _MoeExperts(Swap):
+    family = "experts"
     needs = "gate_up_proj down_proj act_fn config _apply_gate"
     does = "its experts in one pass, whatever experts_implementation says; the router beside it is called as before"
 
@@ -119,6 +120,13 @@ class _MoeExperts(Swap):
         reason = _other_layout(module) or _not_swiglu(module) or _other_weights(module)
         why = attached(module.act_fn)
         return reason or (why and f"act_fn {why}, which would not act.")
+
+    @classmethod
+    def expects(cls, module):
+        chosen = getattr(module.config, "num_experts_per_tok", "k")
+        numbers = f"by count {chosen} x {module.gate_up_proj.shape[-1]} numbers"
+        gains = f"on a GPU the gathered copies of each token, {numbers}, are never written"
+        return f"{gains}; nothing to gain on a CPU, where each expert is one product either way"
 
     @staticmethod
     def misplaced(module, name, model):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..children import attached, dense, weights_of, why_called
 from ..library import autocast_dtype
 from ..ops.query_pooling import query_pooling
+from . import counts
 from .attention import attend, self_attention
 from .base import KINDS, Swap, own_class, path_of
 
@@ -66,6 +67,15 @@ def _attend(mha, x, queries, key_padding_mask=None, *, batch_first=True, **norm)
 
 
 class _Pooling(Swap):
+    family = "pooling"
+    # Of one module: width of the tokens, queries (None: a call brings them), width of keys and of
+    # values, heads.
+    sizes = None
+
+    @classmethod
+    def expects(cls, module):
+        return counts.pooling(*cls.sizes(module))
+
     @staticmethod
     def dropout_of(module: nn.Module) -> float:
         """The share of attention weights it drops in training."""
@@ -77,11 +87,17 @@ class _Pooling(Swap):
         return cls.does + (f"; dropout {p} of attention weights acts as before, on others than with the same seed" if p else "")
 
 
+def _sizes_inside(attention: nn.MultiheadAttention, queries: Tensor) -> tuple:
+    return attention.kdim, queries.shape[-2], *[attention.embed_dim] * 2, attention.num_heads
+
+
 def _not_dropout(p: float, name: str) -> str | None:
     return None if 0 <= p < 1 else f"{name} is {p}: query_pooling takes a number from 0 to below 1."
 
 
 class _MultiheadAttention(_Pooling):
+    family = "attention"
+    sizes = staticmethod(lambda m: (m.kdim, None, m.embed_dim, m.embed_dim, m.num_heads))
     needs = "embed_dim num_heads kdim vdim in_proj_weight q_proj_weight in_proj_bias out_proj bias_k"
     does = (
         "pools, or reads another input, where key is value, not query, all 3-D, with need_weights=False, no attn_mask and no float "
@@ -129,6 +145,9 @@ class _MultiheadAttention(_Pooling):
 
 
 class _AttentionPoolLatent(_Pooling):
+    sizes = staticmethod(
+        lambda m: (m.kv.in_features, m.latent_len, *[m.kv.out_features // 2] * 2, m.num_heads),
+    )
     needs = "num_heads head_dim scale fused_attn pos_embed latent latent_len q kv q_norm k_norm proj proj_drop norm mlp pool"
     does = "pools the latent's tokens; an attn_mask other than a bool padding mask runs the original forward"
 
@@ -164,6 +183,7 @@ class _AttentionPoolLatent(_Pooling):
 
 
 class _AttentionalPooler(_Pooling):
+    sizes = staticmethod(lambda m: _sizes_inside(m.attn, m.query))
     needs = "query attn ln_q ln_k"
     does = "pools with ln_k folded into the keys and values (applied before, where it is no plain LayerNorm or autocast rounds)"
 
@@ -192,6 +212,7 @@ class _AttentionalPooler(_Pooling):
 
 
 class _PoolingHead(_Pooling):
+    sizes = staticmethod(lambda m: _sizes_inside(m.attention, m.probe))
     needs = "probe attention layernorm mlp"
     does = "pools, its probe projected once for the batch"
 
@@ -236,6 +257,16 @@ _IDLE_KWARGS = ("output_hidden_states", "return_dict", "num_items_in_batch", "in
 
 
 class _QFormerCrossAttention(_Pooling):
+    family = "attention"
+    sizes = staticmethod(
+        lambda m: (
+            m.key.in_features,
+            None,
+            m.key.out_features,
+            m.value.out_features,
+            m.num_attention_heads,
+        ),
+    )
     needs = "config query key value num_attention_heads attention_head_size scaling attention_dropout"
     does = "pools encoder_hidden_states under sdpa, with no mask or a bool (B, 1, 1, N); any other call runs the original forward"
 
