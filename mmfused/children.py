@@ -10,6 +10,7 @@ demand), is of another class (quantised), or its weight is a tensor subclass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -30,8 +31,8 @@ class Called:
     """A child to be called, in place of its weight; ``why`` says what requires the call."""
 
     def __init__(self, child: nn.Module, name: str, why: str, width: int, autocast: torch.dtype | None):
-        self.child, self.name, self.width, self.autocast = child, name, width, autocast
-        self.reason = f"{name} {why} and must be called: undo that (merge an adapter), or use 'auto' or 'composed'"
+        self.child, self.name, self.why = child, name, why
+        self.width, self.autocast = width, autocast
 
     def __call__(self, x: Tensor) -> Tensor:
         """In its own dtype, or under the autocast that the module itself was called under."""
@@ -48,6 +49,16 @@ class Called:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"{self.name} gave {got}; it takes {(*x.shape[:-1], self.width)}.")
         return out
+
+
+def no_weights(parts: Iterable[object]) -> list[str]:
+    """The reason against a kernel that takes weights, of those of ``parts`` that must be called."""
+    first, *others = [part for part in parts if isinstance(part, Called)] or [None]
+    if first is None:
+        return []
+    more = f", like {len(others)} more" if others else ""
+    way_out = "undo that (merge an adapter), or use backend 'auto' or 'composed'"
+    return [f"{first.name} {first.why} and must be called{more}: {way_out}"]
 
 
 def linear(x: Tensor, weight: Tensor | Called, bias: Tensor | None) -> Tensor:
@@ -120,7 +131,7 @@ def why_called(child: nn.Module) -> str | None:
         if child.weight is None or len(child.normalized_shape) != 1:
             return "is no LayerNorm over features with a weight"
     elif cls.forward is not nn.Linear.forward:
-        return f"is a {cls.__name__}"
+        return f"is a {cls.__module__}.{cls.__qualname__}"
     for parameter in child.parameters():
         if not dense(parameter):
             return f"has a {type(parameter).__name__} as parameter"

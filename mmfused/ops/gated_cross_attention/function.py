@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import attention
-from ...children import Called, layer_norm, linear
+from ...children import Called, layer_norm, linear, no_weights
 from ...library import choose, distinct, nan_unless, no_autocast, once_differentiable, register, to_autocast
 from ...random import draw_seed, keep_mask
 from .checks import check
@@ -310,7 +310,7 @@ def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
     with no_autocast(device.type):
         directions = [CrossAttentionWeights(*(t.to(dtype) if isinstance(t, Tensor) else t for t in w)) for w in directions]
         parts = (*(side.norm for side in sides), *(part for w in directions for part in w))
-        chosen = choose(op, device, dtype, [part.reason for part in parts if isinstance(part, Called)])
+        chosen = choose(op, device, dtype, no_weights(parts))
         if chosen == "fused":
             return _attend_fused(sides, directions, **options)
         if chosen == "reference":

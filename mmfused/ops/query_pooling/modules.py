@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...children import Called, layer_norm, linear, read, read_norm, reset_children, weights_of, why_called
+from ...children import Called, layer_norm, linear, no_weights, read, read_norm, reset_children, weights_of, why_called
 from ...library import autocast_dtype, check_fractions, current_backend, no_autocast
 from .checks import check_tokens
 from .function import dead_samples, ignored, pool_projected, query_pooling
@@ -83,7 +83,7 @@ class QueryPooling(nn.Module):
         )
         if called:
             k, v = linear(x, w_k, b_k), linear(x, w_v, b_v)
-            out = pool_projected(q, k, v, **options, reasons=[child.reason for child in called])
+            out = pool_projected(q, k, v, **options, reasons=no_weights(called))
         else:
             if norm is not None:
                 options |= dict(norm_weight=norm[0], norm_bias=norm[1], norm_eps=eps)
