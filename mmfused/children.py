@@ -198,11 +198,7 @@ def dense(*tensors: Tensor | None) -> bool:
     """Whether all are plain: neither nested nor sparse nor a subclass (DTensor, quantised) that
     computes in its own way."""
     plain = ("Tensor", "Parameter", "FakeTensor")
-    return all(
-        t is None
-        or (type(t).__name__ in plain and t.layout is torch.strided and not t.is_nested)
-        for t in tensors
-    )
+    return all(t is None or (type(t).__name__ in plain and t.layout is torch.strided and not t.is_nested) for t in tensors)
 
 
 def _tensor_parallel(child: nn.Module) -> bool:

@@ -264,76 +264,44 @@ ATTACHMENTS = {
     "LoRA": Attachment(adapted("LoraConfig", r=2), reads=True, needs="peft"),
     "LoRA, merged": Attachment(adapted("LoraConfig", merge, r=2), reads=True, needs="peft"),
     "LoRA, disabled": Attachment(adapted("LoraConfig", disable, r=2), reads=True, needs="peft"),
-    "LoRA, dropout": Attachment(
-        adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"
-    ),
-    "LoRA, dropout, evaluation": Attachment(
-        adapted("LoraConfig", r=2, lora_dropout=0.3), reads=True, needs="peft"
-    ),
+    "LoRA, dropout": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"),
+    "LoRA, dropout, evaluation": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), reads=True, needs="peft"),
     "DoRA": Attachment(adapted("LoraConfig", r=2, use_dora=True), needs="peft"),
     "IA3": Attachment(adapted("IA3Config", feedforward_modules=[]), needs="peft"),
     "LoHa": Attachment(adapted("LoHaConfig", r=2), needs="peft"),
     "LoKr": Attachment(adapted("LoKrConfig", r=2), needs="peft"),
     "OFT": Attachment(adapted("OFTConfig", oft_block_size=4), needs="peft"),
     "forward hook": Attachment(hooked("register_forward_hook", lambda m, args, out: 2 * out)),
-    "forward pre-hook": Attachment(
-        hooked("register_forward_pre_hook", lambda m, args: (2 * args[0],))
-    ),
-    "full backward hook": Attachment(
-        hooked("register_full_backward_hook", lambda m, given, out: (2 * given[0],))
-    ),
-    "full backward pre-hook": Attachment(
-        hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))
-    ),
+    "forward pre-hook": Attachment(hooked("register_forward_pre_hook", lambda m, args: (2 * args[0],))),
+    "full backward hook": Attachment(hooked("register_full_backward_hook", lambda m, given, out: (2 * given[0],))),
+    "full backward pre-hook": Attachment(hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))),
     "own forward": Attachment(each(own_forward)),
     "subclass": Attachment(each(twice)),
     "subclass, same forward": Attachment(each(renamed), reads=True),
     "other module": Attachment(each(lambda child: nn.Sequential(child, nn.Tanh()))),
-    "pruning": Attachment(
-        each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), reads=True
-    ),
-    "old weight_norm": Attachment(
-        each(lambda child: (nn.utils.weight_norm(child), None)[1]), reads=True
-    ),
+    "pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), reads=True),
+    "old weight_norm": Attachment(each(lambda child: (nn.utils.weight_norm(child), None)[1]), reads=True),
     "weight_norm": Attachment(each(parametrizations.weight_norm), reads=True),
-    "old spectral_norm": Attachment(
-        each(lambda child: (nn.utils.spectral_norm(child), None)[1]), reads=True, training=True
-    ),
+    "old spectral_norm": Attachment(each(lambda child: (nn.utils.spectral_norm(child), None)[1]), reads=True, training=True),
     "spectral_norm": Attachment(each(parametrizations.spectral_norm), reads=True, training=True),
-    "parametrization": Attachment(
-        each(lambda child: parametrize.register_parametrization(child, "weight", Doubled())), reads=True
-    ),
+    "parametrization": Attachment(each(lambda child: parametrize.register_parametrization(child, "weight", Doubled())), reads=True),
     "quantize_dynamic": Attachment(quantized, gradients=False),
     "torchao int8": Attachment(int8_weights, gradients=False, needs="torchao"),
-    "cpu_offload": Attachment(
-        offloaded, gradients=False, neutral=True, needs="accelerate"
-    ),
+    "cpu_offload": Attachment(offloaded, gradients=False, neutral=True, needs="accelerate"),
     "ZeRO-3": Attachment(each(empty_until_called), gradients=False, neutral=True),
-    "norm: forward hook": Attachment(
-        hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"
-    ),
+    "norm: forward hook": Attachment(hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"),
     "norm: subclass": Attachment(each(twice), to="norm"),
-    "norm: RMSNorm": Attachment(
-        each(lambda child: nn.RMSNorm(child.normalized_shape)), to="norm"
-    ),
-    "norm: pruning": Attachment(
-        each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), to="norm", reads=True
-    ),
+    "norm: RMSNorm": Attachment(each(lambda child: nn.RMSNorm(child.normalized_shape)), to="norm"),
+    "norm: pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), to="norm", reads=True),
     "norm: no bias": Attachment(each(without("bias")), to="norm", reads=True),
-    "norm: no weight": Attachment(
-        each(lambda child: nn.LayerNorm(D, elementwise_affine=False)), to="norm"
-    ),
-    "norm: other eps": Attachment(
-        each(lambda child: setattr(child, "eps", 0.5)), to="norm"
-    ),
-    "norm: ZeRO-3": Attachment(
-        each(empty_until_called), to="norm", gradients=False, neutral=True
-    ),
+    "norm: no weight": Attachment(each(lambda child: nn.LayerNorm(D, elementwise_affine=False)), to="norm"),
+    "norm: other eps": Attachment(each(lambda child: setattr(child, "eps", 0.5)), to="norm"),
+    "norm: ZeRO-3": Attachment(each(empty_until_called), to="norm", gradients=False, neutral=True),
 }
 
 
 def outcome(module: str, attachment: str, backend: str) -> str:
-    """"equal" or "refused"; "none" where the module has no such child."""
+    """ "equal" or "refused"; "none" where the module has no such child."""
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"

@@ -45,7 +45,7 @@ def results(call, module, inputs, dtype):
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True)
-    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), gradients))
+    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), gradients, strict=True))
     return {"out": out.detach(), **dict(zip(leaves, zeros, strict=True))}
 
 
