@@ -6,6 +6,9 @@ attach to a child acts only when it is called. Pruning and the weight and spectr
 their effective weight is formed, with its gradients, and every backend computes with it. Any other
 child is called: it has hooks or a forward of its own (other adapters, offloading, sharding on
 demand), is of another class (quantised), or its weight is a tensor subclass.
+
+Hooks on all modules (``register_module_forward_hook``) run for the module itself, and for the
+children that it calls.
 """
 
 from __future__ import annotations
@@ -125,17 +128,18 @@ def why_called(child: nn.Module) -> str | None:
     if why is not None:
         return why
     cls = type(child)
-    if f"{cls.__module__}.{cls.__qualname__}" == _LORA:
-        return _why_lora_called(child)
     if cls.forward is nn.LayerNorm.forward:
-        if child.weight is None or len(child.normalized_shape) != 1:
+        none = not child.elementwise_affine or child._parameters.get("weight", child) is None
+        if none or len(child.normalized_shape) != 1:
             return "is no LayerNorm over features with a weight"
     elif cls.forward is not nn.Linear.forward:
-        return f"is a {cls.__module__}.{cls.__qualname__}"
-    for parameter in child.parameters():
+        path = f"{cls.__module__}.{cls.__qualname__}"
+        return _why_lora_called(child) if path == _LORA else f"is a {path}"
+    # Parametrizations are modules inside; without them the walk of parameters() is spared.
+    for parameter in child.parameters() if child._modules else child._parameters.values():
         if not dense(parameter):
             return f"has a {type(parameter).__name__} as parameter"
-        if not parameter.is_floating_point():
+        if parameter is not None and not parameter.is_floating_point():
             return f"has {parameter.dtype} weights"
     return None
 
@@ -144,7 +148,9 @@ def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
     """What is on a module that acts only when it is called; pre-hooks of the types ``setters`` aside."""
     if "forward" in module.__dict__:
         return "has a forward of its own"
-    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, setters)]
+    before = module._forward_pre_hooks
+    if before:
+        before = [hook for hook in before.values() if not isinstance(hook, setters)]
     if before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return None
@@ -152,7 +158,7 @@ def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
 
 def weights_of(child: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Effective weight and bias of a child that need not be called."""
-    if hasattr(child, "lora_A"):
+    if type(child).forward is not nn.Linear.forward and hasattr(child, "lora_A"):
         weight, bias = weights_of(child.base_layer)
         with no_autocast(weight.device.type):
             for name in _active(child):
