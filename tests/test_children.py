@@ -121,6 +121,37 @@ def test_lora_acts_learns_and_merges(name, backend):
         torch.testing.assert_close(merged, out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lora_on_the_experts_themselves(backend):
+    """peft's target_parameters: a parametrization of the module, whose parameters the op reads."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["moe.w_up", "moe.w_down"], init_lora_weights=False)
+    model, x = nn.ModuleDict({"moe": mmfused.TopKMoE(16, 16, 4)}), torch.randn(7, 16)
+    model.forward = lambda x: model["moe"](x)[0]
+    base = model(x)
+    adapted = peft.get_peft_model(model, config)
+    with mmfused.backend(backend):
+        out = adapted(x)
+        out.sum().backward()
+        assert (out - base).abs().max() > 1e-2
+        assert all(p.grad.any() for n, p in adapted.named_parameters() if "lora" in n)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), out, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_for_each_item_of_a_batch():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(mmfused.QueryPooling(16, 2, 2)), config).eval()
+    model.add_adapter("other", config)
+    x = torch.randn(2, 3, 16)
+    mixed, alone = model(x, adapter_names=["default", "other"]), []
+    for i, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        alone.append(model(x)[i])
+    assert (alone[0] - model(x)[0]).abs().max() > 1e-2
+    torch.testing.assert_close(mixed, torch.stack(alone))
+
+
 # ---- state and counts ------------------------------------------------------------------------------
 
 
