@@ -38,14 +38,11 @@ class Called:
         self.width, self.autocast = width, autocast
 
     def __call__(self, x: Tensor) -> Tensor:
-        """In its own dtype, or under the autocast that the module itself was called under."""
-        if self.autocast is None:
-            weight = getattr(self.child, "weight", None)
-            if isinstance(weight, Tensor) and weight.is_floating_point():
-                x = x.to(weight.dtype)  # weights in float32 serve 16-bit tokens
-            context = nullcontext()
-        else:
-            context = torch.autocast(x.device.type, self.autocast)
+        """In the dtype of its weight, under the autocast that the module itself was called under."""
+        weight = getattr(self.child, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = x.to(weight.dtype)  # weights in float32 serve 16-bit tokens; autocast leaves norms alone
+        context = nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast)
         with context:
             out = self.child(x)
         if not isinstance(out, Tensor) or out.shape != (*x.shape[:-1], self.width):

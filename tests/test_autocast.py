@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from children_cases import MODULES
+from children_cases import ATTACHMENTS, MODULES, children
 from torch import nn
 
 import mmfused
@@ -118,6 +118,37 @@ def test_modules(name, backend):
         assert out.dtype == autocast, (autocast, weight, activation)
         out.float().sum().backward()
         assert all(p.grad.dtype == weight and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("attachment", ["forward hook", "norm: forward hook", "LoRA", "DoRA"])
+@pytest.mark.parametrize("name", MODULES)
+def test_children_that_are_called(name, attachment):
+    """Under the autocast that the module was called under; without it in their own dtype."""
+    if ATTACHMENTS[attachment].needs:
+        pytest.importorskip(ATTACHMENTS[attachment].needs)
+    kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
+    for autocast, dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (None, torch.bfloat16)):
+        torch.manual_seed(0)
+        module = MODULES[name].make()
+        ATTACHMENTS[attachment].attach(module, children(module, kind))
+        inputs = MODULES[name].inputs()
+        want = MODULES[name].plain(module, *inputs)
+        inputs = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+            out = MODULES[name].call(module.to(dtype), *inputs)
+        assert out.dtype == (autocast or torch.bfloat16)
+        assert (out - want).abs().median() < 0.02  # a token may go to another expert
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_called_children_in_float32_beside_tokens_of_16_bits(name):
+    module = MODULES[name].make()
+    ATTACHMENTS["forward hook"].attach(module, children(module, nn.Linear))
+    inputs = MODULES[name].inputs()
+    want = MODULES[name].plain(module, *inputs)
+    out = MODULES[name].call(module, *(x.bfloat16() if x.is_floating_point() else x for x in inputs))
+    assert out.dtype == torch.bfloat16
+    assert (out - want).abs().median() < 0.02
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)

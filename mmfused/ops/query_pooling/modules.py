@@ -90,7 +90,7 @@ class QueryPooling(nn.Module):
             out = query_pooling(x, q, w_k, w_v, b_v, b_k, **options)
         if self.out_proj is None or fold:
             return out
-        out = self.out_proj(out)
+        out = linear(out, *read(self.out_proj, "QueryPooling.out_proj", self.dim, device))
         dead = dead_samples(x, key_padding_mask, lengths)
         return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
 
