@@ -134,7 +134,8 @@ class Attachment(NamedTuple):
     """``attach(module, names)``: to the children of these names; returns the module to be called.
 
     ``to``: "linear" or "norm".  ``reads``: its effective weight is formed, so that kernels serve it.
-    ``gradients``: whether there are any.  ``training``: in training mode.  ``neutral``: the numbers
+    ``gradients``: whether there are any.  ``training``: in training mode (None: as
+    attached).  ``neutral``: the numbers
     are those without it.
     """
 
@@ -142,7 +143,7 @@ class Attachment(NamedTuple):
     to: str = "linear"
     reads: bool = False
     gradients: bool = True
-    training: bool = False
+    training: bool | None = False
     neutral: bool = False
     needs: str = ""
 
@@ -195,6 +196,12 @@ def disable(module: nn.Module) -> None:
         part.enable_adapters(False)
 
 
+def dropouts_in_training(module: nn.Module) -> None:
+    """Monte Carlo dropout: all else in evaluation."""
+    for part in module.eval().modules():
+        part.train(type(part) is nn.Dropout)
+
+
 def empty_until_called(child: nn.Module) -> None:
     """As DeepSpeed's ZeRO-3: the weights are there while the child's own forward runs."""
     for parameter in child.parameters(recurse=False):
@@ -218,6 +225,15 @@ def twice(child: nn.Module) -> None:
             return 2 * super().forward(x)
 
     child.__class__ = Twice
+
+
+def called_twice(child: nn.Module) -> None:
+    child.__class__ = type("Twice", (type(child),), {"__call__": lambda m, x: 2 * nn.Module.__call__(m, x)})
+
+
+def hooked_spectral_norm(child: nn.Module) -> None:
+    parametrizations.spectral_norm(child)
+    child.register_forward_hook(lambda m, args, out: 2 * out)
 
 
 def renamed(child: nn.Module) -> None:
@@ -265,6 +281,9 @@ ATTACHMENTS = {
     "LoRA, merged": Attachment(adapted("LoraConfig", merge, r=2), reads=True, needs="peft"),
     "LoRA, disabled": Attachment(adapted("LoraConfig", disable, r=2), reads=True, needs="peft"),
     "LoRA, dropout": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"),
+    "LoRA, dropout alone in training": Attachment(
+        adapted("LoraConfig", dropouts_in_training, r=2, lora_dropout=0.3), training=None, needs="peft"
+    ),
     "LoRA, dropout, evaluation": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), reads=True, needs="peft"),
     "DoRA": Attachment(adapted("LoraConfig", r=2, use_dora=True), needs="peft"),
     "IA3": Attachment(adapted("IA3Config", feedforward_modules=[]), needs="peft"),
@@ -277,7 +296,12 @@ ATTACHMENTS = {
     "full backward pre-hook": Attachment(hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))),
     "own forward": Attachment(each(own_forward)),
     "subclass": Attachment(each(twice)),
+    "subclass, other call": Attachment(each(called_twice)),
+    "spectral_norm and a hook": Attachment(each(hooked_spectral_norm), training=True),
     "subclass, same forward": Attachment(each(renamed), reads=True),
+    "LayerNorm": Attachment(
+        each(lambda child: nn.LayerNorm(child.out_features, bias=False) if child.in_features == child.out_features else child)
+    ),
     "other module": Attachment(each(lambda child: nn.Sequential(child, nn.Tanh()))),
     "pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), reads=True),
     "old weight_norm": Attachment(each(lambda child: (nn.utils.weight_norm(child), None)[1]), reads=True),
@@ -291,6 +315,7 @@ ATTACHMENTS = {
     "ZeRO-3": Attachment(each(empty_until_called), gradients=False, neutral=True),
     "norm: forward hook": Attachment(hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"),
     "norm: subclass": Attachment(each(twice), to="norm"),
+    "norm: Linear": Attachment(each(lambda child: nn.Linear(D, D)), to="norm"),
     "norm: RMSNorm": Attachment(each(lambda child: nn.RMSNorm(child.normalized_shape)), to="norm"),
     "norm: pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), to="norm", reads=True),
     "norm: no bias": Attachment(each(without("bias")), to="norm", reads=True),

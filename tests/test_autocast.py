@@ -128,6 +128,8 @@ def test_children_that_are_called(name, attachment):
         pytest.importorskip(ATTACHMENTS[attachment].needs)
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     for autocast, dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (None, torch.bfloat16)):
+        if autocast == torch.float16 and "post-norm" in name and kind is nn.LayerNorm:
+            continue  # a norm in bfloat16 of a sum with float16 in it: torch has none
         torch.manual_seed(0)
         module = MODULES[name].make()
         ATTACHMENTS[attachment].attach(module, children(module, kind))

@@ -34,7 +34,7 @@ def build(name, attachment, attach=True):
     if attach:
         kind = nn.Linear if attached.to == "linear" else nn.LayerNorm
         module = attached.attach(module, children(module, kind))
-    return module.train(attached.training)
+    return module if attached.training is None else module.train(attached.training)
 
 
 def results(call, module, inputs, dtype):
@@ -210,6 +210,75 @@ def test_called_children_see_no_nan_of_ignored_tokens():
     assert all(p.grad.isfinite().all() for p in (*module.parameters(), *moe.parameters()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensor_on_both_sides(backend):
+    """Each side has a norm of its own."""
+    for name in ("GatedCrossAttention", "BidirectionalGatedCrossAttention"):
+        module, y = build(name, "LoRA", attach=False), torch.randn(2, 5, 16)
+        with mmfused.backend(backend):
+            out, want = MODULES[name].call(module, y, y), MODULES[name].plain(module, y, y)
+        torch.testing.assert_close(out, want)
+        out.sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "child"), [
+    ("QueryPooling", "k_proj"), ("QueryPooling", "v_proj"), ("GatedCrossAttention", "q_proj"),
+    ("GatedCrossAttention", "out_proj"), ("GatedCrossAttention", "gate_proj"), ("TopKMoE", "router"),
+])  # fmt: skip
+def test_a_child_that_is_none(name, child, backend):
+    module = MODULES[name].make()
+    setattr(module, child, None)
+    with mmfused.backend(backend), pytest.raises((TypeError, ValueError), match=f"{child} is None|w_g has shape None"):
+        MODULES[name].call(module, *MODULES[name].inputs())
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_called_children_get_the_whole_batch_once(backend):
+    """A sample without context, which missing="skip" skips where nothing must be called."""
+    module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
+    for child in (module.norm_a, module.to_a.k_proj):
+        child.register_forward_hook(lambda m, args, out: calls.append(len(out)) or out * torch.ones(4)[:, None, None])
+    a, b = torch.randn(4, 5, 16), torch.randn(4, 3, 16)
+    present = torch.tensor([True, False, True, True])
+    ignore = torch.zeros(4, 5, dtype=torch.bool)
+    ignore[0, 3:] = True
+    with mmfused.backend(backend):
+        outs = module(a, b, b_present=present, a_key_padding_mask=ignore)
+    assert calls == [4, 4] and torch.equal(outs[0][1], a[1])
+    module.norm_a._forward_hooks.clear()
+    module.to_a.k_proj._forward_hooks.clear()
+    torch.testing.assert_close(outs, module(a, b, b_present=present, a_key_padding_mask=ignore))
+
+
+def test_hooks_on_a_direction():
+    module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
+    module.to_a.register_forward_pre_hook(lambda m, args: calls.append("before"))
+    module.to_b.register_forward_hook(lambda m, args, out: calls.append("after"))
+    module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_cast_by_their_own_forward(dtype):
+    """Tokens are not rounded to the dtype that such a weight is stored in."""
+
+    class Stored(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    for name in ("QueryPooling", "GatedCrossAttention", "TopKMoE"):
+        module = MODULES[name].make()
+        for child in children(module, nn.Linear):
+            linear = module.get_submodule(child)
+            linear.__class__ = Stored
+            linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        inputs = MODULES[name].inputs()
+        out = MODULES[name].call(module, *inputs)
+        torch.testing.assert_close(out, MODULES[name].plain(module, *inputs))
+
+
 @pytest.mark.parametrize("attachment", ["LoRA", "forward hook", "pruning"])
 @pytest.mark.parametrize("name", ["QueryPooling", "GatedCrossAttention", "TopKMoE"])
 def test_compiled_without_a_graph_break(name, attachment):
@@ -237,13 +306,17 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["child", "inside"])
 @pytest.mark.parametrize("name", MODULES)
-def test_children_that_fully_shard_gathers(name, one_rank):
+def test_children_that_fully_shard_gathers(name, inside, one_rank):
     from torch.distributed.fsdp import fully_shard
 
     module, plain = (build(name, "LoRA", attach=False) for _ in range(2))
     for child in children(module, nn.Linear):
-        fully_shard(module.get_submodule(child), mesh=one_rank)
+        inner = module.get_submodule(child)
+        if inside:  # an adapter's way: what is sharded lies inside of what is called
+            module.set_submodule(child, nn.Sequential(inner))
+        fully_shard(inner, mesh=one_rank)
     inputs = MODULES[name].inputs()
     out, want = MODULES[name].call(module, *inputs), MODULES[name].plain(plain, *inputs)
     torch.testing.assert_close(out, want)
@@ -261,5 +334,14 @@ def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
     module = MODULES[name].make()
     sharded = {"router", "k_proj", "to_a.k_proj"} & set(children(module, nn.Linear))
     parallelize_module(module, one_rank, {child: ColwiseParallel() for child in sharded})
-    with pytest.raises(TypeError, match="is sharded over ranks, its weight a DTensor; it takes a whole one"):
+    with pytest.raises(TypeError, match="holds a shard, its weight a DTensor; it takes a whole one"):
         MODULES[name].call(module, *MODULES[name].inputs())
+
+
+def test_a_direction_that_is_sharded_by_itself(one_rank):
+    from torch.distributed.fsdp import fully_shard
+
+    module = mmfused.BidirectionalGatedCrossAttention(16, 2)
+    fully_shard(module.to_a, mesh=one_rank)
+    with pytest.raises(TypeError, match="Attention.to_a is sharded by itself; fully_shard takes the whole module"):
+        module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))
