@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..children import attached, dense, weights_of, why_called
 from ..library import autocast_dtype
@@ -114,6 +115,8 @@ class _MultiheadAttention(_Pooling):
             return "It adds tokens of its own (add_bias_kv or add_zero_attn)."
         if module.kdim != module.vdim:
             return f"Keys and values differ in width: kdim {module.kdim}, vdim {module.vdim}."
+        if is_parametrized(module) or is_parametrized(module.out_proj):
+            return "Its weights are parametrized, which the original forms once a call."
         if not all(w.is_floating_point() for w in _weights(module)):
             return "Its weights are no floating-point numbers."
         return _not_dropout(module.dropout, "dropout")

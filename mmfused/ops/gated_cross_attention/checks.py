@@ -93,7 +93,8 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
         expected |= {bias: (dim,) for bias in ("b_q", "b_k", "b_v", "b_o")} | dict(b_g=None if gates is None else gates[:1])
         for field, shape in expected.items():
             tensor = getattr(w, field)
-            if isinstance(tensor, Called) or tensor is None and field not in ("w_g",) or (tensor is None and shape is None):
+            optional = field.startswith("b_") or shape is None
+            if isinstance(tensor, Called) or (tensor is None and optional):
                 continue
             if tensor is None or shape is None or tuple(tensor.shape) != shape:
                 got = None if tensor is None else tuple(tensor.shape)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import attention
-from ...children import Called, layer_norm, linear
+from ...children import Called, layer_norm, linear, no_weights
 from ...library import choose, distinct, nan_unless, no_autocast, once_differentiable, register, to_autocast
 from ...random import draw_seed, keep_mask
 from .checks import check
@@ -53,8 +53,8 @@ def _attend_composed(
     unchanged = stays(x, context, missing)
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
-    q = linear(normed(tokens, x.norm), w.w_q, w.b_q)
-    k, v = _keys_and_values(normed(keys, context.norm), w)
+    q = linear(normed(tokens, x), w.w_q, w.b_q)
+    k, v = _keys_and_values(normed(keys, context), w)
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     attended = _attention(q, k, v, ignore, dropout_p, dropout_seed, 2 * stream)
     attended = linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
@@ -84,18 +84,18 @@ def _keys_and_values(keys: Tensor, w: CrossAttentionWeights) -> tuple[Tensor, Te
     return F.linear(keys, torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
 
 
-def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]:
-    """LayerNorm of the tokens of a side, once for all who ask with the same tensor."""
-    known: list[tuple[Tensor, Tensor]] = []
+def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, Side], Tensor]:
+    """LayerNorm of the tokens of a side, once where both directions read the same."""
+    known: list[tuple[Tensor, Side, Tensor]] = []
 
-    def normed(tokens, norm):
+    def normed(tokens, side):
         if not pre_norm:
             return tokens
-        for seen, out in known:
-            if seen is tokens:
+        for seen, of, out in known:
+            if seen is tokens and of is side:
                 return out
-        known.append((tokens, layer_norm(tokens, norm, eps)))
-        return known[-1][1]
+        known.append((tokens, side, side.norm_tokens(tokens, eps)))
+        return known[-1][2]
 
     return normed
 
@@ -291,17 +291,18 @@ def bidirectional_gated_cross_attention(
 
 def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
     # Before the checks, which want one dtype: autocast takes any.
+    uncast = [side[0] for side in given]
     given = [(*to_autocast(tokens), _cast_all(norm), *masks) for tokens, norm, *masks in given]
     directions = [_cast_all(w) for w in directions]
     check(op, names, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
-    outs = _outputs(op, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
+    outs = _outputs(op, given, uncast, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
     for tokens, _, _, lengths, _ in given:
         if lengths is not None:
             outs = [nan_unless(lengths, tokens.shape[1], out) for out in outs]
     return outs
 
 
-def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
+def _outputs(op, given, uncast, directions, *, dropout_p, dropout_seed, **options):
     device, dtype = given[0][0].device, given[0][0].dtype
     sides = [side_of(*side) for side in given]
     if dropout_p and dropout_seed is None:
@@ -310,19 +311,35 @@ def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
     with no_autocast(device.type):
         directions = [CrossAttentionWeights(*(t.to(dtype) if isinstance(t, Tensor) else t for t in w)) for w in directions]
         parts = (*(side.norm for side in sides), *(part for w in directions for part in w))
-        chosen = choose(op, device, dtype, [part.reason for part in parts if isinstance(part, Called)])
+        chosen = choose(op, device, dtype, no_weights(parts))
         if chosen == "fused":
             return _attend_fused(sides, directions, **options)
+        called = any(isinstance(part, Called) for part in parts)
+        if options["pre_norm"]:
+            zero = options["missing"] == "zero" and len(directions) == 1  # of two, each side's own tokens stay
+            hide = zero or options["missing"] == "skip"
+            sides = [_call_norm(*pair, hide) for pair in zip(sides, uncast, strict=True)]
         if chosen == "reference":
             return _each(attend_reference, sides, directions, options)
         attend = functools.partial(_attend_composed, normed=_norms(options["pre_norm"], options["norm_eps"]))
-        keep = _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
-        if keep is None:
+        keep = None if called else _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
+        if keep is None:  # children that are called get the whole batch
             return _each(attend, sides, directions, options)
         ignores = [None if side.ignore is None else side.ignore[keep] for side in sides]
         picked = [Side(side.tokens[keep], side.norm, ignore, None) for side, ignore in zip(sides, ignores, strict=True)]
         outs = _each(attend, picked, directions, options)
         return [side.tokens.index_copy(0, keep, out) for side, out in zip(sides, outs, strict=False)]
+
+
+def _call_norm(side: Side, tokens: Tensor, hide_absent: bool) -> Side:
+    """A norm that must be called is called once, as autocast has not yet rounded the tokens; with 0 for what may hold NaN."""
+    if not isinstance(side.norm, Called):
+        return side
+    hidden = [] if side.ignore is None else [side.ignore[:, :, None]]
+    hidden += [side.absent[:, None, None]] if hide_absent and side.absent is not None else []
+    for mask in hidden:
+        tokens = tokens.masked_fill(mask, 0.0)
+    return side._replace(normed=side.norm(tokens).to(side.tokens.dtype))
 
 
 def _cast_all(parts):

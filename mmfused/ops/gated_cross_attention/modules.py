@@ -37,10 +37,13 @@ class _Direction(nn.Module):
         for part in ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"):
             child = getattr(self, part)
             width = self.gate_width if part == "gate_proj" else self.dim
-            pair = (None, None) if child is None else read(child, f"{name}.{part}", width, device_type)
+            absent = child is None and part == "gate_proj"
+            pair = (None, None) if absent else read(child, f"{name}.{part}", width, device_type)
             weights.append(pair[0])
             biases.append(pair[1])
         return CrossAttentionWeights(*weights, *biases)
+
+    forward = weights
 
 
 class GatedCrossAttention(_Direction):
@@ -133,13 +136,20 @@ class BidirectionalGatedCrossAttention(nn.Module):
         name, device = "BidirectionalGatedCrossAttention", _device_type(a)
         dim, eps = self.to_a.dim, self.options["norm_eps"]
         return bidirectional_gated_cross_attention(
-            a, b, self.to_a.weights(f"{name}.to_a", device), self.to_b.weights(f"{name}.to_b", device),
+            a, b, self._weights("to_a", device), self._weights("to_b", device),
             norm_a=read_norm(self.norm_a, f"{name}.norm_a", dim, device, eps),
             norm_b=read_norm(self.norm_b, f"{name}.norm_b", dim, device, eps), **self.options,
             dropout_p=self.dropout if self.training else 0.0, dropout_seed=dropout_seed,
             a_key_padding_mask=a_key_padding_mask, a_lengths=a_lengths, a_present=a_present,
             b_key_padding_mask=b_key_padding_mask, b_lengths=b_lengths, b_present=b_present,
         )  # fmt: skip
+
+    def _weights(self, direction: str, device_type: str) -> CrossAttentionWeights:
+        """By a call, so that what is on the direction itself acts."""
+        child, name = getattr(self, direction), f"BidirectionalGatedCrossAttention.{direction}"
+        if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+            raise TypeError(f"{name} is sharded by itself; fully_shard takes the whole module, or its projections.")
+        return CrossAttentionWeights(*child(name, device_type))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", dropout={self.dropout}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...children import Called, layer_norm, linear
@@ -34,6 +33,11 @@ class Side(NamedTuple):
     norm: tuple[Tensor, Tensor] | None
     ignore: Tensor | None
     absent: Tensor | None  # present flags and masks taken together; None: nobody
+    normed: Tensor | None = None  # (B, N, D), where a norm has been called
+
+    def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
+        """The LayerNorm of these tokens, which are the side's own but for some that count for nothing."""
+        return layer_norm(tokens, self.norm, eps) if self.normed is None else self.normed
 
 
 def gated_cross_attention_reference(
@@ -130,14 +134,14 @@ def attend_reference(
     # A token that stays as it is may hold NaN.
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
-    def normed(y, norm):
-        return layer_norm(y, norm, norm_eps) if pre_norm else y
+    def normed(y, side):
+        return side.norm_tokens(y, norm_eps) if pre_norm else y
 
     def heads(y, weight, bias):
         return linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
 
-    keys = normed(keys, context.norm)
-    q, k, v = heads(normed(tokens, x.norm), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
+    keys = normed(keys, context)
+    q, k, v = heads(normed(tokens, x), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
     probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None if ignore is None else ignore[:, None, None])
     if dropout_p:
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...children import Called, layer_norm, linear, read, read_norm, reset_children, weights_of, why_called
-from ...library import autocast_dtype, check_fractions, current_backend, no_autocast
+from ...children import Called, layer_norm, linear, no_weights, read, read_norm, reset_children, weights_of, why_called
+from ...library import check_fractions, current_backend, no_autocast
 from .checks import check_tokens
 from .function import dead_samples, ignored, pool_projected, query_pooling
 
@@ -62,8 +62,9 @@ class QueryPooling(nn.Module):
         if queries is None:
             raise ValueError("QueryPooling: queries is None; a module without num_queries takes them in forward.")
         check_tokens(x, key_padding_mask, lengths)
-        q = queries if self.q_proj is None else self.q_proj(queries)
-        device = x.device.type
+        device, q = x.device.type, queries
+        if self.q_proj is not None:
+            q = linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
         w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
         w_v, b_v = read(self.v_proj, "QueryPooling.v_proj", self.dim, device)
         eps = getattr(self.norm_kv, "eps", 0.0)
@@ -83,21 +84,19 @@ class QueryPooling(nn.Module):
         )
         if called:
             k, v = linear(x, w_k, b_k), linear(x, w_v, b_v)
-            out = pool_projected(q, k, v, **options, reasons=[child.reason for child in called])
+            out = pool_projected(q, k, v, **options, reasons=no_weights(called))
         else:
             if norm is not None:
                 options |= dict(norm_weight=norm[0], norm_bias=norm[1], norm_eps=eps)
             out = query_pooling(x, q, w_k, w_v, b_v, b_k, **options)
         if self.out_proj is None or fold:
             return out
-        out = self.out_proj(out)
+        out = linear(out, *read(self.out_proj, "QueryPooling.out_proj", None, device))
         dead = dead_samples(x, key_padding_mask, lengths)
         return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
 
     def _normed(self, x: Tensor, norm, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The tokens normalised, those to be ignored (they may hold NaN) set to 0 before; in the dtype of autocast."""
-        dtype = autocast_dtype(x.device.type)
-        x = x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+        """The tokens normalised, those to be ignored (they may hold NaN) set to 0 before."""
         ignore = ignored(*x.shape[:2], mask, lengths, x.device)
         x = x if ignore is None else x.masked_fill(ignore[:, :, None], 0.0)
         return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
