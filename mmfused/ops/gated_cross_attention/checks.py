@@ -126,5 +126,5 @@ def _check_padding(op: str, name: str, side) -> None:
             raise ValueError(f"{op}: {name}_lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
         check_value(
             lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens.",
+            lambda: f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens.",
         )

@@ -142,12 +142,39 @@ def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, save
     return wide + [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*norms, *weights)]
 
 
-register("gated_cross_attention_fwd", f"({_LISTS}, {_OPTIONS}) -> Tensor[]", "gated_cross_attention:forward", _fake_forward)
+def _products(tokens, weights, gate) -> tuple[int, int, int, int]:
+    """FLOPs forward of projections, attention, output projections and gates, from shapes."""
+    directions, (batch, _, dim) = len(weights) // FIELDS, tokens[0]
+    asking = batch * sum(x[1] for x in tokens[:directions])
+    project = sum(2 * batch * x[1] * x[2] * width for x, width in zip(tokens, _widths(directions, dim), strict=True))
+    attend = 4 * directions * batch * tokens[0][1] * tokens[1][1] * dim
+    gates = 0 if gate == "none" else weights[CrossAttentionWeights._fields.index("w_g")][0]
+    return project, attend, 2 * asking * dim * dim, 4 * asking * dim * gates
+
+
+def _forward_flops(tokens, norms, ignores, absents, weights, flags, num_heads, gate, *rest, out_shape):
+    return sum(_products(tokens, weights, gate))
+
+
+def _backward_flops(d_outs, tokens, norms, ignores, absents, weights, flags, saved, num_heads, gate, *rest, out_shape):
+    """Each product twice, and again the scores and the gate."""
+    project, attend, output, gates = _products(tokens, weights, gate)
+    return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
+
+
+register(
+    "gated_cross_attention_fwd",
+    f"({_LISTS}, {_OPTIONS}) -> Tensor[]",
+    "gated_cross_attention:forward",
+    _fake_forward,
+    _forward_flops,
+)
 register(
     "gated_cross_attention_bwd",
     f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
     "gated_cross_attention:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 

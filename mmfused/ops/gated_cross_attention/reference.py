@@ -113,7 +113,7 @@ def side_of(
         ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
     absents = [] if present is None else [~present]
     if not tokens.shape[1]:  # no token that may be read, mask or no mask
-        absents.append(torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+        absents.append(torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device))
     elif ignore is not None:
         absents.append(ignore.all(1))
     absent = torch.stack(absents).any(0) if absents else None
@@ -206,7 +206,7 @@ def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tens
             ignore = ignore | absent
         if missing == "constant" and collapse:  # all tokens of an absent sample are equal: the first that may be read says it all
             first = (~ignore).to(torch.int32).cumsum(1) == 1
-            ignore = torch.where(absent, ~first | ignore, ignore)
+            ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
 
 

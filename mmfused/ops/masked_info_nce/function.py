@@ -209,7 +209,7 @@ def _loss(
     check(query, candidate, temperature=temperature, **options, **rest)
     temperature = valid_or_nan(temperature)
     no_kernel = [] if false_negative_margin is None else ["false_negative_margin has no kernel"]
-    chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel)
+    chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel, ("export", "onnx"))
     with no_autocast(query.device.type):
         if chosen == "reference":
             if ranks is not None:

@@ -29,6 +29,7 @@ from ...library import (
     autocast_dtype,
     choose,
     current_backend,
+    graph_made,
     nan_unless,
     no_autocast,
     once_differentiable,
@@ -132,12 +133,23 @@ def _fake_backward(dz, dksum, x, q, z, sums, mean, rstd, ksum, mask, lengths, ne
     return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
 
 
+def _forward_flops(x, q, *rest, out_shape):
+    batch, length, dim = x
+    return 4 * batch * q[-2] * length * dim
+
+
+def _backward_flops(dz, dksum, x, q, z, sums, mean, rstd, ksum, mask, lengths, need_dx, *rest, out_shape):
+    """S again, dP and dq, for dx two more."""
+    return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
+
+
 register(
     "query_pooling_fwd",
     "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p, Tensor? dropout_seed)"
     " -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
     "query_pooling:forward",
     _fake_forward,
+    _forward_flops,
 )
 register(
     "query_pooling_bwd",
@@ -145,6 +157,7 @@ register(
     " Tensor? lengths, bool need_dx, float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
     "query_pooling:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 
@@ -184,6 +197,12 @@ class _ZeroGradient(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
+def _with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
+    if graph_made():  # which keeps of a Function its forward alone
+        return out + (b * 0.0).sum().to(out.dtype)
+    return _ZeroGradient.apply(out, b)
+
+
 # ---- the two forms --------------------------------------------------------------------------------------------------------------
 
 # The absorbed form is taken where its FLOPs are this many times fewer: bmm reaches the same rate as the projections on a CPU
@@ -201,7 +220,10 @@ def flops(batch: int, length: int, dim: int, queries: int, k_dim: int, v_dim: in
 
 
 def cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int, dropout_p: float = 0.0) -> str:
-    cost = flops(*x.shape, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
+    batch, length, dim = x.shape
+    if graph_made():  # for any number of samples and tokens: as for many, without a guard on either
+        batch, length = 2**20, 2**20
+    cost = flops(batch, length, dim, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
     margin = 1.0 if dropout_p else _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if cost["absorbed"] * margin <= cost["projected"] else "projected"
 
@@ -225,9 +247,12 @@ def _absorbed(
     z, ksum = z if dropout_p else (z, None)  # (B, R)
 
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
-    z = z.unflatten(1, (num_heads, queries.shape[-2])).transpose(0, 1)  # (h, B, L, D)
-    out = z.flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-    out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
+    z = z.unflatten(1, (num_heads, queries.shape[-2]))  # (B, h, L, D)
+    if graph_made() == "onnx":  # whose optimizer takes samples for heads where there are as many
+        out = (z @ w_v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    else:
+        out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
+        out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
     if ksum is not None:
         if b_v is not None:
             heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
@@ -362,7 +387,7 @@ def query_pooling(
     else:
         pool = _PoolFused.apply if chosen == "fused" else _pool_composed
         out = _absorbed(pool, x, *args[:4], **options, **norm, **dropout)
-        out = out if b_k is None else _ZeroGradient.apply(out, b_k)
+        out = out if b_k is None else _with_zero_gradient(out, b_k)
     return out if lengths is None else nan_unless(lengths, x.shape[1], out)
 
 

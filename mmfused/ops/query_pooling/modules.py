@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...children import Called, layer_norm, linear, no_weights, read, read_norm, reset_children, weights_of, why_called
-from ...library import check_fractions, current_backend, no_autocast
+from ...library import check_fractions, current_backend, graph_made, no_autocast
 from .checks import check_tokens
 from .function import dead_samples, ignored, pool_projected, query_pooling
 
@@ -106,6 +106,8 @@ class QueryPooling(nn.Module):
 
         Not under dropout, where b_V counts as often as probabilities are kept, and b_O once.
         """
+        if graph_made():  # for any number of rows
+            return False
         many = self.num_heads == 1 and rows > self.dim and not self._dropout_p()
         plain = self.out_proj is not None and why_called(self.out_proj) is None
         return many and plain and current_backend() != "reference"
