@@ -14,10 +14,11 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+from .flops import add_formula
 from .switch import Choice, Switch
 
 BACKENDS = ("auto", "reference", "composed", "fused")
@@ -41,6 +42,11 @@ class backend(Choice):
 
     ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer, float32/float16/bfloat16) and ``composed`` elsewhere.
     Asking for ``fused`` where it cannot run makes the op raise ``RuntimeError`` with the reasons.
+
+    ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...) transforms the plain formulas: there ``auto``
+    and ``composed`` take ``reference``. What ``torch.export`` makes of ``composed`` has all
+    gradients; of ``fused`` it keeps kernels without theirs, which raise where one is wanted. ONNX
+    (``dynamo=True``) gets operators of its own alone.
 
     It holds for this thread and context (asyncio task) alone; elsewhere :func:`set_backend` decides. Without ``with`` the call does
     nothing. A backward uses its forward's backend wherever it runs, and so does a recomputation under
@@ -96,23 +102,45 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, extra: list[str] | None = None) -> str:
-    """Which of ``reference``, ``composed``, ``fused`` serves a call: a pure function of device, dtype and ``extra``.
+def graph_made() -> str | None:
+    """The graph that this call is taken apart for, if any: "export" (torch.export) or "onnx"."""
+    if not torch.compiler.is_exporting():
+        return None
+    return "onnx" if torch.onnx.is_in_onnx_export() else "export"
 
-    ``extra`` holds the op's own reasons against its kernel (an unsupported shape or form).
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    extra: list[str] | None = None,
+    opaque: tuple[str, ...] = (),
+) -> str:
+    """Which of ``reference``, ``composed``, ``fused`` serves a call: a pure function of device, dtype
+    and ``extra``, and of what takes the call apart: torch.func gets the reference.
+
+    ``extra`` holds the op's own reasons against its kernel (an unsupported shape or form). ``opaque``:
+    graphs ("export", "onnx") to which the composed path is, which then get the reference: of a
+    Function they keep its forward alone, and ONNX has no operator of ours.
     """
-    asked = current_backend()
+    asked, graph = current_backend(), graph_made()
+    transformed = torch._C._are_functorch_transforms_active()
+    plain = "reference" if transformed or graph in opaque else "composed"
     if asked in ("reference", "composed"):
-        return asked
+        return plain if asked == "composed" else asked
     reasons = why_not_fused(device, dtype) + (extra or [])
+    if transformed:
+        reasons.append("torch.func transforms the call, and takes plain formulas alone")
+    if graph == "onnx":
+        reasons.append("ONNX has no such operator")
     interpreted = device.type == "cpu"  # slow, for tests: only when asked for
     if not reasons and (asked == "fused" or not interpreted):
         return "fused"
     if asked == "fused":
         raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}.")
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        _warn_once(f"{op} runs 'composed' instead of 'fused': {'; '.join(reasons)}.")
-    return "composed"
+        _warn_once(f"{op} runs {plain!r} instead of 'fused': {'; '.join(reasons)}.")
+    return plain
 
 
 def _warn_once(message: str) -> None:
@@ -121,8 +149,22 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
-    """Define ``torch.ops.mmfused.<name>`` with ``schema``; on CUDA it calls ``launcher`` ("module:function" under mmfused.kernels).
+def define(name: str, schema: str, fake: Callable, flops: Callable[..., int]) -> None:
+    """Define ``torch.ops.mmfused.<name>``, not yet what implements it. ``flops``: its formula, as
+    :func:`.flops.add_formula` takes it."""
+    torch.library.define(f"mmfused::{name}", schema)
+    torch.library.register_fake(f"mmfused::{name}", fake)
+    add_formula(name, flops)
+
+
+def register(
+    name: str,
+    schema: str,
+    launcher: str,
+    fake: Callable,
+    flops: Callable[..., int],
+) -> None:
+    """:func:`define`, and on CUDA call ``launcher`` ("module:function" under mmfused.kernels).
 
     The module is imported at the first call, so that importing mmfused needs no triton. Under ``TRITON_INTERPRET=1`` the
     launcher serves CPU tensors too, so that tests reach the kernels through the public function.
@@ -130,30 +172,41 @@ def register(name: str, schema: str, launcher: str, fake: Callable) -> None:
     module, function = launcher.split(":")
 
     def call(*args):
+        # Within its Function gradients are off.
+        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+            raise RuntimeError(
+                f"mmfused::{name}: an exported graph holds the kernel without its gradient; call it "
+                "under torch.no_grad(), or export under mmfused.backend('composed')."
+            )
         launch = getattr(importlib.import_module(f"mmfused.kernels.{module}"), function)
-        index = _first_tensor(args).device.index
+        index = next(_tensors(args)).device.index
         if index is None or index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(index):  # triton launches on the current device, whatever the tensors' own
             return launch(*args)
 
-    torch.library.define(f"mmfused::{name}", schema)
+    define(name, schema, fake, flops)
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         torch.library.impl(f"mmfused::{name}", key, call)
-    torch.library.register_fake(f"mmfused::{name}", fake)
 
 
-def _first_tensor(args) -> torch.Tensor:
+def _tensors(args) -> Iterator[torch.Tensor]:
     """Some ops begin with lists, or with a gradient that may be None."""
     flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-    return next(x for x in flat if isinstance(x, torch.Tensor))
+    return (x for x in flat if isinstance(x, torch.Tensor))
 
 
-def register_composed(name: str, schema: str, function: Callable, fake: Callable) -> None:
-    """Define ``torch.ops.mmfused.<name>`` as ``function`` on every device: for composed paths whose loops depend on data."""
-    torch.library.define(f"mmfused::{name}", schema)
+def register_composed(
+    name: str,
+    schema: str,
+    function: Callable,
+    fake: Callable,
+    flops: Callable[..., int],
+) -> None:
+    """:func:`define`, and call ``function`` on every device: for composed paths whose loops depend
+    on data."""
+    define(name, schema, fake, flops)
     torch.library.impl(f"mmfused::{name}", "CompositeExplicitAutograd", function)
-    torch.library.register_fake(f"mmfused::{name}", fake)
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -212,23 +265,28 @@ def check_fractions(op: str, **fractions: float) -> None:
             raise ValueError(f"{op}: {name} is {fraction}; it takes a number from 0 to below 1.")
 
 
-def check_value(condition: Callable[[], torch.Tensor], message: str) -> None:
+def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:
     """Check tensor values: a ``ValueError`` on CPU in eager mode. Elsewhere nothing syncs and no assertion ends a CUDA context: the
-    caller sees to it that a value it does not take gives NaN, and only ``MMFUSED_CHECK=1`` asserts on the device, for debugging."""
+    caller sees to it that a value it does not take gives NaN, and only ``MMFUSED_CHECK=1`` asserts on the device, for debugging.
+
+    ``message``: a function where a size is in it, for which an exported graph would then hold alone.
+    """
+    if torch._C._are_functorch_transforms_active():  # under vmap nothing can branch on a value
+        return
     holds = condition()
     eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()  # another type: a compiler traces without saying so
     if holds.device.type == "cpu" and eager:
         if not holds:
-            raise ValueError(message)
+            raise ValueError(message if isinstance(message, str) else message())
     elif CHECK_ON_DEVICE:
-        torch._assert_async(holds, message)
+        torch._assert_async(holds, message if isinstance(message, str) else message())
 
 
 def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.Tensor:
     """``out`` (B, ...), NaN in each sample whose length lies outside [0, N], and so the gradient from there: what ``check_value``
     let pass."""
     broken = (lengths < 0) | (lengths > length)
-    factor = torch.ones(len(lengths), dtype=out.dtype, device=out.device).masked_fill(broken, math.nan)
+    factor = torch.ones(lengths.shape[0], dtype=out.dtype, device=out.device).masked_fill(broken, math.nan)
     return out * factor.view(-1, *[1] * (out.dim() - 1))
 
 
@@ -236,6 +294,23 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device type, or None outside autocast."""
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocasts else None
+
+
+def to_autocast(*values: object) -> list:
+    """Floating tensors in the dtype that autocast chooses, differentiably; float64, and what is no such tensor, as it is."""
+
+    def cast(x):
+        dtype = autocast_dtype(x.device.type) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+        return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+    return [cast(x) for x in values]
+
+
+def wide_unless(dtype: torch.dtype, *values: object) -> list:
+    """Floating tensors of another 16-bit type than ``dtype`` in float32: parameters under autocast that are rounded later."""
+    keep = (dtype, torch.float32, torch.float64)
+    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in values]
+    return [x.float() if float_ and x.dtype not in keep else x for x, float_ in zip(values, floats, strict=True)]
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .library import check_tensors, no_autocast
+from .library import check_tensors, graph_made, no_autocast
 from .ops.masked_info_nce.checks import check_temperature, valid_or_nan
 from .ops.topk_routing import Routing
 
@@ -27,8 +27,8 @@ def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
     In one sweep with the contrastive loss: ``masked_info_nce(..., positive_weight=...)`` on normalised embeddings.
     """
     query, positive = _floats("positive_similarity", query=query, positive=positive)
-    if len(query) != len(positive):
-        raise ValueError(f"positive_similarity: positive has {len(positive)} rows; it takes {len(query)}, as query has.")
+    if query.shape[0] != positive.shape[0]:
+        raise ValueError(f"positive_similarity: positive has {positive.shape[0]} rows; it takes {query.shape[0]}, as query has.")
     return (1 - F.cosine_similarity(query, positive, dim=-1)).mean()
 
 
@@ -46,7 +46,7 @@ def hard_negative_margin(
     _check_scalars("hard_negative_margin", query, margin=margin)
     if not 0 <= fraction <= 1:
         raise ValueError(f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1.")
-    hardest = min(int(fraction * len(candidate)), len(candidate) - 1)
+    hardest = min(int(fraction * candidate.shape[0]), candidate.shape[0] - 1)
     if hardest == 0:
         return query.new_zeros(()) * query.sum() * candidate.sum()  # a zero that backward can pass
 
@@ -56,7 +56,7 @@ def hard_negative_margin(
         others = logits.scatter(1, at[:, None], float("-inf"))
         return F.relu(margin + others.topk(hardest).values - own).sum()
 
-    return _by_rows(block, query, len(candidate)) / (len(query) * hardest)
+    return _by_rows(block, query, candidate.shape[0]) / (query.shape[0] * hardest)
 
 
 def product_hinge(
@@ -75,14 +75,14 @@ def product_hinge(
     ``positive`` (B,): S_ii of the image's, then of the text's embedding.
     """
     query, candidate = _floats("product_hinge", query=query, candidate=candidate)
-    if len(query) != len(candidate):
-        raise ValueError(f"product_hinge: candidate has {len(candidate)} rows; it takes {len(query)}, as query has.")
+    if query.shape[0] != candidate.shape[0]:
+        raise ValueError(f"product_hinge: candidate has {candidate.shape[0]} rows; it takes {query.shape[0]}, as query has.")
     check_tensors("product_hinge", query=query, positive=positive)
     _check_scalars("product_hinge", query, scale=scale, margin=margin)
     if positive is not None and (positive.shape != query.shape[:1] or not positive.is_floating_point()):
         raise ValueError(
             f"product_hinge: positive has shape {tuple(positive.shape)} and dtype {positive.dtype}; it takes floats "
-            f"({len(query)},)."
+            f"({query.shape[0]},)."
         )
     if positive is None:
         positive = (query * candidate).sum(-1) * scale
@@ -92,7 +92,7 @@ def product_hinge(
         away = torch.ones_like(hinge) * margin  # which may be learned
         return F.relu(hinge + (away if diagonal else away.scatter(1, at[:, None], 0.0))).sum()
 
-    return _by_rows(block, query, len(candidate)) / (len(query) * len(candidate))
+    return _by_rows(block, query, candidate.shape[0]) / (query.shape[0] * candidate.shape[0])
 
 
 def product_consistency(
@@ -121,7 +121,7 @@ def product_consistency(
                 f"{tuple(pairs[0][0].shape)}, as product has."
             )
     _check_scalars("product_consistency", pairs[0][0], scale=scale, tolerance=tolerance)
-    count = len(pairs[0][0])
+    count = pairs[0][0].shape[0]
     top = min(top, count)
     widths = [query.shape[1] for query, _ in pairs]
 
@@ -152,7 +152,7 @@ def sigmoid_contrastive(
         own = logits.gather(1, at[:, None])
         return -F.logsigmoid((-logits).scatter(1, at[:, None], own)).sum()
 
-    return _by_rows(block, query, len(candidate)) / len(query)
+    return _by_rows(block, query, candidate.shape[0]) / query.shape[0]
 
 
 def expert_shares(routing: Routing, samples: int) -> Tensor:
@@ -162,7 +162,7 @@ def expert_shares(routing: Routing, samples: int) -> Tensor:
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"expert_shares: routing is a {type(routing).__name__}; it takes a Routing.")
-    tokens, experts = len(routing.indices), len(routing.offsets) - 1
+    tokens, experts = routing.indices.shape[0], routing.offsets.shape[0] - 1
     if samples < 1 or tokens % samples:
         raise ValueError(f"expert_shares: samples is {samples}; it takes a divisor of the routing's {tokens} tokens.")
     dense = routing.weights.new_zeros(tokens, experts).scatter_add(1, routing.indices, routing.weights)
@@ -202,10 +202,10 @@ def dual_alignment(
         raise ValueError(
             f"{op}: shares has shape {tuple(shares.shape)}; it takes (B, {alignment.shape[0]}), as alignment has rows."
         )
-    if members is not None and (members.dtype != torch.bool or members.shape != (len(shares), alignment.shape[1])):
+    if members is not None and (members.dtype != torch.bool or members.shape != (shares.shape[0], alignment.shape[1])):
         raise ValueError(
             f"{op}: members has shape {tuple(members.shape)} and dtype {members.dtype}; it takes bool "
-            f"{(len(shares), alignment.shape[1])}."
+            f"{(shares.shape[0], alignment.shape[1])}."
         )
     if normalise is not None and not normalise > 0:
         raise ValueError(f"{op}: normalise is {normalise}; it takes a positive sum, or None.")
@@ -231,9 +231,9 @@ def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
         if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it takes floats (rows, dim).")
     for name, tensor in others:
-        if tensor.shape[1] != first.shape[1] or len(tensor) < len(first):
+        if tensor.shape[1] != first.shape[1] or tensor.shape[0] < first.shape[0]:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; it takes at least {len(first)} rows of {first.shape[1]}, "
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it takes at least {first.shape[0]} rows of {first.shape[1]}, "
                 f"as {first_name} has."
             )
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()), torch.float32)
@@ -253,11 +253,14 @@ def _check_scalars(op: str, query: Tensor, **scalars: float | Tensor) -> None:
 
 
 def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
-    """Sum of ``block(rows, their indices)`` over blocks of rows, each computed again in backward where there are several."""
-    indices = torch.arange(len(rows), device=rows.device)
-    step = max(1, BLOCK_PAIRS // width)
+    """Sum of ``block(rows, their indices)`` over blocks of rows, each computed again in backward where
+    there are several; all at once in a graph for any number of rows, and under torch.func, which
+    takes no checkpoint."""
+    indices = torch.arange(rows.shape[0], device=rows.device)
+    whole = bool(graph_made()) or torch._C._are_functorch_transforms_active()
+    step = rows.shape[0] if whole else max(1, BLOCK_PAIRS // width)
     with no_autocast(rows.device.type):
-        if step >= len(rows):
+        if whole or step >= rows.shape[0]:
             return block(rows, indices)
         parts = zip(rows.split(step), indices.split(step), strict=True)
         return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum()

@@ -20,22 +20,24 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def uniform(seed: Tensor, rows: int, columns: int) -> Tensor:
     """(rows, columns) float32 in [0, 1): position (r, c) is the first word of Philox4x32-10 with counter (r, c, 0, 0)."""
-    return _unit(_philox(seed, rows, columns, 0)[0])
+    counter = torch.arange(rows, device=seed.device)[:, None], torch.arange(columns, device=seed.device)[None, :]
+    return _unit(_philox(seed, *torch.broadcast_tensors(*counter), 0)[0])
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
     """What dropout keeps, ``shape`` bool: of row r (all dimensions but the last taken as one) and column c it is word c % 4 of
     Philox with counter (r, c // 4, stream, 0), as a number in [0, 1), that must be at least p."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    kept = _unit(torch.stack(_philox(seed, rows, -(-columns // 4), stream), -1).flatten(1)) >= p
-    # Not a slice: for torch.compile that would be one graph where 4 divides columns and one where it does not.
-    return kept.index_select(1, torch.arange(columns, device=seed.device)).view(shape)
+    counters = -(-columns // 4)  # of a row
+    # In one dimension, and no slice: a graph would hold for one width, or for those that 4 divides.
+    at = torch.arange(rows * counters, device=seed.device)
+    words = torch.stack(_philox(seed, at // counters, at % counters, stream), -1).flatten()
+    first = torch.arange(rows, device=seed.device) * (4 * counters)
+    return (_unit(words) >= p)[first[:, None] + torch.arange(columns, device=seed.device)].view(shape)
 
 
-def _philox(seed: Tensor, rows: int, columns: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words, each (rows, columns) int64 in [0, 2^32), of counter (r, c, stream, 0)."""
-    counter = torch.arange(rows, device=seed.device)[:, None], torch.arange(columns, device=seed.device)[None, :]
-    c0, c1 = torch.broadcast_tensors(*counter)
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words, int64 in [0, 2^32), of each counter (c0, c1, stream, 0)."""
     c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):

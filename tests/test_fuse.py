@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children_cases import ATTACHMENTS
 from fuse_models import (
     CASES,
     DEVICE,
@@ -137,12 +138,13 @@ def test_expanded_queries_are_projected_once(pooled):
 
 def test_report_reads_well():
     model, *_ = build("open_clip, a tower")
-    lines = str(fuse(model)).splitlines()
-    assert lines[0] == "fuse: 1 swapped, 1 left" and lines[1].startswith("  swapped attn_pool: pools with ln_k folded")
-    assert lines[2].startswith("  left transformer.resblocks.0.attn: Self-attention")
-    assert "(root)" in str(fuse(nn.MultiheadAttention(D, H))) and "FusedAttentionalPooler" in repr(model)
+    report = fuse(model)
+    assert report.swapped["attn_pool"].startswith("pools with ln_k folded")
+    assert report.left == {"transformer.resblocks.0.attn": "Self-attention: its tokens are its queries."}
+    assert str(report).startswith("fuse: 1 swapped, 1 left\n") and "FusedAttentionalPooler" in repr(model)
+    assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
     assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(clip())  # no class was patched
-    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
+    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport() and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
     with pytest.raises(TypeError, match="fuse: model is a int; it takes a torch.nn.Module"):
         fuse(1)
 
@@ -171,8 +173,8 @@ LEFT = {
     "k_norm is a LayerNorm": lambda: latent(qk_norm=True),
     "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
     "scale is 1.0": lambda: after(latent(), setting("scale", 1.0)),
-    "kv is a Sequential": lambda: after(latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))),
-    "Hooks on kv": lambda: after(latent(), hook),
+    "kv is a torch.nn.modules.container.Sequential": lambda: after(latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))),
+    "kv has hooks": lambda: after(latent(), hook),
     "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
     "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
     "attention inside is a OwnAttention": lambda: after(siglip2(), setting("attention", OwnAttention(D, H))),
@@ -384,3 +386,35 @@ assert mmfused.fuse(torch.nn.MultiheadAttention(8, 2)).swapped
 assert not {"timm", "transformers", "open_clip"} & set(sys.modules)
 print("done")
 """)
+
+
+# ---- what is attached to the children of a swapped module -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attachment", ["LoRA", "LoRA, merged", "pruning", "weight_norm", "spectral_norm", "forward hook", "DoRA"])
+@pytest.mark.parametrize("case", ["timm", "blip2"])
+def test_children_that_are_read(case, attachment, pooled):
+    """Their effective weight serves; one that must be called runs the original."""
+    attached = ATTACHMENTS[attachment]
+    if attached.needs:
+        pytest.importorskip(attached.needs)
+    make, names, call = {
+        "timm": (latent, ["kv"], lambda m, q, x: m(x)),
+        "blip2": (cross, ["key", "value"], lambda m, q, x: m(q, None, x[..., :K])[0]),
+    }[case]
+    model, results = make(), []
+    model.train(attached.training)
+    q, x = (t.requires_grad_() for t in data("q, x").values())
+    for fused in (False, True):
+        torch.manual_seed(4)
+        twin = copy.deepcopy(model)
+        if fused:
+            assert fuse(twin).swapped
+        attached.attach(twin, names).to(DEVICE, torch.float64).train(attached.training)
+        out = call(twin, q, x)
+        leaves = [t for t in (q, x, *twin.parameters()) if t.requires_grad]
+        gradients = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+        results.append([out, *(g for g in gradients if g is not None)])
+    assert len(pooled) == attached.reads
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

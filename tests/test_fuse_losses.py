@@ -1,34 +1,51 @@
 """fuse(model) on the losses of open_clip and sentence-transformers: the real classes give the same loss and gradients."""
 
+import copy
+import functools
+import pickle
+import types
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import mmfused.swaps.losses
 from mmfused import fuse, unfuse
+from mmfused.swaps import KINDS, LEFT
 from mmfused.testing import over_budget
 
 B, D = 61, 24
+pytestmark = pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Takes the place of a SentenceTransformer: features of one text column to {"sentence_embedding": (B, D)}."""
 
     def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(7, D)
+        super().__init__(nn.Linear(7, D))
 
     def forward(self, features):
-        return {**features, "sentence_embedding": self.linear(features["x"])}
+        return {**features, "sentence_embedding": self[0](features["x"])}
+
+    def get_embedding_dimension(self):
+        return D
 
 
 def clip_loss(**options):
     return pytest.importorskip("open_clip.loss").ClipLoss(**options)
 
 
-def ranking_loss(**options):
-    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    return losses.MultipleNegativesRankingLoss(Encoder(), **options)
+def text_losses():
+    return pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+
+
+def ranking_loss(name="MultipleNegativesRankingLoss", **options):
+    return getattr(text_losses(), name)(Encoder(), **options)
+
+
+def cached_loss(**options):
+    return ranking_loss("CachedMultipleNegativesRankingLoss", mini_batch_size=7, **options)
 
 
 class Clip(nn.Module):
@@ -47,25 +64,44 @@ def dot_score(a, b):
     return pytest.importorskip("sentence_transformers.util").dot_score(a, b)
 
 
-def ranked(columns, **options):
-    def call(model, *inputs):
-        return model([{"x": x} for x in inputs], None)
+def embed(model, *inputs):
+    return model([{"x": x} for x in inputs], None)
 
+
+def ranked(columns, name="", matryoshka=(), **options):
     def make():
-        if "similarity_fct" in options:
-            options["similarity_fct"] = pytest.importorskip("sentence_transformers.util").dot_score
-        return ranking_loss(**options)
+        given = dict(options)
+        if name.startswith("Cached"):
+            given["mini_batch_size"] = 7
+        if "similarity_fct" in given:
+            given["similarity_fct"] = pytest.importorskip("sentence_transformers.util").dot_score
+        loss = ranking_loss(f"{name}RankingLoss", **given)
+        return text_losses().MatryoshkaLoss(loss.model, loss, matryoshka) if matryoshka else loss
 
-    return make, [(B, 7)] * columns, call
+    return make, [(B, 7)] * columns, embed, "loss" if matryoshka else "", len(matryoshka) or 1
 
 
-CASES = {
-    "clip": (Clip, [(B, D)] * 2, lambda model, *x: model(*x)),
-    "clip, root": (clip_loss, [(B, D)] * 2, lambda model, a, b: model(a, b, 3.0)),
-    "pairs": ranked(2),
-    "triplets": ranked(3, scale=5.0),
-    "dot": ranked(4, scale=0.5, similarity_fct=None),
-    "both directions": ranked(3, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"),
+BOTH = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+TWICE = BOTH | dict(directions=("doc_to_query", "query_to_doc", "doc_to_query"))
+PLAIN, CACHED = "MultipleNegatives", "CachedMultipleNegatives"
+CASES = {  # name -> (make a model, shapes of its inputs, call it, the name that is swapped, sweeps)
+    "clip": (Clip, [(B, D)] * 2, lambda model, *x: model(*x), "loss", 1),
+    "clip, root": (clip_loss, [(B, D)] * 2, lambda model, a, b: model(a, b, 3.0), "", 1),
+    "pairs": ranked(2, PLAIN),
+    "triplets": ranked(3, PLAIN, scale=5.0),
+    "dot": ranked(4, PLAIN, scale=0.5, similarity_fct=None),
+    "both directions": ranked(3, PLAIN, **BOTH),
+    "a direction named twice": ranked(2, PLAIN, **TWICE),
+    "symmetric": ranked(2, f"{PLAIN}Symmetric"),
+    "symmetric triplets": ranked(3, f"{PLAIN}Symmetric"),
+    "matryoshka": ranked(2, PLAIN, (D, 10)),
+    "cached pairs": ranked(2, CACHED),
+    "cached triplets": ranked(3, CACHED, scale=5.0),
+    "cached dot": ranked(4, CACHED, scale=0.5, similarity_fct=None),
+    "cached, both directions": ranked(3, CACHED, **BOTH),
+    "cached symmetric": ranked(2, f"{CACHED}Symmetric"),
+    "cached symmetric triplets": ranked(3, f"{CACHED}Symmetric"),
+    "cached matryoshka": ranked(3, CACHED, (D, 10), **BOTH),
 }
 
 
@@ -78,49 +114,85 @@ def swept(monkeypatch):
 
 
 def results(model, inputs, call, dtype):
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
-    loss = call(model, *inputs)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     leaves = [*inputs, *model.parameters()]
-    return {"loss": loss.detach()} | dict(enumerate(torch.autograd.grad(loss * 1.7, leaves)))
+    for leaf in leaves:
+        leaf.grad = None
+    loss = call(model, *inputs)
+    (loss * 1.7).backward()  # gradient caching backs up by itself: autograd.grad would not see it
+    return {"loss": loss.detach()} | {i: leaf.grad for i, leaf in enumerate(leaves)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_a_swapped_loss_gives_the_same_numbers(case, dtype, swept):
-    make, shapes, call = CASES[case]
+    make, shapes, call, name, sweeps = CASES[case]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     exact, before = results(model, inputs, call, torch.float64), model.state_dict()
     model.to(dtype)
     plain = results(model, inputs, call, dtype)
     report = fuse(model)
-    assert list(report.swapped) == ["loss" if case == "clip" else ""] and not swept
+    assert list(report.swapped) == [name] and not report.left and not swept
     fused = results(model, inputs, call, dtype)
-    assert len(swept) == 1, report
+    assert len(swept) == sweeps, report
     if dtype == torch.float64:
-        for name, value in exact.items():
-            assert (fused[name] - value).norm() <= 1e-10 * max(value.norm(), 1), name
+        for key, value in exact.items():
+            assert (fused[key] - value).norm() <= 1e-10 * max(value.norm(), 1), key
     else:
         assert not over_budget(fused, exact, plain)
     assert before.keys() == model.state_dict().keys()
     assert unfuse(model) == list(report.swapped)
     after = results(model, inputs, call, dtype)
-    assert torch.equal(after["loss"], plain["loss"]) and len(swept) == 1
+    assert all(torch.equal(after[key], plain[key]) for key in plain) and len(swept) == sweeps
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: clip_loss(world_size=2), "world_size is 2"),
-        (lambda: ranking_loss(hardness_mode="all_negatives", hardness_strength=2.0), "hardness_mode is 'all_negatives'"),
-        (lambda: ranking_loss(directions=("query_to_doc", "query_to_query")), "directions are"),
-        (lambda: ranking_loss(similarity_fct=dot_score), "test_fuse_losses.dot_score: the sweep knows"),
-    ],
-)
-def test_what_is_not_equal_is_left_with_the_reason(make, reason):
-    model = make()
+# fmt: off
+LEFT_ALONE = {
+    "world_size is 2": lambda: clip_loss(world_size=2),
+    "The get_logits of this module was replaced": lambda: edited(clip_loss(), get_logits=len),
+    "hardness_mode is 'all_negatives'": lambda: ranking_loss(hardness_mode="all_negatives", hardness_strength=2.0),
+    "directions are ('query_to_doc', 'query_to_query')": lambda: ranking_loss(directions=("query_to_doc", "query_to_query")),
+    "doc_to_query'), joint": lambda: ranking_loss(directions=BOTH["directions"]),
+    "test_fuse_losses.dot_score: the sweep knows": lambda: ranking_loss(similarity_fct=dot_score),
+    "The compute_loss_from_embeddings of this module was":
+        lambda: edited(ranking_loss(), compute_loss_from_embeddings=len),
+    "The calculate_loss of this module was replaced": lambda: edited(cached_loss(), calculate_loss=len),
+    "The calculate_loss of this module was":  # bound to another loss
+        lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
+    "calculate_loss of this module was replaced on": lambda: bound_anew(cached_loss(), lambda self, reps, labels=None: None),
+    "of this module was replaced on the instance.": lambda: bound_anew(cached_loss(), None),
+    "mini_batch_size is 0": lambda: edited(cached_loss(), mini_batch_size=0),
+    "hardness_mode is 'hard_negatives'":
+        lambda: cached_loss(hardness_mode="hard_negatives", hardness_strength=2.0),
+    "doc_to_doc'), joint": lambda: cached_loss(directions=("query_to_doc", "doc_to_doc")),
+}
+# fmt: on
+
+
+def wrapping(function):
+    decorator = pytest.importorskip("sentence_transformers.sentence_transformer.losses.matryoshka").CachedLossDecorator
+    return decorator(function, [D], [1])
+
+
+def bound_anew(loss, function):
+    """Bound to the instance itself: another function inside MatryoshkaLoss's wrapper, or its own without one."""
+    own = loss.calculate_loss
+    return edited(loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own)
+
+
+def edited(loss, **attributes):
+    for name, value in attributes.items():
+        setattr(loss, name, value)
+    return loss
+
+
+@pytest.mark.parametrize("reason", LEFT_ALONE)
+def test_what_is_not_equal_is_left_with_the_reason(reason):
+    model = LEFT_ALONE[reason]()
     report = fuse(model)
-    assert not report.swapped and reason in report.left[""] and type(model).__module__ != "mmfused.swaps.base"
+    assert not report.swapped and list(report.left) == [""] and reason in report.left[""]
+    assert all(type(module).__module__ != "mmfused.swaps.base" for module in model.modules())
 
 
 def test_calls_that_do_not_fit_run_the_original(swept):
@@ -139,6 +211,10 @@ def test_what_a_ranking_loss_trains_is_fused_too():
     loss.model.queries = nn.Parameter(torch.randn(3, D))
     loss.model.attention = nn.MultiheadAttention(D, 2, batch_first=True)
     assert set(fuse(loss).swapped) == {"", "model.attention"}
+    cached = cached_loss()
+    cached.model.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+    report = fuse(cached)
+    assert set(report.swapped) == {"", "model.attention"} and not report.left
 
 
 @pytest.mark.parametrize("scale", [float("nan"), -3.0, 0.0, 20], ids=str)
@@ -179,3 +255,316 @@ def test_a_scale_of_several_numbers_runs_the_original(swept):
     want = loss(a, b, scale)
     fuse(loss)
     assert torch.equal(loss(a, b, scale), want) and not swept
+
+
+# ---- the cached loss ------------------------------------------------------------------------------------------------------------
+
+
+def chunks(grad=True):
+    torch.manual_seed(3)
+    return [[torch.randn(n, D, dtype=torch.float64).requires_grad_(grad) for n in (20, 20, 21)] for _ in range(3)]
+
+
+@pytest.mark.parametrize("with_backward", [False, True])
+def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
+    """With it, no graph is left and the chunks hold their gradients; without, the graph is the caller's."""
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    found = []
+    for swap in (False, True):
+        loss, reps, scale.grad = edited(cached_loss(), scale=scale), chunks(), None
+        if swap:
+            fuse(loss)
+        value = loss.calculate_loss(reps, None, with_backward=with_backward)
+        assert value.requires_grad != with_backward
+        if not with_backward:
+            value.backward()
+        found.append([value.detach(), scale.grad, *(x.grad for column in reps for x in column)])
+    assert len(swept) == 1
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_the_cached_loss_without_gradients(swept):
+    loss, inputs = cached_loss(), torch.randn(2, B, 7)
+    with torch.no_grad():
+        want = embed(loss, *inputs)
+        fuse(loss)
+        torch.testing.assert_close(embed(loss, *inputs), want)
+    assert len(swept) == 1
+
+
+def test_the_cached_loss_leaves_other_columns_to_the_original(swept):
+    fused = cached_loss()
+    fuse(fused)
+    unequal, single = [chunks(False)[0], chunks(False)[1][:2]], chunks(False)[:1]
+    for reps in (unequal, single, [[], []]):
+        outcomes = []
+        for loss in (cached_loss(), fused):
+            try:
+                outcomes.append(loss.calculate_loss(reps))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        torch.testing.assert_close(*outcomes) if torch.is_tensor(outcomes[0]) else None
+        assert outcomes[0] is not None and type(outcomes[0]) is type(outcomes[1]) and not swept
+        assert torch.is_tensor(outcomes[0]) or outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("first", ["wrapped", "fused"])
+def test_matryoshka_and_fuse_in_either_order(first, swept):
+    """MatryoshkaLoss wraps the method bound at its construction; whichever is first, the sweep runs and comes off again."""
+    make, shapes, call, *_ = CASES["cached matryoshka"]
+    torch.manual_seed(0)
+    model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    want = results(model, inputs, call, torch.float64)
+    inner = copy.deepcopy(model.loss)
+    if first == "fused":
+        del inner.__dict__["calculate_loss"]
+        fuse(inner)
+        inner.model = model.model
+        model = text_losses().MatryoshkaLoss(model.model, inner, (D, 10))
+    report = fuse(model)
+    assert list(report.swapped) == ["loss"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        swept.clear()
+        assert twin.loss.calculate_loss.fn.__self__ is twin.loss
+        got = results(twin, inputs, call, torch.float64)
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-10, atol=1e-12)
+        assert len(swept) == 2 and unfuse(twin) == ["loss"] and list(fuse(twin, dry_run=True).swapped) == ["loss"]
+        got = results(twin, inputs, call, torch.float64)
+        assert len(swept) == 2 and all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(tmp_path_factory):
+    """A real one, small and random."""
+    transformers, losses = pytest.importorskip("transformers"), pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = dict(vocab_size=len(words), hidden_size=D, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16)
+    transformers.BertModel(transformers.BertConfig(**sizes, **dropout)).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    parts = [modules.Transformer(str(folder)), modules.Pooling(D)]
+    return losses.SentenceTransformer(modules=parts, device="cpu").double().train()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+@pytest.mark.parametrize("around", ["", "MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"])
+@pytest.mark.filterwarnings("ignore")  # layers and caching do not go together
+def test_around_a_sentence_transformer(around, cached, sentence_transformer, swept):
+    model, dims = sentence_transformer, [[D, 10]] if "Matryoshka" in around else []
+    name = f"{CACHED if cached else PLAIN}RankingLoss"
+    loss = getattr(text_losses(), name)(model, **(dict(mini_batch_size=5) if cached else {}))
+    loss = getattr(text_losses(), around)(model, loss, *dims) if around else loss
+
+    def outcome():
+        generator = torch.Generator().manual_seed(1)
+        ids = [torch.randint(5, 11, (12, 6), generator=generator) for _ in range(3)]
+        texts = [{"input_ids": x, "attention_mask": torch.ones_like(x), "token_type_ids": torch.zeros_like(x)} for x in ids]
+        model.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("random.sample", lambda population, k: list(population)[:k])  # which layers and widths
+            try:
+                value = loss(texts, None)
+                value.backward()
+            except KeyError as error:  # layers and caching
+                return str(error)
+        return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    want = outcome()
+    report = fuse(loss)
+    assert len(report.swapped) == 1 and not report.left
+    got = outcome()
+    if isinstance(want, str):
+        assert got == want and cached and around in ("AdaptiveLayerLoss", "Matryoshka2dLoss")
+        return
+    assert len(want) == len(got) > 10 and swept
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-10 * max(b.norm(), 1)
+
+
+# ---- other releases, and what is known but left -----------------------------------------------------------------------------
+
+
+def test_another_structure_is_left(monkeypatch):
+    cls = text_losses().CachedMultipleNegativesRankingLoss
+    with monkeypatch.context() as patch:  # of sentence-transformers 5
+        patch.setattr(cls, "calculate_loss", lambda self, reps, with_backward=False: None)
+        assert "has another calculate_loss: its structure is another" in fuse(cached_loss()).left[""]
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "calculate_loss", lambda self, reps, labels=None, *, with_backward=False, margin=0.0: None)
+        assert "takes margin, which fuse does not know" in fuse(cached_loss()).left[""]
+    with monkeypatch.context() as patch:
+        patch.delattr(cls, "hardness_mode")
+        report = fuse(cached_loss())
+        assert "has no hardness_mode: its structure is another" in report.left[""] and len(report.left) == 1
+    with monkeypatch.context() as patch:
+        plain = text_losses().MultipleNegativesRankingLoss
+        patch.setattr(plain, "compute_loss_from_embeddings", lambda self, queries, docs: None)
+        assert "takes docs, queries, which fuse does not know" in fuse(ranking_loss()).left[""]
+
+
+def test_a_deprecated_class_warns_of_no_swap(monkeypatch):
+    monkeypatch.setattr("mmfused.swaps.base._classes", {})
+    with pytest.warns(DeprecationWarning):
+        loss = ranking_loss("MultipleNegativesSymmetricRankingLoss")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fuse(loss).swapped
+
+
+def test_older_releases_are_named():
+    name = "CachedMultipleNegativesSymmetricRankingLoss"
+    older = type(name, (nn.Module,), {"__module__": f"sentence_transformers.losses.{name}"})
+    assert "before 6" in fuse(older()).left[""]
+
+
+def find(path):
+    module, _, name = path.rpartition(".")
+    return getattr(pytest.importorskip(module), name)
+
+
+@pytest.mark.parametrize("path", [p for p in [*LEFT, *KINDS] if p.startswith(("open_clip", "sentence_transformers."))])
+def test_known_classes_are_where_they_are_looked_for(path):
+    if path.startswith("sentence_transformers.losses."):
+        assert path in LEFT
+        return
+    cls = find(path)
+    assert f"{cls.__module__}.{cls.__qualname__}" == path
+    if path in LEFT:
+        loss = cls.__new__(cls)
+        nn.Module.__init__(loss)
+        assert fuse(nn.Sequential(loss)).left == {"0": LEFT[path]} and LEFT[path].endswith(".")
+
+
+# ---- odd objects never make fuse raise, nor a call that was swapped -----------------------------------------------------------
+
+
+class Scaled:
+    def __call__(self, a, b):
+        return 0.5 * a @ b.T
+
+
+class Hostile(Scaled):
+    def __getattribute__(self, name):
+        if name != "__class__":  # which nn.Module reads where it is set
+            raise RuntimeError("no attributes here")
+        return super().__getattribute__(name)
+
+
+def wrapped():
+    cos_sim = pytest.importorskip("sentence_transformers.util").cos_sim
+    return functools.wraps(cos_sim)(lambda a, b: 0.5 * cos_sim(a, b))
+
+
+ODD = {
+    "a functools.partial": lambda: functools.partial(dot_score),
+    "Scaled": Scaled,
+    "a torch.nn.modules.distance.CosineSimilarity": nn.CosineSimilarity,
+    "<lambda>": lambda: lambda a, b: 0.5 * dot_score(a, b),
+    "Hostile": Hostile,
+    "another function with the name sentence_transformers.util.similarity.cos_sim": wrapped,
+    "a builtins.method": lambda: Scaled().__call__,
+}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+@pytest.mark.parametrize("name", ODD)
+def test_any_similarity_is_judged(name, cached, swept):
+    torch.manual_seed(0)
+    inputs, odd = torch.randn(2, B, 7), ODD[name]()
+    loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
+    report = fuse(loss)
+    assert not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
+    later = (cached_loss if cached else ranking_loss)()
+    later.load_state_dict(loss.state_dict(), strict=False)
+    assert fuse(later).swapped
+    later.similarity_fct = odd
+
+    def outcome(loss):
+        try:
+            return embed(loss, *inputs).detach()
+        except Exception as error:
+            return type(error), str(error)
+
+    want, got = outcome(loss), outcome(later)
+    assert not swept and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
+    (text,) = fuse(later).swapped.values()
+    assert text.startswith("already swapped, but runs the original: similarity_fct is ") and not fuse(later).expected[""]
+
+
+class Raising(nn.Module):
+    """Its properties raise."""
+
+    @property
+    def world_size(self):
+        raise RuntimeError("not before the first step")
+
+    local_loss = gather_with_grad = get_logits = world_size
+
+
+Raising.__module__, Raising.__qualname__ = "open_clip.loss", "ClipLoss"
+
+# fmt: off
+ODDITIES = {
+    "RuntimeError: not before the first step": Raising,
+    "'>' not supported": lambda: edited(clip_loss(), world_size=None),
+    "has no world_size": lambda: without(clip_loss(), "world_size"),
+    "directions is a NoneType": lambda: edited(ranking_loss(), directions=None),
+    "directions is a generator": lambda: edited(ranking_loss(), directions=(x for x in ("query_to_doc",))),
+    "It cannot be judged: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
+    "It cannot be judged: RuntimeError: Boolean": lambda: edited(
+        ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)),
+    "mini_batch_size is 'all'": lambda: edited(cached_loss(), mini_batch_size="all"),
+    "has no scale": lambda: without(cached_loss(), "loss"),
+    "It cannot be judged: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
+    "It cannot be judged: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
+}
+# fmt: on
+
+
+def without(module, name):
+    delattr(module, name)
+    return module
+
+
+@pytest.mark.parametrize("words", ODDITIES)
+def test_odd_modules_are_left_and_the_others_swapped(words):
+    model = nn.Sequential(ODDITIES[words](), clip_loss())
+    types = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert list(report.swapped) == ["1"] and words in report.left["0"], report
+    assert [type(module) for module in model.modules()][:-1] == types[:-1]
+    assert unfuse(model) == ["1"]
+
+
+def test_a_module_that_refuses_another_class_is_left(monkeypatch):
+    model = nn.Sequential(clip_loss(), nn.MultiheadAttention(D, 2))
+
+    def refuse(self, name, value):
+        raise AttributeError(f"{name} is fixed")
+
+    monkeypatch.setattr(type(model[0]), "__setattr__", refuse)
+    report = fuse(model)
+    assert list(report.swapped) == ["1"] == list(report.expected) and "__class__ is fixed" in report.left["0"]
+
+
+def test_a_swapped_loss_takes_odd_attributes_later(swept):
+    a, b = torch.randn(2, B, D)
+    for attributes in (dict(world_size=None), dict(world_size="two")):
+        plain, fused = edited(clip_loss(), **attributes), clip_loss()
+        fuse(fused)
+        edited(fused, **attributes)
+        for loss in (plain, fused):
+            with pytest.raises(TypeError, match="'>' not supported"):
+                loss(a, b, 2.0)
+    assert not swept
+    ranking, embeddings = ranking_loss(), [a, b]
+    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))  # which the original never compares
+    want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
+    assert "It cannot be judged: RuntimeError: Boolean" in fuse(ranking).left[""]
+    assert fuse(edited(ranking, hardness_mode=None)).swapped
+    assert torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want) and not swept
+    assert "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]

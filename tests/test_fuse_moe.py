@@ -207,7 +207,7 @@ LEFT = {
         m.config, "_experts_implementation_internal", "deepgemm_megamoe")),
     "down_proj is a Strange of torch.float32": changed(quantise),
     "down_proj is a Parameter of torch.float8_e4m3fn": changed(eight_bits),
-    "Hooks on act_fn": changed(hook),
+    "act_fn has hooks": changed(hook),
     "forward of this module was replaced": changed(lambda m: setattr(m, "forward", len)),
     "has no gate_up_proj": changed(lambda m: delattr(m, "gate_up_proj")),
     "MyExperts is a subclass of MixtralExperts": changed(derive),

@@ -182,11 +182,20 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False):
         super().__init__()
-        bound = inputs**-0.5
-        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_experts, outputs))
-        self.norm_weight = nn.Parameter(torch.ones(num_experts, outputs)) if norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(num_experts, outputs)) if norm else None
+        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(num_experts, outputs))
+        self.norm_weight = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
+        self.norm_bias = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights uniform within one over the square root of the inputs, biases 0, norms 1 and 0."""
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
 
     def forward(self, x: Tensor, routing: Routing, expert: Tensor, first: bool, last: bool) -> Tensor:
         """The `first` layer takes tokens (T, I), the `last` gives tokens (T, O); between them are rows (T*k, O) by expert."""

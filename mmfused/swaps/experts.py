@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..children import attached, dense
 from ..ops.grouped_mlp import grouped_linear, grouped_mlp
 from ..ops.grouped_mlp.checks import FLOATS
 from ..ops.topk_routing import Routing, routing_from_indices
-from .base import KINDS, Swap, dense, path_of, touched
+from .base import KINDS, Swap, path_of
 
 # What transformers' decorator notes of an experts class, and what the kernels take.
 _LAYOUT = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_post_expert_norm": False}
@@ -106,6 +107,7 @@ def register_experts() -> None:
 
 
 class _MoeExperts(Swap):
+    family = "experts"
     needs = "gate_up_proj down_proj act_fn config _apply_gate"
     does = "its experts in one pass, whatever experts_implementation says; the router beside it is called as before"
 
@@ -115,7 +117,16 @@ class _MoeExperts(Swap):
             return "Its experts are spread over ranks: use experts_implementation='mmfused' (mmfused.register_experts())."
         if getattr(module.config, "_experts_implementation", None) == "deepgemm_megamoe":
             return "experts_implementation is 'deepgemm_megamoe', which lays the weights out anew."
-        return _other_layout(module) or _not_swiglu(module) or _other_weights(module) or touched(module.act_fn, "act_fn")
+        reason = _other_layout(module) or _not_swiglu(module) or _other_weights(module)
+        why = attached(module.act_fn)
+        return reason or (why and f"act_fn {why}, which would not act.")
+
+    @classmethod
+    def expects(cls, module):
+        chosen = getattr(module.config, "num_experts_per_tok", "k")
+        numbers = f"by count {chosen} x {module.gate_up_proj.shape[-1]} numbers"
+        gains = f"on a GPU the gathered copies of each token, {numbers}, are never written"
+        return f"{gains}; nothing to gain on a CPU, where each expert is one product either way"
 
     @staticmethod
     def misplaced(module, name, model):

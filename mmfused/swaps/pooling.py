@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..children import attached, dense, weights_of, why_called
 from ..library import autocast_dtype
 from ..ops.query_pooling import query_pooling
+from . import counts
 from .attention import attend, self_attention
-from .base import KINDS, Swap, dense, own_class, path_of, touched
+from .base import KINDS, Swap, own_class, path_of
 
 
 def _not_linear(linear: nn.Module, name: str) -> str | None:
-    if type(linear) is not nn.Linear:
-        return f"{name} is a {type(linear).__name__}, not nn.Linear: its weight alone does not tell what it computes."
-    if not linear.weight.is_floating_point():
-        return f"{name} has {linear.weight.dtype} weights."
-    return touched(linear, name)
+    why = why_called(linear)
+    return why and f"{name} {why}: its weight alone does not tell what it computes."
 
 
 def _not_inner(attention: nn.Module, queries: Tensor) -> str | None:
@@ -26,7 +26,8 @@ def _not_inner(attention: nn.Module, queries: Tensor) -> str | None:
         return f"The attention inside is a {type(attention).__name__}, not nn.MultiheadAttention."
     if not attention.batch_first or queries.shape[-1] != attention.embed_dim:
         return "The attention inside is not batch-first over the width of the queries."
-    return _MultiheadAttention.why_not(attention) or touched(attention, "the attention inside")
+    why = attached(attention)
+    return _MultiheadAttention.why_not(attention) or (why and f"The attention inside {why}, which would not act.")
 
 
 def _tokens(x: object) -> bool:
@@ -67,6 +68,15 @@ def _attend(mha, x, queries, key_padding_mask=None, *, batch_first=True, **norm)
 
 
 class _Pooling(Swap):
+    family = "pooling"
+    # Of one module: width of the tokens, queries (None: a call brings them), width of keys and of
+    # values, heads.
+    sizes = None
+
+    @classmethod
+    def expects(cls, module):
+        return counts.pooling(*cls.sizes(module))
+
     @staticmethod
     def dropout_of(module: nn.Module) -> float:
         """The share of attention weights it drops in training."""
@@ -78,11 +88,17 @@ class _Pooling(Swap):
         return cls.does + (f"; dropout {p} of attention weights acts as before, on others than with the same seed" if p else "")
 
 
+def _sizes_inside(attention: nn.MultiheadAttention, queries: Tensor) -> tuple:
+    return attention.kdim, queries.shape[-2], *[attention.embed_dim] * 2, attention.num_heads
+
+
 def _not_dropout(p: float, name: str) -> str | None:
     return None if 0 <= p < 1 else f"{name} is {p}: query_pooling takes a number from 0 to below 1."
 
 
 class _MultiheadAttention(_Pooling):
+    family = "attention"
+    sizes = staticmethod(lambda m: (m.kdim, None, m.embed_dim, m.embed_dim, m.num_heads))
     needs = "embed_dim num_heads kdim vdim in_proj_weight q_proj_weight in_proj_bias out_proj bias_k"
     does = (
         "pools, or reads another input, where key is value, not query, all 3-D, with need_weights=False, no attn_mask and no float "
@@ -99,6 +115,8 @@ class _MultiheadAttention(_Pooling):
             return "It adds tokens of its own (add_bias_kv or add_zero_attn)."
         if module.kdim != module.vdim:
             return f"Keys and values differ in width: kdim {module.kdim}, vdim {module.vdim}."
+        if is_parametrized(module) or is_parametrized(module.out_proj):
+            return "Its weights are parametrized, which the original forms once a call."
         if not all(w.is_floating_point() for w in _weights(module)):
             return "Its weights are no floating-point numbers."
         return _not_dropout(module.dropout, "dropout")
@@ -130,6 +148,9 @@ class _MultiheadAttention(_Pooling):
 
 
 class _AttentionPoolLatent(_Pooling):
+    sizes = staticmethod(
+        lambda m: (m.kv.in_features, m.latent_len, *[m.kv.out_features // 2] * 2, m.num_heads),
+    )
     needs = "num_heads head_dim scale fused_attn pos_embed latent latent_len q kv q_norm k_norm proj proj_drop norm mlp pool"
     does = "pools the latent's tokens; an attn_mask other than a bool padding mask runs the original forward"
 
@@ -141,10 +162,11 @@ class _AttentionPoolLatent(_Pooling):
             return f"q_norm is a {type(module.q_norm).__name__}, which may not treat each query alone."
         if module.scale != module.head_dim**-0.5:
             return f"scale is {module.scale}, not head_dim ** -0.5, which only one of its two code paths follows."
-        return _not_linear(module.kv, "kv") or touched(module.k_norm, "k_norm")
+        why = attached(module.k_norm)
+        return _not_linear(module.kv, "kv") or (why and f"k_norm {why}, which would not act.")
 
     def forward(self, x, attn_mask=None):
-        fits, ignore = _AttentionPoolLatent.why_not(self) is None and _tokens(x) and dense(self.kv.weight), None
+        fits, ignore = _AttentionPoolLatent.why_not(self) is None and _tokens(x), None
         if fits and attn_mask is not None:
             ignore = _ignored(attn_mask, self.num_heads, self.latent_len, x)
             fits = ignore is not None and self.fused_attn  # elsewhere timm adds a bool mask to the logits
@@ -153,7 +175,8 @@ class _AttentionPoolLatent(_Pooling):
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
         q = self.q_norm(self.q(self.latent[0]).unflatten(-1, (self.num_heads, -1))).flatten(-2)
-        (w_k, w_v), bias = self.kv.weight.chunk(2), self.kv.bias
+        weight, bias = weights_of(self.kv)
+        w_k, w_v = weight.chunk(2)
         b_k, b_v = (None, None) if bias is None else bias.chunk(2)
         x = query_pooling(x, q, w_k, w_v, b_v, b_k, num_heads=self.num_heads, key_padding_mask=ignore)
         x = self.proj_drop(self.proj(x))
@@ -163,6 +186,7 @@ class _AttentionPoolLatent(_Pooling):
 
 
 class _AttentionalPooler(_Pooling):
+    sizes = staticmethod(lambda m: _sizes_inside(m.attn, m.query))
     needs = "query attn ln_q ln_k"
     does = "pools with ln_k folded into the keys and values (applied before, where it is no plain LayerNorm or autocast rounds)"
 
@@ -184,13 +208,14 @@ class _AttentionalPooler(_Pooling):
         """ln_k, where autocast does not round the tokens first: before their mean is taken off that costs digits."""
         ln = self.ln_k
         plain = path_of(type(ln)) in ("torch.nn.modules.normalization.LayerNorm", "open_clip.transformer.LayerNorm")
-        if not plain or ln.weight is None or ln.normalized_shape != x.shape[-1:] or touched(ln, "ln_k"):
+        if not plain or ln.weight is None or ln.normalized_shape != x.shape[-1:] or attached(ln):
             return {}
         same = x.dtype == (autocast_dtype(x.device.type) or ln.weight.dtype)
         return dict(norm_weight=ln.weight, norm_bias=ln.bias, norm_eps=ln.eps) if same else {}
 
 
 class _PoolingHead(_Pooling):
+    sizes = staticmethod(lambda m: _sizes_inside(m.attention, m.probe))
     needs = "probe attention layernorm mlp"
     does = "pools, its probe projected once for the batch"
 
@@ -235,6 +260,16 @@ _IDLE_KWARGS = ("output_hidden_states", "return_dict", "num_items_in_batch", "in
 
 
 class _QFormerCrossAttention(_Pooling):
+    family = "attention"
+    sizes = staticmethod(
+        lambda m: (
+            m.key.in_features,
+            None,
+            m.key.out_features,
+            m.value.out_features,
+            m.num_attention_heads,
+        ),
+    )
     needs = "config query key value num_attention_heads attention_head_size scaling attention_dropout"
     does = "pools encoder_hidden_states under sdpa, with no mask or a bool (B, 1, 1, N); any other call runs the original forward"
 
@@ -258,17 +293,18 @@ class _QFormerCrossAttention(_Pooling):
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
         x, mask, ignore = encoder_hidden_states, encoder_attention_mask, None
         fits = _QFormerCrossAttention.why_not(self) is None and _tokens(x) and _tokens(hidden_states)
-        fits = fits and hidden_states.shape[0] in (1, x.shape[0]) and dense(self.key.weight, self.value.weight)
+        fits = fits and hidden_states.shape[0] in (1, x.shape[0])
         if fits and mask is not None:
             ignore = _ignored(mask, self.num_attention_heads, hidden_states.shape[1], x)
             fits = ignore is not None
         if not fits or any(v is not None and v is not False and k not in _IDLE_KWARGS for k, v in kwargs.items()):
             return super().forward(hidden_states, attention_mask, x, mask, **kwargs)
-        q, k, v = self.query(hidden_states), self.key, self.value
+        q = self.query(hidden_states)
+        (w_k, b_k), (w_v, b_v) = weights_of(self.key), weights_of(self.value)
         q = q[0] if q.shape[0] == 1 else q  # one set of queries for the batch
         options = dict(num_heads=self.num_attention_heads, scale=self.scaling, key_padding_mask=ignore)
         options["dropout_p"] = self.attention_dropout if self.training else 0.0
-        return query_pooling(x, q, k.weight, v.weight, v.bias, k.bias, **options), None
+        return query_pooling(x, q, w_k, w_v, b_v, b_k, **options), None
 
 
 _MODELS = "transformers.models"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...children import Called
 from ...library import check_fractions, check_numbers, check_tensors, check_value
 from .reference import CrossAttentionWeights
 
@@ -22,9 +23,9 @@ def check(
     for name, w in zip(("weights",) if len(directions) == 1 else ("to_a", "to_b"), directions, strict=True):
         if not isinstance(w, CrossAttentionWeights):
             raise TypeError(f"{op}: {name} is a {type(w).__name__}; it takes CrossAttentionWeights.")
-        floats |= {f"{name}.{field}": tensor for field, tensor in w._asdict().items()}
+        floats |= {f"{name}.{field}": part for field, part in w._asdict().items() if not isinstance(part, Called)}
     for name, (_, norm, *_) in zip(names, given, strict=True):
-        if norm is not None:
+        if norm is not None and not isinstance(norm, Called):
             floats |= {f"norm_{name}[{i}]": part for i, part in enumerate(norm)}
     check_tensors(op, **floats, **_masks(names, given), dropout_seed=dropout_seed)
     first = floats[names[0]]
@@ -78,7 +79,8 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
     dims = x.shape[-1], context.shape[-1]
     first = "weights" if len(directions) == 1 else "to_a"
     for name, dim, field in zip(names, dims, ("w_q", "w_k"), strict=True):
-        if (w := getattr(directions[0], field)).dim() == 2 and w.shape[1] != dim:
+        w = getattr(directions[0], field)
+        if isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] != dim:
             raise ValueError(f"{op}: {name} has width {dim}; it takes {w.shape[1]}, as {first}.{field} has columns.")
     if num_heads < 1 or dims[0] % num_heads:
         raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide dim = {dims[0]}.")
@@ -91,7 +93,8 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
         expected |= {bias: (dim,) for bias in ("b_q", "b_k", "b_v", "b_o")} | dict(b_g=None if gates is None else gates[:1])
         for field, shape in expected.items():
             tensor = getattr(w, field)
-            if tensor is None and field not in ("w_g",) or (tensor is None and shape is None):
+            optional = field.startswith("b_") or shape is None
+            if isinstance(tensor, Called) or (tensor is None and optional):
                 continue
             if tensor is None or shape is None or tuple(tensor.shape) != shape:
                 got = None if tensor is None else tuple(tensor.shape)
@@ -102,7 +105,7 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
             raise ValueError(f"{op}: norm_{name} is None; it takes a LayerNorm's weight and bias.")
         if norm is not None and not needed:
             raise ValueError(f"{op}: norm_{name} is given with pre_norm=False, where nothing normalises {name}.")
-        if norm is not None and any(part.shape != (dim,) for part in norm):
+        if not (norm is None or isinstance(norm, Called)) and any(part.shape != (dim,) for part in norm):
             raise ValueError(f"{op}: norm_{name} has shapes {[tuple(part.shape) for part in norm]}; it takes twice ({dim},).")
 
 
@@ -123,5 +126,5 @@ def _check_padding(op: str, name: str, side) -> None:
             raise ValueError(f"{op}: {name}_lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
         check_value(
             lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens.",
+            lambda: f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens.",
         )

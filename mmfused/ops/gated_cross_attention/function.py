@@ -21,10 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import attention
-from ...library import autocast_dtype, choose, distinct, nan_unless, no_autocast, once_differentiable, register
+from ...children import Called, layer_norm, linear, no_weights
+from ...library import choose, distinct, nan_unless, no_autocast, once_differentiable, register, to_autocast
 from ...random import draw_seed, keep_mask
 from .checks import check
-from .reference import CrossAttentionWeights, Side, attend_reference, flag_of, masked_softmax, read_keys, side_of, stays
+from .reference import (
+    CrossAttentionWeights,
+    Side,
+    attend_reference,
+    flag_of,
+    gate_logits,
+    masked_softmax,
+    read_keys,
+    side_of,
+    stays,
+)
 
 FIELDS = len(CrossAttentionWeights._fields)
 
@@ -42,39 +53,49 @@ def _attend_composed(
     unchanged = stays(x, context, missing)
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
-    q = F.linear(normed(tokens, x.norm), w.w_q, w.b_q)
-    biases = [w.w_k.new_zeros(dim) if b is None else b for b in (w.b_k, w.b_v)]
-    k, v = F.linear(normed(keys, context.norm), torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
+    q = linear(normed(tokens, x), w.w_q, w.b_q)
+    k, v = _keys_and_values(normed(keys, context), w)
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     attended = _attention(q, k, v, ignore, dropout_p, dropout_seed, 2 * stream)
-    attended = F.linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    attended = linear(attended.transpose(1, 2).flatten(2), w.w_o, w.b_o)
     if ignore is not None:
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
         attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
     if gate == "none":
         out = tokens + attended
-        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+        out = out if pre_norm else layer_norm(out, x.norm, norm_eps)
     else:
-        logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
-        if indicator:
-            logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
+        if isinstance(w.w_g, Called):
+            logits = gate_logits(tokens, attended, context, w, indicator)
+        else:
+            logits = F.linear(tokens, w.w_g[:, :dim], w.b_g) + F.linear(attended, w.w_g[:, dim : 2 * dim])
+            if indicator:
+                logits = logits + flag_of(context, batch, indicator, logits)[:, None, None] * w.w_g[:, -1]
         out = torch.lerp(tokens, attended, logits.sigmoid())  # keeps both for backward, which others keep anyway
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
 
-def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]:
-    """LayerNorm of the tokens of a side, once for all who ask with the same tensor."""
-    known: list[tuple[Tensor, Tensor]] = []
+def _keys_and_values(keys: Tensor, w: CrossAttentionWeights) -> tuple[Tensor, Tensor]:
+    """One product, unless either child must be called."""
+    if isinstance(w.w_k, Called) or isinstance(w.w_v, Called):
+        return linear(keys, w.w_k, w.b_k), linear(keys, w.w_v, w.b_v)
+    biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in ((w.w_k, w.b_k), (w.w_v, w.b_v))]
+    return F.linear(keys, torch.cat([w.w_k, w.w_v]), torch.cat(biases)).chunk(2, -1)
 
-    def normed(tokens, norm):
+
+def _norms(pre_norm: bool, eps: float) -> Callable[[Tensor, Side], Tensor]:
+    """LayerNorm of the tokens of a side, once where both directions read the same."""
+    known: list[tuple[Tensor, Side, Tensor]] = []
+
+    def normed(tokens, side):
         if not pre_norm:
             return tokens
-        for seen, out in known:
-            if seen is tokens:
+        for seen, of, out in known:
+            if seen is tokens and of is side:
                 return out
-        known.append((tokens, F.layer_norm(tokens, tokens.shape[-1:], *norm, eps)))
-        return known[-1][1]
+        known.append((tokens, side, side.norm_tokens(tokens, eps)))
+        return known[-1][2]
 
     return normed
 
@@ -121,12 +142,39 @@ def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, save
     return wide + [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*norms, *weights)]
 
 
-register("gated_cross_attention_fwd", f"({_LISTS}, {_OPTIONS}) -> Tensor[]", "gated_cross_attention:forward", _fake_forward)
+def _products(tokens, weights, gate) -> tuple[int, int, int, int]:
+    """FLOPs forward of projections, attention, output projections and gates, from shapes."""
+    directions, (batch, _, dim) = len(weights) // FIELDS, tokens[0]
+    asking = batch * sum(x[1] for x in tokens[:directions])
+    project = sum(2 * batch * x[1] * x[2] * width for x, width in zip(tokens, _widths(directions, dim), strict=True))
+    attend = 4 * directions * batch * tokens[0][1] * tokens[1][1] * dim
+    gates = 0 if gate == "none" else weights[CrossAttentionWeights._fields.index("w_g")][0]
+    return project, attend, 2 * asking * dim * dim, 4 * asking * dim * gates
+
+
+def _forward_flops(tokens, norms, ignores, absents, weights, flags, num_heads, gate, *rest, out_shape):
+    return sum(_products(tokens, weights, gate))
+
+
+def _backward_flops(d_outs, tokens, norms, ignores, absents, weights, flags, saved, num_heads, gate, *rest, out_shape):
+    """Each product twice, and again the scores and the gate."""
+    project, attend, output, gates = _products(tokens, weights, gate)
+    return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
+
+
+register(
+    "gated_cross_attention_fwd",
+    f"({_LISTS}, {_OPTIONS}) -> Tensor[]",
+    "gated_cross_attention:forward",
+    _fake_forward,
+    _forward_flops,
+)
 register(
     "gated_cross_attention_bwd",
     f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
     "gated_cross_attention:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 
@@ -269,37 +317,64 @@ def bidirectional_gated_cross_attention(
 
 
 def _run(op, names, given, directions, *, dropout_p, dropout_seed, **options):
+    # Before the checks, which want one dtype: autocast takes any.
+    uncast = [side[0] for side in given]
+    given = [(*to_autocast(tokens), _cast_all(norm), *masks) for tokens, norm, *masks in given]
+    directions = [_cast_all(w) for w in directions]
     check(op, names, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
-    outs = _outputs(op, given, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
+    outs = _outputs(op, given, uncast, directions, dropout_p=dropout_p, dropout_seed=dropout_seed, **options)
     for tokens, _, _, lengths, _ in given:
         if lengths is not None:
             outs = [nan_unless(lengths, tokens.shape[1], out) for out in outs]
     return outs
 
 
-def _outputs(op, given, directions, *, dropout_p, dropout_seed, **options):
+def _outputs(op, given, uncast, directions, *, dropout_p, dropout_seed, **options):
     device, dtype = given[0][0].device, given[0][0].dtype
-    cast = autocast_dtype(device.type)
-    dtype = dtype if cast is None or dtype == torch.float64 else cast
-    sides = [side_of(tokens.to(dtype), *rest) for tokens, *rest in given]
+    sides = [side_of(*side) for side in given]
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(device)
     options |= dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
     with no_autocast(device.type):
-        directions = [CrossAttentionWeights(*(None if t is None else t.to(dtype) for t in w)) for w in directions]
-        chosen = choose(op, device, dtype)
+        directions = [CrossAttentionWeights(*(t.to(dtype) if isinstance(t, Tensor) else t for t in w)) for w in directions]
+        parts = (*(side.norm for side in sides), *(part for w in directions for part in w))
+        chosen = choose(op, device, dtype, no_weights(parts))
         if chosen == "fused":
             return _attend_fused(sides, directions, **options)
+        called = any(isinstance(part, Called) for part in parts)
+        if options["pre_norm"]:
+            zero = options["missing"] == "zero" and len(directions) == 1  # of two, each side's own tokens stay
+            hide = zero or options["missing"] == "skip"
+            sides = [_call_norm(*pair, hide) for pair in zip(sides, uncast, strict=True)]
         if chosen == "reference":
             return _each(attend_reference, sides, directions, options)
         attend = functools.partial(_attend_composed, normed=_norms(options["pre_norm"], options["norm_eps"]))
-        keep = _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
-        if keep is None:
+        keep = None if called else _worth_gathering(sides, missing=options["missing"], dropout_p=dropout_p)
+        if keep is None:  # children that are called get the whole batch
             return _each(attend, sides, directions, options)
         ignores = [None if side.ignore is None else side.ignore[keep] for side in sides]
         picked = [Side(side.tokens[keep], side.norm, ignore, None) for side, ignore in zip(sides, ignores, strict=True)]
         outs = _each(attend, picked, directions, options)
         return [side.tokens.index_copy(0, keep, out) for side, out in zip(sides, outs, strict=False)]
+
+
+def _call_norm(side: Side, tokens: Tensor, hide_absent: bool) -> Side:
+    """A norm that must be called is called once, as autocast has not yet rounded the tokens; with 0 for what may hold NaN."""
+    if not isinstance(side.norm, Called):
+        return side
+    hidden = [] if side.ignore is None else [side.ignore[:, :, None]]
+    hidden += [side.absent[:, None, None]] if hide_absent and side.absent is not None else []
+    for mask in hidden:
+        tokens = tokens.masked_fill(mask, 0.0)
+    return side._replace(normed=side.norm(tokens).to(side.tokens.dtype))
+
+
+def _cast_all(parts):
+    """A norm or the weights of a direction as autocast has them; what is neither is for the checks."""
+    if not isinstance(parts, tuple | list):
+        return parts
+    cast = to_autocast(*parts)
+    return CrossAttentionWeights(*cast) if isinstance(parts, CrossAttentionWeights) else type(parts)(cast)
 
 
 def _each(attend, sides: list[Side], directions: list[CrossAttentionWeights], options: dict) -> list[Tensor]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ...children import read, read_norm, reset_children
 from .checks import check_options
 from .function import bidirectional_gated_cross_attention, gated_cross_attention
 from .reference import CrossAttentionWeights
@@ -23,12 +24,26 @@ class _Direction(nn.Module):
         self.v_proj = nn.Linear(context_dim, dim, bias=bias)
         self.out_proj = nn.Linear(dim, dim, bias=bias)
         width = 2 * dim + (1 if indicator else 0)
-        self.gate_proj = None if gate == "none" else nn.Linear(width, dim if gate == "channel" else 1, bias=bias)
+        self.dim, self.context_dim, self.gate_width = dim, context_dim, dim if gate == "channel" else 1
+        self.gate_proj = None if gate == "none" else nn.Linear(width, self.gate_width, bias=bias)
 
-    def weights(self) -> CrossAttentionWeights:
-        linears = (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)
-        parts = [[None if linear is None else getattr(linear, part) for linear in linears] for part in ("weight", "bias")]
-        return CrossAttentionWeights(*parts[0], *parts[1])
+    def reset_parameters(self) -> None:
+        """As torch begins the projections and norms."""
+        reset_children(self)
+
+    def weights(self, name: str = "GatedCrossAttention", device_type: str = "cpu") -> CrossAttentionWeights:
+        """What the function takes, for a call on such a device; ``name`` of this direction, for errors."""
+        weights, biases = [], []
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"):
+            child = getattr(self, part)
+            width = self.gate_width if part == "gate_proj" else self.dim
+            absent = child is None and part == "gate_proj"
+            pair = (None, None) if absent else read(child, f"{name}.{part}", width, device_type)
+            weights.append(pair[0])
+            biases.append(pair[1])
+        return CrossAttentionWeights(*weights, *biases)
+
+    forward = weights
 
 
 class GatedCrossAttention(_Direction):
@@ -67,8 +82,12 @@ class GatedCrossAttention(_Direction):
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, dim), context (B, M, context_dim) -> (B, N, dim); the masks as in :func:`gated_cross_attention`."""
+        device = _device_type(x)
+        name, eps = "GatedCrossAttention", self.options["norm_eps"]
         return gated_cross_attention(
-            x, context, self.weights(), norm_x=_norm(self.norm_x), norm_context=_norm(self.norm_context), **self.options,
+            x, context, self.weights(name, device), **self.options,
+            norm_x=read_norm(self.norm_x, f"{name}.norm_x", self.dim, device, eps),
+            norm_context=read_norm(self.norm_context, f"{name}.norm_context", self.context_dim, device, eps),
             dropout_p=self.dropout if self.training else 0.0, dropout_seed=dropout_seed,
             context_key_padding_mask=context_key_padding_mask, context_lengths=context_lengths, context_present=context_present,
         )  # fmt: skip
@@ -96,6 +115,10 @@ class BidirectionalGatedCrossAttention(nn.Module):
         self.to_a = _Direction(dim, dim, gate, indicator, bias)
         self.to_b = self.to_a if share_weights else _Direction(dim, dim, gate, indicator, bias)
 
+    def reset_parameters(self) -> None:
+        """As torch begins the projections and norms."""
+        reset_children(self)
+
     def forward(
         self,
         a: Tensor,
@@ -110,12 +133,23 @@ class BidirectionalGatedCrossAttention(nn.Module):
         dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """a (B, N, dim), b (B, M, dim) -> a', b'; the masks as in :func:`bidirectional_gated_cross_attention`."""
+        name, device = "BidirectionalGatedCrossAttention", _device_type(a)
+        dim, eps = self.to_a.dim, self.options["norm_eps"]
         return bidirectional_gated_cross_attention(
-            a, b, self.to_a.weights(), self.to_b.weights(), norm_a=_norm(self.norm_a), norm_b=_norm(self.norm_b), **self.options,
+            a, b, self._weights("to_a", device), self._weights("to_b", device),
+            norm_a=read_norm(self.norm_a, f"{name}.norm_a", dim, device, eps),
+            norm_b=read_norm(self.norm_b, f"{name}.norm_b", dim, device, eps), **self.options,
             dropout_p=self.dropout if self.training else 0.0, dropout_seed=dropout_seed,
             a_key_padding_mask=a_key_padding_mask, a_lengths=a_lengths, a_present=a_present,
             b_key_padding_mask=b_key_padding_mask, b_lengths=b_lengths, b_present=b_present,
         )  # fmt: skip
+
+    def _weights(self, direction: str, device_type: str) -> CrossAttentionWeights:
+        """By a call, so that what is on the direction itself acts."""
+        child, name = getattr(self, direction), f"BidirectionalGatedCrossAttention.{direction}"
+        if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+            raise TypeError(f"{name} is sharded by itself; fully_shard takes the whole module, or its projections.")
+        return CrossAttentionWeights(*child(name, device_type))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + f", dropout={self.dropout}"
@@ -134,6 +168,10 @@ class TokenGate(nn.Module):
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def reset_parameters(self) -> None:
+        """As torch begins its layers."""
+        reset_children(self)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:
         """s (B, l), the share of a."""
@@ -162,8 +200,8 @@ def pack_passes(a: Tensor, b: Tensor, passes: Sequence[str] = ("both", "a", "b")
     return packed[0], packed[1], present[0], present[1]
 
 
-def _norm(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
-    return None if norm is None else (norm.weight, norm.bias)
+def _device_type(x: object) -> str:
+    return x.device.type if isinstance(x, Tensor) else "cpu"  # what is no tensor is refused later
 
 
 def _check(name, dim, num_heads, gate, indicator, missing, pre_norm, dropout) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ...children import Called, layer_norm, linear
 from ...random import draw_seed, keep_mask
 
 
@@ -33,6 +33,11 @@ class Side(NamedTuple):
     norm: tuple[Tensor, Tensor] | None
     ignore: Tensor | None
     absent: Tensor | None  # present flags and masks taken together; None: nobody
+    normed: Tensor | None = None  # (B, N, D), where a norm has been called
+
+    def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
+        """The LayerNorm of these tokens, which are the side's own but for some that count for nothing."""
+        return layer_norm(tokens, self.norm, eps) if self.normed is None else self.normed
 
 
 def gated_cross_attention_reference(
@@ -108,11 +113,12 @@ def side_of(
         ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
     absents = [] if present is None else [~present]
     if not tokens.shape[1]:  # no token that may be read, mask or no mask
-        absents.append(torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+        absents.append(torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device))
     elif ignore is not None:
         absents.append(ignore.all(1))
     absent = torch.stack(absents).any(0) if absents else None
-    norm = None if norm is None else tuple(part.to(tokens.dtype) for part in norm)
+    if not (norm is None or isinstance(norm, Called)):
+        norm = tuple(part.to(tokens.dtype) for part in norm)
     return Side(tokens, norm, ignore, absent)
 
 
@@ -128,18 +134,18 @@ def attend_reference(
     # A token that stays as it is may hold NaN.
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
-    def normed(y, norm):
-        return F.layer_norm(y, y.shape[-1:], *norm, norm_eps) if pre_norm else y
+    def normed(y, side):
+        return side.norm_tokens(y, norm_eps) if pre_norm else y
 
     def heads(y, weight, bias):
-        return F.linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
+        return linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
 
-    keys = normed(keys, context.norm)
-    q, k, v = heads(normed(tokens, x.norm), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
+    keys = normed(keys, context)
+    q, k, v = heads(normed(tokens, x), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
     probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None if ignore is None else ignore[:, None, None])
     if dropout_p:
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
-    attended = F.linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
+    attended = linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
     if ignore is not None:  # nothing to attend to: 0, without the bias
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
@@ -147,14 +153,26 @@ def attend_reference(
 
     if gate == "none":
         out = tokens + attended
-        out = out if pre_norm else F.layer_norm(out, (dim,), *x.norm, norm_eps)
+        out = out if pre_norm else layer_norm(out, x.norm, norm_eps)
     else:
-        parts = [tokens, attended]
-        if indicator:
-            parts.append(flag_of(context, batch, indicator, tokens)[:, None, None].expand(batch, length, 1))
-        g = F.linear(torch.cat(parts, -1), w.w_g, w.b_g).sigmoid()  # (B, N, D) or (B, N, 1)
+        g = gate_logits(tokens, attended, context, w, indicator).sigmoid()  # (B, N, D) or (B, N, 1)
         out = g * attended + (1 - g) * tokens
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
+
+
+def gate_logits(
+    x: Tensor,
+    attended: Tensor,
+    context: Side,
+    w: CrossAttentionWeights,
+    indicator: bool | str,
+) -> Tensor:
+    """``[x ; A ; e] W_g^T + b_g``."""
+    parts = [x, attended]
+    if indicator:
+        e = flag_of(context, x.shape[0], indicator, x)
+        parts.append(e[:, None, None].expand(*x.shape[:2], 1))
+    return linear(torch.cat(parts, -1), w.w_g, w.b_g)
 
 
 def flag_of(context: Side, batch: int, indicator: bool | str, like: Tensor) -> Tensor:
@@ -188,7 +206,7 @@ def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tens
             ignore = ignore | absent
         if missing == "constant" and collapse:  # all tokens of an absent sample are equal: the first that may be read says it all
             first = (~ignore).to(torch.int32).cumsum(1) == 1
-            ignore = torch.where(absent, ~first | ignore, ignore)
+            ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
 
 

@@ -15,8 +15,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_linear(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, gather: bool) -> None:
     op = "grouped_linear"
     _check_floats(op, x, routing, weight=weight, bias=bias)
-    _check_rows(op, x, len(routing.indices) if gather else len(routing.order), "tokens" if gather else "sorted rows")
-    experts = len(routing.offsets) - 1
+    _check_rows(op, x, routing.indices.shape[0] if gather else routing.order.shape[0], "tokens" if gather else "sorted rows")
+    experts = routing.offsets.shape[0] - 1
     if weight.dim() != 3 or (weight.shape[0], weight.shape[2]) != (experts, x.shape[1]):
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; it takes ({experts}, out, {x.shape[1]}).")
     _check_shapes(op, bias=(bias, weight.shape[:2]))
@@ -28,8 +28,8 @@ def check_mlp(x, routing, w_up, w_gate, w_down, b_up, b_down, activation) -> boo
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; it takes one of {', '.join(ACTIVATIONS)}.")
     _check_floats(op, x, routing, w_up=w_up, w_gate=w_gate, w_down=w_down, b_up=b_up, b_down=b_down)
-    _check_rows(op, x, len(routing.indices), "tokens")
-    experts, dim = len(routing.offsets) - 1, x.shape[1]
+    _check_rows(op, x, routing.indices.shape[0], "tokens")
+    experts, dim = routing.offsets.shape[0] - 1, x.shape[1]
     if w_gate is not None and activation != "swiglu":
         raise ValueError(f"{op}: w_gate is given with activation {activation!r}; it takes 'swiglu'.")
     if w_down.dim() != 3 or w_down.shape[0] != experts:
@@ -57,7 +57,7 @@ def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | N
 
 
 def _check_rows(op: str, x: Tensor, rows: int, what: str) -> None:
-    if x.dim() != 2 or len(x) != rows:
+    if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes ({rows}, dim): the {what} of the routing.")
 
 

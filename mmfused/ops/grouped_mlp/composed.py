@@ -75,8 +75,8 @@ def segment_linear_backward(
 
 def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """The expert of each row (of those beyond the last segment, any), and which rows have one (R, 1)."""
-    rows = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
-    expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=len(offsets) - 2)
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=offsets.shape[0] - 2)
     return expert, (rows < offsets[-1])[:, None]
 
 
@@ -94,7 +94,7 @@ def _in_rows(weight: Tensor) -> Tensor:
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # 16 bytes
-    return _grouped_mm is not None and x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned and len(x) > 0
+    return _grouped_mm is not None and x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
 
 
 def _fake_linear(x, weight, bias, offsets):
@@ -106,8 +106,20 @@ def _fake_linear_backward(dy, x, weight, offsets, need_dx, need_dw, need_db):
     return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
 
 
+def _forward_flops(x, weight, *rest, out_shape):
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+def _backward_flops(dy, x, weight, offsets, need_dx, need_dw, need_db, *, out_shape):
+    return _forward_flops(x, weight, out_shape=None) * (need_dx + need_dw)
+
+
 register_composed(
-    "segment_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor", segment_linear, _fake_linear
+    "segment_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    segment_linear,
+    _fake_linear,
+    _forward_flops,
 )
 register_composed(
     "segment_linear_bwd",
@@ -115,22 +127,25 @@ register_composed(
     " -> (Tensor dx, Tensor dw, Tensor db)",
     segment_linear_backward,
     _fake_linear_backward,
+    _backward_flops,
 )
 
 
-class SegmentLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, offsets):
-        ctx.save_for_backward(x, weight, offsets)
-        return torch.ops.mmfused.segment_linear(x, weight, bias, offsets)
+def _keep(ctx, inputs, output) -> None:
+    x, weight, _, offsets = inputs
+    ctx.save_for_backward(x, weight, offsets)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, offsets = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.mmfused.segment_linear_bwd(dy, x, weight, offsets, *needs)
-        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+@once_differentiable
+def _backward(ctx, dy):
+    x, weight, offsets = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.mmfused.segment_linear_bwd(dy, x, weight, offsets, *needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+
+# Of the operator, not of a Function around it: an exported graph keeps the operator alone.
+torch.library.register_autograd("mmfused::segment_linear", _backward, setup_context=_keep)
 
 
 class Gather(torch.autograd.Function):
@@ -147,7 +162,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, d_rows):
         position, live = ctx.saved_tensors
         wide = torch.promote_types(d_rows.dtype, torch.float32)
-        rows = d_rows.masked_fill(~live, 0.0).index_select(0, position).unflatten(0, (-1, ctx.k))
+        rows = d_rows.masked_fill(~live, 0.0).index_select(0, position).view(-1, ctx.k, d_rows.shape[1])
         return rows.sum(1, dtype=wide).to(d_rows.dtype), None, None, None, None
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, no_autocast, once_differentiable, register
+from ...library import choose, no_autocast, once_differentiable, register, to_autocast
 from ..topk_routing import Routing
 from .checks import check_linear, check_mlp
-from .composed import Gather, SegmentLinear, combine
+from .composed import Gather, combine
 
 
 def grouped_linear_reference(
@@ -29,17 +29,17 @@ def grouped_linear_reference(
     """The specification of :func:`grouped_linear`: every expert on every row, and of each row its own expert's result."""
     tokens, k = routing.indices.shape
     live = torch.arange(tokens * k, device=x.device) < routing.offsets[-1]
-    rows = x[routing.order // k] if gather else x
+    rows = x.index_select(0, routing.order // k) if gather else x
     rows = rows.masked_fill(~live[:, None], 0.0)  # a masked token may hold NaN
-    expert = routing.indices.flatten()[routing.order]
-    out = rows.new_zeros(len(rows), weight.shape[1])
+    expert = routing.indices.flatten().index_select(0, routing.order)
+    out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for e in range(len(weight)):
         mine = (live & (expert == e))[:, None]  # others' rows may be NaN, and a product's gradient has 0 times NaN
         result = F.linear(rows.masked_fill(~mine, 0.0), weight[e], None if bias is None else bias[e])
         out = torch.where(mine, result, out)
     if not combine:
         return out
-    chosen = out[routing.position].unflatten(0, (tokens, k))
+    chosen = out.index_select(0, routing.position).unflatten(0, (tokens, k))
     return (chosen.to(routing.weights.dtype) * routing.weights[:, :, None]).sum(1).to(x.dtype)
 
 
@@ -63,12 +63,12 @@ def _linear_composed(x, routing, weight, bias, gather, combines):
     tokens, k = routing.indices.shape
     if gather:
         x = _gather(x, routing)
-    out = SegmentLinear.apply(x, weight, bias, routing.offsets)
+    out = torch.ops.mmfused.segment_linear(x, weight, bias, routing.offsets)
     return combine(out, routing.weights, routing.position) if combines else out
 
 
 def _gather(x: Tensor, routing: Routing) -> Tensor:
-    live = (torch.arange(len(routing.order), device=x.device) < routing.offsets[-1])[:, None]
+    live = (torch.arange(routing.order.shape[0], device=x.device) < routing.offsets[-1])[:, None]
     return Gather.apply(x, routing.order, routing.position, live, routing.indices.shape[1])
 
 
@@ -77,11 +77,11 @@ def _mlp_composed(x, routing, w_up, w_gate, w_down, b_up, b_down, activation):
     packed = activation == "swiglu" and w_gate is None
     if packed and b_up is not None:
         b_up = F.pad(b_up, (b_up.shape[1], 0))  # the gate has none
-    hidden = SegmentLinear.apply(rows, w_up, b_up, routing.offsets)
-    gate = None if w_gate is None else SegmentLinear.apply(rows, w_gate, None, routing.offsets)
+    hidden = torch.ops.mmfused.segment_linear(rows, w_up, b_up, routing.offsets)
+    gate = None if w_gate is None else torch.ops.mmfused.segment_linear(rows, w_gate, None, routing.offsets)
     if packed:
         gate, hidden = hidden.chunk(2, -1)
-    out = SegmentLinear.apply(_activate(hidden, gate, activation), w_down, b_down, routing.offsets)
+    out = torch.ops.mmfused.segment_linear(_activate(hidden, gate, activation), w_down, b_down, routing.offsets)
     return combine(out, routing.weights, routing.position)
 
 
@@ -122,11 +122,45 @@ def _fake_mlp_backward(
     )  # fmt: skip
 
 
+def _linear_flops(x, weight, bias, combine_weights, order, *rest, out_shape):
+    return 2 * order[0] * weight[1] * weight[2]
+
+
+def _linear_backward_flops(
+    d_out, x, weight, bias, combine_weights, order, position, offsets, tiles, k, gather, need_dx, need_dw, need_db, *, out_shape
+):  # fmt: skip
+    """dO W is also what the gradient of the routing weights comes from."""
+    products = (need_dx or combine_weights is not None) + need_dw
+    return _linear_flops(x, weight, bias, combine_weights, order, out_shape=None) * products
+
+
+def _mlp_products(x, w_down, order, activation) -> tuple[int, int]:
+    """FLOPs forward of the first layer (with its gate) and of the second."""
+    _, out, width = w_down
+    return 2 * (2 if activation == "swiglu" else 1) * order[0] * x[1] * width, 2 * order[0] * width * out
+
+
+def _mlp_flops(
+    x, w_up, w_gate, w_down, b_up, b_down, combine_weights, order, position, offsets, tiles, activation, packed, *, out_shape
+):  # fmt: skip
+    return sum(_mlp_products(x, w_down, order, activation))
+
+
+def _mlp_backward_flops(
+    d_out, x, hidden, w_up, w_gate, w_down, b_down, combine_weights, order, position, offsets, tiles, activation, packed,
+    need_dx, need_dw, need_db_up, *, out_shape,
+):  # fmt: skip
+    """dA is always there: the gradient of the routing weights comes from it."""
+    up, down = _mlp_products(x, w_down, order, activation)
+    return up * (need_dx + need_dw) + down * (1 + need_dw)
+
+
 register(
     "grouped_linear_fwd",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? combine_weights, {_ROUTING}, int k, bool gather) -> Tensor out",
     "grouped_mlp:linear_forward",
     _fake_linear,
+    _linear_flops,
 )
 register(
     "grouped_linear_bwd",
@@ -134,6 +168,7 @@ register(
     " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db, Tensor d_combine)",
     "grouped_mlp:linear_backward",
     _fake_linear_backward,
+    _linear_backward_flops,
 )
 register(
     "grouped_mlp_fwd",
@@ -141,6 +176,7 @@ register(
     " str activation, bool packed) -> (Tensor out, Tensor hidden)",
     "grouped_mlp:mlp_forward",
     _fake_mlp,
+    _mlp_flops,
 )
 register(
     "grouped_mlp_bwd",
@@ -149,6 +185,7 @@ register(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_gate, Tensor dw_down, Tensor db_up, Tensor db_down, Tensor d_combine)",
     "grouped_mlp:mlp_backward",
     _fake_mlp_backward,
+    _mlp_backward_flops,
 )
 
 
@@ -217,10 +254,11 @@ def grouped_linear(
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
     """
+    x, weight, bias = to_autocast(x, weight, bias)
     check_linear(x, routing, weight, bias, gather)
-    x, weight, bias = _cast(x, weight, bias)
+    weight, bias = _cast(x.dtype, weight, bias)
     with no_autocast(x.device.type):
-        chosen = choose("grouped_linear", x.device, x.dtype)
+        chosen = choose("grouped_linear", x.device, x.dtype, None, ("onnx",))
         if chosen == "reference":
             return grouped_linear_reference(x, routing, weight, bias, gather=gather, combine=combine)
         if chosen == "composed":
@@ -255,10 +293,12 @@ def grouped_mlp(
 
     Raises: ``TypeError``, ``ValueError`` on bad input, ``RuntimeError`` where ``backend("fused")`` cannot run, before any launch.
     """
-    packed = check_mlp(x, routing, w_up, w_gate, w_down, b_up, b_down, activation)
-    x, w_up, w_gate, w_down, b_up, b_down = _cast(x, w_up, w_gate, w_down, b_up, b_down)
+    parameters = w_up, w_gate, w_down, b_up, b_down
+    x, *parameters = to_autocast(x, *parameters)
+    packed = check_mlp(x, routing, *parameters, activation)
+    w_up, w_gate, w_down, b_up, b_down = _cast(x.dtype, *parameters)
     with no_autocast(x.device.type):
-        chosen = choose("grouped_mlp", x.device, x.dtype)
+        chosen = choose("grouped_mlp", x.device, x.dtype, None, ("onnx",))
         if chosen == "reference":
             if packed:
                 w_gate, w_up = w_up.chunk(2, 1)
@@ -272,11 +312,8 @@ def grouped_mlp(
         )  # fmt: skip
 
 
-def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """All in the dtype autocast asks for, else in that of x; differentiably."""
-    dtype = autocast_dtype(x.device.type)
-    dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *parameters)]
+def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in parameters]
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..topk_routing import Routing, topk_routing_from_input
+from ...children import Called, read
+from ..topk_routing import Routing, topk_routing, topk_routing_from_input
 from .checks import ACTIVATIONS
 from .function import grouped_mlp
 
@@ -48,10 +49,13 @@ class TopKMoE(nn.Module):
         self.b_down = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None)
         self.register_buffer("available", available)
+        # What to_empty would lose; None of a meta tensor, which has no values.
+        self._available = None if available is None or available.is_meta else available.tolist()
+        self.register_load_state_dict_pre_hook(_keep_bias_wide)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.Linear's: uniform within one over the square root of the inputs."""
+        """As nn.Linear's: uniform within one over the square root of the inputs. The buffers begin anew too."""
         self.router.reset_parameters()
         for weight, bias in ((self.w_up, self.b_up), (self.w_gate, None), (self.w_down, self.b_down)):
             for parameter in (weight, bias):
@@ -59,6 +63,8 @@ class TopKMoE(nn.Module):
                     nn.init.uniform_(parameter, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
         if self.selection_bias is not None:
             self.selection_bias.zero_()
+        if self._available is not None:
+            self.available.copy_(torch.tensor(self._available, device="cpu"))
 
     def _apply(self, fn, recurse=True):
         """The selection bias stays in float32 when the module is cast: 16 bits lose its steps."""
@@ -82,11 +88,21 @@ class TopKMoE(nn.Module):
                 raise ValueError(f"TopKMoE: {name} has shape {tuple(tensor.shape)}; it takes {tuple(x.shape[:-1])}.")
         tokens = x.reshape(-1, self.dim)
         options = self.routing if self.training else {**self.routing, "jitter": 0.0}
-        routing = topk_routing_from_input(
-            tokens, self.router.weight, self.top_k, selection_bias=self.selection_bias, available=self.available,
-            token_padding_mask=None if token_padding_mask is None else token_padding_mask.reshape(-1),
-            segments=None if segments is None else segments.reshape(-1), indices=indices, **options,
-        )  # fmt: skip
+        mask = None if token_padding_mask is None else token_padding_mask.reshape(-1)
+        options = dict(
+            options,
+            selection_bias=self.selection_bias,
+            available=self.available,
+            token_padding_mask=mask,
+            segments=None if segments is None else segments.reshape(-1),
+            indices=indices,
+        )
+        weight, bias = read(self.router, "TopKMoE.router", self.num_experts, x.device.type)
+        if isinstance(weight, Called):  # masked tokens may hold NaN
+            logits = weight(tokens if mask is None else tokens.masked_fill(mask[:, None], 0.0))
+            routing = topk_routing(logits, self.top_k, **options)
+        else:
+            routing = topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
         out = grouped_mlp(
             tokens, routing, self.w_up, self.w_down, b_up=self.b_up, b_down=self.b_down, w_gate=self.w_gate,
             activation=self.activation,
@@ -96,3 +112,10 @@ class TopKMoE(nn.Module):
     def extra_repr(self) -> str:
         experts, _, hidden = self.w_down.shape
         return f"{self.dim}, hidden_dim={hidden}, num_experts={experts}, top_k={self.top_k}, activation={self.activation!r}"
+
+
+def _keep_bias_wide(module, state_dict, prefix, *_) -> None:
+    """A state that was cast to 16 bits would else bring such a bias, with ``assign=True``."""
+    bias = state_dict.get(prefix + "selection_bias")
+    if bias is not None:
+        state_dict[prefix + "selection_bias"] = bias.to(torch.promote_types(bias.dtype, torch.float32))

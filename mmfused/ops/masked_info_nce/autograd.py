@@ -40,12 +40,24 @@ def _fake_sweep_backward(
     return dq, dc, q.new_empty(() if need_scale else 0, dtype=torch.float64)
 
 
-register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", _fake_sweep)
-register("info_nce_sweep_bwd", _SWEEP_BACKWARD, "masked_info_nce:sweep_backward", _fake_sweep_backward)
-register_composed("info_nce_sweep_composed", _with("float? margin", _SWEEP), sweep, _fake_sweep)
-register_composed(
-    "info_nce_sweep_bwd_composed", _with("Tensor dots, float? margin", _SWEEP_BACKWARD), sweep_backward, _fake_sweep_backward
-)
+def _sweep_flops(q, c, *rest, out_shape):
+    return 2 * q[0] * c[0] * q[1]
+
+
+def _sweep_backward_flops(
+    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, need_scale, *rest,
+    out_shape,
+):  # fmt: skip
+    """The logits again, and a product for each gradient."""
+    return _sweep_flops(q, c, out_shape=None) * (1 + (need_dq or need_scale) + need_dc)
+
+
+_sweeps = _fake_sweep, _sweep_flops
+_backwards = _fake_sweep_backward, _sweep_backward_flops
+register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", *_sweeps)
+register("info_nce_sweep_bwd", _SWEEP_BACKWARD, "masked_info_nce:sweep_backward", *_backwards)
+register_composed("info_nce_sweep_composed", _with("float? margin", _SWEEP), sweep, *_sweeps)
+register_composed("info_nce_sweep_bwd_composed", _with("Tensor dots, float? margin", _SWEEP_BACKWARD), sweep_backward, *_backwards)
 
 
 class InfoNCE(torch.autograd.Function):

@@ -22,7 +22,7 @@ def check(
     check_tensors(OP, query=query, **vectors, row_weight=row_weight)
     sizes = dict(target="query", query_key="query", candidate_key="candidate", query_id="query", candidate_id="candidate")
     for name, tensor in vectors.items():
-        length = len(query) if sizes[name] == "query" else len(candidate)
+        length = query.shape[0] if sizes[name] == "query" else candidate.shape[0]
         if tensor is not None and tensor.dtype != torch.int64:
             raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}; it takes torch.int64.")
         if tensor is not None and tensor.shape != (length,):
@@ -38,7 +38,7 @@ def check(
         check_temperature(OP, temperature, query)
         _check_reciprocal(temperature, query)
     _check_row_weight(row_weight, query)
-    _check_values(target, query_key, candidate_key, len(candidate))
+    _check_values(target, query_key, candidate_key, candidate.shape[0])
 
 
 def check_first(query: Tensor, candidate: Tensor) -> None:
@@ -62,9 +62,10 @@ def check_first(query: Tensor, candidate: Tensor) -> None:
 def _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight) -> None:
     if symmetric and target is not None:
         raise ValueError(f"{OP}: symmetric and target are both given; symmetric takes the default target, arange(B).")
-    if target is None and len(candidate) < len(query):
+    if target is None and candidate.shape[0] < query.shape[0]:
         raise ValueError(
-            f"{OP}: there are {len(candidate)} candidates for {len(query)} queries; without a target it takes at least as many."
+            f"{OP}: there are {candidate.shape[0]} candidates for {query.shape[0]} queries; without a target it takes at least "
+            "as many."
         )
     if same_id not in SAME_ID:
         raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
@@ -108,7 +109,7 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
     if row_weight is None:
         return
     if row_weight.shape != query.shape[:1]:
-        raise ValueError(f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({len(query)},).")
+        raise ValueError(f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({query.shape[0]},).")
     if row_weight.requires_grad:
         raise ValueError(f"{OP}: row_weight requires grad; it takes a constant: detach() it.")
     check_value(lambda: (row_weight >= 0).all(), f"{OP}: row_weight holds a negative number; it takes numbers of at least 0.")
@@ -117,7 +118,8 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
 def _check_values(target, query_key, candidate_key, candidates: int) -> None:
     if target is not None:
         inside = lambda: ((target >= 0) & (target < candidates)).all()  # noqa: E731
-        check_value(inside, f"{OP}: target holds a value outside [0, {candidates}), the candidates there are.")
+        outside = lambda: f"{OP}: target holds a value outside [0, {candidates}), the candidates there are."  # noqa: E731
+        check_value(inside, outside)
     if query_key is not None:
         check_value(lambda: (query_key >= 0).all(), f"{OP}: query_key holds a negative value; it takes keys of at least 0.")
     if candidate_key is not None:

@@ -18,7 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ...library import autocast_dtype, choose, distinct, no_autocast
+from ...library import choose, distinct, no_autocast, to_autocast
 from .autograd import InfoNCE
 from .checks import check, check_first, valid_or_nan
 from .distributed import Ranks
@@ -100,16 +100,6 @@ def _defaults(query, candidate, target, query_key, candidate_key, query_id, cand
     if candidate_id is not None and query_id is None:
         query_id = candidate_id[target]
     return target, query_key, query_id, reduce(torch.logical_or, broken) if broken else None
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Floats in the dtype autocast asks for; what is no such thing is left to the checks."""
-
-    def cast(x):
-        dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) and x.is_floating_point() else None
-        return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
-
-    return [cast(x) for x in tensors]
 
 
 def _reduce(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
@@ -196,7 +186,7 @@ def loss_over_ranks(
 ) -> Tensor:
     """:func:`masked_info_nce` with the candidates of every rank; the sum of this rank's rows times W over the number of all rows
     (or over the sum of all row weights). Target and keys are this rank's own; ``share_gradients`` as in :class:`Ranks`."""
-    query, candidate = _autocast(query, candidate)
+    query, candidate = to_autocast(query, candidate)
     check_first(query, candidate)
     ranks = Ranks(query, candidate, share_gradients)
     loss = _loss(query, candidate, ranks, row_weight=row_weight, **{**options, "reduction": "sum"})
@@ -211,7 +201,7 @@ def _loss(
     candidate_id=None, same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0,
     false_negative_margin=None, reduction="mean",
 ):  # fmt: skip
-    query, candidate = _autocast(query, candidate)
+    query, candidate = to_autocast(query, candidate)
     ids = dict(query_id=query_id, candidate_id=candidate_id, same_id=same_id)
     options = dict(target=target, query_key=query_key, candidate_key=candidate_key, **ids, symmetric=symmetric)
     rest = dict(positive_weight=positive_weight, row_weight=row_weight, label_smoothing=label_smoothing, reduction=reduction)
@@ -219,7 +209,7 @@ def _loss(
     check(query, candidate, temperature=temperature, **options, **rest)
     temperature = valid_or_nan(temperature)
     no_kernel = [] if false_negative_margin is None else ["false_negative_margin has no kernel"]
-    chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel)
+    chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel, ("export", "onnx"))
     with no_autocast(query.device.type):
         if chosen == "reference":
             if ranks is not None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...library import graph_made
 from .function import loss_over_ranks, masked_info_nce
 
 GATHERS = (None, "global", "local")
@@ -78,17 +79,24 @@ class MaskedInfoNCE(nn.Module):
         """query (B, D), candidate (C, D); ``keys``: target, query_key, candidate_key, query_id, candidate_id, row_weight."""
         temperature = self.temperature
         if self.learnable_temperature:
-            if self.training:
-                with torch.no_grad():
-                    self.log_scale.clamp_(max=math.log(self.max_scale))
-            wide = torch.promote_types(self.log_scale.dtype, torch.float32)
-            temperature = (-self.log_scale.to(wide)).exp()
+            log_scale = self._clamped() if self.training else self.log_scale
+            wide = torch.promote_types(log_scale.dtype, torch.float32)
+            temperature = (-log_scale.to(wide)).exp()
         if self.normalize:
             masked = keys.get("candidate_key") is not None or keys.get("candidate_id") is not None
             query, candidate = unit(query), unit(candidate, may_be_ignored=masked)
         if self.gather is None or not dist.is_available() or not dist.is_initialized():
             return masked_info_nce(query, candidate, temperature=temperature, **keys, **self.options)
         return loss_over_ranks(query, candidate, self.gather == "global", temperature=temperature, **keys, **self.options)
+
+    def _clamped(self) -> Tensor:
+        largest, log_scale = math.log(self.max_scale), self.log_scale
+        if graph_made() or torch._C._are_functorch_transforms_active():  # no parameter may change
+            bound = largest + (log_scale - log_scale.detach())  # with its gradient
+            return torch.where(log_scale > largest, bound, log_scale)
+        with torch.no_grad():
+            log_scale.clamp_(max=largest)
+        return log_scale
 
     def extra_repr(self) -> str:
         learned = "learned, initial" if self.learnable_temperature else "fixed"

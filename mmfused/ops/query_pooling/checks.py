@@ -50,6 +50,17 @@ def check(
     _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
 
 
+def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
+    """What can be told before anything is projected."""
+    op = "query_pooling"
+    check_tensors(op, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64.")
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
+    _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
+
+
 def _check_padding(op: str, batch: int, length: int, mask: Tensor | None, lengths: Tensor | None) -> None:
     if mask is not None and lengths is not None:
         raise ValueError(f"{op}: key_padding_mask and lengths are both given; it takes one of them.")

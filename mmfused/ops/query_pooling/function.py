@@ -25,7 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import attention
-from ...library import autocast_dtype, choose, current_backend, nan_unless, no_autocast, once_differentiable, register
+from ...library import (
+    autocast_dtype,
+    choose,
+    current_backend,
+    graph_made,
+    nan_unless,
+    no_autocast,
+    once_differentiable,
+    register,
+    wide_unless,
+)
 from ...random import draw_seed, keep_mask
 from .checks import check
 
@@ -50,18 +60,23 @@ def query_pooling_reference(
 ) -> Tensor:
     """The specification of :func:`query_pooling`: the projected form, one line per equation, any floating dtype, any device."""
     batch, length, dim = x.shape
-    ignore = _ignored(batch, length, key_padding_mask, lengths, x.device)
+    ignore = ignored(batch, length, key_padding_mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)  # a masked token may hold NaN, and NaN * 0 is NaN
     if norm_weight is not None:
         x = F.layer_norm(x, (dim,), norm_weight, norm_bias, norm_eps)
-    q = queries.expand(batch, *queries.shape[-2:]).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, L, dk)
-    k = F.linear(x, w_k, b_k).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, N, dk)
-    v = F.linear(x, w_v, b_v).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, N, dv)
+    k, v = F.linear(x, w_k, b_k), F.linear(x, w_v, b_v)
+    return _attend_reference(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed)
+
+
+def _attend_reference(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed) -> Tensor:
+    """Keys (B, N, Dk) and values (B, N, Dv), projected, to the output (B, L, Dv)."""
+    q = queries.expand(k.shape[0], *queries.shape[-2:])
+    q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, ., d)
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     probs = _masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1)
     if dropout_p:
-        seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
+        seed = draw_seed(k.device) if dropout_seed is None else dropout_seed
         probs = probs * keep_mask(seed, probs.shape, dropout_p) / (1 - dropout_p)
     return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
@@ -75,7 +90,7 @@ def _masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
 
-def _ignored(batch: int, length: int, mask: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor | None:
+def ignored(batch: int, length: int, mask: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor | None:
     if lengths is not None:
         return torch.arange(length, device=device) >= lengths[:, None]
     return mask
@@ -90,7 +105,7 @@ def _pool_composed(x, q, mask, lengths, eps, dropout_p, dropout_seed) -> Tensor 
     Under dropout neither is divided by 1 - p. With ``eps`` x stands for its rows normalised to mean 0, variance 1.
     """
     q = q.to(x.dtype)
-    ignore = _ignored(*x.shape[:2], mask, lengths, x.device)
+    ignore = ignored(*x.shape[:2], mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
     if eps is not None:
@@ -118,12 +133,23 @@ def _fake_backward(dz, dksum, x, q, z, sums, mean, rstd, ksum, mask, lengths, ne
     return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
 
 
+def _forward_flops(x, q, *rest, out_shape):
+    batch, length, dim = x
+    return 4 * batch * q[-2] * length * dim
+
+
+def _backward_flops(dz, dksum, x, q, z, sums, mean, rstd, ksum, mask, lengths, need_dx, *rest, out_shape):
+    """S again, dP and dq, for dx two more."""
+    return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
+
+
 register(
     "query_pooling_fwd",
     "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p, Tensor? dropout_seed)"
     " -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
     "query_pooling:forward",
     _fake_forward,
+    _forward_flops,
 )
 register(
     "query_pooling_bwd",
@@ -131,6 +157,7 @@ register(
     " Tensor? lengths, bool need_dx, float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
     "query_pooling:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 
@@ -170,6 +197,12 @@ class _ZeroGradient(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
+def _with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
+    if graph_made():  # which keeps of a Function its forward alone
+        return out + (b * 0.0).sum().to(out.dtype)
+    return _ZeroGradient.apply(out, b)
+
+
 # ---- the two forms --------------------------------------------------------------------------------------------------------------
 
 # The absorbed form is taken where its FLOPs are this many times fewer: bmm reaches the same rate as the projections on a CPU
@@ -187,7 +220,10 @@ def flops(batch: int, length: int, dim: int, queries: int, k_dim: int, v_dim: in
 
 
 def cheaper_form(x: Tensor, queries: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int, dropout_p: float = 0.0) -> str:
-    cost = flops(*x.shape, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
+    batch, length, dim = x.shape
+    if graph_made():  # for any number of samples and tokens: as for many, without a guard on either
+        batch, length = 2**20, 2**20
+    cost = flops(batch, length, dim, queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads, queries.dim() == 2)
     margin = 1.0 if dropout_p else _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if cost["absorbed"] * margin <= cost["projected"] else "projected"
 
@@ -211,9 +247,12 @@ def _absorbed(
     z, ksum = z if dropout_p else (z, None)  # (B, R)
 
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
-    z = z.unflatten(1, (num_heads, queries.shape[-2])).transpose(0, 1)  # (h, B, L, D)
-    out = z.flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-    out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
+    z = z.unflatten(1, (num_heads, queries.shape[-2]))  # (B, h, L, D)
+    if graph_made() == "onnx":  # whose optimizer takes samples for heads where there are as many
+        out = (z @ w_v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    else:
+        out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
+        out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)  # (B, L, Dv)
     if ksum is not None:
         if b_v is not None:
             heads = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
@@ -246,15 +285,20 @@ def _projected(
     dropout_seed,
 ):  # fmt: skip
     batch, length, dim = x.shape
-    ignore = _ignored(batch, length, key_padding_mask, lengths, x.device)
+    ignore = ignored(batch, length, key_padding_mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
     if norm_weight is not None:
         x = F.layer_norm(x, (dim,), norm_weight.to(x.dtype), None if norm_bias is None else norm_bias.to(x.dtype), norm_eps)
-    cast = [None if t is None else t.to(x.dtype) for t in (queries, w_k, b_k, w_v, b_v)]
-    q = cast[0].expand(batch, *queries.shape[-2:]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    k = F.linear(x, cast[1], cast[2]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    v = F.linear(x, cast[3], cast[4]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    cast = [None if t is None else t.to(x.dtype) for t in (w_k, b_k, w_v, b_v)]
+    k, v = F.linear(x, *cast[:2]), F.linear(x, *cast[2:])
+    return _attend(queries.to(x.dtype), k, v, ignore, num_heads, scale, dropout_p, dropout_seed)
+
+
+def _attend(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed) -> Tensor:
+    """As :func:`_attend_reference`, on torch's attention."""
+    q = queries.expand(k.shape[0], *queries.shape[-2:])
+    q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     if dropout_p:  # torch's attention would draw a mask of its own
         probs = _masked_softmax(q @ k.transpose(-1, -2) * scale, None if ignore is None else ignore[:, None, None, :], -1)
         probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p) / (1 - dropout_p)
@@ -319,6 +363,8 @@ def query_pooling(
     dropout = dict(dropout_p=dropout_p, dropout_seed=dropout_seed)
     cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if cast is not None and x.dtype != torch.float64:
+        args = wide_unless(cast, *args)
+        norm["norm_weight"], norm["norm_bias"] = wide_unless(cast, norm_weight, norm_bias)
         with no_autocast(x.device.type):  # weights are folded before they are rounded: this op casts for itself
             return query_pooling(x.to(cast), *args, **options, **norm, **dropout, form=form)
     check(x, *args, **options, **norm, **dropout, form=form)
@@ -341,5 +387,50 @@ def query_pooling(
     else:
         pool = _PoolFused.apply if chosen == "fused" else _pool_composed
         out = _absorbed(pool, x, *args[:4], **options, **norm, **dropout)
-        out = out if b_k is None else _ZeroGradient.apply(out, b_k)
+        out = out if b_k is None else _with_zero_gradient(out, b_k)
     return out if lengths is None else nan_unless(lengths, x.shape[1], out)
+
+
+def pool_projected(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    reasons: list[str],
+) -> Tensor:
+    """:func:`query_pooling` of keys (B, N, Dk) and values (B, N, Dv) that others have projected.
+
+    ``reasons``: why, which are reasons against the kernels. Only ``backend("fused")`` takes them
+    here: tokens [k v] are pooled, of which the keys' half makes the logits and the values' the sums.
+    """
+    op, (batch, length, k_dim), v_dim = "query_pooling", k.shape, v.shape[-1]
+    cast = autocast_dtype(k.device.type)
+    dtype = k.dtype if cast is None or k.dtype == torch.float64 else cast
+    queries, k, v = (y.to(dtype) for y in (queries, k, v))
+    if current_backend() == "fused":
+        eye = torch.eye(k_dim + v_dim, dtype=k.dtype, device=k.device)
+        return query_pooling(
+            torch.cat([k, v], -1),
+            queries,
+            eye[:k_dim],
+            eye[k_dim:],
+            num_heads=num_heads,
+            key_padding_mask=key_padding_mask,
+            lengths=lengths,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )
+    with no_autocast(k.device.type):
+        reference = choose(op, k.device, k.dtype, reasons) == "reference"
+        if dropout_p and dropout_seed is None:
+            dropout_seed = draw_seed(k.device)
+        ignore = ignored(batch, length, key_padding_mask, lengths, k.device)
+        attend = _attend_reference if reference else _attend
+        scale = (k_dim // num_heads) ** -0.5
+        out = attend(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed)
+    return out if lengths is None else nan_unless(lengths, length, out)

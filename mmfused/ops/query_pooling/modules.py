@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...library import check_fractions, current_backend, no_autocast
-from .function import dead_samples, query_pooling
+from ...children import Called, layer_norm, linear, no_weights, read, read_norm, reset_children, weights_of, why_called
+from ...library import check_fractions, current_backend, graph_made, no_autocast
+from .checks import check_tokens
+from .function import dead_samples, ignored, pool_projected, query_pooling
 
 
 class QueryPooling(nn.Module):
@@ -40,6 +42,12 @@ class QueryPooling(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=bias) if out_proj else None
         self.norm_kv = nn.LayerNorm(kv_dim) if norm_kv else None
 
+    def reset_parameters(self) -> None:
+        """Queries from the standard normal distribution; projections and norm as torch begins them."""
+        if self.queries is not None:
+            nn.init.normal_(self.queries)
+        reset_children(self)
+
     def forward(
         self,
         x: Tensor,
@@ -53,37 +61,68 @@ class QueryPooling(nn.Module):
         queries = self.queries if queries is None else queries
         if queries is None:
             raise ValueError("QueryPooling: queries is None; a module without num_queries takes them in forward.")
-        norm, w_v, b_v = self.norm_kv, self.v_proj.weight, self.v_proj.bias
-        fold = self._folds_out_proj(x.shape[0] * queries.shape[-2])
+        check_tokens(x, key_padding_mask, lengths)
+        device, q = x.device.type, queries
+        if self.q_proj is not None:
+            q = linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
+        w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
+        w_v, b_v = read(self.v_proj, "QueryPooling.v_proj", self.dim, device)
+        eps = getattr(self.norm_kv, "eps", 0.0)
+        norm = read_norm(self.norm_kv, "QueryPooling.norm_kv", self.kv_dim, device, eps)
+        called = [child for child in (w_k, w_v) if isinstance(child, Called)]
+        fold = not called and self._folds_out_proj(x.shape[0] * queries.shape[-2])
         if fold:
-            w_v, b_v = self._value_to_output()
-        out = query_pooling(
-            x, queries if self.q_proj is None else self.q_proj(queries), self.k_proj.weight, w_v, b_v, self.k_proj.bias,
-            num_heads=self.num_heads, key_padding_mask=key_padding_mask, lengths=lengths,
-            norm_weight=None if norm is None else norm.weight, norm_bias=None if norm is None else norm.bias,
-            norm_eps=1e-5 if norm is None else norm.eps, dropout_p=self._dropout_p(), dropout_seed=dropout_seed,
-        )  # fmt: skip
+            w_v, b_v = self._value_to_output(w_v, b_v)
+        if called or isinstance(norm, Called):
+            x, norm = self._normed(x, norm, key_padding_mask, lengths), None
+        options = dict(
+            num_heads=self.num_heads,
+            key_padding_mask=key_padding_mask,
+            lengths=lengths,
+            dropout_p=self._dropout_p(),
+            dropout_seed=dropout_seed,
+        )
+        if called:
+            k, v = linear(x, w_k, b_k), linear(x, w_v, b_v)
+            out = pool_projected(q, k, v, **options, reasons=no_weights(called))
+        else:
+            if norm is not None:
+                options |= dict(norm_weight=norm[0], norm_bias=norm[1], norm_eps=eps)
+            out = query_pooling(x, q, w_k, w_v, b_v, b_k, **options)
         if self.out_proj is None or fold:
             return out
-        out = self.out_proj(out)
+        out = linear(out, *read(self.out_proj, "QueryPooling.out_proj", None, device))
         dead = dead_samples(x, key_padding_mask, lengths)
         return out if dead is None else out.masked_fill(dead[:, None, None], 0.0)
+
+    def _normed(self, x: Tensor, norm, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The tokens normalised, those to be ignored (they may hold NaN) set to 0 before."""
+        ignore = ignored(*x.shape[:2], mask, lengths, x.device)
+        x = x if ignore is None else x.masked_fill(ignore[:, :, None], 0.0)
+        return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
 
     def _folds_out_proj(self, rows: int) -> bool:
         """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled rows than dim.
 
         Not under dropout, where b_V counts as often as probabilities are kept, and b_O once.
         """
+        if graph_made():  # for any number of rows
+            return False
         many = self.num_heads == 1 and rows > self.dim and not self._dropout_p()
-        return self.out_proj is not None and many and current_backend() != "reference"
+        plain = self.out_proj is not None and why_called(self.out_proj) is None
+        return many and plain and current_backend() != "reference"
 
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _value_to_output(self) -> tuple[Tensor, Tensor | None]:
-        with no_autocast(self.out_proj.weight.device.type):  # fold first, round once
-            w = self.out_proj.weight @ self.v_proj.weight
-            return w, None if self.v_proj.bias is None else self.out_proj.weight @ self.v_proj.bias + self.out_proj.bias
+    def _value_to_output(self, w_v: Tensor, b_v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w_o, b_o = weights_of(self.out_proj)
+        wide = torch.promote_types(w_o.dtype, w_v.dtype)  # an adapter may be in float32
+        w_o, b_o, w_v, b_v = (None if t is None else t.to(wide) for t in (w_o, b_o, w_v, b_v))
+        with no_autocast(w_o.device.type):  # fold first, round once
+            bias = None if b_v is None else w_o @ b_v
+            bias = b_o if bias is None else bias if b_o is None else bias + b_o
+            return w_o @ w_v, bias
 
     def extra_repr(self) -> str:
         names = ("num_queries", "num_heads", "kv_dim", "dropout")
@@ -106,6 +145,11 @@ class QTransform(nn.Module):
         self.blocks = nn.ModuleList(
             _QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn, dropout) for _ in range(depth)
         )
+
+    def reset_parameters(self) -> None:
+        """As :meth:`QueryPooling.reset_parameters`."""
+        nn.init.normal_(self.queries)
+        reset_children(self)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         q = self.queries  # (L, D): shared by the batch until the first block has read the tokens

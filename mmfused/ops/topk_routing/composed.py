@@ -9,7 +9,7 @@ from torch import Tensor
 from ...library import once_differentiable
 from ...random import uniform
 from .order import Routing
-from .values import spoil, take
+from .values import largest, spoil, take
 
 
 def routing_composed(
@@ -22,7 +22,7 @@ def routing_composed(
         with torch.no_grad():
             scores = _scores(logits, noise, token_padding_mask, usable, void, score)
             key = scores[0] if selection_bias is None else scores[2].exp() + selection_bias
-            indices = _largest(key, usable, k)
+            indices = largest(key, usable, k)
     order, position, offsets, tiles = torch.ops.mmfused.expert_order_composed(indices, token_padding_mask, logits.shape[1])
     counts = _counts(indices, token_padding_mask, segments, num_segments, logits.shape[1]) if segments is not None else None
     counts = offsets.diff().long()[None] if counts is None else counts
@@ -44,18 +44,6 @@ def _scores(logits, noise, mask, usable, void, score) -> tuple[Tensor, Tensor, T
         u = F.logsigmoid(logits)
         return logits, u, u
     return logits, logits, logits.log_softmax(-1)
-
-
-def _largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
-    """As the reference's: k rounds of argmax, which names the first of equals."""
-    limits = torch.finfo(key.dtype)
-    key = key.nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
-    key = key if usable is None else key.masked_fill(~usable, float("-inf"))
-    chosen = []
-    for _ in range(k):
-        chosen.append(key.argmax(-1, keepdim=True))
-        key = key.scatter(1, chosen[-1], float("-inf"))
-    return torch.cat(chosen, 1)
 
 
 def _counts(indices, mask, segments, num_segments, experts) -> Tensor:

@@ -23,12 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...extension import load
-from ...library import autocast_dtype, choose, current_router, no_autocast, once_differentiable, register
+from ...flops import no_products
+from ...library import (
+    autocast_dtype,
+    choose,
+    current_router,
+    define,
+    no_autocast,
+    once_differentiable,
+    register,
+    to_autocast,
+    wide_unless,
+)
 from ...random import draw_seed, uniform
 from .checks import check, check_router
 from .composed import routing_composed
 from .order import Routing, sort_by_expert
-from .values import spoil, take
+from .values import largest, spoil, take
 
 
 def topk_routing_reference(
@@ -64,7 +75,7 @@ def topk_routing_reference(
     log_score = logits.log_softmax(-1) if score == "softmax" else F.logsigmoid(logits)
     probs = log_score.softmax(-1)
     if indices is None:
-        indices = _largest(logits if selection_bias is None else log_score.exp() + selection_bias, usable, k)
+        indices = largest(logits if selection_bias is None else log_score.exp() + selection_bias, usable, k)
     chosen = log_score.gather(1, indices)
     weights = chosen.softmax(-1) if renormalize and (k > 1 or score == "sigmoid") else chosen.exp()
     weights = weights.masked_fill(logits.isnan().any(1, keepdim=True), float("nan")).masked_fill(~valid[:, None], 0.0)
@@ -100,12 +111,6 @@ def topk_routing_reference(
         mean_of_all(logits.logsumexp(-1).square()), mean_of_all(-(probs * log_probs).sum(-1)),
         *sort_by_expert(indices, token_padding_mask, experts),
     )  # fmt: skip
-
-
-def _largest(key: Tensor, usable: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, ties to the lower column; NaN counts as the least, but before what is not usable."""
-    key = key.detach().nan_to_num(nan=float("-inf")).clamp(min=torch.finfo(key.dtype).min)
-    return key.masked_fill(~usable, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def _logits(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -164,12 +169,22 @@ _BACKWARD = (
 _INPUT_BACKWARD = (
     "(Tensor d_logits, Tensor x, Tensor router_weight, Tensor? mask, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)"
 )
-register("topk_routing_fwd", _FORWARD, "topk_routing:forward", _fake_forward)
-register("topk_routing_bwd", _BACKWARD, "topk_routing:backward", _fake_backward)
-register("topk_routing_input_bwd", _INPUT_BACKWARD, "topk_routing:input_backward", _fake_input_backward)
-for _name, _schema, _fake in (("fwd", _FORWARD, _fake_forward), ("bwd", _BACKWARD, _fake_backward)):  # implemented in csrc/
-    torch.library.define(f"mmfused::topk_routing_cuda_{_name}", _schema)
-    torch.library.register_fake(f"mmfused::topk_routing_cuda_{_name}", _fake)
+
+
+def _forward_flops(source, router_weight, *rest, out_shape):
+    return 0 if router_weight is None else 2 * source[0] * source[1] * router_weight[0]
+
+
+def _input_backward_flops(d_logits, x, router_weight, mask, need_dx, need_dw, *, out_shape):
+    return 2 * x[0] * x[1] * router_weight[0] * (need_dx + need_dw)
+
+
+register("topk_routing_fwd", _FORWARD, "topk_routing:forward", _fake_forward, _forward_flops)
+register("topk_routing_bwd", _BACKWARD, "topk_routing:backward", _fake_backward, no_products)
+register("topk_routing_input_bwd", _INPUT_BACKWARD, "topk_routing:input_backward", _fake_input_backward, _input_backward_flops)
+# In csrc/; of logits alone.
+define("topk_routing_cuda_fwd", _FORWARD, _fake_forward, no_products)
+define("topk_routing_cuda_bwd", _BACKWARD, _fake_backward, no_products)
 
 
 class _RoutingFused(torch.autograd.Function):
@@ -283,10 +298,10 @@ def topk_routing_from_input(x: Tensor, router_weight: Tensor, k: int, router_bia
     the router may stay in float32, and loses no digit. Under autocast x is cast, the router is not.
     """
     op = "topk_routing_from_input"
+    if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
+        (x,) = to_autocast(x)
+        router_weight, router_bias = wide_unless(x.dtype, router_weight, router_bias)
     check_router(op, x, router_weight, router_bias)
-    cast = autocast_dtype(x.device.type)
-    if cast is not None and x.dtype == torch.float32:
-        x = x.to(cast)
     check(op, "x", x, router_weight.T, k, **options)
     dtype = router_weight.dtype if x.dtype != torch.float64 else x.dtype
     return _route(op, x, router_weight, router_bias, k, dtype, **options)
@@ -301,7 +316,7 @@ def _route(
     if jitter and jitter_seed is None:
         jitter_seed = draw_seed(source.device)
     with no_autocast(source.device.type):
-        chosen = choose(op, source.device, dtype)
+        chosen = choose(op, source.device, dtype, None, ("export", "onnx"))
         if chosen != "fused":
             logits = source if router_weight is None else _logits(source, router_weight, router_bias, mask)
             route = topk_routing_reference if chosen == "reference" else routing_composed

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...library import check_tensors, check_value, choose, register, register_composed
+from ...flops import no_products
+from ...library import check_tensors, check_value, choose, graph_made, register, register_composed
 
 
 class Routing(NamedTuple):
@@ -34,9 +35,14 @@ def sort_by_expert(indices: Tensor, mask: Tensor | None, num_experts: int) -> tu
     expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
-    expert, order = expert.sort(stable=True)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    offsets = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device), out_int32=True)
+    rows, experts = (torch.arange(n, device=expert.device) for n in (expert.shape[0], num_experts + 1))
+    if graph_made() == "onnx":  # it knows no stable sort and no searchsorted
+        order = (expert * rows.shape[0] + rows).argsort()
+        offsets = (expert < experts[:, None]).sum(1, dtype=torch.int32)
+    else:
+        expert, order = expert.sort(stable=True)
+        offsets = torch.searchsorted(expert, experts, out_int32=True)
+    position = order.scatter(0, order, rows)
     return order.int(), position.int(), offsets, offsets.new_empty(0, 2)
 
 
@@ -51,8 +57,8 @@ def _fake_sort(indices, mask, num_experts):
 
 
 _SCHEMA = "(Tensor indices, Tensor? mask, int num_experts) -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
-register("expert_order", _SCHEMA, "topk_routing:order", _fake_order)
-register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _fake_sort)
+register("expert_order", _SCHEMA, "topk_routing:order", _fake_order, no_products)
+register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _fake_sort, no_products)
 
 
 def routing_from_indices(
@@ -73,16 +79,17 @@ def routing_from_indices(
     if not weights.is_floating_point():
         raise TypeError(f"{op}: weights has dtype {weights.dtype}; it takes a floating dtype.")
     check_indices(op, indices, num_experts)
-    check_mask(op, token_padding_mask, len(indices))
+    check_mask(op, token_padding_mask, indices.shape[0])
     inside = indices.clamp(0, num_experts - 1)
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     weights = weights.masked_fill(inside != indices, float("nan"))
     if token_padding_mask is not None:
         weights = weights.masked_fill(token_padding_mask[:, None], 0.0)
     indices = inside
-    fused = choose(op, indices.device, weights.dtype) == "fused"
-    operator = torch.ops.mmfused.expert_order if fused else torch.ops.mmfused.expert_order_composed
-    order, position, offsets, tiles = operator(indices, token_padding_mask, num_experts)
+    ops = torch.ops.mmfused
+    sort = dict(reference=sort_by_expert, composed=ops.expert_order_composed, fused=ops.expert_order)
+    chosen = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
+    order, position, offsets, tiles = sort[chosen](indices, token_padding_mask, num_experts)
     counts, zero = offsets.diff().long()[None], weights.new_zeros(())
     return Routing(indices, weights, counts, zero, zero, zero, order, position, offsets, tiles)
 

@@ -42,6 +42,19 @@ def take(
     return Values(segments, indices, usable, reduce(torch.logical_or, void) if void else None)
 
 
+def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
+    """(T, k), columns of the k largest of each row, ties to the lower column: k rounds of argmax,
+    which names the first of equals. NaN counts as the least, but before what is not usable."""
+    limits = torch.finfo(key.dtype)
+    key = key.detach().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    key = key if usable is None else key.masked_fill(~usable, float("-inf"))
+    chosen = []
+    for _ in range(k):
+        chosen.append(key.argmax(-1, keepdim=True))
+        key = key.scatter(1, chosen[-1], float("-inf"))
+    return torch.cat(chosen, 1)
+
+
 def spoil(logits: Tensor, void: Tensor | None, mask: Tensor | None) -> Tensor:
     """NaN, of which a gradient is NaN too, in the rows of void tokens that are not masked."""
     if void is None:

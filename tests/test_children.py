@@ -1,0 +1,347 @@
+"""Modules and what users attach to their children: as calling the children, on every backend, or refused in one sentence."""
+
+import itertools
+
+import pytest
+import torch
+from children_cases import ATTACHMENTS, BACKENDS, MODULES, children, outcome
+from torch import nn
+
+import mmfused
+from mmfused.testing import over_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The kernels get the same weights from most of them: one of each kind for all modules, the others for one.
+KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
+
+
+def is_run(module, attachment, backend):
+    result = outcome(module, attachment, backend)
+    one = backend != "fused" or attachment in KINDS or module == "QueryPooling"
+    return result == "refused" or (result == "equal" and one)
+
+
+CASES = [case for case in itertools.product(MODULES, ATTACHMENTS, BACKENDS) if is_run(*case)]
+
+
+def build(name, attachment, attach=True):
+    torch.manual_seed(0)
+    module = MODULES[name].make()
+    for parameter in module.parameters():  # none is 0 or 1, where a wrong one would not be seen
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+        parameter.data += scale * torch.randn_like(parameter)
+    attached = ATTACHMENTS[attachment]
+    if attach:
+        kind = nn.Linear if attached.to == "linear" else nn.LayerNorm
+        module = attached.attach(module, children(module, kind))
+    return module if attached.training is None else module.train(attached.training)
+
+
+def results(call, module, inputs, dtype):
+    inputs = [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+    torch.manual_seed(2)  # of an adapter's dropout
+    out = call(module, *inputs)
+    leaves = {f"d{i}": x for i, x in enumerate(inputs) if x.requires_grad}
+    leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True)
+    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), gradients, strict=True))
+    return {"out": out.detach(), **dict(zip(leaves, zeros, strict=True))}
+
+
+@pytest.mark.parametrize(("name", "attachment", "backend"), CASES, ids=map(" | ".join, CASES))
+def test_as_calling_the_children(name, attachment, backend):
+    attached, case = ATTACHMENTS[attachment], MODULES[name]
+    if attached.needs:
+        pytest.importorskip(attached.needs)
+    module, plain = build(name, attachment), build(name, attachment, not attached.neutral)
+    torch.manual_seed(1)
+    inputs = case.inputs()
+    with mmfused.backend(backend):
+        if outcome(name, attachment, backend) == "refused":
+            with pytest.raises(RuntimeError, match="must be called.*: undo that .* or use backend 'auto' or 'composed'"):
+                case.call(module, *inputs)
+        elif not attached.gradients:
+            with torch.no_grad():
+                torch.testing.assert_close(case.call(module, *inputs), case.plain(plain, *inputs))
+        else:
+            exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
+            actual = results(case.call, module, inputs, torch.float32)
+            plain = results(case.plain, plain, inputs, torch.float32)
+            # The key biases have no gradient: 0 here, what rounding leaves there.
+            noise = {n for n, x in exact.items() if x.norm() < 1e-10}
+            assert all(actual[n].norm() < 1e-4 for n in noise)
+            budget = [{n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)]
+            # Of the meaning: each op's own tests keep to twice the error of plain PyTorch, over larger shapes.
+            assert not over_budget(*budget, factor=8)
+
+
+def test_every_outcome_is_met():
+    """The table has each of them, and no attachment whose meaning no module tests."""
+    met = {outcome(*case) for case in CASES}
+    assert met == {"equal", "refused"}
+    assert {attachment for _, attachment, _ in CASES} == set(ATTACHMENTS)
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+ADAPTED = {name: (case.make, case.inputs, case.call) for name, case in MODULES.items()} | {
+    "QTransform": (
+        lambda: mmfused.QTransform(16, 3, depth=2, num_heads=2),
+        lambda: (torch.randn(2, 5, 16),),
+        lambda m, x: m(x),
+    ),
+    "TokenGate": (
+        lambda: mmfused.TokenGate(16),
+        lambda: (torch.randn(2, 5, 16), torch.randn(2, 5, 16)),
+        lambda m, a, b: m(a, b),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_lora_acts_learns_and_merges(name, backend):
+    peft = pytest.importorskip("peft")
+    make, inputs, call = ADAPTED[name]
+    module, inputs = make(), inputs()
+    names = children(module, nn.Linear)
+    with mmfused.backend(backend):
+        base = call(module, *inputs).detach()
+        config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(module), config)
+        out = call(model.base_model.model[0], *inputs)
+        assert (out - base).abs().max() > 1e-2
+        out.sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
+        assert len(gradients) == 2 * len(names) and all(g.abs().max() > 0 for g in gradients.values())
+        with model.disable_adapter():
+            torch.testing.assert_close(call(model.base_model.model[0], *inputs), base, rtol=0, atol=1e-6)
+        merged = call(model.merge_and_unload()[0], *inputs)
+        torch.testing.assert_close(merged, out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lora_on_the_experts_themselves(backend):
+    """peft's target_parameters: a parametrization of the module, whose parameters the op reads."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["moe.w_up", "moe.w_down"], init_lora_weights=False)
+    model, x = nn.ModuleDict({"moe": mmfused.TopKMoE(16, 16, 4)}), torch.randn(7, 16)
+    model.forward = lambda x: model["moe"](x)[0]
+    base = model(x)
+    adapted = peft.get_peft_model(model, config)
+    with mmfused.backend(backend):
+        out = adapted(x)
+        out.sum().backward()
+        assert (out - base).abs().max() > 1e-2
+        assert all(p.grad.any() for n, p in adapted.named_parameters() if "lora" in n)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), out, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_for_each_item_of_a_batch():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(mmfused.QueryPooling(16, 2, 2)), config).eval()
+    model.add_adapter("other", config)
+    x = torch.randn(2, 3, 16)
+    mixed, alone = model(x, adapter_names=["default", "other"]), []
+    for i, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        alone.append(model(x)[i])
+    assert (alone[0] - model(x)[0]).abs().max() > 1e-2
+    torch.testing.assert_close(mixed, torch.stack(alone))
+
+
+# ---- state and counts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attach", [True, False], ids=["hooked", "plain"])
+def test_an_item_alone_and_in_a_batch(attach):
+    """One head: out_proj is folded into v_proj once that saves work, unless something is on it."""
+    module, calls = mmfused.QueryPooling(8, 4, 1, out_proj=True), []
+    if attach:
+        module.out_proj.register_forward_hook(lambda m, args, out: calls.append(1) or out.square())
+    x = torch.randn(4, 9, 8)
+    torch.testing.assert_close(module(x[:1]), module(x)[:1])
+    assert len(calls) == 2 * attach
+
+
+def test_pruning_follows_training():
+    module = mmfused.QueryPooling(16, 2)
+    torch.nn.utils.prune.l1_unstructured(module.k_proj, "weight", 0.5)
+    optimizer, x, seen = torch.optim.SGD(module.parameters(), lr=1.0), torch.randn(2, 3, 16), []
+    for _ in range(3):
+        module(x).square().sum().backward()
+        seen.append(module.k_proj.weight.detach().clone())
+        optimizer.step()
+    assert not torch.equal(seen[1], seen[2]) and (seen[2] == 0).sum() == 16 * 16 // 2
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_spectral_norm_iterates_once_a_forward(name):
+    """In training mode each use of the weight is a step of the power iteration."""
+    module, plain = build(name, "old spectral_norm"), build(name, "old spectral_norm")
+    inputs = MODULES[name].inputs()
+    MODULES[name].call(module, *inputs)
+    MODULES[name].plain(plain, *inputs)
+    for (key, ours), theirs in zip(module.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+def test_a_child_of_another_width():
+    module = mmfused.TopKMoE(8, 8, 4)
+    module.router = nn.Sequential(nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=r"TopKMoE.router gave \(3, 5\); it takes \(3, 4\)"):
+        module(torch.randn(3, 8))
+    module = mmfused.GatedCrossAttention(8, 2)
+    module.k_proj.register_forward_hook(lambda m, args, out: None if out is None else (out,))
+    with pytest.raises(ValueError, match="GatedCrossAttention.k_proj gave tuple; it takes"):
+        module(torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+
+
+def test_called_children_see_no_nan_of_ignored_tokens():
+    module = mmfused.QueryPooling(8, 2, 2)
+    moe = mmfused.TopKMoE(8, 8, 4)
+    for child in (module.k_proj, module.v_proj, moe.router):
+        child.register_forward_hook(lambda m, args, out: out + 0)
+    x, ignore = torch.randn(2, 3, 8), torch.tensor([[False, False, True]] * 2)
+    x[ignore] = float("nan")
+    (module(x, ignore).sum() + moe(x, token_padding_mask=ignore)[0].sum()).backward()
+    assert all(p.grad.isfinite().all() for p in (*module.parameters(), *moe.parameters()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensor_on_both_sides(backend):
+    """Each side has a norm of its own."""
+    for name in ("GatedCrossAttention", "BidirectionalGatedCrossAttention"):
+        module, y = build(name, "LoRA", attach=False), torch.randn(2, 5, 16)
+        with mmfused.backend(backend):
+            out, want = MODULES[name].call(module, y, y), MODULES[name].plain(module, y, y)
+        torch.testing.assert_close(out, want)
+        out.sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "child"), [
+    ("QueryPooling", "k_proj"), ("QueryPooling", "v_proj"), ("GatedCrossAttention", "q_proj"),
+    ("GatedCrossAttention", "out_proj"), ("GatedCrossAttention", "gate_proj"), ("TopKMoE", "router"),
+])  # fmt: skip
+def test_a_child_that_is_none(name, child, backend):
+    module = MODULES[name].make()
+    setattr(module, child, None)
+    with mmfused.backend(backend), pytest.raises((TypeError, ValueError), match=f"{child} is None|w_g has shape None"):
+        MODULES[name].call(module, *MODULES[name].inputs())
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_called_children_get_the_whole_batch_once(backend):
+    """A sample without context, which missing="skip" skips where nothing must be called."""
+    module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
+    for child in (module.norm_a, module.to_a.k_proj):
+        child.register_forward_hook(lambda m, args, out: calls.append(len(out)) or out * torch.ones(4)[:, None, None])
+    a, b = torch.randn(4, 5, 16), torch.randn(4, 3, 16)
+    present = torch.tensor([True, False, True, True])
+    ignore = torch.zeros(4, 5, dtype=torch.bool)
+    ignore[0, 3:] = True
+    with mmfused.backend(backend):
+        outs = module(a, b, b_present=present, a_key_padding_mask=ignore)
+    assert calls == [4, 4] and torch.equal(outs[0][1], a[1])
+    module.norm_a._forward_hooks.clear()
+    module.to_a.k_proj._forward_hooks.clear()
+    torch.testing.assert_close(outs, module(a, b, b_present=present, a_key_padding_mask=ignore))
+
+
+def test_hooks_on_a_direction():
+    module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
+    module.to_a.register_forward_pre_hook(lambda m, args: calls.append("before"))
+    module.to_b.register_forward_hook(lambda m, args, out: calls.append("after"))
+    module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_cast_by_their_own_forward(dtype):
+    """Tokens are not rounded to the dtype that such a weight is stored in."""
+
+    class Stored(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    for name in ("QueryPooling", "GatedCrossAttention", "TopKMoE"):
+        module = MODULES[name].make()
+        for child in children(module, nn.Linear):
+            linear = module.get_submodule(child)
+            linear.__class__ = Stored
+            linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        inputs = MODULES[name].inputs()
+        out = MODULES[name].call(module, *inputs)
+        torch.testing.assert_close(out, MODULES[name].plain(module, *inputs))
+
+
+@pytest.mark.parametrize("attachment", ["LoRA", "forward hook", "pruning"])
+@pytest.mark.parametrize("name", ["QueryPooling", "GatedCrossAttention", "TopKMoE"])
+def test_compiled_without_a_graph_break(name, attachment):
+    if ATTACHMENTS[attachment].needs:
+        pytest.importorskip(ATTACHMENTS[attachment].needs)
+    module, case = build(name, attachment), MODULES[name]
+    inputs = case.inputs()
+    want = case.call(module, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: case.call(module, *args), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), want)
+
+
+# ---- sharded children ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        pytest.skip("a process group is there")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["child", "inside"])
+@pytest.mark.parametrize("name", MODULES)
+def test_children_that_fully_shard_gathers(name, inside, one_rank):
+    from torch.distributed.fsdp import fully_shard
+
+    module, plain = (build(name, "LoRA", attach=False) for _ in range(2))
+    for child in children(module, nn.Linear):
+        inner = module.get_submodule(child)
+        if inside:  # an adapter's way: what is sharded lies inside of what is called
+            module.set_submodule(child, nn.Sequential(inner))
+        fully_shard(inner, mesh=one_rank)
+    inputs = MODULES[name].inputs()
+    out, want = MODULES[name].call(module, *inputs), MODULES[name].plain(plain, *inputs)
+    torch.testing.assert_close(out, want)
+    out.sum().backward()
+    want.sum().backward()
+    for (key, ours), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
+        gradient = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+        torch.testing.assert_close(gradient, theirs.grad, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    module = MODULES[name].make()
+    sharded = {"router", "k_proj", "to_a.k_proj"} & set(children(module, nn.Linear))
+    parallelize_module(module, one_rank, {child: ColwiseParallel() for child in sharded})
+    with pytest.raises(TypeError, match="holds a shard, its weight a DTensor; it takes a whole one"):
+        MODULES[name].call(module, *MODULES[name].inputs())
+
+
+def test_a_direction_that_is_sharded_by_itself(one_rank):
+    from torch.distributed.fsdp import fully_shard
+
+    module = mmfused.BidirectionalGatedCrossAttention(16, 2)
+    fully_shard(module.to_a, mesh=one_rank)
+    with pytest.raises(TypeError, match="Attention.to_a is sharded by itself; fully_shard takes the whole module"):
+        module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))

@@ -1,0 +1,243 @@
+"""fuse(model): what is chosen by `only` and `skip`, what the report says and expects, and how it is printed."""
+
+import copy
+import re
+
+import pytest
+from fuse_models import D, H, K, clip, clip_tower, cross, latent, library, siglip, torch_attention
+from torch import nn
+
+from mmfused import fuse, unfuse
+from mmfused.swaps import KINDS, counts
+from mmfused.swaps.base import FAMILIES
+
+
+def experts():
+    """Those of Mixtral, with 2 of 4 for each token of width 32."""
+    sizes = dict(hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
+    config = library("transformers.models.mixtral.configuration_mixtral.MixtralConfig", **sizes)
+    return library("transformers.models.mixtral.modeling_mixtral.MixtralExperts", config)
+
+
+class Model(nn.Module):
+    """One of each family, a head around an attention, and one module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": torch_attention()}) for _ in range(3))})
+        self.vision["pool"] = clip()
+        self.text = nn.ModuleDict({"head": siglip().head, "cross": torch_attention()})
+        self.experts = experts()
+        self.losses = library("open_clip.loss.ClipLoss")
+        self.other = nn.ModuleDict({"shared": self.text["cross"]})
+
+
+BLOCKS = {f"vision.blocks.{i}.attn" for i in range(3)}
+ATTENTION, POOLING = {*BLOCKS, "text.cross"}, {"vision.pool", "text.head"}
+ALL = ATTENTION | POOLING | {"experts", "losses"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model()
+
+
+def chosen(model, **options):
+    dry = fuse(model, dry_run=True, **options)
+    report = fuse(model, **options)
+    assert report == dry and set(unfuse(model)) == set(report.swapped)
+    assert report.classes.keys() == report.swapped.keys() | report.left.keys() and report.expected.keys() == report.swapped.keys()
+    return report
+
+
+# fmt: off
+CHOICES = [
+    (dict(), ALL),
+    (dict(only="pooling"), POOLING),
+    (dict(only="attention"), ATTENTION),
+    (dict(only=["experts", "losses"]), {"experts", "losses"}),
+    (dict(skip="pooling"), ALL - POOLING),
+    (dict(skip=("attention", "losses")), POOLING | {"experts"}),
+    (dict(only="text"), {"text.head", "text.cross"}),
+    (dict(only="vision.blocks"), BLOCKS),
+    (dict(skip="vision"), {"text.head", "text.cross", "experts", "losses"}),
+    (dict(skip="vision.blocks.1"), ALL - {"vision.blocks.1.attn"}),
+    (dict(only="vision.*.attn"), {*BLOCKS, "vision.pool.attn"}),  # * goes across dots, and names no head
+    (dict(only="vision.blocks.*.attn"), BLOCKS),
+    (dict(only="vision.blocks.[02]"), BLOCKS - {"vision.blocks.1.attn"}),
+    (dict(only="vision", skip="attention"), {"vision.pool"}),
+    (dict(only="vision", skip="pooling"), BLOCKS),
+    (dict(skip=["vision", "pooling"]), {"text.cross", "experts", "losses"}),
+    (dict(only=""), ALL),
+    (dict(skip=""), set()),
+    (dict(only=[]), set()),
+    (dict(skip=[]), ALL),
+    (dict(only=(name for name in ("text.cross", "experts"))), {"text.cross", "experts"}),
+    (dict(only="other.shared"), {"text.cross"}),  # its other name
+    (dict(skip="other"), ALL - {"text.cross"}),
+    (dict(only="[l]osses"), {"losses"}),
+    (dict(only="vision.pool.attn"), {"vision.pool.attn"}),  # what a head holds, by its own name
+    (dict(only=["vision.pool.attn", "vision.pool"]), {"vision.pool"}),
+    (dict(only="text.head.attention", skip="attention"), set()),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("options", "names"), CHOICES, ids=[str(list(options.items())) for options, _ in CHOICES])
+def test_what_is_chosen(options, names, model):
+    options = {key: list(value) if not isinstance(value, str) else value for key, value in options.items()}
+    report = chosen(model, **options)
+    assert set(report.swapped) == names, report
+    assert set(report.left) >= ALL - names, "what is known and not chosen is named"
+    assert set(report.left) <= (ALL - names) | {"vision.pool.attn", "text.head.attention"}
+    assert all(re.fullmatch(r"Not chosen: (skip has '.*'|only names other modules)\.", text) for text in report.left.values())
+
+
+def test_the_root_may_be_chosen():
+    for options, swapped in (
+        (dict(only="pooling"), [""]),
+        (dict(only=""), [""]),
+        (dict(skip=""), []),
+        (dict(only="attention"), []),
+    ):
+        assert list(chosen(latent(), **options).swapped) == swapped
+    assert chosen(latent(), only="losses").left == {"": "Not chosen: only names other modules."}
+
+
+def test_what_a_head_holds_is_left_with_it(model):
+    """Its attention would pool all the same."""
+    report = chosen(model, only=["attention", "experts"])
+    assert "vision.pool.attn" not in report.swapped and "vision.pool.attn" not in report.left
+    assert report.left["vision.pool"] == "Not chosen: only names other modules."
+
+
+@pytest.mark.parametrize("argument", ["only", "skip"])
+@pytest.mark.parametrize("entry", ["visual", "poolings", "vision.attn", "vision.?", "text.cross.", "attn"])
+def test_an_entry_that_names_nothing_raises(argument, entry, model):
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError) as error:
+        fuse(model, **{argument: ["pooling", entry]})
+    assert str(error.value) == (
+        f"fuse: {argument} is {entry!r}; it takes 'pooling', 'attention', 'experts', 'losses', or the name of a module in this "
+        "model or a pattern of names."
+    )
+    assert [type(module) for module in model.modules()] == types
+    for wrong, said in (
+        (3, "fuse: {} is a int; it takes a str or several."),
+        ([3], "fuse: {} holds a int; it takes a str or several."),
+    ):
+        with pytest.raises(TypeError) as error:
+            fuse(model, **{argument: wrong})
+        assert str(error.value) == said.format(argument)
+
+
+def test_what_is_swapped_stays():
+    model = Model()
+    fuse(model, only="pooling")
+    report = fuse(model, only="losses", skip="pooling")
+    assert set(report.swapped) == POOLING | {"losses"}
+    assert all(report.swapped[name].startswith("already swapped: ") for name in POOLING)
+    assert set(unfuse(copy.deepcopy(model))) == POOLING | {"losses"}
+
+
+def test_every_kind_has_its_family():
+    assert {kind.family for kind in KINDS.values()} == set(FAMILIES)
+
+
+# ---- what is expected -----------------------------------------------------------------------------------------------------------
+
+
+def by_hand(dim, queries, width, heads):
+    """14 h L D against 6 D (D + D) + 7 L (D + D), a token."""
+    return (12 * dim * width + 14 * queries * width) / (14 * heads * queries * dim)
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: latent(), (D, 1, D, H)),
+        (lambda: latent(latent_len=3), (D, 3, D, H)),
+        (lambda: siglip().head, (D, 1, D, H)),
+        (lambda: clip(), (K, 4, D, H)),
+    ],
+    ids=["timm", "timm, 3", "siglip", "open_clip"],
+)
+def test_known_queries_are_counted(make, sizes):
+    text, ratio = fuse(make()).expected[""], by_hand(*sizes)
+    assert ratio > 1.25 and "by count" in text
+    assert f"costs {ratio:.3g} times fewer FLOPs" in text
+    assert ("nothing to gain on a GPU" in text) == (ratio < 2)
+
+
+def test_nothing_is_expected_where_keys_and_values_cost_less():
+    text = fuse(library("open_clip.transformer.AttentionalPooler", 64, 64, 8, 256)).expected[""]
+    times = f"{1 / by_hand(64, 256, 64, 8):.3g} times as much without keys and values"
+    assert text == f"nothing by count: with 256 queries of 8 heads a token would cost {times}, so it has them, as before"
+
+
+@pytest.mark.parametrize(("dim", "width", "heads"), [(768, 768, 12), (32, 64, 2), (64, 64, 1)])
+def test_how_many_queries_still_save(dim, width, heads):
+    for times, index in ((1.25, 0), (2.0, 1)):
+        most = int(
+            re.findall(r"up to (\d+) queries on a CPU, (\d+) on a GPU", counts.pooling(dim, None, width, width, heads))[0][index]
+        )
+        assert by_hand(dim, most, width, heads) >= times > by_hand(dim, most + 1, width, heads)
+
+
+def test_what_attention_experts_and_losses_expect():
+    texts = fuse(Model(), dry_run=True).expected
+    assert "nothing to gain with few tokens, nor in a call that runs as before" in texts["text.cross"]
+    assert "by count 2 x 32 numbers" in texts["experts"] and "nothing to gain on a CPU" in texts["experts"]
+    assert "no B x B matrix" in texts["losses"] and "nothing to gain in small batches" in texts["losses"]
+    assert "up to" in fuse(cross()).expected[""]
+
+
+def test_a_size_that_is_not_found_is_no_reason():
+    """The swap does not need it."""
+
+    class Unmeasured(KINDS["timm.layers.attention_pool.AttentionPoolLatent"]):
+        sizes = staticmethod(lambda module: module.not_there)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KINDS, "timm.layers.attention_pool.AttentionPoolLatent", Unmeasured)
+        patch.setattr("mmfused.swaps.base._classes", {})
+        report = fuse(latent(), dry_run=True)
+    assert list(report.swapped) == [""] and report.expected == {"": ""}
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------------
+
+
+def test_printed_as_a_table(model):
+    report = chosen(model, skip="losses")
+    lines = str(report).splitlines()
+    assert lines[0] == "fuse: 7 swapped, 1 left" and max(map(len, lines)) <= 100
+    header = lines[1]
+    assert header.split() == "module class what it does now, or why it was left".split()
+    columns = [0, header.index("class"), 0, header.index("what")]
+    rows = [line for line in lines[2:] if line[: columns[1]].strip()]
+    assert [row.split()[0] for row in rows] == [
+        "vision.blocks.*.attn",
+        "vision.pool",
+        "text.head",
+        "text.cross",
+        "experts",
+        "losses",
+    ]
+    assert rows[0].startswith("vision.blocks.*.attn (3)") and "MultiheadAttention" in rows[0] and " swapped " in rows[0]
+    assert rows[-1].split()[:3] == ["losses", "ClipLoss", "left"]
+    assert all(line[: columns[3]].strip() or line.startswith(" " * columns[3]) for line in lines[2:])
+    words = " ".join(line[columns[3] :] for line in lines[2:])
+    for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
+        assert " ".join(text.split()) in " ".join(words.split())
+    assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5  # one for the three blocks
+
+
+def test_long_names_are_broken_at_their_dots():
+    outer = nn.Module()
+    outer.a_name_that_is_rather_long = nn.ModuleDict({"and_another_which_follows": nn.Sequential(clip_tower(), cross())})
+    lines = str(fuse(outer)).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("a_name_that_is_rather_long. ") for line in lines)
+    column = lines[1].index("class")
+    assert any(line[column:].startswith("Attention ") for line in lines)  # Blip2QFormerMultiHead, Attention
