@@ -83,7 +83,11 @@ CHOICES = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("options", "names"), CHOICES, ids=[str(list(options.items())) for options, _ in CHOICES])
+# Without addresses, which differ between processes.
+CHOICE_IDS = [re.sub(" at 0x[0-9a-f]+", "", str(list(options.items()))) for options, _ in CHOICES]
+
+
+@pytest.mark.parametrize(("options", "names"), CHOICES, ids=CHOICE_IDS)
 def test_what_is_chosen(options, names, model):
     options = {key: list(value) if not isinstance(value, str) else value for key, value in options.items()}
     report = chosen(model, **options)
