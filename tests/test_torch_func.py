@@ -99,6 +99,16 @@ def test_experts_of_a_routing_made_elsewhere():
             close([d[i] for d in got], list(want))
 
 
+def test_backwards_for_many_upstream_gradients_at_once():
+    """Here autograd maps the backwards of the composed paths, whose forwards know of nothing."""
+    module, make = case("experts")
+    (x,), _ = make(2, 3)
+    jacobian = torch.autograd.functional.jacobian
+    with mmfused.backend("composed"):
+        each = [jacobian(lambda x: module(x)[0], x, vectorize=how) for how in (False, True)]
+    close(*each)
+
+
 LOSSES = {
     "positive_similarity": (losses.positive_similarity, [(4, 3), (4, 3)]),
     "hard_negative_margin": (losses.hard_negative_margin, [(4, 3), (5, 3)]),
