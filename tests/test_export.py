@@ -110,6 +110,26 @@ def test_of_one_size(name):
     compare(export(module, make(4, 6)).module(), module, make, [(4, 6)])
 
 
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(floats(3, 5, D))
+
+    def forward(self, x, indices, scores):
+        routing = mmfused.routing_from_indices(indices, scores.softmax(-1), 3)
+        return mmfused.grouped_linear(x, routing, self.weight, combine=True)
+
+
+def test_experts_of_a_routing_made_elsewhere():
+    def make(tokens, _):
+        return (floats(tokens, D), torch.randint(0, 3, (tokens, 2)), floats(tokens, 2)), {}
+
+    module, example = Flat(Routed()), make(4, None)
+    exported = export(module, example, dynamic_shapes=dynamic(*example, False))
+    compare(exported.module(), module, make, [(2, None), (9, None)])
+    assert not any("expert_order" in str(node.target) for node in exported.graph.nodes)
+
+
 @pytest.mark.parametrize("name", ["pool bias mask", "experts", "contrastive"])
 def test_an_exported_kernel_says_that_its_gradient_is_not_there(name):
     module, make = case(name)

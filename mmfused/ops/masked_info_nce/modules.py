@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...library import graph_made
 from .function import loss_over_ranks, masked_info_nce
 
 GATHERS = (None, "global", "local")
@@ -91,7 +90,7 @@ class MaskedInfoNCE(nn.Module):
 
     def _clamped(self) -> Tensor:
         largest, log_scale = math.log(self.max_scale), self.log_scale
-        if graph_made() or torch._C._are_functorch_transforms_active():  # no parameter may change
+        if torch._C._are_functorch_transforms_active():  # no parameter may change
             bound = largest + (log_scale - log_scale.detach())  # with its gradient
             return torch.where(log_scale > largest, bound, log_scale)
         with torch.no_grad():
