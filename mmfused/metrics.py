@@ -38,9 +38,10 @@ def class_scores(counts: Counts) -> dict[str, Tensor]:
 
 def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, and the means of :func:`class_scores` over the classes that occur in predictions or labels."""
-    counts = count(predictions, labels)
-    occurs = counts.predicted + counts.actual > 0
-    macro = {f"macro_{name}": float(value[occurs].mean()) for name, value in class_scores(counts).items()}
+    # Numbered anew: labels may be product numbers, and counting goes up to the largest.
+    numbers = torch.cat([predictions, labels]).unique(return_inverse=True)[1]
+    counts = count(*numbers.split(len(labels)))
+    macro = {f"macro_{name}": float(value.mean()) for name, value in class_scores(counts).items()}
     return {"accuracy": float((predictions == labels).double().mean()), **macro}
 
 

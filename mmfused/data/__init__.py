@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from .batches import Batches, Collate
-from .folder import ProductFolder
-from .generated import GeneratedProducts
-from .pairs import PairBatches
-from .swap import SwappedTexts, swap_texts
-from .text import load_tokenizer, train_tokenizer
+from mmfused.extras import from_extra
+
+with from_extra("models"):
+    from .batches import Batches, Collate
+    from .folder import ProductFolder, first_side
+    from .generated import GeneratedProducts
+    from .pairs import PairBatches
+    from .pictures import load_picture
+    from .swap import SwappedTexts, swap_texts
+    from .text import load_tokenizer, train_tokenizer
 
 __all__ = [
     "Batches",
@@ -16,6 +20,8 @@ __all__ = [
     "PairBatches",
     "ProductFolder",
     "SwappedTexts",
+    "first_side",
+    "load_picture",
     "load_tokenizer",
     "swap_texts",
     "train_tokenizer",

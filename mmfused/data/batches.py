@@ -87,7 +87,10 @@ class Items:
     def __init__(self, dataset, collate: Collate):
         self.collate = collate
         items = [dataset[row] for row in range(len(dataset))]
-        images = torch.stack(same_size([item["image"] for item in items], collate.image_size))
+        images = getattr(dataset, "images", None)  # no second copy, where they are one tensor of the right size
+        side = collate.image_size
+        if not isinstance(images, torch.Tensor) or images.shape != (len(items), 3, side, side):
+            images = torch.stack(same_size([item["image"] for item in items], collate.image_size))
         self.images = images if collate.augment else centre(images, collate.image_size)
         self.present = torch.tensor([bool(item["image_present"]) for item in items])
         self.ids, self.mask = collate.tokenize([item["text"] for item in items])

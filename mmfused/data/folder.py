@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import csv
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ._common import check_int
+from .metadata import BrokenRow, Row, parse_label, read_rows
+from .pictures import BrokenPicture, inside, load_rgb, opened, read_bytes, short_side
 
-# What Pillow raises for a file that is missing, is no image, is cut short, or is implausibly large.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
+class Item(NamedTuple):
+    """A usable row of metadata.csv."""
 
-class BrokenRow(ValueError):
-    """One row of metadata.csv that cannot be used; its message is the sentence for the user."""
+    file_name: str
+    text: str
+    label: int
+    coarse_label: int
+    image: torch.Tensor | None
+    digest: str | None  # of the picture's file
 
 
 class ProductFolder(Dataset):
     """Images, texts and labels of ``root``, read from ``root/metadata.csv`` (UTF-8).
 
-    Columns ``file_name`` (relative to root), ``text`` and ``label`` (integer >= 0), and ``coarse_label`` (the same) where labels
+    Columns ``file_name`` (below root), ``text`` and ``label`` (integer >= 0), and ``coarse_label`` (the same) where labels
     have families: ``.coarse_labels``, None without that column; others are ignored. An empty file_name or text is a missing
-    modality: a zero image with ``image_present`` False, or the text ``""``. A row with neither, with a bad label, or whose
-    image cannot be decoded is left out, one sentence about it in ``.skipped``.
+    modality: a zero image with ``image_present`` False, or the text ``""``. A row with neither, with a bad label, that is
+    not well-formed or whose image :func:`~mmfused.data.pictures.load_picture` refuses is left out, one sentence about it
+    in ``.skipped``.
 
-    Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``; images are decoded once
-    and kept in memory.
+    Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``; images are decoded once and
+    kept in memory, with ``image_size`` as one tensor ``.images`` (N, 3, image_size, image_size). ``.digest`` is the
+    SHA-256 of texts, labels and picture files: of other content it is another.
 
     Args:
         image_size: short side resized to this, then centre crop; None keeps each image's own size.
@@ -39,13 +51,21 @@ class ProductFolder(Dataset):
 
     Raises:
         FileNotFoundError: no folder, or no metadata.csv in it.
-        ValueError: metadata.csv unreadable, a column missing, no usable row, or (strict) a broken row.
+        ValueError: metadata.csv unreadable, a column missing or there twice, no usable row, images that do not fit into
+            this machine's memory, or (strict) a broken row.
     """
 
     class_names = None
 
-    def __init__(self, root, *, image_size: int | None = None, num_classes: int | None = None, strict: bool = False,
-                 text_column: str = "text"):  # fmt: skip
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        image_size: int | None = None,
+        num_classes: int | None = None,
+        strict: bool = False,
+        text_column: str = "text",
+    ):
         if image_size is not None:
             check_int("image_size", image_size, 1)
         # 2**31 keeps a label inside every integer type used downstream, and a typing slip out of the class count.
@@ -53,114 +73,140 @@ class ProductFolder(Dataset):
         self.root = Path(root)
         self.image_size = image_size
         self.text_column = text_column
+        rows = list(read_rows(self.root, text_column, ("coarse_label",)))
         self.file_names: list[str] = []
         self.texts: list[str] = []
         self.labels: list[int] = []
         self.coarse_labels: list[int] | None = []
+        self.present: list[bool] = []
         self.skipped: list[str] = []
-        self._images: list[torch.Tensor | None] = []
-        rows = read_metadata(self.root, text_column)
-        for line, row in rows:
-            try:
-                self._add(row, label_limit)
-            except BrokenRow as error:
-                sentence = f"metadata.csv line {line} ({row.get('file_name') or 'no file_name'}): {error}"
-                if strict:
-                    raise ValueError(sentence) from error
-                self.skipped.append(sentence)
+        self._images: torch.Tensor | list[torch.Tensor | None] = self._room(len(rows))
+        self.digest = self._fill(self._read(rows, label_limit, strict))
         if not self.labels:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"root has no usable row in {self.root / 'metadata.csv'}{first}")
-        if "coarse_label" not in rows[0][1]:
+            raise ValueError(f"{self.root} has no usable row in metadata.csv{first}")
+        if "coarse_label" not in rows[0].fields:
             self.coarse_labels = None
         self.num_classes = max(self.labels) + 1 if num_classes is None else num_classes
-        self._blank = self._blank_image()
+        if image_size is None:
+            self._fill_blanks()
+        else:
+            self._images = self._images[: len(self.labels)]
 
-    def _add(self, row: dict, label_limit: int) -> None:
-        if None in row or None in row.values():
-            raise BrokenRow("the row's number of fields differs from the header's, an unquoted comma perhaps")
-        label = parse_label("label", row["label"], label_limit)
-        coarse = parse_label("coarse_label", row.get("coarse_label", "0"), 2**31)
-        name, text = row["file_name"].strip(), row[self.text_column].strip()
-        if not name and not text:
-            raise BrokenRow(f"file_name and {self.text_column} are both empty, at least one must be given")
-        image = self._decode(name) if name else None
-        self._images.append(image)
-        self.file_names.append(name)
-        self.texts.append(text)
-        self.labels.append(label)
-        self.coarse_labels.append(coarse)
+    def _room(self, rows: int) -> torch.Tensor | list:
+        """For the images of as many rows; the system gives pages of it only to those that are written."""
+        if self.image_size is None:
+            return []
+        size, memory = rows * 3 * self.image_size**2, physical_memory()
+        if memory is not None and size > memory:
+            got = f"{rows} images of {self.image_size} x {self.image_size} pixels, {size / 2**30:.1f} GiB"
+            raise ValueError(f"{self.root} holds {got}, more than this machine's memory of {memory / 2**30:.1f} GiB")
+        return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
-    def _decode(self, name: str) -> torch.Tensor:
+    def _read(self, rows: list[Row], label_limit: int, strict: bool) -> Iterator[Item]:
+        """The usable ones of the rows, in their order; images are decoded in several threads."""
+        for row, found in zip(rows, in_threads(lambda row: self._load(row, label_limit), rows), strict=True):
+            if isinstance(found, Item):
+                yield found
+                continue
+            name = row.fields.get("file_name", "").encode("utf-8", "replace").decode()[:200]
+            sentence = f"metadata.csv line {row.line} ({name or 'no file_name'}): {found}"
+            if strict:
+                raise ValueError(sentence) from found
+            self.skipped.append(sentence)
+
+    def _load(self, row: Row, label_limit: int) -> Item | BrokenRow:
         try:
-            with Image.open(self.root / name) as image:
-                return load_rgb(image, self.image_size)
-        except IMAGE_ERRORS as error:
-            reason = "the file does not exist" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-            raise BrokenRow(f"the image cannot be read: {reason}") from error
+            if row.broken is not None:
+                raise BrokenRow(row.broken)
+            label = parse_label("label", row.fields["label"], label_limit)
+            coarse = parse_label("coarse_label", row.fields.get("coarse_label", "0"), 2**31)
+            name, text = row.fields["file_name"].strip(), row.fields[self.text_column].strip()
+            if not name and not text:
+                raise BrokenRow(f"file_name and {self.text_column} are both empty, at least one must be given")
+            image, digest = self._load_image(name) if name else (None, None)
+            return Item(name, text, label, coarse, image, digest)
+        except BrokenRow as error:
+            return error
 
-    def _blank_image(self) -> torch.Tensor:
-        """The zero image of rows without one, of the first image's shape so that equal sizes stay equal."""
-        for image in self._images:
-            if image is not None:
-                return torch.zeros_like(image)
-        side = self.image_size or 1
-        return torch.zeros(3, side, side, dtype=torch.uint8)
+    def _load_image(self, name: str) -> tuple[torch.Tensor, str]:
+        try:
+            data = read_bytes(inside(self.root, name))
+            with opened(data) as image:
+                return load_rgb(image, self.image_size), hashlib.sha256(data).hexdigest()
+        except BrokenPicture as error:
+            raise BrokenRow(f"the image {error}") from error
+
+    def _fill(self, items: Iterable[Item]) -> str:
+        """Keeps the items, and returns their digest."""
+        total = hashlib.sha256()
+        for row, item in enumerate(items):
+            self.file_names.append(item.file_name)
+            self.texts.append(item.text)
+            self.labels.append(item.label)
+            self.coarse_labels.append(item.coarse_label)
+            self.present.append(item.image is not None)
+            if self.image_size is None:
+                self._images.append(item.image)
+            elif item.image is None:
+                self._images[row] = 0
+            else:
+                self._images[row] = item.image
+            total.update(json.dumps([item.text, item.label, item.coarse_label, item.digest]).encode())
+        return total.hexdigest()
+
+    def _fill_blanks(self) -> None:
+        """The zero image of rows without one is of the first image's shape, so that equal sizes stay equal."""
+        shown = next((image for image in self._images if image is not None), torch.empty(3, 1, 1, dtype=torch.uint8))
+        blank = torch.zeros_like(shown)
+        self._images = [blank if image is None else image for image in self._images]
+
+    @property
+    def images(self) -> torch.Tensor | list[torch.Tensor]:
+        """All images; those of rows without one are zero."""
+        return self._images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        image = self._images[index]
-        present = image is not None
         return {
-            "image": image if present else self._blank,
-            "image_present": present,
+            "image": self._images[index],
+            "image_present": self.present[index],
             "text": self.texts[index],
             "label": self.labels[index],
         }
 
 
-def read_metadata(root: Path, text_column: str = "text") -> list[tuple[int, dict]]:
-    """(line number, row) of every row of ``root/metadata.csv``; the line is the one the row ends on."""
-    path = root / "metadata.csv"
-    if not root.is_dir():
-        raise FileNotFoundError(f"root takes a folder with a metadata.csv, got {root}, which is not a folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"root takes a folder with a metadata.csv, got {root}, which has none")
+def in_threads(load, rows: list) -> Iterator:
+    """``load`` of each, in order. Pillow decodes without Python's lock; only a few results wait for their turn."""
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow finds odd about a file it can read
+        waiting = []
+        for row in rows:
+            waiting.append(pool.submit(load, row))
+            if len(waiting) >= 4 * threads:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def physical_memory() -> int | None:
+    """Bytes; None where the system does not say."""
     try:
-        # utf-8-sig: spreadsheet programs write a byte order mark, which would become part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            columns = ("file_name", text_column, "label")
-            missing = [column for column in columns if column not in header]
-            if missing:
-                expected = f"file_name, {text_column} and label"
-                raise ValueError(f"{path} takes a header line with {expected}, got a first line without {missing}")
-            return [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} takes UTF-8 text, got a byte that is not at position {error.start}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} takes comma-separated values, got a file that cannot be read as such: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
-def parse_label(column: str, value: str, limit: int) -> int:
-    digits = value.strip()
-    # isdigit alone lets through digits of other scripts, and int() alone "1_0"; 18 digits always fit an int64.
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18 and int(digits) < limit):
-        raise BrokenRow(f"{column} takes an integer from 0 to {limit - 1}, got {value!r}")
-    return int(digits)
-
-
-def load_rgb(image: Image.Image, size: int | None) -> torch.Tensor:
-    """uint8 (3, H, W); with ``size``, the short side is scaled to it and the centre (size, size) kept."""
-    image = image.convert("RGB")
-    if size is not None:
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def first_side(root: str | os.PathLike, text_column: str = "text") -> int | None:
+    """The short side of the first picture of the folder that has a readable header; None where there is none."""
+    for row in read_rows(Path(root), text_column):
+        name = row.fields.get("file_name", "").strip()
+        if row.broken is None and name:
+            try:
+                return short_side(inside(Path(root), name))
+            except BrokenPicture:
+                continue
+    return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -93,14 +97,21 @@ class GeneratedProducts(Dataset):
         self.labels = self.attributes["label"].tolist()
         self.coarse_labels = [label // len(MATERIALS) for label in self.labels]  # the shape
         self.skipped: list[str] = []
-        self._images = draw_pictures(pixels_rng, self.attributes, image_size)
+        self.images = draw_pictures(pixels_rng, self.attributes, image_size)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of texts, labels and images; of other content it is another."""
+        total = hashlib.sha256(json.dumps([self.texts, self.labels]).encode())
+        total.update(self.images.numpy().data)
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
         return {
-            "image": self._images[index],
+            "image": self.images[index],
             "image_present": not bool(self.attributes["image_missing"][index]),
             "text": self.texts[index],
             "label": self.labels[index],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -26,6 +29,12 @@ class SwappedTexts(Dataset):
         self.class_names = dataset.class_names
         self.coarse_labels = getattr(dataset, "coarse_labels", None)
         self.skipped = dataset.skipped
+        self.images = dataset.images
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the wrapped dataset's and of the texts; another where one of them is."""
+        return hashlib.sha256(json.dumps([self.dataset.digest, self.texts]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,0 +1,143 @@
+"""metadata.csv as people write it: every row is there, or named with its line."""
+
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmfused.data import ProductFolder
+from mmfused.data.metadata import read_rows
+
+HEADER = "file_name,text,label\n"
+
+
+def rows_of(tmp_path, text, encoding="utf-8"):
+    data = text if isinstance(text, bytes) else (HEADER + text).encode(encoding)
+    (tmp_path / "metadata.csv").write_bytes(data)
+    return list(read_rows(tmp_path))
+
+
+def good(rows):
+    return [(row.line, *row.fields.values()) for row in rows if row.broken is None]
+
+
+def broken(rows):
+    return {row.line: row.broken for row in rows if row.broken is not None}
+
+
+def test_an_unclosed_quote_costs_its_own_row_alone(tmp_path):
+    lines = [f"{i}.png,thing {i},{i}" for i in range(900)]
+    lines[1] = '1.png,"thing 1,1'
+    rows = rows_of(tmp_path, "\n".join(lines) + "\n")
+    assert len(rows) == 900 and broken(rows) == {3: "a quote is opened and not closed in it"}
+    assert good(rows)[1] == (4, "2.png", "thing 2", "2") and good(rows)[-1][0] == 901
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        '5.png,"mug, red",5',  # strictly, a quote in the middle of a field
+        '5.png,mug 5",5',  # well-formed as a whole: three fields, the text four lines long
+        ',mug 5",5',
+    ],
+)
+def test_an_unclosed_quote_that_a_later_one_closes_costs_its_own_row_alone(tmp_path, closing):
+    lines = [f"{i}.png,thing {i},{i}" for i in range(8)]
+    lines[2], lines[5] = '2.png,"thing 2,2', closing
+    rows = rows_of(tmp_path, "\n".join(lines))
+    assert broken(rows) == {4: "a quote is opened and not closed in it"}
+    assert [row[0] for row in good(rows)] == [2, 3, 5, 6, 7, 8, 9] and good(rows)[4][2].startswith("mug")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines, one text",
+        "one\n\n\nfour",
+        "a list:\n- 1, red\n- 2, blue",
+        "numbers\n1,2\n3,4,5,6",
+        "prices, in\n3,50 or 4,50",
+        'he said ""red""\nand left',
+        "carriage\r\nreturns\r\nin it",
+    ],
+)
+def test_a_quoted_text_may_have_several_lines(tmp_path, text):
+    rows = rows_of(tmp_path, f'0.png,"{text}",0\n1.png,next,1\n')
+    assert broken(rows) == {} and good(rows)[0][2] == text.replace('""', '"') and good(rows)[1][1:] == ("1.png", "next", "1")
+
+
+def test_quotes_within_a_text_are_kept(tmp_path):
+    rows = rows_of(tmp_path, '0.png,a 5" mug,0\n1.png,"a ""red"" mug",1\n2.png,"a" mug,2\n')
+    assert broken(rows) == {} and [row[2] for row in good(rows)] == ['a 5" mug', 'a "red" mug', "a mug"]
+
+
+def test_rows_of_another_encoding_are_named_and_the_others_read(tmp_path):
+    content = HEADER.encode() + "0.png,crème,0\n".encode() + "1.png,crème,1\n".encode("latin-1") + "2.png,Käse,2".encode()
+    rows = rows_of(tmp_path, content)
+    assert broken(rows) == {3: "it holds bytes that are not UTF-8"}
+    assert [row[2] for row in good(rows)] == ["crème", "Käse"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_end_of_line_will_do_and_empty_lines_are_none(tmp_path, end):
+    content = end.join(["\ufefffile_name,text,label", "0.png,a\u2028b\x0bc,0", "", "1.png,d,1"])
+    rows = rows_of(tmp_path, content.encode())
+    assert broken(rows) == {} and [row[:3] for row in good(rows)] == [(2, "0.png", "a\u2028b\x0bc"), (4, "1.png", "d")]
+
+
+def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
+    rows = rows_of(tmp_path, "0.png,a\0b,0\n1.png,a,b,1\n2.png,a\n3.png,a,3\n")
+    assert broken(rows) == {
+        2: "it holds a zero byte",
+        3: "it has 4 fields and the header 3, an unquoted comma perhaps",
+        4: "it has 2 fields and the header 3, an unquoted comma perhaps",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file_name,text,label,text\n0.png,a,0,b\n", "takes each column once, got text twice"),
+        (b"file_name,text,label,label\n", "takes each column once, got label twice"),
+        (b"file_name,coarse_label,text,label,coarse_label\n", "takes each column once, got coarse_label twice"),
+        ("file_name,text,label\n".encode("utf-16"), "takes UTF-8 text, got UTF-16"),
+        (b"name,text,label\n", "got one without file_name: name, text, label"),
+        (b'"file_name,text,label\n0.png,a,0\n', "got one that cannot be read"),
+        (b"\xff\x00\xfe\n", "got one without file_name, text, label"),
+    ],
+)
+def test_a_header_that_tells_no_columns_is_refused(tmp_path, content, message):
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        ProductFolder(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+
+
+def test_an_ignored_column_may_be_there_twice(tmp_path):
+    (tmp_path / "metadata.csv").write_text("note,file_name,text,label,note\nx,,a mug,3,y\n")
+    assert ProductFolder(tmp_path).texts == ["a mug"]
+
+
+def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
+    rows = ['0.png,"open,0', "0.png,ok,1", "gone.png,a,1", "0.png,a", "0.png,a,-3", "../0.png,a,1", "0.png,ok,2"]
+    (tmp_path / "metadata.csv").write_text(HEADER + "\n".join(rows))
+    data = ProductFolder(tmp_path, image_size=4)
+    assert data.labels == [1, 2] and [sentence.split(":")[0] for sentence in data.skipped] == [
+        "metadata.csv line 2 (0.png)",
+        "metadata.csv line 4 (gone.png)",
+        "metadata.csv line 5 (0.png)",
+        "metadata.csv line 6 (0.png)",
+        "metadata.csv line 7 (../0.png)",
+    ]
+    with pytest.raises(ValueError, match="line 2 .*a quote is opened"):
+        ProductFolder(tmp_path, strict=True)
+
+
+def test_many_rows_and_many_open_quotes_take_seconds(tmp_path):
+    lines = [f'{i}.png,"open {i},{i}' if i % 50 == 0 else f"{i}.png,thing {i},{i}" for i in range(20_000)]
+    begun = time.monotonic()
+    rows = rows_of(tmp_path, "\n".join(lines))
+    assert len(rows) == 20_000 and len(broken(rows)) == 400
+    assert time.monotonic() - begun < 20
