@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
+from mmfused.extras import from_extra
+from mmfused.ownership import STEP, TEMPORARY, strangers_in_step, temporary
 from mmfused.run_folder import (
     load_weights,
     model_tensors,
@@ -27,12 +28,15 @@ from mmfused.run_folder import (
     read_tensors,
     remove,
     sha256,
+    shown,
     sync,
     sync_entry,
     write_json,
 )
 
-NAME = re.compile(r"step-(\d{8,})")
+with from_extra("models"):
+    import safetensors.torch
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,19 +104,19 @@ def write(root: Path, state: dict, model, optimizer, generators: dict, tokenizer
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RuntimeError(f"{name} is not finite after step {state['step']}, so no checkpoint was written: lower lr or clip")
     path = root / f"step-{state['step']:08d}"
-    temporary = root / f".{path.name}.{os.getpid()}.tmp"
+    draft = temporary(path)
     try:
-        temporary.mkdir(parents=True)
+        draft.mkdir(parents=True)
         for name, tensors in groups.items():
-            (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(tensors))
-        tokenizer.save_pretrained(temporary / "tokenizer")
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
-        write_json(temporary / "state.json", {**state, "sha256": sums})
-        sync(temporary)
-        os.rename(temporary, path)
+            (draft / f"{name}.safetensors").write_bytes(safetensors.torch.save(tensors))
+        tokenizer.save_pretrained(draft / "tokenizer")
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        sums = {file.relative_to(draft).as_posix(): sha256(file) for file in files}
+        write_json(draft / "state.json", {**state, "sha256": sums})
+        sync(draft)
+        os.rename(draft, path)
     finally:
-        remove(temporary)
+        remove(draft)
     for folder in (root, root.parent):
         sync_entry(folder)
     for old in saved(root)[:-keep]:
@@ -143,21 +147,36 @@ def restore(path: Path, model, optimizer, generators: dict):
     Raises ValueError naming the first tensor that does not fit.
     """
     load_weights(model, path / "model.safetensors")
-    indices = {name: index for index, name in enumerate(optimized_names(model, optimizer))}
-    state = {}
-    for key, tensor in read_tensors(path / "optimizer.safetensors").items():
-        name, _, kind = key.rpartition(".")
-        if name not in indices:
-            raise ValueError(f"{path / 'optimizer.safetensors'} holds {key}, and the model has no such parameter")
-        state.setdefault(indices[name], {})[kind] = tensor
+    state = read_optimizer_state(path / "optimizer.safetensors", model, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    states = read_tensors(path / "rng.safetensors")
-    for name, generator in generators.items():
-        generator.set_state(states[name])
-    torch.set_rng_state(states["torch.cpu"])
+    states, source = read_tensors(path / "rng.safetensors"), path / "rng.safetensors"
+    setters = {name: generator.set_state for name, generator in generators.items()} | {"torch.cpu": torch.set_rng_state}
     device = next(model.parameters()).device
     if device.type == "cuda" and "torch.cuda" in states:
-        torch.cuda.set_rng_state(states["torch.cuda"], device)
+        setters["torch.cuda"] = partial(torch.cuda.set_rng_state, device=device)
+    for name, set_state in setters.items():
+        if name not in states:
+            raise ValueError(f"{source} lacks the state of the random generator {name}")
+        try:
+            set_state(states[name])
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{source} holds no state of the random generator {name}: {error}") from error
+
+
+def read_optimizer_state(path: Path, model, optimizer) -> dict[int, dict]:
+    """AdamW's state by the parameters' numbers; ValueError names the first tensor that the model's parameters do not have."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    indices = {name: index for index, name in enumerate(optimized_names(model, optimizer))}
+    state: dict[int, dict] = {}
+    for key, tensor in read_tensors(path).items():
+        name, _, kind = key.rpartition(".")
+        if name not in indices:
+            raise ValueError(f"{path} holds {key}, and the model has no such parameter")
+        expected = () if kind == "step" else shapes[name]
+        if kind not in ("step", "exp_avg", "exp_avg_sq") or tuple(tensor.shape) != expected:
+            raise ValueError(f"{path} holds {key} of shape {tuple(tensor.shape)}, and AdamW has no such state of this model")
+        state.setdefault(indices[name], {})[kind] = tensor
+    return state
 
 
 def keep_until(root: Path, step: int):
@@ -166,24 +185,32 @@ def keep_until(root: Path, step: int):
         if step_of(path) > step:
             discard(path)
     for path in root.glob(".step-*.tmp"):
-        remove(path)
+        if TEMPORARY.fullmatch(path.name) and not strangers_in_step(path):
+            remove(path)
 
 
 def saved(root: Path) -> list[Path]:
     """The checkpoints under ``root``, oldest first."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in root.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(STEP.fullmatch(path.name)[1])
 
 
 def discard(path: Path):
-    """Renamed first: a process killed meanwhile leaves nothing that looks like a checkpoint."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    os.rename(path, temporary)
-    remove(temporary)
+    """Renamed first: a process killed meanwhile leaves nothing that looks like a checkpoint.
+
+    One in which something else was put stays: a run removes only what it made.
+    """
+    foreign = [inner.name for inner in strangers_in_step(path)]
+    if foreign:
+        logger.warning("checkpoint %s is not removed: it holds %s, which the run did not make", path.name, shown(foreign))
+        return
+    draft = temporary(path)
+    os.rename(path, draft)
+    remove(draft)
 
 
 def optimized_names(model, optimizer) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -99,40 +98,6 @@ def set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
-
-
-# ---- ranks ----------------------------------------------------------------------------------------------------------------------
-
-
-def join_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world); within ``torchrun`` the process group is made first: NCCL for CUDA, gloo for a CPU."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
-
-
-def leave_ranks() -> int:
-    """This process's rank; its process group, if any, is closed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    return rank
-
-
-def wait_for_ranks() -> None:
-    if in_group():
-        dist.barrier()
-
-
-def stop_together(stop) -> None:
-    """Where a signal reached one rank, all stop after the same step; ``stop`` is a ``checkpoint.StopRequest``."""
-    if in_group():
-        signum = torch.tensor(stop.signum or 0, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        stop.signum = int(signum) or None
 
 
 @torch.no_grad()

@@ -8,39 +8,64 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-from matplotlib.figure import Figure
-
 from mmfused import data as product_data
+from mmfused.extras import from_extra
 from mmfused.models import MODELS
+from mmfused.ownership import half_written, strangers, strangers_at, temporary
+from mmfused.train_config import TrainConfig
+
+with from_extra("models"):
+    import safetensors.torch
+    from matplotlib.figure import Figure
 
 # config.json is written last and removed first: where it is, the run is finished and whole.
 RUN_FILES = ("config.json", "checkpoints", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png", "tokenizer")
 SCORE_OF_TASK = {"classification": "accuracy", "retrieval": "recall_at_1"}  # the one that is drawn and shown
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")  # of a checkpoint
+MOST_JSON = 2**26  # bytes
 
 
 def check_out(out: Path, overwrite: bool, resume: bool = False):
-    """Raises FileExistsError where ``out`` holds a run; with ``resume`` one that died before its first checkpoint is none."""
+    """Raises FileExistsError where ``out`` holds a run, or files under a run's names that no run made.
+
+    With ``resume``, a run that died before its first checkpoint is none.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: {out} is a file, takes a folder")
+    foreign = strangers(out, RUN_FILES)
+    if foreign:
+        raise FileExistsError(f"out: {out} holds files that no run made ({shown(foreign)}); choose another folder, or move them")
     empty = ("checkpoints", "metrics.jsonl") if resume else ()
     held = [name for name in RUN_FILES if (out / name).exists() and name not in empty]
     if held and not overwrite:
         raise FileExistsError(f"out: {out} already holds a run ({', '.join(held)}); choose another folder or overwrite it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def shown(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def clear_out(out: Path):
-    out.mkdir(parents=True, exist_ok=True)
+    """Removes the run that :func:`check_out` found, or found none."""
     for name in RUN_FILES:
         remove(out / name)
 
 
 def clean_out(out: Path):
     """Removes what a process that was killed had half written."""
-    for name in RUN_FILES:
-        for path in out.glob(f".{name}.*.tmp"):
-            remove(path)
+    for path in half_written(out, RUN_FILES):
+        remove(path)
+
+
+def check_whole(out: Path, metrics_bytes: int):
+    """Raises RuntimeError naming what a finished run should hold and does not."""
+    missing = [name for name in RUN_FILES if not (out / name).exists()]
+    if missing:
+        raise RuntimeError(f"out: {out} lacks {', '.join(missing)}, which the run wrote: removed meanwhile?")
+    found = (out / "metrics.jsonl").stat().st_size
+    if found != metrics_bytes:
+        raise RuntimeError(f"out: {out / 'metrics.jsonl'} holds {found} bytes, but the run wrote {metrics_bytes}")
 
 
 def is_finished(out: Path) -> bool:
@@ -77,16 +102,19 @@ def whole(path: Path, write):
 
     Where ``path`` is a folder, it is not there for a moment: no move takes the place of a folder that holds files.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = temporary(path)
     try:
-        write(temporary)
-        sync(temporary)
+        write(draft)
+        sync(draft)
         if path.is_dir():
+            foreign = [inner.name for inner in strangers_at(path)]
+            if foreign:
+                raise FileExistsError(f"out: {path} holds files that no run made ({shown(foreign)}); move them")
             remove(path)
-        os.replace(temporary, path)
+        os.replace(draft, path)
         sync_entry(path.parent)
     finally:
-        remove(temporary)
+        remove(draft)
 
 
 def sync(path: Path):
@@ -126,14 +154,21 @@ def load_run(folder: str | os.PathLike):
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    kind = MODELS[settings["training"]["model"]]
     try:
-        kind = MODELS[settings["training"]["model"]]
         model = kind.model(kind.config.from_dict(settings["model"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds the settings of no model that this mmfused has: {error}") from error
-    load_weights(model, folder / "model.safetensors")
+    load_weights(model, inside(folder, "model.safetensors"))
     # Again: a saved tokenizer of some classes comes back without what was put around its texts.
-    return model.eval(), kind.config.prepare_tokenizer(product_data.load_tokenizer(folder / "tokenizer"))
+    return model.eval(), kind.config.prepare_tokenizer(load_own_tokenizer(folder))
+
+
+def load_own_tokenizer(folder: Path):
+    """The tokenizer of the run or checkpoint in ``folder``. Raises ValueError where a file of it is a link that leads outside."""
+    for path in (folder / "tokenizer").glob("*"):
+        inside(folder, f"tokenizer/{path.name}")
+    return product_data.load_tokenizer(inside(folder, "tokenizer"))
 
 
 def read_settings(folder: Path) -> dict:
@@ -147,23 +182,52 @@ def read_settings(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         hint = " (it is not finished; take one of its checkpoints)" if any(folder.glob("checkpoints/step-*")) else ""
         raise FileNotFoundError(f"{folder} holds no finished run: config.json is missing{hint}")
-    return read_json(folder / "config.json")
+    settings = read_json(inside(folder, "config.json"))
+    check_settings(settings, folder / "config.json")
+    return settings
+
+
+def check_settings(settings: dict, path: Path) -> None:
+    """Raises ValueError unless they are what a training writes; the model's config checks "model" itself."""
+    check_fields(settings, {"mmfused": str, "training": dict, "model": dict, "image_size": int, "rows": dict}, path)
+    try:
+        TrainConfig.from_dict(settings["training"])
+    except ValueError as error:
+        raise ValueError(f"{path} holds settings of no training: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict:
     """``state.json`` of the checkpoint in ``path``. Raises ValueError naming a file that is not as it was written."""
     if not (path / "state.json").is_file():
         raise ValueError(f"{path / 'state.json'} is missing")
-    state = read_json(path / "state.json")
-    for name in ("sha256", "settings", "step", "metrics_bytes"):
-        if name not in state:
-            raise ValueError(f"{path / 'state.json'} lacks {name}")
-    for name, expected in state["sha256"].items():
-        if not (path / name).is_file():
+    state, source = read_json(inside(path, "state.json")), path / "state.json"
+    check_fields(state, {"step": int, "metrics_bytes": int, "seconds": float, "settings": dict, "sha256": dict}, source)
+    check_settings(state["settings"], source)
+    if not 1 <= state["step"] < 2**53 or not 0 <= state["metrics_bytes"] < 2**53 or not 0 <= state["seconds"] < 1e12:
+        raise ValueError(f"{source} is corrupt: step, metrics_bytes or seconds is out of range")
+    for name in (*TENSOR_FILES, *state["sha256"]):
+        if not inside(path, name).is_file():
             raise ValueError(f"{path / name} is missing")
-        if sha256(path / name) != expected:
+        if sha256(path / name) != state["sha256"].get(name):
             raise ValueError(f"{path / name} is truncated or corrupt: its SHA-256 is not the one in state.json")
     return state
+
+
+def check_fields(value: dict, kinds: dict[str, type], path: Path) -> None:
+    for name, kind in kinds.items():
+        if name not in value:
+            raise ValueError(f"{path} lacks {name}")
+        found = type(value[name])
+        if found is not kind and not (kind is float and found is int):
+            raise ValueError(f"{path} is corrupt: {name} is of type {found.__name__}, takes {kind.__name__}")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``. Raises ValueError where that lies outside of the folder, be it by a link."""
+    path = folder / name
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} names {name!r}, which leads outside of it; only what is in the folder is read")
+    return path
 
 
 def refuse_pickles(path: Path):
@@ -177,9 +241,11 @@ def refuse_pickles(path: Path):
 
 
 def read_json(path: Path) -> dict:
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"{path} holds {path.stat().st_size} bytes, takes at most {MOST_JSON}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, takes an object")

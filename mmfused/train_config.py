@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+from mmfused.typed import check_types
 
 MODELS = ("fluid", "uniecs", "unica", "moon2", "unite")
 MODALITIES = ("both", "image", "text")
@@ -83,14 +86,25 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self):
+        check_types(self)
+        self.betas = tuple(self.betas)
+        if not self.out.strip():
+            raise ValueError(f"out: got {self.out!r}, takes a folder")
         for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(choices)}")
         positive = "steps epochs batch_size accumulate grad_cache lr clip image_size patch_size threads"
         for name in (positive + " log_every val_every save_every keep").split():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: got {value}, takes a number above 0")
+        for name, low, high in (("seed", 0, 2**63), ("threads", 1, 4097), ("max_length", 2, 2**20), ("vocab_size", 6, 2**24)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < high:
+                raise ValueError(f"{name}: got {value}, takes a whole number from {low} to {high - 1}")
+        if not 0 <= self.weight_decay < math.inf or not all(0 <= beta < 1 for beta in self.betas):
+            got = f"{self.weight_decay} and {self.betas}"
+            raise ValueError(f"weight_decay and betas: got {got}, take a number of at least 0, and two from 0 to below 1")
         for name in ("swap_text", "drop_image", "drop_text", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a fraction from 0 to 1")
@@ -129,6 +143,14 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """Plain values that JSON holds and gives back the same."""
         return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        """The inverse of :meth:`to_dict`. Raises ValueError for an unknown name, and as the class."""
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown or "out" not in values:
+            raise ValueError(f"{', '.join(unknown)}: a training has no such setting" if unknown else "out is missing")
+        return cls(**values)
 
     def check_same(self, saved: dict, where) -> None:
         """Raises ValueError naming the first value that differs from ``saved``, the ``to_dict`` of the run in ``where``."""

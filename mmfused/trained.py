@@ -12,12 +12,11 @@ from mmfused.run_folder import load_run, read_settings, sha256
 from mmfused.train_setup import (
     VAL_BATCH_SIZE,
     check_backend,
-    digest,
+    load_folder,
     make_collate,
     make_val_batches,
     pick_device,
     use_amp,
-    warn_of_skipped,
 )
 
 
@@ -34,26 +33,27 @@ class Trained:
     def digest(self) -> str:
         return sha256(self.folder / "model.safetensors")
 
-    @staticmethod
-    def digest_of(data) -> str:
-        return digest(data)
-
     def must_retrieve(self, command: str) -> None:
         if self.task != "retrieval":
             raise ValueError(f"checkpoint: {self.folder} holds {self.name}, a classifier; {command} takes a retrieval model")
 
     def batches(
-        self, data: str, batch_size: int | None = None, text_column: str = "text", num_classes: int | None = None
+        self,
+        data: str,
+        batch_size: int | None = None,
+        text_column: str = "text",
+        num_classes: int | None = None,
+        name: str = "data",
     ) -> tuple[object, product_data.Batches]:
         """The items of a folder, or of the generated validation set, and batches of them in order.
 
-        With ``num_classes``, rows of a label that is not below it are among the skipped ones.
+        ``name`` is the argument's in errors. With ``num_classes``, rows of a label that is not below it are among the skipped ones.
         """
         if data == "generated":
             rows = product_data.GeneratedProducts("val")
         else:
-            rows = product_data.ProductFolder(data, text_column=text_column, num_classes=num_classes)
-        warn_of_skipped("data", rows)
+            options = {"image_size": self.model.picture_size, "text_column": text_column, "num_classes": num_classes}
+            rows = load_folder(name, data, **options)
         collate = make_collate(self.tokenizer, self.model.picture_size, self.settings["training"]["max_length"], self.model.config)
         return rows, make_val_batches(rows, collate, batch_size or VAL_BATCH_SIZE)
 

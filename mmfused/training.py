@@ -7,54 +7,61 @@ was stopped or killed goes on from its newest checkpoint, on a CPU bit for bit a
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import mmfused
 from mmfused import checkpoint as checkpoints
-from mmfused.data import load_tokenizer
 from mmfused.data._common import torch_generator
-from mmfused.gradients import average_gradients, join_ranks, stop_together, wait_for_ranks
+from mmfused.extras import from_extra
+from mmfused.gradients import average_gradients
 from mmfused.metrics import peak_memory
 from mmfused.models import MODELS
 from mmfused.models.retrieval import RetrievalModel
+from mmfused.ownership import MARK, Lock, same_file
+from mmfused.ranks import check_agreement, join_ranks, refused_together, stop_together
 from mmfused.run_folder import (
     SCORE_OF_TASK,
-    check_out,
-    clean_out,
-    clear_out,
+    check_whole,
     is_finished,
+    load_own_tokenizer,
     load_run,
-    read_json,
-    read_settings,
     save_run,
 )
+from mmfused.start import FINISHED, as_line, begin, find_start, finished_summary, read_history
+from mmfused.steps import drop_modalities, learning_rate, make_optimizer
 from mmfused.tasks import TASKS
 from mmfused.train_config import TrainConfig
 from mmfused.train_setup import (
+    SPLITS,
     build_model,
     check_backend,
     check_rows,
-    digest,
     image_sizes,
     load_catalogue,
     load_data,
     load_or_train_tokenizer,
+    load_pretrained,
     pick_device,
+    picture_size,
     use_amp,
 )
 
+with from_extra("models"):
+    from tqdm import tqdm
+
 __all__ = ["TrainConfig", "load_run", "train"]
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> dict:
@@ -70,28 +77,25 @@ def train(config: TrainConfig) -> dict:
     """
     out = Path(config.out)
     rank, world = join_ranks(pick_device(config.device))
-    if config.resume and is_finished(out):
-        config.check_same(read_settings(out)["training"], out)
-        return read_json(out / "summary.json")
-    found = checkpoints.newest(out / "checkpoints") if config.resume else None
-    if found:
-        config.check_same(found[1]["settings"]["training"], found[0])
-    else:
-        check_out(out, config.overwrite, config.resume)
-    training = prepare(config, found, rank, world)
-    wait_for_ranks()  # all have read what is there, and agree that it can be used
-    if rank == 0:
-        if found is None:
-            clear_out(out)
-        clean_out(out)
-        checkpoints.keep_until(out / "checkpoints", training.step)
-    with mmfused.backend(config.backend):
-        training.run()
-    summary = training.summary()
-    if rank == 0:
-        save_run(out, training.settings, training.model, training.tokenizer, summary, training.history)
-    wait_for_ranks()
-    return summary
+    shared = {name: value for name, value in config.to_dict().items() if name not in ("threads", "device", "progress")}
+    check_agreement({**shared, "mmfused": mmfused.__version__})
+    with ExitStack() as stack:
+        with refused_together():
+            lock = stack.enter_context(Lock(out)) if rank == 0 and (out / MARK).is_file() and not is_finished(out) else None
+            found = find_start(config, out)
+        check_agreement({"finished": found is FINISHED})
+        if found is FINISHED:
+            with refused_together():
+                return finished_summary(config, out)
+        with refused_together():
+            training = prepare(config, found, rank, world)
+        check_agreement(training.agreed())
+        with refused_together():
+            if rank == 0:
+                training.lock = lock or stack.enter_context(Lock(out))
+                begin(config, out, found, training.step)
+        with mmfused.backend(config.backend):
+            return training.run()
 
 
 def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int = 1) -> Training:
@@ -101,27 +105,32 @@ def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int =
     check_backend(config.backend, device, torch.bfloat16 if amp else torch.float32)
     if config.threads:
         torch.set_num_threads(config.threads)
-    train_set, val_set = load_data(config)
-    products = load_catalogue(config)
+    kind = MODELS[config.model]
+    pretrained = None if found else load_pretrained(config)
+    sizes = None if found else image_sizes(config)
+    size = found[1]["settings"]["image_size"] if found else picture_size(config, pretrained, *sizes)
+    train_set, val_set = load_data(config, size)
+    products = load_catalogue(config, size)
+    data = (train_set, val_set, products)
     if found:
-        check_rows(config, found[1]["rows"], train_set, val_set, products)
-        tokenizer = MODELS[config.model].config.prepare_tokenizer(load_tokenizer(found[0] / "tokenizer"))
+        check_rows(config, found[1]["settings"]["rows"], *data)
+        tokenizer = kind.config.prepare_tokenizer(load_own_tokenizer(found[0]))
     else:
         tokenizer = load_or_train_tokenizer(config, train_set, products)
     torch.manual_seed(config.seed)
     if found:
-        kind = MODELS[config.model]
         model = kind.model(kind.config.from_dict(found[1]["settings"]["model"])).to(device)
     else:
-        sizes = image_sizes(config, train_set)
-        model = build_model(config, train_set.num_classes, tokenizer, *sizes).to(device)
-    image_size = model.picture_size
-    data = (train_set, val_set, products)
-    task = TASKS[MODELS[config.model].task](config, tokenizer, image_size, model.config, *data, rank, world)
+        model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained).to(device)
+    task = TASKS[kind.task](config, tokenizer, model.picture_size, model.config, *data, rank, world)
     given = [split for split in data if split is not None]
     about = {
-        "settings": {"model": model.config.to_dict(), "training": config.to_dict(), "image_size": image_size},
-        "rows": {name: digest(split) for name, split in zip(("data", "val", "products"), given, strict=False)},
+        "settings": {
+            "model": model.config.to_dict(),
+            "training": config.to_dict(),
+            "image_size": model.picture_size,
+            "rows": {name: split.digest for name, split in zip(SPLITS, data, strict=True) if split is not None},
+        },
         "facts": {"train_rows": len(train_set), "val_rows": len(val_set), "skipped": [s for split in given for s in split.skipped]},
     }
     training = Training(config, model, tokenizer, task, amp, rank, **about)
@@ -135,15 +144,15 @@ def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int =
 class Training:
     """The loop, and all that changes while it runs.
 
-    ``settings`` rebuild the model, ``rows`` are the sums of the data, ``facts`` belong to the summary.
+    ``settings`` rebuild the model and tell the data apart from others, ``facts`` belong to the summary.
     """
 
-    def __init__(self, config, model, tokenizer, task, amp: bool, rank: int, settings: dict, rows: dict, facts: dict):
+    def __init__(self, config, model, tokenizer, task, amp: bool, rank: int, settings: dict, facts: dict):
         self.config, self.model, self.tokenizer, self.amp = config, model, tokenizer, amp
         self.task, self.batches, self.main = task, task.batches, rank == 0
         self.score = SCORE_OF_TASK[MODELS[config.model].task]
         self.settings = {"mmfused": mmfused.__version__, **settings}
-        self.rows, self.facts = rows, facts
+        self.facts = facts
         self.out = Path(config.out)
         self.device = next(model.parameters()).device
         self.steps = config.steps or max(1, round(config.epochs * len(self.batches) / config.accumulate))
@@ -160,42 +169,49 @@ class Training:
 
     def go_on_from(self, path: Path, state: dict):
         """Raises ValueError where the checkpoint does not fit the model, or ``metrics.jsonl`` lacks records it had."""
-        self.history = read_history(self.out / "metrics.jsonl", state["metrics_bytes"])
+        self.history = read_history(self.out / "metrics.jsonl", state["metrics_bytes"], self.score)
         checkpoints.restore(path, self.model, self.optimizer, self.generators)
+        if state["step"] > self.steps:
+            raise ValueError(f"resume: {path} is of step {state['step']}, takes at most {self.steps}, the last one")
         self.step, self.saved = state["step"], (state["step"], path)
         self.metrics_bytes, self.seconds_before = state["metrics_bytes"], state["seconds"]
 
-    def run(self):
-        """Up to the last step, or to a signal: then it saves a checkpoint and raises ``Stopped``."""
+    def run(self) -> dict:
+        """Up to the last step, and the summary; or to a signal: then it saves a checkpoint and raises ``Stopped``."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.begun = self.since = time.perf_counter()
         title = f"{self.config.model} {self.config.backend}"
         shown = {"disable": not (self.config.progress and self.main), "unit": "step", "initial": self.step}
-        with (
-            open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab") as self.log,
-            tqdm(total=self.steps, desc=title, **shown) as self.bar,
-            checkpoints.stop_on_signals() as stop,
-        ):
+        self.log = open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab")
+        try:
             if self.main:
                 self.log.truncate(self.metrics_bytes)  # steps after the checkpoint are made again
-            self.loop(stop)
+            with tqdm(total=self.steps, desc=title, **shown) as self.bar, checkpoints.stop_on_signals() as stop:
+                self.loop(stop)
+            with refused_together():
+                return self.finish()
+        finally:
+            self.log.close()
 
     def loop(self, stop: checkpoints.StopRequest):
         self.model.train()
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
             stop_together(stop)
-            # A signal does not wait for a validation; the run that goes on makes up for it here.
-            if self.is_due(self.val_every) and self.validated_step() < self.step:
-                self.validate(stop)
-            if (self.is_due(self.save_every) or stop()) and (self.saved is None or self.saved[0] < self.step):
-                self.save()
+            with refused_together():
+                # A signal does not wait for a validation; the run that goes on makes up for it here.
+                if self.is_due(self.val_every) and self.validated_step() < self.step:
+                    self.validate(stop)
+                if (self.is_due(self.save_every) or stop()) and not self.is_saved():
+                    self.save()
             if stop():
                 raise checkpoints.Stopped(stop.signum, self.step, str(self.saved[1]))
             if self.step == self.steps:
                 return
-            self.advance(stream)
+            loss, terms, rate = self.advance(stream)
+            with refused_together():
+                self.report(loss, terms, rate)
 
     def is_due(self, every: int) -> bool:
         return self.step > 0 and (self.step % every == 0 or self.step == self.steps)
@@ -203,8 +219,19 @@ class Training:
     def validated_step(self) -> int:
         return self.history["val"][-1]["step"] if self.history["val"] else 0
 
-    def advance(self, stream):
-        """One step from the next batches of ``stream``; records it where that is due."""
+    def finish(self) -> dict:
+        summary = self.summary()
+        if self.main:
+            self.keep_folder()
+            save_run(self.out, self.settings, self.model, self.tokenizer, summary, self.history)
+            check_whole(self.out, self.metrics_bytes)
+        return summary
+
+    def is_saved(self) -> bool:
+        return self.saved is not None and self.saved[0] == self.step and (self.saved[1].is_dir() or not self.main)
+
+    def advance(self, stream) -> tuple:
+        """One step from the next batches of ``stream``: its loss, the loss's terms, its learning rate."""
         c = self.config
         rate = learning_rate(self.step, self.steps, c.lr, c.warmup)
         if isinstance(self.model, RetrievalModel):
@@ -213,6 +240,11 @@ class Training:
         loss, terms = update(self.model, self.optimizer, self.task, batches, c.accumulate, rate, c.clip, self.amp)
         self.step += 1
         self.window += 1
+        return loss, terms, rate
+
+    def report(self, loss, terms: dict, rate: float):
+        """Where that is due, a line of ``metrics.jsonl``. Raises RuntimeError where the loss is not finite."""
+        c = self.config
         if self.is_due(c.log_every):
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {float(loss)} at step {self.step}: lower lr ({c.lr}) or clip ({c.clip})")
@@ -242,6 +274,7 @@ class Training:
         if not self.main:
             self.saved = self.step, self.out / "checkpoints"
             return
+        self.keep_folder()
         os.fsync(self.log.fileno())
         epoch, batch = divmod(self.step * self.config.accumulate, len(self.batches))
         state = {
@@ -249,16 +282,37 @@ class Training:
             "next_batch": {"epoch": epoch, "batch": batch},
             "metrics_bytes": self.metrics_bytes,
             "seconds": self.seconds(),
-            "rows": self.rows,
             "settings": self.settings,
         }
         parts = (self.model, self.optimizer, self.generators, self.tokenizer)
         self.saved = self.step, checkpoints.write(self.out / "checkpoints", state, *parts, self.config.keep)
         self.restart_clock()
 
+    def keep_folder(self):
+        """Makes the folder, its mark and the records again where they were removed while the training ran.
+
+        Raises FileExistsError where another process has taken the folder since, or wrote records of its own.
+        """
+        if not self.lock.is_in_place():
+            self.lock.take()
+        path = self.out / "metrics.jsonl"
+        if same_file(path, self.log):
+            return
+        logger.warning("out: %s was removed while the run wrote it; it is made again with all its records", path)
+        records = sorted([*self.history["train"], *self.history["val"]], key=lambda record: record["step"])
+        self.log.close()
+        self.log = open(path, "xb")
+        self.log.write(b"".join(map(as_line, records)))
+        self.log.flush()
+
+    def agreed(self) -> dict:
+        """What must be the same on all ranks, so that all make the same steps."""
+        rows = {f"{name}'s rows": digest for name, digest in self.settings["rows"].items()}
+        return {**rows, "steps": self.steps, "step": self.step, "batches": len(self.batches)}
+
     def record(self, kind: str, entry: dict):
         self.history[kind].append(entry)
-        line = json.dumps(entry).encode() + b"\n"
+        line = as_line(entry)
         self.log.write(line)
         self.log.flush()
         self.metrics_bytes += len(line)
@@ -288,25 +342,6 @@ class Training:
         }
 
 
-def read_history(path: Path, length: int) -> dict:
-    """The records in the first ``length`` bytes of ``metrics.jsonl``, under "train" and "val"."""
-    data = path.read_bytes() if path.is_file() else b""
-    if len(data) < length:
-        raise ValueError(
-            f"resume: {path} holds {len(data)} bytes, but {length} at the checkpoint; put it back or overwrite the run"
-        )
-    records = [json.loads(line) for line in data[:length].splitlines()]
-    return {"train": [r for r in records if "loss" in r], "val": [r for r in records if "loss" not in r]}
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share ``warmup`` of the ``steps``, then half a cosine to 0; ``step`` counts from 0."""
-    ramp = max(1, round(warmup * steps))
-    if step < ramp:
-        return peak * (step + 1) / ramp
-    return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - ramp) / max(1, steps - ramp)))
-
-
 def update(model, optimizer, task, batches: Iterable[dict], count: int, rate: float, clip: float, amp: bool = False):
     """One optimiser step at learning rate ``rate`` from ``count`` batches, gradients averaged over ranks, then clipped to ``clip``.
 
@@ -320,32 +355,3 @@ def update(model, optimizer, task, batches: Iterable[dict], count: int, rate: fl
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return result
-
-
-def drop_modalities(batch: dict, image: float, text: float, generator: torch.Generator, tokenizer) -> dict:
-    """The batch with samples' image or text hidden, with these probabilities and never both, where a sample has both.
-
-    A hidden text is what an empty one looks like: [CLS] [SEP].
-    """
-    rows = len(batch["labels"])
-    draw = torch.rand(rows, generator=generator)
-    whole = batch["image_present"] & (batch["attention_mask"].sum(1) > 2)
-    no_image, no_text = whole & (draw < image), whole & (draw >= image) & (draw < image + text)
-    ids, mask = batch["input_ids"].clone(), batch["attention_mask"].clone()
-    ids[no_text] = tokenizer.pad_token_id
-    ids[no_text, 0], ids[no_text, 1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    mask[no_text, 2:] = 0
-    pixels = batch["pixel_values"].masked_fill(no_image[:, None, None, None], 0.0)
-    present = batch["image_present"] & ~no_image
-    return {**batch, "pixel_values": pixels, "image_present": present, "input_ids": ids, "attention_mask": mask}
-
-
-def make_optimizer(model, config):
-    """AdamW; weights of norms and biases are not decayed."""
-    groups = [{"params": [], "weight_decay": config.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kept = parameter.ndim <= 1 or "norm" in name or name.endswith("bias")
-        groups[kept]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

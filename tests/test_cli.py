@@ -116,7 +116,7 @@ def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
     assert not out.exists()
     out.mkdir()
     (out / "model.safetensors").write_text("mine")
-    assert "already holds a run" in error_of(train_arguments(mugs, out))
+    assert "holds files that no run made (model.safetensors)" in error_of(train_arguments(mugs, out))
     assert (out / "model.safetensors").read_text() == "mine"
 
 
@@ -246,7 +246,7 @@ def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
     assert "is a file" in error_of_eval(capsys, "--checkpoint", run / "model.safetensors", "--data", val)
     nowhere = tmp_path / "nowhere"
     assert "nowhere holds no finished run" in error_of_eval(capsys, "--checkpoint", nowhere, "--data", val)
-    assert "which is not a folder" in error_of_eval(capsys, "--checkpoint", run, "--data", nowhere)
+    assert f"data: got '{nowhere}', takes a folder with" in error_of_eval(capsys, "--checkpoint", run, "--data", nowhere)
     assert "batch_size: got 0" in error_of_eval(capsys, *good, "--batch-size", "0")
     assert "backend: got 'fast'" in error_of_eval(capsys, *good, "--backend", "fast")
     assert "out: got" in error_of_eval(capsys, *good, "--out", tmp_path)

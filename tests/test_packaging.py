@@ -196,3 +196,28 @@ def test_an_op_has_the_same_name_in_four_rooms():
         assert any((ROOT / place).exists() for place in (f"kernels/{op}.py", f"kernels/{op}", f"csrc/{op}.cu")), op
         assert (ROOT / "tests" / f"test_{op}.py").is_file()
         assert (ROOT / "benchmarks" / f"{op}.py").is_file()
+
+
+def test_a_missing_extra_is_named_with_its_command_in_the_library_too():
+    probe = """
+import importlib, sys, mmfused
+for module, package in %r:
+    for name in [name for name in sys.modules if name.startswith(("mmfused.data", "mmfused.training", "mmfused.run_folder"))]:
+        del sys.modules[name]
+    held, sys.modules[package] = sys.modules.pop(package, None), None
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(module, error)
+    del sys.modules[package]
+"""
+    cases = {
+        ("mmfused.data", "PIL"): "pillow",
+        ("mmfused.data", "tokenizers"): "tokenizers",
+        ("mmfused.run_folder", "safetensors.torch"): "safetensors",
+        ("mmfused.run_folder", "matplotlib.figure"): "matplotlib",
+        ("mmfused.training", "tqdm"): "tqdm",
+    }
+    said = run("-c", probe % [*cases], cwd=ROOT).splitlines()
+    wanted = [f"{module} {package} is not installed: pip install 'mmfused[models]'" for (module, _), package in cases.items()]
+    assert said == wanted

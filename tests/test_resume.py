@@ -1,76 +1,32 @@
-"""A run that is stopped or killed goes on as if nothing had happened. Run as a script, this file is the one that kills."""
+"""A run that is stopped goes on as if nothing had happened."""
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import (
+    assert_same_run,
+    fail_in_step,
+    few_products,  # noqa: F401
+    records,
+    small_run,
+    steps_saved,
+    stop_in_step,
+)
 
 import mmfused
-from mmfused import tasks, training
-from mmfused.checkpoint import Stopped, newest, saved, stop_on_signals
+from mmfused import tasks
+from mmfused.checkpoint import Stopped, newest, stop_on_signals
 from mmfused.data import GeneratedProducts
-from mmfused.training import TrainConfig, train
+from mmfused.training import train
 
 ROOT = Path(mmfused.__file__).parent.parent
 KILLS = 20
-SMALL = {"dim": 16, "num_queries": 2, "num_heads": 2, "gate_hidden": (8,), "image_dim": 16, "text_dim": 16, "dropout": 0.1}
-ENCODERS = {
-    "image": {"depth": 1, "num_heads": 1},
-    "text": {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16},
-}
-
-
-def small_run(out, **changes) -> TrainConfig:
-    """Every source of chance is in it: shuffling, augmentation, hidden modalities, dropout; several epochs, too."""
-    options = {
-        "model_options": {**SMALL, **ENCODERS},
-        "steps": 9,
-        "batch_size": 8,
-        "accumulate": 2,
-        "augment": True,
-        "drop_text": 0.3,
-        "drop_image": 0.2,
-        "val_every": 4,
-        "backend": "composed",
-        "threads": 1,
-        "progress": False,
-    }
-    return TrainConfig(out=str(out), **{**options, **changes})
-
-
-def smaller_data():
-    return partial(GeneratedProducts, size=60)
-
-
-def records(out):
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
-
-
-def assert_same_run(one, other):
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert records(one) == records(other)
-    assert not [path for path in one.rglob(".*") if path.name.endswith(".tmp")]
-
-
-def steps_saved(out):
-    return [int(path.name[5:]) for path in saved(out / "checkpoints")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_products():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfused.train_setup.product_data.GeneratedProducts", smaller_data())
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -85,118 +41,6 @@ def whole_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     train(small_run(out))
     return out
-
-
-def stop_in_step(monkeypatch, number, signum=signal.SIGTERM):
-    """The signal comes while step ``number`` of this process is being made."""
-    made, update = [], training.update
-
-    def interrupted(*args):
-        made.append(1)
-        if len(made) == number:
-            os.kill(os.getpid(), signum)
-        return update(*args)
-
-    monkeypatch.setattr(training, "update", interrupted)
-
-
-def fail_in_step(monkeypatch, number):
-    made, update = [], training.update
-
-    def failing(*args):
-        made.append(1)
-        if len(made) == number:
-            raise OSError("the power went")
-        return update(*args)
-
-    monkeypatch.setattr(training, "update", failing)
-    return update
-
-
-# Killed
-
-
-def test_killed_twenty_times_it_ends_as_if_never_killed(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["killed"] == KILLS and told["half_written"] >= 3 and len(set(told["steps"])) >= 5, told
-    assert told["terminated"] == 128 + signal.SIGTERM
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert len(records(tmp_path / "whole")) == 60 + 6
-
-
-def kill_again_and_again(folder: Path):
-    """Children are forked from here, where torch is imported and no gradient was ever computed: that cannot be forked."""
-    import timm.models.vision_transformer  # noqa: F401 (so that no child has to import it)
-    from transformers import BertModel  # noqa: F401
-
-    sys.modules["mmfused.train_setup"].product_data.GeneratedProducts = smaller_data()
-    chance, out, told = random.Random(0), folder / "killed", {"killed": 0, "half_written": 0, "steps": []}
-    options = {"steps": 60, "val_every": 10}
-    wait(fork(lambda: train(small_run(folder / "whole", **options))))
-    go_on = partial(train, small_run(out, resume=True, save_every=1, **options))
-    terminated = fork(lambda: command_line(out, options))
-    wait_for(terminated, lambda: len(saved(out / "checkpoints")) > 1)
-    os.kill(terminated, signal.SIGTERM)
-    told["terminated"] = os.waitstatus_to_exitcode(os.waitpid(terminated, 0)[1])
-    while told["killed"] < KILLS:
-        child, before = fork(go_on), steps_saved(out)
-        if told["killed"] % 4 == 3:
-            time.sleep(chance.uniform(0, 0.3))  # maybe before the first step
-        else:
-            wait_for(child, lambda before=before: steps_saved(out)[-1:] > before[-1:])
-            if told["killed"] % 2:
-                time.sleep(chance.uniform(0, 0.05))
-            else:
-                wait_for(child, lambda: any((out / "checkpoints").glob(".step-*.tmp")))
-        os.kill(child, signal.SIGKILL)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
-            told["killed"] += 1
-            told["half_written"] += any((out / "checkpoints").glob(".step-*.tmp"))
-            told["steps"] += steps_saved(out)[-1:]
-    wait(fork(go_on))
-    print(json.dumps(told))
-
-
-def command_line(out, options):
-    """What ``mmfused train`` makes of the signal, for a model that only Python can ask for."""
-    from mmfused.cli import main
-
-    config = small_run(out, save_every=1, **options)
-    training.TrainConfig = lambda **_: config
-    os._exit(main(["train", "--data", "generated", "--out", str(out)]))
-
-
-def fork(work) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-        os._exit(0)
-    except BaseException:  # nothing may get past the fork, back into the parent's tests; the exit code tells the parent
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-
-
-def wait(child: int):
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0, f"a child ended with {code}"
-
-
-def wait_for(child: int, condition):
-    for _ in range(200_000):
-        if condition():
-            return
-        assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "the child ended by itself"
-        time.sleep(0.0003)
-    raise AssertionError("waited in vain")
 
 
 # Stopped
@@ -385,7 +229,7 @@ def test_resume_with_other_settings_is_refused(stopped_run, changes, message):
 
 def test_resume_with_other_rows_is_refused(stopped_run, monkeypatch):
     monkeypatch.setattr("mmfused.train_setup.product_data.GeneratedProducts", partial(GeneratedProducts, size=60, seed=1))
-    with pytest.raises(ValueError, match="resume: data: the rows of generated are not those"):
+    with pytest.raises(ValueError, match="resume: data: the texts, labels or pictures of generated are not those"):
         train(small_run(stopped_run, resume=True))
 
 
@@ -400,7 +244,3 @@ def test_a_stopped_run_is_not_begun_anew_by_mistake(stopped_run):
     with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoints, metrics.jsonl\)"):
         train(small_run(stopped_run))
     assert steps_saved(stopped_run) == [3]
-
-
-if __name__ == "__main__":
-    kill_again_and_again(Path(sys.argv[1]))

@@ -18,6 +18,7 @@ from transformers import Qwen2Tokenizer
 from mmfused.cli import main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
+from mmfused.ownership import MARK
 from mmfused.run_folder import load_run, read_json
 from mmfused.training import TrainConfig, train
 
@@ -137,6 +138,7 @@ def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
     parts = tmp_path / "items.npz.parts"
     parts.mkdir()
     (parts / "job.json").write_text("{}")
+    (parts / MARK).touch()
     command = ["embed", "--checkpoint", str(run), "--data", folders["val"], "--out", str(tmp_path / "items.npz")]
     assert main(command) == 2 and "holds parts of another checkpoint" in capsys.readouterr().err
 

@@ -11,10 +11,12 @@ import mmfused.training
 from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
 from mmfused.gradients import add_gradients
 from mmfused.metrics import class_scores, count, evaluate, scores
+from mmfused.ownership import MARK
+from mmfused.steps import drop_modalities, learning_rate
 from mmfused.train_setup import build_model, load_data, make_batches
-from mmfused.training import TrainConfig, drop_modalities, learning_rate, load_run, train
+from mmfused.training import TrainConfig, load_run, train
 
-FILES = {"checkpoints", "metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer"}
+FILES = {"checkpoints", "metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer", MARK}
 SCORES = {"accuracy", "macro_precision", "macro_recall", "macro_f1"}
 
 
@@ -110,7 +112,7 @@ def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatc
         with pytest.raises(RuntimeError, match="disk full"):
             train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "metrics.jsonl", "tokenizer", "model.safetensors"}
+    assert left == {"checkpoints", "metrics.jsonl", "tokenizer", "model.safetensors", MARK}
     with pytest.raises(FileNotFoundError, match="no finished run"):
         load_run(tmp_path / "run")
     train(TrainConfig(**options(products, tmp_path / "run", steps=1, resume=True)))
@@ -220,6 +222,19 @@ def test_scores_by_hand():
     assert scores(predictions, labels) == pytest.approx(expected)
     values = class_scores(count(predictions, labels))
     assert values["precision"].tolist() == [1, 0.5, 0, 0] and values["recall"].tolist() == [0.5, 1, 0, 0]
+
+
+def test_scores_of_large_labels_take_no_more_memory():
+    labels, predictions = torch.tensor([2**31 - 2, 5, 5]), torch.tensor([2**31 - 2, 5, 2**31 - 2])
+    assert scores(predictions, labels) == scores(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]))
+
+
+@pytest.mark.parametrize("label", [10**6, 2**31 - 1])
+def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(products, tmp_path, label):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,label\n,a red mug,{label}\n")
+    with pytest.raises(ValueError, match=f"data: got the label {label}, takes labels below 1000000"):
+        train(TrainConfig(**options({**products, "data": str(tmp_path / "data")}, tmp_path / "run")))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,6 +11,7 @@ import importlib
 import sys
 
 import mmfused
+from mmfused.extras import from_extra
 
 COMMANDS = ("demo", "train", "eval", "embed", "ablate", "bench", "inspect", "env")
 
@@ -19,14 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done; 1 a package is missing or a check failed; 2 the request cannot be served, in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser(argv).parse_args(argv)
-        return args.run(args)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "mmfused"):
-            raise
-        print(f"mmfused: {missing} is not installed: pip install 'mmfused[models]'", file=sys.stderr)
-        return 1
+        with from_extra("models"):
+            args = make_parser(argv).parse_args(argv)
+            return args.run(args)
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
         return 1

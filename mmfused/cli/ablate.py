@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     if args.without:
         raise ValueError(f"without: got {args.without!r}, takes nothing: ablate leaves out one component after the other")
     out = Path(args.out)
+    if (out / "ablation.json").exists() and not (args.overwrite or args.resume):
+        raise FileExistsError(f"out: {out} already holds an ablation; choose another folder, resume or overwrite it")
     summaries = {"whole": one_run(args, out / "whole", None)}
     for part in chosen:
         try:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 HELP = "embed a folder of products with a trained retrieval model, into one .npz"
+PART = re.compile(r"\d{8}\.safetensors|job\.json")
+HALF_WRITTEN = re.compile(rf"\.({PART.pattern})\.\d+\.tmp")
+OWN = re.compile(rf"{PART.pattern}|{HALF_WRITTEN.pattern}")
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -24,21 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     import mmfused
-    from mmfused.run_folder import remove
     from mmfused.trained import load_trained
 
     out = Path(args.out)
-    parts = out.with_name(out.name + ".parts")
     check(args, out)
+    parts = Parts(out.with_name(out.name + ".parts"))
     trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
     trained.must_retrieve("embed")
     data, batches = trained.batches(args.data, args.batch_size, args.text_column)
-    job = {"checkpoint": trained.digest, "rows": trained.digest_of(data), "batch_size": args.batch_size, "views": args.views}
-    begin(parts, job, args.overwrite)
-    with mmfused.backend(args.backend):
-        embed_parts(trained, batches, parts, tuple(args.views.split(",")))
-    count = join_parts(parts, out, data)
-    remove(parts)
+    job = {
+        "checkpoint": trained.digest,
+        "rows": data.digest,
+        "batch_size": args.batch_size,
+        "views": args.views,
+    }
+    with parts.locked(job, args.overwrite):
+        with mmfused.backend(args.backend):
+            embed_parts(trained, batches, parts, tuple(args.views.split(",")))
+        count = join_parts(parts, out, data, len(batches))
+        parts.remove()
     print(f"{count} items embedded, {len(data.skipped)} rows skipped, written to {out}")
     return 0
 
@@ -51,27 +63,81 @@ def check(args: argparse.Namespace, out: Path) -> None:
             raise ValueError(f"{name}: got {getattr(args, name)}, takes a number above 0")
     check_views(tuple(args.views.split(",")))
     if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"out: got {out}, takes an .npz in a folder that is there")
-    if out.exists() and not args.overwrite:
+        raise ValueError(f"out: got {args.out!r}, takes an .npz in a folder that is there")
+    if out.is_dir() or (out.exists() and not args.overwrite):
         raise FileExistsError(f"out: {out} is there already; choose another name or overwrite it")
 
 
-def begin(parts: Path, job: dict, overwrite: bool) -> None:
-    """The folder of what is done. Raises ValueError where it holds parts of another job."""
-    from mmfused.run_folder import read_json, remove, whole, write_json
+class Parts:
+    """The folder of what is done: a file for each batch, and ``job.json``, which tells what they are parts of."""
 
-    if overwrite:
-        remove(parts)
-    parts.mkdir(exist_ok=True)
-    if (parts / "job.json").is_file():
-        if read_json(parts / "job.json") != job:
-            raise ValueError(f"out: {parts} holds parts of another checkpoint, folder or batch size; remove or overwrite them")
-    else:
-        whole(parts / "job.json", lambda path: write_json(path, job))
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:08d}.safetensors"
+
+    @contextmanager
+    def locked(self, job: dict, overwrite: bool):
+        """Raises FileExistsError where another process writes to it or it holds other files, ValueError for another job's."""
+        from mmfused.ownership import Lock
+        from mmfused.run_folder import read_json, shown, whole, write_json
+
+        foreign = self.foreign()
+        if foreign:
+            raise FileExistsError(f"out: {self.folder} holds files that mmfused embed did not make ({shown(foreign)}); move them")
+        with Lock(self.folder):
+            for path in self.folder.glob("*"):
+                if HALF_WRITTEN.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
+                    path.unlink()
+            source = self.folder / "job.json"
+            if source.is_file():
+                if read_json(source) != job:
+                    held = "parts of another checkpoint, folder or batch size, or of other pictures or texts"
+                    raise ValueError(f"out: {self.folder} holds {held}; remove or overwrite them")
+            else:
+                whole(source, lambda path: write_json(path, job))
+            yield
+
+    def foreign(self) -> list[str]:
+        from mmfused.ownership import MARK
+
+        if not os.path.lexists(self.folder):
+            return []
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return [self.folder.name]
+        paths = sorted(self.folder.iterdir())
+        marked = MARK in [path.name for path in paths]
+        known = [path.is_file() and not path.is_symlink() and (path.name == MARK or OWN.fullmatch(path.name)) for path in paths]
+        return [path.name for path, own in zip(paths, known, strict=True) if not (own and marked)]
+
+    def read(self, index: int) -> dict | None:
+        """The arrays of a batch that is done. One that is damaged is said to be so, and counts as not done."""
+        from mmfused.run_folder import read_tensors
+
+        if not self.path(index).is_file():
+            return None
+        try:
+            return read_tensors(self.path(index))
+        except ValueError as error:
+            logger.warning("embed: %s; it is made again", error)
+            return None
+
+    def remove(self) -> None:
+        from mmfused.ownership import MARK
+
+        for path in self.folder.glob("*"):
+            if PART.fullmatch(path.name) or path.name == MARK:
+                path.unlink()
+        try:
+            self.folder.rmdir()
+        except OSError as error:  # something else was put in meanwhile, or it is gone
+            logger.warning("embed: %s is not removed: %s", self.folder, error.strerror)
 
 
-def embed_parts(trained, batches, parts: Path, views: tuple[str, ...]) -> None:
+def embed_parts(trained, batches, parts: Parts, views: tuple[str, ...]) -> None:
     """A file for each batch that has none yet."""
+    import safetensors.torch
     import torch
     from tqdm import tqdm
 
@@ -79,24 +145,31 @@ def embed_parts(trained, batches, parts: Path, views: tuple[str, ...]) -> None:
     from mmfused.run_folder import whole
 
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
-        path = parts / f"{index:08d}.npz"
-        if not path.is_file():
-            rows = torch.arange(index * batches.batch_size, min((index + 1) * batches.batch_size, len(batches.items)))
-            embedded = embed_items(trained.model, [batches.items.batch(rows)], views, trained.amp)
-            arrays = {name: value.numpy() for name, value in embedded.items()}
-            whole(path, lambda temporary, arrays=arrays: save_npz(temporary, arrays))
+        first, last = index * batches.batch_size, min((index + 1) * batches.batch_size, len(batches.items))
+        done = parts.read(index)
+        if done is None or not fits(done, views, last - first):
+            embedded = embed_items(trained.model, [batches.items.batch(torch.arange(first, last))], views, trained.amp)
+            data = safetensors.torch.save({name: value.contiguous() for name, value in embedded.items()})
+            whole(parts.path(index), lambda draft, data=data: draft.write_bytes(data))
 
 
-def join_parts(parts: Path, out: Path, data) -> int:
+def fits(done: dict, views: tuple[str, ...], rows: int) -> bool:
+    """Whether a part has what such a part has: another's may bear its name."""
+    return done.keys() == {*views, "labels", "has_image", "has_text"} and all(len(value) == rows for value in done.values())
+
+
+def join_parts(parts: Parts, out: Path, data, count: int) -> int:
     import numpy as np
 
     from mmfused.run_folder import whole
 
-    loaded = [dict(np.load(path)) for path in sorted(parts.glob("*.npz"))]
-    arrays = {name: np.concatenate([part[name] for part in loaded]) for name in loaded[0]}
+    loaded = [parts.read(index) for index in range(count)]
+    if None in loaded:
+        raise RuntimeError(f"out: {parts.path(loaded.index(None))} is missing or damaged: removed meanwhile? Run the command again")
+    arrays = {name: np.concatenate([part[name].numpy() for part in loaded]) for name in loaded[0]}
     arrays["file_names"] = np.array(getattr(data, "file_names", [""] * len(data)))
     arrays["skipped"] = np.array(json.dumps(data.skipped))
-    whole(out, lambda temporary: save_npz(temporary, arrays))
+    whole(out, lambda draft: save_npz(draft, arrays))
     return len(arrays["labels"])
 
 

@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict:
     text_column = args.text_column or trained.settings["training"].get("text_column", "text")
     num_classes = None if retrieves else trained.model.config.num_classes
     data, batches = trained.batches(args.data, args.batch_size, text_column, num_classes)
-    products, product_batches = trained.batches(args.products, args.batch_size) if args.products else (None, None)
+    products, product_batches = trained.batches(args.products, args.batch_size, name="products") if args.products else (None, None)
     with mmfused.backend(args.backend):
         scored = score_retrieval(trained, batches, product_batches) if retrieves else score_classes(trained, data, batches)
     return {

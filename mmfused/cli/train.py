@@ -64,11 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     from mmfused.checkpoint import Stopped
-    from mmfused.gradients import leave_ranks
+    from mmfused.ranks import join_ranks, leave_ranks, refused_together
     from mmfused.run_folder import is_finished
+    from mmfused.train_setup import pick_device
     from mmfused.training import TrainConfig, train
 
-    config = TrainConfig(**config_options(args))
+    join_ranks(pick_device(args.device or "auto"))
+    with refused_together():
+        config = TrainConfig(**config_options(args))
     done = config.resume and is_finished(Path(config.out))
     try:
         summary = train(config)

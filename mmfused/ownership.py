@@ -1,0 +1,142 @@
+"""Which files of a folder a run made, and the lock that lets one process at a time write them.
+
+A folder that holds a run has a file `.mmfused-run`. Without it, and without settings that name the
+mmfused that wrote them, whatever bears a name of a run's files is taken for another program's: it is
+neither read, replaced nor removed. What such a folder holds beside the run is left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = ".mmfused-run"
+TEXT = "The files of an mmfused run are in this folder; a run that writes them locks this one.\n"
+TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # see `temporary`
+STEP = re.compile(r"step-(\d{8,18})")
+TOKENIZER_FILES = (  # what `save_pretrained` of one tokenizer or another writes
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
+    "sentencepiece.bpe.model spiece.model tokenizer.model chat_template.jinja"
+).split()
+STEP_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+class Lock:
+    """The mark of ``folder``, made where it is missing, and locked until :meth:`release`.
+
+    The system lets go of it too when the process ends, however that happens. Raises FileExistsError
+    where another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / MARK
+        self.file = None
+        self.take()
+
+    def take(self) -> None:
+        """Locks the mark that is there now: after its removal, that is a new one."""
+        self.release()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            message = f"out: another process is writing to {self.path.parent}; wait for it, or take another folder"
+            raise FileExistsError(message) from None
+        if file.tell() == 0:
+            file.write(TEXT)
+            file.flush()
+        self.file = file
+
+    def is_in_place(self) -> bool:
+        return same_file(self.path, self.file)
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+
+def same_file(path: Path, file) -> bool:
+    """Whether the open ``file`` is the one at ``path``."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether a run is there: by its mark, or by settings that name an mmfused (a copy may lack hidden files)."""
+    if (folder / MARK).is_file():
+        return True
+    for path in (folder / "config.json", *sorted(folder.glob("checkpoints/step-*/state.json"))):
+        try:
+            if path.is_file() and path.stat().st_size < 2**24:
+                value = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(value, dict) and "mmfused" in value.get("settings", value):
+                    return True
+        except (ValueError, TypeError, RecursionError, OSError):
+            continue
+    return False
+
+
+def strangers(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Paths below ``folder`` at the places of a run's files, ``names``, that no run made."""
+    if not is_marked(folder):
+        return [name for name in names if os.path.lexists(folder / name)]
+    return [path.relative_to(folder).as_posix() for name in names for path in strangers_at(folder / name)]
+
+
+def strangers_at(path: Path) -> Iterator[Path]:
+    """Itself, or what is in it."""
+    if not os.path.lexists(path):
+        return
+    is_folder = path.name in ("tokenizer", "checkpoints") or STEP.fullmatch(path.name)
+    if path.is_symlink() or path.is_dir() != bool(is_folder):
+        yield path
+    elif path.name == "checkpoints":
+        for inner in sorted(path.iterdir()):
+            half_written = TEMPORARY.fullmatch(inner.name)
+            if STEP.fullmatch(half_written[1] if half_written else inner.name):
+                yield from (strangers_in_step(inner) if inner.is_dir() and not inner.is_symlink() else [inner])
+            else:
+                yield inner
+    elif path.name == "tokenizer":
+        yield from (inner for inner in sorted(path.iterdir()) if _is_strange(inner, TOKENIZER_FILES))
+
+
+def strangers_in_step(path: Path) -> list[Path]:
+    """What the checkpoint in ``path`` does not consist of."""
+    found = []
+    for inner in sorted(path.iterdir()):
+        if inner.name == "tokenizer":
+            found.extend(strangers_at(inner))
+        elif _is_strange(inner, STEP_FILES):
+            found.append(inner)
+    return found
+
+
+def _is_strange(path: Path, names) -> bool:
+    return path.name not in names or path.is_symlink() or not path.is_file()
+
+
+def temporary(path: Path) -> Path:
+    """The name under which this process writes ``path`` until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def half_written(folder: Path, names) -> list[Path]:
+    """What killed processes left of files that were to be called one of ``names``."""
+    found = [(path, TEMPORARY.fullmatch(path.name)) for path in folder.glob(".*.tmp")]
+    return [path for path, match in found if match and match[1] in names]

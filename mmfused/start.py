@@ -1,0 +1,96 @@
+"""Where a training begins: anew, at a checkpoint, or, if it is finished, not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mmfused import checkpoint as checkpoints
+from mmfused.models import MODELS
+from mmfused.ownership import is_marked
+from mmfused.run_folder import (
+    check_fields,
+    check_out,
+    clean_out,
+    clear_out,
+    inside,
+    is_finished,
+    read_json,
+    read_settings,
+)
+from mmfused.train_setup import check_rows, load_catalogue, load_data
+
+FINISHED = "finished"
+SUMMARY = {  # what every run's has; the scores are those of its task
+    **dict.fromkeys(("model", "backend", "device", "amp", "modalities"), str),
+    **dict.fromkeys(("parameters", "train_rows", "val_rows", "steps", "peak_memory"), int),
+    **dict.fromkeys(("train_loss", "step_seconds", "seconds"), float),
+    "skipped": list,
+}
+SCORES = {
+    "classification": ("val_loss", "accuracy", "macro_precision", "macro_recall", "macro_f1"),
+    "retrieval": ("recall_at_1", "recall_at_5", "mrr"),
+}
+
+
+def find_start(config, out: Path) -> tuple[Path, dict] | str | None:
+    """The checkpoint to go on from, and its state; FINISHED; or None: from the beginning. Raises where ``out`` cannot be used."""
+    if not config.resume:
+        check_out(out, config.overwrite)
+        return None
+    if is_finished(out):
+        return FINISHED
+    found = checkpoints.newest(out / "checkpoints") if is_marked(out) else None
+    if found is None:
+        check_out(out, config.overwrite, resume=True)
+    else:
+        config.check_same(found[1]["settings"]["training"], found[0])
+    return found
+
+
+def finished_summary(config, out: Path) -> dict:
+    """What the finished run in ``out`` measured. Raises ValueError where its settings or data are not those of ``config``."""
+    settings = read_settings(out)
+    config.check_same(settings["training"], out)
+    splits = (*load_data(config, settings["image_size"]), load_catalogue(config, settings["image_size"]))
+    check_rows(config, settings["rows"], *splits)
+    summary = read_json(inside(out, "summary.json"))
+    check_fields(summary, SUMMARY | {name: float for name in SCORES[MODELS[config.model].task]}, out / "summary.json")
+    return summary
+
+
+def begin(config, out: Path, found: tuple[Path, dict] | None, step: int) -> None:
+    """The folder as the first step needs it. Looked at once more: another training may have come before the lock."""
+    if found is None:
+        check_out(out, config.overwrite, config.resume)
+        clear_out(out)
+    clean_out(out)
+    checkpoints.keep_until(out / "checkpoints", step)
+
+
+def as_line(record: dict) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def read_history(path: Path, length: int, score: str) -> dict:
+    """The records in the first ``length`` bytes of ``metrics.jsonl``, under "train" and "val", which have a ``score``.
+
+    Raises ValueError where there are fewer, or other than a training writes.
+    """
+    data = b""
+    if path.is_file():
+        with inside(path.parent, path.name).open("rb") as file:
+            data = file.read(length)
+    if len(data) < length:
+        raise ValueError(
+            f"resume: {path} holds {len(data)} bytes, but {length} at the checkpoint; put it back or overwrite the run"
+        )
+    try:
+        records = [json.loads(line) for line in data.splitlines()]
+        for record in records:
+            numbers = ("step", "loss", "seconds") if "loss" in record else ("step", score)
+            if not all(type(record[name]) in (int, float) for name in numbers):
+                raise TypeError(f"{' or '.join(numbers)} is no number")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"resume: {path} is truncated or corrupt: {error}; put it back or overwrite the run") from error
+    return {"train": [r for r in records if "loss" in r], "val": [r for r in records if "loss" not in r]}

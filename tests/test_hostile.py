@@ -1,0 +1,432 @@
+"""Folders that somebody else made: whatever their files say, no code runs, nothing outside is read, one sentence tells."""
+
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+from PIL import Image
+
+from mmfused.cli import main
+from mmfused.ownership import MARK
+from mmfused.run_folder import read_json, write_json
+
+EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+watched: list[tuple] = []  # a hook cannot be taken away: it notes nothing unless `watch` says so
+watching = False
+
+
+def note(event, args):
+    if watching and event in EVENTS:
+        watched.append((event, *args))
+
+
+sys.addaudithook(note)
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of products, and a retrieval model trained for a step on them."""
+    root = tmp_path_factory.mktemp("made")
+    write_products(root / "data")
+    sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --backend composed --device cpu --save-every 1"
+    options = ["--model", "uniecs", "--data", str(root / "data"), "--val", str(root / "data"), *sizes.split()]
+    assert main(["train", *options, "--out", str(root / "run")]) == 0
+    return root, options
+
+
+def write_products(folder):
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    rows = [(f"{row}.png", f"thing number {row}", row % 3) for row in range(9)]
+    for name, _, _ in rows:
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name)
+    write_rows(folder, rows)
+
+
+def write_rows(folder, rows):
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "label"])
+        writer.writerows(rows)
+
+
+class Place:
+    """A copy of what was made, for one case to spoil; `outside` is what nothing in it may lead to."""
+
+    def __init__(self, root, made, options):
+        self.root, self.options = root, options
+        self.run, self.data, self.outside = root / "run", root / "data", root / "outside"
+        shutil.copytree(made / "run", self.run)
+        shutil.copytree(made / "data", self.data)
+        self.outside.mkdir()
+        self.marker = root / "code-has-run"
+        shutil.copytree(made / "run" / "tokenizer", self.outside / "tokenizer")
+        shutil.copytree(self.step(), self.outside / "step")
+        shutil.copy(made / "run" / "model.safetensors", self.outside)
+        shutil.copy(made / "data" / "0.png", self.outside / "secret.png")
+        (self.outside / "secret.json").write_bytes((made / "run" / "config.json").read_bytes())
+        (self.outside / "weights.pt").write_bytes(pickle.dumps(Payload(self.marker)))
+        (self.outside / "code.py").write_text(f"import os; os.mkdir({str(self.marker)!r})")
+
+    def step(self):
+        return self.run / "checkpoints" / "step-00000001"
+
+    def change(self, *names, file="config.json", **values):
+        """Puts values at a place in a JSON file of the run."""
+        content = read_json(self.run / file)
+        inner = content
+        for name in names:
+            inner = inner.setdefault(name, {})
+        inner.update(values)
+        write_json(self.run / file, content)
+
+    def link(self, path, target):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.symlink_to(self.outside / target)
+
+
+def evaluated(place):
+    return ["eval", "--checkpoint", str(place.run), "--data", str(place.data), "--device", "cpu"]
+
+
+def resumed(place):
+    """The last checkpoint is what there is of the run; the data are where they were."""
+    for name in ("config.json", "summary.json", "model.safetensors"):
+        (place.run / name).unlink(missing_ok=True)
+    return ["train", *place.options, "--out", str(place.run), "--resume"]
+
+
+def embedded(place):
+    out = place.root / "items.npz"
+    return ["embed", "--checkpoint", str(place.run), "--data", str(place.data), "--out", str(out), "--device", "cpu"]
+
+
+def image(**values):
+    return lambda place: place.change("model", "image", **values)
+
+
+def text(**values):
+    return lambda place: place.change("model", "text", **values)
+
+
+def model(**values):
+    return lambda place: place.change("model", **values)
+
+
+def setting(**values):
+    return lambda place: place.change("training", **values)
+
+
+def tokenizer(**values):
+    return lambda place: place.change(file="tokenizer/tokenizer_config.json", **values)
+
+
+def remote_code(place):
+    shutil.copy(place.outside / "code.py", place.run / "code.py")
+    place.change("model", "text", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+
+
+def remote_tokenizer(place):
+    shutil.copy(place.outside / "code.py", place.run / "tokenizer" / "code.py")
+    tokenizer(auto_map={"AutoTokenizer": ["code.Tokenizer", None]}, tokenizer_class="Tokenizer")(place)
+    (place.run / "tokenizer" / "tokenizer.json").unlink()
+
+
+def pickled_weights(place):
+    (place.run / "model.safetensors").unlink()
+    shutil.copy(place.outside / "weights.pt", place.run / "pytorch_model.bin")
+
+
+def fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def length(number):
+    return number.to_bytes(8, "little")
+
+
+def shapes_beyond_the_file(place):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
+    (place.run / "model.safetensors").write_bytes(length(len(header)) + header)
+
+
+def sums_outside(place):
+    place.change(file="checkpoints/step-00000001/state.json", sha256={"../../../outside/secret.json": "0"})
+
+
+# What is done to the folder, the command that then reads it, and what its sentence says.
+RUNS = {
+    "a checkpoint path for timm": (image(checkpoint_path="OUTSIDE/weights.pt"), evaluated, "checkpoint_path"),
+    "weights from timm's list": (image(name="vit_tiny_patch16_224", pretrained=True), evaluated, "pretrained"),
+    "an encoder from a hub": (image(name="hf-hub:somebody/vit"), evaluated, "hf-hub:somebody/vit"),
+    "an encoder from another folder": (image(name="local-dir:OUTSIDE"), evaluated, "local-dir:"),
+    "another cache": (image(name="vit_tiny_patch16_224", cache_dir="OUTSIDE"), evaluated, "cache_dir"),
+    "code for transformers": (remote_code, evaluated, "auto_map"),
+    "an attention kernel from a hub": (text(attn_implementation="somebody/kernel"), evaluated, "attn_implementation"),
+    "quantised by a plug-in": (text(quantization_config={"quant_method": "bitsandbytes"}), evaluated, "quantization_config"),
+    "another name or path": (text(_name_or_path="OUTSIDE"), evaluated, "_name_or_path"),
+    "a text model that is none": (text(model_type="timm_backbone", backbone="hf-hub:x"), evaluated, "model_type"),
+    "a model class that is none": (setting(model="os.system"), evaluated, "model"),
+    "a billion layers": (text(num_hidden_layers=10**9), evaluated, "num_hidden_layers"),
+    "a width of a billion": (text(intermediate_size=10**9), evaluated, "intermediate_size"),
+    "weights that nobody could hold": (text(vocab_size=10**8 - 1), evaluated, "another model"),
+    "a picture of a billion pixels": (image(img_size=2**20), evaluated, "img_size"),
+    "a width that is a text": (model(dim="128"), evaluated, "dim"),
+    "a width that is a list": (text(hidden_act=["gelu"]), evaluated, "hidden_act"),
+    "a field that is none": (model(__class__="x"), evaluated, "__class__"),
+    "a column that is a list": (setting(text_column=["text"]), evaluated, "text_column"),
+    "a text of endless length": (setting(max_length=10**15), evaluated, "max_length"),
+    "settings from elsewhere": (lambda p: p.link(p.run / "config.json", "secret.json"), evaluated, "leads outside"),
+    "settings from a pipe": (lambda p: fifo(p.run / "config.json"), evaluated, "config.json is missing"),
+    "settings without end": (lambda p: os.truncate(p.run / "config.json", 2**27), evaluated, "takes at most"),
+    "settings that nest": (lambda p: (p.run / "config.json").write_text("[" * 10**6), evaluated, "truncated or corrupt"),
+    "weights from elsewhere": (lambda p: p.link(p.run / "model.safetensors", "model.safetensors"), evaluated, "leads outside"),
+    "weights in a pickle": (pickled_weights, evaluated, "pickle|is missing"),
+    "a pickle by another name": (
+        lambda p: shutil.copy(p.outside / "weights.pt", p.run / "model.safetensors"),
+        evaluated,
+        "no safetensors file",
+    ),
+    "a header of many terabytes": (
+        lambda p: (p.run / "model.safetensors").write_bytes(length(2**60) + b"{}"),
+        evaluated,
+        "no safetensors file",
+    ),
+    "tensors beyond the file": (shapes_beyond_the_file, evaluated, "no safetensors file"),
+    "a tokenizer from elsewhere": (lambda p: p.link(p.run / "tokenizer", "tokenizer"), evaluated, "leads outside"),
+    "a tokenizer's file from elsewhere": (
+        lambda p: p.link(p.run / "tokenizer" / "tokenizer.json", "tokenizer/tokenizer.json"),
+        evaluated,
+        "leads outside",
+    ),
+    "code for a tokenizer": (remote_tokenizer, evaluated, "tokenizer"),
+    "a tokenizer cut short": (lambda p: os.truncate(p.run / "tokenizer" / "tokenizer.json", 99), evaluated, "tokenizer"),
+    "a tokenizer that nests": (
+        lambda p: (p.run / "tokenizer" / "tokenizer.json").write_text("[" * 10**5),
+        evaluated,
+        "tokenizer",
+    ),
+    "a checkpoint from elsewhere": (lambda p: p.link(p.step(), "step"), resumed, "no run made|holds no whole checkpoint"),
+    "a checkpoint's weights from elsewhere": (
+        lambda p: p.link(p.step() / "model.safetensors", "step/model.safetensors"),
+        resumed,
+        "leads outside",
+    ),
+    "sums of what is outside": (sums_outside, resumed, "leads outside|is not the one in state.json"),
+    "records from elsewhere": (lambda p: p.link(p.run / "metrics.jsonl", "secret.json"), resumed, "leads outside|holds .* bytes"),
+    "a random state in a pickle": (
+        lambda p: shutil.copy(p.outside / "weights.pt", p.step() / "rng.safetensors"),
+        resumed,
+        "SHA-256 is not the one",
+    ),
+}
+
+
+def parts(place):
+    folder = place.root / "items.npz.parts"
+    folder.mkdir()
+    (folder / MARK).touch()
+    return folder
+
+
+def part_from_elsewhere(place):
+    (parts(place) / "00000000.safetensors").symlink_to(place.outside / "model.safetensors")
+
+
+def job_from_elsewhere(place):
+    (parts(place) / "job.json").symlink_to(place.outside / "secret.json")
+
+
+def pickled_part(place):
+    shutil.copy(place.outside / "weights.pt", parts(place) / "00000000.npz")
+
+
+RUNS |= {
+    "a part from elsewhere": (part_from_elsewhere, embedded, "did not make .00000000.safetensors"),
+    "a job from elsewhere": (job_from_elsewhere, embedded, "did not make .job.json"),
+    "a part in a pickle": (pickled_part, embedded, "did not make .00000000.npz"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, made):
+    return Place(tmp_path, *made)
+
+
+def commanded(place, arguments, capsys):
+    """(exit code, what was said in the end) of the command, of which nothing outside is read and no code runs."""
+    global watching
+    capsys.readouterr()
+    watched.clear()
+    watching = True
+    try:
+        code = main(arguments)
+    finally:
+        watching = False
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith("mmfused: ")]
+    assert not place.marker.exists(), "code has run"
+    outside = [event for event in watched if event[0] != "open" or str(place.outside) in os.path.realpath(str(event[1]))]
+    assert outside == []
+    return code, errors, said.out + said.err
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_hostile_run_is_one_sentence(place, capsys, name):
+    spoil, command, says = RUNS[name]
+    for path in (place.run / "config.json",):
+        path.write_text(path.read_text().replace("OUTSIDE", str(place.outside)))
+    spoil(place)
+    config = place.run / "config.json"
+    if config.is_file() and not config.is_symlink() and config.stat().st_size < 2**20:
+        config.write_text(config.read_text().replace("OUTSIDE", str(place.outside)))
+    code, errors, _ = commanded(place, command(place), capsys)
+    assert code == 2 and len(errors) == 1
+    assert re.search(says, errors[0]), errors[0]
+
+
+# Folders of products
+
+
+def png(width, height, *chunks):
+    """A PNG that promises this size, and has the chunks."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*one) for one in chunks) + chunk(b"IEND", b"")
+
+
+def postscript(place):
+    code = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n({place.marker}) (w) file closefile\n%%EOF\n"
+    (place.data / "0.png").write_text(code)
+
+
+def bomb(place):
+    (place.data / "0.png").write_bytes(png(200_000, 200_000, (b"IDAT", zlib.compress(bytes(10**6)))))
+
+
+def text_bomb(place):
+    (place.data / "0.png").write_bytes(png(32, 32, (b"zTXt", b"x\0\0" + zlib.compress(bytes(10**8), 9))))
+
+
+def tiff(place):
+    Image.new("L", (32, 32)).save(place.data / "0.png", format="TIFF")
+    content = bytearray((place.data / "0.png").read_bytes())
+    place_of_width = content.index(bytes([0, 1, 4, 0, 1, 0, 0, 0, 32]))
+    content[place_of_width + 8 : place_of_width + 12] = (2**31 - 1).to_bytes(4, "little")
+    (place.data / "0.png").write_bytes(content)
+
+
+def row(name):
+    """The first row's picture is another file."""
+
+    def spoil(place):
+        content = (place.data / "metadata.csv").read_text().replace("\n0.png", "\n" + name.replace("OUTSIDE", str(place.outside)))
+        (place.data / "metadata.csv").write_text(content)
+
+    return spoil
+
+
+def device(place):
+    (place.data / "0.png").unlink()
+    (place.data / "0.png").symlink_to("/dev/zero")
+
+
+PICTURES = {
+    "a path to elsewhere": (row("../outside/secret.png"), "leads outside"),
+    "a path that starts at the root": (row("OUTSIDE/secret.png"), "leads outside"),
+    "a link to elsewhere": (lambda p: p.link(p.data / "0.png", "secret.png"), "leads outside"),
+    "a device": (device, "leads outside"),
+    "a pipe": (lambda p: fifo(p.data / "0.png"), "no regular file"),
+    "a folder": (row("."), "no regular file"),
+    "a name with a zero byte": (row("0\0.png"), "line 2"),
+    "a name of endless length": (row("x" * 5000), "line 2"),
+    "a program in PostScript": (postscript, "cannot be read"),
+    "a picture of forty billion pixels": (bomb, "pixels"),
+    "a text of a hundred million letters": (text_bomb, "cannot be read"),
+    "a width of two billion": (tiff, "cannot be read|pixels"),
+    "a pickle": (lambda p: shutil.copy(p.outside / "weights.pt", p.data / "0.png"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_hostile_picture_is_named_and_the_others_are_read(place, capsys, name):
+    spoil, says = PICTURES[name]
+    spoil(place)
+    code, errors, said = commanded(place, embedded(place), capsys)
+    assert code == 0 and errors == []
+    with np.load(place.root / "items.npz") as items:
+        (skipped,) = json.loads(str(items["skipped"]))
+        assert len(items["labels"]) == 8
+    assert "8 items embedded, 1 rows skipped" in said
+    assert "line 2" in skipped and re.search(says, skipped), skipped
+
+
+def linked_rows(place):
+    (place.data / "metadata.csv").rename(place.outside / "metadata.csv")
+    (place.data / "metadata.csv").symlink_to(place.outside / "metadata.csv")
+
+
+ROWS = {
+    "rows from a pipe": (lambda p: fifo(p.data / "metadata.csv"), "metadata.csv"),
+    "rows from elsewhere": (linked_rows, "leads outside"),
+    "rows that are a folder": (lambda p: ((p.data / "metadata.csv").unlink(), (p.data / "metadata.csv").mkdir()), "metadata.csv"),
+    "rows in another encoding": (
+        lambda p: (p.data / "metadata.csv").write_bytes("file_name,text,label\n".encode("utf-16")),
+        "UTF-8",
+    ),
+    "a column twice": (
+        lambda p: (p.data / "metadata.csv").write_text("file_name,text,label,text\n0.png,a,0,b\n"),
+        "text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_hostile_rows_are_one_sentence(place, capsys, name):
+    spoil, says = ROWS[name]
+    spoil(place)
+    code, errors, _ = commanded(place, embedded(place), capsys)
+    assert code == 2 and len(errors) == 1 and "data: " in errors[0]
+    assert re.search(says, errors[0]), errors[0]
+
+
+def test_there_are_forty_and_more():
+    assert len(RUNS) + len(PICTURES) + len(ROWS) >= 60
+
+
+def test_the_watch_would_see_it(place):
+    """What the tests above rest on: reading outside and unpickling are noticed."""
+    global watching
+    watched.clear()
+    watching = True
+    try:
+        Path(place.outside / "secret.json").read_bytes()
+        pickle.loads((place.outside / "weights.pt").read_bytes())
+        safetensors.torch.load_file(place.outside / "model.safetensors")
+    finally:
+        watching = False
+    assert [event[0] for event in watched if str(place.outside) in str(event[1])].count("open") >= 2
+    assert place.marker.exists()

@@ -1,0 +1,168 @@
+"""Two ranks that were started differently, or of which one cannot go on, both end, within seconds, and say which."""
+
+import csv
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+from training_runs import records, small_run, smaller_data
+
+from mmfused import training
+from mmfused.training import train
+
+SECONDS = 20  # a group that waits for a rank gives up after half an hour
+
+
+def different(rank, out, folder, patch):
+    return small_run(out, lr=(0.1, 0.2)[rank])
+
+
+def other_steps(rank, out, folder, patch):
+    return small_run(out, steps=(4, 5)[rank])
+
+
+def other_epochs(rank, out, folder, patch):
+    return small_run(out, steps=None, epochs=(1, 2)[rank])
+
+
+def other_data(rank, out, folder, patch):
+    return small_run(out, data=str(folder / "data"), val=str(folder / ("val", "data")[rank]))
+
+
+def other_rows(rank, out, folder, patch):
+    """The same folder's name, and on the other rank's machine other texts in it."""
+    os.chdir(folder / ("data", "val")[rank])
+    return small_run(out, data=".", val=str(folder / "val"))
+
+
+def missing_data(rank, out, folder, patch):
+    os.chdir(folder if rank == 0 else folder / "data")
+    return small_run(out, data="data", val=str(folder / "val"))
+
+
+def foreign_files(rank, out, folder, patch):
+    if rank == 0:
+        out.mkdir()
+        (out / "model.safetensors").write_text("mine")
+    return small_run(out)
+
+
+def a_loss_that_is_not_finite(rank, out, folder, patch):
+    update = training.update
+
+    def poisoned(*args):
+        loss, terms = update(*args)
+        return (loss * float("nan") if rank == 1 else loss), terms
+
+    patch.setattr(training, "update", poisoned)
+    return small_run(out)
+
+
+def a_full_disk(rank, out, folder, patch):
+    def full(*args, **options):
+        raise OSError("disk full")
+
+    patch.setattr("mmfused.checkpoint.write", full)
+    return small_run(out)
+
+
+def a_failing_validation(rank, out, folder, patch):
+    def failing(*args):
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        return {"accuracy": 0.5, "val_loss": 1.0}
+
+    patch.setattr("mmfused.tasks.evaluate", failing)
+    return small_run(out)
+
+
+def at_the_end(rank, out, folder, patch):
+    def failing(*args):
+        raise OSError("disk full")
+
+    patch.setattr(training, "save_run", failing)
+    return small_run(out, steps=1)
+
+
+# What the first rank says, and the second.
+CASES = {
+    different: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, takes one value",) * 2,
+    other_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, takes one value",) * 2,
+    other_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, takes one value",) * 2,
+    other_data: ("ValueError: val: got ",) * 2,
+    other_rows: ("ValueError: data's rows: got ",) * 2,
+    missing_data: ("OtherRankError: rank 1 of 2: data: got 'data', takes a folder", "FileNotFoundError: data: got 'data'"),
+    foreign_files: ("FileExistsError: out: ", ("OtherRankError: rank 0 of 2: out: ", "FileExistsError: out: ")),
+    a_loss_that_is_not_finite: ("OtherRankError: rank 1 of 2: the loss is nan at step 1", "RuntimeError: the loss is nan at"),
+    a_full_disk: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
+    a_failing_validation: ("OtherRankError: rank 1 of 2: out of memory", "RuntimeError: out of memory"),
+    at_the_end: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
+}
+
+
+def run_rank(rank, port, folder):
+    """All cases one after the other in one group: it must be of use after each refusal."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    heard = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfused.train_setup.product_data.GeneratedProducts", smaller_data())
+        for case in CASES:
+            begun = time.monotonic()
+            with patch.context() as own:
+                config = case(rank, folder / case.__name__, folder, own)
+                try:
+                    train(config)
+                    said = "nothing"
+                except Exception as error:
+                    said = f"{type(error).__name__}: {error}"
+            heard[case.__name__] = said, time.monotonic() - begun
+        train(small_run(folder / "good", augment=False))
+    (folder / f"{rank}.json").write_text(json.dumps(heard))
+
+
+def write_rows(folder, texts):
+    folder.mkdir()
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "label"])
+        writer.writerows(["", text, row % 2] for row, text in enumerate(texts))
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_rows(folder / "data", [f"a red mug {i}" for i in range(16)])
+    write_rows(folder / "val", [f"a blue pot {i}" for i in range(16)])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = mp.spawn(run_rank, (port, folder), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    while not ranks.join(1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("a rank waits for the other")
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_both_ranks_end_and_say_why(heard, case):
+    for said, expected in zip([rank[case.__name__] for rank in heard[1]], CASES[case], strict=True):
+        assert said[0].startswith(expected) and "\n" not in said[0], said
+        assert said[1] < SECONDS
+
+
+def test_the_group_is_of_use_after_refusals(heard):
+    assert [record["step"] for record in records(heard[0] / "good") if "loss" in record] == list(range(1, 10))
+
+
+def test_what_is_refused_leaves_no_folder(heard):
+    for case in (different, other_steps, other_data, other_rows, missing_data):
+        assert not (heard[0] / case.__name__).exists()
+    assert [path.name for path in (heard[0] / "foreign_files").iterdir()] == ["model.safetensors"]

@@ -1,0 +1,87 @@
+"""The smallest training with every source of chance in it, and what makes two runs the same."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mmfused import training
+from mmfused.checkpoint import saved
+from mmfused.data import GeneratedProducts
+from mmfused.training import TrainConfig
+
+SIZES = {"dim": 16, "num_queries": 2, "num_heads": 2, "gate_hidden": (8,), "image_dim": 16, "text_dim": 16, "dropout": 0.1}
+ENCODERS = {
+    "image": {"depth": 1, "num_heads": 1},
+    "text": {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16},
+}
+SMALL_RUN = {  # shuffling, augmentation, hidden modalities, dropout; several epochs, too
+    "model_options": {**SIZES, **ENCODERS},
+    "steps": 9,
+    "batch_size": 8,
+    "accumulate": 2,
+    "augment": True,
+    "drop_text": 0.3,
+    "drop_image": 0.2,
+    "val_every": 4,
+    "backend": "composed",
+    "threads": 1,
+    "progress": False,
+}
+
+
+def small_run(out, **changes) -> TrainConfig:
+    return TrainConfig(out=str(out), **{**SMALL_RUN, **changes})
+
+
+def smaller_data():
+    return partial(GeneratedProducts, size=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_products():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfused.train_setup.product_data.GeneratedProducts", smaller_data())
+        yield
+
+
+def records(out):
+    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
+
+
+def assert_same_run(one, other):
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert records(one) == records(other)
+    assert not [path for path in one.rglob(".*") if path.name.endswith(".tmp")]
+
+
+def steps_saved(out):
+    return [int(path.name[5:]) for path in saved(out / "checkpoints")]
+
+
+def in_step(monkeypatch, number, act):
+    """Calls ``act`` before step ``number`` of this process is made."""
+    made, update = [], training.update
+
+    def acting(*args):
+        made.append(1)
+        if len(made) == number:
+            act()
+        return update(*args)
+
+    monkeypatch.setattr(training, "update", acting)
+
+
+def stop_in_step(monkeypatch, number, signum=signal.SIGTERM):
+    in_step(monkeypatch, number, lambda: os.kill(os.getpid(), signum))
+
+
+def fail_in_step(monkeypatch, number):
+    def fail():
+        raise OSError("the power went")
+
+    in_step(monkeypatch, number, fail)
