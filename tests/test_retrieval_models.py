@@ -50,7 +50,7 @@ def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
     assert torch.equal(empty(**batch(name)).loss, model(**batch(name)).loss)
 
 
-CASES = [(name, case) for name in NAMES for case in ("all", "lacking")]
+CASES = [(name, case) for name in NAMES for case in ("all", "lacking", "one rank")]
 
 
 def steps_of_rank(rank, world, path, folder):
@@ -61,7 +61,8 @@ def steps_of_rank(rank, world, path, folder):
     for name, case in CASES:
         model = DistributedDataParallel(small_model(name, **EXACT.get(name, {})), find_unused_parameters=False)
         with mmfused.backend("composed"):
-            output = model(**rows_of(whole_batch(name, case), *((0, 3) if rank == 0 else (3, 6))))
+            middle = 0 if case == "one rank" else 3
+            output = model(**rows_of(whole_batch(name, case), *((0, middle) if rank == 0 else (middle, 6))))
             output.loss.backward()
         loss = output.loss.detach().clone()
         dist.all_reduce(loss)
@@ -79,7 +80,7 @@ def two_ranks(tmp_path_factory):
 
 
 def whole_batch(name, case):
-    """ "lacking": the second rank has no picture, which the first one has."""
+    """ "lacking": the second rank has no picture, which the first one has; "one rank": the first rank has no rows."""
     parts = batch(name)
     if case == "lacking":
         blind = without_images(parts)

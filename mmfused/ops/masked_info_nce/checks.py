@@ -14,8 +14,8 @@ SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
 
 
 def check(
-    query, candidate, over_ranks, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric, positive_weight,
-    row_weight, label_smoothing, false_negative_margin, reduction,
+    query, candidate, over_ranks, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric,
+    positive_weight, row_weight, label_smoothing, false_negative_margin, reduction,
 ):  # fmt: skip
     """``over_ranks``: other ranks may have rows where this one has none."""
     check_first(query, candidate, over_ranks)

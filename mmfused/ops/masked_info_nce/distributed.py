@@ -86,6 +86,8 @@ class Ranks:
     def gather(self, x: Tensor) -> Tensor:
         """(own candidates, ...) of every rank -> (all candidates, ...)."""
         largest = max(self.candidates)
+        if not largest:
+            return x.clone()
         padded = x.new_zeros(largest, *x.shape[1:])
         padded[: len(x)] = x
         out = x.new_empty(self.world * largest, *x.shape[1:])
@@ -98,9 +100,9 @@ class Ranks:
 
     def return_gradient(self, x: Tensor) -> Tensor:
         """Gradient to all candidates from this rank's rows -> to its own candidates, from every rank's rows if shared."""
-        if not self.share_gradients:
-            return self.own(x)
         largest = max(self.candidates)
+        if not self.share_gradients or not largest:
+            return self.own(x)
         padded = x.new_zeros(self.world, largest, *x.shape[1:])
         for rank, part in enumerate(x.split(self.candidates)):
             padded[rank, : len(part)] = part
