@@ -292,6 +292,8 @@ class UniECS(RetrievalModel):
         c = self.config
         pair = (query, candidate)
         rows = gather_rows(torch.stack([part[view] for part in pair for view in VIEWS], 1))
+        if not len(rows):
+            raise ValueError("query has 0 rows on every rank; it takes at least one in all")
         flags = ("labels", "has_image", "has_text")
         ids = gather_rows(torch.stack([part[name].long() for part in pair for name in flags], 1))
         options = LossOptions(*(getattr(c, name) for name in LossOptions._fields))
