@@ -1,4 +1,7 @@
-"""Losses over 1, 2 and 3 processes (gloo) against one process with the whole batch."""
+"""Losses over 1, 2 and 3 processes (gloo) against one process with the whole batch.
+
+What one rank refuses, and the ranks' settings: test_distributed_refusals.py.
+"""
 
 import os
 import tempfile
@@ -10,9 +13,15 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import mmfused
 from mmfused import MaskedInfoNCE
 
-SPLITS = {1: [(11, 14)], 2: [(7, 8), (4, 6)], 3: [(2, 2), (6, 9), (3, 3)]}  # (queries, candidates) of each rank
+# (queries, candidates) of each rank, by the number of ranks
+SPLITS = {
+    1: [[(11, 14)]],
+    2: [[(7, 8), (4, 6)], [(0, 0), (5, 6)], [(5, 6), (0, 2)]],
+    3: [[(2, 2), (6, 9), (3, 3)], [(0, 3), (6, 9), (0, 0)]],
+}
 CASES = {
     "plain": {},
     "symmetric": {"symmetric": True},
@@ -20,6 +29,10 @@ CASES = {
     "ids": {"same_id": "mean", "symmetric": True, "label_smoothing": 0.1},
     "weighted": {},
 }
+BACKENDS = {"composed": (torch.float64, 1e-11), "fused": (torch.float32, 1e-5)}
+RUNS = [(case, "composed") for case in CASES]
+if not torch.cuda.is_available():  # on a CPU kernels run interpreted, which takes its time
+    RUNS += [("keys", "fused"), ("ids", "fused")]
 
 
 class Towers(nn.Module):
@@ -66,50 +79,63 @@ def whole_batch(case: str, split: list) -> tuple:
     return torch.cat([p[0] for p in parts]), reorder([p[1] for p in parts]), keys
 
 
-def run_rank(rank: int, split: list, folder: str):
-    store = dist.FileStore(os.path.join(folder, "store"), len(split))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(split))
+def run_rank(rank: int, splits: list, folder: str):
+    store = dist.FileStore(os.path.join(folder, "store"), len(splits[0]))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(splits[0]))
+    torch.save([results_of(rank, split) for split in splits], os.path.join(folder, f"rank{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def results_of(rank: int, split: list) -> dict:
     results = {}
-    for case, options in CASES.items():
-        model = DistributedDataParallel(Towers("global", options).double())
+    for case, backend in RUNS:
+        dtype = BACKENDS[backend][0]
+        model = DistributedDataParallel(Towers("global", CASES[case]).to(dtype))
         query, candidate, keys = batch_of_rank(case, split, rank)
-        loss = model(query, candidate, **keys)
-        loss.backward()
+        with mmfused.backend(backend):
+            loss = model(query.to(dtype), candidate.to(dtype), **keys)
+            loss.backward()
+        assert split[rank][0] or loss == 0  # a rank without rows
         mean = loss.detach().clone()
         dist.all_reduce(mean)
-        results[case] = [mean / len(split), *(p.grad for p in model.parameters())]
+        results[case, backend] = [mean / len(split), *(p.grad for p in model.parameters())]
     local = Towers("local", {}).double()
     query, candidate, _ = batch_of_rank("plain", split, rank)
     loss = local(query, candidate)
     loss.backward()
     results["local"] = [loss.detach(), *(p.grad for p in local.parameters())]
-    torch.save(results, os.path.join(folder, f"rank{rank}"))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=sorted(SPLITS))
 def ranks(request):
-    split = SPLITS[request.param]
+    splits = SPLITS[request.param]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, args=(split, folder), nprocs=len(split))
-        yield split, [torch.load(os.path.join(folder, f"rank{rank}")) for rank in range(len(split))]
+        mp.spawn(run_rank, args=(splits, folder), nprocs=request.param)
+        results = [torch.load(os.path.join(folder, f"rank{rank}")) for rank in range(request.param)]
+        yield list(zip(splits, zip(*results, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_agree_with_one_process(ranks, case):
-    split, results = ranks
-    model = Towers(None, CASES[case]).double()
-    query, candidate, keys = whole_batch(case, split)
-    loss = model(query, candidate, **keys)
-    loss.backward()
-    for rank in results:
-        for got, want in zip(rank[case], [loss.detach(), *(p.grad for p in model.parameters())], strict=True):
-            assert (got - want).norm() <= 1e-11 * max(want.norm(), 1), case
+@pytest.mark.parametrize(("case", "backend"), RUNS)
+def test_ranks_agree_with_one_process(ranks, case, backend):
+    dtype, tolerance = BACKENDS[backend]
+    for split, results in ranks:
+        model = Towers(None, CASES[case]).double()
+        query, candidate, keys = whole_batch(case, split)
+        loss = model(query, candidate, **keys)
+        loss.backward()
+        for rank in results:
+            for got, want in zip(rank[case, backend], [loss.detach(), *(p.grad for p in model.parameters())], strict=True):
+                assert got.dtype == dtype and (got - want).norm() <= tolerance * max(want.norm(), 1), (case, split)
 
 
 def test_local_takes_remote_candidates_as_constants(ranks):
-    split, results = ranks
+    for split, results in ranks:
+        check_local(split, results)
+
+
+def check_local(split: list, results: list):
     query, candidate, _ = whole_batch("plain", split)
     first, extra = 0, sum(queries for queries, _ in split)
     for rank, (queries, candidates) in enumerate(split):

@@ -50,7 +50,12 @@ def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
     assert torch.equal(empty(**batch(name)).loss, model(**batch(name)).loss)
 
 
-CASES = [(name, case) for name in NAMES for case in ("all", "lacking")]
+CASES = [(name, case) for name in NAMES for case in ("all", "lacking", "one rank")] + [("moon2", "previous")]
+
+
+def changes(name, case):
+    previous = {"own_negative_only": True, "roll": True} if case == "previous" else {}
+    return {**EXACT.get(name, {}), **previous}
 
 
 def steps_of_rank(rank, world, path, folder):
@@ -59,9 +64,10 @@ def steps_of_rank(rank, world, path, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     for name, case in CASES:
-        model = DistributedDataParallel(small_model(name, **EXACT.get(name, {})), find_unused_parameters=False)
+        model = DistributedDataParallel(small_model(name, **changes(name, case)), find_unused_parameters=False)
         with mmfused.backend("composed"):
-            output = model(**rows_of(whole_batch(name, case), *((0, 3) if rank == 0 else (3, 6))))
+            middle = 0 if case in ("one rank", "previous") else 3
+            output = model(**rows_of(whole_batch(name, case), *((0, middle) if rank == 0 else (middle, 6))))
             output.loss.backward()
         loss = output.loss.detach().clone()
         dist.all_reduce(loss)
@@ -79,7 +85,8 @@ def two_ranks(tmp_path_factory):
 
 
 def whole_batch(name, case):
-    """ "lacking": the second rank has no picture, which the first one has."""
+    """ "lacking": the second rank has no picture, which the first one has; "one rank": the first rank has no rows; "previous":
+    the same, with the previous product's caption as a negative."""
     parts = batch(name)
     if case == "lacking":
         blind = without_images(parts)
@@ -89,7 +96,7 @@ def whole_batch(name, case):
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_ddp_over_two_ranks_is_one_process(name, case, two_ranks):
-    model = small_model(name, **EXACT.get(name, {}))
+    model = small_model(name, **changes(name, case))
     with mmfused.backend("composed"):
         output = model(**whole_batch(name, case))
         output.loss.backward()

@@ -33,7 +33,17 @@ from mmfused.library import no_autocast
 from mmfused.losses import dual_alignment, expert_shares
 from mmfused.models import qwen
 from mmfused.models.qwen import HostedConfig
-from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views, gather_rows, in_group, late_fusion, unit
+from mmfused.models.retrieval import (
+    VIEWS,
+    RetrievalModel,
+    RetrievalOutput,
+    check_views,
+    gather_rows,
+    in_group,
+    late_fusion,
+    refused,
+    unit,
+)
 from mmfused.ops.grouped_mlp import TopKMoE
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.masked_info_nce.function import loss_over_ranks
@@ -223,11 +233,17 @@ class MOON2(RetrievalModel):
     def compare(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
         """All losses of rows from `encode`; of row i, `candidate` is query i's positive and `negative` its hard negative.
 
-        Raises ValueError where `own_negative_only` has no `negative`.
+        Raises ValueError where `own_negative_only` has no `negative`, or the parts have not one number of rows.
         """
         c = self.config
+        rows = len(query["both"])
+        for name, part in (("candidate", candidate), ("negative", negative)):
+            if part is not None and len(part["both"]) != rows:
+                error = ValueError(f"{name} must have a row for each of the {rows} queries, got {len(part['both'])}")
+                raise refused("MOON2", error, query["both"])
         if negative is None and c.own_negative_only:
-            raise ValueError("negative is None; own_negative_only takes one, the only negative there is")
+            error = ValueError("negative is None; own_negative_only takes one, the only negative there is")
+            raise refused("MOON2", error, query["both"])
         with no_autocast(query["both"].device.type):
             losses = {} if "inter" in c.without else self._inter(query, candidate, negative)
             if "intra" not in c.without:
@@ -360,7 +376,7 @@ def contrast(query, candidates, temperature, weight, real, query_id, candidate_i
     """
     rows = torch.arange(len(query), device=query.device) + ((dist.get_rank() << 32) if in_group() else 0)
     query_key = rows if own else torch.zeros_like(rows)
-    candidate_key = query_key.repeat(len(candidates) // len(query)).masked_fill(~real, NOBODY)
+    candidate_key = query_key.repeat(len(candidates) // max(len(query), 1)).masked_fill(~real, NOBODY)
     keys = {"query_key": query_key, "candidate_key": candidate_key, "query_id": query_id, "candidate_id": candidate_id}
     options = {"temperature": temperature, "row_weight": weight, **keys}
     if in_group():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfused.ops.masked_info_nce.distributed import Ranks
+from mmfused.ops.masked_info_nce.distributed import Ranks, gradient_needed, refuse
 
 VIEWS = ("image", "text", "both")
 
@@ -32,15 +32,22 @@ class RetrievalModel(nn.Module):
     A model has `encode(role, **items)`: what the loss needs of a part, tensors of a row an item, and scalars that are means over
     the items; `compare(query, candidate, negative)`: the output, from these; and `embed(views, **items)`: for each view unit
     embeddings (B, D) in float32. Over several ranks each gives the loss such that the mean over ranks has the gradient of one
-    process with the whole batch.
+    process with the whole batch; a rank may have no rows.
     """
 
     takes_negatives = True  # whether a batch has hard negatives
 
     def forward(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
         parts = {"query": query, "candidate": candidate, "negative": negative}
-        encoded = {role: None if items is None else self.encode(role, **items) for role, items in parts.items()}
+        encoded = {role: None if items is None else self._encode(role, items) for role, items in parts.items()}
         return self.compare(**encoded)
+
+    def _encode(self, role: str, items: dict) -> dict[str, Tensor]:
+        if len(items["labels"]) or not in_group():
+            return self.encode(role, **items)
+        # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so one of zeros that is dropped.
+        one = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()}
+        return {name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()}
 
     @property
     def picture_size(self) -> int:
@@ -73,23 +80,35 @@ def in_group() -> bool:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.ranks = Ranks(x, x, share_gradients=True)
-        return ctx.ranks.gather(x.contiguous())
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return ranks.gather(x.contiguous())
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.ranks.return_gradient(gradient.contiguous())
+        return ctx.ranks.return_gradient(gradient.contiguous()), None
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; ranks may have unequally many. The gradient is summed over the ranks' uses of a row.
+    """Rows of all ranks, in rank order; ranks may have unequally many, or none. The gradient is summed over the ranks' uses of a
+    row. All ranks raise where one's rows have another shape or dtype, or need a gradient while the others' need none.
 
     A loss that every rank evaluates on all rows has, averaged over ranks as DDP does, the gradient of one process.
     """
     if not in_group():
         return x
-    return _GatherRows.apply(x) if x.is_floating_point() else Ranks(x, x, share_gradients=True).gather(x)
+    if x.dim() == 0:
+        raise refused("gather_rows", ValueError("gather_rows: x is a scalar; it takes (rows, ...)."), x)
+    settings = {"a row's shape": tuple(x.shape[1:]), "the rows' gradient": gradient_needed(x)}
+    ranks = Ranks("gather_rows", x, x, share_gradients=True, settings=settings)
+    return _GatherRows.apply(x, ranks) if x.is_floating_point() else ranks.gather(x)
+
+
+def refused(op: str, error: Exception, near: Tensor) -> Exception:
+    """``error``, to be raised before what this rank would exchange next; there all other ranks raise, and quote it."""
+    if in_group():
+        refuse(op, error, near)
+    return error
 
 
 @contextmanager

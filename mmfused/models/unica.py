@@ -36,7 +36,7 @@ from mmfused.library import no_autocast
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
 from mmfused.models.inputs import check_flags, check_range, check_tokens, contain, encode_image, map_tokens, one_source
-from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, check_views, gather_rows, late_fusion, unit
+from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, check_views, gather_rows, late_fusion, refused, unit
 from mmfused.ops.gated_cross_attention import BidirectionalGatedCrossAttention
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
@@ -230,7 +230,8 @@ class UniCA(RetrievalModel):
         """The loss, and its terms "info_nce" and "positive_similarity", which carry no gradient of their own."""
         q, positive = query["embedding"], candidate["embedding"]
         if len(q) != len(positive):
-            raise ValueError(f"candidate must have a row for each of the {len(q)} queries, got {len(positive)}")
+            error = ValueError(f"candidate must have a row for each of the {len(q)} queries, got {len(positive)}")
+            raise refused("UniCA", error, q)
         parts = [candidate] if negative is None or "hard_negatives" in self.config.without else [candidate, negative]
         c, labels = (torch.cat([part[name] for part in parts]) for name in ("embedding", "labels"))
         with no_autocast(q.device.type):  # in float32, which unit vectors deserve

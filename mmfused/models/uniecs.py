@@ -40,7 +40,16 @@ from torch.nn import functional as F
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
 from mmfused.models.inputs import read_image, read_text
-from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views, gather_rows, late_fusion, unit
+from mmfused.models.retrieval import (
+    VIEWS,
+    RetrievalModel,
+    RetrievalOutput,
+    check_views,
+    gather_rows,
+    late_fusion,
+    refused,
+    unit,
+)
 from mmfused.models.uniecs_losses import NAMES, TERMS, LossOptions, adaptive_loss, loss_terms, weighted_mean
 from mmfused.ops.gated_cross_attention import BidirectionalGatedCrossAttention, pack_passes
 
@@ -275,13 +284,16 @@ class UniECS(RetrievalModel):
     def compare(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
         """All terms between queries and candidates of all ranks, each of which evaluates all of it, weights included."""
         if negative is not None:
-            raise ValueError("negative must be None: UniECS has its negatives from the batch")
+            error = ValueError("negative must be None: UniECS has its negatives from the batch")
+            raise refused("UniECS", error, query["both"])
         if self.training:
             with torch.no_grad():
                 self.log_scale.clamp_(0, 3)
         c = self.config
         pair = (query, candidate)
         rows = gather_rows(torch.stack([part[view] for part in pair for view in VIEWS], 1))
+        if not len(rows):
+            raise ValueError("query has 0 rows on every rank; it takes at least one in all")
         flags = ("labels", "has_image", "has_text")
         ids = gather_rows(torch.stack([part[name].long() for part in pair for name in flags], 1))
         options = LossOptions(*(getattr(c, name) for name in LossOptions._fields))

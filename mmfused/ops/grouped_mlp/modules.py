@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...children import Called, read
-from ..topk_routing import Routing, topk_routing, topk_routing_from_input
+from ..topk_routing import Routing, topk_routing, topk_routing_from_input, update_selection_bias
 from .checks import ACTIVATIONS
 from .function import grouped_mlp
 
@@ -21,7 +22,7 @@ class TopKMoE(nn.Module):
         num_experts, top_k: E experts, of which a token uses k.
         activation: "gelu", "relu" or "swiglu".  bias: of the experts; a "swiglu" gate has none.
         selection_bias: hold a buffer ``selection_bias`` (E,) for balance without a loss: after each optimizer step call
-            ``update_selection_bias(moe.selection_bias, routing.counts)``. It stays in float32 when the module is cast to 16 bits.
+            :meth:`update_selection_bias`. It stays in float32 when the module is cast to 16 bits.
         available: (num_segments, E) bool, the experts each segment may use; kept as a buffer.
         score, renormalize, num_segments, balance, jitter: as :func:`topk_routing`; jitter acts in training.
 
@@ -108,6 +109,18 @@ class TopKMoE(nn.Module):
             activation=self.activation,
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out, routing
+
+    def update_selection_bias(
+        self, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """:func:`mmfused.update_selection_bias` of this layer: ``moe.update_selection_bias(routing.counts)``.
+
+        Once after each optimizer step, on every rank with its own counts, which are summed over the ranks of ``group`` (None: all);
+        under DDP too (call it on the module inside). With gradient accumulation ``counts`` is the sum over the micro-batches.
+        """
+        if self.selection_bias is None:
+            raise ValueError("TopKMoE: selection_bias is False; update_selection_bias takes a module that has one.")
+        update_selection_bias(self.selection_bias, counts, rate, group=group)
 
     def extra_repr(self) -> str:
         experts, _, hidden = self.w_down.shape

@@ -14,10 +14,11 @@ SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
 
 
 def check(
-    query, candidate, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric, positive_weight,
-    row_weight, label_smoothing, false_negative_margin, reduction,
+    query, candidate, over_ranks, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric,
+    positive_weight, row_weight, label_smoothing, false_negative_margin, reduction,
 ):  # fmt: skip
-    check_first(query, candidate)
+    """``over_ranks``: other ranks may have rows where this one has none."""
+    check_first(query, candidate, over_ranks)
     vectors = dict(target=target, query_key=query_key, candidate_key=candidate_key, query_id=query_id, candidate_id=candidate_id)
     check_tensors(OP, query=query, **vectors, row_weight=row_weight)
     sizes = dict(target="query", query_key="query", candidate_key="candidate", query_id="query", candidate_id="candidate")
@@ -41,8 +42,8 @@ def check(
     _check_values(target, query_key, candidate_key, candidate.shape[0])
 
 
-def check_first(query: Tensor, candidate: Tensor) -> None:
-    """The embeddings themselves: before anything asks for their length, or sends them to other ranks."""
+def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
+    """The embeddings themselves: before anything asks for their length."""
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor is None:
             raise TypeError(f"{OP}: {name} is None; it takes a torch.Tensor.")
@@ -53,8 +54,9 @@ def check_first(query: Tensor, candidate: Tensor) -> None:
             "float32, float16, bfloat16 or float64."
         )
     for name, tensor in (("query", query), ("candidate", candidate)):
-        if tensor.dim() != 2 or tensor.numel() == 0:
-            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), neither of them 0.")
+        if tensor.dim() != 2 or tensor.shape[1] == 0 or (tensor.shape[0] == 0 and not over_ranks):
+            zero = "dim not 0" if over_ranks else "neither of them 0"
+            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), {zero}.")
     if query.shape[1] != candidate.shape[1]:
         raise ValueError(f"{OP}: candidate has dim {candidate.shape[1]}; it takes {query.shape[1]} as query has.")
 
@@ -67,6 +69,8 @@ def _check_options(symmetric, target, query, candidate, same_id, label_smoothing
             f"{OP}: there are {candidate.shape[0]} candidates for {query.shape[0]} queries; without a target it takes at least "
             "as many."
         )
+    if candidate.shape[0] == 0 < query.shape[0]:  # over ranks; a target is one of this rank's
+        raise ValueError(f"{OP}: there are 0 candidates for {query.shape[0]} queries with a target; it takes at least one.")
     if same_id not in SAME_ID:
         raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
     if reduction not in REDUCTIONS:

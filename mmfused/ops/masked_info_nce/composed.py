@@ -172,7 +172,7 @@ def _widened(q: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> float | None:
     """A bound of |logits| that may stand in for every row's and column's maximum; None where exponentials could then underflow."""
-    if bias is not None and bias.any():  # NaN
+    if len(q) == 0 or (bias is not None and bias.any()):  # NaN
         return None
     bound = float(torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max() * scale.abs())
     return bound if bound <= SAFE_SHIFT[q.dtype] else None  # False for NaN too

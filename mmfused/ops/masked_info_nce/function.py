@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...library import choose, distinct, no_autocast, to_autocast
 from .autograd import InfoNCE
-from .checks import check, check_first, valid_or_nan
-from .distributed import Ranks
+from .checks import OP, check, valid_or_nan
+from .distributed import Ranks, gradient_needed, refuse
 
 
 def masked_info_nce_reference(
@@ -172,51 +172,90 @@ def masked_info_nce(
     weights = dict(positive_weight=positive_weight, row_weight=row_weight, label_smoothing=label_smoothing, reduction=reduction)
     weights["false_negative_margin"] = false_negative_margin
     keys = dict(query_key=query_key, candidate_key=candidate_key, query_id=query_id, candidate_id=candidate_id, same_id=same_id)
-    return _loss(query, candidate, None, temperature=temperature, target=target, symmetric=symmetric, **keys, **weights)
+    return _loss(query, candidate, temperature=temperature, target=target, symmetric=symmetric, **keys, **weights)
 
 
 def scaled_info_nce(query: Tensor, candidate: Tensor, scale: float | Tensor, *, symmetric: bool = False) -> Tensor:
     """:func:`masked_info_nce` of logits ``scale * query candidate^T``. The scale may be any number, 0, negative or NaN: what other
     libraries' losses take."""
-    return _loss(query, candidate, None, scale=scale, symmetric=symmetric)
+    return _loss(query, candidate, scale=scale, symmetric=symmetric)
 
 
-def loss_over_ranks(
-    query: Tensor, candidate: Tensor, share_gradients: bool, *, row_weight: Tensor | None = None, **options
-) -> Tensor:
+def loss_over_ranks(query: Tensor, candidate: Tensor, share_gradients: bool, **options) -> Tensor:
     """:func:`masked_info_nce` with the candidates of every rank; the sum of this rank's rows times W over the number of all rows
-    (or over the sum of all row weights). Target and keys are this rank's own; ``share_gradients`` as in :class:`Ranks`."""
-    query, candidate = to_autocast(query, candidate)
-    check_first(query, candidate)
-    ranks = Ranks(query, candidate, share_gradients)
-    loss = _loss(query, candidate, ranks, row_weight=row_weight, **{**options, "reduction": "sum"})
+    (or over the sum of all row weights). Target and keys are this rank's own; ``share_gradients`` as in :class:`Ranks`.
+
+    A rank without rows gives 0, with gradients of 0 and those that its candidates get from other ranks. Where one rank's inputs
+    are refused, or differ in what must be the same, all ranks raise: that rank its own error, the others one that names it.
+    """
+    options["reduction"] = "sum"
+    try:
+        checked = _checked(query, candidate, over_ranks=True, **options)
+    except Exception as error:
+        refuse(OP, error, query)
+        raise
+    query, candidate, temperature, _, _, masks, weights = checked
+    ranks = Ranks(OP, query, candidate, share_gradients, _settings(*checked, share_gradients))
+    if not sum(ranks.rows):
+        raise ValueError(f"{OP}: query has 0 rows on every rank; it takes at least one in all.")
+    loss, row_weight = _computed(*checked, ranks), weights["row_weight"]
     if row_weight is None:
         return loss * (ranks.world / sum(ranks.rows))
     total = ranks.total(row_weight.to(loss.dtype).sum())
     return loss * ranks.world / total.masked_fill(total == 0, 1.0)
 
 
-def _loss(
-    query, candidate, ranks, *, temperature=None, scale=None, target=None, query_key=None, candidate_key=None, query_id=None,
-    candidate_id=None, same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0,
+def _settings(query, candidate, temperature, scale, chosen, masks, weights, share_gradients) -> dict[str, object]:
+    """What ranks must agree in: the rules of the loss, and all that decides what they exchange."""
+    given = {name: "given" if masks[name] is not None else "None" for name in ("candidate_key", "candidate_id")}
+    rules = {name: weights[name] for name in ("positive_weight", "label_smoothing", "false_negative_margin")}
+    settings = {
+        "dim": query.shape[1],
+        "gather": "'global'" if share_gradients else "'local'",
+        "symmetric": bool(masks["symmetric"]),
+        "same_id": repr(masks["same_id"]),
+        "temperature": "a tensor" if isinstance(temperature, Tensor) else float(temperature),
+        "row_weight": "None" if weights["row_weight"] is None else "given",
+        **given,
+        **{name: None if value is None else float(value) for name, value in rules.items()},
+    }
+    if share_gradients:
+        settings["candidate's gradient"] = gradient_needed(candidate)
+    if masks["symmetric"]:
+        settings["the loss's gradient"] = gradient_needed(query, candidate, temperature)
+    return settings
+
+
+def _loss(query, candidate, **options) -> Tensor:
+    return _computed(*_checked(query, candidate, **options), None)
+
+
+def _checked(
+    query, candidate, over_ranks=False, *, temperature=None, scale=None, target=None, query_key=None, candidate_key=None,
+    query_id=None, candidate_id=None, same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0,
     false_negative_margin=None, reduction="mean",
-):  # fmt: skip
+) -> tuple:  # fmt: skip
+    """All that can be refused, is; (query, candidate, temperature, scale, backend, masks, weights), what is computed from."""
     query, candidate = to_autocast(query, candidate)
     ids = dict(query_id=query_id, candidate_id=candidate_id, same_id=same_id)
-    options = dict(target=target, query_key=query_key, candidate_key=candidate_key, **ids, symmetric=symmetric)
-    rest = dict(positive_weight=positive_weight, row_weight=row_weight, label_smoothing=label_smoothing, reduction=reduction)
-    rest["false_negative_margin"] = false_negative_margin
-    check(query, candidate, temperature=temperature, **options, **rest)
+    masks = dict(target=target, query_key=query_key, candidate_key=candidate_key, **ids, symmetric=symmetric)
+    weights = dict(positive_weight=positive_weight, row_weight=row_weight, label_smoothing=label_smoothing, reduction=reduction)
+    weights["false_negative_margin"] = false_negative_margin
+    check(query, candidate, over_ranks, temperature=temperature, **masks, **weights)
     temperature = valid_or_nan(temperature)
     no_kernel = [] if false_negative_margin is None else ["false_negative_margin has no kernel"]
-    chosen = choose("masked_info_nce", query.device, query.dtype, no_kernel, ("export", "onnx"))
+    chosen = choose(OP, query.device, query.dtype, no_kernel, ("export", "onnx"))
+    if over_ranks and chosen == "reference":
+        raise RuntimeError(f"{OP}: backend 'reference' has no gather; it takes gather=None, or 'composed'.")
+    return query, candidate, temperature, scale, chosen, masks, weights
+
+
+def _computed(query, candidate, temperature, scale, chosen, masks, weights, ranks) -> Tensor:
     with no_autocast(query.device.type):
         if chosen == "reference":
-            if ranks is not None:
-                raise RuntimeError("masked_info_nce: backend 'reference' has no gather; it takes gather=None, or 'composed'.")
             if scale is not None:
                 query, temperature = query.to(torch.promote_types(query.dtype, torch.float32)) * scale, 1.0
-            return masked_info_nce_reference(query, candidate, temperature=temperature, **options, **rest)
+            return masked_info_nce_reference(query, candidate, temperature=temperature, **masks, **weights)
         acc = torch.promote_types(query.dtype, torch.float32)
         if scale is None:
             scale = temperature.to(acc).reciprocal() if isinstance(temperature, Tensor) else 1 / temperature
@@ -225,11 +264,16 @@ def _loss(
             scale = scale + 0 * scale  # infinite: NaN, whatever the products are
         else:
             scale = torch.full((), scale, dtype=acc, device=query.device)
-        target, query_key, query_id, broken = _defaults(query, candidate, target, query_key, candidate_key, query_id, candidate_id)
+        names = ("target", "query_key", "candidate_key", "query_id", "candidate_id")
+        target, query_key, query_id, broken = _defaults(query, candidate, *(masks[name] for name in names))
         if ranks is not None:
             target = target + ranks.first_candidate
-        tensors = distinct(query, candidate, scale, target, broken, query_key, candidate_key, query_id, candidate_id)
-        options = (same_id, symmetric, label_smoothing, false_negative_margin)
+            chosen = chosen if len(query) else "composed"  # a kernel has no empty grid
+        tensors = distinct(
+            query, candidate, scale, target, broken, query_key, masks["candidate_key"], query_id, masks["candidate_id"]
+        )
+        options = (masks["same_id"], masks["symmetric"], weights["label_smoothing"], weights["false_negative_margin"])
         nce, dots = InfoNCE.apply(*tensors, *options, chosen, ranks)
+        positive_weight = weights["positive_weight"]
         loss = nce + positive_weight * (1 - dots) if positive_weight else nce
-        return _reduce(loss, row_weight, reduction)
+        return _reduce(loss, weights["row_weight"], weights["reduction"])

@@ -109,6 +109,8 @@ def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
     ``may_be_ignored``: a row that is not finite becomes NaN by a sum, whose gradient is the upstream one: 0
     where the loss ignores the row. That of a division by its length would be NaN.
     """
+    if not isinstance(x, Tensor):  # the loss says it, and over ranks to all of them
+        return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not may_be_ignored:
         return F.normalize(wide, dim=-1).to(x.dtype)

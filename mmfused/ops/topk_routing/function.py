@@ -19,6 +19,7 @@ which one kernel writes from the logits. Forward: route, scan over blocks of tok
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -339,11 +340,20 @@ def _route(
 
 
 @torch.no_grad()
-def update_selection_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
+def update_selection_bias(
+    bias: Tensor, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None
+) -> None:
     """After an optimizer step, in place: ``bias += rate * sign(mean(c) - c)``, c (E,) what each expert got, counts (S, E) or (E,).
 
-    An expert that got too little is chosen more easily from now on; the loss is not touched (DeepSeek-V3, arXiv 2412.19437). Over
-    ranks, sum the counts first: ``torch.distributed.all_reduce(counts)``.
+    An expert that got too little is chosen more easily from now on; the loss is not touched (DeepSeek-V3, arXiv 2412.19437).
+
+    Over ranks, where a process group is initialised, c is the sum over the ranks of ``group`` (None: all), each of which calls
+    this; ``counts`` stays as it is. So all biases stay equal. With the counts of each rank alone, DDP would overwrite them by
+    rank 0's at its next forward, and under FSDP the ranks would come to route differently. Where ranks hold other layers (pipeline
+    or expert parallelism), ``group`` is the data-parallel group, of the ranks that hold this bias.
+
+    With gradient accumulation give the sum of the micro-batches' counts. Gradient checkpointing runs a forward twice: take the
+    counts of the Routing that is returned, and add none up inside of what is checkpointed.
     """
     if bias.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"update_selection_bias: bias has dtype {bias.dtype}; it takes float32: 16 bits lose steps of {rate}.")
@@ -352,5 +362,7 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> N
         raise ValueError(
             f"update_selection_bias: counts has shape {tuple(counts.shape)}; it takes {len(bias)} experts, as bias has."
         )
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(load, group=group)
     load = load.to(bias.dtype)
     bias.add_(rate * (load.mean() - load).sign())

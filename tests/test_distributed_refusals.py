@@ -1,0 +1,396 @@
+"""Where one of several processes (gloo) cannot go on, all raise, and can go on together afterwards; the selection bias over ranks.
+
+One start of the processes runs all cases, one after the other: starting them takes longer than all cases.
+"""
+
+import contextlib
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import mmfused
+from mmfused import MaskedInfoNCE, TopKMoE
+from mmfused.models.retrieval import gather_rows, refused
+from mmfused.ops.masked_info_nce.function import loss_over_ranks
+
+WORLDS = (2, 3)
+SECONDS = 20  # within which all ranks raise
+HANGS = 120  # seconds after which the processes are ended
+UMLAUTS = "ü" * 3000  # more bytes than are sent
+
+
+def batch(rank: int) -> dict:
+    generator = torch.Generator().manual_seed(rank)
+    query, candidate = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (4, 6))
+    return {"query": query, "candidate": candidate, "temperature": 0.2}
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+# By sentence: what the last rank changes, in its arguments; the type of its error.
+REFUSED = {
+    "query is None; it takes a torch.Tensor.": ({"query": None}, TypeError),
+    "candidate is a list; it takes a torch.Tensor.": ({"candidate": [1.0]}, TypeError),
+    "query and candidate have dtypes torch.float64 and": (
+        {"query": torch.randn(4, 8).double()},
+        TypeError,
+    ),
+    "query has shape (4,); it takes (rows, dim), dim not 0.": (
+        {"query": torch.randn(4)},
+        ValueError,
+    ),
+    "candidate has shape (6, 0); it takes (rows, dim), dim not 0.": (
+        {"candidate": torch.randn(6, 0)},
+        ValueError,
+    ),
+    "candidate has dim 7; it takes 8 as query has.": ({"candidate": torch.randn(6, 7)}, ValueError),
+    "there are 3 candidates for 4 queries; without a target": (
+        {"candidate": torch.randn(3, 8)},
+        ValueError,
+    ),
+    "there are 0 candidates for 4 queries with a target": (
+        {"candidate": torch.randn(0, 8), "target": ints(0, 0, 0, 0)},
+        ValueError,
+    ),
+    "target holds a value outside [0, 6)": ({"target": ints(0, 1, 2, 6)}, ValueError),
+    "target has dtype torch.float32; it takes torch.int64.": (
+        {"target": torch.zeros(4)},
+        TypeError,
+    ),
+    "query_key is given without candidate_key": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
+    "candidate_key has shape (2,); it takes (6,)": ({"candidate_key": ints(0, 1)}, ValueError),
+    "candidate_key holds a value below -1": (
+        {"candidate_key": ints(0, 1, 2, 3, 4, -2)},
+        ValueError,
+    ),
+    "row_weight holds a negative number": (
+        {"row_weight": torch.tensor([1.0, 1.0, 1.0, -1.0])},
+        ValueError,
+    ),
+    "row_weight has shape (3,); it takes (4,).": ({"row_weight": torch.ones(3)}, ValueError),
+    "temperature is 0; it takes a number above 0.": ({"temperature": 0}, ValueError),
+    "temperature holds a number that is not above 0": (
+        {"temperature": torch.tensor(-1.0)},
+        ValueError,
+    ),
+    "same_id is 'ü": ({"same_id": UMLAUTS}, ValueError),
+    "label_smoothing is 2": ({"label_smoothing": 2}, ValueError),
+    "symmetric and target are both given": (
+        {"symmetric": True, "target": ints(0, 1, 2, 3)},
+        ValueError,
+    ),
+    "backend 'reference' has no gather": ({"backend": "reference"}, RuntimeError),
+    "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
+}
+# By what is named: (what all ranks take, what the last one changes, its value on rank 0 and on the last one).
+KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
+NEEDED, NOT = "needed", "not needed (no_grad, or frozen)"
+DIFFERENT = {
+    "dtype": (
+        {},
+        {"query": torch.randn(4, 8).double(), "candidate": torch.randn(6, 8).double()},
+        "torch.float32",
+        "torch.float64",
+    ),
+    "dtype under autocast": ({}, {"autocast": True}, "torch.float32", "torch.bfloat16"),
+    "dim": ({}, {"query": torch.randn(4, 9), "candidate": torch.randn(6, 9)}, "8", "9"),
+    "gather": ({}, {"share_gradients": False}, "'global'", "'local'"),
+    "symmetric": ({}, {"symmetric": True}, "False", "True"),
+    "same_id": (IDS, {"same_id": "mean"}, "'drop'", "'mean'"),
+    "temperature": ({}, {"temperature": 0.3}, "0.2", "0.3"),
+    "temperature, learned": (
+        {"temperature": torch.tensor(0.2)},
+        {"temperature": 0.2},
+        "a tensor",
+        "0.2",
+    ),
+    "candidate_key": (KEYS, {"candidate_key": None}, "given", "None"),
+    "candidate_id": ({}, IDS, "None", "given"),
+    "row_weight": ({}, {"row_weight": torch.ones(4)}, "None", "given"),
+    "label_smoothing": ({}, {"label_smoothing": 0.5}, "0.0", "0.5"),
+    "candidate's gradient": ({}, {"candidate": torch.randn(6, 8)}, NEEDED, NOT),
+    "candidate's gradient under no_grad": ({}, {"no_grad": True}, NEEDED, NOT),
+    "the loss's gradient": (
+        {"symmetric": True, "candidate": torch.randn(6, 8)},
+        {"query": torch.randn(4, 8)},
+        NEEDED,
+        NOT,
+    ),
+    "the call": (
+        {},
+        {"call": lambda query, **_: gather_rows(query)},
+        "masked_info_nce",
+        "gather_rows",
+    ),
+}
+# gather_rows: what the first ranks and the last one give, and what all say.
+GATHERED = {
+    "shape": (
+        torch.zeros(2, 3),
+        torch.zeros(2, 4),
+        "a row's shape is (3,) on rank 0 and (4,) on rank",
+    ),
+    "dtype": (
+        torch.zeros(2, 3),
+        torch.zeros(2, 3).double(),
+        "dtype is torch.float32 on rank 0 and torch.float64 on rank",
+    ),
+    "gradient": (
+        torch.zeros(2, 3),
+        torch.zeros(2, 3).requires_grad_(),
+        f"the rows' gradient is {NOT} on rank 0 and needed on",
+    ),
+    "scalar": (torch.zeros(2, 3), torch.zeros(()), "x is a scalar; it takes (rows, ...)."),
+}
+
+
+def loss_of(
+    query,
+    candidate,
+    *,
+    share_gradients=True,
+    backend="auto",
+    autocast=False,
+    no_grad=False,
+    call=loss_over_ranks,
+    **rest,
+):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mmfused.backend(backend))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+        stack.enter_context(torch.set_grad_enabled(not no_grad))
+        return call(query=query, candidate=candidate, share_gradients=share_gradients, **rest)
+
+
+def run_rank(rank: int, world: int, folder: str):
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    bad, results = rank == world - 1, {}
+
+    def outcome(name, call):
+        """Type and sentence of its error; and the good loss after it, of a group that must still work."""
+        start, error = time.monotonic(), None
+        try:
+            call()
+        except Exception as caught:
+            error = (type(caught).__name__, str(caught))
+        seconds = time.monotonic() - start
+        good = batch(rank)
+        loss = loss_of(**good)
+        loss.backward()
+        results[name] = (error, seconds, loss.detach(), good["candidate"].grad)
+
+    outcome("good", lambda: None)
+    for name, (change, _) in REFUSED.items():
+        outcome(name, lambda change=change: loss_of(**batch(rank) | (change if bad else {})))
+    for name, (everywhere, change, *_) in DIFFERENT.items():
+        outcome(
+            name,
+            lambda e=everywhere, change=change: loss_of(
+                **batch(rank) | e | (change if bad else {})
+            ),
+        )
+    for name, (x, last, _) in GATHERED.items():
+        outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if bad else x))
+    outcome("no rows", lambda: loss_of(torch.randn(0, 8), torch.randn(rank, 8), temperature=0.2))
+    outcome(
+        "module",
+        lambda: MaskedInfoNCE(gather="global")(
+            None if bad else torch.randn(4, 8), torch.randn(4, 8)
+        ),
+    )
+    outcome("model", lambda: compare_of_a_model(bad))
+    outcome(
+        "several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank})
+    )
+    results["gathered"] = [gather_rows(torch.full((rows, 2), rank)) for rows in (rank, 0)]
+    results["bias"] = biases(rank, world)
+    torch.save(results, os.path.join(folder, f"rank{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare_of_a_model(bad: bool):
+    """A model's loss refuses on one rank before what the others exchange in theirs."""
+    if bad:
+        raise refused("Model", ValueError("negative is None; it takes one"), None)
+    return gather_rows(torch.zeros(2, 3))
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def results(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(run_rank, (request.param, str(folder)), nprocs=request.param, join=False)
+    end = time.monotonic() + HANGS
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, "the ranks hang"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"rank{rank}") for rank in range(request.param)]
+
+
+def errors(results: list, name: str) -> list[tuple[str, str]]:
+    """Of each rank. Whatever the case was, the ranks raised soon, and then computed the good loss as before."""
+    for rank in results:
+        _, seconds, loss, gradient = rank[name]
+        assert seconds < SECONDS
+        assert torch.equal(loss, rank["good"][2]) and torch.equal(gradient, rank["good"][3])
+    return [rank[name][0] for rank in results]
+
+
+def check_refusal(found: list, op: str, kind: str, sentence: str):
+    """The last rank raises its own error, the others one that names it and quotes the sentence."""
+    *others, (own_kind, own) = found
+    assert own_kind == kind and sentence in own
+    quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
+    assert others == [
+        ("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")
+    ] * len(others)
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
+    check_refusal(
+        errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence
+    )
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
+    _, _, first, last = DIFFERENT[name]
+    setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
+    sentence = (
+        f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
+    )
+    for i, (kind, text) in enumerate(errors(results, name)):
+        op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
+        assert (kind, text) == ("ValueError", f"{op}: {sentence}")
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_gather_rows_refuses_on_all_ranks(results, name):
+    found, sentence = errors(results, f"gather_rows {name}"), GATHERED[name][2]
+    if name == "scalar":
+        return check_refusal(found, "gather_rows", "ValueError", sentence)
+    assert (
+        len(set(found)) == 1
+        and found[0][0] == "ValueError"
+        and found[0][1].startswith(f"gather_rows: {sentence}")
+    )
+
+
+def test_gather_rows_takes_ranks_without_rows(results):
+    want = torch.cat([torch.full((rank, 2), rank) for rank in range(len(results))])
+    for rank in results:
+        some, none = rank["gathered"]
+        assert torch.equal(some, want) and none.shape == (0, 2)
+
+
+def test_no_rows_on_any_rank_is_one_sentence_on_all(results):
+    sentence = "masked_info_nce: query has 0 rows on every rank; it takes at least one in all."
+    assert errors(results, "no rows") == [("ValueError", sentence)] * len(results)
+
+
+def test_the_module_refuses_what_it_cannot_normalise_on_all_ranks(results):
+    check_refusal(
+        errors(results, "module"),
+        "masked_info_nce",
+        "TypeError",
+        "query is None; it takes a torch.Tensor.",
+    )
+
+
+def test_where_several_ranks_refuse_each_raises_its_own_error(results):
+    first, *others = errors(results, "several")
+    sentence = "masked_info_nce: {}temperature is -{}; it takes a number above 0."
+    assert first == ("RuntimeError", sentence.format("rank 1 refused its inputs: ", 1))
+    for rank, error in enumerate(others, 1):
+        assert error == ("ValueError", sentence.format("", rank))
+
+
+def test_what_a_model_refuses_on_one_rank_the_others_quote(results):
+    *others, own = errors(results, "model")
+    assert own == ("ValueError", "negative is None; it takes one")
+    sentence = f"gather_rows: rank {len(others)} refused its inputs: negative is None; it takes one"
+    assert others == [("RuntimeError", sentence)] * len(others)
+
+
+# ---- the selection bias -------------------------------------------------------------------------
+
+
+def mixture() -> TopKMoE:
+    torch.manual_seed(0)
+    return TopKMoE(6, 4, 5, top_k=2, score="sigmoid", selection_bias=True)
+
+
+def tokens(rank: int, step: int) -> torch.Tensor:
+    """Each rank's tokens lie apart, so that its own counts would move the bias elsewhere."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(30 + 20 * rank, 6, generator=generator) + torch.randn(6, generator=generator)
+
+
+def biases(rank: int, world: int) -> dict:
+    """After some steps: with the counts of all ranks, of a group of two, and of this rank alone; and under DDP."""
+    groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
+    found = {}
+    for name, group in {"all": None, "pair": groups[0], "alone": groups[1 + rank]}.items():
+        if name == "pair" and rank > 1:
+            continue
+        moe = mixture()
+        for step in range(4):
+            counts = moe(tokens(rank, step))[1].counts
+            before = counts.clone()
+            moe.update_selection_bias(counts, 0.05, group=group)
+            assert torch.equal(counts, before)
+        found[name] = moe.selection_bias
+    wrapped = torch.nn.parallel.DistributedDataParallel(mixture())
+    for step in range(4):
+        wrapped.module.update_selection_bias(wrapped(tokens(rank, step))[1].counts, 0.05)
+    return found | {"ddp": wrapped.module.selection_bias}
+
+
+def bias_of_one_process(ranks) -> torch.Tensor:
+    moe = mixture()
+    for step in range(4):
+        routing = moe(torch.cat([tokens(rank, step) for rank in ranks]))[1]
+        moe.update_selection_bias(routing.counts, 0.05)
+    return moe.selection_bias
+
+
+def test_the_selection_bias_of_all_ranks_is_that_of_one_process(results):
+    want = bias_of_one_process(range(len(results)))
+    for rank, found in enumerate(results):
+        assert torch.equal(found["bias"]["all"], want) and torch.equal(found["bias"]["ddp"], want)
+        assert torch.equal(found["bias"]["alone"], bias_of_one_process([rank]))
+    assert not torch.equal(results[0]["bias"]["alone"], results[1]["bias"]["alone"])
+
+
+def test_the_selection_bias_takes_the_counts_of_a_group(results):
+    for found in results[:2]:
+        assert torch.equal(found["bias"]["pair"], bias_of_one_process([0, 1]))
+
+
+def test_a_mixture_without_a_selection_bias_says_so():
+    with pytest.raises(
+        ValueError,
+        match="TopKMoE: selection_bias is False; update_selection_bias takes a module that has one.",
+    ):
+        TopKMoE(6, 4, 5).update_selection_bias(torch.ones(5))
+
+
+def test_counts_of_micro_batches_are_summed_before_the_update():
+    whole, parts = mixture(), mixture()
+    x = torch.cat([tokens(0, 0), tokens(1, 0)])
+    whole.update_selection_bias(whole(x)[1].counts)
+    parts.update_selection_bias(sum(parts(part)[1].counts for part in x.split(17)))
+    assert whole.selection_bias.any() and torch.equal(parts.selection_bias, whole.selection_bias)
