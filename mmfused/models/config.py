@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from typing import ClassVar
 
+from mmfused.json_files import one_line
 from mmfused.models.encoders import check_image, check_text, picture_size
 from mmfused.models.fields import check_field, shown
 from mmfused.models.weights import on_meta
@@ -120,6 +121,11 @@ def shapes_of(kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     To compare with a file's before either is in memory. ValueError where the config makes no model.
     """
-    with on_meta():
-        model = kind.model(config)
+    try:
+        with on_meta():
+            model = kind.model(config)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"model: got a {type(config).__name__} that makes none: {one_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mmfused.library import no_autocast
 from mmfused.losses import dual_alignment, expert_shares
 from mmfused.models import qwen
+from mmfused.models.fields import check_field
 from mmfused.models.qwen import HostedConfig
 from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views, gather_rows, in_group, late_fusion, unit
 from mmfused.ops.grouped_mlp import TopKMoE
@@ -86,6 +87,7 @@ class MOON2Config(HostedConfig):
         text = self.host["text_config"]
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
+        check_field("host.text_config.num_hidden_layers", text.get("num_hidden_layers"), int)
         if self.moe_every > text["num_hidden_layers"]:
             raise ValueError(f"moe_every: got {self.moe_every}, takes at most the host's {text['num_hidden_layers']} layers")
         if text.get("hidden_act", "silu") != "silu":

@@ -144,11 +144,9 @@ def check_host(options: dict) -> None:
     """ValueError unless these are options of :func:`build_qwen2_vl`."""
     check_field("host", options, dict)
     check_fields("host", options, host_fields(options.get("model_type", "qwen2_vl"))[1])
-    for part, name in (("text_config", "hidden_size"), ("text_config", "num_hidden_layers"), ("vision_config", None)):
-        if options.get(part) is None:
-            raise ValueError(f"host.{part}: got None, takes an object")
-        if name is not None:
-            check_field(f"host.{part}.{name}", options[part].get(name), int)
+    for part in ("text_config", "vision_config"):
+        check_field(f"host.{part}", options.get(part), dict)
+    check_field("host.text_config.hidden_size", options["text_config"].get("hidden_size"), int)
 
 
 def build_qwen2_vl(options: dict, frozen: tuple[str, ...] = ()) -> nn.Module:
@@ -194,6 +192,8 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
     for part in parts:  # what differs from its defaults
         changed = getattr(config, part).to_diff_dict()
         options[part] = {name: value for name, value in changed.items() if name in kinds[part]}
+    for name in ("hidden_size", "num_hidden_layers"):  # which the models read
+        options["text_config"][name] = getattr(config.text_config, name)
     check_host(options)
     weights = read_weights("host", folder)
     check_size(f"host: {folder}", weights, expected)
