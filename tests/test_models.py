@@ -316,17 +316,17 @@ def test_preset_overrides_update_its_encoders():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modalities": "audio"}, "modalities must be one of both, image, text, got 'audio'"),
-        ({"balance": "none"}, "balance must be one of mse, gshard, got 'none'"),
-        ({"router": "hash"}, "router must be one of mlp, linear, got 'hash'"),
-        ({"num_heads": 5}, "num_heads must divide dim, got num_heads=5 and dim=12"),
-        ({"top_k": 6}, "top_k must be at most num_experts=5, got 6"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"loss_weights": (1.0, 1.0)}, "loss_weights must be 3 numbers"),
-        ({"pixel_std": (1.0,)}, "pixel_std must be 3 numbers"),
-        ({"without": ("gates",)}, "without takes some of contrastive, q_transform, gate, bottleneck, moe, got 'gates'"),
-        ({"without": ("gate",), "modalities": "text"}, "without 'gate' takes modalities 'both', got 'text'"),
+        ({"modalities": "audio"}, "modalities: got 'audio', takes one of both, image, text"),
+        ({"balance": "none"}, "balance: got 'none', takes one of mse, gshard"),
+        ({"router": "hash"}, "router: got 'hash', takes one of mlp, linear"),
+        ({"num_heads": 5}, "num_heads: got 5, takes a divisor of dim=12"),
+        ({"top_k": 6}, "top_k: got 6, takes at most num_experts=5"),
+        ({"num_classes": 0}, "num_classes: got 0, takes an integer from 1 to 1000000"),
+        ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
+        ({"loss_weights": (1.0, 1.0)}, r"loss_weights: got \(1.0, 1.0\), takes 3 finite numbers"),
+        ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), takes 3 finite numbers"),
+        ({"without": ("gates",)}, "without: got 'gates', takes some of contrastive, q_transform, gate, bottleneck, moe"),
+        ({"without": ("gate",), "modalities": "text"}, "without: got 'gate' with modalities 'text', which has none anyway"),
     ],
 )
 def test_bad_config(options, message):
@@ -335,11 +335,11 @@ def test_bad_config(options, message):
 
 
 def test_unknown_preset_and_field():
-    with pytest.raises(ValueError, match="name must be one of paper, code, tiny, got 'huge'"):
+    with pytest.raises(ValueError, match="preset: got 'huge', takes one of paper, code, tiny"):
         FLUIDConfig.preset("huge", num_classes=2)
-    with pytest.raises(ValueError, match="no field named depht"):
+    with pytest.raises(ValueError, match="FLUIDConfig: got a field 'depht', takes num_classes, modalities, dim"):
         FLUIDConfig.from_dict({"num_classes": 2, "depht": 1})
-    with pytest.raises(ValueError, match="num_classes is None; preset 'tiny' takes a number of classes"):
+    with pytest.raises(ValueError, match="num_classes: got None with preset 'tiny', takes a number of classes"):
         FLUIDConfig.preset("tiny")
 
 

@@ -262,7 +262,7 @@ def test_other_models_are_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="has model_type 'bert', takes one of qwen2_vl, qwen2_5_vl"):
         qwen.pretrained_qwen2_vl(str(tmp_path))
-    with pytest.raises(ValueError, match="model_type must be one of qwen2_vl, qwen2_5_vl, got 'llava'"):
+    with pytest.raises(ValueError, match="host.model_type: got 'llava', takes one of qwen2_vl, qwen2_5_vl"):
         qwen.build_qwen2_vl({**options(), "model_type": "llava"})
 
 

@@ -400,17 +400,17 @@ def test_starts_as_the_code_does():
 
 
 BAD_CONFIGS = [
-    ({"num_heads": 3}, "num_heads must divide dim, got num_heads=3 and dim=8"),
-    ({"placement": "before"}, "placement must be one of interleaved, after, got 'before'"),
-    ({"without": ("gates",)}, "without takes some of gate, cross, .*, got 'gates'"),
-    ({"without": ("cmal", "clal", "imcl")}, "without takes at most two of cmal, clal, imcl"),
-    ({"without": ("adaptive",), "weighting": "static"}, "without 'adaptive' takes weighting 'adaptive', got 'static'"),
-    ({"text_mask": False}, "text_length is None; without text_mask it takes a number"),
-    ({"indicator": "batch", "missing": "skip"}, "indicator 'batch' takes missing 'constant', got 'skip'"),
-    ({"margins": (0.3,)}, "margins must be 4 numbers"),
-    ({"loss_weights": (0.0,) * 9}, "loss_weights must be positive"),
-    ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-    ({"freeze": ("text",)}, "freeze 'text' takes a config with that encoder, got text=None"),
+    ({"num_heads": 3}, "num_heads: got 3, takes a divisor of dim=8"),
+    ({"placement": "before"}, "placement: got 'before', takes one of interleaved, after"),
+    ({"without": ("gates",)}, "without: got 'gates', takes some of gate, cross"),
+    ({"without": ("cmal", "clal", "imcl")}, "without: got all of cmal, clal, imcl, which leaves no loss"),
+    ({"without": ("adaptive",), "weighting": "static"}, "without: got 'adaptive' with weighting 'static'"),
+    ({"text_mask": False}, "text_length: got None without text_mask, takes a number"),
+    ({"indicator": "batch", "missing": "skip"}, "missing: got 'skip' with indicator 'batch', takes 'constant'"),
+    ({"margins": (0.3,)}, r"margins: got \(0.3,\), takes 4 finite numbers"),
+    ({"loss_weights": (0.0,) * 9}, "loss_weights: got .*, takes 9 numbers above 0"),
+    ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
+    ({"freeze": ("text",)}, "freeze: got 'text' with text None, takes a config with that encoder"),
 ]
 
 

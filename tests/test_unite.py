@@ -328,25 +328,25 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
     pretrained = {"model_type": "qwen2_vl", **HOST}
     config = UNITEConfig.preset("tiny", tokens=TOKENS, vocab_size=70, patch_size=8, host=pretrained)
     assert config.host == pretrained and config.image_size == 16 * 2 * 4
-    with pytest.raises(ValueError, match="name must be one of paper, code, tiny, got 'huge'"):
+    with pytest.raises(ValueError, match="preset: got 'huge', takes one of paper, code, tiny"):
         UNITEConfig.preset("huge", tokens=TOKENS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": 3}, "stage must be one of 1, 2, got 3"),
-        ({"temperature": 0}, "temperature must be positive, got 0"),
-        ({"tokens": None}, r"tokens is None; it takes what mmfused.models.qwen.token_ids\(tokenizer\) gives"),
-        ({"image_size": 20}, "image_size takes a multiple of 8, the side of what becomes one token, got 20"),
-        ({"patch_size": 7}, "patch_size takes a multiple of 2, the patches on a token's side, got 7"),
+        ({"stage": 3}, "stage: got 3, takes an integer from 1 to 2"),
+        ({"temperature": 0}, "temperature: got 0, takes a number above 0"),
+        ({"tokens": None}, r"tokens: got None, takes what mmfused.models.qwen.token_ids\(tokenizer\) gives"),
+        ({"image_size": 20}, "image_size: got 20, takes a multiple of 8, the side of what becomes one token"),
+        ({"patch_size": 7}, "patch_size: got 7, takes a multiple of 2, the patches on a token's side"),
         ({"query_views": ()}, r"views takes some of image, text, both, got \(\)"),
-        ({"candidate_views": ("video",)}, "candidate_views takes some of image, text, both, got 'video'"),
-        ({"same_id": "mean"}, "same_id must be one of drop, sum, got 'mean'"),
-        ({"freeze": ("image",)}, "freeze takes some of vision, language, got 'image'"),
-        ({"without": ("lora",)}, "without takes some of mamcl, negatives, dual, fusion, got 'lora'"),
-        ({"without": ("dual",)}, "without 'dual' takes stage 1, got 2, which has none anyway"),
-        ({"without": ("mamcl",), "stage": 1}, "without 'mamcl' takes stage 2, got 1, which has none anyway"),
+        ({"candidate_views": ("video",)}, "candidate_views: got 'video', takes some of image, text, both"),
+        ({"same_id": "mean"}, "same_id: got 'mean', takes one of drop, sum"),
+        ({"freeze": ("image",)}, "freeze: got 'image', takes some of vision, language"),
+        ({"without": ("lora",)}, "without: got 'lora', takes some of mamcl, negatives, dual, fusion"),
+        ({"without": ("dual",)}, "without: got 'dual' with stage 2, which has none anyway, takes stage 1"),
+        ({"without": ("mamcl",), "stage": 1}, "without: got 'mamcl' with stage 1, which has none anyway, takes stage 2"),
     ],
 )
 def test_bad_config(options, message):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mmfused.json_files import one_line, read_object, read_text
 
 from ._common import check_int
 
@@ -17,6 +19,17 @@ SPECIAL = {
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
+}
+
+MOST_BYTES = 256 << 20  # of tokenizer.json; those of vocabularies of 256,000 tokens have 30 MB
+TOKENS = ("bos_token", "eos_token", *SPECIAL)
+SETTINGS = {  # what else of tokenizer_config.json is heeded, and of which type
+    "model_max_length": (int, float),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    "clean_up_tokenization_spaces": (bool,),
+    "split_special_tokens": (bool,),
+    "model_input_names": (list, tuple),
 }
 
 
@@ -84,31 +97,116 @@ def _bpe(texts: list[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(folder_or_hub_name: str | os.PathLike):
     """Loads a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
-    Raises ValueError with one sentence where the folder holds no readable tokenizer, or the name is neither a folder
-    nor something the hub (or its local cache, when offline) gives.
+    Of a folder with tokenizer.json that and the `SETTINGS` of tokenizer_config.json make the tokenizer, whatever class or code
+    it names. Code is never loaded. Raises ValueError with one sentence where the folder holds no readable tokenizer, or the name
+    is neither a folder nor something the hub (or its local cache, when offline) gives.
     """
     from transformers import AutoTokenizer
 
     name = os.fspath(folder_or_hub_name)
-    is_folder = Path(name).is_dir()
-    if not is_folder and not _could_be_hub_name(name):
+    folder = Path(name)
+    if not folder.is_dir() and not _could_be_hub_name(name):
         raise ValueError(f"folder_or_hub_name takes a tokenizer folder or a hub name, got {name!r}, which is neither")
     try:
-        if is_folder:
-            _check_tokenizer_json(Path(name))
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        what = "a folder without a readable tokenizer" if is_folder else "no folder and not to be had from the hub"
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"folder_or_hub_name takes a tokenizer folder or a hub name, got {name!r}: {what} ({reason})") from error
+        if (folder / "tokenizer.json").is_file():
+            return _read_folder(folder)
+        if folder.is_dir():
+            _check_vocabulary_folder(folder)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises a bare Exception, and its panics are not even one
+        what = "a folder without a readable tokenizer" if folder.is_dir() else "no folder and not to be had from the hub"
+        takes = "folder_or_hub_name takes a tokenizer folder or a hub name"
+        raise ValueError(f"{takes}, got {name!r}: {what} ({one_line(error)})") from error
+
+
+def _read_folder(folder: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", MOST_BYTES))
+    written = _read_settings(folder, "tokenizer_config.json")
+    # As transformers does: what earlier versions of it wrote beside the config counts where the config lists no added tokens.
+    older = {} if "added_tokens_decoder" in written else _read_settings(folder, "special_tokens_map.json")
+    given = {**_usual_settings(folder, written), **written, **older}
+    settings = {key: given[key] for key in SETTINGS if key in given}
+    for key, kinds in SETTINGS.items():
+        if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool) != (bool in kinds)):
+            takes = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{key}: got {type(settings[key]).__name__}, takes {takes}")
+    # What tokenizer.json says of a token goes before how the settings describe it.
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for key in TOKENS:
+        if given.get(key) is not None:
+            settings[key] = _token(key, given[key], known)
+    extra = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
+    named = {key: token for key, token in given.items() if key.endswith("_token") and key not in TOKENS and isinstance(token, str)}
+    named |= _object(given, "model_specific_special_tokens") | (extra if isinstance(extra, dict) else {})
+    settings["model_specific_special_tokens"] = {key: _token(key, token, known) for key, token in named.items()}
+    if not isinstance(extra, dict):
+        settings["extra_special_tokens"] = [_token("extra_special_tokens", token, known) for token in extra]
+    added = _object(given, "added_tokens_decoder")
+    settings["added_tokens_decoder"] = {int(key): _token("added_tokens_decoder", token, known) for key, token in added.items()}
+    _decode_word_ends(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+def _read_settings(folder: Path, name: str) -> dict:
+    return read_object(folder / name, MOST_BYTES) if (folder / name).is_file() else {}
+
+
+def _object(given: dict, key: str) -> dict:
+    value = given.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: got {type(value).__name__}, takes an object")
+    return value
+
+
+def _usual_settings(folder: Path, written: dict) -> dict:
+    """What the class of transformers that the folder names takes where nothing is written: its tokens and what it returns."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    described = _read_settings(folder, "config.json")
+    name = written.get("tokenizer_class") or described.get("tokenizer_class")
+    if name is None and isinstance(described.get("model_type"), str):
+        name = TOKENIZER_MAPPING_NAMES.get(described["model_type"])
+        name = name[-1] if isinstance(name, tuple) else name
+    if not isinstance(name, str) or not name.removesuffix("Fast").endswith("Tokenizer"):
+        return {}
+    kind = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedTokenizerBase):
+        return {}
+    parameters = inspect.signature(kind.__init__).parameters
+    tokens = {key: parameters[key].default for key in TOKENS if key in parameters}
+    usual = {key: getattr(kind, key) for key in ("model_input_names", "padding_side", "truncation_side")}
+    return {**usual, **{key: str(token) for key, token in tokens.items() if isinstance(token, (str, AddedToken))}}
+
+
+def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken | str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"{key}: got {type(token).__name__}, takes a string or an object with its content")
+    if content in known or not isinstance(token, dict):
+        return known.get(content, content)
+    flags = {flag: bool(token[flag]) for flag in ("lstrip", "rstrip", "single_word", "normalized") if flag in token}
+    return AddedToken(content, special=bool(token.get("special", True)), **flags)
+
+
+def _decode_word_ends(tokenizer: Tokenizer) -> None:
+    """CLIP's marks of a word's end are spaces, which its class in transformers sees to, and not its tokenizer.json."""
+    suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
+    if suffix and isinstance(tokenizer.decoder, decoders.ByteLevel):
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(suffix, " ")])
 
 
 def _could_be_hub_name(name: str) -> bool:
     return bool(name) and not name.startswith((".", "/", "~")) and "\\" not in name and name.count("/") <= 1
 
 
-def _check_tokenizer_json(folder: Path) -> None:
-    """The tokenizers library raises a bare Exception for a file cut short; this finds it first, as ValueError."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        json.loads(path.read_text(encoding="utf-8"))
+def _check_vocabulary_folder(folder: Path) -> None:
+    """ValueError where a folder that a class of transformers reads names code, or files for that class to open."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"):
+        for key in _read_settings(folder, name):
+            if key in ("auto_map", "init_inputs", "configuration_files", "fast_tokenizer_files") or key.endswith("_file"):
+                raise ValueError(f"{name}: got a field {key!r}, takes none: it names code or files")

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ CHOICES = {"modalities": MODALITIES, "balance": BALANCES, "router": ROUTERS, "im
 @dataclasses.dataclass
 class FLUIDConfig(ModelConfig):
     """Sizes and weights, by default "tiny" without encoders. Values that do not fit together raise ValueError."""
+
+    UNKNOWN: ClassVar[dict] = {"num_classes": 1}
 
     num_classes: int
     modalities: str = "both"  # "both" | "image" | "text"
@@ -87,24 +89,16 @@ class FLUIDConfig(ModelConfig):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze_lists()
+        super().__post_init__()
         self.check_choices(CHOICES)
-        sizes = "num_classes dim num_queries bottleneck_queries depth num_heads num_experts top_k image_dim text_dim"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_positive("temperature")
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={self.num_heads} and dim={self.dim}")
+            raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of dim={self.dim}")
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}")
-        for name in ("loss_weights", "pixel_mean", "pixel_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} must be 3 numbers, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+            raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
-                raise ValueError(f"without {name!r} takes modalities 'both', got {self.modalities!r}, which has none anyway")
+                raise ValueError(f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, takes 'both'")
 
     @classmethod
     def preset(cls, name="tiny", *, num_classes=None, **options):
@@ -112,7 +106,7 @@ class FLUIDConfig(ModelConfig):
         if num_classes is not None:
             options["num_classes"] = num_classes
         elif name == "tiny":
-            raise ValueError(f"num_classes is None; preset {name!r} takes a number of classes")
+            raise ValueError(f"num_classes: got None with preset {name!r}, takes a number of classes")
         return super().preset(name, **options)
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mmfused.library import no_autocast
 from mmfused.losses import dual_alignment, expert_shares
 from mmfused.models import qwen
+from mmfused.models.fields import check_field
 from mmfused.models.qwen import HostedConfig
 from mmfused.models.retrieval import (
     VIEWS,
@@ -87,21 +88,22 @@ class MOON2Config(HostedConfig):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze_lists()
+        super().__post_init__()
         self.check_choices(CHOICES)
-        self.check_positive("temperature", "intra_temperature", "num_experts", "top_k", "moe_every")
+        self.check_positive("temperature", "intra_temperature")
         if self.normalise is not None:
             self.check_positive("normalise")
         self.check_host()
         text = self.host["text_config"]
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}")
+            raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
+        check_field("host.text_config.num_hidden_layers", text.get("num_hidden_layers"), int)
         if self.moe_every > text["num_hidden_layers"]:
-            raise ValueError(f"moe_every must be at most the host's {text['num_hidden_layers']} layers, got {self.moe_every}")
+            raise ValueError(f"moe_every: got {self.moe_every}, takes at most the host's {text['num_hidden_layers']} layers")
         if text.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"host takes hidden_act 'silu', as the experts have, got {text['hidden_act']!r}")
+            raise ValueError(f"host.text_config.hidden_act: got {text['hidden_act']!r}, takes 'silu', as the experts have")
         if {"inter", "intra"} <= set(self.without):
-            raise ValueError("without takes 'inter' or 'intra', got both, which leaves no objective")
+            raise ValueError("without: got 'inter' and 'intra', which leaves no objective, takes one of them")
 
 
 QWEN2_5_VL_3B = {

@@ -8,16 +8,17 @@ vision tower, which is transformers' own, reads its grid back and goes picture b
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmfused.models.config import ModelConfig
-from mmfused.models.encoders import freeze, import_transformers, read_encoder_folder
+from mmfused.models.config import ModelConfig, check_sizes
+from mmfused.models.encoders import declared, fill, freeze, import_transformers, keep_fields, read_encoder_folder, without
+from mmfused.models.fields import check_field, check_fields, refusing, shown
 from mmfused.models.inputs import check_flags, check_range, contain, one_source
 from mmfused.models.retrieval import VIEWS
+from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Qwen2-VL's, CLIP's
 VISION_TOKENS = {
@@ -56,8 +57,16 @@ class Sequence(NamedTuple):
     has_text: Tensor  # (B,) bool
 
 
+TYPES = ("qwen2_vl", "qwen2_5_vl")
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TOKENS = {**dict.fromkeys((*VISION_TOKENS, "pad"), int), "drop": list[int], "prompts": dict.fromkeys(KINDS, list[int])}
+MOST_TOKENS = 1 << 16  # of a picture
+
+
 class HostedConfig(ModelConfig):
     """Base of the configs with a `host`, a dict that `build_qwen2_vl` takes, its `tokens`, and an `image_size`."""
+
+    UNKNOWN: ClassVar[dict] = {"tokens": {**dict.fromkeys(VISION_TOKENS, 0), "pad": 0, "drop": [], "prompts": dict.fromkeys(KINDS, [])}}
 
     @classmethod
     def preset(cls, name="tiny", *, vocab_size=None, image_size=None, patch_size=None, **overrides):
@@ -66,20 +75,27 @@ class HostedConfig(ModelConfig):
         `host` updates the preset's, part by part; with a `model_type` in it, it takes the preset's place, and pictures are of
         16 x 16 tokens unless `image_size` says otherwise.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name must be one of {', '.join(cls.PRESETS)}, got {name!r}")
-        values = {**cls.PRESETS[name], **overrides}
-        own, usual = overrides.get("host", {}), cls.PRESETS[name]["host"]
+        usual = cls.values_of(name)["host"]
+        check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
+        values = {**cls.values_of(name), **overrides}
+        own = overrides.get("host", {})
+        check_field("host", own, dict)
+        for part in ("text_config", "vision_config"):
+            check_field(f"host.{part}", own.get(part, {}), dict)
         if "model_type" in own:
-            values["image_size"] = 16 * token_side(own["vision_config"])
+            values["image_size"] = 16 * token_side(own.get("vision_config", {}))
         else:
             merge = usual["vision_config"]["spatial_merge_size"]
             if patch_size is not None and patch_size % merge:
-                raise ValueError(f"patch_size takes a multiple of {merge}, the patches on a token's side, got {patch_size}")
+                raise ValueError(f"patch_size: got {patch_size}, takes a multiple of {merge}, the patches on a token's side")
             given = {"text_config": {} if vocab_size is None else {"vocab_size": vocab_size}}
             given["vision_config"] = {} if patch_size is None else {"patch_size": patch_size // merge}
             values["host"] = {**usual, **own, **{part: {**usual[part], **given[part], **own.get(part, {})} for part in given}}
         return cls.from_dict(values if image_size is None else {**values, "image_size": image_size})
+
+    @property
+    def picture_size(self) -> int:
+        return self.image_size
 
     @staticmethod
     def prepare_tokenizer(tokenizer):
@@ -90,17 +106,47 @@ class HostedConfig(ModelConfig):
         return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
 
     def check_host(self) -> None:
-        """ValueError unless there are tokens, and the pictures are whole tokens."""
+        """ValueError unless the host can be built, there are tokens, and the pictures are whole ones of these."""
+        check_host(self.host)
         if self.tokens is None:
-            raise ValueError("tokens is None; it takes what mmfused.models.qwen.token_ids(tokenizer) gives")
+            raise ValueError("tokens: got None, takes what mmfused.models.qwen.token_ids(tokenizer) gives")
+        check_fields("tokens", self.tokens, TOKENS)
+        for name, values, fields in (("tokens", self.tokens, TOKENS), ("tokens.prompts", self.tokens.get("prompts"), KINDS)):
+            lacking = [field for field in fields if (values or {}).get(field) is None]
+            if lacking:
+                raise ValueError(f"{name}: got no {', '.join(lacking)}, takes {', '.join(fields)}")
         side = token_side(self.host["vision_config"])
-        if self.image_size < 1 or self.image_size % side:
-            raise ValueError(f"image_size takes a multiple of {side}, the side of what becomes one token, got {self.image_size}")
+        if self.image_size % side:
+            raise ValueError(f"image_size: got {self.image_size}, takes a multiple of {side}, the side of what becomes one token")
+        if (self.image_size // side) ** 2 > MOST_TOKENS:
+            raise ValueError(f"image_size: got {self.image_size}, takes at most {MOST_TOKENS} tokens of {side} x {side} pixels")
 
 
 def token_side(vision: dict) -> int:
     """Pixels on the side of what becomes one token; the defaults are those of transformers' config."""
+    sides = {"patch_size": 14, "spatial_merge_size": 2}
+    for name, usual in sides.items():
+        check_field(f"host.vision_config.{name}", vision.get(name, usual), int)
     return vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+
+
+def host_fields(model_type: object) -> tuple[type, dict[str, object]]:
+    """The config of a host and its fields: its parts', of one kind each, and its own ids."""
+    if model_type not in TYPES:
+        raise ValueError(f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}")
+    config = import_transformers().CONFIG_MAPPING[model_type]
+    parts = {part: declared(config.sub_configs[part]) for part in ("text_config", "vision_config")}
+    parts["vision_config"].update(patch_size=int, temporal_patch_size=int)
+    return config, {"model_type": str, **parts, **dict.fromkeys(IDS, int), "tie_word_embeddings": bool}
+
+
+def check_host(options: dict) -> None:
+    """ValueError unless these are options of :func:`build_qwen2_vl`."""
+    check_field("host", options, dict)
+    check_fields("host", options, host_fields(options.get("model_type", "qwen2_vl"))[1])
+    for part in ("text_config", "vision_config"):
+        check_field(f"host.{part}", options.get(part), dict)
+    check_field("host.text_config.hidden_size", options["text_config"].get("hidden_size"), int)
 
 
 def build_qwen2_vl(options: dict, frozen: tuple[str, ...] = ()) -> nn.Module:
@@ -109,14 +155,14 @@ def build_qwen2_vl(options: dict, frozen: tuple[str, ...] = ()) -> nn.Module:
     ``options``: arguments of its config, text_config and vision_config among them; ``model_type`` "qwen2_5_vl" takes the sibling.
     The vision tower's output width follows the text's hidden_size. ``frozen``: some of "vision", "language".
     """
-    transformers, options = import_transformers(), dict(options)
-    kind, width = options.pop("model_type", "qwen2_vl"), options["text_config"]["hidden_size"]
-    if kind not in ("qwen2_vl", "qwen2_5_vl"):
-        raise ValueError(f"model_type must be one of qwen2_vl, qwen2_5_vl, got {kind!r}")
+    transformers = import_transformers()
+    check_host(options)
+    kind, width = options.get("model_type", "qwen2_vl"), options["text_config"]["hidden_size"]
     output = "hidden_size" if kind == "qwen2_vl" else "out_hidden_size"
-    options["vision_config"] = {**options["vision_config"], output: width}
-    config = transformers.AutoConfig.for_model(kind, **options)
-    return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
+    options = {**without(options, "model_type"), "vision_config": {**options["vision_config"], output: width}}
+    with refusing(f"host: takes options of a {kind!r}"):
+        config = transformers.AutoConfig.for_model(kind, **options)
+        return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
 
 
 def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
@@ -124,30 +170,39 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
 
     Returns the config fields that rebuild it without ``source`` (host, pixel_mean, pixel_std), and the module.
     """
-    transformers, folder = import_transformers(), Path(source)
-    if folder.is_dir():
-        read_encoder_folder("host", folder, "*.safetensors")
-    config = transformers.AutoConfig.from_pretrained(source)
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise ValueError(f"host: {source!r} has model_type {config.model_type!r}, takes one of qwen2_vl, qwen2_5_vl")
-    options = {"model_type": config.model_type, "text_config": plain(config.text_config)}
-    options["vision_config"] = plain(config.vision_config)
-    options.update({name: getattr(config, name) for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")})
+    transformers, folder = import_transformers(), find_folder("host", source)
+    described = read_encoder_folder("host", folder, "*.safetensors")
+    if described.get("model_type") not in TYPES:
+        found = shown(described.get("model_type"))
+        raise ValueError(f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}")
+    config_class, kinds = host_fields(described["model_type"])
+    parts = {}
+    for part in ("text_config", "vision_config"):
+        # The first releases have the text's fields beside the vision tower's.
+        values = described.get(part, described if part == "text_config" else {})
+        check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
+        parts[part] = keep_fields(values, kinds[part])
+    ids = keep_fields(described, dict.fromkeys(IDS, int))
+    with refusing(f"host: {folder / 'config.json'} makes no {described['model_type']!r}"):
+        config = config_class(**parts, **ids)
+        kind = transformers.MODEL_MAPPING[config_class]
+        with on_meta():
+            expected = kind(config)
+    options = {"model_type": described["model_type"], **{name: getattr(config, name) for name in IDS}}
+    for part in parts:  # what differs from its defaults
+        changed = getattr(config, part).to_diff_dict()
+        options[part] = {name: value for name, value in changed.items() if name in kinds[part]}
+    for name in ("hidden_size", "num_hidden_layers"):  # which the models read
+        options["text_config"][name] = getattr(config.text_config, name)
+    check_host(options)
+    weights = read_weights("host", folder)
+    check_size(f"host: {folder}", weights, expected)
     # A checkpoint with a head is read as such: transformers 5.10 finds no language model in it for the model without.
-    headed = any(name.endswith("ForConditionalGeneration") for name in config.architectures or [])
-    kind = transformers.AutoModelForImageTextToText if headed else transformers.AutoModel
-    host, info = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("lm_head"))
-    if missing:
-        raise ValueError(f"host: {source!r} lacks {len(missing)} weights of {config.model_type}, {missing[0]} among them")
-    host = host.model if headed else host
-    return {"host": options, "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}, host
-
-
-def plain(config) -> dict:
-    """What differs from a part's defaults; its kind and dtype are the whole's."""
-    skip = ("transformers_version", "architectures", "dtype", "_name_or_path", "model_type")
-    return {name: value for name, value in config.to_diff_dict().items() if name not in skip}
+    headed = any(name.startswith(("model.", "lm_head.")) for name in weights)
+    if headed:
+        kind = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
+    host = fill("host", source, kind, config, weights)
+    return {"host": options, "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}, host.model if headed else host
 
 
 def freeze_parts(host: nn.Module, frozen: tuple[str, ...]) -> nn.Module:

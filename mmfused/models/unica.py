@@ -78,23 +78,17 @@ class UniCAConfig(ModelConfig):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze_lists()
+        super().__post_init__()
         self.check_choices(CHOICES)
-        self.check_positive("text_dim", "image_dim", "blocks", "num_heads", "temperature")
-        if self.ffn is not None:
-            self.check_positive("ffn")
+        self.check_positive("temperature")
         if self.text_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide text_dim, got num_heads={self.num_heads} and text_dim={self.text_dim}")
+            raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of text_dim={self.text_dim}")
         if not self.positive_weight >= 0:
-            raise ValueError(f"positive_weight must not be negative, got {self.positive_weight}")
-        for name, count in (("pixel_mean", 3), ("pixel_std", 3), ("empty_text", 2)):
-            if len(getattr(self, name)) != count:
-                raise ValueError(f"{name} must be {count} numbers, got {getattr(self, name)}")
-        if self.text is None or self.text.get("model_type", "bert") != "bert":
-            found = None if self.text is None else self.text["model_type"]
-            raise ValueError(f"text takes the options of a host of model_type 'bert', got {found!r}")
+            raise ValueError(f"positive_weight: got {self.positive_weight}, takes a number from 0")
+        if self.text.get("model_type", "bert") != "bert":
+            raise ValueError(f"text.model_type: got {self.text['model_type']!r}, takes 'bert', the host")
         if "image" in self.freeze and self.image is None:
-            raise ValueError("freeze 'image' takes an image encoder, but image is None")
+            raise ValueError("freeze: got 'image' with image None, takes an image encoder")
 
     @staticmethod
     def of_tokenizer(tokenizer) -> dict:

@@ -107,28 +107,24 @@ class UniECSConfig(ModelConfig):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze_lists()
+        super().__post_init__()
         self.check_choices(CHOICES)
-        self.check_positive("dim", "num_heads", "cross_layers", "image_dim", "text_dim", "nearest", "initial_scale", "epsilon")
-        self.check_positive("temperature", "temperature_v2v", "temperature_t2t")
+        self.check_positive("initial_scale", "epsilon", "temperature", "temperature_v2v", "temperature_t2t")
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={self.num_heads} and dim={self.dim}")
-        for name, count in (("margins", 4), ("loss_weights", len(NAMES)), ("pixel_mean", 3), ("pixel_std", 3)):
-            if len(getattr(self, name)) != count:
-                raise ValueError(f"{name} must be {count} numbers, got {getattr(self, name)}")
-        if min(self.loss_weights) <= 0:
-            raise ValueError(f"loss_weights must be positive, got {self.loss_weights}; `without` leaves groups out")
+            raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of dim={self.dim}")
+        if len(self.loss_weights) != len(NAMES) or min(self.loss_weights) <= 0:
+            raise ValueError(f"loss_weights: got {self.loss_weights}, takes {len(NAMES)} numbers above 0; `without` leaves groups out")
         if not self.text_mask and self.text_length is None:
-            raise ValueError("text_length is None; without text_mask it takes a number, or an item would depend on its batch")
+            raise ValueError("text_length: got None without text_mask, takes a number, or an item would depend on its batch")
         if self.indicator == "batch" and self.missing != "constant":
-            raise ValueError(f"indicator 'batch' takes missing 'constant', got {self.missing!r}")
+            raise ValueError(f"missing: got {self.missing!r} with indicator 'batch', takes 'constant'")
         if "adaptive" in self.without and self.weighting != "adaptive":
-            raise ValueError("without 'adaptive' takes weighting 'adaptive', got 'static', which is not adaptive anyway")
+            raise ValueError("without: got 'adaptive' with weighting 'static', which is not adaptive anyway, takes 'adaptive'")
         if not set(TERMS) - set(self.without):
-            raise ValueError("without takes at most two of cmal, clal, imcl, got all three, and no loss is left")
+            raise ValueError("without: got all of cmal, clal, imcl, which leaves no loss, takes at most two of them")
         for name in self.freeze:
             if getattr(self, name) is None:
-                raise ValueError(f"freeze {name!r} takes a config with that encoder, got {name}=None")
+                raise ValueError(f"freeze: got {name!r} with {name} None, takes a config with that encoder")
 
 
 FULL_SIZE = {

@@ -66,7 +66,7 @@ class UNITEConfig(HostedConfig):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze_lists()
+        super().__post_init__()
         self.check_choices(CHOICES)
         self.check_positive("temperature")
         self.check_host()
@@ -74,7 +74,7 @@ class UNITEConfig(HostedConfig):
         check_views(self.candidate_views)
         for name in self.without:
             if STAGE_OF.get(name, self.stage) != self.stage:
-                raise ValueError(f"without {name!r} takes stage {STAGE_OF[name]}, got {self.stage}, which has none anyway")
+                raise ValueError(f"without: got {name!r} with stage {self.stage}, which has none anyway, takes stage {STAGE_OF[name]}")
 
 
 QWEN2_VL_2B = {
