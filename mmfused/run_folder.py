@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmfused import data as product_data
 from mmfused.extras import from_extra
+from mmfused.json_files import read_object
 from mmfused.models import MODELS
+from mmfused.models.config import shapes_of
 from mmfused.ownership import half_written, strangers, strangers_at, temporary
 from mmfused.train_config import TrainConfig
 
@@ -154,14 +157,23 @@ def load_run(folder: str | os.PathLike):
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    model = build_saved(settings, folder)
+    load_weights(model, folder / "model.safetensors")
+    # Again: a saved tokenizer of some classes comes back without what was put around its texts.
+    return model.eval(), model.config.prepare_tokenizer(load_own_tokenizer(folder))
+
+
+def build_saved(settings: dict, folder: Path):
+    """The model of the ``settings``, with any weights; first it is seen that the ``folder``'s are its, and how large they are."""
     kind = MODELS[settings["training"]["model"]]
     try:
-        model = kind.model(kind.config.from_dict(settings["model"]))
-    except (TypeError, ValueError) as error:
+        config = kind.config.from_dict(settings["model"])
+        shapes = shapes_of(kind, config)
+    except ValueError as error:
         raise ValueError(f"{folder} holds the settings of no model that this mmfused has: {error}") from error
-    load_weights(model, inside(folder, "model.safetensors"))
-    # Again: a saved tokenizer of some classes comes back without what was put around its texts.
-    return model.eval(), kind.config.prepare_tokenizer(load_own_tokenizer(folder))
+    path = inside(folder, "model.safetensors")
+    check_shapes(path, read_shapes(path), shapes)
+    return kind.model(config)
 
 
 def load_own_tokenizer(folder: Path):
@@ -241,35 +253,44 @@ def refuse_pickles(path: Path):
 
 
 def read_json(path: Path) -> dict:
-    if path.stat().st_size > MOST_JSON:
-        raise ValueError(f"{path} holds {path.stat().st_size} bytes, takes at most {MOST_JSON}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, takes an object")
-    return value
+    return read_object(path, MOST_JSON)
 
 
 def read_tensors(path: Path) -> dict:
     """Raises FileNotFoundError, or ValueError where ``path`` is no whole safetensors file."""
+    with opened_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of the file's tensors, by its header alone. Raises as :func:`read_tensors`."""
+    with opened_tensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+@contextmanager
+def opened_tensors(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
 
 
 def load_weights(model, path: Path):
     """Raises ValueError naming the first tensor in which the file and ``model`` differ, and as :func:`read_tensors`."""
-    got, expected = read_tensors(path), model.state_dict()
+    got = read_tensors(path)
+    check_shapes(path, *({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (got, model.state_dict())))
+    model.load_state_dict(got)
+
+
+def check_shapes(path: Path, got: dict, expected: dict):
     for name in [*expected, *got]:
-        theirs, ours = (tuple(tensors[name].shape) if name in tensors else "no such tensor" for tensors in (got, expected))
+        theirs, ours = (shapes.get(name, "no such tensor") for shapes in (got, expected))
         if theirs != ours:
             raise ValueError(f"{path} holds the weights of another model: {name}: got {theirs}, expected {ours}")
-    model.load_state_dict(got)
 
 
 def sha256(path: Path) -> str:

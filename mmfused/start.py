@@ -18,7 +18,7 @@ from mmfused.run_folder import (
     read_json,
     read_settings,
 )
-from mmfused.train_setup import check_rows, load_catalogue, load_data
+from mmfused.train_setup import NO_SIZE, check_rows, load_catalogue, load_data
 
 FINISHED = "finished"
 SUMMARY = {  # what every run's has; the scores are those of its task
@@ -52,7 +52,7 @@ def finished_summary(config, out: Path) -> dict:
     """What the finished run in ``out`` measured. Raises ValueError where its settings or data are not those of ``config``."""
     settings = read_settings(out)
     config.check_same(settings["training"], out)
-    splits = (*load_data(config, settings["image_size"]), load_catalogue(config, settings["image_size"]))
+    splits = (*load_data(config, NO_SIZE), load_catalogue(config, NO_SIZE))  # the digests are of the files
     check_rows(config, settings["rows"], *splits)
     summary = read_json(inside(out, "summary.json"))
     check_fields(summary, SUMMARY | {name: float for name in SCORES[MODELS[config.model].task]}, out / "summary.json")

@@ -18,6 +18,7 @@ from mmfused.run_folder import load_own_tokenizer, load_weights, read_settings
 # The contrastive loss depends on it: evaluating with another size gives the same scores and another loss.
 VAL_BATCH_SIZE = 256
 MOST_CLASSES = 10**6
+NO_SIZE = 16  # of pictures that no model sees, as FLUID has it
 SPLITS = ("data", "val", "products")  # arguments that name product folders
 logger = logging.getLogger(__name__)
 
@@ -136,13 +137,10 @@ def image_sizes(config) -> tuple[int | None, int | None]:
     return side - side % patch, patch
 
 
-def picture_size(config, pretrained: Pretrained, image_size, patch_size) -> int | None:
-    kind = MODELS[config.model]
-    if hasattr(kind.config, "check_host"):
-        return image_size or {**kind.config.PRESETS[config.preset], **config.model_options}.get("image_size")
-    options = model_options(config, 1, pretrained)
-    made = kind.config.preset(config.preset, image_size=image_size, patch_size=patch_size, **options)
-    return made.image["img_size"] if made.image else image_size
+def picture_size(config, pretrained: Pretrained, image_size, patch_size) -> int:
+    """The side of the pictures that the model will take, known before the data are read; small where it sees none."""
+    options = {"image_size": image_size, "patch_size": patch_size, **model_options(config, 1, pretrained)}
+    return MODELS[config.model].config.picture_size_of(config.preset, **options) or NO_SIZE
 
 
 def stored_side(config) -> int:
@@ -216,8 +214,8 @@ def build_model(config, num_classes, tokenizer, image_size, patch_size, pretrain
     for name in pretrained.modules:
         check_vocabulary(pretrained.fields, len(tokenizer), getattr(config, name))
     options = model_options(config, num_classes, pretrained)
-    known = kind.config.of_tokenizer(tokenizer)
-    model = kind.model(kind.config.preset(config.preset, image_size=image_size, patch_size=patch_size, **{**known, **options}))
+    sizes = {"image_size": image_size, "patch_size": patch_size, **kind.config.of_tokenizer(tokenizer)}
+    model = kind.model(kind.config.preset(config.preset, **{**sizes, **options}))
     for name, module in pretrained.modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
     if config.init:

@@ -32,6 +32,7 @@ from mmfused.ownership import MARK, Lock, same_file
 from mmfused.ranks import check_agreement, join_ranks, refused_together, stop_together
 from mmfused.run_folder import (
     SCORE_OF_TASK,
+    build_saved,
     check_whole,
     is_finished,
     load_own_tokenizer,
@@ -106,22 +107,23 @@ def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int =
     if config.threads:
         torch.set_num_threads(config.threads)
     kind = MODELS[config.model]
-    pretrained = None if found else load_pretrained(config)
-    sizes = None if found else image_sizes(config)
-    size = found[1]["settings"]["image_size"] if found else picture_size(config, pretrained, *sizes)
+    if found:
+        model = build_saved(found[1]["settings"], found[0])
+        size = model.picture_size
+    else:
+        pretrained, sizes = load_pretrained(config), image_sizes(config)
+        size = picture_size(config, pretrained, *sizes)
     train_set, val_set = load_data(config, size)
     products = load_catalogue(config, size)
     data = (train_set, val_set, products)
+    torch.manual_seed(config.seed)
     if found:
         check_rows(config, found[1]["settings"]["rows"], *data)
         tokenizer = kind.config.prepare_tokenizer(load_own_tokenizer(found[0]))
     else:
         tokenizer = load_or_train_tokenizer(config, train_set, products)
-    torch.manual_seed(config.seed)
-    if found:
-        model = kind.model(kind.config.from_dict(found[1]["settings"]["model"])).to(device)
-    else:
-        model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained).to(device)
+        model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained)
+    model = model.to(device)
     task = TASKS[kind.task](config, tokenizer, model.picture_size, model.config, *data, rank, world)
     given = [split for split in data if split is not None]
     about = {

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             summaries[f"without {part}"] = one_run(args, out / f"without-{part}", part)
         except ValueError as error:  # a component that these settings do not have, as UNITE's dual loss in its second stage
-            if args.only or not str(error).startswith("without "):
+            if args.only or not str(error).startswith("without: "):
                 raise
             print(f"left out: {error}")
         whole(out / "ablation.json", lambda path: write_json(path, summaries))

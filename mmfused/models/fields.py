@@ -23,6 +23,10 @@ BOUNDS = {
     **dict.fromkeys(("empty_text", "vision_start", "vision_end", "image", "end", "pad", "drop", "prompts"), TOKEN),
     **dict.fromkeys(("type_vocab_size", "reg_tokens", "conv_kernel_size", "fullatt_block_indexes"), (0, 2**20)),
     **dict.fromkeys(("sparse_pred_ignore_index", "max_relative_positions", "position_buckets"), ANY),
+    **dict.fromkeys(("steps", "log_every", "val_every", "save_every"), (1, 10**12)),  # of a training
+    "seed": (0, 2**63 - 1),
+    "threads": (1, 4096),
+    "max_length": (2, 2**20),
     "vocab_size": (1, 10**8),
     "num_classes": (1, 10**6),
     "num_experts": (1, 10**5),
