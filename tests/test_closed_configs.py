@@ -31,20 +31,35 @@ def config_of(name, **changes):
 # --- one list of fields, with types and bounds ---
 
 IMAGE = [
-    ({"checkpoint_path": "{pickle}"}, "image: got a field 'checkpoint_path', takes img_size, patch_size"),
-    ({"name": "vit_tiny_patch16_224", "checkpoint_path": "{pickle}"}, "image: got a field 'checkpoint_path', takes name"),
+    (
+        {"checkpoint_path": "{pickle}"},
+        "image: got a field 'checkpoint_path', takes img_size, patch_size",
+    ),
+    (
+        {"name": "vit_tiny_patch16_224", "checkpoint_path": "{pickle}"},
+        "image: got a field 'checkpoint_path', takes name",
+    ),
     ({"pretrained": True}, "image: got a field 'pretrained'"),
     ({"pretrained_cfg": {"file": "{pickle}"}}, "image: got a field 'pretrained_cfg'"),
-    ({"name": "vit_tiny_patch16_224", "pretrained_cfg_overlay": {"file": "{pickle}"}}, "image: got a field 'pretrained_cfg_ov"),
+    (
+        {"name": "vit_tiny_patch16_224", "pretrained_cfg_overlay": {"file": "{pickle}"}},
+        "image: got a field 'pretrained_cfg_ov",
+    ),
     ({"cache_dir": "{folder}"}, "image: got a field 'cache_dir'"),
     ({"features_only": True}, "image: got a field 'features_only'"),
     ({"scriptable": True}, "image: got a field 'scriptable'"),
     ({"block_fn": "os.system"}, "image: got a field 'block_fn'"),
-    ({"name": "hf-hub:some/model"}, "image.name: got 'hf-hub:some/model', takes the name of a model that timm has"),
+    (
+        {"name": "hf-hub:some/model"},
+        "image.name: got 'hf-hub:some/model', takes the name of a model that timm has",
+    ),
     ({"name": "local-dir:{folder}"}, "image.name: got 'local-dir:"),
     ({"name": "../outside"}, "image.name: got '../outside'"),
     ({"name": ["vit_tiny_patch16_224"]}, "image.name: got"),
-    ({"name": "resnet18"}, "image.name: got 'resnet18', a ResNet|image: takes arguments of timm's resnet18"),
+    (
+        {"name": "resnet18"},
+        "image.name: got 'resnet18', a ResNet|image: takes arguments of timm's resnet18",
+    ),
     ({"norm_layer": "os.system"}, "image: takes arguments that make a VisionTransformer: "),
     ({"norm_layer": {"x": 1}}, "image.norm_layer: got {'x': 1}, takes a string or None"),
     ({"depth": "12"}, "image.depth: got '12', takes an integer from 1 to 1000"),
@@ -52,13 +67,22 @@ IMAGE = [
     ({"depth": 10**9}, "image.depth: got 1000000000"),
     ({"num_heads": None}, "image.num_heads: got None"),
     ({"num_heads": 7}, "image: takes arguments that make a VisionTransformer"),
-    ({"img_size": 10**6}, "image.img_size: got 1000000, takes an integer from 1 to 4096 or 2 integers"),
+    (
+        {"img_size": 10**6},
+        "image.img_size: got 1000000, takes an integer from 1 to 4096 or 2 integers",
+    ),
     ({"mlp_ratio": math.nan}, "image.mlp_ratio: got nan, takes a finite number"),
 ]
 TEXT = [
     (NOWHERE, "text: got a field 'auto_map', takes model_type"),
-    ({"attn_implementation": "kernels-community/flash-attn"}, "text: got a field 'attn_implementation'"),
-    ({"_attn_implementation": "kernels-community/flash-attn"}, "text: got a field '_attn_implementation'"),
+    (
+        {"attn_implementation": "kernels-community/flash-attn"},
+        "text: got a field 'attn_implementation'",
+    ),
+    (
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        "text: got a field '_attn_implementation'",
+    ),
     ({"experts_implementation": "x"}, "text: got a field 'experts_implementation'"),
     ({"quantization_config": {"quant_method": "x"}}, "text: got a field 'quantization_config'"),
     ({"torch_dtype": "load"}, "text: got a field 'torch_dtype'"),
@@ -71,25 +95,47 @@ TEXT = [
     ({"line\nbreak": 3}, "text: got a field 'line"),
     ({"model_type": "mine"}, "text.model_type: got 'mine', takes one of albert, bert"),
     ({"model_type": ["bert"]}, r"text.model_type: got \['bert'\]"),
-    ({"vocab_size": 10**12}, "text.vocab_size: got 1000000000000, takes an integer from 1 to 100000000"),
+    (
+        {"vocab_size": 10**12},
+        "text.vocab_size: got 1000000000000, takes an integer from 1 to 100000000",
+    ),
     ({"num_attention_heads": 0}, "text.num_attention_heads: got 0"),
     ({"num_hidden_layers": None}, "text.num_hidden_layers: got None"),
     ({"hidden_act": "nothing"}, "text: takes options of a 'bert' of width 128"),
     ({"num_attention_heads": 3}, "text: takes options of a 'bert' of width 128"),
-    ({"model_type": "distilbert", "sinusoidal_pos_embds": True, "max_position_embeddings": 2**20}, "sinusoidal"),
+    (
+        {
+            "model_type": "distilbert",
+            "sinusoidal_pos_embds": True,
+            "max_position_embeddings": 2**20,
+        },
+        "sinusoidal",
+    ),
 ]
 HOSTED = [
     ({"host": NOWHERE}, "host: got a field 'auto_map'"),
-    ({"host": {"text_config": {"attn_implementation": "x/y"}}}, "host.text_config: got a field 'attn_implementation'"),
-    ({"host": {"vision_config": {"_name_or_path": "{folder}"}}}, "host.vision_config: got a field '_name_or_path'"),
-    ({"host": {"text_config": {"rope_parameters": {"path": "x"}}}}, "host.text_config.rope_parameters: got a field 'path'"),
+    (
+        {"host": {"text_config": {"attn_implementation": "x/y"}}},
+        "host.text_config: got a field 'attn_implementation'",
+    ),
+    (
+        {"host": {"vision_config": {"_name_or_path": "{folder}"}}},
+        "host.vision_config: got a field '_name_or_path'",
+    ),
+    (
+        {"host": {"text_config": {"rope_parameters": {"path": "x"}}}},
+        "host.text_config.rope_parameters: got a field 'path'",
+    ),
     ({"host": {"text_config": {"rope_parameters": [1]}}}, "host.text_config.rope_parameters: got"),
     ({"host": {"vision_config": {"patch_size": [8, 8]}}}, "host.vision_config.patch_size: got"),
     ({"host": {"text_config": None}}, "host.text_config: got None, takes an object"),
     ({"host": []}, r"host: got \[\], takes an object"),
     ({"host": {"model_type": "llava"}}, "host.model_type: got 'llava'"),
     ({"host": {"model_type": "qwen2_vl"}}, "host.text_config: got None"),
-    ({"host": {"text_config": {"num_hidden_layers": 10**6}}}, "host.text_config.num_hidden_layers: got 1000000"),
+    (
+        {"host": {"text_config": {"num_hidden_layers": 10**6}}},
+        "host.text_config.num_hidden_layers: got 1000000",
+    ),
     ({"tokens": {"more": 1}}, "tokens: got a field 'more'"),
     ({"tokens": {"pad": 1}}, "tokens: got no vision_start, vision_end, image, end, drop, prompts"),
     ({"tokens": 3}, "tokens: got 3"),
@@ -98,7 +144,10 @@ HOSTED = [
 ]
 FLUID = [
     ({"num_classes": 2.0}, "num_classes: got 2.0, takes an integer"),
-    ({"num_classes": 2_000_000_000}, "num_classes: got 2000000000, takes an integer from 1 to 1000000"),
+    (
+        {"num_classes": 2_000_000_000},
+        "num_classes: got 2000000000, takes an integer from 1 to 1000000",
+    ),
     ({"dim": "128"}, "dim: got '128'"),
     ({"num_experts": 10**9}, "num_experts: got 1000000000"),
     ({"gate_hidden": [8] * 5000}, "gate_hidden: got"),
@@ -121,9 +170,15 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "match"), HOSTILE, ids=[match for _, _, match in HOSTILE])
+@pytest.mark.parametrize(
+    ("name", "changes", "match"), HOSTILE, ids=[match for _, _, match in HOSTILE]
+)
 def test_a_config_that_says_more_than_it_may_is_refused(name, changes, match, outside):  # noqa: F811
-    text = json.dumps(changes).replace("{pickle}", str(outside.pickle)).replace("{folder}", str(outside.folder))
+    text = (
+        json.dumps(changes)
+        .replace("{pickle}", str(outside.pickle))
+        .replace("{folder}", str(outside.folder))
+    )
     outside.refuses(lambda: shapes_of(MODELS[name], config_of(name, **json.loads(text))), match)
 
 
@@ -168,13 +223,20 @@ def test_shapes_come_without_memory_and_without_random_numbers(name, preset):
 
 
 def test_the_picture_size_is_the_models():
-    for image in ({"name": "vit_tiny_patch16_384", "depth": 1}, {"name": "vit_tiny_patch16_224", "img_size": 64, "depth": 1}):
-        config = config_of("fluid", image=image, image_dim=192, image_stem="patch", text=None, modalities="image")
+    for image in (
+        {"name": "vit_tiny_patch16_384", "depth": 1},
+        {"name": "vit_tiny_patch16_224", "img_size": 64, "depth": 1},
+    ):
+        config = config_of(
+            "fluid", image=image, image_dim=192, image_stem="patch", text=None, modalities="image"
+        )
         before = torch.random.get_rng_state()
         size = config.picture_size
         assert torch.equal(torch.random.get_rng_state(), before)
         assert size == MODELS["fluid"].model(config).picture_size
-    config = MODELS["fluid"].config(2, image={"depth": 1, "num_heads": 2, "patch_size": 32}, image_stem="patch")
+    config = MODELS["fluid"].config(
+        2, image={"depth": 1, "num_heads": 2, "patch_size": 32}, image_stem="patch"
+    )
     assert config.picture_size == MODELS["fluid"].model(config).picture_size == 224
     assert config_of("fluid", image=None).picture_size is None
     assert config_of("fluid", modalities="text").picture_size is None
@@ -186,16 +248,28 @@ def test_the_picture_size_is_the_models():
 def test_text_encoders_of_every_type_read_ids_and_mask(kind):
     options = {**BERT, "max_position_embeddings": 40, "model_type": kind, "pad_token_id": 0}
     if kind == "distilbert":
-        options = {"model_type": kind, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 90}
+        options = {
+            "model_type": kind,
+            "n_layers": 1,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "vocab_size": 90,
+        }
     if kind == "modernbert":
-        options |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+        options |= dict.fromkeys(
+            ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1
+        )
     encoder = build_text(16, json.loads(json.dumps(options))).eval()
     ids, mask = torch.randint(3, 90, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
     states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     ids[1, 5:] = 4
     assert states.shape == (2, 8, 16)
-    assert torch.allclose(encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, :5], states[:, :5], atol=1e-5)
+    assert torch.allclose(
+        encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, :5],
+        states[:, :5],
+        atol=1e-5,
+    )
 
 
 # --- pretrained folders ---
@@ -223,21 +297,45 @@ def bert(tmp_path):
 
 def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):  # noqa: F811
     """Code, adapters, quantisers, other weights and other configs: what is loaded is the folder's own safetensors."""
-    expected = safetensors.torch.load_file(bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    expected = safetensors.torch.load_file(bert / "model.safetensors")[
+        "bert.embeddings.word_embeddings.weight"
+    ]
     (bert / "module.py").write_text(outside.module.read_text())
     for name in ("pytorch_model.bin", "adapter_model.bin"):
         (bert / name).write_bytes(outside.pickle.read_bytes())
         (vit / name).write_bytes(outside.pickle.read_bytes())
-    change(bert, **NOWHERE, configuration_files=[f"config.{outside.folder}.json"], transformers_weights=str(outside.file))
-    change(bert, quantization_config={"quant_method": "bitsandbytes"}, torch_dtype="load", _name_or_path=str(outside.folder))
-    change(bert, "adapter_config.json", base_model_name_or_path=str(outside.folder), peft_type="LORA")
+    change(
+        bert,
+        **NOWHERE,
+        configuration_files=[f"config.{outside.folder}.json"],
+        transformers_weights=str(outside.file),
+    )
+    change(
+        bert,
+        quantization_config={"quant_method": "bitsandbytes"},
+        torch_dtype="load",
+        _name_or_path=str(outside.folder),
+    )
+    change(
+        bert, "adapter_config.json", base_model_name_or_path=str(outside.folder), peft_type="LORA"
+    )
     change(bert, "generation_config.json", custom_generate=str(outside.module))
-    pretrained = {"file": str(outside.pickle), "url": "http://localhost:9/x", "custom_load": True, "hf_hub_id": "some/model"}
-    change(vit, pretrained_cfg={**pretrained, "source": "hf-hub", "mean": [0.5] * 3, "std": [0.5] * 3})
+    pretrained = {
+        "file": str(outside.pickle),
+        "url": "http://localhost:9/x",
+        "custom_load": True,
+        "hf_hub_id": "some/model",
+    }
+    change(
+        vit, pretrained_cfg={**pretrained, "source": "hf-hub", "mean": [0.5] * 3, "std": [0.5] * 3}
+    )
     with outside.untouched():
         fields, encoder = pretrained_text(str(bert))
         image, vision = pretrained_vit(str(vit))
-    assert torch.equal(encoder.embeddings.word_embeddings.weight, expected) and "auto_map" not in fields["text"]
+    assert (
+        torch.equal(encoder.embeddings.word_embeddings.weight, expected)
+        and "auto_map" not in fields["text"]
+    )
     assert image["pixel_std"] == (0.5, 0.5, 0.5)
     weights = safetensors.torch.load_file(vit / "model.safetensors")
     assert torch.equal(vision.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
@@ -247,8 +345,14 @@ VIT_FOLDERS = [
     ({"model_args": {"checkpoint_path": "{pickle}"}}, "image: got a field 'checkpoint_path'"),
     ({"model_args": [1]}, "model_args: got"),
     ({"model_args": {"depth": 100}}, "lacks weights: holds"),
-    ({"model_args": {"depth": 1, "img_size": 32, "reg_tokens": 3}}, "holds the weights of another model|lacks 1 weights"),
-    ({"architecture": "hf-hub:some/model"}, "architecture: got 'hf-hub:some/model', takes the name of a model that timm has"),
+    (
+        {"model_args": {"depth": 1, "img_size": 32, "reg_tokens": 3}},
+        "holds the weights of another model|lacks 1 weights",
+    ),
+    (
+        {"architecture": "hf-hub:some/model"},
+        "architecture: got 'hf-hub:some/model', takes the name of a model that timm has",
+    ),
     ({"architecture": "local-dir:{folder}"}, "architecture: got 'local-dir:"),
     ({"architecture": 3}, "architecture: got 3"),
     ({"architecture": "resnet18", "model_args": {}}, "holds a ResNet, takes a VisionTransformer"),
@@ -259,7 +363,11 @@ VIT_FOLDERS = [
 
 @pytest.mark.parametrize(("changes", "match"), VIT_FOLDERS, ids=[match for _, match in VIT_FOLDERS])
 def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):  # noqa: F811
-    text = json.dumps(changes).replace("{pickle}", str(outside.pickle)).replace("{folder}", str(outside.folder))
+    text = (
+        json.dumps(changes)
+        .replace("{pickle}", str(outside.pickle))
+        .replace("{folder}", str(outside.folder))
+    )
     change(vit, **json.loads(text))
     outside.refuses(lambda: pretrained_vit(str(vit)), match)
 
@@ -275,7 +383,9 @@ TEXT_FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "match"), TEXT_FOLDERS, ids=[match for _, match in TEXT_FOLDERS])
+@pytest.mark.parametrize(
+    ("changes", "match"), TEXT_FOLDERS, ids=[match for _, match in TEXT_FOLDERS]
+)
 def test_hostile_folders_of_a_text_encoder(changes, match, bert, outside):  # noqa: F811
     change(bert, **changes)
     outside.refuses(lambda: pretrained_text(str(bert)), match)
@@ -301,7 +411,9 @@ def test_a_config_json_that_is_none(content, match, load, tmp_path, outside):  #
     outside.refuses(lambda: load(str(tmp_path)), match)
 
 
-@pytest.mark.parametrize("part", ["../outside/canary.safetensors", "{file}", 3, "weights.pt", "", "a\0.safetensors"])
+@pytest.mark.parametrize(
+    "part", ["../outside/canary.safetensors", "{file}", 3, "weights.pt", "", "a\0.safetensors"]
+)
 def test_an_index_that_leads_outside(part, bert, outside):  # noqa: F811
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
@@ -311,13 +423,19 @@ def test_an_index_that_leads_outside(part, bert, outside):  # noqa: F811
     assert torch.equal(kept, names["bert.embeddings.word_embeddings.weight"])
     bad = part.replace("{file}", str(outside.file)) if isinstance(part, str) else part
     change(bert, "model.safetensors.index.json", weight_map={**index, next(iter(names)): bad})
-    outside.refuses(lambda: pretrained_text(str(bert)), r"weight_map: got .*, takes names of \*.safetensors beside it")
+    outside.refuses(
+        lambda: pretrained_text(str(bert)),
+        r"weight_map: got .*, takes names of \*.safetensors beside it",
+    )
 
 
 def test_weights_that_are_a_pickle_are_not_opened_as_one(vit, bert, outside):  # noqa: F811
     for folder, load in ((vit, pretrained_vit), (bert, pretrained_text)):
         (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(outside.marker)))
-        outside.refuses(lambda load=load, folder=folder: load(str(folder)), "is truncated, corrupt or no safetensors file")
+        outside.refuses(
+            lambda load=load, folder=folder: load(str(folder)),
+            "is truncated, corrupt or no safetensors file",
+        )
 
 
 def test_hostile_folders_of_a_host(tmp_path, outside):  # noqa: F811
@@ -326,12 +444,20 @@ def test_hostile_folders_of_a_host(tmp_path, outside):  # noqa: F811
     change(tmp_path, **NOWHERE)
     with outside.untouched():
         fields, loaded = qwen.pretrained_qwen2_vl(str(tmp_path))
-    assert torch.equal(loaded.language_model.embed_tokens.weight, host.language_model.embed_tokens.weight)
+    assert torch.equal(
+        loaded.language_model.embed_tokens.weight, host.language_model.embed_tokens.weight
+    )
     described = json.loads((tmp_path / "config.json").read_text())
     for changes, match in (
         ({"text_config": 3}, "text_config: got 3"),
-        ({"text_config": {**described["text_config"], "intermediate_size": 2**20}}, "lacks weights: holds"),
-        ({"vision_config": {**described["vision_config"], "patch_size": [4, 4]}}, "patch_size: got"),
+        (
+            {"text_config": {**described["text_config"], "intermediate_size": 2**20}},
+            "lacks weights: holds",
+        ),
+        (
+            {"vision_config": {**described["vision_config"], "patch_size": [4, 4]}},
+            "patch_size: got",
+        ),
     ):
         change(tmp_path, **{**described, **changes})
         outside.refuses(lambda: qwen.pretrained_qwen2_vl(str(tmp_path)), match)
@@ -353,9 +479,13 @@ def test_of_a_hub_name_config_and_safetensors_are_taken(bert, monkeypatch):
     assert asked == [("some/bert", "config.json"), ("some/bert", "model.safetensors")]
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
-    change(bert, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "part.safetensors"))
+    change(
+        bert, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "part.safetensors")
+    )
     pretrained_text("some/bert")
     assert asked[-1] == ("some/bert", "part.safetensors")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="text encoder: got '../nowhere', takes a folder, or a name that the hub"):
+    with pytest.raises(
+        ValueError, match="text encoder: got '../nowhere', takes a folder, or a name that the hub"
+    ):
         pretrained_text("../nowhere")

@@ -37,7 +37,13 @@ def numbered(*tokens):
 
 def pieces(*special, last=()):
     letters = [(letter, -3.0) for letter in LETTERS]
-    return [*((token, 0.0) for token in special), *letters, ("▁", -2.0), ("▁red", -1.0), *((token, 0.0) for token in last)]
+    return [
+        *((token, 0.0) for token in special),
+        *letters,
+        ("▁", -2.0),
+        ("▁red", -1.0),
+        *((token, 0.0) for token in last),
+    ]
 
 
 def bert(**options):
@@ -74,7 +80,9 @@ def deberta():
 
 def mpnet():
     inner = ["##" + letter for letter in LETTERS]
-    vocabulary = numbered("<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>", *LETTERS, *inner, *WORDS)
+    vocabulary = numbered(
+        "<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>", *LETTERS, *inner, *WORDS
+    )
     return transformers.MPNetTokenizerFast(vocab=vocabulary)
 
 
@@ -89,24 +97,36 @@ KINDS = {
     "xlm-roberta": xlm_roberta,
     "clip": clip,
     "qwen2": qwen2,
-    "qwen2 more": lambda: qwen2(extra_special_tokens=["<|im_start|>"], chat_template="{{ x }}", model_max_length=99),
+    "qwen2 more": lambda: qwen2(
+        extra_special_tokens=["<|im_start|>"], chat_template="{{ x }}", model_max_length=99
+    ),
     "qwen2 for a host": lambda: qwen.add_vision_tokens(qwen.enclose_texts(qwen2())),
     "deberta": deberta,
     "mpnet": mpnet,
-    "albert": lambda: transformers.AlbertTokenizerFast(vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+    "albert": lambda: transformers.AlbertTokenizerFast(
+        vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+    ),
 }
 TOKENS = "pad_token cls_token sep_token bos_token eos_token unk_token mask_token".split()
 
 
 def facts(tokenizer) -> dict:
     found = {name: getattr(tokenizer, f"{name}_id") for name in TOKENS}
-    for name in ("model_max_length", "padding_side", "truncation_side", "model_input_names", "all_special_ids"):
+    for name in (
+        "model_max_length",
+        "padding_side",
+        "truncation_side",
+        "model_input_names",
+        "all_special_ids",
+    ):
         found[name] = getattr(tokenizer, name)
     found["vocabulary"] = tokenizer.get_vocab()
     for written in TEXTS:
         found[written] = dict(tokenizer(written)), dict(tokenizer(written, "red hello"))
         for skip in (True, False):  # but for a space at the end, which CLIP's class cuts off
-            found[written, skip] = tokenizer.decode(tokenizer(written)["input_ids"], skip_special_tokens=skip).strip()
+            found[written, skip] = tokenizer.decode(
+                tokenizer(written)["input_ids"], skip_special_tokens=skip
+            ).strip()
     found["batch"] = dict(tokenizer(TEXTS, padding=True, truncation=True, max_length=6))
     return found
 
@@ -116,29 +136,48 @@ def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
     tokenizer = KINDS[kind]()
     tokenizer.save_pretrained(tmp_path / "once")
     expected, loaded = facts(tokenizer), load_tokenizer(tmp_path / "once")
-    assert facts(loaded) == expected == facts(transformers.AutoTokenizer.from_pretrained(tmp_path / "once"))
+    assert (
+        facts(loaded)
+        == expected
+        == facts(transformers.AutoTokenizer.from_pretrained(tmp_path / "once"))
+    )
     loaded.save_pretrained(tmp_path / "again")
     assert facts(load_tokenizer(tmp_path / "again")) == expected
 
 
 @pytest.mark.parametrize(
-    ("kind", "model_type"), [("bert", "bert"), ("roberta", "roberta"), ("xlm-roberta", "xlm-roberta"), ("deberta", "deberta")]
+    ("kind", "model_type"),
+    [
+        ("bert", "bert"),
+        ("roberta", "roberta"),
+        ("xlm-roberta", "xlm-roberta"),
+        ("deberta", "deberta"),
+    ],
 )
 def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tmp_path):
     """Its tokenizer_config.json names neither class nor tokens, which follow from the model's type."""
     KINDS[kind]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert facts(load_tokenizer(tmp_path)) == facts(transformers.AutoTokenizer.from_pretrained(tmp_path))
-    special = {"mask_token": {"content": "<new>", "lstrip": True, "__type": "AddedToken"}, "additional_special_tokens": ["<more>"]}
+    assert facts(load_tokenizer(tmp_path)) == facts(
+        transformers.AutoTokenizer.from_pretrained(tmp_path)
+    )
+    special = {
+        "mask_token": {"content": "<new>", "lstrip": True, "__type": "AddedToken"},
+        "additional_special_tokens": ["<more>"],
+    }
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     loaded = load_tokenizer(tmp_path)
-    assert loaded.mask_token == "<new>" and len(loaded("x<new><more>", add_special_tokens=False)["input_ids"]) <= 4
+    assert (
+        loaded.mask_token == "<new>"
+        and len(loaded("x<new><more>", add_special_tokens=False)["input_ids"]) <= 4
+    )
 
 
 def test_a_vocabulary_without_tokenizer_json(tmp_path):
     tokenizer = bert()
-    (tmp_path / "vocab.txt").write_text("\n".join(tokenizer.get_vocab()))
+    vocabulary = tokenizer.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert load_tokenizer(tmp_path)(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
 
@@ -166,18 +205,38 @@ def folder(tmp_path):
 def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, outside):  # noqa: F811
     expected = facts(load_tokenizer(folder))
     (folder / "module.py").write_text(outside.module.read_text())
-    named = {f"{name}_file": str(outside.file) for name in ("vocab", "merges", "tokenizer", "gguf", "added_tokens", "chat_template")}
-    change(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["module.Slow", "module.Fast"]}, **named)
-    change(folder, "tokenizer_config.json", tokenizer_class="Mine", name_or_path=str(outside.folder), init_inputs=[str(outside.file)])
-    change(folder, "tokenizer_config.json", chat_template="{{ cycler.__init__.__globals__.os.system('x') }}", backend="custom")
-    change(folder, "config.json", auto_map={"AutoTokenizer": "module.Fast"}, model_type="mine", configuration_files=["config.1.json"])
+    named = {
+        f"{name}_file": str(outside.file)
+        for name in ("vocab", "merges", "tokenizer", "added_tokens", "chat_template")
+    }
+    change(
+        folder,
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["module.Slow", "module.Fast"]},
+        **named,
+    )
+    change(folder, "tokenizer_config.json", tokenizer_class="Mine", init_inputs=[str(outside.file)])
+    change(
+        folder,
+        "tokenizer_config.json",
+        chat_template="{{ cycler.__init__.__globals__.os.system('x') }}",
+        backend="custom",
+    )
+    change(folder, "tokenizer_config.json", name_or_path=str(outside.folder))
+    change(folder, "config.json", auto_map={"AutoTokenizer": "module.Fast"}, model_type="mine")
+    change(folder, "config.json", configuration_files=["config.1.json"])
     (folder / "tokenizer.pkl").write_bytes(outside.pickle.read_bytes())
     with outside.untouched():
         loaded = load_tokenizer(folder)
         found = facts(loaded)
-    found["model_input_names"] = expected["model_input_names"]  # of the class, which is another here
+    found["model_input_names"] = expected[
+        "model_input_names"
+    ]  # of the class, which is another here
     assert {key: found[key] for key in TOKENS} == {key: expected[key] for key in TOKENS}
-    assert loaded(TEXTS)["input_ids"] == load_tokenizer(folder)(TEXTS)["input_ids"] and loaded.chat_template is None
+    assert (
+        loaded(TEXTS)["input_ids"] == load_tokenizer(folder)(TEXTS)["input_ids"]
+        and loaded.chat_template is None
+    )
 
 
 SETTINGS = [
@@ -195,14 +254,19 @@ SETTINGS = [
     ({"extra_special_tokens": [3]}, "extra_special_tokens: got int"),
     ({"added_tokens_decoder": {"x": "y"}}, "invalid literal"),
     ({"added_tokens_decoder": [1]}, "added_tokens_decoder: got list, takes an object"),
-    ({"model_specific_special_tokens": 3}, "model_specific_special_tokens: got int, takes an object"),
+    (
+        {"model_specific_special_tokens": 3},
+        "model_specific_special_tokens: got int, takes an object",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "match"), SETTINGS, ids=[match for _, match in SETTINGS])
 def test_hostile_settings(changes, match, folder, outside):  # noqa: F811
     change(folder, "tokenizer_config.json", **changes)
-    outside.refuses(lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}")
+    outside.refuses(
+        lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}"
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -216,7 +280,7 @@ def test_files_that_are_no_objects(name, content, folder, outside):  # noqa: F81
     "model",
     [
         {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]},
-        {"type": "WordPiece", "vocab": {"a": -1}, "unk_token": "a", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9},
+        {"type": "WordPiece", "vocab": {"a": -1}, "unk_token": "a", "max_input_chars_per_word": 9},
         {"type": "Unigram", "vocab": [], "unk_id": 7},
         {"type": "Pickle", "path": "x"},
         None,
@@ -230,12 +294,18 @@ def test_a_tokenizer_json_of_no_tokenizer(model, folder, outside):  # noqa: F811
 
 def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):  # noqa: F811
     monkeypatch.setattr(text, "MOST_BYTES", 1000)
-    outside.refuses(lambda: load_tokenizer(folder), "tokenizer.json is larger than 1000 bytes, the most that is read")
+    outside.refuses(
+        lambda: load_tokenizer(folder),
+        "tokenizer.json is larger than 1000 bytes, the most that is read",
+    )
 
 
 def test_a_tokenizer_json_that_is_a_pickle(folder, outside):  # noqa: F811
     (folder / "tokenizer.json").write_bytes(pickle.dumps(Payload(outside.marker)))
-    outside.refuses(lambda: load_tokenizer(folder), "tokenizer.json is truncated or corrupt|folder without a readable")
+    outside.refuses(
+        lambda: load_tokenizer(folder),
+        "tokenizer.json is truncated or corrupt|folder without a readable",
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,12 +320,17 @@ def test_a_tokenizer_json_that_is_a_pickle(folder, outside):  # noqa: F811
         ("special_tokens_map.json", {"auto_map": ["module.Slow", None]}),
     ],
 )
-def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(name, changes, folder, outside):  # noqa: F811
+def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
+    name, changes, folder, outside
+):  # noqa: F811
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(bert().get_vocab()))
     (folder / "module.py").write_text(outside.module.read_text())
     change(folder, name, **changes)
-    outside.refuses(lambda: load_tokenizer(folder), f"{name}: got a field .*, takes none: it names code or files")
+    outside.refuses(
+        lambda: load_tokenizer(folder),
+        f"{name}: got a field .*, takes none: it names code or files",
+    )
 
 
 def test_a_hub_name_never_brings_code(monkeypatch):

@@ -15,7 +15,13 @@ def _hook(event, arguments):
     if not _watched:
         return
     outside, seen = _watched[-1]
-    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "pickle.find_class"):
+    if event in (
+        "socket.connect",
+        "socket.getaddrinfo",
+        "subprocess.Popen",
+        "os.system",
+        "pickle.find_class",
+    ):
         seen.append((event, arguments[-1]))
     elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
         if str(outside) in os.path.abspath(os.fsdecode(arguments[0])):
@@ -41,7 +47,11 @@ class Outside:
     def __init__(self, folder: Path):
         folder.mkdir()
         self.folder, self.marker = folder, folder / "marker"
-        self.pickle, self.module, self.file = folder / "weights.pt", folder / "module.py", folder / "canary.safetensors"
+        self.pickle, self.module, self.file = (
+            folder / "weights.pt",
+            folder / "module.py",
+            folder / "canary.safetensors",
+        )
         self.pickle.write_bytes(pickle.dumps(Payload(self.marker)))
         self.module.write_text(f"open({str(self.marker)!r}, 'w')\n")
         self.file.write_bytes(b"secret")
@@ -58,7 +68,10 @@ class Outside:
 
     def refuses(self, call, match: str):
         """One sentence, and nothing done."""
-        with self.untouched(), pytest.raises((ValueError, FileNotFoundError), match=match) as caught:
+        with (
+            self.untouched(),
+            pytest.raises((ValueError, FileNotFoundError), match=match) as caught,
+        ):
             call()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 2500
 
