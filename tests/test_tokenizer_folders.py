@@ -9,7 +9,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-from watching import Payload, outside  # noqa: E402, F401
+from watching import Outside, Payload  # noqa: E402
 
 from mmfused.data import load_tokenizer, text, train_tokenizer  # noqa: E402
 from mmfused.models import qwen  # noqa: E402
@@ -197,12 +197,17 @@ def change(folder, name, **changes):
 
 
 @pytest.fixture
+def outside(tmp_path):
+    return Outside(tmp_path / "outside")
+
+
+@pytest.fixture
 def folder(tmp_path):
     bert().save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
-def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, outside):  # noqa: F811
+def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, outside):
     expected = facts(load_tokenizer(folder))
     (folder / "module.py").write_text(outside.module.read_text())
     named = {
@@ -262,7 +267,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("changes", "match"), SETTINGS, ids=[match for _, match in SETTINGS])
-def test_hostile_settings(changes, match, folder, outside):  # noqa: F811
+def test_hostile_settings(changes, match, folder, outside):
     change(folder, "tokenizer_config.json", **changes)
     outside.refuses(
         lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}"
@@ -271,7 +276,7 @@ def test_hostile_settings(changes, match, folder, outside):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a', b"\xff\xfe", b"[]", b"", b'"x"'])
-def test_files_that_are_no_objects(name, content, folder, outside):  # noqa: F811
+def test_files_that_are_no_objects(name, content, folder, outside):
     (folder / name).write_bytes(content)
     outside.refuses(lambda: load_tokenizer(folder), "folder without a readable tokenizer")
 
@@ -287,12 +292,12 @@ def test_files_that_are_no_objects(name, content, folder, outside):  # noqa: F81
     ],
     ids=["merges", "negative", "unigram", "unknown", "none"],
 )
-def test_a_tokenizer_json_of_no_tokenizer(model, folder, outside):  # noqa: F811
+def test_a_tokenizer_json_of_no_tokenizer(model, folder, outside):
     change(folder, "tokenizer.json", model=model)
     outside.refuses(lambda: load_tokenizer(folder), "folder without a readable tokenizer")
 
 
-def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):  # noqa: F811
+def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):
     monkeypatch.setattr(text, "MOST_BYTES", 1000)
     outside.refuses(
         lambda: load_tokenizer(folder),
@@ -300,7 +305,7 @@ def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):  # noqa
     )
 
 
-def test_a_tokenizer_json_that_is_a_pickle(folder, outside):  # noqa: F811
+def test_a_tokenizer_json_that_is_a_pickle(folder, outside):
     (folder / "tokenizer.json").write_bytes(pickle.dumps(Payload(outside.marker)))
     outside.refuses(
         lambda: load_tokenizer(folder),
@@ -322,7 +327,7 @@ def test_a_tokenizer_json_that_is_a_pickle(folder, outside):  # noqa: F811
 )
 def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
     name, changes, folder, outside
-):  # noqa: F811
+):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(bert().get_vocab()))
     (folder / "module.py").write_text(outside.module.read_text())

@@ -74,8 +74,3 @@ class Outside:
         ):
             call()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 2500
-
-
-@pytest.fixture
-def outside(tmp_path):
-    return Outside(tmp_path / "outside")
