@@ -67,7 +67,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
-    def offline(name):
+    def offline(name, **options):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)

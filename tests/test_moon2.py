@@ -388,7 +388,7 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
         ({"without": ("gate",)}, "without: got 'gate', takes some of moe, dual_alignment, sparsity"),
         ({"without": ("intra", "inter")}, "without: got 'inter' and 'intra', which leaves no objective"),
-        ({"host": {"text_config": {"hidden_act": "gelu"}}}, "host.text_config.hidden_act: got 'gelu', takes 'silu', as the experts have"),
+        ({"host": {"text_config": {"hidden_act": "gelu"}}}, "hidden_act: got 'gelu', takes 'silu', as the experts have"),
         ({"tokens": None}, "tokens: got None, takes what"),
         ({"normalise": 0.0}, "normalise: got 0.0, takes a number above 0"),
     ],

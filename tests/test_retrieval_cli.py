@@ -172,7 +172,7 @@ def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stage")) == 2
     assert "option: got 'stage', takes NAME=VALUE" in capsys.readouterr().err
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stages=1")) == 2
-    assert "UNITEConfig has no field named stages" in capsys.readouterr().err
+    assert "UNITEConfig: got a field 'stages', takes host" in capsys.readouterr().err
 
 
 def train_on_rank(rank, world, port, options):

@@ -134,6 +134,10 @@ def _read_folder(folder: Path):
         if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool) != (bool in kinds)):
             takes = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{key}: got {type(settings[key]).__name__}, takes {takes}")
+    if not settings.get("model_max_length", 1) > 0:
+        raise ValueError(f"model_max_length: got {settings['model_max_length']}, takes a number above 0")
+    if not all(isinstance(name, str) for name in settings.get("model_input_names", [])):
+        raise ValueError(f"model_input_names: got {one_line(settings['model_input_names'])}, takes strings")
     # What tokenizer.json says of a token goes before how the settings describe it.
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for key in TOKENS:
@@ -143,7 +147,9 @@ def _read_folder(folder: Path):
     named = {key: token for key, token in given.items() if key.endswith("_token") and key not in TOKENS and isinstance(token, str)}
     named |= _object(given, "model_specific_special_tokens") | (extra if isinstance(extra, dict) else {})
     settings["model_specific_special_tokens"] = {key: _token(key, token, known) for key, token in named.items()}
-    if not isinstance(extra, dict):
+    if not isinstance(extra, (dict, list)):
+        raise ValueError(f"extra_special_tokens: got {type(extra).__name__}, takes a list or an object")
+    if isinstance(extra, list):
         settings["extra_special_tokens"] = [_token("extra_special_tokens", token, known) for token in extra]
     added = _object(given, "added_tokens_decoder")
     settings["added_tokens_decoder"] = {int(key): _token("added_tokens_decoder", token, known) for key, token in added.items()}

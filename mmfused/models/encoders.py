@@ -87,7 +87,7 @@ class ConvStem(nn.Sequential):
     def __init__(self, projection: nn.Conv2d, group: bool = False):
         side, width = projection.kernel_size[0], projection.out_channels
         if side < 2 or side & (side - 1):
-            raise ValueError(f"patch_size must be a power of two for the convolutional stem, got {side}")
+            raise ValueError(f"patch_size: got {side}, takes a power of two for the convolutional stem")
         count = side.bit_length() - 1
         widths = [projection.in_channels, *(max(8, width >> (count - 1 - layer)) for layer in range(count))]
         layers = []

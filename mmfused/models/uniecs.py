@@ -113,7 +113,7 @@ class UniECSConfig(ModelConfig):
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of dim={self.dim}")
         if len(self.loss_weights) != len(NAMES) or min(self.loss_weights) <= 0:
-            raise ValueError(f"loss_weights: got {self.loss_weights}, takes {len(NAMES)} numbers above 0; `without` leaves groups out")
+            raise ValueError(f"loss_weights: got {self.loss_weights}, takes {len(NAMES)} numbers above 0")
         if not self.text_mask and self.text_length is None:
             raise ValueError("text_length: got None without text_mask, takes a number, or an item would depend on its batch")
         if self.indicator == "batch" and self.missing != "constant":
