@@ -193,23 +193,17 @@ def run_rank(rank: int, world: int, folder: str):
     for name, (everywhere, change, *_) in DIFFERENT.items():
         outcome(
             name,
-            lambda e=everywhere, change=change: loss_of(
-                **batch(rank) | e | (change if bad else {})
-            ),
+            lambda e=everywhere, change=change: loss_of(**batch(rank) | e | (change if bad else {})),
         )
     for name, (x, last, _) in GATHERED.items():
         outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if bad else x))
     outcome("no rows", lambda: loss_of(torch.randn(0, 8), torch.randn(rank, 8), temperature=0.2))
     outcome(
         "module",
-        lambda: MaskedInfoNCE(gather="global")(
-            None if bad else torch.randn(4, 8), torch.randn(4, 8)
-        ),
+        lambda: MaskedInfoNCE(gather="global")(None if bad else torch.randn(4, 8), torch.randn(4, 8)),
     )
     outcome("model", lambda: compare_of_a_model(bad))
-    outcome(
-        "several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank})
-    )
+    outcome("several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank}))
     results["gathered"] = [gather_rows(torch.full((rows, 2), rank)) for rows in (rank, 0)]
     results["bias"] = biases(rank, world)
     torch.save(results, os.path.join(folder, f"rank{rank}"))
@@ -253,25 +247,19 @@ def check_refusal(found: list, op: str, kind: str, sentence: str):
     *others, (own_kind, own) = found
     assert own_kind == kind and sentence in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
-    assert others == [
-        ("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")
-    ] * len(others)
+    assert others == [("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")] * len(others)
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
-    check_refusal(
-        errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence
-    )
+    check_refusal(errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
     _, _, first, last = DIFFERENT[name]
     setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
-    sentence = (
-        f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
-    )
+    sentence = f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
     for i, (kind, text) in enumerate(errors(results, name)):
         op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
         assert (kind, text) == ("ValueError", f"{op}: {sentence}")
@@ -282,11 +270,7 @@ def test_gather_rows_refuses_on_all_ranks(results, name):
     found, sentence = errors(results, f"gather_rows {name}"), GATHERED[name][2]
     if name == "scalar":
         return check_refusal(found, "gather_rows", "ValueError", sentence)
-    assert (
-        len(set(found)) == 1
-        and found[0][0] == "ValueError"
-        and found[0][1].startswith(f"gather_rows: {sentence}")
-    )
+    assert len(set(found)) == 1 and found[0][0] == "ValueError" and found[0][1].startswith(f"gather_rows: {sentence}")
 
 
 def test_gather_rows_takes_ranks_without_rows(results):

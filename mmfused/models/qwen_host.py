@@ -39,9 +39,7 @@ def token_side(vision: dict) -> int:
 def host_fields(model_type: object) -> tuple[type, dict[str, object]]:
     """The config of a host and its fields: its parts', of one kind each, and its own ids."""
     if model_type not in TYPES:
-        raise ValueError(
-            f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}"
-        )
+        raise ValueError(f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}")
     config = import_transformers().CONFIG_MAPPING[model_type]
     parts = {part: declared(config.sub_configs[part]) for part in ("text_config", "vision_config")}
     parts["vision_config"].update(patch_size=int, temporal_patch_size=int)
@@ -90,9 +88,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
     described = read_encoder_folder("host", folder, "*.safetensors")
     if described.get("model_type") not in TYPES:
         found = shown(described.get("model_type"))
-        raise ValueError(
-            f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}"
-        )
+        raise ValueError(f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}")
     config_class, kinds = host_fields(described["model_type"])
     parts = {}
     for part in ("text_config", "vision_config"):

@@ -53,14 +53,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     parts = read_object(folder / INDEX, 64 << 20).get("weight_map")
     parts = parts.values() if isinstance(parts, dict) else [parts]
     for part in parts:
-        if (
-            not isinstance(part, str)
-            or not part.endswith(".safetensors")
-            or not set(part).isdisjoint("/\\:\0")
-        ):
-            raise ValueError(
-                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, takes names of *.safetensors beside it"
-            )
+        if not isinstance(part, str) or not part.endswith(".safetensors") or not set(part).isdisjoint("/\\:\0"):
+            raise ValueError(f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, takes names of *.safetensors beside it")
     return [folder / part for part in sorted(set(parts))]
 
 
@@ -72,9 +66,7 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
         try:
             weights |= safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"{name}: {path} is truncated, corrupt or no safetensors file: {one_line(error)}"
-            ) from error
+            raise ValueError(f"{name}: {path} is truncated, corrupt or no safetensors file: {one_line(error)}") from error
     return weights
 
 
@@ -83,6 +75,4 @@ def check_size(name: str, weights: dict[str, Tensor], expected: nn.Module) -> No
     held = sum(tensor.numel() for tensor in weights.values())
     takes = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
     if 2 * held < takes:
-        raise ValueError(
-            f"{name} lacks weights: holds {held} numbers, takes the {takes} of what its config.json describes"
-        )
+        raise ValueError(f"{name} lacks weights: holds {held} numbers, takes the {takes} of what its config.json describes")

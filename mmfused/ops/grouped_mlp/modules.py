@@ -110,9 +110,7 @@ class TopKMoE(nn.Module):
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out, routing
 
-    def update_selection_bias(
-        self, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def update_selection_bias(self, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None) -> None:
         """:func:`mmfused.update_selection_bias` of this layer: ``moe.update_selection_bias(routing.counts)``.
 
         Once after each optimizer step, on every rank with its own counts, which are summed over the ranks of ``group`` (None: all);

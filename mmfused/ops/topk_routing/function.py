@@ -340,9 +340,7 @@ def _route(
 
 
 @torch.no_grad()
-def update_selection_bias(
-    bias: Tensor, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None
-) -> None:
+def update_selection_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3, *, group: dist.ProcessGroup | None = None) -> None:
     """After an optimizer step, in place: ``bias += rate * sign(mean(c) - c)``, c (E,) what each expert got, counts (S, E) or (E,).
 
     An expert that got too little is chosen more easily from now on; the loss is not touched (DeepSeek-V3, arXiv 2412.19437).
