@@ -7,8 +7,10 @@ neither read, replaced nor removed. What such a folder holds beside the run is l
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ TOKENIZER_FILES = (  # what `save_pretrained` of one tokenizer or another writes
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
     "sentencepiece.bpe.model spiece.model tokenizer.model chat_template.jinja"
 ).split()
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STEP_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+logger = logging.getLogger(__name__)
 
 
 class Lock:
@@ -40,21 +44,25 @@ class Lock:
     def take(self) -> None:
         """Locks the mark that is there now: after its removal, that is a new one."""
         self.release()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, "a", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            message = f"out: another process is writing to {self.path.parent}; wait for it, or take another folder"
-            raise FileExistsError(message) from None
-        if file.tell() == 0:
-            file.write(TEXT)
-            file.flush()
-        self.file = file
+        while not self.is_in_place():  # once, unless the mark was removed between the two lines below
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a", encoding="utf-8")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                message = f"out: another process is writing to {self.path.parent}; wait for it, or take another folder"
+                raise FileExistsError(message) from None
+            except OSError as error:  # some network file systems have no locks
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning("out: %s cannot be locked (%s): see that one process writes to it", self.path.parent, error.strerror)
+        if self.file.tell() == 0:
+            self.file.write(TEXT)
+            self.file.flush()
 
     def is_in_place(self) -> bool:
-        return same_file(self.path, self.file)
+        return self.file is not None and same_file(self.path, self.file)
 
     def release(self) -> None:
         if self.file is not None:

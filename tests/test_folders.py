@@ -1,5 +1,6 @@
 """A training writes and removes only what it made, one at a time, and ends well only where all of it is there."""
 
+import errno
 import json
 import logging
 import os
@@ -127,6 +128,16 @@ def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, stopped_r
             train(small_run(out, **changes))
         assert everything(out) == before
     train(small_run(out, **changes))
+
+
+def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatch, caplog, whole_run):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mmfused.ownership.fcntl.flock", no_locks)
+    train(small_run(tmp_path / "run"))
+    assert "cannot be locked (No locks available): see that one process writes to it" in caplog.text
+    assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_what_came_between_the_first_look_and_the_first_step_is_seen(tmp_path, monkeypatch, whole_run):

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     import mmfused
+    from mmfused.ownership import half_written
+    from mmfused.run_folder import remove
     from mmfused.trained import load_trained
 
     out = Path(args.out)
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         "views": args.views,
     }
     with parts.locked(job, args.overwrite):
+        for path in half_written(out.parent, (out.name,)):
+            remove(path)
         with mmfused.backend(args.backend):
             embed_parts(trained, batches, parts, tuple(args.views.split(",")))
         count = join_parts(parts, out, data, len(batches))
@@ -127,8 +131,9 @@ class Parts:
         from mmfused.ownership import MARK
 
         for path in self.folder.glob("*"):
-            if PART.fullmatch(path.name) or path.name == MARK:
+            if PART.fullmatch(path.name):
                 path.unlink()
+        (self.folder / MARK).unlink(missing_ok=True)  # last: without it the rest would be taken for another program's
         try:
             self.folder.rmdir()
         except OSError as error:  # something else was put in meanwhile, or it is gone
