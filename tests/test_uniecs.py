@@ -404,7 +404,7 @@ BAD_CONFIGS = [
     ({"placement": "before"}, "placement: got 'before', takes one of interleaved, after"),
     ({"without": ("gates",)}, "without: got 'gates', takes some of gate, cross"),
     ({"without": ("cmal", "clal", "imcl")}, "without: got all of cmal, clal, imcl, which leaves no loss"),
-    ({"without": ("adaptive",), "weighting": "static"}, "without: got 'adaptive' with weighting 'static'"),
+    ({"without": ("adaptive",), "weighting": "static"}, "without 'adaptive': got weighting 'static'"),
     ({"text_mask": False}, "text_length: got None without text_mask, takes a number"),
     ({"indicator": "batch", "missing": "skip"}, "missing: got 'skip' with indicator 'batch', takes 'constant'"),
     ({"margins": (0.3,)}, r"margins: got \(0.3,\), takes 4 finite numbers"),

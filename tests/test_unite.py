@@ -345,8 +345,8 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"same_id": "mean"}, "same_id: got 'mean', takes one of drop, sum"),
         ({"freeze": ("image",)}, "freeze: got 'image', takes some of vision, language"),
         ({"without": ("lora",)}, "without: got 'lora', takes some of mamcl, negatives, dual, fusion"),
-        ({"without": ("dual",)}, "without: got 'dual' with stage 2, which has none anyway, takes stage 1"),
-        ({"without": ("mamcl",), "stage": 1}, "without: got 'mamcl' with stage 1, which has none anyway, takes stage 2"),
+        ({"without": ("dual",)}, "without 'dual': got stage 2, which has none anyway, takes stage 1"),
+        ({"without": ("mamcl",), "stage": 1}, "without 'mamcl': got stage 1, which has none anyway, takes stage 2"),
     ],
 )
 def test_bad_config(options, message):

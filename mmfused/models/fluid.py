@@ -98,7 +98,7 @@ class FLUIDConfig(ModelConfig):
             raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
-                raise ValueError(f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, takes 'both'")
+                raise ValueError(f"without {name!r}: got modalities {self.modalities!r}, which has none anyway, takes 'both'")
 
     @classmethod
     def preset(cls, name="tiny", *, num_classes=None, **options):

@@ -110,7 +110,7 @@ class UniECSConfig(ModelConfig):
         if self.indicator == "batch" and self.missing != "constant":
             raise ValueError(f"missing: got {self.missing!r} with indicator 'batch', takes 'constant'")
         if "adaptive" in self.without and self.weighting != "adaptive":
-            raise ValueError("without: got 'adaptive' with weighting 'static', which is not adaptive anyway, takes 'adaptive'")
+            raise ValueError("without 'adaptive': got weighting 'static', which is not adaptive anyway, takes 'adaptive'")
         if not set(TERMS) - set(self.without):
             raise ValueError("without: got all of cmal, clal, imcl, which leaves no loss, takes at most two of them")
         for name in self.freeze:

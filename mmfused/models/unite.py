@@ -74,8 +74,7 @@ class UNITEConfig(HostedConfig):
         check_views(self.candidate_views)
         for name in self.without:
             if STAGE_OF.get(name, self.stage) != self.stage:
-                stage = STAGE_OF[name]
-                raise ValueError(f"without: got {name!r} with stage {self.stage}, which has none anyway, takes stage {stage}")
+                raise ValueError(f"without {name!r}: got stage {self.stage}, which has none anyway, takes stage {STAGE_OF[name]}")
 
 
 QWEN2_VL_2B = {
