@@ -326,7 +326,10 @@ def test_preset_overrides_update_its_encoders():
         ({"loss_weights": (1.0, 1.0)}, r"loss_weights: got \(1.0, 1.0\), takes 3 finite numbers"),
         ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), takes 3 finite numbers"),
         ({"without": ("gates",)}, "without: got 'gates', takes some of contrastive, q_transform, gate, bottleneck, moe"),
-        ({"without": ("gate",), "modalities": "text"}, "without: got 'gate' with modalities 'text', which has none anyway"),
+        (
+            {"without": ("gate",), "modalities": "text"},
+            "without: got 'gate' with modalities 'text', which has none anyway, takes 'both'",
+        ),
     ],
 )
 def test_bad_config(options, message):

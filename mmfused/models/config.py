@@ -12,6 +12,10 @@ from mmfused.models.fields import check_field, shown
 from mmfused.models.weights import on_meta
 
 
+class AbsentPart(ValueError):
+    """A part is to be left out that the other settings leave no place for anyway."""
+
+
 class ModelConfig:
     """Base of the dataclasses that configure the models."""
 

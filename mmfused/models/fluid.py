@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfused.library import no_autocast
-from mmfused.models.config import ModelConfig
+from mmfused.models.config import AbsentPart, ModelConfig
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.inputs import check_range, contain, map_tokens, read_image, read_text
 from mmfused.ops.gated_cross_attention import TokenGate
@@ -98,7 +98,7 @@ class FLUIDConfig(ModelConfig):
             raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
-                raise ValueError(f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, takes 'both'")
+                raise AbsentPart(f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, takes 'both'")
 
     @classmethod
     def preset(cls, name="tiny", *, num_classes=None, **options):

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmfused.models.config import ModelConfig
+from mmfused.models.config import AbsentPart, ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
 from mmfused.models.inputs import read_image, read_text
 from mmfused.models.retrieval import (
@@ -119,7 +119,7 @@ class UniECSConfig(ModelConfig):
         if self.indicator == "batch" and self.missing != "constant":
             raise ValueError(f"missing: got {self.missing!r} with indicator 'batch', takes 'constant'")
         if "adaptive" in self.without and self.weighting != "adaptive":
-            raise ValueError("without: got 'adaptive' with weighting 'static', which is not adaptive anyway, takes 'adaptive'")
+            raise AbsentPart("without: got 'adaptive' with weighting 'static', which is not adaptive anyway, takes 'adaptive'")
         if not set(TERMS) - set(self.without):
             raise ValueError("without: got all of cmal, clal, imcl, which leaves no loss, takes at most two of them")
         for name in self.freeze:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfused.models import qwen
+from mmfused.models.config import AbsentPart
 from mmfused.models.qwen import HostedConfig
 from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views, in_group, unit
 from mmfused.ops.masked_info_nce import masked_info_nce
@@ -74,8 +75,9 @@ class UNITEConfig(HostedConfig):
         check_views(self.candidate_views)
         for name in self.without:
             if STAGE_OF.get(name, self.stage) != self.stage:
-                stage = STAGE_OF[name]
-                raise ValueError(f"without: got {name!r} with stage {self.stage}, which has none anyway, takes stage {stage}")
+                raise AbsentPart(
+                    f"without: got {name!r} with stage {self.stage}, which has none anyway, takes stage {STAGE_OF[name]}"
+                )
 
 
 QWEN2_VL_2B = {
