@@ -180,10 +180,13 @@ def read_optimizer_state(path: Path, model, optimizer) -> dict[int, dict]:
 
 
 def keep_until(root: Path, step: int):
-    """Removes the checkpoints after ``step``, broken ones as it is gone on from there, and half-written and half-removed ones."""
+    """Removes the checkpoints after ``step``, broken ones as it is gone on from there, and half-written and half-removed ones.
+
+    Raises FileExistsError where one of them holds what the run did not make: it would be in the way when its step comes.
+    """
     for path in saved(root):
-        if step_of(path) > step:
-            discard(path)
+        if step_of(path) > step and not discard(path):
+            raise FileExistsError(f"out: {path} is broken, and holds files that the run did not make; move it")
     for path in root.glob(".step-*.tmp"):
         if TEMPORARY.fullmatch(path.name) and not strangers_in_step(path):
             remove(path)
@@ -199,18 +202,19 @@ def step_of(path: Path) -> int:
     return int(STEP.fullmatch(path.name)[1])
 
 
-def discard(path: Path):
-    """Renamed first: a process killed meanwhile leaves nothing that looks like a checkpoint.
+def discard(path: Path) -> bool:
+    """Whether it is gone. Renamed first: a process killed meanwhile leaves nothing that looks like a checkpoint.
 
     One in which something else was put stays: a run removes only what it made.
     """
     foreign = [inner.name for inner in strangers_in_step(path)]
     if foreign:
         logger.warning("checkpoint %s is not removed: it holds %s, which the run did not make", path.name, shown(foreign))
-        return
+        return False
     draft = temporary(path)
     os.rename(path, draft)
     remove(draft)
+    return True
 
 
 def optimized_names(model, optimizer) -> list[str]:

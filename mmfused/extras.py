@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PACKAGES = {  # by the name they are imported under
+    "models": {
+        **{name: name for name in "timm transformers tokenizers torchvision numpy safetensors tqdm matplotlib".split()},
+        "PIL": "pillow",
+    },
+}
+
 
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
@@ -12,9 +19,8 @@ def from_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "mmfused") or "pip install" in str(error):
+        package = PACKAGES[extra].get((error.name or "").partition(".")[0])
+        if package is None or "pip install" in str(error):
             raise
-        package = {"PIL": "pillow"}.get(package, package)
         message = f"{package} is not installed: pip install 'mmfused[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name, path=error.path) from error

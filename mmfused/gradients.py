@@ -44,7 +44,7 @@ def add_cached_gradients(model, batch: dict[str, dict], chunk: int, amp: bool = 
         for part in chunks(items, chunk):
             states[role].append(random_state(device))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                cached[role].append(model.encode(role, **part))
+                cached[role].append(model.encode_part(role, part))
     leaves = {role: joined(parts, batch[role]["labels"], chunk) for role, parts in cached.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         output = model.compare(**leaves)
@@ -55,11 +55,11 @@ def add_cached_gradients(model, batch: dict[str, dict], chunk: int, amp: bool = 
         for i, part in enumerate(chunks(items, chunk)):
             set_random_state(states[role][i], device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                again = model.encode(role, **part)
+                again = model.encode_part(role, part)
             pairs = []
             for name, leaf in leaves[role].items():
                 if leaf.requires_grad and leaf.grad is not None and again[name].requires_grad:
-                    share = len(part["labels"]) / total
+                    share = len(part["labels"]) / max(total, 1)
                     rows = slice(i * chunk, (i + 1) * chunk)
                     pairs.append((again[name], leaf.grad[rows] if leaf.dim() else leaf.grad * share))
             if pairs:
@@ -70,12 +70,13 @@ def add_cached_gradients(model, batch: dict[str, dict], chunk: int, amp: bool = 
 
 def chunks(items: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     count = len(items["labels"])
-    return [{name: value[first : first + size] for name, value in items.items()} for first in range(0, count, size)]
+    starts = range(0, max(count, 1), size)  # of no rows, one chunk of none
+    return [{name: value[first : first + size] for name, value in items.items()} for first in starts]
 
 
 def joined(parts: list[dict[str, Tensor]], labels: Tensor, chunk: int) -> dict[str, Tensor]:
     """The chunks' rows one below the other and the weighted means of what is a mean, as leaves."""
-    shares = [len(part) / len(labels) for part in labels.split(chunk)]
+    shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
     leaves = {}
     for name, first in parts[0].items():
         values = [part[name] for part in parts]

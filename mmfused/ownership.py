@@ -22,7 +22,8 @@ TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # see `temporary`
 STEP = re.compile(r"step-(\d{8,18})")
 TOKENIZER_FILES = (  # what `save_pretrained` of one tokenizer or another writes
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
-    "sentencepiece.bpe.model spiece.model tokenizer.model chat_template.jinja"
+    "sentencepiece.bpe.model sentencepiece.model spiece.model spm.model tokenizer.model bpe.codes emoji.json "
+    "chat_template.jinja"
 ).split()
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STEP_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """The mark of ``folder``, made where it is missing, and locked until :meth:`release`.
+    """The mark of ``folder``, made where it is missing (``was_there`` tells), and locked until :meth:`release`.
 
     The system lets go of it too when the process ends, however that happens. Raises FileExistsError
     where another process holds it.
@@ -39,6 +40,7 @@ class Lock:
     def __init__(self, folder: Path):
         self.path = folder / MARK
         self.file = None
+        self.was_there = is_mark(self.path)
         self.take()
 
     def take(self) -> None:
@@ -46,7 +48,7 @@ class Lock:
         self.release()
         while not self.is_in_place():  # once, unless the mark was removed between the two lines below
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = open_mark(self.path)
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -55,6 +57,7 @@ class Lock:
                 raise FileExistsError(message) from None
             except OSError as error:  # some network file systems have no locks
                 if error.errno not in NO_LOCKS:
+                    self.release()
                     raise
                 logger.warning("out: %s cannot be locked (%s): see that one process writes to it", self.path.parent, error.strerror)
         if self.file.tell() == 0:
@@ -76,17 +79,36 @@ class Lock:
         self.release()
 
 
+def open_mark(path: Path):
+    """For appending. Raises FileExistsError where something else bears its name: it is not followed, nor waited for."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if os.path.lexists(path) and not is_mark(path):
+            raise FileExistsError(f"out: {path} is no file of a run; move it") from error
+        raise
+    file = open(descriptor, "a", encoding="utf-8")
+    if not is_mark(path):
+        file.close()
+        raise FileExistsError(f"out: {path} is no file of a run; move it")
+    return file
+
+
+def is_mark(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def same_file(path: Path, file) -> bool:
     """Whether the open ``file`` is the one at ``path``."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def is_marked(folder: Path) -> bool:
     """Whether a run is there: by its mark, or by settings that name an mmfused (a copy may lack hidden files)."""
-    if (folder / MARK).is_file():
+    if is_mark(folder / MARK):
         return True
     for path in (folder / "config.json", *sorted(folder.glob("checkpoints/step-*/state.json"))):
         try:
@@ -107,20 +129,22 @@ def strangers(folder: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def strangers_at(path: Path) -> Iterator[Path]:
-    """Itself, or what is in it."""
+    """``path``, if a run cannot have made it, or else the entries in it that a run cannot have made."""
     if not os.path.lexists(path):
         return
-    is_folder = path.name in ("tokenizer", "checkpoints") or STEP.fullmatch(path.name)
+    draft = TEMPORARY.fullmatch(path.name)
+    name = draft[1] if draft else path.name
+    is_folder = name in ("tokenizer", "checkpoints") or STEP.fullmatch(name)
     if path.is_symlink() or path.is_dir() != bool(is_folder):
         yield path
-    elif path.name == "checkpoints":
+    elif name == "checkpoints":
         for inner in sorted(path.iterdir()):
             half_written = TEMPORARY.fullmatch(inner.name)
             if STEP.fullmatch(half_written[1] if half_written else inner.name):
                 yield from (strangers_in_step(inner) if inner.is_dir() and not inner.is_symlink() else [inner])
             else:
                 yield inner
-    elif path.name == "tokenizer":
+    elif name == "tokenizer":
         yield from (inner for inner in sorted(path.iterdir()) if _is_strange(inner, TOKENIZER_FILES))
 
 
@@ -147,4 +171,5 @@ def temporary(path: Path) -> Path:
 def half_written(folder: Path, names) -> list[Path]:
     """What killed processes left of files that were to be called one of ``names``."""
     found = [(path, TEMPORARY.fullmatch(path.name)) for path in folder.glob(".*.tmp")]
-    return [path for path, match in found if match and match[1] in names]
+    left = [path for path, match in found if match and match[1] in names]
+    return [path for path in left if not any(strangers_at(path))]

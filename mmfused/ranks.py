@@ -36,25 +36,25 @@ def leave_ranks() -> int:
     return rank
 
 
-def wait_for_ranks() -> None:
-    if in_group():
-        dist.barrier()
+def stop_together(stop) -> int | None:
+    """The signal that has reached any rank, on all of them; ``stop`` is a ``checkpoint.StopRequest``.
 
-
-def stop_together(stop) -> None:
-    """Where a signal reached one rank, all stop after the same step; ``stop`` is a ``checkpoint.StopRequest``."""
-    if in_group():
-        signum = torch.tensor(stop.signum or 0, device=_device())
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        stop.signum = int(signum) or None
+    Ranks go by what it returns: a signal may come at any time after, and then counts the next time.
+    """
+    if not in_group():
+        return stop.signum
+    signum = torch.tensor(stop.signum or 0, device=_device())
+    dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return int(signum) or None
 
 
 def gather_texts(text: str) -> list[str]:
     """The texts of all ranks, in their order."""
     if not in_group():
         return [text]
-    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(_device())
-    sizes = _gather(torch.tensor([len(text.encode())], device=data.device)).tolist()
+    encoded = text.encode(errors="backslashreplace")  # a file's name may be no text
+    data = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8).to(_device())
+    sizes = _gather(torch.tensor([len(encoded)], device=data.device)).tolist()
     padded = data.new_zeros(max(1, *sizes))
     padded[: len(data)] = data
     parts = _gather(padded).view(len(sizes), -1).cpu()

@@ -155,8 +155,11 @@ def load_run(folder: str | os.PathLike):
     Raises FileNotFoundError where ``folder`` holds neither, and ValueError with one sentence where a file of it is
     truncated, corrupt, a pickle, or holds the weights of another model.
     """
-    folder = Path(folder)
-    settings = read_settings(folder)
+    return load_saved(Path(folder), read_settings(Path(folder)))
+
+
+def load_saved(folder: Path, settings: dict):
+    """As :func:`load_run`, with the settings that were read from the folder, and its files looked through, before."""
     model = build_saved(settings, folder)
     load_weights(model, folder / "model.safetensors")
     # Again: a saved tokenizer of some classes comes back without what was put around its texts.

@@ -59,12 +59,13 @@ def finished_summary(config, out: Path) -> dict:
     return summary
 
 
-def begin(config, out: Path, found: tuple[Path, dict] | None, step: int) -> None:
+def begin(config, out: Path, found: tuple[Path, dict] | None, step: int, was_marked: bool) -> None:
     """The folder as the first step needs it. Looked at once more: another training may have come before the lock."""
     if found is None:
         check_out(out, config.overwrite, config.resume)
         clear_out(out)
-    clean_out(out)
+    if was_marked:
+        clean_out(out)
     checkpoints.keep_until(out / "checkpoints", step)
 
 

@@ -10,7 +10,8 @@ from mmfused.gradients import add_cached_gradients, add_gradients
 from mmfused.metrics import evaluate, model_inputs
 from mmfused.models import MODELS
 from mmfused.ranking import embed_items, mean_scores, retrieval_scores
-from mmfused.train_setup import make_batches, make_collate, make_val_batches
+from mmfused.ranks import refused_together
+from mmfused.train_setup import batch_size_of, make_batches, make_collate, make_val_batches
 
 
 class Classification:
@@ -21,7 +22,8 @@ class Classification:
         self.batches, self.val_batches = made
 
     def gradients(self, model, batches, count: int, amp: bool):
-        return add_gradients(model, (model_inputs(model, batch) for batch in batches), count, amp)
+        with refused_together():  # nothing is exchanged within
+            return add_gradients(model, (model_inputs(model, batch) for batch in batches), count, amp)
 
     def hide(self, batch: dict, hidden: Callable[[dict], dict]) -> dict:
         return hidden(batch)
@@ -41,7 +43,7 @@ class Retrieval:
         self.chunk = config.grad_cache
         augment = config.data != "generated" if config.augment is None else config.augment
         collate = make_collate(tokenizer, size, config.max_length, model_config, augment=augment, seed=config.seed)
-        batch_size = min(config.batch_size, len(train_set) // world * world)
+        batch_size = batch_size_of(config, len(train_set), world)
         options = {"negatives": MODELS[config.model].model.takes_negatives, "seed": config.seed, "rank": rank, "world": world}
         self.batches = PairBatches(train_set, collate, batch_size, products=products, **options)
         plain = make_collate(tokenizer, size, config.max_length, model_config)

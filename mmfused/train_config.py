@@ -90,8 +90,7 @@ class TrainConfig:
         for entry in fields(self):
             check_field(entry.name, getattr(self, entry.name), kinds[entry.name])
         self.betas = tuple(self.betas)
-        if not self.out.strip():
-            raise ValueError(f"out: got {self.out!r}, takes a folder")
+        check_out_name(self.out)
         for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(choices)}")
@@ -153,3 +152,9 @@ class TrainConfig:
         for name, value in self.to_dict().items():
             if name in saved and name not in FREE and saved[name] != value:
                 raise ValueError(f"resume: {name} is {value!r}, but {where} was trained with {saved[name]!r}; take that one")
+
+
+def check_out_name(out: str) -> None:
+    """Raises ValueError for an empty one, which would be the working directory."""
+    if not out.strip():
+        raise ValueError(f"out: got {out!r}, takes a folder")

@@ -8,7 +8,7 @@ import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS
-from mmfused.run_folder import load_run, read_settings, sha256
+from mmfused.run_folder import load_saved, read_settings, sha256
 from mmfused.train_setup import (
     VAL_BATCH_SIZE,
     check_backend,
@@ -62,7 +62,7 @@ def load_trained(folder: str, backend: str = "auto", device: str = "auto", threa
     """Raises as :func:`mmfused.run_folder.load_run`, and ValueError for a backend or device that is not to be had."""
     where = pick_device(device)
     settings = read_settings(Path(folder))
-    model, tokenizer = load_run(folder)
+    model, tokenizer = load_saved(Path(folder), settings)
     trained = Trained(Path(folder), model, tokenizer, settings, where)
     check_backend(backend, where, torch.bfloat16 if trained.amp else torch.float32)
     if threads:

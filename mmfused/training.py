@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -28,7 +29,7 @@ from mmfused.gradients import average_gradients
 from mmfused.metrics import peak_memory
 from mmfused.models import MODELS
 from mmfused.models.retrieval import RetrievalModel
-from mmfused.ownership import MARK, Lock, same_file
+from mmfused.ownership import MARK, Lock, is_mark, same_file
 from mmfused.ranks import check_agreement, join_ranks, refused_together, stop_together
 from mmfused.run_folder import (
     SCORE_OF_TASK,
@@ -73,8 +74,12 @@ def train(config: TrainConfig) -> dict:
 
     Raises ValueError for unusable data, a backend that cannot run, or a checkpoint of other settings or data,
     FileNotFoundError for a missing data folder, and FileExistsError where ``out`` holds another run and neither
-    ``overwrite`` nor ``resume`` is set: all before a file is touched. Raises ``checkpoint.Stopped`` when SIGTERM or SIGINT
-    asked it to stop (in the main thread), after saving a checkpoint, and RuntimeError where the loss is not finite.
+    ``overwrite`` nor ``resume`` is set, files that no run made, or a run that another process writes: all before a file is
+    touched. Raises ``checkpoint.Stopped`` when SIGTERM or SIGINT asked it to stop (in the main thread), after saving a
+    checkpoint, and RuntimeError where the loss is not finite, or where at the end a file is missing that it wrote.
+
+    Over ranks, all raise where one does: that one its own error, the others ``ranks.OtherRankError``, which quotes it;
+    and ValueError where their settings, rows or numbers of steps differ.
     """
     out = Path(config.out)
     rank, world = join_ranks(pick_device(config.device))
@@ -82,7 +87,7 @@ def train(config: TrainConfig) -> dict:
     check_agreement({**shared, "mmfused": mmfused.__version__})
     with ExitStack() as stack:
         with refused_together():
-            lock = stack.enter_context(Lock(out)) if rank == 0 and (out / MARK).is_file() and not is_finished(out) else None
+            lock = stack.enter_context(Lock(out)) if rank == 0 and is_mark(out / MARK) and not is_finished(out) else None
             found = find_start(config, out)
         check_agreement({"finished": found is FINISHED})
         if found is FINISHED:
@@ -94,7 +99,7 @@ def train(config: TrainConfig) -> dict:
         with refused_together():
             if rank == 0:
                 training.lock = lock or stack.enter_context(Lock(out))
-                begin(config, out, found, training.step)
+                begin(config, out, found, training.step, training.lock.was_there)
         with mmfused.backend(config.backend):
             return training.run()
 
@@ -164,6 +169,8 @@ class Training:
         self.generators = {"drop": torch.Generator().manual_seed(config.seed)}
         self.step = 0
         self.saved: tuple[int, Path] | None = None  # step and folder of the newest checkpoint
+        self.lock: Lock | None = None  # on the folder, of the first rank
+        self.log: BinaryIO | None = None
         self.history = {"train": [], "val": []}
         self.metrics_bytes = 0
         self.seconds_before = 0.0  # of the processes that this one goes on from
@@ -185,30 +192,34 @@ class Training:
         self.begun = self.since = time.perf_counter()
         title = f"{self.config.model} {self.config.backend}"
         shown = {"disable": not (self.config.progress and self.main), "unit": "step", "initial": self.step}
-        self.log = open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab")
         try:
-            if self.main:
-                self.log.truncate(self.metrics_bytes)  # steps after the checkpoint are made again
+            with refused_together():
+                self.log = open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab")
+                if self.main:
+                    self.log.truncate(self.metrics_bytes)  # steps after the checkpoint are made again
             with tqdm(total=self.steps, desc=title, **shown) as self.bar, checkpoints.stop_on_signals() as stop:
                 self.loop(stop)
             with refused_together():
                 return self.finish()
         finally:
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
 
     def loop(self, stop: checkpoints.StopRequest):
         self.model.train()
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
-            stop_together(stop)
-            with refused_together():
-                # A signal does not wait for a validation; the run that goes on makes up for it here.
-                if self.is_due(self.val_every) and self.validated_step() < self.step:
+            signum = stop_together(stop)
+            # A signal does not wait for a validation; the run that goes on makes up for it here.
+            if self.is_due(self.val_every) and self.validated_step() < self.step:
+                with refused_together():
                     self.validate(stop)
-                if (self.is_due(self.save_every) or stop()) and not self.is_saved():
+                signum = stop_together(stop)
+            with refused_together():
+                if (self.is_due(self.save_every) or signum) and not self.is_saved():
                     self.save()
-            if stop():
-                raise checkpoints.Stopped(stop.signum, self.step, str(self.saved[1]))
+            if signum:
+                raise checkpoints.Stopped(signum, self.step, str(self.saved[1]))
             if self.step == self.steps:
                 return
             loss, terms, rate = self.advance(stream)
@@ -300,8 +311,10 @@ class Training:
         path = self.out / "metrics.jsonl"
         if same_file(path, self.log):
             return
-        logger.warning("out: %s was removed while the run wrote it; it is made again with all its records", path)
         records = sorted([*self.history["train"], *self.history["val"]], key=lambda record: record["step"])
+        if path.exists():
+            raise FileExistsError(f"out: {path} was replaced while the run wrote it; it is left as it is")
+        logger.warning("out: %s was removed while the run wrote it; it is made again with all its records", path)
         self.log.close()
         self.log = open(path, "xb")
         self.log.write(b"".join(map(as_line, records)))

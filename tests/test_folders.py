@@ -98,6 +98,38 @@ def test_a_checkpoint_that_something_was_put_into_outlives_its_time(tmp_path, mo
     assert_same_run(out, whole_run)
 
 
+def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(tmp_path, stopped_run):
+    out = shutil.copytree(stopped_run, tmp_path / "run")
+    later = shutil.copytree(out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000008")
+    (later / "model.safetensors").unlink()
+    (later / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="step-00000008 is broken, and holds files that the run did not make; move it"):
+        train(small_run(out, resume=True))
+    assert (later / "notes.txt").exists()
+
+
+def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
+    out = tmp_path / "run"
+    (out / ".tokenizer.77.tmp").mkdir(parents=True)
+    (out / ".tokenizer.77.tmp" / "notes.txt").write_text("mine")
+    (out / ".config.json.77.tmp").write_text("mine")
+    train(small_run(out))
+    assert (out / ".config.json.77.tmp").read_text() == "mine"  # it was there before the folder was a run's
+    train(small_run(out, overwrite=True))
+    assert (out / ".tokenizer.77.tmp" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_mark_that_is_none_is_refused(tmp_path, kind):
+    out, victim = tmp_path / "run", tmp_path / "victim"
+    out.mkdir()
+    mark = out / MARK
+    {"link": lambda: mark.symlink_to(victim), "pipe": lambda: os.mkfifo(mark), "folder": mark.mkdir}[kind]()
+    with pytest.raises(FileExistsError, match=f"out: .*{MARK} is no file of a run; move it"):
+        train(small_run(out, steps=1))
+    assert not victim.exists() and [path.name for path in out.iterdir()] == [MARK]
+
+
 def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, whole_run):
     for run, changes in ((stopped_run, {"resume": True}), (whole_run, {"overwrite": True})):
         out = shutil.copytree(run, tmp_path / run.parent.name)
@@ -109,8 +141,9 @@ def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, 
 
 def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
     for out in ("", " "):
-        assert main(["train", "--data", "generated", "--out", out]) == 2
-        assert f"out: got {out!r}, takes a folder" in capsys.readouterr().err
+        for command in (["train", "--data", "generated"], ["ablate", "--data", "generated"], ["demo"]):
+            assert main([*command, "--out", out]) == 2
+            assert f"out: got {out!r}, takes a folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="out: .*file is a file, takes a folder"):
         train(small_run(tmp_path / "file", overwrite=True))

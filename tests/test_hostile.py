@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import shutil
-import sys
+import socket
 import zlib
 from pathlib import Path
 
@@ -14,32 +14,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 from PIL import Image
+from watching import Payload, watched
 
 from mmfused.cli import main
 from mmfused.ownership import MARK
 from mmfused.run_folder import read_json
-
-EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-watched: list[tuple] = []  # a hook cannot be taken away: it notes nothing unless `watch` says so
-watching = False
-
-
-def note(event, args):
-    if watching and event in EVENTS:
-        watched.append((event, *args))
-
-
-sys.addaudithook(note)
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 @pytest.fixture(scope="module")
@@ -275,19 +254,13 @@ def place(tmp_path, made):
 
 def commanded(place, arguments, capsys):
     """(exit code, what was said in the end) of the command, of which nothing outside is read and no code runs."""
-    global watching
     capsys.readouterr()
-    watched.clear()
-    watching = True
-    try:
+    with watched(place.outside) as seen:
         code = main(arguments)
-    finally:
-        watching = False
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("mmfused: ")]
     assert not place.marker.exists(), "code has run"
-    outside = [event for event in watched if event[0] != "open" or str(place.outside) in os.path.realpath(str(event[1]))]
-    assert outside == []
+    assert seen == []
     return code, errors, said.out + said.err
 
 
@@ -414,14 +387,16 @@ def test_there_are_forty_and_more():
 
 def test_the_watch_would_see_it(place):
     """What the tests above rest on: reading outside and unpickling are noticed."""
-    global watching
-    watched.clear()
-    watching = True
-    try:
+    with watched(place.outside) as seen:
         Path(place.outside / "secret.json").read_bytes()
+        (place.outside / "link").symlink_to("secret.json")
+        (place.outside / "link").read_bytes()
         pickle.loads((place.outside / "weights.pt").read_bytes())
         safetensors.torch.load_file(place.outside / "model.safetensors")
-    finally:
-        watching = False
-    assert [event[0] for event in watched if str(place.outside) in str(event[1])].count("open") >= 2
+        with safetensors.safe_open(place.outside / "model.safetensors", "pt"):
+            pass
+        os.system("true")
+        socket.socket().close()
+    assert {Path(what).name for kind, what in seen if kind == "open"} == {"secret.json", "link", "weights.pt", "model.safetensors"}
+    assert {kind for kind, _ in seen} == {"open", "pickle.find_class", "os.system", "socket.__new__"}
     assert place.marker.exists()

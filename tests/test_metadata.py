@@ -135,6 +135,12 @@ def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
         ProductFolder(tmp_path, strict=True)
 
 
+def test_families_are_read_where_the_first_row_is_broken(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text,label,coarse_label\n,a\n,a mug,1,7\n,a pot,2,8\n")
+    data = ProductFolder(tmp_path)
+    assert data.coarse_labels == [7, 8] and len(data.skipped) == 1
+
+
 def test_many_rows_and_many_open_quotes_take_seconds(tmp_path):
     lines = [f'{i}.png,"open {i},{i}' if i % 50 == 0 else f"{i}.png,thing {i},{i}" for i in range(20_000)]
     begun = time.monotonic()

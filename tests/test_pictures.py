@@ -3,6 +3,7 @@
 import os
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -205,6 +206,29 @@ def test_a_truncated_file_is_named_whatever_the_program_told_pillow(monkeypatch,
             load_picture(data[: int(len(data) * share)], 8)
     assert load_picture(data).shape == (3, 48, 64)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is switch
+
+
+def test_threads_do_not_undo_each_other_s_strictness(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole, cut = saved(noise(400, 400), "PNG"), saved(noise(400, 400), "PNG")[:300_000]
+
+    def refused(_):
+        load_picture(whole)
+        with pytest.raises(BrokenPicture):
+            load_picture(cut)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(refused, range(60)))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_many_names_of_folders_leave_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(30):
+        with pytest.raises(BrokenPicture, match="is no regular file"):
+            load_picture(tmp_path)
+    assert before == 0 or len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "ICO", "PDF", "JPEG2000", "PCX", "SGI"])

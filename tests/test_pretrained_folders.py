@@ -96,7 +96,7 @@ VIT_FOLDERS = [
     ),
     ({"architecture": "local-dir:{folder}"}, "architecture: got 'local-dir:"),
     ({"architecture": 3}, "architecture: got 3"),
-    ({"architecture": "resnet18", "model_args": {}}, "holds a ResNet, takes a VisionTransformer"),
+    ({"architecture": "resnet18", "model_args": {}}, "vit', a ResNet, takes a VisionTransformer"),
     ({"pretrained_cfg": {"mean": 3}}, "mean: got 3, takes 3 finite numbers"),
     ({"pretrained_cfg": "x"}, "pretrained_cfg: got 'x'"),
 ]

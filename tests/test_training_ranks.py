@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch.multiprocessing as mp
 from training_runs import records, small_run, smaller_data
 
+import mmfused.tasks
 from mmfused import training
 from mmfused.training import train
 
-SECONDS = 20  # a group that waits for a rank gives up after half an hour
+SECONDS = 60  # with all preparation; a group that waits for a rank gives up after half an hour
 
 
 def different(rank, out, folder, patch):
@@ -80,6 +82,43 @@ def a_failing_validation(rank, out, folder, patch):
     return small_run(out)
 
 
+def a_name_that_is_no_text(rank, out, folder, patch):
+    return small_run(out, data="\udcff", val="x")
+
+
+def a_signal_in_a_validation(rank, out, folder, patch):
+    def signalled(model, batches, amp, stopped):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+        return {"accuracy": 0.5, "val_loss": 1.0}
+
+    patch.setattr("mmfused.tasks.evaluate", signalled)
+    return small_run(out)
+
+
+def records_that_cannot_be_opened(rank, out, folder, patch):
+    begin = training.begin
+
+    def spoiled(*args):
+        begin(*args)
+        (out / "metrics.jsonl").mkdir()
+
+    patch.setattr(training, "begin", spoiled)
+    return small_run(out)
+
+
+def a_failing_forward(rank, out, folder, patch):
+    def failing(*args):
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        return add_gradients(*args)
+
+    add_gradients = mmfused.tasks.add_gradients
+    patch.setattr("mmfused.tasks.add_gradients", failing)
+    return small_run(out)
+
+
 def at_the_end(rank, out, folder, patch):
     def failing(*args):
         raise OSError("disk full")
@@ -100,6 +139,10 @@ CASES = {
     a_loss_that_is_not_finite: ("OtherRankError: rank 1 of 2: the loss is nan at step 1", "RuntimeError: the loss is nan at"),
     a_full_disk: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
     a_failing_validation: ("OtherRankError: rank 1 of 2: out of memory", "RuntimeError: out of memory"),
+    a_name_that_is_no_text: ("FileNotFoundError: data: got '\\udcff'",) * 2,
+    a_signal_in_a_validation: ("Stopped: stopped by SIGTERM after step 4",) * 2,
+    records_that_cannot_be_opened: ("IsADirectoryError: ", "OtherRankError: rank 0 of 2: "),
+    a_failing_forward: ("OtherRankError: rank 1 of 2: out of memory", "RuntimeError: out of memory"),
     at_the_end: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
 }
 

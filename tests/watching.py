@@ -7,28 +7,52 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
+CODE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
 _watched = []  # of the one who watches now: a folder, and what was seen; a hook stays for good
 
 
 def _hook(event, arguments):
     if not _watched:
         return
+    if event in CODE or event.startswith("socket."):
+        _watched[-1][1].append((event, arguments[-1] if arguments else None))
+    elif event == "open":
+        _note_open(arguments[0])
+
+
+def _note_open(path):
     outside, seen = _watched[-1]
-    if event in (
-        "socket.connect",
-        "socket.getaddrinfo",
-        "subprocess.Popen",
-        "os.system",
-        "pickle.find_class",
-    ):
-        seen.append((event, arguments[-1]))
-    elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        if str(outside) in os.path.abspath(os.fsdecode(arguments[0])):
-            seen.append((event, arguments[0]))
+    if isinstance(path, (str, bytes, os.PathLike)) and str(outside) in os.path.realpath(os.fsdecode(path)):
+        seen.append(("open", os.fsdecode(path)))
 
 
 sys.addaudithook(_hook)
+
+
+@contextmanager
+def watched(outside: Path):
+    """A list that grows by what is opened below ``outside``, by connections, and by code that is started."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        # They open files without telling Python.
+        for owner, name in ((safetensors, "safe_open"), (safetensors.torch, "load_file")):
+            patch.setattr(owner, name, _noting(getattr(owner, name)))
+        _watched.append((outside, seen))
+        try:
+            yield seen
+        finally:
+            _watched.pop()
+
+
+def _noting(call):
+    def noting(path, *args, **options):
+        if _watched:
+            _note_open(path)
+        return call(path, *args, **options)
+
+    return noting
 
 
 class Payload:
@@ -58,12 +82,8 @@ class Outside:
 
     @contextmanager
     def untouched(self):
-        seen = []
-        _watched.append((self.folder, seen))
-        try:
+        with watched(self.folder) as seen:
             yield
-        finally:
-            _watched.pop()
         assert not seen and not self.marker.exists()
 
     def refuses(self, call, match: str):

@@ -19,7 +19,9 @@ def run(args: argparse.Namespace) -> int:
     """Every training is a run of its own under ``--out``, so that ``--resume`` goes on with those that are not finished."""
     from mmfused.models.config import AbsentPart
     from mmfused.run_folder import whole, write_json
+    from mmfused.train_config import check_out_name
 
+    check_out_name(args.out)
     parts = components(args.model)
     chosen = args.only.split(",") if args.only else list(parts)
     for part in chosen:

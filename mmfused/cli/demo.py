@@ -12,6 +12,7 @@ import torch
 
 import mmfused
 from mmfused.library import choose
+from mmfused.train_config import check_out_name
 
 HELP = "train FLUID twice, with and without this library's ops, time query pooling alone, and compare"
 STEPS = 300
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, takes at least 1")
+    check_out_name(args.out)
     out = Path(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     best = choose("demo", device, torch.float32)

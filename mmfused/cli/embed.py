@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "views": args.views,
     }
-    with parts.locked(job, args.overwrite):
-        for path in half_written(out.parent, (out.name,)):
-            remove(path)
+    with parts.locked(job, args.overwrite) as lock:
+        check(args, out)  # again: another process may have made it meanwhile
+        if lock.was_there:
+            for path in half_written(out.parent, (out.name,)):
+                remove(path)
         with mmfused.backend(args.backend):
             embed_parts(trained, batches, parts, tuple(args.views.split(",")))
         count = join_parts(parts, out, data, len(batches))
@@ -90,7 +92,7 @@ class Parts:
         foreign = self.foreign()
         if foreign:
             raise FileExistsError(f"out: {self.folder} holds files that mmfused embed did not make ({shown(foreign)}); move them")
-        with Lock(self.folder):
+        with Lock(self.folder) as lock:
             for path in self.folder.glob("*"):
                 if HALF_WRITTEN.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
                     path.unlink()
@@ -101,7 +103,7 @@ class Parts:
                     raise ValueError(f"out: {self.folder} holds {held}; remove or overwrite them")
             else:
                 whole(source, lambda path: write_json(path, job))
-            yield
+            yield lock
 
     def foreign(self) -> list[str]:
         from mmfused.ownership import MARK

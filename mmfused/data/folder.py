@@ -85,7 +85,7 @@ class ProductFolder(Dataset):
         if not self.labels:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"{self.root} has no usable row in metadata.csv{first}")
-        if "coarse_label" not in rows[0].fields:
+        if not any("coarse_label" in row.fields for row in rows):
             self.coarse_labels = None
         self.num_classes = max(self.labels) + 1 if num_classes is None else num_classes
         if image_size is None:

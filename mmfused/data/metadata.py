@@ -41,7 +41,7 @@ def read_rows(root: Path, text_column: str = "text", optional: tuple[str, ...] =
         raise ValueError(f"{path} leads outside of the folder")
     lines = split_lines(read_text(path))
     columns, start = read_header(path, lines, ("file_name", text_column, "label"), optional)
-    return (row for row in parse(root, lines, start, columns))
+    return parse(root, lines, start, columns)
 
 
 def read_text(path: Path) -> str:
@@ -87,7 +87,8 @@ def parse(root: Path, lines: list[str], start: int, columns: list[str]) -> Itera
                 broken = UNCLOSED
         except csv.Error:
             broken, end = why_broken(lines[start]), start + 1
-        if broken is not None or end - start == 1:
+            values = parse_leniently(lines[start])
+        if broken is not None:
             values, end = parse_leniently(lines[start]), start + 1
         start = end
         if not values:

@@ -19,7 +19,7 @@ Image.init()
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN
 )  # MPO, which cameras write, is among JPEG's
-MOST_PIXELS = 100_000_000  # decoded; a JPEG that is drawn at a smaller size may have more
+MOST_PIXELS = 100_000_000  # decoded; of a JPEG that is decoded at a smaller size Pillow takes up to 179 million
 MOST_BYTES = 2**28
 ORIENTATION = 0x0112  # EXIF
 TURNS = {  # by EXIF orientation; 1 is upright
@@ -33,6 +33,7 @@ TURNS = {  # by EXIF orientation; 1 is upright
 }
 LARGE = 2**24  # pixels: of larger ones one at a time, so that threads do not add up
 _flag, _large = threading.Lock(), threading.Lock()
+_inside, _switch = 0, False  # see `strictly`
 
 
 class BrokenPicture(ValueError):
@@ -73,7 +74,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """The content of a regular file; BrokenPicture where it is none, or too large."""
     try:
         # A pipe would be waited for, without O_NONBLOCK.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise BrokenPicture("is no regular file")
@@ -114,18 +115,27 @@ def load_rgb(image: Image.Image, size: int | None) -> torch.Tensor:
 def decode(image: Image.Image) -> None:
     """As ``image.load()``, which raises where a file is cut short, whatever the program has told Pillow to do then.
 
-    ``ImageFile.LOAD_TRUNCATED_IMAGES`` fills what is missing with grey. It is one switch for all threads: where a program has set
-    it, pictures are decoded one at a time.
+    ``ImageFile.LOAD_TRUNCATED_IMAGES``, one switch for all threads, fills what is missing with grey.
     """
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+    with strictly():
         image.load()
-        return
+
+
+@contextmanager
+def strictly() -> Iterator[None]:
+    """The first thread in turns the switch off, the last one out sets it as it was."""
+    global _inside, _switch
     with _flag:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            image.load()
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
+        if _inside == 0:
+            _switch, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _flag:
+            _inside -= 1
+            if _inside == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _switch
 
 
 def orientation(image: Image.Image) -> int:

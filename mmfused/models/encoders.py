@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from mmfused.extras import from_extra
 from mmfused.json_files import read_object
 from mmfused.models.fields import check_field, check_fields, plain, refusing, shown
 from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
@@ -215,6 +216,8 @@ def pretrained_vit(source: str, image_size: int | None = None) -> tuple[dict, nn
         return vit_of_folder(folder, size)
     if not timm.is_model(source) or not getattr(timm.models.get_pretrained_cfg(source), "hf_hub_id", None):
         raise ValueError(f"image encoder: got {source!r}, takes a folder, or a name of timm's with weights on the hub")
+    with on_meta():  # before it is downloaded
+        check_vit(source, create_vit(name=source, num_classes=0))
     where = {"model_name": source, "pretrained_cfg_overlay": {"hf_hub_filename": "model.safetensors"}}
     vit = timm.create_model(**where, pretrained=True, num_classes=0, **size)
     pixels = {f"pixel_{name}": tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")}
@@ -240,8 +243,7 @@ def vit_of_folder(folder: Path, size: dict) -> tuple[dict, nn.Module]:
         pixels[f"pixel_{name}"] = tuple(pretrained.get(name, usual))
     with on_meta():
         expected = create_vit(**saved, num_classes=0)
-    if not isinstance(expected, timm.models.VisionTransformer):
-        raise ValueError(f"image encoder: {folder} holds a {type(expected).__name__}, takes a VisionTransformer")
+    check_vit(folder, expected)
     weights = read_weights("image encoder", folder)
     check_size(f"image encoder: {folder}", weights, expected)
     vit = create_vit(num_classes=0, **image)
@@ -251,6 +253,11 @@ def vit_of_folder(folder: Path, size: dict) -> tuple[dict, nn.Module]:
     if missing:
         raise ValueError(f"image encoder: {folder} lacks {len(missing)} weights, {missing[0]} among them")
     return {"image": image, "image_dim": vit.embed_dim, "image_stem": "patch", **pixels}, vit
+
+
+def check_vit(source: object, encoder: nn.Module) -> None:
+    if not isinstance(encoder, import_timm().models.VisionTransformer):
+        raise ValueError(f"image encoder: got {str(source)!r}, a {type(encoder).__name__}, takes a VisionTransformer")
 
 
 def pretrained_text(source: str) -> tuple[dict, nn.Module]:
@@ -318,16 +325,12 @@ def read_encoder_folder(name: str, folder: Path, weights: str) -> dict:
 
 
 def import_timm():
-    try:
+    with from_extra("models"):
         import timm.models
-    except ImportError as error:
-        raise ImportError("the image encoder needs timm: pip install mmfused[models]") from error
     return timm
 
 
 def import_transformers():
-    try:
+    with from_extra("models"):
         import transformers
-    except ImportError as error:
-        raise ImportError("the text encoder needs transformers: pip install mmfused[models]") from error
     return transformers

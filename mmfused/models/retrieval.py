@@ -39,15 +39,19 @@ class RetrievalModel(nn.Module):
 
     def forward(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
         parts = {"query": query, "candidate": candidate, "negative": negative}
-        encoded = {role: None if items is None else self._encode(role, items) for role, items in parts.items()}
+        encoded = {role: None if items is None else self.encode_part(role, items) for role, items in parts.items()}
         return self.compare(**encoded)
 
-    def _encode(self, role: str, items: dict) -> dict[str, Tensor]:
-        if len(items["labels"]) or not in_group():
-            return self.encode(role, **items)
-        # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so one of zeros that is dropped.
-        one = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()}
-        return {name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()}
+    def encode_part(self, role: str, items: dict) -> dict[str, Tensor]:
+        """`encode` of items that may be none. What it refuses on one rank, all ranks refuse."""
+        try:
+            if len(items["labels"]) or not in_group():
+                return self.encode(role, **items)
+            # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so one of zeros that is dropped.
+            one = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()}
+            return {name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()}
+        except Exception as error:
+            raise refused(type(self).__name__, error, items["labels"]) from None
 
     @property
     def picture_size(self) -> int:

@@ -24,7 +24,7 @@ def refuse(op: str, error: Exception, near: object) -> None:
 def _exchange(op: str, near: object, sizes: list[int], text: str, refused: bool = False) -> list[list[int]]:
     """Every rank's ``sizes``, in one small message. All ranks raise where one refuses, or has another ``text`` of settings:
     before any of them waits for data that the others do not send, or send in another shape."""
-    data = text.encode()[:LONGEST]
+    data = text.encode(errors="backslashreplace")[:LONGEST]
     digest = int.from_bytes(blake2b(data, digest_size=7).digest(), "big")  # below 2^63
     mine = torch.tensor([refused, len(data), digest, *sizes], device=_device(near))
     told = _all_gather(mine).tolist()
