@@ -27,7 +27,8 @@ class MaskedInfoNCE(nn.Module):
         normalize: bring query and candidate to unit length first, in float32 at least.
         gather: None, this process's candidates only. "global": those of all ranks; each returns (W / N) times the sum of its own
             rows' losses, and candidate gradients return to their rank, so that DDP's average is the gradient of one process with
-            the whole batch, also with unequal batches and for the temperature. "local": the same values, but the other ranks'
+            the whole batch, also with unequal batches, one without rows, and for the temperature. What one rank refuses, and
+            options, dtypes or needs of gradients that differ, raise on all ranks. "local": the same values, but the other ranks'
             candidates are constants: cheaper, and biased; not with ``symmetric``, whose columns would get only their own rank's
             share of the gradient. Without a process group, as None. A loss that evaluates its own slice of the whole
             batch on every rank (UNITE's, VISTA's) has "global"'s gradient divided by W.
