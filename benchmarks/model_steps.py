@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfused.models import FLUIDConfig, MOON2Config, UniCAConfig, UniECSConfig, UNITEConfig
+from mmfused.models.qwen import KINDS
 from mmfused.models.unite import QWEN2_VL_2B
 
 LANGUAGE = {
@@ -39,7 +40,8 @@ SMALL_LANGUAGE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }
 TOWER = {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1, "patch_size": 14, "spatial_merge_size": 2}  # is not kept
-TOKENS = {"vision_start": 1, "vision_end": 2, "image": 3, "end": 4, "pad": 5, "drop": [], "prompts": {}}
+TOKENS = {"vision_start": 1, "vision_end": 2, "image": 3, "end": 4, "pad": 5, "drop": []}
+TOKENS["prompts"] = dict.fromkeys(KINDS, [])
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

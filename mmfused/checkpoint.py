@@ -176,6 +176,12 @@ def read_optimizer_state(path: Path, model, optimizer) -> dict[int, dict]:
         if kind not in ("step", "exp_avg", "exp_avg_sq") or tuple(tensor.shape) != expected:
             raise ValueError(f"{path} holds {key} of shape {tuple(tensor.shape)}, and AdamW has no such state of this model")
         state.setdefault(indices[name], {})[kind] = tensor
+    for index, entry in state.items():
+        right = len(entry) == 3 and all(t.is_floating_point() and t.isfinite().all() for t in entry.values())
+        if not right or not entry["step"] >= 1:
+            raise ValueError(f"{path} holds no whole state of AdamW for {optimized_names(model, optimizer)[index]}")
+    if not state:
+        raise ValueError(f"{path} holds no state of AdamW")
     return state
 
 

@@ -104,7 +104,8 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
 
 def graph_made() -> str | None:
     """The graph that this call is taken apart for, if any: "export" (torch.export) or "onnx"."""
-    if not torch.compiler.is_exporting():
+    # Not is_exporting(): in torch 2.11 the compiler takes it for true, and so a compiled call for an exported one.
+    if not torch.compiler._is_exporting_flag:
         return None
     return "onnx" if torch.onnx.is_in_onnx_export() else "export"
 

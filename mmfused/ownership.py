@@ -134,8 +134,7 @@ def strangers_at(path: Path) -> Iterator[Path]:
         return
     draft = TEMPORARY.fullmatch(path.name)
     name = draft[1] if draft else path.name
-    is_folder = name in ("tokenizer", "checkpoints") or STEP.fullmatch(name)
-    if path.is_symlink() or path.is_dir() != bool(is_folder):
+    if is_misplaced(path, name):
         yield path
     elif name == "checkpoints":
         for inner in sorted(path.iterdir()):
@@ -146,6 +145,16 @@ def strangers_at(path: Path) -> Iterator[Path]:
                 yield inner
     elif name == "tokenizer":
         yield from (inner for inner in sorted(path.iterdir()) if _is_strange(inner, TOKENIZER_FILES))
+
+
+def misplaced(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Those of the ``names`` that are there, and are links, pipes, or folders in a file's place: a run makes none of these."""
+    return [name for name in names if os.path.lexists(folder / name) and is_misplaced(folder / name, name)]
+
+
+def is_misplaced(path: Path, name: str) -> bool:
+    is_folder = name in ("tokenizer", "checkpoints") or STEP.fullmatch(name)
+    return path.is_symlink() or not (path.is_dir() if is_folder else path.is_file())
 
 
 def strangers_in_step(path: Path) -> list[Path]:

@@ -45,6 +45,20 @@ def check_out(out: Path, overwrite: bool, resume: bool = False):
         raise FileExistsError(f"out: {out} already holds a run ({', '.join(held)}); choose another folder or overwrite it")
 
 
+def check_replaceable(path: Path, key: str, replace: bool):
+    """Raises FileExistsError where the JSON file at ``path`` is another program's, without the ``key``, or is to stay."""
+    if not os.path.lexists(path):
+        return
+    try:
+        ours = not path.is_symlink() and path.is_file() and key in read_json(path)
+    except ValueError:
+        ours = False
+    if not ours:
+        raise FileExistsError(f"out: {path} is another program's; choose another folder, or move it")
+    if not replace:
+        raise FileExistsError(f"out: {path} is there already; choose another folder, resume or overwrite it")
+
+
 def shown(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -181,6 +195,8 @@ def build_saved(settings: dict, folder: Path):
 
 def load_own_tokenizer(folder: Path):
     """The tokenizer of the run or checkpoint in ``folder``. Raises ValueError where a file of it is a link that leads outside."""
+    if not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{folder / 'tokenizer'} is missing")
     for path in (folder / "tokenizer").glob("*"):
         inside(folder, f"tokenizer/{path.name}")
     return product_data.load_tokenizer(inside(folder, "tokenizer"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mmfused import checkpoint as checkpoints
 from mmfused.models import MODELS
-from mmfused.ownership import is_marked
+from mmfused.ownership import is_marked, misplaced
 from mmfused.run_folder import (
+    RUN_FILES,
     check_fields,
     check_out,
     clean_out,
@@ -17,6 +18,7 @@ from mmfused.run_folder import (
     is_finished,
     read_json,
     read_settings,
+    shown,
 )
 from mmfused.train_setup import NO_SIZE, check_rows, load_catalogue, load_data
 
@@ -40,6 +42,9 @@ def find_start(config, out: Path) -> tuple[Path, dict] | str | None:
         return None
     if is_finished(out):
         return FINISHED
+    elsewhere = misplaced(out, RUN_FILES) if is_marked(out) else []
+    if elsewhere:
+        raise FileExistsError(f"out: {out} holds links or the like in the place of a run's files ({shown(elsewhere)}); move them")
     found = checkpoints.newest(out / "checkpoints") if is_marked(out) else None
     if found is None:
         check_out(out, config.overwrite, resume=True)
@@ -56,6 +61,9 @@ def finished_summary(config, out: Path) -> dict:
     check_rows(config, settings["rows"], *splits)
     summary = read_json(inside(out, "summary.json"))
     check_fields(summary, SUMMARY | {name: float for name in SCORES[MODELS[config.model].task]}, out / "summary.json")
+    for name, value in summary.items():
+        if type(value) in (int, float) and not is_number(value):
+            raise ValueError(f"{out / 'summary.json'} is corrupt: {name} is {value!r:.40}")
     return summary
 
 
@@ -69,12 +77,32 @@ def begin(config, out: Path, found: tuple[Path, dict] | None, step: int, was_mar
     checkpoints.keep_until(out / "checkpoints", step)
 
 
+def is_number(value) -> bool:
+    """Finite, and not beyond what can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def as_line(record: dict) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def read_history(path: Path, length: int, score: str) -> dict:
-    """The records in the first ``length`` bytes of ``metrics.jsonl``, under "train" and "val", which have a ``score``.
+def is_due(step: int, every: int, steps: int) -> bool:
+    return step > 0 and (step % every == 0 or step == steps)
+
+
+def check_history(history: dict, step: int, steps: int, log_every: int, val_every: int, path: Path) -> None:
+    """Raises ValueError where these are not the records of a run up to ``step``."""
+    logged = step // log_every + (step == steps and step % log_every > 0)
+    validated = step // val_every + (step == steps and step % val_every > 0)
+    # A signal may have come before the validation that was due.
+    missing = len(history["val"]) == validated - 1 and is_due(step, val_every, steps)
+    if len(history["train"]) != logged or not (len(history["val"]) == validated or missing):
+        found = f"{len(history['train'])} records of training and {len(history['val'])} of validation"
+        raise ValueError(f"resume: {path} holds {found} at step {step}, takes {logged} and {validated}; put it back")
+
+
+def read_history(path: Path, length: int, scores: tuple[str, ...]) -> dict:
+    """The records in the first ``length`` bytes of ``metrics.jsonl``, under "train" and "val", which have the ``scores``.
 
     Raises ValueError where there are fewer, or other than a training writes.
     """
@@ -89,8 +117,8 @@ def read_history(path: Path, length: int, score: str) -> dict:
     try:
         records = [json.loads(line) for line in data.splitlines()]
         for record in records:
-            numbers = ("step", "loss", "seconds") if "loss" in record else ("step", score)
-            if not all(type(record[name]) in (int, float) for name in numbers):
+            numbers = ("step", "loss", "seconds") if "loss" in record else ("step", *scores)
+            if not all(is_number(record[name]) for name in numbers):
                 raise TypeError(f"{' or '.join(numbers)} is no number")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"resume: {path} is truncated or corrupt: {error}; put it back or overwrite the run") from error

@@ -23,7 +23,8 @@ RECIPES = {
     **{("unite", name): {"lr": 2e-5, "epochs": 1, "batch_size": 1024, "max_length": 2048} for name in ("paper", "code")},
 }
 # What may differ when a run goes on: where it runs and how much of it is shown or kept, not what it computes.
-FREE = {"out", "threads", "device", "progress", "overwrite", "resume", "save_every", "keep"}
+# Data are known by their content, wherever they lie.
+FREE = {"out", "data", "val", "products", "threads", "device", "progress", "overwrite", "resume", "save_every", "keep"}
 
 
 @dataclass
@@ -90,7 +91,12 @@ class TrainConfig:
         for entry in fields(self):
             check_field(entry.name, getattr(self, entry.name), kinds[entry.name])
         self.betas = tuple(self.betas)
-        check_out_name(self.out)
+        if "\0" in self.out:
+            raise ValueError(f"out: got {self.out!r}, takes a folder")
+        for name in "out data val products text_column image_encoder text_encoder host init tokenizer".split():
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"{name}: got {value!r}, takes a text that is not empty")
         for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(choices)}")
@@ -152,9 +158,3 @@ class TrainConfig:
         for name, value in self.to_dict().items():
             if name in saved and name not in FREE and saved[name] != value:
                 raise ValueError(f"resume: {name} is {value!r}, but {where} was trained with {saved[name]!r}; take that one")
-
-
-def check_out_name(out: str) -> None:
-    """Raises ValueError for an empty one, which would be the working directory."""
-    if not out.strip():
-        raise ValueError(f"out: got {out!r}, takes a folder")

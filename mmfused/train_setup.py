@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device: got {name!r}, and torch sees no CUDA device here")
     try:
         torch.ones(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: got {name!r}, takes auto, cpu, cuda or another that torch has here ({reason})") from error
     return torch.device(name)
@@ -56,6 +56,8 @@ def load_data(config, image_size: int | None = None):
     """The training and the validation set, each with its own draw of swapped texts; pictures as by ProductFolder."""
     if config.data == "generated" and config.text_column != "text":
         raise ValueError(f"text_column: got {config.text_column!r} with the generated set, takes 'text', the only one it has")
+    if config.data == "generated" and config.val is not None:
+        raise ValueError(f"val: got {config.val!r} with the generated set, takes none: it has its own")
     if config.data == "generated":
         train_set, val_set = product_data.GeneratedProducts("train"), product_data.GeneratedProducts("val")
     else:
@@ -116,7 +118,8 @@ def load_or_train_tokenizer(config, train_set, products=None):
     if config.init:
         tokenizer = load_own_tokenizer(Path(config.init))
     elif named:
-        tokenizer = product_data.load_tokenizer(named)
+        argument = next(name for name in ("tokenizer", "text_encoder", "host") if getattr(config, name))
+        tokenizer = product_data.load_tokenizer(named, argument)
     else:
         texts = [*train_set.texts, *(products.texts if products is not None else [])]
         tokenizer = product_data.train_tokenizer([text for text in texts if text], vocab_size=config.vocab_size)
@@ -181,7 +184,7 @@ def make_val_batches(val_set, collate, batch_size: int = VAL_BATCH_SIZE):
 def check_rows(config, expected: dict, *splits):
     """Raises ValueError where rows, pictures included, are not those that ``expected`` has the digests of."""
     for name, split in zip(SPLITS, splits, strict=True):
-        if split is not None and split.digest != expected.get(name):
+        if (None if split is None else split.digest) != expected.get(name):
             where = getattr(config, name) or config.data
             raise ValueError(
                 f"resume: {name}: the texts, labels or pictures of {where} are not those the run was trained with; put them back"
@@ -193,6 +196,15 @@ class Pretrained(NamedTuple):
 
     fields: dict
     modules: dict
+
+
+def check_init(config) -> None:
+    """Raises ValueError where ``init`` is no folder of a run or checkpoint."""
+    if config.init is not None:
+        try:
+            read_settings(Path(config.init))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"init: got {config.init!r}, takes the folder of a run or checkpoint: {error}") from error
 
 
 def load_pretrained(config) -> Pretrained:
@@ -219,7 +231,6 @@ def build_model(config, num_classes, tokenizer, image_size, patch_size, pretrain
     for name, module in pretrained.modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
     if config.init:
-        read_settings(Path(config.init))  # says what is wrong with it
         load_weights(model, Path(config.init) / "model.safetensors")
     return model
 

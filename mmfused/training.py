@@ -40,7 +40,7 @@ from mmfused.run_folder import (
     load_run,
     save_run,
 )
-from mmfused.start import FINISHED, as_line, begin, find_start, finished_summary, read_history
+from mmfused.start import FINISHED, SCORES, as_line, begin, check_history, find_start, finished_summary, is_due, read_history
 from mmfused.steps import drop_modalities, learning_rate, make_optimizer
 from mmfused.tasks import TASKS
 from mmfused.train_config import TrainConfig
@@ -48,6 +48,7 @@ from mmfused.train_setup import (
     SPLITS,
     build_model,
     check_backend,
+    check_init,
     check_rows,
     image_sizes,
     load_catalogue,
@@ -64,6 +65,7 @@ with from_extra("models"):
 
 __all__ = ["TrainConfig", "load_run", "train"]
 logger = logging.getLogger(__name__)
+MOST_STEPS = 10**12
 
 
 def train(config: TrainConfig) -> dict:
@@ -116,6 +118,7 @@ def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int =
         model = build_saved(found[1]["settings"], found[0])
         size = model.picture_size
     else:
+        check_init(config)
         pretrained, sizes = load_pretrained(config), image_sizes(config)
         size = picture_size(config, pretrained, *sizes)
     train_set, val_set = load_data(config, size)
@@ -157,12 +160,15 @@ class Training:
     def __init__(self, config, model, tokenizer, task, amp: bool, rank: int, settings: dict, facts: dict):
         self.config, self.model, self.tokenizer, self.amp = config, model, tokenizer, amp
         self.task, self.batches, self.main = task, task.batches, rank == 0
-        self.score = SCORE_OF_TASK[MODELS[config.model].task]
+        self.task_name = MODELS[config.model].task
+        self.score = SCORE_OF_TASK[self.task_name]
         self.settings = {"mmfused": mmfused.__version__, **settings}
         self.facts = facts
         self.out = Path(config.out)
         self.device = next(model.parameters()).device
         self.steps = config.steps or max(1, round(config.epochs * len(self.batches) / config.accumulate))
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"epochs: got {config.epochs}, which are {self.steps} steps, takes at most {MOST_STEPS} of them")
         self.val_every = config.val_every or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_every or self.val_every
         self.optimizer = make_optimizer(model, config)
@@ -178,10 +184,11 @@ class Training:
 
     def go_on_from(self, path: Path, state: dict):
         """Raises ValueError where the checkpoint does not fit the model, or ``metrics.jsonl`` lacks records it had."""
-        self.history = read_history(self.out / "metrics.jsonl", state["metrics_bytes"], self.score)
-        checkpoints.restore(path, self.model, self.optimizer, self.generators)
         if state["step"] > self.steps:
             raise ValueError(f"resume: {path} is of step {state['step']}, takes at most {self.steps}, the last one")
+        self.history = read_history(self.out / "metrics.jsonl", state["metrics_bytes"], SCORES[self.task_name])
+        check_history(self.history, state["step"], self.steps, self.config.log_every, self.val_every, self.out / "metrics.jsonl")
+        checkpoints.restore(path, self.model, self.optimizer, self.generators)
         self.step, self.saved = state["step"], (state["step"], path)
         self.metrics_bytes, self.seconds_before = state["metrics_bytes"], state["seconds"]
 
@@ -227,7 +234,7 @@ class Training:
                 self.report(loss, terms, rate)
 
     def is_due(self, every: int) -> bool:
-        return self.step > 0 and (self.step % every == 0 or self.step == self.steps)
+        return is_due(self.step, every, self.steps)
 
     def validated_step(self) -> int:
         return self.history["val"][-1]["step"] if self.history["val"] else 0

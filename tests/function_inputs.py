@@ -294,7 +294,7 @@ def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
     bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())  # written in place
-    return dict(bias=bias, counts=draw.integers(0, 9, *shape, experts), rate=draw.pick("rate", 1e-3, 0.5))
+    return dict(bias=bias, counts=draw.integers(0, 9, *shape, experts), rate=draw.pick("rate", 1e-3, 0.5), group=None)
 
 
 def _routing(draw: Draw) -> tuple[dict, Tensor]:

@@ -39,7 +39,7 @@ BAD_OPTIONS = {
     "temperature": (0.0, -1.0),
 }
 ANYTHING_GOES = ("scale", "norm_eps", "pre_norm", "symmetric", "renormalize", "gather", "combine", "rate", "num_experts", "margin")
-ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing")
+ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing", "group")
 # Integers that are out of range somewhere, so that a CPU, which checks values, refuses them.
 BAD_VALUES = {"target": (-1, 10**6), "query_key": (-1,), "candidate_key": (-2,), "segments": (-1, 10**6), "lengths": (-1, 10**6)}
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}

@@ -9,6 +9,7 @@ from torch.export import Dim, export
 
 import mmfused
 from mmfused import losses
+from mmfused.library import graph_made
 
 
 class Flat(nn.Module):
@@ -243,3 +244,18 @@ def test_onnx_has_no_kernels(monkeypatch):
         pytest.raises(RuntimeError, match="cannot run here: ONNX has no such operator"),
     ):
         module.float()(x)
+
+
+def test_a_compiled_call_is_not_taken_for_an_exported_one():
+    def graph(x):
+        return x + {None: 0, "export": 1, "onnx": 2}[graph_made()]
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return graph(x)
+
+    x = torch.zeros(1)
+    assert graph(x) == torch.compile(graph, backend="eager")(x) == 0
+    for strict in (False, True):
+        assert torch.export.export(Module(), (x,), strict=strict).module()(x) == 1
+    assert torch.compile(graph, backend="eager")(x) == 0

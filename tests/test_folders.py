@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 
 import pytest
 import safetensors.torch
 import torch
-from training_runs import SMALL_RUN, assert_same_run, fail_in_step, few_products, in_step, small_run  # noqa: F401
+from training_runs import SMALL_RUN, assert_same_run, fail_in_step, few_products, in_step, small_run, stop_in_step  # noqa: F401
 
 from mmfused import training
 from mmfused.cli import main
@@ -143,7 +144,7 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
     for out in ("", " "):
         for command in (["train", "--data", "generated"], ["ablate", "--data", "generated"], ["demo"]):
             assert main([*command, "--out", out]) == 2
-            assert f"out: got {out!r}, takes a folder" in capsys.readouterr().err
+            assert f"out: got {out!r}, takes a text that is not empty" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="out: .*file is a file, takes a folder"):
         train(small_run(tmp_path / "file", overwrite=True))
@@ -393,6 +394,74 @@ def test_a_finished_run_with_damaged_files_is_one_sentence(tmp_path, whole_run, 
     assert "\n" not in str(caught.value)
 
 
+def first_key(tensors, kind):
+    return next(name for name in tensors if name.endswith(kind))
+
+
+DAMAGE_OF_OPTIMIZERS = {
+    "without a moment": lambda t: {name: value for name, value in t.items() if name != first_key(t, "exp_avg_sq")},
+    "of whole numbers": lambda t: {name: value.to(torch.int8) for name, value in t.items()},
+    "that never stepped": lambda t: {**t, first_key(t, "step"): torch.tensor(-1.0)},
+    "not finite": lambda t: {**t, first_key(t, "exp_avg"): t[first_key(t, "exp_avg")] * float("nan")},
+    "empty": lambda t: {},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE_OF_OPTIMIZERS)
+def test_an_optimizer_s_state_is_whole_or_refused(tmp_path, stopped_run, name):
+    out = shutil.copytree(stopped_run, tmp_path / "run")
+    change_tensors(out / "checkpoints" / "step-00000004" / "optimizer.safetensors", DAMAGE_OF_OPTIMIZERS[name])
+    with pytest.raises(ValueError, match="optimizer.safetensors holds no (whole )?state of AdamW"):
+        train(small_run(out, resume=True))
+
+
+@pytest.mark.parametrize("lost", ["all", "a validation's", "one of training"])
+def test_records_that_are_not_of_the_checkpoint_s_step_are_refused(tmp_path, stopped_run, lost):
+    out = shutil.copytree(stopped_run, tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:5]
+    kept = {"all": [], "a validation's": lines[:4] + lines[3:4], "one of training": lines[1:]}[lost]
+    (out / "metrics.jsonl").write_bytes(b"".join(kept))
+    change(out / "checkpoints" / "step-00000004" / "state.json", metrics_bytes=len(b"".join(kept)))
+    with pytest.raises(ValueError, match="metrics.jsonl holds [0-9] records of training and [01] of validation at step 4"):
+        train(small_run(out, resume=True))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "tokenizer"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_resume_follows_no_link_and_waits_for_no_pipe(tmp_path, stopped_run, name, kind):
+    out = shutil.copytree(stopped_run, tmp_path / "run")
+    if os.path.lexists(out / name):
+        (out / name).rename(tmp_path / name)
+    if kind == "link":
+        (out / name).symlink_to(tmp_path / name)
+    else:
+        os.mkfifo(out / name)
+    before = everything(tmp_path)
+    with pytest.raises(FileExistsError, match=f"links or the like in the place of a run's files .{name}.; move them"):
+        train(small_run(out, resume=True))
+    assert everything(tmp_path) == before
+
+
+def test_data_may_have_moved_and_must_be_the_same(tmp_path):
+    for name in ("data", "val"):
+        (tmp_path / name).mkdir()
+        rows = "".join(f",thing {row} of {name},{row % 2}\n" for row in range(16))
+        (tmp_path / name / "metadata.csv").write_text("file_name,text,label\n" + rows)
+    given = {
+        "data": str(tmp_path / "data"),
+        "val": str(tmp_path / "val"),
+        "modalities": "text",
+        "drop_image": 0.0,
+        "drop_text": 0.0,
+    }
+    train(small_run(tmp_path / "run", **given))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    given["data"] = str(tmp_path / "moved")
+    assert train(small_run(tmp_path / "run", resume=True, **given))["steps"] == 9
+    with pytest.raises(ValueError, match="resume: data: the texts, labels or pictures of .*val are not those"):
+        train(small_run(tmp_path / "run", resume=True, **{**given, "data": given["val"]}))
+
+
 # What is said
 
 
@@ -403,8 +472,51 @@ def test_a_lowered_batch_size_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        *([*"train --data generated --out x".split(), option, ""] for option in ("--init", "--tokenizer", "--host", "--val")),
+        [*"eval --checkpoint x --data x --products".split(), ""],
+        [*"eval --data x --checkpoint".split(), ""],
+        [*"embed --checkpoint x --data x --out x.npz --views".split(), " "],
+        [*"ablate --data generated --out x --only".split(), ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_value_is_not_taken_for_none(capsys, command):
+    assert main(command) == 2
+    name = command[-2].removeprefix("--")
+    assert f"mmfused: error: {name}: got {command[-1]!r}, takes a text that is not empty" in capsys.readouterr().err
+    if command[0] == "train":
+        with pytest.raises(ValueError, match=f"{name}: got '', takes a text that is not empty"):
+            TrainConfig(out="x", **{name: ""})
+
+
+def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
+    for name, command in (("ablation.json", ["ablate", "--data", "generated", "--overwrite"]), ("demo.json", ["demo"])):
+        (tmp_path / name).write_text("mine")
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        assert f"{name} is another program's; choose another folder, or move it" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "demo.png").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2 and (tmp_path / "demo.png").read_text() == "mine"
+
+
+def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
+    stop_in_step(monkeypatch, 1)
+    command = ["ablate", "--data", "generated", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command) == 128 + signal.SIGTERM
+    assert "mmfused: stopped by SIGTERM after step 1, saved in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
+        (["--val", "x"], "val: got 'x' with the generated set, takes none"),
+        (["--init", "nowhere"], "init: got 'nowhere', takes the folder of a run or checkpoint"),
+        (["--tokenizer", "./nowhere"], "tokenizer takes a tokenizer folder or a hub name, got './nowhere'"),
+        (["--device", "hpu"], "device: got 'hpu', takes auto, cpu"),
         (["--seed", str(2**70)], "seed: got 1180591620717411303424, takes an integer from 0"),
         (["--seed", "-1"], "seed: got -1, takes an integer from 0"),
         (["--lr", "inf"], "lr: got inf, takes a finite number"),

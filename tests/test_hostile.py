@@ -212,7 +212,7 @@ RUNS = {
         "leads outside",
     ),
     "sums of what is outside": (sums_outside, resumed, "leads outside|is not the one in state.json"),
-    "records from elsewhere": (lambda p: p.link(p.run / "metrics.jsonl", "secret.json"), resumed, "leads outside|holds .* bytes"),
+    "records from elsewhere": (lambda p: p.link(p.run / "metrics.jsonl", "secret.json"), resumed, "links or the like"),
     "a random state in a pickle": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.step() / "rng.safetensors"),
         resumed,

@@ -67,6 +67,44 @@ def test_a_quoted_text_may_have_several_lines(tmp_path, text):
     assert broken(rows) == {} and good(rows)[0][2] == text.replace('""', '"') and good(rows)[1][1:] == ("1.png", "next", "1")
 
 
+@pytest.mark.parametrize(
+    ("columns", "record", "text"),
+    [
+        ("text,label,file_name", '"specs:\nwidth,5,\nend",0,0.png', "specs:\nwidth,5,\nend"),
+        ("file_name,text,label", '0.png,"specs:\n,,5\nend",0', "specs:\n,,5\nend"),
+        ("file_name,text,label", '0.png,"line 1\nsee 1.png,now,2\nend",0', "line 1\nsee 1.png,now,2\nend"),
+    ],
+)
+def test_a_line_of_a_text_may_look_like_a_row(tmp_path, columns, record, text):
+    (tmp_path / "0.png").touch()
+    (tmp_path / "metadata.csv").write_text(f"{columns}\n{record}\n")
+    (row,) = read_rows(tmp_path)
+    assert row.broken is None and row.fields == {"file_name": "0.png", "text": text, "label": "0"}
+
+
+def test_pictures_that_are_there_tell_that_a_quote_swallows_their_rows(tmp_path):
+    for row in range(5):
+        (tmp_path / f"{row}.png").touch()
+    rows = rows_of(tmp_path, '0.png,"open,0\n1.png,a,1\nodd line\n3.png,closing 5",3\n4.png,b,4\n')
+    assert broken(rows)[2] == "a quote is opened and not closed in it" and [row[1] for row in good(rows)] == [
+        "1.png",
+        "3.png",
+        "4.png",
+    ]
+
+
+def test_names_in_the_header_may_have_spaces_and_lines_before_it_may_be_empty(tmp_path):
+    (tmp_path / "metadata.csv").write_text("\n\nfile_name, text, label\n,a mug,3\n")
+    assert ProductFolder(tmp_path).texts == ["a mug"]
+
+
+def test_a_file_without_end_is_refused_unread(tmp_path):
+    with open(tmp_path / "metadata.csv", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="metadata.csv takes at most 1073741824 bytes, got 1099511627776"):
+        ProductFolder(tmp_path)
+
+
 def test_quotes_within_a_text_are_kept(tmp_path):
     rows = rows_of(tmp_path, '0.png,a 5" mug,0\n1.png,"a ""red"" mug",1\n2.png,"a" mug,2\n')
     assert broken(rows) == {} and [row[2] for row in good(rows)] == ['a 5" mug', 'a "red" mug', "a mug"]

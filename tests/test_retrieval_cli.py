@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from mmfused.cli import main
+from mmfused.cli import embed, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.ownership import MARK
@@ -120,7 +120,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
 
     monkeypatch.setattr(ranking, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
-    assert main(command) == 0 and len(made) == 4  # of three batches two were there already
+    assert main(command) == 0 and len(made) == 5  # of three batches two were there already, which are compared with one row
     arrays = np.load(out)
     assert arrays["image"].shape == arrays["both"].shape == (10, 128) and arrays["image"].dtype == np.float32
     assert np.allclose(np.linalg.norm(arrays["both"], axis=1), 1, atol=1e-5)
@@ -131,7 +131,40 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
     assert main([*command, "--overwrite", "--views", "text"]) == 0 and "image" not in np.load(out)
     with pytest.raises(SystemExit):
         main(["embed"])
-    assert main([*command, "--overwrite", "--views", "sound"]) == 2 and "views takes some of" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--views", "sound"]) == 2 and "views: got sound, takes some of" in capsys.readouterr().err
+
+
+SPOILED = {
+    "other numbers": lambda image: image.to(torch.bfloat16),
+    "a single number": lambda image: image.sum(),
+    "another width": lambda image: image[:, :5].contiguous(),
+    "not finite": lambda image: image * float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", [*SPOILED, "cut short"])
+def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatch, caplog, name):
+    out, part = tmp_path / "items.npz", tmp_path / "items.npz.parts" / "00000000.safetensors"
+    command = ["embed", "--checkpoint", str(run), "--data", folders["val"], "--batch-size", "4", "--device", "cpu", "--out"]
+    assert main([*command, str(tmp_path / "whole.npz")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*command, str(out)])
+    if name == "cut short":
+        os.truncate(part, 100)
+    else:
+        tensors = safetensors.torch.load_file(part)
+        part.write_bytes(safetensors.torch.save({**tensors, "image": SPOILED[name](tensors["image"])}))
+    assert main([*command, str(out)]) == 0 and "it is made again" in caplog.text
+    with np.load(tmp_path / "whole.npz") as whole, np.load(out) as again:
+        assert all(np.array_equal(whole[key], again[key]) for key in whole.files)
+
+
+def test_a_lowered_batch_size_is_said_for_retrieval_too(folders, tmp_path, caplog):
+    few = {**folders, "val": folders["data"]}
+    assert main(arguments(few, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
+    assert "batch_size: 64 is lowered to 18: there are 18 rows" in caplog.text
 
 
 def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):

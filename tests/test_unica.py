@@ -196,7 +196,7 @@ def test_views_hide_the_other_modality():
         assert expected[view].shape == (6, 12)
         assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
     assert error(expected["both"][2], expected["image"][2]) < 1e-12  # no text
-    with pytest.raises(ValueError, match="views takes some of image, text, both, got \\('video',\\)"):
+    with pytest.raises(ValueError, match="views: got video, takes some of"):
         model.embed(("video",), **items)
 
 

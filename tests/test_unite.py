@@ -340,7 +340,7 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"tokens": None}, r"tokens: got None, takes what mmfused.models.qwen.token_ids\(tokenizer\) gives"),
         ({"image_size": 20}, "image_size: got 20, takes a multiple of 8, the side of what becomes one token"),
         ({"patch_size": 7}, "patch_size: got 7, takes a multiple of 2, the patches on a token's side"),
-        ({"query_views": ()}, r"views takes some of image, text, both, got \(\)"),
+        ({"query_views": ()}, "views: got none, takes some of image, text, both"),
         ({"candidate_views": ("video",)}, "candidate_views: got 'video', takes some of image, text, both"),
         ({"same_id": "mean"}, "same_id: got 'mean', takes one of drop, sum"),
         ({"freeze": ("image",)}, "freeze: got 'image', takes some of vision, language"),

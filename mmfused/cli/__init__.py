@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with from_extra("models"):
             args = make_parser(argv).parse_args(argv)
+            refuse_empty(args)
             return args.run(args)
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
@@ -29,9 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"mmfused: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("mmfused: error: there is not enough memory", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mmfused: interrupted", file=sys.stderr)
         return 130
+
+
+def refuse_empty(args: argparse.Namespace) -> None:
+    """An empty value would pass for one that was not given."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name}: got {value!r}, takes a text that is not empty")
 
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:

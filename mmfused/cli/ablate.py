@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from . import train
@@ -17,11 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     """Every training is a run of its own under ``--out``, so that ``--resume`` goes on with those that are not finished."""
-    from mmfused.models.config import AbsentPart
-    from mmfused.run_folder import whole, write_json
-    from mmfused.train_config import check_out_name
+    from mmfused.checkpoint import Stopped
+    from mmfused.run_folder import check_replaceable
 
-    check_out_name(args.out)
     parts = components(args.model)
     chosen = args.only.split(",") if args.only else list(parts)
     for part in chosen:
@@ -30,8 +29,18 @@ def run(args: argparse.Namespace) -> int:
     if args.without:
         raise ValueError(f"without: got {args.without!r}, takes nothing: ablate leaves out one component after the other")
     out = Path(args.out)
-    if (out / "ablation.json").exists() and not (args.overwrite or args.resume):
-        raise FileExistsError(f"out: {out} already holds an ablation; choose another folder, resume or overwrite it")
+    check_replaceable(out / "ablation.json", "whole", args.overwrite or args.resume)
+    try:
+        return ablate(args, out, chosen)
+    except Stopped as stop:
+        print(f"mmfused: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+
+
+def ablate(args: argparse.Namespace, out: Path, chosen: list[str]) -> int:
+    from mmfused.models.config import AbsentPart
+    from mmfused.run_folder import whole, write_json
+
     summaries = {"whole": one_run(args, out / "whole", None)}
     for part in chosen:
         try:

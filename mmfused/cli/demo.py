@@ -12,7 +12,7 @@ import torch
 
 import mmfused
 from mmfused.library import choose
-from mmfused.train_config import check_out_name
+from mmfused.models.fields import check_field
 
 HELP = "train FLUID twice, with and without this library's ops, time query pooling alone, and compare"
 STEPS = 300
@@ -28,11 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    from mmfused.run_folder import check_replaceable, whole, write_json
+
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, takes at least 1")
-    check_out_name(args.out)
+    check_field("steps", args.steps, int)
     out = Path(args.out)
+    check_replaceable(out / "demo.json", "curve_bound", replace=True)
+    if (out / "demo.png").exists() and not (out / "demo.json").exists():
+        raise FileExistsError(f"out: {out / 'demo.png'} is another program's; choose another folder, or move it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     best = choose("demo", device, torch.float32)
     print(f"Training FLUID tiny on the generated product set for {args.steps} steps on {device}: reference, then {best}.")
@@ -40,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     print("Timing query pooling alone.")
     op = measure_op(device, best, args.repeats)
     result = compare(runs["reference"], runs[best], op, best, args.steps)
-    draw(runs, op, best, out / "demo.png")
-    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    whole(out / "demo.json", lambda path: write_json(path, result))
+    whole(out / "demo.png", lambda path: draw(runs, op, best, path))
     print_table(result, best)
     print(f"\n{out / 'demo.json'} holds the table, {out / 'demo.png'} the curves and bars.")
     if result["curve_mean_difference"] > CURVE_BOUND:

@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, out: Path) -> None:
+    from mmfused.models.fields import check_field
     from mmfused.models.retrieval import check_views
 
-    for name in ("batch_size", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name}: got {getattr(args, name)}, takes a number above 0")
+    check_field("batch_size", args.batch_size, int)
+    check_field("threads", args.threads, int | None)
     check_views(tuple(args.views.split(",")))
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise ValueError(f"out: got {args.out!r}, takes an .npz in a folder that is there")
@@ -151,18 +151,27 @@ def embed_parts(trained, batches, parts: Parts, views: tuple[str, ...]) -> None:
     from mmfused.ranking import embed_items
     from mmfused.run_folder import whole
 
+    first_row = None  # what parts that are there already are compared with
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
         first, last = index * batches.batch_size, min((index + 1) * batches.batch_size, len(batches.items))
         done = parts.read(index)
-        if done is None or not fits(done, views, last - first):
+        if done is not None and first_row is None:
+            first_row = embed_items(trained.model, [batches.items.batch(torch.arange(1))], views, trained.amp)
+        if done is None or not fits(done, first_row, last - first):
             embedded = embed_items(trained.model, [batches.items.batch(torch.arange(first, last))], views, trained.amp)
             data = safetensors.torch.save({name: value.contiguous() for name, value in embedded.items()})
             whole(parts.path(index), lambda draft, data=data: draft.write_bytes(data))
 
 
-def fits(done: dict, views: tuple[str, ...], rows: int) -> bool:
-    """Whether a part has what such a part has: another's may bear its name."""
-    return done.keys() == {*views, "labels", "has_image", "has_text"} and all(len(value) == rows for value in done.values())
+def fits(done: dict, first_row: dict, rows: int) -> bool:
+    """Whether a part has what such a part has, of which ``first_row`` is an example: another's may bear its name."""
+    same = done.keys() == first_row.keys() and all(
+        done[name].dtype == value.dtype and done[name].shape == (rows, *value.shape[1:]) and done[name].isfinite().all()
+        for name, value in first_row.items()
+    )
+    if not same:
+        logger.warning("embed: a part of %d rows does not hold what it should; it is made again", rows)
+    return same
 
 
 def join_parts(parts: Parts, out: Path, data, count: int) -> int:

@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    from mmfused.models.fields import check_field
     from mmfused.run_folder import whole, write_json
 
     for name in ("batch_size", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name}: got {getattr(args, name)}, takes a number above 0")
+        check_field(name, getattr(args, name), int | None)
     out = Path(args.out) if args.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"out: got {out}, takes a file in a folder that is there")

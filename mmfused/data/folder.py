@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch.utils.data import Dataset
 
 from ._common import check_int
 from .metadata import BrokenRow, Row, parse_label, read_rows
-from .pictures import BrokenPicture, inside, load_rgb, opened, read_bytes, short_side
+from .pictures import BrokenPicture, decode, inside, quiet, read_picture, short_side
+from .pictures import load_rgb as load_rgb  # under the name that it had here before
 
 
 class Item(NamedTuple):
@@ -131,11 +131,10 @@ class ProductFolder(Dataset):
 
     def _load_image(self, name: str) -> tuple[torch.Tensor, str]:
         try:
-            data = read_bytes(inside(self.root, name))
-            with opened(data) as image:
-                return load_rgb(image, self.image_size), hashlib.sha256(data).hexdigest()
+            data = read_picture(inside(self.root, name))
+            return decode(data, self.image_size), hashlib.sha256(data).hexdigest()
         except BrokenPicture as error:
-            raise BrokenRow(f"the image {error}") from error
+            raise BrokenRow(f"the image cannot be read: {error}") from error
 
     def _fill(self, items: Iterable[Item]) -> str:
         """Keeps the items, and returns their digest."""
@@ -181,8 +180,7 @@ class ProductFolder(Dataset):
 def in_threads(load, rows: list) -> Iterator:
     """``load`` of each, in order. Pillow decodes without Python's lock; only a few results wait for their turn."""
     threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow finds odd about a file it can read
+    with ThreadPoolExecutor(threads) as pool, quiet():
         waiting = []
         for row in rows:
             waiting.append(pool.submit(load, row))

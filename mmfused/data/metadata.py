@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PICTURE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)", re.IGNORECASE)
 UNCLOSED = "a quote is opened and not closed in it"
+MOST_BYTES = 2**30
 MOST_LINES = 1000  # of one row; a quote that is not closed would else be looked for up to the end
 
 
@@ -47,6 +47,8 @@ def read_rows(root: Path, text_column: str = "text", optional: tuple[str, ...] =
 def read_text(path: Path) -> str:
     """Bytes that are not UTF-8 become lone surrogates, by which their rows are known."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path} takes at most {MOST_BYTES} bytes, got {path.stat().st_size}")
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -64,7 +66,9 @@ def split_lines(text: str) -> list[str]:
 def read_header(path: Path, lines: list[str], needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[list[str], int]:
     """The columns' names, and the number of the first line after them."""
     try:
-        header, start = parse_record(lines, 0) if lines else ([], 0)
+        first = next((i for i, line in enumerate(lines) if line.strip()), 0)
+        header, start = parse_record(lines, first) if lines else ([], 0)
+        header = [name.strip() for name in header]
     except csv.Error as error:
         raise ValueError(f"{path} takes a header line with {', '.join(needed)}, got one that cannot be read: {error}") from error
     expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
@@ -83,7 +87,7 @@ def parse(root: Path, lines: list[str], start: int, columns: list[str]) -> Itera
         line, broken = start + 1, None
         try:
             values, end = parse_record(lines, start)
-            if end - start > 1 and any(is_whole_row(root, text, columns) for text in lines[start + 1 : end]):
+            if end - start > 1 and swallows_rows(root, lines[start:end], columns):
                 broken = UNCLOSED
         except csv.Error:
             broken, end = why_broken(lines[start]), start + 1
@@ -128,19 +132,30 @@ def parse_leniently(line: str) -> list[str]:
         return line[:1000].split(",")
 
 
-def is_whole_row(root: Path, text: str, columns: list[str]) -> bool:
-    """Whether a line within a quoted text reads as a row of its own: then the quote was not meant to go on so far."""
+def swallows_rows(root: Path, record: list[str], columns: list[str]) -> bool:
+    """Whether the lines of a well-formed record are rows of their own: then its quote was not meant to go on so far.
+
+    They are if the first reads as one but for its quote, and if one within names a picture that is there, or if all read as one.
+    """
+    first, *others = record
+    if not is_whole_row(first.replace('"', ""), columns):
+        return False
+    within = [text for text in others[:-1] if is_whole_row(text, columns)]
+    return any(names_a_file(root, text, columns) for text in within) or all(is_whole_row(text, columns) for text in others)
+
+
+def is_whole_row(text: str, columns: list[str]) -> bool:
     values = parse_leniently(text)
     if len(values) != len(columns):
         return False
-    fields = dict(zip(columns, values, strict=True))
-    name, label = fields["file_name"].strip(), fields["label"].strip()
-    if not (label.isascii() and label.isdigit()):
-        return False
-    if not name:
-        return True
+    label = dict(zip(columns, values, strict=True))["label"].strip()
+    return label.isascii() and label.isdigit()
+
+
+def names_a_file(root: Path, text: str, columns: list[str]) -> bool:
+    name = dict(zip(columns, parse_leniently(text), strict=True))["file_name"].strip()
     try:
-        return bool(PICTURE.search(name[-6:])) or (root / name).is_file()
+        return bool(name) and (root / name).is_file()
     except (OSError, ValueError):
         return False
 

@@ -94,19 +94,19 @@ def _bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(folder_or_hub_name: str | os.PathLike):
+def load_tokenizer(folder_or_hub_name: str | os.PathLike, argument: str = "folder_or_hub_name"):
     """Loads a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
     Of a folder with tokenizer.json that and the `SETTINGS` of tokenizer_config.json make the tokenizer, whatever class or code
-    it names. Code is never loaded. Raises ValueError with one sentence where the folder holds no readable tokenizer, or the name
-    is neither a folder nor something the hub (or its local cache, when offline) gives.
+    it names. Code is never loaded. ``argument`` is its name in errors. Raises ValueError with one sentence where the folder holds
+    no readable tokenizer, or the name is neither a folder nor something the hub (or its local cache, when offline) gives.
     """
     from transformers import AutoTokenizer
 
     name = os.fspath(folder_or_hub_name)
     folder = Path(name)
     if not folder.is_dir() and not _could_be_hub_name(name):
-        raise ValueError(f"folder_or_hub_name takes a tokenizer folder or a hub name, got {name!r}, which is neither")
+        raise ValueError(f"{argument} takes a tokenizer folder or a hub name, got {name!r}, which is neither")
     try:
         if (folder / "tokenizer.json").is_file():
             return _read_folder(folder)
@@ -117,7 +117,7 @@ def load_tokenizer(folder_or_hub_name: str | os.PathLike):
         raise
     except BaseException as error:  # the tokenizers library raises a bare Exception, and its panics are not even one
         what = "a folder without a readable tokenizer" if folder.is_dir() else "no folder and not to be had from the hub"
-        takes = "folder_or_hub_name takes a tokenizer folder or a hub name"
+        takes = f"{argument} takes a tokenizer folder or a hub name"
         raise ValueError(f"{takes}, got {name!r}: {what} ({one_line(error)})") from error
 
 

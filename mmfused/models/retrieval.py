@@ -51,6 +51,8 @@ class RetrievalModel(nn.Module):
             one = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()}
             return {name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()}
         except Exception as error:
+            if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
+                raise  # the other ranks are among the exchanges of FSDP, not at the next one here
             raise refused(type(self).__name__, error, items["labels"]) from None
 
     @property
@@ -64,8 +66,8 @@ class RetrievalModel(nn.Module):
 
 def check_views(views: tuple[str, ...]) -> None:
     unknown = [view for view in views if view not in VIEWS]
-    if unknown or not views:
-        raise ValueError(f"views takes some of {', '.join(VIEWS)}, got {tuple(views)}")
+    if unknown or not views or len(set(views)) < len(views):
+        raise ValueError(f"views: got {', '.join(map(str, views)) or 'none'}, takes some of {', '.join(VIEWS)}, each once")
 
 
 def unit(x: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mmfused.extras import from_extra
 from mmfused.json_files import one_line, read_object
 from mmfused.models.fields import shown
 
@@ -59,6 +58,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
+    with from_extra("models"):
+        import safetensors.torch
     weights = {}
     for path in weight_files(name, folder):
         if not path.is_file():

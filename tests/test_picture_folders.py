@@ -1,0 +1,106 @@
+"""Folders of pictures: decoded once, in threads, and known again by their content."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from mmfused.data import Collate, ProductFolder, load_picture, swap_texts, train_tokenizer
+from mmfused.data.batches import Items
+from mmfused.data.pictures import BrokenPicture
+
+
+def saved(picture, kind, **options):
+    file = BytesIO()
+    Image.fromarray(picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(height=48, width=64, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def test_threads_do_not_undo_each_other_s_strictness(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole, cut = saved(noise(400, 400), "PNG"), saved(noise(400, 400), "PNG")[:300_000]
+
+    def refused(_):
+        load_picture(whole)
+        with pytest.raises(BrokenPicture):
+            load_picture(cut)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(refused, range(60)))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_many_names_of_folders_leave_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(30):
+        with pytest.raises(BrokenPicture, match="it is no regular file"):
+            load_picture(tmp_path)
+    assert before == 0 or len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def write_folder(folder, count=5, side=40, kind="JPEG"):
+    lines = ["file_name,text,label"]
+    for row in range(count):
+        (folder / f"{row}.jpg").write_bytes(saved(noise(side, side + 10, seed=row), kind))
+        lines.append(f"{row}.jpg,thing {row},{row % 2}")
+    (folder / "metadata.csv").write_text("\n".join([*lines, ",no photo,1"]))
+    return folder
+
+
+def test_a_folder_holds_its_images_once(tmp_path):
+    data = ProductFolder(write_folder(tmp_path), image_size=16)
+    assert data.images.shape == (6, 3, 16, 16) and not data.images[5].any() and data[5]["image_present"] is False
+    for row in range(5):
+        assert torch.equal(data[row]["image"], load_picture(tmp_path / f"{row}.jpg", 16))
+    tokenizer = train_tokenizer(data.texts)
+    for dataset in (data, swap_texts(data, 0.5, 0)):
+        for augment in (False, True):
+            items = Items(dataset, Collate(tokenizer, 16, 8, augment=augment))
+            assert items.images.data_ptr() == data.images.data_ptr() and len(items) == 6
+
+
+def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfused.data.folder.physical_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match="holds 6 images of 64 x 64 pixels, 0.0 GiB, more than this machine's memory"):
+        ProductFolder(write_folder(tmp_path), image_size=64)
+
+
+def test_a_digest_is_of_texts_labels_and_pictures(tmp_path):
+    write_folder(tmp_path)
+    digests = {ProductFolder(tmp_path, image_size=8).digest, ProductFolder(tmp_path).digest}
+    assert len(digests) == 1  # not of how they are read
+    swapped = swap_texts(ProductFolder(tmp_path), 0.5, 0).digest
+    assert swapped == swap_texts(ProductFolder(tmp_path), 0.5, 0).digest != swap_texts(ProductFolder(tmp_path), 0.5, 1).digest
+    rows = (tmp_path / "metadata.csv").read_text()
+    (tmp_path / "3.jpg").write_bytes(saved(noise(seed=9), "PNG"))
+    digests.add(ProductFolder(tmp_path).digest)
+    (tmp_path / "metadata.csv").write_text(rows.replace("thing 1", "thing one"))
+    digests.add(ProductFolder(tmp_path).digest)
+    (tmp_path / "metadata.csv").write_text(rows.replace("thing 1,1", "thing 1,0"))
+    digests.add(ProductFolder(tmp_path).digest)
+    assert len(digests | {swapped}) == 5
+
+
+def test_names_stay_below_the_folder(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    write_folder(root)
+    (tmp_path / "secret.jpg").write_bytes(saved(noise(), "JPEG"))
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "near.jpg").symlink_to(root / "0.jpg")
+    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "a/../../secret.jpg", "near.jpg", "./1.jpg"]
+    (root / "metadata.csv").write_text("file_name,text,label\n" + "".join(f"{name},a,0\n" for name in names))
+    (tmp_path / "alias").symlink_to(root)
+    for folder in (root, tmp_path / "alias"):
+        data = ProductFolder(folder, image_size=8)
+        assert data.file_names == ["near.jpg", "./1.jpg"]
+        assert all("leads outside of the folder" in sentence for sentence in data.skipped) and len(data.skipped) == 4
