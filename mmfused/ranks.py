@@ -19,11 +19,14 @@ class OtherRankError(RuntimeError):
 
 
 def join_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world); within ``torchrun`` the process group is made first: NCCL for CUDA, gloo for a CPU."""
+    """(rank, world); within ``torchrun`` the process group is made first: NCCL for CUDA, and gloo.
+
+    What ranks say to each other then goes over the CPU, and no step waits for the device because of it.
+    """
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
 
 
@@ -95,7 +98,8 @@ def check_agreement(values: dict[str, object]) -> None:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    kinds = [part.partition(":")[0] for part in str(dist.get_backend_config()).split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
 def _gather(mine: Tensor) -> Tensor:

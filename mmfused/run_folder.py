@@ -220,7 +220,7 @@ def read_settings(folder: Path) -> dict:
 
 def check_settings(settings: dict, path: Path) -> None:
     """Raises ValueError unless they are what a training writes; the model's config checks "model" itself."""
-    check_fields(settings, {"mmfused": str, "training": dict, "model": dict, "image_size": int, "rows": dict}, path)
+    check_fields(settings, {"mmfused": str, "training": dict, "model": dict, "image_size": int}, path)
     try:
         TrainConfig.from_dict(settings["training"])
     except ValueError as error:

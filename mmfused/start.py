@@ -49,6 +49,7 @@ def find_start(config, out: Path) -> tuple[Path, dict] | str | None:
     if found is None:
         check_out(out, config.overwrite, resume=True)
     else:
+        check_fields(found[1]["settings"], {"rows": dict}, found[0] / "state.json")
         config.check_same(found[1]["settings"]["training"], found[0])
     return found
 
@@ -56,6 +57,7 @@ def find_start(config, out: Path) -> tuple[Path, dict] | str | None:
 def finished_summary(config, out: Path) -> dict:
     """What the finished run in ``out`` measured. Raises ValueError where its settings or data are not those of ``config``."""
     settings = read_settings(out)
+    check_fields(settings, {"rows": dict}, out / "config.json")
     config.check_same(settings["training"], out)
     splits = (*load_data(config, NO_SIZE), load_catalogue(config, NO_SIZE))  # the digests are of the files
     check_rows(config, settings["rows"], *splits)

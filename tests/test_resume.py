@@ -5,28 +5,26 @@ import os
 import shutil
 import signal
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+import training_runs
 from training_runs import (
     assert_same_run,
     fail_in_step,
-    few_products,  # noqa: F401
     records,
     small_run,
     steps_saved,
     stop_in_step,
 )
 
-import mmfused
 from mmfused import tasks
 from mmfused.checkpoint import Stopped, newest, stop_on_signals
 from mmfused.data import GeneratedProducts
 from mmfused.training import train
 
-ROOT = Path(mmfused.__file__).parent.parent
-KILLS = 20
+few_products = training_runs.few_products
+whole_run = training_runs.whole_run
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +32,6 @@ def one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(small_run(out))
-    return out
 
 
 # Stopped

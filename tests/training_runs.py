@@ -11,7 +11,7 @@ import pytest
 from mmfused import training
 from mmfused.checkpoint import saved
 from mmfused.data import GeneratedProducts
-from mmfused.training import TrainConfig
+from mmfused.training import TrainConfig, train
 
 SIZES = {"dim": 16, "num_queries": 2, "num_heads": 2, "gate_hidden": (8,), "image_dim": 16, "text_dim": 16, "dropout": 0.1}
 ENCODERS = {
@@ -85,3 +85,25 @@ def fail_in_step(monkeypatch, number):
         raise OSError("the power went")
 
     in_step(monkeypatch, number, fail)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(small_run(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """After the checkpoint of step 4 of 9."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_in_step(patch, 6)
+        with pytest.raises(OSError, match="the power went"):
+            train(small_run(out))
+    return out
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

@@ -32,6 +32,8 @@ except ImportError:  # Pillow before 11.3
 
 MAX_PIXELS = 100_000_000  # that are decoded at once, 286 MiB of RGB
 MAX_BYTES = 256 * 2**20  # of a picture file
+LARGE = 2**24  # pixels; of pictures that have more, one is decoded at a time, lest threads add up
+one_at_a_time = threading.Lock()
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -195,19 +197,20 @@ def load_rgb(image: Image.Image, size: int | None) -> torch.Tensor:
         image.im = Image.new(image.mode, stored).im
     else:
         check_pixels(*image.size)
-    transparency = transparency_of(image)
-    image.load()
-    if image.format != "JPEG":
-        width, height = image.size  # of a TIFF, turned by now
-    turn = TRANSPOSE.get(orientation_of(image))
-    image = to_rgb(image, transparency)
-    if size is not None:
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if turn is not None:
-        image = image.transpose(turn)
+    with one_at_a_time if image.size[0] * image.size[1] > LARGE else contextlib.nullcontext():
+        transparency = transparency_of(image)
+        image.load()
+        if image.format != "JPEG":
+            width, height = image.size  # of a TIFF, turned by now
+        turn = TRANSPOSE.get(orientation_of(image))
+        image = to_rgb(image, transparency)
+        if size is not None:
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        if turn is not None:
+            image = image.transpose(turn)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

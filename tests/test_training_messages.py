@@ -1,0 +1,108 @@
+"""What train, ablate, eval and embed say of arguments that they cannot use."""
+
+import json
+import logging
+import signal
+
+import pytest
+import training_runs
+from training_runs import (
+    SMALL_RUN,
+    small_run,
+    stop_in_step,
+)
+
+from mmfused.cli import main
+from mmfused.run_folder import read_json
+from mmfused.training import TrainConfig, train
+
+few_products = training_runs.few_products
+
+
+def test_a_lowered_batch_size_is_said(tmp_path, caplog):
+    train(small_run(tmp_path / "run", batch_size=64, steps=1))
+    assert "batch_size: 64 is lowered to 60: there are 60 rows" in caplog.text
+    assert read_json(tmp_path / "run" / "config.json")["training"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([*"train --data generated --out x".split(), option, ""] for option in ("--init", "--tokenizer", "--host", "--val")),
+        [*"eval --checkpoint x --data x --products".split(), ""],
+        [*"eval --data x --checkpoint".split(), ""],
+        [*"embed --checkpoint x --data x --out x.npz --views".split(), " "],
+        [*"ablate --data generated --out x --only".split(), ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_value_is_not_taken_for_none(capsys, command):
+    assert main(command) == 2
+    name = command[-2].removeprefix("--")
+    assert f"mmfused: error: {name}: got {command[-1]!r}, takes a text that is not empty" in capsys.readouterr().err
+    if command[0] == "train":
+        with pytest.raises(ValueError, match=f"{name}: got '', takes a text that is not empty"):
+            TrainConfig(out="x", **{name: ""})
+
+
+def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
+    for name, command in (("ablation.json", ["ablate", "--data", "generated", "--overwrite"]), ("demo.json", ["demo"])):
+        (tmp_path / name).write_text("mine")
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        assert f"{name} is another program's; choose another folder, or move it" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "demo.png").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2 and (tmp_path / "demo.png").read_text() == "mine"
+
+
+def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
+    stop_in_step(monkeypatch, 1)
+    command = ["ablate", "--data", "generated", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command) == 128 + signal.SIGTERM
+    assert "mmfused: stopped by SIGTERM after step 1, saved in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
+        (["--val", "x"], "val: got 'x' with the generated set, takes none"),
+        (["--init", "nowhere"], "init: got 'nowhere', takes the folder of a run or checkpoint"),
+        (["--tokenizer", "./nowhere"], "tokenizer takes a tokenizer folder or a hub name, got './nowhere'"),
+        (["--device", "hpu"], "device: got 'hpu', takes auto, cpu"),
+        (["--seed", str(2**70)], "seed: got 1180591620717411303424, takes an integer from 0"),
+        (["--seed", "-1"], "seed: got -1, takes an integer from 0"),
+        (["--lr", "inf"], "lr: got inf, takes a finite number"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, takes a finite number"),
+        (["--epochs", "1e400"], "epochs: got inf"),
+        (["--threads", "1000000"], "threads: got 1000000, takes an integer from 1 to 4096"),
+        (["--max-length", "1"], "max_length: got 1"),
+        (["--preset", "big"], "preset: got 'big', takes"),
+        (["--data", "nowhere"], "data: got 'nowhere', takes a folder with images and metadata.csv"),
+        (["--device", "abacus"], "device: got 'abacus'"),
+    ],
+)
+def test_bad_arguments_are_named_as_they_were_given(tmp_path, capsys, given, message):
+    assert main(["train", "--data", "generated", "--out", str(tmp_path / "run"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_another_type_are_refused():
+    for changes, takes in (
+        ({"steps": 1.5}, "steps: got 1.5, takes an integer from 1 to 1000000000000 or None"),
+        ({"lr": True}, "lr: got True, takes a finite number"),
+        ({"betas": [0.9]}, "betas: got .0.9., takes 2 finite numbers"),
+        ({"model_options": []}, "model_options: got .., takes an object"),
+    ):
+        with pytest.raises(ValueError, match=takes):
+            TrainConfig(out="x", **changes)
+    config = TrainConfig(out="x", betas=(0.8, 0.9))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_nothing_is_logged_where_all_is_well(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "mmfused")
+    train(small_run(tmp_path / "run", steps=SMALL_RUN["accumulate"]))
+    assert caplog.text == ""
