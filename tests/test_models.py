@@ -396,6 +396,6 @@ def test_bad_pixels_and_ids(changes, message):
 @pytest.mark.parametrize(("module", "package"), [("timm.models", "timm"), ("transformers", "transformers")])
 def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"needs {package}: pip install mmfused\[models\]"):
+    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'mmfused\[models\]'"):
         tiny()
     assert FLUID(FLUIDConfig(**SMALL)).image_encoder is None  # without encoders neither package is needed
