@@ -161,6 +161,24 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
         assert all(np.array_equal(whole[key], again[key]) for key in whole.files)
 
 
+@pytest.mark.parametrize("changed", ["picture", "text"])
+def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypatch, changed):
+    data = shutil.copytree(folders["val"], tmp_path / "data")
+    command = ["embed", "--checkpoint", str(run), "--data", str(data), "--batch-size", "4", "--device", "cpu"]
+    command += ["--out", str(tmp_path / "items.npz")]
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command)
+    if changed == "picture":
+        shutil.copy(data / "images" / "1.png", data / "images" / "0.png")
+    else:
+        rows = (data / "metadata.csv").read_text()
+        (data / "metadata.csv").write_text(rows.replace("thing number 0", "thing number nought"))
+    assert main(command) == 2 and "or of other pictures or texts; remove or overwrite them" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
 def test_a_lowered_batch_size_is_said_for_retrieval_too(folders, tmp_path, caplog):
     few = {**folders, "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
