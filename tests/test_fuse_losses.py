@@ -1,51 +1,22 @@
 """fuse(model) on the losses of open_clip and sentence-transformers: the real classes give the same loss and gradients."""
 
 import copy
-import functools
 import pickle
 import types
 import warnings
 
 import pytest
+import ranking_losses
 import torch
+from ranking_losses import B, D, cached_loss, clip_loss, dot_score, edited, embed, ranking_loss, text_losses
 from torch import nn
 
-import mmfused.swaps.losses
 from mmfused import fuse, unfuse
 from mmfused.swaps import KINDS, LEFT
 from mmfused.testing import over_budget
 
-B, D = 61, 24
+swept = ranking_losses.swept
 pytestmark = pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")
-
-
-class Encoder(nn.Sequential):
-    """Takes the place of a SentenceTransformer: features of one text column to {"sentence_embedding": (B, D)}."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(7, D))
-
-    def forward(self, features):
-        return {**features, "sentence_embedding": self[0](features["x"])}
-
-    def get_embedding_dimension(self):
-        return D
-
-
-def clip_loss(**options):
-    return pytest.importorskip("open_clip.loss").ClipLoss(**options)
-
-
-def text_losses():
-    return pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-
-
-def ranking_loss(name="MultipleNegativesRankingLoss", **options):
-    return getattr(text_losses(), name)(Encoder(), **options)
-
-
-def cached_loss(**options):
-    return ranking_loss("CachedMultipleNegativesRankingLoss", mini_batch_size=7, **options)
 
 
 class Clip(nn.Module):
@@ -58,14 +29,6 @@ class Clip(nn.Module):
     def forward(self, image, text):
         unit = nn.functional.normalize
         return self.loss(unit(image, dim=-1), unit(text, dim=-1), self.scale.exp(), output_dict=True)["contrastive_loss"]
-
-
-def dot_score(a, b):
-    return pytest.importorskip("sentence_transformers.util").dot_score(a, b)
-
-
-def embed(model, *inputs):
-    return model([{"x": x} for x in inputs], None)
 
 
 def ranked(columns, name="", matryoshka=(), **options):
@@ -103,14 +66,6 @@ CASES = {  # name -> (make a model, shapes of its inputs, call it, the name that
     "cached symmetric triplets": ranked(3, f"{CACHED}Symmetric"),
     "cached matryoshka": ranked(3, CACHED, (D, 10), **BOTH),
 }
-
-
-@pytest.fixture
-def swept(monkeypatch):
-    module, calls = mmfused.swaps.losses, []
-    real = module.scaled_info_nce
-    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
-    return calls
 
 
 def results(model, inputs, call, dtype):
@@ -154,7 +109,7 @@ LEFT_ALONE = {
     "hardness_mode is 'all_negatives'": lambda: ranking_loss(hardness_mode="all_negatives", hardness_strength=2.0),
     "directions are ('query_to_doc', 'query_to_query')": lambda: ranking_loss(directions=("query_to_doc", "query_to_query")),
     "doc_to_query'), joint": lambda: ranking_loss(directions=BOTH["directions"]),
-    "test_fuse_losses.dot_score: the sweep knows": lambda: ranking_loss(similarity_fct=dot_score),
+    "ranking_losses.dot_score: the sweep knows": lambda: ranking_loss(similarity_fct=dot_score),
     "The compute_loss_from_embeddings of this module was":
         lambda: edited(ranking_loss(), compute_loss_from_embeddings=len),
     "The calculate_loss of this module was replaced": lambda: edited(cached_loss(), calculate_loss=len),
@@ -179,12 +134,6 @@ def bound_anew(loss, function):
     """Bound to the instance itself: another function inside MatryoshkaLoss's wrapper, or its own without one."""
     own = loss.calculate_loss
     return edited(loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own)
-
-
-def edited(loss, **attributes):
-    for name, value in attributes.items():
-        setattr(loss, name, value)
-    return loss
 
 
 @pytest.mark.parametrize("reason", LEFT_ALONE)
@@ -437,134 +386,3 @@ def test_known_classes_are_where_they_are_looked_for(path):
         loss = cls.__new__(cls)
         nn.Module.__init__(loss)
         assert fuse(nn.Sequential(loss)).left == {"0": LEFT[path]} and LEFT[path].endswith(".")
-
-
-# ---- odd objects never make fuse raise, nor a call that was swapped -----------------------------------------------------------
-
-
-class Scaled:
-    def __call__(self, a, b):
-        return 0.5 * a @ b.T
-
-
-class Hostile(Scaled):
-    def __getattribute__(self, name):
-        if name != "__class__":  # which nn.Module reads where it is set
-            raise RuntimeError("no attributes here")
-        return super().__getattribute__(name)
-
-
-def wrapped():
-    cos_sim = pytest.importorskip("sentence_transformers.util").cos_sim
-    return functools.wraps(cos_sim)(lambda a, b: 0.5 * cos_sim(a, b))
-
-
-ODD = {
-    "a functools.partial": lambda: functools.partial(dot_score),
-    "Scaled": Scaled,
-    "a torch.nn.modules.distance.CosineSimilarity": nn.CosineSimilarity,
-    "<lambda>": lambda: lambda a, b: 0.5 * dot_score(a, b),
-    "Hostile": Hostile,
-    "another function with the name sentence_transformers.util.similarity.cos_sim": wrapped,
-    "a builtins.method": lambda: Scaled().__call__,
-}
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
-@pytest.mark.parametrize("name", ODD)
-def test_any_similarity_is_judged(name, cached, swept):
-    torch.manual_seed(0)
-    inputs, odd = torch.randn(2, B, 7), ODD[name]()
-    loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
-    report = fuse(loss)
-    assert not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
-    later = (cached_loss if cached else ranking_loss)()
-    later.load_state_dict(loss.state_dict(), strict=False)
-    assert fuse(later).swapped
-    later.similarity_fct = odd
-
-    def outcome(loss):
-        try:
-            return embed(loss, *inputs).detach()
-        except Exception as error:
-            return type(error), str(error)
-
-    want, got = outcome(loss), outcome(later)
-    assert not swept and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
-    (text,) = fuse(later).swapped.values()
-    assert text.startswith("already swapped, but runs the original: similarity_fct is ") and not fuse(later).expected[""]
-
-
-class Raising(nn.Module):
-    """Its properties raise."""
-
-    @property
-    def world_size(self):
-        raise RuntimeError("not before the first step")
-
-    local_loss = gather_with_grad = get_logits = world_size
-
-
-Raising.__module__, Raising.__qualname__ = "open_clip.loss", "ClipLoss"
-
-# fmt: off
-ODDITIES = {
-    "RuntimeError: not before the first step": Raising,
-    "'>' not supported": lambda: edited(clip_loss(), world_size=None),
-    "has no world_size": lambda: without(clip_loss(), "world_size"),
-    "directions is a NoneType": lambda: edited(ranking_loss(), directions=None),
-    "directions is a generator": lambda: edited(ranking_loss(), directions=(x for x in ("query_to_doc",))),
-    "It cannot be judged: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
-    "It cannot be judged: RuntimeError: Boolean": lambda: edited(
-        ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)),
-    "mini_batch_size is 'all'": lambda: edited(cached_loss(), mini_batch_size="all"),
-    "has no scale": lambda: without(cached_loss(), "loss"),
-    "It cannot be judged: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
-    "It cannot be judged: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
-}
-# fmt: on
-
-
-def without(module, name):
-    delattr(module, name)
-    return module
-
-
-@pytest.mark.parametrize("words", ODDITIES)
-def test_odd_modules_are_left_and_the_others_swapped(words):
-    model = nn.Sequential(ODDITIES[words](), clip_loss())
-    types = [type(module) for module in model.modules()]
-    report = fuse(model)
-    assert list(report.swapped) == ["1"] and words in report.left["0"], report
-    assert [type(module) for module in model.modules()][:-1] == types[:-1]
-    assert unfuse(model) == ["1"]
-
-
-def test_a_module_that_refuses_another_class_is_left(monkeypatch):
-    model = nn.Sequential(clip_loss(), nn.MultiheadAttention(D, 2))
-
-    def refuse(self, name, value):
-        raise AttributeError(f"{name} is fixed")
-
-    monkeypatch.setattr(type(model[0]), "__setattr__", refuse)
-    report = fuse(model)
-    assert list(report.swapped) == ["1"] == list(report.expected) and "__class__ is fixed" in report.left["0"]
-
-
-def test_a_swapped_loss_takes_odd_attributes_later(swept):
-    a, b = torch.randn(2, B, D)
-    for attributes in (dict(world_size=None), dict(world_size="two")):
-        plain, fused = edited(clip_loss(), **attributes), clip_loss()
-        fuse(fused)
-        edited(fused, **attributes)
-        for loss in (plain, fused):
-            with pytest.raises(TypeError, match="'>' not supported"):
-                loss(a, b, 2.0)
-    assert not swept
-    ranking, embeddings = ranking_loss(), [a, b]
-    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))  # which the original never compares
-    want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
-    assert "It cannot be judged: RuntimeError: Boolean" in fuse(ranking).left[""]
-    assert fuse(edited(ranking, hardness_mode=None)).swapped
-    assert torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want) and not swept
-    assert "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]

@@ -1,0 +1,59 @@
+"""Losses of open_clip and sentence-transformers, without a SentenceTransformer, for the tests of fuse."""
+
+import pytest
+from torch import nn
+
+import mmfused.swaps.losses
+
+B, D = 61, 24
+
+
+class Encoder(nn.Sequential):
+    """Takes the place of a SentenceTransformer: features of one text column to {"sentence_embedding": (B, D)}."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(7, D))
+
+    def forward(self, features):
+        return {**features, "sentence_embedding": self[0](features["x"])}
+
+    def get_embedding_dimension(self):
+        return D
+
+
+def clip_loss(**options):
+    return pytest.importorskip("open_clip.loss").ClipLoss(**options)
+
+
+def text_losses():
+    return pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+
+
+def ranking_loss(name="MultipleNegativesRankingLoss", **options):
+    return getattr(text_losses(), name)(Encoder(), **options)
+
+
+def cached_loss(**options):
+    return ranking_loss("CachedMultipleNegativesRankingLoss", mini_batch_size=7, **options)
+
+
+def dot_score(a, b):
+    return pytest.importorskip("sentence_transformers.util").dot_score(a, b)
+
+
+def embed(model, *inputs):
+    return model([{"x": x} for x in inputs], None)
+
+
+def edited(loss, **attributes):
+    for name, value in attributes.items():
+        setattr(loss, name, value)
+    return loss
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    module, calls = mmfused.swaps.losses, []
+    real = module.scaled_info_nce
+    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
+    return calls

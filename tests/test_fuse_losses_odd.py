@@ -1,0 +1,142 @@
+"""fuse on losses with odd parts: no foreign object makes it raise, nor a call of a loss that was swapped."""
+
+import functools
+
+import pytest
+import ranking_losses
+import torch
+from ranking_losses import B, D, cached_loss, clip_loss, dot_score, edited, embed, ranking_loss
+from torch import nn
+
+from mmfused import fuse, unfuse
+
+swept = ranking_losses.swept
+pytestmark = pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")
+
+
+class Scaled:
+    def __call__(self, a, b):
+        return 0.5 * a @ b.T
+
+
+class Hostile(Scaled):
+    def __getattribute__(self, name):
+        if name != "__class__":  # which nn.Module reads where it is set
+            raise RuntimeError("no attributes here")
+        return super().__getattribute__(name)
+
+
+def wrapped():
+    cos_sim = pytest.importorskip("sentence_transformers.util").cos_sim
+    return functools.wraps(cos_sim)(lambda a, b: 0.5 * cos_sim(a, b))
+
+
+ODD = {
+    "a functools.partial": lambda: functools.partial(dot_score),
+    "Scaled": Scaled,
+    "a torch.nn.modules.distance.CosineSimilarity": nn.CosineSimilarity,
+    "<lambda>": lambda: lambda a, b: 0.5 * dot_score(a, b),
+    "Hostile": Hostile,
+    "another function with the name sentence_transformers.util.similarity.cos_sim": wrapped,
+    "a builtins.method": lambda: Scaled().__call__,
+}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+@pytest.mark.parametrize("name", ODD)
+def test_any_similarity_is_judged(name, cached, swept):
+    torch.manual_seed(0)
+    inputs, odd = torch.randn(2, B, 7), ODD[name]()
+    loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
+    report = fuse(loss)
+    assert not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
+    later = (cached_loss if cached else ranking_loss)()
+    later.load_state_dict(loss.state_dict(), strict=False)
+    assert fuse(later).swapped
+    later.similarity_fct = odd
+
+    def outcome(loss):
+        try:
+            return embed(loss, *inputs).detach()
+        except Exception as error:
+            return type(error), str(error)
+
+    want, got = outcome(loss), outcome(later)
+    assert not swept and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
+    (text,) = fuse(later).swapped.values()
+    assert text.startswith("already swapped, but runs the original: similarity_fct is ") and not fuse(later).expected[""]
+
+
+class Raising(nn.Module):
+    """Its properties raise."""
+
+    @property
+    def world_size(self):
+        raise RuntimeError("not before the first step")
+
+    local_loss = gather_with_grad = get_logits = world_size
+
+
+Raising.__module__, Raising.__qualname__ = "open_clip.loss", "ClipLoss"
+
+# fmt: off
+ODDITIES = {
+    "RuntimeError: not before the first step": Raising,
+    "'>' not supported": lambda: edited(clip_loss(), world_size=None),
+    "has no world_size": lambda: without(clip_loss(), "world_size"),
+    "directions is a NoneType": lambda: edited(ranking_loss(), directions=None),
+    "directions is a generator": lambda: edited(ranking_loss(), directions=(x for x in ("query_to_doc",))),
+    "It cannot be judged: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
+    "It cannot be judged: RuntimeError: Boolean": lambda: edited(
+        ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)),
+    "mini_batch_size is 'all'": lambda: edited(cached_loss(), mini_batch_size="all"),
+    "has no scale": lambda: without(cached_loss(), "loss"),
+    "It cannot be judged: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
+    "It cannot be judged: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
+}
+# fmt: on
+
+
+def without(module, name):
+    delattr(module, name)
+    return module
+
+
+@pytest.mark.parametrize("words", ODDITIES)
+def test_odd_modules_are_left_and_the_others_swapped(words):
+    model = nn.Sequential(ODDITIES[words](), clip_loss())
+    types = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert list(report.swapped) == ["1"] and words in report.left["0"], report
+    assert [type(module) for module in model.modules()][:-1] == types[:-1]
+    assert unfuse(model) == ["1"]
+
+
+def test_a_module_that_refuses_another_class_is_left(monkeypatch):
+    model = nn.Sequential(clip_loss(), nn.MultiheadAttention(D, 2))
+
+    def refuse(self, name, value):
+        raise AttributeError(f"{name} is fixed")
+
+    monkeypatch.setattr(type(model[0]), "__setattr__", refuse)
+    report = fuse(model)
+    assert list(report.swapped) == ["1"] == list(report.expected) and "__class__ is fixed" in report.left["0"]
+
+
+def test_a_swapped_loss_takes_odd_attributes_later(swept):
+    a, b = torch.randn(2, B, D)
+    for attributes in (dict(world_size=None), dict(world_size="two")):
+        plain, fused = edited(clip_loss(), **attributes), clip_loss()
+        fuse(fused)
+        edited(fused, **attributes)
+        for loss in (plain, fused):
+            with pytest.raises(TypeError, match="'>' not supported"):
+                loss(a, b, 2.0)
+    assert not swept
+    ranking, embeddings = ranking_loss(), [a, b]
+    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))  # which the original never compares
+    want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
+    assert "It cannot be judged: RuntimeError: Boolean" in fuse(ranking).left[""]
+    assert fuse(edited(ranking, hardness_mode=None)).swapped
+    assert torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want) and not swept
+    assert "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]
