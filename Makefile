@@ -1,6 +1,5 @@
 # Every target makes .venv by itself. PYTHON=/path/to/python uses that interpreter as it is instead: nothing is installed,
 # no network is touched, and the package runs from this checkout.
-OPS := query_pooling masked_info_nce topk_routing grouped_mlp gated_cross_attention
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -18,7 +17,7 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfil
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; CHECKOUTS, SUITES of peers; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
-	@echo "after which it ends, SLICES='bench-* test-card' only these (benchmarks/gpu.py lists them), DRY=1 small, on a CPU"
+	@echo "after which it ends, SLICES='bench-* test-card' only these (tools/gpu.py lists them), DRY=1 small, on a CPU"
 
 demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
@@ -27,10 +26,10 @@ test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS)
 
 bench: $(READY) ## gate and time every op on this machine
-	set -e; for op in $(OPS); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
+	set -e; for op in $$($(PY) -c 'from mmfused.ops import OPS; print(*OPS)'); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
 
 readme: $(READY) ## make README's numbers and pictures from benchmarks/results
-	$(PY) benchmarks/readme.py
+	$(PY) tools/readme.py
 
 lint: $(READY) ## check style and formatting
 	$(PY) -m ruff check .
@@ -49,7 +48,7 @@ peers: $(READY) ## run suites of sentence-transformers, open_clip and transforme
 	$(PY) tools/peers.py $(if $(CHECKOUTS),--checkouts $(CHECKOUTS)) $(SUITES)
 
 gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
-	$(PY) benchmarks/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
+	$(PY) tools/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
 
 .venv/installed: pyproject.toml setup.py
 	python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfused needs Python 3.10 or newer as python3.")'

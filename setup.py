@@ -1,4 +1,6 @@
-"""Where the packages lie, and the CUDA extension for those who ask for it; all other metadata is in pyproject.toml."""
+"""Where the packages lie, and the CUDA extension for those who ask for it; all other metadata is in
+pyproject.toml.
+"""
 
 import contextlib
 import importlib.util
@@ -15,7 +17,9 @@ def folders(root: str) -> list[Path]:
 
 @contextlib.contextmanager
 def extension():
-    """With MMFUSED_CUDA=1, csrc/ compiled as mmfused._C, or the reason why not, printed. Without, a wheel of Python alone."""
+    """With MMFUSED_CUDA=1, csrc/ compiled as mmfused._C, or the reason why not, printed. Without, a
+    wheel of Python alone.
+    """
     if os.environ.get("MMFUSED_CUDA") != "1":
         yield {}
         return
@@ -32,14 +36,20 @@ def extension():
         return
     with build.toolchain(build.architectures(unseen="8.0;9.0+PTX")) as cpp_extension:
         sources = [f"csrc/{name}" for name in build.SOURCES]
-        module = cpp_extension.CUDAExtension("mmfused._C", sources, extra_compile_args=build.compile_flags())
+        module = cpp_extension.CUDAExtension(
+            "mmfused._C", sources, extra_compile_args=build.compile_flags()
+        )
         yield {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-# These are installed as mmfused.kernels and so on (mmfused/__init__.py says why they lie outside). csrc goes along as it is: the
-# first use of a C++ kernel compiles it.
+# These are installed as mmfused.kernels and so on (mmfused/__init__.py says why they lie outside).
+# csrc goes along as it is: the first use of a C++ kernel compiles it.
 outside = [*folders("kernels"), *folders("benchmarks"), Path("csrc")]
 places = {".".join(("mmfused", *path.parts)): path.as_posix() for path in outside}
 
 with extension() as compiled:
-    setup(packages=[".".join(path.parts) for path in folders("mmfused")] + list(places), package_dir=places, **compiled)
+    setup(
+        packages=[".".join(path.parts) for path in folders("mmfused")] + list(places),
+        package_dir=places,
+        **compiled,
+    )

@@ -12,11 +12,11 @@ from .measure import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, ``H`` heads: UniECS's layer (norms first, a gate a channel, a flag).
+    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, ``H`` heads: UniECS's layer (norms
+    first, a gate a channel, a flag).
 
-    ``post_norm``: UniCA's, without a gate, LN(x + A).  ``missing``: a third of the samples lacks a, another third b.  ``p``: of the
-    probabilities and of what is read, dropped.
-    """
+    ``post_norm``: UniCA's, without a gate, LN(x + A).  ``missing``: a third of the samples lacks a,
+    another third b.  ``p``: of the probabilities and of what is read, dropped."""
 
     name: str
     B: int
@@ -43,8 +43,14 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 3 samples (63 on CUDA)."""
-    chosen = CASES if device_type == "cuda" else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 3
+    samples (63 on CUDA).
+    """
+    chosen = (
+        CASES
+        if device_type == "cuda"
+        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    )
     limit = 63 if device_type == "cuda" else 3
     return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
 
@@ -54,7 +60,9 @@ def custom(shape: dict[str, int]) -> Case:
     defaults = {"B": 8, "N": 197, "M": 64, "D": 256, "H": 8}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; gated_cross_attention takes {', '.join(defaults)}.")
+        raise ValueError(
+            f"shape has {', '.join(unknown)}; gated_cross_attention takes {', '.join(defaults)}."
+        )
     sizes = defaults | shape
     if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
         raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
@@ -70,10 +78,11 @@ def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | N
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens, parameters and upstream gradient: logits and gates of variance 1 or so, as at initialisation.
+    """Random tokens, parameters and upstream gradient: logits and gates of variance 1 or so, as at
+    initialisation.
 
-    The gate's weight is there whole and by its columns: those of x, of what was read and of the flag.
-    """
+    The gate's weight is there whole and by its columns: those of x, of what was read and of the
+    flag."""
     generator, dim = torch.Generator(device).manual_seed(0), case.D
 
     def randn(*shape, std=1.0):
@@ -83,10 +92,19 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
     for side in "ab":
         parameters |= {f"{side}.w_n": 1 + randn(dim, std=0.1), f"{side}.b_n": randn(dim, std=0.1)}
         for part in "qkvo":
-            parameters |= {f"{side}.w_{part}": randn(dim, dim, std=dim**-0.5), f"{side}.b_{part}": randn(dim, std=0.1)}
+            parameters |= {
+                f"{side}.w_{part}": randn(dim, dim, std=dim**-0.5),
+                f"{side}.b_{part}": randn(dim, std=0.1),
+            }
         if not case.post_norm:
             gate = randn(dim, 2 * dim + 1, std=(2 * dim) ** -0.5)
             parameters |= {f"{side}.w_g": gate, f"{side}.b_g": randn(dim, std=0.1)}
-            parameters |= {f"{side}.w_g{part}": piece for part, piece in zip("xae", gate.split([dim, dim, 1], 1), strict=True)}
-    inputs = {"a": randn(case.B, case.N, dim).requires_grad_(), "b": randn(case.B, case.M, dim).requires_grad_()}
+            parameters |= {
+                f"{side}.w_g{part}": piece
+                for part, piece in zip("xae", gate.split([dim, dim, 1], 1), strict=True)
+            }
+    inputs = {
+        "a": randn(case.B, case.N, dim).requires_grad_(),
+        "b": randn(case.B, case.M, dim).requires_grad_(),
+    }
     return Problem(inputs, parameters, randn(case.B, case.N + case.M, dim))

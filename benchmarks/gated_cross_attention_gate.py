@@ -1,4 +1,6 @@
-"""A baseline: the end of a gate, sigmoid(z) read + sigmoid(-z) x, as one elementwise Triton kernel each way."""
+"""A baseline: the end of a gate, sigmoid(z) read + sigmoid(-z) x, as one elementwise Triton kernel
+each way.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ def _forward(x_ptr, read_ptr, z_ptr, out_ptr, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(d_ptr, x_ptr, read_ptr, z_ptr, dx_ptr, d_read_ptr, dz_ptr, total, BLOCK: tl.constexpr):
+def _backward(
+    d_ptr,
+    x_ptr,
+    read_ptr,
+    z_ptr,
+    dx_ptr,
+    d_read_ptr,
+    dz_ptr,
+    total,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     d = tl.load(d_ptr + at, mask=inside).to(tl.float32)
@@ -47,7 +59,9 @@ class _Blend(torch.autograd.Function):
     def backward(ctx, d):
         saved = ctx.saved_tensors
         gradients = [torch.empty_like(y) for y in saved]
-        _backward[(triton.cdiv(d.numel(), BLOCK),)](d.contiguous(), *saved, *gradients, d.numel(), BLOCK)
+        _backward[(triton.cdiv(d.numel(), BLOCK),)](
+            d.contiguous(), *saved, *gradients, d.numel(), BLOCK
+        )
         return tuple(gradients)
 
 

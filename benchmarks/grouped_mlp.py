@@ -1,11 +1,13 @@
-"""Experts of a mixture: FLUID's small head and the SwiGLU layers of large models, their baselines, and the least work they take.
+"""Experts of a mixture: FLUID's small head and the SwiGLU layers of large models, their baselines,
+and the least work they take.
 
-The choice of experts is made once and is the same for all; its weights are an input, so that their gradient is in the gate. Sorting
-by expert belongs to the router (topk_routing.py), so whoever takes sorted tokens gets them: the grouped_mm pattern does; the loop
-looks for its tokens, and Liger sorts, since they have no other interface.
+The choice of experts is made once and is the same for all; its weights are an input, so that their
+gradient is in the gate. Sorting by expert belongs to the router (topk_routing.py), so whoever takes
+sorted tokens gets them: the grouped_mm pattern does; the loop looks for its tokens, and Liger
+sorts, since they have no other interface.
 
-Left out: the experts of st-moe-pytorch take (E, capacity) slots, which is another function where a token finds none left.
-"""
+Left out: the experts of st-moe-pytorch take (E, capacity) slots, which is another function where a
+token finds none left."""
 
 from __future__ import annotations
 
@@ -22,16 +24,18 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 
 OURS = ("composed", "fused")
 ROUTED = ("uniform", "zipf", "hot", "one-hot", "half")
-DENSE_HIDDEN = 2**31  # elements of all experts' hidden layer beyond which dense computation is not asked for
+DENSE_HIDDEN = (
+    2**31
+)  # elements of all experts' hidden layer beyond which dense computation is not asked for
 
 
 @dataclass(frozen=True)
 class Case:
-    """``T`` tokens of width ``D``, each to ``k`` of ``E`` experts with hidden width ``I``: GELU and biases, or ``gated`` SwiGLU.
+    """``T`` tokens of width ``D``, each to ``k`` of ``E`` experts with hidden width ``I``: GELU and
+    biases, or ``gated`` SwiGLU.
 
-    ``routed``: "uniform"; "zipf", popularity falls as rank**-1.2; "hot", 90 % of tokens have expert 0 among theirs; "one-hot", all
-    do; "half", no token goes to the second half.
-    """
+    ``routed``: "uniform"; "zipf", popularity falls as rank**-1.2; "hot", 90 % of tokens have expert
+    0 among theirs; "one-hot", all do; "half", no token goes to the second half."""
 
     name: str
     T: int
@@ -61,11 +65,15 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its numbers of tokens; a ``quick`` run keeps at most 512, on a CPU 32 and a quarter of the widths."""
+    """The cases for a device: its numbers of tokens; a ``quick`` run keeps at most 512, on a CPU 32
+    and a quarter of the widths.
+    """
     if device_type == "cuda":
         return [replace(case, T=min(case.T, 512)) for case in CASES] if quick else list(CASES)
     chosen = [replace(case, T=case.cpu_T) for case in CASES if case.cpu_T]
-    return [replace(case, T=32, D=case.D // 4, I=case.I // 4) for case in chosen] if quick else chosen
+    return (
+        [replace(case, T=32, D=case.D // 4, I=case.I // 4) for case in chosen] if quick else chosen
+    )
 
 
 def custom(shape: dict[str, int]) -> Case:
@@ -73,7 +81,9 @@ def custom(shape: dict[str, int]) -> Case:
     defaults = {"T": 512, "D": 768, "I": 3072, "E": 16, "k": 2}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; grouped_mlp takes {', '.join(defaults)}.")
+        raise ValueError(
+            f"shape has {', '.join(unknown)}; grouped_mlp takes {', '.join(defaults)}."
+        )
     sizes = defaults | shape
     if min(sizes.values()) < 1 or sizes["k"] > sizes["E"]:
         raise ValueError(f"shape is {sizes}; all sizes must be positive and k at most E.")
@@ -82,13 +92,17 @@ def custom(shape: dict[str, int]) -> Case:
 
 @functools.cache
 def choices(case: Case) -> Tensor:
-    """(T, k) int64 on the CPU: different experts, drawn without replacement as ``case.routed`` says."""
+    """(T, k) int64 on the CPU: different experts, drawn without replacement as ``case.routed``
+    says.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator).clamp(min=1e-30)
 
-    keys = -(-rand(case.T, case.E).log()).log()  # Gumbel: the k largest sums with log p are a draw from p
+    keys = -(
+        -rand(case.T, case.E).log()
+    ).log()  # Gumbel: the k largest sums with log p are a draw from p
     if case.routed == "zipf":
         keys -= 1.2 * torch.arange(1, case.E + 1).log()
     elif case.routed == "half":
@@ -100,7 +114,9 @@ def choices(case: Case) -> Tensor:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens and experts, with variance 1 kept by each layer; routing weights in float32, as routers give them."""
+    """Random tokens and experts, with variance 1 kept by each layer; routing weights in float32, as
+    routers give them.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape, std=1.0):
@@ -112,17 +128,27 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "w_down": randn(case.E, case.D, case.I, std=case.I**-0.5),
     }
     if not case.gated:
-        parameters |= {"b_up": randn(case.E, rows, std=0.1), "b_down": randn(case.E, case.D, std=0.1)}
+        parameters |= {
+            "b_up": randn(case.E, rows, std=0.1),
+            "b_down": randn(case.E, case.D, std=0.1),
+        }
     x, scores = randn(case.T, case.D).requires_grad_(), randn(case.T, case.k + 1)
-    weights = scores.to(torch.promote_types(dtype, torch.float32)).softmax(-1)[:, : case.k].clone().requires_grad_()
+    weights = (
+        scores.to(torch.promote_types(dtype, torch.float32))
+        .softmax(-1)[:, : case.k]
+        .clone()
+        .requires_grad_()
+    )
     return Problem({"x": x, "weights": weights}, parameters, randn(case.T, case.D))
 
 
-# ---- providers ---------------------------------------------------------------------------------------------------
+# ---- providers -----------------------------------------------------------------------------------
 
 
 class Experts(nn.Module):
-    """The parameters all providers share; those of SwiGLU as transformers keeps them: one w_up, gate rows first."""
+    """The parameters all providers share; those of SwiGLU as transformers keeps them: one w_up,
+    gate rows first.
+    """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -149,8 +175,12 @@ class Loop(Experts):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         none = [None] * self.E
-        # unbind, since the gradient of w[e] would be a zero tensor as large as all the experts, each time
-        parameters = [none if p is None else p.unbind() for p in (self.w_up, self.b_up, self.w_down, self.b_down)]
+        # unbind, since the gradient of w[e] would be a zero tensor as large as all the experts,
+        # each time
+        parameters = [
+            none if p is None else p.unbind()
+            for p in (self.w_up, self.b_up, self.w_down, self.b_down)
+        ]
         out = weights.new_zeros(x.shape)
         for e, (w_up, b_up, w_down, b_down) in enumerate(zip(*parameters, strict=True)):
             token, choice = torch.where(self.indices == e)
@@ -171,18 +201,29 @@ class Dense(Experts):
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+        return (
+            torch.bmm(rows, weight.mT)
+            if bias is None
+            else torch.baddbmm(bias[:, None], rows, weight.mT)
+        )
 
 
 class GroupedMM(Experts):
-    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, biases by indexing, and back in order."""
+    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, biases by
+    indexing, and back in order.
+    """
 
     def __init__(self, case, device, dtype, grouped_mm):
         super().__init__(case, device, dtype)
         self.grouped_mm = grouped_mm
         expert, order = self.indices.flatten().sort(stable=True)
         ends = torch.bincount(expert, minlength=case.E).cumsum(0).int()
-        for name, tensor in {"expert": expert, "order": order, "position": order.argsort(), "ends": ends}.items():
+        for name, tensor in {
+            "expert": expert,
+            "order": order,
+            "position": order.argsort(),
+            "ends": ends,
+        }.items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -206,11 +247,15 @@ class Liger(Experts):
 
 
 class Ours(Experts):
-    """The routing as the router leaves it, in the form ``backend`` makes; only its weights are new in each call."""
+    """The routing as the router leaves it, in the form ``backend`` makes; only its weights are new
+    in each call.
+    """
 
     def __init__(self, case, device, dtype, backend: str):
         super().__init__(case, device, dtype)
-        weights = torch.zeros(case.T, case.k, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        weights = torch.zeros(
+            case.T, case.k, device=device, dtype=torch.promote_types(dtype, torch.float32)
+        )
         with mmfused.backend(backend):
             self.routing = mmfused.routing_from_indices(self.indices, weights, case.E)
 
@@ -218,12 +263,20 @@ class Ours(Experts):
         routing = self.routing._replace(weights=weights)
         activation = "swiglu" if self.gated else "gelu"
         return mmfused.grouped_mlp(
-            x, routing, self.w_up, self.w_down, b_up=self.b_up, b_down=self.b_down, activation=activation
-        )  # fmt: skip
+            x,
+            routing,
+            self.w_up,
+            self.w_down,
+            b_up=self.b_up,
+            b_down=self.b_down,
+            activation=activation,
+        )
 
 
 def layout(case: Case) -> dict[str, tuple[str, ...]]:
-    return {name: (name,) for name in ("w_up", "w_down", *(() if case.gated else ("b_up", "b_down")))}
+    return {
+        name: (name,) for name in ("w_up", "w_down", *(() if case.gated else ("b_up", "b_down")))
+    }
 
 
 def loop(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -234,7 +287,9 @@ def loop(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 def dense(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     hidden = case.T * case.E * case.I
     if hidden > DENSE_HIDDEN:
-        raise Unavailable(f"{case.E // case.k} times the work, and {hidden:.2g} hidden values at once")
+        raise Unavailable(
+            f"{case.E // case.k} times the work, and {hidden:.2g} hidden values at once"
+        )
     return Provider(Dense(case, device, dtype), layout(case))
 
 
@@ -283,11 +338,13 @@ PROVIDERS = {
 }
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The composed path in float64, which the tests hold to the reference; that computes every expert on every row."""
+    """The composed path in float64, which the tests hold to the reference; that computes every
+    expert on every row.
+    """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
     provider = composed(case, problem.device, torch.float64).load(parameters)
@@ -297,33 +354,38 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weight and bias of an affine map side by side.
 
-    Biases by indexing, as the grouped_mm pattern has them, are rounded to 16 bits at every addition of their gradient: judged by
-    themselves they would leave the cases with biases without that baseline.
-    """
+    Biases by indexing, as the grouped_mm pattern has them, are rounded to 16 bits at every addition
+    of their gradient: judged by themselves they would leave the cases with biases without that
+    baseline."""
     joined = dict(results)
     for part in ("up", "down"):
         if f"db_{part}" in results:
-            joined[f"dw_{part}"] = torch.cat([results[f"dw_{part}"], joined.pop(f"db_{part}")[..., None]], -1)
+            joined[f"dw_{part}"] = torch.cat(
+                [results[f"dw_{part}"], joined.pop(f"db_{part}")[..., None]], -1
+            )
     return joined
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: two grouped products forward, four backward.
+    """FLOPs and bytes, stage by stage, of the best algorithm known: two grouped products forward,
+    four backward.
 
-    R = T k rows, n = 2 (3 with a gate) matrices of I D values; H, the R rows before the activation, is what the backward keeps. A
-    multiply-add is 2 FLOPs, a tensor moves once in a stage; of W only experts that some token chose are read.
+    R = T k rows, n = 2 (3 with a gate) matrices of I D values; H, the R rows before the activation,
+    is what the backward keeps. A multiply-add is 2 FLOPs, a tensor moves once in a stage; of W only
+    experts that some token chose are read.
 
-        forward   up     H = X W_up^T                      2 (n - 1) R I D    reads X and W_up, writes H
-                  down   Y = act(H) W_down^T, summed       2 R I D            reads W_down, writes the output
-        backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D            reads dO, W_down and H, writes dW_down
-                  up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D    reads X and W_up, writes dX and dW_up
+        forward   up     H = X W_up^T                      2 (n - 1) R I D    reads X and W_up,
+                  writes H down   Y = act(H) W_down^T, summed       2 R I D            reads W_down,
+                  writes the output
+        backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D            reads dO, W_down and
+                  H, writes dW_down up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D
+                  reads X and W_up, writes dX and dW_up
 
-    A = act(H), dH and the rows of Y before they are summed move no bytes here, though no kernels keep them all on chip. Biases,
-    routing weights and indices are small beside the rest.
-    """
+    A = act(H), dH and the rows of Y before they are summed move no bytes here, though no kernels
+    keep them all on chip. Biases, routing weights and indices are small beside the rest."""
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())
 

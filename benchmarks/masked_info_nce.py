@@ -1,10 +1,12 @@
-"""Masked InfoNCE: the batches of CLIP and UNITE training, their baselines, and the least work the loss takes.
+"""Masked InfoNCE: the batches of CLIP and UNITE training, their baselines, and the least work the
+loss takes.
 
-All providers of a case compute the same loss of the same embeddings and temperature. Most baselines know neither masks nor a second
-direction: those without masks serve the unmasked cases only; those of one direction are called twice where a case is symmetric,
-which is what their users do. Gradient filtering (Cut Cross-Entropy's default) drops most negatives of a large batch, so only its
-exact mode is compared. "bare GEMMs" is no loss but the matrix products alone, the honest ceiling of anything built on them.
-"""
+All providers of a case compute the same loss of the same embeddings and temperature. Most baselines
+know neither masks nor a second direction: those without masks serve the unmasked cases only; those
+of one direction are called twice where a case is symmetric, which is what their users do. Gradient
+filtering (Cut Cross-Entropy's default) drops most negatives of a large batch, so only its exact
+mode is compared. "bare GEMMs" is no loss but the matrix products alone, the honest ceiling of
+anything built on them."""
 
 from __future__ import annotations
 
@@ -49,8 +51,14 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the widths and at most 64 pairs (1024 on CUDA)."""
-    chosen = CASES if device_type == "cuda" else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    """The cases for a device: its batch sizes; a ``quick`` run keeps the widths and at most 64
+    pairs (1024 on CUDA).
+    """
+    chosen = (
+        CASES
+        if device_type == "cuda"
+        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    )
     limit = 1024 if device_type == "cuda" else 64
     return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
 
@@ -60,7 +68,9 @@ def custom(shape: dict[str, int]) -> Case:
     defaults = {"B": 4096, "D": 768, "K": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; masked_info_nce takes {', '.join(defaults)}.")
+        raise ValueError(
+            f"shape has {', '.join(unknown)}; masked_info_nce takes {', '.join(defaults)}."
+        )
     sizes = defaults | shape
     if min(sizes.values()) < 1:
         raise ValueError(f"shape is {sizes}; all sizes must be positive.")
@@ -68,7 +78,9 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Unit embeddings as training meets them: a common mean (the "cone" of contrastive models) and pairs that are half aligned."""
+    """Unit embeddings as training meets them: a common mean (the "cone" of contrastive models) and
+    pairs that are half aligned.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape):
@@ -77,9 +89,13 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
     cone, query = 0.5 * randn(1, case.D), randn(case.B, case.D)
     candidate = query + randn(case.B, case.D)
     embeddings = {"query": query + cone, "candidate": candidate + cone}
-    inputs = {name: F.normalize(x, dim=-1).to(dtype).requires_grad_() for name, x in embeddings.items()}
+    inputs = {
+        name: F.normalize(x, dim=-1).to(dtype).requires_grad_() for name, x in embeddings.items()
+    }
     temperature = torch.full((1,), TEMPERATURE, device=device, dtype=dtype)
-    return Problem(inputs, {"temperature": temperature}, torch.full((), 1.7, device=device, dtype=dtype))
+    return Problem(
+        inputs, {"temperature": temperature}, torch.full((), 1.7, device=device, dtype=dtype)
+    )
 
 
 def modality(case: Case, device: torch.device) -> Tensor | None:
@@ -90,11 +106,13 @@ def modality(case: Case, device: torch.device) -> Tensor | None:
     return (order % case.K).to(device)
 
 
-# ---- providers ---------------------------------------------------------------------------------------------------
+# ---- providers -----------------------------------------------------------------------------------
 
 
 class Loss(nn.Module):
-    """One direction, from query to candidate, in ``direction``; the mean of both where a case is symmetric."""
+    """One direction, from query to candidate, in ``direction``; the mean of both where a case is
+    symmetric.
+    """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -110,7 +128,9 @@ class Loss(nn.Module):
 
 
 class Eager(Loss):
-    """The usual loss with float32 logits; ``rounded``: logits in the embeddings' dtype, as a matmul under autocast gives them."""
+    """The usual loss with float32 logits; ``rounded``: logits in the embeddings' dtype, as a matmul
+    under autocast gives them.
+    """
 
     def __init__(self, case, device, dtype, rounded: bool = False):
         super().__init__(case, device, dtype)
@@ -146,7 +166,9 @@ class Chunked(Loss):
 
 
 class Head(Loss):
-    """A language model's fused head as a contrastive loss: the candidates are its weight, the temperature goes into the query."""
+    """A language model's fused head as a contrastive loss: the candidates are its weight, the
+    temperature goes into the query.
+    """
 
     def __init__(self, case, device, dtype, head):
         if case.K > 1:
@@ -155,13 +177,20 @@ class Head(Loss):
         self.head = head
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
-        return self.head(query / self.temperature, candidate, torch.arange(len(query), device=query.device))
+        return self.head(
+            query / self.temperature, candidate, torch.arange(len(query), device=query.device)
+        )
 
 
 class Ours(Loss):
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
         loss = mmfused.masked_info_nce(
-            query, candidate, temperature=self.temperature, query_key=self.key, candidate_key=self.key, symmetric=self.symmetric
+            query,
+            candidate,
+            temperature=self.temperature,
+            query_key=self.key,
+            candidate_key=self.key,
+            symmetric=self.symmetric,
         )
         return loss.to(query.dtype)
 
@@ -172,7 +201,9 @@ class Gemms(Loss):
 
 
 class Products(torch.autograd.Function):
-    """The logits forward; the logits again and both gradients backward: 8 B B D FLOPs, a block of rows at a time."""
+    """The logits forward; the logits again and both gradients backward: 8 B B D FLOPs, a block of
+    rows at a time.
+    """
 
     @staticmethod
     def forward(ctx, query, candidate, temperature):
@@ -205,7 +236,13 @@ def eager_autocast(case: Case, device: torch.device, dtype: torch.dtype) -> Prov
     return Provider(whole(Eager, case, device, dtype, rounded=True), LAYOUT)
 
 
-def whole(kind: type[Loss], case: Case, device: torch.device, dtype: torch.dtype, **options) -> Loss:
+def whole(
+    kind: type[Loss],
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    **options,
+) -> Loss:
     if case.B**2 > WHOLE_PAIRS:
         raise Unavailable(f"{case.B} x {case.B} logits and their copies do not fit")
     return kind(case, device, dtype, **options)
@@ -223,7 +260,10 @@ def torch_head(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
     except ImportError as error:
         raise Unavailable("this torch's linear_cross_entropy is not chunked") from error
     options = LinearCrossEntropyOptions(allow_retain_graph=True)
-    return Provider(Head(case, device, dtype, lambda q, c, t: F.linear_cross_entropy(q, c, t, options=options)), LAYOUT)
+    return Provider(
+        Head(case, device, dtype, lambda q, c, t: F.linear_cross_entropy(q, c, t, options=options)),
+        LAYOUT,
+    )
 
 
 def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -232,9 +272,16 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
         from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    # The package index has one without this mode (25.1.1), where no threshold means that nothing is dropped.
-    exact = {"impl": "cce_exact"} if hasattr(LinearCrossEntropyImpl, "CCE_EXACT") else {"impl": "cce", "filter_eps": None}
-    return Provider(Head(case, device, dtype, lambda q, c, t: linear_cross_entropy(q, c, t, **exact)), LAYOUT)
+    # The package index has one without this mode (25.1.1), where no threshold means that nothing is
+    # dropped.
+    exact = (
+        {"impl": "cce_exact"}
+        if hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
+        else {"impl": "cce", "filter_eps": None}
+    )
+    return Provider(
+        Head(case, device, dtype, lambda q, c, t: linear_cross_entropy(q, c, t, **exact)), LAYOUT
+    )
 
 
 def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -253,13 +300,19 @@ def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         from inf_cl.flash import cal_flash_loss
     except ImportError as error:
         raise Unavailable("inf_cl is not installed") from error
-    return Provider(Head(case, device, dtype, lambda q, c, t: cal_flash_loss(q, c, t).mean()), LAYOUT)
+    return Provider(
+        Head(case, device, dtype, lambda q, c, t: cal_flash_loss(q, c, t).mean()), LAYOUT
+    )
 
 
 def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if case.K > 1:
-        raise Unavailable("the products of all pairs are no ceiling where a mask saves most of them")
-    return Provider(Gemms(case, device, dtype), LAYOUT, ceiling="no loss: the matrix products alone")
+        raise Unavailable(
+            "the products of all pairs are no ceiling where a mask saves most of them"
+        )
+    return Provider(
+        Gemms(case, device, dtype), LAYOUT, ceiling="no loss: the matrix products alone"
+    )
 
 
 def need_cuda(device: torch.device) -> None:
@@ -276,7 +329,9 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Ours(case, device, dtype), LAYOUT, "fused")
 
 
-reference = chunked  # the formula in plain PyTorch, at any size: what the error budget is taken from
+reference = (
+    chunked  # the formula in plain PyTorch, at any size: what the error budget is taken from
+)
 PROVIDERS = {
     "eager": eager,
     "eager, autocast": eager_autocast,
@@ -291,14 +346,16 @@ PROVIDERS = {
 }
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """The formula in float64, a block of rows at a time."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
-    with mmfused.backend("composed"):  # equal to the reference to 1e-10 in float64, which the tests show
+    with mmfused.backend(
+        "composed"
+    ):  # equal to the reference to 1e-10 in float64, which the tests show
         return (
             composed(case, problem.device, torch.float64)
             .load(parameters)
@@ -310,20 +367,22 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return results
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: logits never in memory, one tile of them for both directions.
+    """FLOPs and bytes, stage by stage, of the best algorithm known: logits never in memory, one
+    tile of them for both directions.
 
-    A share f = 1 / K of the B x B pairs is allowed; a multiply-add is 2 FLOPs, a tensor moves once in a stage.
+    A share f = 1 / K of the B x B pairs is allowed; a multiply-add is 2 FLOPs, a tensor moves once
+    in a stage.
 
         forward   S = Q C^T                        2 f B B D     reads Q and C
         backward  S again                          2 f B B D     reads Q and C
                   dQ = dS C, dC = dS^T Q           4 f B B D     reads Q and C, writes dQ and dC
 
-    One direction could keep a chunk of S from the forward to the backward; no such form is built, so its floor is the same 8.
-    """
+    One direction could keep a chunk of S from the forward to the backward; no such form is built,
+    so its floor is the same 8."""
     pairs, both = case.B * case.B / case.K, 2 * case.B * case.D * itemsize
 
     def stage(name, flops, moved):
@@ -331,5 +390,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
 
     return {
         "forward": [stage("logits", 2 * pairs * case.D, both)],
-        "backward": [stage("logits", 2 * pairs * case.D, both), stage("gradients", 4 * pairs * case.D, 2 * both)],
+        "backward": [
+            stage("logits", 2 * pairs * case.D, both),
+            stage("gradients", 4 * pairs * case.D, 2 * both),
+        ],
     }

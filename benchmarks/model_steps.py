@@ -1,8 +1,9 @@
-"""The five models as one function each, from given tokens to the loss: what `models.py` times. Their sizes, and their data.
+"""The five models as one function each, from given tokens to the loss: what `models.py` times.
+Their sizes, and their data.
 
-Encoders are left out, as they are the same for all: their tokens are the inputs, whose gradients are computed too. Nothing is
-dropped, so that the gate can compare. In 16 bits it is a step as the library trains: float32 parameters under autocast.
-"""
+Encoders are left out, as they are the same for all: their tokens are the inputs, whose gradients
+are computed too. Nothing is dropped, so that the gate can compare. In 16 bits it is a step as the
+library trains: float32 parameters under autocast."""
 
 from __future__ import annotations
 
@@ -39,17 +40,25 @@ SMALL_LANGUAGE = {
     "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }
-TOWER = {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1, "patch_size": 14, "spatial_merge_size": 2}  # is not kept
+TOWER = {
+    "depth": 1,
+    "embed_dim": 8,
+    "num_heads": 1,
+    "mlp_ratio": 1,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+}  # is not kept
 TOKENS = {"vision_start": 1, "vision_end": 2, "image": 3, "end": 4, "pad": 5, "drop": []}
 TOKENS["prompts"] = dict.fromkeys(KINDS, [])
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Step(nn.Module, ABC):
-    """``model`` and a batch; ``forward`` takes the tokens of `inputs`, in their order, and gives the loss.
+    """``model`` and a batch; ``forward`` takes the tokens of `inputs`, in their order, and gives
+    the loss.
 
-    ``models``: the library's, or `torch_modules.models()`.  ``dtype``: of the inputs.  ``small``: for a CPU.
-    """
+    ``models``: the library's, or `torch_modules.models()`.  ``dtype``: of the inputs.  ``small``:
+    for a CPU."""
 
     def __init__(self, models, batch: int, small: bool, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -85,7 +94,10 @@ class Step(nn.Module, ABC):
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Random tokens, float32."""
         generator = torch.Generator(device).manual_seed(2)
-        return {name: torch.randn(shape, generator=generator, device=device) for name, shape in self.shapes().items()}
+        return {
+            name: torch.randn(shape, generator=generator, device=device)
+            for name, shape in self.shapes().items()
+        }
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator)
@@ -96,14 +108,26 @@ class Step(nn.Module, ABC):
 
 
 class FluidStep(Step):
-    """Head of FLUID: two Q-Transforms, gate, Q-bottleneck, 16 experts, three losses; 192 classes, as grouped_mm takes eights."""
+    """Head of FLUID: two Q-Transforms, gate, Q-bottleneck, 16 experts, three losses; 192 classes,
+    as grouped_mm takes eights.
+    """
 
     def build(self, models):
         options = {"dropout": 0.0, "head_dropout": 0.0, "query_std": 0.3}
         if not self.small:
-            return models.FLUID(FLUIDConfig.preset("paper", num_classes=192, image=None, text=None, **options))
-        sizes = {"dim": 32, "image_dim": 32, "text_dim": 32, "gate_hidden": (32,), "expert_hidden": (48, 32)}
-        return models.FLUID(FLUIDConfig(num_classes=16, num_queries=4, balance="gshard", **sizes, **options))
+            return models.FLUID(
+                FLUIDConfig.preset("paper", num_classes=192, image=None, text=None, **options)
+            )
+        sizes = {
+            "dim": 32,
+            "image_dim": 32,
+            "text_dim": 32,
+            "gate_hidden": (32,),
+            "expert_hidden": (48, 32),
+        }
+        return models.FLUID(
+            FLUIDConfig(num_classes=16, num_queries=4, balance="gshard", **sizes, **options)
+        )
 
     def shapes(self):
         images, texts, dim = (9, 6, 32) if self.small else (197, 128, 768)
@@ -116,14 +140,17 @@ class FluidStep(Step):
         }
 
     def loss(self, image, text):
-        return self.model(image_tokens=image, text_tokens=text, text_padding_mask=self.ignore, labels=self.labels).loss
+        return self.model(
+            image_tokens=image, text_tokens=text, text_padding_mask=self.ignore, labels=self.labels
+        ).loss
 
     @torch.no_grad()
     def inputs(self, device):
-        """Of 16 draws, for each sample the one whose choice of experts is clearest: no rounding may choose another.
+        """Of 16 draws, for each sample the one whose choice of experts is clearest: no rounding may
+        choose another.
 
-        Before, the router's bias is set so that the experts are equally liked, as they are once it has learnt.
-        """
+        Before, the router's bias is set so that the experts are equally liked, as they are once it
+        has learnt."""
         generator, seen = torch.Generator(device).manual_seed(2), []
         router = self.model.moe.router
         hook = router.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -136,7 +163,9 @@ class FluidStep(Step):
                 router[-1].bias -= logits.mean(0)
                 continue
             top = logits.topk(self.model.config.top_k + 1).values
-            clear = (top[:, :-1] - top[:, 1:]).view(self.batch, -1).amin(1)  # the balance asks who is first
+            clear = (
+                (top[:, :-1] - top[:, 1:]).view(self.batch, -1).amin(1)
+            )  # the balance asks who is first
             if best is None:
                 best, margin = drawn, clear
             better = (clear > margin)[:, None, None]
@@ -149,18 +178,23 @@ class FluidStep(Step):
     def draw(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
         """Tokens of a sample have something in common, or their means would all be alike."""
         batch, _, dim = shape
-        x, common = (torch.randn(size, generator=generator, device=generator.device) for size in (shape, (batch, 1, dim)))
+        x, common = (
+            torch.randn(size, generator=generator, device=generator.device)
+            for size in (shape, (batch, 1, dim))
+        )
         return x + common
 
 
 class UniecsStep(Step):
-    """UniECS of queries and candidates, three embeddings each, all losses, adaptive; a fifth lacks a picture, another a text.
+    """UniECS of queries and candidates, three embeddings each, all losses, adaptive; a fifth lacks
+    a picture, another a text.
 
-    Its weights are not quite those that it starts with. Biases: a view of what an item lacks would be zeros through all layers, and
-    the gradients of a dozen norms of zeros, each 300 times the last, leave float32. Scales: tokens stay distinct to the last layer;
-    attention over tokens that are all alike has gradients of queries and keys that are rounding and no more, in any provider. And
-    of each row all negatives are hard ones and near: which are the hardest of equal ones, a rounding decides.
-    """
+    Its weights are not quite those that it starts with. Biases: a view of what an item lacks would
+    be zeros through all layers, and the gradients of a dozen norms of zeros, each 300 times the
+    last, leave float32. Scales: tokens stay distinct to the last layer; attention over tokens that
+    are all alike has gradients of queries and keys that are rounding and no more, in any provider.
+    And of each row all negatives are hard ones and near: which are the hardest of equal ones, a
+    rounding decides."""
 
     def build(self, models):
         every = {"nearest": 2**20, "hard_fraction": 1.0}
@@ -185,12 +219,23 @@ class UniecsStep(Step):
     def shapes(self):
         images, texts, dim = (9, 8, 24) if self.small else (197, 64, 768)
         sizes = {"image": (self.batch, images, dim), "text": (self.batch, texts, dim)}
-        return {f"{role}_{name}": size for role in ("query", "candidate") for name, size in sizes.items()}
+        return {
+            f"{role}_{name}": size
+            for role in ("query", "candidate")
+            for name, size in sizes.items()
+        }
 
     def data(self):
-        kind = {"query": torch.arange(self.batch) % 5, "candidate": torch.arange(2, self.batch + 2) % 5}
+        kind = {
+            "query": torch.arange(self.batch) % 5,
+            "candidate": torch.arange(2, self.batch + 2) % 5,
+        }
         found = {f"{role}_ignore": self.padding(self.shapes()["query_text"][1]) for role in kind}
-        return found | {f"{role}_kind": kinds for role, kinds in kind.items()} | {"labels": torch.arange(self.batch)}
+        return (
+            found
+            | {f"{role}_kind": kinds for role, kinds in kind.items()}
+            | {"labels": torch.arange(self.batch)}
+        )
 
     def loss(self, *tokens):
         parts = {}
@@ -203,13 +248,22 @@ class UniecsStep(Step):
 
 
 class UnicaStep(Step):
-    """UniCA's Bi-CA in its host, BERT-base's width in 2 layers; queries, positives, hard negatives; some lack a picture or text."""
+    """UniCA's Bi-CA in its host, BERT-base's width in 2 layers; queries, positives, hard negatives;
+    some lack a picture or text.
+    """
 
     def build(self, models):
         if not self.small:
             text = {"num_hidden_layers": 2, **QUIET}
-            return models.UniCA(UniCAConfig.preset("paper", image=None, freeze=(), dropout=0.0, text=text))
-        bert = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+            return models.UniCA(
+                UniCAConfig.preset("paper", image=None, freeze=(), dropout=0.0, text=text)
+            )
+        bert = {
+            "vocab_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+        }
         sizes = {"text_dim": 32, "image_dim": 24, "ffn": 48}
         text = {**bert, "max_position_embeddings": 32, "initializer_range": 0.1, **QUIET}
         return models.UniCA(UniCAConfig(text=text, dropout=0.0, **sizes))
@@ -225,29 +279,42 @@ class UnicaStep(Step):
             real = ~self.padding(length)
             real[:, :4] = True
             real[2::5, 2:] = False  # no text: [CLS] and [SEP] alone
-            found |= {f"{role}_ids": self.randint(4, vocabulary, self.batch, length), f"{role}_real": real}
+            found |= {
+                f"{role}_ids": self.randint(4, vocabulary, self.batch, length),
+                f"{role}_real": real,
+            }
         return found
 
     def loss(self, *tokens):
         parts = {}
         for place, (role, image) in enumerate(zip(self.shapes(), tokens, strict=True)):
-            texts = {"input_ids": getattr(self, f"{role}_ids"), "attention_mask": getattr(self, f"{role}_real")}
+            texts = {
+                "input_ids": getattr(self, f"{role}_ids"),
+                "attention_mask": getattr(self, f"{role}_real"),
+            }
             labels = self.labels + (self.batch if place == 2 else 0)
-            parts[role] = {"image_tokens": image, "image_present": self.present, "labels": labels, **texts}
+            parts[role] = {
+                "image_tokens": image,
+                "image_present": self.present,
+                "labels": labels,
+                **texts,
+            }
         return self.model(**parts).loss
 
 
 class Moon2Step(Step):
-    """MOON2.0 with a Qwen2-VL of 2B's width, 2 layers and 8 experts of 2048 in each; all objectives on triplets in three views.
+    """MOON2.0 with a Qwen2-VL of 2B's width, 2 layers and 8 experts of 2048 in each; all objectives
+    on triplets in three views.
 
-    A token's first E channels say how much each expert suits it, the routers read little else and the layers leave them alone: no
-    rounding may choose another expert.
-    """
+    A token's first E channels say how much each expert suits it, the routers read little else and
+    the layers leave them alone: no rounding may choose another expert."""
 
     def build(self, models):
         language, experts = (SMALL_LANGUAGE, 4) if self.small else (LANGUAGE, 8)
         host = {"text_config": language, "vision_config": TOWER}
-        config = MOON2Config(host=host, tokens=TOKENS, image_size=56 if self.small else 224, num_experts=experts)
+        config = MOON2Config(
+            host=host, tokens=TOKENS, image_size=56 if self.small else 224, num_experts=experts
+        )
         model = models.MOON2(config)
         model.host.visual = nn.Identity()  # picture tokens are given
         self.settle(model)
@@ -272,7 +339,9 @@ class Moon2Step(Step):
     def inputs(self, device):
         drawn, experts = super().inputs(device), self.model.config.num_experts
         for x in drawn.values():
-            x[..., :experts] = liking(x[..., 0].numel(), experts, device).view(*x.shape[:2], experts)
+            x[..., :experts] = liking(x[..., 0].numel(), experts, device).view(
+                *x.shape[:2], experts
+            )
         return drawn
 
     def data(self):
@@ -281,7 +350,10 @@ class Moon2Step(Step):
         for role in self.shapes():
             real = ~self.padding(length)
             real[2::5] = False
-            found |= {f"{role}_ids": self.randint(6, vocabulary, self.batch, length), f"{role}_real": real}
+            found |= {
+                f"{role}_ids": self.randint(6, vocabulary, self.batch, length),
+                f"{role}_real": real,
+            }
         return found
 
     loss = UnicaStep.loss
@@ -294,14 +366,18 @@ def liking(count: int, experts: int, device: torch.device) -> Tensor:
 
 
 class UniteStep(Step):
-    """UNITE's loss alone, without parameters: queries, positives and as many hard negatives, five codes, Qwen2-VL-2B's width."""
+    """UNITE's loss alone, without parameters: queries, positives and as many hard negatives, five
+    codes, Qwen2-VL-2B's width.
+    """
 
     def build(self, models):
         config = UNITEConfig.preset("paper", tokens=TOKENS)
         return type("Loss", (nn.Module,), {"config": config, "compare": models.UNITE.compare})()
 
     def shapes(self):
-        return dict.fromkeys(("query", "candidate", "negative"), (self.batch, 24 if self.small else 1536))
+        return dict.fromkeys(
+            ("query", "candidate", "negative"), (self.batch, 24 if self.small else 1536)
+        )
 
     def data(self):
         return {"code": self.randint(1, 6, self.batch), "labels": torch.arange(self.batch)}
@@ -315,16 +391,27 @@ class UniteStep(Step):
 
     def loss(self, *rows):
         labels = (self.labels, self.labels, self.labels + self.batch)
-        parts = [{"embedding": x, "code": self.code, "labels": ids} for x, ids in zip(rows, labels, strict=True)]
+        parts = [
+            {"embedding": x, "code": self.code, "labels": ids}
+            for x, ids in zip(rows, labels, strict=True)
+        ]
         return self.model.compare(*parts).loss
 
 
-STEPS = {"fluid": FluidStep, "uniecs": UniecsStep, "unica": UnicaStep, "moon2": Moon2Step, "unite": UniteStep}
+STEPS = {
+    "fluid": FluidStep,
+    "uniecs": UniecsStep,
+    "unica": UnicaStep,
+    "moon2": Moon2Step,
+    "unite": UniteStep,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``B`` samples, pairs or triplets of the model of that name; ``small``: widths for a CPU, which say nothing of speed."""
+    """``B`` samples, pairs or triplets of the model of that name; ``small``: widths for a CPU,
+    which say nothing of speed.
+    """
 
     name: str
     B: int
@@ -332,21 +419,40 @@ class Case:
     headline: bool = False  # no case is compiled with autotuning: a model has many products, and a run has minutes
 
 
-CASES = (Case("fluid", 256), Case("uniecs", 128), Case("unica", 64), Case("moon2", 32), Case("unite", 4096))
+CASES = (
+    Case("fluid", 256),
+    Case("uniecs", 128),
+    Case("unica", 64),
+    Case("moon2", 32),
+    Case("unite", 4096),
+)
 HOSTED = ("unica", "moon2")
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device; a ``quick`` run has at most 16 samples (512 of UNITE's) on CUDA, and on a CPU 6 (64).
+    """The cases for a device; a ``quick`` run has at most 16 samples (512 of UNITE's) on CUDA, and
+    on a CPU 6 (64).
 
     Without transformers those of its hosts are left out.
     """
-    known = [case for case in CASES if case.name not in HOSTED or importlib.util.find_spec("transformers")]
+    known = [
+        case
+        for case in CASES
+        if case.name not in HOSTED or importlib.util.find_spec("transformers")
+    ]
     if device_type == "cuda":
         limits = {"unite": 512}
-        return [dataclasses.replace(case, B=min(case.B, limits.get(case.name, 16))) if quick else case for case in known]
-    return [Case(case.name, 64 if case.name == "unite" else 6 if quick else 32, small=True) for case in known]
+        return [
+            dataclasses.replace(case, B=min(case.B, limits.get(case.name, 16))) if quick else case
+            for case in known
+        ]
+    return [
+        Case(case.name, 64 if case.name == "unite" else 6 if quick else 32, small=True)
+        for case in known
+    ]
 
 
 def custom(shape: dict[str, int]) -> Case:
-    raise ValueError(f"shape is {shape}; models takes none: a model has the sizes of its paper, and --case chooses one.")
+    raise ValueError(
+        f"shape is {shape}; models takes none: a model has the sizes of its paper, and --case chooses one."
+    )

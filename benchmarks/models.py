@@ -1,14 +1,17 @@
-"""Train steps of the library's five models, beside the same models written with torch's own modules.
+"""Train steps of the library's five models, beside the same models written with torch's own
+modules.
 
-What a case is: `model_steps.py`; the baseline: `torch_modules.py`; both models load the same weights. Beside forward and backward
-the whole ``step`` is timed, with AdamW at a learning rate of 0: the same arithmetic, and the weights stay those that the gate has
-seen. UNITE's loss has no parameters, and so no such step.
+What a case is: `model_steps.py`; the baseline: `torch_modules.py`; both models load the same
+weights. Beside forward and backward
+the whole ``step`` is timed, with AdamW at a learning rate of 0: the same arithmetic, and the
+weights stay those that the gate has seen. UNITE's loss has no parameters, and so no such step.
 
-For everybody alike, in 16 bits on CUDA: float32 products (of logits, mostly) may take TF32, which users of 16 bits allow; SDPA goes
-without cuDNN, whose gradients with a mask and 64 keys may be NaN (pytorch #196678).
+For everybody alike, in 16 bits on CUDA: float32 products (of logits, mostly) may take TF32, which
+users of 16 bits allow; SDPA goes without cuDNN, whose gradients with a mask and 64 keys may be NaN
+(pytorch #196678).
 
-`extras`: the losses of a few training steps from the same weights and batch, ours beside the baseline's.
-"""
+`extras`: the losses of a few training steps from the same weights and batch, ours beside the
+baseline's."""
 
 from __future__ import annotations
 
@@ -31,7 +34,19 @@ from .model_steps import STEPS, Case, Step, cases, custom
 from .torch_modules import STACKED
 from .torch_modules import models as torch_models
 
-__all__ = ["OURS", "PROVIDERS", "Case", "cases", "comparable", "custom", "exact", "extras", "make", "reference", "work"]
+__all__ = [
+    "OURS",
+    "PROVIDERS",
+    "Case",
+    "cases",
+    "comparable",
+    "custom",
+    "exact",
+    "extras",
+    "make",
+    "reference",
+    "work",
+]
 
 OURS = ("composed", "fused")
 BASELINE = "torch modules"
@@ -76,10 +91,12 @@ class Trained(Provider):
 
 def adamw(parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
     on_cuda = parameters[0].device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=on_cuda, capturable=on_cuda)
+    return torch.optim.AdamW(
+        parameters, lr=rate, weight_decay=0.0, fused=on_cuda, capturable=on_cuda
+    )
 
 
-# ---- the problem -------------------------------------------------------------------------------------------------
+# ---- the problem ---------------------------------------------------------------------------------
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype, models=library) -> Step:
@@ -105,16 +122,24 @@ def parts(name: str, parameter: Tensor) -> tuple[str, ...]:
     owner, _, kind = name.rpartition(".")
     above, _, last = owner.rpartition(".")
     if kind == "w_gate_up":
-        return tuple(f"{owner}.{part}.{expert}" for expert in range(len(parameter)) for part in EXPERTS)
+        return tuple(
+            f"{owner}.{part}.{expert}" for expert in range(len(parameter)) for part in EXPERTS
+        )
     if kind in EXPERTS:
         return tuple(f"{name}.{expert}" for expert in range(len(parameter)))
     return tuple(f"{above}.{part}.{kind}" for part in STACKED[last]) if last in STACKED else (name,)
 
 
-# ---- providers ---------------------------------------------------------------------------------------------------
+# ---- providers -----------------------------------------------------------------------------------
 
 
-def _provider(models, backend: str | None, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+def _provider(
+    models,
+    backend: str | None,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Provider:
     step = build(case, device, dtype, models() if callable(models) else models)
     layout = {name: parts(name, parameter) for name, parameter in step.named_parameters()}
     return Trained(step, layout, backend, within=functools.partial(settings, device, dtype))
@@ -140,11 +165,13 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 PROVIDERS = {BASELINE: torch_modules, "composed": composed, "fused": fused}
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The composed path in float64, which the tests hold to the reference; that needs far more memory."""
+    """The composed path in float64, which the tests hold to the reference; that needs far more
+    memory.
+    """
     wide = in_dtype(problem, torch.float64)
     return composed(case, problem.device, torch.float64).load(wide.parameters).results(wide)
 
@@ -153,17 +180,25 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     """The same numbers for a provider of this dtype; only ever wider, so that nothing is rounded."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in problem.inputs.items()}
-    return Problem(inputs, {name: p.to(wide) for name, p in problem.parameters.items()}, problem.upstream.to(wide))
+    return Problem(
+        inputs,
+        {name: p.to(wide) for name, p in problem.parameters.items()},
+        problem.upstream.to(wide),
+    )
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a layer as one vector, as in the other benchmarks; all experts of a layer; and
+    """Weight and bias of a layer as one vector, as in the other benchmarks; all experts of a layer;
+    and
 
-    * the loss, a single number whose error may be 0 by luck, with a rounding to spare: to half the digits (float64 as it is),
+    * the loss, a single number whose error may be 0 by luck, with a rounding to spare: to half the
+    digits (float64 as it is),
     * learnable scalars as one vector, for the same reason,
-    * the queries and keys of attention over one token, whose gradients are exactly zero, beside the values,
-    * FLUID's gate, whose gradient is the little that is left of two large sums, beside the norm of the tokens that it blends,
-      and so UniECS's norms before cross-attention, beside the values that they scale.
+    * the queries and keys of attention over one token, whose gradients are exactly zero, beside the
+    values,
+    * FLUID's gate, whose gradient is the little that is left of two large sums, beside the norm of
+      the tokens that it blends, and so UniECS's norms before cross-attention, beside the values
+      that they scale.
     """
     (_, loss), (_, first), *_ = results.items()
     digits = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
@@ -172,22 +207,26 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = re.sub(r"\.(weight|bias)$|(?<=w_gate|..w_up)\.\d+$", "", name)
         whole = re.sub(r"(fusion_blocks\.\d+)\.[qk]_proj$", r"\1.v_proj", whole)
         whole = re.sub(r"model\.gate\.mlp\.\d+$", "model.image_transform.blocks.0.norm_ffn", whole)
-        whole = re.sub(r"cross\.norm_([ab])$", lambda side: f"cross.to_{'ba'['ab'.index(side[1])]}.v_proj", whole)
+        whole = re.sub(
+            r"cross\.norm_([ab])$",
+            lambda side: f"cross.to_{'ba'['ab'.index(side[1])]}.v_proj",
+            whole,
+        )
         scalar = tensor.numel() == 1 and whole == name and name != "out"
         groups.setdefault("scalars" if scalar else whole, []).append(tensor.flatten())
     return {name: torch.cat(pieces) for name, pieces in groups.items()} | {"out": loss.to(digits)}
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs of the baseline's matrix products, counted as it runs once; each pass reads the parameters and the inputs once, and the
-    backward writes their gradients.
+    """FLOPs of the baseline's matrix products, counted as it runs once; each pass reads the
+    parameters and the inputs once, and the backward writes their gradients.
 
-    So the floor is that of the plain algorithm, not the least there is: who pools without projecting tokens, or leaves masked pairs
-    out, may come under it. Activations that have to pass through memory between the products are not counted.
-    """
+    So the floor is that of the plain algorithm, not the least there is: who pools without
+    projecting tokens, or leaves masked pairs out, may come under it. Activations that have to pass
+    through memory between the products are not counted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     problem = make(case, device, dtype)
@@ -206,33 +245,40 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
 
 
 class Flops(TorchDispatchMode):
-    """Counts by torch's own formulas; FlopCounterMode itself stops at UniECS's gradients within the forward."""
+    """Counts by torch's own formulas; FlopCounterMode itself stops at UniECS's gradients within the
+    forward.
+    """
 
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         packet = function._overloadpacket
-        if packet is torch.ops.aten._grouped_mm:  # rows by expert times weights, or for their gradient times rows: of all rows
+        if (
+            packet is torch.ops.aten._grouped_mm
+        ):  # rows by expert times weights, or for their gradient times rows: of all rows
             self.total += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
 
-# ---- the same loss curve -----------------------------------------------------------------------------------------
+# ---- the same loss curve -------------------------------------------------------------------------
 
 
 def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
-    """``curves``: losses of training steps with AdamW on one batch, and the largest relative difference from the baseline's.
+    """``curves``: losses of training steps with AdamW on one batch, and the largest relative
+    difference from the baseline's.
 
-    ``bound``: NOISE times that between the baseline and itself in the next wider dtype; ``faults``: of ours that are further off.
-    """
+    ``bound``: NOISE times that between the baseline and itself in the next wider dtype; ``faults``:
+    of ours that are further off."""
     problem = make(case, device, dtype)
     wider = torch.float32 if dtype.itemsize == 2 else torch.float64
     losses = {
         BASELINE: curve(torch_modules, case, problem),
-        f"{BASELINE}, {str(wider).removeprefix('torch.')}": curve(torch_modules, case, in_dtype(problem, wider)),
+        f"{BASELINE}, {str(wider).removeprefix('torch.')}": curve(
+            torch_modules, case, in_dtype(problem, wider)
+        ),
     }
     own, exact = losses.values()
     bound = NOISE * difference(own, exact) + torch.finfo(dtype).eps
@@ -244,15 +290,28 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
             continue
         differences[name] = difference(losses[name], own)
         if not differences[name] <= bound:
-            faults.append(f"{case.name}: {name}: its losses differ by {differences[name]:.3e}, allowed {bound:.3e}")
-    plain = {name: [loss if math.isfinite(loss) else None for loss in losses[name]] for name in losses}
-    differences = {name: value if math.isfinite(value) else None for name, value in differences.items()}
-    curves = {"optimizer": f"AdamW, learning rate {RATE:g}", "losses": plain, "difference": differences, "bound": bound}
+            faults.append(
+                f"{case.name}: {name}: its losses differ by {differences[name]:.3e}, allowed {bound:.3e}"
+            )
+    plain = {
+        name: [loss if math.isfinite(loss) else None for loss in losses[name]] for name in losses
+    }
+    differences = {
+        name: value if math.isfinite(value) else None for name, value in differences.items()
+    }
+    curves = {
+        "optimizer": f"AdamW, learning rate {RATE:g}",
+        "losses": plain,
+        "difference": differences,
+        "bound": bound,
+    }
     return {"curves": curves, "faults": faults}
 
 
 def curve(builder, case: Case, problem: Problem) -> list[float]:
-    """The loss before each of `TRAINED` steps of the parameters; of UNITE's loss, which has none, of float32 rows."""
+    """The loss before each of `TRAINED` steps of the parameters; of UNITE's loss, which has none,
+    of float32 rows.
+    """
     provider = builder(case, problem.device, problem.dtype).load(problem.parameters)
     tokens = [x.detach().to(problem.upstream.dtype, copy=True) for x in problem.inputs.values()]
     leaves = [*provider.module.parameters()] or tokens

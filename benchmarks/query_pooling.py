@@ -1,12 +1,13 @@
-"""Query pooling: the cases of the FLUID and SigLIP heads, their baselines, and the least work the op takes.
+"""Query pooling: the cases of the FLUID and SigLIP heads, their baselines, and the least work the
+op takes.
 
-A ``block`` has the projections of nn.MultiheadAttention around the pooling (queries and output, all with biases);
-without it a case is the pooling alone: queries, W_K and W_V. All providers of a case compute the same function of the
-same parameters.
+A ``block`` has the projections of nn.MultiheadAttention around the pooling (queries and output, all
+with biases); without it a case is the pooling alone: queries, W_K and W_V. All providers of a case
+compute the same function of the same parameters.
 
-With one head, nn.MultiheadAttention and SDPA have head_dim 768: flash and cuDNN stop at 256, so torch falls back to
-slower attention kernels. FLUID's shape gives a user that today, so it is the baseline; h=8 shows both at head_dim 96.
-"""
+With one head, nn.MultiheadAttention and SDPA have head_dim 768: flash and cuDNN stop at 256, so
+torch falls back to slower attention kernels. FLUID's shape gives a user that today, so it is the
+baseline; h=8 shows both at head_dim 96."""
 
 from __future__ import annotations
 
@@ -53,8 +54,14 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 2 samples (64 on CUDA)."""
-    chosen = CASES if device_type == "cuda" else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 2
+    samples (64 on CUDA).
+    """
+    chosen = (
+        CASES
+        if device_type == "cuda"
+        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
+    )
     limit = 64 if device_type == "cuda" else 2
     return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
 
@@ -64,7 +71,9 @@ def custom(shape: dict[str, int]) -> Case:
     defaults = {"B": 8, "N": 197, "D": 768, "L": 32, "H": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; query_pooling takes {', '.join(defaults)}.")
+        raise ValueError(
+            f"shape has {', '.join(unknown)}; query_pooling takes {', '.join(defaults)}."
+        )
     sizes = defaults | shape
     if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
         raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
@@ -87,11 +96,13 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem({"x": x}, parameters, randn(case.B, case.L, case.D))
 
 
-# ---- providers ---------------------------------------------------------------------------------------------------
+# ---- providers -----------------------------------------------------------------------------------
 
 
 class MultiheadAttention(nn.Module):
-    """nn.MultiheadAttention as FLUID and the SigLIP head use it: the learned queries, repeated for each sample."""
+    """nn.MultiheadAttention as FLUID and the SigLIP head use it: the learned queries, repeated for
+    each sample.
+    """
 
     def __init__(self, dim: int, num_queries: int, num_heads: int):
         super().__init__()
@@ -103,7 +114,9 @@ class MultiheadAttention(nn.Module):
 
 
 class ProjectedSDPA(nn.Module):
-    """The usual way at its best: one GEMM for keys and values, queries projected once, torch's attention."""
+    """The usual way at its best: one GEMM for keys and values, queries projected once, torch's
+    attention.
+    """
 
     def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool):
         super().__init__()
@@ -114,14 +127,20 @@ class ProjectedSDPA(nn.Module):
         self.out_proj = nn.Linear(dim, dim) if block else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, L, D/H)
-        k, v = self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+        q = (
+            self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+        )  # (H, L, D/H)
+        k, v = (
+            self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, H, N, D/H)
         out = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
-    """The layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight; a block's biases likewise."""
+    """The layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight; a block's
+    biases likewise.
+    """
     kinds = {"weight": "w", "bias": "b"} if block else {"weight": "w"}
     return {
         f"{name}.{kind}": tuple(f"{letter}_{part}" for part in parts)
@@ -152,7 +171,9 @@ def attention_pool_latent(case: Case, device: torch.device, dtype: torch.dtype) 
     options = {"num_heads": case.H, "latent_len": case.L, "pool_type": "", "qkv_bias": case.block}
     if not case.block:
         if "q_proj" not in inspect.signature(AttentionPoolLatent).parameters:
-            raise Unavailable("this timm always projects the queries; this case is the pooling alone")
+            raise Unavailable(
+                "this timm always projects the queries; this case is the pooling alone"
+            )
         options["q_proj"] = False
     module = AttentionPoolLatent(case.D, case.D if case.block else 0, **options).to(device, dtype)
     module.mlp = None  # the residual MLP after the pooling is not part of the case
@@ -168,7 +189,9 @@ def projected_sdpa(case: Case, device: torch.device, dtype: torch.dtype) -> Prov
 
 def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     block = case.block
-    module = mmfused.QueryPooling(case.D, case.L, case.H, q_proj=block, out_proj=block, bias=block).to(device, dtype)
+    module = mmfused.QueryPooling(
+        case.D, case.L, case.H, q_proj=block, out_proj=block, bias=block
+    ).to(device, dtype)
     names = {"k_proj": "k", "v_proj": "v"} | ({"q_proj": "q", "out_proj": "o"} if block else {})
     return Provider(module, {"queries": ("queries",)} | linears(block, **names), backend)
 
@@ -195,50 +218,63 @@ PROVIDERS = {
 }
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The reference in float64, a few samples at a time: samples are independent, gradients of parameters add up."""
+    """The reference in float64, a few samples at a time: samples are independent, gradients of
+    parameters add up.
+    """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     provider = reference(case, problem.device, torch.float64).load(parameters)
     outs, dxs, sums = [], [], {}
     tokens = problem.inputs["x"].detach()
-    for x, upstream in zip(tokens.split(EXACT_CHUNK), problem.upstream.split(EXACT_CHUNK), strict=True):
-        chunk = provider.results(Problem({"x": x.double().requires_grad_()}, parameters, upstream.double()))
+    for x, upstream in zip(
+        tokens.split(EXACT_CHUNK), problem.upstream.split(EXACT_CHUNK), strict=True
+    ):
+        chunk = provider.results(
+            Problem({"x": x.double().requires_grad_()}, parameters, upstream.double())
+        )
         outs.append(chunk.pop("out"))
         dxs.append(chunk.pop("dx"))
-        sums = {name: gradient + sums[name] if sums else gradient for name, gradient in chunk.items()}
+        sums = {
+            name: gradient + sums[name] if sums else gradient for name, gradient in chunk.items()
+        }
     return {"out": torch.cat(outs), "dx": torch.cat(dxs)} | sums
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weight and bias of an affine map side by side.
 
-    The gradient of the key bias is exactly zero: what rounding leaves of it has no scale of its own, only its map's.
-    """
+    The gradient of the key bias is exactly zero: what rounding leaves of it has no scale of its
+    own, only its map's."""
     joined = dict(results)
     for part in "qkvo":
         if f"db_{part}" in results:
-            joined[f"dw_{part}"] = torch.cat([results[f"dw_{part}"], joined.pop(f"db_{part}")[:, None]], 1)
+            joined[f"dw_{part}"] = torch.cat(
+                [results[f"dw_{part}"], joined.pop(f"db_{part}")[:, None]], 1
+            )
     return joined
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: absorbed, one pass over the tokens each way.
+    """FLOPs and bytes, stage by stage, of the best algorithm known: absorbed, one pass over the
+    tokens each way.
 
-    X (B,N,D) tokens, R = H L rows of Q', Z = P X; a multiply-add is 2 FLOPs, a tensor moves once in a stage.
+    X (B,N,D) tokens, R = H L rows of Q', Z = P X; a multiply-add is 2 FLOPs, a tensor moves once in
+    a stage.
 
         forward   queries  Q' = Q W_K                        2 L D^2          + 2 L D^2 for q_proj
                   pool     S = Q' X^T, Z = P X               4 B R N D        reads X, writes Z
                   values   O = Z W_V^T, head by head         2 B L D^2        reads Z, writes O
                   output   Y = O W_O^T                       2 B L D^2        a block only
-        backward  output   dO = dY W_O, dW_O = dY^T O        4 B L D^2        a block only
-                  values   dZ = dO W_V, dW_V = dO^T Z        4 B L D^2        reads dO and Z, writes dZ
-                  pool     S again, dP = dZ X^T, dQ' = dS X  3 * 2 B R N D    reads X, dZ, and Z for rowsum(dZ Z)
+        backward  output   dO = dY W_O, dW_O = dY^T O        4 B L D^2        a block only values
+                  dZ = dO W_V, dW_V = dO^T Z        4 B L D^2        reads dO and Z, writes dZ pool
+                  S again, dP = dZ X^T, dQ' = dS X  3 * 2 B R N D    reads X, dZ, and Z for
+                  rowsum(dZ Z)
                            dX = [P;dS]^T [dZ;Q']             4 B R N D        writes dX
                   queries  dW_K and dQ from dQ'              4 L D^2          + 4 L D^2 for q_proj
 

@@ -1,8 +1,9 @@
-"""Gate and time one op against its baselines: ``python benchmarks/run.py OP``, or ``mmfused bench OP``.
+"""Gate and time one op against its baselines: ``python benchmarks/run.py OP``, or ``mmfused bench
+OP``.
 
-Every provider of a case first passes the accuracy gate, in the shape and with the compiled code that is then timed. Who fails is
-reported and not timed; where that is one of the library's own, the exit code is 1.
-"""
+Every provider of a case first passes the accuracy gate, in the shape and with the compiled code
+that is then timed. Who fails is reported and not timed; where that is one of the library's own, the
+exit code is 1."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ import torch
 if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmfused.benchmarks import measure, report, sources
+from mmfused import ops
+from mmfused.benchmarks import measure, report
 from mmfused.benchmarks.sources import ROOT, source_hash
 
-OPS = (*sources.OPS, "models")
+OPS = (*ops.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNFINISHED = 3  # exit code: all is well, and some cases wait for another run
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
@@ -31,21 +33,51 @@ SCRATCH = "runs/bench"  # for what must not replace committed results
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> None:
-    """The options of this script and of ``mmfused bench``, which differ in the default of ``--out``."""
+    """The options of this script and of ``mmfused bench``, which differ in the default of
+    ``--out``.
+    """
     parser.add_argument("op", metavar="OP", help=f"one of {', '.join(OPS)}")
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     sizes = "query_pooling: B, N, D, L queries, H heads; masked_info_nce: B, D, K"
     sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k; gated_cross_attention: B, N, M, D, H; models: none"
     option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
-    option("--dtype", metavar="DTYPE", help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)")
+    option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)",
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--forward", dest="backward", action="store_false", help="time the forward alone")
-    which.add_argument("--backward", action="store_true", default=True, help="time forward, backward and both (default)")
-    option("--repeats", type=int, metavar="N", help="samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)")
-    option("--quick", action="store_true", help="small batches, few samples: shows that all works, not how fast")
-    option("--compile", action=argparse.BooleanOptionalAction, help="also time everything compiled (default: on CUDA)")
-    option("--slice", metavar="I/N", help="only the I-th of N parts of the cases, to run the parts one by one")
+    which.add_argument(
+        "--forward", dest="backward", action="store_false", help="time the forward alone"
+    )
+    which.add_argument(
+        "--backward",
+        action="store_true",
+        default=True,
+        help="time forward, backward and both (default)",
+    )
+    option(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)",
+    )
+    option(
+        "--quick",
+        action="store_true",
+        help="small batches, few samples: shows that all works, not how fast",
+    )
+    option(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also time everything compiled (default: on CUDA)",
+    )
+    option(
+        "--slice",
+        metavar="I/N",
+        help="only the I-th of N parts of the cases, to run the parts one by one",
+    )
     limit = f"after these seconds compile nothing more, and say so (default: {BUDGET_SECONDS:.0f} on CUDA, else no limit)"
     option("--budget-seconds", type=float, metavar="S", help=limit)
     resume = "pass over cases measured already with these sources, versions and settings; begin none once the budget is spent"
@@ -67,13 +99,19 @@ class Settings:
     budget: measure.Budget
 
     def facts(self) -> dict:
-        """What two records must share to be of the same measurement, beside the case and the machine."""
+        """What two records must share to be of the same measurement, beside the case and the
+        machine.
+        """
         names = ("repeats", "backward", "compiled", "quick")
-        return {"dtype": str(self.dtype).removeprefix("torch.")} | {name: getattr(self, name) for name in names}
+        return {"dtype": str(self.dtype).removeprefix("torch.")} | {
+            name: getattr(self, name) for name in names
+        }
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: measured; 1: one of the library's own failed the gate; 3: see ``--resume``. Raises ValueError on a bad request."""
+    """0: measured; 1: one of the library's own failed the gate; 3: see ``--resume``. Raises
+    ValueError on a bad request.
+    """
     settings = chosen_settings(args)
     device, op = settings.device, load_op(args.op)
     cases = chosen_cases(args, op, device)
@@ -81,7 +119,11 @@ def run(args: argparse.Namespace) -> int:
     folder = chosen_folder(args, facts["device"])
     if args.resume:
         known = report.read_records(args.op, folder)
-        cases = [case for case in cases if not any(measured(case, settings, facts, record) for record in known)]
+        cases = [
+            case
+            for case in cases
+            if not any(measured(case, settings, facts, record) for record in known)
+        ]
         if not cases:
             print(f"{args.op}: all of it is measured already, in {folder}.")
             return 0
@@ -113,7 +155,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
-    """Whether ``record`` is of this case, by these sources, versions and settings, green, and nothing left out for want of time."""
+    """Whether ``record`` is of this case, by these sources, versions and settings, green, and
+    nothing left out for want of time.
+    """
     op, here = load_op(record["op"]), ("device", "versions", "source")
     return (
         record["case"] == asdict(case)
@@ -126,7 +170,9 @@ def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
 
 
 def faults_of(op, record: dict) -> list[str]:
-    """What is wrong with the library's own providers of this case, and with what else was measured of it."""
+    """What is wrong with the library's own providers of this case, and with what else was measured
+    of it.
+    """
     case, faults = record["case"]["name"], list(record.get("faults", []))
     for label, found in record["providers"].items():
         if found["gate"] == "failed" and report.eager_name(label) in op.OURS:
@@ -161,11 +207,17 @@ def measure_case(op, case, settings: Settings) -> dict[str, dict]:
     providers, found = {}, {}
     for label, name, mode in variants(op, case, settings):
         if mode is not None and settings.budget.spent():
-            provider, why = None, f"the budget of {settings.budget.limit:.0f} s was spent before it was compiled"
+            provider, why = (
+                None,
+                f"the budget of {settings.budget.limit:.0f} s was spent before it was compiled",
+            )
             found[label] = {"compiled": mode, "gate": "skipped", "reasons": [why]}
         else:
             provider, found[label] = gate.admit(name, mode)
-        print(f"{case.name}: {label}: {'; '.join([found[label]['gate'], *found[label]['reasons']])}", flush=True)
+        print(
+            f"{case.name}: {label}: {'; '.join([found[label]['gate'], *found[label]['reasons']])}",
+            flush=True,
+        )
         if provider is not None:
             providers[label] = provider
     del gate  # its float64 results are large
@@ -176,7 +228,11 @@ def measure_case(op, case, settings: Settings) -> dict[str, dict]:
 def variants(op, case, settings: Settings) -> list[tuple[str, str, str | None]]:
     """(label, provider, compile mode) of all that is measured, the compiled ones last."""
     eager = [(name, name, None) for name in op.PROVIDERS]
-    mode = "max-autotune-no-cudagraphs" if case.headline and settings.device.type == "cuda" else "default"
+    mode = (
+        "max-autotune-no-cudagraphs"
+        if case.headline and settings.device.type == "cuda"
+        else "default"
+    )
     return eager + [(f"{name}, compiled", name, mode) for name in op.PROVIDERS if settings.compiled]
 
 
@@ -184,9 +240,13 @@ def clock(providers: dict, found: dict[str, dict], problem, settings: Settings) 
     """Add memory, kernels and times to what is ``found`` about each provider."""
     for label, provider in providers.items():
         found[label] |= measure.footprint(provider, problem) | {"seconds": {}}
-    launches = {"eager": measure.eager_seconds(providers, problem, settings.repeats, settings.backward)}
+    launches = {
+        "eager": measure.eager_seconds(providers, problem, settings.repeats, settings.backward)
+    }
     if settings.device.type == "cuda":
-        replays, refused = measure.graph_seconds(providers, problem, settings.repeats, settings.backward)
+        replays, refused = measure.graph_seconds(
+            providers, problem, settings.repeats, settings.backward
+        )
         launches["graph"] = replays
         for label, why in refused.items():
             found[label]["reasons"].append(why)
@@ -204,7 +264,7 @@ def finish(name: str, op, records: list[dict], folder: Path) -> None:
     print(f"\nRaw samples, CSV and pictures are in {folder}.", *([note] if note else []))
 
 
-# ---- the request -------------------------------------------------------------------------------------------------
+# ---- the request ---------------------------------------------------------------------------------
 
 
 def load_op(name: str):
@@ -224,7 +284,9 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(f"repeats is {repeats}; it takes at least 1.")
     limit = BUDGET_SECONDS if args.budget_seconds is None and on_cuda else args.budget_seconds
     compiled = on_cuda if args.compile is None else args.compile
-    return Settings(device, DTYPES[dtype], repeats, args.backward, compiled, args.quick, measure.Budget(limit))
+    return Settings(
+        device, DTYPES[dtype], repeats, args.backward, compiled, args.quick, measure.Budget(limit)
+    )
 
 
 def chosen_cases(args: argparse.Namespace, op, device: torch.device) -> list:
@@ -235,7 +297,9 @@ def chosen_cases(args: argparse.Namespace, op, device: torch.device) -> list:
     cases = {case.name: case for case in op.cases(device.type, args.quick)}
     for name in args.case or ():
         if name not in cases:
-            raise ValueError(f"case is {name!r}; {args.op} on {device.type} takes one of {', '.join(cases)}.")
+            raise ValueError(
+                f"case is {name!r}; {args.op} on {device.type} takes one of {', '.join(cases)}."
+            )
     return sliced([cases[name] for name in args.case or cases], args.slice)
 
 
@@ -262,7 +326,9 @@ def parse_shape(text: str) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description="Gate and time one op against its baselines.")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py", description="Gate and time one op against its baselines."
+    )
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))

@@ -7,17 +7,18 @@ import os
 import subprocess
 from pathlib import Path
 
+from mmfused.ops import OPS
+
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
-OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp", "gated_cross_attention")
-USES = {"grouped_mlp": ("grouped_mlp", "topk_routing"), "models": OPS}  # experts are ordered by the router
 
 
 def source_facts() -> dict:
-    """The commit of the checkout this file lies in, and whether anything but results differs from it.
+    """The commit of the checkout this file lies in, and whether anything but results differs from
+    it.
 
-    A copy without its .git has the commit that MMFUSED_COMMIT names, if any; its hash tells whether that is true.
-    """
+    A copy without its .git has the commit that MMFUSED_COMMIT names, if any; its hash tells whether
+    that is true."""
 
     def git(*arguments):
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -26,14 +27,19 @@ def source_facts() -> dict:
     if not (ROOT / ".git").exists():
         return {"commit": os.environ.get("MMFUSED_COMMIT"), "dirty": None}
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        commit, changes = (
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--", ".", ":!benchmarks/results"),
+        )
     except FileNotFoundError:
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def source_hash(op: str | None = None) -> str:
-    """Of the sources that decide what ``op`` computes and how it is timed; None: of all, the tests among them."""
+    """Of the sources that decide what ``op`` computes and how it is timed; None: of all, the tests
+    among them.
+    """
     found = hashlib.sha256()
     for path in sorted(path for path in ROOT.rglob("*.*") if path.suffix in SUFFIXES):
         name = path.relative_to(ROOT)
@@ -46,13 +52,15 @@ def source_hash(op: str | None = None) -> str:
 def serves(name: Path, op: str) -> bool:
     """Whether a result of ``op`` may depend on this source file."""
     rooms, last = set(name.parts), name.stem
-    used = USES.get(op, (op,))
-    if rooms & {"tests", "cli", "data", "swaps"}:
+    used = tuple(OPS) if op == "models" else (op, *OPS[op])
+    if rooms & {"tests", "tools", "cli", "data", "fuse", "training"} or last == "inspect_cases":
         return False
     if "models" in rooms:
         return op == "models"
     if "benchmarks" in rooms:
         more = ("model_steps", "torch_modules") if op == "models" else ()
         return last in ("measure", "run", *more) or last.startswith((op, *used))
-    others = [each for each in OPS if each in rooms or last.startswith(each)]  # the op it belongs to; none: it is everybody's
+    others = [
+        each for each in OPS if each in rooms or last.startswith(each)
+    ]  # the op it belongs to; none: it is everybody's
     return not others or others[0] in used

@@ -1,5 +1,6 @@
-"""The cases of benchmarks/run.py under pytest-benchmark: ``pytest benchmarks --benchmark-autosave``, later with
-``--benchmark-compare``; ``-k "fluid-block and both"`` chooses. Batches are those of a full run; nothing is compiled."""
+"""The cases of benchmarks/run.py under pytest-benchmark: ``pytest benchmarks
+--benchmark-autosave``, later with ``--benchmark-compare``; ``-k "fluid-block and both"`` chooses.
+Batches are those of a full run; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import torch
 
 from mmfused.benchmarks import measure, run
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'mmfused[bench]'")
+pytest.importorskip(
+    "pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'mmfused[bench]'"
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 OPS = {name: run.load_op(name) for name in run.OPS}
 CASES = [
-    pytest.param((name, case), id=f"{name}-{case.name}") for name, op in OPS.items() for case in op.cases(DEVICE.type, quick=False)
+    pytest.param((name, case), id=f"{name}-{case.name}")
+    for name, op in OPS.items()
+    for case in op.cases(DEVICE.type, quick=False)
 ]
 PROVIDERS = sorted({provider for op in OPS.values() for provider in op.PROVIDERS})
 
@@ -45,7 +50,9 @@ def test_speed(benchmark, case, name, which):
 
 
 def burst(step, copies):
-    """One call for each copy of the inputs: the time reported is that of ``extra_info["calls"]`` calls."""
+    """One call for each copy of the inputs: the time reported is that of ``extra_info["calls"]``
+    calls.
+    """
     for inputs in copies:
         step(inputs)
     if DEVICE.type == "cuda":

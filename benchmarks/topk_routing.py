@@ -1,13 +1,14 @@
-"""Top-k routing: the routers of FLUID and of larger mixtures, from logits and from x, their baselines, and the least work it takes.
+"""Top-k routing: the routers of FLUID and of larger mixtures, from logits and from x, their
+baselines, and the least work it takes.
 
-What is timed gives the routing weights and the three losses as one tensor (a ``cat``: one kernel more for everybody) and leaves
-the order by expert on the module, so that no compiler drops it. Logits are float32 whatever dtype is asked for, which is that of x
-and its router.
+What is timed gives the routing weights and the three losses as one tensor (a ``cat``: one kernel
+more for everybody) and leaves the order by expert on the module, so that no compiler drops it.
+Logits are float32 whatever dtype is asked for, which is that of x and its router.
 
-Left out, as they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and drops tokens beyond the capacity; as
-large as T, to drop none, one takes 17 GB at T=16384. Transformer Engine's fused router gives a (T, E) map of probabilities, but no
-ranked choices, no z-loss, no entropy and no order.
-"""
+Left out, as they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and drops
+tokens beyond the capacity; as large as T, to drop none, one takes 17 GB at T=16384. Transformer
+Engine's fused router gives a (T, E) map of probabilities, but no ranked choices, no z-loss, no
+entropy and no order."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 
 OURS = ("composed", "fused C++", "fused")
 MARGIN = 1e-4  # between logits that decide a choice: far beyond what a float32 product of any order loses
-LOSS_GRADIENTS = (1.0, 0.1, 0.5)  # of balance, z and entropy, times T: a token's share of them is as large as that of its weights
+LOSS_GRADIENTS = (
+    1.0,
+    0.1,
+    0.5,
+)  # of balance, z and entropy, times T: a token's share of them is as large as that of its weights
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,14 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its numbers of tokens; a ``quick`` run keeps the rest and at most 64 tokens (1024 on CUDA)."""
-    chosen = CASES if device_type == "cuda" else [replace(case, T=case.cpu_T) for case in CASES if case.cpu_T]
+    """The cases for a device: its numbers of tokens; a ``quick`` run keeps the rest and at most 64
+    tokens (1024 on CUDA).
+    """
+    chosen = (
+        CASES
+        if device_type == "cuda"
+        else [replace(case, T=case.cpu_T) for case in CASES if case.cpu_T]
+    )
     limit = 1024 if device_type == "cuda" else 64
     return [replace(case, T=min(case.T, limit)) for case in chosen] if quick else list(chosen)
 
@@ -69,7 +80,9 @@ def custom(shape: dict[str, int]) -> Case:
     defaults = {"T": 16384, "E": 16, "k": 2, "D": 0, "S": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"shape has {', '.join(unknown)}; topk_routing takes {', '.join(defaults)}.")
+        raise ValueError(
+            f"shape has {', '.join(unknown)}; topk_routing takes {', '.join(defaults)}."
+        )
     sizes = defaults | shape
     if min(sizes["T"], sizes["k"], sizes["S"]) < 1 or sizes["E"] < max(2, sizes["k"]):
         raise ValueError(f"shape is {sizes}; T, k and S must be positive, E at least 2 and k.")
@@ -77,7 +90,9 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Logits of variance 1, no two of those that decide a choice closer than MARGIN: all who compute them choose alike."""
+    """Logits of variance 1, no two of those that decide a choice closer than MARGIN: all who
+    compute them choose alike.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape):
@@ -94,13 +109,17 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         best = logits.topk(min(case.k + 1, case.E)).values
         close = (best[:, :-1] - best[:, 1:]).amin(1) < MARGIN
         source[close] = draw(int(close.sum()))
-    upstream = torch.cat([randn(case.T * case.k), case.T * torch.tensor(LOSS_GRADIENTS, device=device)])
+    upstream = torch.cat(
+        [randn(case.T * case.k), case.T * torch.tensor(LOSS_GRADIENTS, device=device)]
+    )
     inputs = {"logits" if router is None else "x": source.requires_grad_()}
     return Problem(inputs, {} if router is None else {"router": router}, upstream)
 
 
 def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """(T,) the segment of each token, (T,) True where it is padding; None and None with one segment."""
+    """(T,) the segment of each token, (T,) True where it is padding; None and None with one
+    segment.
+    """
     if case.S == 1:
         return None, None
     generator = torch.Generator().manual_seed(1)
@@ -108,16 +127,22 @@ def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | No
     return segments.to(device), (torch.rand(case.T, generator=generator) < 0.1).to(device)
 
 
-# ---- providers ---------------------------------------------------------------------------------------------------
+# ---- providers -----------------------------------------------------------------------------------
 
 
 class Router(nn.Module):
-    """Weights and losses in one tensor; ``route`` gives them, and order, position and offsets of the assignments by expert."""
+    """Weights and losses in one tensor; ``route`` gives them, and order, position and offsets of
+    the assignments by expert.
+    """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.E, self.k, self.S = case.E, case.k, case.S
-        self.router = nn.Parameter(torch.empty(case.E, case.D, device=device, dtype=dtype)) if case.D else None
+        self.router = (
+            nn.Parameter(torch.empty(case.E, case.D, device=device, dtype=dtype))
+            if case.D
+            else None
+        )
         segments, mask = groups(case, device)
         self.register_buffer("segments", segments)
         self.register_buffer("mask", mask)
@@ -130,8 +155,8 @@ class Router(nn.Module):
 class Eager(Router):
     """Switch Transformer's router in plain PyTorch, and the sort that grouped experts need.
 
-    ``wide``: the product reads 16-bit factors and leaves float32; without it they are made float32 before.
-    """
+    ``wide``: the product reads 16-bit factors and leaves float32; without it they are made float32
+    before."""
 
     def __init__(self, case, device, dtype, wide: bool = False):
         super().__init__(case, device, dtype)
@@ -146,7 +171,10 @@ class Eager(Router):
         entropy = -(probs * logits.log_softmax(-1)).sum(-1)
         expert, assigned = indices.flatten(), F.one_hot(indices, self.E).sum(1)
         if self.mask is not None:
-            weights, assigned = weights.masked_fill(self.mask[:, None], 0), assigned.masked_fill(self.mask[:, None], 0)
+            weights, assigned = (
+                weights.masked_fill(self.mask[:, None], 0),
+                assigned.masked_fill(self.mask[:, None], 0),
+            )
             expert = expert.masked_fill(self.mask.repeat_interleave(self.k), self.E)
         return weights, self.losses(probs, assigned, z, entropy), self.by_expert(expert, assigned)
 
@@ -165,18 +193,26 @@ class Eager(Router):
         member = F.one_hot(self.segments, self.S).masked_fill(self.mask[:, None], 0).to(probs.dtype)
         number = member.sum(0)[:, None]
         share, mean = member.T @ assigned.to(probs.dtype) / self.k, member.T @ probs
-        balance = self.E * (share * mean / number.clamp(min=1).square()).sum() / (number > 0).sum().clamp(min=1)
+        balance = (
+            self.E
+            * (share * mean / number.clamp(min=1).square()).sum()
+            / (number > 0).sum().clamp(min=1)
+        )
         valid, count = ~self.mask, number.sum().clamp(min=1)
         return [balance, (z * valid).sum() / count, (entropy * valid).sum() / count]
 
     def by_expert(self, expert: Tensor, assigned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         order = expert.argsort(stable=True)
-        position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        position = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         return order, position, F.pad(assigned.sum(0).cumsum(0), (1, 0))
 
 
 class WideProduct(torch.autograd.Function):
-    """x W^T in float32 of 16-bit factors, for which torch has a product but no derivative; backward in 16 bits throughout."""
+    """x W^T in float32 of 16-bit factors, for which torch has a product but no derivative; backward
+    in 16 bits throughout.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -192,7 +228,11 @@ class WideProduct(torch.autograd.Function):
 
 class Ours(Router):
     def route(self, source):
-        options = {"token_padding_mask": self.mask, "segments": self.segments, "num_segments": self.S}
+        options = {
+            "token_padding_mask": self.mask,
+            "segments": self.segments,
+            "num_segments": self.S,
+        }
         if self.router is None:
             routing = mmfused.topk_routing(source, self.k, **options)
         else:
@@ -217,12 +257,16 @@ def eager_wide(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
     if not case.D:
         raise Unavailable("this case starts from logits")
     if not has_wide_product(device, dtype):
-        raise Unavailable("torch has a product of 16-bit factors with a float32 result on CUDA alone")
+        raise Unavailable(
+            "torch has a product of 16-bit factors with a float32 result on CUDA alone"
+        )
     return Provider(Eager(case, device, dtype, wide=True), layout(case))
 
 
 def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """What the error budget is taken from: with 16-bit factors the product that reads them so, else the specification."""
+    """What the error budget is taken from: with 16-bit factors the product that reads them so, else
+    the specification.
+    """
     if case.D and has_wide_product(device, dtype):
         return eager_wide(case, device, dtype)
     return Provider(Ours(case, device, dtype), layout(case), "reference")
@@ -237,12 +281,22 @@ def fused_cpp(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     reasons = extension.why_not()
     if reasons:
         raise Unavailable("; ".join(reasons))
-    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(library.router, "cuda"))
+    return Provider(
+        Ours(case, device, dtype),
+        layout(case),
+        "fused",
+        within=functools.partial(library.router, "cuda"),
+    )
 
 
 def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     need_kernels(device, dtype)
-    return Provider(Ours(case, device, dtype), layout(case), "fused", within=functools.partial(library.router, "triton"))
+    return Provider(
+        Ours(case, device, dtype),
+        layout(case),
+        "fused",
+        within=functools.partial(library.router, "triton"),
+    )
 
 
 PROVIDERS = {
@@ -254,14 +308,16 @@ PROVIDERS = {
 }
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """The specification in float64."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
-    provider = Provider(Ours(case, problem.device, torch.float64), layout(case), "reference").load(parameters)
+    provider = Provider(Ours(case, problem.device, torch.float64), layout(case), "reference").load(
+        parameters
+    )
     return provider.results(Problem(inputs, parameters, problem.upstream.double()))
 
 
@@ -269,24 +325,26 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return results
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: x read once each way, no probabilities in memory.
+    """FLOPs and bytes, stage by stage, of the best algorithm known: x read once each way, no
+    probabilities in memory.
 
-    A choice is 4 bytes of index and 4 of weight; logits are float32; a multiply-add is 2 FLOPs, a tensor moves once in a stage.
+    A choice is 4 bytes of index and 4 of weight; logits are float32; a multiply-add is 2 FLOPs, a
+    tensor moves once in a stage.
 
         forward   route    from logits                 reads l, writes the choices
                            from x      l = x W^T       2 T E D     reads x and W, writes the choices
                   order    order and position          writes 8 bytes for each choice
-        backward  route    from logits                 reads l, writes dl
-                           from x      dx = dl W       2 T E D     reads x, W and l, writes dx and dW
+        backward  route    from logits                 reads l, writes dl from x      dx = dl W
+                           2 T E D     reads x, W and l, writes dx and dW
                                        dW = dl^T x     2 T E D
                   weights  reads the choices and the gradient of their weights
 
-    Logits kept from the forward are written there as well; made again in the backward, which reads x anyway, they are not.
-    """
+    Logits kept from the forward are written there as well; made again in the backward, which reads
+    x anyway, they are not."""
     T, E, D, R = case.T, case.E, case.D, case.T * case.k
     logits, product = 4 * T * E, 2 * T * E * D
 
@@ -295,7 +353,13 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
 
     if D:
         x, router = T * D * itemsize, E * D * itemsize
-        forward, backward = stage("route", product, x + router + 8 * R), stage("route", 2 * product, 2 * x + 2 * router + logits)
+        forward, backward = (
+            stage("route", product, x + router + 8 * R),
+            stage("route", 2 * product, 2 * x + 2 * router + logits),
+        )
     else:
         forward, backward = stage("route", 0, logits + 8 * R), stage("route", 0, 2 * logits)
-    return {"forward": [forward, stage("order", 0, 8 * R)], "backward": [backward, stage("weights", 0, 12 * R)]}
+    return {
+        "forward": [forward, stage("order", 0, 8 * R)],
+        "backward": [backward, stage("weights", 0, 12 * R)],
+    }

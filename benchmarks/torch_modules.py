@@ -1,12 +1,13 @@
 """The library's models written with torch's own modules: what `benchmarks/models.py` compares with.
 
-A model's file is loaded once more, under another name, and what it takes from the library's ops is replaced there by the classes
-and functions below, which compute the same with torch alone: the rest of a model, its losses included, stays the library's own and
-is the same for all. The library itself is not touched. Only what the models ask for is here.
+A model's file is loaded once more, under another name, and what it takes from the library's ops is
+replaced there by the classes and functions below, which compute the same with torch alone: the rest
+of a model, its losses included, stays the library's own and is the same for all. The library itself
+is not touched. Only what the models ask for is here.
 
-Written as a good user of torch would: SDPA, projections of the same tokens stacked in one weight, F.cross_entropy over masked
-logits, sorted rows in F.grouped_mm without those of padding, rows moved by index_select.
-"""
+Written as a good user of torch would: SDPA, projections of the same tokens stacked in one weight,
+F.cross_entropy over masked logits, sorted rows in F.grouped_mm without those of padding, rows moved
+by index_select."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from mmfused.losses import expert_shares
 from mmfused.models import moon2
 from mmfused.ops.topk_routing import Routing  # the container alone
 
-# Linears of ours that are stacked along the first axis in one of these modules' Linears, by its name.
+# Linears of ours that are stacked along the first axis in one of these modules' Linears, by its
+# name.
 STACKED = {
     "kv_proj": ("k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -43,17 +45,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-# ---- query pooling -----------------------------------------------------------------------------------------------
+# ---- query pooling -------------------------------------------------------------------------------
 
 
 class Pooling(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj, self.kv_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q_proj, self.kv_proj, self.out_proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
 
     def forward(self, queries: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
-        (q,) = heads(self.q_proj(queries.expand(len(x), -1, -1) if queries.dim() == 3 else queries[None]), 1, self.num_heads)
+        (q,) = heads(
+            self.q_proj(queries.expand(len(x), -1, -1) if queries.dim() == 3 else queries[None]),
+            1,
+            self.num_heads,
+        )
         k, v = heads(self.kv_proj(x), 2, self.num_heads)
         return self.out_proj(attend(q.expand(len(x), -1, -1, -1), k, v, ignore))
 
@@ -61,7 +71,11 @@ class Pooling(nn.Module):
 class QTransformBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn: int):
         super().__init__()
-        self.pool, self.norm_pool, self.norm_ffn = Pooling(dim, num_heads), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.pool, self.norm_pool, self.norm_ffn = (
+            Pooling(dim, num_heads),
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+        )
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
 
     def forward(self, q: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
@@ -74,7 +88,9 @@ class QTransform(nn.Module):
         super().__init__()
         without_dropout(dropout)
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
-        self.blocks = nn.ModuleList(QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn) for _ in range(depth)
+        )
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         q = self.queries
@@ -85,23 +101,41 @@ class QTransform(nn.Module):
 
 def without_dropout(dropout: float) -> None:
     if dropout:
-        raise ValueError(f"dropout is {dropout}; the baselines take 0, as the gate compares numbers.")
+        raise ValueError(
+            f"dropout is {dropout}; the baselines take 0, as the gate compares numbers."
+        )
 
 
-# ---- cross-attention and self-attention --------------------------------------------------------------------------
+# ---- cross-attention and self-attention ----------------------------------------------------------
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """One product a modality: its own queries, the other direction's keys and values; no concatenation for the gate.
+    """One product a modality: its own queries, the other direction's keys and values; no
+    concatenation for the gate.
 
-    ``missing`` "skip": who lacks a modality is computed with the rest, and chosen away. "constant": who reads equal tokens gets
-    their first one's value; SDPA's, 1/N of each, is off by one rounding N times, and the gate does not pass its gradients.
-    """
+    ``missing`` "skip": who lacks a modality is computed with the rest, and chosen away. "constant":
+    who reads equal tokens gets their first one's value; SDPA's, 1/N of each, is off by one rounding
+    N times, and the gate does not pass its gradients."""
 
-    def __init__(self, dim, num_heads, *, gate, indicator, missing, pre_norm=True, share_weights=False, dropout=0.0):
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        gate,
+        indicator,
+        missing,
+        pre_norm=True,
+        share_weights=False,
+        dropout=0.0,
+    ):
         super().__init__()
         without_dropout(dropout)
-        if share_weights or (gate, indicator) not in (("channel", True), ("none", False)) or missing not in ("skip", "constant"):
+        if (
+            share_weights
+            or (gate, indicator) not in (("channel", True), ("none", False))
+            or missing not in ("skip", "constant")
+        ):
             raise ValueError("the baseline has UniECS's and UniCA's forms alone")
         self.num_heads, self.pre_norm, self.skips = num_heads, pre_norm, missing == "skip"
         for side in "ab":
@@ -112,22 +146,56 @@ class BidirectionalGatedCrossAttention(nn.Module):
             self.add_module(f"norm_{side}", nn.LayerNorm(dim))
             self.add_module(f"qkv_{side}", nn.Linear(dim, 3 * dim))
 
-    def forward(self, a, b, *, b_key_padding_mask=None, a_present=None, b_present=None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        a,
+        b,
+        *,
+        b_key_padding_mask=None,
+        a_present=None,
+        b_present=None,
+    ) -> tuple[Tensor, Tensor]:
         normed = (self.norm_a(a), self.norm_b(b)) if self.pre_norm else (a, b)
         q_a, k_a, v_a = heads(self.qkv_a(normed[0]), 3, self.num_heads)
         q_b, k_b, v_b = heads(self.qkv_b(normed[1]), 3, self.num_heads)
-        new_a = self.end(a, self.to_a, self.norm_a, self.read(q_a, k_b, v_b, b_key_padding_mask, b_present), b_present)
-        new_b = self.end(b, self.to_b, self.norm_b, self.read(q_b, k_a, v_a, None, a_present), a_present)
+        new_a = self.end(
+            a,
+            self.to_a,
+            self.norm_a,
+            self.read(q_a, k_b, v_b, b_key_padding_mask, b_present),
+            b_present,
+        )
+        new_b = self.end(
+            b, self.to_b, self.norm_b, self.read(q_b, k_a, v_a, None, a_present), a_present
+        )
         if not self.skips:
             return new_a, new_b
         both = (a_present & b_present)[:, None, None]
         return torch.where(both, new_a, a), torch.where(both, new_b, b)
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None, present: Tensor) -> Tensor:
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ignore: Tensor | None,
+        present: Tensor,
+    ) -> Tensor:
         read = attend(q, k, v, ignore)
-        return read if self.skips else torch.where(present[:, None, None], read, v[:, :, 0].flatten(1)[:, None])
+        return (
+            read
+            if self.skips
+            else torch.where(present[:, None, None], read, v[:, :, 0].flatten(1)[:, None])
+        )
 
-    def end(self, x: Tensor, to: nn.Module, norm: nn.LayerNorm, read: Tensor, present: Tensor) -> Tensor:
+    def end(
+        self,
+        x: Tensor,
+        to: nn.Module,
+        norm: nn.LayerNorm,
+        read: Tensor,
+        present: Tensor,
+    ) -> Tensor:
         read = to.out_proj(read)
         if to.gate_proj is None:
             return x + read if self.pre_norm else norm(x + read)
@@ -147,7 +215,9 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv_proj, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(), nn.Linear(4 * dim, dim)
+        )
         self.gamma1, self.gamma2 = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -156,10 +226,16 @@ class Block(nn.Module):
         return x + self.gamma2 * self.ffn(self.norm2(x))
 
 
-# ---- mixture of experts ------------------------------------------------------------------------------------------
+# ---- mixture of experts --------------------------------------------------------------------------
 
 
-def topk_routing(logits: Tensor, k: int, *, balance: str = "switch", mask: Tensor | None = None) -> Routing:
+def topk_routing(
+    logits: Tensor,
+    k: int,
+    *,
+    balance: str = "switch",
+    mask: Tensor | None = None,
+) -> Routing:
     """mask (T,) bool, True = ignore: weight 0, and the last rows."""
     tokens, experts = logits.shape
     probs = logits.softmax(-1)
@@ -170,14 +246,31 @@ def topk_routing(logits: Tensor, k: int, *, balance: str = "switch", mask: Tenso
     share = (F.one_hot(counted, experts).sum(1) * live).sum(0) / (counted.shape[1] * number)
     balance_loss = experts * (share * (probs * live).sum(0) / number).sum()
     z_loss = (logits.logsumexp(-1, keepdim=True).square() * live).sum() / number
-    expert = indices.flatten() if mask is None else indices.masked_fill(mask[:, None], experts).flatten()
+    expert = (
+        indices.flatten() if mask is None else indices.masked_fill(mask[:, None], experts).flatten()
+    )
     expert, order = expert.sort(stable=True)
-    offsets = torch.searchsorted(expert, torch.arange(experts + 1, device=expert.device), out_int32=True)
-    return Routing(indices, weights * live, None, balance_loss, z_loss, None, order, order.argsort(), offsets, None)
+    offsets = torch.searchsorted(
+        expert, torch.arange(experts + 1, device=expert.device), out_int32=True
+    )
+    return Routing(
+        indices,
+        weights * live,
+        None,
+        balance_loss,
+        z_loss,
+        None,
+        order,
+        order.argsort(),
+        offsets,
+        None,
+    )
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows (R, I) by expert, weight (E, O, I) -> (R, O); rows behind the last expert's may hold anything."""
+    """rows (R, I) by expert, weight (E, O, I) -> (R, O); rows behind the last expert's may hold
+    anything.
+    """
     weight = weight.to(rows.dtype)
     if rows.dtype != torch.float64:
         return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
@@ -194,13 +287,27 @@ def combine(rows: Tensor, routing: Routing) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x.dtype
+    )
 
 
-def grouped_linear(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor, *, gather: bool, combine: bool) -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    gather: bool,
+    combine: bool,
+) -> Tensor:
     x = x.to(compute_dtype(x))
     rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
-    expert = F.one_hot(routing.indices.flatten()[routing.order], len(weight))  # its product sums the gradient in float32
+    expert = F.one_hot(
+        routing.indices.flatten()[routing.order], len(weight)
+    )  # its product sums the gradient in float32
     out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
     return _combine(out, routing) if combine else out
 
@@ -209,7 +316,9 @@ _combine = combine
 
 
 class Experts(moon2.Experts):
-    """MOON2.0's mixture, gate and up in one weight. Rows of padding are sorted to the end, where grouped_mm does not look."""
+    """MOON2.0's mixture, gate and up in one weight. Rows of padding are sorted to the end, where
+    grouped_mm does not look.
+    """
 
     def __init__(self, layer: nn.Module, config):
         super().__init__(layer, config)
@@ -225,7 +334,9 @@ class Experts(moon2.Experts):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         routing = topk_routing(logits, self.top_k, balance=self.routing["balance"], mask=mask)
-        tokens = tokens.to(compute_dtype(x)).masked_fill(mask[:, None], 0)  # and its gradient: rows of padding get anything
+        tokens = tokens.to(compute_dtype(x)).masked_fill(
+            mask[:, None], 0
+        )  # and its gradient: rows of padding get anything
         rows = tokens.index_select(0, routing.order // self.top_k)
         gate, up = grouped_product(rows, self.w_gate_up, routing.offsets).chunk(2, -1)
         out = grouped_product(F.silu(gate) * up, self.w_down, routing.offsets)
@@ -235,13 +346,23 @@ class Experts(moon2.Experts):
         return out.view_as(x)
 
 
-# ---- contrastive losses ------------------------------------------------------------------------------------------
+# ---- contrastive losses --------------------------------------------------------------------------
 
 
 def masked_info_nce(
-    query, candidate, *, temperature, query_key=None, candidate_key=None, query_id=None, candidate_id=None, same_id="drop",
-    symmetric=False, positive_weight=0.0, row_weight=None,
-) -> Tensor:  # fmt: skip
+    query,
+    candidate,
+    *,
+    temperature,
+    query_key=None,
+    candidate_key=None,
+    query_id=None,
+    candidate_id=None,
+    same_id="drop",
+    symmetric=False,
+    positive_weight=0.0,
+    row_weight=None,
+) -> Tensor:
     """F.cross_entropy over the matrix of logits, float32 at least, -inf where a pair is masked."""
     if same_id != "drop":
         raise ValueError(f"same_id is {same_id!r}; the baseline takes 'drop'.")
@@ -257,7 +378,9 @@ def masked_info_nce(
             masked.append(query_id[:, None] == candidate_id)
         if masked:
             own = at[:, None] == torch.arange(len(candidate), device=query.device)
-            logits = logits.masked_fill(functools.reduce(torch.logical_or, masked) & ~own, float("-inf"))
+            logits = logits.masked_fill(
+                functools.reduce(torch.logical_or, masked) & ~own, float("-inf")
+            )
         loss = F.cross_entropy(logits, at, reduction="none")
         if symmetric:
             loss = (loss + F.cross_entropy(logits[:, :count].T, at, reduction="none")) / 2
@@ -270,7 +393,15 @@ def masked_info_nce(
 
 
 class MaskedInfoNCE(nn.Module):
-    def __init__(self, temperature: float, *, normalize: bool, gather: str, same_id: str, positive_weight: float):
+    def __init__(
+        self,
+        temperature: float,
+        *,
+        normalize: bool,
+        gather: str,
+        same_id: str,
+        positive_weight: float,
+    ):
         super().__init__()
         if normalize:
             raise ValueError("the baseline takes unit embeddings")
@@ -278,10 +409,12 @@ class MaskedInfoNCE(nn.Module):
         self.options = {"same_id": same_id, "positive_weight": positive_weight}
 
     def forward(self, query: Tensor, candidate: Tensor, **ids: Tensor) -> Tensor:
-        return masked_info_nce(query, candidate, temperature=self.temperature, **self.options, **ids)
+        return masked_info_nce(
+            query, candidate, temperature=self.temperature, **self.options, **ids
+        )
 
 
-# ---- the models --------------------------------------------------------------------------------------------------
+# ---- the models ----------------------------------------------------------------------------------
 
 
 def copy_of(name: str, **replaced) -> ModuleType:
@@ -293,7 +426,9 @@ def copy_of(name: str, **replaced) -> ModuleType:
     spec.loader.exec_module(module)
     unknown = sorted(name for name in replaced if not hasattr(module, name))
     if unknown:
-        raise AttributeError(f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace.")
+        raise AttributeError(
+            f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace."
+        )
     vars(module).update(replaced)
     return module
 
@@ -302,7 +437,13 @@ def copy_of(name: str, **replaced) -> ModuleType:
 def models() -> SimpleNamespace:
     """FLUID, UniECS, UniCA, MOON2 and UNITE, built from the library's configs."""
     nce = {"masked_info_nce": masked_info_nce}
-    fluid = copy_of("fluid", QTransform=QTransform, topk_routing=topk_routing, grouped_linear=grouped_linear, **nce)
+    fluid = copy_of(
+        "fluid",
+        QTransform=QTransform,
+        topk_routing=topk_routing,
+        grouped_linear=grouped_linear,
+        **nce,
+    )
     losses = copy_of("uniecs_losses", **nce)
     own_losses = {"loss_terms": losses.loss_terms, "adaptive_loss": losses.adaptive_loss}
     cross = {"BidirectionalGatedCrossAttention": BidirectionalGatedCrossAttention}
@@ -310,4 +451,10 @@ def models() -> SimpleNamespace:
     unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, **cross)
     mixture = copy_of("moon2", Experts=Experts, **nce)
     unite = copy_of("unite", **nce)
-    return SimpleNamespace(FLUID=fluid.FLUID, UniECS=uniecs.UniECS, UniCA=unica.UniCA, MOON2=mixture.MOON2, UNITE=unite.UNITE)
+    return SimpleNamespace(
+        FLUID=fluid.FLUID,
+        UniECS=uniecs.UniECS,
+        UniCA=unica.UniCA,
+        MOON2=mixture.MOON2,
+        UNITE=unite.UNITE,
+    )

@@ -1,4 +1,6 @@
-"""What every kernel file shares: the launch that inspection can listen to, the limits of each architecture, and jit helpers."""
+"""What every kernel file shares: the launch that inspection can listen to, the limits of each
+architecture, and jit helpers.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Stated at every launch and inspection: what the compiler does by default differs by version (3.10 fuses no more).
+# Stated at every launch and inspection: what the compiler does by default differs by version (3.10
+# fuses no more).
 OPTIONS = {"enable_fp_fusion": True}
 
-# Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the device (see mmfused.cli.inspect).
+# Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the
+# device (see mmfused.cli.inspect).
 listener: Callable | None = None
 pretended_arch: int | None = None
 
@@ -47,12 +51,20 @@ def arch_of(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, maxnreg: int | None = None, **constexprs) -> None:
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int,
+    num_stages: int,
+    maxnreg: int | None = None,
+    **constexprs,
+) -> None:
     """Launch ``kernel`` over ``grid``, unless the grid is empty.
 
-    ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own choice, and spills a word or two to
-    reach it, often where a kernel is light; with it, where a kernel is near the limit of 255.
-    """
+    ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own
+    choice, and spills a word or two to reach it, often where a kernel is light; with it, where a
+    kernel is near the limit of 255."""
     launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if listener is not None:
         listener(kernel, args, constexprs, launched)
@@ -61,14 +73,18 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int
 
 
 def upcasts(dtype: torch.dtype) -> bool:
-    """Whether ``dot`` must widen its operands: the interpreter multiplies the bit patterns of bfloat16."""
+    """Whether ``dot`` must widen its operands: the interpreter multiplies the bit patterns of
+    bfloat16.
+    """
     return INTERPRETED and dtype == torch.bfloat16
 
 
 def pack_padding(
     mask: torch.Tensor | None, lengths: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int, str]:
-    """What kernels take for a padding mask (B, N) bool or lengths (B,): words, span, words a sample, and the kind."""
+    """What kernels take for a padding mask (B, N) bool or lengths (B,): words, span, words a
+    sample, and the kind.
+    """
     if mask is None:
         return None, lengths, 0, "none" if lengths is None else "lengths"
     batch, length = mask.shape
@@ -76,24 +92,46 @@ def pack_padding(
     words = torch.empty(batch, width, dtype=torch.int64, device=mask.device)
     span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
     launch(
-        pack_mask_kernel, (batch,), mask.view(torch.uint8), words, span, length, width, *mask.stride(), num_warps=1, num_stages=1
-    )  # fmt: skip
+        pack_mask_kernel,
+        (batch,),
+        mask.view(torch.uint8),
+        words,
+        span,
+        length,
+        width,
+        *mask.stride(),
+        num_warps=1,
+        num_stages=1,
+    )
     return words, span, width, "padding"
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
-    """Rows of a tile of the sorted rows: a power of two from 16 to 128, no more than an expert has on average."""
+    """Rows of a tile of the sorted rows: a power of two from 16 to 128, no more than an expert has
+    on average.
+    """
     return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
 
 
 def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor:
-    """offsets (E + 1,) int32 -> tiles (rows // 16 + E, 2) int32: (expert, first row), expert by expert, then (-1, 0)."""
+    """offsets (E + 1,) int32 -> tiles (rows // 16 + E, 2) int32: (expert, first row), expert by
+    expert, then (-1, 0).
+    """
     tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
     block = tile_block(num_experts)
     launch(
-        tile_map_kernel, (triton.cdiv(len(tiles), block),), offsets, tiles, len(tiles), tile_rows(rows, num_experts),
-        E=num_experts, BE=triton.next_power_of_2(num_experts), BI=block, num_warps=4, num_stages=1,
-    )  # fmt: skip
+        tile_map_kernel,
+        (triton.cdiv(len(tiles), block),),
+        offsets,
+        tiles,
+        len(tiles),
+        tile_rows(rows, num_experts),
+        E=num_experts,
+        BE=triton.next_power_of_2(num_experts),
+        BI=block,
+        num_warps=4,
+        num_stages=1,
+    )
     return tiles
 
 
@@ -113,13 +151,20 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
-    """(rows, BN) bool: what dropout keeps of the columns first .. first + BN, both multiples of 4: mmfused.random.keep_mask.
+    """(rows, BN) bool: what dropout keeps of the columns first .. first + BN, both multiples of 4:
+    mmfused.random.keep_mask.
 
-    One call of Philox serves four columns. ``seed``: the int64 itself, loaded once; ``rows``: of the whole mask, any integers.
-    """
+    One call of Philox serves four columns. ``seed``: the int64 itself, loaded once; ``rows``: of
+    the whole mask, any integers."""
     quads = first // 4 + tl.arange(0, BN // 4)
     zero = tl.zeros([rows.shape[0], BN // 4], tl.uint32)
-    words = tl.philox(seed, zero + rows[:, None].to(tl.uint32), zero + quads[None, :].to(tl.uint32), zero + stream, zero)
+    words = tl.philox(
+        seed,
+        zero + rows[:, None].to(tl.uint32),
+        zero + quads[None, :].to(tl.uint32),
+        zero + stream,
+        zero,
+    )
     kept = ()
     for i in tl.static_range(4):
         kept += ((tl.uint_to_uniform_float(words[i]) >= p).to(tl.int8),)
@@ -128,7 +173,9 @@ def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
 
 @triton.jit
 def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
-    """grid (B,). 64 tokens of a padding mask (1 = ignore) become one word of bits to keep; span is [first, last + 1) kept."""
+    """grid (B,). 64 tokens of a padding mask (1 = ignore) become one word of bits to keep; span is
+    [first, last + 1) kept.
+    """
     b = tl.program_id(0).to(tl.int64)
     first = N
     end = 0
@@ -144,11 +191,15 @@ def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
 
 @triton.jit
 def token_span(b, span_ptr, N, MASK: tl.constexpr):
-    """[lo, hi) around every token of sample b that is attended to; lo >= hi if there is none. ``span``: lengths (B,) or (B, 2)."""
+    """[lo, hi) around every token of sample b that is attended to; lo >= hi if there is none.
+    ``span``: lengths (B,) or (B, 2).
+    """
     lo = 0
     hi = N
     if MASK == "lengths":
-        hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(tl.int32)  # whatever it holds, no token beyond is read
+        hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(
+            tl.int32
+        )  # whatever it holds, no token beyond is read
     if MASK == "padding":
         lo = tl.load(span_ptr + 2 * b)
         hi = tl.load(span_ptr + 2 * b + 1)
@@ -157,10 +208,11 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
 
 @triton.jit
 def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
-    """The tokens start .. start + BN (BN at most 64 and start a multiple of it), and which of them are attended to.
+    """The tokens start .. start + BN (BN at most 64 and start a multiple of it), and which of them
+    are attended to.
 
-    The mask comes as one scalar a tile: if a tensor load decided which tokens to load, Triton would not prefetch them.
-    """
+    The mask comes as one scalar a tile: if a tensor load decided which tokens to load, Triton would
+    not prefetch them."""
     n = start + tl.arange(0, BN)
     keep = n < hi
     if MASK == "padding":
@@ -186,18 +238,27 @@ def load_tokens_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr):
 @triton.jit
 def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
     """(columns, rows) of a contiguous (R, D) matrix."""
-    return tl.load(ptr + rows[None, :] * D + cols[:, None], mask=(rows[None, :] < R) & (cols[:, None] < D), other=0.0)
+    return tl.load(
+        ptr + rows[None, :] * D + cols[:, None],
+        mask=(rows[None, :] < R) & (cols[:, None] < D),
+        other=0.0,
+    )
 
 
 @triton.jit
 def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
     """Store (columns, rows) into a contiguous (R, D) matrix."""
-    tl.store(ptr + rows[None, :] * D + cols[:, None], value, mask=(rows[None, :] < R) & (cols[:, None] < D))
+    tl.store(
+        ptr + rows[None, :] * D + cols[:, None],
+        value,
+        mask=(rows[None, :] < R) & (cols[:, None] < D),
+    )
 
 
 @triton.jit
 def tile_entries(i, begin, end, H):
-    """(expert, first row) of the tiles i, from the first and one past the last sorted row of each expert; (-1, 0) beyond the last.
+    """(expert, first row) of the tiles i, from the first and one past the last sorted row of each
+    expert; (-1, 0) beyond the last.
 
     ``begin`` and ``end`` are as long as a power of two; what lies beyond E has no rows.
     """
@@ -207,12 +268,22 @@ def tile_entries(i, begin, end, H):
     there = i < tl.max(last, 0)
     expert = tl.sum(past.to(tl.int32), 1)
     before = tl.sum(tl.where(past, height[None, :], 0), 1)
-    row = tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H  # rows are sorted: an expert begins where those before end
+    row = (
+        tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H
+    )  # rows are sorted: an expert begins where those before end
     return tl.where(there, expert, -1), tl.where(there, row, 0)
 
 
 @triton.jit
-def tile_map_kernel(offsets_ptr, tiles_ptr, N, H, E: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr):
+def tile_map_kernel(
+    offsets_ptr,
+    tiles_ptr,
+    N,
+    H,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BI: tl.constexpr,
+):
     """grid (N / BI,). The N tiles of H rows that the offsets of E experts ask for."""
     experts = tl.arange(0, BE)
     begin = tl.load(offsets_ptr + experts, mask=experts < E, other=0)

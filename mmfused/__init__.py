@@ -1,14 +1,17 @@
-"""Fused kernels for training multimodal retrieval and classification models: swap a module, keep the numbers."""
+"""Fused kernels for training multimodal retrieval and classification models: swap a module, keep
+the numbers.
+"""
 
 from pathlib import Path
 
-# A wheel carries mmfused/kernels (Triton) and mmfused/benchmarks. A checkout has both beside this folder, so its
-# root joins our path. kernels/ has no __init__.py, lest it stand in for Hugging Face's package of that name.
+# A wheel carries mmfused/kernels (Triton) and mmfused/benchmarks. A checkout has both beside this
+# folder, so its root joins our path. kernels/ has no __init__.py, lest it stand in for Hugging
+# Face's package of that name.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses
-from .fuse import FuseReport, fuse, unfuse
+from .fuse import FuseReport, fuse, register_experts, unfuse
 from .library import backend, set_backend
 from .ops.gated_cross_attention import (
     BidirectionalGatedCrossAttention,
@@ -21,7 +24,13 @@ from .ops.gated_cross_attention import (
     gated_cross_attention_reference,
     pack_passes,
 )
-from .ops.grouped_mlp import TopKMoE, grouped_linear, grouped_linear_reference, grouped_mlp, grouped_mlp_reference
+from .ops.grouped_mlp import (
+    TopKMoE,
+    grouped_linear,
+    grouped_linear_reference,
+    grouped_mlp,
+    grouped_mlp_reference,
+)
 from .ops.masked_info_nce import MaskedInfoNCE, masked_info_nce, masked_info_nce_reference
 from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
 from .ops.topk_routing import (
@@ -32,7 +41,6 @@ from .ops.topk_routing import (
     topk_routing_reference,
     update_selection_bias,
 )
-from .swaps.experts import register_experts
 
 __version__ = "0.1.0"
 

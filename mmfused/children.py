@@ -48,10 +48,15 @@ class Called:
     def __call__(self, x: Tensor) -> Tensor:
         """As it is called in place of a weight: under the autocast of the module's own call."""
         weight = self.child._parameters.get("weight")
-        if type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward) and weight is not None:
+        if (
+            type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+            and weight is not None
+        ):
             if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
                 x = x.float()  # served as where the weight is read
-        context = nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast)
+        context = (
+            nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast)
+        )
         with context:
             out = self.child(x)
         shape = out.shape if isinstance(out, Tensor) else None
@@ -95,9 +100,8 @@ def read(
 ) -> tuple[Tensor | Called, Tensor | None]:
     """Weight and bias of a child that gives ``width`` features, or (:class:`Called`, None).
 
-    ``name``, with its module, is for errors. Raises ``TypeError`` where the child is None, and where
-    its parameters are shards that no call of it gathers.
-    """
+    ``name``, with its module, is for errors. Raises ``TypeError`` where the child is None, and
+    where its parameters are shards that no call of it gathers."""
     if child is None:
         raise TypeError(f"{name} is None; it takes a module.")
     why = why_called(child, kind)
@@ -131,7 +135,8 @@ def read_norm(
 
 
 def why_called(child: nn.Module, kind: type = nn.Linear) -> str | None:
-    """Why a child in the place of a Linear (or LayerNorm) must be called; None: its weights are all.
+    """Why a child in the place of a Linear (or LayerNorm) must be called; None: its weights are
+    all.
 
     Only looks, so that it may be repeated: spectral norms change state whenever a weight is formed.
     """
@@ -158,7 +163,9 @@ def why_called(child: nn.Module, kind: type = nn.Linear) -> str | None:
 
 
 def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
-    """What is on a module that acts only when it is called; pre-hooks of the types ``setters`` aside."""
+    """What is on a module that acts only when it is called; pre-hooks of the types ``setters``
+    aside.
+    """
     if "forward" in module.__dict__:
         return "has a forward of its own"
     before = module._forward_pre_hooks
@@ -188,11 +195,18 @@ def _why_lora_called(layer: nn.Module) -> str | None:
         return "has a merged adapter that is disabled"
     active = _active(layer)
     known = all(hasattr(layer, part) for part in ("lora_variant", "lora_bias", "fan_in_fan_out"))
-    if not known or layer.fan_in_fan_out or any(n in layer.lora_variant or layer.lora_bias[n] for n in active):
+    if (
+        not known
+        or layer.fan_in_fan_out
+        or any(n in layer.lora_variant or layer.lora_bias[n] for n in active)
+    ):
         return "has an adapter of another kind than plain LoRA"
     if not all(_does_nothing(layer.lora_dropout[name]) for name in active):
         return "has a LoRA adapter with dropout"
-    parts = (layer.base_layer, *(part[name] for part in (layer.lora_A, layer.lora_B) for name in active))
+    parts = (
+        layer.base_layer,
+        *(part[name] for part in (layer.lora_A, layer.lora_B) for name in active),
+    )
     inside = next((why for why in map(why_called, parts) if why is not None), None)
     return inside and f"has an adapter, inside which something {inside}"
 
@@ -222,7 +236,10 @@ def dense(*tensors: Tensor | None) -> bool:
     """Whether all are plain: neither nested nor sparse nor a subclass (DTensor, quantised) that
     computes in its own way."""
     plain = ("Tensor", "Parameter", "FakeTensor")
-    return all(t is None or (type(t).__name__ in plain and t.layout is torch.strided and not t.is_nested) for t in tensors)
+    return all(
+        t is None or (type(t).__name__ in plain and t.layout is torch.strided and not t.is_nested)
+        for t in tensors
+    )
 
 
 def _holds_shards(module: nn.Module) -> bool:

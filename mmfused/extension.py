@@ -1,8 +1,9 @@
-"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is decided in :mod:`.library`.
+"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is decided
+in :mod:`.library`.
 
-``mmfused._C`` is there if the package was installed with ``MMFUSED_CUDA=1``. Else :func:`load` compiles it at its first use, with
-ninja and nvcc, into torch's folder for extensions, where later processes find it. setup.py runs this file by itself: it must not
-import mmfused at module level.
+``mmfused._C`` is there if the package was installed with ``MMFUSED_CUDA=1``. Else :func:`load`
+compiles it at its first use, with ninja and nvcc, into torch's folder for extensions, where later
+processes find it. setup.py runs this file by itself: it must not import mmfused at module level.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ USUAL_CUDA = Path("/usr/local/cuda")
 _module: ModuleType | None = None
 
 
-# ---- the compiled module --------------------------------------------------------------------------------------------------------
+# ---- the compiled module -------------------------------------------------------------------------
 
 
 def load() -> ModuleType:
-    """``mmfused._C``, whose import implements the C++ ops: as installed, as built before, or built now (half a minute).
+    """``mmfused._C``, whose import implements the C++ ops: as installed, as built before, or built
+    now (half a minute).
 
-    Raises ``RuntimeError`` with every reason where it can be neither found nor built. Calling it again costs nothing.
-    """
+    Raises ``RuntimeError`` with every reason where it can be neither found nor built. Calling it
+    again costs nothing."""
     global _module
     if _module is None:
         _module = sys.modules["mmfused._C"] = _load()
     return _module
 
 
-# As torch.compiler.assume_constant_result does it, which would import the compiler with mmfused: torch.compile runs this where it
-# meets it, and traces nothing of it.
+# As torch.compiler.assume_constant_result does it, which would import the compiler with mmfused:
+# torch.compile runs this where it meets it, and traces nothing of it.
 load._dynamo_marked_constant = True
 
 
@@ -51,24 +53,35 @@ def _load() -> ModuleType:
         try:
             return importlib.import_module("mmfused._C")
         except ImportError as error:
-            raise RuntimeError(f"mmfused._C was compiled for another torch or CUDA: install mmfused again ({error}).") from error
+            raise RuntimeError(
+                f"mmfused._C was compiled for another torch or CUDA: install mmfused again ({error})."
+            ) from error
     folder = build_folder()
     with _only_builder(folder):
         if not _finished(folder):
             reasons = why_not_build()
             if reasons:
-                raise RuntimeError(f"mmfused's CUDA C++ kernels are not built, and cannot be here: {'; '.join(reasons)}.")
+                raise RuntimeError(
+                    f"mmfused's CUDA C++ kernels are not built, and cannot be here: {'; '.join(reasons)}."
+                )
             _build(folder)
-        # Loaded by its path under the name it would have if it were installed; torch.ops must see it once.
+        # Loaded by its path under the name it would have if it were installed; torch.ops must see
+        # it once.
         loader = importlib.machinery.ExtensionFileLoader("mmfused._C", str(_library(folder)))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("mmfused._C", loader))
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader("mmfused._C", loader)
+        )
         loader.exec_module(module)
         return module
 
 
 def built() -> bool:
     """Whether :func:`load` would find the module compiled."""
-    return _module is not None or importlib.util.find_spec("mmfused._C") is not None or _finished(build_folder())
+    return (
+        _module is not None
+        or importlib.util.find_spec("mmfused._C") is not None
+        or _finished(build_folder())
+    )
 
 
 def why_not() -> list[str]:
@@ -77,7 +90,11 @@ def why_not() -> list[str]:
     if torch.version.cuda is not None and not torch.cuda.is_available():
         reasons.append("no CUDA GPU is visible")
     elif torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
-        reasons.append("the GPU is sm_{}{}, the kernels need sm_80 or newer".format(*torch.cuda.get_device_capability()))
+        reasons.append(
+            "the GPU is sm_{}{}, the kernels need sm_80 or newer".format(
+                *torch.cuda.get_device_capability()
+            )
+        )
     return reasons
 
 
@@ -88,7 +105,9 @@ def why_not_build() -> list[str]:
         reasons.append("this build of torch has no CUDA")
     if _cuda_home() is None:
         asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        reasons.append(f"CUDA_HOME is {asked!r} and holds no bin/nvcc" if asked else "nvcc not found")
+        reasons.append(
+            f"CUDA_HOME is {asked!r} and holds no bin/nvcc" if asked else "nvcc not found"
+        )
     if _tool("ninja") is None:
         reasons.append("ninja not found")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -98,7 +117,7 @@ def why_not_build() -> list[str]:
     return reasons
 
 
-# ---- how it is compiled ---------------------------------------------------------------------------------------------------------
+# ---- how it is compiled --------------------------------------------------------------------------
 
 
 def source_folder() -> Path:
@@ -108,21 +127,37 @@ def source_folder() -> Path:
 
 
 def build_folder() -> Path:
-    """Where this build lies: its name holds all that decides what the compiler makes, so a stale module is never loaded."""
-    recipe = hashlib.sha256(repr((torch.__version__, torch.version.cuda, sys.version_info[:2], CXX_FLAGS, NVCC_FLAGS)).encode())
-    for source in sorted(path for path in source_folder().glob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
+    """Where this build lies: its name holds all that decides what the compiler makes, so a stale
+    module is never loaded.
+    """
+    recipe = hashlib.sha256(
+        repr(
+            (torch.__version__, torch.version.cuda, sys.version_info[:2], CXX_FLAGS, NVCC_FLAGS)
+        ).encode()
+    )
+    for source in sorted(
+        path for path in source_folder().glob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")
+    ):
         recipe.update(source.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    root = (
+        Path(root)
+        if root
+        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    )
     recipe.update(architectures().encode())
     return root / f"mmfused_C_{recipe.hexdigest()[:16]}"
 
 
 def architectures(unseen: str = "9.0") -> str:
-    """As TORCH_CUDA_ARCH_LIST has it: what the user set, else the visible card's, else ``unseen``; torch would take all."""
+    """As TORCH_CUDA_ARCH_LIST has it: what the user set, else the visible card's, else ``unseen``;
+    torch would take all.
+    """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
-    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else unseen
+    return (
+        "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else unseen
+    )
 
 
 def include_folders() -> list[str]:
@@ -131,22 +166,31 @@ def include_folders() -> list[str]:
     if home is not None and (home / "include" / "cusparse.h").is_file():
         return []
     sites = [Path(torch.__file__).resolve().parents[1], *map(Path, sys.path)]
-    folders = [site / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}" / "include" for site in sites]
+    folders = [
+        site / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}" / "include"
+        for site in sites
+    ]
     return [str(folder) for folder in folders if folder.is_dir()][:1]
 
 
 def compile_flags() -> dict[str, list[str]]:
-    """For g++ and nvcc. pip's headers come last: the toolkit's own must win, whose version nvcc has."""
+    """For g++ and nvcc. pip's headers come last: the toolkit's own must win, whose version nvcc
+    has.
+    """
     late = [flag for folder in include_folders() for flag in ("-idirafter", folder)]
     return {"cxx": CXX_FLAGS + late, "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in late]}
 
 
 @contextlib.contextmanager
 def toolchain(arch_list: str) -> Iterator[ModuleType]:
-    """``torch.utils.cpp_extension`` set up for this toolkit, architecture and PATH; nothing of that stays behind."""
+    """``torch.utils.cpp_extension`` set up for this toolkit, architecture and PATH; nothing of that
+    stays behind.
+    """
     home = _cuda_home()
     ninja = _tool("ninja")
-    path = os.pathsep.join(filter(None, (os.environ.get("PATH"), ninja and str(Path(ninja).parent))))
+    path = os.pathsep.join(
+        filter(None, (os.environ.get("PATH"), ninja and str(Path(ninja).parent)))
+    )
     settings = {"TORCH_CUDA_ARCH_LIST": arch_list, "PATH": path}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -170,11 +214,18 @@ def _build(folder: Path) -> None:
     with toolchain(architectures()) as cpp_extension:
         try:
             cpp_extension.load(
-                folder.name, [str(source_folder() / name) for name in SOURCES], extra_cflags=flags["cxx"],
-                extra_cuda_cflags=flags["nvcc"], build_directory=str(folder), with_cuda=True, is_python_module=False,
-            )  # fmt: skip
+                folder.name,
+                [str(source_folder() / name) for name in SOURCES],
+                extra_cflags=flags["cxx"],
+                extra_cuda_cflags=flags["nvcc"],
+                build_directory=str(folder),
+                with_cuda=True,
+                is_python_module=False,
+            )
         except Exception as error:
-            raise RuntimeError(f"mmfused's CUDA C++ kernels could not be built in {folder}: {error}") from error
+            raise RuntimeError(
+                f"mmfused's CUDA C++ kernels could not be built in {folder}: {error}"
+            ) from error
     (folder / "finished").touch()
 
 
@@ -188,8 +239,8 @@ def _finished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _only_builder(folder: Path) -> Iterator[None]:
-    """One process builds, the others wait. The system frees this lock when its holder dies; torch's own file, once left behind by a
-    process that was killed, would be waited for without end."""
+    """One process builds, the others wait. The system frees this lock when its holder dies; torch's
+    own file, once left behind by a process that was killed, would be waited for without end."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -199,7 +250,9 @@ def _only_builder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / "builder", "w")
     except OSError as error:
-        raise RuntimeError(f"mmfused's CUDA C++ kernels need a folder to build in, see TORCH_EXTENSIONS_DIR: {error}.") from error
+        raise RuntimeError(
+            f"mmfused's CUDA C++ kernels need a folder to build in, see TORCH_EXTENSIONS_DIR: {error}."
+        ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
@@ -207,14 +260,29 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """A program on PATH, or beside this interpreter: a venv that is not activated has its ninja there."""
+    """A program on PATH, or beside this interpreter: a venv that is not activated has its ninja
+    there.
+    """
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _cuda_home() -> Path | None:
-    """The folder of the CUDA toolkit. A bin/nvcc that only forwards to the real one has no headers beside it, so headers decide."""
+    """The folder of the CUDA toolkit. A bin/nvcc that only forwards to the real one has no headers
+    beside it, so headers decide.
+    """
     asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc")
-    homes = [Path(asked)] if asked else [Path(path).parents[1] for path in (found and os.path.realpath(found), found) if path]
-    homes = [home for home in (*homes, *([] if asked else [USUAL_CUDA])) if (home / "bin" / "nvcc").is_file()]
-    return next((home for home in homes if (home / "include" / "cuda_runtime_api.h").is_file()), homes[0] if homes else None)
+    homes = (
+        [Path(asked)]
+        if asked
+        else [Path(path).parents[1] for path in (found and os.path.realpath(found), found) if path]
+    )
+    homes = [
+        home
+        for home in (*homes, *([] if asked else [USUAL_CUDA]))
+        if (home / "bin" / "nvcc").is_file()
+    ]
+    return next(
+        (home for home in homes if (home / "include" / "cuda_runtime_api.h").is_file()),
+        homes[0] if homes else None,
+    )

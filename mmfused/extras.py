@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 PACKAGES = {  # by the name they are imported under
     "models": {
-        **{name: name for name in "timm transformers tokenizers torchvision numpy safetensors tqdm matplotlib".split()},
+        **{
+            name: name
+            for name in "timm transformers tokenizers torchvision numpy safetensors tqdm matplotlib".split()
+        },
         "PIL": "pillow",
     },
 }
@@ -15,7 +18,9 @@ PACKAGES = {  # by the name they are imported under
 
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Imports within raise ModuleNotFoundError with the pip command where a package of the ``extra`` is missing."""
+    """Imports within raise ModuleNotFoundError with the pip command where a package of the
+    ``extra`` is missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

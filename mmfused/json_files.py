@@ -9,7 +9,9 @@ MOST_BYTES = 4 << 20  # of a config; the largest that are published have a hundr
 
 
 def read_object(path: Path, most: int = MOST_BYTES) -> dict:
-    """The object in the file. FileNotFoundError without a file, ValueError where it is no JSON object or too large."""
+    """The object in the file. FileNotFoundError without a file, ValueError where it is no JSON
+    object or too large.
+    """
     return parse_object(read_text(path, most), path)
 
 

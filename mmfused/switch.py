@@ -127,7 +127,9 @@ def _set_traced(switch: Switch, names: tuple[str, ...]) -> None:
 
 def _trace(switch: Switch, names: tuple[str, ...]) -> None:
     if _STRICT_CHECKPOINTS:
-        from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as allow
+        from torch._dynamo.utils import (
+            _disable_side_effect_safety_checks_for_current_subtracer as allow,
+        )
 
         allow(_set_traced, switch, names)
     else:

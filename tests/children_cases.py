@@ -1,10 +1,9 @@
 """What users attach to the children of a module, as data: module x attachment x backend.
 
 ``MODULES``: each module that reads the weights of its children, its inputs, and the same forward
-written plainly, with every child called. ``ATTACHMENTS``: name -> how it is attached to children, to
-the projections ("linear") or to the norms. ``outcome`` says what a user gets: "equal" to calling the
-children, or "refused" in one sentence.
-"""
+written plainly, with every child called. ``ATTACHMENTS``: name -> how it is attached to children,
+to the projections ("linear") or to the norms. ``outcome`` says what a user gets: "equal" to calling
+the children, or "refused" in one sentence."""
 
 from __future__ import annotations
 
@@ -133,7 +132,8 @@ MODULES = {
 class Attachment(NamedTuple):
     """``attach(module, names)``: to the children of these names; returns the module to be called.
 
-    ``to``: "linear" or "norm".  ``reads``: its effective weight is formed, so that kernels serve it.
+    ``to``: "linear" or "norm".  ``reads``: its effective weight is formed, so that kernels serve
+    it.
     ``gradients``: whether there are any.  ``training``: in training mode (None: as
     attached).  ``neutral``: the numbers
     are those without it.
@@ -165,7 +165,9 @@ def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
     return attach
 
 
-def adapted(config: str, after: Callable[[nn.Module], object] = lambda m: None, **options) -> Callable:
+def adapted(
+    config: str, after: Callable[[nn.Module], object] = lambda m: None, **options
+) -> Callable:
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         import peft
 
@@ -228,7 +230,9 @@ def twice(child: nn.Module) -> None:
 
 
 def called_twice(child: nn.Module) -> None:
-    child.__class__ = type("Twice", (type(child),), {"__call__": lambda m, x: 2 * nn.Module.__call__(m, x)})
+    child.__class__ = type(
+        "Twice", (type(child),), {"__call__": lambda m, x: 2 * nn.Module.__call__(m, x)}
+    )
 
 
 def hooked_spectral_norm(child: nn.Module) -> None:
@@ -257,7 +261,9 @@ def int8_weights(module: nn.Module, names: list[str]) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     chosen = [module.get_submodule(name) for name in names]
-    quantize_(module, Int8WeightOnlyConfig(), filter_fn=lambda part, _: any(part is c for c in chosen))
+    quantize_(
+        module, Int8WeightOnlyConfig(), filter_fn=lambda part, _: any(part is c for c in chosen)
+    )
     return module
 
 
@@ -280,46 +286,81 @@ ATTACHMENTS = {
     "LoRA": Attachment(adapted("LoraConfig", r=2), reads=True, needs="peft"),
     "LoRA, merged": Attachment(adapted("LoraConfig", merge, r=2), reads=True, needs="peft"),
     "LoRA, disabled": Attachment(adapted("LoraConfig", disable, r=2), reads=True, needs="peft"),
-    "LoRA, dropout": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"),
-    "LoRA, dropout alone in training": Attachment(
-        adapted("LoraConfig", dropouts_in_training, r=2, lora_dropout=0.3), training=None, needs="peft"
+    "LoRA, dropout": Attachment(
+        adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"
     ),
-    "LoRA, dropout, evaluation": Attachment(adapted("LoraConfig", r=2, lora_dropout=0.3), reads=True, needs="peft"),
+    "LoRA, dropout alone in training": Attachment(
+        adapted("LoraConfig", dropouts_in_training, r=2, lora_dropout=0.3),
+        training=None,
+        needs="peft",
+    ),
+    "LoRA, dropout, evaluation": Attachment(
+        adapted("LoraConfig", r=2, lora_dropout=0.3), reads=True, needs="peft"
+    ),
     "DoRA": Attachment(adapted("LoraConfig", r=2, use_dora=True), needs="peft"),
     "IA3": Attachment(adapted("IA3Config", feedforward_modules=[]), needs="peft"),
     "LoHa": Attachment(adapted("LoHaConfig", r=2), needs="peft"),
     "LoKr": Attachment(adapted("LoKrConfig", r=2), needs="peft"),
     "OFT": Attachment(adapted("OFTConfig", oft_block_size=4), needs="peft"),
     "forward hook": Attachment(hooked("register_forward_hook", lambda m, args, out: 2 * out)),
-    "forward pre-hook": Attachment(hooked("register_forward_pre_hook", lambda m, args: (2 * args[0],))),
-    "full backward hook": Attachment(hooked("register_full_backward_hook", lambda m, given, out: (2 * given[0],))),
-    "full backward pre-hook": Attachment(hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))),
+    "forward pre-hook": Attachment(
+        hooked("register_forward_pre_hook", lambda m, args: (2 * args[0],))
+    ),
+    "full backward hook": Attachment(
+        hooked("register_full_backward_hook", lambda m, given, out: (2 * given[0],))
+    ),
+    "full backward pre-hook": Attachment(
+        hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))
+    ),
     "own forward": Attachment(each(own_forward)),
     "subclass": Attachment(each(twice)),
     "subclass, other call": Attachment(each(called_twice)),
     "spectral_norm and a hook": Attachment(each(hooked_spectral_norm), training=True),
     "subclass, same forward": Attachment(each(renamed), reads=True),
     "LayerNorm": Attachment(
-        each(lambda child: nn.LayerNorm(child.out_features, bias=False) if child.in_features == child.out_features else child)
+        each(
+            lambda child: (
+                nn.LayerNorm(child.out_features, bias=False)
+                if child.in_features == child.out_features
+                else child
+            )
+        )
     ),
     "other module": Attachment(each(lambda child: nn.Sequential(child, nn.Tanh()))),
-    "pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), reads=True),
-    "old weight_norm": Attachment(each(lambda child: (nn.utils.weight_norm(child), None)[1]), reads=True),
+    "pruning": Attachment(
+        each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), reads=True
+    ),
+    "old weight_norm": Attachment(
+        each(lambda child: (nn.utils.weight_norm(child), None)[1]), reads=True
+    ),
     "weight_norm": Attachment(each(parametrizations.weight_norm), reads=True),
-    "old spectral_norm": Attachment(each(lambda child: (nn.utils.spectral_norm(child), None)[1]), reads=True, training=True),
+    "old spectral_norm": Attachment(
+        each(lambda child: (nn.utils.spectral_norm(child), None)[1]), reads=True, training=True
+    ),
     "spectral_norm": Attachment(each(parametrizations.spectral_norm), reads=True, training=True),
-    "parametrization": Attachment(each(lambda child: parametrize.register_parametrization(child, "weight", Doubled())), reads=True),
+    "parametrization": Attachment(
+        each(lambda child: parametrize.register_parametrization(child, "weight", Doubled())),
+        reads=True,
+    ),
     "quantize_dynamic": Attachment(quantized, gradients=False),
     "torchao int8": Attachment(int8_weights, gradients=False, needs="torchao"),
     "cpu_offload": Attachment(offloaded, gradients=False, neutral=True, needs="accelerate"),
     "ZeRO-3": Attachment(each(empty_until_called), gradients=False, neutral=True),
-    "norm: forward hook": Attachment(hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"),
+    "norm: forward hook": Attachment(
+        hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"
+    ),
     "norm: subclass": Attachment(each(twice), to="norm"),
     "norm: Linear": Attachment(each(lambda child: nn.Linear(D, D)), to="norm"),
     "norm: RMSNorm": Attachment(each(lambda child: nn.RMSNorm(child.normalized_shape)), to="norm"),
-    "norm: pruning": Attachment(each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]), to="norm", reads=True),
+    "norm: pruning": Attachment(
+        each(lambda child: (prune.l1_unstructured(child, "weight", 0.5), None)[1]),
+        to="norm",
+        reads=True,
+    ),
     "norm: no bias": Attachment(each(without("bias")), to="norm", reads=True),
-    "norm: no weight": Attachment(each(lambda child: nn.LayerNorm(D, elementwise_affine=False)), to="norm"),
+    "norm: no weight": Attachment(
+        each(lambda child: nn.LayerNorm(D, elementwise_affine=False)), to="norm"
+    ),
     "norm: other eps": Attachment(each(lambda child: setattr(child, "eps", 0.5)), to="norm"),
     "norm: ZeRO-3": Attachment(each(empty_until_called), to="norm", gradients=False, neutral=True),
 }

@@ -1,4 +1,6 @@
-"""What the tests of compilation share: processes without Triton's interpreter, and the table of ``mmfused inspect``."""
+"""What the tests of compilation share: processes without Triton's interpreter, and the table of
+``mmfused inspect``.
+"""
 
 import json
 import os
@@ -12,26 +14,51 @@ import pytest
 from mmfused.supported import TRITONS
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = ("TRITON_INTERPRET", "MMFUSED_BACKEND", "MMFUSED_ROUTER", "MMFUSED_CROSS_ATTENTION", "MMFUSED_CHECK")
+SETTINGS = (
+    "TRITON_INTERPRET",
+    "MMFUSED_BACKEND",
+    "MMFUSED_ROUTER",
+    "MMFUSED_CROSS_ATTENTION",
+    "MMFUSED_CHECK",
+)
 ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(ROOT)]))
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENV | env | {"PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        env=ENV | env | {"PYTHONPATH": path},
+    )
 
 
 def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> list[dict]:
     table = tmp_path / "inspect.json"
     words = [word for case in cases for word in ("--case", case)]
-    done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", arch, *words, "--json", str(table), **env)
+    done = run_python(
+        "-W",
+        "ignore",
+        "-m",
+        "mmfused",
+        "inspect",
+        "--arch",
+        arch,
+        *words,
+        "--json",
+        str(table),
+        **env,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return json.loads(table.read_text())
 
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """The oldest supported Triton unpacked beside the installed one; kept in .venv for the next run."""
+    """The oldest supported Triton unpacked beside the installed one; kept in .venv for the next
+    run.
+    """
     import triton
 
     oldest = TRITONS[0]

@@ -1,4 +1,6 @@
-"""Without a GPU, kernels run under Triton's interpreter; memory that mmfused allocates and does not write is NaN."""
+"""Without a GPU, kernels run under Triton's interpreter; memory that mmfused allocates and does not
+write is NaN.
+"""
 
 import functools
 import os
@@ -8,16 +10,21 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; compile tests run in processes of their own
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports triton; compile tests run in processes of their own
+    )
 
-# What torch, and its compiler, note once of torch's functions: the patched ones below would not be found.
+# What torch, and its compiler, note once of torch's functions: the patched ones below would not be
+# found.
 with torch.device("meta"):
     torch.empty(0)
 torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 def _hasten(interpreter):
-    """A third less time: the interpreter does these two things anew in every call of a function, and for every value."""
+    """A third less time: the interpreter does these two things anew in every call of a function,
+    and for every value.
+    """
     patch, done = interpreter._patch_lang, set()
 
     def patch_lang(function):
@@ -35,7 +42,9 @@ def _hasten(interpreter):
 
     def get_np_dtype(dtype):
         scalar = dtype.scalar
-        return find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)  # a pointer has no hash
+        return (
+            find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
+        )  # a pointer has no hash
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
 
@@ -49,7 +58,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def _poisoned(allocate):
     def wrapper(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("mmfused") and tensor.is_floating_point():
+        if (
+            sys._getframe(1).f_globals.get("__name__", "").startswith("mmfused")
+            and tensor.is_floating_point()
+        ):
             tensor.fill_(float("nan"))
         return tensor
 

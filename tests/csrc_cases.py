@@ -1,4 +1,6 @@
-"""Calls of the C++ router for its tests: inputs, what plain PyTorch makes of them, and the kernels run on a CPU (tests/simt)."""
+"""Calls of the C++ router for its tests: inputs, what plain PyTorch makes of them, and the kernels
+run on a CPU (tests/simt).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CASES = {
     "first choice": dict(tokens=45, experts=5, k=1),
     "plain": dict(tokens=70, experts=16, k=2),
     "raw weights": dict(tokens=33, experts=13, k=3, renormalize=False),
-    "raw sigmoid": dict(tokens=33, experts=7, k=3, renormalize=False, sigmoid=True, balance="gshard"),
+    "raw sigmoid": dict(
+        tokens=33, experts=7, k=3, renormalize=False, sigmoid=True, balance="gshard"
+    ),
     "masked": dict(tokens=41, experts=13, k=3, masked=True, balance="mse"),
     "all masked": dict(tokens=9, experts=6, k=2, masked="all"),
     "no tokens": dict(tokens=0, experts=6, k=2, segments=2),
@@ -36,15 +40,32 @@ CASES = {
     "many": dict(tokens=11, experts=200, k=8, biased=True, available=True, segments=2, jitter=0.01),
     "most": dict(tokens=9, experts=512, k=32, sigmoid=True, masked=True, balance="gshard"),
     "wide segments": dict(tokens=40, experts=130, k=3, segments=31, balance="gshard"),
-}  # fmt: skip
+}
 
 
 def make(
-    tokens, experts, k, *, sigmoid=False, renormalize=True, balance="switch", masked=False, segments=1, available=False,
-    biased=False, jitter=0.0, replay=False, dtype=torch.float32, strided=False,
-) -> dict:  # fmt: skip
+    tokens,
+    experts,
+    k,
+    *,
+    sigmoid=False,
+    renormalize=True,
+    balance="switch",
+    masked=False,
+    segments=1,
+    available=False,
+    biased=False,
+    jitter=0.0,
+    replay=False,
+    dtype=torch.float32,
+    strided=False,
+) -> dict:
     """Arguments of the op by name. A masked token holds NaN; one segment of several is empty."""
-    logits = torch.randn(experts, tokens).to(dtype).T if strided else torch.randn(tokens, experts).to(dtype)
+    logits = (
+        torch.randn(experts, tokens).to(dtype).T
+        if strided
+        else torch.randn(tokens, experts).to(dtype)
+    )
     mask = None
     if masked:
         mask = torch.ones(tokens, dtype=torch.bool) if masked == "all" else torch.rand(tokens) < 0.3
@@ -55,14 +76,29 @@ def make(
     segment = torch.randint(0, max(1, segments - 1), (tokens,)) if segments > 1 else None
     indices = None
     if replay:
-        chance = torch.rand(tokens, experts) if usable is None else torch.rand(tokens, experts) * usable[segment]
+        chance = (
+            torch.rand(tokens, experts)
+            if usable is None
+            else torch.rand(tokens, experts) * usable[segment]
+        )
         indices = chance.topk(k).indices
     return dict(
-        source=logits, router_weight=None, router_bias=None, k=k, sigmoid=sigmoid, renormalize=renormalize and (k > 1 or sigmoid),
-        selection_bias=torch.randn(experts) * 0.3 if biased else None, mask=mask, segments=segment, num_segments=segments,
-        available=usable, balance=balance, indices=indices, jitter=jitter,
+        source=logits,
+        router_weight=None,
+        router_bias=None,
+        k=k,
+        sigmoid=sigmoid,
+        renormalize=renormalize and (k > 1 or sigmoid),
+        selection_bias=torch.randn(experts) * 0.3 if biased else None,
+        mask=mask,
+        segments=segment,
+        num_segments=segments,
+        available=usable,
+        balance=balance,
+        indices=indices,
+        jitter=jitter,
         jitter_seed=torch.tensor(0x123456789ABCDEF) if jitter else None,
-    )  # fmt: skip
+    )
 
 
 def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,21 +107,40 @@ def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
-    """What plain PyTorch makes of a case in ``dtype``: every output of the op but its coefficients, and the gradient."""
+    """What plain PyTorch makes of a case in ``dtype``: every output of the op but its coefficients,
+    and the gradient.
+    """
     logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():
         routing = topk_routing_reference(
-            logits, case["k"], score="sigmoid" if case["sigmoid"] else "softmax", renormalize=case["renormalize"],
-            selection_bias=case["selection_bias"], token_padding_mask=case["mask"], segments=case["segments"],
-            num_segments=case["num_segments"], available=case["available"], balance=case["balance"], indices=case["indices"],
-            jitter=case["jitter"], jitter_seed=case["jitter_seed"],
-        )  # fmt: skip
+            logits,
+            case["k"],
+            score="sigmoid" if case["sigmoid"] else "softmax",
+            renormalize=case["renormalize"],
+            selection_bias=case["selection_bias"],
+            token_padding_mask=case["mask"],
+            segments=case["segments"],
+            num_segments=case["num_segments"],
+            available=case["available"],
+            balance=case["balance"],
+            indices=case["indices"],
+            jitter=case["jitter"],
+            jitter_seed=case["jitter_seed"],
+        )
         losses = torch.stack([routing.balance_loss, routing.z_loss, routing.entropy])
-        out = {name: getattr(routing, name).detach() for name in ("indices", "weights", "counts", "order", "position", "offsets")}
-        out |= {"losses": losses.detach(), "tiles": tiles_of(routing.offsets, case["source"].shape[1], routing.order.numel())}
+        out = {
+            name: getattr(routing, name).detach()
+            for name in ("indices", "weights", "counts", "order", "position", "offsets")
+        }
+        out |= {
+            "losses": losses.detach(),
+            "tiles": tiles_of(routing.offsets, case["source"].shape[1], routing.order.numel()),
+        }
         if gradients is not None:
             d_weights, *d_losses = (g.to(dtype) for g in gradients)
-            ((routing.weights * d_weights).sum() + (losses * torch.stack(d_losses)).sum()).backward()
+            (
+                (routing.weights * d_weights).sum() + (losses * torch.stack(d_losses)).sum()
+            ).backward()
             out["d_logits"] = logits.grad
     return out
 
@@ -97,7 +152,7 @@ def tiles_of(offsets: Tensor, experts: int, rows: int) -> Tensor:
     return torch.tensor(tiles + [(-1, 0)] * (rows // 16 + experts - len(tiles)), dtype=torch.int32)
 
 
-# ---- the kernels on a CPU -------------------------------------------------------------------------------------------------------
+# ---- the kernels on a CPU ------------------------------------------------------------------------
 
 
 def cuda_headers() -> Path | None:
@@ -113,39 +168,80 @@ def why_no_simt() -> str | None:
 
 
 class Simt:
-    """The kernels of csrc/topk_routing.cu, thread by thread on the CPU; calls look like those of the ops."""
+    """The kernels of csrc/topk_routing.cu, thread by thread on the CPU; calls look like those of
+    the ops.
+    """
 
     def __init__(self, folder: Path):
         library = folder / "topk_routing.so"
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-idirafter", str(cuda_headers())]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-idirafter",
+            str(cuda_headers()),
+        ]
         subprocess.run([*command, str(SIMT / "topk_routing.cpp"), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))
 
-    def _run(self, name: str, case: dict, logits: Tensor, tensors: list[Tensor | None], blocks: int) -> None:
+    def _run(
+        self, name: str, case: dict, logits: Tensor, tensors: list[Tensor | None], blocks: int
+    ) -> None:
         tokens, experts = logits.shape
-        shared = [logits, case["mask"], case["segments"], case["available"], case["jitter_seed"], *tensors]
+        shared = [
+            logits,
+            case["mask"],
+            case["segments"],
+            case["available"],
+            case["jitter_seed"],
+            *tensors,
+        ]
         at = (ctypes.c_void_p * len(shared))(*(None if x is None else x.data_ptr() for x in shared))
         numbers = [
-            DTYPES.index(logits.dtype), *logits.stride(), tokens, experts, case["k"], case["num_segments"], case["sigmoid"],
-            case["renormalize"], BALANCES.index(case["balance"]), blocks,
-        ]  # fmt: skip
-        status = getattr(self.library, name)(at, (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_float(case["jitter"]))
+            DTYPES.index(logits.dtype),
+            *logits.stride(),
+            tokens,
+            experts,
+            case["k"],
+            case["num_segments"],
+            case["sigmoid"],
+            case["renormalize"],
+            BALANCES.index(case["balance"]),
+            blocks,
+        ]
+        status = getattr(self.library, name)(
+            at, (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_float(case["jitter"])
+        )
         assert status == 0, f"{name} returned {status}"
 
     def forward(self, case: dict, *, blocks: int = 512) -> dict[str, Tensor]:
         tokens, experts = case["source"].shape
         rows, cells = tokens * case["k"], case["num_segments"] * experts
         shapes = dict(
-            indices=((tokens, case["k"]), torch.int64), weights=((tokens, case["k"]), torch.float32),
-            counts=((case["num_segments"], experts), torch.int64), losses=((3,), torch.float32), order=((rows,), torch.int32),
-            position=((rows,), torch.int32), offsets=((experts + 1,), torch.int32), tiles=((rows // 16 + experts, 2), torch.int32),
+            indices=((tokens, case["k"]), torch.int64),
+            weights=((tokens, case["k"]), torch.float32),
+            counts=((case["num_segments"], experts), torch.int64),
+            losses=((3,), torch.float32),
+            order=((rows,), torch.int32),
+            position=((rows,), torch.int32),
+            offsets=((experts + 1,), torch.int32),
+            tiles=((rows // 16 + experts, 2), torch.int32),
             coefficients=((cells + 1,), torch.float32),
-        )  # fmt: skip
+        )
         out = {
             name: torch.full(shape, float("nan") if dtype.is_floating_point else -7, dtype=dtype)
             for name, (shape, dtype) in shapes.items()
         }
-        self._run("simt_forward", case, case["source"], [case["selection_bias"], case["indices"], *out.values()], blocks)
+        self._run(
+            "simt_forward",
+            case,
+            case["source"],
+            [case["selection_bias"], case["indices"], *out.values()],
+            blocks,
+        )
         if case["indices"] is not None:
             out["indices"] = case["indices"]
         return out

@@ -12,9 +12,19 @@ INFINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 class Draw:
-    """Random choices, all of one seed. ``fixed`` decides some by name; with ``full`` every optional argument is given."""
+    """Random choices, all of one seed. ``fixed`` decides some by name; with ``full`` every optional
+    argument is given.
+    """
 
-    def __init__(self, seed: object, dtype=torch.float32, *, full=False, fixed: dict | None = None, layouts=False):
+    def __init__(
+        self,
+        seed: object,
+        dtype=torch.float32,
+        *,
+        full=False,
+        fixed: dict | None = None,
+        layouts=False,
+    ):
         self.random = random.Random(str(seed))
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(60))
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
@@ -36,13 +46,19 @@ class Draw:
 
     def weight(self, *shape: int, std=1.0) -> Tensor:
         """A parameter: in the dtype of the activations, or a master copy in float32."""
-        return self.normal(*shape, std=std, dtype=self.random.choice((self.dtype, self.dtype, self.wide)))
+        return self.normal(
+            *shape, std=std, dtype=self.random.choice((self.dtype, self.dtype, self.wide))
+        )
 
     def uniform(self, *shape: int, dtype=None) -> Tensor:
-        return self.place(torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype))
+        return self.place(
+            torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+        )
 
     def integers(self, low: int, high: int, *shape: int, dtype=torch.int64) -> Tensor:
-        return self.place(torch.randint(low, max(high, low + 1), shape, generator=self.generator, dtype=dtype))
+        return self.place(
+            torch.randint(low, max(high, low + 1), shape, generator=self.generator, dtype=dtype)
+        )
 
     def flags(self, chance: float, *shape: int) -> Tensor:
         return self.place(torch.rand(shape, generator=self.generator) < chance)
@@ -61,4 +77,6 @@ class Draw:
     def poison(self, x: Tensor, where: Tensor) -> None:
         """NaN or infinity in rows of x that nobody reads; not where rows share their memory."""
         if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
-            x.masked_fill_(where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE))
+            x.masked_fill_(
+                where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE)
+            )

@@ -1,4 +1,6 @@
-"""FLUID's equations, literally, in float64: loops over samples, heads, tokens and experts, parameters by name."""
+"""FLUID's equations, literally, in float64: loops over samples, heads, tokens and experts,
+parameters by name.
+"""
 
 import math
 
@@ -26,16 +28,24 @@ def softmax(x):
 
 
 def attention(p, name, q, x, heads):
-    """Multi-head attention of one sample's queries q (L, D) over its tokens x (N, D); nothing to attend to gives 0."""
+    """Multi-head attention of one sample's queries q (L, D) over its tokens x (N, D); nothing to
+    attend to gives 0.
+    """
     if len(x) == 0:
         return torch.zeros_like(q)
-    query, key, value = linear(p, name + ".q_proj", q), linear(p, name + ".k_proj", x), linear(p, name + ".v_proj", x)
+    query, key, value = (
+        linear(p, name + ".q_proj", q),
+        linear(p, name + ".k_proj", x),
+        linear(p, name + ".v_proj", x),
+    )
     size, rows = q.shape[1] // heads, []
     for i in range(len(q)):
         row = []
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
-            weights = softmax(torch.stack([query[i, part] @ k[part] / math.sqrt(size) for k in key]))
+            weights = softmax(
+                torch.stack([query[i, part] @ k[part] / math.sqrt(size) for k in key])
+            )
             row.append(sum(w * v[part] for w, v in zip(weights, value, strict=True)))
         rows.append(torch.cat(row))
     return linear(p, name + ".out_proj", torch.stack(rows))
@@ -76,7 +86,9 @@ def token_gate(p, image, text, c):
 def router(p, x, c):
     if c.router == "linear":
         return linear(p, "moe.router", x)
-    return linear(p, "moe.router.4", norm(p, "moe.router.1", linear(p, "moe.router.0", x)).clamp(min=0))
+    return linear(
+        p, "moe.router.4", norm(p, "moe.router.1", linear(p, "moe.router.0", x)).clamp(min=0)
+    )
 
 
 def expert(p, e, x, c):
@@ -97,11 +109,17 @@ def moe(p, samples, c):
             score = router(p, token, c)
             probability = softmax(score)
             chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
-            total = sum(probability[e] for e in chosen) if c.top_k > 1 else 1  # renormalised to 1, one weight would teach nothing
+            total = (
+                sum(probability[e] for e in chosen) if c.top_k > 1 else 1
+            )  # renormalised to 1, one weight would teach nothing
             weight = {e: probability[e] / total for e in chosen}
             outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
             scores.append(score)
-            weights.append(torch.stack([weight.get(e, torch.zeros((), dtype=x64)) for e in range(c.num_experts)]))
+            weights.append(
+                torch.stack(
+                    [weight.get(e, torch.zeros((), dtype=x64)) for e in range(c.num_experts)]
+                )
+            )
         logits.append(sum(outputs) / len(outputs))
     return torch.stack(logits), torch.stack(scores), torch.stack(weights)
 
@@ -113,7 +131,9 @@ def dense(p, samples, c):
         outputs = []
         for token in tokens:
             for layer in range(0, 4 * len(c.expert_hidden), 4):
-                token = norm(p, f"classifier.{layer + 1}", linear(p, f"classifier.{layer}", token)).clamp(min=0)
+                token = norm(
+                    p, f"classifier.{layer + 1}", linear(p, f"classifier.{layer}", token)
+                ).clamp(min=0)
             outputs.append(linear(p, f"classifier.{4 * len(c.expert_hidden)}", token))
         logits.append(sum(outputs) / len(outputs))
     return torch.stack(logits)
@@ -153,14 +173,22 @@ def transcription(p, batch, c) -> dict:
     image = text = gates = None
     size = len(batch["labels"])
     if c.modalities != "text":
-        x = [x if there else x[:0] for x, there in zip(batch["image_tokens"], batch["image_present"], strict=True)]
+        x = [
+            x if there else x[:0]
+            for x, there in zip(batch["image_tokens"], batch["image_present"], strict=True)
+        ]
         image = [pooled(p, "image_transform", linear(p, "image_map", tokens), c) for tokens in x]
     if c.modalities != "image":
         real = ~batch["text_padding_mask"]
-        text = [pooled(p, "text_transform", x[r], c) for x, r in zip(batch["text_tokens"], real, strict=True)]
+        text = [
+            pooled(p, "text_transform", x[r], c)
+            for x, r in zip(batch["text_tokens"], real, strict=True)
+        ]
     contrastive = torch.zeros((), dtype=x64)
     if c.modalities == "both":
-        fused, gates = zip(*(token_gate(p, i, t, c) for i, t in zip(image, text, strict=True)), strict=True)
+        fused, gates = zip(
+            *(token_gate(p, i, t, c) for i, t in zip(image, text, strict=True)), strict=True
+        )
         if "contrastive" not in c.without:
             contrastive = contrastive_loss(image, text, batch["image_present"] & real.any(1), c)
     else:
@@ -172,7 +200,15 @@ def transcription(p, batch, c) -> dict:
     else:
         logits, scores, weights = moe(p, fused, c)
         moe_term = moe_loss(scores, weights, c)
-    ce = sum(-torch.log(softmax(row)[label]) for row, label in zip(logits, batch["labels"], strict=True)) / size
+    ce = (
+        sum(
+            -torch.log(softmax(row)[label])
+            for row, label in zip(logits, batch["labels"], strict=True)
+        )
+        / size
+    )
     out = {"logits": logits, "ce": ce, "contrastive": contrastive, "moe": moe_term}
-    out["loss"] = sum(w * out[name] for w, name in zip(c.loss_weights, ("ce", "contrastive", "moe"), strict=True))
+    out["loss"] = sum(
+        w * out[name] for w, name in zip(c.loss_weights, ("ce", "contrastive", "moe"), strict=True)
+    )
     return out if gates is None or "gate" in c.without else {**out, "gate": torch.stack(gates)}

@@ -1,7 +1,8 @@
-"""Inputs of every public function: random shapes and options, or all tensor arguments that may be given together.
+"""Inputs of every public function: random shapes and options, or all tensor arguments that may be
+given together.
 
-MAKERS: name of the function -> a maker of its arguments. VARIANTS: the choices that between them give every tensor argument.
-"""
+MAKERS: name of the function -> a maker of its arguments. VARIANTS: the choices that between them
+give every tensor argument."""
 
 from __future__ import annotations
 
@@ -16,12 +17,16 @@ import mmfused
 from mmfused import CrossAttentionWeights
 
 
-def _padding(draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True) -> tuple[dict, Tensor]:
+def _padding(
+    draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True
+) -> tuple[dict, Tensor]:
     """Mask or lengths (and who is present), and which tokens these leave out."""
     kind, given = draw.pick(f"{prefix}padding", "none", "mask", "lengths"), {}
     ignore = torch.zeros(batch, tokens, dtype=torch.bool)
     if kind == "mask":
-        mask = given[f"{prefix}key_padding_mask"] = draw.flags(draw.pick("", 0.3, 0.9, 1.0), batch, tokens)
+        mask = given[f"{prefix}key_padding_mask"] = draw.flags(
+            draw.pick("", 0.3, 0.9, 1.0), batch, tokens
+        )
         ignore = mask.clone()
     if kind == "lengths":
         dtype = draw.pick("", torch.int64, torch.int32)
@@ -33,15 +38,23 @@ def _padding(draw: Draw, prefix: str, batch: int, tokens: int, present: bool = T
 
 
 def query_pooling(draw: Draw) -> dict:
-    batch, tokens = draw.pick("batch", 0, 1, 2, 3, 5), draw.pick("tokens", 0, 1, 2, 5, 16, 17, 33, 64, 65)
-    dim, rows = draw.pick("dim", 1, 2, 5, 8, 16, 17, 32, 33, 65), draw.pick("queries", 0, 1, 2, 3, 5, 9, 17)
+    batch, tokens = (
+        draw.pick("batch", 0, 1, 2, 3, 5),
+        draw.pick("tokens", 0, 1, 2, 5, 16, 17, 33, 64, 65),
+    )
+    dim, rows = (
+        draw.pick("dim", 1, 2, 5, 8, 16, 17, 32, 33, 65),
+        draw.pick("queries", 0, 1, 2, 3, 5, 9, 17),
+    )
     heads = draw.pick("heads", 1, 1, 2, 3)
     k_dim, v_dim = heads * draw.pick("k_dim", 1, 3, 8, 16), heads * draw.pick("v_dim", 1, 3, 8, 16)
     norm = draw.given("norm") and (dim != 2 or draw.fixed.get("norm_of_two", True))
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if norm else 0
     inputs = dict(
         x=draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1]),
-        queries=draw.normal(*((batch,) if draw.pick("per_sample", True, False) else ()), rows, k_dim),
+        queries=draw.normal(
+            *((batch,) if draw.pick("per_sample", True, False) else ()), rows, k_dim
+        ),
         w_k=draw.weight(k_dim, dim, std=dim**-0.5),
         w_v=draw.weight(v_dim, dim, std=dim**-0.5),
         num_heads=heads,
@@ -101,7 +114,9 @@ def _attention_weights(draw: Draw, dim: int, read: int, options: dict) -> CrossA
         rows = dim if options["gate"] == "channel" else 1
         weights["w_g"] = draw.weight(rows, 2 * dim + bool(options["indicator"]), std=dim**-0.5)
         biases["b_g"] = rows
-    return CrossAttentionWeights(**weights, **{name: draw.weight(n) for name, n in biases.items() if draw.given(name, 0.7)})
+    return CrossAttentionWeights(
+        **weights, **{name: draw.weight(n) for name, n in biases.items() if draw.given(name, 0.7)}
+    )
 
 
 def _norm(draw: Draw, dim: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +130,10 @@ def _unread(absent_reads: bool, ignore: Tensor, present: Tensor | None) -> Tenso
 def gated_cross_attention(draw: Draw) -> dict:
     options, dim, batch = _attention(draw)
     read = draw.pick("context_dim", 1, 5, 16, 33, dim)
-    tokens, keys = draw.pick("tokens", 0, 1, 2, 5, 17, 33, 65), draw.pick("keys", 0, 1, 2, 5, 17, 33, 65)
+    tokens, keys = (
+        draw.pick("tokens", 0, 1, 2, 5, 17, 33, 65),
+        draw.pick("keys", 0, 1, 2, 5, 17, 33, 65),
+    )
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if options["pre_norm"] else 0
     inputs = dict(
         x=draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1]),
@@ -158,12 +176,22 @@ def masked_info_nce(draw: Draw) -> dict:
     rows, dim = draw.pick("batch", 1, 2, 3, 5, 16, 17, 33, 40), draw.pick("dim", 1, 2, 8, 17, 33)
     symmetric = draw.pick("symmetric", False, False, True)
     with_target = not symmetric and draw.given("target", 0.4)
-    columns = draw.pick("candidates", 1, 5, 37, 70) if with_target else rows + draw.pick("more", 0, 0, 1, 13, 32)
-    # None expanded, nor all of length 1 in one dimension: among equal candidates gradients are rounding errors alone.
-    query, candidate = (torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns))
+    columns = (
+        draw.pick("candidates", 1, 5, 37, 70)
+        if with_target
+        else rows + draw.pick("more", 0, 0, 1, 13, 32)
+    )
+    # None expanded, nor all of length 1 in one dimension: among equal candidates gradients are
+    # rounding errors alone.
+    query, candidate = (
+        torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns)
+    )
     if dim > 1:
         query, candidate = normalize(query, dim=-1), normalize(candidate, dim=-1)
-    query, candidate = draw.place(query.to(draw.dtype), expand=()), draw.place(candidate.to(draw.dtype), expand=())
+    query, candidate = (
+        draw.place(query.to(draw.dtype), expand=()),
+        draw.place(candidate.to(draw.dtype), expand=()),
+    )
     inputs = dict(
         query=query,
         candidate=candidate,
@@ -177,7 +205,9 @@ def masked_info_nce(draw: Draw) -> dict:
     inputs["temperature"] = temperature
     if draw.given("temperature tensor"):
         dtype = draw.pick("", draw.dtype, draw.wide)
-        inputs["temperature"] = draw.place(torch.full(draw.pick("", (), (1,)), temperature, dtype=dtype))
+        inputs["temperature"] = draw.place(
+            torch.full(draw.pick("", (), (1,)), temperature, dtype=dtype)
+        )
     if with_target:
         inputs["target"] = draw.integers(0, columns, rows)
     keys = draw.pick("keys", "none", "none", "both", "candidates")
@@ -195,7 +225,9 @@ def masked_info_nce(draw: Draw) -> dict:
     if draw.given("row_weight", 0.3):
         weight = draw.uniform(rows, dtype=draw.pick("", draw.dtype, draw.wide))
         inputs["row_weight"] = draw.place(weight * draw.flags(draw.pick("", 0.0, 0.7, 1.0), rows))
-    seen = _seen(**{name: inputs.get(name) for name in ("query", "candidate", "target", "same_id", *KEYS)})
+    seen = _seen(
+        **{name: inputs.get(name) for name in ("query", "candidate", "target", "same_id", *KEYS)}
+    )
     draw.poison(candidate, ~seen.any(0))
     if draw.rarely("margin", 0.15):
         inputs["false_negative_margin"] = draw.pick("", -0.2, 0.0, 0.1, 0.5)
@@ -205,7 +237,9 @@ def masked_info_nce(draw: Draw) -> dict:
 KEYS = ("query_key", "candidate_key", "query_id", "candidate_id")
 
 
-def _seen(query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id) -> Tensor:
+def _seen(
+    query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id
+) -> Tensor:
     """(B, C): the pairs that the documentation allows."""
     target = torch.arange(len(query)) if target is None else target
     own = target[:, None] == torch.arange(len(candidate))
@@ -233,10 +267,18 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
         available = torch.rand(number, experts, generator=draw.generator) < 0.6
         available[:, -k:] = True
         available = options["available"] = draw.place(available)
-        usable = available[options["segments"]] if "segments" in options else available[:1].expand(tokens, experts)
-        usable = available.all(0).expand(tokens, experts) if draw.full else usable  # whatever the segments become
+        usable = (
+            available[options["segments"]]
+            if "segments" in options
+            else available[:1].expand(tokens, experts)
+        )
+        usable = (
+            available.all(0).expand(tokens, experts) if draw.full else usable
+        )  # whatever the segments become
     if draw.given("selection_bias", 0.3):
-        options["selection_bias"] = draw.normal(experts, std=draw.pick("", 0.01, 1.0), dtype=draw.wide)
+        options["selection_bias"] = draw.normal(
+            experts, std=draw.pick("", 0.01, 1.0), dtype=draw.wide
+        )
     if draw.given("mask", 0.4):
         options["token_padding_mask"] = draw.flags(draw.pick("", 0.3, 1.0), tokens)
     if draw.given("indices", 0.2):  # of experts that may be used
@@ -252,7 +294,10 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
 
 
 def _tokens_and_experts(draw: Draw) -> tuple[int, int, int]:
-    tokens, experts = draw.pick("tokens", 0, 1, 2, 5, 17, 33, 65), draw.pick("experts", 1, 2, 3, 8, 13, 16, 17, 33)
+    tokens, experts = (
+        draw.pick("tokens", 0, 1, 2, 5, 17, 33, 65),
+        draw.pick("experts", 1, 2, 3, 8, 13, 16, 17, 33),
+    )
     return tokens, experts, min(experts, draw.pick("k", 1, 2, 3, 5))
 
 
@@ -283,7 +328,9 @@ def topk_routing_from_input(draw: Draw) -> dict:
 def routing_from_indices(draw: Draw) -> dict:
     tokens, experts, k = _tokens_and_experts(draw)
     weights = draw.uniform(tokens, k, dtype=draw.pick("", draw.dtype, draw.wide))
-    inputs = dict(indices=draw.integers(0, experts, tokens, k), weights=weights, num_experts=experts)
+    inputs = dict(
+        indices=draw.integers(0, experts, tokens, k), weights=weights, num_experts=experts
+    )
     if draw.given("mask"):
         mask = inputs["token_padding_mask"] = draw.flags(draw.pick("", 0.3, 1.0), tokens)
         draw.poison(weights, mask)
@@ -293,12 +340,21 @@ def routing_from_indices(draw: Draw) -> dict:
 def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
-    bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())  # written in place
-    return dict(bias=bias, counts=draw.integers(0, 9, *shape, experts), rate=draw.pick("rate", 1e-3, 0.5), group=None)
+    bias = draw.place(
+        torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=()
+    )  # written in place
+    return dict(
+        bias=bias,
+        counts=draw.integers(0, 9, *shape, experts),
+        rate=draw.pick("rate", 1e-3, 0.5),
+        group=None,
+    )
 
 
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
-    """A routing of T tokens, sorted by a kernel or without one, each of its tensors in a layout of its own; and its mask."""
+    """A routing of T tokens, sorted by a kernel or without one, each of its tensors in a layout of
+    its own; and its mask.
+    """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)
     if draw.rarely("one expert", 0.3):
@@ -309,14 +365,20 @@ def _routing(draw: Draw) -> tuple[dict, Tensor]:
     fused = draw.wide == torch.float32 and draw.pick("sorted by a kernel", True, False)
     with mmfused.backend("fused" if fused else "composed"):
         given = (x.to(DEVICE) for x in (indices, weights, mask))
-        routing = mmfused.routing_from_indices(next(given), next(given), experts, token_padding_mask=next(given))
+        routing = mmfused.routing_from_indices(
+            next(given), next(given), experts, token_padding_mask=next(given)
+        )
     return type(routing)(*(draw.place(part.cpu(), expand=()) for part in routing)), mask
 
 
 def grouped_linear(draw: Draw) -> dict:
     routing, mask = _routing(draw)
     (tokens, k), experts = routing.indices.shape, len(routing.offsets) - 1
-    gather, out, width = draw.pick("gather", True, False), draw.pick("out", 1, 7, 16, 33), draw.pick("dim", 1, 8, 17, 33, 64)
+    gather, out, width = (
+        draw.pick("gather", True, False),
+        draw.pick("out", 1, 7, 16, 33),
+        draw.pick("dim", 1, 8, 17, 33, 64),
+    )
     x = draw.normal(tokens if gather else tokens * k, width)
     draw.poison(x, mask if gather else torch.arange(tokens * k) >= routing.offsets[-1])
     inputs = dict(x=x, routing=routing, weight=draw.weight(experts, out, width, std=width**-0.5))
@@ -328,7 +390,11 @@ def grouped_linear(draw: Draw) -> dict:
 def grouped_mlp(draw: Draw) -> dict:
     routing, mask = _routing(draw)
     tokens, experts = len(routing.indices), len(routing.offsets) - 1
-    dim, hidden, out = draw.pick("dim", 1, 8, 17, 33), draw.pick("hidden", 1, 7, 16, 33), draw.pick("out", 1, 7, 16, 33)
+    dim, hidden, out = (
+        draw.pick("dim", 1, 8, 17, 33),
+        draw.pick("hidden", 1, 7, 16, 33),
+        draw.pick("out", 1, 7, 16, 33),
+    )
     activation = draw.pick("activation", "gelu", "relu", "swiglu")
     packed = activation == "swiglu" and draw.pick("packed", True, False)
     x = draw.normal(tokens, dim)
@@ -355,12 +421,28 @@ def expert_shares(draw: Draw) -> dict:
     return dict(routing=routing, samples=draw.pick("samples", *divisors))
 
 
-LOSSES = ("positive_similarity", "hard_negative_margin", "product_hinge", "product_consistency", "sigmoid_contrastive")
+LOSSES = (
+    "positive_similarity",
+    "hard_negative_margin",
+    "product_hinge",
+    "product_consistency",
+    "sigmoid_contrastive",
+)
 MAKERS = {
     maker.__name__: maker
     for maker in (
-        query_pooling, gated_cross_attention, bidirectional_gated_cross_attention, pack_passes, masked_info_nce, topk_routing,
-        topk_routing_from_input, routing_from_indices, update_selection_bias, grouped_linear, grouped_mlp, expert_shares,
+        query_pooling,
+        gated_cross_attention,
+        bidirectional_gated_cross_attention,
+        pack_passes,
+        masked_info_nce,
+        topk_routing,
+        topk_routing_from_input,
+        routing_from_indices,
+        update_selection_bias,
+        grouped_linear,
+        grouped_mlp,
+        expert_shares,
     )
-}  # fmt: skip
+}
 MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}

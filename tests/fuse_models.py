@@ -1,4 +1,6 @@
-"""Models for tests/test_fuse.py: real classes of torch, timm, open_clip and transformers, small, with their inputs."""
+"""Models for tests/test_fuse.py: real classes of torch, timm, open_clip and transformers, small,
+with their inputs.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def latent(**options):
 
 
 def timm_vit():
-    options = dict(num_classes=5, embed_dim=D, depth=1, num_heads=H, global_pool="map", class_token=False)
+    options = dict(
+        num_classes=5, embed_dim=D, depth=1, num_heads=H, global_pool="map", class_token=False
+    )
     return library("timm.models.vision_transformer.VisionTransformer", 16, 4, **options)
 
 
@@ -49,18 +53,31 @@ def clip(**options):
 
 def clip_tower():
     pool = dict(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=H, output_dim=K + 1)
-    return library("open_clip.transformer.VisionTransformer", 16, 4, width=D, layers=1, heads=H, mlp_ratio=2.0, **pool)
+    return library(
+        "open_clip.transformer.VisionTransformer",
+        16,
+        4,
+        width=D,
+        layers=1,
+        heads=H,
+        mlp_ratio=2.0,
+        **pool,
+    )
 
 
 def hugging_face(model, name, config, *args, implementation="sdpa", **options):
     sizes = dict(hidden_size=D, intermediate_size=24, num_attention_heads=H)
-    config = library(f"transformers.models.{model}.configuration_{model}.{config}", **sizes, **options)
+    config = library(
+        f"transformers.models.{model}.configuration_{model}.{config}", **sizes, **options
+    )
     config._attn_implementation = implementation
     return library(f"transformers.models.{model}.modeling_{model}.{name}", config, *args)
 
 
 def head(model, prefix, **options):
-    return hugging_face(model, f"{prefix}MultiheadAttentionPoolingHead", f"{prefix}VisionConfig", **options)
+    return hugging_face(
+        model, f"{prefix}MultiheadAttentionPoolingHead", f"{prefix}VisionConfig", **options
+    )
 
 
 def siglip2(**options):
@@ -68,7 +85,14 @@ def siglip2(**options):
 
 
 def siglip():
-    return hugging_face("siglip", "SiglipVisionModel", "SiglipVisionConfig", num_hidden_layers=1, image_size=16, patch_size=4)
+    return hugging_face(
+        "siglip",
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        num_hidden_layers=1,
+        image_size=16,
+        patch_size=4,
+    )
 
 
 def q_former(name="Model", *args, model="blip_2", prefix="Blip2", dropout=0.0, **options):
@@ -90,11 +114,21 @@ def setting(name, value):
     return lambda model: setattr(model, name, value)
 
 
-SIZES = {"x": (B, N, D), "k": (B, N, K), "q": (B, 5, D), "one q": (1, 5, D), "image": (2, 3, 16, 16)}
+SIZES = {
+    "x": (B, N, D),
+    "k": (B, N, K),
+    "q": (B, 5, D),
+    "one q": (1, 5, D),
+    "image": (2, 3, 16, 16),
+}
 
 
 def data(names):
-    inputs = {n: torch.randn(SIZES[n], dtype=torch.float64, device=DEVICE) for n in names.split(", ") if n != "mask"}
+    inputs = {
+        n: torch.randn(SIZES[n], dtype=torch.float64, device=DEVICE)
+        for n in names.split(", ")
+        if n != "mask"
+    }
     if "mask" in names:
         inputs["mask"] = (torch.arange(N) >= torch.tensor([N, 4, 7])[:, None]).to(DEVICE)
         inputs["mask"][1, 0] = True  # padded on the left too
@@ -109,7 +143,10 @@ def plain_call(model, *inputs):
     return model(*inputs)
 
 
-CROSS, SELF = {"encoder.layer.0.crossattention.attention"}, {f"encoder.layer.{i}.attention.attention" for i in (0, 1)}
+CROSS, SELF = (
+    {"encoder.layer.0.crossattention.attention"},
+    {f"encoder.layer.{i}.attention.attention" for i in (0, 1)},
+)
 
 # name -> (make a model, its inputs, call it, names swapped, names left)
 # fmt: off

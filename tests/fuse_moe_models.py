@@ -8,11 +8,23 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, N, D, E, V = 3, 11, 32, 5, 40  # samples, tokens, width, experts, vocabulary
 SIZES = dict(
-    vocab_size=V, hidden_size=D, intermediate_size=24, moe_intermediate_size=24, shared_expert_intermediate_size=16,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=E, num_local_experts=E,
-    num_experts_per_tok=2, router_aux_loss_coef=0.5, max_position_embeddings=64, pad_token_id=0,
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=24,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_experts=E,
+    num_local_experts=E,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.5,
+    max_position_embeddings=64,
+    pad_token_id=0,
     experts_implementation="eager",  # grouped_mm, transformers' own choice, takes no float64
-)  # fmt: skip
+)
 
 
 def made(model, prefix, name, config="Config", **options):
@@ -27,7 +39,11 @@ def causal(model, prefix, **options):
     return lambda **more: made(model, prefix, "ForCausalLM", **options, **more)
 
 
-mixtral, qwen2, qwen3 = causal("mixtral", "Mixtral"), causal("qwen2_moe", "Qwen2Moe"), causal("qwen3_moe", "Qwen3Moe")
+mixtral, qwen2, qwen3 = (
+    causal("mixtral", "Mixtral"),
+    causal("qwen2_moe", "Qwen2Moe"),
+    causal("qwen3_moe", "Qwen3Moe"),
+)
 
 # name -> a causal language model
 CASES = {
@@ -35,8 +51,12 @@ CASES = {
     "mixtral, all experts": causal("mixtral", "Mixtral", num_experts_per_tok=E),
     "mixtral, jitter": causal("mixtral", "Mixtral", router_jitter_noise=0.1),
     "qwen2": qwen2,
-    "qwen2, one expert": causal("qwen2_moe", "Qwen2Moe", num_experts_per_tok=1, norm_topk_prob=False),
-    "qwen2, one dense layer": causal("qwen2_moe", "Qwen2Moe", norm_topk_prob=True, mlp_only_layers=[0]),
+    "qwen2, one expert": causal(
+        "qwen2_moe", "Qwen2Moe", num_experts_per_tok=1, norm_topk_prob=False
+    ),
+    "qwen2, one dense layer": causal(
+        "qwen2_moe", "Qwen2Moe", norm_topk_prob=True, mlp_only_layers=[0]
+    ),
     "qwen3": causal("qwen3_moe", "Qwen3Moe", norm_topk_prob=True, num_experts_per_tok=3),
 }
 
@@ -53,7 +73,11 @@ def filled(model, dtype=torch.float64):
     """Parameters of a size that lets every one of them be seen in the results."""
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape) * p.shape[-1] ** -0.5 if p.dim() > 1 else 1 + 0.3 * torch.randn(p.shape))
+            p.copy_(
+                torch.randn(p.shape) * p.shape[-1] ** -0.5
+                if p.dim() > 1
+                else 1 + 0.3 * torch.randn(p.shape)
+            )
     return model.to(DEVICE, dtype)
 
 
@@ -64,17 +88,29 @@ def block(model, dtype=torch.float64):
 
 def experts(path, dtype=torch.float64, **options):
     """An experts class that no swap knows, from just what it reads of its config."""
-    sizes = dict(hidden_size=D, intermediate_size=24, moe_intermediate_size=24, n_routed_experts=E, num_local_experts=E)
+    sizes = dict(
+        hidden_size=D,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        n_routed_experts=E,
+        num_local_experts=E,
+    )
     config = SimpleNamespace(**sizes, _experts_implementation="eager", **options)
     module, _, name = path.rpartition(".")
-    return filled(getattr(pytest.importorskip(f"transformers.models.{module}"), name)(config), dtype)
+    return filled(
+        getattr(pytest.importorskip(f"transformers.models.{module}"), name)(config), dtype
+    )
 
 
 def batch():
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, V, (B, N), generator=generator)
     mask = (torch.arange(N) < torch.tensor([N, 4, 7])[:, None]).long()
-    return dict(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=ids.masked_fill(mask == 0, -100).to(DEVICE))
+    return dict(
+        input_ids=ids.to(DEVICE),
+        attention_mask=mask.to(DEVICE),
+        labels=ids.masked_fill(mask == 0, -100).to(DEVICE),
+    )
 
 
 def run(model, seed=3, **more):
@@ -85,17 +121,27 @@ def run(model, seed=3, **more):
     results |= {f"router {i}": logits for i, logits in enumerate(out.router_logits)}
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(out.loss, list(parameters.values()))
-    return {k: v.detach() for k, v in results.items()} | dict(zip(parameters, gradients, strict=True))
+    return {k: v.detach() for k, v in results.items()} | dict(
+        zip(parameters, gradients, strict=True)
+    )
 
 
 def run_block(module, dtype=torch.float64):
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(B, N, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+    x = (
+        torch.randn(B, N, D, generator=generator, dtype=torch.float64)
+        .to(DEVICE, dtype)
+        .requires_grad_()
+    )
     upstream = torch.randn(B, N, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     out = module(x)
     parameters = dict(module.named_parameters())
     return {"out": out.detach()} | dict(
-        zip(["x", *parameters], torch.autograd.grad(out, [x, *parameters.values()], upstream), strict=True)
+        zip(
+            ["x", *parameters],
+            torch.autograd.grad(out, [x, *parameters.values()], upstream),
+            strict=True,
+        )
     )
 
 
@@ -112,6 +158,8 @@ def run_experts(module, x, index, weights):
     x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
     out = module(x, index, weights)
     parameters = dict(module.named_parameters())
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out)
     gradients = torch.autograd.grad(out, [x, weights, *parameters.values()], upstream)
     return {"out": out.detach()} | dict(zip(["x", "weights", *parameters], gradients, strict=True))

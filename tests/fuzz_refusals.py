@@ -1,4 +1,6 @@
-"""What every public function must refuse: one argument of a good call is broken, and the error must name it."""
+"""What every public function must refuse: one argument of a good call is broken, and the error must
+name it.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,27 @@ BAD_OPTIONS = {
     "normalise": (0, -1.0),
     "temperature": (0.0, -1.0),
 }
-ANYTHING_GOES = ("scale", "norm_eps", "pre_norm", "symmetric", "renormalize", "gather", "combine", "rate", "num_experts", "margin")
+ANYTHING_GOES = (
+    "scale",
+    "norm_eps",
+    "pre_norm",
+    "symmetric",
+    "renormalize",
+    "gather",
+    "combine",
+    "rate",
+    "num_experts",
+    "margin",
+)
 ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing", "group")
 # Integers that are out of range somewhere, so that a CPU, which checks values, refuses them.
-BAD_VALUES = {"target": (-1, 10**6), "query_key": (-1,), "candidate_key": (-2,), "segments": (-1, 10**6), "lengths": (-1, 10**6)}
+BAD_VALUES = {
+    "target": (-1, 10**6),
+    "query_key": (-1,),
+    "candidate_key": (-2,),
+    "segments": (-1, 10**6),
+    "lengths": (-1, 10**6),
+}
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
 BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
 # What these take is not checked, only their kind.
@@ -49,7 +68,9 @@ UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
 def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
-    """Faults of one refusal: no error, another kind of error, or one that does not say which argument is wrong."""
+    """Faults of one refusal: no error, another kind of error, or one that does not say which
+    argument is wrong.
+    """
     broken = list(_breaks(function, inputs))
     if function in UNCHECKED or not broken:
         return []
@@ -58,7 +79,12 @@ def refused(function: str, inputs: dict, backend: str, choice: random.Random) ->
         with mmfused.backend(backend if has_kernels(function) else "composed"):
             public_functions()[function](**bad)
     except (ValueError, TypeError, RuntimeError) as error:
-        names = (name, name.split(".")[-1], name.split(".")[0], name.removeprefix("a_").removeprefix("b_"))
+        names = (
+            name,
+            name.split(".")[-1],
+            name.split(".")[0],
+            name.removeprefix("a_").removeprefix("b_"),
+        )
         _, named, sentence = str(error).partition(f"{function}:")
         if named and any(re.search(rf"\b{re.escape(word)}\b", sentence) for word in names):
             return []
@@ -82,7 +108,11 @@ def _breaks(function: str, inputs: dict):
             continue
         yield path, "a list", replaced(inputs, {path: [x.tolist()]})
         if x.is_floating_point() and path not in ("row_weight", "scale"):
-            yield path, "of integers", replaced(inputs, {path: torch.ones_like(x, dtype=torch.int64)})
+            yield (
+                path,
+                "of integers",
+                replaced(inputs, {path: torch.ones_like(x, dtype=torch.int64)}),
+            )
         elif not x.is_floating_point():
             yield path, "of floats", replaced(inputs, {path: x.float()})
         if path != "temperature" and path not in ANYTHING_GOES:

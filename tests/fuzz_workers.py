@@ -1,4 +1,6 @@
-"""Fuzzing for some minutes in several processes: a line a minute, every fault with the command that repeats it."""
+"""Fuzzing for some minutes in several processes: a line a minute, every fault with the command that
+repeats it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) 
     """All functions in turn with seeds from ``first`` on, new ones for None; 1 where a case failed."""
     first = int.from_bytes(os.urandom(5), "big") if first is None else first
     print(f"seeds from {first} on, {workers} processes, {minutes:g} minutes", flush=True)
-    cases: Iterator = ((function, seed) for seed in itertools.count(first) for function in functions)
+    cases: Iterator = (
+        (function, seed) for seed in itertools.count(first) for function in functions
+    )
     start, minute = time.monotonic(), 1
     done, failed, team = Counter(), 0, [Worker() for _ in range(workers)]
     for worker in team:
@@ -75,7 +79,10 @@ def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) 
             done[function] += 1
             if fault:
                 failed += 1
-                print(f"FAULT: python tests/fuzzing.py --function {function} --seed {seed}\n    {fault}", flush=True)
+                print(
+                    f"FAULT: python tests/fuzzing.py --function {function} --seed {seed}\n    {fault}",
+                    flush=True,
+                )
             if time.monotonic() - start < 60 * minutes:
                 worker.give(next(cases))
             else:

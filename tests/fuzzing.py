@@ -1,12 +1,14 @@
-"""Random calls of every public function against the float64 reference. A case is fully told by function and seed.
+"""Random calls of every public function against the float64 reference. A case is fully told by
+function and seed.
 
-    python tests/fuzzing.py --function masked_info_nce --seed 123        one case: what its inputs are, and its fault
-    python tests/fuzzing.py --minutes 60                                 new seeds, in several processes; 1 where one fails
+    python tests/fuzzing.py --function masked_info_nce --seed 123        one case: what its inputs
+    are, and its fault python tests/fuzzing.py --minutes 60                                 new
+    seeds, in several processes; 1 where one fails
 
-Shapes, dtypes, layouts in memory and options are drawn (function_inputs.py), NaN is put where nobody reads, memory that is
-allocated holds garbage. Most cases compare values and gradients within the error budget, on the composed path or the kernels;
-some put NaN into one row, which must leave the others alone, some break one argument, which must be refused by name.
-"""
+Shapes, dtypes, layouts in memory and options are drawn (function_inputs.py), NaN is put where
+nobody reads, memory that is allocated holds garbage. Most cases compare values and gradients within
+the error budget, on the composed path or the kernels; some put NaN into one row, which must leave
+the others alone, some break one argument, which must be refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")  # before anything imports triton
+os.environ.setdefault(
+    "TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1"
+)  # before anything imports triton
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -47,7 +51,8 @@ from mmfused.random import uniform
 from mmfused.testing import over_budget
 
 ROUTERS = ("topk_routing", "topk_routing_from_input")
-# The interpreter truncates where hardware rounds to bfloat16: the kernels meet that dtype on a GPU only.
+# The interpreter truncates where hardware rounds to bfloat16: the kernels meet that dtype on a GPU
+# only.
 DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
     "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
@@ -75,13 +80,17 @@ class Case:
         self.backend = "fused" if has_kernels(function) and choice.random() < 0.6 else "composed"
         self.dtype = choice.choice(DTYPES[self.backend])
         kind = choice.random()
-        self.kind = "refusal" if kind < 0.06 else "row" if kind < 0.14 and function in ROWS else "values"
+        self.kind = (
+            "refusal" if kind < 0.06 else "row" if kind < 0.14 and function in ROWS else "values"
+        )
         fixed = {}
         if self.backend == "fused":
             fixed = dict(form=choice.choice(("auto", "absorbed")), margin=False, norm_of_two=False)
         if self.kind == "row":
             fixed |= dict(reduction="none", symmetric=False, dropout=False, jitter=False)
-        self.inputs = MAKERS[function](Draw(f"{function} {seed}", self.dtype, fixed=fixed, layouts=self.kind == "values"))
+        self.inputs = MAKERS[function](
+            Draw(f"{function} {seed}", self.dtype, fixed=fixed, layouts=self.kind == "values")
+        )
         self.wanted = differentiable(function, self.inputs)
         if choice.random() < 0.3:
             self.wanted = [path for path in self.wanted if choice.random() < 0.5]
@@ -89,11 +98,15 @@ class Case:
         self.repeats = choice.random() < 0.15
         self.checkpointed = choice.random() < 0.15
         self.silent = choice.random() < 0.2  # some outputs get no gradient
-        attends = self.backend == "composed" and ("attention" in function or function == "query_pooling")
+        attends = self.backend == "composed" and (
+            "attention" in function or function == "query_pooling"
+        )
         self.attention = choice.choice(("torch's own", "math")) if attends else "none"
         large = function == "query_pooling" and "scale" in self.inputs
         short = "attention" in function and self.dtype in (torch.float16, torch.bfloat16)
-        self.delta_rounds = self.attention == "torch's own" or (self.backend == "fused" and (large or short))
+        self.delta_rounds = self.attention == "torch's own" or (
+            self.backend == "fused" and (large or short)
+        )
 
     def describe(self) -> str:
         how = f"{self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}, attention {self.attention}"
@@ -102,8 +115,14 @@ class Case:
             finite = "" if not x.is_floating_point() or x.isfinite().all() else ", not finite"
             name = str(x.dtype).removeprefix("torch.")
             grad = ", wanted" if path in self.wanted else ""
-            lines.append(f"  {path}: {name} {tuple(x.shape)}, strides {x.stride()} at {x.storage_offset()}{finite}{grad}")
-        options = {name: value for name, value in self.inputs.items() if not leaves(value) and not isinstance(value, Tensor)}
+            lines.append(
+                f"  {path}: {name} {tuple(x.shape)}, strides {x.stride()} at {x.storage_offset()}{finite}{grad}"
+            )
+        options = {
+            name: value
+            for name, value in self.inputs.items()
+            if not leaves(value) and not isinstance(value, Tensor)
+        }
         return "\n".join([*lines, f"  {options}"])
 
     def upstream(self, name: str, out: Tensor) -> Tensor | None:
@@ -112,10 +131,19 @@ class Case:
         if self.silent and drawn.random() < 0.5:
             return None
         generator = torch.Generator().manual_seed(drawn.getrandbits(60))
-        values = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(self.dtype).double()
+        values = (
+            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(self.dtype).double()
+        )
         return lay_out(values, self.layout)
 
-    def run(self, inputs: dict, backend: str, checkpointed: bool = False, layout: str | None = None, **options) -> dict:
+    def run(
+        self,
+        inputs: dict,
+        backend: str,
+        checkpointed: bool = False,
+        layout: str | None = None,
+        **options,
+    ) -> dict:
         torch.manual_seed(self.seed)  # a seed that nobody gives is drawn from here
         options = dict(wanted=self.wanted, upstream=self.upstream, layout=self.layout) | options
         with sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext():
@@ -124,7 +152,12 @@ class Case:
     def faults(self) -> list[str]:
         """A sentence for each; empty where all is well."""
         if self.kind == "refusal":
-            return refused(self.function, self.inputs, self.backend if DEVICE == "cpu" else "composed", self.random)
+            return refused(
+                self.function,
+                self.inputs,
+                self.backend if DEVICE == "cpu" else "composed",
+                self.random,
+            )
         with garbage_in_new_memory(), _small_blocks(self.random):
             actual = self.run(self.inputs, self.backend)
             if self.kind == "row":
@@ -132,37 +165,58 @@ class Case:
             found = []
             if self.repeats and not _same(actual, self.run(self.inputs, self.backend)):
                 found.append("a second run differs in bits.")
-            if self.checkpointed and not _same(actual, self.run(self.inputs, self.backend, checkpointed=True)):
+            if self.checkpointed and not _same(
+                actual, self.run(self.inputs, self.backend, checkpointed=True)
+            ):
                 found.append("under a checkpoint it differs in bits.")
         if self.function in ROUTERS:
             found += _choice_faults(self, actual["indices"])
         return found + self._compare(actual, self._replayed(actual))
 
     def _replayed(self, actual: dict) -> dict:
-        """The oracle chooses the same experts: near a tie either choice is right, and :func:`_choice_faults` judges it."""
-        return self.inputs | dict(indices=actual["indices"]) if self.function in ROUTERS else self.inputs
+        """The oracle chooses the same experts: near a tie either choice is right, and
+        :func:`_choice_faults` judges it.
+        """
+        return (
+            self.inputs | dict(indices=actual["indices"])
+            if self.function in ROUTERS
+            else self.inputs
+        )
 
     def _compare(self, actual: dict, inputs: dict) -> list[str]:
         exact = self.run(in_float64(inputs), "reference")
         plain = self.run(inputs, "reference")
         whole = [name for name, value in exact.items() if not value.is_floating_point()]
-        found = [f"{name} differs." for name in whole if not torch.equal(actual[name].cpu(), exact[name].cpu())]
-        parts, more = _finite({name: value for name, value in exact.items() if name not in whole}, actual, plain)
+        found = [
+            f"{name} differs."
+            for name in whole
+            if not torch.equal(actual[name].cpu(), exact[name].cpu())
+        ]
+        parts, more = _finite(
+            {name: value for name, value in exact.items() if name not in whole}, actual, plain
+        )
         found += more
         given = leaves(inputs)
-        sizes = {f"d {path}": given[path].double().nan_to_num(0, 0, 0).norm().item() for path in self.wanted}
+        sizes = {
+            f"d {path}": given[path].double().nan_to_num(0, 0, 0).norm().item()
+            for path in self.wanted
+        }
 
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
             # In float64 the oracle knows no better: what its result at this input misses there.
-            exact_there = exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
+            exact_there = (
+                exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
+            )
             return self.run(there, self.backend), exact_there, plain
 
         return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
 
     def _other_rows(self, clean: dict) -> list[str]:
-        """One row of one input is not finite: the other rows come out as before, and so do their gradients."""
+        """One row of one input is not finite: the other rows come out as before, and so do their
+        gradients.
+        """
         path = ROWS[self.function]
         x = leaves(self.inputs)[path]
         if len(x) < 2 or not x[0].numel():
@@ -182,20 +236,39 @@ class Case:
             return {name: results[name][others] for name in kept}
 
         actual = rows(broken, self.inputs, self.backend)
-        exact, plain = rows(x.double(), in_float64(inputs), "reference"), rows(x, inputs, "reference")
+        exact, plain = (
+            rows(x.double(), in_float64(inputs), "reference"),
+            rows(x, inputs, "reference"),
+        )
         whole = [name for name in names if not exact[name].is_floating_point()]
-        found = [f"{name} of another row differs." for name in whole if not torch.equal(actual[name], exact[name])]
-        actual, exact, plain = ({k: v for k, v in part.items() if k not in whole} for part in (actual, exact, plain))
+        found = [
+            f"{name} of another row differs."
+            for name in whole
+            if not torch.equal(actual[name], exact[name])
+        ]
+        actual, exact, plain = (
+            {k: v for k, v in part.items() if k not in whole} for part in (actual, exact, plain)
+        )
         parts, more = _finite(exact, actual, plain)
 
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             x = leaves(there)[path]
             plain = rows(x, there, "reference")
-            exact_there = exact if self.dtype == torch.float64 else rows(x.double(), in_float64(there), "reference")
-            return rows(torch.where(broken.isfinite(), x, broken), there, self.backend), exact_there, plain
+            exact_there = (
+                exact
+                if self.dtype == torch.float64
+                else rows(x.double(), in_float64(there), "reference")
+            )
+            return (
+                rows(torch.where(broken.isfinite(), x, broken), there, self.backend),
+                exact_there,
+                plain,
+            )
 
-        sizes = {f"d {name}": x[others].double().nan_to_num(0, 0, 0).norm().item() for name in wanted}
+        sizes = {
+            f"d {name}": x[others].double().nan_to_num(0, 0, 0).norm().item() for name in wanted
+        }
         found += [*more, *judge(*parts, near, sizes, self.dtype, self.delta_rounds)]
         return [f"row {row} is not finite: {fault}" for fault in found]
 
@@ -211,17 +284,20 @@ def judge(
 ) -> list[str]:
     """:func:`over_budget`, and where it finds a fault, again without luck.
 
-    At one input plain's error may be small by luck, and the other large, which is likely where a tensor has few elements. So both
-    are taken at this input and its neighbours, one rounding away (``near`` runs all three there): the mean error may be three
-    times plain's (not two, as inputs are drawn whose roundings are not independent), and the error here 12 times plain's largest.
-    In plain's place stands how far the exact result moves to the neighbours, where that is more: the order in which plain adds the
-    terms of a sum may be a lucky one at all of them, and no formula is asked to err less than one rounding of its input.
-    A gradient that is 0 but for rounding has no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it
-    changed the loss as much as the input that changes it most, or by 1; of that it may err by a few roundings of ``dtype``. So may
-    every gradient that a fused attention's rowsum(dO O) had a part in (``delta_rounds``), and by 16 times plain's mean: torch's,
-    pooling's kernel at large logits, cross-attention's in 16 bits. Rounded by itself, it does not make dS sum to 0 as softmax's
-    backward does, which plain PyTorch goes through. Half of the cases of attention run on "math", which is held to the budget.
-    """
+    At one input plain's error may be small by luck, and the other large, which is likely where a
+    tensor has few elements. So both are taken at this input and its neighbours, one rounding away
+    (``near`` runs all three there): the mean error may be three times plain's (not two, as inputs
+    are drawn whose roundings are not independent), and the error here 12 times plain's largest. In
+    plain's place stands how far the exact result moves to the neighbours, where that is more: the
+    order in which plain adds the terms of a sum may be a lucky one at all of them, and no formula
+    is asked to err less than one rounding of its input. A gradient that is 0 but for rounding has
+    no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it changed the
+    loss as much as the input that changes it most, or by 1; of that it may err by a few roundings
+    of ``dtype``. So may every gradient that a fused attention's rowsum(dO O) had a part in
+    (``delta_rounds``), and by 16 times plain's mean: torch's, pooling's kernel at large logits,
+    cross-attention's in 16 bits. Rounded by itself, it does not make dS sum to 0 as softmax's
+    backward does, which plain PyTorch goes through. Half of the cases of attention run on "math",
+    which is held to the budget."""
     if not over_budget(actual, exact, plain):
         return []
     points, faults = [(actual, exact, plain)], []
@@ -233,28 +309,47 @@ def judge(
     return faults
 
 
-def _over_budget_of_means(points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_rounds: bool) -> list[str]:
+def _over_budget_of_means(
+    points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_rounds: bool
+) -> list[str]:
     actual, exact, _ = points[0]
-    effect = max((exact[name].norm().item() * size for name, size in sizes.items() if name in exact), default=0.0)
+    effect = max(
+        (exact[name].norm().item() * size for name, size in sizes.items() if name in exact),
+        default=0.0,
+    )
     faults, few = [], 1024 if dtype == torch.float64 else 32 if delta_rounds else 4
     for name, want in exact.items():
-        errors = [(_distance(got[name], there[name]), _distance(formula[name], there[name])) for got, there, formula in points]
-        errors = [pair for pair in errors if math.isfinite(pair[1])]  # at a neighbour plain may overflow
+        errors = [
+            (_distance(got[name], there[name]), _distance(formula[name], there[name]))
+            for got, there, formula in points
+        ]
+        errors = [
+            pair for pair in errors if math.isfinite(pair[1])
+        ]  # at a neighbour plain may overflow
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        rounding *= 4 if rounding < 1e-3 else 1  # more products in a row than plain; those of 16 bits are in float32
+        rounding *= (
+            4 if rounding < 1e-3 else 1
+        )  # more products in a row than plain; those of 16 bits are in float32
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = few * torch.finfo(dtype).eps
         scale = scale or 1.0
-        if sizes.get(name) and (delta_rounds or dtype == torch.float64):  # float64: the oracle's own roundings
+        if sizes.get(name) and (
+            delta_rounds or dtype == torch.float64
+        ):  # float64: the oracle's own roundings
             rounding += few * torch.finfo(dtype).eps * effect / sizes[name] / scale
         factor = 16 if delta_rounds else 3
         mean, largest = max(_mean(theirs), _mean(moves)), max(*theirs, *moves)
-        for error, allowed, what in ((_mean(ours), factor * mean, "mean"), (ours[0], 4 * factor * largest, "single")):
+        for error, allowed, what in (
+            (_mean(ours), factor * mean, "mean"),
+            (ours[0], 4 * factor * largest, "single"),
+        ):
             if not error / scale <= allowed / scale + rounding:
-                faults.append(f"{name}: {what} relative error {error / scale:.3e}, allowed {allowed / scale + rounding:.3e}.")
+                faults.append(
+                    f"{name}: {what} relative error {error / scale:.3e}, allowed {allowed / scale + rounding:.3e}."
+                )
                 break
     return faults
 
@@ -264,16 +359,27 @@ def _mean(errors: tuple[float, ...]) -> float:
 
 
 def _distance(a: Tensor, exact: Tensor) -> float:
-    return torch.linalg.vector_norm((a.double() - exact.double()).masked_fill(~exact.isfinite(), 0.0)).item()
+    return torch.linalg.vector_norm(
+        (a.double() - exact.double()).masked_fill(~exact.isfinite(), 0.0)
+    ).item()
 
 
 def _small_blocks(choice: random.Random):
-    """The small losses go over the pairs in blocks, which a small case fills only where they are small too."""
-    return mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20) if choice.random() < 0.5 else nullcontext()
+    """The small losses go over the pairs in blocks, which a small case fills only where they are
+    small too.
+    """
+    return (
+        mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20)
+        if choice.random() < 0.5
+        else nullcontext()
+    )
 
 
 def _same(a: dict, b: dict) -> bool:
-    return all(torch.equal(x.nan_to_num(7e4), b[name].nan_to_num(7e4)) and x.dtype == b[name].dtype for name, x in a.items())
+    return all(
+        torch.equal(x.nan_to_num(7e4), b[name].nan_to_num(7e4)) and x.dtype == b[name].dtype
+        for name, x in a.items()
+    )
 
 
 def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
@@ -288,11 +394,11 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 
 
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
-    """The three without what the oracle says is not finite, where ``actual`` must say the same, and faults of that kind.
+    """The three without what the oracle says is not finite, where ``actual`` must say the same, and
+    faults of that kind.
 
-    Tokens that stay as they are may hold NaN. A gradient that the oracle cannot tell, and one that overflows for plain PyTorch
-    in that dtype, is not judged.
-    """
+    Tokens that stay as they are may hold NaN. A gradient that the oracle cannot tell, and one that
+    overflows for plain PyTorch in that dtype, is not judged."""
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():
         got, formula = actual[name], plain[name]
@@ -314,11 +420,19 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
 
 
 def _choice_faults(case: Case, indices: Tensor) -> list[str]:
-    """Whether these are the k largest: to the letter where logits alone decide, elsewhere within rounding of the scores."""
+    """Whether these are the k largest: to the letter where logits alone decide, elsewhere within
+    rounding of the scores.
+    """
     given = in_float64(case.inputs)
     if given.get("indices") is not None:
-        return [] if torch.equal(indices, given["indices"]) else ["indices: not those that were given."]
-    mask, segments, available = (given.get(name) for name in ("token_padding_mask", "segments", "available"))
+        return (
+            []
+            if torch.equal(indices, given["indices"])
+            else ["indices: not those that were given."]
+        )
+    mask, segments, available = (
+        given.get(name) for name in ("token_padding_mask", "segments", "available")
+    )
     k, rounding = given["k"], torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
     if "logits" in given:
         logits, error = given["logits"], torch.zeros(())
@@ -338,19 +452,31 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
         logits = logits * (1 + given["jitter"] * (2 * uniform(seed, tokens, experts) - 1).double())
         error = error + logits.abs()
     bias = given.get("selection_bias")
-    usable = torch.ones_like(logits, dtype=torch.bool) if available is None else available[0 if segments is None else segments]
+    usable = (
+        torch.ones_like(logits, dtype=torch.bool)
+        if available is None
+        else available[0 if segments is None else segments]
+    )
     usable = usable.expand_as(logits)
     logits = logits.masked_fill(~usable, float("-inf"))
     key = logits if bias is None and given["score"] == "softmax" else None
     if key is None:
         scores = logits.softmax(-1) if given["score"] == "softmax" else logits.sigmoid()
         key = scores if bias is None else scores + bias
-        error = error + (1 if bias is None else 1 + bias.abs()) * torch.ones_like(key) + logits.masked_fill(~usable, 0.0).abs()
+        error = (
+            error
+            + (1 if bias is None else 1 + bias.abs()) * torch.ones_like(key)
+            + logits.masked_fill(~usable, 0.0).abs()
+        )
         key = key.masked_fill(~usable, float("-inf"))
     slack = 16 * rounding * error.amax(1, keepdim=True) if error.dim() else torch.zeros(tokens, 1)
     chosen = key.gather(1, indices)
     rest = key.scatter(1, indices, float("-inf")).amax(1, keepdim=True)
-    right = (chosen[:, 1:] <= chosen[:, :-1] + slack).all(1) & (chosen >= rest - slack).all(1) & usable.gather(1, indices).all(1)
+    right = (
+        (chosen[:, 1:] <= chosen[:, :-1] + slack).all(1)
+        & (chosen >= rest - slack).all(1)
+        & usable.gather(1, indices).all(1)
+    )
     right &= indices.sort(1).values.diff(dim=1).ne(0).all(1)
     if not error.dim():
         right &= (indices == key.sort(dim=1, descending=True, stable=True).indices[:, :k]).all(1)
@@ -376,12 +502,22 @@ def attempt(function: str, seed: int) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--function", choices=sorted(MAKERS), help="only this one")
-    parser.add_argument("--seed", type=int, help="one case: needs --function; with --minutes or --cases, the first seed")
-    parser.add_argument("--cases", type=int, help="so many seeds of each function from --seed on, in this process")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="one case: needs --function; with --minutes or --cases, the first seed",
+    )
+    parser.add_argument(
+        "--cases", type=int, help="so many seeds of each function from --seed on, in this process"
+    )
     parser.add_argument("--minutes", type=float, help="new seeds for so long")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of --minutes")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes of --minutes"
+    )
     args = parser.parse_args()
     functions = [args.function] if args.function else list(MAKERS)
     if args.minutes:

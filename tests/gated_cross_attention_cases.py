@@ -8,7 +8,8 @@ from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
+# only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
 # name -> (B, N, M, D, heads, width of the context where one direction is run): odd on purpose
@@ -24,7 +25,9 @@ SHAPES = {
 
 
 def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **options):
-    """A module with every parameter random, and its inputs; ``masks``: "mixed", "present" or "none"."""
+    """A module with every parameter random, and its inputs; ``masks``: "mixed", "present" or
+    "none".
+    """
     batch, n, m, dim, heads, context = SHAPES[shape]
     if both:
         module = BidirectionalGatedCrossAttention(dim, heads, **options)
@@ -55,16 +58,24 @@ def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
     """Outputs and the gradients of tokens and parameters, by name."""
     dtype = dtype or inputs[0].dtype
     module = module.to(dtype)
-    leaves = [x.detach().to(dtype).requires_grad_() if x.dtype != dtype else x.detach().requires_grad_() for x in inputs]
+    leaves = [
+        x.detach().to(dtype).requires_grad_() if x.dtype != dtype else x.detach().requires_grad_()
+        for x in inputs
+    ]
     with mmfused.backend(backend):
         outs = module(*leaves, **extra, dropout_seed=torch.tensor(seed, device=DEVICE))
     outs = outs if isinstance(outs, tuple) else (outs,)
     named = {"x0": leaves[0], "x1": leaves[1]} | dict(module.named_parameters())
-    upstream = [torch.ones_like(out) for out in outs] if upstream is None else [u.to(dtype) for u in upstream]
+    upstream = (
+        [torch.ones_like(out) for out in outs]
+        if upstream is None
+        else [u.to(dtype) for u in upstream]
+    )
     gradients = torch.autograd.grad(outs, list(named.values()), upstream[: len(outs)])
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
-    # One number's error is a matter of luck: a token gate's bias is measured as a column of its weight.
+    # One number's error is a matter of luck: a token gate's bias is measured as a column of its
+    # weight.
     for name in [name for name, gradient in results.items() if gradient.shape == (1,)]:
         weight = name.replace("bias", "weight")
         results[weight] = torch.cat([results[weight], results.pop(name)[None]], 1)

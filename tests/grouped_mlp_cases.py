@@ -1,4 +1,6 @@
-"""Inputs for the tests of the experts' kernels: shapes that between them reach every kernel, and how a case is run."""
+"""Inputs for the tests of the experts' kernels: shapes that between them reach every kernel, and
+how a case is run.
+"""
 
 import torch
 
@@ -8,7 +10,8 @@ from mmfused.testing import over_budget, value_and_gradients
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
+# only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
 # name -> (T, E, k, D, I, Dout): odd on purpose
@@ -31,7 +34,9 @@ def randn(*shape):
 
 
 def choose_experts(tokens, experts, k, choice="random"):
-    """(T, k) int64: "one": everybody's first choice is expert 1; "half": the even experts get nothing."""
+    """(T, k) int64: "one": everybody's first choice is expert 1; "half": the even experts get
+    nothing.
+    """
     score = torch.rand(tokens, experts)
     if choice == "one":
         score[:, 1] += 1
@@ -44,9 +49,11 @@ def make_mlp(shape="odd", variant="gelu", bias=True):
     """Leaves of :func:`run_mlp` in float64; "packed" is swiglu with gate and up in one tensor."""
     tokens, experts, k, dim, width, out = SHAPES[shape] if isinstance(shape, str) else shape
     leaves = dict(
-        x=randn(tokens, dim), weights=torch.rand(tokens, k).double(),
-        w_up=randn(experts, 2 * width if variant == "packed" else width, dim) / 8, w_down=randn(experts, out, width) / 8,
-    )  # fmt: skip
+        x=randn(tokens, dim),
+        weights=torch.rand(tokens, k).double(),
+        w_up=randn(experts, 2 * width if variant == "packed" else width, dim) / 8,
+        w_down=randn(experts, out, width) / 8,
+    )
     if variant == "swiglu":
         leaves["w_gate"] = randn(experts, width, dim) / 8
     if bias:
@@ -54,8 +61,21 @@ def make_mlp(shape="odd", variant="gelu", bias=True):
     return leaves
 
 
-def run_mlp(leaves, indices, dtype, backend="fused", *, variant="gelu", mask=None, upstream=None, frozen=(), sort="composed"):
-    """Output and gradients. ``sort``: which backend sorts the rows; the composed one leaves the map of tiles to the launcher."""
+def run_mlp(
+    leaves,
+    indices,
+    dtype,
+    backend="fused",
+    *,
+    variant="gelu",
+    mask=None,
+    upstream=None,
+    frozen=(),
+    sort="composed",
+):
+    """Output and gradients. ``sort``: which backend sorts the rows; the composed one leaves the map
+    of tiles to the launcher.
+    """
     experts, activation = len(leaves["w_down"]), "swiglu" if variant == "packed" else variant
 
     def call(x, weights, **parameters):
@@ -67,10 +87,14 @@ def run_mlp(leaves, indices, dtype, backend="fused", *, variant="gelu", mask=Non
     return value_and_gradients(call, cast(leaves, dtype, frozen), upstream)
 
 
-def run_linear(leaves, indices, dtype, backend="fused", *, gather, combine, mask=None, upstream=None, frozen=()):
+def run_linear(
+    leaves, indices, dtype, backend="fused", *, gather, combine, mask=None, upstream=None, frozen=()
+):
     def call(x, weights, **parameters):
         with mmfused.backend("composed"):
-            routing = routing_from_indices(indices, weights, len(parameters["weight"]), token_padding_mask=mask)
+            routing = routing_from_indices(
+                indices, weights, len(parameters["weight"]), token_padding_mask=mask
+            )
         with mmfused.backend(backend):
             return grouped_linear(x, routing, **parameters, gather=gather, combine=combine)
 

@@ -1,4 +1,6 @@
-"""What the tests of masked InfoNCE share: inputs of one case, a run of it, and the documented definition in loops."""
+"""What the tests of masked InfoNCE share: inputs of one case, a run of it, and the documented
+definition in loops.
+"""
 
 import torch
 from torch.nn.functional import normalize
@@ -11,13 +13,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, C, D = 37, 53, 6  # three blocks of 16 rows where a test asks for small blocks
 
 
-def make(b=B, c=C, d=D, dtype=torch.float64, *, temperature=0.2, keys="none", same_id=None, target=False, weight=False, **options):
-    """Embeddings and temperature (leaves), integers, and the options of one case, as arguments of masked_info_nce."""
+def make(
+    b=B,
+    c=C,
+    d=D,
+    dtype=torch.float64,
+    *,
+    temperature=0.2,
+    keys="none",
+    same_id=None,
+    target=False,
+    weight=False,
+    **options,
+):
+    """Embeddings and temperature (leaves), integers, and the options of one case, as arguments of
+    masked_info_nce.
+    """
 
     def integers(low, high, n):
         return torch.randint(low, high, (n,)).to(DEVICE)
 
-    leaves = dict(query=normalize(torch.randn(b, d), dim=-1), candidate=normalize(torch.randn(c, d), dim=-1))
+    leaves = dict(
+        query=normalize(torch.randn(b, d), dim=-1), candidate=normalize(torch.randn(c, d), dim=-1)
+    )
     inputs = {k: v.to(DEVICE, dtype).requires_grad_() for k, v in leaves.items()}
     inputs["temperature"] = torch.tensor(
         temperature, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE
@@ -32,13 +50,19 @@ def make(b=B, c=C, d=D, dtype=torch.float64, *, temperature=0.2, keys="none", sa
     if target:
         inputs["target"] = integers(0, c, b)
     if weight:
-        inputs["row_weight"] = torch.rand(b, dtype=dtype, device=DEVICE) * (torch.arange(b, device=DEVICE) != 2)
+        inputs["row_weight"] = torch.rand(b, dtype=dtype, device=DEVICE) * (
+            torch.arange(b, device=DEVICE) != 2
+        )
     return inputs | options
 
 
 def cast(inputs, dtype):
-    floats = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    return inputs | {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in floats.items()}
+    floats = {
+        k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()
+    }
+    return inputs | {
+        k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in floats.items()
+    }
 
 
 def run(inputs, backend="composed", upstream=None, **options):
@@ -57,10 +81,22 @@ def assert_close(actual, exact, tolerance=1e-10):
 
 
 def in_loops(
-    query, candidate, temperature, target=None, query_key=None, candidate_key=None, query_id=None, candidate_id=None,
-    same_id="drop", symmetric=False, positive_weight=0.0, row_weight=None, label_smoothing=0.0, false_negative_margin=None,
+    query,
+    candidate,
+    temperature,
+    target=None,
+    query_key=None,
+    candidate_key=None,
+    query_id=None,
+    candidate_id=None,
+    same_id="drop",
+    symmetric=False,
+    positive_weight=0.0,
+    row_weight=None,
+    label_smoothing=0.0,
+    false_negative_margin=None,
     reduction="mean",
-):  # fmt: skip
+):
     """The documented definition, one pair at a time."""
     b, c = len(query), len(candidate)
     target = list(range(b)) if target is None else target.tolist()
@@ -73,7 +109,9 @@ def in_loops(
     dot = [[(query[i] * candidate[j]).sum() for j in range(c)] for i in range(b)]
 
     def positive(i, j):
-        return j == target[i] or (candidate_id is not None and same_id != "drop" and query_id[i] == candidate_id[j])
+        return j == target[i] or (
+            candidate_id is not None and same_id != "drop" and query_id[i] == candidate_id[j]
+        )
 
     def allowed(i, j):
         if j == target[i]:
@@ -83,7 +121,11 @@ def in_loops(
         if candidate_id is not None and same_id == "drop" and query_id[i] == candidate_id[j]:
             return False
         curated = candidate_key is not None and candidate_key[j] == -1
-        return false_negative_margin is None or curated or bool(dot[i][j] <= dot[i][target[i]] + false_negative_margin)
+        return (
+            false_negative_margin is None
+            or curated
+            or bool(dot[i][j] <= dot[i][target[i]] + false_negative_margin)
+        )
 
     def nce(pairs):
         pairs = [pair for pair in pairs if allowed(*pair)]
@@ -94,11 +136,20 @@ def in_loops(
         positives = [pair for pair in pairs if positive(*pair)]
         mass = len(positives) if same_id == "sum" else 1.0
         wanted = sum(log_p[pair] for pair in positives) * mass / len(positives)
-        return -(1 - label_smoothing) * wanted - label_smoothing * mass / len(pairs) * sum(log_p.values())
+        return -(1 - label_smoothing) * wanted - label_smoothing * mass / len(pairs) * sum(
+            log_p.values()
+        )
 
     rows = [nce([(i, j) for j in range(c)]) for i in range(b)]
     if symmetric:
         rows = [(row + nce([(i, j) for i in range(b)])) / 2 for j, row in enumerate(rows)]
     weight = torch.ones(b) if row_weight is None else row_weight
-    losses = torch.stack([weight[i] * (row + positive_weight * (1 - dot[i][target[i]])) for i, row in enumerate(rows)])
-    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / max(weight.sum(), 1e-300)}[reduction]
+    losses = torch.stack(
+        [
+            weight[i] * (row + positive_weight * (1 - dot[i][target[i]]))
+            for i, row in enumerate(rows)
+        ]
+    )
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / max(weight.sum(), 1e-300)}[
+        reduction
+    ]

@@ -1,4 +1,6 @@
-"""What the tests of masked InfoNCE's kernels share: small tiles, inputs, and runs against the reference within the budget."""
+"""What the tests of masked InfoNCE's kernels share: small tiles, inputs, and runs against the
+reference within the budget.
+"""
 
 import dataclasses
 
@@ -15,11 +17,22 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
-    """16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows; on a GPU only the backward is forced."""
+    """16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows; on a GPU
+    only the backward is forced.
+    """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
     spread = Tile(32, 32, 32, 4, 2, BD=32)
-    small = Plan(tile, backward, tile, spread, owner, partial_bytes=4 * 2 * 2 * 53, chunk_bytes=4 * 32 * 64, merge=(2, 32))
+    small = Plan(
+        tile,
+        backward,
+        tile,
+        spread,
+        owner,
+        partial_bytes=4 * 2 * 2 * 53,
+        chunk_bytes=4 * 32 * 64,
+        merge=(2, 32),
+    )
     small = dataclasses.replace(small, **sizes)
     planned = kernels.plan
 
@@ -32,14 +45,23 @@ def small_tiles(monkeypatch, backward, dim=32, **sizes):
 
 def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
     torch.manual_seed(seed)
-    query, candidate = torch.randn(rows, dim, dtype=torch.float64), torch.randn(candidates, dim, dtype=torch.float64)
+    query, candidate = (
+        torch.randn(rows, dim, dtype=torch.float64),
+        torch.randn(candidates, dim, dtype=torch.float64),
+    )
     query, candidate = (x / x.norm(dim=1, keepdim=True) for x in (query, candidate))
-    return dict(query=query, candidate=candidate, temperature=torch.tensor(1 / scale, dtype=torch.float64))
+    return dict(
+        query=query, candidate=candidate, temperature=torch.tensor(1 / scale, dtype=torch.float64)
+    )
 
 
 def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
     """Value and gradients; embeddings rounded to the dtype before, whichever dtype computes."""
-    rounded = {k: v.to(torch.float16 if dtype == torch.float64 else dtype) for k, v in inputs.items() if k != "temperature"}
+    rounded = {
+        k: v.to(torch.float16 if dtype == torch.float64 else dtype)
+        for k, v in inputs.items()
+        if k != "temperature"
+    }
     cast = {k: v.to(DEVICE, dtype).requires_grad_() for k, v in rounded.items()}
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     cast["temperature"] = inputs["temperature"].to(DEVICE, acc).requires_grad_()
@@ -49,12 +71,23 @@ def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream
 
 
 def compare(inputs, options, dtype=torch.float32, name="fused"):
-    """(got, exact, plain): of a backend, of the reference in float64, and of the reference in the same dtype."""
-    inputs = {k: v.to(dtype).double() if k != "temperature" else v.float().double() for k, v in inputs.items()}
+    """(got, exact, plain): of a backend, of the reference in float64, and of the reference in the
+    same dtype.
+    """
+    inputs = {
+        k: v.to(dtype).double() if k != "temperature" else v.float().double()
+        for k, v in inputs.items()
+    }
     exact = {k: v.to(DEVICE, torch.float64).requires_grad_() for k, v in inputs.items()}
     moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    upstream = torch.randn(len(inputs["query"]), device=DEVICE) if options.get("reduction") == "none" else None
-    want = value_and_gradients(lambda **leaves: masked_info_nce_reference(**leaves, **moved), exact, upstream)
+    upstream = (
+        torch.randn(len(inputs["query"]), device=DEVICE)
+        if options.get("reduction") == "none"
+        else None
+    )
+    want = value_and_gradients(
+        lambda **leaves: masked_info_nce_reference(**leaves, **moved), exact, upstream
+    )
     plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
     got = run(inputs, options, dtype, name=name, upstream=upstream)
     # One number, the sum of what each row has: errors are relative to the sum of their sizes.
@@ -72,13 +105,20 @@ def check(inputs, options, dtype=torch.float32, name="fused"):
 
 
 def check_together(cases, dtype=torch.float32, name="fused"):
-    """The budget of many small cases as one: where few numbers decide, a single one's error is a matter of luck."""
+    """The budget of many small cases as one: where few numbers decide, a single one's error is a
+    matter of luck.
+    """
     together = ({}, {}, {})
     for inputs, options in cases:
         for whole, part in zip(together, compare(inputs, options, dtype, name), strict=True):
             for key, value in part.items():
                 whole.setdefault(key, []).append(value.flatten())
-    assert over_budget(*({key: torch.cat(values) for key, values in whole.items()} for whole in together)) == []
+    assert (
+        over_budget(
+            *({key: torch.cat(values) for key, values in whole.items()} for whole in together)
+        )
+        == []
+    )
 
 
 def keys(rows, candidates, kinds, seed=1):

@@ -1,4 +1,5 @@
-"""MOON2.0's equations, literally, in float64: the decoder token by token, losses in loops; of the host only its vision tower.
+"""MOON2.0's equations, literally, in float64: the decoder token by token, losses in loops; of the
+host only its vision tower.
 
 Below them a small model and its batches.
 """
@@ -33,15 +34,26 @@ def silu(x):
 
 
 def sequence(batch, i, view, c):
-    """What item i shows: its tokens (an int is a word, ("picture", k) one of the picture's), and their positions on three axes."""
+    """What item i shows: its tokens (an int is a word, ("picture", k) one of the picture's), and
+    their positions on three axes.
+    """
     t = c.tokens
-    words = [w for w, real in zip(batch["input_ids"][i].tolist(), batch["attention_mask"][i].tolist(), strict=True) if real]
+    words = [
+        w
+        for w, real in zip(
+            batch["input_ids"][i].tolist(), batch["attention_mask"][i].tolist(), strict=True
+        )
+        if real
+    ]
     words = [] if view == "image" else [w for w in words if w not in t["drop"]]
     side = c.image_size // 8
     tokens, positions = [], []
     if batch["image_present"][i] and view != "text":
         tokens = [t["vision_start"], *(("picture", k) for k in range(side * side)), t["vision_end"]]
-        positions = [(0, 0, 0), *((1, 1 + row, 1 + column) for row in range(side) for column in range(side))]
+        positions = [
+            (0, 0, 0),
+            *((1, 1 + row, 1 + column) for row in range(side) for column in range(side)),
+        ]
         positions.append((1 + side,) * 3)
     first = positions[-1][0] + 1 if positions else 0
     positions += [(first + k,) * 3 for k in range(len(words))]
@@ -53,34 +65,53 @@ def rms(p, name, x, eps):
 
 
 def turned(x, position, text):
-    """M-RoPE of one head's vector x: pair (j, j + d/2) turns by its axis's position times its frequency."""
+    """M-RoPE of one head's vector x: pair (j, j + d/2) turns by its axis's position times its
+    frequency.
+    """
     half = len(x) // 2
-    axes = [axis for axis, width in enumerate(text.rope_parameters["mrope_section"]) for _ in range(width)]
-    angles = [position[axes[j]] * text.rope_parameters["rope_theta"] ** (-j / half) for j in range(half)]
-    cos, sin = (torch.tensor([f(angle) for angle in angles], dtype=x64) for f in (math.cos, math.sin))
+    axes = [
+        axis
+        for axis, width in enumerate(text.rope_parameters["mrope_section"])
+        for _ in range(width)
+    ]
+    angles = [
+        position[axes[j]] * text.rope_parameters["rope_theta"] ** (-j / half) for j in range(half)
+    ]
+    cos, sin = (
+        torch.tensor([f(angle) for angle in angles], dtype=x64) for f in (math.cos, math.sin)
+    )
     first, second = x[:half], x[half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin])
 
 
 def attention(p, name, x, positions, text):
-    q, k, v = (x @ p[f"{name}.{part}_proj.weight"].T + p[f"{name}.{part}_proj.bias"] for part in "qkv")
+    q, k, v = (
+        x @ p[f"{name}.{part}_proj.weight"].T + p[f"{name}.{part}_proj.bias"] for part in "qkv"
+    )
     size = text.hidden_size // text.num_attention_heads
     group = text.num_attention_heads // text.num_key_value_heads
     heads = []
     for h in range(text.num_attention_heads):
-        mine, shared = slice(h * size, (h + 1) * size), slice(h // group * size, (h // group + 1) * size)
+        mine, shared = (
+            slice(h * size, (h + 1) * size),
+            slice(h // group * size, (h // group + 1) * size),
+        )
         queries = [turned(row[mine], at, text) for row, at in zip(q, positions, strict=True)]
         keys = [turned(row[shared], at, text) for row, at in zip(k, positions, strict=True)]
         rows = []
         for i in range(len(x)):
-            weights = softmax(torch.stack([key @ queries[i] / math.sqrt(size) for key in keys[: i + 1]]))
+            weights = softmax(
+                torch.stack([key @ queries[i] / math.sqrt(size) for key in keys[: i + 1]])
+            )
             rows.append(weights @ v[: i + 1, shared])
         heads.append(torch.stack(rows))
     return torch.cat(heads, 1) @ p[name + ".o_proj.weight"].T
 
 
 def mixture(p, name, x, c):
-    """Outputs of the tokens, and for each token the router's probabilities, and the weight of every expert, chosen or not."""
+    """Outputs of the tokens, and for each token the router's probabilities, and the weight of every
+    expert, chosen or not.
+    """
     outputs, probabilities, weights = [], [], []
     for token in x:
         probability = softmax(p[name + ".router.weight"] @ token)
@@ -92,7 +123,11 @@ def mixture(p, name, x, c):
             out = out + probability[z] / total * (down @ (silu(gate @ token) * (up @ token)))
         outputs.append(out)
         probabilities.append(probability)
-        weights.append(torch.stack([probability[z] / total if z in chosen else ZERO for z in range(c.num_experts)]))
+        weights.append(
+            torch.stack(
+                [probability[z] / total if z in chosen else ZERO for z in range(c.num_experts)]
+            )
+        )
     return torch.stack(outputs), probabilities, weights
 
 
@@ -101,10 +136,18 @@ def decoder(p, text, x, positions, empty, c):
     reports = []
     for n in range(text.num_hidden_layers):
         name = f"host.language_model.layers.{n}"
-        x = x + attention(p, name + ".self_attn", rms(p, name + ".input_layernorm", x, text.rms_norm_eps), positions, text)
+        x = x + attention(
+            p,
+            name + ".self_attn",
+            rms(p, name + ".input_layernorm", x, text.rms_norm_eps),
+            positions,
+            text,
+        )
         h = rms(p, name + ".post_attention_layernorm", x, text.rms_norm_eps)
         if "moe" in c.without or (n + 1) % c.moe_every:
-            gate, up, down = (p[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            gate, up, down = (
+                p[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+            )
             x = x + (silu(h @ gate.T) * (h @ up.T)) @ down.T
         elif empty:  # experts are not asked about an item of nothing
             reports.append(([], []))
@@ -131,11 +174,20 @@ def encoded(model, batch) -> dict:
     table, size = p["host.language_model.embed_tokens.weight"], len(batch["labels"])
     has_image = batch["image_present"].tolist()
     out = {"labels": batch["labels"], "has_image": batch["image_present"]}
-    out["has_text"] = torch.tensor([any(isinstance(w, int) and w != c.tokens["end"] for w in sequence(batch, i, "text", c)[0])
-                                    for i in range(size)])  # fmt: skip
+    out["has_text"] = torch.tensor(
+        [
+            any(
+                isinstance(w, int) and w != c.tokens["end"]
+                for w in sequence(batch, i, "text", c)[0]
+            )
+            for i in range(size)
+        ]
+    )
     pictures = []
     for i in range(size):
-        pixels = batch["pixel_values"][i] if has_image[i] else torch.zeros_like(batch["pixel_values"][i])
+        pixels = (
+            batch["pixel_values"][i] if has_image[i] else torch.zeros_like(batch["pixel_values"][i])
+        )
         rows, grid = qwen.patches(pixels[None], 4, 2, 2)
         pictures.append(model.host.visual(rows, grid_thw=grid).pooler_output)
     layers, shares = {}, {}
@@ -144,14 +196,20 @@ def encoded(model, batch) -> dict:
         rows = []
         for i in range(size):
             tokens, positions = sequence(batch, i, view, c)
-            x = torch.stack([pictures[i][w[1]] if isinstance(w, tuple) else table[w] for w in tokens])
+            x = torch.stack(
+                [pictures[i][w[1]] if isinstance(w, tuple) else table[w] for w in tokens]
+            )
             states, reports = decoder(p, text, x, positions, tokens == [c.tokens["end"]], c)
             rows.append(unit(sum(states) / len(states)))
             for layer, (probabilities, weights) in enumerate(reports):
                 every = layers.setdefault(layer, ([], []))
                 every[0].extend(probabilities)
                 every[1].extend(weights)
-                mean = sum(weights) / len(weights) if weights else torch.zeros(c.num_experts, dtype=x64)
+                mean = (
+                    sum(weights) / len(weights)
+                    if weights
+                    else torch.zeros(c.num_experts, dtype=x64)
+                )
                 shares.setdefault((view, i), []).append(mean)
         out[view] = torch.stack(rows)
     if not fusion:
@@ -167,7 +225,9 @@ def encoded(model, batch) -> dict:
                 shares[view, i] = sum(shares[view, i]) / len(layers)
             if not fusion:
                 shares["both", i] = (shares["image", i] + shares["text", i]) / 2
-        out["shares"] = torch.stack([torch.stack([shares[view, i] for view in VIEWS]) for i in range(size)])
+        out["shares"] = torch.stack(
+            [torch.stack([shares[view, i] for view in VIEWS]) for i in range(size)]
+        )
         out["balance"] = sum(balance_loss(*layer, c) for layer in layers.values()) / len(layers)
     return out
 
@@ -186,7 +246,9 @@ def shows(part, i):
 
 def nce(anchor, positive, negatives, temperature):
     own = torch.exp(anchor @ positive / temperature)
-    return -torch.log(own / (own + sum(torch.exp(anchor @ negative / temperature) for negative in negatives)))
+    return -torch.log(
+        own / (own + sum(torch.exp(anchor @ negative / temperature) for negative in negatives))
+    )
 
 
 def reliability(query, candidate, negative, i, margin, c):
@@ -205,7 +267,9 @@ def inter(view, query, candidate, negative, margin, c):
         negatives = []
         for part in (candidate, negative):
             for j in range(len(query["labels"]) if part is not None else 0):
-                wanted = (part is negative and j == i) or (not c.own_negative_only and not (part is candidate and j == i))
+                wanted = (part is negative and j == i) or (
+                    not c.own_negative_only and not (part is candidate and j == i)
+                )
                 if wanted and shows(part, j) and part["labels"][j] != query["labels"][i]:
                     negatives.append(part["both"][j])
         weight = reliability(query, candidate, negative, i, margin, c)
@@ -219,9 +283,14 @@ def intra(part, c):
     for i in range(size):
         if has(part, i, "both"):
             others = [(i - 1) % size] if c.roll else [j for j in range(size) if j != i]
-            others = [j for j in others if part["has_text"][j] and part["labels"][j] != part["labels"][i]]
+            others = [
+                j for j in others if part["has_text"][j] and part["labels"][j] != part["labels"][i]
+            ]
             negatives = [part["text"][j] for j in others]
-            total, count = total + nce(part["image"][i], part["text"][i], negatives, c.intra_temperature), count + 1
+            total, count = (
+                total + nce(part["image"][i], part["text"][i], negatives, c.intra_temperature),
+                count + 1,
+            )
     return total / count if count else ZERO
 
 
@@ -230,7 +299,10 @@ def losses(query, candidate, negative, alignment, margin, c) -> dict:
     terms, served = {}, {}
     if "inter" not in c.without:
         for view in VIEWS:
-            terms[f"inter_{view}"], served[f"inter_{view}"] = inter(view, query, candidate, negative, margin, c), (query, view)
+            terms[f"inter_{view}"], served[f"inter_{view}"] = (
+                inter(view, query, candidate, negative, margin, c),
+                (query, view),
+            )
     if "intra" not in c.without:
         for name, part in (("positive", candidate), ("negative", negative)):
             if part is not None:
@@ -280,14 +352,23 @@ ROLES = ("query", "candidate", "negative")
 
 def tiny(**options) -> MOON2:
     torch.manual_seed(0)
-    sizes = {"tokens": TOKENS, "image_size": 16, "host": HOST, "temperature": 0.3, "intra_temperature": 0.4}
+    sizes = {
+        "tokens": TOKENS,
+        "image_size": 16,
+        "host": HOST,
+        "temperature": 0.3,
+        "intra_temperature": 0.4,
+    }
     return MOON2(MOON2Config.preset("tiny", **{**sizes, **options}))
 
 
 def random_model(**options) -> MOON2:
     """Float64, and every parameter random, also those that start as zeros or ones."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
-    for parameter in (*model.host.parameters(), *([] if model.alignment is None else [model.alignment])):
+    for parameter in (
+        *model.host.parameters(),
+        *([] if model.alignment is None else [model.alignment]),
+    ):
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
     model.set_progress(0.25)
     return model
@@ -311,20 +392,31 @@ def items(seed: int, labels) -> dict:
 
 
 def batch(negatives=True) -> dict:
-    """Queries 0 and 4 ask for one product, and negative 5 is query 1's; the candidates lack other things than the queries."""
+    """Queries 0 and 4 ask for one product, and negative 5 is query 1's; the candidates lack other
+    things than the queries.
+    """
     parts = {"query": items(1, [7, 1, 2, 3, 7, 5])}
-    for seed, role, labels in ((2, "candidate", [7, 1, 2, 3, 7, 5]), (3, "negative", [8, 9, 8, 6, 6, 1])):
+    for seed, role, labels in (
+        (2, "candidate", [7, 1, 2, 3, 7, 5]),
+        (3, "negative", [8, 9, 8, 6, 6, 1]),
+    ):
         part = items(seed, labels)
         order = torch.tensor([0, 4, 5, 1, 2, 3] if role == "candidate" else [2, 0, 1, 4, 3, 5])
-        parts[role] = {name: value if name == "labels" else value[order] for name, value in part.items()}
+        parts[role] = {
+            name: value if name == "labels" else value[order] for name, value in part.items()
+        }
     return parts if negatives else {role: parts[role] for role in ROLES[:2]}
 
 
 def exact(model: MOON2) -> MOON2:
-    """The host has its norms and turning angles in float32 whatever it is in; here they are in float64."""
+    """The host has its norms and turning angles in float32 whatever it is in; here they are in
+    float64.
+    """
     turning = model.host.language_model.rotary_emb
     rope = model.host.config.text_config.rope_parameters
-    axis = torch.tensor([axis for axis, width in enumerate(rope["mrope_section"]) for _ in range(width)])
+    axis = torch.tensor(
+        [axis for axis, width in enumerate(rope["mrope_section"]) for _ in range(width)]
+    )
     frequency = rope["rope_theta"] ** -(torch.arange(len(axis), dtype=x64) / len(axis))
 
     def angles(x, positions):
@@ -334,6 +426,10 @@ def exact(model: MOON2) -> MOON2:
     turning.forward = angles
     for module in model.modules():
         if type(module).__name__ == "Qwen2VLRMSNorm":
-            module.forward = partial(torch.nn.functional.rms_norm, normalized_shape=module.weight.shape, weight=module.weight,
-                                     eps=module.variance_epsilon)  # fmt: skip
+            module.forward = partial(
+                torch.nn.functional.rms_norm,
+                normalized_shape=module.weight.shape,
+                weight=module.weight,
+                eps=module.variance_epsilon,
+            )
     return model

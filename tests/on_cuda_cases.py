@@ -1,4 +1,6 @@
-"""Every op and public module as tests/test_on_cuda.py calls it: at a real size on a card, and at a tiny one in the interpreter."""
+"""Every op and public module as tests/test_on_cuda.py calls it: at a real size on a card, and at a
+tiny one in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SEED = 1234567890123
 
 @dataclass
 class Problem:
-    """A module with float inputs that get gradients, and what else it is given. It returns what gradients are asked of."""
+    """A module with float inputs that get gradients, and what else it is given. It returns what
+    gradients are asked of.
+    """
 
     module: nn.Module
     inputs: dict[str, Tensor]
@@ -34,11 +38,17 @@ class Problem:
 
     def on(self, device: torch.device) -> Problem:
         inputs = {name: x.detach().to(device).requires_grad_() for name, x in self.inputs.items()}
-        return Problem(copy.deepcopy(self.module).to(device), inputs, {name: x.to(device) for name, x in self.given.items()})
+        return Problem(
+            copy.deepcopy(self.module).to(device),
+            inputs,
+            {name: x.to(device) for name, x in self.given.items()},
+        )
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that a value can be copied into, and a gradient asked of."""
-        return self.inputs | {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return self.inputs | {
+            name: p for name, p in self.module.named_parameters() if p.requires_grad
+        }
 
     def run(self, step: Callable | None = None) -> dict[str, Tensor]:
         """Outputs and gradients by name; ``step``: the module, compiled."""
@@ -47,12 +57,16 @@ class Problem:
         leaves = self.leaves()
         gradients = torch.autograd.grad(outs, list(leaves.values()), upstream_for(outs))
         named = {f"out{i}": out.detach() for i, out in enumerate(outs)}
-        return named | {f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        return named | {
+            f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+        }
 
 
 def upstream_for(outs: list[Tensor]) -> list[Tensor]:
     """The same numbers for the same shapes, without a generator and without waiting for the device."""
-    waves = [torch.arange(1, out.numel() + 1, device=out.device).sin().to(torch.bfloat16) for out in outs]
+    waves = [
+        torch.arange(1, out.numel() + 1, device=out.device).sin().to(torch.bfloat16) for out in outs
+    ]
     return [wave.to(out.dtype).view(out.shape) for wave, out in zip(waves, outs, strict=True)]
 
 
@@ -60,9 +74,9 @@ def upstream_for(outs: list[Tensor]) -> list[Tensor]:
 class Case:
     """``make(tiny)`` -> a float64 Problem on DEVICE, of numbers that 16 bits hold.
 
-    ``fused``: there is a kernel. ``composed``: False where that backend is no path of its own. ``waits``: it reads sizes or bounds
-    on the host, by design (see the op's composed.py). ``around``: a context for each call.
-    """
+    ``fused``: there is a kernel. ``composed``: False where that backend is no path of its own.
+    ``waits``: it reads sizes or bounds on the host, by design (see the op's composed.py).
+    ``around``: a context for each call."""
 
     make: Callable[[bool], Problem]
     fused: bool = True
@@ -119,19 +133,25 @@ def seed() -> Tensor:
     return torch.tensor(SEED, device=DEVICE)
 
 
-# ---- the cases ------------------------------------------------------------------------------------------------------------------
+# ---- the cases -----------------------------------------------------------------------------------
 
 
-def pooling(norm=False, padding=None, dropout=0.0, queries=32, heads=1, per_sample=False, kind="absorbed"):
+def pooling(
+    norm=False, padding=None, dropout=0.0, queries=32, heads=1, per_sample=False, kind="absorbed"
+):
     def make(tiny: bool) -> Problem:
         batch, length, dim, rows = (3, 21, 24, 3) if tiny else (64, 197, 768, queries)
 
         def call(**arguments):
             return mmfused.query_pooling(**arguments, num_heads=heads, form=kind, dropout_p=dropout)
 
-        inputs = dict(x=randn(batch, length, dim), queries=randn(*([batch] if per_sample else []), rows, dim))
+        inputs = dict(
+            x=randn(batch, length, dim), queries=randn(*([batch] if per_sample else []), rows, dim)
+        )
         inputs |= {f"w_{name}": randn(dim, dim, std=dim**-0.5) for name in "kv"}
-        inputs |= dict(b_v=randn(dim)) | (dict(norm_weight=randn(dim), norm_bias=randn(dim)) if norm else {})
+        inputs |= dict(b_v=randn(dim)) | (
+            dict(norm_weight=randn(dim), norm_bias=randn(dim)) if norm else {}
+        )
         given = dict(dropout_seed=seed()) if dropout else {}
         if padding == "mask":
             given["key_padding_mask"] = ignored(batch, length)
@@ -144,12 +164,20 @@ def pooling(norm=False, padding=None, dropout=0.0, queries=32, heads=1, per_samp
 
 def pooling_module(transform: bool):
     def make(tiny: bool) -> Problem:
-        batch, length, dim, rows, heads = (3, 21, 24, 3, 2) if tiny else (64, 197, 768, 2 if transform else 32, 1)
+        batch, length, dim, rows, heads = (
+            (3, 21, 24, 3, 2) if tiny else (64, 197, 768, 2 if transform else 32, 1)
+        )
         if transform:
             module = mmfused.QTransform(dim, rows, 2, heads)
         else:
-            module = mmfused.QueryPooling(dim, rows, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True)
-        return Problem(rounded(module), dict(x=randn(batch, length, dim)), dict(key_padding_mask=ignored(batch, length)))
+            module = mmfused.QueryPooling(
+                dim, rows, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True
+            )
+        return Problem(
+            rounded(module),
+            dict(x=randn(batch, length, dim)),
+            dict(key_padding_mask=ignored(batch, length)),
+        )
 
     return make
 
@@ -159,11 +187,19 @@ def attention(both=True, dropout=0.0, context=None, masked=True, **options):
         batch, lengths, dim, heads = (3, (7, 5), 24, 3) if tiny else (64, (197, 64), 256, 8)
         width = dim if both else (36 if tiny else context or dim)
         kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention
-        module = kind(dim, heads, dropout=dropout, **({} if both else dict(context_dim=width)), **options)
+        module = kind(
+            dim, heads, dropout=dropout, **({} if both else dict(context_dim=width)), **options
+        )
         names = ("a", "b") if both else ("x", "context")
-        inputs = {name: randn(batch, n, d) for name, n, d in zip(names, lengths, (dim, width), strict=True)}
+        inputs = {
+            name: randn(batch, n, d)
+            for name, n, d in zip(names, lengths, (dim, width), strict=True)
+        }
         present = torch.arange(batch, device=DEVICE) % 3
-        given = {f"{names[1]}_key_padding_mask": ignored(batch, lengths[1]), f"{names[1]}_present": present != 1}
+        given = {
+            f"{names[1]}_key_padding_mask": ignored(batch, lengths[1]),
+            f"{names[1]}_present": present != 1,
+        }
         given |= {"a_present": present != 2} if both else {}
         given = given if masked else {}
         given |= dict(dropout_seed=seed()) if dropout else {}
@@ -174,7 +210,9 @@ def attention(both=True, dropout=0.0, context=None, masked=True, **options):
 
 def token_gate(tiny: bool) -> Problem:
     batch, length, dim = (3, 7, 24) if tiny else (64, 197, 256)
-    return Problem(rounded(mmfused.TokenGate(dim)), {name: randn(batch, length, dim) for name in "ab"})
+    return Problem(
+        rounded(mmfused.TokenGate(dim)), {name: randn(batch, length, dim) for name in "ab"}
+    )
 
 
 def routing(from_input: bool, everything=False, router="triton", **options):
@@ -182,7 +220,11 @@ def routing(from_input: bool, everything=False, router="triton", **options):
 
     def make(tiny: bool) -> Problem:
         tokens, experts, k, dim = (37, 5, 2, 24) if tiny else (8192, 128, 8, 512)
-        source = dict(x=randn(tokens, dim), router_weight=randn(experts, dim, std=dim**-0.5)) if from_input else {}
+        source = (
+            dict(x=randn(tokens, dim), router_weight=randn(experts, dim, std=dim**-0.5))
+            if from_input
+            else {}
+        )
         source |= {} if from_input else dict(logits=randn(tokens, experts))
         function = mmfused.topk_routing_from_input if from_input else mmfused.topk_routing
 
@@ -193,9 +235,13 @@ def routing(from_input: bool, everything=False, router="triton", **options):
         given = {}
         if everything:
             given = dict(token_padding_mask=torch.rand(tokens, device=DEVICE) < 0.2)
-            given |= dict(segments=torch.randint(0, 3, (tokens,), device=DEVICE), jitter_seed=seed())
+            given |= dict(
+                segments=torch.randint(0, 3, (tokens,), device=DEVICE), jitter_seed=seed()
+            )
         if from_input:
-            given["indices"] = torch.rand(tokens, experts, device=DEVICE).argsort(1)[:, :k].contiguous()
+            given["indices"] = (
+                torch.rand(tokens, experts, device=DEVICE).argsort(1)[:, :k].contiguous()
+            )
         return Problem(Routed(Call(call)), source, given)
 
     return make
@@ -209,7 +255,9 @@ def experts(activation="gelu", packed=False):
             routed = mmfused.routing_from_indices(indices, weights, number, token_padding_mask=mask)
             return mmfused.grouped_mlp(x, routed, **parameters, activation=activation)
 
-        inputs = dict(x=randn(tokens, dim), weights=torch.rand(tokens, k, dtype=torch.float64, device=DEVICE))
+        inputs = dict(
+            x=randn(tokens, dim), weights=torch.rand(tokens, k, dtype=torch.float64, device=DEVICE)
+        )
         inputs["weights"] = inputs["weights"].to(torch.bfloat16).double().requires_grad_()
         inputs["w_up"] = randn(number, 2 * width if packed else width, dim, std=dim**-0.5)
         inputs["w_down"] = randn(number, dim, width, std=width**-0.5)
@@ -218,7 +266,10 @@ def experts(activation="gelu", packed=False):
             inputs["w_gate"] = randn(number, width, dim, std=dim**-0.5)
         score = torch.rand(tokens, number, device=DEVICE)
         score[:, 1] = -1  # an expert without tokens
-        given = dict(indices=score.argsort(1, descending=True)[:, :k].contiguous(), mask=torch.rand(tokens, device=DEVICE) < 0.1)
+        given = dict(
+            indices=score.argsort(1, descending=True)[:, :k].contiguous(),
+            mask=torch.rand(tokens, device=DEVICE) < 0.1,
+        )
         return Problem(Call(call), inputs, given)
 
     return make
@@ -231,9 +282,23 @@ def linear(tiny: bool) -> Problem:
         routed = mmfused.routing_from_indices(indices, weights, number)
         return mmfused.grouped_linear(x, routed, weight, bias, combine=True)
 
-    weights = torch.rand(tokens, k, dtype=torch.float64, device=DEVICE).to(torch.bfloat16).double().requires_grad_()
-    inputs = dict(x=randn(tokens, dim), weights=weights, weight=randn(number, width, dim, std=dim**-0.5), bias=randn(number, width))
-    return Problem(Call(call), inputs, dict(indices=torch.rand(tokens, number, device=DEVICE).argsort(1)[:, :k].contiguous()))
+    weights = (
+        torch.rand(tokens, k, dtype=torch.float64, device=DEVICE)
+        .to(torch.bfloat16)
+        .double()
+        .requires_grad_()
+    )
+    inputs = dict(
+        x=randn(tokens, dim),
+        weights=weights,
+        weight=randn(number, width, dim, std=dim**-0.5),
+        bias=randn(number, width),
+    )
+    return Problem(
+        Call(call),
+        inputs,
+        dict(indices=torch.rand(tokens, number, device=DEVICE).argsort(1)[:, :k].contiguous()),
+    )
 
 
 def moe(activation: str):
@@ -252,16 +317,30 @@ def moe(activation: str):
 def info_nce(dim=256, masks=False, module=False, **options):
     def make(tiny: bool) -> Problem:
         rows, columns, width = (21, 33, 12) if tiny else (2048, 4096, dim)
-        inputs = {name: randn(n, width, std=width**-0.5) for name, n in (("query", rows), ("candidate", columns))}
+        inputs = {
+            name: randn(n, width, std=width**-0.5)
+            for name, n in (("query", rows), ("candidate", columns))
+        }
         given = {}
         if masks:
-            given = dict(candidate_key=torch.randint(-1, 4, (columns,)), candidate_id=torch.randint(0, columns // 2, (columns,)))
+            given = dict(
+                candidate_key=torch.randint(-1, 4, (columns,)),
+                candidate_id=torch.randint(0, columns // 2, (columns,)),
+            )
             given |= dict(query_key=torch.randint(0, 4, (rows,)), row_weight=torch.rand(rows))
             given = {name: tensor.to(DEVICE) for name, tensor in given.items()}
         if module:
-            return Problem(rounded(mmfused.MaskedInfoNCE(0.125, learnable_temperature=True, **options)), inputs, given)
-        inputs["temperature"] = torch.tensor(0.125, dtype=torch.float64, device=DEVICE).requires_grad_()
-        return Problem(Call(lambda **arguments: mmfused.masked_info_nce(**arguments, **options)), inputs, given)
+            return Problem(
+                rounded(mmfused.MaskedInfoNCE(0.125, learnable_temperature=True, **options)),
+                inputs,
+                given,
+            )
+        inputs["temperature"] = torch.tensor(
+            0.125, dtype=torch.float64, device=DEVICE
+        ).requires_grad_()
+        return Problem(
+            Call(lambda **arguments: mmfused.masked_info_nce(**arguments, **options)), inputs, given
+        )
 
     return make
 
@@ -273,20 +352,33 @@ def with_block():
 CASES = {
     "query_pooling": Case(pooling(), dtypes=True),
     "query_pooling, norm and mask": Case(pooling(norm=True, padding="mask", queries=2)),
-    "query_pooling, own queries and dropout": Case(pooling(padding="lengths", per_sample=True, dropout=0.1)),
-    "query_pooling, projected": Case(pooling(norm=True, padding="mask", queries=2, kind="projected"), fused=False),
+    "query_pooling, own queries and dropout": Case(
+        pooling(padding="lengths", per_sample=True, dropout=0.1)
+    ),
+    "query_pooling, projected": Case(
+        pooling(norm=True, padding="mask", queries=2, kind="projected"), fused=False
+    ),
     "QueryPooling": Case(pooling_module(transform=False), module=True),
     "QTransform": Case(pooling_module(transform=True), module=True),
     "both directions": Case(attention(), dtypes=True, module=True),
     "both directions, dropout": Case(attention(dropout=0.1)),
     "both directions, block": Case(attention(), composed=False, around=with_block),
-    "one direction": Case(attention(both=False, context=768, gate="token", missing="zero"), module=True),
-    "one direction, no gate": Case(attention(both=False, context=768, gate="none", pre_norm=False, indicator="batch"), module=True),
-    "both directions, shared weights": Case(attention(share_weights=True, masked=False), module=True),
+    "one direction": Case(
+        attention(both=False, context=768, gate="token", missing="zero"), module=True
+    ),
+    "one direction, no gate": Case(
+        attention(both=False, context=768, gate="none", pre_norm=False, indicator="batch"),
+        module=True,
+    ),
+    "both directions, shared weights": Case(
+        attention(share_weights=True, masked=False), module=True
+    ),
     "TokenGate": Case(token_gate, fused=False, module=True),
     "topk_routing": Case(routing(False), dtypes=True),
     "topk_routing, all options": Case(
-        routing(False, everything=True, num_segments=3, jitter=0.1, balance="gshard", score="sigmoid")
+        routing(
+            False, everything=True, num_segments=3, jitter=0.1, balance="gshard", score="sigmoid"
+        )
     ),
     "topk_routing in C++": Case(routing(False, router="cuda"), composed=False),
     "topk_routing_from_input": Case(routing(True)),
@@ -297,6 +389,10 @@ CASES = {
     "TopKMoE": Case(moe("gelu"), waits=True, module=True),
     "masked_info_nce": Case(info_nce(symmetric=True), waits=True, dtypes=True),
     "masked_info_nce, masks": Case(info_nce(768, masks=True), waits=True),
-    "masked_info_nce, smoothed": Case(info_nce(masks=True, same_id="mean", label_smoothing=0.1), waits=True),
-    "MaskedInfoNCE": Case(info_nce(masks=True, module=True, symmetric=True), waits=True, module=True),
+    "masked_info_nce, smoothed": Case(
+        info_nce(masks=True, same_id="mean", label_smoothing=0.1), waits=True
+    ),
+    "MaskedInfoNCE": Case(
+        info_nce(masks=True, module=True, symmetric=True), waits=True, module=True
+    ),
 }

@@ -1,7 +1,8 @@
-"""Every public function of mmfused that takes tensors, found by signature: its arguments, and a run with all gradients.
+"""Every public function of mmfused that takes tensors, found by signature: its arguments, and a run
+with all gradients.
 
-Tensors inside arguments have paths: ``x``, ``weights.w_q`` (a NamedTuple's field), ``norm_x.0`` (of a tuple).
-"""
+Tensors inside arguments have paths: ``x``, ``weights.w_q`` (a NamedTuple's field), ``norm_x.0`` (of
+a tuple)."""
 
 from __future__ import annotations
 
@@ -24,16 +25,30 @@ FORWARDS = {"topk_routing_from_input": "topk_routing"}
 # Those that do the same on every backend.
 ONE_BACKEND = ("pack_passes", "update_selection_bias")
 # Floats that get no gradient: constants, and what a routing carries for its caller.
-CONSTANTS = ("row_weight", "selection_bias", "routing.balance_loss", "routing.z_loss", "routing.entropy")
+CONSTANTS = (
+    "row_weight",
+    "selection_bias",
+    "routing.balance_loss",
+    "routing.z_loss",
+    "routing.entropy",
+)
 
 
 def public_functions() -> dict[str, Callable]:
     """By name, without the ``*_reference``: these are reached through ``backend("reference")``."""
     named = {name: getattr(mmfused, name) for name in mmfused.__all__}
-    own = {k: v for k, v in vars(mmfused.losses).items() if getattr(v, "__module__", "") == mmfused.losses.__name__}
+    own = {
+        k: v
+        for k, v in vars(mmfused.losses).items()
+        if getattr(v, "__module__", "") == mmfused.losses.__name__
+    }
     named |= {name: value for name, value in own.items() if not name.startswith("_")}
     functions = {name: value for name, value in named.items() if inspect.isfunction(value)}
-    return {name: f for name, f in functions.items() if not name.endswith("_reference") and tensor_arguments(f)}
+    return {
+        name: f
+        for name, f in functions.items()
+        if not name.endswith("_reference") and tensor_arguments(f)
+    }
 
 
 def has_kernels(function: str) -> bool:
@@ -50,11 +65,15 @@ def arguments(function: Callable) -> dict[str, object]:
                 f"{function.__name__} takes **{name}: say in FORWARDS of {__name__} which function has these options."
             )
             forwarded = arguments(getattr(mmfused, FORWARDS[function.__name__]))
-            positional = list(inspect.signature(getattr(mmfused, FORWARDS[function.__name__])).parameters.values())
+            positional = list(
+                inspect.signature(getattr(mmfused, FORWARDS[function.__name__])).parameters.values()
+            )
             only = {p.name for p in positional if p.kind == inspect.Parameter.KEYWORD_ONLY}
             found |= {key: hint for key, hint in forwarded.items() if key in only}
         else:
-            assert name in hints, f"{function.__name__}: {name} has no type, so nobody can know whether it takes a tensor."
+            assert name in hints, (
+                f"{function.__name__}: {name} has no type, so nobody can know whether it takes a tensor."
+            )
             found[name] = hints[name]
     return found
 
@@ -74,7 +93,11 @@ def _paths(hint: object, path: str) -> list[str]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [found for part in typing.get_args(hint) for found in _paths(part, path)]
     if typing.get_origin(hint) is tuple:
-        return [found for i, part in enumerate(typing.get_args(hint)) for found in _paths(part, f"{path}.{i}")]
+        return [
+            found
+            for i, part in enumerate(typing.get_args(hint))
+            for found in _paths(part, f"{path}.{i}")
+        ]
     if hasattr(hint, "_fields"):
         parts = typing.get_type_hints(hint)
         return [found for name, part in parts.items() for found in _paths(part, f"{path}.{name}")]
@@ -101,7 +124,9 @@ def replaced(value: object, new: dict[str, object], path: str = "") -> object:
     parts = {key: replaced(part, new, f"{path}.{key}" if path else str(key)) for key, part in items}
     if isinstance(value, dict):
         return parts
-    return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+    return (
+        type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+    )
 
 
 def _items(value: object) -> list[tuple[object, object]]:
@@ -115,7 +140,11 @@ def _items(value: object) -> list[tuple[object, object]]:
 def differentiable(function: str, inputs: dict) -> list[str]:
     if function == "update_selection_bias":
         return []
-    return [path for path, x in leaves(inputs).items() if x.is_floating_point() and path not in CONSTANTS]
+    return [
+        path
+        for path, x in leaves(inputs).items()
+        if x.is_floating_point() and path not in CONSTANTS
+    ]
 
 
 def in_float64(inputs: dict) -> dict:
@@ -134,12 +163,19 @@ def run(
     layout: str = "contiguous",
     checkpointed: bool = False,
 ) -> dict[str, Tensor]:
-    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no gradient arrives. The call is made
-    on the card where there is one, inputs and results are on the CPU.
+    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no
+    gradient arrives. The call is made on the card where there is one, inputs and results are on the
+    CPU.
 
-    ``upstream(name, output)``: the gradient of an output, float64 is fine, None for none; it comes in that ``layout``.
-    """
-    inputs = replaced(inputs, {path: on_device(x.detach()).requires_grad_(path in wanted) for path, x in leaves(inputs).items()})
+    ``upstream(name, output)``: the gradient of an output, float64 is fine, None for none; it comes
+    in that ``layout``."""
+    inputs = replaced(
+        inputs,
+        {
+            path: on_device(x.detach()).requires_grad_(path in wanted)
+            for path, x in leaves(inputs).items()
+        },
+    )
     given = leaves(inputs)
 
     def call() -> dict[str, Tensor]:
@@ -149,19 +185,30 @@ def run(
     outputs = checkpoint(call, use_reentrant=False) if checkpointed else call()
     results = {name: out.detach().cpu() for name, out in outputs.items()}
     asked = {name: upstream(name, out) for name, out in outputs.items() if out.requires_grad}
-    asked = {name: on_device(lay_out(value.to(outputs[name].dtype), layout)) for name, value in asked.items() if value is not None}
+    asked = {
+        name: on_device(lay_out(value.to(outputs[name].dtype), layout))
+        for name, value in asked.items()
+        if value is not None
+    }
     gradients = [None] * len(wanted)
     if asked and wanted:
         gradients = torch.autograd.grad(
-            [outputs[name] for name in asked], [given[path] for path in wanted], list(asked.values()), allow_unused=True
+            [outputs[name] for name in asked],
+            [given[path] for path in wanted],
+            list(asked.values()),
+            allow_unused=True,
         )
     for path, gradient in zip(wanted, gradients, strict=True):
-        results[f"d {path}"] = (torch.zeros_like(given[path]).detach() if gradient is None else gradient).cpu()
+        results[f"d {path}"] = (
+            torch.zeros_like(given[path]).detach() if gradient is None else gradient
+        ).cpu()
     return results
 
 
 def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
-    if function == "update_selection_bias":  # the one that writes into its argument, which stays as it was for the next call
+    if (
+        function == "update_selection_bias"
+    ):  # the one that writes into its argument, which stays as it was for the next call
         before = inputs["bias"].clone()
         mmfused.update_selection_bias(**inputs)
         after = inputs["bias"].clone()
@@ -170,8 +217,14 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
     out = public_functions()[function](**inputs)
     if isinstance(out, Tensor):
         return {"out": out}
-    named = out._asdict() if hasattr(out, "_fields") else {f"out{i}": part for i, part in enumerate(out)}
-    return {name: part for name, part in named.items() if name != "tiles"}  # the map of a kernel: not every backend makes one
+    named = (
+        out._asdict()
+        if hasattr(out, "_fields")
+        else {f"out{i}": part for i, part in enumerate(out)}
+    )
+    return {
+        name: part for name, part in named.items() if name != "tiles"
+    }  # the map of a kernel: not every backend makes one
 
 
 @contextlib.contextmanager
@@ -181,7 +234,10 @@ def garbage_in_new_memory():
     def filled(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if inspect.currentframe().f_back.f_globals.get("__name__", "").startswith("mmfused") and not tensor.is_meta:
+            if (
+                inspect.currentframe().f_back.f_globals.get("__name__", "").startswith("mmfused")
+                and not tensor.is_meta
+            ):
                 tensor.copy_(garbage(tensor.numel(), tensor.dtype).view(tensor.shape))
             return tensor
 

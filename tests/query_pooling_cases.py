@@ -1,4 +1,6 @@
-"""Inputs for the tests of query pooling: shapes that between them reach every kernel, and how a case is run."""
+"""Inputs for the tests of query pooling: shapes that between them reach every kernel, and how a
+case is run.
+"""
 
 import torch
 
@@ -8,7 +10,8 @@ from mmfused.testing import value_and_gradients
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
+# only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
 # name -> (B, N, D, L, heads, Dk, Dv): odd on purpose, and between them they reach every kernel
@@ -23,7 +26,16 @@ SHAPES = {
 PADDINGS = ("none", "mask", "lengths")
 
 
-def make(shape="one pass", *, per_sample=False, norm=False, padding="none", dtype=torch.float64, grad=True, device=DEVICE):
+def make(
+    shape="one pass",
+    *,
+    per_sample=False,
+    norm=False,
+    padding="none",
+    dtype=torch.float64,
+    grad=True,
+    device=DEVICE,
+):
     batch, length, dim, queries, heads, k_dim, v_dim = SHAPES[shape]
 
     def randn(*size):
@@ -40,7 +52,10 @@ def make(shape="one pass", *, per_sample=False, norm=False, padding="none", dtyp
         inputs |= dict(norm_weight=randn(dim), norm_bias=randn(dim))
     if padding == "mask":
         ignore = torch.rand(batch, length) < 0.4
-        ignore[0], ignore[1, : length // 2] = True, True  # a sample without tokens, and one padded on the left
+        ignore[0], ignore[1, : length // 2] = (
+            True,
+            True,
+        )  # a sample without tokens, and one padded on the left
         inputs["key_padding_mask"] = ignore.to(device)
     if padding == "lengths":
         inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)
@@ -49,7 +64,10 @@ def make(shape="one pass", *, per_sample=False, norm=False, padding="none", dtyp
 
 
 def cast(inputs, dtype):
-    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) if v.is_floating_point() else v for k, v in inputs.items()}
+    return {
+        k: v.detach().to(dtype).requires_grad_(v.requires_grad) if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
 
 
 def run(inputs, heads, backend, upstream=None, form="absorbed", **kwargs):
@@ -62,7 +80,13 @@ def run(inputs, heads, backend, upstream=None, form="absorbed", **kwargs):
 
 def upstream_for(inputs):
     queries = inputs["queries"]
-    return torch.randn(inputs["x"].shape[0], queries.shape[-2], inputs["w_v"].shape[0], dtype=torch.float64, device=DEVICE)
+    return torch.randn(
+        inputs["x"].shape[0],
+        queries.shape[-2],
+        inputs["w_v"].shape[0],
+        dtype=torch.float64,
+        device=DEVICE,
+    )
 
 
-# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+# ---- 1: forward and every gradient ---------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""A product whose second operand is summed on the way, in the loop (a race on sm_90) or not: run as a script by test_races.py."""
+"""A product whose second operand is summed on the way, in the loop (a race on sm_90) or not: run as
+a script by test_races.py.
+"""
 
 import json
 
@@ -12,7 +14,9 @@ from mmfused.cli.races import pipelined_register_reads
 
 @triton.jit
 def product_kernel(a_ptr, b_ptr, out_ptr, sum_ptr, K, SUM: tl.constexpr, WAIT: tl.constexpr):
-    """out (64, 64) = a (64, K) b (K, 64). SUM: the columns' sums of b too. WAIT: each product is used within the loop."""
+    """out (64, 64) = a (64, K) b (K, 64). SUM: the columns' sums of b too. WAIT: each product is
+    used within the loop.
+    """
     i = tl.arange(0, 64)
     acc = tl.zeros([64, 64], tl.float32)
     total = tl.zeros([64], tl.float32)
@@ -32,7 +36,13 @@ def product_kernel(a_ptr, b_ptr, out_ptr, sum_ptr, K, SUM: tl.constexpr, WAIT: t
 
 
 def races(summed: bool, wait: bool, num_stages: int, arch: int) -> list[str]:
-    pointers = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "sum_ptr": "*fp32", "K": "i32"}
+    pointers = {
+        "a_ptr": "*bf16",
+        "b_ptr": "*bf16",
+        "out_ptr": "*fp32",
+        "sum_ptr": "*fp32",
+        "K": "i32",
+    }
     source = ASTSource(
         fn=product_kernel,
         signature=pointers | {"SUM": "constexpr", "WAIT": "constexpr"},
@@ -40,7 +50,9 @@ def races(summed: bool, wait: bool, num_stages: int, arch: int) -> list[str]:
         attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
     )
     options = {"num_warps": 4, "num_stages": num_stages}
-    return pipelined_register_reads(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"])
+    return pipelined_register_reads(
+        triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Losses of open_clip and sentence-transformers, without a SentenceTransformer, for the tests of fuse."""
+"""Losses of open_clip and sentence-transformers, without a SentenceTransformer, for the tests of
+fuse.
+"""
 
 import pytest
 from torch import nn
 
-import mmfused.swaps.losses
+import mmfused.fuse.losses
 
 B, D = 61, 24
 
 
 class Encoder(nn.Sequential):
-    """Takes the place of a SentenceTransformer: features of one text column to {"sentence_embedding": (B, D)}."""
+    """Takes the place of a SentenceTransformer: features of one text column to
+    {"sentence_embedding": (B, D)}.
+    """
 
     def __init__(self):
         super().__init__(nn.Linear(7, D))
@@ -53,7 +57,9 @@ def edited(loss, **attributes):
 
 @pytest.fixture
 def swept(monkeypatch):
-    module, calls = mmfused.swaps.losses, []
+    module, calls = mmfused.fuse.losses, []
     real = module.scaled_info_nce
-    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
+    monkeypatch.setattr(
+        module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1]
+    )
     return calls

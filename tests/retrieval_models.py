@@ -17,7 +17,12 @@ TEXTS = [
     "knife",
     "jar",
 ]
-BERT = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "hidden_dropout_prob": 0.0}
+BERT = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "hidden_dropout_prob": 0.0,
+}
 VIT = {"img_size": 32, "patch_size": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
 ENCODERS = {"image_dim": 12, "text_dim": 12, "image": VIT, "text": BERT}
 LANGUAGE = {
@@ -28,13 +33,21 @@ LANGUAGE = {
     "num_key_value_heads": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
 }
-HOST = {"text_config": LANGUAGE, "vision_config": {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1}}
+HOST = {
+    "text_config": LANGUAGE,
+    "vision_config": {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1},
+}
 SMALL = {
     "uniecs": {**ENCODERS, "dim": 8, "num_heads": 2, "cross_layers": 1},
     "unica": {**ENCODERS, "num_heads": 2, "ffn": 16, "dropout": 0.0},
     "moon2": {"host": HOST, "num_experts": 3, "image_size": 32},
     # One view alone: which one an item shows is drawn, and ranks draw apart.
-    "unite": {"host": HOST, "image_size": 32, "query_views": ("image",), "candidate_views": ("both",)},
+    "unite": {
+        "host": HOST,
+        "image_size": 32,
+        "query_views": ("image",),
+        "candidate_views": ("both",),
+    },
 }
 
 
@@ -51,14 +64,22 @@ def small_model(name, **changes):
 
 
 def batch(name, count=6, side=32):
-    """Query, candidate and negative items; some lack their picture, some their text, and none repeats a label."""
+    """Query, candidate and negative items; some lack their picture, some their text, and none
+    repeats a label.
+    """
     tokenizer, generator = tokenizer_of(name), torch.Generator().manual_seed(1)
     parts = {}
-    roles = ("query", "candidate", "negative") if MODELS[name].model.takes_negatives else ("query", "candidate")
+    roles = (
+        ("query", "candidate", "negative")
+        if MODELS[name].model.takes_negatives
+        else ("query", "candidate")
+    )
     for place, role in enumerate(roles):
         texts = [TEXTS[(row + 3 * place) % len(TEXTS)] for row in range(count)]
         texts[1] = ""
-        ids = tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+        ids = tokenizer(
+            texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+        )
         present = torch.arange(count) != 2
         pixels = torch.randn(count, 3, side, side, generator=generator, dtype=torch.float64)
         parts[role] = {
@@ -72,12 +93,17 @@ def batch(name, count=6, side=32):
 
 
 def home(dtype) -> torch.device:
-    """Where a training of the parity tests runs: in float32 on the card, if there is one, which the fused kernels need."""
+    """Where a training of the parity tests runs: in float32 on the card, if there is one, which the
+    fused kernels need.
+    """
     return torch.device("cuda" if torch.cuda.is_available() and dtype == torch.float32 else "cpu")
 
 
 def rows_of(parts, first, last):
-    return {role: {name: value[first:last] for name, value in items.items()} for role, items in parts.items()}
+    return {
+        role: {name: value[first:last] for name, value in items.items()}
+        for role, items in parts.items()
+    }
 
 
 def without_images(parts):
@@ -93,10 +119,14 @@ def gradients(model):
 
 
 def check_given_tokens(model, parts):
-    """A hosted model gives the same from its pictures' tokens as from their pixels, and refuses what is neither or both."""
+    """A hosted model gives the same from its pictures' tokens as from their pixels, and refuses
+    what is neither or both.
+    """
     given = {role: dict(items) for role, items in parts.items()}
     for items in given.values():
-        tokens, _ = qwen.picture_tokens(model.host, items.pop("pixel_values"), items["image_present"])
+        tokens, _ = qwen.picture_tokens(
+            model.host, items.pop("pixel_values"), items["image_present"]
+        )
         items["image_tokens"] = tokens.detach()
         items["image_tokens"][~items["image_present"]] = float("nan")
     losses = []

@@ -23,32 +23,52 @@ def positive_similarity(draw: Draw) -> dict:
 
 
 def hard_negative_margin(draw: Draw) -> dict:
-    options = dict(margin=draw.pick("margin", 0.0, 0.2, 2.0), fraction=draw.pick("fraction", 0.0, 0.3, 1.0))
-    return _pair(draw) | options | dict(temperature=_scalar(draw, "temperature", draw.pick("", 0.1, 1.0)))
+    options = dict(
+        margin=draw.pick("margin", 0.0, 0.2, 2.0), fraction=draw.pick("fraction", 0.0, 0.3, 1.0)
+    )
+    return (
+        _pair(draw)
+        | options
+        | dict(temperature=_scalar(draw, "temperature", draw.pick("", 0.1, 1.0)))
+    )
 
 
 def product_hinge(draw: Draw) -> dict:
-    inputs = _pair(draw, more=False) | dict(margin=draw.pick("margin", 0.0, 0.3), diagonal=draw.pick("diagonal", True, False))
+    inputs = _pair(draw, more=False) | dict(
+        margin=draw.pick("margin", 0.0, 0.3), diagonal=draw.pick("diagonal", True, False)
+    )
     inputs["scale"] = _scalar(draw, "scale", draw.pick("", 0.5, 10.0))
     if draw.given("positive"):
-        inputs["positive"] = draw.normal(len(inputs["query"]), dtype=draw.pick("", draw.dtype, draw.wide))
+        inputs["positive"] = draw.normal(
+            len(inputs["query"]), dtype=draw.pick("", draw.dtype, draw.wide)
+        )
     return inputs
 
 
 def product_consistency(draw: Draw) -> dict:
     rows, dim = draw.pick("batch", 1, 2, 5, 17), draw.pick("dim", 1, 3, 17)
-    pairs = {name: (draw.normal(rows, dim), draw.normal(rows, dim)) for name in ("product", "image", "text")}
+    pairs = {
+        name: (draw.normal(rows, dim), draw.normal(rows, dim))
+        for name in ("product", "image", "text")
+    }
     options = dict(tolerance=draw.pick("tolerance", 0.0, 0.05), top=draw.pick("top", 1, 3, 10))
     return pairs | options | dict(scale=_scalar(draw, "scale", draw.pick("", 0.5, 2.0)))
 
 
 def sigmoid_contrastive(draw: Draw) -> dict:
-    scalars = dict(temperature=_scalar(draw, "temperature", 0.1), bias=_scalar(draw, "bias", draw.pick("", -10.0, 0.0)))
+    scalars = dict(
+        temperature=_scalar(draw, "temperature", 0.1),
+        bias=_scalar(draw, "bias", draw.pick("", -10.0, 0.0)),
+    )
     return _pair(draw) | scalars
 
 
 def dual_alignment(draw: Draw) -> dict:
-    experts, objectives, samples = draw.pick("experts", 1, 2, 5), draw.pick("objectives", 1, 3), draw.pick("batch", 1, 2, 7)
+    experts, objectives, samples = (
+        draw.pick("experts", 1, 2, 5),
+        draw.pick("objectives", 1, 3),
+        draw.pick("batch", 1, 2, 7),
+    )
     inputs = dict(
         alignment=draw.normal(experts, objectives),
         shares=draw.uniform(samples, experts),

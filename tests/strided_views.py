@@ -1,7 +1,8 @@
-"""The same values in other memory: views with strides and offsets, with garbage before, between and after them.
+"""The same values in other memory: views with strides and offsets, with garbage before, between and
+after them.
 
-A kernel that ignores a stride or an offset, or reads beyond a row, meets NaN, or an integer that is no index.
-"""
+A kernel that ignores a stride or an offset, or reads beyond a row, meets NaN, or an integer that is
+no index."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def garbage(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """Drawn on the CPU, for the same seed is then the same case everywhere: with all the memory it is a view into."""
+    """Drawn on the CPU, for the same seed is then the same case everywhere: with all the memory it
+    is a view into.
+    """
     if DEVICE == "cpu":
         return x
     memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
@@ -32,7 +35,9 @@ def on_device(x: Tensor) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """``values`` as a view of that layout into memory of its own. Where it is applied again, nothing changes any more."""
+    """``values`` as a view of that layout into memory of its own. Where it is applied again,
+    nothing changes any more.
+    """
     values = values.detach()
     if layout in EXPANDED:
         return _expanded(values, 0 if layout == "expanded first" else -1)
@@ -46,12 +51,16 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 
 
 def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
-    """``order``: the dimensions, the densest first; ``step`` is the stride of that one, ``gap`` what is left after each."""
+    """``order``: the dimensions, the densest first; ``step`` is the stride of that one, ``gap``
+    what is left after each.
+    """
     strides, stride = [0] * values.dim(), step
     for dim in order:
         strides[dim] = stride
         stride = stride * max(values.shape[dim], 1) + gap
-    span = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True) if size)
+    span = sum(
+        (size - 1) * stride for size, stride in zip(values.shape, strides, strict=True) if size
+    )
     memory = garbage(GUARD + span + 1 + GUARD, values.dtype)
     return memory.as_strided(values.shape, strides, GUARD).copy_(values)
 

@@ -1,4 +1,6 @@
-"""Autocast as nn.Linear has it: whatever dtype weights and activations have, results are in its dtype."""
+"""Autocast as nn.Linear has it: whatever dtype weights and activations have, results are in its
+dtype.
+"""
 
 import itertools
 
@@ -75,10 +77,16 @@ OPS = {
     ),
     "gated_cross_attention": cross,
     "bidirectional_gated_cross_attention": both,
-    "grouped_linear": lambda a, w: mmfused.grouped_linear(a(torch.randn(6, D)), routing(6), w(weights(E, 8, D)), w(weights(E, 8))),
-    "grouped_mlp": lambda a, w: mmfused.grouped_mlp(a(torch.randn(6, D)), routing(6), w(weights(E, 8, D)), w(weights(E, D, 8))),
+    "grouped_linear": lambda a, w: mmfused.grouped_linear(
+        a(torch.randn(6, D)), routing(6), w(weights(E, 8, D)), w(weights(E, 8))
+    ),
+    "grouped_mlp": lambda a, w: mmfused.grouped_mlp(
+        a(torch.randn(6, D)), routing(6), w(weights(E, 8, D)), w(weights(E, D, 8))
+    ),
     "topk_routing_from_input": lambda a, w: (
-        mmfused.topk_routing_from_input(a(torch.randn(6, D)), w(weights(E, D)), 2, w(weights(E))).weights
+        mmfused.topk_routing_from_input(
+            a(torch.randn(6, D)), w(weights(E, D)), 2, w(weights(E))
+        ).weights
     ),
     "topk_routing": lambda a, w: mmfused.topk_routing(a(torch.randn(6, E)), 2).weights,
     "masked_info_nce": lambda a, w: mmfused.masked_info_nce(
@@ -102,7 +110,9 @@ def test_ops(op, case):
     with torch.autocast(DEVICE, autocast):
         out = OPS[op](lambda x: x.to(activation), lambda x: x.to(weight))
     assert out.dtype == (torch.float32 if op in WIDE else autocast)
-    torch.testing.assert_close(out.float(), want, rtol=0.1, atol=0.1)  # of 16-bit numbers; the budget is tested elsewhere
+    torch.testing.assert_close(
+        out.float(), want, rtol=0.1, atol=0.1
+    )  # of 16-bit numbers; the budget is tested elsewhere
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
@@ -127,7 +137,11 @@ def test_children_that_are_called(name, attachment):
     if ATTACHMENTS[attachment].needs:
         pytest.importorskip(ATTACHMENTS[attachment].needs)
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
-    for autocast, dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (None, torch.bfloat16)):
+    for autocast, dtype in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (None, torch.bfloat16),
+    ):
         if autocast == torch.float16 and "post-norm" in name and kind is nn.LayerNorm:
             continue  # a norm in bfloat16 of a sum with float16 in it: torch has none
         torch.manual_seed(0)
@@ -148,7 +162,9 @@ def test_called_children_in_float32_beside_tokens_of_16_bits(name):
     ATTACHMENTS["forward hook"].attach(module, children(module, nn.Linear))
     inputs = MODULES[name].inputs()
     want = MODULES[name].plain(module, *inputs)
-    out = MODULES[name].call(module, *(x.bfloat16() if x.is_floating_point() else x for x in inputs))
+    out = MODULES[name].call(
+        module, *(x.bfloat16() if x.is_floating_point() else x for x in inputs)
+    )
     assert out.dtype == torch.bfloat16
     assert (out - want).abs().median() < 0.02
 
@@ -157,7 +173,9 @@ def test_called_children_in_float32_beside_tokens_of_16_bits(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_cast_modules(name, dtype):
     module = MODULES[name].make().to(dtype)
-    out = MODULES[name].call(module, *(x.to(dtype) if x.is_floating_point() else x for x in MODULES[name].inputs()))
+    out = MODULES[name].call(
+        module, *(x.to(dtype) if x.is_floating_point() else x for x in MODULES[name].inputs())
+    )
     assert out.dtype == dtype
     out.sum().backward()
     assert all(p.grad.dtype == dtype for p in module.parameters())
@@ -180,7 +198,9 @@ def test_a_cast_mixture_keeps_its_selection_bias(dtype):
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
 def test_attention_that_was_fused(weight):
-    """nn.MultiheadAttention over another input, whose weights alone are of another dtype than autocast's."""
+    """nn.MultiheadAttention over another input, whose weights alone are of another dtype than
+    autocast's.
+    """
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)
         module = nn.MultiheadAttention(64, 1, batch_first=True).to(weight)

@@ -1,4 +1,6 @@
-"""The models' benchmark: its baselines compute the models and use none of the ops, and a run leaves loss curves."""
+"""The models' benchmark: its baselines compute the models and use none of the ops, and a run leaves
+loss curves.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def tiny(name: str) -> Case:
 def small_machine(monkeypatch):
     """On a CPU and without minutes for ceilings, wherever the suite runs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+    monkeypatch.setattr(
+        measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+    )
 
 
 @pytest.fixture(scope="module", params=STEPS)
@@ -40,7 +44,9 @@ def test_every_provider_computes_the_model(gate):
     for name in (models.BASELINE, "composed"):
         results = gate.build(models.PROVIDERS[name]).results(gate.problem)
         torch.testing.assert_close(models.comparable(results), gate.exact, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(gate.plain, gate.exact, rtol=1e-9, atol=1e-12)  # float64's composed path is the reference
+    torch.testing.assert_close(
+        gate.plain, gate.exact, rtol=1e-9, atol=1e-12
+    )  # float64's composed path is the reference
     parameters = {f"d{name}" for name in (*gate.problem.inputs, *gate.problem.parameters)}
     assert results.keys() == {"out"} | parameters  # every gradient is judged
     assert all(tensor.count_nonzero() for tensor in gate.exact.values())  # and says something
@@ -78,7 +84,9 @@ def test_the_baseline_uses_no_op(gate):
     operators, functions = used(gate, models.BASELINE)
     assert operators and not [name for name in operators if name.startswith("mmfused")]
     assert functions <= PLAIN, functions - PLAIN
-    assert not used(gate, "composed")[1] <= PLAIN  # the library's model does use them, and this sees it
+    assert (
+        not used(gate, "composed")[1] <= PLAIN
+    )  # the library's model does use them, and this sees it
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
@@ -87,7 +95,11 @@ def test_a_baseline_with_another_weight_fails(name):
     provider = gate.build(models.torch_modules)
     assert broken_gate(gate, provider) == "passed"
     with torch.no_grad():
-        [p for name, p in provider.module.named_parameters() if name.endswith("weight") and p.dim() > 1][-1].mul_(1 + 1e-3)
+        [
+            p
+            for name, p in provider.module.named_parameters()
+            if name.endswith("weight") and p.dim() > 1
+        ][-1].mul_(1 + 1e-3)
     assert broken_gate(gate, provider) == "failed"
 
 
@@ -96,7 +108,9 @@ def test_a_baseline_with_another_temperature_fails():
     provider = gate.build(models.torch_modules)
     assert broken_gate(gate, provider) == "passed"
     config = provider.module.model.config
-    type(provider.module.model).config = dataclasses.replace(config, temperature=config.temperature * 1.01)
+    type(provider.module.model).config = dataclasses.replace(
+        config, temperature=config.temperature * 1.01
+    )
     assert broken_gate(gate, provider) == "failed"
 
 
@@ -111,7 +125,9 @@ def quick_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+        patch.setattr(
+            measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+        )
         code = run.main(["models", "--quick", "--repeats", "1", "--out", str(folder)])
     return code, {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -123,10 +139,17 @@ def test_a_run_leaves_times_and_curves(quick_run):
         for name in (models.BASELINE, "composed"):
             provider = record["providers"][name]
             steps = set() if record["case"]["name"] == "unite" else {"step"}
-            assert provider["gate"] == "passed" and provider["seconds"]["eager"].keys() == {"forward", "backward", "both"} | steps
+            assert (
+                provider["gate"] == "passed"
+                and provider["seconds"]["eager"].keys() == {"forward", "backward", "both"} | steps
+            )
         assert record["providers"]["fused"]["gate"] == "unavailable"
         curves = record["curves"]
-        assert curves["losses"].keys() == {models.BASELINE, f"{models.BASELINE}, float64", "composed"}
+        assert curves["losses"].keys() == {
+            models.BASELINE,
+            f"{models.BASELINE}, float64",
+            "composed",
+        }
         for losses in curves["losses"].values():
             assert len(losses) == models.TRAINED and losses[-1] < 0.95 * losses[0]
         assert curves["difference"]["composed"] <= curves["bound"] < 1e-2 and not record["faults"]
@@ -141,12 +164,32 @@ def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
     case = tiny("unite")
     monkeypatch.setitem(models.PROVIDERS, "composed", other)
     found = models.extras(case, CPU, torch.float32)
-    assert found["curves"]["difference"]["composed"] == pytest.approx(0.01, rel=0.01) and "losses differ" in found["faults"][0]
+    assert (
+        found["curves"]["difference"]["composed"] == pytest.approx(0.01, rel=0.01)
+        and "losses differ" in found["faults"][0]
+    )
     monkeypatch.undo()
-    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+    monkeypatch.setattr(
+        measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "extras", lambda *_: found)
-    assert run.main(["models", "--quick", "--case", "unite", "--forward", "--repeats", "1", "--out", str(tmp_path)]) == 1
+    assert (
+        run.main(
+            [
+                "models",
+                "--quick",
+                "--case",
+                "unite",
+                "--forward",
+                "--repeats",
+                "1",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 1
+    )
     assert "losses differ" in capsys.readouterr().out
 
 
@@ -154,8 +197,12 @@ def test_work_is_counted():
     """UNITE by hand: products of all pairs, one forward and two backward; bytes of the rows."""
     (case,) = [case for case in cases("cpu", quick=True) if case.name == "unite"]
     work, rows = models.work(case, itemsize=4), 3 * case.B * 24 * 4
-    assert work["forward"] == [{"stage": "all", "flops": 2 * case.B * 2 * case.B * 24, "bytes": rows}]
-    assert work["backward"] == [{"stage": "all", "flops": 4 * case.B * 2 * case.B * 24, "bytes": 2 * rows}]
+    assert work["forward"] == [
+        {"stage": "all", "flops": 2 * case.B * 2 * case.B * 24, "bytes": rows}
+    ]
+    assert work["backward"] == [
+        {"stage": "all", "flops": 4 * case.B * 2 * case.B * 24, "bytes": 2 * rows}
+    ]
 
 
 def test_models_take_no_shape(capsys):

@@ -1,4 +1,6 @@
-"""The benchmarks: what a run leaves, that the gate lets nothing wrong be timed, and how requests are refused."""
+"""The benchmarks: what a run leaves, that the gate lets nothing wrong be timed, and how requests
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import pytest
 import torch
 
 from mmfused import cli
-from mmfused.benchmarks import gated_cross_attention, grouped_mlp, masked_info_nce, measure, query_pooling, run, topk_routing
+from mmfused.benchmarks import (
+    gated_cross_attention,
+    grouped_mlp,
+    masked_info_nce,
+    measure,
+    query_pooling,
+    run,
+    topk_routing,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("query_pooling", "--shape", "B=2,N=16,D=32,L=4,H=2", "--repeats", "2", "--no-compile")
@@ -27,7 +37,9 @@ STEM = "query_pooling-custom-B2-N16-D32-L4-H2"
 def small_machine(monkeypatch):
     """On a CPU and without minutes for ceilings, wherever the suite runs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10})
+    monkeypatch.setattr(
+        measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+    )
 
 
 def broken(error):
@@ -36,7 +48,9 @@ def broken(error):
     def build(case, device, dtype):
         provider = query_pooling.composed(case, device, dtype)
         load = provider.load
-        provider.load = lambda parameters: load(parameters | {"w_v": parameters["w_v"] * (1 + error)})
+        provider.load = lambda parameters: load(
+            parameters | {"w_v": parameters["w_v"] * (1 + error)}
+        )
         return provider
 
     return build
@@ -61,20 +75,41 @@ def test_run_leaves_samples_table_and_pictures(tmp_path, capsys):
         "floor_seconds",
         "providers",
     }
-    assert found["environment"].keys() >= {"versions", "device", "platform", "threads", "commit", "dirty", "started"}
+    assert found["environment"].keys() >= {
+        "versions",
+        "device",
+        "platform",
+        "threads",
+        "commit",
+        "dirty",
+        "started",
+    }
     assert found["environment"]["versions"].keys() >= {"mmfused", "python", "torch", "triton"}
     for name in ("nn.MultiheadAttention", "projected KV + SDPA", "composed"):
         provider = found["providers"][name]
         assert provider["gate"] == "passed" and provider["saved_bytes"] > 0
         passes = provider["seconds"]["eager"]
-        assert {which: len(samples) for which, samples in passes.items()} == {"forward": 2, "both": 2, "backward": 2}
-        assert passes["backward"] == [both - forward for both, forward in zip(passes["both"], passes["forward"], strict=True)]
-    assert found["providers"]["fused"]["gate"] == "unavailable" and found["providers"]["fused"]["reasons"]
+        assert {which: len(samples) for which, samples in passes.items()} == {
+            "forward": 2,
+            "both": 2,
+            "backward": 2,
+        }
+        assert passes["backward"] == [
+            both - forward for both, forward in zip(passes["both"], passes["forward"], strict=True)
+        ]
+    assert (
+        found["providers"]["fused"]["gate"] == "unavailable"
+        and found["providers"]["fused"]["reasons"]
+    )
 
     with (tmp_path / "query_pooling.csv").open() as file:
         rows = list(csv.DictReader(file))
     timed = sum("seconds" in provider for provider in found["providers"].values())
-    assert len(rows) == 3 * timed and {row["pass"] for row in rows} == {"forward", "backward", "both"}
+    assert len(rows) == 3 * timed and {row["pass"] for row in rows} == {
+        "forward",
+        "backward",
+        "both",
+    }
     for name in (f"{STEM}-float32.png", "query_pooling-roofline.png"):
         assert not MATPLOTLIB or (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))  # no half-written file stays
@@ -101,7 +136,21 @@ def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
 def test_results_of_other_cases_stay(tmp_path):
     for length in (5, 6):
         shape = f"B=1,N={length},D=8,L=2,H=1"
-        assert run.main(["query_pooling", "--shape", shape, "--repeats", "1", "--forward", "--out", str(tmp_path)]) == 0
+        assert (
+            run.main(
+                [
+                    "query_pooling",
+                    "--shape",
+                    shape,
+                    "--repeats",
+                    "1",
+                    "--forward",
+                    "--out",
+                    str(tmp_path),
+                ]
+            )
+            == 0
+        )
     with (tmp_path / "query_pooling.csv").open() as file:
         cases = {row["case"] for row in csv.DictReader(file)}
     assert cases == {"custom-B1-N5-D8-L2-H1", "custom-B1-N6-D8-L2-H1"}
@@ -122,7 +171,10 @@ def test_red_baseline_is_reported_and_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(query_pooling.PROVIDERS, "projected KV + SDPA", broken(1e-4))
     assert run.main([*TINY, "--out", str(tmp_path)]) == 0
     providers = record(tmp_path)["providers"]
-    assert providers["projected KV + SDPA"]["gate"] == "failed" and "seconds" not in providers["projected KV + SDPA"]
+    assert (
+        providers["projected KV + SDPA"]["gate"] == "failed"
+        and "seconds" not in providers["projected KV + SDPA"]
+    )
     assert "seconds" in providers["composed"]
     assert "failed: " in capsys.readouterr().out
 
@@ -133,9 +185,13 @@ def test_spent_budget_skips_compiling(tmp_path):
     assert compiled["gate"] == "skipped" and "budget" in compiled["reasons"][0]
 
 
-@pytest.mark.parametrize("case", query_pooling.cases("cuda", quick=False), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", query_pooling.cases("cuda", quick=False), ids=lambda case: case.name
+)
 def test_every_provider_computes_the_same_function(case):
-    """All cases in float64, smaller: the providers that express a case agree in the output and in all gradients."""
+    """All cases in float64, smaller: the providers that express a case agree in the output and in
+    all gradients.
+    """
     small = query_pooling.Case(case.name, 2, 5, 24, min(case.L, 3), case.H, case.block)
     problem = query_pooling.make(small, torch.device("cpu"), torch.float64)
     gate = measure.Gate(query_pooling, small, problem)
@@ -145,22 +201,32 @@ def test_every_provider_computes_the_same_function(case):
             results = gate.build(query_pooling.PROVIDERS[name]).results(problem)
         except measure.Unavailable:
             continue
-        torch.testing.assert_close(query_pooling.comparable(results), gate.exact, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            query_pooling.comparable(results), gate.exact, rtol=1e-10, atol=1e-12
+        )
         served.add(name)
     assert served >= {"composed", "projected KV + SDPA"}
     assert ("nn.MultiheadAttention" in served) == case.block
 
 
 def test_work_counts_the_formulas():
-    """The pooling alone as the derivation has it: 4 R N D + 2 L D^2 forward, 10 R N D + 4 L D^2 backward, by sample."""
+    """The pooling alone as the derivation has it: 4 R N D + 2 L D^2 forward, 10 R N D + 4 L D^2
+    backward, by sample.
+    """
     case = query_pooling.Case("", 1024, 197, 768, 32, 1, block=False)
     work = query_pooling.work(case, itemsize=2)
-    by_pass = {which: sum(s["flops"] for s in stages if s["stage"] != "queries") / case.B for which, stages in work.items()}
+    by_pass = {
+        which: sum(s["flops"] for s in stages if s["stage"] != "queries") / case.B
+        for which, stages in work.items()
+    }
     assert by_pass == {
         "forward": 4 * 32 * 197 * 768 + 2 * 32 * 768**2,
         "backward": 10 * 32 * 197 * 768 + 4 * 32 * 768**2,
     }
-    pool = {which: next(s for s in stages if s["stage"] == "pool")["bytes"] / case.B for which, stages in work.items()}
+    pool = {
+        which: next(s for s in stages if s["stage"] == "pool")["bytes"] / case.B
+        for which, stages in work.items()
+    }
     assert pool == {"forward": 2 * (197 + 32) * 768, "backward": 2 * 2 * (197 + 32) * 768}
     floors = measure.floor_seconds(work, {"flops_per_second": 790e12, "bytes_per_second": 4.3e12})
     assert floors["forward"] == pytest.approx(133e-6, rel=0.01)
@@ -170,19 +236,29 @@ def test_work_counts_the_formulas():
 NO_SUCH_OP = f"op is 'no_such_op'; it takes one of {', '.join(run.OPS)}."
 REFUSED = [
     (("no_such_op",), NO_SUCH_OP),
-    (("query_pooling", "--case", "nope"), "case is 'nope'; query_pooling on cpu takes one of fluid, "),
+    (
+        ("query_pooling", "--case", "nope"),
+        "case is 'nope'; query_pooling on cpu takes one of fluid, ",
+    ),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
     (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
     (("query_pooling", "--shape", "D=10,H=3"), "H must divide D"),
     (("query_pooling", "--shape", "B=2", "--slice", "1/2"), "shape is given with case or slice"),
-    (("query_pooling", "--slice", "4/3"), "slice is '4/3'; it takes I/N with 1 <= I <= N, such as 1/3."),
+    (
+        ("query_pooling", "--slice", "4/3"),
+        "slice is '4/3'; it takes I/N with 1 <= I <= N, such as 1/3.",
+    ),
     (("query_pooling", "--dtype", "int8"), "dtype is 'int8'; it takes one of bf16, fp16, fp32."),
     (("query_pooling", "--repeats", "0"), "repeats is 0; it takes at least 1."),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
-@pytest.mark.parametrize("main", [run.main, lambda arguments: cli.main(["bench", *arguments])], ids=["run.py", "mmfused bench"])
+@pytest.mark.parametrize(
+    "main",
+    [run.main, lambda arguments: cli.main(["bench", *arguments])],
+    ids=["run.py", "mmfused bench"],
+)
 def test_refusals_are_one_sentence(main, arguments, sentence, capsys):
     assert main(list(arguments)) == 2
     printed = capsys.readouterr()
@@ -192,11 +268,15 @@ def test_refusals_are_one_sentence(main, arguments, sentence, capsys):
 def test_slices_are_all_cases():
     cases = query_pooling.cases("cuda", quick=False)
     parts = [run.sliced(cases, f"{part}/3") for part in (1, 2, 3)]
-    assert sorted(case.name for part in parts for case in part) == sorted(case.name for case in cases)
+    assert sorted(case.name for part in parts for case in part) == sorted(
+        case.name for case in cases
+    )
 
 
 def test_runs_as_a_file_from_anywhere(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "no_such_op"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith(f"{NO_SUCH_OP}\n")
@@ -205,13 +285,29 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
 @pytest.mark.parametrize("modalities", [1, 3])
 def test_masked_info_nce(tmp_path, modalities):
     shape = f"B=50,D=16,K={modalities}"
-    assert run.main(["masked_info_nce", "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(tmp_path)]) == 0
+    assert (
+        run.main(
+            [
+                "masked_info_nce",
+                "--shape",
+                shape,
+                "--repeats",
+                "1",
+                "--no-compile",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     (file,) = tmp_path.glob("masked_info_nce-*.json")
     found = json.loads(file.read_text())["providers"]
     gates = {name: entry["gate"] for name, entry in found.items()}
     assert gates["eager"] == gates["checkpointed chunks"] == gates["composed"] == "passed"
     assert gates["bare GEMMs"] == ("no gate" if modalities == 1 else "unavailable")
-    assert gates["torch linear_cross_entropy"] in ({"passed", "unavailable"} if modalities == 1 else {"unavailable"})
+    assert gates["torch linear_cross_entropy"] in (
+        {"passed", "unavailable"} if modalities == 1 else {"unavailable"}
+    )
     assert found["composed"]["saved_bytes"] < 50 * 50 * 4
 
 
@@ -221,7 +317,10 @@ def test_masked_info_nce_work():
     assert work["forward"] == [{"stage": "logits", "flops": 2 * 50 * 4, "bytes": 160}]
     assert [stage["flops"] for stage in work["backward"]] == [400, 800]
     key = masked_info_nce.modality(case, torch.device("cpu"))
-    assert key.bincount().tolist() == [5, 5] and masked_info_nce.modality(masked_info_nce.Case("", 10, 4), "cpu") is None
+    assert (
+        key.bincount().tolist() == [5, 5]
+        and masked_info_nce.modality(masked_info_nce.Case("", 10, 4), "cpu") is None
+    )
 
 
 @pytest.mark.parametrize("shape", ["T=40,E=6,k=3", "T=40,E=6,k=3,D=16,S=2"])
@@ -234,29 +333,53 @@ def test_topk_routing(tmp_path, shape):
 def test_grouped_mlp(tmp_path):
     gates = gates_of_run("grouped_mlp", "T=40,D=16,I=24,E=6,k=2", tmp_path)
     assert gates["eager loop"] == gates["dense, all experts"] == gates["composed"] == "passed"
-    assert gates["grouped_mm pattern"] in ("passed", "failed", "unavailable")  # on a CPU since torch 2.11
+    assert gates["grouped_mm pattern"] in (
+        "passed",
+        "failed",
+        "unavailable",
+    )  # on a CPU since torch 2.11
     assert gates["Liger fused_moe"] == gates["fused"] == "unavailable"
 
 
 def test_gated_cross_attention(tmp_path):
     gates = gates_of_run("gated_cross_attention", "B=3,N=10,M=7,D=24,H=3", tmp_path)
-    assert {gates[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {"passed"}
-    others = ("SDPA, samples with both gathered", "SDPA efficient", "SDPA cuDNN", "FlexAttention", "varlen_attn", "fused")
+    assert {gates[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {
+        "passed"
+    }
+    others = (
+        "SDPA, samples with both gathered",
+        "SDPA efficient",
+        "SDPA cuDNN",
+        "FlexAttention",
+        "varlen_attn",
+        "fused",
+    )
     assert {gates[name] for name in (*others, "fused, one block kernel")} == {"unavailable"}
 
 
 def gates_of_run(op, shape, folder) -> dict[str, str]:
-    assert run.main([op, "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(folder)]) == 0
+    assert (
+        run.main([op, "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(folder)])
+        == 0
+    )
     (file,) = folder.glob(f"{op}-*.json")
-    return {name: entry["gate"] for name, entry in json.loads(file.read_text())["providers"].items()}
+    return {
+        name: entry["gate"] for name, entry in json.loads(file.read_text())["providers"].items()
+    }
 
 
-@pytest.mark.parametrize("case", topk_routing.cases("cuda", quick=False), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", topk_routing.cases("cuda", quick=False), ids=lambda case: case.name
+)
 def test_routers_compute_the_same_function(case):
-    """All cases in float64, smaller: outputs and gradients, and the order that the output does not show."""
+    """All cases in float64, smaller: outputs and gradients, and the order that the output does not
+    show.
+    """
     small = replace(case, T=50, D=case.D and 24)
     problem = topk_routing.make(small, torch.device("cpu"), torch.float64)
-    problem.inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
+    problem.inputs = {
+        name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()
+    }
     gate = measure.Gate(topk_routing, small, problem)
     found = {}
     for name in ("eager", "composed"):
@@ -276,15 +399,22 @@ def test_experts_compute_the_same_function(case):
         for name, build in grouped_mlp.PROVIDERS.items():
             try:
                 results = gate.build(build).results(problem)
-            except (measure.Unavailable, NotImplementedError):  # the second: torch's grouped_mm, of float64
+            except (
+                measure.Unavailable,
+                NotImplementedError,
+            ):  # the second: torch's grouped_mm, of float64
                 continue
-            results = {part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()}
+            results = {
+                part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()
+            }
             torch.testing.assert_close(results, gate.exact, rtol=tolerance, atol=tolerance)
             served.add(name)
         assert served >= {"eager loop", "dense, all experts", "composed"}
 
 
-@pytest.mark.parametrize("case", gated_cross_attention.cases("cuda", quick=False), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", gated_cross_attention.cases("cuda", quick=False), ids=lambda case: case.name
+)
 def test_cross_attentions_compute_the_same_function(case, monkeypatch):
     """All cases in float64, smaller; the exact results are put together from chunks."""
     monkeypatch.setattr(gated_cross_attention, "EXACT_CHUNK", 3)
@@ -296,7 +426,9 @@ def test_cross_attentions_compute_the_same_function(case, monkeypatch):
             results = gate.build(build).results(problem)
         except measure.Unavailable:
             continue
-        torch.testing.assert_close(gated_cross_attention.comparable(results), gate.exact, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(
+            gated_cross_attention.comparable(results), gate.exact, rtol=1e-10, atol=1e-11
+        )
         served.add(name)
     assert served >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
     assert ("SDPA, samples with both gathered" in served) == case.missing
@@ -318,12 +450,17 @@ def test_the_gate_in_triton_is_the_gate(monkeypatch):
 def test_dropout_is_timed_and_not_judged():
     case = gated_cross_attention.Case("", B=2, N=5, M=4, D=8, H=2, p=0.5)
     problem = gated_cross_attention.make(case, torch.device("cpu"), torch.float32)
-    gate, inputs = measure.Gate(gated_cross_attention, case, problem), tuple(problem.inputs.values())
+    gate, inputs = (
+        measure.Gate(gated_cross_attention, case, problem),
+        tuple(problem.inputs.values()),
+    )
     for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed"):
         provider, report = gate.admit(name, None)
         assert report["gate"] == "passed", report
         assert not torch.equal(provider(*inputs), provider(*inputs))
-    provider.module.register_forward_hook(lambda module, args, out: out * float("nan") if module.training else out)
+    provider.module.register_forward_hook(
+        lambda module, args, out: out * float("nan") if module.training else out
+    )
     gate.build = lambda builder: provider
     assert gate.admit("composed", None)[1]["reasons"] == ["Under dropout it is not finite."]
 
@@ -335,16 +472,24 @@ def test_choices_are_routed_as_they_are_called():
         assert (found[:, 0] != found[:, 1]).all()
         shares[routed] = found.flatten().bincount(minlength=8) / 2000
     torch.testing.assert_close(shares["uniform"], torch.full((8,), 0.25), rtol=0, atol=0.05)
-    assert (shares["zipf"][:-1] > shares["zipf"][1:]).all() and shares["zipf"][0] > 3 * shares["zipf"][-1]
+    assert (shares["zipf"][:-1] > shares["zipf"][1:]).all() and shares["zipf"][0] > 3 * shares[
+        "zipf"
+    ][-1]
     assert 0.9 < shares["hot"][0] < 0.94 and shares["one-hot"][0] == 1
     assert (shares["half"][4:] == 0).all() and (shares["half"][:4] > 0.4).all()
 
 
 def test_a_loop_over_data_is_not_compiled():
     case = grouped_mlp.Case("", T=8, D=8, I=8, E=2, k=1)
-    gate = measure.Gate(grouped_mlp, case, grouped_mlp.make(case, torch.device("cpu"), torch.float32))
+    gate = measure.Gate(
+        grouped_mlp, case, grouped_mlp.make(case, torch.device("cpu"), torch.float32)
+    )
     provider, report = gate.admit("eager loop", "default")
-    assert provider is None and report["gate"] == "unavailable" and "stops at each expert" in report["reasons"][0]
+    assert (
+        provider is None
+        and report["gate"] == "unavailable"
+        and "stops at each expert" in report["reasons"][0]
+    )
 
 
 # Microseconds forward and backward at 790 TFLOP/s and 4.3 TB/s, computed apart from work().
@@ -372,20 +517,33 @@ FLOORS = {
 }
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, floors in FLOORS.items() for name in floors])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, floors in FLOORS.items() for name in floors]
+)
 def test_floors(op, name):
     (case,) = [case for case in op.cases("cuda", quick=False) if case.name == name]
     work = op.work(case, itemsize=2)
-    if op is topk_routing:  # the table has neither the order nor the gradient of the weights, which are small
-        work = {which: [stage for stage in stages if stage["stage"] == "route"] for which, stages in work.items()}
+    if (
+        op is topk_routing
+    ):  # the table has neither the order nor the gradient of the weights, which are small
+        work = {
+            which: [stage for stage in stages if stage["stage"] == "route"]
+            for which, stages in work.items()
+        }
     floors = measure.floor_seconds(work, {"flops_per_second": 790e12, "bytes_per_second": 4.3e12})
-    assert (1e6 * floors["forward"], 1e6 * floors["backward"]) == pytest.approx(FLOORS[op][name], rel=0.02)
+    assert (1e6 * floors["forward"], 1e6 * floors["backward"]) == pytest.approx(
+        FLOORS[op][name], rel=0.02
+    )
 
 
 def test_bytes_of_cross_attention_are_the_tokens():
     """64 us to read and write them once, who lacks a modality too."""
     for case, expected in (("uniecs", 64), ("uniecs-missing", 64)):
-        (case,) = [found for found in gated_cross_attention.cases("cuda", quick=False) if found.name == case]
+        (case,) = [
+            found
+            for found in gated_cross_attention.cases("cuda", quick=False)
+            if found.name == case
+        ]
         stages = gated_cross_attention.work(case, itemsize=2)["forward"]
         assert sum(stage["bytes"] for stage in stages) / 4.3e6 == pytest.approx(expected, rel=0.02)
     assert stages[-1] == {"stage": "unchanged", "flops": 0, "bytes": 682 * 4 * 261 * 256}

@@ -1,4 +1,6 @@
-"""Modules and what users attach to their children: as calling the children, on every backend, or refused in one sentence."""
+"""Modules and what users attach to their children: as calling the children, on every backend, or
+refused in one sentence.
+"""
 
 import itertools
 
@@ -11,7 +13,8 @@ import mmfused
 from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The kernels get the same weights from most of them: one of each kind for all modules, the others for one.
+# The kernels get the same weights from most of them: one of each kind for all modules, the others
+# for one.
 KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
 
 
@@ -43,9 +46,14 @@ def results(call, module, inputs, dtype):
     out = call(module, *inputs)
     leaves = {f"d{i}": x for i, x in enumerate(inputs) if x.requires_grad}
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True)
-    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), gradients, strict=True))
+    zeros = (
+        torch.zeros_like(x) if g is None else g
+        for x, g in zip(leaves.values(), gradients, strict=True)
+    )
     return {"out": out.detach(), **dict(zip(leaves, zeros, strict=True))}
 
 
@@ -59,7 +67,10 @@ def test_as_calling_the_children(name, attachment, backend):
     inputs = case.inputs()
     with mmfused.backend(backend):
         if outcome(name, attachment, backend) == "refused":
-            with pytest.raises(RuntimeError, match="must be called.*: undo that .* or use backend 'auto' or 'composed'"):
+            with pytest.raises(
+                RuntimeError,
+                match="must be called.*: undo that .* or use backend 'auto' or 'composed'",
+            ):
                 case.call(module, *inputs)
         elif not attached.gradients:
             with torch.no_grad():
@@ -71,8 +82,11 @@ def test_as_calling_the_children(name, attachment, backend):
             # The key biases have no gradient: 0 here, what rounding leaves there.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)
-            budget = [{n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)]
-            # Of the meaning: each op's own tests keep to twice the error of plain PyTorch, over larger shapes.
+            budget = [
+                {n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)
+            ]
+            # Of the meaning: each op's own tests keep to twice the error of plain PyTorch, over
+            # larger shapes.
             assert not over_budget(*budget, factor=8)
 
 
@@ -114,9 +128,13 @@ def test_lora_acts_learns_and_merges(name, backend):
         assert (out - base).abs().max() > 1e-2
         out.sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
-        assert len(gradients) == 2 * len(names) and all(g.abs().max() > 0 for g in gradients.values())
+        assert len(gradients) == 2 * len(names) and all(
+            g.abs().max() > 0 for g in gradients.values()
+        )
         with model.disable_adapter():
-            torch.testing.assert_close(call(model.base_model.model[0], *inputs), base, rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                call(model.base_model.model[0], *inputs), base, rtol=0, atol=1e-6
+            )
         merged = call(model.merge_and_unload()[0], *inputs)
         torch.testing.assert_close(merged, out, rtol=1e-5, atol=1e-5)
 
@@ -125,7 +143,12 @@ def test_lora_acts_learns_and_merges(name, backend):
 def test_lora_on_the_experts_themselves(backend):
     """peft's target_parameters: a parametrization of the module, whose parameters the op reads."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["moe.w_up", "moe.w_down"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=[],
+        target_parameters=["moe.w_up", "moe.w_down"],
+        init_lora_weights=False,
+    )
     model, x = nn.ModuleDict({"moe": mmfused.TopKMoE(16, 16, 4)}), torch.randn(7, 16)
     model.forward = lambda x: model["moe"](x)[0]
     base = model(x)
@@ -152,7 +175,7 @@ def test_an_adapter_for_each_item_of_a_batch():
     torch.testing.assert_close(mixed, torch.stack(alone))
 
 
-# ---- state and counts ------------------------------------------------------------------------------
+# ---- state and counts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attach", [True, False], ids=["hooked", "plain"])
@@ -223,14 +246,24 @@ def test_the_same_tensor_on_both_sides(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "child"), [
-    ("QueryPooling", "k_proj"), ("QueryPooling", "v_proj"), ("GatedCrossAttention", "q_proj"),
-    ("GatedCrossAttention", "out_proj"), ("GatedCrossAttention", "gate_proj"), ("TopKMoE", "router"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "child"),
+    [
+        ("QueryPooling", "k_proj"),
+        ("QueryPooling", "v_proj"),
+        ("GatedCrossAttention", "q_proj"),
+        ("GatedCrossAttention", "out_proj"),
+        ("GatedCrossAttention", "gate_proj"),
+        ("TopKMoE", "router"),
+    ],
+)
 def test_a_child_that_is_none(name, child, backend):
     module = MODULES[name].make()
     setattr(module, child, None)
-    with mmfused.backend(backend), pytest.raises((TypeError, ValueError), match=f"{child} is None|w_g has shape None"):
+    with (
+        mmfused.backend(backend),
+        pytest.raises((TypeError, ValueError), match=f"{child} is None|w_g has shape None"),
+    ):
         MODULES[name].call(module, *MODULES[name].inputs())
 
 
@@ -239,7 +272,9 @@ def test_called_children_get_the_whole_batch_once(backend):
     """A sample without context, which missing="skip" skips where nothing must be called."""
     module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
     for child in (module.norm_a, module.to_a.k_proj):
-        child.register_forward_hook(lambda m, args, out: calls.append(len(out)) or out * torch.ones(4)[:, None, None])
+        child.register_forward_hook(
+            lambda m, args, out: calls.append(len(out)) or out * torch.ones(4)[:, None, None]
+        )
     a, b = torch.randn(4, 5, 16), torch.randn(4, 3, 16)
     present = torch.tensor([True, False, True, True])
     ignore = torch.zeros(4, 5, dtype=torch.bool)
@@ -288,11 +323,13 @@ def test_compiled_without_a_graph_break(name, attachment):
     inputs = case.inputs()
     want = case.call(module, *inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *args: case.call(module, *args), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *args: case.call(module, *args), fullgraph=True, backend="eager"
+    )
     torch.testing.assert_close(compiled(*inputs), want)
 
 
-# ---- sharded children ------------------------------------------------------------------------------
+# ---- sharded children ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -334,7 +371,9 @@ def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
     module = MODULES[name].make()
     sharded = {"router", "k_proj", "to_a.k_proj"} & set(children(module, nn.Linear))
     parallelize_module(module, one_rank, {child: ColwiseParallel() for child in sharded})
-    with pytest.raises(TypeError, match="holds a shard, its weight a DTensor; it takes a whole one"):
+    with pytest.raises(
+        TypeError, match="holds a shard, its weight a DTensor; it takes a whole one"
+    ):
         MODULES[name].call(module, *MODULES[name].inputs())
 
 
@@ -343,5 +382,7 @@ def test_a_direction_that_is_sharded_by_itself(one_rank):
 
     module = mmfused.BidirectionalGatedCrossAttention(16, 2)
     fully_shard(module.to_a, mesh=one_rank)
-    with pytest.raises(TypeError, match="Attention.to_a is sharded by itself; fully_shard takes the whole module"):
+    with pytest.raises(
+        TypeError, match="Attention.to_a is sharded by itself; fully_shard takes the whole module"
+    ):
         module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))

@@ -19,8 +19,13 @@ ROOT = Path(mmfused.__file__).parent.parent
 
 
 def python_m(*arguments, cwd=ROOT):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # users have no interpreter
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # spinning threads crawl on a busy machine
+    environment = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
+    }  # users have no interpreter
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }  # spinning threads crawl on a busy machine
     return subprocess.run(
         [sys.executable, "-m", "mmfused", *map(str, arguments)],
         cwd=cwd,
@@ -40,7 +45,9 @@ def test_python_m_mmfused_lists_every_command():
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out.strip() == f"mmfused {mmfused.__version__}"
+    assert (
+        stop.value.code == 0 and capsys.readouterr().out.strip() == f"mmfused {mmfused.__version__}"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "--steps", "many"]])
@@ -62,7 +69,16 @@ def test_a_command_imports_only_itself():
 def test_env_names_versions_and_each_op(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    for word in ("mmfused", "python", "torch", "triton", "timm", "transformers", "CUDA", "query_pooling:"):
+    for word in (
+        "mmfused",
+        "python",
+        "torch",
+        "triton",
+        "timm",
+        "transformers",
+        "CUDA",
+        "query_pooling:",
+    ):
         assert word in out
     assert "fused on" in out or "not fused: " in out
     with mmfused.backend("reference"):
@@ -72,28 +88,63 @@ def test_env_names_versions_and_each_op(capsys):
 
 def folder(path, rows):
     path.mkdir()
-    (path / "metadata.csv").write_text("file_name,text,label\n" + "".join(f",{text},{label}\n" for text, label in rows))
+    (path / "metadata.csv").write_text(
+        "file_name,text,label\n" + "".join(f",{text},{label}\n" for text, label in rows)
+    )
     return str(path)
 
 
 @pytest.fixture
 def mugs(tmp_path):
-    rows = [(f"a {colour} {thing}", label) for label, thing in enumerate(("mug", "bowl")) for colour in ("red", "blue", "green")]
-    return ["--data", folder(tmp_path / "data", rows), "--val", folder(tmp_path / "val", [*rows[:2], ("a pot", "x")])]
+    rows = [
+        (f"a {colour} {thing}", label)
+        for label, thing in enumerate(("mug", "bowl"))
+        for colour in ("red", "blue", "green")
+    ]
+    return [
+        "--data",
+        folder(tmp_path / "data", rows),
+        "--val",
+        folder(tmp_path / "val", [*rows[:2], ("a pot", "x")]),
+    ]
 
 
 def train_arguments(mugs, out, *more):
-    return ["train", *mugs, "--modalities", "text", "--steps", "2", "--batch-size", "4", "--out", str(out), *more]
+    return [
+        "train",
+        *mugs,
+        "--modalities",
+        "text",
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_train_ends_with_a_table(mugs, tmp_path, capsys):
-    assert main(train_arguments(mugs, tmp_path / "run", "--backend", "composed", "--lr", "0.002", "--seed", "3")) == 0
+    assert (
+        main(
+            train_arguments(
+                mugs, tmp_path / "run", "--backend", "composed", "--lr", "0.002", "--seed", "3"
+            )
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     scores = ("accuracy", "macro precision", "macro recall", "macro F1")
     for word in (*scores, "peak memory", "composed on", "autocast", "2 to validate, 1 skipped"):
         assert word in captured.out
     config = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
-    assert (config["lr"], config["seed"], config["modalities"], config["steps"]) == (0.002, 3, "text", 2)
+    assert (config["lr"], config["seed"], config["modalities"], config["steps"]) == (
+        0.002,
+        3,
+        "text",
+        2,
+    )
 
 
 def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
@@ -106,30 +157,61 @@ def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
     out = tmp_path / "run"
     nowhere = str(tmp_path / "nowhere")
     assert nowhere in error_of(["train", "--data", nowhere, "--val", nowhere, "--out", str(out)])
-    assert "modalities: got 'smell'" in error_of(["train", *mugs, "--modalities", "smell", "--out", str(out)])
+    assert "modalities: got 'smell'" in error_of(
+        ["train", *mugs, "--modalities", "smell", "--out", str(out)]
+    )
     assert "swap_text: got 2.0" in error_of(train_arguments(mugs, out, "--swap-text", "2"))
     assert "model: got 'bert'" in error_of(train_arguments(mugs, out, "--model", "bert"))
     assert "'huge'" in error_of(train_arguments(mugs, out, "--preset", "huge"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metadata.csv").write_bytes(b"file_name,text,label\n\xff,\xfe,0\n")
-    assert "metadata.csv" in error_of(["train", "--data", str(tmp_path / "bad"), "--val", str(tmp_path / "bad"), "--out", str(out)])
+    assert "metadata.csv" in error_of(
+        [
+            "train",
+            "--data",
+            str(tmp_path / "bad"),
+            "--val",
+            str(tmp_path / "bad"),
+            "--out",
+            str(out),
+        ]
+    )
     assert not out.exists()
     out.mkdir()
     (out / "model.safetensors").write_text("mine")
-    assert "holds files that no run made (model.safetensors)" in error_of(train_arguments(mugs, out))
+    assert "holds files that no run made (model.safetensors)" in error_of(
+        train_arguments(mugs, out)
+    )
     assert (out / "model.safetensors").read_text() == "mine"
 
 
 def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch):
-    from mmfused import training
+    from mmfused.training import loop as training
 
-    arguments = train_arguments(mugs, tmp_path / "run", "--accumulate", "2", "--save-every", "1", "--keep", "1", "--amp", "off")
+    arguments = train_arguments(
+        mugs,
+        tmp_path / "run",
+        "--accumulate",
+        "2",
+        "--save-every",
+        "1",
+        "--keep",
+        "1",
+        "--amp",
+        "off",
+    )
     update = training.update
     with monkeypatch.context() as patch:
-        patch.setattr(training, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args))
+        patch.setattr(
+            training, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
+        )
         assert main([*arguments, "--resume"]) == 143
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmfused: ")]
-    assert len(told) == 1 and "stopped by SIGTERM after step 1, saved in" in told[0] and "--resume" in told[0]
+    assert (
+        len(told) == 1
+        and "stopped by SIGTERM after step 1, saved in" in told[0]
+        and "--resume" in told[0]
+    )
     assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
     assert "mmfused: error: resume: lr is 0.5, but" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
@@ -142,10 +224,25 @@ def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch
 @pytest.fixture(scope="module")
 def mug_run(tmp_path_factory):
     base = tmp_path_factory.mktemp("mugs")
-    rows = [(f"a {colour} {thing}", label) for label, thing in enumerate(("mug", "bowl")) for colour in ("red", "blue", "green")]
+    rows = [
+        (f"a {colour} {thing}", label)
+        for label, thing in enumerate(("mug", "bowl"))
+        for colour in ("red", "blue", "green")
+    ]
     data = folder(base / "data", rows)
     val = folder(base / "val", [*rows[:2], rows[4], ("a pot", "x")])
-    training = ["--modalities", "text", "--steps", "4", "--save-every", "2", "--batch-size", "4", "--backend", "composed"]
+    training = [
+        "--modalities",
+        "text",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        "--batch-size",
+        "4",
+        "--backend",
+        "composed",
+    ]
     assert main(["train", "--data", data, "--val", val, "--out", str(base / "run"), *training]) == 0
     return base / "run", val
 
@@ -153,11 +250,28 @@ def mug_run(tmp_path_factory):
 def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
     run, val = mug_run
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    arguments = ["eval", "--data", val, "--device", "cpu", "--backend", "composed", "--out", str(tmp_path / "numbers.json")]
+    arguments = [
+        "eval",
+        "--data",
+        val,
+        "--device",
+        "cpu",
+        "--backend",
+        "composed",
+        "--out",
+        str(tmp_path / "numbers.json"),
+    ]
     for checkpoint in (run, run / "checkpoints" / "step-00000004"):
         assert main([*arguments, "--checkpoint", str(checkpoint), "--per-class"]) == 0
         out = capsys.readouterr().out
-        for word in ("3 rows, 1 skipped", "accuracy", "macro precision", "macro recall", "macro F1", "precision  recall"):
+        for word in (
+            "3 rows, 1 skipped",
+            "accuracy",
+            "macro precision",
+            "macro recall",
+            "macro F1",
+            "precision  recall",
+        ):
             assert word in out
         found = json.loads((tmp_path / "numbers.json").read_text())
         assert found["loss"] == last["val_loss"]
@@ -172,18 +286,41 @@ def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
 
 def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
     from mmfused import data
-    from mmfused.training import TrainConfig, train
+    from mmfused.training.loop import TrainConfig, train
 
-    monkeypatch.setattr(data, "GeneratedProducts", functools.partial(data.GeneratedProducts, size=40))
-    summary = train(TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=8, backend="composed", device="cpu", progress=False))
-    arguments = ["eval", "--checkpoint", str(tmp_path / "run"), "--data", "generated", "--backend", "composed", "--device", "cpu"]
+    monkeypatch.setattr(
+        data, "GeneratedProducts", functools.partial(data.GeneratedProducts, size=40)
+    )
+    summary = train(
+        TrainConfig(
+            out=str(tmp_path / "run"),
+            steps=2,
+            batch_size=8,
+            backend="composed",
+            device="cpu",
+            progress=False,
+        )
+    )
+    arguments = [
+        "eval",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--data",
+        "generated",
+        "--backend",
+        "composed",
+        "--device",
+        "cpu",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "numbers.json"), "--per-class"]) == 0
     assert "round cotton" in capsys.readouterr().out
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert (found["loss"], found["macro_f1"]) == (summary["val_loss"], summary["macro_f1"])
     assert main([*arguments, "--out", str(tmp_path / "numbers.json"), "--batch-size", "7"]) == 0
     other = json.loads((tmp_path / "numbers.json").read_text())
-    assert other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]  # the contrastive part sees fewer pairs
+    assert (
+        other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]
+    )  # the contrastive part sees fewer pairs
 
 
 def reshape_weights(run):
@@ -207,15 +344,30 @@ def only_a_pickle(run):
 
 
 DAMAGE = {
-    "no run": (lambda run: (run / "config.json").unlink(), "holds no finished run: config.json is missing (it is not finished"),
-    "truncated": (cut("model.safetensors"), "model.safetensors is truncated, corrupt or no safetensors file"),
-    "shorter": (cut("model.safetensors", -4), "model.safetensors is truncated, corrupt or no safetensors file"),
+    "no run": (
+        lambda run: (run / "config.json").unlink(),
+        "holds no finished run: config.json is missing (it is not finished",
+    ),
+    "truncated": (
+        cut("model.safetensors"),
+        "model.safetensors is truncated, corrupt or no safetensors file",
+    ),
+    "shorter": (
+        cut("model.safetensors", -4),
+        "model.safetensors is truncated, corrupt or no safetensors file",
+    ),
     "missing": (lambda run: (run / "model.safetensors").unlink(), "model.safetensors is missing"),
     "settings": (cut("config.json", 100), "config.json is truncated or corrupt"),
     "shapes": (reshape_weights, "moe.router.0.weight: got (128, 5), expected (128, 128)"),
     "model": (rename_weights, "got no such tensor, expected ("),
-    "pickle": (only_a_pickle, "model.bin is a pickle, which can run any code when opened; only safetensors are read"),
-    "zip": (lambda run: (run / "model.safetensors").write_bytes(b"PK\x03\x04" * 99), "no safetensors file"),
+    "pickle": (
+        only_a_pickle,
+        "model.bin is a pickle, which can run any code when opened; only safetensors are read",
+    ),
+    "zip": (
+        lambda run: (run / "model.safetensors").write_bytes(b"PK\x03\x04" * 99),
+        "no safetensors file",
+    ),
 }
 
 
@@ -225,7 +377,9 @@ def test_eval_says_what_is_wrong_with_a_run(mug_run, tmp_path, capsys, damage):
     spoil, message = DAMAGE[damage]
     spoil(run)
     (tmp_path / "numbers.json").write_text("mine")
-    assert message in error_of_eval(capsys, "--checkpoint", run, "--data", val, "--out", tmp_path / "numbers.json")
+    assert message in error_of_eval(
+        capsys, "--checkpoint", run, "--data", val, "--out", tmp_path / "numbers.json"
+    )
     assert (tmp_path / "numbers.json").read_text() == "mine"
 
 
@@ -239,14 +393,25 @@ def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     flipped = error_of_eval(capsys, "--checkpoint", checkpoint, "--data", val)
-    assert "model.safetensors is truncated or corrupt: its SHA-256 is not the one in state.json" in flipped
+    assert (
+        "model.safetensors is truncated or corrupt: its SHA-256 is not the one in state.json"
+        in flipped
+    )
     wrong = error_of_eval(capsys, "--checkpoint", run, "--data", data)
     assert "no usable row" in wrong and "label takes an integer from 0 to 1, got '2'" in wrong
-    assert "only safetensors are read" in error_of_eval(capsys, "--checkpoint", tmp_path / "model.pt", "--data", val)
-    assert "is a file" in error_of_eval(capsys, "--checkpoint", run / "model.safetensors", "--data", val)
+    assert "only safetensors are read" in error_of_eval(
+        capsys, "--checkpoint", tmp_path / "model.pt", "--data", val
+    )
+    assert "is a file" in error_of_eval(
+        capsys, "--checkpoint", run / "model.safetensors", "--data", val
+    )
     nowhere = tmp_path / "nowhere"
-    assert "nowhere holds no finished run" in error_of_eval(capsys, "--checkpoint", nowhere, "--data", val)
-    assert f"data: got '{nowhere}', takes a folder with" in error_of_eval(capsys, "--checkpoint", run, "--data", nowhere)
+    assert "nowhere holds no finished run" in error_of_eval(
+        capsys, "--checkpoint", nowhere, "--data", val
+    )
+    assert f"data: got '{nowhere}', takes a folder with" in error_of_eval(
+        capsys, "--checkpoint", run, "--data", nowhere
+    )
     assert "batch_size: got 0" in error_of_eval(capsys, *good, "--batch-size", "0")
     assert "backend: got 'fast'" in error_of_eval(capsys, *good, "--backend", "fast")
     assert "out: got" in error_of_eval(capsys, *good, "--out", tmp_path)
@@ -267,10 +432,12 @@ def test_a_missing_optional_package_is_named(mugs, tmp_path, capsys, monkeypatch
             raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
         return find(name, *rest)
 
-    monkeypatch.delitem(sys.modules, "mmfused.training", raising=False)
+    monkeypatch.delitem(sys.modules, "mmfused.training.loop", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     assert main(train_arguments(mugs, tmp_path / "run")) == 1
-    assert capsys.readouterr().err == "mmfused: tqdm is not installed: pip install 'mmfused[models]'\n"
+    assert (
+        capsys.readouterr().err == "mmfused: tqdm is not installed: pip install 'mmfused[models]'\n"
+    )
 
 
 def test_demo_compares_two_trainings_and_times_the_op(tmp_path):
@@ -298,7 +465,9 @@ def test_demo_fails_when_the_curves_part(tmp_path, monkeypatch, capsys):
     def fake(backend, steps, out):
         out.mkdir(parents=True)
         train = [{"step": 1, "loss": 1.0 if backend == "reference" else 1.5}]
-        summary = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "step_seconds", "peak_memory", "seconds"), 1.0)
+        summary = dict.fromkeys(
+            ("accuracy", "macro_f1", "val_loss", "step_seconds", "peak_memory", "seconds"), 1.0
+        )
         return {"summary": {**summary, "device": "cpu"}, "history": {"train": train, "val": []}}
 
     monkeypatch.setattr(demo, "train_apart", fake)

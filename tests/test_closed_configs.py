@@ -1,4 +1,6 @@
-"""What a model's config and a pretrained folder say runs no code, opens nothing outside and allocates nothing at will."""
+"""What a model's config and a pretrained folder say runs no code, opens nothing outside and
+allocates nothing at will.
+"""
 
 import json
 import math
@@ -172,15 +174,23 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "match"), HOSTILE, ids=[match for _, _, match in HOSTILE])
+@pytest.mark.parametrize(
+    ("name", "changes", "match"), HOSTILE, ids=[match for _, _, match in HOSTILE]
+)
 def test_a_config_that_says_more_than_it_may_is_refused(name, changes, match, outside):
-    text = json.dumps(changes).replace("{pickle}", str(outside.pickle)).replace("{folder}", str(outside.folder))
+    text = (
+        json.dumps(changes)
+        .replace("{pickle}", str(outside.pickle))
+        .replace("{folder}", str(outside.folder))
+    )
     outside.refuses(lambda: shapes_of(MODELS[name], config_of(name, **json.loads(text))), match)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_field_refuses_what_it_does_not_take(name):
-    """An object in a list is of no field's type, and what JSON has in a wrong place is one sentence."""
+    """An object in a list is of no field's type, and what JSON has in a wrong place is one
+    sentence.
+    """
     config = config_of(name)
     for field in config.to_dict():
         with pytest.raises(ValueError, match=f"^{field}: got ") as caught:
@@ -223,12 +233,16 @@ def test_the_picture_size_is_the_models():
         {"name": "vit_tiny_patch16_384", "depth": 1},
         {"name": "vit_tiny_patch16_224", "img_size": 64, "depth": 1},
     ):
-        config = config_of("fluid", image=image, image_dim=192, image_stem="patch", text=None, modalities="image")
+        config = config_of(
+            "fluid", image=image, image_dim=192, image_stem="patch", text=None, modalities="image"
+        )
         before = torch.random.get_rng_state()
         size = config.picture_size
         assert torch.equal(torch.random.get_rng_state(), before)
         assert size == MODELS["fluid"].model(config).picture_size
-    config = MODELS["fluid"].config(2, image={"depth": 1, "num_heads": 2, "patch_size": 32}, image_stem="patch")
+    config = MODELS["fluid"].config(
+        2, image={"depth": 1, "num_heads": 2, "patch_size": 32}, image_stem="patch"
+    )
     assert config.picture_size == MODELS["fluid"].model(config).picture_size == 224
     assert config_of("fluid", image=None).picture_size is None
     assert config_of("fluid", modalities="text").picture_size is None
@@ -248,7 +262,9 @@ def test_text_encoders_of_every_type_read_ids_and_mask(kind):
             "vocab_size": 90,
         }
     if kind == "modernbert":
-        options |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+        options |= dict.fromkeys(
+            ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1
+        )
     encoder = build_text(16, json.loads(json.dumps(options))).eval()
     ids, mask = torch.randint(3, 90, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0

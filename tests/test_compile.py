@@ -1,4 +1,6 @@
-"""torch.compile and compilation for cards that are not there: in processes of their own, without Triton's interpreter."""
+"""torch.compile and compilation for cards that are not there: in processes of their own, without
+Triton's interpreter.
+"""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
@@ -8,7 +10,9 @@ CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
 def test_one_graph_for_three_lengths():
-    """fullgraph and dynamic, forward and backward, for each backend that runs here, with and without padding."""
+    """fullgraph and dynamic, forward and backward, for each backend that runs here, with and
+    without padding.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -41,7 +45,9 @@ print("done")
 
 
 def test_fluid_is_one_graph():
-    """Loss and gradients of the whole model, over three text lengths from tokens, and once with its encoders."""
+    """Loss and gradients of the whole model, over three text lengths from tokens, and once with its
+    encoders.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -80,12 +86,14 @@ print("done")
 
 
 def test_fused_op_is_one_node_of_the_graph():
-    """The kernels stay opaque to the compiler: traced on fake CUDA tensors, one call forward and one backward, no graph break."""
+    """The kernels stay opaque to the compiler: traced on fake CUDA tensors, one call forward and
+    one backward, no graph break.
+    """
     code = """
 import torch, mmfused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mmfused.ops.query_pooling.function as function
+import mmfused.ops.query_pooling.functional as function
 
 function.choose = lambda *args: "fused"
 with FakeTensorMode():
@@ -104,7 +112,16 @@ print("done")
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}
-    assert kernels >= {"onepass fwd", "logits", "pool", "moments", "pack_mask", "dlogits", "dx", "dq"}
+    assert kernels >= {
+        "onepass fwd",
+        "logits",
+        "pool",
+        "moments",
+        "pack_mask",
+        "dlogits",
+        "dx",
+        "dq",
+    }
     assert kernels >= {"sweep", "merge", "pairs", "spread", "owner"}
     assert ("onepass bwd" in kernels) == (arch in ("sm_90", "sm_100"))
     assert not any(row["spilled"] or row["fault"] for row in rows)
@@ -120,7 +137,9 @@ def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F
 
 
 def test_inspect_reports_a_fault():
-    """A kernel that cannot launch makes the command fail: here, more shared memory than any card has."""
+    """A kernel that cannot launch makes the command fail: here, more shared memory than any card
+    has.
+    """
     code = """
 import sys
 from mmfused import cli
@@ -138,7 +157,10 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
 
 @pytest.mark.parametrize(
     "args, sentence",
-    [(["--arch", "90"], "--arch is '90'; it takes one of sm_80"), (["--case", "none"], "it takes some of fluid")],
+    [
+        (["--arch", "90"], "--arch is '90'; it takes one of sm_80"),
+        (["--case", "none"], "it takes some of fluid"),
+    ],
 )
 def test_inspect_bad_arguments(args, sentence):
     done = run_python("-m", "mmfused", "inspect", *args)

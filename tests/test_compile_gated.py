@@ -1,4 +1,6 @@
-"""As test_compile.py, for gated cross-attention: its graph, and its kernels for cards that are not there."""
+"""As test_compile.py, for gated cross-attention: its graph, and its kernels for cards that are not
+there.
+"""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
@@ -8,7 +10,9 @@ CASES = ("cross 768", "block")
 
 
 def test_gated_cross_attention_is_one_graph_for_three_lengths():
-    """Both directions, with masks, flags and dropout; one graph for each of three lengths of both sides."""
+    """Both directions, with masks, flags and dropout; one graph for each of three lengths of both
+    sides.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -50,7 +54,7 @@ def test_fused_op_is_one_node_each_way():
 import torch, mmfused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mmfused.ops.gated_cross_attention.function as function
+import mmfused.ops.gated_cross_attention.functional as function
 
 function.choose = lambda *args: "fused"
 with FakeTensorMode():

@@ -1,8 +1,11 @@
-"""A training step of UniECS and of UniCA as one graph, from precomputed tokens; for the hosted models see their own tests."""
+"""A training step of UniECS and of UniCA as one graph, from precomputed tokens; for the hosted
+models see their own tests.
+"""
 
 from compiling import run_python
 
-# In a process of its own, without Triton's interpreter, and one for both: most of the time is in the imports.
+# In a process of its own, without Triton's interpreter, and one for both: most of the time is in
+# the imports.
 COMPILED = """
 import sys, torch
 sys.path.insert(0, "tests")

@@ -1,4 +1,6 @@
-"""As test_compile.py, for the mixture of experts: its graph, and its kernels for cards that are not there."""
+"""As test_compile.py, for the mixture of experts: its graph, and its kernels for cards that are not
+there.
+"""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
@@ -8,7 +10,9 @@ CASES = ("logits 5", "route exact", "moe fluid 512")
 
 
 def test_moe_is_one_graph_for_three_lengths():
-    """Router and experts, with masks, segments, a selection bias and jitter: nothing in them asks how many tokens an expert got."""
+    """Router and experts, with masks, segments, a selection bias and jitter: nothing in them asks
+    how many tokens an expert got.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -46,14 +50,16 @@ print("done")
 
 
 def test_fused_moe_is_five_nodes_of_the_graph():
-    """Traced on fake CUDA tensors: router and experts are one opaque call each, forward and backward, plus the router's input."""
+    """Traced on fake CUDA tensors: router and experts are one opaque call each, forward and
+    backward, plus the router's input.
+    """
     code = """
 import torch, mmfused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mmfused.ops.grouped_mlp.function as experts
-import mmfused.ops.topk_routing.function as router
+import mmfused.ops.grouped_mlp.functional as experts
+import mmfused.ops.topk_routing.functional as router
 
 router.choose = experts.choose = lambda *args: "fused"
 called = []

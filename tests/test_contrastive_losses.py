@@ -8,7 +8,13 @@ from info_nce_cases import DEVICE, assert_close
 from torch.nn.functional import normalize
 
 from mmfused import MaskedInfoNCE, losses, masked_info_nce
-from mmfused.losses import hard_negative_margin, positive_similarity, product_consistency, product_hinge, sigmoid_contrastive
+from mmfused.losses import (
+    hard_negative_margin,
+    positive_similarity,
+    product_consistency,
+    product_hinge,
+    sigmoid_contrastive,
+)
 from mmfused.testing import over_budget, value_and_gradients
 
 B, D = 13, 6
@@ -21,7 +27,9 @@ def blocks(request, monkeypatch):
 
 
 def unit(*shape):
-    return normalize(torch.randn(*shape, dtype=torch.float64, device=DEVICE), dim=-1).requires_grad_()
+    return normalize(
+        torch.randn(*shape, dtype=torch.float64, device=DEVICE), dim=-1
+    ).requires_grad_()
 
 
 def scalar(value):
@@ -51,24 +59,38 @@ def info_nce(q, c, tau):
     return mean(cross_entropy(row / tau, i) for i, row in enumerate(q @ c.T))
 
 
-# ---- UniECS (arXiv 2508.13843): f, v, t are the whole product, its image and its text; item 1 triggers, item 2 is recalled ------
+# ---- UniECS (arXiv 2508.13843): f, v, t are the whole product, its image and its text; item 1 triggers, item 2 is recalled
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):
-    """Mean over i and the floor(B/2) largest off-diagonal logits of max(0, a4 + logit_ij - logit_ii)."""
+    """Mean over i and the floor(B/2) largest off-diagonal logits of max(0, a4 + logit_ij -
+    logit_ii).
+    """
     logits, n = v1 @ v2.T / tau, len(v1) // 2
-    largest = [sorted((row[j] for j in range(len(row)) if j != i), key=torch.Tensor.item)[-n:] for i, row in enumerate(logits)]
+    largest = [
+        sorted((row[j] for j in range(len(row)) if j != i), key=torch.Tensor.item)[-n:]
+        for i, row in enumerate(logits)
+    ]
     return mean(hinge(a4 + logit - logits[i, i]) for i, row in enumerate(largest) for logit in row)
 
 
 def ppm(f1, v1, t1, f2, s, a1=0.3):
-    matrices, pairs = [s * x @ f2.T for x in (f1, v1, t1)], [(i, j) for i in range(B) for j in range(B)]
-    return sum(hinge(a1 * (i != j) + S[i, j] - S[i, i]) for S in matrices for i, j in pairs) / (3 * B**2)
+    matrices, pairs = (
+        [s * x @ f2.T for x in (f1, v1, t1)],
+        [(i, j) for i in range(B) for j in range(B)],
+    )
+    return sum(hinge(a1 * (i != j) + S[i, j] - S[i, i]) for S in matrices for i, j in pairs) / (
+        3 * B**2
+    )
 
 
 def pdc(f1, v1, t1, f2, s, a2=0.2):
     mm, vm, tm = (s * x @ f2.T for x in (f1, v1, t1))
-    terms = (hinge(a2 + mm[i, j] - vm[i, i]) + hinge(a2 + mm[i, j] - tm[i, i]) for i in range(B) for j in range(B))
+    terms = (
+        hinge(a2 + mm[i, j] - vm[i, i]) + hinge(a2 + mm[i, j] - tm[i, i])
+        for i in range(B)
+        for j in range(B)
+    )
     return sum(terms) / (2 * B**2)
 
 
@@ -77,7 +99,9 @@ def plc(f1, v1, t1, f2, s, a3=0.05):
     k = min(10, B)
     pairs = [(i, j) for i in range(B) for j in mm[i].topk(k).indices.tolist()]
     differences = ((vm, mm), (tm, mm), (vm, tm))
-    return sum(hinge((a[i, j] - b[i, j]) ** 2 - a3) for i, j in pairs for a, b in differences) / (3 * B * k)
+    return sum(hinge((a[i, j] - b[i, j]) ** 2 - a3) for i, j in pairs for a, b in differences) / (
+        3 * B * k
+    )
 
 
 def our_pdc(f1, v1, t1, f2, s):
@@ -94,16 +118,36 @@ UNIECS = {
         lambda v1, t2: masked_info_nce(v1, t2, temperature=0.07, symmetric=True),
         lambda v1, t2: (info_nce(v1, t2, 0.07) + info_nce(t2, v1, 0.07)) / 2,
     ),
-    "V2F": (lambda f1, v2: masked_info_nce(f1, v2, temperature=0.07), lambda f1, v2: info_nce(f1, v2, 0.07)),
-    "T2F": (lambda t1, f2: masked_info_nce(t1, f2, temperature=0.07), lambda t1, f2: info_nce(t1, f2, 0.07)),
-    "PPM": (lambda f1, v1, t1, f2, s: mean(product_hinge(x, f2, scale=s, margin=0.3) for x in (f1, v1, t1)), ppm),
+    "V2F": (
+        lambda f1, v2: masked_info_nce(f1, v2, temperature=0.07),
+        lambda f1, v2: info_nce(f1, v2, 0.07),
+    ),
+    "T2F": (
+        lambda t1, f2: masked_info_nce(t1, f2, temperature=0.07),
+        lambda t1, f2: info_nce(t1, f2, 0.07),
+    ),
+    "PPM": (
+        lambda f1, v1, t1, f2, s: mean(
+            product_hinge(x, f2, scale=s, margin=0.3) for x in (f1, v1, t1)
+        ),
+        ppm,
+    ),
     "PDC": (our_pdc, pdc),
-    "PLC": (lambda f1, v1, t1, f2, s: product_consistency((f1, f2), (v1, f2), (t1, f2), scale=s), plc),
+    "PLC": (
+        lambda f1, v1, t1, f2, s: product_consistency((f1, f2), (v1, f2), (t1, f2), scale=s),
+        plc,
+    ),
     "V2V": (
-        lambda v1, v2: masked_info_nce(v1, v2, temperature=0.05) + hard_negative_margin(v1, v2, temperature=0.05),
+        lambda v1, v2: (
+            masked_info_nce(v1, v2, temperature=0.05)
+            + hard_negative_margin(v1, v2, temperature=0.05)
+        ),
         lambda v1, v2: info_nce(v1, v2, 0.05) + hardest_negatives(v1, v2),
     ),
-    "T2T": (lambda t1, t2: masked_info_nce(t1, t2, temperature=0.03), lambda t1, t2: info_nce(t1, t2, 0.03)),
+    "T2T": (
+        lambda t1, t2: masked_info_nce(t1, t2, temperature=0.03),
+        lambda t1, t2: info_nce(t1, t2, 0.03),
+    ),
 }
 
 
@@ -117,11 +161,13 @@ def test_uniecs(term, blocks):
     assert got["out"] > 0.01 and all(value.any() for value in got.values())
 
 
-# ---- UNITE (2505.19650), UniCA (2606.28350), MOON2.0 (2511.12449), FLUID (2508.07264) -------------------------------------------
+# ---- UNITE (2505.19650), UniCA (2606.28350), MOON2.0 (2511.12449), FLUID (2508.07264) ------------
 
 
 def unite(q, c, tau, code=None, negatives=None, item=None):
-    """MAMCL as its code has it: masked logits are -1e9, explicit negatives are appended unmasked, positives of one id summed."""
+    """MAMCL as its code has it: masked logits are -1e9, explicit negatives are appended unmasked,
+    positives of one id summed.
+    """
     logits = q @ c.T / tau
     if code is not None:
         same = (code[:, None] == code[None, :]).double()
@@ -134,21 +180,33 @@ def unite(q, c, tau, code=None, negatives=None, item=None):
 
 
 def test_unite():
-    code = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)  # 4, 5 and 7 are alone: 0
+    code = torch.tensor(
+        [1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE
+    )  # 4, 5 and 7 are alone: 0
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
     negatives = inputs | dict(negatives=unit(B, D))
     item = torch.arange(B, device=DEVICE) % 5
     apart = torch.cat([code, -torch.ones_like(code)])
     ours = {
-        "stage 1": (inputs, lambda q, c, tau: masked_info_nce(q, c, temperature=tau, symmetric=True)),
-        "stage 2": (inputs, lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=code)),
+        "stage 1": (
+            inputs,
+            lambda q, c, tau: masked_info_nce(q, c, temperature=tau, symmetric=True),
+        ),
+        "stage 2": (
+            inputs,
+            lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=code),
+        ),
         "negatives": (
             negatives,
-            lambda q, c, tau, negatives: masked_info_nce(q, torch.cat([c, negatives]), temperature=tau, candidate_key=apart),
+            lambda q, c, tau, negatives: masked_info_nce(
+                q, torch.cat([c, negatives]), temperature=tau, candidate_key=apart
+            ),
         ),
         "items": (
             inputs,
-            lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=item % 3, candidate_id=item, same_id="sum"),
+            lambda q, c, tau: masked_info_nce(
+                q, c, temperature=tau, candidate_key=item % 3, candidate_id=item, same_id="sum"
+            ),
         ),
     }
     paper = {
@@ -167,20 +225,36 @@ def test_unite():
 def test_unica():
     """G candidates to a query, the positive first; tau 0.02, and the distance to the positive."""
     groups, weight = 3, 0.7
-    inputs, target = dict(q=unit(B, D), c=unit(B * groups, D)), torch.arange(B, device=DEVICE) * groups
+    inputs, target = (
+        dict(q=unit(B, D), c=unit(B * groups, D)),
+        torch.arange(B, device=DEVICE) * groups,
+    )
 
     def paper(q, c):
         contrast = mean(cross_entropy(q[i] @ c.T / 0.02 - 50, i * groups) for i in range(B))
         return contrast + weight * mean(1 - q[i] @ c[i * groups] for i in range(B))
 
-    got = value_and_gradients(lambda q, c: masked_info_nce(q, c, temperature=0.02, target=target, positive_weight=weight), inputs)
+    got = value_and_gradients(
+        lambda q, c: masked_info_nce(q, c, temperature=0.02, target=target, positive_weight=weight),
+        inputs,
+    )
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
 
 @pytest.mark.parametrize("own_negative_only", [False, True])
 def test_moon_inter(own_negative_only):
-    """Three views of a query against p and n; omega weighs the views, phi the triplets (0.6 and more count fully)."""
-    inputs = dict(t=unit(B, D), i=unit(B, D), mm=unit(B, D), p=unit(B, D), n=unit(B, D), omega=unit(3), tau=scalar(0.1))
+    """Three views of a query against p and n; omega weighs the views, phi the triplets (0.6 and
+    more count fully).
+    """
+    inputs = dict(
+        t=unit(B, D),
+        i=unit(B, D),
+        mm=unit(B, D),
+        p=unit(B, D),
+        n=unit(B, D),
+        omega=unit(3),
+        tau=scalar(0.1),
+    )
     phi = torch.rand(B, dtype=torch.float64, device=DEVICE)
     weight, rows = torch.where(phi >= 0.6, 1.0, phi), torch.arange(B, device=DEVICE)
     keys = dict(candidate_key=rows.repeat(2)) if own_negative_only else {}
@@ -197,7 +271,11 @@ def test_moon_inter(own_negative_only):
             negatives = [n[row]] + [x[other] for other in others for x in (p, n)]
             return -(own / (own + sum((view[row] @ x / tau).exp() for x in negatives))).log()
 
-        terms = (o * weight[row] * one(view, row) for o, view in zip(omega, (t, i, mm), strict=True) for row in range(B))
+        terms = (
+            o * weight[row] * one(view, row)
+            for o, view in zip(omega, (t, i, mm), strict=True)
+            for row in range(B)
+        )
         return sum(terms) / weight.sum()
 
     assert_close(value_and_gradients(ours, inputs), value_and_gradients(paper, inputs), 1e-9)
@@ -205,32 +283,52 @@ def test_moon_inter(own_negative_only):
 
 @pytest.mark.parametrize("roll", [False, True])
 def test_moon_intra(roll):
-    """Image to caption; negatives are the captions of all other products, or ("roll") of the one before."""
+    """Image to caption; negatives are the captions of all other products, or ("roll") of the one
+    before.
+    """
     inputs = dict(image=unit(B, D), text=unit(B, D), tau=scalar(0.07))
 
     def ours(image, text, tau):
         if not roll:
             return masked_info_nce(image, text, temperature=tau)
         key = torch.arange(B, device=DEVICE).repeat(2)
-        return masked_info_nce(image, torch.cat([text, text.roll(1, 0)]), temperature=tau, candidate_key=key)
+        return masked_info_nce(
+            image, torch.cat([text, text.roll(1, 0)]), temperature=tau, candidate_key=key
+        )
 
     def paper(image, text, tau):
         def one(row):
             own = (image[row] @ text[row] / tau).exp()
-            return -(own / (own + sum((image[row] @ text[x] / tau).exp() for x in range(B) if x in others[row]))).log()
+            return -(
+                own
+                / (
+                    own
+                    + sum((image[row] @ text[x] / tau).exp() for x in range(B) if x in others[row])
+                )
+            ).log()
 
-        others = [[(row - 1) % B] if roll else [x for x in range(B) if x != row] for row in range(B)]
+        others = [
+            [(row - 1) % B] if roll else [x for x in range(B) if x != row] for row in range(B)
+        ]
         return mean(one(row) for row in range(B))
 
     assert_close(value_and_gradients(ours, inputs), value_and_gradients(paper, inputs), 1e-9)
 
 
 def test_fluid():
-    """The mean of the query tokens of each modality, brought to length 1, both directions, tau 0.07."""
-    inputs = {name: torch.randn(B, 5, D, dtype=torch.float64, device=DEVICE, requires_grad=True) for name in ("image", "text")}
+    """The mean of the query tokens of each modality, brought to length 1, both directions, tau
+    0.07.
+    """
+    inputs = {
+        name: torch.randn(B, 5, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for name in ("image", "text")
+    }
 
     def paper(image, text):
-        i, t = ([x.mean(0) / x.mean(0).square().sum().sqrt() for x in tokens] for tokens in (image, text))
+        i, t = (
+            [x.mean(0) / x.mean(0).square().sum().sqrt() for x in tokens]
+            for tokens in (image, text)
+        )
         i, t = torch.stack(i), torch.stack(t)
         return (info_nce(i, t, 0.07) + info_nce(t, i, 0.07)) / 2
 
@@ -239,7 +337,7 @@ def test_fluid():
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
 
-# ---- mmfused.losses: what the papers' terms leave untested ----------------------------------------------------------------------
+# ---- mmfused.losses: what the papers' terms leave untested ---------------------------------------
 
 
 def sigmoid_loss(q, c, temperature, bias):
@@ -262,16 +360,24 @@ def test_a_sigmoid_loss_near_zero_keeps_its_digits():
     assert abs(loss.item() / (2 * math.log1p(math.exp(-30))) - 1) < 1e-12
 
 
-@pytest.mark.parametrize("rows, columns, fraction, count", [(5, 17, 0.3, 5), (5, 5, 1.0, 4), (1, 4, 0.5, 2)])
+@pytest.mark.parametrize(
+    "rows, columns, fraction, count", [(5, 17, 0.3, 5), (5, 5, 1.0, 4), (1, 4, 0.5, 2)]
+)
 def test_hard_negatives_among_more_candidates(rows, columns, fraction, count, blocks):
     def paper(q, c, temperature):
         logits = q @ c.T / temperature
-        others = [sorted((x for j, x in enumerate(row) if j != i), key=torch.Tensor.item)[-count:] for i, row in enumerate(logits)]
+        others = [
+            sorted((x for j, x in enumerate(row) if j != i), key=torch.Tensor.item)[-count:]
+            for i, row in enumerate(logits)
+        ]
         return mean(hinge(0.4 + x - logits[i, i]) for i, row in enumerate(others) for x in row)
 
     inputs = dict(q=unit(rows, D), c=unit(columns, D), temperature=scalar(0.5))
     got = value_and_gradients(
-        lambda q, c, temperature: hard_negative_margin(q, c, temperature=temperature, margin=0.4, fraction=fraction), inputs
+        lambda q, c, temperature: hard_negative_margin(
+            q, c, temperature=temperature, margin=0.4, fraction=fraction
+        ),
+        inputs,
     )
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
@@ -280,7 +386,9 @@ ALL = {
     "positive_similarity": lambda q, c: positive_similarity(q, c),
     "hard_negative_margin": lambda q, c: hard_negative_margin(q, c),
     "product_hinge": lambda q, c: product_hinge(q, c),
-    "product_consistency": lambda q, c: product_consistency((q, c), (q.flip(0), c), (q, c.flip(0)), top=3),
+    "product_consistency": lambda q, c: product_consistency(
+        (q, c), (q.flip(0), c), (q, c.flip(0)), top=3
+    ),
     "sigmoid_contrastive": lambda q, c: sigmoid_contrastive(q, c),
 }
 
@@ -290,7 +398,9 @@ def test_one_row(name):
     """Nothing to compare with: 0 where only other rows count, and a gradient everywhere."""
     got = value_and_gradients(ALL[name], dict(q=unit(1, D), c=unit(1, D)))
     assert all(value.isfinite().all() for value in got.values())
-    assert (got["out"] == 0) == (name in ("hard_negative_margin", "product_hinge", "product_consistency"))
+    assert (got["out"] == 0) == (
+        name in ("hard_negative_margin", "product_hinge", "product_consistency")
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -298,7 +408,9 @@ def test_bfloat16_and_autocast(name, blocks):
     """Computed in float32 whatever comes in, also under autocast."""
     low = {k: unit(B, D).detach().bfloat16().requires_grad_() for k in ("q", "c")}
     plain = {k: v.detach().float().requires_grad_() for k, v in low.items()}
-    exact = value_and_gradients(ALL[name], {k: v.detach().double().requires_grad_() for k, v in low.items()})
+    exact = value_and_gradients(
+        ALL[name], {k: v.detach().double().requires_grad_() for k, v in low.items()}
+    )
     want = value_and_gradients(ALL[name], plain)
     got = value_and_gradients(ALL[name], low)
     assert got["out"].dtype == torch.float32 and got["dq"].dtype == torch.bfloat16
@@ -308,21 +420,29 @@ def test_bfloat16_and_autocast(name, blocks):
         loss = ALL[name](**plain)
         mixed = ALL[name](q=low["q"], c=plain["c"])
     assert torch.equal(loss, want["out"]) and torch.equal(mixed, want["out"])
-    for gradient, leaf in zip(torch.autograd.grad(loss, [plain["q"], plain["c"]]), ("dq", "dc"), strict=True):
+    for gradient, leaf in zip(
+        torch.autograd.grad(loss, [plain["q"], plain["c"]]), ("dq", "dc"), strict=True
+    ):
         assert torch.equal(gradient, want[leaf])
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.5, math.nan])
 @pytest.mark.parametrize("loss", [hard_negative_margin, sigmoid_contrastive])
-def test_where_no_value_is_refused_a_temperature_not_above_0_gives_nan(loss, temperature, monkeypatch):
+def test_where_no_value_is_refused_a_temperature_not_above_0_gives_nan(
+    loss, temperature, monkeypatch
+):
     monkeypatch.setattr("mmfused.ops.masked_info_nce.checks.check_value", lambda *_: None)
     assert loss(torch.randn(5, 3), torch.randn(5, 3), temperature=torch.tensor(temperature)).isnan()
 
 
 LEARNED = {
-    "hard_negative_margin": lambda q, c, number: hard_negative_margin(q, c, margin=number, fraction=0.5),
+    "hard_negative_margin": lambda q, c, number: hard_negative_margin(
+        q, c, margin=number, fraction=0.5
+    ),
     "product_hinge": lambda q, c, number: product_hinge(q, c, margin=number),
-    "product_consistency": lambda q, c, number: product_consistency((q, c), (q, q), (c, c), tolerance=number),
+    "product_consistency": lambda q, c, number: product_consistency(
+        (q, c), (q, q), (c, c), tolerance=number
+    ),
 }
 
 
@@ -337,37 +457,63 @@ def test_a_margin_may_be_learned(name):
 
 x, y = torch.randn(4, 3), torch.randn(4, 3)
 BAD_LOSSES = {
-    "positive_similarity: positive has 5 rows; it takes 4, as query has.": lambda: positive_similarity(x, torch.randn(5, 3)),
+    "positive_similarity: positive has 5 rows; it takes 4, as query has.": lambda: (
+        positive_similarity(x, torch.randn(5, 3))
+    ),
     "query is a list; it takes a torch.Tensor": lambda: positive_similarity([1.0], x),
-    "query has shape (4,) and dtype torch.float32; it takes floats (rows, dim)": lambda: positive_similarity(x[:, 0], x),
-    "candidate has shape (4, 3) and dtype torch.int64; it takes floats": lambda: sigmoid_contrastive(x, x.long()),
+    "query has shape (4,) and dtype torch.float32; it takes floats (rows, dim)": lambda: (
+        positive_similarity(x[:, 0], x)
+    ),
+    "candidate has shape (4, 3) and dtype torch.int64; it takes floats": lambda: (
+        sigmoid_contrastive(x, x.long())
+    ),
     "candidate has shape (0, 3)": lambda: sigmoid_contrastive(x, x[:0]),
-    "candidate has shape (3, 3); it takes at least 4 rows of 3, as query has": lambda: sigmoid_contrastive(x, y[:3]),
-    "candidate has shape (4, 2); it takes at least 4 rows of 3": lambda: hard_negative_margin(x, y[:, :2]),
+    "candidate has shape (3, 3); it takes at least 4 rows of 3, as query has": lambda: (
+        sigmoid_contrastive(x, y[:3])
+    ),
+    "candidate has shape (4, 2); it takes at least 4 rows of 3": lambda: hard_negative_margin(
+        x, y[:, :2]
+    ),
     "candidate is on meta but query is on cpu": lambda: product_hinge(x, y.to("meta")),
-    "hard_negative_margin: temperature is 0; it takes a number above 0": lambda: hard_negative_margin(x, y, temperature=0),
-    "sigmoid_contrastive: temperature is None; it takes a number above 0": lambda: sigmoid_contrastive(x, y, temperature=None),
-    "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=1.5),
-    "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(x, y, fraction=math.nan),
-    "hard_negative_margin: margin is None; it takes a number, or a tensor of one element": lambda: hard_negative_margin(
-        x, y, margin=None
+    "hard_negative_margin: temperature is 0; it takes a number above 0": lambda: (
+        hard_negative_margin(x, y, temperature=0)
     ),
-    "product_hinge: margin has shape (2,) and dtype torch.float32; it takes one floating element": lambda: product_hinge(
-        x, y, margin=torch.ones(2)
+    "sigmoid_contrastive: temperature is None; it takes a number above 0": lambda: (
+        sigmoid_contrastive(x, y, temperature=None)
     ),
-    "product_hinge: scale has shape () and dtype torch.int64; it takes one floating element": lambda: product_hinge(
-        x, y, scale=torch.tensor(1)
+    "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(
+        x, y, fraction=1.5
+    ),
+    "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(
+        x, y, fraction=math.nan
+    ),
+    "hard_negative_margin: margin is None; it takes a number, or a tensor of one element": lambda: (
+        hard_negative_margin(x, y, margin=None)
+    ),
+    "product_hinge: margin has shape (2,) and dtype torch.float32; it takes one floating element": lambda: (
+        product_hinge(x, y, margin=torch.ones(2))
+    ),
+    "product_hinge: scale has shape () and dtype torch.int64; it takes one floating element": lambda: (
+        product_hinge(x, y, scale=torch.tensor(1))
     ),
     "product_consistency: tolerance is '0.1'; it takes a number": lambda: product_consistency(
         (x, y), (x, y), (x, y), tolerance="0.1"
     ),
-    "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(x, torch.randn(5, 3)),
-    "positive has shape (3,) and dtype torch.float32; it takes floats (4,)": lambda: product_hinge(x, y, positive=x[:3, 0]),
-    "positive has shape (4,) and dtype torch.int64; it takes floats (4,)": lambda: product_hinge(x, y, positive=torch.arange(4)),
-    "text[1] has shape (4,) and dtype torch.float32; it takes floats": lambda: product_consistency((x, y), (x, y), (x, y[:, 0])),
+    "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(
+        x, torch.randn(5, 3)
+    ),
+    "positive has shape (3,) and dtype torch.float32; it takes floats (4,)": lambda: product_hinge(
+        x, y, positive=x[:3, 0]
+    ),
+    "positive has shape (4,) and dtype torch.int64; it takes floats (4,)": lambda: product_hinge(
+        x, y, positive=torch.arange(4)
+    ),
+    "text[1] has shape (4,) and dtype torch.float32; it takes floats": lambda: product_consistency(
+        (x, y), (x, y), (x, y[:, 0])
+    ),
     "top is 0; it takes at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),
-    "text has shapes (3, 3) and (3, 3); it takes two of (4, 3), as product": lambda: product_consistency(
-        (x, y), (x, y), (x[1:], y[1:])
+    "text has shapes (3, 3) and (3, 3); it takes two of (4, 3), as product": lambda: (
+        product_consistency((x, y), (x, y), (x[1:], y[1:]))
     ),
 }
 

@@ -1,4 +1,6 @@
-"""The C++ router: its kernels thread by thread on a CPU, its arithmetic on the host, its build; on a GPU, against Triton."""
+"""The C++ router: its kernels thread by thread on a CPU, its arithmetic on the host, its build; on
+a GPU, against Triton.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def pick(tensors: dict, names=CLOSE) -> dict:
     return {name: tensors[name] for name in names}
 
 
-# ---- the kernels, on a CPU ------------------------------------------------------------------------------------------------------
+# ---- the kernels, on a CPU -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,10 @@ def test_kernels_match_the_reference(name, blocks, simt):
     gradients = upstream(case)
     out = simt.forward(case, blocks=blocks)
     out["d_logits"] = simt.backward(case, gradients, out)
-    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    exact, plain = (
+        expected(case, torch.float64, gradients),
+        expected(case, torch.float32, gradients),
+    )
     for key in EXACT:
         assert torch.equal(out[key], exact[key]), key
     assert over_budget(pick(out), pick(exact), pick(plain)) == []
@@ -59,7 +64,10 @@ def test_kernels_take_sixteen_bits_and_strides(dtype, simt):
     gradients = upstream(case)
     out = simt.forward(case)
     out["d_logits"] = simt.backward(case, gradients, out)
-    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    exact, plain = (
+        expected(case, torch.float64, gradients),
+        expected(case, torch.float32, gradients),
+    )
     plain["d_logits"] = plain["d_logits"].to(dtype)
     assert all(torch.equal(out[key], exact[key]) for key in EXACT)
     assert over_budget(pick(out), pick(exact), pick(plain)) == []
@@ -93,7 +101,7 @@ def test_an_index_out_of_range_makes_its_tokens_weights_nan(simt):
     assert out["counts"].sum() == 40
 
 
-# ---- the arithmetic, on the host ------------------------------------------------------------------------------------------------
+# ---- the arithmetic, on the host -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -103,20 +111,44 @@ def module():
     return extension.load()
 
 
-HOST = ("source", "k", "sigmoid", "renormalize", "selection_bias", "mask", "segments", "num_segments", "available", "indices")
+HOST = (
+    "source",
+    "k",
+    "sigmoid",
+    "renormalize",
+    "selection_bias",
+    "mask",
+    "segments",
+    "num_segments",
+    "available",
+    "indices",
+)
 
 
 def route_on_host(module, case) -> dict[str, torch.Tensor]:
     arguments = [case[name] for name in (*HOST, "jitter", "jitter_seed")]
-    return dict(zip(("indices", "weights", "lse", "entropy", "P"), module.route_tokens_on_host(*arguments), strict=True))
+    return dict(
+        zip(
+            ("indices", "weights", "lse", "entropy", "P"),
+            module.route_tokens_on_host(*arguments),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_host_loop_matches_the_reference(name, module):
     case = make(**CASES[name])
-    out, exact, plain = route_on_host(module, case), expected(case, torch.float64), expected(case, torch.float32)
+    out, exact, plain = (
+        route_on_host(module, case),
+        expected(case, torch.float64),
+        expected(case, torch.float32),
+    )
     assert torch.equal(out["indices"], exact["indices"])
-    assert over_budget(pick(out, ["weights"]), pick(exact, ["weights"]), pick(plain, ["weights"])) == []
+    assert (
+        over_budget(pick(out, ["weights"]), pick(exact, ["weights"]), pick(plain, ["weights"]))
+        == []
+    )
     valid = torch.ones(len(out["lse"]), dtype=torch.bool) if case["mask"] is None else ~case["mask"]
     if valid.any():  # the losses are means of what the loop gives for each token
         means = torch.stack([out["lse"][valid].square().mean(), out["entropy"][valid].mean()])
@@ -127,7 +159,9 @@ def test_host_loop_matches_the_reference(name, module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
-    """Of losses that are written out here: P, the weights and the statistics of each token, with random coefficients."""
+    """Of losses that are written out here: P, the weights and the statistics of each token, with
+    random coefficients.
+    """
     case = make(12, 10, 3, sigmoid=sigmoid, renormalize=renormalize, segments=2, available=True)
     case["segments"] = torch.arange(12) % 2
     routed = route_on_host(module, case)
@@ -141,16 +175,41 @@ def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
         u = torch.nn.functional.logsigmoid(usable) if sigmoid else usable
         probs = u.softmax(-1)
         chosen = u.gather(1, routed["indices"])
-        weights = chosen.softmax(-1) if renormalize else chosen.exp() if sigmoid else probs.gather(1, routed["indices"])
-        loss = (weights * d_weights).sum() + d_balance * (row * probs).sum() + d_z * usable.logsumexp(-1).square().mean()
+        weights = (
+            chosen.softmax(-1)
+            if renormalize
+            else chosen.exp()
+            if sigmoid
+            else probs.gather(1, routed["indices"])
+        )
+        loss = (
+            (weights * d_weights).sum()
+            + d_balance * (row * probs).sum()
+            + d_z * usable.logsumexp(-1).square().mean()
+        )
         log_probs = probs.clamp(min=1e-300 if dtype == torch.float64 else 1e-38).log()
         loss = loss - d_entropy * (probs * log_probs).sum(1).mean()
         return {"d_logits": torch.autograd.grad(loss, logits)[0]}
 
     actual = module.gradient_rows_on_host(
-        d_weights, d_balance, d_z, d_entropy, case["source"], routed["indices"], routed["weights"], coefficients, sigmoid,
-        renormalize, None, case["segments"], 2, case["available"], "switch", 0.0, None,
-    )  # fmt: skip
+        d_weights,
+        d_balance,
+        d_z,
+        d_entropy,
+        case["source"],
+        routed["indices"],
+        routed["weights"],
+        coefficients,
+        sigmoid,
+        renormalize,
+        None,
+        case["segments"],
+        2,
+        case["available"],
+        "switch",
+        0.0,
+        None,
+    )
     assert over_budget({"d_logits": actual}, gradient(torch.float64), gradient(torch.float32)) == []
 
 
@@ -165,14 +224,31 @@ def test_the_binding_takes_views_of_everything(module):
         return torch.stack((value, value + 1 if value.dtype != torch.bool else ~value), -1)[..., 0]
 
     def results(view):
-        given = {n: view(x) if isinstance(x, torch.Tensor) and x.dim() else x for n, x in case.items()}
+        given = {
+            n: view(x) if isinstance(x, torch.Tensor) and x.dim() else x for n, x in case.items()
+        }
         replayed = given | dict(indices=view(indices))
         logits, *rest = (view(x) for x in (case["source"], indices, weights, coefficients))
         d_logits = module.gradient_rows_on_host(
-            view(gradients[0]), *gradients[1:], logits, *rest, False, True, given["mask"], given["segments"], 2,
-            given["available"], "mse", 0.2, given["jitter_seed"],
-        )  # fmt: skip
-        return [*route_on_host(module, given).values(), *route_on_host(module, replayed).values(), d_logits]
+            view(gradients[0]),
+            *gradients[1:],
+            logits,
+            *rest,
+            False,
+            True,
+            given["mask"],
+            given["segments"],
+            2,
+            given["available"],
+            "mse",
+            0.2,
+            given["jitter_seed"],
+        )
+        return [
+            *route_on_host(module, given).values(),
+            *route_on_host(module, replayed).values(),
+            d_logits,
+        ]
 
     for a, b in zip(results(wide), results(torch.clone), strict=True):
         assert torch.equal(a, b)
@@ -192,7 +268,9 @@ def test_ties_go_to_the_lower_expert(module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_nan_and_infinite_logits(sigmoid, renormalize, module):
-    """NaN reaches all weights of its token; its choice is of different experts that are available, like any other."""
+    """NaN reaches all weights of its token; its choice is of different experts that are available,
+    like any other.
+    """
     case = make(5, 6, 3, sigmoid=sigmoid, renormalize=renormalize, available=True, segments=1)
     case["available"] = torch.tensor([[True, True, False, True, True, True]])
     case["source"][1, 4] = case["source"][2, :] = float("nan")
@@ -200,18 +278,29 @@ def test_nan_and_infinite_logits(sigmoid, renormalize, module):
     case["source"][4, :] = float("-inf")
     out = route_on_host(module, case)
     # Scores of minus infinity: no distribution, but sigmoid(-inf) by itself is 0.
-    assert out["weights"].isnan().all(1).tolist() == [False, True, True, False, renormalize or not sigmoid]
+    assert out["weights"].isnan().all(1).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        renormalize or not sigmoid,
+    ]
     assert all(len(set(row)) == 3 and 2 not in row for row in out["indices"].tolist())
     assert out["indices"][2].tolist() == out["indices"][4].tolist() == [0, 1, 3]  # all tie
     exact = topk_routing_reference(
-        case["source"][3:4].double(), 3, score="sigmoid" if sigmoid else "softmax", renormalize=renormalize,
+        case["source"][3:4].double(),
+        3,
+        score="sigmoid" if sigmoid else "softmax",
+        renormalize=renormalize,
         available=case["available"],
-    )  # fmt: skip
+    )
     torch.testing.assert_close(out["weights"][3:4].double(), exact.weights, rtol=1e-6, atol=0)
 
 
 def test_jitter_has_the_same_bits_everywhere(module):
-    """One expert scores sigmoid(0 + noise) = sigmoid(noise): every bit of the noise shows in the raw logits' logsumexp."""
+    """One expert scores sigmoid(0 + noise) = sigmoid(noise): every bit of the noise shows in the
+    raw logits' logsumexp.
+    """
     case = make(64, 1, 1, sigmoid=True, jitter=0.37)
     case["source"] = torch.full((64, 1), 3.0)
     for seed in (0, 1, 2**63 - 1, -5):
@@ -221,7 +310,7 @@ def test_jitter_has_the_same_bits_everywhere(module):
         assert noise.unique().numel() > 60
 
 
-# ---- how it is built and chosen -------------------------------------------------------------------------------------------------
+# ---- how it is built and chosen ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -244,9 +333,13 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
         recipe.update(path.read_bytes())
     # ptxas says the same of the same sources: kept, so that only who changes them waits.
     kept = getattr(pytestconfig, "cache", None)
-    log = (Path(kept.mkdir("csrc")) if kept else tmp_path) / f"ptxas_{arch}_{recipe.hexdigest()[:16]}.txt"
+    log = (
+        Path(kept.mkdir("csrc")) if kept else tmp_path
+    ) / f"ptxas_{arch}_{recipe.hexdigest()[:16]}.txt"
     if not log.is_file():
-        done = subprocess.run([*command, "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr, done.stderr
         log.write_text(done.stderr)
@@ -254,7 +347,9 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
     for kernel in log.read_text().split("Compiling entry function")[1:]:
         name = re.search(r"([a-z]+_kernel)(?:I(\w+?)Li(\d+)ELi(\d+)E)?", kernel)
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel, name
-        used[tuple(filter(None, name.groups()))] = int(re.search(r"Used (\d+) registers", kernel).group(1))
+        used[tuple(filter(None, name.groups()))] = int(
+            re.search(r"Used (\d+) registers", kernel).group(1)
+        )
     print(f"sm_{arch}:", {" ".join(name): count for name, count in used.items()})
     assert len(used) == 2 * 3 * 6 + 2  # passes, dtypes, shapes; scan and finish
     assert max(used.values()) <= 255
@@ -273,14 +368,35 @@ def test_a_second_process_imports_what_the_first_one_built(module):
 
 def test_the_ops_refuse_cpu_tensors(module):
     case = make(4, 6, 2)
-    with pytest.raises(RuntimeError, match="mmfused::topk_routing_cuda_fwd takes CUDA tensors; on a CPU use backend 'composed'"):
+    with pytest.raises(
+        RuntimeError,
+        match="mmfused::topk_routing_cuda_fwd takes CUDA tensors; on a CPU use backend 'composed'",
+    ):
         torch.ops.mmfused.topk_routing_cuda_fwd(*case.values())
     weights = torch.zeros(4, 2)
-    with pytest.raises(RuntimeError, match="mmfused::topk_routing_cuda_bwd takes CUDA tensors; on a CPU use backend 'composed'"):
+    with pytest.raises(
+        RuntimeError,
+        match="mmfused::topk_routing_cuda_bwd takes CUDA tensors; on a CPU use backend 'composed'",
+    ):
         torch.ops.mmfused.topk_routing_cuda_bwd(
-            weights, None, None, None, case["source"], weights.long(), weights, torch.zeros(7), False, True, None, None, 1, None,
-            "switch", 0.0, None,
-        )  # fmt: skip
+            weights,
+            None,
+            None,
+            None,
+            case["source"],
+            weights.long(),
+            weights,
+            torch.zeros(7),
+            False,
+            True,
+            None,
+            None,
+            1,
+            None,
+            "switch",
+            0.0,
+            None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +430,9 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
     unbuilt.setenv("PATH", str(tmp_path))
     unbuilt.setattr(extension.sys, "executable", str(tmp_path / "python"))
     reasons = extension.why_not()
-    assert {"nvcc not found", "ninja not found", "no C++ compiler found under the name c++"} <= set(reasons)
+    assert {"nvcc not found", "ninja not found", "no C++ compiler found under the name c++"} <= set(
+        reasons
+    )
     assert ("no CUDA GPU is visible" in reasons) == (torch.version.cuda is not None and not CUDA)
     with pytest.raises(RuntimeError, match="cannot be here: .*nvcc not found; ninja not found"):
         extension.load()
@@ -326,7 +444,9 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
 
 def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_path):
     if extension.built() or extension.why_not_build():
-        pytest.skip("a build can only fail where nvcc, ninja and a C++ compiler are there and mmfused._C is not installed")
+        pytest.skip(
+            "a build can only fail where nvcc, ninja and a C++ compiler are there and mmfused._C is not installed"
+        )
     sources = tmp_path / "csrc"
     sources.mkdir()
     for name in extension.SOURCES:
@@ -350,27 +470,57 @@ def test_the_router_is_chosen_by_name():
     with pytest.raises(ValueError, match="router name is 'metal'; it takes one of triton, cuda."):
         library.router("metal")
     command = [sys.executable, "-c", "import mmfused"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MMFUSED_ROUTER": "metal"}, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "ValueError: MMFUSED_ROUTER is 'metal'; it takes one of triton, cuda."
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"MMFUSED_ROUTER": "metal"},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ValueError: MMFUSED_ROUTER is 'metal'; it takes one of triton, cuda."
+    )
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 
 def on_device(case: dict) -> dict:
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    return {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in case.items()
+    }
 
 
 def run_ops(case: dict, gradients, suffix: str) -> dict[str, torch.Tensor]:
-    names = ("logits", "indices", "weights", "counts", "losses", "order", "position", "offsets", "tiles", "coefficients")
-    forward, backward = (getattr(torch.ops.mmfused, f"topk_routing{suffix}_{way}") for way in ("fwd", "bwd"))
+    names = (
+        "logits",
+        "indices",
+        "weights",
+        "counts",
+        "losses",
+        "order",
+        "position",
+        "offsets",
+        "tiles",
+        "coefficients",
+    )
+    forward, backward = (
+        getattr(torch.ops.mmfused, f"topk_routing{suffix}_{way}") for way in ("fwd", "bwd")
+    )
     out = dict(zip(names, forward(*case.values()), strict=True))
     if case["indices"] is not None:
         out["indices"] = case["indices"]
-    options = [case[name] for name in ("sigmoid", "renormalize", "mask", "segments", "num_segments", "available")]
+    options = [
+        case[name]
+        for name in ("sigmoid", "renormalize", "mask", "segments", "num_segments", "available")
+    ]
     options += [case["balance"], case["jitter"], case["jitter_seed"]]
     gradients = [g.cuda() for g in gradients]
-    out["d_logits"] = backward(*gradients, case["source"], out["indices"], out["weights"], out["coefficients"], *options)
+    out["d_logits"] = backward(
+        *gradients, case["source"], out["indices"], out["weights"], out["coefficients"], *options
+    )
     return out
 
 
@@ -382,8 +532,12 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
     options = CASES[name] | dict(dtype=dtype) | (dict(tokens=tokens) if tokens else {})
     case = make(**options)
     gradients = upstream(case)
-    cpp, triton = run_ops(on_device(case), gradients, "_cuda"), run_ops(on_device(case), gradients, "")
-    # A bias is added to scores, whose last bit is each implementation's own: then a near tie may fall either way.
+    cpp, triton = (
+        run_ops(on_device(case), gradients, "_cuda"),
+        run_ops(on_device(case), gradients, ""),
+    )
+    # A bias is added to scores, whose last bit is each implementation's own: then a near tie may
+    # fall either way.
     if case["selection_bias"] is None:
         for key in EXACT:
             a, b = cpp[key], triton[key]
@@ -391,7 +545,10 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
                 a, b = (tiles.masked_fill(tiles[:, :1] < 0, -1) for tiles in (a, b))
             assert torch.equal(a, b), key
     case["indices"] = cpp["indices"].cpu()
-    exact, plain = expected(case, torch.float64, gradients), expected(case, torch.float32, gradients)
+    exact, plain = (
+        expected(case, torch.float64, gradients),
+        expected(case, torch.float32, gradients),
+    )
     plain["d_logits"] = plain["d_logits"].to(dtype)
     assert over_budget({k: v.cpu() for k, v in pick(cpp).items()}, pick(exact), pick(plain)) == []
     again = run_ops(on_device(case), gradients, "_cuda")  # a replay now, of the same choice
@@ -408,16 +565,23 @@ def test_cpp_runs_in_a_cuda_graph_and_past_2_31_elements(module):
     graph.replay()
     assert torch.equal(out[1], warm["indices"]) and torch.equal(out[5], warm["order"])
     if torch.cuda.mem_get_info()[0] > 24 * 2**30:
-        far = case | dict(source=torch.zeros(3, 2**31 // 2 + 16, device="cuda", dtype=torch.bfloat16)[:, -16:])
+        far = case | dict(
+            source=torch.zeros(3, 2**31 // 2 + 16, device="cuda", dtype=torch.bfloat16)[:, -16:]
+        )
         far["source"].copy_(torch.randn(3, 16))
         near = far | dict(source=far["source"].contiguous())
         gradients = upstream(far)
-        for a, b in zip(*(run_ops(either, gradients, "_cuda").values() for either in (far, near)), strict=True):
+        for a, b in zip(
+            *(run_ops(either, gradients, "_cuda").values() for either in (far, near)), strict=True
+        ):
             assert torch.equal(a, b)
 
 
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_cpp_runs_on_the_tensors_own_device(module):
-    case = {name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value for name, value in make(30, 16, 2).items()}
+    case = {
+        name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value
+        for name, value in make(30, 16, 2).items()
+    }
     assert torch.ops.mmfused.topk_routing_cuda_fwd(*case.values())[1].device.index == 1

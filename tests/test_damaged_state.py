@@ -1,4 +1,6 @@
-"""Whatever a checkpoint or a finished run holds that no training wrote, one sentence tells, and it stays as it is."""
+"""Whatever a checkpoint or a finished run holds that no training wrote, one sentence tells, and it
+stays as it is.
+"""
 
 import os
 import shutil
@@ -12,8 +14,8 @@ from training_runs import (
     small_run,
 )
 
-from mmfused.run_folder import read_json, sha256, write_json
-from mmfused.training import train
+from mmfused.training.loop import train
+from mmfused.training.run_folder import read_json, sha256, write_json
 
 few_products = training_runs.few_products
 stopped_run = training_runs.stopped_run
@@ -27,7 +29,10 @@ def change(source, **values):
 def resummed(step):
     """The checkpoint as if it had been written so: the sums fit again."""
     files = [path for path in step.rglob("*") if path.is_file() and path.name != "state.json"]
-    change(step / "state.json", sha256={path.relative_to(step).as_posix(): sha256(path) for path in files})
+    change(
+        step / "state.json",
+        sha256={path.relative_to(step).as_posix(): sha256(path) for path in files},
+    )
 
 
 def change_tensors(path, act):
@@ -52,14 +57,32 @@ def other_optimizer(tensors):
 
 
 DAMAGE = {
-    "step is a text": (lambda s: change(s / "state.json", step="7"), "step is of type str, takes int"),
-    "step is a fraction": (lambda s: change(s / "state.json", step=1e9), "step is of type float, takes int"),
-    "step is true": (lambda s: change(s / "state.json", step=True), "step is of type bool, takes int"),
-    "step is beyond the last": (lambda s: change(s / "state.json", step=10**9), "of step 1000000000, takes at most 9"),
+    "step is a text": (
+        lambda s: change(s / "state.json", step="7"),
+        "step is of type str, takes int",
+    ),
+    "step is a fraction": (
+        lambda s: change(s / "state.json", step=1e9),
+        "step is of type float, takes int",
+    ),
+    "step is true": (
+        lambda s: change(s / "state.json", step=True),
+        "step is of type bool, takes int",
+    ),
+    "step is beyond the last": (
+        lambda s: change(s / "state.json", step=10**9),
+        "of step 1000000000, takes at most 9",
+    ),
     "step is negative": (lambda s: change(s / "state.json", step=-1), "out of range"),
     "step is immense": (lambda s: change(s / "state.json", step=10**30), "out of range"),
-    "seconds is no number": (lambda s: change(s / "state.json", seconds=float("nan")), "out of range"),
-    "settings is a list": (lambda s: change(s / "state.json", settings=[]), "settings is of type list, takes dict"),
+    "seconds is no number": (
+        lambda s: change(s / "state.json", seconds=float("nan")),
+        "out of range",
+    ),
+    "settings is a list": (
+        lambda s: change(s / "state.json", settings=[]),
+        "settings is of type list, takes dict",
+    ),
     "settings lack the model": (lambda s: change_settings(s, model=None), "state.json lacks model"),
     "settings lack the rows": (lambda s: change_settings(s, rows=None), "state.json lacks rows"),
     "rows of another type": (lambda s: change_settings(s, rows=[]), "rows is of type list"),
@@ -72,21 +95,35 @@ DAMAGE = {
         "exec: a training has no such setting",
     ),
     "sums is a text": (lambda s: change(s / "state.json", sha256="x"), "sha256 is of type str"),
-    "no sums": (lambda s: change(s / "state.json", sha256={}), "its SHA-256 is not the one in state.json"),
+    "no sums": (
+        lambda s: change(s / "state.json", sha256={}),
+        "its SHA-256 is not the one in state.json",
+    ),
     "a sum of what is outside": (
         lambda s: change(s / "state.json", sha256={"../../../secret": "0"}),
         "leads outside|its SHA-256",
     ),
-    "state is a list": (lambda s: (s / "state.json").write_text("[]"), "holds list, takes an object"),
-    "state is deep": (lambda s: (s / "state.json").write_text("[" * 200_000), "truncated or corrupt"),
-    "state is no text": (lambda s: (s / "state.json").write_bytes(b"\xff\xfe\x00"), "truncated or corrupt"),
+    "state is a list": (
+        lambda s: (s / "state.json").write_text("[]"),
+        "holds list, takes an object",
+    ),
+    "state is deep": (
+        lambda s: (s / "state.json").write_text("[" * 200_000),
+        "truncated or corrupt",
+    ),
+    "state is no text": (
+        lambda s: (s / "state.json").write_bytes(b"\xff\xfe\x00"),
+        "truncated or corrupt",
+    ),
     "state is cut": (lambda s: os.truncate(s / "state.json", 40), "truncated or corrupt"),
     "another shape in the optimizer": (
         lambda s: change_tensors(s / "optimizer.safetensors", other_optimizer),
         "AdamW has no such state",
     ),
     "a stranger in the optimizer": (
-        lambda s: change_tensors(s / "optimizer.safetensors", lambda t: {**t, "x.exp_avg": torch.zeros(1)}),
+        lambda s: change_tensors(
+            s / "optimizer.safetensors", lambda t: {**t, "x.exp_avg": torch.zeros(1)}
+        ),
         "holds x.exp_avg, and the model has no such parameter",
     ),
     "no random state": (
@@ -94,7 +131,9 @@ DAMAGE = {
         "lacks the state of the random generator drop",
     ),
     "a random state that is none": (
-        lambda s: change_tensors(s / "rng.safetensors", lambda t: {**t, "drop": torch.zeros(3, dtype=torch.uint8)}),
+        lambda s: change_tensors(
+            s / "rng.safetensors", lambda t: {**t, "drop": torch.zeros(3, dtype=torch.uint8)}
+        ),
         "holds no state of the random generator drop",
     ),
     "another model's weights": (
@@ -102,20 +141,28 @@ DAMAGE = {
         "holds the weights of another model",
     ),
     "weights that are none": (
-        lambda s: ((s / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "), resummed(s)),
+        lambda s: (
+            (s / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "),
+            resummed(s),
+        ),
         "holds the weights of another model|no safetensors file",
     ),
     "a length that no file has": (
         lambda s: ((s / "rng.safetensors").write_bytes(b"\xff" * 8 + b"{}"), resummed(s)),
         "truncated, corrupt or no safetensors file",
     ),
-    "records cut": (lambda s: os.truncate(s.parent.parent / "metrics.jsonl", 10), "holds 10 bytes, but"),
+    "records cut": (
+        lambda s: os.truncate(s.parent.parent / "metrics.jsonl", 10),
+        "holds 10 bytes, but",
+    ),
     "records of another kind": (
         lambda s: (s.parent.parent / "metrics.jsonl").write_bytes(b"[]\n" * 10_000),
         "metrics.jsonl is truncated or corrupt",
     ),
     "records without numbers": (
-        lambda s: (s.parent.parent / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": null, "seconds": 1}\n' * 1000),
+        lambda s: (s.parent.parent / "metrics.jsonl").write_bytes(
+            b'{"step": 1, "loss": null, "seconds": 1}\n' * 1000
+        ),
         "metrics.jsonl is truncated or corrupt",
     ),
 }
@@ -149,10 +196,15 @@ def first_key(tensors, kind):
 
 
 DAMAGE_OF_OPTIMIZERS = {
-    "without a moment": lambda t: {name: value for name, value in t.items() if name != first_key(t, "exp_avg_sq")},
+    "without a moment": lambda t: {
+        name: value for name, value in t.items() if name != first_key(t, "exp_avg_sq")
+    },
     "of whole numbers": lambda t: {name: value.to(torch.int8) for name, value in t.items()},
     "that never stepped": lambda t: {**t, first_key(t, "step"): torch.tensor(-1.0)},
-    "not finite": lambda t: {**t, first_key(t, "exp_avg"): t[first_key(t, "exp_avg")] * float("nan")},
+    "not finite": lambda t: {
+        **t,
+        first_key(t, "exp_avg"): t[first_key(t, "exp_avg")] * float("nan"),
+    },
     "empty": lambda t: {},
 }
 
@@ -160,7 +212,9 @@ DAMAGE_OF_OPTIMIZERS = {
 @pytest.mark.parametrize("name", DAMAGE_OF_OPTIMIZERS)
 def test_an_optimizer_s_state_is_whole_or_refused(tmp_path, stopped_run, name):
     out = shutil.copytree(stopped_run, tmp_path / "run")
-    change_tensors(out / "checkpoints" / "step-00000004" / "optimizer.safetensors", DAMAGE_OF_OPTIMIZERS[name])
+    change_tensors(
+        out / "checkpoints" / "step-00000004" / "optimizer.safetensors", DAMAGE_OF_OPTIMIZERS[name]
+    )
     with pytest.raises(ValueError, match="optimizer.safetensors holds no (whole )?state of AdamW"):
         train(small_run(out, resume=True))
 
@@ -172,7 +226,10 @@ def test_records_that_are_not_of_the_checkpoint_s_step_are_refused(tmp_path, sto
     kept = {"all": [], "a validation's": lines[:4] + lines[3:4], "one of training": lines[1:]}[lost]
     (out / "metrics.jsonl").write_bytes(b"".join(kept))
     change(out / "checkpoints" / "step-00000004" / "state.json", metrics_bytes=len(b"".join(kept)))
-    with pytest.raises(ValueError, match="metrics.jsonl holds [0-9] records of training and [01] of validation at step 4"):
+    with pytest.raises(
+        ValueError,
+        match="metrics.jsonl holds [0-9] records of training and [01] of validation at step 4",
+    ):
         train(small_run(out, resume=True))
 
 
@@ -187,7 +244,10 @@ def test_resume_follows_no_link_and_waits_for_no_pipe(tmp_path, stopped_run, nam
     else:
         os.mkfifo(out / name)
     before = everything(tmp_path)
-    with pytest.raises(FileExistsError, match=f"links or the like in the place of a run's files .{name}.; move them"):
+    with pytest.raises(
+        FileExistsError,
+        match=f"links or the like in the place of a run's files .{name}.; move them",
+    ):
         train(small_run(out, resume=True))
     assert everything(tmp_path) == before
 
@@ -208,5 +268,7 @@ def test_data_may_have_moved_and_must_be_the_same(tmp_path):
     (tmp_path / "data").rename(tmp_path / "moved")
     given["data"] = str(tmp_path / "moved")
     assert train(small_run(tmp_path / "run", resume=True, **given))["steps"] == 9
-    with pytest.raises(ValueError, match="resume: data: the texts, labels or pictures of .*val are not those"):
+    with pytest.raises(
+        ValueError, match="resume: data: the texts, labels or pictures of .*val are not those"
+    ):
         train(small_run(tmp_path / "run", resume=True, **{**given, "data": given["val"]}))

@@ -12,7 +12,9 @@ from PIL import Image
 from mmfused.data import GeneratedProducts, ProductFolder, swap_texts
 
 GROCERY = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "grocery"
-needs_grocery = pytest.mark.skipif(not GROCERY.is_dir(), reason="the grocery photos are not beside this checkout")
+needs_grocery = pytest.mark.skipif(
+    not GROCERY.is_dir(), reason="the grocery photos are not beside this checkout"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,11 @@ def write_folder(root, rows, header=("file_name", "text", "label")):
 def test_generated_items_have_the_documented_types(products):
     item = products[0]
     assert item["image"].shape == (3, 32, 32) and item["image"].dtype == torch.uint8
-    assert isinstance(item["image_present"], bool) and isinstance(item["text"], str) and isinstance(item["label"], int)
+    assert (
+        isinstance(item["image_present"], bool)
+        and isinstance(item["text"], str)
+        and isinstance(item["label"], int)
+    )
     assert len(products) == len(products.texts) == len(products.labels) == 600
     assert products.num_classes == len(products.class_names) == 16 and products.skipped == []
 
@@ -51,14 +57,18 @@ def test_generated_set_follows_from_split_size_and_seed(products):
 
 
 def test_generated_modalities_go_missing_and_contradict_in_exact_numbers():
-    data = GeneratedProducts("val", size=200, missing_text=0.1, missing_image=0.2, contradicting=0.3)
+    data = GeneratedProducts(
+        "val", size=200, missing_text=0.1, missing_image=0.2, contradicting=0.3
+    )
     flags = [data.attributes[name] for name in ("text_missing", "image_missing", "contradicts")]
     assert [int(flag.sum()) for flag in flags] == [20, 40, 60]
     assert np.stack(flags).sum(axis=0).max() == 1
     for row, (no_text, no_image, contradicts) in enumerate(zip(*flags, strict=True)):
         item = data[row]
         assert (item["text"] == "") == no_text
-        assert item["image_present"] == (not no_image) and bool(item["image"].any()) == (not no_image)
+        assert item["image_present"] == (not no_image) and bool(item["image"].any()) == (
+            not no_image
+        )
         said, shown = data.attributes["said_shape"][row], data.attributes["shape"][row]
         assert (said != shown) if contradicts else (said in (-1, shown))
 
@@ -68,8 +78,13 @@ def test_generated_titles_say_what_the_attributes_record(products):
 
     for row, text in enumerate(products.texts):
         words = set(text.lower().split())
-        shape, material = products.attributes["said_shape"][row], products.attributes["material"][row]
-        assert [bool(words & set(group)) for group in SHAPE_WORDS] == [kind == shape for kind in range(4)]
+        shape, material = (
+            products.attributes["said_shape"][row],
+            products.attributes["material"][row],
+        )
+        assert [bool(words & set(group)) for group in SHAPE_WORDS] == [
+            kind == shape for kind in range(4)
+        ]
         expected = [bool(text) and kind == material for kind in range(4)]
         assert [bool(words & set(group)) for group in MATERIAL_WORDS] == expected
         assert products.labels[row] == products.attributes["shape"][row] * 4 + material
@@ -81,7 +96,9 @@ def test_generated_classes_have_a_long_tail():
 
 
 def best_accuracy(labels, *columns):
-    """Accuracy of the best possible rule from these columns to the label, fitted on the very rows it is judged on."""
+    """Accuracy of the best possible rule from these columns to the label, fitted on the very rows
+    it is judged on.
+    """
     seen = defaultdict(Counter)
     for label, *key in zip(labels, *columns, strict=True):
         seen[tuple(key)][label] += 1
@@ -91,11 +108,13 @@ def best_accuracy(labels, *columns):
 def test_image_and_text_together_beat_either_alone_by_fifteen_points():
     data = GeneratedProducts("train", size=20000, image_size=8)
     a = data.attributes
-    # All that is informative: pattern, size, brand and the rest are drawn independently of the label.
+    # All that is informative: pattern, size, brand and the rest are drawn independently of the
+    # label.
     shown = [np.where(a["image_missing"], -1, a[name]) for name in ("shape", "colour")]
     said = [np.where(a["text_missing"], -1, a["material"]), a["said_shape"], a["said_colour"]]
     image_only, text_only = best_accuracy(data.labels, *shown), best_accuracy(data.labels, *said)
-    # The rule that reads both: the picture's shape, or without picture the title's; the title's material.
+    # The rule that reads both: the picture's shape, or without picture the title's; the title's
+    # material.
     shape = np.where(a["image_missing"], a["said_shape"], a["shape"])
     both = best_accuracy(data.labels, shape, said[0])
     assert both >= max(image_only, text_only) + 0.15
@@ -104,14 +123,20 @@ def test_image_and_text_together_beat_either_alone_by_fifteen_points():
 
 
 def test_shape_is_visible_in_the_picture():
-    """Nearest class mean on the foreground mask of unpatterned products of one size: far above one in four."""
-    train, val = (GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val"))
+    """Nearest class mean on the foreground mask of unpatterned products of one size: far above one
+    in four.
+    """
+    train, val = (
+        GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val")
+    )
 
     def masks(data):
         keep = np.flatnonzero((data.attributes["size"] == 1) & (data.attributes["pattern"] == 0))
         images = torch.stack([data[row]["image"] for row in keep]).float()
         # Saturation sets the coloured product off from the pale ground.
-        return (images.amax(1) - images.amin(1) > 80).float().flatten(1), torch.tensor(data.attributes["shape"][keep])
+        return (images.amax(1) - images.amin(1) > 80).float().flatten(1), torch.tensor(
+            data.attributes["shape"][keep]
+        )
 
     (x, y), (x_val, y_val) = masks(train), masks(val)
     means = torch.stack([x[y == kind].mean(0) for kind in range(4)])
@@ -146,17 +171,28 @@ def test_arguments_of_the_wrong_type(products):
 
 def test_folder_reads_rows_with_missing_modalities(tmp_path):
     rows = [("0.png", "red tea", "2", "x"), ("", "no photo", "0", "x"), ("1.png", "", "1", "x")]
-    data = ProductFolder(write_folder(tmp_path, rows, ("file_name", "text", "label", "extra")), image_size=6)
+    data = ProductFolder(
+        write_folder(tmp_path, rows, ("file_name", "text", "label", "extra")), image_size=6
+    )
     assert (len(data), data.num_classes, data.class_names, data.skipped) == (3, 3, None, [])
     assert (data.texts, data.labels) == (["red tea", "no photo", ""], [2, 0, 1])
     assert [data[i]["image_present"] for i in range(3)] == [True, False, True]
-    assert all(data[i]["image"].shape == (3, 6, 6) and data[i]["image"].dtype == torch.uint8 for i in range(3))
+    assert all(
+        data[i]["image"].shape == (3, 6, 6) and data[i]["image"].dtype == torch.uint8
+        for i in range(3)
+    )
     assert not data[1]["image"].any() and data[2]["image"][:, 3, 3].tolist() == [60, 10, 200]
 
 
 def test_folder_keeps_sizes_without_image_size(tmp_path):
-    data = ProductFolder(write_folder(tmp_path, [("0.png", "a", 0), ("1.png", "b", 0), ("", "c", 0)]))
-    assert [tuple(data[i]["image"].shape) for i in range(3)] == [(3, 10, 20), (3, 20, 10), (3, 10, 20)]
+    data = ProductFolder(
+        write_folder(tmp_path, [("0.png", "a", 0), ("1.png", "b", 0), ("", "c", 0)])
+    )
+    assert [tuple(data[i]["image"].shape) for i in range(3)] == [
+        (3, 10, 20),
+        (3, 20, 10),
+        (3, 10, 20),
+    ]
 
 
 def test_folder_resizes_the_short_side_and_crops_the_centre(tmp_path):
@@ -165,28 +201,49 @@ def test_folder_resizes_the_short_side_and_crops_the_centre(tmp_path):
     picture[:, 10:20] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
     image = ProductFolder(tmp_path, image_size=5)[0]["image"]
-    # The filter reaches a little over the border of the crop, hence the mean; the whole picture's would be 85.
+    # The filter reaches a little over the border of the crop, hence the mean; the whole picture's
+    # would be 85.
     assert image.shape == (3, 5, 5) and image.float().mean() > 235
 
 
 def test_folder_converts_every_mode_to_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "CMYK"):
         Image.new(mode, (8, 8)).save(tmp_path / f"{mode}.tiff")
-    data = ProductFolder(write_folder(tmp_path, [(f"{mode}.tiff", "", 0) for mode in ("L", "RGBA", "P", "CMYK")]))
+    data = ProductFolder(
+        write_folder(tmp_path, [(f"{mode}.tiff", "", 0) for mode in ("L", "RGBA", "P", "CMYK")])
+    )
     assert [tuple(data[i]["image"].shape) for i in range(4)] == [(3, 8, 8)] * 4
 
 
 BROKEN_ROWS = [
-    (("0.png", "tea", "-1"), r"line 3 \(0.png\): label takes an integer from 0 to 2147483647, got '-1'"),
+    (
+        ("0.png", "tea", "-1"),
+        r"line 3 \(0.png\): label takes an integer from 0 to 2147483647, got '-1'",
+    ),
     (("0.png", "tea", "1.5"), r"line 3 \(0.png\): label takes an integer from 0 to \d+, got '1.5'"),
     (("0.png", "tea", ""), r"line 3 \(0.png\): label takes an integer from 0 to \d+, got ''"),
-    (("0.png", "tea", "9" * 30), r"line 3 \(0.png\): label takes an integer from 0 to \d+, got '999"),
+    (
+        ("0.png", "tea", "9" * 30),
+        r"line 3 \(0.png\): label takes an integer from 0 to \d+, got '999",
+    ),
     (("0.png", "tea", "1_0"), r"got '1_0'"),
-    (("", " ", "0"), r"line 3 \(no file_name\): file_name and text are both empty, at least one must be given"),
-    (("gone.png", "tea", "0"), r"line 3 \(gone.png\): the image cannot be read: the file does not exist"),
-    (("broken.png", "tea", "0"), r"line 3 \(broken.png\): the image cannot be read: it is no picture in a format that is read"),
+    (
+        ("", " ", "0"),
+        r"line 3 \(no file_name\): file_name and text are both empty, at least one must be given",
+    ),
+    (
+        ("gone.png", "tea", "0"),
+        r"line 3 \(gone.png\): the image cannot be read: the file does not exist",
+    ),
+    (
+        ("broken.png", "tea", "0"),
+        r"line 3 \(broken.png\): the image cannot be read: it is no picture in a format that is read",
+    ),
     (("cut.jpg", "tea", "0"), r"line 3 \(cut.jpg\): the image cannot be read: .*truncated"),
-    (("0.png", "tea"), r"line 3 \(0.png\): it has 2 fields and the header 3, an unquoted comma perhaps"),
+    (
+        ("0.png", "tea"),
+        r"line 3 \(0.png\): it has 2 fields and the header 3, an unquoted comma perhaps",
+    ),
     (("0.png", "tea", "0", "more"), r"line 3 \(0.png\): it has 4 fields and the header 3"),
 ]
 
@@ -210,27 +267,44 @@ def test_folder_labels_must_be_below_num_classes(tmp_path):
     write_folder(tmp_path, [("0.png", "a", 4), ("1.png", "b", 5)])
     data = ProductFolder(tmp_path, num_classes=5)
     assert data.num_classes == 5 and data.labels == [4]
-    assert data.skipped == ["metadata.csv line 3 (1.png): label takes an integer from 0 to 4, got '5'"]
+    assert data.skipped == [
+        "metadata.csv line 3 (1.png): label takes an integer from 0 to 4, got '5'"
+    ]
     with pytest.raises(ValueError, match="line 3 .* label takes an integer from 0 to 4, got '5'"):
         ProductFolder(tmp_path, num_classes=5, strict=True)
 
 
 def test_folder_reads_another_text_column_and_families(tmp_path):
     header = ("file_name", "title", "text", "label", "coarse_label")
-    rows = [("0.png", "a mug", "long", 3, 1), ("1.png", "", "long", 4, 0), ("2.png", "a jar", "", 4, "x")]
+    rows = [
+        ("0.png", "a mug", "long", 3, 1),
+        ("1.png", "", "long", 4, 0),
+        ("2.png", "a jar", "", 4, "x"),
+    ]
     root = write_folder(tmp_path, rows, header)
     data = ProductFolder(root, text_column="title")
-    assert data.texts == ["a mug", ""] and data.coarse_labels == [1, 0] and data.file_names == ["0.png", "1.png"]
-    assert data.skipped == ["metadata.csv line 4 (2.png): coarse_label takes an integer from 0 to 2147483647, got 'x'"]
+    assert (
+        data.texts == ["a mug", ""]
+        and data.coarse_labels == [1, 0]
+        and data.file_names == ["0.png", "1.png"]
+    )
+    assert data.skipped == [
+        "metadata.csv line 4 (2.png): coarse_label takes an integer from 0 to 2147483647, got 'x'"
+    ]
     assert ProductFolder(root).texts == ["long", "long"]
     with pytest.raises(ValueError, match="takes a header line with file_name, name and label"):
         ProductFolder(root, text_column="name")
     (tmp_path / "plain").mkdir()
-    assert ProductFolder(write_folder(tmp_path / "plain", [("0.png", "a mug", 0)])).coarse_labels is None
+    assert (
+        ProductFolder(write_folder(tmp_path / "plain", [("0.png", "a mug", 0)])).coarse_labels
+        is None
+    )
 
 
 def test_folder_without_a_usable_row(tmp_path):
-    with pytest.raises(ValueError, match=r"has no usable row in metadata.csv; the first: metadata.csv line 2"):
+    with pytest.raises(
+        ValueError, match=r"has no usable row in metadata.csv; the first: metadata.csv line 2"
+    ):
         ProductFolder(write_folder(tmp_path, [("0.png", "a", "x")]))
     with pytest.raises(ValueError, match=r"has no usable row in metadata.csv$"):
         ProductFolder(write_folder(tmp_path, []))
@@ -251,8 +325,14 @@ def test_missing_folder_and_missing_metadata(tmp_path):
             r"takes a header line with file_name, text and label, got one without file_name, text, label: nothing",
         ),
         (b"file_name,label\n0.png,0\n", r"got one without text: file_name, label"),
-        (b"file_name,text,label\n0.png,\xff\xfe,0\n", r"line 2 \(0.png\): it holds bytes that are not UTF-8"),
-        (b"file_name,text,label\n0.png," + b"a" * 200_000 + b",0\n", r"line 2 \(0.png\): it cannot be read: field larger than"),
+        (
+            b"file_name,text,label\n0.png,\xff\xfe,0\n",
+            r"line 2 \(0.png\): it holds bytes that are not UTF-8",
+        ),
+        (
+            b"file_name,text,label\n0.png," + b"a" * 200_000 + b",0\n",
+            r"line 2 \(0.png\): it cannot be read: field larger than",
+        ),
     ],
 )
 def test_unreadable_metadata(tmp_path, content, message):
@@ -263,7 +343,9 @@ def test_unreadable_metadata(tmp_path, content, message):
 
 def test_metadata_with_a_byte_order_mark_and_quoted_line_breaks(tmp_path):
     write_folder(tmp_path, [])
-    (tmp_path / "metadata.csv").write_text('file_name,text,label\n0.png,"two\nlines, one text",0\n', encoding="utf-8-sig")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text,label\n0.png,"two\nlines, one text",0\n', encoding="utf-8-sig"
+    )
     assert ProductFolder(tmp_path).texts == ["two\nlines, one text"]
 
 
@@ -285,20 +367,32 @@ def test_swap_replaces_exactly_the_fraction_by_texts_of_other_labels(products, f
         assert swapped.texts[row] == swapped[row]["text"] == products.texts[donor] != ""
     kept = set(range(600)) - set(swapped.swapped)
     assert all(swapped.texts[row] == swapped[row]["text"] == products.texts[row] for row in kept)
-    assert swapped.labels == products.labels and torch.equal(swapped[5]["image"], products[5]["image"])
+    assert swapped.labels == products.labels and torch.equal(
+        swapped[5]["image"], products[5]["image"]
+    )
 
 
 def test_swap_follows_from_the_seed_and_reaches_every_other_label(products):
     swapped = swap_texts(products, 1.0, seed=3)
-    assert swapped.texts == swap_texts(products, 1.0, seed=3).texts != swap_texts(products, 1.0, seed=4).texts
-    pairs = {(products.labels[r], products.labels[d]) for r, d in zip(swapped.swapped, swapped.donors, strict=True)}
+    assert (
+        swapped.texts
+        == swap_texts(products, 1.0, seed=3).texts
+        != swap_texts(products, 1.0, seed=4).texts
+    )
+    pairs = {
+        (products.labels[r], products.labels[d])
+        for r, d in zip(swapped.swapped, swapped.donors, strict=True)
+    }
     common = [label for label, count in Counter(products.labels).most_common(3)]
     assert all((a, b) in pairs for a in common for b in common if a != b)
 
 
 def test_swap_needs_two_labels(tmp_path):
     data = ProductFolder(write_folder(tmp_path, [("0.png", "a", 1), ("1.png", "b", 1)]))
-    with pytest.raises(ValueError, match="dataset takes texts of at least two labels to swap, got none but label 1's"):
+    with pytest.raises(
+        ValueError,
+        match="dataset takes texts of at least two labels to swap, got none but label 1's",
+    ):
         swap_texts(data, 0.5, 0)
     with pytest.raises(ValueError, match="fraction takes a number from 0 to 1, got -0.1"):
         swap_texts(data, -0.1, 0)

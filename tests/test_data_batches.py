@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfused.data import Batches, Collate, GeneratedProducts, ProductFolder, load_tokenizer, train_tokenizer
+from mmfused.data import (
+    Batches,
+    Collate,
+    GeneratedProducts,
+    ProductFolder,
+    load_tokenizer,
+    train_tokenizer,
+)
 from mmfused.data.augment import augment
 
 
@@ -34,7 +41,10 @@ def test_tokenizer_round_trip(tmp_path, products, kind):
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.lower()
     assert tokenizer("")["input_ids"] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
     assert tokenizer.unk_token_id is not None and tokenizer.mask_token_id is not None
-    assert train_tokenizer(products.texts, vocab_size=500, kind=kind).get_vocab() == tokenizer.get_vocab()
+    assert (
+        train_tokenizer(products.texts, vocab_size=500, kind=kind).get_vocab()
+        == tokenizer.get_vocab()
+    )
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = load_tokenizer(tmp_path / "tokenizer")
     assert loaded(products.texts)["input_ids"] == tokenizer(products.texts)["input_ids"]
@@ -50,7 +60,9 @@ def test_train_tokenizer_arguments():
         train_tokenizer(["a"], kind="unigram")
     with pytest.raises(ValueError, match="vocab_size takes an integer >= 6, got 3"):
         train_tokenizer(["a"], vocab_size=3)
-    with pytest.raises(ValueError, match="texts takes at least one text that is not empty, got none"):
+    with pytest.raises(
+        ValueError, match="texts takes at least one text that is not empty, got none"
+    ):
         train_tokenizer(["", ""])
     with pytest.raises(TypeError, match="texts takes a list of strings, got one string"):
         train_tokenizer("tea")
@@ -63,7 +75,9 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=takes + r".*: a folder without a readable tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
-    with pytest.raises(ValueError, match=takes + r".*: a folder without a readable tokenizer") as caught:
+    with pytest.raises(
+        ValueError, match=takes + r".*: a folder without a readable tokenizer"
+    ) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -71,7 +85,10 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
-    with pytest.raises(ValueError, match=takes + r"'some/name': no folder and not to be had from the hub \(no network\)"):
+    with pytest.raises(
+        ValueError,
+        match=takes + r"'some/name': no folder and not to be had from the hub \(no network\)",
+    ):
         load_tokenizer("some/name")
 
 
@@ -84,27 +101,47 @@ def test_collate_shapes_and_missing_modalities(products, tokenizer):
     items[1] = {**items[1], "image_present": False}
     for augmented in (False, True):
         batch = Collate(tokenizer, 24, 12, augment=augmented)(items)
-        assert batch["pixel_values"].shape == (8, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
+        assert (
+            batch["pixel_values"].shape == (8, 3, 24, 24)
+            and batch["pixel_values"].dtype == torch.float32
+        )
         assert batch["image_present"].dtype == torch.bool and not batch["image_present"][1]
         assert not batch["pixel_values"][1].any() and batch["pixel_values"][0].any()
         length = batch["input_ids"].shape[1]
-        assert length <= 12 and batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
-        assert batch["input_ids"][0, :2].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        assert (
+            length <= 12
+            and batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+        )
+        assert batch["input_ids"][0, :2].tolist() == [
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+        ]
         assert batch["attention_mask"][0].tolist() == [1, 1] + [0] * (length - 2)
-        assert batch["labels"].tolist() == products.labels[:8] and batch["labels"].dtype == torch.int64
+        assert (
+            batch["labels"].tolist() == products.labels[:8] and batch["labels"].dtype == torch.int64
+        )
 
 
 def test_collate_truncates_and_normalises(products, tokenizer):
-    item = {"image": torch.full((3, 10, 20), 255, dtype=torch.uint8), "image_present": True, "label": 3}
+    item = {
+        "image": torch.full((3, 10, 20), 255, dtype=torch.uint8),
+        "image_present": True,
+        "label": 3,
+    }
     collate = Collate(tokenizer, 10, 5, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
     batch = collate([{**item, "text": "blue wool cushion " * 9}])
-    assert batch["input_ids"].shape == (1, 5) and batch["input_ids"][0, -1] == tokenizer.sep_token_id
+    assert (
+        batch["input_ids"].shape == (1, 5) and batch["input_ids"][0, -1] == tokenizer.sep_token_id
+    )
     assert batch["pixel_values"][0].mean(dim=(1, 2)).tolist() == [1.0, 3.0, 0.5]
 
 
 def test_collate_takes_images_of_different_sizes(tokenizer):
     shapes = [(3, 10, 40), (3, 64, 64), (3, 8, 8)]
-    items = [{"image": torch.zeros(s, dtype=torch.uint8), "image_present": True, "text": "x", "label": 0} for s in shapes]
+    items = [
+        {"image": torch.zeros(s, dtype=torch.uint8), "image_present": True, "text": "x", "label": 0}
+        for s in shapes
+    ]
     assert Collate(tokenizer, 16, 8, augment=True)(items)["pixel_values"].shape == (3, 3, 16, 16)
 
 
@@ -113,7 +150,9 @@ def test_collate_arguments(tokenizer):
         Collate(tokenizer, 0, 8)
     with pytest.raises(ValueError, match="max_length takes an integer >= 2, got 1"):
         Collate(tokenizer, 8, 1)
-    with pytest.raises(ValueError, match=r"mean and std take 3 numbers each, std above 0, got .* \(1, 0, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"mean and std take 3 numbers each, std above 0, got .* \(1, 0, 1\)"
+    ):
         Collate(tokenizer, 8, 8, std=(1, 0, 1))
 
 
@@ -168,7 +207,9 @@ def test_augmentation_without_change_is_the_identity(monkeypatch):
         monkeypatch.setattr(module, name, 0.0)
     monkeypatch.setattr(module, "CROP_AREA", (1.0, 1.0))
     monkeypatch.setattr(module, "CROP_RATIO", (1.0, 1.0))
-    images = torch.randint(0, 256, (16, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (16, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     out = (augment(images, 20, torch.Generator().manual_seed(0)) * 255).round().byte()
     flipped = [torch.equal(o, i.flip(-1)) for o, i in zip(out, images, strict=True)]
     same = [torch.equal(o, i) for o, i in zip(out, images, strict=True)]
@@ -200,7 +241,9 @@ def test_batches_cover_the_dataset(products, tokenizer):
 
 
 def test_batches_reshuffle_by_epoch(products, tokenizer):
-    batches = Batches(products, Collate(tokenizer, 32, 16), 64, shuffle=True, seed=0, drop_last=False)
+    batches = Batches(
+        products, Collate(tokenizer, 32, 16), 64, shuffle=True, seed=0, drop_last=False
+    )
 
     def order(epoch):
         batches.set_epoch(epoch)
@@ -217,13 +260,21 @@ def test_batches_of_photos_of_different_sizes_with_missing_ones(tmp_path, tokeni
     rows = "0.png,tea,0\n1.png,tea,1\n2.png,,2\n3.png,tea,3\n,tea,0\n"
     (tmp_path / "metadata.csv").write_text("file_name,text,label\n" + rows)
     data = ProductFolder(tmp_path)
-    batch = next(iter(Batches(data, Collate(tokenizer, 12, 8), 5, shuffle=False, seed=0, drop_last=False)))
+    batch = next(
+        iter(Batches(data, Collate(tokenizer, 12, 8), 5, shuffle=False, seed=0, drop_last=False))
+    )
     assert batch["pixel_values"].shape == (5, 3, 12, 12)
-    assert batch["image_present"].tolist() == [True] * 4 + [False] and not batch["pixel_values"][4].any()
+    assert (
+        batch["image_present"].tolist() == [True] * 4 + [False]
+        and not batch["pixel_values"][4].any()
+    )
 
 
 def test_batches_need_one_whole_batch(products, tokenizer):
-    with pytest.raises(ValueError, match="dataset takes at least one whole batch, got 600 rows for a batch_size of 601"):
+    with pytest.raises(
+        ValueError,
+        match="dataset takes at least one whole batch, got 600 rows for a batch_size of 601",
+    ):
         Batches(products, Collate(tokenizer, 32, 16), 601, shuffle=False, seed=0, drop_last=True)
     with pytest.raises(ValueError, match="batch_size takes an integer >= 1, got 0"):
         Batches(products, Collate(tokenizer, 32, 16), 0, shuffle=False, seed=0, drop_last=True)

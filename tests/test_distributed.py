@@ -36,7 +36,9 @@ if not torch.cuda.is_available():  # on a CPU kernels run interpreted, which tak
 
 
 class Towers(nn.Module):
-    """Two linear towers and the loss, so that DDP averages the gradients of shared parameters and of the temperature."""
+    """Two linear towers and the loss, so that DDP averages the gradients of shared parameters and
+    of the temperature.
+    """
 
     def __init__(self, gather, options):
         super().__init__()
@@ -49,10 +51,15 @@ class Towers(nn.Module):
 
 
 def batch_of_rank(case: str, split: list, rank: int) -> tuple:
-    """This rank's rows of a fixed batch. Each rank's first candidates are its positives, the others extra negatives."""
+    """This rank's rows of a fixed batch. Each rank's first candidates are its positives, the others
+    extra negatives.
+    """
     queries, candidates = split[rank]
     generator = torch.Generator().manual_seed(100 + rank)
-    data = [torch.randn(n, width, generator=generator, dtype=torch.float64) for n, width in ((queries, 9), (candidates, 10))]
+    data = [
+        torch.randn(n, width, generator=generator, dtype=torch.float64)
+        for n, width in ((queries, 9), (candidates, 10))
+    ]
     keys = {}
     draw = lambda n, high, low=0: torch.randint(low, high, (n,), generator=generator)  # noqa: E731
     if case == "keys":
@@ -71,11 +78,20 @@ def whole_batch(case: str, split: list) -> tuple:
 
     def reorder(tensors):
         return torch.cat(
-            [t[:n] for t, n in zip(tensors, sizes, strict=True)] + [t[n:] for t, n in zip(tensors, sizes, strict=True)]
+            [t[:n] for t, n in zip(tensors, sizes, strict=True)]
+            + [t[n:] for t, n in zip(tensors, sizes, strict=True)]
         )
 
-    keys = {name: torch.cat([p[2][name] for p in parts]) for name in parts[0][2] if not name.startswith("candidate")}
-    keys |= {name: reorder([p[2][name] for p in parts]) for name in parts[0][2] if name.startswith("candidate")}
+    keys = {
+        name: torch.cat([p[2][name] for p in parts])
+        for name in parts[0][2]
+        if not name.startswith("candidate")
+    }
+    keys |= {
+        name: reorder([p[2][name] for p in parts])
+        for name in parts[0][2]
+        if name.startswith("candidate")
+    }
     return torch.cat([p[0] for p in parts]), reorder([p[1] for p in parts]), keys
 
 
@@ -126,8 +142,14 @@ def test_ranks_agree_with_one_process(ranks, case, backend):
         loss = model(query, candidate, **keys)
         loss.backward()
         for rank in results:
-            for got, want in zip(rank[case, backend], [loss.detach(), *(p.grad for p in model.parameters())], strict=True):
-                assert got.dtype == dtype and (got - want).norm() <= tolerance * max(want.norm(), 1), (case, split)
+            for got, want in zip(
+                rank[case, backend],
+                [loss.detach(), *(p.grad for p in model.parameters())],
+                strict=True,
+            ):
+                assert got.dtype == dtype and (got - want).norm() <= tolerance * max(
+                    want.norm(), 1
+                ), (case, split)
 
 
 def test_local_takes_remote_candidates_as_constants(ranks):
@@ -145,7 +167,11 @@ def check_local(split: list, results: list):
         mine = torch.zeros(len(candidate), 1, dtype=torch.bool)
         mine[own], mine[more] = True, True
         c = model.candidate(candidate)
-        loss = model.loss(model.query(query), torch.where(mine, c, c.detach()))[own].sum() * len(split) / len(query)
+        loss = (
+            model.loss(model.query(query), torch.where(mine, c, c.detach()))[own].sum()
+            * len(split)
+            / len(query)
+        )
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         for got, want in zip(results[rank]["local"], [loss.detach(), *gradients], strict=True):
             assert (got - want).norm() <= 1e-11 * max(want.norm(), 1)

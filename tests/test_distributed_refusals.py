@@ -1,7 +1,8 @@
-"""Where one of several processes (gloo) cannot go on, all raise, and can go on together afterwards; the selection bias over ranks.
+"""Where one of several processes (gloo) cannot go on, all raise, and can go on together afterwards;
+the selection bias over ranks.
 
-One start of the processes runs all cases, one after the other: starting them takes longer than all cases.
-"""
+One start of the processes runs all cases, one after the other: starting them takes longer than all
+cases."""
 
 import contextlib
 import os
@@ -15,7 +16,7 @@ import torch.multiprocessing as mp
 import mmfused
 from mmfused import MaskedInfoNCE, TopKMoE
 from mmfused.models.retrieval import gather_rows, refused
-from mmfused.ops.masked_info_nce.function import loss_over_ranks
+from mmfused.ops.masked_info_nce.functional import loss_over_ranks
 
 WORLDS = (2, 3)
 SECONDS = 20  # within which all ranks raise
@@ -88,7 +89,8 @@ REFUSED = {
     "backend 'reference' has no gather": ({"backend": "reference"}, RuntimeError),
     "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
 }
-# By what is named: (what all ranks take, what the last one changes, its value on rank 0 and on the last one).
+# By what is named: (what all ranks take, what the last one changes, its value on rank 0 and on the
+# last one).
 KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
 NEEDED, NOT = "needed", "not needed (no_grad, or frozen)"
 DIFFERENT = {
@@ -175,7 +177,9 @@ def run_rank(rank: int, world: int, folder: str):
     bad, results = rank == world - 1, {}
 
     def outcome(name, call):
-        """Type and sentence of its error; and the good loss after it, of a group that must still work."""
+        """Type and sentence of its error; and the good loss after it, of a group that must still
+        work.
+        """
         start, error = time.monotonic(), None
         try:
             call()
@@ -193,17 +197,23 @@ def run_rank(rank: int, world: int, folder: str):
     for name, (everywhere, change, *_) in DIFFERENT.items():
         outcome(
             name,
-            lambda e=everywhere, change=change: loss_of(**batch(rank) | e | (change if bad else {})),
+            lambda e=everywhere, change=change: loss_of(
+                **batch(rank) | e | (change if bad else {})
+            ),
         )
     for name, (x, last, _) in GATHERED.items():
         outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if bad else x))
     outcome("no rows", lambda: loss_of(torch.randn(0, 8), torch.randn(rank, 8), temperature=0.2))
     outcome(
         "module",
-        lambda: MaskedInfoNCE(gather="global")(None if bad else torch.randn(4, 8), torch.randn(4, 8)),
+        lambda: MaskedInfoNCE(gather="global")(
+            None if bad else torch.randn(4, 8), torch.randn(4, 8)
+        ),
     )
     outcome("model", lambda: compare_of_a_model(bad))
-    outcome("several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank}))
+    outcome(
+        "several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank})
+    )
     results["gathered"] = [gather_rows(torch.full((rows, 2), rank)) for rows in (rank, 0)]
     results["bias"] = biases(rank, world)
     torch.save(results, os.path.join(folder, f"rank{rank}"))
@@ -234,7 +244,9 @@ def results(request, tmp_path_factory):
 
 
 def errors(results: list, name: str) -> list[tuple[str, str]]:
-    """Of each rank. Whatever the case was, the ranks raised soon, and then computed the good loss as before."""
+    """Of each rank. Whatever the case was, the ranks raised soon, and then computed the good loss
+    as before.
+    """
     for rank in results:
         _, seconds, loss, gradient = rank[name]
         assert seconds < SECONDS
@@ -247,19 +259,25 @@ def check_refusal(found: list, op: str, kind: str, sentence: str):
     *others, (own_kind, own) = found
     assert own_kind == kind and sentence in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
-    assert others == [("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")] * len(others)
+    assert others == [
+        ("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")
+    ] * len(others)
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
-    check_refusal(errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence)
+    check_refusal(
+        errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence
+    )
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
     _, _, first, last = DIFFERENT[name]
     setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
-    sentence = f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
+    sentence = (
+        f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
+    )
     for i, (kind, text) in enumerate(errors(results, name)):
         op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
         assert (kind, text) == ("ValueError", f"{op}: {sentence}")
@@ -270,7 +288,11 @@ def test_gather_rows_refuses_on_all_ranks(results, name):
     found, sentence = errors(results, f"gather_rows {name}"), GATHERED[name][2]
     if name == "scalar":
         return check_refusal(found, "gather_rows", "ValueError", sentence)
-    assert len(set(found)) == 1 and found[0][0] == "ValueError" and found[0][1].startswith(f"gather_rows: {sentence}")
+    assert (
+        len(set(found)) == 1
+        and found[0][0] == "ValueError"
+        and found[0][1].startswith(f"gather_rows: {sentence}")
+    )
 
 
 def test_gather_rows_takes_ranks_without_rows(results):
@@ -324,7 +346,9 @@ def tokens(rank: int, step: int) -> torch.Tensor:
 
 
 def biases(rank: int, world: int) -> dict:
-    """After some steps: with the counts of all ranks, of a group of two, and of this rank alone; and under DDP."""
+    """After some steps: with the counts of all ranks, of a group of two, and of this rank alone;
+    and under DDP.
+    """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}
     for name, group in {"all": None, "pair": groups[0], "alone": groups[1 + rank]}.items():

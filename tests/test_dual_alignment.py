@@ -1,4 +1,6 @@
-"""MOON2.0's dual alignment: the Z x M matrix, objective weights and sparsity, against a literal transcription."""
+"""MOON2.0's dual alignment: the Z x M matrix, objective weights and sparsity, against a literal
+transcription.
+"""
 
 import math
 
@@ -12,8 +14,13 @@ from mmfused.losses import dual_alignment, expert_shares
 def literal(alignment, shares, members):
     """models.md section 3, one number at a time."""
     experts, objectives = alignment.shape
-    p = [[torch.exp(alignment[z, m]) / sum(torch.exp(alignment[z, k]) for k in range(objectives)) for m in range(objectives)]
-         for z in range(experts)]  # fmt: skip
+    p = [
+        [
+            torch.exp(alignment[z, m]) / sum(torch.exp(alignment[z, k]) for k in range(objectives))
+            for m in range(objectives)
+        ]
+        for z in range(experts)
+    ]
     omega = []
     for m in range(objectives):
         batch = [b for b in range(len(shares)) if members[b, m]]
@@ -26,7 +33,11 @@ def literal(alignment, shares, members):
 def make(experts=4, objectives=5, batch=6):
     alignment = torch.randn(experts, objectives, dtype=torch.float64, requires_grad=True)
     shares = torch.rand(batch, experts, dtype=torch.float64)
-    return alignment, (shares / shares.sum(1, keepdim=True)).requires_grad_(), torch.rand(batch, objectives) < 0.6
+    return (
+        alignment,
+        (shares / shares.sum(1, keepdim=True)).requires_grad_(),
+        torch.rand(batch, objectives) < 0.6,
+    )
 
 
 @pytest.mark.parametrize("everybody", [True, False])
@@ -34,11 +45,17 @@ def test_the_equations(everybody):
     alignment, shares, members = make()
     members[:, 2] = False  # an objective that nobody has
     members = torch.ones_like(members) if everybody else members
-    got, want = dual_alignment(alignment, shares, members=None if everybody else members), literal(alignment, shares, members)
+    got, want = (
+        dual_alignment(alignment, shares, members=None if everybody else members),
+        literal(alignment, shares, members),
+    )
     upstream = torch.randn(5, dtype=torch.float64)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    for a, b in zip(*(torch.autograd.grad(o @ upstream + 3 * s, (alignment, shares)) for o, s in (got, want)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(o @ upstream + 3 * s, (alignment, shares)) for o, s in (got, want)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert everybody or got[0][2] == 0
 
@@ -70,16 +87,23 @@ def test_normalised_weights(total):
 
 
 def test_shares_of_a_sample_are_the_mean_over_its_tokens():
-    logits, masked = torch.randn(15, 4, dtype=torch.float64, requires_grad=True), torch.zeros(15, dtype=torch.bool)
+    logits, masked = (
+        torch.randn(15, 4, dtype=torch.float64, requires_grad=True),
+        torch.zeros(15, dtype=torch.bool),
+    )
     masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # the last sample has none left
     routing = mmfused.topk_routing(logits, 2, token_padding_mask=masked)
     shares = expert_shares(routing, 3)
     want = torch.zeros(3, 4, dtype=torch.float64)
     for t in range(15):
         for e, w in zip(routing.indices[t].tolist(), routing.weights[t], strict=True):
-            want[t // 5, e] += w.detach() / (~masked[t // 5 * 5 : t // 5 * 5 + 5]).sum().clamp(min=1)
+            want[t // 5, e] += w.detach() / (~masked[t // 5 * 5 : t // 5 * 5 + 5]).sum().clamp(
+                min=1
+            )
     torch.testing.assert_close(shares.detach(), want)
-    torch.testing.assert_close(shares.sum(1).detach(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        shares.sum(1).detach(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    )
     d_logits = torch.autograd.grad(shares[0] @ torch.randn(4, dtype=torch.float64), logits)[0]
     assert d_logits[:3].any() and not d_logits[3:].any()
 
@@ -97,10 +121,14 @@ def test_low_precision_and_autocast():
 BAD = {
     "alignment has shape (4,)": lambda a, s, m: dual_alignment(a[:, 0], s),
     "shares has shape (6, 3)": lambda a, s, m: dual_alignment(a, s[:, :3]),
-    "members has shape (6, 5) and dtype torch.int64": lambda a, s, m: dual_alignment(a, s, members=m.long()),
+    "members has shape (6, 5) and dtype torch.int64": lambda a, s, m: dual_alignment(
+        a, s, members=m.long()
+    ),
     "members has shape (5, 5)": lambda a, s, m: dual_alignment(a, s, members=m[1:]),
     "normalise is 0; it takes a positive sum": lambda a, s, m: dual_alignment(a, s, normalise=0),
-    "samples is 4; it takes a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(mmfused.topk_routing(s, 2), 4),
+    "samples is 4; it takes a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(
+        mmfused.topk_routing(s, 2), 4
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Encoders at their authors' sizes and from local checkpoints: what is loaded is what was saved, and no pickle is opened."""
+"""Encoders at their authors' sizes and from local checkpoints: what is loaded is what was saved,
+and no pickle is opened.
+"""
 
 import argparse
 import json
@@ -15,9 +17,15 @@ from mmfused.cli.train import add_arguments, config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import FLUID, FLUIDConfig
 from mmfused.models.encoders import build_text, build_vit, pretrained_text, pretrained_vit
-from mmfused.training import load_run
+from mmfused.training.loop import load_run
 
-BERT = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 16}
+BERT = {
+    "vocab_size": 90,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}
 
 
 @pytest.mark.parametrize("preset", ["paper", "code"])
@@ -26,9 +34,16 @@ def test_full_size_presets_train(preset):
     torch.manual_seed(0)
     model = FLUID(config)
     assert FLUIDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert len(model.image_transform.blocks) == len(model.bottleneck.blocks) == {"paper": 1, "code": 6}[preset]
+    assert (
+        len(model.image_transform.blocks)
+        == len(model.bottleneck.blocks)
+        == {"paper": 1, "code": 6}[preset]
+    )
     assert model.moe.experts[-1].weight.shape == ({"paper": 16, "code": 8}[preset], 191, 768)
-    assert sum(isinstance(layer, torch.nn.Linear) for layer in model.gate.mlp) == {"paper": 2, "code": 3}[preset]
+    assert (
+        sum(isinstance(layer, torch.nn.Linear) for layer in model.gate.mlp)
+        == {"paper": 2, "code": 3}[preset]
+    )
     batch = {
         "pixel_values": torch.randn(2, 3, 224, 224),
         "input_ids": torch.randint(5, 119547, (2, 21)),
@@ -40,7 +55,11 @@ def test_full_size_presets_train(preset):
     assert output.losses["ce"] == torch.nn.functional.cross_entropy(output.logits, batch["labels"])
     assert math.isclose(output.loss.item(), sum(output.losses.values()).item() / 3, rel_tol=1e-5)
     output.loss.backward()
-    before = {name: parameter.detach().sum() for name, parameter in model.named_parameters() if parameter.ndim < 3}
+    before = {
+        name: parameter.detach().sum()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim < 3
+    }
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     assert all(p.grad is not None and p.grad.sum().isfinite() for p in model.parameters())
     assert before["moe.router.4.weight"] != model.moe.router[4].weight.detach().sum()
@@ -48,14 +67,25 @@ def test_full_size_presets_train(preset):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_a_text_encoder_from_a_folder(kind, tmp_path):
-    names = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 90, "max_position_embeddings": 16}
+    names = {
+        "dim": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "hidden_dim": 24,
+        "vocab_size": 90,
+        "max_position_embeddings": 16,
+    }
     options = names if kind == "distilbert" else {**BERT, "hidden_size": 16}
-    saved = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **options)).eval()
+    saved = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(kind, **options)
+    ).eval()
     saved.save_pretrained(tmp_path)
     fields, encoder = pretrained_text(str(tmp_path))
     ids = torch.randint(3, 90, (2, 7))
     expected = saved(input_ids=ids).last_hidden_state
-    assert fields["text_dim"] == 16 and torch.equal(encoder.eval()(input_ids=ids).last_hidden_state, expected)
+    assert fields["text_dim"] == 16 and torch.equal(
+        encoder.eval()(input_ids=ids).last_hidden_state, expected
+    )
     # The fields alone rebuild the architecture, through JSON and without the folder.
     rebuilt = build_text(fields["text_dim"], json.loads(json.dumps(fields["text"])))
     rebuilt.load_state_dict(encoder.state_dict())
@@ -77,7 +107,9 @@ def test_an_image_encoder_from_a_folder(tmp_path):
 
 
 def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
-    config = transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=90)
+    config = transformers.DistilBertConfig(
+        dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=90
+    )
     transformers.DistilBertModel(config).save_pretrained(tmp_path)
     fields, encoder = pretrained_text(str(tmp_path))
     config = FLUIDConfig.preset("tiny", num_classes=3, modalities="text", vocab_size=70, **fields)
@@ -88,29 +120,44 @@ def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"text encoder: .* takes config.json and \*\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"text encoder: .* takes config.json and \*\.safetensors"
+    ):
         pretrained_text(str(tmp_path))
-    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path, safe_serialization=False)
+    timm.models.save_for_hf(
+        timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path, safe_serialization=False
+    )
     with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks one of them"):
         pretrained_vit(str(tmp_path))  # pytorch_model.bin is a pickle
     (tmp_path / "another.safetensors").touch()  # timm would still open the pickle first
-    with pytest.raises(FileNotFoundError, match=r"image encoder: .* takes config.json and model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"image encoder: .* takes config.json and model.safetensors"
+    ):
         pretrained_vit(str(tmp_path))
 
 
 def test_of_the_hub_only_safetensors_are_asked_for(monkeypatch):
     asked, given = [], timm.create_model("vit_tiny_patch16_224", num_classes=1000).state_dict()
-    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *a, **k: asked.append(a) or given)
+    monkeypatch.setattr(
+        timm.models._builder, "load_state_dict_from_hf", lambda *a, **k: asked.append(a) or given
+    )
     fields, encoder = pretrained_vit("vit_tiny_patch16_224", image_size=32)
-    assert asked[0][0].startswith("timm/vit_tiny_patch16_224") and asked[0][1] == "model.safetensors"
+    assert (
+        asked[0][0].startswith("timm/vit_tiny_patch16_224") and asked[0][1] == "model.safetensors"
+    )
     assert torch.equal(encoder.blocks[3].mlp.fc1.weight, given["blocks.3.mlp.fc1.weight"])
     assert fields["image"] == {"name": "vit_tiny_patch16_224", "img_size": 32}
 
 
 def test_bad_image_encoders():
-    with pytest.raises(ValueError, match="image encoder: got 'vit_colossal', takes a folder, or a name of timm's"):
+    with pytest.raises(
+        ValueError, match="image encoder: got 'vit_colossal', takes a folder, or a name of timm's"
+    ):
         pretrained_vit("vit_colossal")
-    with pytest.raises(ValueError, match="image.name: got 'resnet18', a ResNet of .*, takes a VisionTransformer of width 64"):
+    with pytest.raises(
+        ValueError,
+        match="image.name: got 'resnet18', a ResNet of .*, takes a VisionTransformer of width 64",
+    ):
         build_vit(64, "patch", {"name": "resnet18"})
 
 
@@ -120,8 +167,12 @@ def encoders(tmp_path):
     args = {"img_size": 32, "patch_size": 16, "depth": 1}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     timm.models.save_for_hf(vit, tmp_path / "vit", model_args=args, safe_serialization=True)
-    tokenizer = train_tokenizer([text for text in GeneratedProducts("train", size=200).texts if text], vocab_size=90)
-    bert = transformers.BertModel(transformers.BertConfig(**{**BERT, "max_position_embeddings": 64}, hidden_size=16))
+    tokenizer = train_tokenizer(
+        [text for text in GeneratedProducts("train", size=200).texts if text], vocab_size=90
+    )
+    bert = transformers.BertModel(
+        transformers.BertConfig(**{**BERT, "max_position_embeddings": 64}, hidden_size=16)
+    )
     bert.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     return tmp_path, vit, bert
@@ -130,14 +181,41 @@ def encoders(tmp_path):
 def test_train_from_pretrained_encoders(encoders, monkeypatch):
     folder, vit, bert = encoders
     monkeypatch.setattr(
-        product_data, "GeneratedProducts", lambda split: GeneratedProducts(split, size={"train": 64, "val": 32}[split])
+        product_data,
+        "GeneratedProducts",
+        lambda split: GeneratedProducts(split, size={"train": 64, "val": 32}[split]),
     )
-    sources = ["--image-encoder", str(folder / "vit"), "--text-encoder", str(folder / "bert"), "--without", "gate,moe"]
-    options = ["--data", "generated", "--batch-size", "16", "--threads", "1", "--out", str(folder / "run"), "--backend", "composed"]
+    sources = [
+        "--image-encoder",
+        str(folder / "vit"),
+        "--text-encoder",
+        str(folder / "bert"),
+        "--without",
+        "gate,moe",
+    ]
+    options = [
+        "--data",
+        "generated",
+        "--batch-size",
+        "16",
+        "--threads",
+        "1",
+        "--out",
+        str(folder / "run"),
+        "--backend",
+        "composed",
+    ]
     # A learning rate of next to nothing: what the run saves is what it was given.
-    assert main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"]) == 0
+    assert (
+        main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"])
+        == 0
+    )
     model, tokenizer = load_run(folder / "run")
-    assert model.config.without == ("gate", "moe") and model.config.image_dim == 192 and model.config.text["vocab_size"] == 90
+    assert (
+        model.config.without == ("gate", "moe")
+        and model.config.image_dim == 192
+        and model.config.text["vocab_size"] == 90
+    )
     assert model.config.pixel_mean == (0.5, 0.5, 0.5) and len(tokenizer) == 90
     for encoder, given in ((model.image_encoder, vit), (model.text_encoder, bert)):
         for name, tensor in encoder.state_dict().items():
@@ -150,8 +228,17 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
 
 def test_a_tokenizer_larger_than_the_encoder_is_refused(encoders, capsys):
     folder, _, _ = encoders
-    train_tokenizer([text for text in GeneratedProducts("train", size=400).texts if text], vocab_size=150).save_pretrained(folder)
-    arguments = ["--text-encoder", str(folder / "bert"), "--tokenizer", str(folder), "--out", str(folder / "run")]
+    train_tokenizer(
+        [text for text in GeneratedProducts("train", size=400).texts if text], vocab_size=150
+    ).save_pretrained(folder)
+    arguments = [
+        "--text-encoder",
+        str(folder / "bert"),
+        "--tokenizer",
+        str(folder),
+        "--out",
+        str(folder / "run"),
+    ]
     assert main(["train", "--data", "generated", *arguments, "--steps", "1"]) == 2
     assert "tokens, takes at most 90" in capsys.readouterr().err and not (folder / "run").exists()
 
@@ -161,5 +248,10 @@ def test_a_preset_brings_its_papers_recipe():
     add_arguments(parser)
     base = ["--data", "x", "--out", "y", "--preset", "paper"]
     options = config_options(parser.parse_args(base))
-    assert (options["lr"], options["weight_decay"], options["epochs"], options["batch_size"]) == (2e-5, 0.01, 15, 128)
+    assert (options["lr"], options["weight_decay"], options["epochs"], options["batch_size"]) == (
+        2e-5,
+        0.01,
+        15,
+        128,
+    )
     assert config_options(parser.parse_args([*base, "--lr", "1e-4"]))["lr"] == 1e-4

@@ -75,9 +75,13 @@ def compare(exported, module, make, sizes) -> None:
 
 SIZES = [(2, 2), (5, 9), (64, 3)]
 ANY = [
-    "pool lengths", "pool dropout", "gated constant", "experts swiglu", "contrastive symmetric",
+    "pool lengths",
+    "pool dropout",
+    "gated constant",
+    "experts swiglu",
+    "contrastive symmetric",
     "contrastive keys",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -151,7 +155,9 @@ class Losses(nn.Module):
         return (
             losses.positive_similarity(query, candidate),
             losses.product_hinge(query, candidate, scale=2.0),
-            losses.product_consistency((query, candidate), (candidate, query), (query, query), top=3),
+            losses.product_consistency(
+                (query, candidate), (candidate, query), (query, query), top=3
+            ),
             losses.sigmoid_contrastive(query, candidate),
             *losses.dual_alignment(alignment, query.softmax(1)),
         )

@@ -1,4 +1,6 @@
-"""A training writes and removes only what it made, one at a time, and ends well only where all of it is there."""
+"""A training writes and removes only what it made, one at a time, and ends well only where all of
+it is there.
+"""
 
 import errno
 import os
@@ -13,11 +15,11 @@ from training_runs import (
     small_run,
 )
 
-from mmfused import training
 from mmfused.cli import main
-from mmfused.ownership import MARK, Lock, is_marked
-from mmfused.run_folder import load_run
-from mmfused.training import train
+from mmfused.training import loop as training
+from mmfused.training.loop import train
+from mmfused.training.ownership import MARK, Lock, is_marked
+from mmfused.training.run_folder import load_run
 
 few_products = training_runs.few_products
 stopped_run = training_runs.stopped_run
@@ -26,9 +28,15 @@ whole_run = training_runs.whole_run
 # Whose files they are
 
 FOREIGN = {
-    "another trainer's checkpoints": {"checkpoints/epoch-17.pt": "weights", "metrics.jsonl": '{"epoch": 17}\n'},
+    "another trainer's checkpoints": {
+        "checkpoints/epoch-17.pt": "weights",
+        "metrics.jsonl": '{"epoch": 17}\n',
+    },
     "checkpoints of the same name": {"checkpoints/step-00000007/model.safetensors": "weights"},
-    "a model of transformers": {"config.json": '{"model_type": "bert"}', "model.safetensors": "weights"},
+    "a model of transformers": {
+        "config.json": '{"model_type": "bert"}',
+        "model.safetensors": "weights",
+    },
     "a tokenizer": {"tokenizer/tokenizer.json": "{}"},
     "records": {"metrics.jsonl": "{}\n"},
     "a file called checkpoints": {"checkpoints": "none yet"},
@@ -38,7 +46,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume": True}], ids=["plain", "overwrite", "resume"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"overwrite": True}, {"resume": True}], ids=["plain", "overwrite", "resume"]
+)
 def test_what_no_run_made_is_left_alone(tmp_path, name, changes):
     out = tmp_path / "out"
     for file, text in FOREIGN[name].items():
@@ -51,7 +61,13 @@ def test_what_no_run_made_is_left_alone(tmp_path, name, changes):
 
 
 @pytest.mark.parametrize(
-    "place", ["checkpoints/notes.txt", "checkpoints/step-00000009/notes.txt", "tokenizer/notes.txt", "checkpoints/best"]
+    "place",
+    [
+        "checkpoints/notes.txt",
+        "checkpoints/step-00000009/notes.txt",
+        "tokenizer/notes.txt",
+        "checkpoints/best",
+    ],
 )
 def test_what_was_put_into_a_run_is_not_removed_with_it(tmp_path, whole_run, place):
     out = shutil.copytree(whole_run, tmp_path / "run")
@@ -70,23 +86,38 @@ def test_what_was_put_into_a_run_is_not_removed_with_it(tmp_path, whole_run, pla
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_that_something_was_put_into_outlives_its_time(tmp_path, monkeypatch, caplog, whole_run):
+def test_a_checkpoint_that_something_was_put_into_outlives_its_time(
+    tmp_path, monkeypatch, caplog, whole_run
+):
     out = tmp_path / "run"
     notes = out / "checkpoints" / "step-00000002" / "notes.txt"
     with monkeypatch.context() as patch:
         in_step(patch, 3, lambda: notes.write_text("mine"))
         train(small_run(out, save_every=2, keep=1))
-    assert notes.read_text() == "mine" and "step-00000002 is not removed: it holds notes.txt" in caplog.text
-    assert sorted(path.name for path in notes.parent.parent.iterdir()) == ["step-00000002", "step-00000009"]
+    assert (
+        notes.read_text() == "mine"
+        and "step-00000002 is not removed: it holds notes.txt" in caplog.text
+    )
+    assert sorted(path.name for path in notes.parent.parent.iterdir()) == [
+        "step-00000002",
+        "step-00000009",
+    ]
     assert_same_run(out, whole_run)
 
 
-def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(tmp_path, stopped_run):
+def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(
+    tmp_path, stopped_run
+):
     out = shutil.copytree(stopped_run, tmp_path / "run")
-    later = shutil.copytree(out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000008")
+    later = shutil.copytree(
+        out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000008"
+    )
     (later / "model.safetensors").unlink()
     (later / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="step-00000008 is broken, and holds files that the run did not make; move it"):
+    with pytest.raises(
+        FileExistsError,
+        match="step-00000008 is broken, and holds files that the run did not make; move it",
+    ):
         train(small_run(out, resume=True))
     assert (later / "notes.txt").exists()
 
@@ -97,7 +128,9 @@ def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
     (out / ".tokenizer.77.tmp" / "notes.txt").write_text("mine")
     (out / ".config.json.77.tmp").write_text("mine")
     train(small_run(out))
-    assert (out / ".config.json.77.tmp").read_text() == "mine"  # it was there before the folder was a run's
+    assert (
+        out / ".config.json.77.tmp"
+    ).read_text() == "mine"  # it was there before the folder was a run's
     train(small_run(out, overwrite=True))
     assert (out / ".tokenizer.77.tmp" / "notes.txt").read_text() == "mine"
 
@@ -107,7 +140,11 @@ def test_a_mark_that_is_none_is_refused(tmp_path, kind):
     out, victim = tmp_path / "run", tmp_path / "victim"
     out.mkdir()
     mark = out / MARK
-    {"link": lambda: mark.symlink_to(victim), "pipe": lambda: os.mkfifo(mark), "folder": mark.mkdir}[kind]()
+    {
+        "link": lambda: mark.symlink_to(victim),
+        "pipe": lambda: os.mkfifo(mark),
+        "folder": mark.mkdir,
+    }[kind]()
     with pytest.raises(FileExistsError, match=f"out: .*{MARK} is no file of a run; move it"):
         train(small_run(out, steps=1))
     assert not victim.exists() and [path.name for path in out.iterdir()] == [MARK]
@@ -124,7 +161,11 @@ def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, 
 
 def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
     for out in ("", " "):
-        for command in (["train", "--data", "generated"], ["ablate", "--data", "generated"], ["demo"]):
+        for command in (
+            ["train", "--data", "generated"],
+            ["ablate", "--data", "generated"],
+            ["demo"],
+        ):
             assert main([*command, "--out", out]) == 2
             assert f"out: got {out!r}, takes a text that is not empty" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
@@ -135,28 +176,36 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
 # One at a time
 
 
-@pytest.mark.parametrize("changes", [{"overwrite": True}, {"resume": True}], ids=["overwrite", "resume"])
+@pytest.mark.parametrize(
+    "changes", [{"overwrite": True}, {"resume": True}], ids=["overwrite", "resume"]
+)
 def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, stopped_run, changes):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     with Lock(out):
         before = everything(out)
-        with pytest.raises(FileExistsError, match="out: another process is writing to .*run; wait for it"):
+        with pytest.raises(
+            FileExistsError, match="out: another process is writing to .*run; wait for it"
+        ):
             train(small_run(out, **changes))
         assert everything(out) == before
     train(small_run(out, **changes))
 
 
-def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatch, caplog, whole_run):
+def test_a_file_system_without_locks_is_said_and_trained_on(
+    tmp_path, monkeypatch, caplog, whole_run
+):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("mmfused.ownership.fcntl.flock", no_locks)
+    monkeypatch.setattr("mmfused.training.ownership.fcntl.flock", no_locks)
     train(small_run(tmp_path / "run"))
     assert "cannot be locked (No locks available): see that one process writes to it" in caplog.text
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_what_came_between_the_first_look_and_the_first_step_is_seen(tmp_path, monkeypatch, whole_run):
+def test_what_came_between_the_first_look_and_the_first_step_is_seen(
+    tmp_path, monkeypatch, whole_run
+):
     """The folder was empty when the second looked; then the first began, and maybe finished, in it."""
     prepare, out = training.prepare, tmp_path / "run"
 
@@ -229,7 +278,9 @@ def test_a_folder_that_another_run_has_taken_since_is_left_to_it(tmp_path, monke
     held[0].release()
 
 
-@pytest.mark.parametrize("name", ["summary.json", "model.safetensors", "tokenizer", "checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "model.safetensors", "tokenizer", "checkpoints", "metrics.jsonl"]
+)
 def test_what_is_missing_at_the_end_is_said(tmp_path, monkeypatch, name):
     save_run = training.save_run
 

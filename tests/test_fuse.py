@@ -1,4 +1,6 @@
-"""fuse(model): real classes of torch, timm, open_clip and transformers, small and random, give the same numbers as before."""
+"""fuse(model): real classes of torch, timm, open_clip and transformers, small and random, give the
+same numbers as before.
+"""
 
 import copy
 import os
@@ -31,7 +33,7 @@ from fuse_models import (
 )
 from torch import nn
 
-import mmfused.swaps.pooling
+import mmfused.fuse.pooling
 from mmfused import fuse, unfuse
 from mmfused.testing import over_budget
 
@@ -39,30 +41,48 @@ from mmfused.testing import over_budget
 @pytest.fixture
 def pooled(monkeypatch):
     """One entry for each call that is swapped: the shape of its queries."""
-    module, calls = mmfused.swaps.pooling, []
+    module, calls = mmfused.fuse.pooling, []
     for name in ("query_pooling", "attend"):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda x, q, *a, real=real, **k: (calls.append(q.shape), real(x, q, *a, **k))[1])
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda x, q, *a, real=real, **k: (calls.append(q.shape), real(x, q, *a, **k))[1],
+        )
     return calls
 
 
 def build(case, dtype=torch.float64):
-    make, inputs, call, swapped, left = CASES[case] + (plain_call, {""}, set())[len(CASES[case]) - 2 :]
+    make, inputs, call, swapped, left = (
+        CASES[case] + (plain_call, {""}, set())[len(CASES[case]) - 2 :]
+    )
     model = make().to(DEVICE)
     with torch.no_grad():
-        for parameter in model.parameters():  # none is left at 0, where a wrong one would not be seen
-            parameter.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+        for (
+            parameter
+        ) in model.parameters():  # none is left at 0, where a wrong one would not be seen
+            parameter.copy_(
+                torch.randn(parameter.shape)
+                * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            )
     return model.to(dtype), data(inputs), call, swapped, left
 
 
 def results(model, call, inputs, dtype=torch.float64):
     """Output, and the gradient of every parameter and floating input."""
-    inputs = {k: v.to(dtype).detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = {
+        k: v.to(dtype).detach().requires_grad_() if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
     out = call(model, *inputs.values())
     leaves = {k: v for k, v in inputs.items() if v.requires_grad} | dict(model.named_parameters())
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
-    return {"out": out.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"out": out.detach()} | {
+        f"d{k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None
+    }
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -76,13 +96,17 @@ def test_same_numbers_in_float64(case, training, pooled):
     got = results(model, call, inputs)
     assert len(pooled) == len(swapped)
     for name in want:  # atol: the key bias has no gradient, which is 0 here and rounding there
-        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert got.keys() == want.keys()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
 def test_float32_within_the_budget(case, pooled):
-    """Not the whole Q-Former: its later self-attention enlarges any rounding a thousandfold. Its module alone is instructblip's."""
+    """Not the whole Q-Former: its later self-attention enlarges any rounding a thousandfold. Its
+    module alone is instructblip's.
+    """
     model, inputs, call, swapped, _ = build(case)
     inputs = {k: v.float().double() if v.is_floating_point() else v for k, v in inputs.items()}
     model.float().double()
@@ -92,9 +116,13 @@ def test_float32_within_the_budget(case, pooled):
     fuse(model)
     actual = results(model, call, inputs, torch.float32)
     assert len(pooled) == len(swapped)
-    noise = {name for name, value in exact.items() if value.norm() < 1e-10}  # gradients that are 0: key biases
+    noise = {
+        name for name, value in exact.items() if value.norm() < 1e-10
+    }  # gradients that are 0: key biases
     assert all(actual[name].norm() < 1e-4 for name in noise)
-    assert not over_budget(*({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain)))
+    assert not over_budget(
+        *({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain))
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,9 +139,13 @@ def test_there_and_back(case, pooled):
         assert isinstance(module, names[name]) and type(module).__name__ == names[name].__name__
         assert (type(module) is not names[name]) == (name in swapped)
     again = fuse(model)
-    assert set(again.swapped) == swapped and all(phrase.startswith("already swapped") for phrase in again.swapped.values())
+    assert set(again.swapped) == swapped and all(
+        phrase.startswith("already swapped") for phrase in again.swapped.values()
+    )
     fused_state = model.state_dict()
-    assert list(fused_state) == list(state) and all(torch.equal(fused_state[k], state[k]) for k in state)
+    assert list(fused_state) == list(state) and all(
+        torch.equal(fused_state[k], state[k]) for k in state
+    )
     assert list(map(id, model.parameters())) == parameters
     model.load_state_dict(state)
 
@@ -140,11 +172,20 @@ def test_report_reads_well():
     model, *_ = build("open_clip, a tower")
     report = fuse(model)
     assert report.swapped["attn_pool"].startswith("pools with ln_k folded")
-    assert report.left == {"transformer.resblocks.0.attn": "Self-attention: its tokens are its queries."}
-    assert str(report).startswith("fuse: 1 swapped, 1 left\n") and "FusedAttentionalPooler" in repr(model)
+    assert report.left == {
+        "transformer.resblocks.0.attn": "Self-attention: its tokens are its queries."
+    }
+    assert str(report).startswith("fuse: 1 swapped, 1 left\n") and "FusedAttentionalPooler" in repr(
+        model
+    )
     assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
-    assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(clip())  # no class was patched
-    assert fuse(nn.Linear(2, 2)) == mmfused.FuseReport() and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
+    assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(
+        clip()
+    )  # no class was patched
+    assert (
+        fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
+        and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
+    )
     with pytest.raises(TypeError, match="fuse: model is a int; it takes a torch.nn.Module"):
         fuse(1)
 
@@ -190,24 +231,34 @@ def test_left_with_the_reason(words):
     types = [type(module) for module in model.modules()]
     report = fuse(model)
     (reason,) = (text for text in report.left.values() if words in text)
-    assert reason.endswith(".") and [type(module) for module in model.modules()] == types and not report.swapped
+    assert (
+        reason.endswith(".")
+        and [type(module) for module in model.modules()] == types
+        and not report.swapped
+    )
 
 
 def test_an_unknown_argument_is_left(monkeypatch):
     pooler = siglip2()
-    monkeypatch.setattr(type(pooler), "forward", lambda self, hidden_state, attention_mask=None, temperature=1.0: hidden_state)
+    monkeypatch.setattr(
+        type(pooler),
+        "forward",
+        lambda self, hidden_state, attention_mask=None, temperature=1.0: hidden_state,
+    )
     assert "takes temperature, which fuse does not know" in fuse(pooler).left[""]
 
 
 def test_unfuse_refuses_what_it_did_not_make():
     model = after(latent(), fuse)
     model.__class__ = type("Wrapped", (type(model),), {})
-    with pytest.raises(TypeError, match="unfuse: .root. is a .*Wrapped, made from a fused class; undo that first"):
+    with pytest.raises(
+        TypeError, match="unfuse: .root. is a .*Wrapped, made from a fused class; undo that first"
+    ):
         unfuse(model)
     assert "subclass of AttentionPoolLatent" in fuse(model).left[""]
 
 
-# ---- calls that cannot be pooled run the original -------------------------------------------------------------------------------
+# ---- calls that cannot be pooled run the original ------------------------------------------------
 
 
 def go_eager(model):
@@ -309,20 +360,31 @@ def test_dropout_after_the_attention(pooled):
 
 
 DROPS = {  # name -> (make a model, call it)
-    "torch": (lambda: torch_attention(dropout=0.3), lambda m, q, x: m(q, x, x, need_weights=False)[0]),
-    "open_clip": (lambda: after(clip(), lambda m: setting("dropout", 0.3)(m.attn)), lambda m, q, x: m(x[..., :K])),
+    "torch": (
+        lambda: torch_attention(dropout=0.3),
+        lambda m, q, x: m(q, x, x, need_weights=False)[0],
+    ),
+    "open_clip": (
+        lambda: after(clip(), lambda m: setting("dropout", 0.3)(m.attn)),
+        lambda m, q, x: m(x[..., :K]),
+    ),
     "blip2": (lambda: cross(dropout=0.3), lambda m, q, x: m(q, None, x[..., :K])[0]),
 }
 
 
 @pytest.mark.parametrize("name", DROPS)
 def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
-    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same numbers."""
+    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same
+    numbers.
+    """
     make, call = DROPS[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+            parameter.copy_(
+                torch.randn(parameter.shape)
+                * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            )
     q, x = (t[:1].expand(4000, -1, -1) for t in data("q, x").values())
     want, exact = call(model, q, x).detach(), call(model.eval(), q, x).detach()
     assert "; dropout 0.3 of attention weights acts as before" in fuse(model).swapped[""]
@@ -343,7 +405,9 @@ def run_python(code):
 
 
 def test_no_graph_break():
-    """Whole models too; the compiled fused model equals the eager one, and a model fused after compiling is compiled again."""
+    """Whole models too; the compiled fused model equals the eager one, and a model fused after
+    compiling is compiled again.
+    """
     for module in ("timm", "open_clip", "transformers"):
         pytest.importorskip(module)
     run_python("""
@@ -369,7 +433,10 @@ print("done")
 
 def test_a_fresh_process_reads_a_fused_model(tmp_path):
     model, inputs, call, _, _ = build("timm")
-    torch.save((after(model, fuse).cpu(), inputs["x"].cpu(), call(model, *inputs.values()).detach().cpu()), tmp_path / "model.pt")
+    torch.save(
+        (after(model, fuse).cpu(), inputs["x"].cpu(), call(model, *inputs.values()).detach().cpu()),
+        tmp_path / "model.pt",
+    )
     run_python(f"""
 import sys, torch
 model, x, want = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
@@ -388,10 +455,13 @@ print("done")
 """)
 
 
-# ---- what is attached to the children of a swapped module -------------------------------------------------------------
+# ---- what is attached to the children of a swapped module ----------------------------------------
 
 
-@pytest.mark.parametrize("attachment", ["LoRA", "LoRA, merged", "pruning", "weight_norm", "spectral_norm", "forward hook", "DoRA"])
+@pytest.mark.parametrize(
+    "attachment",
+    ["LoRA", "LoRA, merged", "pruning", "weight_norm", "spectral_norm", "forward hook", "DoRA"],
+)
 @pytest.mark.parametrize("case", ["timm", "blip2"])
 def test_children_that_are_read(case, attachment, pooled):
     """Their effective weight serves; one that must be called runs the original."""

@@ -1,5 +1,6 @@
-"""fuse(model): cross-attention between inputs, in blocks written plainly with nn.MultiheadAttention and in torch's own layers; and
-the layers of UniECS and UniCA, written plainly, give the numbers of the modules that their weights are loaded into."""
+"""fuse(model): cross-attention between inputs, in blocks written plainly with nn.MultiheadAttention
+and in torch's own layers; and the layers of UniECS and UniCA, written plainly, give the numbers of
+the modules that their weights are loaded into."""
 
 import copy
 import subprocess
@@ -11,11 +12,24 @@ import torch.nn.functional as F
 from fuse_models import DEVICE
 from torch import nn
 
-import mmfused.swaps.attention
-from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention, fuse, query_pooling, unfuse
+import mmfused.fuse.attention
+from mmfused import (
+    BidirectionalGatedCrossAttention,
+    GatedCrossAttention,
+    fuse,
+    query_pooling,
+    unfuse,
+)
 from mmfused.testing import over_budget
 
-B, N, M, D, E, H = 3, 11, 7, 36, 20, 3  # samples, tokens of a and b, their widths (b's is E in some), heads
+B, N, M, D, E, H = (
+    3,
+    11,
+    7,
+    36,
+    20,
+    3,
+)  # samples, tokens of a and b, their widths (b's is E in some), heads
 
 
 class Exchange(nn.Module):
@@ -38,20 +52,30 @@ class Exchange(nn.Module):
 
 
 class BiAttention(nn.Module):
-    """GroundingDINO's fusion layer with attention of torch: norms first, widths that differ, scaled residuals."""
+    """GroundingDINO's fusion layer with attention of torch: norms first, widths that differ, scaled
+    residuals.
+    """
 
     def __init__(self, **options):
         super().__init__()
         self.norm_vision, self.norm_text = nn.LayerNorm(D), nn.LayerNorm(E)
         self.vision_attn = nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True, **options)
         self.text_attn = nn.MultiheadAttention(E, 2, kdim=D, vdim=D, batch_first=True, **options)
-        self.vision_scale, self.text_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(E))
+        self.vision_scale, self.text_scale = (
+            nn.Parameter(torch.ones(D)),
+            nn.Parameter(torch.ones(E)),
+        )
 
     def forward(self, vision, text, vision_mask=None, text_mask=None):
         vision, text = self.norm_vision(vision), self.norm_text(text)
         v, _ = self.vision_attn(vision, text, text, key_padding_mask=text_mask, need_weights=False)
-        t, _ = self.text_attn(text, vision, vision, key_padding_mask=vision_mask, need_weights=False)
-        return torch.cat(((vision + self.vision_scale * v).flatten(1), (text + self.text_scale * t).flatten(1)), 1)
+        t, _ = self.text_attn(
+            text, vision, vision, key_padding_mask=vision_mask, need_weights=False
+        )
+        return torch.cat(
+            ((vision + self.vision_scale * v).flatten(1), (text + self.text_scale * t).flatten(1)),
+            1,
+        )
 
 
 class Resampler(nn.Module):
@@ -77,10 +101,27 @@ def plain_call(model, *inputs):
     return model(*inputs)
 
 
-# name -> (make a model, width of b, call it, what is swapped, what is left, calls served, those by query pooling)
+# name -> (make a model, width of b, call it, what is swapped, what is left, calls served, those by
+# query pooling)
 CASES = {
-    "exchange": (lambda: Exchange(batch_first=True), D, plain_call, {"a_reads_b", "b_reads_a", "mix"}, set(), 2, 0),
-    "sequence first": (lambda: Exchange(bias=False), D, plain_call, {"a_reads_b", "b_reads_a", "mix"}, set(), 2, 0),
+    "exchange": (
+        lambda: Exchange(batch_first=True),
+        D,
+        plain_call,
+        {"a_reads_b", "b_reads_a", "mix"},
+        set(),
+        2,
+        0,
+    ),
+    "sequence first": (
+        lambda: Exchange(bias=False),
+        D,
+        plain_call,
+        {"a_reads_b", "b_reads_a", "mix"},
+        set(),
+        2,
+        0,
+    ),
     "bi-attention": (BiAttention, E, plain_call, {"vision_attn", "text_attn"}, set(), 2, 0),
     "few queries": (Resampler, D, plain_call, {"attn"}, set(), 1, 1),
     "torch's decoder": (decoder, D, read_memory, {"multihead_attn"}, {"self_attn"}, 1, 0),
@@ -89,23 +130,38 @@ CASES = {
 
 @pytest.fixture
 def served(monkeypatch):
-    """What was called for each call of attention that the library serves: "attend", "query_pooling" or both."""
+    """What was called for each call of attention that the library serves: "attend", "query_pooling"
+    or both.
+    """
     calls = []
-    for module, name in ((mmfused.swaps.pooling, "attend"), (mmfused.swaps.attention, "query_pooling")):
+    for module, name in (
+        (mmfused.fuse.pooling, "attend"),
+        (mmfused.fuse.attention, "query_pooling"),
+    ):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1])
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1],
+        )
     return calls
 
 
 def filled(model, dtype=torch.float64):
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+            parameter.copy_(
+                torch.randn(parameter.shape)
+                * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            )
     return model.to(DEVICE, dtype)
 
 
 def data(width, masked=True, dtype=torch.float64):
-    inputs = {"a": torch.randn(B, N, D, dtype=dtype, device=DEVICE), "b": torch.randn(B, M, width, dtype=dtype, device=DEVICE)}
+    inputs = {
+        "a": torch.randn(B, N, D, dtype=dtype, device=DEVICE),
+        "b": torch.randn(B, M, width, dtype=dtype, device=DEVICE),
+    }
     if masked:
         for name, length, ends in (("mask_a", N, (N, 4, 7)), ("mask_b", M, (1, M, 5))):
             inputs[name] = (torch.arange(length) >= torch.tensor(ends)[:, None]).to(DEVICE)
@@ -114,18 +170,26 @@ def data(width, masked=True, dtype=torch.float64):
 
 def results(model, call, inputs):
     """Output, and the gradient of every parameter and floating input."""
-    inputs = {k: v.detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = {
+        k: v.detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()
+    }
     out = call(model, *inputs.values())
     leaves = {k: v for k, v in inputs.items() if v.requires_grad} | dict(model.named_parameters())
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
-    return {"out": out.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"out": out.detach()} | {
+        f"d{k}": g for k, g in zip(leaves, gradients, strict=True) if g is not None
+    }
 
 
 def same(got, want, rtol=1e-10, atol=1e-11):
     assert got.keys() == want.keys()
     for name in want:  # atol: the key bias has no gradient, which is 0 here and rounding there
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -140,9 +204,16 @@ def test_same_numbers_in_float64(case, masked, training, served):
     assert (set(report.swapped), set(report.left)) == (swapped, left), report
     same(results(model, call, inputs), want)
     assert (served.count("attend"), served.count("query_pooling")) == (calls, pooled)
-    assert all("else, self-attention too, as before" in phrase for phrase in report.swapped.values())
-    assert all(reason == "Self-attention: its tokens are its queries." for reason in report.left.values())
-    assert set(unfuse(model)) == swapped and {name: type(module) for name, module in model.named_modules()} == names
+    assert all(
+        "else, self-attention too, as before" in phrase for phrase in report.swapped.values()
+    )
+    assert all(
+        reason == "Self-attention: its tokens are its queries." for reason in report.left.values()
+    )
+    assert (
+        set(unfuse(model)) == swapped
+        and {name: type(module) for name, module in model.named_modules()} == names
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
@@ -160,13 +231,19 @@ def test_forced_backends(backend, served):
 def test_float32_within_the_budget(case):
     make, width, call, *_ = CASES[case]
     model, inputs = filled(make(), torch.float32).double(), data(width, dtype=torch.float32)
-    exact = results(model, call, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    exact = results(
+        model, call, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    )
     plain = results(model.float(), call, inputs)
     fuse(model)
     actual = results(model, call, inputs)
-    noise = {name for name, value in exact.items() if value.norm() < 1e-10}  # gradients that are 0: key biases
+    noise = {
+        name for name, value in exact.items() if value.norm() < 1e-10
+    }  # gradients that are 0: key biases
     assert all(actual[name].norm() < 1e-4 for name in noise)
-    assert not over_budget(*({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain)))
+    assert not over_budget(
+        *({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain))
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -196,7 +273,11 @@ def test_nan_stays_behind_the_padding():
     same(results(a_reads_b, read, inputs), want)
     inputs["mask_b"][1] = True
     got = results(a_reads_b, read, inputs)
-    assert not got["out"][1].any() and got["out"][0].any() and all(value.isfinite().all() for value in got.values())
+    assert (
+        not got["out"][1].any()
+        and got["out"][0].any()
+        and all(value.isfinite().all() for value in got.values())
+    )
 
 
 ATTN_MASK = torch.rand(N, M, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -218,7 +299,10 @@ OTHER_CALLS = {
 
 @pytest.mark.parametrize("name", OTHER_CALLS)
 def test_other_calls_run_the_original(name, served):
-    model, (a, b) = filled(nn.ModuleList([nn.MultiheadAttention(D, H, batch_first=True)])), data(D, False).values()
+    model, (a, b) = (
+        filled(nn.ModuleList([nn.MultiheadAttention(D, H, batch_first=True)])),
+        data(D, False).values(),
+    )
     want = OTHER_CALLS[name](copy.deepcopy(model[0]), a, b)
     assert fuse(model).swapped.keys() == {"0"}
     got = OTHER_CALLS[name](model[0], a, b)
@@ -241,7 +325,9 @@ def test_left_with_the_reason():
         "dropout is 1.0": dict(dropout=1.0),
     }.items():
         report = fuse(Layer(**options))
-        assert words in report.left["cross_attn"] and report.left["self_attention"].startswith("Self-attention: ")
+        assert words in report.left["cross_attn"] and report.left["self_attention"].startswith(
+            "Self-attention: "
+        )
         assert not report.swapped
 
 
@@ -252,7 +338,9 @@ def test_open_clip_normalises_keys_and_values_apart():
 
 
 def test_dropout_is_distributed_as_before(served):
-    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same numbers."""
+    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same
+    numbers.
+    """
     model = filled(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
     a, b = (t[:1].repeat(4000, 1, 1) for t in data(D, False).values())
 
@@ -291,25 +379,31 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-# ---- GroundingDINO --------------------------------------------------------------------------------------------------------------
+# ---- GroundingDINO -------------------------------------------------------------------------------
 
 
 class SharedLogits(nn.Module):
-    """GroundingDINO's bi-attention without its weights: one set of logits, softmax over either side.
+    """GroundingDINO's bi-attention without its weights: one set of logits, softmax over either
+    side.
 
-    Text queries over vision keys are vision queries over text keys, transposed: each projection serves as queries and as keys.
-    """
+    Text queries over vision keys are vision queries over text keys, transposed: each projection
+    serves as queries and as keys."""
 
     def __init__(self, dim, embed_dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         for name in ("vision_proj", "text_proj", "values_vision_proj", "values_text_proj"):
             self.add_module(name, nn.Linear(dim, embed_dim))
-        self.out_vision_proj, self.out_text_proj = nn.Linear(embed_dim, dim), nn.Linear(embed_dim, dim)
+        self.out_vision_proj, self.out_text_proj = (
+            nn.Linear(embed_dim, dim),
+            nn.Linear(embed_dim, dim),
+        )
 
     def read(self, x, query, context, key, value, mask):
         weights = (key.weight, value.weight, value.bias, key.bias)
-        return query_pooling(context, query(x), *weights, num_heads=self.num_heads, key_padding_mask=mask)
+        return query_pooling(
+            context, query(x), *weights, num_heads=self.num_heads, key_padding_mask=mask
+        )
 
     def forward(self, vision, text, vision_mask, text_mask):
         v, t = self.vision_proj, self.text_proj
@@ -318,15 +412,25 @@ class SharedLogits(nn.Module):
         return torch.cat((self.out_vision_proj(read_vision), self.out_text_proj(read_text)), 1)
 
 
-@pytest.mark.parametrize("model, prefix", [("grounding_dino", "GroundingDino"), ("mm_grounding_dino", "MMGroundingDino")])
+@pytest.mark.parametrize(
+    "model, prefix", [("grounding_dino", "GroundingDino"), ("mm_grounding_dino", "MMGroundingDino")]
+)
 def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix):
     modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
-    config = getattr(pytest.importorskip(f"transformers.models.{model}.configuration_{model}"), f"{prefix}Config")
+    config = getattr(
+        pytest.importorskip(f"transformers.models.{model}.configuration_{model}"), f"{prefix}Config"
+    )
     sizes = dict(d_model=D, encoder_ffn_dim=2 * 24, encoder_attention_heads=2 * H)
-    layer = filled(getattr(modeling, f"{prefix}FusionLayer")(config(**sizes, fusion_dropout=0.0, fusion_droppath=0.0)))
+    layer = filled(
+        getattr(modeling, f"{prefix}FusionLayer")(
+            config(**sizes, fusion_dropout=0.0, fusion_droppath=0.0)
+        )
+    )
     report = fuse(layer)
     assert not report.swapped and report.left.keys() == {"attn"}
-    assert report.left["attn"].startswith("It gives back the attention weights of both directions at every call")
+    assert report.left["attn"].startswith(
+        "It gives back the attention weights of both directions at every call"
+    )
     ours = SharedLogits(D, 24, H).to(DEVICE, torch.float64)
     ours.load_state_dict(layer.attn.state_dict())
     inputs = data(D)
@@ -338,7 +442,7 @@ def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix)
     same(results(ours, plain_call, inputs), results(layer.attn, original, inputs))
 
 
-# ---- layers of the papers, written plainly --------------------------------------------------------------------------------------
+# ---- layers of the papers, written plainly -------------------------------------------------------
 
 
 class PlainUniECS(nn.Module):
@@ -374,7 +478,13 @@ class PlainUniECS(nn.Module):
 UNIECS = {"ln_v": "norm_a", "ln_t": "norm_b"} | {
     f"{theirs}_{part}": f"{ours}.{name}_proj"
     for theirs, ours in (("v2t", "to_a"), ("t2v", "to_b"))
-    for part, name in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out"), ("gate", "gate"))
+    for part, name in (
+        ("query", "q"),
+        ("key", "k"),
+        ("value", "v"),
+        ("out", "out"),
+        ("gate", "gate"),
+    )
 }
 
 
@@ -385,11 +495,15 @@ def renamed(state, names):
 
 @pytest.mark.parametrize("missing", [None, "a", "b"])
 def test_uniecs_weights_load_into_the_module(missing):
-    """Its three passes: a missing modality is all zeros, which it reads, and one flag serves the batch."""
+    """Its three passes: a missing modality is all zeros, which it reads, and one flag serves the
+    batch.
+    """
     plain = filled(PlainUniECS())
     if missing:  # a norm's bias would make the normalised zeros count as there
         nn.init.zeros_(plain.ln_v.bias), nn.init.zeros_(plain.ln_t.bias)
-    ours = BidirectionalGatedCrossAttention(D, H, missing="attend", indicator="batch").to(DEVICE, torch.float64)
+    ours = BidirectionalGatedCrossAttention(D, H, missing="attend", indicator="batch").to(
+        DEVICE, torch.float64
+    )
     ours.load_state_dict(renamed(plain.state_dict(), UNIECS))
     inputs = data(D, False)
     if missing:
@@ -409,14 +523,26 @@ def renamed_gradients(found):
 
 def test_unica_weights_load_into_the_module():
     """nn.MultiheadAttention, residual and norm after it: gate "none" and pre_norm=False."""
-    attention, norm = filled(nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True)), filled(nn.LayerNorm(D))
-    ours = GatedCrossAttention(D, H, context_dim=E, gate="none", pre_norm=False).to(DEVICE, torch.float64)
+    attention, norm = (
+        filled(nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True)),
+        filled(nn.LayerNorm(D)),
+    )
+    ours = GatedCrossAttention(D, H, context_dim=E, gate="none", pre_norm=False).to(
+        DEVICE, torch.float64
+    )
     theirs = attention.state_dict()
     state = {f"{part}_proj.weight": theirs[f"{part}_proj_weight"] for part in "qkv"}
-    state |= {f"{part}_proj.bias": bias for part, bias in zip("qkv", theirs["in_proj_bias"].chunk(3), strict=True)}
+    state |= {
+        f"{part}_proj.bias": bias
+        for part, bias in zip("qkv", theirs["in_proj_bias"].chunk(3), strict=True)
+    }
     state |= {f"out_proj.{kind}": theirs[f"out_proj.{kind}"] for kind in ("weight", "bias")}
-    ours.load_state_dict(state | {f"norm_x.{name}": value for name, value in norm.state_dict().items()})
+    ours.load_state_dict(
+        state | {f"norm_x.{name}": value for name, value in norm.state_dict().items()}
+    )
     a, b, _, mask = data(E).values()
     want = norm(a + attention(a, b, b, key_padding_mask=mask, need_weights=False)[0])
-    torch.testing.assert_close(ours(a, b, context_key_padding_mask=mask), want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        ours(a, b, context_key_padding_mask=mask), want, rtol=1e-10, atol=1e-12
+    )
     assert F.mse_loss(ours(a, b), want) > 1e-6

@@ -1,4 +1,6 @@
-"""fuse(model) on the losses of open_clip and sentence-transformers: the real classes give the same loss and gradients."""
+"""fuse(model) on the losses of open_clip and sentence-transformers: the real classes give the same
+loss and gradients.
+"""
 
 import copy
 import pickle
@@ -8,11 +10,21 @@ import warnings
 import pytest
 import ranking_losses
 import torch
-from ranking_losses import B, D, cached_loss, clip_loss, dot_score, edited, embed, ranking_loss, text_losses
+from ranking_losses import (
+    B,
+    D,
+    cached_loss,
+    clip_loss,
+    dot_score,
+    edited,
+    embed,
+    ranking_loss,
+    text_losses,
+)
 from torch import nn
 
 from mmfused import fuse, unfuse
-from mmfused.swaps import KINDS, LEFT
+from mmfused.fuse import KINDS, LEFT
 from mmfused.testing import over_budget
 
 swept = ranking_losses.swept
@@ -28,7 +40,9 @@ class Clip(nn.Module):
 
     def forward(self, image, text):
         unit = nn.functional.normalize
-        return self.loss(unit(image, dim=-1), unit(text, dim=-1), self.scale.exp(), output_dict=True)["contrastive_loss"]
+        return self.loss(
+            unit(image, dim=-1), unit(text, dim=-1), self.scale.exp(), output_dict=True
+        )["contrastive_loss"]
 
 
 def ranked(columns, name="", matryoshka=(), **options):
@@ -126,14 +140,20 @@ LEFT_ALONE = {
 
 
 def wrapping(function):
-    decorator = pytest.importorskip("sentence_transformers.sentence_transformer.losses.matryoshka").CachedLossDecorator
+    decorator = pytest.importorskip(
+        "sentence_transformers.sentence_transformer.losses.matryoshka"
+    ).CachedLossDecorator
     return decorator(function, [D], [1])
 
 
 def bound_anew(loss, function):
-    """Bound to the instance itself: another function inside MatryoshkaLoss's wrapper, or its own without one."""
+    """Bound to the instance itself: another function inside MatryoshkaLoss's wrapper, or its own
+    without one.
+    """
     own = loss.calculate_loss
-    return edited(loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own)
+    return edited(
+        loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own
+    )
 
 
 @pytest.mark.parametrize("reason", LEFT_ALONE)
@@ -141,7 +161,7 @@ def test_what_is_not_equal_is_left_with_the_reason(reason):
     model = LEFT_ALONE[reason]()
     report = fuse(model)
     assert not report.swapped and list(report.left) == [""] and reason in report.left[""]
-    assert all(type(module).__module__ != "mmfused.swaps.base" for module in model.modules())
+    assert all(type(module).__module__ != "mmfused.fuse.base" for module in model.modules())
 
 
 def test_calls_that_do_not_fit_run_the_original(swept):
@@ -196,7 +216,9 @@ def test_an_empty_batch_gives_what_the_original_gives(swept):
     got = [outcome(call) for call in calls]
     assert not swept and isinstance(want[0], torch.Tensor)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True) if isinstance(b, torch.Tensor) else pytest.fail(f"{a}, {b}")
+        torch.testing.assert_close(a, b, equal_nan=True) if isinstance(
+            b, torch.Tensor
+        ) else pytest.fail(f"{a}, {b}")
 
 
 def test_a_scale_of_several_numbers_runs_the_original(swept):
@@ -206,17 +228,22 @@ def test_a_scale_of_several_numbers_runs_the_original(swept):
     assert torch.equal(loss(a, b, scale), want) and not swept
 
 
-# ---- the cached loss ------------------------------------------------------------------------------------------------------------
+# ---- the cached loss -----------------------------------------------------------------------------
 
 
 def chunks(grad=True):
     torch.manual_seed(3)
-    return [[torch.randn(n, D, dtype=torch.float64).requires_grad_(grad) for n in (20, 20, 21)] for _ in range(3)]
+    return [
+        [torch.randn(n, D, dtype=torch.float64).requires_grad_(grad) for n in (20, 20, 21)]
+        for _ in range(3)
+    ]
 
 
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
-    """With it, no graph is left and the chunks hold their gradients; without, the graph is the caller's."""
+    """With it, no graph is left and the chunks hold their gradients; without, the graph is the
+    caller's.
+    """
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):
@@ -259,7 +286,9 @@ def test_the_cached_loss_leaves_other_columns_to_the_original(swept):
 
 @pytest.mark.parametrize("first", ["wrapped", "fused"])
 def test_matryoshka_and_fuse_in_either_order(first, swept):
-    """MatryoshkaLoss wraps the method bound at its construction; whichever is first, the sweep runs and comes off again."""
+    """MatryoshkaLoss wraps the method bound at its construction; whichever is first, the sweep runs
+    and comes off again.
+    """
     make, shapes, call, *_ = CASES["cached matryoshka"]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -278,7 +307,11 @@ def test_matryoshka_and_fuse_in_either_order(first, swept):
         got = results(twin, inputs, call, torch.float64)
         for key in want:
             torch.testing.assert_close(got[key], want[key], rtol=1e-10, atol=1e-12)
-        assert len(swept) == 2 and unfuse(twin) == ["loss"] and list(fuse(twin, dry_run=True).swapped) == ["loss"]
+        assert (
+            len(swept) == 2
+            and unfuse(twin) == ["loss"]
+            and list(fuse(twin, dry_run=True).swapped) == ["loss"]
+        )
         got = results(twin, inputs, call, torch.float64)
         assert len(swept) == 2 and all(torch.equal(got[key], want[key]) for key in want)
 
@@ -286,13 +319,24 @@ def test_matryoshka_and_fuse_in_either_order(first, swept):
 @pytest.fixture(scope="module")
 def sentence_transformer(tmp_path_factory):
     """A real one, small and random."""
-    transformers, losses = pytest.importorskip("transformers"), pytest.importorskip("sentence_transformers")
+    transformers, losses = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("sentence_transformers"),
+    )
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    sizes = dict(vocab_size=len(words), hidden_size=D, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
-    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16)
+    sizes = dict(
+        vocab_size=len(words),
+        hidden_size=D,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    dropout = dict(
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16
+    )
     transformers.BertModel(transformers.BertConfig(**sizes, **dropout)).save_pretrained(folder)
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     parts = [modules.Transformer(str(folder)), modules.Pooling(D)]
@@ -311,10 +355,19 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
     def outcome():
         generator = torch.Generator().manual_seed(1)
         ids = [torch.randint(5, 11, (12, 6), generator=generator) for _ in range(3)]
-        texts = [{"input_ids": x, "attention_mask": torch.ones_like(x), "token_type_ids": torch.zeros_like(x)} for x in ids]
+        texts = [
+            {
+                "input_ids": x,
+                "attention_mask": torch.ones_like(x),
+                "token_type_ids": torch.zeros_like(x),
+            }
+            for x in ids
+        ]
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("random.sample", lambda population, k: list(population)[:k])  # which layers and widths
+            patch.setattr(
+                "random.sample", lambda population, k: list(population)[:k]
+            )  # which layers and widths
             try:
                 value = loss(texts, None)
                 value.backward()
@@ -334,21 +387,30 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
         assert (a - b).norm() <= 1e-10 * max(b.norm(), 1)
 
 
-# ---- other releases, and what is known but left -----------------------------------------------------------------------------
+# ---- other releases, and what is known but left --------------------------------------------------
 
 
 def test_another_structure_is_left(monkeypatch):
     cls = text_losses().CachedMultipleNegativesRankingLoss
     with monkeypatch.context() as patch:  # of sentence-transformers 5
         patch.setattr(cls, "calculate_loss", lambda self, reps, with_backward=False: None)
-        assert "has another calculate_loss: its structure is another" in fuse(cached_loss()).left[""]
+        assert (
+            "has another calculate_loss: its structure is another" in fuse(cached_loss()).left[""]
+        )
     with monkeypatch.context() as patch:
-        patch.setattr(cls, "calculate_loss", lambda self, reps, labels=None, *, with_backward=False, margin=0.0: None)
+        patch.setattr(
+            cls,
+            "calculate_loss",
+            lambda self, reps, labels=None, *, with_backward=False, margin=0.0: None,
+        )
         assert "takes margin, which fuse does not know" in fuse(cached_loss()).left[""]
     with monkeypatch.context() as patch:
         patch.delattr(cls, "hardness_mode")
         report = fuse(cached_loss())
-        assert "has no hardness_mode: its structure is another" in report.left[""] and len(report.left) == 1
+        assert (
+            "has no hardness_mode: its structure is another" in report.left[""]
+            and len(report.left) == 1
+        )
     with monkeypatch.context() as patch:
         plain = text_losses().MultipleNegativesRankingLoss
         patch.setattr(plain, "compute_loss_from_embeddings", lambda self, queries, docs: None)
@@ -356,7 +418,7 @@ def test_another_structure_is_left(monkeypatch):
 
 
 def test_a_deprecated_class_warns_of_no_swap(monkeypatch):
-    monkeypatch.setattr("mmfused.swaps.base._classes", {})
+    monkeypatch.setattr("mmfused.fuse.base._classes", {})
     with pytest.warns(DeprecationWarning):
         loss = ranking_loss("MultipleNegativesSymmetricRankingLoss")
     with warnings.catch_warnings():
@@ -375,7 +437,9 @@ def find(path):
     return getattr(pytest.importorskip(module), name)
 
 
-@pytest.mark.parametrize("path", [p for p in [*LEFT, *KINDS] if p.startswith(("open_clip", "sentence_transformers."))])
+@pytest.mark.parametrize(
+    "path", [p for p in [*LEFT, *KINDS] if p.startswith(("open_clip", "sentence_transformers."))]
+)
 def test_known_classes_are_where_they_are_looked_for(path):
     if path.startswith("sentence_transformers.losses."):
         assert path in LEFT

@@ -1,4 +1,6 @@
-"""Swapped losses return the dtype that the original returns, of any inputs and scale, with and without autocast."""
+"""Swapped losses return the dtype that the original returns, of any inputs and scale, with and
+without autocast.
+"""
 
 import itertools
 
@@ -6,13 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-import mmfused.swaps.losses
+import mmfused.fuse.losses
 from mmfused import fuse
 from mmfused.testing import relative_error
 
 B, D, SEEDS = 12, 16, 3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SCALES = ["number", *((shape, dtype) for shape in ((), (1,)) for dtype in FLOATS), ((1, 1), torch.float32), ((), torch.int64)]
+SCALES = [
+    "number",
+    *((shape, dtype) for shape in ((), (1,)) for dtype in FLOATS),
+    ((1, 1), torch.float32),
+    ((), torch.int64),
+]
 LOSSES = {
     "clip": ("open_clip.loss.ClipLoss", {}, lambda loss, a, b: loss(a, b, loss.test_scale)),
     "ranking": (
@@ -22,7 +29,11 @@ LOSSES = {
     ),
     "cached, both directions": (
         "sentence_transformers.sentence_transformer.losses.CachedMultipleNegativesRankingLoss",
-        dict(mini_batch_size=5, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"),
+        dict(
+            mini_batch_size=5,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+        ),
         lambda loss, a, b: loss.calculate_loss([[a[:7], a[7:]], [b[:7], b[7:]]], None),
     ),
     "dot": (
@@ -59,32 +70,43 @@ def scale_of(kind, dtype=None):
 
 def embeddings(seed, dtype):
     generator = torch.Generator().manual_seed(seed)
-    a, b = (nn.functional.normalize(torch.randn(B, D, generator=generator), dim=-1) for _ in range(2))
+    a, b = (
+        nn.functional.normalize(torch.randn(B, D, generator=generator), dim=-1) for _ in range(2)
+    )
     return [x.to(dtype) for x in (a, nn.functional.normalize(0.5 * a + b, dim=-1))]
 
 
 def outcome(name, kind, dtype, swap, autocast, exact=False):
-    """Loss and gradients of several seeds, stacked: one scalar's rounding is luck. Or what it raises."""
+    """Loss and gradients of several seeds, stacked: one scalar's rounding is luck. Or what it
+    raises.
+    """
     found = []
     for seed in range(SEEDS):
         scale = scale_of(kind, torch.float64 if exact and kind != "number" else None)
-        a, b = (x.to(torch.float64 if exact else dtype).requires_grad_() for x in embeddings(seed, dtype))
+        a, b = (
+            x.to(torch.float64 if exact else dtype).requires_grad_()
+            for x in embeddings(seed, dtype)
+        )
         try:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = build(name, scale, swap)(a, b)
             loss.backward()
         except Exception as error:
             return type(error), str(error)
-        gradients = [a.grad, b.grad] + ([scale.grad] if torch.is_tensor(scale) and scale.requires_grad else [])
+        gradients = [a.grad, b.grad] + (
+            [scale.grad] if torch.is_tensor(scale) and scale.requires_grad else []
+        )
         found.append([loss.detach(), *gradients])
     return {str(i): torch.stack(values) for i, values in enumerate(zip(*found, strict=True))}
 
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    module, calls = mmfused.swaps.losses, []
+    module, calls = mmfused.fuse.losses, []
     real = module.scaled_info_nce
-    monkeypatch.setattr(module, "scaled_info_nce", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(
+        module, "scaled_info_nce", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    )
     return calls
 
 
@@ -104,24 +126,41 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
         assert len(sweeps) == SEEDS, case  # where the original has a loss, it is swapped
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}, case
         exact = outcome(name, kind, dtype, False, None, exact=True)
-        if dtype == torch.float64:  # plain is exact itself, but for the rounding of a gradient of the scale
+        if (
+            dtype == torch.float64
+        ):  # plain is exact itself, but for the rounding of a gradient of the scale
             for key in [k for k, v in got.items() if v.dtype == dtype]:
                 assert (got.pop(key) - exact.pop(key)).norm() <= 1e-10 * plain.pop(key).norm(), case
-        for key, value in exact.items():  # a few scalars: plain's error may be nearly 0 by luck, hence two roundings
+        for (
+            key,
+            value,
+        ) in (
+            exact.items()
+        ):  # a few scalars: plain's error may be nearly 0 by luck, hence two roundings
             error, allowed = relative_error(got[key], value), 2 * relative_error(plain[key], value)
-            assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (case, key, error, allowed)
+            assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (
+                case,
+                key,
+                error,
+                allowed,
+            )
         swapped += 1
     assert swapped >= 20 and (raised > 0) == (name == "clip" or autocast is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_scale_is_not_inverted(dtype):
-    """1 / scale rounded to 16 bits would err as much again: over 60 seeds the gradient of the scale is no worse than plain's."""
+    """1 / scale rounded to 16 bits would err as much again: over 60 seeds the gradient of the scale
+    is no worse than plain's.
+    """
     clip = pytest.importorskip("open_clip.loss").ClipLoss
     errors = {"plain": [], "fused": []}
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
-        a, b = (nn.functional.normalize(torch.randn(64, 64, generator=generator), dim=-1) for _ in range(2))
+        a, b = (
+            nn.functional.normalize(torch.randn(64, 64, generator=generator), dim=-1)
+            for _ in range(2)
+        )
         given = [a.to(dtype), nn.functional.normalize(0.2 * a + b, dim=-1).to(dtype)]
         given.append((14 + 86 * torch.rand((), generator=generator)).to(dtype))
         gradients = {}
@@ -129,15 +168,27 @@ def test_a_16_bit_scale_is_not_inverted(dtype):
             loss = clip()
             if name == "fused":
                 fuse(loss)
-            leaves = [x.to(torch.float64 if name == "exact" else dtype, copy=True).requires_grad_() for x in given]
+            leaves = [
+                x.to(torch.float64 if name == "exact" else dtype, copy=True).requires_grad_()
+                for x in given
+            ]
             loss(*leaves).backward()
             gradients[name] = leaves[2].grad.double()
         for name, values in errors.items():
-            values.append(((gradients[name] - gradients["exact"]) / gradients["exact"]).abs().item())
+            values.append(
+                ((gradients[name] - gradients["exact"]) / gradients["exact"]).abs().item()
+            )
     assert sum(errors["fused"]) <= 1.1 * sum(errors["plain"])
 
 
-CASES = list(zip(list(LOSSES)[:3], (torch.bfloat16, torch.bfloat16, torch.float32), (False, False, True), strict=True))
+CASES = list(
+    zip(
+        list(LOSSES)[:3],
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (False, False, True),
+        strict=True,
+    )
+)
 
 
 @pytest.mark.parametrize(("name", "dtype", "autocast"), CASES)

@@ -1,4 +1,6 @@
-"""fuse on losses with odd parts: no foreign object makes it raise, nor a call of a loss that was swapped."""
+"""fuse on losses with odd parts: no foreign object makes it raise, nor a call of a loss that was
+swapped.
+"""
 
 import functools
 
@@ -49,7 +51,9 @@ def test_any_similarity_is_judged(name, cached, swept):
     inputs, odd = torch.randn(2, B, 7), ODD[name]()
     loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
     report = fuse(loss)
-    assert not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
+    assert (
+        not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
+    )
     later = (cached_loss if cached else ranking_loss)()
     later.load_state_dict(loss.state_dict(), strict=False)
     assert fuse(later).swapped
@@ -64,7 +68,10 @@ def test_any_similarity_is_judged(name, cached, swept):
     want, got = outcome(loss), outcome(later)
     assert not swept and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
     (text,) = fuse(later).swapped.values()
-    assert text.startswith("already swapped, but runs the original: similarity_fct is ") and not fuse(later).expected[""]
+    assert (
+        text.startswith("already swapped, but runs the original: similarity_fct is ")
+        and not fuse(later).expected[""]
+    )
 
 
 class Raising(nn.Module):
@@ -120,7 +127,10 @@ def test_a_module_that_refuses_another_class_is_left(monkeypatch):
 
     monkeypatch.setattr(type(model[0]), "__setattr__", refuse)
     report = fuse(model)
-    assert list(report.swapped) == ["1"] == list(report.expected) and "__class__ is fixed" in report.left["0"]
+    assert (
+        list(report.swapped) == ["1"] == list(report.expected)
+        and "__class__ is fixed" in report.left["0"]
+    )
 
 
 def test_a_swapped_loss_takes_odd_attributes_later(swept):
@@ -134,9 +144,16 @@ def test_a_swapped_loss_takes_odd_attributes_later(swept):
                 loss(a, b, 2.0)
     assert not swept
     ranking, embeddings = ranking_loss(), [a, b]
-    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))  # which the original never compares
+    odd = dict(
+        hardness_mode="of its own", hardness_strength=torch.ones(2)
+    )  # which the original never compares
     want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
     assert "It cannot be judged: RuntimeError: Boolean" in fuse(ranking).left[""]
     assert fuse(edited(ranking, hardness_mode=None)).swapped
-    assert torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want) and not swept
-    assert "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]
+    assert (
+        torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want)
+        and not swept
+    )
+    assert (
+        "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]
+    )

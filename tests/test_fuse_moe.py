@@ -1,4 +1,6 @@
-"""fuse(model) on transformers' mixtures of experts, and "mmfused" as an experts implementation: the numbers of the originals."""
+"""fuse(model) on transformers' mixtures of experts, and "mmfused" as an experts implementation: the
+numbers of the originals.
+"""
 
 import copy
 import os
@@ -30,7 +32,7 @@ from fuse_moe_models import (
 )
 from torch import nn
 
-import mmfused.swaps.experts
+import mmfused.fuse.experts
 from mmfused import fuse, unfuse
 from mmfused.testing import over_budget
 
@@ -40,10 +42,12 @@ pytest.importorskip("transformers.integrations.moe")
 @pytest.fixture
 def grouped(monkeypatch):
     """One entry for each call that reaches grouped_mlp or grouped_linear: its name."""
-    module, calls = mmfused.swaps.experts, []
+    module, calls = mmfused.fuse.experts, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, **k: (calls.append(real.__name__), real(*a, **k))[1])
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, **k: (calls.append(real.__name__), real(*a, **k))[1]
+        )
     return calls
 
 
@@ -59,13 +63,19 @@ def inner(model):
 
 
 def blocks(case):
-    return ["model.layers.1.mlp.experts"] if "dense" in case else [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    return (
+        ["model.layers.1.mlp.experts"]
+        if "dense" in case
+        else [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers_in_float64(case, training, grouped):
-    """Logits, loss with its aux loss, router logits, all gradients; the attention mask leaves tokens out."""
+    """Logits, loss with its aux loss, router logits, all gradients; the attention mask leaves
+    tokens out.
+    """
     model = filled(CASES[case]()).train(training)
     want, seen = run(model), []
     for name, module in model.named_modules():
@@ -88,7 +98,9 @@ def test_float32_within_the_budget(case):
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2"])
 def test_the_kernels_give_the_same_numbers(case, grouped):
-    """Where the choice of kernels is explicit no other path serves the call; in the interpreter without a GPU."""
+    """Where the choice of kernels is explicit no other path serves the call; in the interpreter
+    without a GPU.
+    """
     model = filled(CASES[case]()).float().double()
     exact = run(model.eval())
     plain = run(model.float())
@@ -121,21 +133,28 @@ def test_there_and_back(case, grouped):
         assert (type(module) is not types[name]) == (name in report.swapped)
     assert all(phrase.startswith("already swapped") for phrase in fuse(model).swapped.values())
     fused_state = model.state_dict()
-    assert list(fused_state) == list(state) and all(torch.equal(fused_state[k], state[k]) for k in state)
+    assert list(fused_state) == list(state) and all(
+        torch.equal(fused_state[k], state[k]) for k in state
+    )
     assert list(map(id, model.parameters())) == parameters
 
     fresh = CASES[case]().to(DEVICE, torch.float64)
     fresh.load_state_dict(fused_state)
     same(run(fresh), want, 0.0)
     assert not grouped
-    other = filled(CASES[case]())  # fused before transformers hangs its recorders on the routers: those cannot be pickled
+    other = filled(
+        CASES[case]()
+    )  # fused before transformers hangs its recorders on the routers: those cannot be pickled
     fuse(other)
     other.load_state_dict(state)
     for twin in (pickle.loads(pickle.dumps(other)), other, copy.deepcopy(model)):
         grouped.clear()
         same(run(twin), want)
         assert len(grouped) == 2 and unfuse(twin) == blocks(case)
-    assert unfuse(model) == blocks(case) and {name: type(module) for name, module in model.named_modules()} == types
+    assert (
+        unfuse(model) == blocks(case)
+        and {name: type(module) for name, module in model.named_modules()} == types
+    )
     grouped.clear()
     same(run(model), want, 0.0)
     assert not grouped
@@ -157,11 +176,17 @@ def test_gradient_checkpointing_and_autocast(grouped):
         fuse(model)
         got = run(model)
     assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}
-    names = ("logits", "loss", "router 1", "model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate.weight")
+    names = (
+        "logits",
+        "loss",
+        "router 1",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.gate.weight",
+    )
     assert not over_budget(*({k: results[k] for k in names} for results in (got, exact, plain)))
 
 
-# ---- what is left, and calls that run the original ------------------------------------------------------------------------------
+# ---- what is left, and calls that run the original -----------------------------------------------
 
 
 def after(module, change):
@@ -182,7 +207,9 @@ def quantise(module):
 
 
 def eight_bits(module):
-    module.down_proj = nn.Parameter(module.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    module.down_proj = nn.Parameter(
+        module.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False
+    )
 
 
 def hook(module):
@@ -221,16 +248,26 @@ def test_left_with_the_reason(words):
     types = [type(module) for module in model.modules()]
     report = fuse(model, dry_run=True)
     reason = report.left["model.layers.1.mlp.experts"]
-    assert words in reason and reason.endswith(".") and [type(module) for module in model.modules()] == types
+    assert (
+        words in reason
+        and reason.endswith(".")
+        and [type(module) for module in model.modules()] == types
+    )
 
 
 def test_one_expert_with_its_own_probability_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    assert fuse(inner(mixtral(num_experts_per_tok=1))).swapped  # alone: nobody knows what weights it will get
+    assert fuse(
+        inner(mixtral(num_experts_per_tok=1))
+    ).swapped  # alone: nobody knows what weights it will get
 
 
-@pytest.mark.parametrize("change", [hook, quantise, lambda m: setattr(m, "act_fn", nn.Tanh())], ids=["hook", "quantised", "tanh"])
+@pytest.mark.parametrize(
+    "change",
+    [hook, quantise, lambda m: setattr(m, "act_fn", nn.Tanh())],
+    ids=["hook", "quantised", "tanh"],
+)
 def test_what_changes_later_runs_the_original(change, grouped):
     model = filled(mixtral())
     fuse(model)
@@ -258,7 +295,7 @@ def test_a_model_with_another_implementation(implementation, grouped):
     assert len(grouped) == called + 4
 
 
-# ---- the experts implementation "mmfused" ---------------------------------------------------------------------------------------
+# ---- the experts implementation "mmfused" --------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -276,12 +313,18 @@ def test_by_name_from_a_config_and_from_a_folder(tmp_path, grouped):
     mmfused.register_experts()
     model = filled(mixtral())
     want, state = run(model), model.state_dict()
-    named = transformers.AutoModelForCausalLM.from_config(model.config, experts_implementation="mmfused").to(DEVICE, torch.float64)
+    named = transformers.AutoModelForCausalLM.from_config(
+        model.config, experts_implementation="mmfused"
+    ).to(DEVICE, torch.float64)
     named.load_state_dict(state)
     same(run(named), want)
     named.save_pretrained(tmp_path)
     assert "mmfused" not in (tmp_path / "config.json").read_text()
-    read = type(model).from_pretrained(tmp_path, experts_implementation="mmfused", dtype=torch.float64).to(DEVICE)
+    read = (
+        type(model)
+        .from_pretrained(tmp_path, experts_implementation="mmfused", dtype=torch.float64)
+        .to(DEVICE)
+    )
     same(run(read), want)
     assert len(grouped) == 4
 
@@ -313,31 +356,42 @@ def test_by_name_takes_wider_tokens(tokens):
     module.config._experts_implementation = "mmfused"
     x, index, weights = choices(tokens=tokens, dtype=torch.float32)
     out = module(x, index, weights)
-    assert out.dtype == torch.float32 and torch.equal(out, module(x.bfloat16(), index, weights).float())
+    assert out.dtype == torch.float32 and torch.equal(
+        out, module(x.bfloat16(), index, weights).float()
+    )
 
 
 def test_by_name_refuses_what_it_cannot_run():
     mmfused.register_experts()
     gpt_oss = experts("gpt_oss.modeling_gpt_oss.GptOssExperts", swiglu_alpha=1.7, swiglu_limit=7.0)
     gpt_oss.config._experts_implementation = "mmfused"
-    with pytest.raises(ValueError, match="'mmfused' cannot run GptOssExperts: is_transposed is True: the kernels take"):
+    with pytest.raises(
+        ValueError,
+        match="'mmfused' cannot run GptOssExperts: is_transposed is True: the kernels take",
+    ):
         gpt_oss(*choices())
 
 
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_experts_of_other_ranks(act, backend):
-    """Expert parallelism: numbers from E on are experts of another rank; they count for nothing and get no gradient."""
+    """Expert parallelism: numbers from E on are experts of another rank; they count for nothing and
+    get no gradient.
+    """
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
-    x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)  # nearly half of them elsewhere
+    x, index, weights = choices(
+        3, dtype=torch.float32, experts=E + 4
+    )  # nearly half of them elsewhere
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
-    want["weights"] = want["weights"].masked_fill(index == E, 0.0)  # older releases leave what would be added, times 0, there
+    want["weights"] = want["weights"].masked_fill(
+        index == E, 0.0
+    )  # older releases leave what would be added, times 0, there
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):
         got = run_experts(module, x, index, weights)
@@ -351,14 +405,16 @@ def test_register_needs_transformers(monkeypatch):
         mmfused.register_experts()
 
 
-# ---- the aux loss ---------------------------------------------------------------------------------------------------------------
+# ---- the aux loss --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("masked", [True, False])
 def test_transformers_balance_loss_is_k_times_ours(k, masked):
     modeling = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
-    layers = tuple(torch.randn(B * N, E, device=DEVICE) * 2 + torch.randn(E, device=DEVICE) for _ in range(3))
+    layers = tuple(
+        torch.randn(B * N, E, device=DEVICE) * 2 + torch.randn(E, device=DEVICE) for _ in range(3)
+    )
     mask = batch()["attention_mask"] if masked else None
     ignore = None if mask is None else mask.flatten() == 0
 
@@ -372,7 +428,10 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
     for logits in layers:
         a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         torch.testing.assert_close(theirs(a), k * ours(b).balance_loss)
-        (da,), (db,) = torch.autograd.grad(theirs(a), a), torch.autograd.grad(k * ours(b).balance_loss, b)
+        (da,), (db,) = (
+            torch.autograd.grad(theirs(a), a),
+            torch.autograd.grad(k * ours(b).balance_loss, b),
+        )
         torch.testing.assert_close(da, db, rtol=1e-4, atol=1e-7)
 
     together = theirs(*layers)  # all layers as one batch, which is not the mean of the layers
@@ -387,7 +446,7 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
     assert abs(together - k * mean) > 1e-2
 
 
-# ---- torch.compile --------------------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 def test_no_graph_break():

@@ -1,4 +1,6 @@
-"""fuse(model): what is chosen by `only` and `skip`, what the report says and expects, and how it is printed."""
+"""fuse(model): what is chosen by `only` and `skip`, what the report says and expects, and how it is
+printed.
+"""
 
 import copy
 import re
@@ -8,8 +10,8 @@ from fuse_models import D, H, K, clip, clip_tower, cross, latent, library, sigli
 from torch import nn
 
 from mmfused import fuse, unfuse
-from mmfused.swaps import KINDS, counts
-from mmfused.swaps.base import FAMILIES
+from mmfused.fuse import KINDS, counts
+from mmfused.fuse.base import FAMILIES
 
 
 def experts():
@@ -24,7 +26,9 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.vision = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": torch_attention()}) for _ in range(3))})
+        self.vision = nn.ModuleDict(
+            {"blocks": nn.ModuleList(nn.ModuleDict({"attn": torch_attention()}) for _ in range(3))}
+        )
         self.vision["pool"] = clip()
         self.text = nn.ModuleDict({"head": siglip().head, "cross": torch_attention()})
         self.experts = experts()
@@ -46,7 +50,10 @@ def chosen(model, **options):
     dry = fuse(model, dry_run=True, **options)
     report = fuse(model, **options)
     assert report == dry and set(unfuse(model)) == set(report.swapped)
-    assert report.classes.keys() == report.swapped.keys() | report.left.keys() and report.expected.keys() == report.swapped.keys()
+    assert (
+        report.classes.keys() == report.swapped.keys() | report.left.keys()
+        and report.expected.keys() == report.swapped.keys()
+    )
     return report
 
 
@@ -89,12 +96,17 @@ CHOICE_IDS = [re.sub(" at 0x[0-9a-f]+", "", str(list(options.items()))) for opti
 
 @pytest.mark.parametrize(("options", "names"), CHOICES, ids=CHOICE_IDS)
 def test_what_is_chosen(options, names, model):
-    options = {key: list(value) if not isinstance(value, str) else value for key, value in options.items()}
+    options = {
+        key: list(value) if not isinstance(value, str) else value for key, value in options.items()
+    }
     report = chosen(model, **options)
     assert set(report.swapped) == names, report
     assert set(report.left) >= ALL - names, "what is known and not chosen is named"
     assert set(report.left) <= (ALL - names) | {"vision.pool.attn", "text.head.attention"}
-    assert all(re.fullmatch(r"Not chosen: (skip has '.*'|only names other modules)\.", text) for text in report.left.values())
+    assert all(
+        re.fullmatch(r"Not chosen: (skip has '.*'|only names other modules)\.", text)
+        for text in report.left.values()
+    )
 
 
 def test_the_root_may_be_chosen():
@@ -116,7 +128,9 @@ def test_what_a_head_holds_is_left_with_it(model):
 
 
 @pytest.mark.parametrize("argument", ["only", "skip"])
-@pytest.mark.parametrize("entry", ["visual", "poolings", "vision.attn", "vision.?", "text.cross.", "attn"])
+@pytest.mark.parametrize(
+    "entry", ["visual", "poolings", "vision.attn", "vision.?", "text.cross.", "attn"]
+)
 def test_an_entry_that_names_nothing_raises(argument, entry, model):
     types = [type(module) for module in model.modules()]
     with pytest.raises(ValueError) as error:
@@ -148,7 +162,7 @@ def test_every_kind_has_its_family():
     assert {kind.family for kind in KINDS.values()} == set(FAMILIES)
 
 
-# ---- what is expected -----------------------------------------------------------------------------------------------------------
+# ---- what is expected ----------------------------------------------------------------------------
 
 
 def by_hand(dim, queries, width, heads):
@@ -176,23 +190,37 @@ def test_known_queries_are_counted(make, sizes):
 def test_nothing_is_expected_where_keys_and_values_cost_less():
     text = fuse(library("open_clip.transformer.AttentionalPooler", 64, 64, 8, 256)).expected[""]
     times = f"{1 / by_hand(64, 256, 64, 8):.3g} times as much without keys and values"
-    assert text == f"nothing by count: with 256 queries of 8 heads a token would cost {times}, so it has them, as before"
+    assert (
+        text
+        == f"nothing by count: with 256 queries of 8 heads a token would cost {times}, so it has them, as before"
+    )
 
 
 @pytest.mark.parametrize(("dim", "width", "heads"), [(768, 768, 12), (32, 64, 2), (64, 64, 1)])
 def test_how_many_queries_still_save(dim, width, heads):
     for times, index in ((1.25, 0), (2.0, 1)):
         most = int(
-            re.findall(r"up to (\d+) queries on a CPU, (\d+) on a GPU", counts.pooling(dim, None, width, width, heads))[0][index]
+            re.findall(
+                r"up to (\d+) queries on a CPU, (\d+) on a GPU",
+                counts.pooling(dim, None, width, width, heads),
+            )[0][index]
         )
         assert by_hand(dim, most, width, heads) >= times > by_hand(dim, most + 1, width, heads)
 
 
 def test_what_attention_experts_and_losses_expect():
     texts = fuse(Model(), dry_run=True).expected
-    assert "nothing to gain with few tokens, nor in a call that runs as before" in texts["text.cross"]
-    assert "by count 2 x 32 numbers" in texts["experts"] and "nothing to gain on a CPU" in texts["experts"]
-    assert "no B x B matrix" in texts["losses"] and "nothing to gain in small batches" in texts["losses"]
+    assert (
+        "nothing to gain with few tokens, nor in a call that runs as before" in texts["text.cross"]
+    )
+    assert (
+        "by count 2 x 32 numbers" in texts["experts"]
+        and "nothing to gain on a CPU" in texts["experts"]
+    )
+    assert (
+        "no B x B matrix" in texts["losses"]
+        and "nothing to gain in small batches" in texts["losses"]
+    )
     assert "up to" in fuse(cross()).expected[""]
 
 
@@ -204,12 +232,12 @@ def test_a_size_that_is_not_found_is_no_reason():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KINDS, "timm.layers.attention_pool.AttentionPoolLatent", Unmeasured)
-        patch.setattr("mmfused.swaps.base._classes", {})
+        patch.setattr("mmfused.fuse.base._classes", {})
         report = fuse(latent(), dry_run=True)
     assert list(report.swapped) == [""] and report.expected == {"": ""}
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def test_printed_as_a_table(model):
@@ -228,20 +256,32 @@ def test_printed_as_a_table(model):
         "experts",
         "losses",
     ]
-    assert rows[0].startswith("vision.blocks.*.attn (3)") and "MultiheadAttention" in rows[0] and " swapped " in rows[0]
+    assert (
+        rows[0].startswith("vision.blocks.*.attn (3)")
+        and "MultiheadAttention" in rows[0]
+        and " swapped " in rows[0]
+    )
     assert rows[-1].split()[:3] == ["losses", "ClipLoss", "left"]
-    assert all(line[: columns[3]].strip() or line.startswith(" " * columns[3]) for line in lines[2:])
+    assert all(
+        line[: columns[3]].strip() or line.startswith(" " * columns[3]) for line in lines[2:]
+    )
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5  # one for the three blocks
+    assert (
+        sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
+    )  # one for the three blocks
 
 
 def test_long_names_are_broken_at_their_dots():
     outer = nn.Module()
-    outer.a_name_that_is_rather_long = nn.ModuleDict({"and_another_which_follows": nn.Sequential(clip_tower(), cross())})
+    outer.a_name_that_is_rather_long = nn.ModuleDict(
+        {"and_another_which_follows": nn.Sequential(clip_tower(), cross())}
+    )
     lines = str(fuse(outer)).splitlines()
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("a_name_that_is_rather_long. ") for line in lines)
     column = lines[1].index("class")
-    assert any(line[column:].startswith("Attention ") for line in lines)  # Blip2QFormerMultiHead, Attention
+    assert any(
+        line[column:].startswith("Attention ") for line in lines
+    )  # Blip2QFormerMultiHead, Attention

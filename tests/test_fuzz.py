@@ -1,4 +1,6 @@
-"""A little of the fuzz with fixed seeds, and that it sees what it is there to see. `make fuzz MINUTES=60` draws new ones."""
+"""A little of the fuzz with fixed seeds, and that it sees what it is there to see. `make fuzz
+MINUTES=60` draws new ones.
+"""
 
 import functools
 
@@ -28,14 +30,18 @@ def test_every_argument_is_drawn_by_some_seed(function):
     while missing and seed < 200:
         missing -= set(MAKERS[function](Draw(seed, fixed={"sorted by a kernel": False})))
         seed += 1
-    assert not missing, f"{function} takes {sorted(missing)}, which the fuzz never gives: add them to its maker."
+    assert not missing, (
+        f"{function} takes {sorted(missing)}, which the fuzz never gives: add them to its maker."
+    )
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_option_is_broken_or_takes_anything(function):
     tensors = {path.split(".")[0] for path in tensor_arguments(FUNCTIONS[function])}
     unknown = set(arguments(FUNCTIONS[function])) - tensors - set(BAD_OPTIONS) - set(ANYTHING_GOES)
-    assert not unknown, f"{function} takes {sorted(unknown)}: say in fuzz_refusals.py what these never take."
+    assert not unknown, (
+        f"{function} takes {sorted(unknown)}: say in fuzz_refusals.py what these never take."
+    )
 
 
 def test_a_case_is_the_same_each_time():
@@ -56,7 +62,15 @@ def test_an_error_of_one_in_a_hundred_thousand_is_a_fault(monkeypatch):
 
     monkeypatch.setattr(mmfused, "masked_info_nce", wrong)
     cases = [Case("masked_info_nce", seed) for seed in range(150)]
-    cases = [case for case in cases if case.dtype == torch.float32 and case.kind == "values" and case.backend == "composed"]
-    large = [case for case in cases if float(case.inputs["temperature"]) > 0.1 and len(case.inputs["candidate"]) > 2]
+    cases = [
+        case
+        for case in cases
+        if case.dtype == torch.float32 and case.kind == "values" and case.backend == "composed"
+    ]
+    large = [
+        case
+        for case in cases
+        if float(case.inputs["temperature"]) > 0.1 and len(case.inputs["candidate"]) > 2
+    ]
     assert len(large) > 3
     assert sum(bool(case.faults()) for case in large) > len(large) / 2  # a loss of 0 stays 0

@@ -1,4 +1,6 @@
-"""Gated cross-attention: the specification against a literal transcription, composed path and modules. Kernels: *_fused.py."""
+"""Gated cross-attention: the specification against a literal transcription, composed path and
+modules. Kernels: *_fused.py.
+"""
 
 import itertools
 import math
@@ -9,7 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
-from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, gated_cross_attention, pack_passes
+from mmfused import (
+    BidirectionalGatedCrossAttention,
+    GatedCrossAttention,
+    TokenGate,
+    gated_cross_attention,
+    pack_passes,
+)
 from mmfused.testing import dropout_mask
 
 B, N, M, D, HEADS = 4, 6, 5, 12, 3
@@ -28,15 +36,33 @@ def randn(*shape):
 
 
 def linear(layer, x):
-    return torch.stack([(layer.weight[o] * x).sum() for o in range(len(layer.weight))]) + (0 if layer.bias is None else layer.bias)
+    return torch.stack([(layer.weight[o] * x).sum() for o in range(len(layer.weight))]) + (
+        0 if layer.bias is None else layer.bias
+    )
 
 
 def normed(norm, x):
-    return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + norm.eps) * norm.weight + norm.bias
+    return (x - x.mean()) / torch.sqrt(
+        ((x - x.mean()) ** 2).mean() + norm.eps
+    ) * norm.weight + norm.bias
 
 
-def literal(direction, norm_x, norm_context, x, context, ignored, present, both_present, own_ignored, options, keep):
-    """One sample, one token, one head at a time: models.md section 1b, and architecture.md section 3 for what is missing."""
+def literal(
+    direction,
+    norm_x,
+    norm_context,
+    x,
+    context,
+    ignored,
+    present,
+    both_present,
+    own_ignored,
+    options,
+    keep,
+):
+    """One sample, one token, one head at a time: models.md section 1b, and architecture.md section
+    3 for what is missing.
+    """
     missing, gate, pre_norm = options["missing"], options["gate"], options["pre_norm"]
     readable = [[j for j in range(context.shape[1]) if not ignored[s][j]] for s in range(len(x))]
     there = [bool(present[s]) and bool(readable[s]) for s in range(len(x))]
@@ -56,13 +82,22 @@ def literal(direction, norm_x, norm_context, x, context, ignored, present, both_
                 logits, values = [], []
                 for j in keys:
                     c = normed(norm_context, context[s, j]) if pre_norm else context[s, j]
-                    logits.append((q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(width))
+                    logits.append(
+                        (q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(width)
+                    )
                     values.append(linear(direction.v_proj, c)[part])
                 total = sum(torch.exp(logit) for logit in logits)
                 kept = [keep[0][s, h, i, j] for j in keys]
-                terms = [torch.exp(a) / total * v * k for a, v, k in zip(logits, values, kept, strict=True)]
+                terms = [
+                    torch.exp(a) / total * v * k
+                    for a, v, k in zip(logits, values, kept, strict=True)
+                ]
                 heads.append(sum(terms) if keys else torch.zeros(width, dtype=torch.float64))
-            read = linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i] if keys else torch.zeros(D, dtype=torch.float64)
+            read = (
+                linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i]
+                if keys
+                else torch.zeros(D, dtype=torch.float64)
+            )
             if gate == "none":
                 rows.append(x[s, i] + read if pre_norm else normed(norm_x, x[s, i] + read))
                 continue
@@ -77,13 +112,19 @@ def literal(direction, norm_x, norm_context, x, context, ignored, present, both_
 
 
 def both_ways(built, a, b, masks, options, p, seed):
-    ignore = {side: masks.get(f"{side}_key_padding_mask", torch.zeros(B, n).bool()) for side, n in (("a", N), ("b", M))}
+    ignore = {
+        side: masks.get(f"{side}_key_padding_mask", torch.zeros(B, n).bool())
+        for side, n in (("a", N), ("b", M))
+    }
     present = {side: masks.get(f"{side}_present", torch.ones(B).bool()) for side in "ab"}
     there = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
 
     def keep(stream, asks, reads):
         shapes = (B, HEADS, asks, reads), (B, asks, D)
-        return [dropout_mask(seed, shape, p, 2 * stream + i).double() / (1 - p) for i, shape in enumerate(shapes)]
+        return [
+            dropout_mask(seed, shape, p, 2 * stream + i).double() / (1 - p)
+            for i, shape in enumerate(shapes)
+        ]
 
     args = (
         built.to_a,
@@ -122,8 +163,12 @@ def padding():
 
 
 CASES = [
-    *itertools.product(["channel"], [True], ["skip", "zero", "attend"], [True], [False, True], [0.0]),
-    *itertools.product(["token", "channel", "none"], [False, "batch"], ["zero", "skip"], [True], [True], [0.0, 0.4]),
+    *itertools.product(
+        ["channel"], [True], ["skip", "zero", "attend"], [True], [False, True], [0.0]
+    ),
+    *itertools.product(
+        ["token", "channel", "none"], [False, "batch"], ["zero", "skip"], [True], [True], [0.0, 0.4]
+    ),
     *itertools.product(["none"], [True], ["skip", "zero", "attend"], [False], [True], [0.0, 0.4]),
 ]
 
@@ -142,7 +187,10 @@ def test_the_equations(backend, gate, indicator, missing, pre_norm, padded, p):
     upstream = [torch.randn_like(x) for x in want]
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
-    gradients = [torch.autograd.grad(outs, inputs, upstream, materialize_grads=True, allow_unused=True) for outs in (got, want)]
+    gradients = [
+        torch.autograd.grad(outs, inputs, upstream, materialize_grads=True, allow_unused=True)
+        for outs in (got, want)
+    ]
     for x, y in zip(*gradients, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
@@ -155,14 +203,26 @@ def test_one_direction_is_half_of_both(backend):
     """And a context of another width, with lengths for a mask."""
     both = module(missing="zero")
     one = module(GatedCrossAttention, missing="zero")
-    one.load_state_dict({**{k.removeprefix("to_a."): v for k, v in both.state_dict().items() if k.startswith("to_a.")},
-                         "norm_x.weight": both.norm_a.weight, "norm_x.bias": both.norm_a.bias,
-                         "norm_context.weight": both.norm_b.weight, "norm_context.bias": both.norm_b.bias})  # fmt: skip
+    one.load_state_dict(
+        {
+            **{
+                k.removeprefix("to_a."): v
+                for k, v in both.state_dict().items()
+                if k.startswith("to_a.")
+            },
+            "norm_x.weight": both.norm_a.weight,
+            "norm_x.bias": both.norm_a.bias,
+            "norm_context.weight": both.norm_b.weight,
+            "norm_context.bias": both.norm_b.bias,
+        }
+    )
     a, b, lengths = randn(B, N, D), randn(B, M, D), torch.tensor([5, 0, 2, 1])
     ignore = torch.arange(M) >= lengths[:, None]
     with mmfused.backend(backend):
         want = both(a, b, b_key_padding_mask=ignore, b_present=PRESENT)[0]
-        assert torch.equal(one(a, b, context_key_padding_mask=ignore, context_present=PRESENT), want)
+        assert torch.equal(
+            one(a, b, context_key_padding_mask=ignore, context_present=PRESENT), want
+        )
         assert torch.equal(one(a, b, context_lengths=lengths, context_present=PRESENT), want)
         narrow = GatedCrossAttention(D, HEADS, context_dim=7).double()
         assert narrow(a, randn(B, M, 7)).shape == a.shape
@@ -171,7 +231,9 @@ def test_one_direction_is_half_of_both(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_constant_context_collapses(backend, p):
-    """Absent samples hold equal tokens: reading one of them, or all, is the same; under dropout all are read."""
+    """Absent samples hold equal tokens: reading one of them, or all, is the same; under dropout all
+    are read.
+    """
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
@@ -183,9 +245,15 @@ def test_a_constant_context_collapses(backend, p):
         built.options["missing"] = missing
         leaf = context.clone().requires_grad_()
         with mmfused.backend(backend):
-            out = built(x, leaf, context_present=PRESENT, context_key_padding_mask=ignore, dropout_seed=seed)
-        gradients = torch.autograd.grad(out, [x, leaf, *built.parameters()], torch.linspace(-1, 1, out.numel()).view(out.shape))
-        results.append([out, gradients[0], gradients[1].sum(1), *gradients[2:]])  # equal tokens share their gradient
+            out = built(
+                x, leaf, context_present=PRESENT, context_key_padding_mask=ignore, dropout_seed=seed
+            )
+        gradients = torch.autograd.grad(
+            out, [x, leaf, *built.parameters()], torch.linspace(-1, 1, out.numel()).view(out.shape)
+        )
+        results.append(
+            [out, gradients[0], gradients[1].sum(1), *gradients[2:]]
+        )  # equal tokens share their gradient
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -197,11 +265,20 @@ def test_packed_passes_are_separate_calls(backend):
         packed = built(*(packs := pack_passes(a, b))[:2], a_present=packs[2], b_present=packs[3])
         flags = torch.ones(B).bool()
         zero_a, zero_b = torch.zeros_like(a), torch.zeros_like(b)
-        calls = [built(a, b), built(a, zero_b, b_present=~flags), built(zero_a, b, a_present=~flags)]
+        calls = [
+            built(a, b),
+            built(a, zero_b, b_present=~flags),
+            built(zero_a, b, a_present=~flags),
+        ]
     for got, want in zip(packed, zip(*calls, strict=True), strict=True):
         torch.testing.assert_close(got, torch.cat(want), rtol=1e-12, atol=1e-12)
-    assert [flag.tolist() for flag in packs[2:]] == [[True] * 8 + [False] * 4, [True] * 4 + [False] * 4 + [True] * 4]
-    with pytest.raises(ValueError, match=r"pack_passes: passes is \('c',\); it takes some of both, a, b"):
+    assert [flag.tolist() for flag in packs[2:]] == [
+        [True] * 8 + [False] * 4,
+        [True] * 4 + [False] * 4 + [True] * 4,
+    ]
+    with pytest.raises(
+        ValueError, match=r"pack_passes: passes is \('c',\); it takes some of both, a, b"
+    ):
         pack_passes(a, b, ("c",))
 
 
@@ -214,8 +291,10 @@ def test_skipped_samples_come_back_and_keep_their_nan(backend):
     def run(a, b):
         with mmfused.backend(backend):
             outs = built(a, b, **masks)
-        total = sum((out[PRESENT] * torch.arange(1, D + 1)).sum() for out in outs[1:]) + (
-            outs[0][PRESENT] * ~masks["a_key_padding_mask"][PRESENT, :, None]).sum()  # fmt: skip
+        total = (
+            sum((out[PRESENT] * torch.arange(1, D + 1)).sum() for out in outs[1:])
+            + (outs[0][PRESENT] * ~masks["a_key_padding_mask"][PRESENT, :, None]).sum()
+        )
         return outs, torch.autograd.grad(total, [a, b, *built.parameters()])
 
     outs, want = run(a, b)
@@ -231,24 +310,43 @@ def test_skipped_samples_come_back_and_keep_their_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero"])
 def test_all_missing_trains_without_none(backend, missing):
-    built, x, context = module(GatedCrossAttention, missing=missing), randn(B, N, D), torch.full((B, M, D), math.nan).double()
+    built, x, context = (
+        module(GatedCrossAttention, missing=missing),
+        randn(B, N, D),
+        torch.full((B, M, D), math.nan).double(),
+    )
     context.requires_grad_()
     with mmfused.backend(backend):
         out = built(x, context, context_present=torch.zeros(B).bool())
-    gradients = dict(zip(dict(built.named_parameters()), torch.autograd.grad(out.sum(), [*built.parameters()]), strict=True))
+    gradients = dict(
+        zip(
+            dict(built.named_parameters()),
+            torch.autograd.grad(out.sum(), [*built.parameters()]),
+            strict=True,
+        )
+    )
     assert all(g.isfinite().all() for g in gradients.values())
     assert not gradients["k_proj.weight"].any() and not gradients["out_proj.bias"].any()
-    assert torch.equal(out, x) == (missing == "skip") and gradients["gate_proj.weight"].any() == (missing == "zero")
+    assert torch.equal(out, x) == (missing == "skip") and gradients["gate_proj.weight"].any() == (
+        missing == "zero"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch, length, width", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_empty_inputs(batch, length, width, backend):
-    built, x, context = module(GatedCrossAttention, missing="zero"), randn(batch, length, D), randn(batch, width, D)
+    built, x, context = (
+        module(GatedCrossAttention, missing="zero"),
+        randn(batch, length, D),
+        randn(batch, width, D),
+    )
     with mmfused.backend(backend):
         out = built(x, context)
     assert out.shape == x.shape and out.isfinite().all()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [x, context, *built.parameters()]))
+    assert all(
+        g.isfinite().all()
+        for g in torch.autograd.grad(out.sum(), [x, context, *built.parameters()])
+    )
 
 
 def test_dropout_is_drawn_replayed_and_off_in_evaluation():
@@ -260,7 +358,9 @@ def test_dropout_is_drawn_replayed_and_off_in_evaluation():
     again = checkpoint(built, a, b, use_reentrant=False)
     assert torch.equal(first[0], again[0])
     upstream = torch.randn_like(first[0])
-    for x, y in zip(*(torch.autograd.grad(outs[0], [a, b], upstream) for outs in (first, again)), strict=True):
+    for x, y in zip(
+        *(torch.autograd.grad(outs[0], [a, b], upstream) for outs in (first, again)), strict=True
+    ):
         assert torch.equal(x, y)
     plain = module(dropout=0.0)
     plain.load_state_dict(built.state_dict())
@@ -278,12 +378,20 @@ def test_dropout_masks_have_the_right_frequencies_and_are_independent():
         for dim in (1, 2, 3):
             assert abs((centred * centred.roll(shift, dim)).mean()) < 0.002, (shift, dim)
     assert dropout_mask(seed, (3, 0), 0.3).shape == (3, 0) and dropout_mask(seed, shape, 0.0).all()
-    assert torch.equal(dropout_mask(seed, (6, 9), 0.3), dropout_mask(seed, (6, 70), 0.3)[:, :9])  # by position, not by shape
+    assert torch.equal(
+        dropout_mask(seed, (6, 9), 0.3), dropout_mask(seed, (6, 70), 0.3)[:, :9]
+    )  # by position, not by shape
 
 
 def test_mean_over_seeds_is_the_result_without_dropout():
-    """Of the attention alone (gate none, one head's worth of values is linear in the probabilities)."""
-    built, x, context = module(GatedCrossAttention, gate="none", dropout=0.2), randn(2, 3, D), randn(2, 4, D)
+    """Of the attention alone (gate none, one head's worth of values is linear in the
+    probabilities).
+    """
+    built, x, context = (
+        module(GatedCrossAttention, gate="none", dropout=0.2),
+        randn(2, 3, D),
+        randn(2, 4, D),
+    )
     with torch.no_grad():
         outs = torch.stack([built(x, context, dropout_seed=torch.tensor(s)) for s in range(3000)])
         want = built.eval()(x, context)
@@ -301,10 +409,19 @@ def test_shared_weights_and_state_dicts():
     for x, y in zip(shared(a, b), apart(a, b), strict=True):
         assert torch.equal(x, y)
     names = set(GatedCrossAttention(D, HEADS).state_dict())
-    linears = {f"{name}_proj.{part}" for name in ("q", "k", "v", "out", "gate") for part in ("weight", "bias")}
-    assert names == linears | {f"norm_{side}.{part}" for side in ("x", "context") for part in ("weight", "bias")}
+    linears = {
+        f"{name}_proj.{part}"
+        for name in ("q", "k", "v", "out", "gate")
+        for part in ("weight", "bias")
+    }
+    assert names == linears | {
+        f"norm_{side}.{part}" for side in ("x", "context") for part in ("weight", "bias")
+    }
     assert GatedCrossAttention(D, HEADS).gate_proj.weight.shape == (D, 2 * D + 1)
-    assert GatedCrossAttention(D, HEADS, gate="token", indicator=False).gate_proj.weight.shape == (1, 2 * D)
+    assert GatedCrossAttention(D, HEADS, gate="token", indicator=False).gate_proj.weight.shape == (
+        1,
+        2 * D,
+    )
     assert GatedCrossAttention(D, HEADS, gate="none", pre_norm=False, bias=False).gate_proj is None
 
 
@@ -328,40 +445,64 @@ def test_token_gate():
     gate, a, b = TokenGate(D, hidden=(7,)).double(), randn(B, N, D), randn(B, N, D)
     first, last = gate.mlp[0], gate.mlp[3]
     for s, i in ((0, 0), (3, 5)):
-        share = 1 / (1 + torch.exp(-linear(last, linear(first, torch.cat([a[s, i], b[s, i]])).clamp(min=0))))
+        share = 1 / (
+            1 + torch.exp(-linear(last, linear(first, torch.cat([a[s, i], b[s, i]])).clamp(min=0)))
+        )
         torch.testing.assert_close(gate.share(a, b)[s, i], share[0])
         torch.testing.assert_close(gate(a, b)[s, i], share * a[s, i] + (1 - share) * b[s, i])
     assert TokenGate(D).mlp[0].weight.shape == (D, 2 * D)
-    with pytest.raises(ValueError, match=r"b has shape \(4, 5, 12\); it takes \(4, 6, 12\), as a has"):
+    with pytest.raises(
+        ValueError, match=r"b has shape \(4, 5, 12\); it takes \(4, 6, 12\), as a has"
+    ):
         gate(a, randn(B, M, D))
 
 
 def call(**changes):
     built = module(GatedCrossAttention)
     x, context = randn(B, N, D), randn(B, M, D)
-    args = dict(x=x, context=context, weights=built.weights(), num_heads=HEADS, norm_x=(built.norm_x.weight, built.norm_x.bias),
-                norm_context=(built.norm_context.weight, built.norm_context.bias))  # fmt: skip
+    args = dict(
+        x=x,
+        context=context,
+        weights=built.weights(),
+        num_heads=HEADS,
+        norm_x=(built.norm_x.weight, built.norm_x.bias),
+        norm_context=(built.norm_context.weight, built.norm_context.bias),
+    )
     return gated_cross_attention(**args | changes)
 
 
 BAD = {
     "num_heads is 5; it must be positive and divide dim = 12": lambda: GatedCrossAttention(D, 5),
     "num_heads is 7; it must be positive": lambda: call(num_heads=7),
-    "gate is 'soft'; it takes one of channel, token, none": lambda: GatedCrossAttention(D, HEADS, gate="soft"),
-    "missing is 'drop'; it takes one of skip, zero, attend, constant": lambda: GatedCrossAttention(D, HEADS, missing="drop"),
+    "gate is 'soft'; it takes one of channel, token, none": lambda: GatedCrossAttention(
+        D, HEADS, gate="soft"
+    ),
+    "missing is 'drop'; it takes one of skip, zero, attend, constant": lambda: GatedCrossAttention(
+        D, HEADS, missing="drop"
+    ),
     "indicator is 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
-    "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(D, HEADS, pre_norm=False),
-    "dropout is 1.0; it takes a number from 0 to below 1": lambda: GatedCrossAttention(D, HEADS, dropout=1.0),
+    "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(
+        D, HEADS, pre_norm=False
+    ),
+    "dropout is 1.0; it takes a number from 0 to below 1": lambda: GatedCrossAttention(
+        D, HEADS, dropout=1.0
+    ),
     "dropout_p is -0.1; it takes a number from 0 to below 1": lambda: call(dropout_p=-0.1),
     "context has shape (4, 12)": lambda: call(context=randn(B, D)),
     "context has shape (3, 5, 12); it takes (4, tokens, dim)": lambda: call(context=randn(3, M, D)),
     "x has dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
     "context has dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
     "weights is a tuple; it takes CrossAttentionWeights": lambda: call(weights=(1,)),
-    "context has width 7; it takes 12, as weights.w_k has columns": lambda: call(context=randn(B, M, 7)),
+    "context has width 7; it takes 12, as weights.w_k has columns": lambda: call(
+        context=randn(B, M, 7)
+    ),
     "x has width 10; it takes 12, as weights.w_q has columns": lambda: call(x=randn(B, N, 10)),
-    "a has width 10; it takes 12, as to_a.w_q has columns": lambda: module()(randn(B, N, 10), randn(B, M, D)),
-    "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(indicator=False),
+    "a has width 10; it takes 12, as to_a.w_q has columns": lambda: module()(
+        randn(B, N, 10), randn(B, M, D)
+    ),
+    "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(
+        indicator=False
+    ),
     "weights.w_g has shape (12, 25); with gate 'none' it takes None": lambda: call(gate="none"),
     "norm_context is None; it takes a LayerNorm's weight and bias": lambda: call(norm_context=None),
     "norm_context is given with pre_norm=False": lambda: call(
@@ -370,13 +511,23 @@ BAD = {
     "context_key_padding_mask and context_lengths are both given": lambda: call(
         context_key_padding_mask=torch.zeros(B, M).bool(), context_lengths=torch.ones(B).long()
     ),
-    "context_key_padding_mask has shape (4, 6); it takes (4, 5)": lambda: call(context_key_padding_mask=torch.zeros(B, N).bool()),
+    "context_key_padding_mask has shape (4, 6); it takes (4, 5)": lambda: call(
+        context_key_padding_mask=torch.zeros(B, N).bool()
+    ),
     "context_lengths has dtype torch.float32": lambda: call(context_lengths=torch.ones(B)),
-    "context_lengths holds a value outside [0, 5]": lambda: call(context_lengths=torch.full((B,), 6)),
-    "context_present has shape (3,); it takes (4,)": lambda: call(context_present=torch.ones(3).bool()),
+    "context_lengths holds a value outside [0, 5]": lambda: call(
+        context_lengths=torch.full((B,), 6)
+    ),
+    "context_present has shape (3,); it takes (4,)": lambda: call(
+        context_present=torch.ones(3).bool()
+    ),
     "context_present has dtype torch.float32": lambda: call(context_present=torch.ones(B)),
-    "dropout_seed has dtype torch.float32": lambda: call(dropout_p=0.1, dropout_seed=torch.tensor(1.0)),
-    "b has width 7; it takes 12, as to_a.w_k has columns": lambda: module()(randn(B, N, D), randn(B, M, 7)),
+    "dropout_seed has dtype torch.float32": lambda: call(
+        dropout_p=0.1, dropout_seed=torch.tensor(1.0)
+    ),
+    "b has width 7; it takes 12, as to_a.w_k has columns": lambda: module()(
+        randn(B, N, D), randn(B, M, 7)
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The form "block" of gated cross-attention: attention and all that follows it as one launch, through the modules."""
+"""The form "block" of gated cross-attention: attention and all that follows it as one launch,
+through the modules.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,11 @@ def launches(monkeypatch, call):
     """Names of the kernels that a call launches, and what it gives."""
     launched, real = [], kernels.launch
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)))
+        patch.setattr(
+            kernels,
+            "launch",
+            lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
+        )
         result = call()
     return launched, result
 
@@ -29,15 +35,19 @@ def forward(module, inputs, extra):
         return module(*inputs, **extra)
 
 
-# ---- the same as the form "epilogue", whose backward serves both ----------------------------------------------------------------
+# ---- the same as the form "epilogue", whose backward serves both ---------------------------------
 
 
 FORMS_OF = [("narrow", options) for options in (*BOTH, *({**one, "both": False} for one in ONE))]
 
 
-@pytest.mark.parametrize("shape, options", [*FORMS_OF, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str)
+@pytest.mark.parametrize(
+    "shape, options", [*FORMS_OF, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str
+)
 def test_both_forms_write_the_same(monkeypatch, shape, options):
-    """Outputs to rounding; and where dropout, a missing sample or a mask leaves nothing of A, exactly."""
+    """Outputs to rounding; and where dropout, a missing sample or a mask leaves nothing of A,
+    exactly.
+    """
     module, inputs, extra = make(shape, **options, dtype=torch.float32)
     extra["dropout_seed"] = torch.tensor(3, device=DEVICE)
     outs = {}
@@ -68,7 +78,9 @@ def test_half_precision_plans_in_float32(monkeypatch, case):
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90))
+    monkeypatch.setattr(
+        kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
+    )
     check_budget(*make(case, **PLANNED[case], dtype=torch.float32))
 
 
@@ -79,7 +91,7 @@ def test_repeats_are_bitwise():
         assert torch.equal(value, want[name]), name
 
 
-# ---- what is missing ------------------------------------------------------------------------------------------------------------
+# ---- what is missing -----------------------------------------------------------------------------
 
 
 def test_skip_does_no_work(monkeypatch):
@@ -89,13 +101,18 @@ def test_skip_does_no_work(monkeypatch):
 @pytest.mark.parametrize("batch, n, m", [(0, 6, 7), (2, 0, 7), (2, 6, 0)])
 def test_empty_inputs(batch, n, m):
     module, inputs, _ = make(missing="zero", dtype=torch.float32, masks="none")
-    inputs = [x.detach()[:1, :length].expand(batch, -1, -1).clone() for x, length in zip(inputs, (n, m), strict=True)]
+    inputs = [
+        x.detach()[:1, :length].expand(batch, -1, -1).clone()
+        for x, length in zip(inputs, (n, m), strict=True)
+    ]
     got, want = (run(module, inputs, {}, backend) for backend in ("fused", "reference"))
     for name, value in got.items():
-        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, want[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-# ---- the switch -----------------------------------------------------------------------------------------------------------------
+# ---- the switch ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", ["channel", "none"])
@@ -117,11 +134,17 @@ def test_without_the_variable_the_default_runs(monkeypatch, form):
 
 def test_an_unknown_form_is_one_sentence(monkeypatch):
     monkeypatch.setenv("MMFUSED_CROSS_ATTENTION", "whole")
-    with pytest.raises(ValueError, match="^MMFUSED_CROSS_ATTENTION is 'whole'; it takes one of epilogue, block.$"):
+    with pytest.raises(
+        ValueError, match="^MMFUSED_CROSS_ATTENTION is 'whole'; it takes one of epilogue, block.$"
+    ):
         forward(*make(dtype=torch.float32))
 
 
-@pytest.mark.parametrize("shape, dtype", [("wide", torch.float16), ("head dim 96", torch.float16), ("odd", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [("wide", torch.float16), ("head dim 96", torch.float16), ("odd", torch.float32)],
+    ids=str,
+)
 def test_what_the_block_does_not_take_is_one_sentence(shape, dtype):
     """Before any launch; nothing falls back in silence."""
     dim, heads = SHAPES[shape][3:5]
@@ -132,8 +155,17 @@ def test_what_the_block_does_not_take_is_one_sentence(shape, dtype):
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_plans_are_powers_of_two(arch):
-    for dim, heads, limit in ((64, 4, 32), (70, 2, 64), (256, 8, 32), (256, 4, 64), (256, 2, 0), (264, 8, 0)):
+    for dim, heads, limit in (
+        (64, 4, 32),
+        (70, 2, 64),
+        (256, 8, 32),
+        (256, 4, 64),
+        (256, 2, 0),
+        (264, 8, 0),
+    ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tile = kernels.plan(dim, 300, dim // heads, dtype, arch).block
             assert (tile is None) == (limit == 0 or (dtype == torch.float32 and limit > 32))
-            assert tile is None or all(size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK))
+            assert tile is None or all(
+                size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK)
+            )

@@ -1,4 +1,6 @@
-"""Gated cross-attention at its edges: nothing to read, gradients asked for in part, odd layouts, far offsets. Every backend."""
+"""Gated cross-attention at its edges: nothing to read, gradients asked for in part, odd layouts,
+far offsets. Every backend.
+"""
 
 import itertools
 
@@ -24,27 +26,40 @@ def close(got, want, tolerance=2e-5):
         assert (value - want[name]).norm() <= tolerance * (1 + want[name].norm()), name
 
 
-# ---- nothing to read ------------------------------------------------------------------------------------------------------------
+# ---- nothing to read -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("both", [False, True], ids=["one", "both"])
-@pytest.mark.parametrize("gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero"])])
+@pytest.mark.parametrize(
+    "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero"])]
+)
 def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, backend):
-    """Of every parameter that the context would have reached, and of the context, which holds NaN if it does not ask; none is
-    None."""
-    module, inputs, _ = make(gate=gate, missing=missing, both=both, dropout=0.3, dtype=torch.float32)
+    """Of every parameter that the context would have reached, and of the context, which holds NaN
+    if it does not ask; none is None."""
+    module, inputs, _ = make(
+        gate=gate, missing=missing, both=both, dropout=0.3, dtype=torch.float32
+    )
     side = "b" if both else "context"
     asks = both and missing == "zero"
     inputs[1] = torch.full_like(inputs[1], 0.5 if asks else torch.nan)
-    got = run(module, inputs, {f"{side}_present": torch.zeros(len(inputs[0]), dtype=torch.bool, device=DEVICE)}, backend)
-    names = [name for name in got if not name.startswith(("out", "d x")) and (not asks or "to_a" in name)]
+    got = run(
+        module,
+        inputs,
+        {f"{side}_present": torch.zeros(len(inputs[0]), dtype=torch.bool, device=DEVICE)},
+        backend,
+    )
+    names = [
+        name for name in got if not name.startswith(("out", "d x")) and (not asks or "to_a" in name)
+    ]
     for name in names:
         acts = missing == "zero" and "gate_proj" in name
         assert got[name].isfinite().all() and bool(got[name].any()) == acts, name
     assert len(names) >= 8
     if missing == "skip":
-        assert torch.equal(got["out0"], inputs[0]) and torch.equal(got["d x0"], torch.ones_like(inputs[0]))
+        assert torch.equal(got["out0"], inputs[0]) and torch.equal(
+            got["d x0"], torch.ones_like(inputs[0])
+        )
     if not both:
         assert not got["d x1"].any()
 
@@ -52,7 +67,9 @@ def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, bac
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero", "attend", "constant"])
 def test_a_context_without_tokens_is_absent(missing, backend):
-    """With a mask or without; "skip" changes nothing then, and otherwise the gate sees no indicator."""
+    """With a mask or without; "skip" changes nothing then, and otherwise the gate sees no
+    indicator.
+    """
     module, inputs, _ = make(both=False, missing=missing, dtype=torch.float32)
     batch, width = len(inputs[0]), inputs[1].shape[-1]
     none = inputs[1].detach()[:, :0]
@@ -69,7 +86,7 @@ def test_a_context_without_tokens_is_absent(missing, backend):
         assert not plain["d gate_proj.weight"][:, -2:].any()
 
 
-# ---- with the cases of test_gated_cross_attention_fused.py, every pair of gate, missing mode and masks ---------------------------
+# ---- with the cases of test_gated_cross_attention_fused.py, every pair of gate, missing mode and masks
 
 PAIRS = [
     (True, dict(gate="token", masks="present")),
@@ -92,17 +109,23 @@ def test_more_pairs_stay_within_the_budget(both, options):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("both", [False, True], ids=["one", "both"])
 @pytest.mark.parametrize(
-    "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])]
+    "gate, missing",
+    [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
 def test_composed_equals_reference(gate, missing, both, dropout):
-    """The first sample and another lack a side, so that what is gathered lies elsewhere than it came from."""
+    """The first sample and another lack a side, so that what is gathered lies elsewhere than it
+    came from.
+    """
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
         gone = ~extra["b_present" if both else "context_present"]
         with torch.no_grad():
             inputs[1][gone] = inputs[1][gone][:, :1]
     upstream = upstream_for(inputs)
-    got, want = (run(module, inputs, extra, backend, upstream=upstream) for backend in ("composed", "reference"))
+    got, want = (
+        run(module, inputs, extra, backend, upstream=upstream)
+        for backend in ("composed", "reference")
+    )
     close(got, want, 1e-11)
 
 
@@ -110,7 +133,11 @@ def check_budget(module, inputs, extra):
     upstream = upstream_for(inputs)
     exact, plain, fused = (
         run(module, inputs, extra, backend, precision, upstream)
-        for backend, precision in (("reference", torch.float64), ("reference", torch.float32), ("fused", torch.float32))
+        for backend, precision in (
+            ("reference", torch.float64),
+            ("reference", torch.float32),
+            ("fused", torch.float32),
+        )
     )
     assert not over_budget(fused, exact, plain)
 
@@ -123,32 +150,51 @@ def test_packed_passes_are_separate_calls_in_the_kernels():
         packed_a, packed_b, a_present, b_present = pack_passes(a, b)
         packed = module(packed_a, packed_b, a_present=a_present, b_present=b_present)
         zeros = torch.zeros_like(a), torch.zeros_like(b)
-        calls = [module(a, b), module(a, zeros[1], b_present=~flags), module(zeros[0], b, a_present=~flags)]
+        calls = [
+            module(a, b),
+            module(a, zeros[1], b_present=~flags),
+            module(zeros[0], b, a_present=~flags),
+        ]
     for got, want in zip(packed, zip(*calls, strict=True), strict=True):
         assert torch.equal(got, torch.cat(want))
 
 
-# ---- what is given, and what is asked for ---------------------------------------------------------------------------------------
+# ---- what is given, and what is asked for --------------------------------------------------------
 
 
 def functional(backend, module, inputs, wanted=None, **changes):
-    """Output and gradients of gated_cross_attention by name, of the tensors ``wanted`` alone (None: all)."""
+    """Output and gradients of gated_cross_attention by name, of the tensors ``wanted`` alone (None:
+    all).
+    """
     weights = module.weights()
     named = dict(zip(("x", "context"), inputs, strict=True))
     named |= {field: weight for field, weight in weights._asdict().items() if weight is not None}
-    named |= {f"norm_{side}_{part}": getattr(getattr(module, f"norm_{side}"), part) for side in ("x", "context")
-              for part in ("weight", "bias")}  # fmt: skip
+    named |= {
+        f"norm_{side}_{part}": getattr(getattr(module, f"norm_{side}"), part)
+        for side in ("x", "context")
+        for part in ("weight", "bias")
+    }
     named = {k: v for k, v in (named | changes).items() if v is not None}
     leaves = {k: v.detach().requires_grad_(wanted is None or k in wanted) for k, v in named.items()}
-    norms = {f"norm_{side}": tuple(leaves[f"norm_{side}_{part}"] for part in ("weight", "bias")) for side in ("x", "context")}
+    norms = {
+        f"norm_{side}": tuple(leaves[f"norm_{side}_{part}"] for part in ("weight", "bias"))
+        for side in ("x", "context")
+    }
     given = {field: leaves.get(field) for field in weights._fields}
     with mmfused.backend(backend):
         out = gated_cross_attention(
-            leaves["x"], leaves["context"], type(weights)(**given), num_heads=module.options["num_heads"], **norms,
-            dropout_p=0.3, dropout_seed=torch.tensor(7, device=DEVICE),
-        )  # fmt: skip
+            leaves["x"],
+            leaves["context"],
+            type(weights)(**given),
+            num_heads=module.options["num_heads"],
+            **norms,
+            dropout_p=0.3,
+            dropout_seed=torch.tensor(7, device=DEVICE),
+        )
     asked = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    gradients = torch.autograd.grad(out, asked, torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype))
+    gradients = torch.autograd.grad(
+        out, asked, torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype)
+    )
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
@@ -163,11 +209,16 @@ def test_gradients_asked_for_in_part(backend):
         close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("missing", [("b_k",), ("b_q", "b_v"), ("b_o",), ("b_g",), ("b_q", "b_k", "b_v", "b_o")], ids=str)
+@pytest.mark.parametrize(
+    "missing", [("b_k",), ("b_q", "b_v"), ("b_o",), ("b_g",), ("b_q", "b_k", "b_v", "b_o")], ids=str
+)
 def test_any_bias_may_be_missing(missing):
     module, inputs, _ = make(both=False, dtype=torch.float32)
     changes = dict.fromkeys(missing)
-    close(functional("fused", module, inputs, **changes), functional("reference", module, inputs, **changes))
+    close(
+        functional("fused", module, inputs, **changes),
+        functional("reference", module, inputs, **changes),
+    )
 
 
 @pytest.mark.parametrize("gate", ["channel", "token"])
@@ -184,10 +235,14 @@ def test_strided_parameters():
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional("fused", module, inputs)
     weights = module.weights()._asdict() | {
-        f"norm_{side}_{part}": getattr(getattr(module, f"norm_{side}"), part) for side in ("x", "context")
+        f"norm_{side}_{part}": getattr(getattr(module, f"norm_{side}"), part)
+        for side in ("x", "context")
         for part in ("weight", "bias")
-    }  # fmt: skip
-    spread = {name: torch.stack([w, torch.full_like(w, torch.nan)], -1)[..., 0] for name, w in weights.items()}
+    }
+    spread = {
+        name: torch.stack([w, torch.full_like(w, torch.nan)], -1)[..., 0]
+        for name, w in weights.items()
+    }
     for name, value in functional("fused", module, inputs, **spread).items():
         assert torch.equal(value, want[name]), name
 
@@ -202,7 +257,12 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
 
     def gradients(outs, leaves):
         torch.rand(3)  # what follows moves the generator on
-        return [*outs, *torch.autograd.grad([out.square().sum() for out in outs], [*leaves, *module.parameters()])]
+        return [
+            *outs,
+            *torch.autograd.grad(
+                [out.square().sum() for out in outs], [*leaves, *module.parameters()]
+            ),
+        ]
 
     results = []
     for call in (attend, lambda *tokens: checkpoint(attend, *tokens, use_reentrant=False)):
@@ -214,12 +274,14 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
     assert not torch.equal(attend(*inputs)[0], results[0][0])
 
 
-# ---- dropout's streams ----------------------------------------------------------------------------------------------------------
+# ---- dropout's streams ---------------------------------------------------------------------------
 
 
 def test_directions_and_samples_drop_different_elements():
     """Both directions of equal sides and equal weights differ by nothing but their dropout."""
-    module, inputs, _ = make(gate="none", share_weights=True, dropout=0.5, masks="none", dtype=torch.float32)
+    module, inputs, _ = make(
+        gate="none", share_weights=True, dropout=0.5, masks="none", dtype=torch.float32
+    )
     module.norm_b = module.norm_a
     x = inputs[0].detach()[:1].expand_as(inputs[0])
     with mmfused.backend("fused"):
@@ -227,11 +289,16 @@ def test_directions_and_samples_drop_different_elements():
         still = module.eval()(x, x)
     torch.testing.assert_close(still[0], still[1], rtol=1e-5, atol=1e-5)
     rows = [(out != x).flatten(0, 1) for out in (a, b)]
-    agree = torch.stack([(rows[0] == rows[1]).float().mean(), *((rows[0] == rows[0].roll(i, 0)).float().mean() for i in (1, 6))])
+    agree = torch.stack(
+        [
+            (rows[0] == rows[1]).float().mean(),
+            *((rows[0] == rows[0].roll(i, 0)).float().mean() for i in (1, 6)),
+        ]
+    )
     assert ((agree - 0.5).abs() < 5 * 0.5 / rows[0].numel() ** 0.5).all(), agree
 
 
-# ---- far offsets ----------------------------------------------------------------------------------------------------------------
+# ---- far offsets ---------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -241,12 +308,17 @@ def _offsets_kernel(out_ptr, first, width):
 
 
 def test_offsets_are_64_bit():
-    """Tokens of which the last lie behind the first 2^31 numbers (virtual memory, hardly touched), and rows of a far result."""
+    """Tokens of which the last lie behind the first 2^31 numbers (virtual memory, hardly touched),
+    and rows of a far result.
+    """
     if CUDA:
         pytest.skip("the interpreter probes the kernel; the same source runs on the card")
     got, first, width = torch.zeros(4, 16, dtype=torch.int64), 2**31 // 768 - 1, 768
     _offsets_kernel[(1,)](got, first, width)
-    assert torch.equal(got, (first + torch.arange(4))[:, None] * width + torch.arange(16)) and got.max() > 2**31
+    assert (
+        torch.equal(got, (first + torch.arange(4))[:, None] * width + torch.arange(16))
+        and got.max() > 2**31
+    )
 
     stride = 2**30 + 8
     place = torch.from_numpy(numpy.zeros(2 * stride + 2**12, numpy.float16))
@@ -262,5 +334,8 @@ def test_offsets_are_64_bit():
 
 
 def test_modules_name_what_they_refuse():
-    with pytest.raises(ValueError, match=r"GatedCrossAttention: dropout is nan; it takes a number from 0 to below 1\."):
+    with pytest.raises(
+        ValueError,
+        match=r"GatedCrossAttention: dropout is nan; it takes a number from 0 to below 1\.",
+    ):
         GatedCrossAttention(8, 2, dropout=float("nan"))

@@ -10,21 +10,28 @@ from torch.utils.checkpoint import checkpoint
 import mmfused
 from mmfused.testing import dropout_mask, over_budget
 
-# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+# ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
 def check_budget(module, inputs, extra):
     dtype, upstream = inputs[0].dtype, upstream_for(inputs)
     exact, plain, fused = (
         run(module, inputs, extra, backend, precision, upstream)
-        for backend, precision in (("reference", torch.float64), ("reference", dtype), ("fused", dtype))
+        for backend, precision in (
+            ("reference", torch.float64),
+            ("reference", dtype),
+            ("fused", dtype),
+        )
     )
-    # Queries and keys of a single key have gradients of 0: what rounding leaves is judged by the other gradients.
+    # Queries and keys of a single key have gradients of 0: what rounding leaves is judged by the
+    # other gradients.
     size = max(want.norm() for want in exact.values())
     for name in [name for name, want in exact.items() if not want.any()]:
         rounding = fused[name].double().norm()
         assert rounding <= 4 * torch.finfo(dtype).eps * size, (name, rounding)
-        fused, exact, plain = ({k: v for k, v in part.items() if k != name} for part in (fused, exact, plain))
+        fused, exact, plain = (
+            {k: v for k, v in part.items() if k != name} for part in (fused, exact, plain)
+        )
     assert not over_budget(fused, exact, plain)
 
 
@@ -64,7 +71,9 @@ def test_half_precision_stays_within_the_budget(options, dtype):
     check_budget(*make("odd", **options, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape, options", [("several tiles", BOTH[0]), ("many keys", BOTH[2])], ids=str)
+@pytest.mark.parametrize(
+    "shape, options", [("several tiles", BOTH[0]), ("many keys", BOTH[2])], ids=str
+)
 def test_several_tiles_stay_within_the_budget(shape, options):
     check_budget(*make(shape, **options, dtype=torch.float32))
 
@@ -81,14 +90,20 @@ PLANNED = {
 
 @pytest.mark.parametrize("case", PLANNED)
 def test_half_precision_plans_in_float32(monkeypatch, case):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in 16-bit rounding."""
+    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
+    16-bit rounding.
+    """
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     from mmfused.kernels import gated_cross_attention as kernels
 
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90))
-    check_budget(*make("wide" if case.startswith("wide") else case, **PLANNED[case], dtype=torch.float32))
+    monkeypatch.setattr(
+        kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
+    )
+    check_budget(
+        *make("wide" if case.startswith("wide") else case, **PLANNED[case], dtype=torch.float32)
+    )
 
 
 def test_dropout_drops_what_it_says():
@@ -99,7 +114,7 @@ def test_dropout_drops_what_it_says():
         assert torch.equal(got[f"out{i}"] != x, kept)
 
 
-# ---- what is missing ------------------------------------------------------------------------------------------------------------
+# ---- what is missing -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -107,14 +122,19 @@ def test_nan_that_nobody_may_read_stays_where_it_is(dropout):
     module, inputs, extra = make(dropout=dropout, dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     lacking = ~extra["a_present"] | ~extra["b_present"] | extra["b_key_padding_mask"].all(1)
-    ignored = torch.arange(inputs[0].shape[1], device=DEVICE) >= extra["a_lengths"][:, None], extra["b_key_padding_mask"]
+    ignored = (
+        torch.arange(inputs[0].shape[1], device=DEVICE) >= extra["a_lengths"][:, None],
+        extra["b_key_padding_mask"],
+    )
     hidden = [mask | lacking[:, None] for mask in ignored]
     with torch.no_grad():
         for x, gone in zip(inputs, hidden, strict=True):
             x[gone] = math.nan
     got = run(module, inputs, extra, "fused")
     for i, gone in enumerate(hidden):
-        assert got[f"out{i}"][gone].isnan().all() and torch.equal(got[f"out{i}"][~gone], want[f"out{i}"][~gone])
+        assert got[f"out{i}"][gone].isnan().all() and torch.equal(
+            got[f"out{i}"][~gone], want[f"out{i}"][~gone]
+        )
         assert torch.equal(want[f"d x{i}"][gone], torch.ones_like(want[f"d x{i}"][gone]))
     for name, value in got.items():
         assert name.startswith("out") or torch.equal(value, want[name]), name
@@ -159,7 +179,9 @@ def test_skip_does_no_work(monkeypatch):
 
 
 def check_skip(monkeypatch):
-    """Nothing is multiplied, forward or backward; samples come back as they were, and gradients are zeros, not None."""
+    """Nothing is multiplied, forward or backward; samples come back as they were, and gradients are
+    zeros, not None.
+    """
     if CUDA:
         pytest.skip("the interpreter counts; on a card the benchmarks show it")
     module, inputs, extra = make(dtype=torch.float32, dropout=0.3, masks="present")
@@ -174,16 +196,22 @@ def check_skip(monkeypatch):
 
 @pytest.mark.parametrize("missing", ["skip", "zero"])
 def test_attention_follows_the_samples_there(monkeypatch, missing):
-    """Attention tiles are worked for the samples that are there, and for no key beyond the last that may be read."""
+    """Attention tiles are worked for the samples that are there, and for no key beyond the last
+    that may be read.
+    """
     if CUDA:
         pytest.skip("the interpreter counts; on a card the benchmarks show it")
     from mmfused.kernels.gated_cross_attention import attend, attend_backward
 
-    module, inputs, _ = make("many keys", both=False, missing=missing, dtype=torch.float32, masks="none")
+    module, inputs, _ = make(
+        "many keys", both=False, missing=missing, dtype=torch.float32, masks="none"
+    )
     worked = []
     for owner in (attend, attend_backward):
         real = owner.dot
-        monkeypatch.setattr(owner, "dot", lambda *args, real=real: (worked.append(1), real(*args))[1])
+        monkeypatch.setattr(
+            owner, "dot", lambda *args, real=real: (worked.append(1), real(*args))[1]
+        )
 
     def tiles(**extra):
         worked.clear()
@@ -191,7 +219,10 @@ def test_attention_follows_the_samples_there(monkeypatch, missing):
         return len(worked)
 
     full, half = tiles(), tiles(context_present=torch.tensor([True, False]))
-    short, none = tiles(context_lengths=torch.tensor([32, 64])), tiles(context_present=torch.tensor([False, False]))
+    short, none = (
+        tiles(context_lengths=torch.tensor([32, 64])),
+        tiles(context_present=torch.tensor([False, False])),
+    )
     assert none == 0 < half == full // 2
     assert short == full * 3 // 10  # 1 and 2 tiles of the 5 and 5 that hold 131 keys
 
@@ -200,13 +231,18 @@ def test_attention_follows_the_samples_there(monkeypatch, missing):
 @pytest.mark.parametrize("batch, n, m", [(0, 6, 7), (2, 0, 7), (2, 6, 0)])
 def test_empty_inputs(batch, n, m, missing):
     module, inputs, _ = make(missing=missing, dtype=torch.float32, masks="none")
-    inputs = [x.detach()[:1, :length].expand(batch, -1, -1).clone() for x, length in zip(inputs, (n, m), strict=True)]
+    inputs = [
+        x.detach()[:1, :length].expand(batch, -1, -1).clone()
+        for x, length in zip(inputs, (n, m), strict=True)
+    ]
     got, want = (run(module, inputs, {}, backend) for backend in ("fused", "reference"))
     for name, value in got.items():
-        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, want[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-# ---- 2: layouts -----------------------------------------------------------------------------------------------------------------
+# ---- 2: layouts ----------------------------------------------------------------------------------
 
 
 def test_strided_tokens_and_gradients():
@@ -224,23 +260,37 @@ def test_strided_tokens_and_gradients():
             assert torch.equal(value, want[name]), name
 
 
-# ---- 3: registration, launches --------------------------------------------------------------------------------------------------
+# ---- 3: registration, launches -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [BOTH[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [BOTH[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)],
+    ids=str,
+)
 def test_opcheck(monkeypatch, options):
     module, inputs, extra = make(**options, dtype=torch.float32)
     calls = []
     with monkeypatch.context() as patch:
         for name in ("gated_cross_attention_fwd", "gated_cross_attention_bwd"):
             real = getattr(torch.ops.mmfused, name)
-            patch.setattr(torch.ops.mmfused, name, lambda *args, real=real: (calls.append((real, args)), real(*args))[1])
+            patch.setattr(
+                torch.ops.mmfused,
+                name,
+                lambda *args, real=real: (calls.append((real, args)), real(*args))[1],
+            )
         run(module, inputs, extra, "fused")
     assert len(calls) == 2
     for op, args in calls:
-        args = torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args)
+        args = torch.utils._pytree.tree_map(
+            lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args
+        )
         # What nobody will read is not written: where there is such, two runs need not agree in it.
-        more = ("test_autograd_registration", "test_aot_dispatch_dynamic") if options.get("masks") == "none" else ()
+        more = (
+            ("test_autograd_registration", "test_aot_dispatch_dynamic")
+            if options.get("masks") == "none"
+            else ()
+        )
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", *more))
 
 
@@ -249,7 +299,11 @@ def test_forward_takes_five_launches_at_most(monkeypatch):
 
     launched = []
     real = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)))
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
+    )
     for shape, most in (("narrow", 4), ("wide", 5)):
         launched.clear()
         module, inputs, extra = make(shape, dtype=torch.float16)
@@ -262,15 +316,30 @@ def test_forward_takes_five_launches_at_most(monkeypatch):
 def test_plans_are_powers_of_two(arch):
     from mmfused.kernels.gated_cross_attention import plan
 
-    for dim, context, heads in ((64, 64, 2), (192, 1024, 2), (256, 256, 8), (768, 768, 12), (1024, 256, 8)):
+    for dim, context, heads in (
+        (64, 64, 2),
+        (192, 1024, 2),
+        (256, 256, 8),
+        (768, 768, 12),
+        (1024, 256, 8),
+    ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tiles = plan(dim, context, dim // heads, dtype, arch)
-            for tile in (tiles.project, tiles.attend, tiles.d_query, tiles.d_key, tiles.product, tiles.rows):
+            for tile in (
+                tiles.project,
+                tiles.attend,
+                tiles.d_query,
+                tiles.d_key,
+                tiles.product,
+                tiles.rows,
+            ):
                 assert all(size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK))
-            assert tiles.rows.BN >= max(dim, context) and (tiles.together is not None) == (dim <= 256)
+            assert tiles.rows.BN >= max(dim, context) and (tiles.together is not None) == (
+                dim <= 256
+            )
 
 
-# ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------
+# ---- 4: behaviour --------------------------------------------------------------------------------
 
 
 def test_checkpoint_and_bitwise_repeats():
@@ -282,7 +351,9 @@ def test_checkpoint_and_bitwise_repeats():
     seed = torch.tensor(11, device=DEVICE)
 
     def attend(*tokens):
-        with mmfused.backend("fused"):  # inside: the recomputation runs in backward, after a context around the call has ended
+        with mmfused.backend(
+            "fused"
+        ):  # inside: the recomputation runs in backward, after a context around the call has ended
             return module(*tokens, **extra, dropout_seed=seed)
 
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -303,4 +374,7 @@ def test_double_backward_raises():
 
 
 def test_shapes_are_what_their_names_say():
-    assert SHAPES["wide"][3] > 256 >= SHAPES["head dim 96"][3] and SHAPES["head dim 96"][3] == 96 * SHAPES["head dim 96"][4]
+    assert (
+        SHAPES["wide"][3] > 256 >= SHAPES["head dim 96"][3]
+        and SHAPES["head dim 96"][3] == 96 * SHAPES["head dim 96"][4]
+    )

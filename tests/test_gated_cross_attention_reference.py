@@ -14,7 +14,9 @@ def norm():
 
 def weights():
     parts = [torch.randn(D, width, dtype=torch.float64) for width in (D, D, D, D, 2 * D + 1)]
-    return mmfused.CrossAttentionWeights(*parts, *(torch.randn(D, dtype=torch.float64) for _ in range(5)))
+    return mmfused.CrossAttentionWeights(
+        *parts, *(torch.randn(D, dtype=torch.float64) for _ in range(5))
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -23,21 +25,36 @@ def test_public_references(p):
     present, lengths = torch.tensor([True, False, True]), torch.tensor([3, 2, 0])
     shared = dict(num_heads=HEADS, missing="zero", dropout_p=p, dropout_seed=torch.tensor(5))
     to_a, to_b, norms = weights(), weights(), (norm(), norm())
-    one = dict(norm_x=norms[0], norm_context=norms[1], context_lengths=lengths, context_present=present, **shared)
+    one = dict(
+        norm_x=norms[0],
+        norm_context=norms[1],
+        context_lengths=lengths,
+        context_present=present,
+        **shared,
+    )
     two = dict(norm_a=norms[0], norm_b=norms[1], b_lengths=lengths, b_present=present, **shared)
     with mmfused.backend("composed"):
         alone = mmfused.gated_cross_attention(a, b, to_a, **one)
         both = mmfused.bidirectional_gated_cross_attention(a, b, to_a, to_b, **two)
-    torch.testing.assert_close(mmfused.gated_cross_attention_reference(a, b, to_a, **one), alone, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        mmfused.gated_cross_attention_reference(a, b, to_a, **one), alone, rtol=1e-11, atol=1e-12
+    )
     reference = mmfused.bidirectional_gated_cross_attention_reference(a, b, to_a, to_b, **two)
     torch.testing.assert_close(reference, both, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(reference[0], alone, rtol=1e-11, atol=1e-12)
 
 
 def test_references_draw_a_seed():
-    a, b, w = torch.randn(B, N, D), torch.randn(B, M, D), mmfused.CrossAttentionWeights(*(t.float() for t in weights()))
+    a, b, w = (
+        torch.randn(B, N, D),
+        torch.randn(B, M, D),
+        mmfused.CrossAttentionWeights(*(t.float() for t in weights())),
+    )
     options = dict(num_heads=HEADS, pre_norm=False, gate="none", indicator=False, dropout_p=0.5)
     w = w._replace(w_g=None, b_g=None)
     ones = torch.nn.LayerNorm(D)
-    outs = [mmfused.gated_cross_attention_reference(a, b, w, norm_x=(ones.weight, ones.bias), **options) for _ in range(2)]
+    outs = [
+        mmfused.gated_cross_attention_reference(a, b, w, norm_x=(ones.weight, ones.bias), **options)
+        for _ in range(2)
+    ]
     assert not torch.equal(*outs)

@@ -1,4 +1,6 @@
-"""Gated cross-attention: tokens with a mean, a single key, lengths that nothing checks on CUDA, tokens that are not finite."""
+"""Gated cross-attention: tokens with a mean, a single key, lengths that nothing checks on CUDA,
+tokens that are not finite.
+"""
 
 import math
 
@@ -8,7 +10,9 @@ from gated_cross_attention_cases import DEVICE, DTYPES, make, run, upstream_for
 
 from mmfused.testing import over_budget
 
-WAYS = [("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=str)] + [("fused", dtype) for dtype in DTYPES]
+WAYS = [("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=str)] + [
+    ("fused", dtype) for dtype in DTYPES
+]
 
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
@@ -25,7 +29,9 @@ def test_a_mean_costs_no_accuracy(backend, dtype, mean):
 
 
 def with_biases_as_columns(results):
-    """The gradient of k_proj.bias is 0, that of q_proj.bias a sum that nearly cancels: measured as columns of the weights'."""
+    """The gradient of k_proj.bias is 0, that of q_proj.bias a sum that nearly cancels: measured as
+    columns of the weights'.
+    """
     for name in [name for name in results if name.endswith(("q_proj.bias", "k_proj.bias"))]:
         weight = name.replace("bias", "weight")
         results[weight] = torch.cat([results[weight], results.pop(name)[:, None]], 1)
@@ -34,7 +40,9 @@ def with_biases_as_columns(results):
 
 @pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
 def test_of_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
-    """Softmax is 1 whatever they are: not a rounding of the value's gradient, which Adam would blow up to a step."""
+    """Softmax is 1 whatever they are: not a rounding of the value's gradient, which Adam would blow
+    up to a step.
+    """
     for dropout in (0.0, 0.3):
         module, inputs, _ = make(both=False, masks="none", dtype=dtype, dropout=dropout)
         inputs[1] = inputs[1].detach()[:, :1].requires_grad_()
@@ -44,10 +52,14 @@ def test_of_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
         assert got["d v_proj.weight"].any()
 
 
-@pytest.mark.parametrize("missing, bad", [("skip", -1), ("skip", 8), ("zero", 8), ("attend", 2**40)])
+@pytest.mark.parametrize(
+    "missing, bad", [("skip", -1), ("skip", 8), ("zero", 8), ("attend", 2**40)]
+)
 @pytest.mark.parametrize("both", [True, False], ids=["both", "one way"])
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
-def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(monkeypatch, backend, both, missing, bad):
+def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(
+    monkeypatch, backend, both, missing, bad
+):
     monkeypatch.setattr("mmfused.ops.gated_cross_attention.checks.check_value", lambda *_: None)
     module, inputs, _ = make(both=both, masks="none", missing=missing, dtype=torch.float32)
     name = "b_lengths" if both else "context_lengths"
@@ -59,7 +71,9 @@ def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(monkeypatch,
         assert got[key][1].isnan().all()
         torch.testing.assert_close(got[key][[0, 2, 3]], want[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
     assert got["d x0"][[0, 2, 3]].isfinite().all() and got["d x1"][[0, 2, 3]].isfinite().all()
-    assert bad < 0 or all(got[name].isnan().any() for name in got if name.endswith("v_proj.weight"))  # no step is made with it
+    assert bad < 0 or all(
+        got[name].isnan().any() for name in got if name.endswith("v_proj.weight")
+    )  # no step is made with it
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -72,27 +86,46 @@ def test_a_broken_token_touches_only_its_own_sample(backend, value):
         broken[side][1, 2, 3] = value
         got = run(module, [x.requires_grad_() for x in broken], {}, backend)
         for name in ("out0", "out1", "d x0", "d x1"):
-            torch.testing.assert_close(got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5
+            )
         asking, reading = ("out0", "out1") if side == 0 else ("out1", "out0")
         assert got[reading][1].isnan().all()  # every token of the other side reads it
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
-        torch.testing.assert_close(got[asking][1, rows], want[asking][1, rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got[asking][1, rows], want[asking][1, rows], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("logit", [100, 10_000])
 def test_what_all_logits_have_in_common_costs_the_kernel_no_accuracy(logit):
-    """Queries and keys are whole numbers, so that plain PyTorch's logits are exact, and what its softmax subtracts. (Torch's fused
-    attention, which the composed path takes, is off by 2e-4 at 10,000.)"""
-    module, _, _ = make("several tiles", both=False, dtype=torch.float32, gate="none", indicator=False, pre_norm=False)
+    """Queries and keys are whole numbers, so that plain PyTorch's logits are exact, and what its
+    softmax subtracts. (Torch's fused attention, which the composed path takes, is off by 2e-4 at
+    10,000.)"""
+    module, _, _ = make(
+        "several tiles",
+        both=False,
+        dtype=torch.float32,
+        gate="none",
+        indicator=False,
+        pre_norm=False,
+    )
     for projection in (module.q_proj, module.k_proj):
-        projection.weight.data, projection.bias.data = torch.eye(16, device=DEVICE), torch.zeros(16, device=DEVICE)
-        projection.weight.data[0, 0] = (4 * logit) ** 0.5  # of tokens whose first feature is 1; the scale is 1/4
+        projection.weight.data, projection.bias.data = (
+            torch.eye(16, device=DEVICE),
+            torch.zeros(16, device=DEVICE),
+        )
+        projection.weight.data[0, 0] = (
+            4 * logit
+        ) ** 0.5  # of tokens whose first feature is 1; the scale is 1/4
     inputs = [torch.randint(-1, 2, (2, count, 16), device=DEVICE).float() for count in (67, 35)]
     for tokens in inputs:
         tokens[..., 0] = 1
     inputs = [tokens.requires_grad_() for tokens in inputs]
     upstream = upstream_for(inputs)
-    plain, actual = (run(module, inputs, {}, name, upstream=upstream) for name in ("reference", "fused"))
+    plain, actual = (
+        run(module, inputs, {}, name, upstream=upstream) for name in ("reference", "fused")
+    )
     exact = run(module, inputs, {}, "reference", torch.float64, upstream)
     plain, actual, exact = (with_biases_as_columns(part) for part in (plain, actual, exact))
     assert not over_budget(actual, exact, plain)

@@ -1,4 +1,6 @@
-"""``make gpu``: what it runs, in which order, what it does not run again, and how it ends what does not end."""
+"""``make gpu``: what it runs, in which order, what it does not run again, and how it ends what does
+not end.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfused.benchmarks import choices, gpu, masked_info_nce, report, run
+from mmfused.benchmarks import masked_info_nce, report, run
+from mmfused.tools import choices, gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +24,9 @@ def part(name, text, source="one"):
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """begin(slices, *arguments) -> exit code and the journal; slices are Python texts, each of which leaves a line in "ran"."""
+    """begin(slices, *arguments) -> exit code and the journal; slices are Python texts, each of
+    which leaves a line in "ran".
+    """
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "slices", lambda out, dry: parts)
@@ -38,16 +43,27 @@ def leaves(path: Path, word: str, code: int = 0) -> str:
 
 def test_what_is_green_is_not_run_again(begin, tmp_path, capsys):
     ran = tmp_path / "ran"
-    parts = [part("build", leaves(ran, "a")), part("bench-x", leaves(ran, "b", run.UNFINISHED)), part("report", leaves(ran, "r"))]
+    parts = [
+        part("build", leaves(ran, "a")),
+        part("bench-x", leaves(ran, "b", run.UNFINISHED)),
+        part("report", leaves(ran, "r")),
+    ]
     code, journal = begin(parts)
     assert code == run.UNFINISHED and ran.read_text() == "abr"
     assert [journal[p.name]["state"] for p in parts] == ["green", "unfinished", "green"]
-    assert (tmp_path / "out/logs/build.log").read_text() == "a\n" and "==== build\na\n" in capsys.readouterr().out
+    assert (
+        tmp_path / "out/logs/build.log"
+    ).read_text() == "a\n" and "==== build\na\n" in capsys.readouterr().out
 
     parts[1] = part("bench-x", leaves(ran, "c"))
-    assert begin(parts)[0] == 0 and ran.read_text() == "abrcr"  # the report always is of what is there now
+    assert (
+        begin(parts)[0] == 0 and ran.read_text() == "abrcr"
+    )  # the report always is of what is there now
     assert begin(parts)[0] == 0 and ran.read_text() == "abrcrr"
-    assert begin([replace(parts[0], source="another"), *parts[1:]])[0] == 0 and ran.read_text() == "abrcrrar"
+    assert (
+        begin([replace(parts[0], source="another"), *parts[1:]])[0] == 0
+        and ran.read_text() == "abrcrrar"
+    )
     assert begin(parts, "bench-*")[0] == 0 and ran.read_text() == "abrcrrarc"  # named: run again
 
 
@@ -65,7 +81,11 @@ def test_other_versions_count_as_nothing(begin, tmp_path, monkeypatch):
     parts = [part("build", leaves(ran, "a"))]
     begin(parts)
     facts = report.environment(torch.device("cpu"))
-    monkeypatch.setattr(report, "environment", lambda device: facts | {"versions": facts["versions"] | {"torch": "9.9"}})
+    monkeypatch.setattr(
+        report,
+        "environment",
+        lambda device: facts | {"versions": facts["versions"] | {"torch": "9.9"}},
+    )
     begin(parts)
     assert ran.read_text() == "aa"
 
@@ -81,7 +101,11 @@ def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeyp
     text = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     begun = time.monotonic()
     code, journal = begin([part("bench-x", text), part("report", leaves(tmp_path / "ran", "r"))])
-    assert code == 1 and journal["bench-x"]["state"] == "ended by its limit" and time.monotonic() - begun < 30
+    assert (
+        code == 1
+        and journal["bench-x"]["state"] == "ended by its limit"
+        and time.monotonic() - begun < 30
+    )
     assert (tmp_path / "ran").exists()
     time.sleep(max(0.0, 4.5 - (time.monotonic() - begun)))
     assert not (tmp_path / "late").exists()
@@ -108,7 +132,9 @@ def test_what_the_budget_ends_is_no_fault(begin, tmp_path, monkeypatch):
 def test_slices_hold_the_whole_suite_and_all_benchmarks():
     files = gpu.test_files()
     listed = sorted(name for part in files.values() for name in part)
-    assert listed == sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")) and all(files.values())
+    assert listed == sorted(
+        f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+    ) and all(files.values())
     for dry in (False, True):
         parts = gpu.slices(Path("out"), dry)
         names = [part.name for part in parts]
@@ -120,8 +146,14 @@ def test_slices_hold_the_whole_suite_and_all_benchmarks():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--dry-run", "bench-nothing"], "slice is 'bench-nothing'; it takes one of build, test-query_pooling"),
-        ([], "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 goes through it all on a CPU."),
+        (
+            ["--dry-run", "bench-nothing"],
+            "slice is 'bench-nothing'; it takes one of build, test-query_pooling",
+        ),
+        (
+            [],
+            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 goes through it all on a CPU.",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(arguments, sentence, monkeypatch, capsys):
@@ -130,7 +162,7 @@ def test_refusals_are_one_sentence(arguments, sentence, monkeypatch, capsys):
     assert sentence in capsys.readouterr().err
 
 
-# ---- choices -----------------------------------------------------------------------------------------------------
+# ---- choices -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -138,7 +170,10 @@ def tiny_loss(monkeypatch):
     """On a CPU, with one case that takes no time."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = choices.Choice(
-        "masked_info_nce", "backward", lambda: [masked_info_nce.custom({"B": 20, "D": 16})], choices.choices()[2].variants
+        "masked_info_nce",
+        "backward",
+        lambda: [masked_info_nce.custom({"B": 20, "D": 16})],
+        choices.choices()[2].variants,
     )
     monkeypatch.setattr(choices, "choices", lambda: [choice])
     return choice
@@ -155,11 +190,17 @@ def test_variants_are_what_runs(tiny_loss, monkeypatch):
     for way in ("owner", "chunked"):
         before = getattr(kernels, f"_{way}", None)
         assert before is not None
-        monkeypatch.setattr(kernels, f"_{way}", lambda *a, way=way, before=before, **k: (ran.append(way), before(*a, **k))[1])
+        monkeypatch.setattr(
+            kernels,
+            f"_{way}",
+            lambda *a, way=way, before=before, **k: (ran.append(way), before(*a, **k))[1],
+        )
     problem = masked_info_nce.make(tiny_loss.cases()[0], torch.device("cpu"), torch.float32)
     for way, (_, wrap) in tiny_loss.variants.items():
         ran.clear()
-        provider = masked_info_nce.composed(tiny_loss.cases()[0], torch.device("cpu"), torch.float32).load(problem.parameters)
+        provider = masked_info_nce.composed(
+            tiny_loss.cases()[0], torch.device("cpu"), torch.float32
+        ).load(problem.parameters)
         provider.backend, provider.within = "fused", wrap
         provider.both(tuple(problem.inputs.values()), problem.upstream)
         assert set(ran) == {way}
@@ -173,7 +214,10 @@ def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| case | owner | chunked |" in printed and printed.count("**") == 2
     (variants,) = found(tmp_path, "backward")["cases"].values()
-    assert {name: v["gate"] for name, v in variants.items()} == {"owner": "passed", "chunked": "passed"}
+    assert {name: v["gate"] for name, v in variants.items()} == {
+        "owner": "passed",
+        "chunked": "passed",
+    }
     before = (tmp_path / "choices-masked_info_nce-backward.json").read_bytes()
     assert choices.main(command) == 0
     assert (tmp_path / "choices-masked_info_nce-backward.json").read_bytes() == before
@@ -182,7 +226,12 @@ def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
 def test_tiles_are_changed_one_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(choices, "small", lambda case: masked_info_nce.custom({"B": 5, "D": 16}))
-    assert choices.main(["--op", "masked_info_nce", "--tiles", "clip-65536", "--quick", "--out", str(tmp_path)]) == 0
+    assert (
+        choices.main(
+            ["--op", "masked_info_nce", "--tiles", "clip-65536", "--quick", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     (variants,) = found(tmp_path, "tiles-clip-65536")["cases"].values()
     assert variants[choices.LIBRARY]["gate"] == "passed" and len(variants) > 10
     assert any(name.startswith("sweep: num_warps ") for name in variants)
@@ -196,9 +245,14 @@ def test_a_changed_tile_is_in_the_plan():
 
     plan = pooling.plan(32, 768, torch.bfloat16, 90, False)
     changed = choices._with(("forward", "onepass"), "num_stages", 2, plan)
-    assert changed.forward["onepass"] == replace(plan.forward["onepass"], num_stages=2) and changed.backward == plan.backward
+    assert (
+        changed.forward["onepass"] == replace(plan.forward["onepass"], num_stages=2)
+        and changed.backward == plan.backward
+    )
     plan = gated.plan(256, 256, 32, torch.bfloat16, 90)
-    assert choices._with(("attend",), "BM", 128, plan) == replace(plan, attend=replace(plan.attend, BM=128))
+    assert choices._with(("attend",), "BM", 128, plan) == replace(
+        plan, attend=replace(plan.attend, BM=128)
+    )
     asked = ("rows", 512, 16, 768, 3072, torch.bfloat16, 90)
     tile = grouped.plan(*asked)
     assert choices._with(("rows",), "num_warps", 8, tile, *asked) == replace(tile, num_warps=8)

@@ -1,4 +1,6 @@
-"""GradCache gives the gradient of the whole batch; ranks that average theirs give the gradient of one process."""
+"""GradCache gives the gradient of the whole batch; ranks that average theirs give the gradient of
+one process.
+"""
 
 import os
 import tempfile
@@ -10,8 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mmfused import masked_info_nce
-from mmfused.gradients import add_cached_gradients, add_gradients, average_gradients
 from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, gather_rows, unit
+from mmfused.training.gradients import add_cached_gradients, add_gradients, average_gradients
 
 
 class Toy(RetrievalModel):
@@ -20,7 +22,9 @@ class Toy(RetrievalModel):
     def __init__(self, dropout=0.0):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Dropout(dropout), nn.Linear(7, 4))
+        self.layers = nn.Sequential(
+            nn.Linear(5, 7), nn.GELU(), nn.Dropout(dropout), nn.Linear(7, 4)
+        )
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.double()
 
@@ -29,14 +33,24 @@ class Toy(RetrievalModel):
         return {"embedding": unit(y), "labels": labels, "penalty": y.square().mean()}
 
     def compare(self, query, candidate, negative=None):
-        keys = {"query_id": gather_rows(query["labels"]), "candidate_id": gather_rows(candidate["labels"])}
+        keys = {
+            "query_id": gather_rows(query["labels"]),
+            "candidate_id": gather_rows(candidate["labels"]),
+        }
         parts = [candidate["embedding"]] + ([] if negative is None else [negative["embedding"]])
         if negative is not None:
-            keys["candidate_id"] = torch.cat([keys["candidate_id"], gather_rows(negative["labels"])])
-        query_rows, candidates = gather_rows(query["embedding"]), torch.cat([gather_rows(part) for part in parts])
+            keys["candidate_id"] = torch.cat(
+                [keys["candidate_id"], gather_rows(negative["labels"])]
+            )
+        query_rows, candidates = (
+            gather_rows(query["embedding"]),
+            torch.cat([gather_rows(part) for part in parts]),
+        )
         contrastive = masked_info_nce(query_rows, candidates, temperature=0.2, **keys)
         penalty = query["penalty"] + 0.5 * candidate["penalty"]
-        return RetrievalOutput(contrastive + 0.3 * penalty, {"contrastive": contrastive, "penalty": penalty})
+        return RetrievalOutput(
+            contrastive + 0.3 * penalty, {"contrastive": contrastive, "penalty": penalty}
+        )
 
 
 def batch(count=11, negatives=True):
@@ -44,7 +58,10 @@ def batch(count=11, negatives=True):
     roles = ("query", "candidate", "negative") if negatives else ("query", "candidate")
     x = {role: torch.randn(count, 5, generator=generator, dtype=torch.float64) for role in roles}
     labels = torch.arange(count)
-    return {role: {"x": x[role], "labels": labels + (100 if role == "negative" else 0)} for role in roles}
+    return {
+        role: {"x": x[role], "labels": labels + (100 if role == "negative" else 0)}
+        for role in roles
+    }
 
 
 def gradients(model):
@@ -59,7 +76,11 @@ def test_cached_gradients_are_the_whole_batch_s(chunk, negatives):
     cached_loss, cached_terms = add_cached_gradients(cached, batch(negatives=negatives), chunk)
     torch.testing.assert_close(cached_loss, loss)
     torch.testing.assert_close(cached_terms, terms)
-    assert gradients(whole).keys() == gradients(cached).keys() == {f"layers.{i}.{p}" for i in (0, 3) for p in ("weight", "bias")}
+    assert (
+        gradients(whole).keys()
+        == gradients(cached).keys()
+        == {f"layers.{i}.{p}" for i in (0, 3) for p in ("weight", "bias")}
+    )
     torch.testing.assert_close(gradients(cached), gradients(whole), rtol=1e-10, atol=1e-12)
 
 
@@ -71,9 +92,16 @@ def test_chunks_draw_the_same_dropout_again():
     torch.manual_seed(5)
     parts = {}
     for role, items in batch().items():  # the same chunks, with one graph
-        found = [literal.encode(role, x=x, labels=y) for x, y in zip(items["x"].split(4), items["labels"].split(4), strict=True)]
-        parts[role] = {name: torch.cat([part[name] for part in found]) for name in ("embedding", "labels")}
-        parts[role]["penalty"] = sum(part["penalty"] * n / 11 for part, n in zip(found, (4, 4, 3), strict=True))
+        found = [
+            literal.encode(role, x=x, labels=y)
+            for x, y in zip(items["x"].split(4), items["labels"].split(4), strict=True)
+        ]
+        parts[role] = {
+            name: torch.cat([part[name] for part in found]) for name in ("embedding", "labels")
+        }
+        parts[role]["penalty"] = sum(
+            part["penalty"] * n / 11 for part, n in zip(found, (4, 4, 3), strict=True)
+        )
     literal.compare(**parts).loss.backward()
     torch.testing.assert_close(gradients(model), gradients(literal), rtol=1e-10, atol=1e-12)
     assert torch.equal(after, torch.rand(3))  # what is drawn next is what would have been
@@ -83,7 +111,10 @@ def rank_main(rank, world, path, chunk, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     model = Toy()
-    mine = {role: {name: value[rank * 4 : (rank + 1) * 4] for name, value in items.items()} for role, items in batch(8).items()}
+    mine = {
+        role: {name: value[rank * 4 : (rank + 1) * 4] for name, value in items.items()}
+        for role, items in batch(8).items()
+    }
     if chunk:
         add_cached_gradients(model, mine, chunk)
     else:

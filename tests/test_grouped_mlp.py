@@ -1,4 +1,6 @@
-"""Grouped experts: the specification against a literal transcription, the composed path and the module. Kernels: *_fused.py."""
+"""Grouped experts: the specification against a literal transcription, the composed path and the
+module. Kernels: *_fused.py.
+"""
 
 import math
 
@@ -21,7 +23,9 @@ def randn(*shape):
 
 
 def make(activation="gelu", tokens=19, k=2, bias=True, masked=0.2, logits=None):
-    """Arguments of grouped_mlp, and the leaves that get gradients. "packed": swiglu with gate and up in one tensor."""
+    """Arguments of grouped_mlp, and the leaves that get gradients. "packed": swiglu with gate and
+    up in one tensor.
+    """
     logits = torch.randn(tokens, EXPERTS, dtype=torch.float64) if logits is None else logits
     routing = topk_routing(logits, k, token_padding_mask=torch.rand(tokens) < masked)
     routing = routing._replace(weights=routing.weights.detach().requires_grad_())
@@ -57,7 +61,11 @@ def literal(leaves, routing, activation):
                 gate = w_gate[e] @ x[t]
                 a = gate / (1 + torch.exp(-gate)) * h
             else:
-                a = h.clamp(min=0) if activation == "relu" else h * (1 + torch.erf(h / math.sqrt(2))) / 2
+                a = (
+                    h.clamp(min=0)
+                    if activation == "relu"
+                    else h * (1 + torch.erf(h / math.sqrt(2))) / 2
+                )
             y = leaves["w_down"][e] @ a + (leaves["b_down"][e] if "b_down" in leaves else 0)
             total = total + w * y if t in live else total
         out.append(total)
@@ -70,11 +78,16 @@ def literal(leaves, routing, activation):
 def test_the_equations(backend, activation, bias):
     leaves, routing, activation = make(activation, bias=bias)
     upstream = torch.randn(19, OUT, dtype=torch.float64)
-    got, want = run(leaves, routing, activation, backend, upstream), literal(leaves, routing, activation)
+    got, want = (
+        run(leaves, routing, activation, backend, upstream),
+        literal(leaves, routing, activation),
+    )
     gradients = torch.autograd.grad(want, [*leaves.values(), routing.weights], upstream)
     torch.testing.assert_close(got.pop("out"), want.detach(), rtol=1e-12, atol=1e-12)
     for (name, value), expected in zip(got.items(), gradients, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, expected, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 CASES = {
@@ -83,7 +96,9 @@ CASES = {
     "three tokens, three choices": dict(tokens=3, k=3),
     "all masked": dict(tokens=7, masked=1),
     "one choice": dict(k=1),
-    "all to one expert": dict(k=1, masked=0, logits=torch.eye(EXPERTS, dtype=torch.float64)[[3]].expand(19, -1)),
+    "all to one expert": dict(
+        k=1, masked=0, logits=torch.eye(EXPERTS, dtype=torch.float64)[[3]].expand(19, -1)
+    ),
 }
 
 
@@ -92,7 +107,9 @@ CASES = {
 def test_composed_equals_reference(activation, case):
     leaves, routing, activation = make(activation, **CASES[case])
     upstream = torch.randn(len(leaves["x"]), OUT, dtype=torch.float64)
-    want, got = (run(leaves, routing, activation, backend, upstream) for backend in ("reference", "composed"))
+    want, got = (
+        run(leaves, routing, activation, backend, upstream) for backend in ("reference", "composed")
+    )
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-11, atol=1e-12)
     if case == "all to one expert":
@@ -111,13 +128,19 @@ def test_masked_tokens_may_be_nan(backend):
     got = run(leaves, routing, activation, backend)
     for name, value in want.items():
         assert torch.equal(got[name], value), name
-    assert not got["out"][masked].any() and not got["x"][masked].any() and not got["weights"][masked].any()
+    assert (
+        not got["out"][masked].any()
+        and not got["x"][masked].any()
+        and not got["weights"][masked].any()
+    )
 
 
 @pytest.mark.parametrize("combine", [False, True])
 @pytest.mark.parametrize("gather", [False, True])
 def test_linear_layers_make_an_mlp(gather, combine):
-    """grouped_linear against the rows it names itself, and two of them with an activation between as grouped_mlp."""
+    """grouped_linear against the rows it names itself, and two of them with an activation between
+    as grouped_mlp.
+    """
     leaves, routing, _ = make()
     x = leaves["x"] if gather else randn(38, DIM)
     bias = leaves["b_up"]
@@ -126,29 +149,49 @@ def test_linear_layers_make_an_mlp(gather, combine):
         with mmfused.backend(backend):
             out = grouped_linear(x, routing, leaves["w_up"], bias, gather=gather, combine=combine)
         inputs = [x, leaves["w_up"], bias, *([routing.weights] if combine else [])]
-        outs.append([out, *torch.autograd.grad(out, inputs, torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))])
+        outs.append(
+            [
+                out,
+                *torch.autograd.grad(
+                    out, inputs, torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+                ),
+            ]
+        )
     for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     rows = x[routing.order // 2] if gather else x
     expert = routing.indices.flatten()[routing.order]
     y = torch.einsum("roi,ri->ro", leaves["w_up"][expert], rows) + bias[expert]
     y = y * (torch.arange(38) < routing.offsets[-1])[:, None]
-    want = (y[routing.position].view(19, 2, -1) * routing.weights[:, :, None]).sum(1) if combine else y
+    want = (
+        (y[routing.position].view(19, 2, -1) * routing.weights[:, :, None]).sum(1) if combine else y
+    )
     torch.testing.assert_close(outs[0][0], want, rtol=1e-12, atol=1e-12)
     hidden = F.relu(grouped_linear(leaves["x"], routing, leaves["w_up"], leaves["b_up"]))
-    out = grouped_linear(hidden, routing, leaves["w_down"], leaves["b_down"], gather=False, combine=True)
+    out = grouped_linear(
+        hidden, routing, leaves["w_down"], leaves["b_down"], gather=False, combine=True
+    )
     torch.testing.assert_close(out, grouped_mlp(**leaves, routing=routing, activation="relu"))
 
 
 def test_grouped_mm_serves_where_it_is_right(monkeypatch):
     """On CUDA in bfloat16 torch's grouped_mm replaces the loop; its CPU form stands in for it here."""
-    leaves, routing, activation = make("swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0))
-    leaves = {name: F.pad(v, (0, 2)).detach().bfloat16().requires_grad_() for name, v in leaves.items() if name[0] != "b"}
+    leaves, routing, activation = make(
+        "swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0)
+    )
+    leaves = {
+        name: F.pad(v, (0, 2)).detach().bfloat16().requires_grad_()
+        for name, v in leaves.items()
+        if name[0] != "b"
+    }
     leaves["w_down"] = torch.randn(EXPERTS, 8, 16).bfloat16().requires_grad_()
     leaves["x"], leaves["w_up"], leaves["w_gate"] = (
         torch.randn(*s, 16).bfloat16().requires_grad_() for s in ((40,), (5, 16), (5, 16))
     )
-    leaves |= {"b_up": torch.randn(5, 16).bfloat16().requires_grad_(), "b_down": torch.randn(5, 8).bfloat16().requires_grad_()}
+    leaves |= {
+        "b_up": torch.randn(5, 16).bfloat16().requires_grad_(),
+        "b_down": torch.randn(5, 8).bfloat16().requires_grad_(),
+    }
     routing = routing._replace(weights=routing.weights.detach().float().requires_grad_())
     want = run(leaves, routing, activation, "composed")
     if composed._grouped_mm is None:
@@ -156,8 +199,12 @@ def test_grouped_mm_serves_where_it_is_right(monkeypatch):
     called = []
     real = composed._grouped_mm
     monkeypatch.setattr(composed, "_has_grouped_mm", lambda x, weight: True)
-    monkeypatch.setattr(composed, "_grouped_mm", lambda *args, **kwargs: called.append(1) or real(*args, **kwargs))
-    got = run(leaves, routing, activation, "composed", torch.ones((), dtype=torch.bfloat16).expand(40, 8))
+    monkeypatch.setattr(
+        composed, "_grouped_mm", lambda *args, **kwargs: called.append(1) or real(*args, **kwargs)
+    )
+    got = run(
+        leaves, routing, activation, "composed", torch.ones((), dtype=torch.bfloat16).expand(40, 8)
+    )
     assert len(called) == 9
     for name, value in want.items():
         assert relative_error(got[name], value) < 2e-2, name
@@ -170,11 +217,22 @@ def test_strided_weights_and_gradients():
     packed = torch.cat([leaves["w_gate"], leaves["w_up"]], 1).detach().requires_grad_()
     strided = {
         "x": leaves["x"].detach().T.contiguous().T.requires_grad_(),
-        "w_down": leaves["w_down"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        "w_down": leaves["w_down"]
+        .detach()
+        .transpose(1, 2)
+        .contiguous()
+        .transpose(1, 2)
+        .requires_grad_(),
         "w_gate": packed[:, :HIDDEN],
         "w_up": packed[:, HIDDEN:],
     }
-    got = run(strided, routing, activation, "composed", torch.ones((), dtype=torch.float64).expand(19, OUT))
+    got = run(
+        strided,
+        routing,
+        activation,
+        "composed",
+        torch.ones((), dtype=torch.float64).expand(19, OUT),
+    )
     for name, value in got.items():
         torch.testing.assert_close(value, want[name], rtol=1e-11, atol=1e-12)
 
@@ -186,7 +244,10 @@ def test_autocast_master_weights_and_second_derivatives():
     routing = routing._replace(weights=routing.weights.detach().float().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run(low, routing, activation, "composed")
-    assert got["out"].dtype == torch.bfloat16 and got["w_up"].dtype == got["weights"].dtype == torch.float32
+    assert (
+        got["out"].dtype == torch.bfloat16
+        and got["w_up"].dtype == got["weights"].dtype == torch.float32
+    )
     for name, value in got.items():
         error = (value.double() - exact[name]).norm() / exact[name].norm()
         assert error < 2e-2, (name, error)
@@ -209,18 +270,33 @@ def test_partial_gradients(only):
     assert torch.equal(torch.autograd.grad(out.sum(), leaf)[0], want)
 
 
-# ---- the module -----------------------------------------------------------------------------------------------------------------
+# ---- the module ----------------------------------------------------------------------------------
 
 
 def test_module_is_routing_and_experts():
-    moe = TopKMoE(DIM, HIDDEN, EXPERTS, 2, out_dim=OUT, activation="swiglu", score="sigmoid", num_segments=2).double()
+    moe = TopKMoE(
+        DIM, HIDDEN, EXPERTS, 2, out_dim=OUT, activation="swiglu", score="sigmoid", num_segments=2
+    ).double()
     x, segments, mask = randn(3, 7, DIM), torch.randint(0, 2, (3, 7)), torch.rand(3, 7) < 0.3
     out, routing = moe(x, segments=segments, token_padding_mask=mask)
-    options = dict(score="sigmoid", num_segments=2, segments=segments.flatten(), token_padding_mask=mask.flatten())
+    options = dict(
+        score="sigmoid",
+        num_segments=2,
+        segments=segments.flatten(),
+        token_padding_mask=mask.flatten(),
+    )
     want = topk_routing(x.flatten(0, 1) @ moe.router.weight.T, 2, **options)
-    assert torch.equal(routing.indices, want.indices) and out.shape == (3, 7, OUT) and not out[mask].any()
-    weights = dict(w_up=moe.w_up, w_gate=moe.w_gate, w_down=moe.w_down, b_up=moe.b_up, b_down=moe.b_down)
-    torch.testing.assert_close(out.flatten(0, 1), grouped_mlp(x.flatten(0, 1), want, **weights, activation="swiglu"))
+    assert (
+        torch.equal(routing.indices, want.indices)
+        and out.shape == (3, 7, OUT)
+        and not out[mask].any()
+    )
+    weights = dict(
+        w_up=moe.w_up, w_gate=moe.w_gate, w_down=moe.w_down, b_up=moe.b_up, b_down=moe.b_down
+    )
+    torch.testing.assert_close(
+        out.flatten(0, 1), grouped_mlp(x.flatten(0, 1), want, **weights, activation="swiglu")
+    )
     (out.square().sum() + routing.balance_loss).backward()
     assert all(p.grad is not None and p.grad.any() for p in moe.parameters())
     again, _ = moe(x, segments=segments, token_padding_mask=mask, indices=routing.indices)
@@ -230,9 +306,19 @@ def test_module_is_routing_and_experts():
 def test_module_state_jitter_and_options():
     available = torch.ones(1, EXPERTS, dtype=torch.bool)
     available[0, 1] = False
-    moe = TopKMoE(DIM, HIDDEN, EXPERTS, bias=False, selection_bias=True, available=available, jitter=0.2)
-    assert set(moe.state_dict()) == {"router.weight", "w_up", "w_down", "selection_bias", "available"}
-    twin = TopKMoE(DIM, HIDDEN, EXPERTS, bias=False, selection_bias=True, available=~available, jitter=0.2)
+    moe = TopKMoE(
+        DIM, HIDDEN, EXPERTS, bias=False, selection_bias=True, available=available, jitter=0.2
+    )
+    assert set(moe.state_dict()) == {
+        "router.weight",
+        "w_up",
+        "w_down",
+        "selection_bias",
+        "available",
+    }
+    twin = TopKMoE(
+        DIM, HIDDEN, EXPERTS, bias=False, selection_bias=True, available=~available, jitter=0.2
+    )
     twin.load_state_dict(moe.state_dict())
     x = torch.randn(9, DIM)
     assert not torch.equal(moe(x)[0], moe(x)[0])
@@ -241,7 +327,10 @@ def test_module_state_jitter_and_options():
     assert moe.selection_bias[1] > 0 and moe(x)[1].counts[0, 1] == 0
     meta = TopKMoE(DIM, HIDDEN, EXPERTS, selection_bias=True).to("meta").to_empty(device="cpu")
     meta.reset_parameters()
-    assert all(p.abs().max() <= max(DIM, HIDDEN) ** 0.5 for p in meta.parameters()) and not meta.selection_bias.any()
+    assert (
+        all(p.abs().max() <= max(DIM, HIDDEN) ** 0.5 for p in meta.parameters())
+        and not meta.selection_bias.any()
+    )
     assert "num_experts=5, top_k=2" in repr(moe)
 
 
@@ -260,30 +349,54 @@ def test_two_runs_agree_and_a_checkpoint_routes_alike():
 
 
 def test_what_is_saved():
-    """Rows sorted by expert, pre-activations and outputs, but nothing of size tokens x experts x hidden."""
+    """Rows sorted by expert, pre-activations and outputs, but nothing of size tokens x experts x
+    hidden.
+    """
     moe, x = TopKMoE(32, 64, 16, 2, bias=False), torch.randn(256, 32)
     routed = 4 * 512 * (32 + 64 + 64 + 32 + 32)
     assert saved_bytes(lambda: moe(x)[0], (x, *moe.parameters())) < 2 * routed
 
 
 BAD = {
-    "weight has shape (5, 14, 10); it takes (5, out, 9)": lambda v, r: grouped_linear(v["x"][:, :9], r, v["w_up"]),
-    "bias has shape (14,); it takes (5, 14)": lambda v, r: grouped_linear(v["x"], r, v["w_up"], v["b_up"][0]),
-    "x has shape (18, 10); it takes (19, dim): the tokens": lambda v, r: grouped_linear(v["x"][1:], r, v["w_up"]),
-    "x has shape (19, 10); it takes (38, dim): the sorted rows": lambda v, r: grouped_linear(v["x"], r, v["w_up"], gather=False),
+    "weight has shape (5, 14, 10); it takes (5, out, 9)": lambda v, r: grouped_linear(
+        v["x"][:, :9], r, v["w_up"]
+    ),
+    "bias has shape (14,); it takes (5, 14)": lambda v, r: grouped_linear(
+        v["x"], r, v["w_up"], v["b_up"][0]
+    ),
+    "x has shape (18, 10); it takes (19, dim): the tokens": lambda v, r: grouped_linear(
+        v["x"][1:], r, v["w_up"]
+    ),
+    "x has shape (19, 10); it takes (38, dim): the sorted rows": lambda v, r: grouped_linear(
+        v["x"], r, v["w_up"], gather=False
+    ),
     "routing is a Tensor": lambda v, r: grouped_linear(v["x"], r.indices, v["w_up"]),
     "weight has dtype torch.float16": lambda v, r: grouped_linear(v["x"], r, v["w_up"].half()),
     "x has dtype torch.int64": lambda v, r: grouped_linear(v["x"].long(), r, v["w_up"]),
-    "activation is 'tanh'; it takes one of gelu, relu, swiglu": lambda v, r: grouped_mlp(**v, routing=r, activation="tanh"),
-    "w_gate is given with activation 'gelu'": lambda v, r: grouped_mlp(**v, routing=r, w_gate=v["w_up"]),
-    "w_up has shape (5, 13, 10); it takes (5, 14, 10)": lambda v, r: grouped_mlp(**{**v, "w_up": v["w_up"][:, 1:]}, routing=r),
-    "w_up has shape (5, 14, 10); it takes (5, 28, 10)": lambda v, r: grouped_mlp(**v, routing=r, activation="swiglu"),
-    "w_down has shape (4, 6, 14); it takes (5, out": lambda v, r: grouped_mlp(**{**v, "w_down": v["w_down"][1:]}, routing=r),
-    "b_down has shape (5, 5); it takes (5, 6)": lambda v, r: grouped_mlp(**{**v, "b_down": v["b_down"][:, 1:]}, routing=r),
+    "activation is 'tanh'; it takes one of gelu, relu, swiglu": lambda v, r: grouped_mlp(
+        **v, routing=r, activation="tanh"
+    ),
+    "w_gate is given with activation 'gelu'": lambda v, r: grouped_mlp(
+        **v, routing=r, w_gate=v["w_up"]
+    ),
+    "w_up has shape (5, 13, 10); it takes (5, 14, 10)": lambda v, r: grouped_mlp(
+        **{**v, "w_up": v["w_up"][:, 1:]}, routing=r
+    ),
+    "w_up has shape (5, 14, 10); it takes (5, 28, 10)": lambda v, r: grouped_mlp(
+        **v, routing=r, activation="swiglu"
+    ),
+    "w_down has shape (4, 6, 14); it takes (5, out": lambda v, r: grouped_mlp(
+        **{**v, "w_down": v["w_down"][1:]}, routing=r
+    ),
+    "b_down has shape (5, 5); it takes (5, 6)": lambda v, r: grouped_mlp(
+        **{**v, "b_down": v["b_down"][:, 1:]}, routing=r
+    ),
     "top_k is 6; it takes 1 to 5": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, 6),
     "activation is 'silu'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, activation="silu"),
     "it takes no option capacity": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, capacity=1.25),
-    "x has shape (19, 9); it takes (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(v["x"][:, :9].float()),
+    "x has shape (19, 9); it takes (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
+        v["x"][:, :9].float()
+    ),
     "segments has shape (19, 1); it takes (19,)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
         v["x"].float(), segments=torch.zeros(19, 1).long()
     ),

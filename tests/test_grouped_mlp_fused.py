@@ -31,12 +31,14 @@ NARROW = (3, 48, 80, 32)  # E, D, I, Dout of the tests that run many tiles
 
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """The interpreter's time goes with the number of steps: more than float32's registers would hold go into one."""
+    """The interpreter's time goes with the number of steps: more than float32's registers would
+    hold go into one.
+    """
     if not CUDA:
         monkeypatch.setattr(kernels, "plan", lambda *args: dataclasses.replace(plan(*args), BK=64))
 
 
-# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+# ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +48,13 @@ def test_mlp_stays_within_the_budget(variant, shape, bias, dtype):
     tokens, experts, k, *_, out = SHAPES[shape]
     mask = (torch.rand(tokens) < 0.2).to(DEVICE)
     options = dict(variant=variant, mask=mask, upstream=torch.randn(tokens, out, device=DEVICE))
-    check(run_mlp, make_mlp(shape, variant, bias), choose_experts(tokens, experts, k), dtype=dtype, **options)
+    check(
+        run_mlp,
+        make_mlp(shape, variant, bias),
+        choose_experts(tokens, experts, k),
+        dtype=dtype,
+        **options,
+    )
 
 
 def test_the_tiles_of_float32(monkeypatch):
@@ -55,18 +63,30 @@ def test_the_tiles_of_float32(monkeypatch):
     check(run_mlp, make_mlp("odd", "swiglu"), choose_experts(37, 5, 2), **options)
 
 
-FEW = [("wide", "swiglu"), ("top 1", "packed"), ("one token", "gelu"), ("three tokens", "swiglu"), ("no token", "packed")]
+FEW = [
+    ("wide", "swiglu"),
+    ("top 1", "packed"),
+    ("one token", "gelu"),
+    ("three tokens", "swiglu"),
+    ("no token", "packed"),
+]
 
 
 @pytest.mark.parametrize(
-    "shape, variant, dtype", [(*case, torch.float32) for case in FEW] + [("many tiles", "gelu", torch.float16)]
+    "shape, variant, dtype",
+    [(*case, torch.float32) for case in FEW] + [("many tiles", "gelu", torch.float16)],
 )
 def test_mlp_stays_within_the_budget_at_more_shapes(shape, variant, dtype):
     tokens, experts, k, *_, out = SHAPES[shape]
     upstream = torch.randn(tokens, out, device=DEVICE)
     got = check(
-        run_mlp, make_mlp(shape, variant), choose_experts(tokens, experts, k), dtype=dtype, variant=variant, upstream=upstream
-    )  # fmt: skip
+        run_mlp,
+        make_mlp(shape, variant),
+        choose_experts(tokens, experts, k),
+        dtype=dtype,
+        variant=variant,
+        upstream=upstream,
+    )
     assert not any(value.any() for value in got.values()) == (shape == "no token")
 
 
@@ -76,7 +96,9 @@ def test_mlp_stays_within_the_budget_at_more_shapes(shape, variant, dtype):
 def test_linear_stays_within_the_budget(gather, combine, dtype):
     for shape, bias in (("odd", True), ("even", False)):
         tokens, experts, k, dim, _, out = SHAPES[shape]
-        leaves = dict(x=randn(tokens if gather else tokens * k, dim), weights=torch.rand(tokens, k).double())
+        leaves = dict(
+            x=randn(tokens if gather else tokens * k, dim), weights=torch.rand(tokens, k).double()
+        )
         leaves["weight"] = randn(experts, out, dim) / 8
         if bias:
             leaves["bias"] = randn(experts, out)
@@ -84,8 +106,13 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
         options = dict(gather=gather, combine=combine, mask=mask)
         upstream = torch.randn(tokens if combine else tokens * k, out, device=DEVICE)
         got = check(
-            run_linear, leaves, choose_experts(tokens, experts, k), dtype=dtype, upstream=upstream, **options
-        )  # fmt: skip
+            run_linear,
+            leaves,
+            choose_experts(tokens, experts, k),
+            dtype=dtype,
+            upstream=upstream,
+            **options,
+        )
         live = int((~mask).sum())
         if not combine:  # nobody's rows
             assert not got["out"][live * k :].any() and got["out"][: live * k].all(1).any()
@@ -93,10 +120,14 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
             assert not got["dx"][live * k :].any() and got["dx"][: live * k].any(1).all()
 
 
-@pytest.mark.parametrize("height, arch", [(16, 90), (32, 90), (64, 80), (64, 90), (128, 80), (128, 90), ("long", 90)])
+@pytest.mark.parametrize(
+    "height, arch", [(16, 90), (32, 90), (64, 80), (64, 90), (128, 80), (128, 90), ("long", 90)]
+)
 @pytest.mark.parametrize("variant", ["gelu", "swiglu"])
 def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in 16-bit rounding."""
+    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
+    16-bit rounding.
+    """
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     heard = set()
@@ -118,7 +149,9 @@ def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
     indices = choose_experts(tokens, experts, 2)
     assert tile_rows(2 * tokens, experts) == (128 if height == "long" else height)
     check(run_mlp, leaves, indices, variant=variant, mask=mask, upstream=torch.randn(tokens, out))
-    assert heard == {"rows", "gathered weights"} | ({"gated", "gated hidden"} if variant == "swiglu" else {"hidden"})
+    assert heard == {"rows", "gathered weights"} | (
+        {"gated", "gated hidden"} if variant == "swiglu" else {"hidden"}
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,7 +161,14 @@ def test_uneven_and_empty_experts(choice, dtype):
     tokens, experts, k = 41, 6, 1 if choice == "one" else 2
     leaves = make_mlp((tokens, experts, k, 24, 20, 12), "packed")
     indices = choose_experts(tokens, experts, k, choice)
-    got = check(run_mlp, leaves, indices, dtype=dtype, variant="packed", upstream=torch.randn(tokens, 12, device=DEVICE))
+    got = check(
+        run_mlp,
+        leaves,
+        indices,
+        dtype=dtype,
+        variant="packed",
+        upstream=torch.randn(tokens, 12, device=DEVICE),
+    )
     empty = torch.bincount(indices.flatten(), minlength=experts) == 0
     assert empty.tolist() == [True, False, True, choice == "one", True, choice == "one"]
     for name in ("dw_up", "dw_down", "db_up", "db_down"):
@@ -158,7 +198,9 @@ def test_linear_layers_do_not_read_nobodys_rows(gather):
     tokens, experts, k, dim, _, out = SHAPES["odd"]
     mask = (torch.arange(tokens) % 3 == 0).to(DEVICE)
     live = int((~mask).sum()) * k
-    leaves = dict(x=randn(tokens if gather else tokens * k, dim), weights=torch.rand(tokens, k).double())
+    leaves = dict(
+        x=randn(tokens if gather else tokens * k, dim), weights=torch.rand(tokens, k).double()
+    )
     leaves |= dict(weight=randn(experts, out, dim) / 8, bias=randn(experts, out))
     indices = choose_experts(tokens, experts, k)
     for combine in (False, True):
@@ -168,67 +210,115 @@ def test_linear_layers_do_not_read_nobodys_rows(gather):
         spoilt = leaves | {"x": leaves["x"].clone()}
         spoilt["x"][mask.cpu() if gather else torch.arange(tokens * k) >= live] = math.nan
         upstream[mask if combine else torch.arange(tokens * k, device=DEVICE) >= live] = math.nan
-        for name, value in run_linear(spoilt, indices, torch.float32, upstream=upstream, **options).items():
+        for name, value in run_linear(
+            spoilt, indices, torch.float32, upstream=upstream, **options
+        ).items():
             assert torch.equal(value, want[name]), name
 
 
-# ---- 2: layouts -----------------------------------------------------------------------------------------------------------------
+# ---- 2: layouts ----------------------------------------------------------------------------------
 
 
 def test_strided_inputs_weights_and_gradients():
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
-    want = run_mlp(leaves, indices, torch.float32, variant="swiglu", upstream=torch.ones(37, 36, device=DEVICE))
+    want = run_mlp(
+        leaves, indices, torch.float32, variant="swiglu", upstream=torch.ones(37, 36, device=DEVICE)
+    )
     joint = torch.cat([leaves["w_gate"], leaves["w_up"]], 1)
     views = {
         "the halves of a packed weight": dict(w_gate=joint[:, :50], w_up=joint[:, 50:]),
-        "experts inside": {n: leaves[n].transpose(0, 1).contiguous().transpose(0, 1) for n in ("w_up", "w_gate", "w_down")},
+        "experts inside": {
+            n: leaves[n].transpose(0, 1).contiguous().transpose(0, 1)
+            for n in ("w_up", "w_gate", "w_down")
+        },
         "one of two": dict(w_up=leaves["w_up"].transpose(0, 1).contiguous().transpose(0, 1)),
-        "columns inside": dict(w_down=leaves["w_down"].mT.contiguous().mT, x=leaves["x"].T.contiguous().T),
-        "wider rows": dict(x=torch.cat([leaves["x"], torch.full_like(leaves["x"], math.nan)], 1)[:, :70]),
+        "columns inside": dict(
+            w_down=leaves["w_down"].mT.contiguous().mT, x=leaves["x"].T.contiguous().T
+        ),
+        "wider rows": dict(
+            x=torch.cat([leaves["x"], torch.full_like(leaves["x"], math.nan)], 1)[:, :70]
+        ),
     }
     for name, changed in views.items():
         strided = leaves | changed
         upstream = torch.ones((), device=DEVICE).expand(37, 36)
         got = run_mlp(strided, indices, torch.float32, variant="swiglu", upstream=upstream)
         for key, value in got.items():
-            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, k=key: f"{n}, {k}: {m}")
+            torch.testing.assert_close(
+                value,
+                want[key],
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m, n=name, k=key: f"{n}, {k}: {m}",
+            )
 
 
 def test_one_packed_weight_is_its_two_halves():
     leaves, indices = make_mlp("odd", "packed"), choose_experts(37, 5, 2)
     packed = run_mlp(leaves, indices, torch.float32, variant="packed")
     joint = leaves.pop("w_up")
-    halves = run_mlp(leaves | dict(w_gate=joint[:, :50], w_up=joint[:, 50:]), indices, torch.float32, variant="swiglu")
+    halves = run_mlp(
+        leaves | dict(w_gate=joint[:, :50], w_up=joint[:, 50:]),
+        indices,
+        torch.float32,
+        variant="swiglu",
+    )
     packed["dw_gate"], packed["dw_up"] = packed["dw_up"].chunk(2, 1)
     for name, value in halves.items():
         assert torch.equal(value, packed[name]), name
 
 
-# ---- 3: registration ------------------------------------------------------------------------------------------------------------
+# ---- 3: registration -----------------------------------------------------------------------------
 
 
 def sorted_rows(tokens, experts, k):
     with mmfused.backend("composed"):
-        routing = routing_from_indices(choose_experts(tokens, experts, k), torch.rand(tokens, k, device=DEVICE), experts)
+        routing = routing_from_indices(
+            choose_experts(tokens, experts, k), torch.rand(tokens, k, device=DEVICE), experts
+        )
     return routing.weights, routing[6:]
 
 
-NEEDS = ((True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, False, False))
+NEEDS = (
+    (True, True, True),
+    (True, False, False),
+    (False, True, False),
+    (False, False, True),
+    (False, False, False),
+)
 
 
 @pytest.mark.parametrize(
-    "variant, needs", [("packed", n) for n in NEEDS] + [("swiglu", n) for n in NEEDS[2:4]] + [("relu", NEEDS[0])]
+    "variant, needs",
+    [("packed", n) for n in NEEDS] + [("swiglu", n) for n in NEEDS[2:4]] + [("relu", NEEDS[0])],
 )
 def test_opcheck_mlp(variant, needs):
     weights, rows = sorted_rows(5, 3, 2)
-    leaves = {name: value.float().to(DEVICE) for name, value in make_mlp((5, 3, 2, 10, 8, 9), variant, variant != "relu").items()}
-    x, w_up, w_gate, w_down, b_up, b_down = (leaves.get(n) for n in ("x", "w_up", "w_gate", "w_down", "b_up", "b_down"))
+    leaves = {
+        name: value.float().to(DEVICE)
+        for name, value in make_mlp((5, 3, 2, 10, 8, 9), variant, variant != "relu").items()
+    }
+    x, w_up, w_gate, w_down, b_up, b_down = (
+        leaves.get(n) for n in ("x", "w_up", "w_gate", "w_down", "b_up", "b_down")
+    )
     how = ("swiglu" if variant == "packed" else variant, variant == "packed")
     args = (x, w_up, w_gate, w_down, b_up, b_down, weights, *rows, *how)
     if all(needs):
         torch.library.opcheck(torch.ops.mmfused.grouped_mlp_fwd, args)
     out, hidden = torch.ops.mmfused.grouped_mlp_fwd(*args)
-    args = (torch.randn_like(out), x, hidden, w_up, w_gate, w_down, b_down, weights, *rows, *how, *needs)
+    args = (
+        torch.randn_like(out),
+        x,
+        hidden,
+        w_up,
+        w_gate,
+        w_down,
+        b_down,
+        weights,
+        *rows,
+        *how,
+        *needs,
+    )
     torch.library.opcheck(torch.ops.mmfused.grouped_mlp_bwd, args)
 
 
@@ -236,16 +326,21 @@ def test_opcheck_mlp(variant, needs):
 @pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
 def test_opcheck_linear(gather, combine):
     weights, rows = sorted_rows(6, 3, 2)
-    x, weight = torch.randn(6 if gather else 12, 10, device=DEVICE), torch.randn(3, 9, 10, device=DEVICE)
+    x, weight = (
+        torch.randn(6 if gather else 12, 10, device=DEVICE),
+        torch.randn(3, 9, 10, device=DEVICE),
+    )
     bias, weights = torch.randn(3, 9, device=DEVICE), weights if combine else None
     common = (x, weight, bias, weights, *rows, 2, gather)
     torch.library.opcheck(torch.ops.mmfused.grouped_linear_fwd, common)
     out = torch.ops.mmfused.grouped_linear_fwd(*common)
     for needs in NEEDS[:1] if gather else NEEDS:
-        torch.library.opcheck(torch.ops.mmfused.grouped_linear_bwd, (torch.randn_like(out), *common, *needs))
+        torch.library.opcheck(
+            torch.ops.mmfused.grouped_linear_bwd, (torch.randn_like(out), *common, *needs)
+        )
 
 
-# ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------
+# ---- 4: behaviour --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
@@ -275,11 +370,17 @@ def test_partial_gradients_of_a_linear_layer(only, combine):
     if only == "weights" and not combine:
         pytest.skip("no routing weights take part")
     tokens, experts, k, dim, out = 9, 3, 2, 20, 10
-    leaves = dict(x=randn(tokens, dim), weights=torch.rand(tokens, k).double(), weight=randn(experts, out, dim))
+    leaves = dict(
+        x=randn(tokens, dim),
+        weights=torch.rand(tokens, k).double(),
+        weight=randn(experts, out, dim),
+    )
     leaves["bias"] = randn(experts, out)
     indices = choose_experts(tokens, experts, k)
     want = run_linear(leaves, indices, torch.float32, gather=True, combine=combine)
-    got = run_linear(leaves, indices, torch.float32, gather=True, combine=combine, frozen=leaves.keys() - {only})
+    got = run_linear(
+        leaves, indices, torch.float32, gather=True, combine=combine, frozen=leaves.keys() - {only}
+    )
     for name, value in got.items():
         torch.testing.assert_close(value, want[name], rtol=1e-6, atol=1e-5)
 
@@ -288,11 +389,22 @@ def test_launches(monkeypatch):
     """Three kernels forward, five backward, and none for what is frozen."""
     heard = []
     real = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **c: (heard.append(kernel.fn.__name__), real(kernel, *a, **c)))
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *a, **c: (heard.append(kernel.fn.__name__), real(kernel, *a, **c)),
+    )
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused")
     forward = ["rows_kernel", "rows_kernel", "combine_kernel"]
-    assert heard == [*forward, "hidden_kernel", "weights_kernel", "weights_kernel", "rows_kernel", "combine_kernel"]
+    assert heard == [
+        *forward,
+        "hidden_kernel",
+        "weights_kernel",
+        "weights_kernel",
+        "rows_kernel",
+        "combine_kernel",
+    ]
     heard.clear()
     frozen = ("w_up", "w_gate", "w_down", "b_up", "b_down")
     run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused", frozen=frozen)
@@ -302,7 +414,9 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_plans(arch, dtype):
-    """Tiles are as high as the map of tiles says, and what is loaded ahead fits beside it into shared memory."""
+    """Tiles are as high as the map of tiles says, and what is loaded ahead fits beside it into
+    shared memory.
+    """
     for rows, experts in ((0, 5), (100, 16), (512, 16), (1024, 16), (1 << 20, 8)):
         for n, k in ((768, 3072), (5504, 2048), (70, 300)):
             for kind in KINDS:
@@ -310,22 +424,28 @@ def test_plans(arch, dtype):
                 assert kind.endswith("weights") or tile.BM == tile_rows(rows, experts)
                 assert tile.BN >> tile.halvings >= 16
                 if tile.BM >= 64 and dtype != torch.float32:
-                    assert tile.BM * tile.num_warps >= 256  # whole warp groups: the large matrix instructions
+                    assert (
+                        tile.BM * tile.num_warps >= 256
+                    )  # whole warp groups: the large matrix instructions
 
 
-# ---- 5: offsets past 2^31 -------------------------------------------------------------------------------------------------------
+# ---- 5: offsets past 2^31 ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("far", ["x", "weight", "out"])
 def test_offsets_are_64_bit(far):
-    """A product whose tokens, weights or rows lie behind the first 2^31 elements (virtual memory, hardly touched)."""
+    """A product whose tokens, weights or rows lie behind the first 2^31 elements (virtual memory,
+    hardly touched).
+    """
     if CUDA:
         pytest.skip("the interpreter probes the kernel; the same source runs on the card")
     from mmfused.kernels.grouped_mlp.rows import rows_kernel
 
     width = 32768
     rows = 2**31 // width + 20
-    place = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))  # 4.3 GB of which only what is touched takes memory
+    place = torch.from_numpy(
+        numpy.zeros(rows * width, numpy.float16)
+    )  # 4.3 GB of which only what is touched takes memory
     first, stride_e, x, n = 0, 16 * width, torch.randn(4, width).half(), 16
     order, weight = torch.tensor([3, 0, 2, 1], dtype=torch.int32), torch.zeros(1)
     out = torch.full((4, n), math.nan, dtype=torch.float16)
@@ -337,16 +457,46 @@ def test_offsets_are_64_bit(far):
         weight, stride_e = place, 2**31 + 8
     else:
         weight = torch.zeros(2 * stride_e, dtype=torch.float16)
-    matrix = weight[stride_e:].as_strided((16, 40), (width if far == "weight" else 40, 1))[: 3 if far == "weight" else 16]
+    matrix = weight[stride_e:].as_strided((16, 40), (width if far == "weight" else 40, 1))[
+        : 3 if far == "weight" else 16
+    ]
     matrix.copy_(torch.randn(matrix.shape))
     if far == "out":
         out, n, first = place.view(rows, width), width, rows - 4
         order = torch.zeros(rows, dtype=torch.int32)
         order[first:] = torch.tensor([3, 0, 2, 1])
-    offsets, tiles = torch.tensor([first, first, first + 4], dtype=torch.int32), torch.tensor([[1, first]], dtype=torch.int32)
+    offsets, tiles = (
+        torch.tensor([first, first, first + 4], dtype=torch.int32),
+        torch.tensor([[1, first]], dtype=torch.int32),
+    )
     rows_kernel[(1,)](
-        x, weight, None, None, order, offsets, tiles, None, out, len(order), 2, 1, x.stride(0), stride_e, *matrix.stride(),
-        N=n, K=40, k=1, BM=16, BN=16, BK=16, HALVINGS=0, GROUP=1, GATHER=True, ACTIVATION="none", TAIL=False, UPCAST=False,
-    )  # fmt: skip
+        x,
+        weight,
+        None,
+        None,
+        order,
+        offsets,
+        tiles,
+        None,
+        out,
+        len(order),
+        2,
+        1,
+        x.stride(0),
+        stride_e,
+        *matrix.stride(),
+        N=n,
+        K=40,
+        k=1,
+        BM=16,
+        BN=16,
+        BK=16,
+        HALVINGS=0,
+        GROUP=1,
+        GATHER=True,
+        ACTIVATION="none",
+        TAIL=False,
+        UPCAST=False,
+    )
     want = x[order[first:].long(), :40].double() @ matrix.double().T
     torch.testing.assert_close(out[first:, : len(matrix)].double(), want, rtol=1e-2, atol=1e-2)

@@ -1,4 +1,6 @@
-"""Routing and experts on memory nobody wrote, on views of any strides, without tokens, and the experts on NaN."""
+"""Routing and experts on memory nobody wrote, on views of any strides, without tokens, and the
+experts on NaN.
+"""
 
 import math
 import sys
@@ -9,7 +11,13 @@ from grouped_mlp_cases import make_mlp, run_linear, run_mlp
 from topk_routing_cases import CUDA, DEVICE, OPTIONS, make_inputs, make_logits, make_options, route
 
 import mmfused
-from mmfused import TopKMoE, grouped_linear, routing_from_indices, topk_routing, update_selection_bias
+from mmfused import (
+    TopKMoE,
+    grouped_linear,
+    routing_from_indices,
+    topk_routing,
+    update_selection_bias,
+)
 from mmfused.ops.grouped_mlp import composed
 from mmfused.testing import relative_error
 
@@ -17,19 +25,27 @@ BACKENDS = ("reference", "composed", "fused")
 GARBAGE = 2**20 + 7
 
 
-# ---- NaN and inf ----------------------------------------------------------------------------------------------------------------
+# ---- NaN and inf ---------------------------------------------------------------------------------
 
 
 def strict_grouped_mm(x, weight, *, offs):
-    """torch's grouped_mm in bfloat16 as a card takes it: dense rows of 16 bytes from a multiple of those on."""
+    """torch's grouped_mm in bfloat16 as a card takes it: dense rows of 16 bytes from a multiple of
+    those on.
+    """
     for matrix in (x, weight):
         row, column = matrix.stride()[-2:]
         dense = (column, row) if row == 1 else (row, column)
-        assert dense[1] == 1 and dense[0] % 8 == 0 and dense[0] >= matrix.shape[-1 if column == 1 else -2]
+        assert (
+            dense[1] == 1
+            and dense[0] % 8 == 0
+            and dense[0] >= matrix.shape[-1 if column == 1 else -2]
+        )
         assert matrix.data_ptr() % 16 == 0
     bounds = [0, *offs.tolist()]
     if weight.dim() == 2:  # a weight's gradient
-        return torch.stack([x[:, a:b] @ weight[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+        return torch.stack(
+            [x[:, a:b] @ weight[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        )
     out = x.new_full((x.shape[0], weight.shape[2]), math.nan)
     for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
         out[a:b] = x[a:b] @ weight[e]
@@ -49,9 +65,13 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("where", ["x", "upstream", "weights"])
 @pytest.mark.parametrize("variant", ["gelu", "relu", "swiglu"])
 def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, backend):
-    """Its own output and gradients, and those of its experts' parameters; all others are the same bits."""
+    """Its own output and gradients, and those of its experts' parameters; all others are the same
+    bits.
+    """
     leaves = make_mlp((19, 5, 2, 16, 24, 8), variant)
-    indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[torch.arange(19, device=DEVICE) % 4]
+    indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[
+        torch.arange(19, device=DEVICE) % 4
+    ]
     mask = torch.arange(19, device=DEVICE) % 9 == 8
     upstream = torch.randn(19, 8, device=DEVICE)
     options = dict(variant=variant, mask=mask)
@@ -70,7 +90,7 @@ def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, 
     assert where == "upstream" or not got["out"][4].isfinite().all()
 
 
-# ---- views ----------------------------------------------------------------------------------------------------------------------
+# ---- views ---------------------------------------------------------------------------------------
 
 
 VIEWS = ("every second", "shifted", "transposed", "wider rows")
@@ -78,7 +98,9 @@ VIEWS = ("every second", "shifted", "transposed", "wider rows")
 
 def view(tensor, how):
     """The same values in every other second, a transposed and a shifted place, between garbage."""
-    garbage = torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
+    garbage = (
+        torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
+    )
     if how == "every second":
         return torch.stack((tensor, garbage), -1)[..., 0]
     if how == "shifted":
@@ -92,7 +114,11 @@ def values_of(call, leaves, options):
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in leaves.items()}
     out = call(**leaves, **options)
     outs = out if isinstance(out, tuple) else (out,)
-    total = sum((x * (1 + torch.arange(x.numel(), device=x.device).view(x.shape) % 3)).sum() for x in outs if x.requires_grad)
+    total = sum(
+        (x * (1 + torch.arange(x.numel(), device=x.device).view(x.shape) % 3)).sum()
+        for x in outs
+        if x.requires_grad
+    )
     wanted = [x for x in leaves.values() if x.is_floating_point()]
     return [*outs, *torch.autograd.grad(total, wanted, allow_unused=True)]
 
@@ -101,7 +127,10 @@ def check_views(call, leaves, options, exact, views=VIEWS):
     want = values_of(call, leaves, options)
     for how in views:
         tables = [
-            {n: view(x, how) if isinstance(x, torch.Tensor) and x.dim() else x for n, x in table.items()}
+            {
+                n: view(x, how) if isinstance(x, torch.Tensor) and x.dim() else x
+                for n, x in table.items()
+            }
             for table in (leaves, options)
         ]
         for i, (a, b) in enumerate(zip(values_of(call, *tables), want, strict=True)):
@@ -113,10 +142,15 @@ def check_views(call, leaves, options, exact, views=VIEWS):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_tensor_of_routing_may_be_a_view(backend):
     segments = torch.randint(0, 2, (21,), device=DEVICE)
-    options = dict(token_padding_mask=torch.rand(21, device=DEVICE) < 0.2, segments=segments, num_segments=2)
+    options = dict(
+        token_padding_mask=torch.rand(21, device=DEVICE) < 0.2, segments=segments, num_segments=2
+    )
     options["available"] = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
     options["available"][0, 2] = options["available"][1, 4] = False
-    router = dict(router_weight=torch.randn(7, 12, device=DEVICE) / 4, router_bias=torch.randn(7, device=DEVICE))
+    router = dict(
+        router_weight=torch.randn(7, 12, device=DEVICE) / 4,
+        router_bias=torch.randn(7, device=DEVICE),
+    )
     router |= dict(x=torch.randn(21, 12, device=DEVICE))
     k = 2
     bias = torch.randn(7, device=DEVICE)
@@ -134,7 +168,9 @@ def test_every_tensor_of_routing_may_be_a_view(backend):
     with mmfused.backend(backend):
         check_views(from_input, router, options | dict(selection_bias=bias), backend == "fused")
         check_views(from_logits, logits, options | dict(selection_bias=bias), backend == "fused")
-        check_views(from_logits, logits, options | dict(indices=replay, balance="mse"), backend == "fused")
+        check_views(
+            from_logits, logits, options | dict(indices=replay, balance="mse"), backend == "fused"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,25 +178,41 @@ def test_expanded_arguments_of_routing_are_read_in_place(backend):
     """Stride 0: as if each were copied to its full size."""
     one = torch.ones((), device=DEVICE)
     expanded = dict(
-        x=torch.randn(12, device=DEVICE).expand(9, 12), router_weight=torch.randn(5, 12, device=DEVICE),
+        x=torch.randn(12, device=DEVICE).expand(9, 12),
+        router_weight=torch.randn(5, 12, device=DEVICE),
         router_bias=(0.3 * one).expand(5),
-    )  # fmt: skip
+    )
     options = dict(
-        selection_bias=(0.2 * one).expand(5), token_padding_mask=(one < 0).expand(9), segments=one.long().expand(9), num_segments=2,
+        selection_bias=(0.2 * one).expand(5),
+        token_padding_mask=(one < 0).expand(9),
+        segments=one.long().expand(9),
+        num_segments=2,
         available=(one > 0).expand(2, 5),
-    )  # fmt: skip
-    for given in (options, options | dict(indices=torch.tensor([3, 1], device=DEVICE).expand(9, 2))):
+    )
+    for given in (
+        options,
+        options | dict(indices=torch.tensor([3, 1], device=DEVICE).expand(9, 2)),
+    ):
         results = []
         for copy in (False, True):
             tables = [
-                {n: x.clone() if copy and isinstance(x, torch.Tensor) else x for n, x in t.items()} for t in (expanded, given)
+                {n: x.clone() if copy and isinstance(x, torch.Tensor) else x for n, x in t.items()}
+                for t in (expanded, given)
             ]
-            tables = [{n: x.contiguous() if copy and isinstance(x, torch.Tensor) else x for n, x in t.items()} for t in tables]
+            tables = [
+                {
+                    n: x.contiguous() if copy and isinstance(x, torch.Tensor) else x
+                    for n, x in t.items()
+                }
+                for t in tables
+            ]
             leaves = {n: x.detach().requires_grad_() for n, x in tables[0].items()}
             with mmfused.backend(backend):
                 routing = mmfused.topk_routing_from_input(k=2, **leaves, **tables[1])
             upstream = (2.0 * one).expand(9, 2)
-            results.append([*routing, *torch.autograd.grad(routing.weights, list(leaves.values()), upstream)])
+            results.append(
+                [*routing, *torch.autograd.grad(routing.weights, list(leaves.values()), upstream)]
+            )
         for a, b in zip(*results, strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -188,42 +240,77 @@ def test_bias_and_counts_of_an_update_may_be_views():
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
     leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
     with mmfused.backend("fused"):  # with the map of tiles
-        routing = topk_routing(torch.randn(5, 3, device=DEVICE), 2, token_padding_mask=torch.arange(5, device=DEVICE) == 3)
+        routing = topk_routing(
+            torch.randn(5, 3, device=DEVICE),
+            2,
+            token_padding_mask=torch.arange(5, device=DEVICE) == 3,
+        )
     fields = {n: getattr(routing, n) for n in ("indices", "order", "position", "offsets", "tiles")}
     activation = "swiglu" if variant == "packed" else variant
 
     def mlp(x, weights, indices, order, position, offsets, tiles, **parameters):
-        rows = routing._replace(weights=weights, indices=indices, order=order, position=position, offsets=offsets, tiles=tiles)
+        rows = routing._replace(
+            weights=weights,
+            indices=indices,
+            order=order,
+            position=position,
+            offsets=offsets,
+            tiles=tiles,
+        )
         with mmfused.backend(backend):
             return mmfused.grouped_mlp(x, rows, **parameters, activation=activation)
 
     def linear(x, weights, indices, order, position, offsets, tiles, w_up, b_up):
-        rows = routing._replace(weights=weights, indices=indices, order=order, position=position, offsets=offsets, tiles=tiles)
+        rows = routing._replace(
+            weights=weights,
+            indices=indices,
+            order=order,
+            position=position,
+            offsets=offsets,
+            tiles=tiles,
+        )
         with mmfused.backend(backend):
             sorted_rows = grouped_linear(x, rows, w_up, b_up)
-            return sorted_rows, grouped_linear(sorted_rows, rows, w_up.mT, gather=False, combine=True)
+            return sorted_rows, grouped_linear(
+                sorted_rows, rows, w_up.mT, gather=False, combine=True
+            )
 
-    views = ("every second", "wider rows") if backend == "fused" else VIEWS  # the interpreter is slow; test_strides.py has the rest
+    views = (
+        ("every second", "wider rows") if backend == "fused" else VIEWS
+    )  # the interpreter is slow; test_strides.py has the rest
     check_views(mlp, leaves, fields, False, views)
     if variant == "gelu":
-        check_views(linear, {n: leaves[n] for n in ("x", "weights", "w_up", "b_up")}, fields, False, views)
+        check_views(
+            linear, {n: leaves[n] for n in ("x", "weights", "w_up", "b_up")}, fields, False, views
+        )
     expanded = {n: x[:1].expand_as(x) for n, x in leaves.items()}
-    got, want = (values_of(mlp, table, fields) for table in (expanded, {n: x.contiguous() for n, x in expanded.items()}))
+    got, want = (
+        values_of(mlp, table, fields)
+        for table in (expanded, {n: x.contiguous() for n, x in expanded.items()})
+    )
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_gaps_between_rows_are_not_read():
-    """NaN behind each row, of an odd number of bfloat16: a CPU's product of matrices may read two at a time."""
+    """NaN behind each row, of an odd number of bfloat16: a CPU's product of matrices may read two
+    at a time.
+    """
     routing = topk_routing(torch.randn(33, 3), 1)
-    x, weight = torch.full((33, 36), math.nan, dtype=torch.bfloat16), torch.randn(3, 16, 33, dtype=torch.bfloat16)
+    x, weight = (
+        torch.full((33, 36), math.nan, dtype=torch.bfloat16),
+        torch.randn(3, 16, 33, dtype=torch.bfloat16),
+    )
     x[:, :33] = torch.randn(33, 33)
     with mmfused.backend("composed"):
-        got, want = (grouped_linear(rows, routing, weight, gather=False) for rows in (x[:, :33], x[:, :33].clone()))
+        got, want = (
+            grouped_linear(rows, routing, weight, gather=False)
+            for rows in (x[:, :33], x[:, :33].clone())
+        )
     assert torch.equal(got, want)
 
 
-# ---- memory nobody wrote, and nobody's rows --------------------------------------------------------------------------------------
+# ---- memory nobody wrote, and nobody's rows ------------------------------------------------------
 
 
 @pytest.fixture
@@ -233,8 +320,17 @@ def garbage(monkeypatch):
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if sys._getframe(1).f_globals.get("__name__", "").startswith("mmfused") and tensor.dtype != torch.bool:
-                tensor.fill_(math.nan if tensor.is_floating_point() else GARBAGE if tensor.element_size() > 1 else 77)
+            if (
+                sys._getframe(1).f_globals.get("__name__", "").startswith("mmfused")
+                and tensor.dtype != torch.bool
+            ):
+                tensor.fill_(
+                    math.nan
+                    if tensor.is_floating_point()
+                    else GARBAGE
+                    if tensor.element_size() > 1
+                    else 77
+                )
             return tensor
 
         return wrapper
@@ -245,7 +341,9 @@ def garbage(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
-    """Routing from logits and from x, of one, two or no blocks of tokens, all masked too: as the composed path."""
+    """Routing from logits and from x, of one, two or no blocks of tokens, all masked too: as the
+    composed path.
+    """
     for tokens, all_masked in ((0, False), (21, True), (70, False)):
         options = make_options(option, tokens, 13, 2)
         if all_masked:
@@ -256,7 +354,12 @@ def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
             for backend in ("fused", "composed"):
                 replay = options | dict(indices=results[0][0].indices) if results else options
                 routing = route(leaves, 2, replay, backend)
-                total = (routing.weights * upstream).sum() + routing.balance_loss + routing.z_loss - routing.entropy
+                total = (
+                    (routing.weights * upstream).sum()
+                    + routing.balance_loss
+                    + routing.z_loss
+                    - routing.entropy
+                )
                 results.append((routing, torch.autograd.grad(total, list(leaves.values()))))
             (routing, got), (expected, want) = results
             for name in ("counts", "order", "position", "offsets"):
@@ -271,21 +374,31 @@ def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
 def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
     for tokens, experts, k in ((0, 5, 2), (1, 1, 1), (40, 5, 2)):
-        indices = torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2  # odd experts get nothing, and some two
+        indices = (
+            torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2
+        )  # odd experts get nothing, and some two
         indices = indices.clamp(max=experts - 1)
         for share in (0.0, 0.4, 1.0):
             mask = (torch.rand(tokens) < share).to(DEVICE)
             leaves = make_mlp((tokens, experts, k, 12, 10, 9), variant)
             upstream = torch.randn(tokens, 9, device=DEVICE)
             options = dict(variant=variant, mask=mask, upstream=upstream, sort=sort)
-            got, want = (run_mlp(leaves, indices, torch.float32, b, **options) for b in ("fused", "reference"))
+            got, want = (
+                run_mlp(leaves, indices, torch.float32, b, **options)
+                for b in ("fused", "reference")
+            )
             for name, value in got.items():
                 assert relative_error(value, want[name]) < 1e-5, name
             linear = dict(x=leaves["x"], weights=leaves["weights"], weight=leaves["w_up"])
             for combine in (False, True):
-                rows = torch.randn(tokens if combine else tokens * k, len(leaves["w_up"][0]), device=DEVICE)
+                rows = torch.randn(
+                    tokens if combine else tokens * k, len(leaves["w_up"][0]), device=DEVICE
+                )
                 options = dict(gather=True, combine=combine, mask=mask, upstream=rows)
-                got, want = (run_linear(linear, indices, torch.float32, b, **options) for b in ("fused", "reference"))
+                got, want = (
+                    run_linear(linear, indices, torch.float32, b, **options)
+                    for b in ("fused", "reference")
+                )
                 for name, value in got.items():
                     assert relative_error(value, want[name]) < 1e-5, name
 
@@ -301,10 +414,12 @@ def test_a_module_without_tokens(shape, activation, backend):
     losses = routing.balance_loss + routing.z_loss + routing.entropy
     assert losses == 0
     (out.sum() + losses).backward()
-    assert x.grad.shape == shape and all(p.grad is not None and not p.grad.any() for p in moe.parameters())
+    assert x.grad.shape == shape and all(
+        p.grad is not None and not p.grad.any() for p in moe.parameters()
+    )
 
 
-# ---- the selection bias ---------------------------------------------------------------------------------------------------------
+# ---- the selection bias --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -314,7 +429,11 @@ def test_a_module_cast_to_16_bits_keeps_its_selection_bias_in_float32(dtype):
     want = moe.selection_bias.clone()
     moe = torch.nn.Sequential(moe).to(dtype)[0]
     wide = torch.promote_types(dtype, torch.float32)
-    assert moe.w_up.dtype == dtype and moe.selection_bias.dtype == wide and torch.equal(moe.selection_bias, want.to(wide))
+    assert (
+        moe.w_up.dtype == dtype
+        and moe.selection_bias.dtype == wide
+        and torch.equal(moe.selection_bias, want.to(wide))
+    )
     if CUDA or dtype != torch.float16:
         out, routing = moe(torch.randn(3, 12, dtype=dtype))
         assert out.dtype == dtype and "selection_bias" in moe.state_dict()

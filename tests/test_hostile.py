@@ -1,4 +1,6 @@
-"""Folders that somebody else made: whatever their files say, no code runs, nothing outside is read, one sentence tells."""
+"""Folders that somebody else made: whatever their files say, no code runs, nothing outside is read,
+one sentence tells.
+"""
 
 import csv
 import json
@@ -17,8 +19,8 @@ from PIL import Image
 from watching import Payload, watched
 
 from mmfused.cli import main
-from mmfused.ownership import MARK
-from mmfused.run_folder import read_json
+from mmfused.training.ownership import MARK
+from mmfused.training.run_folder import read_json
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,15 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     write_products(root / "data")
     sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --backend composed --device cpu --save-every 1"
-    options = ["--model", "uniecs", "--data", str(root / "data"), "--val", str(root / "data"), *sizes.split()]
+    options = [
+        "--model",
+        "uniecs",
+        "--data",
+        str(root / "data"),
+        "--val",
+        str(root / "data"),
+        *sizes.split(),
+    ]
     assert main(["train", *options, "--out", str(root / "run")]) == 0
     return root, options
 
@@ -96,7 +106,17 @@ def resumed(place):
 
 def embedded(place):
     out = place.root / "items.npz"
-    return ["embed", "--checkpoint", str(place.run), "--data", str(place.data), "--out", str(out), "--device", "cpu"]
+    return [
+        "embed",
+        "--checkpoint",
+        str(place.run),
+        "--data",
+        str(place.data),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
 
 
 def image(**values):
@@ -126,7 +146,9 @@ def remote_code(place):
 
 def remote_tokenizer(place):
     shutil.copy(place.outside / "code.py", place.run / "tokenizer" / "code.py")
-    tokenizer(auto_map={"AutoTokenizer": ["code.Tokenizer", None]}, tokenizer_class="Tokenizer")(place)
+    tokenizer(auto_map={"AutoTokenizer": ["code.Tokenizer", None]}, tokenizer_class="Tokenizer")(
+        place
+    )
     (place.run / "tokenizer" / "tokenizer.json").unlink()
 
 
@@ -145,26 +167,54 @@ def length(number):
 
 
 def shapes_beyond_the_file(place):
-    header = json.dumps({"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+    ).encode()
     (place.run / "model.safetensors").write_bytes(length(len(header)) + header)
 
 
 def sums_outside(place):
-    place.change(file="checkpoints/step-00000001/state.json", sha256={"../../../outside/secret.json": "0"})
+    place.change(
+        file="checkpoints/step-00000001/state.json", sha256={"../../../outside/secret.json": "0"}
+    )
 
 
 # What is done to the folder, the command that then reads it, and what its sentence says.
 RUNS = {
-    "a checkpoint path for timm": (image(checkpoint_path="OUTSIDE/weights.pt"), evaluated, "checkpoint_path"),
-    "weights from timm's list": (image(name="vit_tiny_patch16_224", pretrained=True), evaluated, "pretrained"),
+    "a checkpoint path for timm": (
+        image(checkpoint_path="OUTSIDE/weights.pt"),
+        evaluated,
+        "checkpoint_path",
+    ),
+    "weights from timm's list": (
+        image(name="vit_tiny_patch16_224", pretrained=True),
+        evaluated,
+        "pretrained",
+    ),
     "an encoder from a hub": (image(name="hf-hub:somebody/vit"), evaluated, "hf-hub:somebody/vit"),
     "an encoder from another folder": (image(name="local-dir:OUTSIDE"), evaluated, "local-dir:"),
-    "another cache": (image(name="vit_tiny_patch16_224", cache_dir="OUTSIDE"), evaluated, "cache_dir"),
+    "another cache": (
+        image(name="vit_tiny_patch16_224", cache_dir="OUTSIDE"),
+        evaluated,
+        "cache_dir",
+    ),
     "code for transformers": (remote_code, evaluated, "auto_map"),
-    "an attention kernel from a hub": (text(attn_implementation="somebody/kernel"), evaluated, "attn_implementation"),
-    "quantised by a plug-in": (text(quantization_config={"quant_method": "bitsandbytes"}), evaluated, "quantization_config"),
+    "an attention kernel from a hub": (
+        text(attn_implementation="somebody/kernel"),
+        evaluated,
+        "attn_implementation",
+    ),
+    "quantised by a plug-in": (
+        text(quantization_config={"quant_method": "bitsandbytes"}),
+        evaluated,
+        "quantization_config",
+    ),
     "another name or path": (text(_name_or_path="OUTSIDE"), evaluated, "_name_or_path"),
-    "a text model that is none": (text(model_type="timm_backbone", backbone="hf-hub:x"), evaluated, "model_type"),
+    "a text model that is none": (
+        text(model_type="timm_backbone", backbone="hf-hub:x"),
+        evaluated,
+        "model_type",
+    ),
     "a model class that is none": (setting(model="os.system"), evaluated, "model"),
     "a billion layers": (text(num_hidden_layers=10**9), evaluated, "num_hidden_layers"),
     "a width of a billion": (text(intermediate_size=10**9), evaluated, "intermediate_size"),
@@ -175,11 +225,31 @@ RUNS = {
     "a field that is none": (model(__class__="x"), evaluated, "__class__"),
     "a column that is a list": (setting(text_column=["text"]), evaluated, "text_column"),
     "a text of endless length": (setting(max_length=10**15), evaluated, "max_length"),
-    "settings from elsewhere": (lambda p: p.link(p.run / "config.json", "secret.json"), evaluated, "leads outside"),
-    "settings from a pipe": (lambda p: fifo(p.run / "config.json"), evaluated, "config.json is missing"),
-    "settings without end": (lambda p: os.truncate(p.run / "config.json", 2**27), evaluated, "the most that is read"),
-    "settings that nest": (lambda p: (p.run / "config.json").write_text("[" * 10**6), evaluated, "truncated or corrupt"),
-    "weights from elsewhere": (lambda p: p.link(p.run / "model.safetensors", "model.safetensors"), evaluated, "leads outside"),
+    "settings from elsewhere": (
+        lambda p: p.link(p.run / "config.json", "secret.json"),
+        evaluated,
+        "leads outside",
+    ),
+    "settings from a pipe": (
+        lambda p: fifo(p.run / "config.json"),
+        evaluated,
+        "config.json is missing",
+    ),
+    "settings without end": (
+        lambda p: os.truncate(p.run / "config.json", 2**27),
+        evaluated,
+        "the most that is read",
+    ),
+    "settings that nest": (
+        lambda p: (p.run / "config.json").write_text("[" * 10**6),
+        evaluated,
+        "truncated or corrupt",
+    ),
+    "weights from elsewhere": (
+        lambda p: p.link(p.run / "model.safetensors", "model.safetensors"),
+        evaluated,
+        "leads outside",
+    ),
     "weights in a pickle": (pickled_weights, evaluated, "pickle|is missing"),
     "a pickle by another name": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.run / "model.safetensors"),
@@ -192,27 +262,47 @@ RUNS = {
         "no safetensors file",
     ),
     "tensors beyond the file": (shapes_beyond_the_file, evaluated, "no safetensors file"),
-    "a tokenizer from elsewhere": (lambda p: p.link(p.run / "tokenizer", "tokenizer"), evaluated, "leads outside"),
+    "a tokenizer from elsewhere": (
+        lambda p: p.link(p.run / "tokenizer", "tokenizer"),
+        evaluated,
+        "leads outside",
+    ),
     "a tokenizer's file from elsewhere": (
         lambda p: p.link(p.run / "tokenizer" / "tokenizer.json", "tokenizer/tokenizer.json"),
         evaluated,
         "leads outside",
     ),
     "code for a tokenizer": (remote_tokenizer, evaluated, "tokenizer"),
-    "a tokenizer cut short": (lambda p: os.truncate(p.run / "tokenizer" / "tokenizer.json", 99), evaluated, "tokenizer"),
+    "a tokenizer cut short": (
+        lambda p: os.truncate(p.run / "tokenizer" / "tokenizer.json", 99),
+        evaluated,
+        "tokenizer",
+    ),
     "a tokenizer that nests": (
         lambda p: (p.run / "tokenizer" / "tokenizer.json").write_text("[" * 10**5),
         evaluated,
         "tokenizer",
     ),
-    "a checkpoint from elsewhere": (lambda p: p.link(p.step(), "step"), resumed, "no run made|holds no whole checkpoint"),
+    "a checkpoint from elsewhere": (
+        lambda p: p.link(p.step(), "step"),
+        resumed,
+        "no run made|holds no whole checkpoint",
+    ),
     "a checkpoint's weights from elsewhere": (
         lambda p: p.link(p.step() / "model.safetensors", "step/model.safetensors"),
         resumed,
         "leads outside",
     ),
-    "sums of what is outside": (sums_outside, resumed, "leads outside|is not the one in state.json"),
-    "records from elsewhere": (lambda p: p.link(p.run / "metrics.jsonl", "secret.json"), resumed, "links or the like"),
+    "sums of what is outside": (
+        sums_outside,
+        resumed,
+        "leads outside|is not the one in state.json",
+    ),
+    "records from elsewhere": (
+        lambda p: p.link(p.run / "metrics.jsonl", "secret.json"),
+        resumed,
+        "links or the like",
+    ),
     "a random state in a pickle": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.step() / "rng.safetensors"),
         resumed,
@@ -253,7 +343,9 @@ def place(tmp_path, made):
 
 
 def commanded(place, arguments, capsys):
-    """(exit code, what was said in the end) of the command, of which nothing outside is read and no code runs."""
+    """(exit code, what was said in the end) of the command, of which nothing outside is read and no
+    code runs.
+    """
     capsys.readouterr()
     with watched(place.outside) as seen:
         code = main(arguments)
@@ -280,10 +372,16 @@ def png(width, height, *chunks):
     """A PNG that promises this size, and has the chunks."""
 
     def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
-    head = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0]))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*one) for one in chunks) + chunk(b"IEND", b"")
+    head = chunk(
+        b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*one) for one in chunks) + chunk(b"IEND", b"")
+    )
 
 
 def postscript(place):
@@ -292,11 +390,15 @@ def postscript(place):
 
 
 def bomb(place):
-    (place.data / "0.png").write_bytes(png(200_000, 200_000, (b"IDAT", zlib.compress(bytes(10**6)))))
+    (place.data / "0.png").write_bytes(
+        png(200_000, 200_000, (b"IDAT", zlib.compress(bytes(10**6))))
+    )
 
 
 def text_bomb(place):
-    (place.data / "0.png").write_bytes(png(32, 32, (b"zTXt", b"x\0\0" + zlib.compress(bytes(10**8), 9))))
+    (place.data / "0.png").write_bytes(
+        png(32, 32, (b"zTXt", b"x\0\0" + zlib.compress(bytes(10**8), 9)))
+    )
 
 
 def tiff(place):
@@ -311,7 +413,11 @@ def row(name):
     """The first row's picture is another file."""
 
     def spoil(place):
-        content = (place.data / "metadata.csv").read_text().replace("\n0.png", "\n" + name.replace("OUTSIDE", str(place.outside)))
+        content = (
+            (place.data / "metadata.csv")
+            .read_text()
+            .replace("\n0.png", "\n" + name.replace("OUTSIDE", str(place.outside)))
+        )
         (place.data / "metadata.csv").write_text(content)
 
     return spoil
@@ -335,7 +441,10 @@ PICTURES = {
     "a picture of forty billion pixels": (bomb, "pixels"),
     "a text of a hundred million letters": (text_bomb, "cannot be read"),
     "a width of two billion": (tiff, "cannot be read|pixels"),
-    "a pickle": (lambda p: shutil.copy(p.outside / "weights.pt", p.data / "0.png"), "cannot be read"),
+    "a pickle": (
+        lambda p: shutil.copy(p.outside / "weights.pt", p.data / "0.png"),
+        "cannot be read",
+    ),
 }
 
 
@@ -360,7 +469,10 @@ def linked_rows(place):
 ROWS = {
     "rows from a pipe": (lambda p: fifo(p.data / "metadata.csv"), "metadata.csv"),
     "rows from elsewhere": (linked_rows, "leads outside"),
-    "rows that are a folder": (lambda p: ((p.data / "metadata.csv").unlink(), (p.data / "metadata.csv").mkdir()), "metadata.csv"),
+    "rows that are a folder": (
+        lambda p: ((p.data / "metadata.csv").unlink(), (p.data / "metadata.csv").mkdir()),
+        "metadata.csv",
+    ),
     "rows in another encoding": (
         lambda p: (p.data / "metadata.csv").write_bytes("file_name,text,label\n".encode("utf-16")),
         "UTF-8",
@@ -397,6 +509,16 @@ def test_the_watch_would_see_it(place):
             pass
         os.system("true")
         socket.socket().close()
-    assert {Path(what).name for kind, what in seen if kind == "open"} == {"secret.json", "link", "weights.pt", "model.safetensors"}
-    assert {kind for kind, _ in seen} == {"open", "pickle.find_class", "os.system", "socket.__new__"}
+    assert {Path(what).name for kind, what in seen if kind == "open"} == {
+        "secret.json",
+        "link",
+        "weights.pt",
+        "model.safetensors",
+    }
+    assert {kind for kind, _ in seen} == {
+        "open",
+        "pickle.find_class",
+        "os.system",
+        "socket.__new__",
+    }
     assert place.marker.exists()

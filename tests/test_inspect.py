@@ -1,11 +1,13 @@
-"""``mmfused inspect`` without a GPU: what it stores, what it says of damage, and the options that every launch states."""
+"""``mmfused inspect`` without a GPU: what it stores, what it says of damage, and the options that
+every launch states.
+"""
 
 import json
 
 from compiling import ROOT, run_python
 
-from mmfused.cli.specimens import SPECIMENS
 from mmfused.kernels import tiles
+from mmfused.ops import OPS
 from mmfused.supported import ARCHS, TRITONS
 
 COMMAND = ("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_80", "--case", "logits 5")
@@ -19,11 +21,16 @@ def test_every_launch_states_what_the_compiler_may_fuse(monkeypatch):
             return lambda *args, **options: heard.append(options)
 
     tiles.launch(Kernel(), (1,), num_warps=4, num_stages=1, BM=16)
-    assert heard == [{"num_warps": 4, "num_stages": 1, "maxnreg": None, "BM": 16, "enable_fp_fusion": True}]
+    assert heard == [
+        {"num_warps": 4, "num_stages": 1, "maxnreg": None, "BM": 16, "enable_fp_fusion": True}
+    ]
 
 
 def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_again(tmp_path):
-    env = {"MMFUSED_INSPECT_CACHE": str(tmp_path / "store"), "TRITON_CACHE_DIR": str(tmp_path / "users")}
+    env = {
+        "MMFUSED_INSPECT_CACHE": str(tmp_path / "store"),
+        "TRITON_CACHE_DIR": str(tmp_path / "users"),
+    }
     first = run_python(*COMMAND, **env)
     results = sorted((tmp_path / "store").iterdir())
     assert first.returncode == 0 and len(results) == 4, first.stderr
@@ -54,7 +61,9 @@ sys.exit(main({COMMAND[4:]!r}))
 """
     done = run_python("-W", "ignore", "-c", code, MMFUSED_INSPECT_CACHE=str(tmp_path))
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "became 100 bytes that cuobjdump cannot read" in done.stderr and "is damaged" in done.stderr
+    assert (
+        "became 100 bytes that cuobjdump cannot read" in done.stderr and "is damaged" in done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -64,17 +73,28 @@ def test_an_unknown_architecture_is_refused():
 
 
 def test_supported_versions_are_sorted_and_architectures_known():
-    assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(TRITONS)
+    assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(
+        TRITONS
+    )
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
 
 
 def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_no_fault():
     lines = (ROOT / "benchmarks" / "results" / "compile_matrix.md").read_text().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
     assert cells[0] == ["op", "Triton", *ARCHS, "faults"]
-    assert {(op, version) for op, version, *_ in cells[2:]} == {(op, version) for op in SPECIMENS for version in TRITONS}
+    assert {(op, version) for op, version, *_ in cells[2:]} == {
+        (op, version) for op in OPS for version in TRITONS
+    }
     for op, version, *compiled, faults in cells[2:]:
-        assert all(int(cell.split(",")[0]) > 0 for cell in compiled) and faults == "0", (op, version)
+        assert all(int(cell.split(",")[0]) > 0 for cell in compiled) and faults == "0", (
+            op,
+            version,
+        )
 
 
 def test_readme_names_what_is_supported():

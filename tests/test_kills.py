@@ -1,4 +1,6 @@
-"""Killed at any moment, train and embed go on as if nothing had happened. As a script, this file is the one that kills."""
+"""Killed at any moment, train and embed go on as if nothing had happened. As a script, this file is
+the one that kills.
+"""
 
 import csv
 import json
@@ -16,13 +18,17 @@ import pytest
 from training_runs import assert_same_run, records, small_run, smaller_data, steps_saved
 
 import mmfused
-from mmfused import training
-from mmfused.checkpoint import saved
-from mmfused.training import train
+from mmfused.training import loop as training
+from mmfused.training.checkpoint import saved
+from mmfused.training.loop import train
 
 ROOT = Path(mmfused.__file__).parent.parent
 KILLS = 25
-FOREIGN = {"notes.txt": "mine", "runs/checkpoints/epoch-17.pt": "another's", ".metrics.jsonl.swp": "an editor's"}
+FOREIGN = {
+    "notes.txt": "mine",
+    "runs/checkpoints/epoch-17.pt": "another's",
+    ".metrics.jsonl.swp": "an editor's",
+}
 
 
 @pytest.fixture
@@ -30,7 +36,12 @@ def killer(tmp_path):
     """Runs one of the functions below in a process of its own and gives what it prints."""
 
     def run(name):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, __file__, name, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
@@ -42,7 +53,9 @@ def killer(tmp_path):
 
 def test_a_killed_training_ends_as_if_never_killed(killer, tmp_path):
     told = killer("kill_training")
-    assert told["killed"] == KILLS and told["half_written"] >= 3 and len(set(told["steps"])) >= 5, told
+    assert told["killed"] == KILLS and told["half_written"] >= 3 and len(set(told["steps"])) >= 5, (
+        told
+    )
     assert told["terminated"] == 128 + signal.SIGTERM
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert len(records(tmp_path / "whole")) == 60 + 6
@@ -60,12 +73,18 @@ def test_a_killed_embed_ends_as_if_never_killed(killer, tmp_path):
 
 
 def kill_training(folder: Path):
-    """Children are forked from here, where torch is imported and no gradient was ever computed: that cannot be forked."""
+    """Children are forked from here, where torch is imported and no gradient was ever computed:
+    that cannot be forked.
+    """
     import timm.models.vision_transformer  # noqa: F401 (so that no child has to import it)
     from transformers import BertModel  # noqa: F401
 
-    sys.modules["mmfused.train_setup"].product_data.GeneratedProducts = smaller_data()
-    chance, out, told = random.Random(0), folder / "killed", {"killed": 0, "half_written": 0, "steps": []}
+    sys.modules["mmfused.training.setup"].product_data.GeneratedProducts = smaller_data()
+    chance, out, told = (
+        random.Random(0),
+        folder / "killed",
+        {"killed": 0, "half_written": 0, "steps": []},
+    )
     for name, text in FOREIGN.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(text)
@@ -104,9 +123,34 @@ def kill_embedding(folder: Path):
         return lambda: sys.exit(main([*map(str, arguments), "--device", "cpu", "--threads", "1"]))
 
     write_products(folder / "data")
-    sizes = ["--steps", 1, "--batch-size", 4, "--image-size", 32, "--max-length", 12, "--backend", "composed"]
+    sizes = [
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--image-size",
+        32,
+        "--max-length",
+        12,
+        "--backend",
+        "composed",
+    ]
     data = ["--data", folder / "data"]
-    wait(fork(command("train", "--model", "uniecs", *data, "--val", folder / "data", "--out", folder / "run", *sizes)))
+    wait(
+        fork(
+            command(
+                "train",
+                "--model",
+                "uniecs",
+                *data,
+                "--val",
+                folder / "data",
+                "--out",
+                folder / "run",
+                *sizes,
+            )
+        )
+    )
     embed = ["embed", "--checkpoint", folder / "run", *data, "--batch-size", 1, "--out"]
     wait(fork(command(*embed, folder / "whole.npz")))
     chance, told, parts = random.Random(1), {"killed": 0}, folder / "killed.npz.parts"
@@ -137,7 +181,9 @@ def write_products(folder: Path):
         writer = csv.writer(file)
         writer.writerow(["file_name", "text", "label"])
         for row in range(60):
-            Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{row}.png")
+            Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                folder / f"{row}.png"
+            )
             writer.writerow([f"{row}.png", f"thing number {row}", row % 6])
 
 
@@ -181,10 +227,14 @@ def wait_for(child: int, condition):
     for _ in range(200_000):
         if condition():
             return
-        assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "the child ended by itself"
+        assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, (
+            "the child ended by itself"
+        )
         time.sleep(0.0003)
     raise AssertionError("waited in vain")
 
 
 if __name__ == "__main__":
-    {"kill_training": kill_training, "kill_embedding": kill_embedding}[sys.argv[1]](Path(sys.argv[2]))
+    {"kill_training": kill_training, "kill_embedding": kill_embedding}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

@@ -15,11 +15,15 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     import os
 
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | env)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean | env
+    )
 
 
 def test_environment_variable():
-    done = run_python("import mmfused; print(mmfused.library.current_backend())", MMFUSED_BACKEND="reference")
+    done = run_python(
+        "import mmfused; print(mmfused.library.current_backend())", MMFUSED_BACKEND="reference"
+    )
     assert done.stdout.strip() == "reference", done.stderr
     done = run_python("import mmfused", MMFUSED_BACKEND="quick")
     assert done.returncode and "MMFUSED_BACKEND is 'quick'; it takes one of" in done.stderr
@@ -35,13 +39,23 @@ def test_the_check_of_values_is_on_or_off():
 X, W = torch.randn(4, 6), torch.randn(6, 6)
 NUMBERS = {
     "query_pooling: scale": lambda t: mmfused.query_pooling(X[None], X, W, W, scale=t),
-    "query_pooling: norm_eps": lambda t: mmfused.query_pooling(X[None], X, W, W, norm_weight=X[0], norm_eps=t),
+    "query_pooling: norm_eps": lambda t: mmfused.query_pooling(
+        X[None], X, W, W, norm_weight=X[0], norm_eps=t
+    ),
     "query_pooling: dropout_p": lambda t: mmfused.query_pooling(X[None], X, W, W, dropout_p=t),
-    "masked_info_nce: label_smoothing": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, label_smoothing=t),
-    "masked_info_nce: positive_weight": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, positive_weight=t),
-    "masked_info_nce: false_negative_margin": lambda t: mmfused.masked_info_nce(X, X, temperature=1.0, false_negative_margin=t),
+    "masked_info_nce: label_smoothing": lambda t: mmfused.masked_info_nce(
+        X, X, temperature=1.0, label_smoothing=t
+    ),
+    "masked_info_nce: positive_weight": lambda t: mmfused.masked_info_nce(
+        X, X, temperature=1.0, positive_weight=t
+    ),
+    "masked_info_nce: false_negative_margin": lambda t: mmfused.masked_info_nce(
+        X, X, temperature=1.0, false_negative_margin=t
+    ),
     "topk_routing: jitter": lambda t: mmfused.topk_routing(X, 2, jitter=t),
-    "BidirectionalGatedCrossAttention: dropout": lambda t: mmfused.BidirectionalGatedCrossAttention(6, 2, dropout=t),
+    "BidirectionalGatedCrossAttention: dropout": lambda t: mmfused.BidirectionalGatedCrossAttention(
+        6, 2, dropout=t
+    ),
 }
 
 
@@ -72,7 +86,9 @@ with mmfused.backend("fused"):
 
 
 def test_reasons_are_complete():
-    assert "the tensors are on meta and the kernels need CUDA" in library.why_not_fused("meta", torch.float32)
+    assert "the tensors are on meta and the kernels need CUDA" in library.why_not_fused(
+        "meta", torch.float32
+    )
     assert any("float64" in reason for reason in library.why_not_fused("meta", torch.float64))
 
 
@@ -80,12 +96,16 @@ def test_tensors_are_checked_by_name():
     x = torch.zeros(2)
     with pytest.raises(TypeError, match="op: y is a list; it takes a torch.Tensor"):
         library.check_tensors("op", x=x, y=[1])
-    with pytest.raises(ValueError, match="op: y is on meta but x is on cpu; they must share one device"):
+    with pytest.raises(
+        ValueError, match="op: y is on meta but x is on cpu; they must share one device"
+    ):
         library.check_tensors("op", x=x, z=None, y=torch.zeros(2, device="meta"))
 
 
 def test_dtensors_are_refused():
-    class DTensor(torch.Tensor):  # the check goes by the type's name, so that it needs no process group
+    class DTensor(
+        torch.Tensor
+    ):  # the check goes by the type's name, so that it needs no process group
         pass
 
     with pytest.raises(TypeError, match="op: x is a DTensor; .* FSDP"):

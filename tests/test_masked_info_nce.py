@@ -1,7 +1,8 @@
-"""Masked InfoNCE without kernels: the reference against the definition, the composed sweep against the reference.
+"""Masked InfoNCE without kernels: the reference against the definition, the composed sweep against
+the reference.
 
-Properties, the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels: ..._fused.py; test_distributed.py.
-"""
+Properties, the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels:
+..._fused.py; test_distributed.py."""
 
 import itertools
 import math
@@ -23,7 +24,7 @@ from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_
 KEYS, IDS = ("none", "one", "three", "many"), (None, "drop", "mean", "sum")
 
 
-# ---- the definition -------------------------------------------------------------------------------------------------------------
+# ---- the definition ------------------------------------------------------------------------------
 
 
 LITERAL = {
@@ -40,14 +41,20 @@ LITERAL = {
 @pytest.mark.parametrize("case", LITERAL)
 def test_reference_is_the_definition(case):
     inputs = make(6, 8, 4, **LITERAL[case])
-    upstream = torch.randn(6 if inputs.get("reduction") == "none" else (), dtype=torch.float64, device=DEVICE)
-    assert_close(run(inputs, "reference", upstream), value_and_gradients(in_loops, inputs, upstream), 1e-12)
+    upstream = torch.randn(
+        6 if inputs.get("reduction") == "none" else (), dtype=torch.float64, device=DEVICE
+    )
+    assert_close(
+        run(inputs, "reference", upstream), value_and_gradients(in_loops, inputs, upstream), 1e-12
+    )
 
 
-# ---- 1: forward and every gradient ----------------------------------------------------------------------------------------------
+# ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.002])  # composed: one shift for all logits, and a maximum of each row and column
+@pytest.mark.parametrize(
+    "temperature", [0.2, 0.002]
+)  # composed: one shift for all logits, and a maximum of each row and column
 @pytest.mark.parametrize("way", ["target", "symmetric"])
 @pytest.mark.parametrize("same_id", IDS)
 @pytest.mark.parametrize("keys", KEYS)
@@ -55,16 +62,26 @@ def test_composed_equals_reference_in_float64(keys, same_id, way, temperature, m
     monkeypatch.setattr(composed, "BLOCK_BYTES", 1)  # the least there is: 16 rows
     options = itertools.product(["mean", "sum", "none"], [0.0, 0.15], [None, 0.1])
     for n, (reduction, smoothing, margin) in enumerate(options):
-        rest = dict(reduction=reduction, label_smoothing=smoothing, false_negative_margin=margin, positive_weight=[0.0, 0.4][n % 2])
+        rest = dict(
+            reduction=reduction,
+            label_smoothing=smoothing,
+            false_negative_margin=margin,
+            positive_weight=[0.0, 0.4][n % 2],
+        )
         given = dict(symmetric=True) if way == "symmetric" else dict(target=True)
-        inputs = make(temperature=temperature, keys=keys, same_id=same_id, weight=n % 3 > 0, **given, **rest)
+        inputs = make(
+            temperature=temperature, keys=keys, same_id=same_id, weight=n % 3 > 0, **given, **rest
+        )
         upstream = torch.randn(B if reduction == "none" else (), dtype=torch.float64, device=DEVICE)
         assert_close(run(inputs, "composed", upstream), run(inputs, "reference", upstream))
 
 
 def test_both_code_paths_are_taken():
     q, c = (make()[name].detach() for name in ("query", "candidate"))
-    shifts = [composed._safe_shift(q, c, bias, torch.tensor(1 / t)) for t, bias in ((0.2, None), (0.2, 0 * c[:, 0]), (0.002, None))]
+    shifts = [
+        composed._safe_shift(q, c, bias, torch.tensor(1 / t))
+        for t, bias in ((0.2, None), (0.2, 0 * c[:, 0]), (0.002, None))
+    ]
     assert shifts == [pytest.approx(5), pytest.approx(5), None]
     assert composed._safe_shift(q, c, c[:, 0] * math.nan, torch.tensor(1.0)) is None
 
@@ -83,13 +100,16 @@ def test_lower_precisions_stay_within_the_budget(case, temperature, dtype, monke
     monkeypatch.setattr(composed, "BLOCK_BYTES", 64 * 4 * 150)
     inputs = make(130, 150, 40, dtype, temperature=temperature, **BUDGET[case])
     upstream = torch.randn((), device=DEVICE)
-    exact, plain = run(cast(inputs, torch.float64), "reference", upstream), run(inputs, "reference", upstream)
+    exact, plain = (
+        run(cast(inputs, torch.float64), "reference", upstream),
+        run(inputs, "reference", upstream),
+    )
     actual = run(inputs, "composed", upstream)
     assert actual["out"].dtype == torch.float32 and actual["dquery"].dtype == dtype
     assert not over_budget(actual, exact, plain)
 
 
-# ---- adversarial values ---------------------------------------------------------------------------------------------------------
+# ---- adversarial values --------------------------------------------------------------------------
 
 
 def extreme(case, dtype):
@@ -110,20 +130,36 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_values(case, scale, dtype):
-    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one, but no column. Of four batches:
-    where few logits decide, one batch's error is a matter of luck."""
-    for options in (dict(symmetric=True), dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3)):
+    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one,
+    but no column. Of four batches: where few logits decide, one batch's error is a matter of
+    luck."""
+    for options in (
+        dict(symmetric=True),
+        dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3),
+    ):
         exact, plain, got = ({}, {}, {})
         for _ in range(4):
             inputs = extreme(case, dtype) | options
             inputs["temperature"].data.fill_(1 / scale)
-            runs = run(cast(inputs, torch.float64), "reference"), run(inputs, "reference"), run(inputs)
+            runs = (
+                run(cast(inputs, torch.float64), "reference"),
+                run(inputs, "reference"),
+                run(inputs),
+            )
             # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
-            floor = {"out": 1, "dquery": scale / 33, "dcandidate": scale / 33, "dtemperature": scale**2}
+            floor = {
+                "out": 1,
+                "dquery": scale / 33,
+                "dcandidate": scale / 33,
+                "dtemperature": scale**2,
+            }
             for results, of in zip((exact, plain, got), runs, strict=True):
                 for k, v in of.items():
-                    results[k] = torch.cat([results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]])
-        # 1 / temperature is rounded once: of no account until logits of 10^4, all of whose digits but a few are lost anyway.
+                    results[k] = torch.cat(
+                        [results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]]
+                    )
+        # 1 / temperature is rounded once: of no account until logits of 10^4, all of whose digits
+        # but a few are lost anyway.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
@@ -133,9 +169,15 @@ def test_extreme_values(case, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("same_id", [None, "mean", "sum"])
 def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
-    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)), which float64's log_softmax gives to four digits only."""
+    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)), which float64's log_softmax
+    gives to four digits only.
+    """
     s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
-    inputs = dict(query=eye.clone().requires_grad_(), candidate=eye.clone().requires_grad_(), temperature=1 / s)
+    inputs = dict(
+        query=eye.clone().requires_grad_(),
+        candidate=eye.clone().requires_grad_(),
+        temperature=1 / s,
+    )
     if same_id is not None:
         inputs |= dict(candidate_id=torch.arange(4, device=DEVICE), same_id=same_id)
     p = math.exp(-s) / (1 + 3 * math.exp(-s))
@@ -144,7 +186,10 @@ def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
         got = run(inputs | dict(temperature=temperature))
         tolerance = 1e-13 if dtype == torch.float64 else 1e-5
         assert abs(got["out"].item() / math.log1p(3 * math.exp(-s)) - 1) < tolerance
-        assert relative_error(got["dquery"].cpu(), slope) < tolerance and relative_error(got["dcandidate"].cpu(), slope) < tolerance
+        assert (
+            relative_error(got["dquery"].cpu(), slope) < tolerance
+            and relative_error(got["dcandidate"].cpu(), slope) < tolerance
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2, 37])
@@ -159,10 +204,18 @@ def test_identical_embeddings_cost_log_n(n):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize(
-    "options", [{}, dict(symmetric=True), dict(label_smoothing=0.2), dict(candidate_id=[1] * 5, same_id="sum")]
+    "options",
+    [
+        {},
+        dict(symmetric=True),
+        dict(label_smoothing=0.2),
+        dict(candidate_id=[1] * 5, same_id="sum"),
+    ],
 )
 def test_rows_without_negatives(options, backend):
-    """Exactly 0, still counted in the mean, and with their positive term: here every other row is alone with its key."""
+    """Exactly 0, still counted in the mean, and with their positive term: here every other row is
+    alone with its key.
+    """
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
     inputs = make(n, n, keys="one", **options) | dict(query_key=key, candidate_key=key)
@@ -171,9 +224,15 @@ def test_rows_without_negatives(options, backend):
     losses = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none")
     assert not losses["out"][alone].any() and losses["out"][~alone].all()
     assert not losses["dquery"][alone].any() and not losses["dcandidate"][alone].any()
-    assert_close(run(inputs, backend), {k: v.sum() / n if k == "out" else v / n for k, v in losses.items()}, 1e-13)
+    assert_close(
+        run(inputs, backend),
+        {k: v.sum() / n if k == "out" else v / n for k, v in losses.items()},
+        1e-13,
+    )
     dots = (inputs["query"] * inputs["candidate"]).sum(-1)
-    with_term = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none", positive_weight=0.3)
+    with_term = run(
+        inputs, backend, torch.ones(n, device=DEVICE), reduction="none", positive_weight=0.3
+    )
     torch.testing.assert_close(with_term["out"][alone], 0.3 * (1 - dots[alone]))
     torch.testing.assert_close(with_term["dquery"][alone], -0.3 * inputs["candidate"][alone])
 
@@ -182,13 +241,17 @@ def test_rows_without_negatives(options, backend):
 def test_odd_sizes(b, c, monkeypatch):
     monkeypatch.setattr(composed, "BLOCK_BYTES", 1)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        inputs = make(b, c, 3, dtype, keys="three", target=c < b, symmetric=c >= b, positive_weight=0.1)
+        inputs = make(
+            b, c, 3, dtype, keys="three", target=c < b, symmetric=c >= b, positive_weight=0.1
+        )
         assert_close(run(inputs), run(inputs, "reference"), tolerance)
 
 
 @pytest.mark.parametrize("scale", [35.9, 39.9])  # on either side of what one shift for all serves
 def test_large_upstream_gradients_do_not_overflow(scale):
-    """A loss scale of 2^20 on logits that all lie at the lower bound, where exp(bound - logit) is largest."""
+    """A loss scale of 2^20 on logits that all lie at the lower bound, where exp(bound - logit) is
+    largest.
+    """
     inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
     with torch.no_grad():
         inputs["query"][:] = inputs["query"][0].clone()
@@ -197,7 +260,7 @@ def test_large_upstream_gradients_do_not_overflow(scale):
     assert all(value.isfinite().all() for value in got.values())
 
 
-# ---- 2, 3, 4: layouts, operators, behaviour -------------------------------------------------------------------------------------
+# ---- 2, 3, 4: layouts, operators, behaviour ------------------------------------------------------
 
 
 def test_strided_inputs_and_gradients():
@@ -207,18 +270,32 @@ def test_strided_inputs_and_gradients():
     wide[:, ::2] = inputs["candidate"].detach()
     strided = dict(query=inputs["query"].detach().T.contiguous().T, candidate=wide[:, ::2])
     strided = {k: v.requires_grad_() for k, v in strided.items()}
-    strided |= {k: v.repeat_interleave(3)[::3] for k, v in inputs.items() if k in ("candidate_key", "target", "row_weight")}
-    assert_close(run(inputs | strided, upstream=torch.ones((), dtype=torch.float64, device=DEVICE).expand(B)), want, 1e-13)
+    strided |= {
+        k: v.repeat_interleave(3)[::3]
+        for k, v in inputs.items()
+        if k in ("candidate_key", "target", "row_weight")
+    }
+    assert_close(
+        run(
+            inputs | strided, upstream=torch.ones((), dtype=torch.float64, device=DEVICE).expand(B)
+        ),
+        want,
+        1e-13,
+    )
 
 
 def test_opcheck(monkeypatch):
     operate, arguments = autograd._operate, {}
     monkeypatch.setattr(
-        autograd, "_operate", lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest)
+        autograd,
+        "_operate",
+        lambda name, ctx, args, *rest: operate(name, ctx, arguments.setdefault(name, args), *rest),
     )
     run(make(keys="three", same_id="mean", dtype=torch.float32, symmetric=True))
     assert len(arguments) == 2
-    for (name, args), extra in zip(arguments.items(), ((0.1,), (torch.zeros(B, device=DEVICE), 0.1)), strict=True):
+    for (name, args), extra in zip(
+        arguments.items(), ((0.1,), (torch.zeros(B, device=DEVICE), 0.1)), strict=True
+    ):
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         torch.library.opcheck(getattr(torch.ops.mmfused, f"{name}_composed"), (*args, *extra))
 
@@ -270,19 +347,26 @@ def test_differentiating_twice():
     """The reference can; the composed sweep raises rather than be wrong."""
     inputs = make(5, 7, 3, symmetric=True, positive_weight=0.3)
     rest = {k: v for k, v in inputs.items() if k != "query"}
-    assert torch.autograd.gradgradcheck(lambda q: masked_info_nce_reference(q, **rest), (inputs["query"],))
+    assert torch.autograd.gradgradcheck(
+        lambda q: masked_info_nce_reference(q, **rest), (inputs["query"],)
+    )
     with mmfused.backend("composed"):
         (dq,) = torch.autograd.grad(masked_info_nce(**inputs), inputs["query"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("options", [dict(target=True), dict(target=True, keys="three", same_id="mean")])
+@pytest.mark.parametrize(
+    "options", [dict(target=True), dict(target=True, keys="three", same_id="mean")]
+)
 def test_equal_bits(options):
     """Of two runs and of two backwards of one, with two threads and targets that many rows share."""
     inputs = make(1024, 100, 64, torch.float32, temperature=0.07, **options)
     inputs["target"] %= 3
-    leaves, threads = [inputs[name] for name in ("query", "candidate", "temperature")], torch.get_num_threads()
+    leaves, threads = (
+        [inputs[name] for name in ("query", "candidate", "temperature")],
+        torch.get_num_threads(),
+    )
     torch.set_num_threads(2)
     try:
         with mmfused.backend("composed"):
@@ -299,41 +383,74 @@ def test_equal_bits(options):
 def test_partial_gradients(only, backend):
     inputs = make(keys="three", symmetric=True)
     want = run(inputs, backend)
-    got = run({k: v.detach().requires_grad_(k == only) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-               for k, v in inputs.items()}, backend)  # fmt: skip
-    assert got.keys() == {"out", f"d{only}"} and all(torch.equal(got[name], want[name]) for name in got)
+    got = run(
+        {
+            k: v.detach().requires_grad_(k == only)
+            if isinstance(v, torch.Tensor) and v.is_floating_point()
+            else v
+            for k, v in inputs.items()
+        },
+        backend,
+    )
+    assert got.keys() == {"out", f"d{only}"} and all(
+        torch.equal(got[name], want[name]) for name in got
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_autocast(backend):
     """The embeddings are rounded, nothing else is: the loss and the gradients stay float32."""
     inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
-    low = {k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")}
-    exact, plain = run(cast(inputs | low, torch.float64), "reference"), run(cast(inputs | low, torch.bfloat16), "reference")
+    low = {
+        k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")
+    }
+    exact, plain = (
+        run(cast(inputs | low, torch.float64), "reference"),
+        run(cast(inputs | low, torch.bfloat16), "reference"),
+    )
     with torch.autocast(DEVICE, torch.bfloat16):
         got = run(inputs, backend)
-        mixed = run(inputs | dict(candidate=inputs["candidate"].detach().bfloat16().requires_grad_()), backend)
+        mixed = run(
+            inputs | dict(candidate=inputs["candidate"].detach().bfloat16().requires_grad_()),
+            backend,
+        )
         assert run(make(), backend)["out"].dtype == torch.float64
         with pytest.raises(TypeError, match="dtypes torch.int64"):
             masked_info_nce(ints[:, None], ints[:, None], temperature=1.0)
-    assert all(value.dtype == torch.float32 for value in got.values()) and torch.equal(mixed["out"], got["out"])
+    assert all(value.dtype == torch.float32 for value in got.values()) and torch.equal(
+        mixed["out"], got["out"]
+    )
     assert relative_error(got["out"], exact["out"]) < 1e-6
     assert not over_budget(got, exact, plain)
 
 
 def test_nothing_of_size_b_times_c_is_saved():
     n, d = 1024, 16
-    inputs = make(n, n, d, torch.float32, keys="three", same_id="mean", symmetric=True, label_smoothing=0.1, weight=True)
+    inputs = make(
+        n,
+        n,
+        d,
+        torch.float32,
+        keys="three",
+        same_id="mean",
+        symmetric=True,
+        label_smoothing=0.1,
+        weight=True,
+    )
     given = tuple(v for v in inputs.values() if isinstance(v, torch.Tensor))
     saved = {}
     for name in ("reference", "composed"):
         with mmfused.backend(name):
             saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
-    assert saved["reference"] > 4 * n * n and saved["composed"] < 4 * n * d + 30 * 8 * n  # the candidates without NaN, and vectors
+    assert (
+        saved["reference"] > 4 * n * n and saved["composed"] < 4 * n * d + 30 * 8 * n
+    )  # the candidates without NaN, and vectors
 
 
 def test_peak_memory():
-    """B = 16384 against itself, both directions: eager keeps five matrices of 1 GiB. Full size, since it is a claim about size."""
+    """B = 16384 against itself, both directions: eager keeps five matrices of 1 GiB. Full size,
+    since it is a claim about size.
+    """
     code = """
 import torch, mmfused
 torch.set_num_threads(1)
@@ -350,39 +467,69 @@ print((peak() - before) / 1024)
     assert 16 < float(done.stdout) < 250  # MiB; 32 of them are the gradients
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 x, ints = torch.randn(5, 4), torch.arange(5)
 BAD = {
-    "query and candidate have dtypes torch.float32 and torch.float64; they take one dtype, float32,": dict(candidate=x.double()),
-    "query and candidate have dtypes torch.int64 and torch.int64; they take one dtype": dict(query=x.long(), candidate=x.long()),
+    "query and candidate have dtypes torch.float32 and torch.float64; they take one dtype, float32,": dict(
+        candidate=x.double()
+    ),
+    "query and candidate have dtypes torch.int64 and torch.int64; they take one dtype": dict(
+        query=x.long(), candidate=x.long()
+    ),
     "query is a list; it takes a torch.Tensor": dict(query=[1.0]),
     "candidate is None; it takes a torch.Tensor": dict(candidate=None),
-    "candidate is on meta but query is on cpu; they must share one device": dict(candidate=x.to("meta")),
+    "candidate is on meta but query is on cpu; they must share one device": dict(
+        candidate=x.to("meta")
+    ),
     "query has shape (4,); it takes (rows, dim), neither of them 0": dict(query=x[0]),
     "candidate has shape (0, 4); it takes (rows, dim)": dict(candidate=x[:0]),
     "candidate has dim 3; it takes 4 as query has": dict(candidate=x[:, :3]),
     "target has dtype torch.int32; it takes torch.int64": dict(target=ints.int()),
-    "candidate_key has shape (4,); it takes (5,), one for each candidate": dict(candidate_key=ints[:4]),
-    "query_id has shape (5, 1); it takes (5,), one for each query": dict(query_id=ints[:, None], candidate_id=ints),
-    "query_key is given without candidate_key; it takes both, or candidate_key alone": dict(query_key=ints),
+    "candidate_key has shape (4,); it takes (5,), one for each candidate": dict(
+        candidate_key=ints[:4]
+    ),
+    "query_id has shape (5, 1); it takes (5,), one for each query": dict(
+        query_id=ints[:, None], candidate_id=ints
+    ),
+    "query_key is given without candidate_key; it takes both, or candidate_key alone": dict(
+        query_key=ints
+    ),
     "query_id is given without candidate_id; it takes both": dict(query_id=ints),
-    "symmetric and target are both given; symmetric takes the default target": dict(symmetric=True, target=ints),
-    "there are 4 candidates for 5 queries; without a target it takes at least as many": dict(candidate=x[:4]),
+    "symmetric and target are both given; symmetric takes the default target": dict(
+        symmetric=True, target=ints
+    ),
+    "there are 4 candidates for 5 queries; without a target it takes at least as many": dict(
+        candidate=x[:4]
+    ),
     "same_id is 'keep'; it takes one of drop, mean, sum": dict(same_id="keep"),
     "reduction is 'max'; it takes one of mean, sum, none": dict(reduction="max"),
     "label_smoothing is 1.0; it takes a number from 0 to below 1": dict(label_smoothing=1.0),
     "positive_weight is -1; it takes a number of at least 0": dict(positive_weight=-1),
-    "false_negative_margin is nan; it takes a finite number, or None": dict(false_negative_margin=math.nan),
+    "false_negative_margin is nan; it takes a finite number, or None": dict(
+        false_negative_margin=math.nan
+    ),
     "temperature is 0.0; it takes a number above 0": dict(temperature=0.0),
-    "temperature has shape (2,) and dtype torch.float32; it takes one floating": dict(temperature=torch.ones(2)),
-    "temperature holds a number that is not above 0; it takes one above 0": dict(temperature=torch.tensor(-1.0)),
+    "temperature has shape (2,) and dtype torch.float32; it takes one floating": dict(
+        temperature=torch.ones(2)
+    ),
+    "temperature holds a number that is not above 0; it takes one above 0": dict(
+        temperature=torch.tensor(-1.0)
+    ),
     "row_weight has shape (4,); it takes (5,)": dict(row_weight=x[:4, 0]),
-    "row_weight requires grad; it takes a constant: detach() it": dict(row_weight=torch.ones(5, requires_grad=True)),
-    "row_weight holds a negative number; it takes numbers of at least 0": dict(row_weight=-torch.ones(5)),
+    "row_weight requires grad; it takes a constant: detach() it": dict(
+        row_weight=torch.ones(5, requires_grad=True)
+    ),
+    "row_weight holds a negative number; it takes numbers of at least 0": dict(
+        row_weight=-torch.ones(5)
+    ),
     "target holds a value outside [0, 5), the candidates there are": dict(target=ints + 1),
-    "query_key holds a negative value; it takes keys of at least 0": dict(query_key=ints - 1, candidate_key=ints),
-    "candidate_key holds a value below -1; it takes keys of at least 0, or -1": dict(candidate_key=ints - 2),
+    "query_key holds a negative value; it takes keys of at least 0": dict(
+        query_key=ints - 1, candidate_key=ints
+    ),
+    "candidate_key holds a value below -1; it takes keys of at least 0, or -1": dict(
+        candidate_key=ints - 2
+    ),
 }
 
 
@@ -390,7 +537,11 @@ BAD = {
 def test_bad_input_gets_one_sentence(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
         masked_info_nce(**dict(query=x, candidate=x, temperature=0.1) | BAD[sentence])
-    assert str(error.value).startswith("masked_info_nce: ") and sentence in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith("masked_info_nce: ")
+        and sentence in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_fused_where_it_cannot_run():

@@ -1,5 +1,6 @@
-"""The kernels of masked InfoNCE, through the public function: on a CPU in Triton's interpreter, with small tiles, so that little
-data has several tiles on each side; on a GPU with the tiles of the plan."""
+"""The kernels of masked InfoNCE, through the public function: on a CPU in Triton's interpreter,
+with small tiles, so that little data has several tiles on each side; on a GPU with the tiles of the
+plan."""
 
 import pytest
 import torch
@@ -28,10 +29,20 @@ OPTIONS = {
     "keys and ids": dict(keys(37, 53, 3), **ids(37, 53), symmetric=True),
     "dropped": dict(ids(37, 53), **TARGET),
     "mean": dict(ids(37, 53), **keys(37, 53, 3), same_id="mean", symmetric=True),
-    "sum": dict(candidate_id=torch.arange(53) % 20, same_id="sum", label_smoothing=0.1, symmetric=True),
+    "sum": dict(
+        candidate_id=torch.arange(53) % 20, same_id="sum", label_smoothing=0.1, symmetric=True
+    ),
     "smoothed": dict(label_smoothing=0.2, row_weight=torch.arange(37.0) % 3, **TARGET),
-    "smoothed with keys": dict(keys(37, 53, 3), label_smoothing=0.2, positive_weight=0.5, symmetric=True, reduction="sum"),
-    "each": dict(keys(37, 53, 2), reduction="none", positive_weight=0.5, row_weight=torch.arange(37.0) % 3, symmetric=True),
+    "smoothed with keys": dict(
+        keys(37, 53, 3), label_smoothing=0.2, positive_weight=0.5, symmetric=True, reduction="sum"
+    ),
+    "each": dict(
+        keys(37, 53, 2),
+        reduction="none",
+        positive_weight=0.5,
+        row_weight=torch.arange(37.0) % 3,
+        symmetric=True,
+    ),
 }
 
 
@@ -44,10 +55,14 @@ def test_value_and_gradients(tiles, option):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision(tiles, option, dtype):
     """Weights far below what a half holds, as 1 / B of a large batch, and candidates beyond it."""
-    check(make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype)
+    check(
+        make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype
+    )
 
 
-@pytest.mark.parametrize("rows, candidates, dim", [(65, 65, 40), (1, 1, 7), (1, 70, 16), (33, 33, 3)])
+@pytest.mark.parametrize(
+    "rows, candidates, dim", [(65, 65, 40), (1, 1, 7), (1, 70, 16), (33, 33, 3)]
+)
 def test_shapes(monkeypatch, rows, candidates, dim):
     several = [make(rows, candidates, dim, seed=seed) for seed in range(8 if rows == 1 else 1)]
     for kind in BACKWARDS:
@@ -70,8 +85,9 @@ def test_planned_tiles():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """Below and beyond the bound up to which half precision needs no maximum, and where float32 has few digits left. Not float32
-    for owner-computes: the interpreter sums its dot products in another order than the forward's, which that would show."""
+    """Below and beyond the bound up to which half precision needs no maximum, and where float32 has
+    few digits left. Not float32 for owner-computes: the interpreter sums its dot products in
+    another order than the forward's, which that would show."""
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):
         got = check(make(scale=scale), OPTIONS[option], dtype)
@@ -83,7 +99,11 @@ def test_rows_without_negatives(tiles):
     key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
     options = dict(candidate_key=key, symmetric=True, reduction="none")
     got = check(make(), options)
-    assert not got["out"][:20].any() and not got["dquery"][:20].any() and not got["dcandidate"][:20].any()
+    assert (
+        not got["out"][:20].any()
+        and not got["dquery"][:20].any()
+        and not got["dcandidate"][:20].any()
+    )
     assert got["out"][20:].all() and got["dquery"][20:].any(1).all()
 
 
@@ -93,7 +113,10 @@ def test_nan_stays_where_nobody_sees_it(tiles):
     inputs["candidate"][unseen] = float("nan")
     options = dict(query_key=torch.arange(37) % 2, candidate_key=key, target=torch.arange(37) % 2)
     got = check(inputs, options)
-    assert all(value.isfinite().all() for value in got.values()) and not got["dcandidate"][unseen.to(DEVICE)].any()
+    assert (
+        all(value.isfinite().all() for value in got.values())
+        and not got["dcandidate"][unseen.to(DEVICE)].any()
+    )
     inputs["candidate"][3] = float("nan")  # seen by the rows of key 0
     with torch.no_grad():
         out = masked_info_nce_fused(inputs, options | dict(reduction="none"))
@@ -122,34 +145,74 @@ def test_not_contiguous():
 
 @pytest.mark.skipif(CUDA, reason="counts calls of the interpreter")
 def test_tiles_without_pairs_are_not_visited(monkeypatch):
-    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep. With the first column of tiles for everybody, only
-    that by the two row blocks of the first key, and two tiles by each of the other six."""
+    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep. With the first
+    column of tiles for everybody, only that by the two row blocks of the first key, and two tiles
+    by each of the other six."""
     small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
     calls = []
     for module in (forward, backward):
         original = module.products
-        monkeypatch.setattr(module, "products", lambda *args, f=original, m=module: calls.append(m.__name__) or f(*args))
+        monkeypatch.setattr(
+            module,
+            "products",
+            lambda *args, f=original, m=module: calls.append(m.__name__) or f(*args),
+        )
     for head, visited in ((0, 8), (32, 2 + 6 * 2)):
         calls.clear()
         key = torch.arange(128) // 32
-        options = dict(query_key=key, candidate_key=key.masked_fill(key < head // 32, -1), target=torch.arange(128))
+        options = dict(
+            query_key=key,
+            candidate_key=key.masked_fill(key < head // 32, -1),
+            target=torch.arange(128),
+        )
         run(make(128, 128, 8), options, torch.float32)
-        assert [sum(name.endswith(kind) for name in calls) for kind in ("forward", "backward")] == [visited, visited]
+        assert [sum(name.endswith(kind) for name in calls) for kind in ("forward", "backward")] == [
+            visited,
+            visited,
+        ]
 
 
 def arguments(symmetric, everything, with_keys):
     torch.manual_seed(0)
     q, c = torch.randn(20, 24, device=DEVICE), torch.randn(40, 24, device=DEVICE)
     key = dict(device=DEVICE, dtype=torch.int64)
-    q_key, c_key = (torch.arange(20, **key) // 10, torch.arange(-8, 32, **key).div(16, rounding_mode="floor"))
-    vectors = (q_key, c_key, torch.arange(20, **key) % 7, torch.arange(40, **key) % 9) if with_keys else (None,) * 4
+    q_key, c_key = (
+        torch.arange(20, **key) // 10,
+        torch.arange(-8, 32, **key).div(16, rounding_mode="floor"),
+    )
+    vectors = (
+        (q_key, c_key, torch.arange(20, **key) % 7, torch.arange(40, **key) % 9)
+        if with_keys
+        else (None,) * 4
+    )
     bias = torch.zeros(40, device=DEVICE) if with_keys else None
-    forward = (q, c, bias, torch.tensor(3.0, device=DEVICE), torch.arange(20, **key), *vectors, not everything)
-    coefficients = (torch.rand(4, 20, device=DEVICE), torch.rand(4, 40, device=DEVICE) if symmetric else None)
-    return (*forward, symmetric, everything), (*coefficients, *forward, everything, True, not everything, with_keys)
+    forward = (
+        q,
+        c,
+        bias,
+        torch.tensor(3.0, device=DEVICE),
+        torch.arange(20, **key),
+        *vectors,
+        not everything,
+    )
+    coefficients = (
+        torch.rand(4, 20, device=DEVICE),
+        torch.rand(4, 40, device=DEVICE) if symmetric else None,
+    )
+    return (*forward, symmetric, everything), (
+        *coefficients,
+        *forward,
+        everything,
+        True,
+        not everything,
+        with_keys,
+    )
 
 
-@pytest.mark.parametrize("symmetric, everything, with_keys", [(True, False, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "symmetric, everything, with_keys",
+    [(True, False, False), (False, True, True), (True, False, True)],
+)
 def test_opcheck(monkeypatch, symmetric, everything, with_keys):
     small_tiles(monkeypatch, "owner" if symmetric and with_keys else "chunked")
     forward, backward = arguments(symmetric, everything, with_keys)
@@ -158,17 +221,25 @@ def test_opcheck(monkeypatch, symmetric, everything, with_keys):
 
 
 def test_plans_stay_within_their_memory():
-    """What the design promises: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B = 262144."""
+    """What the design promises: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B
+    = 262144.
+    """
     for rows, most in ((65536, 1e9), (262144, 4e9)):
         plan = plans.plan(768, torch.bfloat16, 90, True, False)
-        splits, length, groups, each = plans.sweep_grid(rows, rows, plan.sweep, plan.partial_bytes, 2)
+        splits, length, groups, each = plans.sweep_grid(
+            rows, rows, plan.sweep, plan.partial_bytes, 2
+        )
         assert groups * each * plan.sweep.BM >= rows and splits * length * plan.sweep.BN >= rows
         assert 4 * 2 * groups * rows <= plan.partial_bytes
         height, width = plans.chunk(rows, rows, plan.spread, plan.chunk_bytes, 2)
         assert 2 * height * width + 2 * 4 * rows * 768 <= most
     for rows, candidates in ((1, 1), (1000, 3), (17, 10**6), (20000, 33333)):
         height, width = plans.chunk(rows, candidates, plan.spread, plan.chunk_bytes, 2)
-        assert height % plan.spread.BM == 0 and width % plan.spread.BN == 0 and 2 * height * width <= plan.chunk_bytes
+        assert (
+            height % plan.spread.BM == 0
+            and width % plan.spread.BN == 0
+            and 2 * height * width <= plan.chunk_bytes
+        )
 
 
 @pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
@@ -178,18 +249,33 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
     if kind != "composed":
         small_tiles(monkeypatch, kind)
     results, operate = [], autograd._operate
-    monkeypatch.setattr(autograd, "_operate", lambda *args: results.append(operate(*args)) or results[-1])
+    monkeypatch.setattr(
+        autograd, "_operate", lambda *args: results.append(operate(*args)) or results[-1]
+    )
     sides = [torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (20, 40)]
     with mmfused.backend("composed" if kind == "composed" else "fused"):
-        want = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides)
+        want = torch.autograd.grad(
+            mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides
+        )
         sides[1 - only] = sides[1 - only].detach()
-        (got,) = torch.autograd.grad(mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only])
+        (got,) = torch.autograd.grad(
+            mmfused.masked_info_nce(*sides, temperature=2.0, symmetric=True), sides[only]
+        )
     assert torch.equal(got, want[only])
     assert [x.numel() > 0 for x in results[-1]] == [only == 0, only == 1, False]
 
 
-@pytest.mark.parametrize("query_key, candidate_key", [([3], [7]), ([7], [3]), ([5, 5, 9], [7, 7, 7, 2]), ([7, 7], [5, 9, 1])])
-def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(tiles, query_key, candidate_key):
+@pytest.mark.parametrize(
+    "query_key, candidate_key",
+    [([3], [7]), ([7], [3]), ([5, 5, 9], [7, 7, 7, 2]), ([7, 7], [5, 9, 1])],
+)
+def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(
+    tiles, query_key, candidate_key
+):
     """Of each row its target alone counts; new memory is NaN."""
-    options = dict(query_key=torch.tensor(query_key), candidate_key=torch.tensor(candidate_key), positive_weight=0.5)
+    options = dict(
+        query_key=torch.tensor(query_key),
+        candidate_key=torch.tensor(candidate_key),
+        positive_weight=0.5,
+    )
     check(make(len(query_key), len(candidate_key), 7), options)

@@ -14,16 +14,21 @@ from mmfused import MaskedInfoNCE, masked_info_nce
 from mmfused.ops.masked_info_nce import composed
 from mmfused.ops.masked_info_nce.modules import unit
 
-# ---- properties -----------------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0])
 @pytest.mark.parametrize("by", ["key", "key, symmetric", "id"])
 def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
-    inputs = make(keys="none" if by == "id" else "three", symmetric="symmetric" in by, label_smoothing=0.1)
+    inputs = make(
+        keys="none" if by == "id" else "three", symmetric="symmetric" in by, label_smoothing=0.1
+    )
     if by == "id":  # every row is of item 7
-        inputs |= dict(query_id=torch.full((B,), 7, device=DEVICE), candidate_id=torch.arange(100, 100 + C, device=DEVICE))
+        inputs |= dict(
+            query_id=torch.full((B,), 7, device=DEVICE),
+            candidate_id=torch.arange(100, 100 + C, device=DEVICE),
+        )
     hidden = torch.arange(C, device=DEVICE) % 5 == 1
     hidden[:B] = False  # their rows see them
     mark = {"key": ("candidate_key", 9), "id": ("candidate_id", 7)}[by[:3].strip(",")]
@@ -39,7 +44,9 @@ def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
 
 
 def test_order_does_not_matter():
-    inputs = make(keys="many", same_id="mean", target=True, weight=True, label_smoothing=0.1, reduction="none")
+    inputs = make(
+        keys="many", same_id="mean", target=True, weight=True, label_smoothing=0.1, reduction="none"
+    )
     upstream = torch.rand(B, dtype=torch.float64, device=DEVICE)
     want = run(inputs, upstream=upstream)
     rows, columns = torch.randperm(B, device=DEVICE), torch.randperm(C, device=DEVICE)
@@ -48,7 +55,9 @@ def test_order_does_not_matter():
     moved = {k: v.detach().requires_grad_(inputs[k].requires_grad) for k, v in moved.items()}
     moved["target"] = columns.argsort()[inputs["target"]][rows]
     got = run(inputs | moved, upstream=upstream[rows])
-    want |= dict(out=want["out"][rows], dquery=want["dquery"][rows], dcandidate=want["dcandidate"][columns])
+    want |= dict(
+        out=want["out"][rows], dquery=want["dquery"][rows], dcandidate=want["dcandidate"][columns]
+    )
     assert_close(got, want, 1e-13)
 
 
@@ -57,7 +66,9 @@ def test_symmetric_is_the_mean_of_both_directions():
     key, ids = inputs["query_key"], inputs["candidate_id"]
     inputs |= dict(candidate_key=key, query_id=ids)
     exchanged = inputs | dict(query=inputs["candidate"], candidate=inputs["query"])
-    both, there, back, exchanged = (run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, exchanged), (1, exchanged)))
+    both, there, back, exchanged = (
+        run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, exchanged), (1, exchanged))
+    )
     exchange = dict(dquery="dcandidate", dcandidate="dquery")
     assert_close(both, {k: (there[k] + back[exchange.get(k, k)]) / 2 for k in there}, 1e-13)
     assert_close(both, {k: exchanged[exchange.get(k, k)] for k in both}, 1e-13)
@@ -67,7 +78,10 @@ def test_modalities_are_separate_losses():
     inputs = make(c=B, symmetric=True, reduction="sum")
     key = torch.arange(B, device=DEVICE) % 3
     got = run(inputs, query_key=key, candidate_key=key)
-    parts = [{k: inputs[k].detach()[key == m].requires_grad_() for k in ("query", "candidate")} for m in range(3)]
+    parts = [
+        {k: inputs[k].detach()[key == m].requires_grad_() for k in ("query", "candidate")}
+        for m in range(3)
+    ]
     parts = [run(inputs | part) for part in parts]
     want = {k: sum(part[k] for part in parts) for k in ("out", "dtemperature")}
     for name in ("dquery", "dcandidate"):
@@ -82,11 +96,15 @@ def test_what_changes_nothing():
     want = run(inputs)
     ones, each = torch.ones(C, dtype=torch.int64, device=DEVICE), torch.arange(C, device=DEVICE)
     same = dict(
-        true_masks=dict(query_key=ones[:B], candidate_key=ones), for_everybody=dict(query_key=ones[:B], candidate_key=-ones),
-        one_positive_mean=dict(candidate_id=each, same_id="mean"), one_positive_sum=dict(candidate_id=each, same_id="sum"),
-        one_positive_drop=dict(candidate_id=each), no_smoothing=dict(label_smoothing=1e-18),
-        equal_weights=dict(row_weight=ones[:B]), no_margin=dict(false_negative_margin=9.0),
-    )  # fmt: skip
+        true_masks=dict(query_key=ones[:B], candidate_key=ones),
+        for_everybody=dict(query_key=ones[:B], candidate_key=-ones),
+        one_positive_mean=dict(candidate_id=each, same_id="mean"),
+        one_positive_sum=dict(candidate_id=each, same_id="sum"),
+        one_positive_drop=dict(candidate_id=each),
+        no_smoothing=dict(label_smoothing=1e-18),
+        equal_weights=dict(row_weight=ones[:B]),
+        no_margin=dict(false_negative_margin=9.0),
+    )
     for options in same.values():
         assert_close(run(inputs, **options), want, 1e-13)
 
@@ -103,12 +121,22 @@ def test_blocks_do_not_matter(keys, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_sums(symmetric, temperature):
-    """A constant dimension shows sum_j dS_ij, which is 0 in each row of one direction and over all of a symmetric loss."""
-    inputs = make(keys="three", same_id="mean", temperature=temperature, symmetric=symmetric, label_smoothing=0.1)
+    """A constant dimension shows sum_j dS_ij, which is 0 in each row of one direction and over all
+    of a symmetric loss.
+    """
+    inputs = make(
+        keys="three",
+        same_id="mean",
+        temperature=temperature,
+        symmetric=symmetric,
+        label_smoothing=0.1,
+    )
     want = run(inputs)
     assert want["out"] >= 0
     scale = 1 / temperature
-    product = (inputs["query"] * want["dquery"]).sum()  # = scale * dscale, dscale = -temperature^2 dtemperature
+    product = (
+        inputs["query"] * want["dquery"]
+    ).sum()  # = scale * dscale, dscale = -temperature^2 dtemperature
     torch.testing.assert_close(product, -want["dtemperature"] / scale, rtol=1e-10, atol=1e-12)
     for name in ("query", "candidate"):
         inputs[name] = torch.cat(
@@ -123,11 +151,13 @@ def test_gradient_sums(symmetric, temperature):
     assert_close(got, want, 1e-11)
 
 
-# ---- GradCache, and the module --------------------------------------------------------------------------------------------------
+# ---- GradCache, and the module -------------------------------------------------------------------
 
 
 def test_gradient_cache():
-    """Embeddings without graph, the loss on leaves, its gradients carried through chunks of the towers."""
+    """Embeddings without graph, the loss on leaves, its gradients carried through chunks of the
+    towers.
+    """
     data = [torch.randn(n, 7, dtype=torch.float64) for n in (12, 20)]
     towers = [nn.Linear(7, 5).double() for _ in data]
     loss_of = MaskedInfoNCE(0.2, learnable_temperature=True, symmetric=True).double()
@@ -152,7 +182,9 @@ def test_module():
     q, c = torch.randn(6, 4), torch.randn(9, 4)
     key = torch.arange(9) % 2
     options = dict(symmetric=True, label_smoothing=0.1, positive_weight=0.2, reduction="sum")
-    want = masked_info_nce(normalize(q, dim=-1), normalize(c, dim=-1), temperature=0.2, candidate_key=key, **options)
+    want = masked_info_nce(
+        normalize(q, dim=-1), normalize(c, dim=-1), temperature=0.2, candidate_key=key, **options
+    )
     torch.testing.assert_close(MaskedInfoNCE(0.2, **options)(q, c, candidate_key=key), want)
     raw = MaskedInfoNCE(0.2, normalize=False)(q, c)
     torch.testing.assert_close(raw, masked_info_nce(q, c, temperature=0.2))
@@ -163,8 +195,15 @@ def test_module():
 def test_temperature_of_the_module():
     """Learned: a parameter, held at max_scale in training only. Fixed: a number, in no state."""
     q, c = torch.randn(6, 4), torch.randn(6, 4)
-    learned, fixed = MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0), MaskedInfoNCE(0.1)
-    assert set(learned.state_dict()) == {"log_scale"} and not fixed.state_dict() and not list(fixed.parameters())
+    learned, fixed = (
+        MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0),
+        MaskedInfoNCE(0.1),
+    )
+    assert (
+        set(learned.state_dict()) == {"log_scale"}
+        and not fixed.state_dict()
+        and not list(fixed.parameters())
+    )
     learned.load_state_dict({"log_scale": torch.tensor(-math.log(0.1))})
     torch.testing.assert_close(learned(q, c), fixed(q, c))
     (slope,) = torch.autograd.grad(learned(q, c), learned.log_scale)
@@ -175,11 +214,18 @@ def test_temperature_of_the_module():
         torch.testing.assert_close((above - learned(q, c)) / 2e-3, slope, rtol=1e-2, atol=1e-4)
         learned.log_scale.fill_(5.0)
     assert learned.eval()(q, c) != MaskedInfoNCE(1 / 20)(q, c) and learned.log_scale == 5
-    losses_of_two = learned.train()(q, c) + learned(c, q)  # what is clamped in place is saved by no graph
+    losses_of_two = learned.train()(q, c) + learned(
+        c, q
+    )  # what is clamped in place is saved by no graph
     losses_of_two.backward()
-    assert learned.log_scale.item() == pytest.approx(math.log(20)) and learned.log_scale.grad is not None
+    assert (
+        learned.log_scale.item() == pytest.approx(math.log(20))
+        and learned.log_scale.grad is not None
+    )
     torch.testing.assert_close(learned(q, c), MaskedInfoNCE(1 / 20)(q, c))
-    assert repr(learned).startswith("MaskedInfoNCE(learned, initial temperature=0.5, normalize=True, gather=None")
+    assert repr(learned).startswith(
+        "MaskedInfoNCE(learned, initial temperature=0.5, normalize=True, gather=None"
+    )
 
 
 def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
@@ -230,14 +276,23 @@ def test_a_module_gives_an_ignored_candidate_that_is_not_finite_gradient_zero(ba
 
 def test_gather_in_one_process(tmp_path):
     q, c = torch.randn(6, 4), torch.randn(9, 4)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         for gather in ("global", "local"):
             loss = MaskedInfoNCE(0.2, gather=gather, normalize=False)
             torch.testing.assert_close(loss(q, c), masked_info_nce(q, c, temperature=0.2))
-            with torch.autocast("cpu", torch.bfloat16):  # as where one side comes from a Linear and the other does not
+            with torch.autocast(
+                "cpu", torch.bfloat16
+            ):  # as where one side comes from a Linear and the other does not
                 assert torch.equal(loss(q.bfloat16(), c), loss(q.bfloat16(), c.bfloat16()))
-            with mmfused.backend("reference"), pytest.raises(RuntimeError, match="'reference' has no gather; it takes gather=None"):
+            with (
+                mmfused.backend("reference"),
+                pytest.raises(
+                    RuntimeError, match="'reference' has no gather; it takes gather=None"
+                ),
+            ):
                 loss(q, c)
     finally:
         dist.destroy_process_group()
@@ -247,7 +302,9 @@ BAD_MODULES = {
     "temperature is 0; it takes a number above 0": dict(temperature=0),
     "gather is 'all'; it takes None, 'global' or 'local'": dict(gather="all"),
     "reduction is 'sum'; with gather it takes 'mean'": dict(gather="global", reduction="sum"),
-    "gather is 'local' and symmetric is True; symmetric takes gather='global'": dict(gather="local", symmetric=True),
+    "gather is 'local' and symmetric is True; symmetric takes gather='global'": dict(
+        gather="local", symmetric=True
+    ),
     "max_scale is 0; it takes a number above 0": dict(max_scale=0),
     "'margin' is no option; it takes same_id, symmetric": dict(margin=0.1),
 }
@@ -257,7 +314,11 @@ BAD_MODULES = {
 def test_bad_options_of_the_module(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
         MaskedInfoNCE(**BAD_MODULES[sentence])
-    assert str(error.value).startswith("MaskedInfoNCE: ") and sentence in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith("MaskedInfoNCE: ")
+        and sentence in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e30])
@@ -267,18 +328,31 @@ def test_an_ignored_candidate_gets_no_gradient_through_the_normalisation(value, 
     candidate[5] = value
     key = torch.tensor([0, 0, 1, 1, 0, 7])
     if gather:
-        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+        )
     try:
         leaves = [x.requires_grad_() for x in (query, candidate)]
-        dq, dc = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves)
+        dq, dc = torch.autograd.grad(
+            MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves
+        )
         kept = [query, candidate[:5].detach().requires_grad_()]
-        want = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*kept, candidate_key=key[:5]), kept)
+        want = torch.autograd.grad(
+            MaskedInfoNCE(0.2, gather=gather)(*kept, candidate_key=key[:5]), kept
+        )
         assert not dc[5].any()
         torch.testing.assert_close((dq, dc[:5]), want)
         with torch.no_grad():
             candidate[2] = math.nan
-        dq, dc = torch.autograd.grad(MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves)
-        assert dq[2:].isnan().all() and dc[2].isnan().all() and dq[:2].isfinite().all() and not dc[5].any()
+        dq, dc = torch.autograd.grad(
+            MaskedInfoNCE(0.2, gather=gather)(*leaves, candidate_key=key), leaves
+        )
+        assert (
+            dq[2:].isnan().all()
+            and dc[2].isnan().all()
+            and dq[:2].isfinite().all()
+            and not dc[5].any()
+        )
     finally:
         if gather:
             dist.destroy_process_group()
@@ -290,10 +364,17 @@ def test_a_fixed_temperature_is_changed_by_nothing():
     with torch.device("meta"):
         moved = MaskedInfoNCE(0.03)
     assert moved.to_empty(device="cpu").temperature == 0.03
-    for holder, prefix in ((fixed, ""), (nn.Sequential(fixed), "0.")):  # a state of before, when it was a buffer
-        with pytest.warns(UserWarning, match="the state's temperature is 0.3679; the module keeps its own, 0.03"):
+    for holder, prefix in (
+        (fixed, ""),
+        (nn.Sequential(fixed), "0."),
+    ):  # a state of before, when it was a buffer
+        with pytest.warns(
+            UserWarning, match="the state's temperature is 0.3679; the module keeps its own, 0.03"
+        ):
             holder.load_state_dict({f"{prefix}log_scale": torch.tensor(1.0)})
-        holder.load_state_dict({f"{prefix}log_scale": torch.tensor(-math.log(0.03), dtype=torch.bfloat16)})
+        holder.load_state_dict(
+            {f"{prefix}log_scale": torch.tensor(-math.log(0.03), dtype=torch.bfloat16)}
+        )
         with pytest.raises(RuntimeError, match="Unexpected"):
             holder.load_state_dict({f"{prefix}other": torch.tensor(1.0)})
     q, c = torch.randn(6, 4), torch.randn(6, 4)
@@ -304,4 +385,6 @@ def test_parameters_reset_after_to_empty():
     with torch.device("meta"):
         learned = MaskedInfoNCE(0.03, learnable_temperature=True)
     learned.to_empty(device="cpu").reset_parameters()
-    assert learned.log_scale.item() == pytest.approx(-math.log(0.03)) and isinstance(learned.log_scale, nn.Parameter)
+    assert learned.log_scale.item() == pytest.approx(-math.log(0.03)) and isinstance(
+        learned.log_scale, nn.Parameter
+    )

@@ -1,5 +1,5 @@
-"""Masked InfoNCE at the edges of its values: memory nobody wrote, logits of 10^4, rows that are not finite, integers and numbers
-that are none; composed and fused."""
+"""Masked InfoNCE at the edges of its values: memory nobody wrote, logits of 10^4, rows that are not
+finite, integers and numbers that are none; composed and fused."""
 
 import math
 
@@ -11,19 +11,25 @@ from torch.nn.functional import normalize
 import mmfused
 from mmfused import masked_info_nce
 from mmfused.ops.masked_info_nce import checks
-from mmfused.ops.masked_info_nce.function import scaled_info_nce
+from mmfused.ops.masked_info_nce.functional import scaled_info_nce
 
 MIB = 2**20
 BACKENDS = ("composed", "fused")
 
 
-# ---- memory that nobody wrote is NaN in these tests -----------------------------------------------------------------------------
+# ---- memory that nobody wrote is NaN in these tests ----------------------------------------------
 
 
-@pytest.mark.parametrize(("partial_bytes", "backward"), [(1, "chunked"), (512 * MIB, "owner")], ids=["one group", "groups"])
+@pytest.mark.parametrize(
+    ("partial_bytes", "backward"),
+    [(1, "chunked"), (512 * MIB, "owner")],
+    ids=["one group", "groups"],
+)
 @pytest.mark.parametrize("same_id", [None, "drop", "mean", "sum"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_every_option_set_reads_only_what_was_written(symmetric, same_id, partial_bytes, backward, monkeypatch):
+def test_every_option_set_reads_only_what_was_written(
+    symmetric, same_id, partial_bytes, backward, monkeypatch
+):
     small_tiles(monkeypatch, backward, partial_bytes=partial_bytes)
 
     def cases():
@@ -33,13 +39,15 @@ def test_every_option_set_reads_only_what_was_written(symmetric, same_id, partia
                 for masked in (False, True):
                     options = dict(symmetric=symmetric, label_smoothing=smoothing)
                     options |= keys(rows, candidates, 3) if masked else {}
-                    options |= {} if same_id is None else dict(ids(rows, candidates), same_id=same_id)
+                    options |= (
+                        {} if same_id is None else dict(ids(rows, candidates), same_id=same_id)
+                    )
                     yield make(rows, candidates, seed=seed), options
 
     check_together(cases())
 
 
-# ---- large logits ---------------------------------------------------------------------------------------------------------------
+# ---- large logits --------------------------------------------------------------------------------
 
 
 def large(kind, seed):
@@ -74,8 +82,9 @@ def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
 
 
 def test_equal_candidates_are_equally_likely():
-    """The target's logit is, to the bit, what the sweep has for a candidate equal to it: at 10^4 another order of summation would
-    tell them apart. Also for a margin of 0, above which no equal one lies."""
+    """The target's logit is, to the bit, what the sweep has for a candidate equal to it: at 10^4
+    another order of summation would tell them apart. Also for a margin of 0, above which no equal
+    one lies."""
     query, candidate = (normalize(torch.randn(n, 24), dim=-1).to(DEVICE) for n in (20, 1))
     candidate = candidate.expand(45, 24)
     for backend in BACKENDS:
@@ -83,11 +92,13 @@ def test_equal_candidates_are_equally_likely():
             loss = masked_info_nce(query, candidate, temperature=1e-4, reduction="none")
         torch.testing.assert_close(loss, torch.full_like(loss, math.log(45)))
     with mmfused.backend("composed"):
-        loss = masked_info_nce(query, candidate, temperature=1e-4, reduction="none", false_negative_margin=0.0)
+        loss = masked_info_nce(
+            query, candidate, temperature=1e-4, reduction="none", false_negative_margin=0.0
+        )
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(45)))
 
 
-# ---- rows that are not finite ---------------------------------------------------------------------------------------------------
+# ---- rows that are not finite --------------------------------------------------------------------
 
 
 def gradients(backend, query, candidate, *, upstream=None, function=masked_info_nce, **options):
@@ -95,7 +106,9 @@ def gradients(backend, query, candidate, *, upstream=None, function=masked_info_
     leaves = [x.detach().clone().requires_grad_() for x in (query, candidate)]
     with mmfused.backend(backend):
         out = function(*leaves, **dict(temperature=0.3, reduction="none") | options)
-        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out) if upstream is None else upstream)
+        return out.detach(), *torch.autograd.grad(
+            out, leaves, torch.ones_like(out) if upstream is None else upstream
+        )
 
 
 @pytest.mark.parametrize("backward", ["chunked", "owner"])
@@ -103,8 +116,12 @@ def gradients(backend, query, candidate, *, upstream=None, function=masked_info_
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_broken_row_reaches_only_what_sees_it(symmetric, side, value, backend, backward, monkeypatch):
-    """Two keys in one tile: what has the other key is as it was without the broken row, to the last bit where it is computed."""
+def test_a_broken_row_reaches_only_what_sees_it(
+    symmetric, side, value, backend, backward, monkeypatch
+):
+    """Two keys in one tile: what has the other key is as it was without the broken row, to the last
+    bit where it is computed.
+    """
     small_tiles(monkeypatch, backward)
     sides = [torch.randn(n, 8, device=DEVICE) for n in (20, 24)]
     key = torch.arange(24, device=DEVICE) % 2
@@ -117,7 +134,7 @@ def test_a_broken_row_reaches_only_what_sees_it(symmetric, side, value, backend,
         assert actual.flatten(1).isnan().any(1)[4] if actual.dim() > 1 else actual[4].isnan()
 
 
-# ---- values that are none: what a card computes where it must not wait for a check ----------------------------------------------
+# ---- values that are none: what a card computes where it must not wait for a check ---------------
 
 
 @pytest.fixture
@@ -142,7 +159,10 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (20, 24))
     key = torch.arange(24, device=DEVICE) % 2
     given = dict(
-        target=key.new_tensor(range(20)), query_key=key[:20].clone(), candidate_key=key, row_weight=torch.ones(20, device=DEVICE)
+        target=key.new_tensor(range(20)),
+        query_key=key[:20].clone(),
+        candidate_key=key,
+        row_weight=torch.ones(20, device=DEVICE),
     )
     want = gradients(backend, query, candidate, **given)
     given[name][4] = value
@@ -151,7 +171,9 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])  # of the other key; the last stands in for a target beyond it
+    torch.testing.assert_close(
+        got[2][1:23:2], want[2][1:23:2]
+    )  # of the other key; the last stands in for a target beyond it
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])
         assert torch.equal(alone[0].isnan(), rows) and torch.equal(alone[1].isnan().all(1), rows)
@@ -180,8 +202,12 @@ def test_temperatures_that_are_none(temperature, backend, unchecked):
 @pytest.mark.parametrize("where", ["query", "candidate", "both"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(backend, value, where, symmetric):
-    """An infinite target would outweigh all others, and of the others one at -inf would drop out: a loss of 0, or a good one."""
+def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(
+    backend, value, where, symmetric
+):
+    """An infinite target would outweigh all others, and of the others one at -inf would drop out: a
+    loss of 0, or a good one.
+    """
     query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     query[2] = -1
     if where != "candidate":
@@ -189,7 +215,9 @@ def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(backend, v
     if where != "query":
         candidate[0] = value
     with mmfused.backend(backend):
-        out = mmfused.masked_info_nce(query, candidate, temperature=0.1, symmetric=symmetric, reduction="none")
+        out = mmfused.masked_info_nce(
+            query, candidate, temperature=0.1, symmetric=symmetric, reduction="none"
+        )
     rows = [1] if where == "query" and not symmetric else [0, 1, 2, 3]
     assert out[rows].isnan().all() and out.isnan().sum() == len(rows)
 
@@ -219,12 +247,17 @@ def test_any_scale_is_taken_by_what_swapped_losses_call(scale, backend):
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
     results = {}
     for name, dtype in (("got", torch.float32), ("want", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (query, candidate, torch.tensor([scale], device=DEVICE))]
+        leaves = [
+            x.to(dtype).requires_grad_()
+            for x in (query, candidate, torch.tensor([scale], device=DEVICE))
+        ]
         if name == "got":
             with mmfused.backend(backend):
                 out = scaled_info_nce(*leaves)
         else:
-            out = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T * leaves[2], torch.arange(5, device=DEVICE))
+            out = torch.nn.functional.cross_entropy(
+                leaves[0] @ leaves[1].T * leaves[2], torch.arange(5, device=DEVICE)
+            )
         results[name] = [x.double() for x in (out, *torch.autograd.grad(out, leaves))]
     torch.testing.assert_close(results["got"], results["want"], rtol=1e-4, atol=1e-5)
 
@@ -237,17 +270,28 @@ def test_a_temperature_without_a_reciprocal_is_refused():
     assert masked_info_nce(x.double(), x.double(), temperature=1e-39).isfinite()
 
 
-# ---- strides --------------------------------------------------------------------------------------------------------------------
+# ---- strides -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_every_argument_may_be_a_view(backend, masked):
     """Every second number of a longer tensor, from an offset on; and one number expanded."""
-    rows = dict(target=torch.randint(0, 24, (20,)), query_id=torch.randint(0, 5, (20,)), row_weight=torch.rand(20))
-    given = dict(rows, candidate_id=torch.randint(0, 5, (24,)), temperature=torch.tensor([0.3]), same_id="mean")
+    rows = dict(
+        target=torch.randint(0, 24, (20,)),
+        query_id=torch.randint(0, 5, (20,)),
+        row_weight=torch.rand(20),
+    )
+    given = dict(
+        rows,
+        candidate_id=torch.randint(0, 5, (24,)),
+        temperature=torch.tensor([0.3]),
+        same_id="mean",
+    )
     if masked:
-        given |= dict(query_key=torch.randint(0, 3, (20,)), candidate_key=torch.randint(-1, 3, (24,)))
+        given |= dict(
+            query_key=torch.randint(0, 3, (20,)), candidate_key=torch.randint(-1, 3, (24,))
+        )
     sides = torch.randn(20, 8), torch.randn(24, 8)
 
     def view(x):
@@ -259,8 +303,12 @@ def test_every_argument_may_be_a_view(backend, masked):
 
     def losses(*sides, **given):
         with mmfused.backend(backend):
-            leaves = [x.detach().to(DEVICE).requires_grad_() for x in sides]  # detach keeps the strides
-            moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            leaves = [
+                x.detach().to(DEVICE).requires_grad_() for x in sides
+            ]  # detach keeps the strides
+            moved = {
+                k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()
+            }
             out = masked_info_nce(*leaves, **moved)
             return out, *torch.autograd.grad(out, leaves)
 
@@ -276,12 +324,21 @@ def test_every_argument_may_be_a_view(backend, masked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_layout_of_the_embeddings_changes_no_bit(backend):
-    """Forward and backward need the same logits: at 10^2 two ways of summing up differ by 10^-5 in a probability."""
+    """Forward and backward need the same logits: at 10^2 two ways of summing up differ by 10^-5 in
+    a probability.
+    """
     dense = torch.randn(5, 8, device=DEVICE), torch.randn(37, 8, device=DEVICE)
     turned = [x.T.contiguous().T for x in dense]
-    options = dict(temperature=0.01, candidate_id=torch.randint(0, 9, (37,), device=DEVICE), same_id="mean", symmetric=True)
+    options = dict(
+        temperature=0.01,
+        candidate_id=torch.randint(0, 9, (37,), device=DEVICE),
+        same_id="mean",
+        symmetric=True,
+    )
     with mmfused.backend(backend):
-        for want, got in zip(*(differentiated(sides, options) for sides in (dense, turned)), strict=True):
+        for want, got in zip(
+            *(differentiated(sides, options) for sides in (dense, turned)), strict=True
+        ):
             assert torch.equal(want, got)
 
 

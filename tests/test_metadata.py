@@ -47,7 +47,9 @@ def test_an_unclosed_quote_that_a_later_one_closes_costs_its_own_row_alone(tmp_p
     lines[2], lines[5] = '2.png,"thing 2,2', closing
     rows = rows_of(tmp_path, "\n".join(lines))
     assert broken(rows) == {4: "a quote is opened and not closed in it"}
-    assert [row[0] for row in good(rows)] == [2, 3, 5, 6, 7, 8, 9] and good(rows)[4][2].startswith("mug")
+    assert [row[0] for row in good(rows)] == [2, 3, 5, 6, 7, 8, 9] and good(rows)[4][2].startswith(
+        "mug"
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,11 @@ def test_an_unclosed_quote_that_a_later_one_closes_costs_its_own_row_alone(tmp_p
 )
 def test_a_quoted_text_may_have_several_lines(tmp_path, text):
     rows = rows_of(tmp_path, f'0.png,"{text}",0\n1.png,next,1\n')
-    assert broken(rows) == {} and good(rows)[0][2] == text.replace('""', '"') and good(rows)[1][1:] == ("1.png", "next", "1")
+    assert (
+        broken(rows) == {}
+        and good(rows)[0][2] == text.replace('""', '"')
+        and good(rows)[1][1:] == ("1.png", "next", "1")
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,11 @@ def test_a_quoted_text_may_have_several_lines(tmp_path, text):
     [
         ("text,label,file_name", '"specs:\nwidth,5,\nend",0,0.png', "specs:\nwidth,5,\nend"),
         ("file_name,text,label", '0.png,"specs:\n,,5\nend",0', "specs:\n,,5\nend"),
-        ("file_name,text,label", '0.png,"line 1\nsee 1.png,now,2\nend",0', "line 1\nsee 1.png,now,2\nend"),
+        (
+            "file_name,text,label",
+            '0.png,"line 1\nsee 1.png,now,2\nend",0',
+            "line 1\nsee 1.png,now,2\nend",
+        ),
     ],
 )
 def test_a_line_of_a_text_may_look_like_a_row(tmp_path, columns, record, text):
@@ -86,7 +96,9 @@ def test_pictures_that_are_there_tell_that_a_quote_swallows_their_rows(tmp_path)
     for row in range(5):
         (tmp_path / f"{row}.png").touch()
     rows = rows_of(tmp_path, '0.png,"open,0\n1.png,a,1\nodd line\n3.png,closing 5",3\n4.png,b,4\n')
-    assert broken(rows)[2] == "a quote is opened and not closed in it" and [row[1] for row in good(rows)] == [
+    assert broken(rows)[2] == "a quote is opened and not closed in it" and [
+        row[1] for row in good(rows)
+    ] == [
         "1.png",
         "3.png",
         "4.png",
@@ -101,17 +113,28 @@ def test_names_in_the_header_may_have_spaces_and_lines_before_it_may_be_empty(tm
 def test_a_file_without_end_is_refused_unread(tmp_path):
     with open(tmp_path / "metadata.csv", "wb") as file:
         file.truncate(2**40)
-    with pytest.raises(ValueError, match="metadata.csv takes at most 1073741824 bytes, got 1099511627776"):
+    with pytest.raises(
+        ValueError, match="metadata.csv takes at most 1073741824 bytes, got 1099511627776"
+    ):
         ProductFolder(tmp_path)
 
 
 def test_quotes_within_a_text_are_kept(tmp_path):
     rows = rows_of(tmp_path, '0.png,a 5" mug,0\n1.png,"a ""red"" mug",1\n2.png,"a" mug,2\n')
-    assert broken(rows) == {} and [row[2] for row in good(rows)] == ['a 5" mug', 'a "red" mug', "a mug"]
+    assert broken(rows) == {} and [row[2] for row in good(rows)] == [
+        'a 5" mug',
+        'a "red" mug',
+        "a mug",
+    ]
 
 
 def test_rows_of_another_encoding_are_named_and_the_others_read(tmp_path):
-    content = HEADER.encode() + "0.png,crème,0\n".encode() + "1.png,crème,1\n".encode("latin-1") + "2.png,Käse,2".encode()
+    content = (
+        HEADER.encode()
+        + "0.png,crème,0\n".encode()
+        + "1.png,crème,1\n".encode("latin-1")
+        + "2.png,Käse,2".encode()
+    )
     rows = rows_of(tmp_path, content)
     assert broken(rows) == {3: "it holds bytes that are not UTF-8"}
     assert [row[2] for row in good(rows)] == ["crème", "Käse"]
@@ -121,7 +144,10 @@ def test_rows_of_another_encoding_are_named_and_the_others_read(tmp_path):
 def test_any_end_of_line_will_do_and_empty_lines_are_none(tmp_path, end):
     content = end.join(["\ufefffile_name,text,label", "0.png,a\u2028b\x0bc,0", "", "1.png,d,1"])
     rows = rows_of(tmp_path, content.encode())
-    assert broken(rows) == {} and [row[:3] for row in good(rows)] == [(2, "0.png", "a\u2028b\x0bc"), (4, "1.png", "d")]
+    assert broken(rows) == {} and [row[:3] for row in good(rows)] == [
+        (2, "0.png", "a\u2028b\x0bc"),
+        (4, "1.png", "d"),
+    ]
 
 
 def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
@@ -138,7 +164,10 @@ def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
     [
         (b"file_name,text,label,text\n0.png,a,0,b\n", "takes each column once, got text twice"),
         (b"file_name,text,label,label\n", "takes each column once, got label twice"),
-        (b"file_name,coarse_label,text,label,coarse_label\n", "takes each column once, got coarse_label twice"),
+        (
+            b"file_name,coarse_label,text,label,coarse_label\n",
+            "takes each column once, got coarse_label twice",
+        ),
         ("file_name,text,label\n".encode("utf-16"), "takes UTF-8 text, got UTF-16"),
         (b"name,text,label\n", "got one without file_name: name, text, label"),
         (b'"file_name,text,label\n0.png,a,0\n', "got one that cannot be read"),
@@ -159,7 +188,15 @@ def test_an_ignored_column_may_be_there_twice(tmp_path):
 
 def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
-    rows = ['0.png,"open,0', "0.png,ok,1", "gone.png,a,1", "0.png,a", "0.png,a,-3", "../0.png,a,1", "0.png,ok,2"]
+    rows = [
+        '0.png,"open,0',
+        "0.png,ok,1",
+        "gone.png,a,1",
+        "0.png,a",
+        "0.png,a,-3",
+        "../0.png,a,1",
+        "0.png,ok,2",
+    ]
     (tmp_path / "metadata.csv").write_text(HEADER + "\n".join(rows))
     data = ProductFolder(tmp_path, image_size=4)
     assert data.labels == [1, 2] and [sentence.split(":")[0] for sentence in data.skipped] == [
@@ -174,13 +211,17 @@ def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
 
 
 def test_families_are_read_where_the_first_row_is_broken(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,text,label,coarse_label\n,a\n,a mug,1,7\n,a pot,2,8\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,label,coarse_label\n,a\n,a mug,1,7\n,a pot,2,8\n"
+    )
     data = ProductFolder(tmp_path)
     assert data.coarse_labels == [7, 8] and len(data.skipped) == 1
 
 
 def test_many_rows_and_many_open_quotes_take_seconds(tmp_path):
-    lines = [f'{i}.png,"open {i},{i}' if i % 50 == 0 else f"{i}.png,thing {i},{i}" for i in range(20_000)]
+    lines = [
+        f'{i}.png,"open {i},{i}' if i % 50 == 0 else f"{i}.png,thing {i},{i}" for i in range(20_000)
+    ]
     begun = time.monotonic()
     rows = rows_of(tmp_path, "\n".join(lines))
     assert len(rows) == 20_000 and len(broken(rows)) == 400

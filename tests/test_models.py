@@ -1,4 +1,6 @@
-"""FLUID against an independent float64 transcription of its equations, and what the model promises around them."""
+"""FLUID against an independent float64 transcription of its equations, and what the model promises
+around them.
+"""
 
 import json
 import sys
@@ -28,7 +30,9 @@ SMALL = {
 
 
 def random_model(**options) -> FLUID:
-    """A float64 model without encoders whose parameters are all random, also those that start as zeros or ones."""
+    """A float64 model without encoders whose parameters are all random, also those that start as
+    zeros or ones.
+    """
     model = FLUID(FLUIDConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -37,7 +41,9 @@ def random_model(**options) -> FLUID:
 
 
 def token_batch(batch=6, image_tokens=9, text_tokens=7) -> dict:
-    """Precomputed tokens; sample 1 has no image, sample 2 no text, the others have text of unequal lengths."""
+    """Precomputed tokens; sample 1 has no image, sample 2 no text, the others have text of unequal
+    lengths.
+    """
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([7, 3, 0, 5, 1, 6])[:batch]
     return {
@@ -57,7 +63,13 @@ VARIANTS = [
     {},
     {"depth": 2, "balance": "gshard", "loss_weights": (0.5, 0.2, 0.3)},
     {"router": "linear", "top_k": 1, "gate_hidden": (6,), "temperature": 0.2},
-    {"top_k": 3, "bottleneck_queries": 3, "balance_weight": 0.7, "z_weight": 0.05, "expert_hidden": (8,)},
+    {
+        "top_k": 3,
+        "bottleneck_queries": 3,
+        "balance_weight": 0.7,
+        "z_weight": 0.05,
+        "expert_hidden": (8,),
+    },
     {"modalities": "image"},
     {"modalities": "text", "balance": "gshard"},
     *({"without": (name,)} for name in COMPONENTS),
@@ -67,10 +79,15 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default"
+)
 def test_agrees_with_the_equations(options, backend):
     model, batch = random_model(**options), token_batch()
-    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    leaves = {
+        name: parameter.detach().clone().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
     expected = transcription(leaves, batch, model.config)
     with mmfused.backend(backend):
         output = model(**batch)
@@ -80,17 +97,26 @@ def test_agrees_with_the_equations(options, backend):
         assert error(got[name], value) < 1e-12, name
     gradients = torch.autograd.grad(expected["loss"], list(leaves.values()), allow_unused=True)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
-        assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-11, name
+        assert (
+            error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+            < 1e-11
+        ), name
 
 
 def test_q_transform_agrees_with_multihead_attention():
-    """The transcription above reads the projections by name; nn.MultiheadAttention with the same weights decides."""
+    """The transcription above reads the projections by name; nn.MultiheadAttention with the same
+    weights decides.
+    """
     model, x = random_model(), token_batch()["text_tokens"]
     pool = model.text_transform.blocks[0].pool
     attention = torch.nn.MultiheadAttention(12, 3, batch_first=True).double()
     projections = (pool.q_proj, pool.k_proj, pool.v_proj)
-    attention.in_proj_weight.data = torch.cat([projection.weight for projection in projections]).detach()
-    attention.in_proj_bias.data = torch.cat([projection.bias for projection in projections]).detach()
+    attention.in_proj_weight.data = torch.cat(
+        [projection.weight for projection in projections]
+    ).detach()
+    attention.in_proj_bias.data = torch.cat(
+        [projection.bias for projection in projections]
+    ).detach()
     attention.out_proj.load_state_dict(pool.out_proj.state_dict())
     queries = model.text_transform.queries.expand(len(x), -1, -1)
     assert error(pool(x, None, queries), attention(queries, x, x)[0]) < 1e-12
@@ -110,7 +136,14 @@ def test_routing_is_reported():
 
 def tiny(**options) -> FLUID:
     torch.manual_seed(0)
-    sizes = {"num_classes": 5, "vocab_size": 50, "dim": 48, "image_dim": 64, "text_dim": 48, "image": {"depth": 2}}
+    sizes = {
+        "num_classes": 5,
+        "vocab_size": 50,
+        "dim": 48,
+        "image_dim": 64,
+        "text_dim": 48,
+        "image": {"depth": 2},
+    }
     return FLUID(FLUIDConfig.preset("tiny", **sizes, **options))
 
 
@@ -149,7 +182,9 @@ def test_every_parameter_gets_a_gradient(modalities):
 def test_precomputed_tokens_take_the_place_of_the_encoders():
     model, batch = tiny().eval(), pixel_batch()
     expected = model(**batch)
-    pixels, ids, mask = (batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask"))
+    pixels, ids, mask = (
+        batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask")
+    )
     output = model(
         image_tokens=model.image_encoder.forward_features(pixels),
         text_tokens=model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state,
@@ -170,7 +205,10 @@ def test_backends_agree():
         with mmfused.backend(backend):
             loss = model(**batch).loss
             loss.backward()
-        results[backend] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        results[backend] = [
+            loss.detach(),
+            *(parameter.grad.clone() for parameter in model.parameters()),
+        ]
     for a, b in zip(results["reference"], results["composed"], strict=True):
         assert error(a, b) < 1e-10
 
@@ -178,7 +216,9 @@ def test_backends_agree():
 @pytest.mark.parametrize("image_dim", [10, 12])
 def test_an_absent_image_does_not_leak(image_dim):
     model, batch = random_model(image_dim=image_dim), token_batch()
-    batch["image_tokens"] = torch.randn(6, 9, image_dim, dtype=x64, generator=torch.Generator().manual_seed(4))
+    batch["image_tokens"] = torch.randn(
+        6, 9, image_dim, dtype=x64, generator=torch.Generator().manual_seed(4)
+    )
     expected = model(**batch)
     batch["image_tokens"][1] = float("nan")
     batch["text_tokens"][batch["text_padding_mask"]] = float("nan")
@@ -199,10 +239,14 @@ def test_absent_pixels_do_not_leak():
 
 
 def test_a_missing_text_is_masked_as_a_whole():
-    """[CLS][SEP] alone, no real token at all, and text_present=False give one and the same text embedding."""
+    """[CLS][SEP] alone, no real token at all, and text_present=False give one and the same text
+    embedding.
+    """
     model, batch = tiny().eval(), pixel_batch()
     batch["attention_mask"][3] = 0
-    output = model(**batch, text_present=(batch["attention_mask"].sum(1) > 2) & (torch.arange(8) != 4))
+    output = model(
+        **batch, text_present=(batch["attention_mask"].sum(1) > 2) & (torch.arange(8) != 4)
+    )
     assert torch.equal(output.text_embedding[2], output.text_embedding[3])
     assert torch.equal(output.text_embedding[2], output.text_embedding[4])
     assert not torch.allclose(output.text_embedding[2], output.text_embedding[5])
@@ -222,7 +266,9 @@ def test_absent_samples_are_left_out_of_the_contrastive_loss():
     loss = model(**batch).losses["contrastive"]
     assert loss.item() == 0
     loss.backward()
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 def test_padded_text_is_attended_to_only_without_the_text_mask():
@@ -233,7 +279,9 @@ def test_padded_text_is_attended_to_only_without_the_text_mask():
         a, b = model(**batch).text_embedding, model(**changed).text_embedding
         same = (a == b).all(1)
         # 0 has no padding, and 2 has nothing but padding: absent in either case.
-        assert same.tolist() == ([True] * 6 if text_mask else [True, False, True, False, False, False])
+        assert same.tolist() == (
+            [True] * 6 if text_mask else [True, False, True, False, False, False]
+        )
 
 
 def test_more_padding_changes_nothing():
@@ -258,7 +306,12 @@ def test_autocast_keeps_logits_and_losses_in_float32():
     expected = model(**batch)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch)
-    assert output.logits.dtype == output.loss.dtype == output.losses["contrastive"].dtype == torch.float32
+    assert (
+        output.logits.dtype
+        == output.loss.dtype
+        == output.losses["contrastive"].dtype
+        == torch.float32
+    )
     assert error(output.loss, expected.loss) < 0.05
 
 
@@ -281,7 +334,9 @@ def test_training_lowers_the_loss_and_repeats(modalities):
 
 
 def test_queries_start_small():
-    """Queries of size 1 would drown what they read: the text variant then learns several times slower."""
+    """Queries of size 1 would drown what they read: the text variant then learns several times
+    slower.
+    """
     model = tiny(query_std=0.05)
     for transform in (model.image_transform, model.text_transform, model.bottleneck):
         assert 0.03 < transform.queries.std() < 0.07
@@ -289,7 +344,9 @@ def test_queries_start_small():
 
 def test_tiny_takes_photos_of_other_sizes():
     for image_size, patch_size in ((96, 16), (64, 8)):
-        config = FLUIDConfig.preset("tiny", num_classes=81, vocab_size=60, image_size=image_size, patch_size=patch_size)
+        config = FLUIDConfig.preset(
+            "tiny", num_classes=81, vocab_size=60, image_size=image_size, patch_size=patch_size
+        )
         pixels, ids = torch.randn(2, 3, image_size, image_size), torch.arange(8).expand(2, -1)
         assert FLUID(config)(pixels, ids).logits.shape == (2, 81)
 
@@ -298,10 +355,16 @@ def test_tiny_takes_photos_of_other_sizes():
 
 
 def test_config_survives_json():
-    config = FLUIDConfig.preset("tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=16, top_k=1, ffn=32)
+    config = FLUIDConfig.preset(
+        "tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=16, top_k=1, ffn=32
+    )
     copy = FLUIDConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert copy == config and isinstance(copy.gate_hidden, tuple)
-    assert copy.image["img_size"] == 96 and copy.image["patch_size"] == 16 and copy.text["vocab_size"] == 70
+    assert (
+        copy.image["img_size"] == 96
+        and copy.image["patch_size"] == 16
+        and copy.text["vocab_size"] == 70
+    )
     model, other = FLUID(config), FLUID(copy)
     other.load_state_dict(model.state_dict())
 
@@ -325,7 +388,10 @@ def test_preset_overrides_update_its_encoders():
         ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
         ({"loss_weights": (1.0, 1.0)}, r"loss_weights: got \(1.0, 1.0\), takes 3 finite numbers"),
         ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), takes 3 finite numbers"),
-        ({"without": ("gates",)}, "without: got 'gates', takes some of contrastive, q_transform, gate, bottleneck, moe"),
+        (
+            {"without": ("gates",)},
+            "without: got 'gates', takes some of contrastive, q_transform, gate, bottleneck, moe",
+        ),
         (
             {"without": ("gate",), "modalities": "text"},
             "without: got 'gate' with modalities 'text', which has none anyway, takes 'both'",
@@ -340,9 +406,13 @@ def test_bad_config(options, message):
 def test_unknown_preset_and_field():
     with pytest.raises(ValueError, match="preset: got 'huge', takes one of paper, code, tiny"):
         FLUIDConfig.preset("huge", num_classes=2)
-    with pytest.raises(ValueError, match="FLUIDConfig: got a field 'depht', takes num_classes, modalities, dim"):
+    with pytest.raises(
+        ValueError, match="FLUIDConfig: got a field 'depht', takes num_classes, modalities, dim"
+    ):
         FLUIDConfig.from_dict({"num_classes": 2, "depht": 1})
-    with pytest.raises(ValueError, match="num_classes: got None with preset 'tiny', takes a number of classes"):
+    with pytest.raises(
+        ValueError, match="num_classes: got None with preset 'tiny', takes a number of classes"
+    ):
         FLUIDConfig.preset("tiny")
 
 
@@ -353,17 +423,38 @@ TOKEN_ERRORS = [
     ({"pixel_values": PIXELS}, "exactly one of pixel_values and image_tokens, got both"),
     (NO_TEXT, "exactly one of input_ids and text_tokens, got neither"),
     ({"input_ids": IDS}, "exactly one of input_ids and text_tokens, got both"),
-    ({"attention_mask": torch.ones(6, 7)}, "attention_mask goes with input_ids, text_padding_mask with text_tokens"),
-    ({"image_tokens": torch.zeros(6, 9, 11)}, r"image_tokens must have shape \(B, tokens, 10\), got \(6, 9, 11\)"),
-    ({"text_tokens": torch.zeros(6, 7, 3)}, r"text_tokens must have shape \(B, tokens, 12\), got \(6, 7, 3\)"),
-    ({"text_padding_mask": torch.zeros(6, 7)}, r"text_padding_mask must be bool \(6, 7\), got torch.float32"),
-    ({"image_present": torch.ones(5, dtype=torch.bool)}, r"image_present must be bool \(6,\), got torch.bool \(5,\)"),
+    (
+        {"attention_mask": torch.ones(6, 7)},
+        "attention_mask goes with input_ids, text_padding_mask with text_tokens",
+    ),
+    (
+        {"image_tokens": torch.zeros(6, 9, 11)},
+        r"image_tokens must have shape \(B, tokens, 10\), got \(6, 9, 11\)",
+    ),
+    (
+        {"text_tokens": torch.zeros(6, 7, 3)},
+        r"text_tokens must have shape \(B, tokens, 12\), got \(6, 7, 3\)",
+    ),
+    (
+        {"text_padding_mask": torch.zeros(6, 7)},
+        r"text_padding_mask must be bool \(6, 7\), got torch.float32",
+    ),
+    (
+        {"image_present": torch.ones(5, dtype=torch.bool)},
+        r"image_present must be bool \(6,\), got torch.bool \(5,\)",
+    ),
     ({"text_present": torch.ones(6)}, r"text_present must be bool \(6,\), got torch.float32"),
-    ({"image_tokens": torch.zeros(5, 9, 10).double(), "image_present": None}, "one batch size, got 5 and 6"),
+    (
+        {"image_tokens": torch.zeros(5, 9, 10).double(), "image_present": None},
+        "one batch size, got 5 and 6",
+    ),
     ({"labels": torch.tensor([0, 1, 2, 3, 4, 7])}, r"labels must lie in \[0, 6\]"),
     ({"labels": torch.tensor([0, 1, 2, 3, 4, -1])}, r"labels must lie in \[0, 6\]"),
     ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32"),
-    ({"image_tokens": None, "pixel_values": PIXELS}, "the config's image is None; give image_tokens"),
+    (
+        {"image_tokens": None, "pixel_values": PIXELS},
+        "the config's image is None; give image_tokens",
+    ),
     ({**NO_TEXT, "input_ids": IDS}, "the config's text is None; give text_tokens"),
 ]
 
@@ -378,9 +469,15 @@ def test_bad_tokens(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": torch.zeros(8, 3, 30, 32)}, r"pixel_values must have .* \(3, 32, 32\), got \(8, 3, 30, 32\)"),
+        (
+            {"pixel_values": torch.zeros(8, 3, 30, 32)},
+            r"pixel_values must have .* \(3, 32, 32\), got \(8, 3, 30, 32\)",
+        ),
         ({"input_ids": torch.full((8, 10), 50)}, r"input_ids must lie in \[0, 49\]"),
-        ({"attention_mask": torch.ones(8, 9)}, r"attention_mask must be \(8, 10\) as input_ids, got \(8, 9\)"),
+        (
+            {"attention_mask": torch.ones(8, 9)},
+            r"attention_mask must be \(8, 10\) as input_ids, got \(8, 9\)",
+        ),
         (
             {"input_ids": torch.zeros(8, 129, dtype=torch.long), "attention_mask": None},
             r"input_ids must have shape \(B, T\) with T at most 128, got \(8, 129\)",
@@ -393,9 +490,15 @@ def test_bad_pixels_and_ids(changes, message):
         model(**batch)
 
 
-@pytest.mark.parametrize(("module", "package"), [("timm.models", "timm"), ("transformers", "transformers")])
+@pytest.mark.parametrize(
+    ("module", "package"), [("timm.models", "timm"), ("transformers", "transformers")]
+)
 def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'mmfused\[models\]'"):
+    with pytest.raises(
+        ImportError, match=rf"{package} is not installed: pip install 'mmfused\[models\]'"
+    ):
         tiny()
-    assert FLUID(FLUIDConfig(**SMALL)).image_encoder is None  # without encoders neither package is needed
+    assert (
+        FLUID(FLUIDConfig(**SMALL)).image_encoder is None
+    )  # without encoders neither package is needed

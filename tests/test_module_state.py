@@ -1,4 +1,6 @@
-"""Every module as torch's own: copied, saved whole, built on the meta device, loaded by assignment, begun anew."""
+"""Every module as torch's own: copied, saved whole, built on the meta device, loaded by assignment,
+begun anew.
+"""
 
 import copy
 import io
@@ -64,8 +66,11 @@ def saved_whole(module):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole],
-                         ids=["deepcopy", "pickle", "torch.save"])  # fmt: skip
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 @pytest.mark.parametrize("name", ALL)
 def test_copies(name, copied):
     make, inputs, call = ALL[name]
@@ -93,7 +98,9 @@ def test_loaded_by_assignment_into_the_meta_device(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_begun_anew(name, dtype):
-    """to_empty and reset_parameters give a module like a new one: the same numbers of the same seed."""
+    """to_empty and reset_parameters give a module like a new one: the same numbers of the same
+    seed.
+    """
     make, inputs, call = ALL[name]
     new = make()
     with torch.device("meta"):
@@ -105,7 +112,9 @@ def test_begun_anew(name, dtype):
         torch.manual_seed(5)
         module.reset_parameters()
     state, expected = empty.state_dict(), new.state_dict()
-    assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
+    )
     call(empty, *(x.to(dtype) if x.is_floating_point() else x for x in inputs()))
 
 

@@ -1,4 +1,6 @@
-"""MOON2.0 against an independent float64 transcription of its equations, and what the model promises around them."""
+"""MOON2.0 against an independent float64 transcription of its equations, and what the model
+promises around them.
+"""
 
 import json
 
@@ -9,17 +11,19 @@ from moon2_equations import HOST, TOKENS, batch, exact, random_model, tiny, x64
 from retrieval_models import check_given_tokens, home
 
 import mmfused
-from mmfused.gradients import add_cached_gradients, add_gradients, to_device
 from mmfused.models import qwen
 from mmfused.models.moon2 import COMPONENTS, MOON2, MOON2Config
 from mmfused.models.retrieval import VIEWS
+from mmfused.training.gradients import add_cached_gradients, add_gradients, to_device
 
 SHALLOW = {**HOST, "text_config": {**HOST["text_config"], "num_hidden_layers": 1}}
 
 
 def plain(parts: dict) -> dict:
     """In float32, as the trainer's."""
-    return {role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()}
+    return {
+        role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
+    }
 
 
 def without_labels(part: dict) -> dict:
@@ -40,14 +44,19 @@ HOSTED = [
 ]
 
 
-@pytest.mark.parametrize("options", HOSTED, ids=lambda o: "-".join(map(str, o.values())) or "default")
+@pytest.mark.parametrize(
+    "options", HOSTED, ids=lambda o: "-".join(map(str, o.values())) or "default"
+)
 def test_agrees_with_the_equations(options):
     model, parts = random_model(**options), batch()
     with torch.no_grad():
         rounded = model.encode("query", **parts["query"])
     model = exact(model)
     rows = {role: equations.encoded(model, part) for role, part in parts.items()}
-    assert all(error(rounded[name].double(), value.double()) < 1e-6 for name, value in rows["query"].items())
+    assert all(
+        error(rounded[name].double(), value.double()) < 1e-6
+        for name, value in rows["query"].items()
+    )
     expected = equations.losses(**rows, alignment=model.alignment, margin=0.15, c=model.config)
     wanted = torch.autograd.grad(expected["loss"], list(model.parameters()), allow_unused=True)
     for backend in ("reference", "composed"):
@@ -58,16 +67,24 @@ def test_agrees_with_the_equations(options):
             output.loss.backward()
         for role, row in rows.items():
             assert row.keys() == encoded[role].keys()
-            assert all(error(encoded[role][name].double(), value.double()) < 1e-11 for name, value in row.items()), role
+            assert all(
+                error(encoded[role][name].double(), value.double()) < 1e-11
+                for name, value in row.items()
+            ), role
         assert {*output.losses, "loss"} == expected.keys()
         for name, value in {**output.losses, "loss": output.loss}.items():
             assert error(value, expected[name]) < 1e-10, name
         for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
-            assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-9, name
+            assert (
+                error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+                < 1e-9
+            ), name
 
 
 def random_rows(model) -> dict:
-    """What encode could have returned, as leaves: close pairs and confusable ones, so that some triplets are filtered."""
+    """What encode could have returned, as leaves: close pairs and confusable ones, so that some
+    triplets are filtered.
+    """
     generator, rows = torch.Generator().manual_seed(5), {}
     base = torch.randn(6, 8, generator=generator, dtype=x64)
     for role, part in batch().items():
@@ -76,7 +93,11 @@ def random_rows(model) -> dict:
         for view in VIEWS:
             noise = torch.randn(6, 8, generator=generator, dtype=x64)
             row[view] = torch.nn.functional.normalize(base + noise, dim=1).requires_grad_()
-        row["shares"] = torch.rand(6, 3, model.config.num_experts, generator=generator, dtype=x64).softmax(-1).requires_grad_()
+        row["shares"] = (
+            torch.rand(6, 3, model.config.num_experts, generator=generator, dtype=x64)
+            .softmax(-1)
+            .requires_grad_()
+        )
         row["balance"] = torch.rand((), generator=generator, dtype=x64).requires_grad_()
         rows[role] = row
     return rows
@@ -95,7 +116,9 @@ COMPARED = [
 
 
 @pytest.mark.parametrize("negatives", [True, False], ids=["triplets", "pairs"])
-@pytest.mark.parametrize("options", COMPARED, ids=lambda o: "-".join(map(str, o.values())) or "default")
+@pytest.mark.parametrize(
+    "options", COMPARED, ids=lambda o: "-".join(map(str, o.values())) or "default"
+)
 def test_losses_agree_with_the_equations(options, negatives):
     if "own_negative_only" in options and not negatives:
         options = {**options, "own_negative_only": False}
@@ -109,7 +132,9 @@ def test_losses_agree_with_the_equations(options, negatives):
         alignment = model.alignment
     start = model.config.filter_margin * 0.75
     expected = equations.losses(**rows, alignment=alignment, margin=start, c=model.config)
-    leaves = [value for row in rows.values() if row for value in row.values() if value.requires_grad]
+    leaves = [
+        value for row in rows.values() if row for value in row.values() if value.requires_grad
+    ]
     leaves += [] if alignment is None else [alignment]
     wanted = torch.autograd.grad(expected["loss"], leaves, allow_unused=True)
     for backend in ("reference", "composed"):
@@ -132,7 +157,11 @@ def test_triplets_are_filtered_as_training_goes_on():
     model.set_progress(1.0)
     late = model._reliability(query, positive, negative, real)
     assert early[0] == late[0] == 1 and early[1] < 0.6 and late[1] == 1 and early[2] < late[2] < 0.6
-    assert model._reliability(query, positive, negative, ~real).tolist() == [1, 1, 1]  # no negative to judge by
+    assert model._reliability(query, positive, negative, ~real).tolist() == [
+        1,
+        1,
+        1,
+    ]  # no negative to judge by
 
 
 # --- the mixture in the host ---
@@ -148,7 +177,9 @@ def test_no_cast_and_no_older_state_changes_the_margin():
 
 
 def test_starts_as_the_host():
-    """Without noise the same function; with it nearly; and a pretrained host's own state loads into it."""
+    """Without noise the same function; with it nearly; and a pretrained host's own state loads into
+    it.
+    """
     dense = tiny(without=("moe",)).double()
     part, rows = without_labels(batch()["query"]), []
     rows.append(dense.embed(VIEWS, **part))
@@ -157,7 +188,9 @@ def test_starts_as_the_host():
         before = model.host.language_model.layers[0].mlp.router.weight.clone()
         model.host.load_state_dict(dense.host.state_dict())
         mlp = model.host.language_model.layers[0].mlp
-        assert torch.equal(mlp.router.weight, before) and (mlp.w_up[0] == mlp.w_up[1]).all() == (noise == 0)
+        assert torch.equal(mlp.router.weight, before) and (mlp.w_up[0] == mlp.w_up[1]).all() == (
+            noise == 0
+        )
         rows.append(model.embed(VIEWS, **part))
     for view in VIEWS:
         shown = part["image_present"] if view == "image" else (part["attention_mask"].sum(1) > 2)
@@ -181,7 +214,9 @@ def test_nothing_of_a_forward_pass_stays_and_rows_do_not_depend_on_others():
     for name in set(whole) - {"balance"}:
         assert error(some[name].double(), whole[name][rows].double()) < 1e-12, name
     assert whole["shares"].shape == (6, 3, 4)
-    shown = torch.stack([whole["has_image"], whole["has_text"], whole["has_image"] | whole["has_text"]], 1)
+    shown = torch.stack(
+        [whole["has_image"], whole["has_text"], whole["has_image"] | whole["has_text"]], 1
+    )
     assert error(whole["shares"].sum(-1), shown.double()) < 1e-12
 
 
@@ -202,7 +237,13 @@ def test_chunks_have_the_gradient_of_the_whole():
     losses, gradients = [], []
     for chunked in (False, True):
         model = random_model(without=("balance",))
-        losses.append((add_cached_gradients(model, batch(), 4) if chunked else add_gradients(model, [batch()], 1))[0])
+        losses.append(
+            (
+                add_cached_gradients(model, batch(), 4)
+                if chunked
+                else add_gradients(model, [batch()], 1)
+            )[0]
+        )
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert error(losses[1], losses[0]) < 1e-12
     assert all(error(a, b) < 1e-11 for a, b in zip(*gradients, strict=True))
@@ -212,10 +253,14 @@ def test_chunks_have_the_gradient_of_the_whole():
 
 
 def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """But for the vision tower, whose loop over pictures is the host's: its tokens come from outside."""
+    """But for the vision tower, whose loop over pictures is the host's: its tokens come from
+    outside.
+    """
     monkeypatch.undo()  # conftest's poison is not to be traced
     model, parts = random_model(host=SHALLOW), batch()
-    pictures = qwen.picture_tokens(model.host, parts["query"]["pixel_values"], parts["query"]["image_present"])
+    pictures = qwen.picture_tokens(
+        model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
+    )
     monkeypatch.setattr(qwen, "picture_tokens", lambda *_: pictures)
     compiled = torch.compile(lambda: model(**parts).loss, fullgraph=True, backend="eager")
     with mmfused.backend("composed"), torch.no_grad():
@@ -232,7 +277,11 @@ def test_tokens_of_pictures_may_be_given():
 # --- missing modalities ---
 
 
-@pytest.mark.parametrize("options", [{}, {"without": ("fusion",)}, {"without": ("moe",)}], ids=lambda o: str(o.get("without")))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"without": ("fusion",)}, {"without": ("moe",)}],
+    ids=lambda o: str(o.get("without")),
+)
 @pytest.mark.parametrize("lacking", [(), ("image",), ("text",), ("image", "text")], ids="-".join)
 def test_gradients_are_finite_whatever_is_missing(options, lacking):
     model, parts = tiny(**options), plain(batch())
@@ -248,26 +297,42 @@ def test_gradients_are_finite_whatever_is_missing(options, lacking):
     assert output.loss.isfinite()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    assert any(parameter.grad.any() for parameter in model.host.visual.parameters()) == ("image" not in lacking)
+    assert any(parameter.grad.any() for parameter in model.host.visual.parameters()) == (
+        "image" not in lacking
+    )
     none = {"image": ("inter_image", "inter_both"), "text": ("inter_text", "inter_both")}
-    for name in {name for which in lacking for name in none[which]} | ({"intra_positive", "intra_negative"} if lacking else set()):
+    for name in {name for which in lacking for name in none[which]} | (
+        {"intra_positive", "intra_negative"} if lacking else set()
+    ):
         assert output.losses[name].item() == 0, name
 
 
 def test_views_hide_what_they_must():
     model, part = random_model(), without_labels(batch()["query"])
     before = model.embed(VIEWS, **part)
-    assert all(error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values())
+    assert all(
+        error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values()
+    )
     other = {**part, "pixel_values": part["pixel_values"] + 1}
     assert torch.equal(model.embed(("text",), **other)["text"], before["text"])
     changed = (model.embed(("both",), **other)["both"] != before["both"]).any(1)
     assert changed.tolist() == part["image_present"].tolist()
     other = {**part, "input_ids": part["input_ids"].where(part["input_ids"] < 4, 5)}
     assert torch.equal(model.embed(("image",), **other)["image"], before["image"])
-    assert (model.embed(("both",), **other)["both"] != before["both"]).any(1).tolist() == [True, True, False, False, True, True]
+    assert (model.embed(("both",), **other)["both"] != before["both"]).any(1).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     for item, alone in ((1, "text"), (2, "image")):  # "both" of one modality is what that one is
         assert error(before["both"][item], before[alone][item]) < 1e-12
-    assert tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype == torch.float32
+    assert (
+        tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
+        == torch.float32
+    )
 
 
 def test_more_padding_changes_nothing():
@@ -276,7 +341,9 @@ def test_more_padding_changes_nothing():
     for name in ("input_ids", "attention_mask"):
         part[name] = torch.nn.functional.pad(part[name], (0, 5))
     got = model.encode("query", **part)
-    assert all(error(got[name].double(), value.double()) < 1e-12 for name, value in expected.items())
+    assert all(
+        error(got[name].double(), value.double()) < 1e-12 for name, value in expected.items()
+    )
 
 
 # --- training ---
@@ -285,7 +352,10 @@ def test_more_padding_changes_nothing():
 def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[torch.Tensor]:
     """Losses, parameters and embeddings after some steps."""
     model, losses = tiny(host=SHALLOW, **options).to(home(dtype), dtype), []
-    parts = {role: {name: value[:rows] for name, value in part.items()} for role, part in batch(negatives).items()}
+    parts = {
+        role: {name: value[:rows] for name, value in part.items()}
+        for role, part in batch(negatives).items()
+    }
     parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     with mmfused.backend(backend):
@@ -297,7 +367,11 @@ def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[
             optimizer.step()
             losses.append(torch.stack([output.loss, *output.losses.values()]).detach())
     embeddings = model.embed(VIEWS, **without_labels(parts["query"])).values()
-    return [torch.stack(losses), *(parameter.detach() for parameter in model.parameters()), *embeddings]
+    return [
+        torch.stack(losses),
+        *(parameter.detach() for parameter in model.parameters()),
+        *embeddings,
+    ]
 
 
 def distance(a, b):
@@ -308,7 +382,11 @@ def test_backends_train_alike():
     expected = train("reference", 30)
     assert distance(train("composed", 30), expected) < 1e-8
     assert expected[0][-5:, 0].mean() < 0.9 * expected[0][:5, 0].mean()
-    for changed in ({"intra_temperature": 0.404}, {"balance_weight": 0.0101}, {"sparsity_weight": 0.0101}):
+    for changed in (
+        {"intra_temperature": 0.404},
+        {"balance_weight": 0.0101},
+        {"sparsity_weight": 0.0101},
+    ):
         perturbed = train("composed", 3, **changed)[0]
         assert error(perturbed, expected[0][:3]) > 1e-6, changed  # 1 % in one term is seen
 
@@ -336,7 +414,9 @@ def test_frozen_parts_stay_as_they_were(part):
     optimizer.step()
     for name, parameter in model.named_parameters():
         frozen = name.startswith("host." + qwen.PARTS[part])
-        assert (parameter.grad is None) == frozen and (not frozen or torch.equal(parameter, before[name])), name
+        assert (parameter.grad is None) == frozen and (
+            not frozen or torch.equal(parameter, before[name])
+        ), name
     assert not getattr(model.host, qwen.PARTS[part]).training
 
 
@@ -353,7 +433,12 @@ def test_components_change_the_computation(name):
     assert abs(outputs[0].loss - outputs[1].loss) > 1e-4
     changed = [view for view in VIEWS if error(rows[1][view], rows[0][view]) > 1e-12]
     assert changed == {"moe": list(VIEWS), "fusion": ["both"]}.get(name, [])
-    gone = {"moe": {"balance", "sparsity"}, "dual_alignment": {"sparsity"}, "filtering": set(), "fusion": set()}
+    gone = {
+        "moe": {"balance", "sparsity"},
+        "dual_alignment": {"sparsity"},
+        "filtering": set(),
+        "fusion": set(),
+    }
     gone = gone.get(name, {key for key in outputs[0].losses if key.startswith(name)})
     assert set(outputs[0].losses) - set(outputs[1].losses) == gone
 
@@ -363,18 +448,34 @@ def test_full_size_builds():
     with torch.device("meta"):
         model = MOON2(config)
     expert = 3 * 2048 * 11008
-    dense = sum(parameter.numel() for parameter in model.parameters()) - 36 * (7 * expert + 8 * 2048) - 8 * 5
+    dense = (
+        sum(parameter.numel() for parameter in model.parameters())
+        - 36 * (7 * expert + 8 * 2048)
+        - 8 * 5
+    )
     assert 3.7e9 < dense < 3.8e9  # Qwen2.5-VL-3B, its head tied
-    assert model.picture_size == 224 and config.temperature == 0.05 and (config.num_experts, config.top_k) == (8, 2)
+    assert (
+        model.picture_size == 224
+        and config.temperature == 0.05
+        and (config.num_experts, config.top_k) == (8, 2)
+    )
 
 
 def test_config_survives_json_and_takes_the_trainers_sizes():
-    config = MOON2Config.preset("tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, without=("balance",))
+    config = MOON2Config.preset(
+        "tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, without=("balance",)
+    )
     copy = MOON2Config.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert copy == config and copy.without == ("balance",) and copy.host["vision_config"]["patch_size"] == 12
+    assert (
+        copy == config
+        and copy.without == ("balance",)
+        and copy.host["vision_config"]["patch_size"] == 12
+    )
     model, other = MOON2(config), MOON2(copy)
     other.load_state_dict(model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
     assert model.picture_size == 96 and model.host.language_model.embed_tokens.num_embeddings == 70
 
 
@@ -386,9 +487,18 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"moe_every": 3}, "moe_every: got 3, takes at most the host's 2 layers"),
         ({"balance": "none"}, "balance: got 'none', takes one of switch, gshard"),
         ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
-        ({"without": ("gate",)}, "without: got 'gate', takes some of moe, dual_alignment, sparsity"),
-        ({"without": ("intra", "inter")}, "without: got 'inter' and 'intra', which leaves no objective"),
-        ({"host": {"text_config": {"hidden_act": "gelu"}}}, "hidden_act: got 'gelu', takes 'silu', as the experts have"),
+        (
+            {"without": ("gate",)},
+            "without: got 'gate', takes some of moe, dual_alignment, sparsity",
+        ),
+        (
+            {"without": ("intra", "inter")},
+            "without: got 'inter' and 'intra', which leaves no objective",
+        ),
+        (
+            {"host": {"text_config": {"hidden_act": "gelu"}}},
+            "hidden_act: got 'gelu', takes 'silu', as the experts have",
+        ),
         ({"tokens": None}, "tokens: got None, takes what"),
         ({"normalise": 0.0}, "normalise: got 0.0, takes a number above 0"),
     ],

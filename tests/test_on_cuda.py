@@ -1,8 +1,8 @@
-"""What only a card can show: nothing waits for the host, CUDA graphs, streams, repeats, real tile sizes, compiled, memory.
+"""What only a card can show: nothing waits for the host, CUDA graphs, streams, repeats, real tile
+sizes, compiled, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU each runs once in the interpreter, at a tiny size, so that the table is known to be
-right when the first card comes.
-"""
+The cases are in on_cuda_cases.py. Without a GPU each runs once in the interpreter, at a tiny size,
+so that the table is known to be right when the first card comes."""
 
 import contextlib
 
@@ -16,11 +16,17 @@ from mmfused.library import INTERPRETED
 from mmfused.testing import over_budget, relative_error
 
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
+ALL_DTYPES = (
+    (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
+)
 FUSED = [name for name, case in CASES.items() if case.fused]
 MODULES = [name for name, case in CASES.items() if case.module]
-ON_DEVICE = [(name, "fused") for name in FUSED] + [(name, "composed") for name, case in CASES.items() if case.composed]
-UNWAITING = [(name, backend) for name, backend in ON_DEVICE if backend == "fused" or not CASES[name].waits]
+ON_DEVICE = [(name, "fused") for name in FUSED] + [
+    (name, "composed") for name, case in CASES.items() if case.composed
+]
+UNWAITING = [
+    (name, backend) for name, backend in ON_DEVICE if backend == "fused" or not CASES[name].waits
+]
 
 
 def label(value) -> str:
@@ -68,31 +74,45 @@ def assert_same(actual, expected) -> None:
 
 
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
-    """What is not as exact as plain PyTorch in ``dtype``. Where the error is a matter of luck it may be larger: of one number, and
-    of what is 0 but for rounding (the gradient of the keys' bias, which a softmax forgets)."""
+    """What is not as exact as plain PyTorch in ``dtype``. Where the error is a matter of luck it
+    may be larger: of one number, and of what is 0 but for rounding (the gradient of the keys' bias,
+    which a softmax forgets)."""
     with path(name, "reference"):
         exact, plain = problem.run(), problem.to(dtype).run()
     tested = problem.to(dtype)
     with path(name, backend):
-        actual = tested.run(None if compiler is None else torch.compile(tested.module, fullgraph=True, backend=compiler))
+        actual = tested.run(
+            None
+            if compiler is None
+            else torch.compile(tested.module, fullgraph=True, backend=compiler)
+        )
     lucky = {key for key, want in exact.items() if want.numel() == 1 or want.abs().max() < 1e-9}
-    judged = ({key: x for key, x in results.items() if key not in lucky} for results in (actual, exact, plain))
+    judged = (
+        {key: x for key, x in results.items() if key not in lucky}
+        for results in (actual, exact, plain)
+    )
     found = over_budget(*judged, factor=2.0 if CUDA else 4.0)  # a tiny size is a matter of luck too
     for key in lucky:
         want = exact[key].where(exact[key].abs() > 1e-9, 0.0)
         allowed = 8 * relative_error(plain[key], want) + 64 * torch.finfo(actual[key].dtype).eps
         if not relative_error(actual[key], want) <= allowed:
-            found.append(f"{key}: error {relative_error(actual[key], want):.3e}, allowed {allowed:.3e}.")
+            found.append(
+                f"{key}: error {relative_error(actual[key], want):.3e}, allowed {allowed:.3e}."
+            )
     return found
 
 
-# ---- at real sizes; without a GPU, that the cases run ----------------------------------------------------------------------------
+# ---- at real sizes; without a GPU, that the cases run --------------------------------------------
 
 
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize(
     "name, dtype",
-    [(name, dtype) for name in FUSED for dtype in (ALL_DTYPES if CUDA and CASES[name].dtypes else [HALF])],
+    [
+        (name, dtype)
+        for name in FUSED
+        for dtype in (ALL_DTYPES if CUDA and CASES[name].dtypes else [HALF])
+    ],
     ids=label,
 )
 def test_kernels_are_as_exact_as_plain_pytorch(name, dtype):
@@ -112,10 +132,13 @@ def test_compiled_modules_are_as_exact_as_plain_pytorch(name, monkeypatch):
     monkeypatch.undo()  # the compiler would trace into the poisoned torch.empty
     torch._dynamo.reset()
     dtype, compiler = (HALF, "inductor") if CUDA else (torch.float32, "aot_eager")
-    assert faults(make(name), dtype, "fused" if CASES[name].fused else "composed", name, compiler) == []
+    assert (
+        faults(make(name), dtype, "fused" if CASES[name].fused else "composed", name, compiler)
+        == []
+    )
 
 
-# ---- the host, graphs, streams and devices ---------------------------------------------------------------------------------------
+# ---- the host, graphs, streams and devices -------------------------------------------------------
 
 
 @needs_cuda
@@ -173,7 +196,9 @@ def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
 @needs_cuda
 @pytest.mark.parametrize("name", FUSED)
 def test_a_side_stream_keeps_the_order_of_its_work(name):
-    """The values arrive late, on the stream that then runs the call: a launch on any other stream would be too early."""
+    """The values arrive late, on the stream that then runs the call: a launch on any other stream
+    would be too early.
+    """
     problem = make(name).to(HALF)
     with path(name, "fused"):
         new, wanted = on_other_values(problem)
@@ -195,10 +220,13 @@ def test_another_device_than_the_current_one(name):
     with path(name, "fused"):
         wanted, results = problem.run(), problem.on(torch.device("cuda", 1)).run()
     for key, want in wanted.items():
-        assert results[key].device.index == 1 and relative_error(results[key].to(want.device), want) < 1e-2, key
+        assert (
+            results[key].device.index == 1
+            and relative_error(results[key].to(want.device), want) < 1e-2
+        ), key
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def peak_bytes(call) -> int:
@@ -213,7 +241,10 @@ def peak_bytes(call) -> int:
 @needs_cuda
 def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
     """Its matrix of logits alone would be 2 GB in 16 bits."""
-    inputs = {name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_() for name in ("query", "candidate")}
+    inputs = {
+        name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_()
+        for name in ("query", "candidate")
+    }
     problem = info_nce(symmetric=True)(True)
     problem.inputs = problem.to(HALF).inputs | inputs
     with mmfused.backend("fused"):

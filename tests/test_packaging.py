@@ -1,4 +1,6 @@
-"""The package as users get it: wheel, sdist, editable install, plain clone; and beside Hugging Face's own "kernels"."""
+"""The package as users get it: wheel, sdist, editable install, plain clone; and beside Hugging
+Face's own "kernels".
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmfused", "kernels", "csrc", "benchmarks", "tests")
-OPTIONAL = ("triton", "timm", "transformers", "tokenizers", "torchvision", "PIL", "numpy", "matplotlib", "tqdm")
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+    "mmfused",
+    "kernels",
+    "csrc",
+    "benchmarks",
+    "tests",
+)
+OPTIONAL = (
+    "triton",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "torchvision",
+    "PIL",
+    "numpy",
+    "matplotlib",
+    "tqdm",
+)
 INSTALLED = ("wheel", "sdist", "editable")
 
 
 def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
     """Standard output of `python *arguments` in `cwd`; fails with what it printed otherwise."""
     settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
-    environment = {name: value for name, value in os.environ.items() if name not in settings and not name.startswith("MMFUSED_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in settings and not name.startswith("MMFUSED_")
+    }
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, pythonpath))} | variables
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -33,9 +59,13 @@ def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **vari
 
 @pytest.fixture(scope="module")
 def dependencies(tmp_path_factory) -> Path:
-    """Links to all that is installed here except mmfused, so that a test's own copy of it is the only one there is."""
+    """Links to all that is installed here except mmfused, so that a test's own copy of it is the
+    only one there is.
+    """
     folder = tmp_path_factory.mktemp("dependencies")
-    for site in (Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")):
+    for site in (
+        Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
+    ):
         for item in site.iterdir():
             if "mmfused" not in item.name and not (folder / item.name).exists():
                 (folder / item.name).symlink_to(item)
@@ -49,7 +79,11 @@ def clone(tmp_path_factory) -> Path:
     folder.mkdir()
     for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
         if source.is_dir():
-            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            shutil.copytree(
+                source,
+                folder / source.name,
+                ignore=shutil.ignore_patterns("__pycache__", "results"),
+            )
         else:
             shutil.copy(source, folder)
     return folder
@@ -57,7 +91,9 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(clone, tmp_path_factory) -> dict[str, Path]:
-    """The wheel of the clone, the wheel of its sdist, and its editable wheel, all built without a network."""
+    """The wheel of the clone, the wheel of its sdist, and its editable wheel, all built without a
+    network.
+    """
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools installed")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
@@ -78,7 +114,17 @@ def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
     """One folder per wheel, as site-packages holds it after the installation."""
     folders = {mode: tmp_path_factory.mktemp(f"site_{mode}") for mode in wheels}
     for mode, wheel in wheels.items():
-        run("-m", "pip", "install", "--no-deps", "--no-index", "--target", folders[mode], wheel, cwd=wheel.parent)
+        run(
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            folders[mode],
+            wheel,
+            cwd=wheel.parent,
+        )
     return folders
 
 
@@ -94,7 +140,9 @@ print(json.dumps([mmfused.__path__[0], *mmfused.kernels.__path__, *mmfused.bench
 
 
 def imported_from(cwd: Path, site: Path, dependencies: Path) -> list[Path]:
-    """Where mmfused, its kernels and its benchmarks come from if `site` and the dependencies are all there is."""
+    """Where mmfused, its kernels and its benchmarks come from if `site` and the dependencies are
+    all there is.
+    """
     output = run("-S", "-c", PROBE, site, cwd=cwd, pythonpath=(dependencies,))
     return [Path(folder).resolve() for folder in json.loads(output)]
 
@@ -104,7 +152,9 @@ def test_installed_package_imports(mode, site_folders, clone, dependencies, tmp_
     site = site_folders[mode]
     from_clone = [clone / "mmfused", clone / "kernels", clone / "benchmarks"]
     from_site = [site / "mmfused", site / "mmfused" / "kernels", site / "mmfused" / "benchmarks"]
-    assert imported_from(tmp_path, site, dependencies) == (from_clone if mode == "editable" else from_site)
+    assert imported_from(tmp_path, site, dependencies) == (
+        from_clone if mode == "editable" else from_site
+    )
     # The working folder comes first, whatever is installed.
     assert imported_from(clone, site, dependencies) == from_clone
 
@@ -116,9 +166,13 @@ def test_plain_clone_imports(clone, dependencies, tmp_path):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheels, clone):
-    package = {path.relative_to(clone) for path in (clone / "mmfused").rglob("*.py")} | {Path("mmfused/py.typed")}
+    package = {path.relative_to(clone) for path in (clone / "mmfused").rglob("*.py")} | {
+        Path("mmfused/py.typed")
+    }
     for folder in ("kernels", "benchmarks"):
-        package |= {Path("mmfused") / path.relative_to(clone) for path in (clone / folder).rglob("*.py")}
+        package |= {
+            Path("mmfused") / path.relative_to(clone) for path in (clone / folder).rglob("*.py")
+        }
     package |= {Path("mmfused") / path.relative_to(clone) for path in (clone / "csrc").iterdir()}
     for mode in ("wheel", "sdist"):
         names = [Path(name) for name in zipfile.ZipFile(wheels[mode]).namelist()]
@@ -131,7 +185,10 @@ BUILD_WHEEL = "from setuptools import build_meta as hooks; print(hooks.build_whe
 
 @pytest.mark.parametrize(
     ("hidden", "reason"),
-    [("import sys; sys.modules['torch'] = None", "torch is not installed"), ("import torch", "holds no bin/nvcc")],
+    [
+        ("import sys; sys.modules['torch'] = None", "torch is not installed"),
+        ("import torch", "holds no bin/nvcc"),
+    ],
 )
 def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wheels, tmp_path):
     settings = dict(MMFUSED_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
@@ -141,13 +198,17 @@ def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wh
     assert output.splitlines()[-1].endswith("py3-none-any.whl")
 
 
-def test_an_installed_package_finds_the_sources_of_its_extension(site_folders, dependencies, tmp_path):
+def test_an_installed_package_finds_the_sources_of_its_extension(
+    site_folders, dependencies, tmp_path
+):
     probe = (
         "import site, sys; site.addsitedir(sys.argv[1]); from mmfused import extension as e;"
         " print(e.source_folder(), 'sources' in str(e.why_not()))"
     )
     for site in site_folders.values():
-        folder, missing = run("-S", "-c", probe, site, cwd=tmp_path, pythonpath=(dependencies,)).split()
+        folder, missing = run(
+            "-S", "-c", probe, site, cwd=tmp_path, pythonpath=(dependencies,)
+        ).split()
         assert (Path(folder) / "topk_routing.cu").is_file() and missing == "False"
 
 
@@ -180,20 +241,34 @@ def test_kernels_folder_is_no_package_of_its_own():
 def test_hugging_face_kernels_wins(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("hugging_face = True\n")
-    probe = "import mmfused.kernels, kernels; print(kernels.hugging_face, *mmfused.kernels.__path__)"
-    assert run("-c", probe, cwd=ROOT, pythonpath=(tmp_path,)).split() == ["True", str(ROOT / "kernels")]
+    probe = (
+        "import mmfused.kernels, kernels; print(kernels.hugging_face, *mmfused.kernels.__path__)"
+    )
+    assert run("-c", probe, cwd=ROOT, pythonpath=(tmp_path,)).split() == [
+        "True",
+        str(ROOT / "kernels"),
+    ]
 
 
 def test_transformers_is_not_misled():
     pytest.importorskip("transformers", reason="transformers is not installed")
-    run("-c", "from transformers.utils import is_kernels_available as available; available()", cwd=ROOT)
+    run(
+        "-c",
+        "from transformers.utils import is_kernels_available as available; available()",
+        cwd=ROOT,
+    )
 
 
 def test_an_op_has_the_same_name_in_four_rooms():
-    ops = {path.stem for path in (ROOT / "mmfused" / "ops").iterdir() if not path.name.startswith("_")}
+    ops = {
+        path.stem for path in (ROOT / "mmfused" / "ops").iterdir() if not path.name.startswith("_")
+    }
     assert "query_pooling" in ops
     for op in ops:
-        assert any((ROOT / place).exists() for place in (f"kernels/{op}.py", f"kernels/{op}", f"csrc/{op}.cu")), op
+        assert any(
+            (ROOT / place).exists()
+            for place in (f"kernels/{op}.py", f"kernels/{op}", f"csrc/{op}.cu")
+        ), op
         assert (ROOT / "tests" / f"test_{op}.py").is_file()
         assert (ROOT / "benchmarks" / f"{op}.py").is_file()
 
@@ -202,7 +277,7 @@ def test_a_missing_extra_is_named_with_its_command_in_the_library_too():
     probe = """
 import importlib, sys, mmfused
 for module, package in %r:
-    for name in [name for name in sys.modules if name.startswith(("mmfused.data", "mmfused.training", "mmfused.run_folder"))]:
+    for name in [name for name in sys.modules if name.startswith(("mmfused.data", "mmfused.training"))]:
         del sys.modules[name]
     held, sys.modules[package] = sys.modules.pop(package, None), None
     try:
@@ -214,10 +289,13 @@ for module, package in %r:
     cases = {
         ("mmfused.data", "PIL"): "pillow",
         ("mmfused.data", "tokenizers"): "tokenizers",
-        ("mmfused.run_folder", "safetensors.torch"): "safetensors",
-        ("mmfused.run_folder", "matplotlib.figure"): "matplotlib",
-        ("mmfused.training", "tqdm"): "tqdm",
+        ("mmfused.training.run_folder", "safetensors.torch"): "safetensors",
+        ("mmfused.training.run_folder", "matplotlib.figure"): "matplotlib",
+        ("mmfused.training.loop", "tqdm"): "tqdm",
     }
     said = run("-c", probe % [*cases], cwd=ROOT).splitlines()
-    wanted = [f"{module} {package} is not installed: pip install 'mmfused[models]'" for (module, _), package in cases.items()]
+    wanted = [
+        f"{module} {package} is not installed: pip install 'mmfused[models]'"
+        for (module, _), package in cases.items()
+    ]
     assert said == wanted

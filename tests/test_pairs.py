@@ -20,7 +20,12 @@ class Rows:
 
     def __getitem__(self, row):
         image = torch.full((3, 4, 4), self.first + row, dtype=torch.uint8)
-        return {"image": image, "image_present": True, "text": self.texts[row], "label": self.labels[row]}
+        return {
+            "image": image,
+            "image_present": True,
+            "text": self.texts[row],
+            "label": self.labels[row],
+        }
 
 
 LABELS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4]
@@ -29,7 +34,9 @@ COARSE = [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
 
 @pytest.fixture(scope="module")
 def collate():
-    return Collate(train_tokenizer(["product number 0 1 2 3"]), 4, 16, mean=(0, 0, 0), std=(1, 1, 1))
+    return Collate(
+        train_tokenizer(["product number 0 1 2 3"]), 4, 16, mean=(0, 0, 0), std=(1, 1, 1)
+    )
 
 
 def rows_of(items):
@@ -47,10 +54,17 @@ def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collat
         assert torch.equal(batch["candidate"]["labels"], labels)
         assert (rows_of(batch["query"]) != rows_of(batch["candidate"])).all()
         assert (batch["negative"]["labels"] != labels).all()
-        for label, negative in zip(labels.tolist(), batch["negative"]["labels"].tolist(), strict=True):
+        for label, negative in zip(
+            labels.tolist(), batch["negative"]["labels"].tolist(), strict=True
+        ):
             assert (label, negative) in {(0, 1), (0, 2), (1, 0), (1, 2)} or label in (3, 4)
             seen.add((label, negative))
-    assert {(0, 1), (0, 2), (1, 0), (1, 2)} <= seen and {n for label, n in seen if label == 3} == {0, 1, 2, 4}
+    assert {(0, 1), (0, 2), (1, 0), (1, 2)} <= seen and {n for label, n in seen if label == 3} == {
+        0,
+        1,
+        2,
+        4,
+    }
 
 
 def test_products_are_the_candidates(collate):
@@ -77,26 +91,39 @@ def test_batches_are_the_same_wherever_one_begins_and_ranks_share_them(collate):
     expected = [next(stream) for _ in range(6)]
     for position in (0, 1, 5):
         got = next(make().stream(position))
-        assert all(torch.equal(got[role][key], expected[position][role][key]) for role in got for key in got[role])
+        assert all(
+            torch.equal(got[role][key], expected[position][role][key])
+            for role in got
+            for key in got[role]
+        )
     halves = [next(make(rank=rank, world=2).stream(4)) for rank in (0, 1)]
     for role in ("query", "candidate", "negative"):
-        assert torch.equal(torch.cat([rows_of(half[role]) for half in halves]), rows_of(expected[4][role]))
+        assert torch.equal(
+            torch.cat([rows_of(half[role]) for half in halves]), rows_of(expected[4][role])
+        )
     other = next(PairBatches(Rows(LABELS, COARSE), collate, 4, seed=4).stream())
     assert not torch.equal(rows_of(other["query"]), rows_of(expected[0]["query"]))
 
 
 def test_without_negatives_there_are_none(collate):
-    assert next(PairBatches(Rows(LABELS), collate, 4, negatives=False).stream()).keys() == {"query", "candidate"}
+    assert next(PairBatches(Rows(LABELS), collate, 4, negatives=False).stream()).keys() == {
+        "query",
+        "candidate",
+    }
 
 
 def test_labels_are_drawn_by_their_rows(collate):
     batches = PairBatches(Rows([0] * 6 + [1] * 2), collate, 1)
-    drawn = torch.cat([batch["query"]["labels"] for _, batch in zip(range(400), batches.stream(), strict=False)])
+    drawn = torch.cat(
+        [batch["query"]["labels"] for _, batch in zip(range(400), batches.stream(), strict=False)]
+    )
     assert drawn.float().mean() == pytest.approx(0.25, abs=0.07)
 
 
 def test_what_cannot_make_pairs_is_refused(collate):
-    with pytest.raises(ValueError, match="rows that have another row, or a product, of their label; got none"):
+    with pytest.raises(
+        ValueError, match="rows that have another row, or a product, of their label; got none"
+    ):
         PairBatches(Rows([0, 1, 2]), collate, 2)
     with pytest.raises(ValueError, match="at least two labels, got one"):
         PairBatches(Rows([0, 0]), collate, 2)

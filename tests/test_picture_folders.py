@@ -58,7 +58,11 @@ def write_folder(folder, count=5, side=40, kind="JPEG"):
 
 def test_a_folder_holds_its_images_once(tmp_path):
     data = ProductFolder(write_folder(tmp_path), image_size=16)
-    assert data.images.shape == (6, 3, 16, 16) and not data.images[5].any() and data[5]["image_present"] is False
+    assert (
+        data.images.shape == (6, 3, 16, 16)
+        and not data.images[5].any()
+        and data[5]["image_present"] is False
+    )
     for row in range(5):
         assert torch.equal(data[row]["image"], load_picture(tmp_path / f"{row}.jpg", 16))
     tokenizer = train_tokenizer(data.texts)
@@ -70,7 +74,10 @@ def test_a_folder_holds_its_images_once(tmp_path):
 
 def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfused.data.folder.physical_memory", lambda: 10_000)
-    with pytest.raises(ValueError, match="holds 6 images of 64 x 64 pixels, 0.0 GiB, more than this machine's memory"):
+    with pytest.raises(
+        ValueError,
+        match="holds 6 images of 64 x 64 pixels, 0.0 GiB, more than this machine's memory",
+    ):
         ProductFolder(write_folder(tmp_path), image_size=64)
 
 
@@ -79,7 +86,11 @@ def test_a_digest_is_of_texts_labels_and_pictures(tmp_path):
     digests = {ProductFolder(tmp_path, image_size=8).digest, ProductFolder(tmp_path).digest}
     assert len(digests) == 1  # not of how they are read
     swapped = swap_texts(ProductFolder(tmp_path), 0.5, 0).digest
-    assert swapped == swap_texts(ProductFolder(tmp_path), 0.5, 0).digest != swap_texts(ProductFolder(tmp_path), 0.5, 1).digest
+    assert (
+        swapped
+        == swap_texts(ProductFolder(tmp_path), 0.5, 0).digest
+        != swap_texts(ProductFolder(tmp_path), 0.5, 1).digest
+    )
     rows = (tmp_path / "metadata.csv").read_text()
     (tmp_path / "3.jpg").write_bytes(saved(noise(seed=9), "PNG"))
     digests.add(ProductFolder(tmp_path).digest)
@@ -97,10 +108,22 @@ def test_names_stay_below_the_folder(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(saved(noise(), "JPEG"))
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (root / "near.jpg").symlink_to(root / "0.jpg")
-    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "a/../../secret.jpg", "near.jpg", "./1.jpg"]
-    (root / "metadata.csv").write_text("file_name,text,label\n" + "".join(f"{name},a,0\n" for name in names))
+    names = [
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "link.jpg",
+        "a/../../secret.jpg",
+        "near.jpg",
+        "./1.jpg",
+    ]
+    (root / "metadata.csv").write_text(
+        "file_name,text,label\n" + "".join(f"{name},a,0\n" for name in names)
+    )
     (tmp_path / "alias").symlink_to(root)
     for folder in (root, tmp_path / "alias"):
         data = ProductFolder(folder, image_size=8)
         assert data.file_names == ["near.jpg", "./1.jpg"]
-        assert all("leads outside of the folder" in sentence for sentence in data.skipped) and len(data.skipped) == 4
+        assert (
+            all("leads outside of the folder" in sentence for sentence in data.skipped)
+            and len(data.skipped) == 4
+        )

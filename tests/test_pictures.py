@@ -169,7 +169,9 @@ def test_other_colour_spaces_come_out_right():
         assert min(corner(saved(Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF"))) >= 250
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"] + ["AVIF"] * pictures.has_avif())
+@pytest.mark.parametrize(
+    "format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"] + ["AVIF"] * pictures.has_avif()
+)
 def test_of_several_pictures_the_first_is_shown(format):
     first, *others = (Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue"))
     data = saved(first, format, save_all=True, append_images=others)
@@ -259,7 +261,9 @@ def test_the_programs_own_limit_of_pixels_changes_nothing(monkeypatch, limit):
 
 @pytest.mark.parametrize("as_far_as_it_goes", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_cut_short_is_named_whatever_the_program_has_set(monkeypatch, format, as_far_as_it_goes):
+def test_a_file_cut_short_is_named_whatever_the_program_has_set(
+    monkeypatch, format, as_far_as_it_goes
+):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", as_far_as_it_goes)
     data = saved(NOISE, format)
     assert load_picture(data).shape == (3, 24, 32)

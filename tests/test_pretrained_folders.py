@@ -1,4 +1,6 @@
-"""A pretrained folder gives the weights that lie in it, and nothing that it says runs code, opens other files or memory."""
+"""A pretrained folder gives the weights that lie in it, and nothing that it says runs code, opens
+other files or memory.
+"""
 
 import json
 import pickle
@@ -46,8 +48,12 @@ def bert(tmp_path):
 
 
 def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
-    """Code, adapters, quantisers, other weights and other configs: what is loaded is the folder's own safetensors."""
-    expected = safetensors.torch.load_file(bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    """Code, adapters, quantisers, other weights and other configs: what is loaded is the folder's
+    own safetensors.
+    """
+    expected = safetensors.torch.load_file(bert / "model.safetensors")[
+        "bert.embeddings.word_embeddings.weight"
+    ]
     (bert / "module.py").write_text(outside.module.read_text())
     for name in ("pytorch_model.bin", "adapter_model.bin"):
         (bert / name).write_bytes(outside.pickle.read_bytes())
@@ -64,7 +70,9 @@ def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
         torch_dtype="load",
         _name_or_path=str(outside.folder),
     )
-    change(bert, "adapter_config.json", base_model_name_or_path=str(outside.folder), peft_type="LORA")
+    change(
+        bert, "adapter_config.json", base_model_name_or_path=str(outside.folder), peft_type="LORA"
+    )
     change(bert, "generation_config.json", custom_generate=str(outside.module))
     pretrained = {
         "file": str(outside.pickle),
@@ -72,11 +80,16 @@ def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
         "custom_load": True,
         "hf_hub_id": "some/model",
     }
-    change(vit, pretrained_cfg={**pretrained, "source": "hf-hub", "mean": [0.5] * 3, "std": [0.5] * 3})
+    change(
+        vit, pretrained_cfg={**pretrained, "source": "hf-hub", "mean": [0.5] * 3, "std": [0.5] * 3}
+    )
     with outside.untouched():
         fields, encoder = pretrained_text(str(bert))
         image, vision = pretrained_vit(str(vit))
-    assert torch.equal(encoder.embeddings.word_embeddings.weight, expected) and "auto_map" not in fields["text"]
+    assert (
+        torch.equal(encoder.embeddings.word_embeddings.weight, expected)
+        and "auto_map" not in fields["text"]
+    )
     assert image["pixel_std"] == (0.5, 0.5, 0.5)
     weights = safetensors.torch.load_file(vit / "model.safetensors")
     assert torch.equal(vision.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
@@ -104,7 +117,11 @@ VIT_FOLDERS = [
 
 @pytest.mark.parametrize(("changes", "match"), VIT_FOLDERS, ids=[match for _, match in VIT_FOLDERS])
 def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):
-    text = json.dumps(changes).replace("{pickle}", str(outside.pickle)).replace("{folder}", str(outside.folder))
+    text = (
+        json.dumps(changes)
+        .replace("{pickle}", str(outside.pickle))
+        .replace("{folder}", str(outside.folder))
+    )
     change(vit, **json.loads(text))
     outside.refuses(lambda: pretrained_vit(str(vit)), match)
 
@@ -120,7 +137,9 @@ TEXT_FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "match"), TEXT_FOLDERS, ids=[match for _, match in TEXT_FOLDERS])
+@pytest.mark.parametrize(
+    ("changes", "match"), TEXT_FOLDERS, ids=[match for _, match in TEXT_FOLDERS]
+)
 def test_hostile_folders_of_a_text_encoder(changes, match, bert, outside):
     change(bert, **changes)
     outside.refuses(lambda: pretrained_text(str(bert)), match)
@@ -146,7 +165,9 @@ def test_a_config_json_that_is_none(content, match, load, tmp_path, outside):
     outside.refuses(lambda: load(str(tmp_path)), match)
 
 
-@pytest.mark.parametrize("part", ["../outside/canary.safetensors", "{file}", 3, "weights.pt", "", "a\0.safetensors"])
+@pytest.mark.parametrize(
+    "part", ["../outside/canary.safetensors", "{file}", 3, "weights.pt", "", "a\0.safetensors"]
+)
 def test_an_index_that_leads_outside(part, bert, outside):
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
@@ -177,7 +198,9 @@ def test_hostile_folders_of_a_host(tmp_path, outside):
     change(tmp_path, **NOWHERE)
     with outside.untouched():
         fields, loaded = qwen.pretrained_qwen2_vl(str(tmp_path))
-    assert torch.equal(loaded.language_model.embed_tokens.weight, host.language_model.embed_tokens.weight)
+    assert torch.equal(
+        loaded.language_model.embed_tokens.weight, host.language_model.embed_tokens.weight
+    )
     described = json.loads((tmp_path / "config.json").read_text())
     for changes, match in (
         ({"text_config": 3}, "text_config: got 3"),
@@ -210,9 +233,13 @@ def test_of_a_hub_name_config_and_safetensors_are_taken(bert, monkeypatch):
     assert asked == [("some/bert", "config.json"), ("some/bert", "model.safetensors")]
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
-    change(bert, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "part.safetensors"))
+    change(
+        bert, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "part.safetensors")
+    )
     pretrained_text("some/bert")
     assert asked[-1] == ("some/bert", "part.safetensors")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="text encoder: got '../nowhere', takes a folder, or a name that the hub"):
+    with pytest.raises(
+        ValueError, match="text encoder: got '../nowhere', takes a folder, or a name that the hub"
+    ):
         pretrained_text("../nowhere")

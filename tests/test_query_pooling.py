@@ -1,4 +1,6 @@
-"""Query pooling: the six tests of every op. On a CPU the kernels run in Triton's interpreter, through the public function."""
+"""Query pooling: the six tests of every op. On a CPU the kernels run in Triton's interpreter,
+through the public function.
+"""
 
 import math
 
@@ -19,7 +21,9 @@ from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_
 @pytest.mark.parametrize("form", ["absorbed", "projected"])
 def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
     inputs, heads = make("row blocks", per_sample=per_sample, norm=norm, padding=padding)
-    inputs["b_k"] = torch.randn(inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True)
+    inputs["b_k"] = torch.randn(
+        inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True
+    )
     upstream = upstream_for(inputs)
     exact = run(inputs, heads, "reference", upstream)
     actual = run(inputs, heads, "composed", upstream, form)
@@ -38,14 +42,18 @@ def test_reference_is_multihead_attention():
     ignore = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
     want, _ = mha(q, x, x, key_padding_mask=ignore)
     (w_q, w_k, w_v), (b_q, b_k, b_v) = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
-    pooled = query_pooling_reference(x, q @ w_q.T + b_q, w_k, w_v, b_v, b_k, num_heads=3, key_padding_mask=ignore)
+    pooled = query_pooling_reference(
+        x, q @ w_q.T + b_q, w_k, w_v, b_v, b_k, num_heads=3, key_padding_mask=ignore
+    )
     torch.testing.assert_close(mha.out_proj(pooled), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)])
+@pytest.mark.parametrize(
+    "shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)]
+)
 def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype):
     inputs, heads = make(shape, per_sample=per_sample, norm=norm, padding=padding, dtype=dtype)
     check_budget(inputs, heads)
@@ -70,13 +78,19 @@ def check_budget(inputs, heads):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in 16-bit rounding."""
+    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
+    16-bit rounding.
+    """
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     from mmfused.kernels import query_pooling as kernels
 
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest))
+    monkeypatch.setattr(
+        kernels,
+        "plan",
+        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
+    )
     inputs, heads = make(shape, norm=norm, padding=padding, dtype=torch.float32)
     check_budget(inputs, heads)
 
@@ -95,8 +109,12 @@ def test_both_backwards_are_planned(arch):
     assert kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
 
 
-NAN_CASES = [(b, f, torch.float32) for b in ("reference", "composed") for f in ("absorbed", "projected")]
-NAN_CASES += [("fused", "absorbed", dtype) for dtype in (torch.float32, torch.float16)]  # one plan each
+NAN_CASES = [
+    (b, f, torch.float32) for b in ("reference", "composed") for f in ("absorbed", "projected")
+]
+NAN_CASES += [
+    ("fused", "absorbed", dtype) for dtype in (torch.float32, torch.float16)
+]  # one plan each
 
 
 @pytest.mark.parametrize("backend, form, dtype", NAN_CASES)
@@ -132,7 +150,9 @@ def test_nan_behind_the_mask_stays_there(padding, norm, backend, form, dtype):
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_empty_inputs(batch, length, backend):
     inputs, heads = make(dtype=torch.float32)
-    inputs["x"] = inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
+    inputs["x"] = (
+        inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
+    )
     if not length:
         inputs["lengths"] = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     got = run(inputs, heads, backend)
@@ -142,14 +162,16 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_common_mean(factor, mean):
-    """Logits in the thousands; tokens that share a mean as large as their spread, which the folded norm has to cancel."""
+    """Logits in the thousands; tokens that share a mean as large as their spread, which the folded
+    norm has to cancel.
+    """
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
     check_budget(inputs, heads)
 
 
-# ---- 2: layouts -----------------------------------------------------------------------------------------------------------------
+# ---- 2: layouts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
@@ -158,17 +180,26 @@ def test_strided_inputs_and_gradients(backend):
     batch, length, dim = inputs["x"].shape
     want = run(inputs, heads, backend, torch.ones(batch, 5, 20, device=DEVICE))
     views = {
-        "tokens after a class token": torch.cat([torch.full((batch, 1, dim), math.nan, device=DEVICE), inputs["x"].detach()], 1)[
-            :, 1:
-        ],
+        "tokens after a class token": torch.cat(
+            [torch.full((batch, 1, dim), math.nan, device=DEVICE), inputs["x"].detach()], 1
+        )[:, 1:],
         "time first": inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1),
         "columns last": inputs["x"].detach().transpose(1, 2).contiguous().transpose(1, 2),
     }
     for name, view in views.items():
-        strided = inputs | {"x": view.requires_grad_(), "key_padding_mask": inputs["key_padding_mask"].T.contiguous().T}
+        strided = inputs | {
+            "x": view.requires_grad_(),
+            "key_padding_mask": inputs["key_padding_mask"].T.contiguous().T,
+        }
         got = run(strided, heads, backend, torch.ones((), device=DEVICE).expand(batch, 5, 20))
         for key, value in got.items():
-            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, k=key: f"{n}, {k}: {m}")
+            torch.testing.assert_close(
+                value,
+                want[key],
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m, n=name, k=key: f"{n}, {k}: {m}",
+            )
 
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
@@ -182,7 +213,9 @@ def test_gradients_of_any_layout(layout, backend):
             out = query_pooling(**tensors, num_heads=heads, form="absorbed")
         if layout == "transpose":
             return (out.transpose(1, 2) * weight).sum()
-        return (torch.cat([out, out * 2], -1) * torch.cat([weight, weight], 1).transpose(1, 2)).sum()
+        return (
+            torch.cat([out, out * 2], -1) * torch.cat([weight, weight], 1).transpose(1, 2)
+        ).sum()
 
     got = value_and_gradients(call, inputs)
     backend = "reference"
@@ -191,7 +224,7 @@ def test_gradients_of_any_layout(layout, backend):
         assert relative_error(value, want[key]) < 1e-5, key
 
 
-# ---- 3: registration (torch.compile: tests/test_compile.py) ---------------------------------------------------------------------
+# ---- 3: registration (torch.compile: tests/test_compile.py) --------------------------------------
 
 
 @pytest.mark.parametrize("eps, padding", [(None, "mask"), (1e-5, "lengths"), (1e-5, "none")])
@@ -209,12 +242,14 @@ def test_opcheck(eps, padding):
             torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
 
 
-# ---- 4: behaviour ---------------------------------------------------------------------------------------------------------------
+# ---- 4: behaviour --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 def test_autocast_and_master_weights(backend):
-    """Under autocast the tokens are rounded and the float32 weights are folded before they are; gradients are float32."""
+    """Under autocast the tokens are rounded and the float32 weights are folded before they are;
+    gradients are float32.
+    """
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
@@ -235,7 +270,9 @@ def test_checkpoint_and_bitwise_repeats(backend):
     want = run(inputs, heads, backend, upstream)
 
     def pool(tensors):
-        with mmfused.backend(backend):  # inside: the recomputation runs in backward, after a context around the call has ended
+        with mmfused.backend(
+            backend
+        ):  # inside: the recomputation runs in backward, after a context around the call has ended
             return query_pooling(**tensors, num_heads=heads, form="absorbed")
 
     def call(**tensors):
@@ -264,21 +301,32 @@ def test_frozen_tokens_cost_no_gradient(monkeypatch):
     launched = []
     real = kernels.launch
     monkeypatch.setattr(
-        kernels, "launch", lambda kernel, *a, **k: (launched.append((kernel.fn.__name__, k)), real(kernel, *a, **k))
+        kernels,
+        "launch",
+        lambda kernel, *a, **k: (launched.append((kernel.fn.__name__, k)), real(kernel, *a, **k)),
     )
-    for shape, frozen in (("row blocks", True), ("row blocks", False), ("one pass", True), ("one pass", False)):
+    for shape, frozen in (
+        ("row blocks", True),
+        ("row blocks", False),
+        ("one pass", True),
+        ("one pass", False),
+    ):
         launched.clear()
         inputs, heads = make(shape, dtype=torch.float16)
         inputs["x"].requires_grad_(not frozen)
         run(inputs, heads, "fused")
-        makes_dx = any(name == "dx_kernel" or constexprs.get("NEED_DX") for name, constexprs in launched)
+        makes_dx = any(
+            name == "dx_kernel" or constexprs.get("NEED_DX") for name, constexprs in launched
+        )
         assert makes_dx != frozen, shape
         assert any(name == "dq_kernel" or "NEED_DX" in constexprs for name, constexprs in launched)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_padded_tiles_are_skipped(monkeypatch, dtype):
-    """The work follows the tokens kept: the interpreter counts the tiles that meet a matrix product."""
+    """The work follows the tokens kept: the interpreter counts the tiles that meet a matrix
+    product.
+    """
     if CUDA:
         pytest.skip("the interpreter counts; on a card the benchmarks show it")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -301,9 +349,13 @@ def test_padded_tiles_are_skipped(monkeypatch, dtype):
     def left_padded(*lengths):
         return torch.arange(65) < 65 - torch.tensor(lengths)[:, None]
 
-    full, half, none = (dots(lengths=torch.tensor(lengths)) for lengths in ([65, 65], [65, 0], [0, 0]))
+    full, half, none = (
+        dots(lengths=torch.tensor(lengths)) for lengths in ([65, 65], [65, 0], [0, 0])
+    )
     assert none == 0 < half == full // 2
-    full, half, none = (dots(key_padding_mask=left_padded(*lengths)) for lengths in ([65, 65], [65, 0], [0, 0]))
+    full, half, none = (
+        dots(key_padding_mask=left_padded(*lengths)) for lengths in ([65, 65], [65, 0], [0, 0])
+    )
     assert none == 0 < half == full // 2
     assert dots(key_padding_mask=left_padded(1, 1)) < full / 2
 
@@ -313,9 +365,13 @@ def test_double_backward():
 
     def call(x, backend):
         with mmfused.backend(backend):
-            return query_pooling(x, queries.to(x.dtype), w.to(x.dtype), w.to(x.dtype), form="absorbed")
+            return query_pooling(
+                x, queries.to(x.dtype), w.to(x.dtype), w.to(x.dtype), form="absorbed"
+            )
 
-    x, queries, w = (torch.randn(*s, dtype=torch.float64, device=DEVICE) for s in ((2, 3, 4), (2, 4), (4, 4)))
+    x, queries, w = (
+        torch.randn(*s, dtype=torch.float64, device=DEVICE) for s in ((2, 3, 4), (2, 4), (4, 4))
+    )
     assert torch.autograd.gradgradcheck(lambda x: call(x, "composed"), (x.requires_grad_(),))
     x = x.detach().float().requires_grad_()
     for power in (2, 1):  # the upstream gradient has a graph, or is a constant
@@ -325,24 +381,30 @@ def test_double_backward():
 
 
 def test_keys_and_values_are_never_saved():
-    """B N D of K and V each in the projected form; in the absorbed form what is kept does not grow with them."""
+    """B N D of K and V each in the projected form; in the absorbed form what is kept does not grow
+    with them.
+    """
     x = torch.randn(4, 197, 768, device=DEVICE)
     pool = QueryPooling(768, 32, 1).to(DEVICE)
     mha = nn.MultiheadAttention(768, 1, batch_first=True).to(DEVICE)
     x.requires_grad_()
     queries = pool.queries.expand(4, -1, -1)
     ours = saved_bytes(lambda: pool(x), (x, *pool.parameters()))
-    theirs = saved_bytes(lambda: mha(queries, x, x, need_weights=False)[0], (x, pool.queries, *mha.parameters()))
+    theirs = saved_bytes(
+        lambda: mha(queries, x, x, need_weights=False)[0], (x, pool.queries, *mha.parameters())
+    )
     keys = 4 * 197 * 768 * 4
     assert theirs > 2 * keys  # K, V and more
     assert ours < keys  # less than K alone
 
 
-# ---- 5: offsets past 2^31 -------------------------------------------------------------------------------------------------------
+# ---- 5: offsets past 2^31 ------------------------------------------------------------------------
 
 
 def test_offsets_are_64_bit():
-    """The helper through which every tile of X is read, far behind the first 2^31 elements (virtual memory, never touched)."""
+    """The helper through which every tile of X is read, far behind the first 2^31 elements (virtual
+    memory, never touched).
+    """
     from mmfused.kernels.tiles import load_tokens
 
     if CUDA:

@@ -1,4 +1,6 @@
-"""Dropout of the attention probabilities in query pooling: one mask for a seed, whatever the backend, the form and the tiles."""
+"""Dropout of the attention probabilities in query pooling: one mask for a seed, whatever the
+backend, the form and the tiles.
+"""
 
 import os
 import subprocess
@@ -13,10 +15,21 @@ from torch.utils.checkpoint import checkpoint
 import mmfused
 from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_reference
 from mmfused.random import draw_seed
-from mmfused.testing import dropout_mask, over_budget, relative_error, saved_bytes, value_and_gradients
+from mmfused.testing import (
+    dropout_mask,
+    over_budget,
+    relative_error,
+    saved_bytes,
+    value_and_gradients,
+)
 
 P = 0.3
-WAYS = [("reference", "auto"), ("composed", "absorbed"), ("composed", "projected"), ("fused", "absorbed")]
+WAYS = [
+    ("reference", "auto"),
+    ("composed", "absorbed"),
+    ("composed", "projected"),
+    ("fused", "absorbed"),
+]
 
 
 def seed(value=2**40 + 7):
@@ -27,7 +40,7 @@ def drops(p=P, value=2**40 + 7):
     return dict(dropout_p=p, dropout_seed=seed(value))
 
 
-# ---- the numbers ----------------------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -36,7 +49,9 @@ def drops(p=P, value=2**40 + 7):
 @pytest.mark.parametrize("form", ["absorbed", "projected"])
 def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
     inputs, heads = make("row blocks", per_sample=per_sample, norm=norm, padding=padding)
-    inputs["b_k"] = torch.randn(inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True)
+    inputs["b_k"] = torch.randn(
+        inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True
+    )
     upstream = upstream_for(inputs)
     exact = run(inputs, heads, "reference", upstream, **drops())
     actual = run(inputs, heads, "composed", upstream, form, **drops())
@@ -49,17 +64,27 @@ def test_reference_is_dropout_of_the_probabilities():
     """By hand: one head, softmax, mask and scale, values with their bias."""
     inputs, _ = make(padding="mask", grad=False)
     x = inputs["x"].masked_fill(inputs["key_padding_mask"][:, :, None], 0.0)
-    logits = inputs["queries"] @ (x @ inputs["w_k"].T).transpose(1, 2) * inputs["w_k"].shape[0] ** -0.5
-    probs = logits.masked_fill(inputs["key_padding_mask"][:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    logits = (
+        inputs["queries"] @ (x @ inputs["w_k"].T).transpose(1, 2) * inputs["w_k"].shape[0] ** -0.5
+    )
+    probs = (
+        logits.masked_fill(inputs["key_padding_mask"][:, None], -torch.inf)
+        .softmax(-1)
+        .nan_to_num(0.0)
+    )
     probs = torch.where(dropout_mask(seed(), (3, 1, 5, 37), P)[:, 0], probs / (1 - P), 0.0)
     want = probs @ (x @ inputs["w_v"].T + inputs["b_v"])
-    torch.testing.assert_close(query_pooling_reference(**inputs, **drops()), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        query_pooling_reference(**inputs, **drops()), want, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)])
+@pytest.mark.parametrize(
+    "shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)]
+)
 def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype):
     inputs, heads = make(shape, per_sample=per_sample, norm=norm, padding=padding, dtype=dtype)
     check_budget(inputs, heads)
@@ -83,7 +108,9 @@ def check_budget(inputs, heads, p=P):
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream, **drops(p))
     plain = run(inputs, heads, "reference", upstream, **drops(p))
     for backend in ("fused", "composed"):
-        assert not over_budget(run(inputs, heads, backend, upstream, **drops(p)), exact, plain), backend
+        assert not over_budget(run(inputs, heads, backend, upstream, **drops(p)), exact, plain), (
+            backend
+        )
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -95,7 +122,11 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
     from mmfused.kernels import query_pooling as kernels
 
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest))
+    monkeypatch.setattr(
+        kernels,
+        "plan",
+        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
+    )
     inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float32)
     check_budget(inputs, heads)
 
@@ -121,36 +152,51 @@ def test_no_tokens_give_zero_and_nan_stays_behind_the_mask(padding, dtype, backe
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_empty_inputs(batch, length, backend, form):
     inputs, heads = make(dtype=torch.float32)
-    inputs["x"] = inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
+    inputs["x"] = (
+        inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
+    )
     got = run(inputs, heads, backend, form=form, **drops())
     assert got["out"].shape[0] == batch and not got["out"].any() and not got["dqueries"].any()
 
 
 def test_gradients_are_right_twice():
     x, q, w, b = (
-        torch.randn(*s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in ((2, 5, 4), (2, 4), (4, 4), (4,))
+        torch.randn(*s, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for s in ((2, 5, 4), (2, 4), (4, 4), (4,))
     )
 
     def call(x, q, w, b):
         with mmfused.backend("composed"):
-            return query_pooling(x, q, w, w, b, norm_weight=b, norm_bias=b, form="absorbed", **drops())
+            return query_pooling(
+                x, q, w, w, b, norm_weight=b, norm_bias=b, form="absorbed", **drops()
+            )
 
-    assert torch.autograd.gradcheck(call, (x, q, w, b)) and torch.autograd.gradgradcheck(call, (x, q, w, b))
+    assert torch.autograd.gradcheck(call, (x, q, w, b)) and torch.autograd.gradgradcheck(
+        call, (x, q, w, b)
+    )
 
 
-# ---- the mask -------------------------------------------------------------------------------------------------------------------
+# ---- the mask ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend, form", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
-    """Equal logits, values that are the tokens' numbers: the output is the mask, over more than one word of 64 tokens."""
+    """Equal logits, values that are the tokens' numbers: the output is the mask, over more than one
+    word of 64 tokens.
+    """
     batch, length, queries, heads = 3, 150, 5, 2
     eye = torch.eye(length, dtype=dtype, device=DEVICE)
     zeros = torch.zeros(queries, 4, dtype=dtype, device=DEVICE)
     with mmfused.backend(backend):
         out = query_pooling(
-            eye.expand(batch, -1, -1), zeros, eye[:4], torch.cat([eye] * heads), num_heads=heads, form=form, **drops()
+            eye.expand(batch, -1, -1),
+            zeros,
+            eye[:4],
+            torch.cat([eye] * heads),
+            num_heads=heads,
+            form=form,
+            **drops(),
         )
     got = out.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, L, N)
     kept = dropout_mask(seed(), got.shape, P)
@@ -159,17 +205,25 @@ def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
 
 
 def test_the_mask_is_random():
-    """Shares, and correlations of neighbours, of other streams and of other seeds, within five standard deviations."""
+    """Shares, and correlations of neighbours, of other streams and of other seeds, within five
+    standard deviations.
+    """
     shape, p = (40, 3, 7, 301), 0.2
     mask = dropout_mask(seed(0), shape, p)
-    size, within = mask.numel(), lambda share, n: abs(share - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    size, within = (
+        mask.numel(),
+        lambda share, n: abs(share - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5,
+    )
     assert within(mask.double().mean().item(), size)
     assert all(within(share, size / shape[3]) for share in mask.double().mean((0, 1, 2)).tolist())
     assert all(within(share, size / shape[0]) for share in mask.double().mean((1, 2, 3)).tolist())
     x = (mask.double() - (1 - p)) / (p * (1 - p)) ** 0.5
     for dim in range(4):
         for step in range(1, 5):
-            a, b = x.narrow(dim, 0, max(shape[dim] - step, 0)), x.narrow(dim, min(step, shape[dim]), max(shape[dim] - step, 0))
+            a, b = (
+                x.narrow(dim, 0, max(shape[dim] - step, 0)),
+                x.narrow(dim, min(step, shape[dim]), max(shape[dim] - step, 0)),
+            )
             assert a.numel() == 0 or abs((a * b).mean().item()) < 5 / a.numel() ** 0.5, (dim, step)
     others = [dropout_mask(seed(0), shape, p, stream) for stream in (1, 2, 3)]
     others += [dropout_mask(seed(s), shape, p) for s in (1, 2, 2**32, 2**62, -1)]
@@ -179,11 +233,17 @@ def test_the_mask_is_random():
 
 @pytest.mark.parametrize("form", ["absorbed", "projected"])
 def test_the_mean_over_many_masks_is_the_result_without(form):
-    """Output and gradients are linear in the mask: equal samples with a mask each average to what there is without."""
+    """Output and gradients are linear in the mask: equal samples with a mask each average to what
+    there is without.
+    """
     inputs, heads = make(norm=True, padding="mask")
     many = 3000
-    one = inputs | {k: inputs[k].detach()[2:3].requires_grad_(k == "x") for k in ("x", "key_padding_mask")}
-    all_ = one | {k: one[k].detach().expand(many, -1, -1)[:, :, : one[k].shape[-1]].clone() for k in ("x",)}
+    one = inputs | {
+        k: inputs[k].detach()[2:3].requires_grad_(k == "x") for k in ("x", "key_padding_mask")
+    }
+    all_ = one | {
+        k: one[k].detach().expand(many, -1, -1)[:, :, : one[k].shape[-1]].clone() for k in ("x",)
+    }
     all_["x"].requires_grad_()
     all_["key_padding_mask"] = one["key_padding_mask"].expand(many, -1)
     upstream = torch.randn(1, 5, 20, dtype=torch.float64, device=DEVICE)
@@ -191,12 +251,14 @@ def test_the_mean_over_many_masks_is_the_result_without(form):
     got = run(all_, heads, "composed", upstream.expand(many, -1, -1), form, **drops())
     for name in ("out", "dx"):
         error = (got[name].mean(0) - want[name][0]).abs()
-        assert (error <= 6 * got[name].std(0) / many**0.5 + 1e-12).all() and got[name].std(0).any(), name
+        assert (error <= 6 * got[name].std(0) / many**0.5 + 1e-12).all() and got[name].std(
+            0
+        ).any(), name
     for name in ("dqueries", "dw_k", "dw_v", "db_v", "dnorm_weight", "dnorm_bias"):
         assert relative_error(got[name] / many, want[name]) < 0.1, name
 
 
-# ---- behaviour ------------------------------------------------------------------------------------------------------------------
+# ---- behaviour -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend, form", WAYS)
@@ -206,7 +268,9 @@ def test_bitwise_repeats_and_other_seeds(backend, form):
     want = run(inputs, heads, backend, upstream, form, **drops())
     for name, value in run(inputs, heads, backend, upstream, form, **drops()).items():
         assert torch.equal(value, want[name]), name
-    assert not torch.equal(run(inputs, heads, backend, upstream, form, **drops(value=8))["out"], want["out"])
+    assert not torch.equal(
+        run(inputs, heads, backend, upstream, form, **drops(value=8))["out"], want["out"]
+    )
     none = run(inputs, heads, backend, upstream, form)
     for name, value in run(inputs, heads, backend, upstream, form, **drops(0.0)).items():
         assert torch.equal(value, none[name]), name
@@ -220,7 +284,9 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
 
     def pool(*tensors):
         with mmfused.backend(backend):
-            return query_pooling(**dict(zip(names, tensors, strict=True)), num_heads=heads, form=form, dropout_p=P)
+            return query_pooling(
+                **dict(zip(names, tensors, strict=True)), num_heads=heads, form=form, dropout_p=P
+            )
 
     def plain(**tensors):
         torch.manual_seed(4)
@@ -242,7 +308,9 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
         got = value_and_gradients(checkpointed, inputs)
     for name, value in got.items():
         assert torch.equal(value, want[name]), name
-    assert not torch.equal(want["out"], value_and_gradients(lambda **t: pool(*t.values()), inputs)["out"])
+    assert not torch.equal(
+        want["out"], value_and_gradients(lambda **t: pool(*t.values()), inputs)["out"]
+    )
 
 
 def test_no_mask_is_saved_and_none_made_without_dropout(monkeypatch):
@@ -250,12 +318,16 @@ def test_no_mask_is_saved_and_none_made_without_dropout(monkeypatch):
 
     launched = []
     real = dropout.launch
-    monkeypatch.setattr(dropout, "launch", lambda *args, **kwargs: (launched.append(args), real(*args, **kwargs)))
+    monkeypatch.setattr(
+        dropout, "launch", lambda *args, **kwargs: (launched.append(args), real(*args, **kwargs))
+    )
     inputs, heads = make("row blocks", dtype=torch.float32)
 
     def saved(**options):
         with mmfused.backend("fused"):
-            return saved_bytes(lambda: query_pooling(**inputs, num_heads=heads, **options), tuple(inputs.values()))
+            return saved_bytes(
+                lambda: query_pooling(**inputs, num_heads=heads, **options), tuple(inputs.values())
+            )
 
     without = saved()
     assert not launched
@@ -270,7 +342,9 @@ def test_autocast(backend):
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if CUDA else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
-        got = run(inputs, heads, "composed" if backend == "fused" and not CUDA else backend, **drops())
+        got = run(
+            inputs, heads, "composed" if backend == "fused" and not CUDA else backend, **drops()
+        )
     exact = run(cast(inputs, torch.float64), heads, "reference", **drops())
     assert got["out"].dtype == low
     for name, value in got.items():
@@ -280,14 +354,23 @@ def test_autocast(backend):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module(backend, heads):
-    """In training as the reference with the same seed, 9 samples of 4 queries too, whose W_O would be folded without dropout."""
-    pool = QueryPooling(32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=P).to(DEVICE)
-    still = QueryPooling(32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(DEVICE)
+    """In training as the reference with the same seed, 9 samples of 4 queries too, whose W_O would
+    be folded without dropout.
+    """
+    pool = QueryPooling(
+        32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=P
+    ).to(DEVICE)
+    still = QueryPooling(32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(
+        DEVICE
+    )
     with torch.no_grad():
         for bias in (pool.v_proj.bias, pool.out_proj.bias, pool.norm_kv.bias):
             bias.normal_()
     still.load_state_dict(pool.state_dict())
-    x, ignore = torch.randn(9, 6, 32, device=DEVICE), torch.zeros(9, 6, dtype=torch.bool, device=DEVICE)
+    x, ignore = (
+        torch.randn(9, 6, 32, device=DEVICE),
+        torch.zeros(9, 6, dtype=torch.bool, device=DEVICE),
+    )
     ignore[3] = True
 
     def call(module, name, **options):
@@ -322,8 +405,12 @@ BAD = {
     "dropout_seed has dtype torch.int32 and shape (); it takes a torch.int64 scalar": dict(
         dropout_p=0.1, dropout_seed=torch.tensor(3, dtype=torch.int32)
     ),
-    "dropout_seed has dtype torch.int64 and shape (1,); it takes": dict(dropout_p=0.1, dropout_seed=torch.tensor([3])),
-    "dropout_seed is on meta but x is on cpu": dict(dropout_p=0.1, dropout_seed=torch.tensor(3, device="meta")),
+    "dropout_seed has dtype torch.int64 and shape (1,); it takes": dict(
+        dropout_p=0.1, dropout_seed=torch.tensor([3])
+    ),
+    "dropout_seed is on meta but x is on cpu": dict(
+        dropout_p=0.1, dropout_seed=torch.tensor(3, device="meta")
+    ),
     "dropout_seed is a int; it takes a torch.Tensor": dict(dropout_p=0.1, dropout_seed=3),
 }
 
@@ -338,21 +425,34 @@ def test_bad_input_gets_one_sentence(sentence):
 
 
 def test_modules_refuse_what_is_no_share():
-    with pytest.raises(ValueError, match="QueryPooling: dropout is 1.5; it takes a number from 0 to below 1."):
+    with pytest.raises(
+        ValueError, match="QueryPooling: dropout is 1.5; it takes a number from 0 to below 1."
+    ):
         QueryPooling(8, 2, dropout=1.5)
 
 
 def test_auto_form_without_torch_attention():
-    """Where the projected form has no kernel of torch's either, fewer FLOPs are enough for the absorbed one."""
-    from mmfused.ops.query_pooling.function import cheaper_form
+    """Where the projected form has no kernel of torch's either, fewer FLOPs are enough for the
+    absorbed one.
+    """
+    from mmfused.ops.query_pooling.functional import cheaper_form
 
-    x, q, w = torch.empty(8, 257, 768, device="meta"), torch.empty(8, 32, 768, device="meta"), torch.empty(768, 768, device="meta")
-    assert cheaper_form(x, q, w, w, 12) == "projected" and cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
+    x, q, w = (
+        torch.empty(8, 257, 768, device="meta"),
+        torch.empty(8, 32, 768, device="meta"),
+        torch.empty(768, 768, device="meta"),
+    )
+    assert (
+        cheaper_form(x, q, w, w, 12) == "projected"
+        and cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
+    )
     assert cheaper_form(x, q, w, w, 32, 0.1) == "projected"
 
 
 def test_one_graph():
-    """fullgraph and dynamic over three lengths, forward and backward; a seed drawn inside the graph changes from call to call."""
+    """fullgraph and dynamic over three lengths, forward and backward; a seed drawn inside the graph
+    changes from call to call.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -383,19 +483,25 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-# ---- a softmax that one token takes whole ---------------------------------------------------------------------------------------
+# ---- a softmax that one token takes whole --------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["small", "wide"])
 @pytest.mark.parametrize("p", [0.1, P])
 @pytest.mark.parametrize(("backend", "form"), WAYS)
 def test_of_a_row_that_one_token_takes_the_logits_have_no_gradient(backend, form, p, shape):
-    """dropped P and dP times 1 / (1 - p) must meet the same number rounded alike, or what is left of their difference counts."""
+    """dropped P and dP times 1 / (1 - p) must meet the same number rounded alike, or what is left
+    of their difference counts.
+    """
     torch.manual_seed(5)
     batch, length, dim = (3, 5, 24) if shape == "small" else (2, 3, 1100)
     x = torch.randn(batch, length, dim, device=DEVICE) * 10
     queries = torch.randn(batch, 2, dim, device=DEVICE).requires_grad_()
-    w_k, w_v, b_v = torch.eye(dim, device=DEVICE), torch.randn(3, dim, device=DEVICE), torch.randn(3, device=DEVICE)
+    w_k, w_v, b_v = (
+        torch.eye(dim, device=DEVICE),
+        torch.randn(3, dim, device=DEVICE),
+        torch.randn(3, device=DEVICE),
+    )
     with mmfused.backend(backend):
         out = query_pooling(x, queries, w_k, w_v, b_v, scale=1e4, form=form, **drops(p))
         (gradient,) = torch.autograd.grad(out, queries, torch.randn_like(out))

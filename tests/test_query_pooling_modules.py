@@ -8,14 +8,16 @@ from torch import nn
 import mmfused
 from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_reference
 
-# ---- 6: modules -----------------------------------------------------------------------------------------------------------------
+# ---- 6: modules ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("batch", [2, 9])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module_equals_multihead_attention(backend, batch, heads):
-    """Both projections and biases: nn.MultiheadAttention's maths, with W_O folded (9 samples, one head) or not."""
+    """Both projections and biases: nn.MultiheadAttention's maths, with W_O folded (9 samples, one
+    head) or not.
+    """
     dtype = torch.float64 if backend == "composed" else torch.float32
     mha = nn.MultiheadAttention(32, heads, batch_first=True).to(DEVICE, dtype)
     pool = QueryPooling(32, 5, heads, q_proj=True, out_proj=True, bias=True).to(DEVICE, dtype)
@@ -23,7 +25,10 @@ def test_module_equals_multihead_attention(backend, batch, heads):
         for bias in (mha.in_proj_bias, mha.out_proj.bias):
             bias.normal_()
         for proj, w, b in zip(
-            (pool.q_proj, pool.k_proj, pool.v_proj), mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3), strict=True
+            (pool.q_proj, pool.k_proj, pool.v_proj),
+            mha.in_proj_weight.chunk(3),
+            mha.in_proj_bias.chunk(3),
+            strict=True,
         ):
             proj.weight.copy_(w), proj.bias.copy_(b)
         pool.out_proj.load_state_dict(mha.out_proj.state_dict())
@@ -32,7 +37,9 @@ def test_module_equals_multihead_attention(backend, batch, heads):
     want = mha(pool.queries.expand(batch, -1, -1), x, x, need_weights=False)[0]
     with mmfused.backend(backend):
         got = pool(x)
-    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
+    tolerance = (
+        dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
+    )
     torch.testing.assert_close(got, want, **tolerance)
     pairs = [
         torch.autograd.grad(o, [x, pool.queries, p.out_proj.weight, p.out_proj.bias], upstream)
@@ -59,7 +66,11 @@ def test_module_state_and_queries():
     pool = QueryPooling(32, 4, 2, kv_dim=20, q_proj=True, out_proj=True, bias=True, norm_kv=True)
     names = {
         "queries",
-        *(f"{m}.{p}" for m in ("q_proj", "k_proj", "v_proj", "out_proj", "norm_kv") for p in ("weight", "bias")),
+        *(
+            f"{m}.{p}"
+            for m in ("q_proj", "k_proj", "v_proj", "out_proj", "norm_kv")
+            for p in ("weight", "bias")
+        ),
     }
     assert set(pool.state_dict()) == names
     other = QueryPooling(32, 4, 2, kv_dim=20, q_proj=True, out_proj=True, bias=True, norm_kv=True)
@@ -70,14 +81,18 @@ def test_module_state_and_queries():
     torch.testing.assert_close(pool(x, queries=own), pool(x))
     bare = QueryPooling(32, None, 2)
     assert set(bare.state_dict()) == {"k_proj.weight", "v_proj.weight"}
-    with pytest.raises(ValueError, match="queries is None; a module without num_queries takes them in forward"):
+    with pytest.raises(
+        ValueError, match="queries is None; a module without num_queries takes them in forward"
+    ):
         bare(torch.randn(3, 6, 32))
     with pytest.raises(ValueError, match="num_heads is 3; it must be positive and divide dim = 32"):
         QueryPooling(32, 4, 3)
 
 
 def test_q_transform_is_its_equations():
-    """q = LN(q + MHA(q, x, x)); q = LN(q + FFN(q)), twice, by hand from the parameters; backends agree."""
+    """q = LN(q + MHA(q, x, x)); q = LN(q + FFN(q)), twice, by hand from the parameters; backends
+    agree.
+    """
     model = QTransform(24, 5, depth=2, num_heads=3, ffn=40).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     ignore = torch.tensor([[False] * 7, [True] * 7])
@@ -96,7 +111,9 @@ def test_q_transform_is_its_equations():
         )
         read = p.out_proj(pooled) * torch.tensor([1.0, 0.0])[:, None, None]
         q = nn.functional.layer_norm(q + read, (24,), block.norm_pool.weight, block.norm_pool.bias)
-        q = nn.functional.layer_norm(q + block.ffn(q), (24,), block.norm_ffn.weight, block.norm_ffn.bias)
+        q = nn.functional.layer_norm(
+            q + block.ffn(q), (24,), block.norm_ffn.weight, block.norm_ffn.bias
+        )
     for name in ("reference", "composed"):
         with mmfused.backend(name):
             torch.testing.assert_close(model(x, ignore), q, rtol=1e-12, atol=1e-12)
@@ -108,29 +125,42 @@ def test_q_transform_gives_every_parameter_a_gradient():
     assert all(p.grad is not None for p in model.parameters())
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 BAD = {
     "x has shape (3, 37); it takes (batch, tokens, dim)": lambda t: t.update(x=t["x"][..., 0]),
     "x has dtype torch.int64; it takes float32, float16": lambda t: t.update(x=t["x"].long()),
-    "queries has dtype torch.float64; it takes torch.float32": lambda t: t.update(queries=t["queries"].double()),
-    "queries has shape (2, 5, 24); it takes (L, Dk) or (3, L, Dk)": lambda t: t.update(queries=t["queries"].expand(2, -1, -1)),
+    "queries has dtype torch.float64; it takes torch.float32": lambda t: t.update(
+        queries=t["queries"].double()
+    ),
+    "queries has shape (2, 5, 24); it takes (L, Dk) or (3, L, Dk)": lambda t: t.update(
+        queries=t["queries"].expand(2, -1, -1)
+    ),
     "w_k has shape (24, 69); it takes (24, 70)": lambda t: t.update(w_k=t["w_k"][:, 1:]),
     "w_v has shape (20,); it takes (Dv, 70)": lambda t: t.update(w_v=t["w_v"][:, 0]),
     "b_v has shape (19,); it takes (20,)": lambda t: t.update(b_v=t["b_v"][1:]),
-    "num_heads is 5; it must be positive and divide Dk = 24 and Dv = 20": lambda t: t.update(num_heads=5),
+    "num_heads is 5; it must be positive and divide Dk = 24 and Dv = 20": lambda t: t.update(
+        num_heads=5
+    ),
     "num_heads is 0; it must be positive": lambda t: t.update(num_heads=0),
     "key_padding_mask has shape (3, 36); it takes (3, 37)": lambda t: t.update(
         key_padding_mask=torch.zeros(3, 36, dtype=torch.bool)
     ),
-    "key_padding_mask has dtype torch.float32; it takes torch.bool": lambda t: t.update(key_padding_mask=torch.zeros(3, 37)),
-    "lengths has dtype torch.float32; it takes torch.int32 or torch.int64": lambda t: t.update(lengths=torch.zeros(3)),
-    "lengths has shape (2,); it takes (3,)": lambda t: t.update(lengths=torch.zeros(2, dtype=torch.int64)),
-    "lengths holds a value outside [0, N]; it takes the number of tokens to keep": lambda t: t.update(
-        lengths=torch.tensor([1, 2, 38])
+    "key_padding_mask has dtype torch.float32; it takes torch.bool": lambda t: t.update(
+        key_padding_mask=torch.zeros(3, 37)
+    ),
+    "lengths has dtype torch.float32; it takes torch.int32 or torch.int64": lambda t: t.update(
+        lengths=torch.zeros(3)
+    ),
+    "lengths has shape (2,); it takes (3,)": lambda t: t.update(
+        lengths=torch.zeros(2, dtype=torch.int64)
+    ),
+    "lengths holds a value outside [0, N]; it takes the number of tokens to keep": lambda t: (
+        t.update(lengths=torch.tensor([1, 2, 38]))
     ),
     "key_padding_mask and lengths are both given": lambda t: t.update(
-        key_padding_mask=torch.zeros(3, 37, dtype=torch.bool), lengths=torch.zeros(3, dtype=torch.int64)
+        key_padding_mask=torch.zeros(3, 37, dtype=torch.bool),
+        lengths=torch.zeros(3, dtype=torch.int64),
     ),
     "norm_bias is given without norm_weight": lambda t: t.update(norm_bias=torch.zeros(70)),
     "form is 'quick'; it takes one of auto, absorbed, projected": lambda t: t.update(form="quick"),
@@ -159,7 +189,7 @@ def test_fused_without_a_kernel():
 
 
 def test_auto_form_follows_the_flops():
-    from mmfused.ops.query_pooling.function import cheaper_form
+    from mmfused.ops.query_pooling.functional import cheaper_form
 
     def form(length, queries, heads, per_sample=False, device="meta"):
         x = torch.empty(8, length, 768, device=device)
@@ -167,7 +197,16 @@ def test_auto_form_follows_the_flops():
         w = torch.empty(768, 768, device=device)
         return cheaper_form(x, q, w, w, heads)
 
-    assert form(197, 32, 1) == form(197, 1, 12) == form(197, 16, 12) == form(32, 2, 1) == form(197, 32, 8) == "absorbed"
+    assert (
+        form(197, 32, 1)
+        == form(197, 1, 12)
+        == form(197, 16, 12)
+        == form(32, 2, 1)
+        == form(197, 32, 8)
+        == "absorbed"
+    )
     assert form(197, 64, 12) == form(197, 32, 12) == form(8, 32, 1) == "projected"
     assert form(257, 32, 12, per_sample=True) == "projected"
-    assert form(197, 32, 12, device="cpu") == "absorbed"  # measured: 1.6 times nn.MultiheadAttention
+    assert (
+        form(197, 32, 12, device="cpu") == "absorbed"
+    )  # measured: 1.6 times nn.MultiheadAttention

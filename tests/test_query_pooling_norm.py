@@ -1,4 +1,6 @@
-"""Query pooling over tokens that a LayerNorm folds into: the budget holds at any mean, and where there is no spread at all."""
+"""Query pooling over tokens that a LayerNorm folds into: the budget holds at any mean, and where
+there is no spread at all.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,11 @@ from query_pooling_cases import DEVICE, DTYPES, cast, make, run, upstream_for
 from mmfused.testing import over_budget
 
 MEANS = (0, 1, 3, 10, 100)  # times the spread
-WAYS = [("composed", form, dtype) for form in ("absorbed", "projected") for dtype in {*DTYPES, torch.bfloat16}]
+WAYS = [
+    ("composed", form, dtype)
+    for form in ("absorbed", "projected")
+    for dtype in {*DTYPES, torch.bfloat16}
+]
 WAYS += [("fused", "absorbed", dtype) for dtype in DTYPES]
 WAYS.sort(key=str)
 
@@ -15,7 +21,9 @@ WAYS.sort(key=str)
 def check_budget(inputs, heads, backend, form):
     upstream = upstream_for(inputs)
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
-    exact = {name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()}  # 0, but for its rounding
+    exact = {
+        name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()
+    }  # 0, but for its rounding
     plain = run(inputs, heads, "reference", upstream)
     actual = run(inputs, heads, backend, upstream, form)
     assert not over_budget(actual, exact, plain)
@@ -27,7 +35,9 @@ def shifted(inputs, mean):
 
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
-@pytest.mark.parametrize("shape, padding", [("one pass", "mask"), ("row blocks", "none"), ("wide", "lengths")])
+@pytest.mark.parametrize(
+    "shape, padding", [("one pass", "mask"), ("row blocks", "none"), ("wide", "lengths")]
+)
 def test_a_mean_costs_no_accuracy(shape, padding, backend, form, dtype, mean):
     inputs, heads = make(shape, norm=True, padding=padding, dtype=dtype)
     check_budget(shifted(inputs, mean), heads, backend, form)
@@ -42,7 +52,11 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
     if DEVICE == "cuda":
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     real = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest))
+    monkeypatch.setattr(
+        kernels,
+        "plan",
+        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
+    )
     inputs, heads = make(shape, norm=True, padding="mask", dtype=torch.float32)
     check_budget(shifted(inputs, mean), heads, "fused", "absorbed")
 
@@ -50,12 +64,17 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
-    """Of D columns a LayerNorm leaves D - 2 free: with one column its output is its bias, and dX is 0."""
+    """Of D columns a LayerNorm leaves D - 2 free: with one column its output is its bias, and dX is
+    0.
+    """
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (3, 9, dim, 4, 2, 8, 6))
     inputs, heads = make("few columns", norm=True, padding="mask", dtype=dtype)
-    if (backend, dim) == ("fused", 2):  # +1 and -1 whatever x is: the kernel's gradient would be what rounding left
+    if (backend, dim) == (
+        "fused",
+        2,
+    ):  # +1 and -1 whatever x is: the kernel's gradient would be what rounding left
         with pytest.raises(RuntimeError, match="a LayerNorm of two features has no kernel"):
             run(inputs, heads, backend, form="auto")
         return

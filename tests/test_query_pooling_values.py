@@ -1,4 +1,6 @@
-"""Query pooling on what a CUDA tensor may hold, which nothing checks there; and on tensors of any layout."""
+"""Query pooling on what a CUDA tensor may hold, which nothing checks there; and on tensors of any
+layout.
+"""
 
 import math
 
@@ -11,7 +13,12 @@ import mmfused
 from mmfused import QueryPooling
 from mmfused.testing import over_budget, relative_error
 
-WAYS = [("reference", "auto"), ("composed", "absorbed"), ("composed", "projected"), ("fused", "absorbed")]
+WAYS = [
+    ("reference", "auto"),
+    ("composed", "absorbed"),
+    ("composed", "projected"),
+    ("fused", "absorbed"),
+]
 BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
 
 
@@ -24,14 +31,18 @@ def unchecked(monkeypatch):
 @pytest.mark.parametrize("bad", BAD_LENGTHS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("backend, form", WAYS)
-def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(unchecked, backend, form, norm, bad):
+def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(
+    unchecked, backend, form, norm, bad
+):
     inputs, heads = make(norm=norm, padding="lengths", dtype=torch.float32)
     inputs["lengths"] = torch.tensor([5, 20, 37], device=DEVICE)
     want = run(inputs, heads, backend, form=form)
     inputs["lengths"][1] = bad
     got = run(inputs, heads, backend, form=form)
     assert got["out"][1].isnan().all()
-    assert bad < 0 or got["dw_v"].isnan().all()  # no step is made with it; a sample without tokens has no part in any weight
+    assert (
+        bad < 0 or got["dw_v"].isnan().all()
+    )  # no step is made with it; a sample without tokens has no part in any weight
     for name in ("out", "dx"):
         assert torch.equal(got[name][0::2], want[name][0::2]), name
 
@@ -40,13 +51,17 @@ def test_a_module_gives_nan_for_a_length_outside_the_tokens(unchecked):
     pool = QueryPooling(8, 3, 2, out_proj=True, bias=True).to(DEVICE)
     for name in ("reference", "composed"):
         with mmfused.backend(name):
-            out = pool(torch.randn(4, 5, 8, device=DEVICE), lengths=torch.tensor([-1, 6, 0, 5], device=DEVICE))
+            out = pool(
+                torch.randn(4, 5, 8, device=DEVICE),
+                lengths=torch.tensor([-1, 6, 0, 5], device=DEVICE),
+            )
         assert out[:2].isnan().all() and not out[2].any() and out[3].isfinite().all()
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize(
-    "shape, value", [("one pass", math.nan), ("one pass", math.inf), ("one pass", -math.inf), ("wide", math.nan)]
+    "shape, value",
+    [("one pass", math.nan), ("one pass", math.inf), ("one pass", -math.inf), ("wide", math.nan)],
 )
 @pytest.mark.parametrize("backend, form", WAYS)
 def test_a_broken_token_or_query_touches_only_its_own_outputs(backend, form, shape, norm, value):
@@ -69,17 +84,21 @@ def test_a_broken_token_or_query_touches_only_its_own_outputs(backend, form, sha
     assert not got["out"][1, 2].isfinite().any()
     torch.testing.assert_close(got["out"][others], want["out"][others], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got["out"][1, rows], want["out"][1, rows], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got["dqueries"][1, rows], want["dqueries"][1, rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got["dqueries"][1, rows], want["dqueries"][1, rows], rtol=1e-4, atol=1e-5
+    )
 
 
-# ---- nothing at all -------------------------------------------------------------------------------------------------------------
+# ---- nothing at all ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("batch, length, queries", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
 @pytest.mark.parametrize("backend, form", WAYS)
-def test_no_samples_tokens_or_queries(monkeypatch, backend, form, batch, length, queries, dropout_p, norm):
+def test_no_samples_tokens_or_queries(
+    monkeypatch, backend, form, batch, length, queries, dropout_p, norm
+):
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "empty", (batch, length, 70, queries, 1, 24, 20))
@@ -99,7 +118,7 @@ def test_a_module_without_tokens_gives_zero():
                 assert not pool(torch.randn(4, 0, 8, device=DEVICE)).any()
 
 
-# ---- large logits ---------------------------------------------------------------------------------------------------------------
+# ---- large logits --------------------------------------------------------------------------------
 
 
 def with_logits_up_to(largest, inputs, heads):
@@ -117,19 +136,29 @@ def with_logits_up_to(largest, inputs, heads):
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 @pytest.mark.parametrize("backend, form", WAYS[1:])
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
-    """One token takes nearly all of a row, and of the gradients to the logits little is left. A few rows decide: of many draws."""
+    """One token takes nearly all of a row, and of the gradients to the logits little is left. A few
+    rows decide: of many draws.
+    """
     got, exact, plain = {}, {}, {}
     for _ in range(6):
         inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float64)
         inputs = cast(with_logits_up_to(logit, inputs, heads), dtype)
         upstream = upstream_for(inputs)
         doubles = cast(inputs, torch.float64)
-        ways = (got, backend, form, inputs), (exact, "reference", "auto", doubles), (plain, "reference", "auto", inputs)
+        ways = (
+            (got, backend, form, inputs),
+            (exact, "reference", "auto", doubles),
+            (plain, "reference", "auto", inputs),
+        )
         for results, name, how, given in ways:
             for key, value in run(given, heads, name, upstream, how).items():
                 results[key] = torch.stack([*results.get(key, ()), value])
     if logit > 1e3:  # plain PyTorch's too are then left to how the largest logits round
-        sure = [key for key, value in plain.items() if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps]
+        sure = [
+            key
+            for key, value in plain.items()
+            if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps
+        ]
         assert "db_v" in sure and ("out" in sure or shape != "one pass")
         got, exact, plain = ({key: results[key] for key in sure} for results in (got, exact, plain))
     assert not over_budget(got, exact, plain)
@@ -139,7 +168,9 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
 @pytest.mark.parametrize("dim", [24, 1100], ids=["one pass", "wide"])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_what_all_logits_have_in_common_costs_no_accuracy(backend, dim, logit):
-    """Queries and tokens are whole numbers, so that plain PyTorch's logits are exact, and what its softmax subtracts."""
+    """Queries and tokens are whole numbers, so that plain PyTorch's logits are exact, and what its
+    softmax subtracts.
+    """
     x = torch.randint(-1, 2, (2, 37, dim), device=DEVICE).float()
     queries = torch.randint(-1, 2, (5, dim), device=DEVICE).float()
     queries[:, 20:] = 0.0

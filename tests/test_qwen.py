@@ -12,7 +12,9 @@ from mmfused.models import qwen
 
 x64 = torch.float64
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
-TOKENS["prompts"] = {kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)}  # of unequal lengths
+TOKENS["prompts"] = {
+    kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)
+}  # of unequal lengths
 VIDEO_PAD = 94
 TEXT = {
     "vocab_size": 100,
@@ -27,10 +29,22 @@ TEXT = {
 }
 VISION = {
     "qwen2_vl": {"depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
-    "qwen2_5_vl": {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4, "window_size": 16},
+    "qwen2_5_vl": {
+        "depth": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "patch_size": 4,
+        "window_size": 16,
+    },
 }
 VISION["qwen2_5_vl"]["fullatt_block_indexes"] = [1]
-IDS = {"image_token_id": 92, "video_token_id": VIDEO_PAD, "vision_start_token_id": 90, "vision_end_token_id": 91}
+IDS = {
+    "image_token_id": 92,
+    "video_token_id": VIDEO_PAD,
+    "vision_start_token_id": 90,
+    "vision_end_token_id": 91,
+}
 
 
 def options(kind="qwen2_vl") -> dict:
@@ -43,7 +57,9 @@ def host(kind="qwen2_vl", **given) -> torch.nn.Module:
 
 
 def items(*shape) -> dict:
-    """Item 2 has no picture and NaN for its pixels, 3 no text, 4 neither; texts stand between [CLS] = 2 and [SEP] = 3."""
+    """Item 2 has no picture and NaN for its pixels, 3 no text, 4 neither; texts stand between [CLS]
+    = 2 and [SEP] = 3.
+    """
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(5, *(shape or (3, 16, 24)), generator=generator, dtype=x64)
     present = torch.tensor([True, True, False, True, False])
@@ -53,7 +69,12 @@ def items(*shape) -> dict:
     ids[:, 0] = 2
     ids[torch.arange(5), lengths - 1] = 3
     mask = (torch.arange(9) < lengths[:, None]).long()
-    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask, "image_present": present}
+    return {
+        "pixel_values": pixels,
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_present": present,
+    }
 
 
 def read(model, batch, view="both", **given):
@@ -67,9 +88,13 @@ def read(model, batch, view="both", **given):
 def literal(batch, i, view, count, prompt=True) -> list[int]:
     """Item i's sequence without padding, token after token."""
     image = bool(batch["image_present"][i]) and view != "text"
-    words = [] if view == "image" else batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
+    words = (
+        [] if view == "image" else batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
+    )
     words = [word for word in words if word not in (2, 3)]
-    kind = {(0, 0): "text", (0, 1): "text", (1, 0): "image", (1, 1): "image and text"}[image, bool(words)]
+    kind = {(0, 0): "text", (0, 1): "text", (1, 0): "image", (1, 1): "image and text"}[
+        image, bool(words)
+    ]
     kind = kind.replace("image", "video") if batch["pixel_values"].ndim == 5 else kind
     sequence = ([90] + [92] * count + [91] if image else []) + words
     return sequence + TOKENS["prompts"][kind] + [93] if prompt else sequence or [93]
@@ -82,17 +107,28 @@ def literal(batch, i, view, count, prompt=True) -> list[int]:
 def test_patches_are_the_image_processors(patch, merge):
     pixels = torch.randn(2, 3, 48, 96)
     sizes = {"patch_size": patch, "merge_size": merge, "temporal_patch_size": 2}
-    processor = transformers.Qwen2VLImageProcessor(**sizes, do_resize=False, do_rescale=False, do_normalize=False)
+    processor = transformers.Qwen2VLImageProcessor(
+        **sizes, do_resize=False, do_rescale=False, do_normalize=False
+    )
     expected = processor(images=list(pixels), do_convert_rgb=False, return_tensors="pt")
     rows, grid = qwen.patches(pixels, patch, 2, merge)
-    assert torch.equal(rows, expected["pixel_values"]) and torch.equal(grid, expected["image_grid_thw"])
+    assert torch.equal(rows, expected["pixel_values"]) and torch.equal(
+        grid, expected["image_grid_thw"]
+    )
 
 
 def test_patches_of_videos_are_the_video_processors():
     frames = torch.randint(0, 256, (2, 4, 3, 32, 48), dtype=torch.uint8)
     sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-    raw = {"do_resize": False, "do_rescale": False, "do_normalize": False, "do_sample_frames": False}
-    expected = transformers.Qwen2VLVideoProcessor(**sizes, **raw)(videos=list(frames), return_tensors="pt")
+    raw = {
+        "do_resize": False,
+        "do_rescale": False,
+        "do_normalize": False,
+        "do_sample_frames": False,
+    }
+    expected = transformers.Qwen2VLVideoProcessor(**sizes, **raw)(
+        videos=list(frames), return_tensors="pt"
+    )
     rows, grid = qwen.patches(frames, 8, 2, 2)
     assert torch.equal(rows.float(), expected["pixel_values_videos"].float())
     assert torch.equal(grid, expected["video_grid_thw"])
@@ -114,8 +150,13 @@ def test_sequences_token_by_token(view, prompt):
         assert sequence.attention_mask[i].tolist() == [0] * padding + [1] * len(expected)
         slots = [k for k in sequence.picture_slot[i].tolist() if k >= 0]
         assert slots == (list(range(6)) if 92 in expected else [])
-        assert all((k >= 0) == (token == 92) for k, token in zip(sequence.picture_slot[i], sequence.input_ids[i], strict=True))
-    assert sequence.has_image.tolist() == [view != "text" and bool(there) for there in batch["image_present"]]
+        assert all(
+            (k >= 0) == (token == 92)
+            for k, token in zip(sequence.picture_slot[i], sequence.input_ids[i], strict=True)
+        )
+    assert sequence.has_image.tolist() == [
+        view != "text" and bool(there) for there in batch["image_present"]
+    ]
     assert sequence.has_text.tolist() == [view != "image" and i < 3 for i in range(5)]
 
 
@@ -125,13 +166,19 @@ def test_a_view_for_each_item():
     mixed = qwen.assemble(TOKENS, (1, 2, 3), *words, torch.tensor([0, 1, 2, 1, 2]))
     for i, view in enumerate(("image", "text", "both", "text", "both")):
         alone = qwen.assemble(TOKENS, (1, 2, 3), *words, view)
-        assert all(torch.equal(a[..., i, :], b[..., i, :]) for a, b in zip(mixed[:4], alone[:4], strict=True))
+        assert all(
+            torch.equal(a[..., i, :], b[..., i, :])
+            for a, b in zip(mixed[:4], alone[:4], strict=True)
+        )
 
 
 def test_without_masks_all_is_real():
     batch = items()
     sequence = qwen.assemble({**TOKENS, "drop": []}, (1, 2, 3), batch["input_ids"], None, None)
-    assert sequence.attention_mask.sum(1).tolist() == [8 + 9 + len(TOKENS["prompts"]["image and text"]) + 1] * 5
+    assert (
+        sequence.attention_mask.sum(1).tolist()
+        == [8 + 9 + len(TOKENS["prompts"]["image and text"]) + 1] * 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,20 +192,30 @@ def test_without_masks_all_is_real():
     ],
 )
 def test_agrees_with_the_hosts_own_forward(kind, shape, view):
-    """Item by item, without padding, with the host's own positions and its own way to put pictures in."""
+    """Item by item, without padding, with the host's own positions and its own way to put pictures
+    in.
+    """
     model, batch = host(kind), items(*shape)
     sequence, states = read(model, batch, view)
     for i in range(5):
-        ids = torch.tensor([literal(batch, i, view, shape[-1] * shape[-2] // 64 * (len(shape) == 4 and 2 or 1))])
+        ids = torch.tensor(
+            [literal(batch, i, view, shape[-1] * shape[-2] // 64 * (len(shape) == 4 and 2 or 1))]
+        )
         given = {}
         if 92 in ids:
             rows, grid = qwen.patches(batch["pixel_values"][i : i + 1], 4, 2, 2)
-            names = ("pixel_values", "image_grid_thw") if len(shape) == 3 else ("pixel_values_videos", "video_grid_thw")
+            names = (
+                ("pixel_values", "image_grid_thw")
+                if len(shape) == 3
+                else ("pixel_values_videos", "video_grid_thw")
+            )
             ids[ids == 92] = 92 if len(shape) == 3 else VIDEO_PAD
             types = (ids == 92).int() + 2 * (ids == VIDEO_PAD).int()
             given = dict(zip(names, (rows, grid), strict=True)) | {"mm_token_type_ids": types}
         model.rope_deltas = None
-        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state[0]
+        expected = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **given
+        ).last_hidden_state[0]
         assert (states[i, -len(expected) :] - expected).abs().max() < 1e-12
     assert states.isfinite().all()
 
@@ -180,34 +237,52 @@ def test_only_present_pictures_have_gradients():
 
 
 def test_sequences_and_the_language_model_compile_without_a_break():
-    """The vision tower is the host's own loop over pictures, which breaks the graph: its tokens come from outside."""
+    """The vision tower is the host's own loop over pictures, which breaks the graph: its tokens
+    come from outside.
+    """
     model, batch = host(), items()
     pictures, grid = qwen.picture_tokens(model, batch["pixel_values"], batch["image_present"])
     batch.pop("pixel_values")
 
     def step(pictures, view, **words):
-        return qwen.hidden_states(model, qwen.assemble(TOKENS, grid, *words.values(), view), pictures)
+        return qwen.hidden_states(
+            model, qwen.assemble(TOKENS, grid, *words.values(), view), pictures
+        )
 
     arguments = (pictures, torch.tensor([0, 1, 2, 1, 2]))
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert torch.allclose(compiled(*arguments, **batch), step(*arguments, **batch), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            compiled(*arguments, **batch), step(*arguments, **batch), rtol=0, atol=1e-12
+        )
 
 
 # --- tokens ---
 
 
 def test_tokens_of_a_trained_tokenizer(tmp_path):
-    tokenizer = train_tokenizer(["red wool coat above the knee", "one word: summary in text and image or video"], 200)
-    with pytest.raises(ValueError, match=r"tokenizer has no token <\|vision_start\|>; add_vision_tokens"):
+    tokenizer = train_tokenizer(
+        ["red wool coat above the knee", "one word: summary in text and image or video"], 200
+    )
+    with pytest.raises(
+        ValueError, match=r"tokenizer has no token <\|vision_start\|>; add_vision_tokens"
+    ):
         qwen.token_ids(tokenizer)
     before = len(tokenizer)
     assert qwen.add_vision_tokens(tokenizer) is tokenizer and len(tokenizer) == before + 4
     assert len(qwen.add_vision_tokens(tokenizer)) == before + 4
     ids = qwen.token_ids(tokenizer)
-    assert sorted(ids[name] for name in ("vision_start", "vision_end", "image", "end")) == list(range(before, before + 4))
-    assert ids["drop"] == [tokenizer.cls_token_id, tokenizer.sep_token_id] and ids["pad"] == tokenizer.pad_token_id
-    assert tokenizer.decode(ids["prompts"]["image and text"]).replace(" :", ":") == "summary above image and text in one word:"
+    assert sorted(ids[name] for name in ("vision_start", "vision_end", "image", "end")) == list(
+        range(before, before + 4)
+    )
+    assert (
+        ids["drop"] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        and ids["pad"] == tokenizer.pad_token_id
+    )
+    assert (
+        tokenizer.decode(ids["prompts"]["image and text"]).replace(" :", ":")
+        == "summary above image and text in one word:"
+    )
     assert len({tuple(prompt) for prompt in ids["prompts"].values()}) == len(qwen.KINDS)
     assert json.loads(json.dumps(ids)) == ids
     assert tokenizer("a coat <|image_pad|>")["input_ids"].count(ids["image"]) == 1
@@ -228,11 +303,15 @@ def test_pretrained_hosts_come_back(tmp_path, kind, name, part):
     for key, value in inner.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     processor = transformers.Qwen2VLImageProcessor()
-    assert fields["pixel_mean"] == tuple(processor.image_mean) and fields["pixel_std"] == tuple(processor.image_std)
+    assert fields["pixel_mean"] == tuple(processor.image_mean) and fields["pixel_std"] == tuple(
+        processor.image_std
+    )
     rebuilt = qwen.build_qwen2_vl(json.loads(json.dumps(fields["host"])))
     rebuilt.load_state_dict(loaded.state_dict())
     batch = items()
-    assert torch.equal(read(rebuilt.double().eval(), batch)[1], read(loaded.double().eval(), batch)[1])
+    assert torch.equal(
+        read(rebuilt.double().eval(), batch)[1], read(loaded.double().eval(), batch)[1]
+    )
 
 
 def test_a_host_with_weights_missing_is_refused(tmp_path):
@@ -240,14 +319,20 @@ def test_a_host_with_weights_missing_is_refused(tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "layers.1.mlp" not in name}
     safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"host: .* lacks 3 weights of qwen2_vl, .*layers.1.mlp.down_proj.weight among them"):
+    with pytest.raises(
+        ValueError,
+        match=r"host: .* lacks 3 weights of qwen2_vl, .*layers.1.mlp.down_proj.weight among them",
+    ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
 
 
 def test_a_pickle_is_not_loaded(tmp_path):
     host().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"host: .* takes config.json and \*.safetensors, and lacks one of them"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"host: .* takes config.json and \*.safetensors, and lacks one of them",
+    ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
 
 
@@ -260,20 +345,36 @@ def test_frozen_parts_stay_in_evaluation_mode():
 def test_other_models_are_refused(tmp_path):
     transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="has model_type 'bert', takes one of qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(
+        ValueError, match="has model_type 'bert', takes one of qwen2_vl, qwen2_5_vl"
+    ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
-    with pytest.raises(ValueError, match="host.model_type: got 'llava', takes one of qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(
+        ValueError, match="host.model_type: got 'llava', takes one of qwen2_vl, qwen2_5_vl"
+    ):
         qwen.build_qwen2_vl({**options(), "model_type": "llava"})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": torch.zeros(5, 3, 16, 20)}, "multiples of 8 and frames in multiples of 2, got 2 frames of 16 x 20"),
-        ({"pixel_values": torch.zeros(5, 3, 3, 16, 16)}, "frames in multiples of 2, got 3 frames of 16 x 16"),
-        ({"pixel_values": torch.zeros(5, 1, 16, 16)}, r"pixel_values must have shape \(B, 3, H, W\) or .*, got \(5, 1, 16, 16\)"),
+        (
+            {"pixel_values": torch.zeros(5, 3, 16, 20)},
+            "multiples of 8 and frames in multiples of 2, got 2 frames of 16 x 20",
+        ),
+        (
+            {"pixel_values": torch.zeros(5, 3, 3, 16, 16)},
+            "frames in multiples of 2, got 3 frames of 16 x 16",
+        ),
+        (
+            {"pixel_values": torch.zeros(5, 1, 16, 16)},
+            r"pixel_values must have shape \(B, 3, H, W\) or .*, got \(5, 1, 16, 16\)",
+        ),
         ({"image_present": torch.ones(5)}, r"image_present must be bool \(5,\), got torch.float32"),
-        ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"input_ids and attention_mask must both be \(B, T\)"),
+        (
+            {"input_ids": torch.zeros(5, dtype=torch.long)},
+            r"input_ids and attention_mask must both be \(B, T\)",
+        ),
         ({"attention_mask": torch.ones(5, 8)}, r"must both be \(B, T\), got \(5, 9\) and \(5, 8\)"),
         ({"input_ids": torch.full((5, 9), 100)}, r"input_ids must lie in \[0, 99\]"),
     ],
@@ -284,5 +385,7 @@ def test_bad_inputs(changes, message):
 
 
 def test_videos_take_qwen2_vl():
-    with pytest.raises(ValueError, match="pixel_values takes videos with model_type 'qwen2_vl', got 'qwen2_5_vl'"):
+    with pytest.raises(
+        ValueError, match="pixel_values takes videos with model_type 'qwen2_vl', got 'qwen2_5_vl'"
+    ):
         qwen.picture_tokens(host("qwen2_5_vl"), torch.zeros(1, 2, 3, 16, 16), None)

@@ -1,4 +1,6 @@
-"""The race that Triton's pipeliner leaves where a tile is both multiplied and read into registers, found in compiled kernels."""
+"""The race that Triton's pipeliner leaves where a tile is both multiplied and read into registers,
+found in compiled kernels.
+"""
 
 import json
 import sys
@@ -13,9 +15,19 @@ KERNEL = str(Path(__file__).parent / "racy_kernel.py")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 @pytest.mark.parametrize("release", ["installed", "oldest"])
 def test_a_tile_that_is_multiplied_and_summed_in_a_pipelined_loop_is_a_race(release, request):
-    env = {"PYTHONPATH": str(request.getfixturevalue("oldest_triton"))} if release == "oldest" else {}
+    env = (
+        {"PYTHONPATH": str(request.getfixturevalue("oldest_triton"))} if release == "oldest" else {}
+    )
     done = run_python("-W", "ignore", KERNEL, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     races = json.loads(done.stdout)
     assert len(races.pop("summed")) == 1  # one ring: only b is summed
-    assert races == {name: [] for name in ("summed, one stage", "summed after each product", "not summed", "summed, sm_80")}
+    assert races == {
+        name: []
+        for name in (
+            "summed, one stage",
+            "summed after each product",
+            "not summed",
+            "summed, sm_80",
+        )
+    }

@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from mmfused.ranking import chance, mean_scores, rank_of_first, ranking_scores, retrieval_scores
+from mmfused.training.ranking import (
+    chance,
+    mean_scores,
+    rank_of_first,
+    ranking_scores,
+    retrieval_scores,
+)
 
 
 def literal_ranks(query, candidate, labels, theirs, alone):
@@ -14,16 +20,20 @@ def literal_ranks(query, candidate, labels, theirs, alone):
         found = []
         for j, c in enumerate(candidate.tolist()):
             if not (alone and i == j):
-                found.append((-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j))
+                found.append(
+                    (-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j)
+                )
         found.sort()  # of equal scores the irrelevant ones first
-        ranks.append(next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None))
+        ranks.append(
+            next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None)
+        )
         nearest.append(theirs[found[0][2]])
     return ranks, nearest
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_scores_equal_a_literal_ranking(alone, monkeypatch):
-    monkeypatch.setattr("mmfused.ranking.ROWS", 4)
+    monkeypatch.setattr("mmfused.training.ranking.ROWS", 4)
     n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
     queries = items(n, labels)
     theirs = labels if alone else [0, 1, 2, 3, 0, 6, 2]
@@ -31,14 +41,22 @@ def test_scores_equal_a_literal_ranking(alone, monkeypatch):
     pairs = retrieval_scores(queries, None if alone else candidates)
     assert len(pairs) == 9
     for name, pair in pairs.items():
-        query, candidate = (side[view] for side, view in zip((queries, candidates), name.split("->"), strict=True))
+        query, candidate = (
+            side[view] for side, view in zip((queries, candidates), name.split("->"), strict=True)
+        )
         ranks, nearest = literal_ranks(query, candidate, labels, theirs, alone)
         kept = [rank for rank in ranks if rank is not None]
         assert pair["queries"] == len(kept) and pair["unanswerable"] == ranks.count(None) > 0
         for k in (1, 5, 10):
-            assert pair[f"recall_at_{k}"] == pytest.approx(sum(rank <= k for rank in kept) / len(kept))
+            assert pair[f"recall_at_{k}"] == pytest.approx(
+                sum(rank <= k for rank in kept) / len(kept)
+            )
         assert pair["mrr"] == pytest.approx(sum(1 / rank for rank in kept) / len(kept))
-        right = sum(label == near for label, near, rank in zip(labels, nearest, ranks, strict=True) if rank is not None)
+        right = sum(
+            label == near
+            for label, near, rank in zip(labels, nearest, ranks, strict=True)
+            if rank is not None
+        )
         assert pair["accuracy"] == pytest.approx(right / len(kept))
     means = mean_scores(pairs)
     assert means["mrr"] == pytest.approx(sum(pair["mrr"] for pair in pairs.values()) / 9)
@@ -69,7 +87,11 @@ def test_ties_count_against_the_relevant_one():
     ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: kind)
     assert ranks.tolist() == [3]
     with pytest.raises(ValueError, match="query takes rows that have a relevant candidate each"):
-        rank_of_first(torch.zeros(1, 2), torch.randn(2, 2), lambda first, last: torch.zeros(1, 2, dtype=torch.int8))
+        rank_of_first(
+            torch.zeros(1, 2),
+            torch.randn(2, 2),
+            lambda first, last: torch.zeros(1, 2, dtype=torch.int8),
+        )
 
 
 @pytest.mark.parametrize(("relevant", "candidates"), [(1, 9), (3, 12), (12, 12), (1, 81)])

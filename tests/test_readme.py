@@ -1,4 +1,6 @@
-"""README's numbers are those of the results files, and targets are judged by their rules. Records of a GPU are made up here."""
+"""README's numbers are those of the results files, and targets are judged by their rules. Records
+of a GPU are made up here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mmfused.benchmarks import comparison, conditions, grocery, readme, run, targets
+from mmfused.benchmarks import run
+from mmfused.tools import comparison, conditions, grocery, readme, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -26,15 +29,35 @@ def passes(both: float, forward: float | None = None) -> dict[str, list[float]]:
 
 def timed(gate: str = "passed", **launches) -> dict:
     """A provider with the time of both passes, or (both, forward), by launch."""
-    seconds = {name: passes(*time) if isinstance(time, tuple) else passes(time) for name, time in launches.items()}
+    seconds = {
+        name: passes(*time) if isinstance(time, tuple) else passes(time)
+        for name, time in launches.items()
+    }
     counted = {"peak_bytes": 2**28, "saved_bytes": 2**20, "kernels": 5, "forward_kernels": 4}
     return {"compiled": None, "gate": gate, "reasons": []} | counted | {"seconds": seconds}
 
 
-def gpu_record(op: str, case: str, providers: dict[str, dict], floor: tuple[float, float] = (0.25, 0.75), **more) -> dict:
-    found = next(c for c in importlib.import_module(f"mmfused.benchmarks.{op}").cases("cuda", False) if c.name == case)
+def gpu_record(
+    op: str,
+    case: str,
+    providers: dict[str, dict],
+    floor: tuple[float, float] = (0.25, 0.75),
+    **more,
+) -> dict:
+    found = next(
+        c
+        for c in importlib.import_module(f"mmfused.benchmarks.{op}").cases("cuda", False)
+        if c.name == case
+    )
     versions = {"mmfused": "0.1.0", "torch": "2.11.0", "triton": "3.6.0"}
-    machine = {"device": "Made-up GPU", "cuda": "13.0", "versions": versions, "commit": "0123456789", "dirty": False, "threads": 1}
+    machine = {
+        "device": "Made-up GPU",
+        "cuda": "13.0",
+        "versions": versions,
+        "commit": "0123456789",
+        "dirty": False,
+        "threads": 1,
+    }
     stages = [{"stage": "all", "flops": 1e12, "bytes": 1e9}]
     return {
         "op": op,
@@ -53,14 +76,18 @@ def gpu_record(op: str, case: str, providers: dict[str, dict], floor: tuple[floa
 
 def verdicts(*records: dict, case: str | None = None) -> list[targets.Verdict]:
     case = case or records[0]["case"]["name"]
-    return [v for v in targets.judge(list(records)) if v.row.op == records[0]["op"] and v.row.case == case]
+    return [
+        v
+        for v in targets.judge(list(records))
+        if v.row.op == records[0]["op"] and v.row.case == case
+    ]
 
 
 def met(*records: dict, case: str | None = None) -> list[bool | None]:
     return [verdict.met for verdict in verdicts(*records, case=case)]
 
 
-# ---- targets -----------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", targets.ROWS, ids=lambda row: f"{row.op}-{row.case}")
@@ -72,15 +99,26 @@ def test_every_row_is_a_case_and_names_its_providers(row):
         sizes = row.case.removeprefix("custom-").split("-")
         assert op.custom({size[0]: int(size[1:]) for size in sizes}).name == row.case
         return
-    providers = {label: timed(eager=2.0, graph=1.0) for label in conditions.compiled_too(op.PROVIDERS)}
-    others = {condition.what.rpartition(" on ")[2] for condition in row.conditions if "its own on" in condition.what}
+    providers = {
+        label: timed(eager=2.0, graph=1.0) for label in conditions.compiled_too(op.PROVIDERS)
+    }
+    others = {
+        condition.what.rpartition(" on ")[2]
+        for condition in row.conditions
+        if "its own on" in condition.what
+    }
     records = [gpu_record(row.op, case, providers) for case in (row.case, *others)]
     assert None not in met(*records, case=row.case)
 
 
 def test_floor_at_and_beyond_the_bound():
     def judged(forward, backward):
-        record = gpu_record("query_pooling", "fluid-n512", {"fused": timed(graph=(forward + backward, forward))}, floor=(1.0, 2.0))
+        record = gpu_record(
+            "query_pooling",
+            "fluid-n512",
+            {"fused": timed(graph=(forward + backward, forward))},
+            floor=(1.0, 2.0),
+        )
         return met(record)[:2]
 
     assert judged(1.6, 3.1) == [True, True]
@@ -90,35 +128,55 @@ def test_floor_at_and_beyond_the_bound():
 
 def test_memory_at_the_bound():
     def judged(case, peak):
-        record = gpu_record("masked_info_nce", case, {"fused": timed(eager=1.0) | {"peak_bytes": peak}})
+        record = gpu_record(
+            "masked_info_nce", case, {"fused": timed(eager=1.0) | {"peak_bytes": peak}}
+        )
         return met(record)[-1]
 
     assert judged("clip-65536", 10**9) is True and judged("clip-65536", 10**9 + 1) is False
-    assert judged("clip-262144", 4 * 10**9) is False and judged("clip-262144", 4 * 10**9 - 1) is True
+    assert (
+        judged("clip-262144", 4 * 10**9) is False and judged("clip-262144", 4 * 10**9 - 1) is True
+    )
     assert judged("clip-262144", None) is None
 
 
 def test_small_floors_are_judged_by_graphs_on_both_sides():
     def judged(ours, projected, floor):
-        (verdict,) = verdicts(gpu_record("query_pooling", "bottleneck", {"fused": ours, "projected KV + SDPA": projected}, floor))
+        (verdict,) = verdicts(
+            gpu_record(
+                "query_pooling",
+                "bottleneck",
+                {"fused": ours, "projected KV + SDPA": projected},
+                floor,
+            )
+        )
         return verdict.met, verdict.measured
 
     small, large = (99e-6, 200e-6), (101e-6, 200e-6)
-    slow_graph = timed(eager=1.0, graph=0.5), timed(eager=5.0, graph=1.5)  # 5 times as fast by eager launch, 3 times by graph
+    slow_graph = (
+        timed(eager=1.0, graph=0.5),
+        timed(eager=5.0, graph=1.5),
+    )  # 5 times as fast by eager launch, 3 times by graph
     verdict, said = judged(*slow_graph, small)
     assert verdict is False and "graph, eager 5 x" in said
     assert judged(*slow_graph, large)[0] is False  # the baseline is faster by graph
-    assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True  # and here by eager launch: 4
+    assert (
+        judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True
+    )  # and here by eager launch: 4
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=3.0), small)[0] is False
     verdict, said = judged(timed(eager=1.0, graph=0.1), timed(eager=9.0), small)
     assert verdict is None and "no CUDA graph of both sides" in said
-    assert judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True  # both by eager launch
+    assert (
+        judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True
+    )  # both by eager launch
 
 
 def test_a_compiled_baseline_must_be_there_and_the_faster_form_counts():
     def judged(**forms):
         names = {"plain": "nn.MultiheadAttention", "compiled": "nn.MultiheadAttention, compiled"}
-        providers = {names[form]: provider for form, provider in forms.items()} | {"fused": timed(eager=1.0)}
+        providers = {names[form]: provider for form, provider in forms.items()} | {
+            "fused": timed(eager=1.0)
+        }
         (verdict,) = verdicts(gpu_record("query_pooling", "fluid-h8-b128", providers))
         return verdict
 
@@ -126,16 +184,35 @@ def test_a_compiled_baseline_must_be_there_and_the_faster_form_counts():
     assert judged(plain=timed(eager=1.7), compiled=timed(eager=9.0)).met is False
     skipped = {"compiled": "default", "gate": "skipped", "reasons": ["the budget was spent"]}
     verdict = judged(plain=timed(eager=9.0), compiled=skipped)
-    assert verdict.met is None and "the budget was spent" in verdict.measured and verdict.file.endswith("b128-bfloat16.json")
+    assert (
+        verdict.met is None
+        and "the budget was spent" in verdict.measured
+        and verdict.file.endswith("b128-bfloat16.json")
+    )
     assert judged(plain=timed(eager=9.0)).met is None
 
 
 def test_routing_counts_launches_and_asks_for_a_graph():
     def judged(**more):
-        providers = {"fused": timed(eager=1.0, graph=1.0) | more, "eager": timed(eager=9.0, graph=5.0)}
-        return met(gpu_record("topk_routing", "logits-16384", providers | {"eager, compiled": timed(eager=9.0, graph=1.9)}))
+        providers = {
+            "fused": timed(eager=1.0, graph=1.0) | more,
+            "eager": timed(eager=9.0, graph=5.0),
+        }
+        return met(
+            gpu_record(
+                "topk_routing",
+                "logits-16384",
+                providers | {"eager, compiled": timed(eager=9.0, graph=1.9)},
+            )
+        )
 
-    assert judged() == [True, True, True, True, False]  # 4 forward with the benchmark's cat, 1 backward; 5 x, and 1.9 x
+    assert judged() == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]  # 4 forward with the benchmark's cat, 1 backward; 5 x, and 1.9 x
     assert judged(kernels=7, forward_kernels=5)[:2] == [False, False]
     assert judged(kernels=None, forward_kernels=None)[:2] == [None, None]
     without = judged(seconds={"eager": passes(1.0)}, reasons=["no CUDA graph: it waits"])
@@ -143,7 +220,10 @@ def test_routing_counts_launches_and_asks_for_a_graph():
 
 
 def test_masked_case_against_its_own_unmasked_one():
-    whole, masked = (gpu_record("masked_info_nce", case, {"fused": timed(eager=3.0)}) for case in ("clip-65536", "clip-65536-k4"))
+    whole, masked = (
+        gpu_record("masked_info_nce", case, {"fused": timed(eager=3.0)})
+        for case in ("clip-65536", "clip-65536-k4")
+    )
     masked["providers"] = {"fused": timed(eager=1.0)}
     assert met(masked, whole) == [True]
     whole["providers"] = {"fused": timed(eager=2.9)}
@@ -151,25 +231,44 @@ def test_masked_case_against_its_own_unmasked_one():
 
 
 def test_failed_gates_and_other_records():
-    row = {"nn.MultiheadAttention": timed(eager=9.0), "nn.MultiheadAttention, compiled": timed(eager=9.0)}
+    row = {
+        "nn.MultiheadAttention": timed(eager=9.0),
+        "nn.MultiheadAttention, compiled": timed(eager=9.0),
+    }
     red = {"compiled": None, "gate": "failed", "reasons": ["out: relative error 1"]}
-    unclocked = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in row}  # a red gate of ours stops the clock
+    unclocked = {
+        name: {"compiled": None, "gate": "passed", "reasons": []} for name in row
+    }  # a red gate of ours stops the clock
     failed = verdicts(gpu_record("query_pooling", "fluid-h8-b128", unclocked | {"fused": red}))
     assert [verdict.met for verdict in failed] == [False] and "relative error" in failed[0].measured
     fused = row | {"fused": timed(eager=1.0)}
     assert met(gpu_record("query_pooling", "fluid-h8-b128", fused)) == [True]
     assert met(gpu_record("query_pooling", "fluid-h8-b128", fused, dtype="float16")) == [None]
-    wrong = {"nn.MultiheadAttention": timed(eager=1.1, gate="failed"), "nn.MultiheadAttention, compiled": timed(eager=9.0)}
-    assert met(gpu_record("query_pooling", "fluid-h8-b128", wrong | {"fused": timed(eager=1.0)})) == [True]
+    wrong = {
+        "nn.MultiheadAttention": timed(eager=1.1, gate="failed"),
+        "nn.MultiheadAttention, compiled": timed(eager=9.0),
+    }
+    assert met(
+        gpu_record("query_pooling", "fluid-h8-b128", wrong | {"fused": timed(eager=1.0)})
+    ) == [True]
     assert {verdict.met for verdict in targets.judge([])} == {None}
 
 
 def test_targets_of_the_committed_results(checkout, capsys):
     results = checkout / "benchmarks" / "results"
     assert targets.main(["--results", str(results)]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "custom-B32-N197-D768-L32-H1" in line)
-    providers = json.loads((results / line.split(" | ")[-1].removesuffix(" |")).read_text())["providers"]
-    medians = [sorted(providers[name]["seconds"]["eager"]["both"])[10] for name in ("nn.MultiheadAttention", "composed")]
+    (line,) = (
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "custom-B32-N197-D768-L32-H1" in line
+    )
+    providers = json.loads((results / line.split(" | ")[-1].removesuffix(" |")).read_text())[
+        "providers"
+    ]
+    medians = [
+        sorted(providers[name]["seconds"]["eager"]["both"])[10]
+        for name in ("nn.MultiheadAttention", "composed")
+    ]
     assert f"{medians[0] / medians[1]:.3g} x" in line and "| yes |" in line
     assert targets.main(["--results", "no/such"]) == 2
     assert "results is 'no/such'; it takes a folder that exists." in capsys.readouterr().err
@@ -193,14 +292,20 @@ def test_a_training_step_is_judged_whole():
     assert judged(stepped(1.0, 2.0), stepped(3.0, 4.0)) == 2.0
 
 
-# ---- README ------------------------------------------------------------------------------------------------------
+# ---- README --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """A copy of README and its results in which a run may write, without what benchmarks left here that is not committed."""
-    listed = subprocess.run(["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    files = [ROOT / name for name in listed] or [path for path in (ROOT / "benchmarks/results").rglob("*") if path.is_file()]
+    """A copy of README and its results in which a run may write, without what benchmarks left here
+    that is not committed.
+    """
+    listed = subprocess.run(
+        ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    files = [ROOT / name for name in listed] or [
+        path for path in (ROOT / "benchmarks/results").rglob("*") if path.is_file()
+    ]
     for path in [ROOT / "README.md", *files]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -234,23 +339,40 @@ def put(checkout: Path, record: dict) -> Path:
 
 def block(checkout: Path, name: str) -> str:
     text = (checkout / "README.md").read_text()
-    return text.partition(f"<!-- results: begin {name} -->")[2].partition(f"<!-- results: end {name} -->")[0]
+    return text.partition(f"<!-- results: begin {name} -->")[2].partition(
+        f"<!-- results: end {name} -->"
+    )[0]
 
 
 def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
     assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
-    fast = {"eager": timed(eager=9.0), "Inf-CL, compiled": timed(eager=3.0), "fused": timed(eager=1.0) | {"peak_bytes": 2**27}}
+    fast = {
+        "eager": timed(eager=9.0),
+        "Inf-CL, compiled": timed(eager=3.0),
+        "fused": timed(eager=1.0) | {"peak_bytes": 2**27},
+    }
     path = put(checkout, gpu_record("masked_info_nce", "clip-65536", fast))
-    put(checkout, gpu_record("query_pooling", "fluid", {"nn.MultiheadAttention": timed(eager=1.0)}, quick=True))
+    put(
+        checkout,
+        gpu_record(
+            "query_pooling", "fluid", {"nn.MultiheadAttention": timed(eager=1.0)}, quick=True
+        ),
+    )
     assert readme.main(["--check"]) == 1
     assert "README's block gpu is not what the files" in capsys.readouterr().out
     assert readme.main([]) == 0
     made = block(checkout, "gpu")
     row = "| clip-65536: B=65536 D=768 K=1 | Inf-CL, compiled | 3000 ms | fused | 1000 ms | 3.00 | 100% | eager | 256 and 128 |"
     assert (
-        row in made and "Made-up GPU; bfloat16, forward + backward, medians of 3" in made and "torch 2.11.0, triton 3.6.0" in made
+        row in made
+        and "Made-up GPU; bfloat16, forward + backward, medians of 3" in made
+        and "torch 2.11.0, triton 3.6.0" in made
     )
-    assert "query_pooling" not in made and "targets met" in made and "benchmarks/results/made-up/speedup.png" in made
+    assert (
+        "query_pooling" not in made
+        and "targets met" in made
+        and "benchmarks/results/made-up/speedup.png" in made
+    )
     if MATPLOTLIB:
         for name in ("speedup.png", "masked_info_nce-roofline.png"):
             assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
@@ -259,11 +381,19 @@ def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
     put(checkout, gpu_record("masked_info_nce", "clip-65536", fast | {"fused": timed(eager=1.5)}))
     assert readme.main(["--check"]) == 1
     told = capsys.readouterr().out
-    assert "block gpu" in told and "block cpu" not in told and "made-up/speedup.png shows other results" in told
+    assert (
+        "block gpu" in told
+        and "block cpu" not in told
+        and "made-up/speedup.png shows other results" in told
+    )
 
 
 def compared(**more) -> comparison.Comparison:
-    record = gpu_record("masked_info_nce", "clip-65536", {"eager": timed(eager=4.0), "fused": timed(eager=1.0)} | more)
+    record = gpu_record(
+        "masked_info_nce",
+        "clip-65536",
+        {"eager": timed(eager=4.0), "fused": timed(eager=1.0)} | more,
+    )
     return comparison.compare(record)
 
 
@@ -272,7 +402,10 @@ def test_best_baseline_passed_the_gate():
     assert compared(**{"Inf-CL": timed(eager=0.5, gate="failed")}).best == (4.0, "eager")
     assert compared(**{"bare GEMMs": timed(eager=0.5, gate="no gate")}).best == (4.0, "eager")
     assert compared(**{"eager, compiled": timed(eager=2.0)}).best == (2.0, "eager, compiled")
-    assert compared(composed=timed(eager=2.0)).best == (4.0, "eager")  # ours, but no reason to be silent where it is faster:
+    assert compared(composed=timed(eager=2.0)).best == (
+        4.0,
+        "eager",
+    )  # ours, but no reason to be silent where it is faster:
     assert compared(composed=timed(eager=0.5)).faster == (0.5, "composed")
     assert compared(fused=timed(gate="failed", eager=1.0)) is None
     both_launches = compared(eager=timed(eager=4.0, graph=3.0), fused=timed(eager=1.0, graph=2.0))
@@ -280,16 +413,27 @@ def test_best_baseline_passed_the_gate():
 
 
 def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
-    put(checkout, gpu_record("masked_info_nce", "clip-65536", {"eager": timed(eager=1.0), "fused": timed(eager=2.0)}))
+    put(
+        checkout,
+        gpu_record(
+            "masked_info_nce", "clip-65536", {"eager": timed(eager=1.0), "fused": timed(eager=2.0)}
+        ),
+    )
     for arguments in ([], ["--check"]):
         assert readme.main(arguments) == 2
         told = capsys.readouterr().err
-        assert "SLOWER in benchmarks/readme.py has no sentence for cuda/masked_info_nce/clip-65536" in told
+        assert (
+            "SLOWER in tools/readme.py has no sentence for cuda/masked_info_nce/clip-65536" in told
+        )
         assert told.count("\n") == 1
     assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
-    monkeypatch.setitem(readme.SLOWER, "cuda/masked_info_nce/clip-65536", "the reason; do not use it then.")
+    monkeypatch.setitem(
+        readme.SLOWER, "cuda/masked_info_nce/clip-65536", "the reason; do not use it then."
+    )
     assert readme.main([]) == 0
-    assert "`clip-65536` (eager is 2.00 times as fast): the reason; do not use it then." in block(checkout, "gpu")
+    assert "`clip-65536` (eager is 2.00 times as fast): the reason; do not use it then." in block(
+        checkout, "gpu"
+    )
 
 
 def test_sentences_belong_to_rows(committed):
@@ -312,7 +456,11 @@ def test_fluid_rows_have_the_same_seeds():
     def runs(names, seeds=(0, 1)):
         views = {"image": "image", "text": "text"}
         return {
-            f"{name}_{seed}": {"modalities": views.get(name, "both"), "accuracy": 0.5 + seed / 10, "macro_f1": 0.25}
+            f"{name}_{seed}": {
+                "modalities": views.get(name, "both"),
+                "accuracy": 0.5 + seed / 10,
+                "macro_f1": 0.25,
+            }
             for name in names
             for seed in seeds
         }

@@ -18,10 +18,10 @@ from training_runs import (
     stop_in_step,
 )
 
-from mmfused import tasks
-from mmfused.checkpoint import Stopped, newest, stop_on_signals
 from mmfused.data import GeneratedProducts
-from mmfused.training import train
+from mmfused.training import tasks
+from mmfused.training.checkpoint import Stopped, newest, stop_on_signals
+from mmfused.training.loop import train
 
 few_products = training_runs.few_products
 whole_run = training_runs.whole_run
@@ -51,7 +51,10 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, whole_run, sig
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         stop_in_step(patch, step, signum)
-        with pytest.raises(Stopped, match=f"stopped by {signum.name} after step {step}, saved in .*step-0000000{step}; .*--resume"):
+        with pytest.raises(
+            Stopped,
+            match=f"stopped by {signum.name} after step {step}, saved in .*step-0000000{step}; .*--resume",
+        ):
             train(small_run(tmp_path / "run"))
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     assert steps_saved(tmp_path / "run")[-1] == step
@@ -114,13 +117,21 @@ def test_only_the_newest_are_kept_and_each_is_whole(tmp_path):
     path, state = newest(tmp_path / "run" / "checkpoints")
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     weights = {f"{name}.safetensors" for name in ("model", "optimizer", "rng")}
-    assert weights | {"state.json", "tokenizer/tokenizer.json"} <= files and files - {"state.json"} == state["sha256"].keys()
-    assert (state["step"], state["next_batch"]) == (9, {"epoch": 2, "batch": 4})  # 18 batches of 8, 7 an epoch of 60 rows
-    assert (path / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert (
+        weights | {"state.json", "tokenizer/tokenizer.json"} <= files
+        and files - {"state.json"} == state["sha256"].keys()
+    )
+    assert (state["step"], state["next_batch"]) == (
+        9,
+        {"epoch": 2, "batch": 4},
+    )  # 18 batches of 8, 7 an epoch of 60 rows
+    assert (path / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_failed_write_leaves_the_older_ones(tmp_path, monkeypatch):
-    from mmfused import checkpoint
+    from mmfused.training import checkpoint
 
     def full(path, value):
         raise OSError("disk full")
@@ -134,8 +145,13 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path, monkeypatch):
     assert steps_saved(tmp_path / "run") == [9]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "tokenizer"])
-def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, monkeypatch, whole_run, caplog, name):
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "tokenizer"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(
+    tmp_path, monkeypatch, whole_run, caplog, name
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         fail_in_step(patch, 9)
@@ -162,7 +178,9 @@ def test_nothing_but_damage_is_said_and_left_alone(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             train(small_run(out))
     (out / "checkpoints" / "step-00000004" / "rng.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no whole checkpoint: .*rng.safetensors is missing; overwrite"):
+    with pytest.raises(
+        ValueError, match="holds no whole checkpoint: .*rng.safetensors is missing; overwrite"
+    ):
         train(small_run(out, resume=True))
     assert steps_saved(out) == [4] and len(records(out)) == 5
 
@@ -183,9 +201,15 @@ def test_resume_without_anything_to_resume_begins(tmp_path, monkeypatch, whole_r
 def test_resume_of_a_finished_run_touches_nothing(tmp_path, whole_run):
     out = shutil.copytree(whole_run, tmp_path / "run")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
-    assert train(small_run(out, resume=True, threads=2, keep=1)) == json.loads((out / "summary.json").read_text())
-    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
-    with pytest.raises(ValueError, match="resume: lr is 0.5, but .*run was trained with 0.001; take that one"):
+    assert train(small_run(out, resume=True, threads=2, keep=1)) == json.loads(
+        (out / "summary.json").read_text()
+    )
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")
+    }
+    with pytest.raises(
+        ValueError, match="resume: lr is 0.5, but .*run was trained with 0.001; take that one"
+    ):
         train(small_run(out, resume=True, lr=0.5))
 
 
@@ -215,23 +239,34 @@ def test_resume_with_other_settings_is_refused(stopped_run, changes, message):
     before = (stopped_run / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message):
         train(small_run(stopped_run, resume=True, **changes))
-    assert (stopped_run / "metrics.jsonl").read_bytes() == before and steps_saved(stopped_run) == [3]
+    assert (stopped_run / "metrics.jsonl").read_bytes() == before and steps_saved(stopped_run) == [
+        3
+    ]
 
 
 def test_resume_with_other_rows_is_refused(stopped_run, monkeypatch):
-    monkeypatch.setattr("mmfused.train_setup.product_data.GeneratedProducts", partial(GeneratedProducts, size=60, seed=1))
-    with pytest.raises(ValueError, match="resume: data: the texts, labels or pictures of generated are not those"):
+    monkeypatch.setattr(
+        "mmfused.training.setup.product_data.GeneratedProducts",
+        partial(GeneratedProducts, size=60, seed=1),
+    )
+    with pytest.raises(
+        ValueError, match="resume: data: the texts, labels or pictures of generated are not those"
+    ):
         train(small_run(stopped_run, resume=True))
 
 
 def test_resume_without_its_records_is_refused(stopped_run, tmp_path):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     (out / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="resume: .*metrics.jsonl holds 0 bytes, but [0-9]+ at the checkpoint"):
+    with pytest.raises(
+        ValueError, match="resume: .*metrics.jsonl holds 0 bytes, but [0-9]+ at the checkpoint"
+    ):
         train(small_run(out, resume=True))
 
 
 def test_a_stopped_run_is_not_begun_anew_by_mistake(stopped_run):
-    with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoints, metrics.jsonl\)"):
+    with pytest.raises(
+        FileExistsError, match=r"already holds a run \(checkpoints, metrics.jsonl\)"
+    ):
         train(small_run(stopped_run))
     assert steps_saved(stopped_run) == [3]

@@ -1,4 +1,6 @@
-"""Train, measure, embed and ablate a retrieval model from the command line, on a folder as users have them."""
+"""Train, measure, embed and ablate a retrieval model from the command line, on a folder as users
+have them.
+"""
 
 import csv
 import json
@@ -18,9 +20,9 @@ from transformers import Qwen2Tokenizer
 from mmfused.cli import embed, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
-from mmfused.ownership import MARK
-from mmfused.run_folder import load_run, read_json
-from mmfused.training import TrainConfig, train
+from mmfused.training.loop import TrainConfig, train
+from mmfused.training.ownership import MARK
+from mmfused.training.run_folder import load_run, read_json
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
 
@@ -33,7 +35,9 @@ def write(folder, rows):
         writer.writerow(["file_name", "title", "text", "label", "coarse_label"])
         for i, (label, text) in enumerate(rows):
             name = f"images/{i}.png"
-            shade = np.full((32, 32, 3), (40 * label % 256, 90 * label % 256, 7 * i % 256), np.uint8)
+            shade = np.full(
+                (32, 32, 3), (40 * label % 256, 90 * label % 256, 7 * i % 256), np.uint8
+            )
             Image.fromarray(shade).save(folder / name)
             if text is None:
                 (folder / name).write_bytes(b"no picture")
@@ -45,7 +49,9 @@ def write(folder, rows):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("retrieval")
-    rows = [(label, f"thing number {i} in {COLOURS[label]}") for i in range(3) for label in range(6)]
+    rows = [
+        (label, f"thing number {i} in {COLOURS[label]}") for i in range(3) for label in range(6)
+    ]
     products = [(label, f"the {COLOURS[label]} product") for label in range(6)]
     return {
         "data": write(root / "train", rows),
@@ -56,14 +62,48 @@ def folders(tmp_path_factory):
 
 def arguments(folders, out, *more):
     named = [part for name, folder in folders.items() for part in (f"--{name}", folder)]
-    small = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--max-length", "12", "--backend", "composed"]
-    return ["train", "--model", "uniecs", *named, *small, "--device", "cpu", "--out", str(out), *more]
+    small = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--image-size",
+        "32",
+        "--max-length",
+        "12",
+        "--backend",
+        "composed",
+    ]
+    return [
+        "train",
+        "--model",
+        "uniecs",
+        *named,
+        *small,
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
 def run(folders, tmp_path_factory):
     out = tmp_path_factory.mktemp("uniecs") / "run"
-    assert main(arguments({**folders, "val": folders["data"]}, out, "--text-column", "title", "--val-every", "1")) == 0
+    assert (
+        main(
+            arguments(
+                {**folders, "val": folders["data"]},
+                out,
+                "--text-column",
+                "title",
+                "--val-every",
+                "1",
+            )
+        )
+        == 0
+    )
     return out
 
 
@@ -77,14 +117,33 @@ def test_a_run_has_scores_of_every_pair_of_views(run):
 
 
 def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys):
-    measured = ["eval", "--checkpoint", str(run), "--backend", "composed", "--device", "cpu", "--out", str(tmp_path / "n.json")]
+    measured = [
+        "eval",
+        "--checkpoint",
+        str(run),
+        "--backend",
+        "composed",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "n.json"),
+    ]
     assert main([*measured, "--data", folders["val"], "--products", folders["products"]]) == 0
     told, found = capsys.readouterr().out, read_json(tmp_path / "n.json")
-    assert "10 rows, 1 skipped" in told and "0 rows without a picture, 1 without a text" in told and "no product has 9" in told
+    assert (
+        "10 rows, 1 skipped" in told
+        and "0 rows without a picture, 1 without a text" in told
+        and "no product has 9" in told
+    )
     assert "image->both" in told and "R@1" in told
-    assert found["rows"] == 10 and len(found["skipped"]) == 1 and "images/8.png" in found["skipped"][0]
+    assert (
+        found["rows"] == 10 and len(found["skipped"]) == 1 and "images/8.png" in found["skipped"][0]
+    )
     assert found["unknown_labels"] == [9] and found["without_text"] == 1
-    assert found["pairs"]["image->image"] | {"queries": 9, "unanswerable": 1} == found["pairs"]["image->image"]
+    assert (
+        found["pairs"]["image->image"] | {"queries": 9, "unanswerable": 1}
+        == found["pairs"]["image->image"]
+    )
     assert found["pairs"]["text->image"]["queries"] == 8
     assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(1 / 6)
     assert main([*measured, "--data", folders["data"]]) == 0  # among each other
@@ -94,7 +153,7 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
 
 
 def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monkeypatch):
-    from mmfused import ranking
+    from mmfused.training import ranking
 
     out = tmp_path / "items.npz"
     command = [
@@ -120,18 +179,28 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
 
     monkeypatch.setattr(ranking, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
-    assert main(command) == 0 and len(made) == 5  # of three batches two were there already, which are compared with one row
+    assert (
+        main(command) == 0 and len(made) == 5
+    )  # of three batches two were there already, which are compared with one row
     arrays = np.load(out)
-    assert arrays["image"].shape == arrays["both"].shape == (10, 128) and arrays["image"].dtype == np.float32
+    assert (
+        arrays["image"].shape == arrays["both"].shape == (10, 128)
+        and arrays["image"].dtype == np.float32
+    )
     assert np.allclose(np.linalg.norm(arrays["both"], axis=1), 1, atol=1e-5)
     assert arrays["labels"].tolist()[-2:] == [9, 1] and arrays["file_names"][-1] == "images/10.png"
-    assert arrays["has_text"].tolist() == [True] * 9 + [False] and "images/8.png" in str(arrays["skipped"])
+    assert arrays["has_text"].tolist() == [True] * 9 + [False] and "images/8.png" in str(
+        arrays["skipped"]
+    )
     assert not out.with_name("items.npz.parts").exists()
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--views", "text"]) == 0 and "image" not in np.load(out)
     with pytest.raises(SystemExit):
         main(["embed"])
-    assert main([*command, "--overwrite", "--views", "sound"]) == 2 and "views: got sound, takes some of" in capsys.readouterr().err
+    assert (
+        main([*command, "--overwrite", "--views", "sound"]) == 2
+        and "views: got sound, takes some of" in capsys.readouterr().err
+    )
 
 
 SPOILED = {
@@ -145,7 +214,18 @@ SPOILED = {
 @pytest.mark.parametrize("name", [*SPOILED, "cut short"])
 def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatch, caplog, name):
     out, part = tmp_path / "items.npz", tmp_path / "items.npz.parts" / "00000000.safetensors"
-    command = ["embed", "--checkpoint", str(run), "--data", folders["val"], "--batch-size", "4", "--device", "cpu", "--out"]
+    command = [
+        "embed",
+        "--checkpoint",
+        str(run),
+        "--data",
+        folders["val"],
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     assert main([*command, str(tmp_path / "whole.npz")]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
@@ -155,7 +235,9 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
         os.truncate(part, 100)
     else:
         tensors = safetensors.torch.load_file(part)
-        part.write_bytes(safetensors.torch.save({**tensors, "image": SPOILED[name](tensors["image"])}))
+        part.write_bytes(
+            safetensors.torch.save({**tensors, "image": SPOILED[name](tensors["image"])})
+        )
     assert main([*command, str(out)]) == 0 and "it is made again" in caplog.text
     with np.load(tmp_path / "whole.npz") as whole, np.load(out) as again:
         assert all(np.array_equal(whole[key], again[key]) for key in whole.files)
@@ -164,7 +246,17 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("changed", ["picture", "text"])
 def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypatch, changed):
     data = shutil.copytree(folders["val"], tmp_path / "data")
-    command = ["embed", "--checkpoint", str(run), "--data", str(data), "--batch-size", "4", "--device", "cpu"]
+    command = [
+        "embed",
+        "--checkpoint",
+        str(run),
+        "--data",
+        str(data),
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     command += ["--out", str(tmp_path / "items.npz")]
     with monkeypatch.context() as patch:
         patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
@@ -175,7 +267,10 @@ def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypa
     else:
         rows = (data / "metadata.csv").read_text()
         (data / "metadata.csv").write_text(rows.replace("thing number 0", "thing number nought"))
-    assert main(command) == 2 and "or of other pictures or texts; remove or overwrite them" in capsys.readouterr().err
+    assert (
+        main(command) == 2
+        and "or of other pictures or texts; remove or overwrite them" in capsys.readouterr().err
+    )
     assert main([*command, "--overwrite"]) == 0
 
 
@@ -190,13 +285,30 @@ def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
     parts.mkdir()
     (parts / "job.json").write_text("{}")
     (parts / MARK).touch()
-    command = ["embed", "--checkpoint", str(run), "--data", folders["val"], "--out", str(tmp_path / "items.npz")]
+    command = [
+        "embed",
+        "--checkpoint",
+        str(run),
+        "--data",
+        folders["val"],
+        "--out",
+        str(tmp_path / "items.npz"),
+    ]
     assert main(command) == 2 and "holds parts of another checkpoint" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
-    options = dict(model="uniecs", **{**folders, "val": folders["data"]}, steps=3, batch_size=4, image_size=32, max_length=12)
-    options |= dict(backend="composed", device="cpu", progress=False, save_every=1, val_every=3, grad_cache=3)
+    options = dict(
+        model="uniecs",
+        **{**folders, "val": folders["data"]},
+        steps=3,
+        batch_size=4,
+        image_size=32,
+        max_length=12,
+    )
+    options |= dict(
+        backend="composed", device="cpu", progress=False, save_every=1, val_every=3, grad_cache=3
+    )
     whole = train(TrainConfig(out=str(tmp_path / "whole"), **options))
     train(TrainConfig(out=str(tmp_path / "other"), **options))
     for name in ("config.json", "summary.json", "model.safetensors"):
@@ -214,12 +326,20 @@ def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
     assert main(arguments(few, tmp_path / "one", *unite, "--option", "stage=1")) == 0
     init = ["--init", str(tmp_path / "one"), "--lr", "1e-9", "--steps", "1"]
     assert main(arguments(few, tmp_path / "two", *unite, *init)) == 0
-    stages = [read_json(tmp_path / name / "config.json")["model"]["stage"] for name in ("one", "two")]
+    stages = [
+        read_json(tmp_path / name / "config.json")["model"]["stage"] for name in ("one", "two")
+    ]
     assert stages == [1, 2]
-    first, second = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    first, second = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("one", "two")
+    )
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
-    assert main(arguments(few, tmp_path / "three", *init)) == 2 and "the weights of another model" in capsys.readouterr().err
+    assert (
+        main(arguments(few, tmp_path / "three", *init)) == 2
+        and "the weights of another model" in capsys.readouterr().err
+    )
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stage")) == 2
     assert "option: got 'stage', takes NAME=VALUE" in capsys.readouterr().err
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stages=1")) == 2
@@ -227,7 +347,12 @@ def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
 
 
 def train_on_rank(rank, world, port, options):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_PORT": str(port),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     train(TrainConfig(**options))
@@ -235,8 +360,22 @@ def train_on_rank(rank, world, port, options):
 
 def test_two_ranks_train_as_one_process_does(folders, tmp_path):
     still = {"text": {"hidden_dropout_prob": 0.0}}
-    options = dict(model="uniecs", **{**folders, "val": folders["data"]}, steps=3, batch_size=4, image_size=32, max_length=12)
-    options |= dict(backend="composed", device="cpu", progress=False, augment=False, model_options=still, lr=1e-2)
+    options = dict(
+        model="uniecs",
+        **{**folders, "val": folders["data"]},
+        steps=3,
+        batch_size=4,
+        image_size=32,
+        max_length=12,
+    )
+    options |= dict(
+        backend="composed",
+        device="cpu",
+        progress=False,
+        augment=False,
+        model_options=still,
+        lr=1e-2,
+    )
     train(TrainConfig(out=str(tmp_path / "one"), **options))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -244,7 +383,10 @@ def test_two_ranks_train_as_one_process_does(folders, tmp_path):
     mp.spawn(train_on_rank, (2, port, {**options, "out": str(tmp_path / "two")}), nprocs=2)
     curves = []
     for name in ("one", "two"):
-        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         curves.append([record["loss"] for record in records if "loss" in record])
     assert curves[1] == pytest.approx(curves[0], rel=1e-4) and len(curves[0]) == 3
     assert read_json(tmp_path / "two" / "summary.json")["recall_at_1"] > 0
@@ -259,51 +401,109 @@ def test_ablate_leaves_out_one_part_after_the_other(folders, tmp_path, capsys):
     assert read_json(tmp_path / "without-clal" / "config.json")["model"]["without"] == ["clal"]
     records = (tmp_path / "without-clal" / "metrics.jsonl").read_text()
     assert "ppm" not in records and "ppm" in (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert main([*command, "--only", "sound"]) == 2 and "only: got 'sound'" in capsys.readouterr().err
+    assert (
+        main([*command, "--only", "sound"]) == 2 and "only: got 'sound'" in capsys.readouterr().err
+    )
 
 
 def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, capsys):
-    command = ["ablate", *arguments({**folders, "val": folders["data"]}, tmp_path, "--model", "unite", "--steps", "1")[1:]]
+    command = [
+        "ablate",
+        *arguments(
+            {**folders, "val": folders["data"]}, tmp_path, "--model", "unite", "--steps", "1"
+        )[1:],
+    ]
     assert main(command) == 0
-    assert "left out: without: got 'dual' with stage 2, which has none anyway, takes stage 1" in capsys.readouterr().out
+    assert (
+        "left out: without: got 'dual' with stage 2, which has none anyway, takes stage 1"
+        in capsys.readouterr().out
+    )
     expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}
     assert read_json(tmp_path / "ablation.json").keys() == expected
-    assert main([*command, "--only", "dual", "--overwrite"]) == 2 and "without: got 'dual' with stage 2" in capsys.readouterr().err
+    assert (
+        main([*command, "--only", "dual", "--overwrite"]) == 2
+        and "without: got 'dual' with stage 2" in capsys.readouterr().err
+    )
 
 
 def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
     """It puts nothing around a text, so that an empty one would be nothing at all."""
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()), "show_progress": False}
-    draft.train_from_iterator(["a red thing"], trainers.BpeTrainer(vocab_size=270, special_tokens=["<|endoftext|>"], **alphabet))
+    alphabet = {
+        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "show_progress": False,
+    }
+    draft.train_from_iterator(
+        ["a red thing"],
+        trainers.BpeTrainer(vocab_size=270, special_tokens=["<|endoftext|>"], **alphabet),
+    )
     found = json.loads(draft.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=found["vocab"], merges=[tuple(pair) for pair in found["merges"]])
+    tokenizer = Qwen2Tokenizer(
+        vocab=found["vocab"], merges=[tuple(pair) for pair in found["merges"]]
+    )
     assert tokenizer("")["input_ids"] == []
     options = {**qwen.TINY, "text_config": {**qwen.TINY["text_config"], "vocab_size": 300}}
     for part in (qwen.build_qwen2_vl(options), tokenizer):
         part.save_pretrained(tmp_path / "host")
     few = {**folders, "val": folders["data"]}
-    given = ["--model", "unite", "--host", str(tmp_path / "host"), "--steps", "1", "--max-length", "24", "--save-every", "1"]
+    given = [
+        "--model",
+        "unite",
+        "--host",
+        str(tmp_path / "host"),
+        "--steps",
+        "1",
+        "--max-length",
+        "24",
+        "--save-every",
+        "1",
+    ]
     assert main(arguments(few, tmp_path / "run", *given)) == 0
-    evaluated = ["eval", "--checkpoint", str(tmp_path / "run"), "--data", folders["val"], "--products", folders["products"]]
+    evaluated = [
+        "eval",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--data",
+        folders["val"],
+        "--products",
+        folders["products"],
+    ]
     assert main([*evaluated, "--out", str(tmp_path / "n.json"), "--device", "cpu"]) == 0
     pairs = read_json(tmp_path / "n.json")["pairs"]
-    assert pairs["text->image"]["queries"] == 8 and pairs["image->image"]["queries"] == 9  # one text is empty, one label unknown
+    assert (
+        pairs["text->image"]["queries"] == 8 and pairs["image->image"]["queries"] == 9
+    )  # one text is empty, one label unknown
     _, loaded = load_run(tmp_path / "run")
     ids = loaded("red", add_special_tokens=True)["input_ids"]
-    assert (ids[0], ids[-1]) == (loaded.cls_token_id, loaded.sep_token_id) and loaded.decode(ids[1:-1]) == "red"
+    assert (ids[0], ids[-1]) == (loaded.cls_token_id, loaded.sep_token_id) and loaded.decode(
+        ids[1:-1]
+    ) == "red"
 
 
 def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
     tokenizer = MODELS["unite"].config.prepare_tokenizer(train_tokenizer(["a thing", *COLOURS]))
-    options = {**qwen.TINY, "text_config": {**qwen.TINY["text_config"], "vocab_size": len(tokenizer)}}
+    options = {
+        **qwen.TINY,
+        "text_config": {**qwen.TINY["text_config"], "vocab_size": len(tokenizer)},
+    }
     host = qwen.build_qwen2_vl(options)
     for part in (host, tokenizer):
         part.save_pretrained(tmp_path / "host")
     few = {**folders, "val": folders["data"]}
     for name in ("unite", "moon2"):
-        given = ["--model", name, "--host", str(tmp_path / "host"), "--lr", "1e-9", "--steps", "1", "--image-size", "32"]
+        given = [
+            "--model",
+            name,
+            "--host",
+            str(tmp_path / "host"),
+            "--lr",
+            "1e-9",
+            "--steps",
+            "1",
+            "--image-size",
+            "32",
+        ]
         assert main(arguments(few, tmp_path / name, *given)) == 0
         trained = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
         for key, tensor in host.state_dict().items():
@@ -318,12 +518,24 @@ def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "fluid", "products": "x"}, "products: got 'x' with model 'fluid', takes a retrieval model"),
+        (
+            {"model": "fluid", "products": "x"},
+            "products: got 'x' with model 'fluid', takes a retrieval model",
+        ),
         ({"model": "fluid", "grad_cache": 4}, "grad_cache: got 4 with model 'fluid'"),
-        ({"model": "uniecs", "host": "x"}, "host: got 'x' with model 'uniecs', takes moon2 or unite"),
+        (
+            {"model": "uniecs", "host": "x"},
+            "host: got 'x' with model 'uniecs', takes moon2 or unite",
+        ),
         ({"model": "unite", "text_encoder": "x"}, "text_encoder: got 'x' with model 'unite'"),
-        ({"model": "unica", "modalities": "image"}, "modalities: got 'image' with model 'unica', takes 'both'"),
-        ({"model": "unica", "grad_cache": 4, "accumulate": 2}, "accumulate: got 2 with grad_cache, takes 1"),
+        (
+            {"model": "unica", "modalities": "image"},
+            "modalities: got 'image' with model 'unica', takes 'both'",
+        ),
+        (
+            {"model": "unica", "grad_cache": 4, "accumulate": 2},
+            "accumulate: got 2 with grad_cache, takes 1",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(changes, message):
@@ -334,8 +546,26 @@ def test_settings_that_would_do_nothing_are_refused(changes, message):
 def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, capsys):
     stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
     assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
-    assert "val: takes rows that have a product of their label to find; got none" in capsys.readouterr().err
-    assert main(["train", "--model", "unica", "--data", "generated", "--text-column", "title", "--out", str(tmp_path / "run")]) == 2
+    assert (
+        "val: takes rows that have a product of their label to find; got none"
+        in capsys.readouterr().err
+    )
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                "unica",
+                "--data",
+                "generated",
+                "--text-column",
+                "title",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
     assert "text_column: got 'title' with the generated set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -343,5 +573,16 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, c
 def test_fluid_is_no_retrieval_model(folders, tmp_path, capsys):
     few = {"data": folders["data"], "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0
-    embed = ["embed", "--checkpoint", str(tmp_path / "run"), "--data", folders["val"], "--out", str(tmp_path / "items.npz")]
-    assert main(embed) == 2 and "holds fluid, a classifier; embed takes a retrieval model" in capsys.readouterr().err
+    embed = [
+        "embed",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--data",
+        folders["val"],
+        "--out",
+        str(tmp_path / "items.npz"),
+    ]
+    assert (
+        main(embed) == 2
+        and "holds fluid, a classifier; embed takes a retrieval model" in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""What all four retrieval models promise: GradCache and ranks change nothing, missing modalities train, one command each."""
+"""What all four retrieval models promise: GradCache and ranks change nothing, missing modalities
+train, one command each.
+"""
 
 import os
 import tempfile
@@ -11,22 +13,28 @@ from retrieval_models import NAMES, batch, gradients, rows_of, small_model, with
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfused
-from mmfused.gradients import add_cached_gradients, add_gradients
 from mmfused.models.retrieval import VIEWS
+from mmfused.training.gradients import add_cached_gradients, add_gradients
 
-# MOON2.0's balance loss is of each pass by itself, by its definition: without it GradCache and ranks are exact.
+# MOON2.0's balance loss is of each pass by itself, by its definition: without it GradCache and
+# ranks are exact.
 EXACT = {"moon2": {"without": ("balance",)}}
 
 
 def close(got, expected, rtol=1e-7):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=rtol, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], value, rtol=rtol, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cached_gradients_are_the_whole_batch_s(name):
-    whole, cached = small_model(name, **EXACT.get(name, {})), small_model(name, **EXACT.get(name, {}))
+    whole, cached = (
+        small_model(name, **EXACT.get(name, {})),
+        small_model(name, **EXACT.get(name, {})),
+    )
     with mmfused.backend("composed"):
         loss, terms = add_gradients(whole, [batch(name)], 1)
         cached_loss, cached_terms = add_cached_gradients(cached, batch(name), 4)
@@ -39,7 +47,9 @@ def test_cached_gradients_are_the_whole_batch_s(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
-    """Its numbers are parameters or of its configuration; the buffers that no state dict holds are the encoders'."""
+    """Its numbers are parameters or of its configuration; the buffers that no state dict holds are
+    the encoders'.
+    """
     model = small_model(name)
     with torch.device("meta"):
         empty = small_model(name)
@@ -50,7 +60,9 @@ def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
     assert torch.equal(empty(**batch(name)).loss, model(**batch(name)).loss)
 
 
-CASES = [(name, case) for name in NAMES for case in ("all", "lacking", "one rank")] + [("moon2", "previous")]
+CASES = [(name, case) for name in NAMES for case in ("all", "lacking", "one rank")] + [
+    ("moon2", "previous")
+]
 
 
 def changes(name, case):
@@ -64,14 +76,20 @@ def steps_of_rank(rank, world, path, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     for name, case in CASES:
-        model = DistributedDataParallel(small_model(name, **changes(name, case)), find_unused_parameters=False)
+        model = DistributedDataParallel(
+            small_model(name, **changes(name, case)), find_unused_parameters=False
+        )
         with mmfused.backend("composed"):
             middle = 0 if case in ("one rank", "previous") else 3
-            output = model(**rows_of(whole_batch(name, case), *((0, middle) if rank == 0 else (middle, 6))))
+            output = model(
+                **rows_of(whole_batch(name, case), *((0, middle) if rank == 0 else (middle, 6)))
+            )
             output.loss.backward()
         loss = output.loss.detach().clone()
         dist.all_reduce(loss)
-        torch.save({"loss": loss / world, **gradients(model.module)}, f"{folder}/{name}-{case}-{rank}.pt")
+        torch.save(
+            {"loss": loss / world, **gradients(model.module)}, f"{folder}/{name}-{case}-{rank}.pt"
+        )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -85,12 +103,17 @@ def two_ranks(tmp_path_factory):
 
 
 def whole_batch(name, case):
-    """ "lacking": the second rank has no picture, which the first one has; "one rank": the first rank has no rows; "previous":
-    the same, with the previous product's caption as a negative."""
+    """ "lacking": the second rank has no picture, which the first one has; "one rank": the first
+    rank has no rows; "previous": the same, with the previous product's caption as a negative."""
     parts = batch(name)
     if case == "lacking":
         blind = without_images(parts)
-        parts = {role: {key: torch.cat([parts[role][key][:3], blind[role][key][3:]]) for key in parts[role]} for role in parts}
+        parts = {
+            role: {
+                key: torch.cat([parts[role][key][:3], blind[role][key][3:]]) for key in parts[role]
+            }
+            for role in parts
+        }
     return parts
 
 
@@ -137,4 +160,6 @@ def test_late_fusion_takes_the_place_of_the_model_s_own(name):
         assert rows.isfinite().all()
     middle = torch.nn.functional.normalize(late["image"] + late["text"], dim=-1)
     torch.testing.assert_close(late["both"][whole], middle[whole])
-    assert (own["both"] - torch.nn.functional.normalize(own["image"] + own["text"], dim=-1))[whole].abs().max() > 1e-5
+    assert (own["both"] - torch.nn.functional.normalize(own["image"] + own["text"], dim=-1))[
+        whole
+    ].abs().max() > 1e-5

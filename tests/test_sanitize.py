@@ -1,4 +1,6 @@
-"""benchmarks/sanitize.py: its launches reach every kernel, and what it makes of what compute-sanitizer says."""
+"""tools/sanitize.py: its launches reach every kernel, and what it makes of what compute-sanitizer
+says.
+"""
 
 import contextlib
 import json
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfused.benchmarks import report, sanitize, sanitize_launches
-from mmfused.cli.inspect import heard_launches
+from mmfused.benchmarks import report
+from mmfused.cli.inspect import recorded_launches
 from mmfused.library import INTERPRETED
+from mmfused.tools import sanitize, sanitize_launches
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHED = 'launched {"device": "a card", "launches": {"forward.sweep_kernel": 3}}'
@@ -41,7 +44,9 @@ OUT_OF_BOUNDS = """\
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """``fake(op, tool, text, code=0, seconds=0)`` sets what a compute-sanitizer on PATH does for one run; else it is green."""
+    """``fake(op, tool, text, code=0, seconds=0)`` sets what a compute-sanitizer on PATH does for
+    one run; else it is green.
+    """
     folder, answers = tmp_path / "bin", tmp_path / "answers"
     folder.mkdir()
     answers.mkdir()
@@ -85,15 +90,22 @@ def sanitized(tmp_path, *words) -> tuple[int, dict]:
     return code, json.loads((tmp_path / "out" / "sanitize.json").read_text())
 
 
-# ---- the launches ---------------------------------------------------------------------------------------------------------------
+# ---- the launches --------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="here the kernels run on the GPU; the interpreter's launches are those of a CPU")
+@pytest.mark.skipif(
+    not INTERPRETED,
+    reason="here the kernels run on the GPU; the interpreter's launches are those of a CPU",
+)
 def test_launches_reach_every_kernel():
-    """All that the launchers launch in any case of ``mmfused inspect``, and all kernels that there are."""
+    """All that the launchers launch in any case of ``mmfused inspect``, and all kernels that there
+    are.
+    """
     wanted = {}
-    for job in heard_launches("sm_90"):
-        wanted.setdefault(job.op, set()).add(f"{job.module.removeprefix('mmfused.kernels.')}.{job.kernel}")
+    for job in recorded_launches("sm_90"):
+        wanted.setdefault(job.op, set()).add(
+            f"{job.module.removeprefix('mmfused.kernels.')}.{job.kernel}"
+        )
     assert sorted(wanted) == sorted(sanitize.OPS)
     reached = {op: set(sanitize_launches.launch(op)) for op in sanitize.OPS}
     for op, kernels in reached.items():
@@ -113,7 +125,9 @@ def test_launching_is_for_the_tools(monkeypatch, capsys):
     monkeypatch.setattr(sanitize_launches, "counted", lambda: contextlib.nullcontext(done))
     assert sanitize.main(["--launch", "grouped_mlp"]) == 0
     printed = json.loads(capsys.readouterr().out.removeprefix(sanitize.MARK))
-    assert printed["launches"] == done and printed["device"] == report.device_name(torch.device(sanitize_launches.DEVICE))
+    assert printed["launches"] == done and printed["device"] == report.device_name(
+        torch.device(sanitize_launches.DEVICE)
+    )
     assert sanitize.main(["--launch", "nothing"]) == 2
     assert "launch is 'nothing'; it takes one of grouped_mlp" in capsys.readouterr().err
 
@@ -121,19 +135,29 @@ def test_launching_is_for_the_tools(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_launching_needs_a_gpu_or_the_interpreter():
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "sanitize.py", "--launch", "grouped_mlp"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        ROOT / "tools" / "sanitize.py",
+        "--launch",
+        "grouped_mlp",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert done.returncode == 2 and "needs a CUDA GPU, or TRITON_INTERPRET=1" in done.stderr
 
 
-# ---- what is made of them -------------------------------------------------------------------------------------------------------
+# ---- what is made of them ------------------------------------------------------------------------
 
 
 def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, monkeypatch, capsys):
     words = ("grouped_mlp", "query_pooling", "--tool", "memcheck", "--tool", "racecheck")
     code, found = sanitized(tmp_path, *words)
     assert code == 0 and {result["verdict"] for result in found.values()} == {"green"}
-    expected = ["control memcheck", *[f"{op} {tool}" for tool in ("memcheck", "racecheck") for op in words[:2]]]
+    expected = [
+        "control memcheck",
+        *[f"{op} {tool}" for tool in ("memcheck", "racecheck") for op in words[:2]],
+    ]
     assert calls(tmp_path) == sorted(expected) == sorted(found)
     assert found["grouped_mlp memcheck"]["launches"] == {"forward.sweep_kernel": 3}
     assert found["grouped_mlp memcheck"]["device"] == "a card"
@@ -144,7 +168,9 @@ def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, mo
     assert sanitized(tmp_path, *words, "--tool", "synccheck")[0] == 0
     assert calls(tmp_path) == ["grouped_mlp synccheck", "query_pooling synccheck"]
     monkeypatch.setattr(sanitize, "source_hash", lambda op: "0123456789abcdef")
-    assert sanitized(tmp_path, *words)[0] == 0 and calls(tmp_path) == sorted(expected[1:])  # what is wrong on purpose stays so
+    assert sanitized(tmp_path, *words)[0] == 0 and calls(tmp_path) == sorted(
+        expected[1:]
+    )  # what is wrong on purpose stays so
 
 
 def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):
@@ -153,11 +179,21 @@ def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):
     words = ("masked_info_nce", "grouped_mlp", "--tool", "memcheck", "--tool", "racecheck")
     code, found = sanitized(tmp_path, *words)
     assert code == 1
-    verdicts = {key: (result["verdict"], result["errors"], result["warnings"]) for key, result in found.items()}
-    assert verdicts["masked_info_nce memcheck"] == ("errors", 1, 0) and verdicts["grouped_mlp racecheck"] == ("errors", 1, 1)
+    verdicts = {
+        key: (result["verdict"], result["errors"], result["warnings"])
+        for key, result in found.items()
+    }
+    assert verdicts["masked_info_nce memcheck"] == ("errors", 1, 0) and verdicts[
+        "grouped_mlp racecheck"
+    ] == ("errors", 1, 1)
     assert verdicts["grouped_mlp memcheck"] == ("green", 0, 0)
-    assert found["masked_info_nce memcheck"]["reports"][0].startswith("Invalid __global__ write of size 4 bytes\nat sweep_kernel")
-    assert "Invalid __global__ write" in (tmp_path / "out" / "sanitize-masked_info_nce-memcheck.log").read_text()
+    assert found["masked_info_nce memcheck"]["reports"][0].startswith(
+        "Invalid __global__ write of size 4 bytes\nat sweep_kernel"
+    )
+    assert (
+        "Invalid __global__ write"
+        in (tmp_path / "out" / "sanitize-masked_info_nce-memcheck.log").read_text()
+    )
     assert "5 runs, 2 not green" in capsys.readouterr().out
     calls(tmp_path)
     assert sanitized(tmp_path, *words)[0] == 1
@@ -165,11 +201,22 @@ def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):
 
 
 def test_kernels_of_others_are_counted_and_not_judged(fake, tmp_path):
-    fake("grouped_mlp", "initcheck", OUT_OF_BOUNDS.format(kernel="void at::native::unrolled_elementwise_kernel<int>"), 86)
-    fake("topk_routing", "initcheck", OUT_OF_BOUNDS.format(kernel="void mmfused::(anonymous namespace)::route_kernel<4>(int)"), 86)
+    fake(
+        "grouped_mlp",
+        "initcheck",
+        OUT_OF_BOUNDS.format(kernel="void at::native::unrolled_elementwise_kernel<int>"),
+        86,
+    )
+    fake(
+        "topk_routing",
+        "initcheck",
+        OUT_OF_BOUNDS.format(kernel="void mmfused::(anonymous namespace)::route_kernel<4>(int)"),
+        86,
+    )
     code, found = sanitized(tmp_path, "grouped_mlp", "topk_routing", "--tool", "initcheck")
     results = [
-        (found[f"{op} initcheck"]["verdict"], found[f"{op} initcheck"]["elsewhere"]) for op in ("grouped_mlp", "topk_routing")
+        (found[f"{op} initcheck"]["verdict"], found[f"{op} initcheck"]["elsewhere"])
+        for op in ("grouped_mlp", "topk_routing")
     ]
     assert code == 1 and results == [("green", 1), ("errors", 0)]
 
@@ -183,12 +230,15 @@ def test_a_run_that_hangs_is_ended(fake, tmp_path):
     assert result["verdict"] == "hung" and result["note"] == "ended after 2 s"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc, which this system does not have")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(),
+    reason="looks for processes in /proc, which this system does not have",
+)
 def test_what_runs_ends_with_the_program(fake, tmp_path):
     fake("query_pooling", "memcheck", "busy", seconds=61)
     command = [
         sys.executable,
-        ROOT / "benchmarks" / "sanitize.py",
+        ROOT / "tools" / "sanitize.py",
         "query_pooling",
         "--tool",
         "memcheck",
@@ -201,12 +251,20 @@ def test_what_runs_ends_with_the_program(fake, tmp_path):
         until = time.monotonic() + 60
         while not (log.exists() and "busy" in log.read_text()) and time.monotonic() < until:
             time.sleep(0.1)
-        (child,) = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if is_run(path, tmp_path, b"query_pooling")]
+        (child,) = [
+            path.parent
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if is_run(path, tmp_path, b"query_pooling")
+        ]
     finally:
         program.terminate()
     assert program.wait(30) == 143
     until = time.monotonic() + 10
-    while child.exists() and "Z" not in (child / "stat").read_text().split()[2] and time.monotonic() < until:
+    while (
+        child.exists()
+        and "Z" not in (child / "stat").read_text().split()[2]
+        and time.monotonic() < until
+    ):
         time.sleep(0.1)
     assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
 
@@ -227,7 +285,12 @@ def is_run(path: Path, tmp_path: Path, op: bytes) -> bool:
             0,
             "gave no summary",
         ),
-        ("query_pooling", "RuntimeError: no kernel image\n========= ERROR SUMMARY: 0 errors", 1, "did not finish, exit code 1"),
+        (
+            "query_pooling",
+            "RuntimeError: no kernel image\n========= ERROR SUMMARY: 0 errors",
+            1,
+            "did not finish, exit code 1",
+        ),
         ("control", "========= ERROR SUMMARY: 0 errors", 0, "does not see these kernels"),
     ],
 )

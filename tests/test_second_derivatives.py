@@ -7,7 +7,7 @@ from query_pooling_cases import DEVICE, PADDINGS, make
 
 import mmfused
 from mmfused import query_pooling
-from mmfused.attention import attention
+from mmfused.ops._attention import attention
 from mmfused.testing import saved_bytes
 
 SMALL = (2, 4, 5, 3, 2, 4, 4)
@@ -29,7 +29,9 @@ def test_pooling_has_second_derivatives_in_every_form(monkeypatch, form, norm, d
     def call(*values):
         with mmfused.backend("composed"):
             given = dict(zip(floats, values, strict=True)) | fixed
-            return query_pooling(**given, num_heads=heads, form=form, dropout_p=dropout_p, dropout_seed=seed)
+            return query_pooling(
+                **given, num_heads=heads, form=form, dropout_p=dropout_p, dropout_seed=seed
+            )
 
     values = tuple(floats.values())
     assert torch.autograd.gradcheck(call, values, fast_mode=True)
@@ -51,7 +53,10 @@ def test_gated_cross_attention_has_second_derivatives(monkeypatch, masks):
 
 
 def qkv():
-    return [torch.randn(2, 2, n, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for n in (3, 5, 5)]
+    return [
+        torch.randn(2, 2, n, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for n in (3, 5, 5)
+    ]
 
 
 @pytest.mark.parametrize("wanted", range(3))
@@ -60,7 +65,9 @@ def test_one_input_alone_has_second_derivatives(wanted):
     fixed = [y.detach() for y in inputs]
 
     def call(y):
-        return attention(*fixed[:wanted], y, *fixed[wanted + 1 :]).square().sum()  # the upstream gradient has a graph too
+        return (
+            attention(*fixed[:wanted], y, *fixed[wanted + 1 :]).square().sum()
+        )  # the upstream gradient has a graph too
 
     assert torch.autograd.gradgradcheck(call, inputs[wanted])
 

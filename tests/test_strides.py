@@ -1,4 +1,6 @@
-"""Every tensor argument of every public function may be a strided, expanded or offset view, and so may upstream gradients."""
+"""Every tensor argument of every public function may be a strided, expanded or offset view, and so
+may upstream gradients.
+"""
 
 import pytest
 import torch
@@ -21,9 +23,32 @@ from mmfused.testing import over_budget
 
 FUNCTIONS = public_functions()
 SMALL = dict(
-    batch=3, tokens=5, dim=7, heads=2, k_dim=3, v_dim=4, queries=3, head_dim=5, context_dim=7, keys=6, tokens_a=5, tokens_b=6
+    batch=3,
+    tokens=5,
+    dim=7,
+    heads=2,
+    k_dim=3,
+    v_dim=4,
+    queries=3,
+    head_dim=5,
+    context_dim=7,
+    keys=6,
+    tokens_a=5,
+    tokens_b=6,
 )
-SMALL |= dict(candidates=9, more=4, experts=5, k=2, num_segments=2, std=1.0, temperature=0.2, mean=0, out=3, hidden=6, objectives=3)
+SMALL |= dict(
+    candidates=9,
+    more=4,
+    experts=5,
+    k=2,
+    num_segments=2,
+    std=1.0,
+    temperature=0.2,
+    mean=0,
+    out=3,
+    hidden=6,
+    objectives=3,
+)
 SMALL |= {"one expert": False, "large": 1.0, "sorted by a kernel": True}
 # What gives all tensor arguments between them: those that exclude each other come in turn.
 VARIANTS = {
@@ -34,16 +59,38 @@ VARIANTS = {
     ],
     "gated_cross_attention": [
         dict(gate="channel", indicator=True, missing="zero", context_padding="mask"),
-        dict(gate="token", indicator="batch", missing="constant", context_padding="lengths", dropout=False),
+        dict(
+            gate="token",
+            indicator="batch",
+            missing="constant",
+            context_padding="lengths",
+            dropout=False,
+        ),
         dict(gate="none", pre_norm=False, missing="skip", context_padding="mask", dropout=False),
     ],
     "bidirectional_gated_cross_attention": [
         dict(gate="channel", indicator=True, missing="zero", a_padding="mask", b_padding="lengths"),
-        dict(gate="token", indicator="batch", missing="skip", a_padding="lengths", b_padding="mask", dropout=False),
+        dict(
+            gate="token",
+            indicator="batch",
+            missing="skip",
+            a_padding="lengths",
+            b_padding="mask",
+            dropout=False,
+        ),
     ],
     "masked_info_nce": [
-        dict(target=True, keys="both", ids="both", same_id="mean", symmetric=False, label_smoothing=0.1),
-        dict(target=False, keys="both", ids="both", same_id="drop", symmetric=True, reduction="none"),
+        dict(
+            target=True,
+            keys="both",
+            ids="both",
+            same_id="mean",
+            symmetric=False,
+            label_smoothing=0.1,
+        ),
+        dict(
+            target=False, keys="both", ids="both", same_id="drop", symmetric=True, reduction="none"
+        ),
     ],
     "topk_routing": [
         dict(score="sigmoid", balance="switch", indices=False),
@@ -54,16 +101,30 @@ VARIANTS = {
         dict(score="softmax", balance="gshard", jitter=False),
     ],
     "grouped_linear": [dict(gather=True, combine=True), dict(gather=False, combine=False)],
-    "grouped_mlp": [dict(activation="swiglu", packed=False), dict(activation="swiglu", packed=True), dict(activation="gelu")],
+    "grouped_mlp": [
+        dict(activation="swiglu", packed=False),
+        dict(activation="swiglu", packed=True),
+        dict(activation="gelu"),
+    ],
 }
-# These have one meaning only as they are: a permutation and what goes with it, a tensor that is written in place.
-NOT_EXPANDED = ("routing.indices", "routing.order", "routing.position", "routing.offsets", "routing.tiles", "bias in place")
+# These have one meaning only as they are: a permutation and what goes with it, a tensor that is
+# written in place.
+NOT_EXPANDED = (
+    "routing.indices",
+    "routing.order",
+    "routing.position",
+    "routing.offsets",
+    "routing.tiles",
+    "bias in place",
+)
 # A LayerNorm over equal numbers divides rounding errors by nearly nothing.
 NOT_EXPANDED_LAST = ("x", "context", "a", "b")
 
 
 def make(function, variant):
-    draw = Draw(f"{function} {variant}", full=True, fixed=SMALL | VARIANTS.get(function, [{}])[variant])
+    draw = Draw(
+        f"{function} {variant}", full=True, fixed=SMALL | VARIANTS.get(function, [{}])[variant]
+    )
     return MAKERS[function](draw)
 
 
@@ -82,7 +143,9 @@ def upstream_of(layout):
     """Random gradients, the same for every run of a case; in that layout's values."""
 
     def upstream(name, out):
-        values = torch.randn(out.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
+        values = torch.randn(
+            out.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64
+        )
         return lay_out(values.float().double(), layout)
 
     return upstream
@@ -93,17 +156,23 @@ CASES = [(name, variant) for name in FUNCTIONS for variant in range(len(VARIANTS
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_tensor_argument_has_inputs_here(function):
-    given = {path for name, variant in CASES if name == function for path in leaves(make(name, variant))}
+    given = {
+        path for name, variant in CASES if name == function for path in leaves(make(name, variant))
+    }
     missing = set(tensor_arguments(FUNCTIONS[function])) - given
     assert not missing, (
         f"{function} takes the tensors {sorted(missing)} and no test gives them: add them to its maker in function_inputs.py, "
         f"and a choice that excludes others to VARIANTS of test_strides.py."
     )
-    assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), "the maker gives what is no argument"
+    assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), (
+        "the maker gives what is no argument"
+    )
 
 
 def test_a_new_tensor_argument_without_inputs_is_noticed():
-    def pool(x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor] | None = None, *, rate: float = 0.1): ...
+    def pool(
+        x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor] | None = None, *, rate: float = 0.1
+    ): ...
 
     assert tensor_arguments(pool) == ["x", "norm.0", "norm.1"]
 
@@ -120,7 +189,11 @@ def test_every_tensor_may_be_a_view(function, variant, backend):
     for layout in SAME_VALUES[1:] + EXPANDED:
         found = compare(function, inputs, backend, layout, cache)
         if found:
-            guilty = [path for path in leaves(inputs) if compare(function, inputs, backend, layout, cache, only=path)]
+            guilty = [
+                path
+                for path in leaves(inputs)
+                if compare(function, inputs, backend, layout, cache, only=path)
+            ]
             faults.append(f"{layout}: {', '.join(guilty) or 'all together'}: {' '.join(found)}")
     assert not faults, "\n".join(faults)
 
@@ -140,9 +213,14 @@ def compare(function, inputs, backend, layout, cache, only=None):
     actual = run(function, views, backend, **options, layout="contiguous" if only else layout)
     whole = [name for name, value in exact.items() if not value.is_floating_point()]
     faults = [f"{name} differs." for name in whole if not torch.equal(actual[name], plain[name])]
-    floats = [{name: value for name, value in part.items() if name not in whole} for part in (actual, exact, plain)]
+    floats = [
+        {name: value for name, value in part.items() if name not in whole}
+        for part in (actual, exact, plain)
+    ]
     return faults + over_budget(*floats)
 
 
 def both(function, inputs, backend, **options):
-    return run(function, in_float64(inputs), "reference", **options), run(function, inputs, backend, **options)
+    return run(function, in_float64(inputs), "reference", **options), run(
+        function, inputs, backend, **options
+    )

@@ -135,11 +135,14 @@ def test_generators_that_end_out_of_order_leave_nothing_behind():
     assert current_backend() == "auto"
 
 
-# ---- backward -------------------------------------------------------------------------------------------------------------------
+# ---- backward ------------------------------------------------------------------------------------
 
 WIDTH = 16
-FUNCTIONS = [f"mmfused.ops.{op}.function" for op in ("query_pooling", "topk_routing", "grouped_mlp", "masked_info_nce")]
-FUNCTIONS += ["mmfused.ops.topk_routing.order", "mmfused.ops.gated_cross_attention.function"]
+FUNCTIONS = [
+    f"mmfused.ops.{op}.function"
+    for op in ("query_pooling", "topk_routing", "grouped_mlp", "masked_info_nce")
+]
+FUNCTIONS += ["mmfused.ops.topk_routing.order", "mmfused.ops.gated_cross_attention.functional"]
 
 
 def pooled(x):
@@ -152,18 +155,31 @@ def contrasted(x):
 
 def mixed(x):
     routing = mmfused.topk_routing_from_input(x, x[:4], 2)
-    out = mmfused.grouped_mlp(x, routing, x[None, :8].expand(4, -1, -1), x.T[None, :, :8].expand(4, -1, -1), activation="swiglu",
-                              w_gate=x[None, 8:16].expand(4, -1, -1))  # fmt: skip
+    out = mmfused.grouped_mlp(
+        x,
+        routing,
+        x[None, :8].expand(4, -1, -1),
+        x.T[None, :, :8].expand(4, -1, -1),
+        activation="swiglu",
+        w_gate=x[None, 8:16].expand(4, -1, -1),
+    )
     return out.sum() + routing.balance_loss + routing.z_loss + routing.entropy
 
 
 def read(x):
     torch.manual_seed(0)
     layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1).to(DEVICE)
-    return torch.cat(layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3, device=DEVICE)), 1)
+    return torch.cat(
+        layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3, device=DEVICE)), 1
+    )
 
 
-OPS = {"query_pooling": pooled, "masked_info_nce": contrasted, "routing and experts": mixed, "cross-attention": read}
+OPS = {
+    "query_pooling": pooled,
+    "masked_info_nce": contrasted,
+    "routing and experts": mixed,
+    "cross-attention": read,
+}
 
 
 @pytest.fixture
@@ -182,7 +198,11 @@ def asked(monkeypatch):
 
 
 def tokens():
-    return torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    return (
+        torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1))
+        .to(DEVICE)
+        .requires_grad_()
+    )
 
 
 def gradient(op, backend, around=lambda function, x: function(x), backward=None):
@@ -313,7 +333,9 @@ def test_hooks_on_saved_tensors_stay_as_they_were():
     packed = []
 
     def hooks(name):
-        return torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(name) or x, lambda x: x)
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda x: packed.append(name) or x, lambda x: x
+        )
 
     x = tokens()
     with hooks("outer"):

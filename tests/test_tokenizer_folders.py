@@ -1,4 +1,6 @@
-"""A tokenizer folder gives the tokenizer that was saved in it, and nothing that it says runs code or opens other files."""
+"""A tokenizer folder gives the tokenizer that was saved in it, and nothing that it says runs code
+or opens other files.
+"""
 
 import json
 import os
@@ -80,7 +82,9 @@ def deberta():
 
 def mpnet():
     inner = ["##" + letter for letter in LETTERS]
-    vocabulary = numbered("<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>", *LETTERS, *inner, *WORDS)
+    vocabulary = numbered(
+        "<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>", *LETTERS, *inner, *WORDS
+    )
     return transformers.MPNetTokenizerFast(vocab=vocabulary)
 
 
@@ -95,11 +99,15 @@ KINDS = {
     "xlm-roberta": xlm_roberta,
     "clip": clip,
     "qwen2": qwen2,
-    "qwen2 more": lambda: qwen2(extra_special_tokens=["<|im_start|>"], chat_template="{{ x }}", model_max_length=99),
+    "qwen2 more": lambda: qwen2(
+        extra_special_tokens=["<|im_start|>"], chat_template="{{ x }}", model_max_length=99
+    ),
     "qwen2 for a host": lambda: qwen.add_vision_tokens(qwen.enclose_texts(qwen2())),
     "deberta": deberta,
     "mpnet": mpnet,
-    "albert": lambda: transformers.AlbertTokenizerFast(vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+    "albert": lambda: transformers.AlbertTokenizerFast(
+        vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+    ),
 }
 TOKENS = "pad_token cls_token sep_token bos_token eos_token unk_token mask_token".split()
 
@@ -118,7 +126,9 @@ def facts(tokenizer) -> dict:
     for written in TEXTS:
         found[written] = dict(tokenizer(written)), dict(tokenizer(written, "red hello"))
         for skip in (True, False):  # but for a space at the end, which CLIP's class cuts off
-            found[written, skip] = tokenizer.decode(tokenizer(written)["input_ids"], skip_special_tokens=skip).strip()
+            found[written, skip] = tokenizer.decode(
+                tokenizer(written)["input_ids"], skip_special_tokens=skip
+            ).strip()
     found["batch"] = dict(tokenizer(TEXTS, padding=True, truncation=True, max_length=6))
     return found
 
@@ -128,7 +138,11 @@ def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
     tokenizer = KINDS[kind]()
     tokenizer.save_pretrained(tmp_path / "once")
     expected, loaded = facts(tokenizer), load_tokenizer(tmp_path / "once")
-    assert facts(loaded) == expected == facts(transformers.AutoTokenizer.from_pretrained(tmp_path / "once"))
+    assert (
+        facts(loaded)
+        == expected
+        == facts(transformers.AutoTokenizer.from_pretrained(tmp_path / "once"))
+    )
     loaded.save_pretrained(tmp_path / "again")
     assert facts(load_tokenizer(tmp_path / "again")) == expected
 
@@ -147,14 +161,19 @@ def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tm
     KINDS[kind]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert facts(load_tokenizer(tmp_path)) == facts(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert facts(load_tokenizer(tmp_path)) == facts(
+        transformers.AutoTokenizer.from_pretrained(tmp_path)
+    )
     special = {
         "mask_token": {"content": "<new>", "lstrip": True, "__type": "AddedToken"},
         "additional_special_tokens": ["<more>"],
     }
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     loaded = load_tokenizer(tmp_path)
-    assert loaded.mask_token == "<new>" and len(loaded("x<new><more>", add_special_tokens=False)["input_ids"]) <= 4
+    assert (
+        loaded.mask_token == "<new>"
+        and len(loaded("x<new><more>", add_special_tokens=False)["input_ids"]) <= 4
+    )
 
 
 def test_a_vocabulary_without_tokenizer_json(tmp_path):
@@ -193,7 +212,10 @@ def folder(tmp_path):
 def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, outside):
     expected = facts(load_tokenizer(folder))
     (folder / "module.py").write_text(outside.module.read_text())
-    named = {f"{name}_file": str(outside.file) for name in ("vocab", "merges", "tokenizer", "added_tokens", "chat_template")}
+    named = {
+        f"{name}_file": str(outside.file)
+        for name in ("vocab", "merges", "tokenizer", "added_tokens", "chat_template")
+    }
     change(
         folder,
         "tokenizer_config.json",
@@ -214,9 +236,14 @@ def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, out
     with outside.untouched():
         loaded = load_tokenizer(folder)
         found = facts(loaded)
-    found["model_input_names"] = expected["model_input_names"]  # of the class, which is another here
+    found["model_input_names"] = expected[
+        "model_input_names"
+    ]  # of the class, which is another here
     assert {key: found[key] for key in TOKENS} == {key: expected[key] for key in TOKENS}
-    assert loaded(TEXTS)["input_ids"] == load_tokenizer(folder)(TEXTS)["input_ids"] and loaded.chat_template is None
+    assert (
+        loaded(TEXTS)["input_ids"] == load_tokenizer(folder)(TEXTS)["input_ids"]
+        and loaded.chat_template is None
+    )
 
 
 SETTINGS = [
@@ -244,7 +271,9 @@ SETTINGS = [
 @pytest.mark.parametrize(("changes", "match"), SETTINGS, ids=[match for _, match in SETTINGS])
 def test_hostile_settings(changes, match, folder, outside):
     change(folder, "tokenizer_config.json", **changes)
-    outside.refuses(lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}")
+    outside.refuses(
+        lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}"
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -298,7 +327,9 @@ def test_a_tokenizer_json_that_is_a_pickle(folder, outside):
         ("special_tokens_map.json", {"auto_map": ["module.Slow", None]}),
     ],
 )
-def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(name, changes, folder, outside):
+def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
+    name, changes, folder, outside
+):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(bert().get_vocab()))
     (folder / "module.py").write_text(outside.module.read_text())

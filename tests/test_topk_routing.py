@@ -1,4 +1,6 @@
-"""Top-k routing: the specification against a literal transcription, and what every backend promises. Kernels: *_fused.py."""
+"""Top-k routing: the specification against a literal transcription, and what every backend
+promises. Kernels: *_fused.py.
+"""
 
 import itertools
 import math
@@ -8,7 +10,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
-from mmfused import topk_routing, topk_routing_from_input, topk_routing_reference, update_selection_bias
+from mmfused import (
+    topk_routing,
+    topk_routing_from_input,
+    topk_routing_reference,
+    update_selection_bias,
+)
 from mmfused.random import uniform
 
 TOKENS, EXPERTS, SEGMENTS = 23, 7, 3
@@ -27,15 +34,36 @@ def make(score="softmax", **changes):
     return torch.randn(TOKENS, EXPERTS, dtype=torch.float64, requires_grad=True), options | changes
 
 
-def literal(logits, k, score, renormalize, selection_bias, token_padding_mask, segments, num_segments, available, balance):
+def literal(
+    logits,
+    k,
+    score,
+    renormalize,
+    selection_bias,
+    token_padding_mask,
+    segments,
+    num_segments,
+    available,
+    balance,
+):
     """One token, one expert, one number at a time."""
     weights, probabilities, chosen, lses = {}, {}, {}, {}
     valid = [t for t in range(len(logits)) if not token_padding_mask[t]]
     for t in valid:
         usable = [e for e in range(logits.shape[1]) if available[segments[t], e]]
         total = sum(torch.exp(logits[t, e]) for e in usable)
-        scores = {e: torch.exp(logits[t, e]) / total if score == "softmax" else torch.sigmoid(logits[t, e]) for e in usable}
-        key = {e: logits[t, e].item() if selection_bias is None else (scores[e] + selection_bias[e]).item() for e in usable}
+        scores = {
+            e: torch.exp(logits[t, e]) / total
+            if score == "softmax"
+            else torch.sigmoid(logits[t, e])
+            for e in usable
+        }
+        key = {
+            e: logits[t, e].item()
+            if selection_bias is None
+            else (scores[e] + selection_bias[e]).item()
+            for e in usable
+        }
         chosen[t] = sorted(usable, key=lambda e: (-key[e], e))[:k]
         norm = sum(scores[e] for e in chosen[t]) if renormalize else 1
         weights[t] = {e: scores[e] / norm for e in chosen[t]}
@@ -57,24 +85,37 @@ def literal(logits, k, score, renormalize, selection_bias, token_padding_mask, s
             else:
                 loss = loss + len(usable) * sum(chosen[t][0] == e for t in mine) / n * mean_p
         terms.append(loss)
-    entropy = sum(-sum(p * torch.log(p) for p in probabilities[t].values()) for t in valid) / len(valid)
+    entropy = sum(-sum(p * torch.log(p) for p in probabilities[t].values()) for t in valid) / len(
+        valid
+    )
     z = sum(lse**2 for lse in lses.values()) / len(valid)
-    dense = torch.stack([
-        torch.stack([weights.get(t, {}).get(e, torch.zeros((), dtype=torch.float64)) for e in range(logits.shape[1])])
-        for t in range(len(logits))
-    ])  # fmt: skip
+    dense = torch.stack(
+        [
+            torch.stack(
+                [
+                    weights.get(t, {}).get(e, torch.zeros((), dtype=torch.float64))
+                    for e in range(logits.shape[1])
+                ]
+            )
+            for t in range(len(logits))
+        ]
+    )
     return dense, sum(terms) / len(terms), z, entropy, chosen
 
 
 @pytest.mark.parametrize("balance", ["switch", "gshard", "mse"])
 @pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("score, biased", [*itertools.product(["softmax", "sigmoid"], [False, True])])
+@pytest.mark.parametrize(
+    "score, biased", [*itertools.product(["softmax", "sigmoid"], [False, True])]
+)
 def test_the_equations(score, biased, renormalize, balance):
     logits, options = make(score, balance=balance, renormalize=renormalize)
     options["selection_bias"] = torch.randn(EXPERTS) if biased else None
     routing = topk_routing_reference(logits, 2, **options)
     *want, chosen = literal(logits, 2, **options)
-    dense = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(1, routing.indices, routing.weights)
+    dense = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(
+        1, routing.indices, routing.weights
+    )
     got = [dense, routing.balance_loss, routing.z_loss, routing.entropy]
     for t, experts in chosen.items():
         assert routing.indices[t].tolist() == experts
@@ -89,10 +130,18 @@ def test_the_equations(score, biased, renormalize, balance):
     assert torch.equal(routing.counts, counts)
 
 
-@pytest.mark.parametrize("score, k, jitter, bias", [*itertools.product(["softmax", "sigmoid"], [1, 3], [0.0, 0.2], [False, True])])
+@pytest.mark.parametrize(
+    "score, k, jitter, bias",
+    [*itertools.product(["softmax", "sigmoid"], [1, 3], [0.0, 0.2], [False, True])],
+)
 def test_composed_equals_reference(score, k, jitter, bias):
     """With and without each option, every field and the gradient of everything."""
-    given = dict(score=score, jitter=jitter, jitter_seed=torch.tensor(9), selection_bias=torch.randn(EXPERTS) if bias else None)
+    given = dict(
+        score=score,
+        jitter=jitter,
+        jitter_seed=torch.tensor(9),
+        selection_bias=torch.randn(EXPERTS) if bias else None,
+    )
     names = ("segments", "token_padding_mask", "available")
     for use in itertools.product([False, True], repeat=3):
         for renormalize, balance in itertools.product([True, False], ["switch", "gshard", "mse"]):
@@ -105,20 +154,33 @@ def test_composed_equals_reference(score, k, jitter, bias):
             for backend in ("reference", "composed"):
                 with mmfused.backend(backend):
                     routing = topk_routing(logits, k, **options)
-                total = (routing.weights * upstream).sum() + 1.3 * routing.balance_loss + 0.7 * routing.z_loss - routing.entropy
+                total = (
+                    (routing.weights * upstream).sum()
+                    + 1.3 * routing.balance_loss
+                    + 0.7 * routing.z_loss
+                    - routing.entropy
+                )
                 results.append([*routing, torch.autograd.grad(total, logits)[0]])
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_balanced_is_one_and_the_losses_are_what_others_compute():
-    """Switch's form is 1 where all experts get the same; transformers' load_balancing_loss_func is k times it."""
+    """Switch's form is 1 where all experts get the same; transformers' load_balancing_loss_func is
+    k times it.
+    """
     logits = torch.eye(4, dtype=torch.float64).repeat(3, 1) * 5
     for balance, want in (("switch", 1.0), ("gshard", 1.0), ("mse", 0.0)):
         assert (
-            abs(topk_routing(logits, 1, balance=balance, renormalize=False).balance_loss.item() - want) < 1e-2 * (want == 0) + 1e-12
+            abs(
+                topk_routing(logits, 1, balance=balance, renormalize=False).balance_loss.item()
+                - want
+            )
+            < 1e-2 * (want == 0) + 1e-12
         )
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="transformers is not installed")
+    mixtral = pytest.importorskip(
+        "transformers.models.mixtral.modeling_mixtral", reason="transformers is not installed"
+    )
     logits, mask = torch.randn(2 * 9, 5), torch.rand(2, 9) < 0.3
     for k in (1, 2, 3):
         theirs = mixtral.load_balancing_loss_func((logits,), 5, k, (~mask).long())
@@ -131,7 +193,9 @@ def test_one_choice_trains_the_router():
     for score in ("softmax", "sigmoid"):
         routing = topk_routing(logits, 1, score=score)
         d_logits = torch.autograd.grad(routing.weights.sum(), logits)[0]
-        assert d_logits.any() == (score == "softmax"), score  # a lone renormalised sigmoid is 1, as asked for
+        assert d_logits.any() == (score == "softmax"), (
+            score
+        )  # a lone renormalised sigmoid is 1, as asked for
     routing = topk_routing(logits, 1, score="sigmoid", renormalize=False)
     assert torch.autograd.grad(routing.weights.sum(), logits)[0].any()
 
@@ -146,9 +210,18 @@ def check_ties(inf=math.inf):
     logits = torch.tensor([[1.0, 2, 2, 1], [0, 0, 0, 0], [3, -inf, 3, -inf], [-inf, -inf, -inf, 0]])
     routing = topk_routing(logits, 2)
     assert routing.indices.tolist() == [[1, 2], [0, 1], [0, 2], [3, 0]]
-    torch.testing.assert_close(routing.weights, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]))
-    available = torch.tensor([[False, True, True, True]])  # an expert that may not be used, before one that has no probability
-    assert topk_routing(logits, 3, available=available).indices.tolist() == [[1, 2, 3], [1, 2, 3], [2, 1, 3], [3, 1, 2]]
+    torch.testing.assert_close(
+        routing.weights, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+    )
+    available = torch.tensor(
+        [[False, True, True, True]]
+    )  # an expert that may not be used, before one that has no probability
+    assert topk_routing(logits, 3, available=available).indices.tolist() == [
+        [1, 2, 3],
+        [1, 2, 3],
+        [2, 1, 3],
+        [3, 1, 2],
+    ]
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
@@ -184,9 +257,17 @@ def test_masked_tokens_count_nowhere_and_may_be_nan(score):
 @pytest.mark.parametrize("balance", ["switch", "gshard", "mse"])
 def test_no_tokens_left(tokens, balance):
     logits = torch.randn(tokens, 5, requires_grad=True)
-    routing = topk_routing(logits, 2, token_padding_mask=torch.ones(tokens, dtype=torch.bool), balance=balance)
-    assert not any(getattr(routing, name) for name in LOSSES) and not routing.weights.any() and not routing.counts.any()
-    assert routing.offsets.tolist() == [0] * 6 and sorted(routing.order.tolist()) == list(range(2 * tokens))
+    routing = topk_routing(
+        logits, 2, token_padding_mask=torch.ones(tokens, dtype=torch.bool), balance=balance
+    )
+    assert (
+        not any(getattr(routing, name) for name in LOSSES)
+        and not routing.weights.any()
+        and not routing.counts.any()
+    )
+    assert routing.offsets.tolist() == [0] * 6 and sorted(routing.order.tolist()) == list(
+        range(2 * tokens)
+    )
     total = routing.weights.sum() + sum(getattr(routing, name) for name in LOSSES)
     assert not torch.autograd.grad(total, logits)[0].any()
 
@@ -199,7 +280,9 @@ def test_the_permutation():
     rows = sorted(live, key=lambda a: expert[a]) + [a for a in range(3 * TOKENS) if mask[a // 3]]
     assert routing.order.tolist() == rows
     assert routing.position.tolist() == [rows.index(a) for a in range(3 * TOKENS)]
-    assert routing.offsets.tolist() == [sum(expert[a] < e for a in live) for e in range(EXPERTS + 1)]
+    assert routing.offsets.tolist() == [
+        sum(expert[a] < e for a in live) for e in range(EXPERTS + 1)
+    ]
     assert routing.order.dtype == routing.position.dtype == routing.offsets.dtype == torch.int32
 
 
@@ -210,17 +293,28 @@ def test_replay():
     for name in mmfused.Routing._fields:
         assert torch.equal(getattr(again, name), getattr(first, name)), name
     free = {**options, "available": None, "token_padding_mask": None}
-    other = topk_routing(logits, 2, **free, indices=first.indices.flip(1))  # least first: only "first choice" changes
+    other = topk_routing(
+        logits, 2, **free, indices=first.indices.flip(1)
+    )  # least first: only "first choice" changes
     assert torch.equal(other.indices, first.indices.flip(1))
-    torch.testing.assert_close(other.weights, topk_routing(logits, 2, **free, indices=first.indices).weights.flip(1))
+    torch.testing.assert_close(
+        other.weights, topk_routing(logits, 2, **free, indices=first.indices).weights.flip(1)
+    )
 
 
 def test_jitter_is_replayed_by_its_seed_and_by_the_generator():
     logits, options = make()
     clean = topk_routing(logits, 2, **options)
     seed = torch.tensor(5)
-    a, b, c = (topk_routing(logits, 2, **options, jitter=0.3, jitter_seed=s) for s in (seed, seed, seed + 1))
-    assert torch.equal(a.weights, b.weights) and not torch.equal(a.weights, c.weights) and not torch.equal(a.weights, clean.weights)
+    a, b, c = (
+        topk_routing(logits, 2, **options, jitter=0.3, jitter_seed=s)
+        for s in (seed, seed, seed + 1)
+    )
+    assert (
+        torch.equal(a.weights, b.weights)
+        and not torch.equal(a.weights, c.weights)
+        and not torch.equal(a.weights, clean.weights)
+    )
     noise = 1 + 0.3 * (2 * uniform(seed, TOKENS, EXPERTS) - 1)
     assert noise.min() >= 0.7 and noise.max() <= 1.3
     torch.testing.assert_close(topk_routing(logits * noise, 2, **options).weights, a.weights)
@@ -235,35 +329,57 @@ def test_jitter_is_replayed_by_its_seed_and_by_the_generator():
     torch.manual_seed(3)
     want = torch.autograd.grad(loss(logits), logits)[0]
     torch.manual_seed(3)
-    assert torch.equal(torch.autograd.grad(checkpoint(loss, logits, use_reentrant=False), logits)[0], want)
+    assert torch.equal(
+        torch.autograd.grad(checkpoint(loss, logits, use_reentrant=False), logits)[0], want
+    )
 
 
 def test_random_numbers_are_uniform_and_known():
-    """Philox4x32-10: in the published test vectors a counter and a key of zeros give 6627e8d5 first."""
+    """Philox4x32-10: in the published test vectors a counter and a key of zeros give 6627e8d5
+    first.
+    """
     word = 0x6627E8D5
-    assert uniform(torch.tensor(0), 1, 1).item() == torch.tensor(float(word)).mul(torch.tensor(4.6566127342e-10)).item()
+    assert (
+        uniform(torch.tensor(0), 1, 1).item()
+        == torch.tensor(float(word)).mul(torch.tensor(4.6566127342e-10)).item()
+    )
     numbers = uniform(torch.tensor(2**63 - 1), 300, 200)
     assert 0 <= numbers.min() and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.005 and abs(numbers.var() - 1 / 12) < 0.002
     rows, columns = numbers - 0.5, numbers.T - 0.5
-    assert abs((rows[:, 1:] * rows[:, :-1]).mean()) < 0.002 and abs((columns[:, 1:] * columns[:, :-1]).mean()) < 0.002
+    assert (
+        abs((rows[:, 1:] * rows[:, :-1]).mean()) < 0.002
+        and abs((columns[:, 1:] * columns[:, :-1]).mean()) < 0.002
+    )
 
 
 def test_from_input_is_a_linear_layer_and_routing():
     x = torch.randn(TOKENS, 12, dtype=torch.float64, requires_grad=True)
-    weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((EXPERTS, 12), (EXPERTS,)))
+    weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True)
+        for s in ((EXPERTS, 12), (EXPERTS,))
+    )
     _, options = make()
     mask = options["token_padding_mask"]
     outs = []
-    for routing in (topk_routing_from_input(x, weight, 2, bias, **options), topk_routing(x @ weight.T + bias, 2, **options)):
-        total = (routing.weights * torch.arange(2 * TOKENS).view(TOKENS, 2)).sum() + routing.balance_loss + routing.z_loss
+    for routing in (
+        topk_routing_from_input(x, weight, 2, bias, **options),
+        topk_routing(x @ weight.T + bias, 2, **options),
+    ):
+        total = (
+            (routing.weights * torch.arange(2 * TOKENS).view(TOKENS, 2)).sum()
+            + routing.balance_loss
+            + routing.z_loss
+        )
         outs.append([total, *torch.autograd.grad(total, [x, weight, bias])])
     for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         x[mask] = math.nan
     routing = topk_routing_from_input(x, weight, 2, bias, **options)
-    gradients = torch.autograd.grad(routing.weights.square().sum() + routing.balance_loss, [x, weight, bias])
+    gradients = torch.autograd.grad(
+        routing.weights.square().sum() + routing.balance_loss, [x, weight, bias]
+    )
     assert all(g.isfinite().all() for g in gradients) and not gradients[0][mask].any()
 
 
@@ -283,15 +399,22 @@ def test_selection_bias_moves_towards_balance():
     bias = torch.zeros(6)
     before = topk_routing(logits, 2, score="sigmoid", selection_bias=bias).counts
     for _ in range(400):
-        update_selection_bias(bias, topk_routing(logits, 2, score="sigmoid", selection_bias=bias).counts, rate=0.005)
+        update_selection_bias(
+            bias, topk_routing(logits, 2, score="sigmoid", selection_bias=bias).counts, rate=0.005
+        )
     after = topk_routing(logits, 2, score="sigmoid", selection_bias=bias)
     assert before.float().std() > 100 and after.counts.float().std() < 10
     scores = logits.sigmoid().gather(1, after.indices)
-    torch.testing.assert_close(after.weights, scores / scores.sum(1, keepdim=True))  # the bias is in no weight
+    torch.testing.assert_close(
+        after.weights, scores / scores.sum(1, keepdim=True)
+    )  # the bias is in no weight
     counts, bias = torch.tensor([[3, 1], [1, 3]]), torch.zeros(2)
     update_selection_bias(bias, counts)
     assert not bias.any()  # over the segments both got four
-    with pytest.raises(TypeError, match="bias has dtype torch.bfloat16; it takes float32: 16 bits lose steps of 0.001"):
+    with pytest.raises(
+        TypeError,
+        match="bias has dtype torch.bfloat16; it takes float32: 16 bits lose steps of 0.001",
+    ):
         update_selection_bias(bias.bfloat16(), counts)
     with pytest.raises(ValueError, match=r"counts has shape \(2, 2\); it takes 3 experts"):
         update_selection_bias(torch.zeros(3), counts)
@@ -313,39 +436,75 @@ BAD = {
     "logits has shape (7,)": lambda x, o: topk_routing(x[0], 2),
     "logits has shape (23, 7) and dtype torch.int64": lambda x, o: topk_routing(x.long(), 2),
     "logits is a list": lambda x, o: topk_routing([1.0], 1),
-    "score is 'relu'; it takes one of softmax, sigmoid": lambda x, o: topk_routing(x, 2, score="relu"),
-    "balance is 'none'; it takes one of switch, gshard, mse": lambda x, o: topk_routing(x, 2, balance="none"),
-    "token_padding_mask has dtype torch.int64": lambda x, o: topk_routing(x, 2, token_padding_mask=torch.zeros(TOKENS).long()),
-    "token_padding_mask has shape (22,); it takes (23,)": lambda x, o: topk_routing(x, 2, token_padding_mask=o[1:]),
-    "segments has dtype torch.int32": lambda x, o: topk_routing(x, 2, segments=torch.zeros(TOKENS).int()),
+    "score is 'relu'; it takes one of softmax, sigmoid": lambda x, o: topk_routing(
+        x, 2, score="relu"
+    ),
+    "balance is 'none'; it takes one of switch, gshard, mse": lambda x, o: topk_routing(
+        x, 2, balance="none"
+    ),
+    "token_padding_mask has dtype torch.int64": lambda x, o: topk_routing(
+        x, 2, token_padding_mask=torch.zeros(TOKENS).long()
+    ),
+    "token_padding_mask has shape (22,); it takes (23,)": lambda x, o: topk_routing(
+        x, 2, token_padding_mask=o[1:]
+    ),
+    "segments has dtype torch.int32": lambda x, o: topk_routing(
+        x, 2, segments=torch.zeros(TOKENS).int()
+    ),
     "segments has shape (22,)": lambda x, o: topk_routing(x, 2, segments=torch.zeros(22).long()),
-    "segments holds a value outside [0, 2)": lambda x, o: topk_routing(x, 2, segments=torch.full((TOKENS,), 2), num_segments=2),
+    "segments holds a value outside [0, 2)": lambda x, o: topk_routing(
+        x, 2, segments=torch.full((TOKENS,), 2), num_segments=2
+    ),
     "num_segments is 2 and segments is None": lambda x, o: topk_routing(x, 2, num_segments=2),
     "num_segments is 0": lambda x, o: topk_routing(x, 2, num_segments=0),
-    "available has dtype torch.float32": lambda x, o: topk_routing(x, 2, available=torch.ones(1, EXPERTS)),
-    "available has shape (7,); it takes (1, 7)": lambda x, o: topk_routing(x, 2, available=torch.ones(EXPERTS).bool()),
+    "available has dtype torch.float32": lambda x, o: topk_routing(
+        x, 2, available=torch.ones(1, EXPERTS)
+    ),
+    "available has shape (7,); it takes (1, 7)": lambda x, o: topk_routing(
+        x, 2, available=torch.ones(EXPERTS).bool()
+    ),
     "available has a segment with fewer than k = 2 experts": lambda x, o: topk_routing(
         x, 2, available=torch.eye(EXPERTS)[:1].bool()
     ),
-    "indices has shape (23, 2); it takes (23, 3)": lambda x, o: topk_routing(x, 3, indices=torch.zeros(TOKENS, 2).long()),
-    "indices has dtype torch.int32": lambda x, o: topk_routing(x, 2, indices=torch.zeros(TOKENS, 2).int()),
-    "indices holds a value outside [0, 7)": lambda x, o: topk_routing(x, 2, indices=torch.full((TOKENS, 2), 7)),
+    "indices has shape (23, 2); it takes (23, 3)": lambda x, o: topk_routing(
+        x, 3, indices=torch.zeros(TOKENS, 2).long()
+    ),
+    "indices has dtype torch.int32": lambda x, o: topk_routing(
+        x, 2, indices=torch.zeros(TOKENS, 2).int()
+    ),
+    "indices holds a value outside [0, 7)": lambda x, o: topk_routing(
+        x, 2, indices=torch.full((TOKENS, 2), 7)
+    ),
     "selection_bias has shape (6,)": lambda x, o: topk_routing(x, 2, selection_bias=torch.zeros(6)),
-    "selection_bias has dtype torch.bfloat16": lambda x, o: topk_routing(x, 2, selection_bias=torch.zeros(EXPERTS).bfloat16()),
+    "selection_bias has dtype torch.bfloat16": lambda x, o: topk_routing(
+        x, 2, selection_bias=torch.zeros(EXPERTS).bfloat16()
+    ),
     "jitter is 1; it takes a number from 0 to below 1": lambda x, o: topk_routing(x, 2, jitter=1),
-    "jitter_seed has dtype torch.float32": lambda x, o: topk_routing(x, 2, jitter=0.1, jitter_seed=torch.tensor(1.0)),
-    "router_weight has shape (7, 4); it takes (experts, 7)": lambda x, o: topk_routing_from_input(x, x.detach()[:7, :4], 2),
-    "router_weight has dtype torch.float16": lambda x, o: topk_routing_from_input(x, x.detach().half(), 2),
-    "router_bias has shape (3,)": lambda x, o: topk_routing_from_input(x, x.detach(), 2, x.detach()[0, :3]),
+    "jitter_seed has dtype torch.float32": lambda x, o: topk_routing(
+        x, 2, jitter=0.1, jitter_seed=torch.tensor(1.0)
+    ),
+    "router_weight has shape (7, 4); it takes (experts, 7)": lambda x, o: topk_routing_from_input(
+        x, x.detach()[:7, :4], 2
+    ),
+    "router_weight has dtype torch.float16": lambda x, o: topk_routing_from_input(
+        x, x.detach().half(), 2
+    ),
+    "router_bias has shape (3,)": lambda x, o: topk_routing_from_input(
+        x, x.detach(), 2, x.detach()[0, :3]
+    ),
     "indices and weights have shapes (2, 2) and (2, 1)": lambda x, o: mmfused.routing_from_indices(
         torch.zeros(2, 2).long(), torch.ones(2, 1), 3
     ),
-    "weights has dtype torch.int64": lambda x, o: mmfused.routing_from_indices(*[torch.zeros(2, 2).long()] * 2, 3),
+    "weights has dtype torch.int64": lambda x, o: mmfused.routing_from_indices(
+        *[torch.zeros(2, 2).long()] * 2, 3
+    ),
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input(sentence):
     with pytest.raises((ValueError, TypeError)) as caught:
-        BAD[sentence](torch.randn(TOKENS, EXPERTS, dtype=torch.float64), torch.zeros(TOKENS, dtype=torch.bool))
+        BAD[sentence](
+            torch.randn(TOKENS, EXPERTS, dtype=torch.float64), torch.zeros(TOKENS, dtype=torch.bool)
+        )
     assert sentence in str(caught.value)

@@ -1,4 +1,6 @@
-"""The kernels of top-k routing, through the public functions: on a CPU in Triton's interpreter, on a GPU as they are."""
+"""The kernels of top-k routing, through the public functions: on a CPU in Triton's interpreter, on
+a GPU as they are.
+"""
 
 import dataclasses
 import math
@@ -33,13 +35,17 @@ from mmfused.testing import over_budget
 SHAPES = [(1, 5, 1), (3, 16, 3), (257, 13, 2), (257, 16, 1), (130, 70, 3), (65, 6, 5), (9, 1, 1)]
 
 
-# ---- 1: values and gradients ----------------------------------------------------------------------------------------------------
+# ---- 1: values and gradients ---------------------------------------------------------------------
 
 
 def check(leaves, k, options, upstream=None):
-    """Within twice the error of plain PyTorch in that dtype, on the choice that the kernels made; the order by its definition."""
+    """Within twice the error of plain PyTorch in that dtype, on the choice that the kernels made;
+    the order by its definition.
+    """
     tokens = len(next(iter(leaves.values())))
-    upstream = torch.randn(tokens, k, dtype=torch.float64, device=DEVICE) if upstream is None else upstream
+    upstream = (
+        torch.randn(tokens, k, dtype=torch.float64, device=DEVICE) if upstream is None else upstream
+    )
     got, routing = run(leaves, k, options, "fused", upstream)
     replay = dict(indices=routing.indices)
     plain, expected = run(leaves, k, options, "reference", upstream, **replay)
@@ -56,7 +62,9 @@ def check_order(routing, mask):
     assert routing.offsets.tolist() == offsets
     assert routing.order.tolist() == order
     assert routing.position.tolist() == position
-    assert routing.tiles.tolist() == plain_tiles(offsets, rows, experts, shared.tile_rows(rows, experts))
+    assert routing.tiles.tolist() == plain_tiles(
+        offsets, rows, experts, shared.tile_rows(rows, experts)
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -70,7 +78,9 @@ def test_half_precision_logits(dtype, option):
     check(make_logits(70, 13, dtype), 3, make_options(option, 70, 13, 3))
 
 
-@pytest.mark.parametrize("option", ["mask", "available", "mse segments", "jitter sigmoid", "replay"])
+@pytest.mark.parametrize(
+    "option", ["mask", "available", "mse segments", "jitter sigmoid", "replay"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_from_input(dtype, option):
     check(make_inputs(70, 13, 150, dtype), 2, make_options(option, 70, 13, 2))
@@ -78,7 +88,9 @@ def test_from_input(dtype, option):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_float32_router_beside_half_precision(dtype):
-    """No digit of the weights is lost, nor of the gradients where they are far below what a half holds."""
+    """No digit of the weights is lost, nor of the gradients where they are far below what a half
+    holds.
+    """
     leaves = make_inputs(140, 16, 150, dtype, torch.float32)
     check(leaves, 2, {})
     with torch.no_grad():
@@ -91,14 +103,20 @@ def test_float32_router_beside_half_precision(dtype):
         generator = torch.Generator(DEVICE).manual_seed(0)
         upstream = scale * torch.randn(weights.shape, generator=generator, device=DEVICE)
         results.append(torch.autograd.grad(weights, leaves["router_weight"], upstream)[0])
-    assert torch.equal(results[0] * 2.0**-30, results[1]) and results[1][routing.counts[0] > 0].all()
+    assert (
+        torch.equal(results[0] * 2.0**-30, results[1]) and results[1][routing.counts[0] > 0].all()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_programs_for_the_products(monkeypatch, dtype):
-    """Each goes through several blocks of tokens, or of columns; gradients grow from block to block."""
+    """Each goes through several blocks of tokens, or of columns; gradients grow from block to
+    block.
+    """
     planned = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *args: dataclasses.replace(planned(*args), programs=1))
+    monkeypatch.setattr(
+        kernels, "plan", lambda *args: dataclasses.replace(planned(*args), programs=1)
+    )
     leaves = make_inputs(150, 13, 150, dtype, torch.float32)
     growing = 10.0 ** (torch.arange(150, device=DEVICE) // 20 - 6)
     check(leaves, 2, {}, growing[:, None] * torch.randn(150, 2, device=DEVICE))
@@ -107,7 +125,11 @@ def test_few_programs_for_the_products(monkeypatch, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
     tokens, experts, k = shape
-    check(make_logits(tokens, experts), k, make_options("mask" if tokens > 9 else "softmax", tokens, experts, k))
+    check(
+        make_logits(tokens, experts),
+        k,
+        make_options("mask" if tokens > 9 else "softmax", tokens, experts, k),
+    )
     check(make_inputs(min(tokens, 70), experts, 33), k, {})
 
 
@@ -122,14 +144,18 @@ def test_large_logits(score):
 @pytest.mark.parametrize("from_input", [False, True])
 def test_no_tokens(from_input):
     leaves = make_inputs(0, 5, 20) if from_input else make_logits(0, 5)
-    got, routing = run(leaves, 2, make_options("mse segments", 0, 5, 2), "fused", torch.zeros(0, 2, device=DEVICE))
+    got, routing = run(
+        leaves, 2, make_options("mse segments", 0, 5, 2), "fused", torch.zeros(0, 2, device=DEVICE)
+    )
     assert not any(value.any() for value in got.values()) and not routing.counts.any()
     check_order(routing, None)
 
 
 @pytest.mark.parametrize("balance", ["switch", "gshard", "mse"])
 def test_all_tokens_masked(balance):
-    options = dict(token_padding_mask=torch.ones(70, dtype=torch.bool, device=DEVICE), balance=balance)
+    options = dict(
+        token_padding_mask=torch.ones(70, dtype=torch.bool, device=DEVICE), balance=balance
+    )
     for leaves in (make_logits(70, 13), make_inputs(70, 13, 20)):
         with torch.no_grad():
             next(iter(leaves.values())).fill_(math.nan)
@@ -147,12 +173,14 @@ def test_all_tokens_to_one_expert():
     assert routing.counts[0, 7] == 200
 
 
-# ---- 2: choice ------------------------------------------------------------------------------------------------------------------
+# ---- 2: choice -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ["softmax", "available", "bias"])
 def test_choice_value_descending_index_ascending(option):
-    """Logits of few values: nearly all rows have ties, and those of the reference are the same to the bit."""
+    """Logits of few values: nearly all rows have ties, and those of the reference are the same to
+    the bit.
+    """
     options = make_options(option, 257, 21, 4)
     if "selection_bias" in options:  # sigmoid of these is exact in any arithmetic
         options["selection_bias"] = torch.randint(-2, 3, (21,), device=DEVICE).float()
@@ -167,11 +195,15 @@ def test_choice_value_descending_index_ascending(option):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_nan_logits(renormalize, score):
-    """Their token's weights and the losses are NaN, the choice is valid: NaN after all else but before what may not be used."""
+    """Their token's weights and the losses are NaN, the choice is valid: NaN after all else but
+    before what may not be used.
+    """
     available = torch.ones(2, 13, dtype=torch.bool, device=DEVICE)
     available[1, :9] = False
     segments = torch.arange(70, device=DEVICE) % 2
-    options = dict(score=score, renormalize=renormalize, available=available, segments=segments, num_segments=2)
+    options = dict(
+        score=score, renormalize=renormalize, available=available, segments=segments, num_segments=2
+    )
     logits = torch.randn(70, 13, device=DEVICE)
     want = route(dict(logits=logits), 3, options, "fused")
     logits[5, :9] = math.nan  # of segment 1, to which these are not available
@@ -184,7 +216,11 @@ def test_nan_logits(renormalize, score):
     assert torch.equal(got.weights.isnan(), void[:, None].expand(-1, 3))
     assert torch.equal(got.weights[~void], want.weights[~void])
     assert all(getattr(got, name).isnan() for name in LOSSES)
-    assert got.indices[6].tolist() == [0, 1, 2] and got.indices[7].tolist() == [9, 10, 11] and 2 not in got.indices[4]
+    assert (
+        got.indices[6].tolist() == [0, 1, 2]
+        and got.indices[7].tolist() == [9, 10, 11]
+        and 2 not in got.indices[4]
+    )
     check_order(got, None)
 
 
@@ -197,7 +233,10 @@ def test_infinite_logits(score):
     for renormalize in (True, False):
         options = dict(score=score, renormalize=renormalize, available=available)
         leaves = dict(logits=logits.requires_grad_())
-        (got, routing), (want, _) = (run(leaves, 3, options, b, torch.ones(70, 3, device=DEVICE)) for b in ("fused", "reference"))
+        (got, routing), (want, _) = (
+            run(leaves, 3, options, b, torch.ones(70, 3, device=DEVICE))
+            for b in ("fused", "reference")
+        )
         assert routing.indices[3].tolist() == [0, 1, 2] and not (routing.indices == 3).any()
         for name, value in got.items():  # the reference's gradient of log 0 may be NaN
             finite = want[name].isfinite()
@@ -221,20 +260,40 @@ def test_nan_behind_the_mask_stays_there(source):
     for name, value in got.items():
         assert torch.equal(value, want[name]), name
         assert not name.startswith(f"d{source} ") or not value[mask].any(), name
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and not after.weights[mask].any()
+    assert (
+        all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        and not after.weights[mask].any()
+    )
 
 
 def test_replayed_indices_out_of_range():
-    """A CPU refuses them; a card cannot wait to look. Their tokens and the losses are NaN, all else is as if they were clamped."""
-    logits, options = torch.randn(70, 5, device=DEVICE), (False, True, None, None, None, 1, None, "mse")
+    """A CPU refuses them; a card cannot wait to look. Their tokens and the losses are NaN, all else
+    is as if they were clamped.
+    """
+    logits, options = (
+        torch.randn(70, 5, device=DEVICE),
+        (False, True, None, None, None, 1, None, "mse"),
+    )
     indices = torch.randint(0, 5, (70, 2), device=DEVICE)
     bad = indices.clone()
     bad[3, 0], bad[40, 1], bad[69, 1] = -1, 5, 2**33 + 1
     void = (bad != indices).any(1)
     got, want = (
-        torch.ops.mmfused.topk_routing_fwd(logits, None, None, 2, *options, given, 0.0, None) for given in (bad, bad.clamp(0, 4))
+        torch.ops.mmfused.topk_routing_fwd(logits, None, None, 2, *options, given, 0.0, None)
+        for given in (bad, bad.clamp(0, 4))
     )
-    names = ("logits", "indices", "weights", "counts", "losses", "order", "position", "offsets", "tiles", "coefficients")
+    names = (
+        "logits",
+        "indices",
+        "weights",
+        "counts",
+        "losses",
+        "order",
+        "position",
+        "offsets",
+        "tiles",
+        "coefficients",
+    )
     got, want = dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True))
     assert torch.equal(got["weights"].isnan(), void[:, None].expand(-1, 2))
     assert torch.equal(got["weights"][~void], want["weights"][~void])
@@ -242,16 +301,24 @@ def test_replayed_indices_out_of_range():
         assert torch.equal(got[name], want[name]), name
     one, tail = torch.ones((), device=DEVICE), (False, True, None, None, 1, None, "mse", 0.0, None)
     d_got, d_want = (
-        torch.ops.mmfused.topk_routing_bwd(None, one, one, one, logits, given, want["weights"], want["coefficients"], *tail)
+        torch.ops.mmfused.topk_routing_bwd(
+            None, one, one, one, logits, given, want["weights"], want["coefficients"], *tail
+        )
         for given in (bad, bad.clamp(0, 4))
     )
-    assert torch.equal(d_got[~void], d_want[~void]) and d_got[void].isnan().all() and got["losses"].isnan().all()
+    assert (
+        torch.equal(d_got[~void], d_want[~void])
+        and d_got[void].isnan().all()
+        and got["losses"].isnan().all()
+    )
     for name, value in zip(names[5:9], torch.ops.mmfused.expert_order(bad, None, 5), strict=True):
         assert torch.equal(value, want[name]), name
 
 
 def test_segments_have_gradients_of_their_own():
-    """Two segments that prefer different experts: the balance pushes each away from its own, and the empty third takes no part."""
+    """Two segments that prefer different experts: the balance pushes each away from its own, and
+    the empty third takes no part.
+    """
     logits = torch.randn(130, 5, device=DEVICE) / 10
     segments = torch.arange(130, device=DEVICE) % 2
     logits[segments == 0, 1] += 2.0
@@ -264,22 +331,28 @@ def test_segments_have_gradients_of_their_own():
     assert routing.counts.tolist() == [[0, 65, 0, 0, 0], [0, 0, 0, 65, 0], [0] * 5]
 
 
-# ---- 3: order -------------------------------------------------------------------------------------------------------------------
+# ---- 3: order ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [128, 1], ids=["one step", "a step each"])
 @pytest.mark.parametrize("masked", [0.0, 0.3, 1.0])
 def test_order_of_a_routing_made_elsewhere(monkeypatch, masked, rows):
-    """Over several blocks of tokens, scanned at once and one after the other; an expert may be named twice and may get nothing."""
+    """Over several blocks of tokens, scanned at once and one after the other; an expert may be
+    named twice and may get nothing.
+    """
     monkeypatch.setattr(kernels, "SCAN_ROWS", rows)
     indices = torch.randint(0, 7, (333, 3), device=DEVICE) * 3
     mask = torch.rand(333, device=DEVICE) < masked
     weights = torch.rand(333, 3, device=DEVICE)
     with mmfused.backend("fused"):
         for ignored in (mask, None):
-            check_order(routing_from_indices(indices, weights, 21, token_padding_mask=ignored), ignored)
+            check_order(
+                routing_from_indices(indices, weights, 21, token_padding_mask=ignored), ignored
+            )
             strided = indices.T.contiguous().T
-            check_order(routing_from_indices(strided, weights, 21, token_padding_mask=ignored), ignored)
+            check_order(
+                routing_from_indices(strided, weights, 21, token_padding_mask=ignored), ignored
+            )
 
 
 @pytest.mark.parametrize("experts, k", [(16, 2), (300, 4)])
@@ -296,15 +369,27 @@ def test_tile_map_alone():
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(DEVICE, torch.int32)
         want = plain_tiles(offsets.tolist(), rows, experts, shared.tile_rows(rows, experts))
         assert shared.tile_map(offsets, rows, experts).tolist() == want
-    assert [shared.tile_rows(rows, 16) for rows in (0, 511, 512, 1023, 1024, 2048, 10**6)] == [16, 16, 32, 32, 64, 128, 128]
+    assert [shared.tile_rows(rows, 16) for rows in (0, 511, 512, 1023, 1024, 2048, 10**6)] == [
+        16,
+        16,
+        32,
+        32,
+        64,
+        128,
+        128,
+    ]
 
 
-# ---- 4: layouts, registration, behaviour ----------------------------------------------------------------------------------------
+# ---- 4: layouts, registration, behaviour ---------------------------------------------------------
 
 
 def test_strided_inputs():
     dense = torch.randn(137, 13, device=DEVICE)
-    views = [dense.T.contiguous().T, torch.cat((dense, dense), 1)[:, :13], torch.stack((dense, dense), 2)[:, :, 0]]
+    views = [
+        dense.T.contiguous().T,
+        torch.cat((dense, dense), 1)[:, :13],
+        torch.stack((dense, dense), 2)[:, :, 0],
+    ]
     upstream, options = torch.randn(137, 2, device=DEVICE), make_options("segments", 137, 13, 2)
     options["token_padding_mask"] = torch.stack([options["token_padding_mask"]] * 2, 1)[:, 0]
     want, _ = run(dict(logits=dense.requires_grad_()), 2, options, "fused", upstream)
@@ -316,13 +401,18 @@ def test_strided_inputs():
     want, _ = run(leaves, 2, {}, "fused", upstream)
     x, weight = leaves["x"].detach(), leaves["router_weight"].detach()
     for view in (torch.cat((x, x), 1)[:, :40], x.T.contiguous().T):
-        strided = leaves | dict(x=view.requires_grad_(), router_weight=weight.T.contiguous().T.requires_grad_())
+        strided = leaves | dict(
+            x=view.requires_grad_(), router_weight=weight.T.contiguous().T.requires_grad_()
+        )
         got, _ = run(strided, 2, {}, "fused", upstream)
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_bitwise_repeats():
-    leaves, options = make_inputs(140, 13, 70, torch.float16), make_options("jitter sigmoid", 140, 13, 2)
+    leaves, options = (
+        make_inputs(140, 13, 70, torch.float16),
+        make_options("jitter sigmoid", 140, 13, 2),
+    )
     upstream = torch.randn(140, 2, device=DEVICE)
     first, second = (run(leaves, 2, options, "fused", upstream) for _ in range(2))
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
@@ -335,9 +425,20 @@ def test_opcheck(from_input, option):
     options = make_options(option, 37, 5, 2)
     names = "token_padding_mask", "segments", "num_segments", "available", "balance"
     masked = [options.get(name, dict(num_segments=1, balance="switch").get(name)) for name in names]
-    sigmoid, noise = options.get("score") == "sigmoid", (options.get("jitter", 0.0), options.get("jitter_seed"))
-    leaves = [x.detach() for x in (make_inputs(37, 5, 40) if from_input else make_logits(37, 5)).values()]
-    args = (*(leaves if from_input else (*leaves, None, None)), 2, sigmoid, True, options.get("selection_bias"))
+    sigmoid, noise = (
+        options.get("score") == "sigmoid",
+        (options.get("jitter", 0.0), options.get("jitter_seed")),
+    )
+    leaves = [
+        x.detach() for x in (make_inputs(37, 5, 40) if from_input else make_logits(37, 5)).values()
+    ]
+    args = (
+        *(leaves if from_input else (*leaves, None, None)),
+        2,
+        sigmoid,
+        True,
+        options.get("selection_bias"),
+    )
     args = (*args, *masked, options.get("indices"), *noise)
     ops = torch.ops.mmfused
     torch.library.opcheck(ops.topk_routing_fwd, args)
@@ -345,7 +446,17 @@ def test_opcheck(from_input, option):
     logits, indices = (logits if from_input else leaves[0]), options.get("indices", indices)
     one = torch.ones((), device=DEVICE)
     for upstream in ((torch.randn_like(weights), one, one, one), (None, one, None, None)):
-        backward = (*upstream, logits, indices, weights, coefficients, sigmoid, True, *masked, *noise)
+        backward = (
+            *upstream,
+            logits,
+            indices,
+            weights,
+            coefficients,
+            sigmoid,
+            True,
+            *masked,
+            *noise,
+        )
         torch.library.opcheck(ops.topk_routing_bwd, backward)
     torch.library.opcheck(ops.expert_order, (indices, masked[0], 5))
     if from_input:
@@ -355,9 +466,15 @@ def test_opcheck(from_input, option):
 
 
 def test_launches(monkeypatch):
-    """Three forward, one backward, two more for x and the router's weights, none of them for what is constant."""
+    """Three forward, one backward, two more for x and the router's weights, none of them for what
+    is constant.
+    """
     launched, real = [], kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)))
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
+    )
 
     def names(leaves, wanted):
         launched.clear()
@@ -374,7 +491,7 @@ def test_launches(monkeypatch):
     assert names(make_inputs(70, 5, 40), {"router_weight", "router_bias"}) == [*forward, "dw"]
 
 
-# ---- 5: helpers -----------------------------------------------------------------------------------------------------------------
+# ---- 5: helpers ----------------------------------------------------------------------------------
 
 
 def test_jitter_is_that_of_plain_pytorch():
@@ -384,14 +501,20 @@ def test_jitter_is_that_of_plain_pytorch():
         want = 1 + 0.5 * (2 * uniform(seed, 150, 13) - 1)  # 0.5 keeps all digits
         with mmfused.backend("fused"):
             logits = torch.ones(150, 13, device=DEVICE, requires_grad=True)
-            routing = topk_routing(logits, 13, jitter=0.5, jitter_seed=seed, score="sigmoid", renormalize=False)
+            routing = topk_routing(
+                logits, 13, jitter=0.5, jitter_seed=seed, score="sigmoid", renormalize=False
+            )
         order = want.sort(dim=1, descending=True, stable=True).indices
         assert torch.equal(routing.indices, order)
-        torch.testing.assert_close(routing.weights, want.gather(1, order).sigmoid(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            routing.weights, want.gather(1, order).sigmoid(), rtol=1e-6, atol=0
+        )
 
 
 def test_offsets_are_64_bit():
-    """The helper through which logits are read, far behind the first 2^31 elements (virtual memory, never touched)."""
+    """The helper through which logits are read, far behind the first 2^31 elements (virtual memory,
+    never touched).
+    """
     if CUDA:
         pytest.skip("the interpreter probes the helper; the same source runs on the card")
     import triton
@@ -404,8 +527,14 @@ def test_offsets_are_64_bit():
         tl.store(out_ptr + at, load(ptr, first + i, i, i < 1, stride, 1, E))
         tl.store(out_ptr + 256 + at, load(ptr, i, i, i < 2, 1, stride, E))
 
-    memory = torch.zeros(2_200_000_000, dtype=torch.int8)  # zero pages: only what is written takes memory
+    memory = torch.zeros(
+        2_200_000_000, dtype=torch.int8
+    )  # zero pages: only what is written takes memory
     memory[9 * 240_000_000 : 9 * 240_000_000 + 2] = 7  # 9 rows down, or 9 columns along
     out = torch.full((2, 16, 16), -1.0)
     probe[(1,)](scores.load_logits, memory, out, 9, 240_000_000, E=10)
-    assert out[0, 0, :2].tolist() == [7, 7] and out[1, :2, 9].tolist() == [7, 7] and (out > 0).sum() == 4
+    assert (
+        out[0, 0, :2].tolist() == [7, 7]
+        and out[1, :2, 9].tolist() == [7, 7]
+        and (out > 0).sum() == 4
+    )

@@ -1,4 +1,6 @@
-"""Routing with values that are not numbers, out of range, very large, or never written: on every backend, and in the C++ router."""
+"""Routing with values that are not numbers, out of range, very large, or never written: on every
+backend, and in the C++ router.
+"""
 
 import itertools
 import math
@@ -33,7 +35,8 @@ def unchecked(monkeypatch):
 
 
 def agree(got, exact, plain):
-    """NaN and inf where the reference in float64 has them; what is finite there within the error budget.
+    """NaN and inf where the reference in float64 has them; what is finite there within the error
+    budget.
 
     A token whose gradient holds NaN in the reference may have NaN in more of its logits."""
     tables = [dict(table) for table in (got, exact, plain)]
@@ -50,7 +53,9 @@ def agree(got, exact, plain):
 
 
 class Tables:
-    """What several cases gave, compared as one: of a single number plain PyTorch may be right by luck."""
+    """What several cases gave, compared as one: of a single number plain PyTorch may be right by
+    luck.
+    """
 
     def __init__(self):
         self.seen = [{}, {}, {}]
@@ -61,7 +66,12 @@ class Tables:
                 seen.setdefault(name, []).append(value.flatten())
 
     def check(self):
-        assert over_budget(*({name: torch.cat(values) for name, values in seen.items()} for seen in self.seen)) == []
+        assert (
+            over_budget(
+                *({name: torch.cat(values) for name, values in seen.items()} for seen in self.seen)
+            )
+            == []
+        )
 
 
 def check_rows(together, options, leaves, k, backend, own):
@@ -73,14 +83,17 @@ def check_rows(together, options, leaves, k, backend, own):
     results.append(run(leaves, k, options, "reference", upstream, **replay))
     others = torch.ones(len(upstream), dtype=torch.bool, device=DEVICE)
     others[own] = False
-    tables = [{n: x[others] if n[:2] in ("dl", "dx") else x for n, x in table.items()} for table, _ in results]
+    tables = [
+        {n: x[others] if n[:2] in ("dl", "dx") else x for n, x in table.items()}
+        for table, _ in results
+    ]
     together.add(agree(*tables))
     for name in ("indices", "counts", "order", "position", "offsets"):
         assert torch.equal(getattr(results[0][1], name), getattr(results[1][1], name)), name
     return results[0]
 
 
-# ---- NaN and inf ----------------------------------------------------------------------------------------------------------------
+# ---- NaN and inf ---------------------------------------------------------------------------------
 
 ROWS = {
     "NaN": [nan, 0.5, 1, 2, -1, 0, 3],
@@ -96,13 +109,17 @@ ROWS = {
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, backend):
-    """Of its own segment the losses, and with "mse" their gradients, as in the reference; the other segment's stay finite."""
+    """Of its own segment the losses, and with "mse" their gradients, as in the reference; the other
+    segment's stay finite.
+    """
     segments, together = (torch.arange(20) % 3 == 0).long().to(DEVICE), Tables()
     for row, renormalize in itertools.product(ROWS.values(), (True, False)):
         leaves = make_logits(20, 7)
         with torch.no_grad():
             leaves["logits"][4] = torch.tensor(row)
-        options = dict(score=score, balance=balance, renormalize=renormalize, segments=segments, num_segments=2)
+        options = dict(
+            score=score, balance=balance, renormalize=renormalize, segments=segments, num_segments=2
+        )
         got, _ = check_rows(together, options, leaves, 2, backend, [4])
         d = got["dlogits from weights"]
         assert d[:4].isfinite().all() and d[5:].isfinite().all()
@@ -110,7 +127,9 @@ def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, ba
     together.check()
 
 
-@pytest.mark.parametrize("sigmoid, renormalize, balance", [*itertools.product([False, True], [False, True], BALANCES)])
+@pytest.mark.parametrize(
+    "sigmoid, renormalize, balance", [*itertools.product([False, True], [False, True], BALANCES)]
+)
 def test_a_row_that_is_not_finite_in_the_cpp_router(sigmoid, renormalize, balance, simt):
     options, together = dict(sigmoid=sigmoid, renormalize=renormalize, balance=balance), Tables()
     for row in ROWS.values():
@@ -124,13 +143,18 @@ def check_cpp(together, case, simt, own):
     gradients = csrc_cases.upstream(case)
     out = simt.forward(case)
     out["d_logits"] = simt.backward(case, gradients, out)
-    exact, plain = (csrc_cases.expected(case, dtype, gradients) for dtype in (torch.float64, torch.float32))
+    exact, plain = (
+        csrc_cases.expected(case, dtype, gradients) for dtype in (torch.float64, torch.float32)
+    )
     for name in ("indices", "counts", "order", "position", "offsets", "tiles"):
         if name != "indices" or case["indices"] is None:
             assert torch.equal(out[name], exact[name]), name
     others = torch.ones(len(case["source"]), dtype=torch.bool)
     others[own] = False
-    tables = [{n: t[n] for n in ("weights", "losses")} | {"d": t["d_logits"][others]} for t in (out, exact, plain)]
+    tables = [
+        {n: t[n] for n in ("weights", "losses")} | {"d": t["d_logits"][others]}
+        for t in (out, exact, plain)
+    ]
     together.add(agree(*tables))
     return out
 
@@ -147,12 +171,15 @@ def test_a_token_of_x_that_is_not_finite_stays_in_its_outputs(value, backend):
         got, after = run(leaves, 2, {}, backend, upstream)
         others = torch.arange(40, device=DEVICE) != 17
         assert torch.equal(after.indices[others], before.indices[others])
-        assert torch.equal(got["weights"][others], want["weights"][others]) and got["weights"][17].isnan().all()
+        assert (
+            torch.equal(got["weights"][others], want["weights"][others])
+            and got["weights"][17].isnan().all()
+        )
         name = "dx from weights"
         assert torch.equal(got[name][others], want[name][others])
 
 
-# ---- out of range ---------------------------------------------------------------------------------------------------------------
+# ---- out of range --------------------------------------------------------------------------------
 
 
 def bad_values(tokens, experts, k):
@@ -171,7 +198,10 @@ def bad_values(tokens, experts, k):
     for usable in range(k):
         available = torch.ones(3, experts, dtype=torch.bool, device=DEVICE)
         available[1, usable:] = False
-        yield dict(segments=segments, num_segments=3, available=available), [t for t in range(tokens) if t % 3 == 1]
+        yield (
+            dict(segments=segments, num_segments=3, available=available),
+            [t for t in range(tokens) if t % 3 == 1],
+        )
     available = torch.zeros(1, experts, dtype=torch.bool, device=DEVICE)
     yield dict(available=available), list(range(tokens))
     for e in (experts, -(2**40)):
@@ -183,8 +213,12 @@ def bad_values(tokens, experts, k):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("balance", BALANCES)
-@pytest.mark.parametrize("score, renormalize, masked", [("softmax", True, False), ("sigmoid", False, True)])
-def test_values_out_of_range_make_their_tokens_nan(score, renormalize, masked, balance, backend, unchecked):
+@pytest.mark.parametrize(
+    "score, renormalize, masked", [("softmax", True, False), ("sigmoid", False, True)]
+)
+def test_values_out_of_range_make_their_tokens_nan(
+    score, renormalize, masked, balance, backend, unchecked
+):
     mask = torch.zeros(11, dtype=torch.bool, device=DEVICE)
     mask[[2, 5]] = masked
     together = Tables()
@@ -197,18 +231,32 @@ def test_values_out_of_range_make_their_tokens_nan(score, renormalize, masked, b
         void[own] = True
         assert torch.equal(got["weights"].isnan().all(1), void & ~mask)
         assert all(got[name].isnan() for name in LOSSES)
-        assert got["dlogits from all"][void & ~mask].isnan().all() and not got["dlogits from all"][mask].any()
+        assert (
+            got["dlogits from all"][void & ~mask].isnan().all()
+            and not got["dlogits from all"][mask].any()
+        )
         if "indices" not in options:
-            assert all(len(set(row)) == 2 and 0 <= min(row) <= max(row) < 5 for row in routing.indices.tolist())
+            assert all(
+                len(set(row)) == 2 and 0 <= min(row) <= max(row) < 5
+                for row in routing.indices.tolist()
+            )
     together.check()
 
 
-@pytest.mark.parametrize("sigmoid, renormalize, balance", [(False, True, "switch"), (True, False, "mse"), (True, True, "gshard")])
+@pytest.mark.parametrize(
+    "sigmoid, renormalize, balance",
+    [(False, True, "switch"), (True, False, "mse"), (True, True, "gshard")],
+)
 def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, simt):
     together = Tables()
     for options, own in bad_values(11, 5, 2):
         case = csrc_cases.make(11, 5, 2, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
-        out = check_cpp(together, case | {name: getattr(x, "cpu", lambda x=x: x)() for name, x in options.items()}, simt, own)
+        out = check_cpp(
+            together,
+            case | {name: getattr(x, "cpu", lambda x=x: x)() for name, x in options.items()},
+            simt,
+            own,
+        )
         assert out["losses"].isnan().all() and out["d_logits"][own].isnan().all()
     together.check()
 
@@ -216,14 +264,25 @@ def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, si
 def test_an_expert_named_twice_counts_twice():
     """A replayed choice may do that, as one of experts on other ranks, which all go to the last."""
     indices, together = torch.tensor([[1, 1], [0, 2], [3, 3]], device=DEVICE), Tables()
-    for backend, score, renormalize in itertools.product(BACKENDS[1:], ("softmax", "sigmoid"), (True, False)):
-        check_rows(together, dict(indices=indices, score=score, renormalize=renormalize), make_logits(3, 4), 2, backend, [])
+    for backend, score, renormalize in itertools.product(
+        BACKENDS[1:], ("softmax", "sigmoid"), (True, False)
+    ):
+        check_rows(
+            together,
+            dict(indices=indices, score=score, renormalize=renormalize),
+            make_logits(3, 4),
+            2,
+            backend,
+            [],
+        )
     together.check()
 
 
 @pytest.mark.parametrize("sort", BACKENDS)
 def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
-    """Every backend of the experts on every backend's routing: the void tokens are NaN, the others as without them."""
+    """Every backend of the experts on every backend's routing: the void tokens are NaN, the others
+    as without them.
+    """
     indices = torch.randint(0, 4, (9, 2), device=DEVICE)
     bad = indices.clone()
     bad[2, 1], bad[5, 0], bad[6] = 4, -1, 2**40
@@ -236,7 +295,9 @@ def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
             leaf = x.clone().requires_grad_()
             with mmfused.backend(sort):
                 routing = routing_from_indices(given, weights, 4)
-            assert routing.order.sort().values.tolist() == list(range(18)) and routing.offsets.tolist()[::4] == [0, 18]
+            assert routing.order.sort().values.tolist() == list(
+                range(18)
+            ) and routing.offsets.tolist()[::4] == [0, 18]
             with mmfused.backend(backend):
                 out = mmfused.grouped_mlp(leaf, routing, up, down)
             outs[name] = (out, *torch.autograd.grad(out[~void].sum(), [leaf, weights]))
@@ -245,11 +306,13 @@ def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
             assert torch.allclose(a[~void], b[~void], rtol=1e-5, atol=1e-6)
 
 
-# ---- large ----------------------------------------------------------------------------------------------------------------------
+# ---- large ---------------------------------------------------------------------------------------
 
 
 def large(size):
-    """Logits up to ``size``: far apart, close to one another far from zero on either side, all equal, and small ones."""
+    """Logits up to ``size``: far apart, close to one another far from zero on either side, all
+    equal, and small ones.
+    """
     logits = torch.randn(64, 13, dtype=torch.float64)
     near = torch.rand(64, 13, dtype=torch.float64) * 4
     logits[::8] *= size / 4
@@ -259,7 +322,9 @@ def large(size):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("score, renormalize", [*itertools.product(["softmax", "sigmoid"], [True, False])])
+@pytest.mark.parametrize(
+    "score, renormalize", [*itertools.product(["softmax", "sigmoid"], [True, False])]
+)
 def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
     together = Tables()
     for size, balance in itertools.product((1e3, 1e4), BALANCES):
@@ -268,7 +333,8 @@ def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
         upstream = torch.randn(64, 3, dtype=torch.float64, device=DEVICE)
         got, routing = run(leaves, 3, options, backend, upstream)
         exact, plain = (
-            run(cast(leaves, to), 3, options, "reference", upstream, indices=routing.indices)[0] for to in (torch.float64, dtype)
+            run(cast(leaves, to), 3, options, "reference", upstream, indices=routing.indices)[0]
+            for to in (torch.float64, dtype)
         )
         together.add([got, exact, plain])
     together.check()
@@ -282,11 +348,16 @@ def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormaliz
         case["source"].copy_(large(size) if size > 30 else size * torch.randn(64, 13))
         gradients = csrc_cases.upstream(case)
         for only in (slice(1), slice(1, 4)):  # of the weights alone, and of the losses alone
-            given = [x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)]
+            given = [
+                x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)
+            ]
             out = simt.forward(case)
             d = simt.backward(case, given, out)
             replayed = case | dict(indices=out["indices"])
-            exact, plain = (csrc_cases.expected(replayed, to, given)["d_logits"] for to in (torch.float64, torch.float32))
+            exact, plain = (
+                csrc_cases.expected(replayed, to, given)["d_logits"]
+                for to in (torch.float64, torch.float32)
+            )
             together.add([{f"d {size} {only}": x} for x in (d, exact, plain)])
     together.check()
 
@@ -294,8 +365,12 @@ def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormaliz
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, score):
-    """Renormalised weights know nothing of the experts that are not chosen, and sum to 1: where one is near 1, too."""
-    logits = (10 ** torch.linspace(-1, 4, 60)[:, None] * torch.randn(60, 11)).to(DEVICE).requires_grad_()
+    """Renormalised weights know nothing of the experts that are not chosen, and sum to 1: where one
+    is near 1, too.
+    """
+    logits = (
+        (10 ** torch.linspace(-1, 4, 60)[:, None] * torch.randn(60, 11)).to(DEVICE).requires_grad_()
+    )
     with mmfused.backend(backend):
         routing = mmfused.topk_routing(logits, 4, score=score, renormalize=True)
     (gradient,) = torch.autograd.grad(routing.weights, logits, torch.randn(60, 4, device=DEVICE))
@@ -312,7 +387,9 @@ def near_1():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
-    """It is what the other experts leave: in float32 P - P ** 2 has no digit of it, their sum has all."""
+    """It is what the other experts leave: in float32 P - P ** 2 has no digit of it, their sum has
+    all.
+    """
     logits, upstream, gradients = near_1(), torch.randn(40, k), []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         leaf = logits.to(DEVICE, dtype).requires_grad_()
@@ -330,5 +407,7 @@ def test_the_gradient_of_a_probability_near_1_keeps_its_digits_in_the_cpp_router
     upstream = [weights, *map(torch.zeros_like, losses)]
     out = simt.forward(case)
     got = simt.backward(case, upstream, out)
-    want = csrc_cases.expected(case | dict(indices=out["indices"]), torch.float64, upstream)["d_logits"]
+    want = csrc_cases.expected(case | dict(indices=out["indices"]), torch.float64, upstream)[
+        "d_logits"
+    ]
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0.0)

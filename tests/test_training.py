@@ -7,16 +7,25 @@ import torch
 from PIL import Image
 
 import mmfused.library
-import mmfused.training
+import mmfused.training.loop
 from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
-from mmfused.gradients import add_gradients
-from mmfused.metrics import class_scores, count, evaluate, scores
-from mmfused.ownership import MARK
-from mmfused.steps import drop_modalities, learning_rate
-from mmfused.train_setup import build_model, load_data, make_batches
-from mmfused.training import TrainConfig, load_run, train
+from mmfused.training.gradients import add_gradients
+from mmfused.training.loop import TrainConfig, load_run, train
+from mmfused.training.metrics import class_scores, count, evaluate, scores
+from mmfused.training.ownership import MARK
+from mmfused.training.setup import build_model, load_data, make_batches
+from mmfused.training.steps import drop_modalities, learning_rate
 
-FILES = {"checkpoints", "metrics.jsonl", "model.safetensors", "config.json", "summary.json", "curves.png", "tokenizer", MARK}
+FILES = {
+    "checkpoints",
+    "metrics.jsonl",
+    "model.safetensors",
+    "config.json",
+    "summary.json",
+    "curves.png",
+    "tokenizer",
+    MARK,
+}
 SCORES = {"accuracy", "macro_precision", "macro_recall", "macro_f1"}
 
 
@@ -29,14 +38,23 @@ def write_products(folder, split, size):
         for row in range(size):
             item, name = products[row], f"images/{row}.png"
             Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(folder / name)
-            writer.writerow([name if item["image_present"] or not item["text"] else "", item["text"], item["label"] % 5])
+            writer.writerow(
+                [
+                    name if item["image_present"] or not item["text"] else "",
+                    item["text"],
+                    item["label"] % 5,
+                ]
+            )
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def products(tmp_path_factory):
     folder = tmp_path_factory.mktemp("products")
-    return {"data": write_products(folder / "train", "train", 48), "val": write_products(folder / "val", "val", 32)}
+    return {
+        "data": write_products(folder / "train", "train", 48),
+        "val": write_products(folder / "val", "val", 32),
+    }
 
 
 def options(products, out, **changes):
@@ -59,11 +77,15 @@ def losses(out):
 def test_a_run_leaves_every_file_whole(products, tmp_path):
     summary = train(TrainConfig(**options(products, tmp_path / "run", val_every=2)))
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     training = [record for record in records if "loss" in record]
     validation = [record for record in records if "accuracy" in record]
     assert [record["step"] for record in training] == [1, 2, 3, 4]
-    assert all({"ce", "contrastive", "moe", "lr", "seconds"} <= record.keys() for record in training)
+    assert all(
+        {"ce", "contrastive", "moe", "lr", "seconds"} <= record.keys() for record in training
+    )
     assert [record["step"] for record in validation] == [2, 4]
     assert all(record.keys() == {"step", "val_loss", *SCORES} for record in validation)
     assert all(summary[name] == validation[-1][name] for name in ("val_loss", *SCORES))
@@ -85,7 +107,18 @@ def test_a_loaded_run_gives_the_recorded_accuracy(products, tmp_path):
 
 def test_the_same_seed_gives_the_same_curve_bit_for_bit(products, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(TrainConfig(**options(products, tmp_path / name, seed=seed, swap_text=0.3, drop_image=0.1, drop_text=0.3)))
+        train(
+            TrainConfig(
+                **options(
+                    products,
+                    tmp_path / name,
+                    seed=seed,
+                    swap_text=0.3,
+                    drop_image=0.1,
+                    drop_text=0.3,
+                )
+            )
+        )
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
@@ -93,12 +126,18 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit(products, tmp_path):
 @pytest.mark.parametrize("modalities", ["both", "image", "text"])
 def test_reference_and_composed_give_the_same_curve(products, tmp_path, modalities):
     for backend in ("reference", "composed"):
-        train(TrainConfig(**options(products, tmp_path / backend, backend=backend, modalities=modalities)))
+        train(
+            TrainConfig(
+                **options(products, tmp_path / backend, backend=backend, modalities=modalities)
+            )
+        )
     assert losses(tmp_path / "reference") == pytest.approx(losses(tmp_path / "composed"), rel=1e-4)
 
 
 def test_training_lowers_the_loss(products, tmp_path):
-    train(TrainConfig(**options(products, tmp_path / "run", steps=30, batch_size=48, augment=False)))
+    train(
+        TrainConfig(**options(products, tmp_path / "run", steps=30, batch_size=48, augment=False))
+    )
     curve = losses(tmp_path / "run")
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
 
@@ -108,7 +147,7 @@ def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatc
         raise RuntimeError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmfused.run_folder.draw_curves", fail)
+        patch.setattr("mmfused.training.run_folder.draw_curves", fail)
         with pytest.raises(RuntimeError, match="disk full"):
             train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -127,7 +166,13 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(TrainConfig(**options(products, tmp_path / "run", steps=1, seed=1)))
     with pytest.raises(FileNotFoundError):
-        train(TrainConfig(**options({**products, "data": str(tmp_path / "none")}, tmp_path / "run", overwrite=True)))
+        train(
+            TrainConfig(
+                **options(
+                    {**products, "data": str(tmp_path / "none")}, tmp_path / "run", overwrite=True
+                )
+            )
+        )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     train(TrainConfig(**options(products, tmp_path / "run", steps=1, seed=1, overwrite=True)))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
@@ -137,7 +182,10 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "resnet"}, "model: got 'resnet', takes one of fluid, uniecs, unica, moon2, unite"),
+        (
+            {"model": "resnet"},
+            "model: got 'resnet', takes one of fluid, uniecs, unica, moon2, unite",
+        ),
         ({"modalities": "sound"}, "modalities: got 'sound'"),
         ({"amp": "fp16"}, "amp: got 'fp16', takes one of auto, bf16, off"),
         ({"accumulate": 0}, "accumulate: got 0"),
@@ -148,15 +196,26 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ({"swap_text": 1.5}, "swap_text: got 1.5"),
         ({"backend": "fast"}, "fast"),
         ({"val": None}, "val: got nothing"),
-        ({"image_encoder": "x", "modalities": "text"}, "image_encoder: got 'x' with modalities 'text'"),
-        ({"text_encoder": "x", "modalities": "image"}, "text_encoder: got 'x' with modalities 'image'"),
-        ({"image_encoder": "x", "patch_size": 8}, "patch_size: got 8 with image_encoder, takes none"),
+        (
+            {"image_encoder": "x", "modalities": "text"},
+            "image_encoder: got 'x' with modalities 'text'",
+        ),
+        (
+            {"text_encoder": "x", "modalities": "image"},
+            "text_encoder: got 'x' with modalities 'image'",
+        ),
+        (
+            {"image_encoder": "x", "patch_size": 8},
+            "patch_size: got 8 with image_encoder, takes none",
+        ),
         ({"batch_size": 64}, None),
     ],
 )
 def test_bad_settings_are_refused_before_a_file_is_touched(products, tmp_path, changes, message):
     if message is None:
-        train(TrainConfig(**options(products, tmp_path / "run", steps=1, **changes)))  # fewer rows than a batch: one smaller batch
+        train(
+            TrainConfig(**options(products, tmp_path / "run", steps=1, **changes))
+        )  # fewer rows than a batch: one smaller batch
         return
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(**options(products, tmp_path / "run", **changes)))
@@ -184,7 +243,9 @@ def test_skipped_rows_are_counted_and_told(products, tmp_path, caplog):
     metadata = tmp_path / "val" / "metadata.csv"
     metadata.parent.mkdir()
     metadata.write_text("file_name,text,label\n,a red mug,1\nnone.jpg,a mug,1\n,blue mug,x\n")
-    summary = train(TrainConfig(**options({**products, "val": str(metadata.parent)}, tmp_path / "run", steps=1)))
+    summary = train(
+        TrainConfig(**options({**products, "val": str(metadata.parent)}, tmp_path / "run", steps=1))
+    )
     assert len(summary["skipped"]) == 2 and summary["val_rows"] == 1
     assert "val: 2 rows skipped" in caplog.text and "none.jpg" in caplog.text
 
@@ -208,7 +269,12 @@ def literal_scores(predictions, labels):
         per_class.append((precision, recall, f1))
     means = [sum(column) / len(per_class) for column in zip(*per_class, strict=True)]
     right = sum(p == t for p, t in zip(predictions, labels, strict=True))
-    return {"accuracy": right / len(labels), "macro_precision": means[0], "macro_recall": means[1], "macro_f1": means[2]}
+    return {
+        "accuracy": right / len(labels),
+        "macro_precision": means[0],
+        "macro_recall": means[1],
+        "macro_f1": means[2],
+    }
 
 
 def test_scores_by_hand():
@@ -221,7 +287,12 @@ def test_scores_by_hand():
     }
     assert scores(predictions, labels) == pytest.approx(expected)
     values = class_scores(count(predictions, labels))
-    assert values["precision"].tolist() == [1, 0.5, 0, 0] and values["recall"].tolist() == [0.5, 1, 0, 0]
+    assert values["precision"].tolist() == [1, 0.5, 0, 0] and values["recall"].tolist() == [
+        0.5,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_scores_of_large_labels_take_no_more_memory():
@@ -230,11 +301,17 @@ def test_scores_of_large_labels_take_no_more_memory():
 
 
 @pytest.mark.parametrize("label", [10**6, 2**31 - 1])
-def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(products, tmp_path, label):
+def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(
+    products, tmp_path, label
+):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,label\n,a red mug,{label}\n")
-    with pytest.raises(ValueError, match=f"data: got the label {label}, takes labels below 1000000"):
-        train(TrainConfig(**options({**products, "data": str(tmp_path / "data")}, tmp_path / "run")))
+    with pytest.raises(
+        ValueError, match=f"data: got the label {label}, takes labels below 1000000"
+    ):
+        train(
+            TrainConfig(**options({**products, "data": str(tmp_path / "data")}, tmp_path / "run"))
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -242,12 +319,20 @@ def test_scores_equal_a_literal_count(seed):
     generator = torch.Generator().manual_seed(seed)
     # Among 12 classes, of which 3 never occur, some are never predicted and some never true.
     labels = torch.randint(0, 9, (40,), generator=generator) + 3
-    predictions = torch.where(torch.rand(40, generator=generator) < 0.5, labels, torch.randint(0, 9, (40,), generator=generator))
-    assert scores(predictions, labels) == pytest.approx(literal_scores(predictions.tolist(), labels.tolist()))
+    predictions = torch.where(
+        torch.rand(40, generator=generator) < 0.5,
+        labels,
+        torch.randint(0, 9, (40,), generator=generator),
+    )
+    assert scores(predictions, labels) == pytest.approx(
+        literal_scores(predictions.tolist(), labels.tolist())
+    )
 
 
 def text_model_and_batches(products, tmp_path, batch_size):
-    """Without what couples samples: one modality, cross-entropy alone, no BatchNorm; and without dropout."""
+    """Without what couples samples: one modality, cross-entropy alone, no BatchNorm; and without
+    dropout.
+    """
     still = {"hidden_dropout_prob": 0.0}
     options_ = {"loss_weights": (1, 0, 0), "text": still}
     changes = {"modalities": "text", "batch_size": batch_size, "model_options": options_}
@@ -264,7 +349,9 @@ def test_accumulated_gradients_are_those_of_the_one_big_batch(products, tmp_path
     for batch_size in (12, 48):
         model, batches = text_model_and_batches(products, tmp_path, batch_size)
         loss, terms = add_gradients(model, batches, len(batches))
-        gradients[batch_size] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients[batch_size] = {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
         gradients[batch_size]["loss"], gradients[batch_size]["ce"] = loss, terms["ce"]
         assert len(batches) == 48 // batch_size
     assert gradients[12].keys() == gradients[48].keys() and len(gradients[12]) > 20
@@ -280,30 +367,44 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
         seen.append(batch["labels"].tolist())
         return model_inputs(model, batch)
 
-    model_inputs = mmfused.tasks.model_inputs
-    monkeypatch.setattr(mmfused.tasks, "model_inputs", spy)
-    summary = train(TrainConfig(**options(products, tmp_path / "run", steps=None, epochs=4, batch_size=8, accumulate=3)))
+    model_inputs = mmfused.training.tasks.model_inputs
+    monkeypatch.setattr(mmfused.training.tasks, "model_inputs", spy)
+    summary = train(
+        TrainConfig(
+            **options(products, tmp_path / "run", steps=None, epochs=4, batch_size=8, accumulate=3)
+        )
+    )
     assert summary["steps"] == 8 and len(losses(tmp_path / "run")) == 8
     # 6 batches an epoch: every two steps the same 48 labels, in another order.
     epochs = [sum(seen[start : start + 6], []) for start in range(0, 24, 6)]
-    assert len(seen) == 24 and all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and epochs[0] != epochs[1]
+    assert (
+        len(seen) == 24
+        and all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+        and epochs[0] != epochs[1]
+    )
 
 
 def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
-    found, update = [], mmfused.tasks.add_gradients
+    found, update = [], mmfused.training.tasks.add_gradients
 
     def spy(model, batches, count, amp):
-        hook = model.gate.mlp[0].register_forward_hook(lambda module, given, result: found.append(result.dtype))
+        hook = model.gate.mlp[0].register_forward_hook(
+            lambda module, given, result: found.append(result.dtype)
+        )
         loss, terms = update(model, batches, count, amp)
         hook.remove()
         found.extend([loss.dtype, *(term.dtype for term in terms.values())])
         return loss, terms
 
-    monkeypatch.setattr(mmfused.tasks, "add_gradients", spy)
+    monkeypatch.setattr(mmfused.training.tasks, "add_gradients", spy)
     curves = {}
     for amp in ("auto", "off", "bf16"):
         found.clear()
-        summary = train(TrainConfig(**options(products, tmp_path / amp, steps=2, amp=amp, device="cpu", augment=False)))
+        summary = train(
+            TrainConfig(
+                **options(products, tmp_path / amp, steps=2, amp=amp, device="cpu", augment=False)
+            )
+        )
         curves[amp] = losses(tmp_path / amp)
         assert summary["amp"] == ("bf16" if amp == "bf16" else "off")
         assert found[0] == (torch.bfloat16 if amp == "bf16" else torch.float32)
@@ -316,7 +417,14 @@ def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
 
 def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeypatch):
     data = GeneratedProducts("train", size=60)
-    batches = Batches(data, Collate(train_tokenizer(data.texts), 32, 16, augment=True), 8, shuffle=True, seed=3, drop_last=True)
+    batches = Batches(
+        data,
+        Collate(train_tokenizer(data.texts), 32, 16, augment=True),
+        8,
+        shuffle=True,
+        seed=3,
+        drop_last=True,
+    )
     made, make = [], batches.items.batch
     monkeypatch.setattr(batches.items, "batch", lambda *args: made.append(1) or make(*args))
     stream = batches.stream()
@@ -337,8 +445,11 @@ def test_weights_that_are_not_finite_are_not_saved(products, tmp_path, monkeypat
         torch.nn.init.constant_(model.bottleneck.queries, float("nan"))
         return result
 
-    monkeypatch.setattr(mmfused.training, "update", poisoned)
-    with pytest.raises(RuntimeError, match="bottleneck.queries is not finite after step 1, so no checkpoint was written"):
+    monkeypatch.setattr(mmfused.training.loop, "update", poisoned)
+    with pytest.raises(
+        RuntimeError,
+        match="bottleneck.queries is not finite after step 1, so no checkpoint was written",
+    ):
         train(TrainConfig(**options(products, tmp_path / "run", save_every=1, val_every=4)))
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -13,8 +13,8 @@ from training_runs import (
 )
 
 from mmfused.cli import main
-from mmfused.run_folder import read_json
-from mmfused.training import TrainConfig, train
+from mmfused.training.loop import TrainConfig, train
+from mmfused.training.run_folder import read_json
 
 few_products = training_runs.few_products
 
@@ -28,7 +28,10 @@ def test_a_lowered_batch_size_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     "command",
     [
-        *([*"train --data generated --out x".split(), option, ""] for option in ("--init", "--tokenizer", "--host", "--val")),
+        *(
+            [*"train --data generated --out x".split(), option, ""]
+            for option in ("--init", "--tokenizer", "--host", "--val")
+        ),
         [*"eval --checkpoint x --data x --products".split(), ""],
         [*"eval --data x --checkpoint".split(), ""],
         [*"embed --checkpoint x --data x --out x.npz --views".split(), " "],
@@ -39,26 +42,50 @@ def test_a_lowered_batch_size_is_said(tmp_path, caplog):
 def test_an_empty_value_is_not_taken_for_none(capsys, command):
     assert main(command) == 2
     name = command[-2].removeprefix("--")
-    assert f"mmfused: error: {name}: got {command[-1]!r}, takes a text that is not empty" in capsys.readouterr().err
+    assert (
+        f"mmfused: error: {name}: got {command[-1]!r}, takes a text that is not empty"
+        in capsys.readouterr().err
+    )
     if command[0] == "train":
         with pytest.raises(ValueError, match=f"{name}: got '', takes a text that is not empty"):
             TrainConfig(out="x", **{name: ""})
 
 
 def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
-    for name, command in (("ablation.json", ["ablate", "--data", "generated", "--overwrite"]), ("demo.json", ["demo"])):
+    for name, command in (
+        ("ablation.json", ["ablate", "--data", "generated", "--overwrite"]),
+        ("demo.json", ["demo"]),
+    ):
         (tmp_path / name).write_text("mine")
         assert main([*command, "--out", str(tmp_path)]) == 2
-        assert f"{name} is another program's; choose another folder, or move it" in capsys.readouterr().err
+        assert (
+            f"{name} is another program's; choose another folder, or move it"
+            in capsys.readouterr().err
+        )
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
     (tmp_path / "demo.png").write_text("mine")
-    assert main(["demo", "--out", str(tmp_path)]) == 2 and (tmp_path / "demo.png").read_text() == "mine"
+    assert (
+        main(["demo", "--out", str(tmp_path)]) == 2
+        and (tmp_path / "demo.png").read_text() == "mine"
+    )
 
 
 def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
     stop_in_step(monkeypatch, 1)
-    command = ["ablate", "--data", "generated", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
+    command = [
+        "ablate",
+        "--data",
+        "generated",
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(command) == 128 + signal.SIGTERM
     assert "mmfused: stopped by SIGTERM after step 1, saved in" in capsys.readouterr().err
 
@@ -69,7 +96,10 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
         (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
         (["--val", "x"], "val: got 'x' with the generated set, takes none"),
         (["--init", "nowhere"], "init: got 'nowhere', takes the folder of a run or checkpoint"),
-        (["--tokenizer", "./nowhere"], "tokenizer takes a tokenizer folder or a hub name, got './nowhere'"),
+        (
+            ["--tokenizer", "./nowhere"],
+            "tokenizer takes a tokenizer folder or a hub name, got './nowhere'",
+        ),
         (["--device", "hpu"], "device: got 'hpu', takes auto, cpu"),
         (["--seed", str(2**70)], "seed: got 1180591620717411303424, takes an integer from 0"),
         (["--seed", "-1"], "seed: got -1, takes an integer from 0"),

@@ -1,4 +1,6 @@
-"""Two ranks that were started differently, or of which one cannot go on, both end, within seconds, and say which."""
+"""Two ranks that were started differently, or of which one cannot go on, both end, within seconds,
+and say which.
+"""
 
 import csv
 import json
@@ -12,9 +14,9 @@ import pytest
 import torch.multiprocessing as mp
 from training_runs import records, small_run, smaller_data
 
-import mmfused.tasks
-from mmfused import training
-from mmfused.training import train
+import mmfused.training.tasks
+from mmfused.training import loop as training
+from mmfused.training.loop import train
 
 SECONDS = 60  # with all preparation; a group that waits for a rank gives up after half an hour
 
@@ -68,7 +70,7 @@ def a_full_disk(rank, out, folder, patch):
     def full(*args, **options):
         raise OSError("disk full")
 
-    patch.setattr("mmfused.checkpoint.write", full)
+    patch.setattr("mmfused.training.checkpoint.write", full)
     return small_run(out)
 
 
@@ -78,7 +80,7 @@ def a_failing_validation(rank, out, folder, patch):
             raise RuntimeError("out of memory")
         return {"accuracy": 0.5, "val_loss": 1.0}
 
-    patch.setattr("mmfused.tasks.evaluate", failing)
+    patch.setattr("mmfused.training.tasks.evaluate", failing)
     return small_run(out)
 
 
@@ -93,7 +95,7 @@ def a_signal_in_a_validation(rank, out, folder, patch):
             return None
         return {"accuracy": 0.5, "val_loss": 1.0}
 
-    patch.setattr("mmfused.tasks.evaluate", signalled)
+    patch.setattr("mmfused.training.tasks.evaluate", signalled)
     return small_run(out)
 
 
@@ -114,8 +116,8 @@ def a_failing_forward(rank, out, folder, patch):
             raise RuntimeError("out of memory")
         return add_gradients(*args)
 
-    add_gradients = mmfused.tasks.add_gradients
-    patch.setattr("mmfused.tasks.add_gradients", failing)
+    add_gradients = mmfused.training.tasks.add_gradients
+    patch.setattr("mmfused.training.tasks.add_gradients", failing)
     return small_run(out)
 
 
@@ -134,26 +136,46 @@ CASES = {
     other_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, takes one value",) * 2,
     other_data: ("ValueError: val: got ",) * 2,
     other_rows: ("ValueError: data's rows: got ",) * 2,
-    missing_data: ("OtherRankError: rank 1 of 2: data: got 'data', takes a folder", "FileNotFoundError: data: got 'data'"),
-    foreign_files: ("FileExistsError: out: ", ("OtherRankError: rank 0 of 2: out: ", "FileExistsError: out: ")),
-    a_loss_that_is_not_finite: ("OtherRankError: rank 1 of 2: the loss is nan at step 1", "RuntimeError: the loss is nan at"),
+    missing_data: (
+        "OtherRankError: rank 1 of 2: data: got 'data', takes a folder",
+        "FileNotFoundError: data: got 'data'",
+    ),
+    foreign_files: (
+        "FileExistsError: out: ",
+        ("OtherRankError: rank 0 of 2: out: ", "FileExistsError: out: "),
+    ),
+    a_loss_that_is_not_finite: (
+        "OtherRankError: rank 1 of 2: the loss is nan at step 1",
+        "RuntimeError: the loss is nan at",
+    ),
     a_full_disk: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
-    a_failing_validation: ("OtherRankError: rank 1 of 2: out of memory", "RuntimeError: out of memory"),
+    a_failing_validation: (
+        "OtherRankError: rank 1 of 2: out of memory",
+        "RuntimeError: out of memory",
+    ),
     a_name_that_is_no_text: ("FileNotFoundError: data: got '\\udcff'",) * 2,
     a_signal_in_a_validation: ("Stopped: stopped by SIGTERM after step 4",) * 2,
     records_that_cannot_be_opened: ("IsADirectoryError: ", "OtherRankError: rank 0 of 2: "),
-    a_failing_forward: ("OtherRankError: rank 1 of 2: out of memory", "RuntimeError: out of memory"),
+    a_failing_forward: (
+        "OtherRankError: rank 1 of 2: out of memory",
+        "RuntimeError: out of memory",
+    ),
     at_the_end: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
 }
 
 
 def run_rank(rank, port, folder):
     """All cases one after the other in one group: it must be of use after each refusal."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": str(port),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     heard = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfused.train_setup.product_data.GeneratedProducts", smaller_data())
+        patch.setattr("mmfused.training.setup.product_data.GeneratedProducts", smaller_data())
         for case in CASES:
             begun = time.monotonic()
             with patch.context() as own:
@@ -202,7 +224,9 @@ def test_both_ranks_end_and_say_why(heard, case):
 
 
 def test_the_group_is_of_use_after_refusals(heard):
-    assert [record["step"] for record in records(heard[0] / "good") if "loss" in record] == list(range(1, 10))
+    assert [record["step"] for record in records(heard[0] / "good") if "loss" in record] == list(
+        range(1, 10)
+    )
 
 
 def test_what_is_refused_leaves_no_folder(heard):

@@ -1,31 +1,53 @@
-"""UniCA against an independent float64 transcription of its equations, and what the model promises around them."""
+"""UniCA against an independent float64 transcription of its equations, and what the model promises
+around them.
+"""
 
 import json
 
 import pytest
 import torch
 from retrieval_models import home
-from unica_equations import BERT, SMALL, error, random_model, shown, token_batch, token_part, transcription, x64
+from unica_equations import (
+    BERT,
+    SMALL,
+    error,
+    random_model,
+    shown,
+    token_batch,
+    token_part,
+    transcription,
+    x64,
+)
 
 import mmfused
-from mmfused.gradients import to_device
 from mmfused.models.unica import COMPONENTS, UniCA, UniCAConfig
+from mmfused.training.gradients import to_device
 
 VIEWS = ("image", "text", "both")
 VARIANTS = [
     {},
     {"blocks": 2, "share_weights": True, "positive_weight": 0.3},
-    {"bica_norm": "pre", "blocks": 2, "temperature": 0.05, "text": {**BERT, "num_hidden_layers": 2}},
+    {
+        "bica_norm": "pre",
+        "blocks": 2,
+        "temperature": 0.05,
+        "text": {**BERT, "num_hidden_layers": 2},
+    },
     {"bica_norm": "pre", "without": ("ffn",), "gather": "local"},
     *({"without": (name,)} for name in COMPONENTS),
     {"without": COMPONENTS},
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values()))[:30] or "default")
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values()))[:30] or "default"
+)
 def test_agrees_with_the_equations(options):
     model, batch = random_model(**options), token_batch()
-    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    leaves = {
+        name: parameter.detach().clone().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
     expected, views = transcription(leaves, batch, model.config)
     gradients = torch.autograd.grad(expected["loss"], list(leaves.values()), allow_unused=True)
     for backend in ("reference", "composed"):
@@ -41,7 +63,10 @@ def test_agrees_with_the_equations(options):
         for view in VIEWS:
             assert error(embedded[view], views[view]) < 1e-12, view
         for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
-            assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-10, name
+            assert (
+                error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+                < 1e-10
+            ), name
 
 
 def test_the_terms_add_up_with_and_without_negatives():
@@ -55,12 +80,16 @@ def test_the_terms_add_up_with_and_without_negatives():
 
 def test_a_text_alone_is_what_plain_bert_makes_of_it():
     model, items = random_model(), token_part()
-    states = model.text_encoder(input_ids=items["input_ids"], attention_mask=items["attention_mask"]).last_hidden_state
+    states = model.text_encoder(
+        input_ids=items["input_ids"], attention_mask=items["attention_mask"]
+    ).last_hidden_state
     plain = torch.nn.functional.normalize(states[:, 0], dim=-1)
     items["image_present"] = torch.arange(6) == 0
     views = model.embed(("text", "both"), **shown(items))
     assert error(views["text"], plain) < 1e-12
-    assert error(views["both"][1:], plain[1:]) < 1e-12  # beside an image that is there, in slots of its own
+    assert (
+        error(views["both"][1:], plain[1:]) < 1e-12
+    )  # beside an image that is there, in slots of its own
     assert error(views["both"][0], plain[0]) > 1e-3
 
 
@@ -68,7 +97,9 @@ def test_pre_norm_starts_as_the_host_alone():
     torch.manual_seed(0)
     model = UniCA(UniCAConfig(**SMALL, bica_norm="pre", blocks=2)).double()
     without = UniCA(UniCAConfig(**SMALL, without=("bica",))).double()
-    without.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("bica")})
+    without.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith("bica")}
+    )
     batch = token_batch()
     assert error(model(**batch).loss, without(**batch).loss) < 1e-12
     model(**batch).loss.backward()
@@ -83,7 +114,10 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
     torch.manual_seed(5)  # of dropout
     model = random_model(**options).to(home(dtype), dtype)  # a fresh one sees little of its items
     model.info_nce.options["positive_weight"] *= perturb
-    batch = {role: {name: value[:items] for name, value in part.items()} for role, part in token_batch().items()}
+    batch = {
+        role: {name: value[:items] for name, value in part.items()}
+        for role, part in token_batch().items()
+    }
     for part in batch.values():
         part["image_tokens"] = part["image_tokens"].to(dtype)
     batch = to_device(batch, home(dtype))
@@ -115,8 +149,16 @@ def test_training_is_the_same_on_both_backends_and_the_test_sees_one_perturbed_t
 
 
 def test_training_with_dropout_is_the_same_on_both_backends():
-    options = {"dropout": 0.1, "text": {**BERT, "hidden_dropout_prob": 0.1}, "bica_norm": "pre", "share_weights": True}
-    assert apart(trained("composed", 30, x64, **options), trained("reference", 30, x64, **options)) < 1e-9
+    options = {
+        "dropout": 0.1,
+        "text": {**BERT, "hidden_dropout_prob": 0.1},
+        "bica_norm": "pre",
+        "share_weights": True,
+    }
+    assert (
+        apart(trained("composed", 30, x64, **options), trained("reference", 30, x64, **options))
+        < 1e-9
+    )
 
 
 def test_the_kernels_train_alike():
@@ -132,14 +174,20 @@ def test_the_kernels_train_alike():
 CASES = {
     "no image": {"image_present": torch.zeros(6, dtype=torch.bool)},
     "no text": {"text_present": torch.zeros(6, dtype=torch.bool)},
-    "nothing": {"image_present": torch.zeros(6, dtype=torch.bool), "attention_mask": torch.zeros(6, 6, dtype=torch.long)},
+    "nothing": {
+        "image_present": torch.zeros(6, dtype=torch.bool),
+        "attention_mask": torch.zeros(6, 6, dtype=torch.long),
+    },
 }
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_that_lacks_a_modality_trains(case, backend):
-    model, batch = random_model(), {role: {**items, **CASES[case]} for role, items in token_batch().items()}
+    model, batch = (
+        random_model(),
+        {role: {**items, **CASES[case]} for role, items in token_batch().items()},
+    )
     with mmfused.backend(backend):
         loss = model(**batch).loss
         loss.backward()
@@ -147,7 +195,9 @@ def test_a_batch_that_lacks_a_modality_trains(case, backend):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert not (name.startswith("bica") and parameter.grad.any()), name
-        assert case == "no text" or not (name.startswith("visual_proj") and parameter.grad.any()), name
+        assert case == "no text" or not (name.startswith("visual_proj") and parameter.grad.any()), (
+            name
+        )
 
 
 def test_what_is_absent_does_not_leak():
@@ -177,21 +227,36 @@ def test_a_missing_text_is_cls_and_sep():  # as [CLS][SEP] alone, no real token 
 def test_items_do_not_depend_on_each_other_or_on_padding():
     model, items = random_model(), shown(token_part())
     whole = model.embed(VIEWS, **items)
-    wider = {**items, **{name: torch.nn.functional.pad(items[name], (0, 4)) for name in ("input_ids", "attention_mask")}}
+    wider = {
+        **items,
+        **{
+            name: torch.nn.functional.pad(items[name], (0, 4))
+            for name in ("input_ids", "attention_mask")
+        },
+    }
     padded = model.embed(VIEWS, **wider)
     for row in range(6):
         alone = model.embed(VIEWS, **{name: value[row : row + 1] for name, value in items.items()})
         for view in VIEWS:
-            assert error(alone[view][0], whole[view][row]) < 1e-12 and error(padded[view], whole[view]) < 1e-12
+            assert (
+                error(alone[view][0], whole[view][row]) < 1e-12
+                and error(padded[view], whole[view]) < 1e-12
+            )
 
 
 def test_views_hide_the_other_modality():
     model, items = random_model(), shown(token_part())
     expected = model.embed(VIEWS, **items)
     other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
-    assert torch.equal(other["text"], expected["text"]) and error(other["image"], expected["image"]) > 1e-3
+    assert (
+        torch.equal(other["text"], expected["text"])
+        and error(other["image"], expected["image"]) > 1e-3
+    )
     other = model.embed(VIEWS, **{**items, "input_ids": token_part(7)["input_ids"]})
-    assert torch.equal(other["image"], expected["image"]) and error(other["text"], expected["text"]) > 1e-3
+    assert (
+        torch.equal(other["image"], expected["image"])
+        and error(other["text"], expected["text"]) > 1e-3
+    )
     for view in VIEWS:
         assert expected[view].shape == (6, 12)
         assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
@@ -207,10 +272,14 @@ def test_views_hide_the_other_modality():
 def test_each_component_changes_what_it_should(name):
     full, batch = random_model(), token_batch()
     ablated = UniCA(UniCAConfig(**SMALL, without=(name,))).double()
-    ablated.load_state_dict({key: value for key, value in full.state_dict().items() if key in ablated.state_dict()})
+    ablated.load_state_dict(
+        {key: value for key, value in full.state_dict().items() if key in ablated.state_dict()}
+    )
     (a, terms), (b, ablated_terms) = full(**batch), ablated(**batch)
     assert abs(a - b).item() > 1e-3
-    views, ablated_views = (model.embed(VIEWS, **shown(batch["query"])) for model in (full, ablated))
+    views, ablated_views = (
+        model.embed(VIEWS, **shown(batch["query"])) for model in (full, ablated)
+    )
     changed = [view for view in VIEWS if error(views[view], ablated_views[view]) > 1e-6]
     assert changed == (["both"] if name in ("bica", "ffn", "fusion") else [])
     if name == "positive_similarity":
@@ -226,7 +295,14 @@ def test_each_component_changes_what_it_should(name):
 
 def tiny(**options) -> UniCA:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "image_size": 32, "patch_size": 16, "text_dim": 32, "image_dim": 32, "ffn": 48}
+    sizes = {
+        "vocab_size": 50,
+        "image_size": 32,
+        "patch_size": 16,
+        "text_dim": 32,
+        "image_dim": 32,
+        "ffn": 48,
+    }
     return UniCA(UniCAConfig.preset("tiny", **sizes, **options))
 
 
@@ -297,7 +373,12 @@ def test_autocast_keeps_embeddings_and_losses_in_float32():
     expected = model(**batch)
     with torch.autocast("cpu", torch.bfloat16):
         output, embedded = model(**batch), model.embed(**shown(batch["query"]))
-    assert output.loss.dtype == embedded["both"].dtype == output.losses["positive_similarity"].dtype == torch.float32
+    assert (
+        output.loss.dtype
+        == embedded["both"].dtype
+        == output.losses["positive_similarity"].dtype
+        == torch.float32
+    )
     assert error(output.loss, expected.loss) < 0.1
 
 
@@ -316,7 +397,9 @@ def test_training_tells_items_apart():
 
 
 def test_config_survives_json():
-    config = UniCAConfig.preset("tiny", vocab_size=70, image_size=96, freeze=("text",), without=("ffn",), gather="local")
+    config = UniCAConfig.preset(
+        "tiny", vocab_size=70, image_size=96, freeze=("text",), without=("ffn",), gather="local"
+    )
     copy = UniCAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert copy == config and isinstance(copy.freeze, tuple) and copy.text["vocab_size"] == 70
     UniCA(config).load_state_dict(UniCA(copy).state_dict())
@@ -326,7 +409,10 @@ def test_config_survives_json():
 def test_preset_paper_has_its_sizes():
     with torch.device("meta"):
         model = UniCA(UniCAConfig.preset("paper"))
-    assert model.image_encoder.patch_embed.num_patches == 196 and len(model.text_encoder.encoder.layer) == 12
+    assert (
+        model.image_encoder.patch_embed.num_patches == 196
+        and len(model.text_encoder.encoder.layer) == 12
+    )
     assert not any(parameter.requires_grad for parameter in model.text_encoder.parameters())
     assert model.info_nce.temperature == model.config.temperature == 0.02
     assert model.bica[0].image_ffn.layers[0].out_features == 3072
@@ -337,7 +423,10 @@ def test_preset_paper_has_its_sizes():
     [
         ({"bica_norm": "none"}, "bica_norm: got 'none', takes one of post, pre"),
         ({"gather": "all"}, "gather: got 'all', takes one of global, local"),
-        ({"without": ("gate",)}, "without: got 'gate', takes some of bica, ffn, positive_similarity, hard_negatives, fusion"),
+        (
+            {"without": ("gate",)},
+            "without: got 'gate', takes some of bica, ffn, positive_similarity, hard_negatives, fusion",
+        ),
         ({"freeze": ("vision",)}, "freeze: got 'vision', takes some of image, text"),
         ({"freeze": ("image",)}, "freeze: got 'image' with image None, takes an image encoder"),
         ({"num_heads": 5}, "num_heads: got 5, takes a divisor of text_dim=12"),
@@ -346,8 +435,14 @@ def test_preset_paper_has_its_sizes():
         ({"positive_weight": -1.0}, "positive_weight: got -1.0, takes a number from 0"),
         ({"pixel_mean": (0.5,)}, r"pixel_mean: got \(0.5,\), takes 3 finite numbers"),
         ({"text": None}, "text: got None, takes an object"),
-        ({"text": {"model_type": "roberta"}}, "text.model_type: got 'roberta', takes 'bert', the host"),
-        ({"empty_text": (101, 102)}, r"empty_text must be ids below the host's vocab_size=20, got \(101, 102\)"),
+        (
+            {"text": {"model_type": "roberta"}},
+            "text.model_type: got 'roberta', takes 'bert', the host",
+        ),
+        (
+            {"empty_text": (101, 102)},
+            r"empty_text must be ids below the host's vocab_size=20, got \(101, 102\)",
+        ),
     ],
 )
 def test_bad_config(options, message):
@@ -359,18 +454,42 @@ def test_bad_config(options, message):
     ("changes", "message"),
     [
         ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
-        ({"pixel_values": torch.zeros(6, 3, 32, 32)}, "exactly one of pixel_values and image_tokens, got both"),
-        ({"image_tokens": torch.zeros(6, 3, 11)}, r"image_tokens must have shape \(B, tokens, 10\), got \(6, 3, 11\)"),
+        (
+            {"pixel_values": torch.zeros(6, 3, 32, 32)},
+            "exactly one of pixel_values and image_tokens, got both",
+        ),
+        (
+            {"image_tokens": torch.zeros(6, 3, 11)},
+            r"image_tokens must have shape \(B, tokens, 10\), got \(6, 3, 11\)",
+        ),
         ({"image_present": torch.ones(6)}, r"image_present must be bool \(6,\), got torch.float32"),
-        ({"text_present": torch.ones(5, dtype=torch.bool)}, r"text_present must be bool \(6,\), got torch.bool \(5,\)"),
+        (
+            {"text_present": torch.ones(5, dtype=torch.bool)},
+            r"text_present must be bool \(6,\), got torch.bool \(5,\)",
+        ),
         ({"input_ids": None}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got None"),
-        ({"input_ids": torch.zeros(6, 14).long()}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 14\)"),
-        ({"input_ids": torch.zeros(6, 1).long()}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 1\)"),
-        ({"input_ids": torch.zeros(5, 6).long()}, "image and text must have one batch size, got 6 and 5"),
+        (
+            {"input_ids": torch.zeros(6, 14).long()},
+            r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 14\)",
+        ),
+        (
+            {"input_ids": torch.zeros(6, 1).long()},
+            r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 1\)",
+        ),
+        (
+            {"input_ids": torch.zeros(5, 6).long()},
+            "image and text must have one batch size, got 6 and 5",
+        ),
         ({"input_ids": torch.full((6, 6), 20)}, r"input_ids must lie in \[0, 19\]"),
-        ({"attention_mask": torch.ones(6, 7)}, r"attention_mask must be \(6, 6\) as input_ids, got \(6, 7\)"),
+        (
+            {"attention_mask": torch.ones(6, 7)},
+            r"attention_mask must be \(6, 6\) as input_ids, got \(6, 7\)",
+        ),
         ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32 \(6,\)"),
-        ({"image_tokens": None, "pixel_values": torch.zeros(6, 3, 8, 8)}, "the config's image is None; give image_tokens"),
+        (
+            {"image_tokens": None, "pixel_values": torch.zeros(6, 3, 8, 8)},
+            "the config's image is None; give image_tokens",
+        ),
     ],
 )
 def test_bad_items(changes, message):
@@ -381,5 +500,7 @@ def test_bad_items(changes, message):
 def test_a_candidate_for_every_query():
     batch = token_batch()
     batch["candidate"] = {name: value[:5] for name, value in batch["candidate"].items()}
-    with pytest.raises(ValueError, match="candidate must have a row for each of the 6 queries, got 5"):
+    with pytest.raises(
+        ValueError, match="candidate must have a row for each of the 6 queries, got 5"
+    ):
         random_model()(**batch)

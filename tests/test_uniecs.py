@@ -1,4 +1,6 @@
-"""UniECS against an independent float64 transcription of its equations, and what the model promises around them."""
+"""UniECS against an independent float64 transcription of its equations, and what the model promises
+around them.
+"""
 
 import json
 import math
@@ -10,9 +12,15 @@ from retrieval_models import home
 from uniecs_equations import transcription
 
 import mmfused
-from mmfused.gradients import to_device
 from mmfused.models.uniecs import COMPONENTS, UniECS, UniECSConfig
-from mmfused.models.uniecs_losses import LossOptions, adaptive_loss, adaptive_weights, group_losses, loss_terms
+from mmfused.models.uniecs_losses import (
+    LossOptions,
+    adaptive_loss,
+    adaptive_weights,
+    group_losses,
+    loss_terms,
+)
+from mmfused.training.gradients import to_device
 
 x64 = torch.float64
 VIEWS = ("image", "text", "both")
@@ -20,7 +28,9 @@ SMALL = {"dim": 8, "num_heads": 2, "cross_layers": 1, "image_dim": 6, "text_dim"
 
 
 def random_model(**options) -> UniECS:
-    """A float64 model without encoders whose parameters are all random, also those that start as zeros or ones."""
+    """A float64 model without encoders whose parameters are all random, also those that start as
+    zeros or ones.
+    """
     model = UniECS(UniECSConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -44,8 +54,12 @@ def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
 
 
 def token_pair() -> tuple[dict, dict]:
-    """A query lacks both, one its text, a candidate its image, one its text. Two empty embeddings of a side would tie in top k."""
-    return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(3, no_image=(3,), no_text=(0,))
+    """A query lacks both, one its text, a candidate its image, one its text. Two empty embeddings
+    of a side would tie in top k.
+    """
+    return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(
+        3, no_image=(3,), no_text=(0,)
+    )
 
 
 def view_of(encoded: dict) -> torch.Tensor:
@@ -58,34 +72,66 @@ def error(a, b):
 
 VARIANTS = [
     {"cross_layers": 2},
-    {"cross_layers": 2, "placement": "after", "self_blocks": 2, "fusion_blocks": 2, "v2f": "f_to_v", "weighting": "static"},
+    {
+        "cross_layers": 2,
+        "placement": "after",
+        "self_blocks": 2,
+        "fusion_blocks": 2,
+        "v2f": "f_to_v",
+        "weighting": "static",
+    },
     {"indicator": "batch", "text_mask": False, "text_length": 6, "v2f": "f_to_v"},
     {"indicator": False, "missing": "zero", "text_length": 3, "beta": 1.0, "epsilon": 0.1},
-    {"missing": "skip", "margins": (0.6, 0.1, 0.2, 0.4), "initial_scale": 4.0, "hard_fraction": 0.9, "temperature": 0.2},
-    {"missing": "zero", "temperature_v2v": 0.3, "temperature_t2t": 0.1, "text_mask": False, "text_length": 3},
+    {
+        "missing": "skip",
+        "margins": (0.6, 0.1, 0.2, 0.4),
+        "initial_scale": 4.0,
+        "hard_fraction": 0.9,
+        "temperature": 0.2,
+    },
+    {
+        "missing": "zero",
+        "temperature_v2v": 0.3,
+        "temperature_t2t": 0.1,
+        "text_mask": False,
+        "text_length": 3,
+    },
     *({"without": (name,)} for name in COMPONENTS),
     {"without": ("fusion", "cmal", "imcl", "adaptive"), "text_mask": False, "text_length": 5},
 ]
 
 
 def zero_for_none(gradients, like):
-    return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(gradients, like, strict=True)]
+    return [
+        torch.zeros_like(x) if gradient is None else gradient
+        for gradient, x in zip(gradients, like, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 def test_agrees_with_the_equations(options):
     model, (query, candidate) = random_model(**options), token_pair()
-    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    leaves = {
+        name: parameter.detach().clone().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
     expected = transcription(leaves, query, candidate, model.config)
     inputs = list(leaves.values())
-    gradients = zero_for_none(torch.autograd.grad(expected["loss"], inputs, allow_unused=True), inputs)
+    gradients = zero_for_none(
+        torch.autograd.grad(expected["loss"], inputs, allow_unused=True), inputs
+    )
     for backend in ("reference", "composed"):
         model.zero_grad()
         with mmfused.backend(backend):
             encoded = model.encode("query", **query), model.encode("candidate", **candidate)
             output = model.compare(*encoded)
             output.loss.backward()
-        got = {"query": view_of(encoded[0]), "candidate": view_of(encoded[1]), "loss": output.loss, **output.losses}
+        got = {
+            "query": view_of(encoded[0]),
+            "candidate": view_of(encoded[1]),
+            "loss": output.loss,
+            **output.losses,
+        }
         assert list(got) == list(expected)
         for name, value in expected.items():
             assert error(got[name], value) < 1e-10, name
@@ -95,13 +141,19 @@ def test_agrees_with_the_equations(options):
 
 
 def test_self_attention_agrees_with_multihead_attention():
-    """The transcription reads the projections by name; nn.MultiheadAttention with the same weights decides."""
+    """The transcription reads the projections by name; nn.MultiheadAttention with the same weights
+    decides.
+    """
     block = random_model().stages[0].text_blocks[0]
     x, ignore = torch.randn(3, 4, 8, dtype=x64), torch.arange(4) >= torch.tensor([4, 2, 1])[:, None]
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
     projections = (block.q_proj, block.k_proj, block.v_proj)
-    attention.in_proj_weight.data = torch.cat([projection.weight for projection in projections]).detach()
-    attention.in_proj_bias.data = torch.cat([projection.bias for projection in projections]).detach()
+    attention.in_proj_weight.data = torch.cat(
+        [projection.weight for projection in projections]
+    ).detach()
+    attention.in_proj_bias.data = torch.cat(
+        [projection.bias for projection in projections]
+    ).detach()
     attention.out_proj.load_state_dict(block.out_proj.state_dict())
     normed = block.norm1(x)
     read = x + block.gamma1 * attention(normed, normed, normed, key_padding_mask=ignore)[0]
@@ -137,9 +189,13 @@ def test_adaptive_loss_is_its_definition(changes):
     expected = literal(rows, log_scale, ids, options)
     loss, values = adaptive_loss(rows, log_scale, ids, tuple(options))
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(values, torch.stack(list(loss_terms(rows, log_scale, ids, options).values())))
+    torch.testing.assert_close(
+        values, torch.stack(list(loss_terms(rows, log_scale, ids, options).values()))
+    )
     assert not values.requires_grad
-    wanted = torch.autograd.grad(3 * expected, (rows, log_scale), allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(
+        3 * expected, (rows, log_scale), allow_unused=True, materialize_grads=True
+    )
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (rows, log_scale)), wanted)
     with torch.no_grad():
         assert torch.equal(adaptive_loss(rows, log_scale, ids, tuple(options))[0], loss)
@@ -147,9 +203,13 @@ def test_adaptive_loss_is_its_definition(changes):
 
 def test_adaptive_weights():
     norms, eps = torch.tensor([1.0, 4.0, 0.25]), 1e-6
-    equal, half, full = (adaptive_weights(norms, options_of(beta=beta, epsilon=eps)) for beta in (0.0, 0.5, 1.0))
+    equal, half, full = (
+        adaptive_weights(norms, options_of(beta=beta, epsilon=eps)) for beta in (0.0, 0.5, 1.0)
+    )
     torch.testing.assert_close(equal, torch.full((3,), 1 / 3))
-    torch.testing.assert_close(half, torch.tensor([2.0, 1.0, 4.0]) / 7)  # a smaller gradient, a larger weight
+    torch.testing.assert_close(
+        half, torch.tensor([2.0, 1.0, 4.0]) / 7
+    )  # a smaller gradient, a larger weight
     torch.testing.assert_close(full * norms, (full * norms)[:1].expand(3))  # all pull alike
     idle = adaptive_weights(torch.tensor([0.0, 1.0, 1.0]), options_of())
     torch.testing.assert_close(idle, torch.tensor([0.0, 0.5, 0.5]))
@@ -159,10 +219,15 @@ def test_adaptive_weights():
 
 
 @pytest.mark.parametrize("absent", ["image", "text", "both"])
-@pytest.mark.parametrize("options", [{}, {"without": ("fusion",)}, {"text_mask": False, "text_length": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"without": ("fusion",)}, {"text_mask": False, "text_length": 4}]
+)
 def test_a_whole_batch_may_lack_a_modality(absent, options):
     everyone = range(4)
-    lack = {"no_image": everyone if absent != "text" else (), "no_text": everyone if absent != "image" else ()}
+    lack = {
+        "no_image": everyone if absent != "text" else (),
+        "no_text": everyone if absent != "image" else (),
+    }
     model = random_model(**options)
     parts = token_items(2, **lack), token_items(3, **lack)
     for part in parts:
@@ -190,7 +255,9 @@ def test_what_is_absent_does_not_leak():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"indicator": "batch"}, {"text_mask": False, "text_length": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"indicator": "batch"}, {"text_mask": False, "text_length": 4}]
+)
 def test_an_item_does_not_depend_on_its_batch(options):
     model, items = random_model(**options), token_pair()[0]
     together = model.embed(VIEWS, **{k: v for k, v in items.items() if k != "labels"})
@@ -210,12 +277,26 @@ def test_views_hide_what_they_must():
     before = model.embed(VIEWS, **items)
     other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
     assert torch.equal(before["text"], other["text"])
-    assert ((before["image"] - other["image"]).abs().amax(1) > 1e-3).tolist() == [True, False, True, True]
-    assert ((before["both"] - other["both"]).abs().amax(1) > 1e-3).tolist() == [True, False, True, True]
+    assert ((before["image"] - other["image"]).abs().amax(1) > 1e-3).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert ((before["both"] - other["both"]).abs().amax(1) > 1e-3).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
     other = model.embed(VIEWS, **{**items, "text_tokens": items["text_tokens"].flip(0)})
-    assert torch.equal(before["image"], other["image"]) and not torch.allclose(before["text"], other["text"])
+    assert torch.equal(before["image"], other["image"]) and not torch.allclose(
+        before["text"], other["text"]
+    )
     # With one modality, or none, both is what the model makes of that.
-    assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(before["both"][1], before["text"][1])
+    assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(
+        before["both"][1], before["text"][1]
+    )
     for rows in before.values():
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(4, dtype=x64))
 
@@ -225,9 +306,14 @@ def test_views_hide_what_they_must():
 
 def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
     model = random_model(**options).to(home(dtype), dtype)
-    parts = [{k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()} for part in token_pair()]
+    parts = [
+        {k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()}
+        for part in token_pair()
+    ]
     parts = [to_device(part, home(dtype)) for part in parts]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)  # eps: a key's bias has no gradient but rounding
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, eps=1e-4
+    )  # eps: a key's bias has no gradient but rounding
     trace = []
     with mmfused.backend(backend):
         for _ in range(steps):
@@ -254,7 +340,12 @@ def test_thirty_steps_agree_and_a_perturbation_shows():
 
 def test_interpreted_kernels_agree():
     sizes = {"dim": 16, "num_heads": 1, "items": slice(2, 4)}  # one lacks its text, one its image
-    assert apart(train("fused", 2, torch.float32, **sizes), train("reference", 2, torch.float32, **sizes)) < 1e-3
+    assert (
+        apart(
+            train("fused", 2, torch.float32, **sizes), train("reference", 2, torch.float32, **sizes)
+        )
+        < 1e-3
+    )
 
 
 def test_dropout_acts_in_training_alone():
@@ -270,7 +361,11 @@ def test_dropout_acts_in_training_alone():
 
 def tiny(**options) -> UniECS:
     torch.manual_seed(0)
-    return UniECS(UniECSConfig.preset("tiny", vocab_size=50, image_size=32, dim=32, image_dim=32, text_dim=32, **options))
+    return UniECS(
+        UniECSConfig.preset(
+            "tiny", vocab_size=50, image_size=32, dim=32, image_dim=32, text_dim=32, **options
+        )
+    )
 
 
 def pixel_items(seed=3, batch=4, length=8) -> dict:
@@ -292,7 +387,8 @@ def test_every_parameter_gets_a_gradient():
     model(*parts).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # A key bias moves all logits of a query alike; over one token attention has nothing to choose.
+        # A key bias moves all logits of a query alike; over one token attention has nothing to
+        # choose.
         single = "fusion_blocks" in name and ("q_proj" in name or "k_proj" in name)
         assert parameter.grad.any() or single or name.endswith(("k_proj.bias", "key.bias")), name
 
@@ -325,8 +421,15 @@ def test_frozen_encoders_stay_as_they_are(frozen):
     optimizer.step()
     for part in ("image", "text"):
         encoder = getattr(model, f"{part}_encoder")
-        assert encoder.training == all(p.grad is not None for p in encoder.parameters()) == (part not in frozen)
-        same = [torch.equal(value, before[f"{part}_encoder.{name}"]) for name, value in encoder.state_dict().items()]
+        assert (
+            encoder.training
+            == all(p.grad is not None for p in encoder.parameters())
+            == (part not in frozen)
+        )
+        same = [
+            torch.equal(value, before[f"{part}_encoder.{name}"])
+            for name, value in encoder.state_dict().items()
+        ]
         assert all(same) == (part in frozen)
     assert not torch.equal(model.image_map.weight, before["image_map.weight"])
 
@@ -356,7 +459,12 @@ def test_components_act(name):
     torch.manual_seed(5)
     whole = UniECS(UniECSConfig(**SMALL)).double()
     less = UniECS(UniECSConfig(**SMALL, without=(name,))).double()
-    less.load_state_dict({**less.state_dict(), **{k: v for k, v in whole.state_dict().items() if k in less.state_dict()}})
+    less.load_state_dict(
+        {
+            **less.state_dict(),
+            **{k: v for k, v in whole.state_dict().items() if k in less.state_dict()},
+        }
+    )
     a, b = (view_of(model.encode("query", **parts[0])) for model in (whole, less))
     embeds = name in ("gate", "cross", "fusion")  # the others change the loss alone
     assert torch.allclose(a, b) != embeds
@@ -374,7 +482,9 @@ def test_presets_build_and_survive_json(name):
     with torch.device("meta"):
         model = UniECS(config)
     tokens = model.image_encoder.patch_embed.num_patches + 1
-    assert (tokens, len(model.stages)) == {"paper": (197, 4), "code": (50, 3), "tiny": (17, 2)}[name]
+    assert (tokens, len(model.stages)) == {"paper": (197, 4), "code": (50, 3), "tiny": (17, 2)}[
+        name
+    ]
     blocks = [len(stage.image_blocks) for stage in model.stages]
     assert blocks == {"paper": [1] * 4, "code": [0, 0, 2], "tiny": [1, 1]}[name]
 
@@ -382,13 +492,24 @@ def test_presets_build_and_survive_json(name):
 @pytest.mark.parametrize("preset", ["tiny", "paper", "code"])
 @pytest.mark.parametrize("lacks", [None, "image", "text"])
 def test_first_gradients_are_moderate(preset, lacks):
-    """Also where an item lacks a modality: tokens of zeros would pass every LayerNorm on the way back, times 316 each."""
+    """Also where an item lacks a modality: tokens of zeros would pass every LayerNorm on the way
+    back, times 316 each.
+    """
     torch.manual_seed(0)
-    model = UniECS(UniECSConfig.preset(preset, image=None, text=None, image_dim=24, text_dim=20, dropout=0.0))
+    model = UniECS(
+        UniECSConfig.preset(preset, image=None, text=None, image_dim=24, text_dim=20, dropout=0.0)
+    )
     present = {} if lacks is None else {f"{lacks}_present": torch.arange(4) % 2 == 0}
-    items = {"image_tokens": torch.randn(4, 6, 24), "text_tokens": torch.randn(4, 5, 20), "labels": torch.arange(4), **present}
+    items = {
+        "image_tokens": torch.randn(4, 6, 24),
+        "text_tokens": torch.randn(4, 5, 20),
+        "labels": torch.arange(4),
+        **present,
+    }
     model(query=items, candidate=items).loss.backward()
-    assert torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None) < 30
+    assert (
+        torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None) < 30
+    )
 
 
 def test_starts_as_the_code_does():
@@ -396,17 +517,29 @@ def test_starts_as_the_code_does():
     assert abs(model.image_map.weight.std().item() - 400**-0.5) < 3e-3
     gate = model.stages[0].cross.to_a.gate_proj
     assert gate.weight.abs().max() <= math.sqrt(6 / (129 + 64)) and not gate.bias.any()
-    assert model.log_scale.item() == pytest.approx(math.log(10)) and model.stages[0].text_blocks[0].gamma1 == 1
+    assert (
+        model.log_scale.item() == pytest.approx(math.log(10))
+        and model.stages[0].text_blocks[0].gamma1 == 1
+    )
 
 
 BAD_CONFIGS = [
     ({"num_heads": 3}, "num_heads: got 3, takes a divisor of dim=8"),
     ({"placement": "before"}, "placement: got 'before', takes one of interleaved, after"),
     ({"without": ("gates",)}, "without: got 'gates', takes some of gate, cross"),
-    ({"without": ("cmal", "clal", "imcl")}, "without: got all of cmal, clal, imcl, which leaves no loss"),
-    ({"without": ("adaptive",), "weighting": "static"}, "without: got 'adaptive' with weighting 'static'"),
+    (
+        {"without": ("cmal", "clal", "imcl")},
+        "without: got all of cmal, clal, imcl, which leaves no loss",
+    ),
+    (
+        {"without": ("adaptive",), "weighting": "static"},
+        "without: got 'adaptive' with weighting 'static'",
+    ),
     ({"text_mask": False}, "text_length: got None without text_mask, takes a number"),
-    ({"indicator": "batch", "missing": "skip"}, "missing: got 'skip' with indicator 'batch', takes 'constant'"),
+    (
+        {"indicator": "batch", "missing": "skip"},
+        "missing: got 'skip' with indicator 'batch', takes 'constant'",
+    ),
     ({"margins": (0.3,)}, r"margins: got \(0.3,\), takes 4 finite numbers"),
     ({"loss_weights": (0.0,) * 9}, "loss_weights: got .*, takes 9 numbers above 0"),
     ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
@@ -422,10 +555,19 @@ def test_bad_config(options, message):
 
 BAD_ITEMS = [
     ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
-    ({"text_tokens": None, "text_padding_mask": None}, "exactly one of input_ids and text_tokens, got neither"),
+    (
+        {"text_tokens": None, "text_padding_mask": None},
+        "exactly one of input_ids and text_tokens, got neither",
+    ),
     ({"attention_mask": torch.ones(4, 4)}, "attention_mask goes with input_ids"),
-    ({"image_tokens": torch.zeros(4, 3, 9)}, r"image_tokens must have shape \(B, tokens, 6\), got \(4, 3, 9\)"),
-    ({"image_tokens": torch.zeros(3, 3, 6), "image_present": None}, "image and text must have one batch size, got 3 and 4"),
+    (
+        {"image_tokens": torch.zeros(4, 3, 9)},
+        r"image_tokens must have shape \(B, tokens, 6\), got \(4, 3, 9\)",
+    ),
+    (
+        {"image_tokens": torch.zeros(3, 3, 6), "image_present": None},
+        "image and text must have one batch size, got 3 and 4",
+    ),
     ({"image_present": torch.ones(4)}, r"image_present must be bool \(4,\)"),
     ({"labels": torch.zeros(4)}, r"labels must be int64 \(4,\), got torch.float32"),
 ]
@@ -440,7 +582,9 @@ def test_bad_items(changes, message):
 
 def test_bad_views_and_negatives():
     model, (query, candidate) = random_model(), token_pair()
-    with pytest.raises(ValueError, match="negative must be None: UniECS has its negatives from the batch"):
+    with pytest.raises(
+        ValueError, match="negative must be None: UniECS has its negatives from the batch"
+    ):
         model(query, candidate, candidate)
     del query["labels"]
     with pytest.raises(ValueError, match="views: got .*, takes some of"):

@@ -1,4 +1,6 @@
-"""UNITE against an independent float64 transcription of its equations, and what the model promises around them."""
+"""UNITE against an independent float64 transcription of its equations, and what the model promises
+around them.
+"""
 
 import json
 import sys
@@ -10,10 +12,10 @@ import unite_equations as equations
 from retrieval_models import check_given_tokens, home
 
 import mmfused
-from mmfused.gradients import add_cached_gradients, add_gradients, to_device
 from mmfused.models import qwen
 from mmfused.models.retrieval import VIEWS
 from mmfused.models.unite import COMPONENTS, UNITE, UNITEConfig, lora
+from mmfused.training.gradients import add_cached_gradients, add_gradients, to_device
 
 x64 = torch.float64
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
@@ -30,13 +32,23 @@ HOST = {
     "vision_config": {"depth": 1, "embed_dim": 16, "patch_size": 4},
 }
 ONE_LAYER = {"text_config": {**HOST["text_config"], "num_hidden_layers": 1}}
-SPECIAL = {"image_token_id": 92, "video_token_id": 94, "vision_start_token_id": 90, "vision_end_token_id": 91}
+SPECIAL = {
+    "image_token_id": 92,
+    "video_token_id": 94,
+    "vision_start_token_id": 90,
+    "vision_end_token_id": 91,
+}
 
 
 def tiny(**options) -> UNITE:
     torch.manual_seed(0)
     host = {**HOST, **SPECIAL, **options.pop("host", {})}
-    return UNITE(UNITEConfig.preset("tiny", **{"tokens": TOKENS, "image_size": 16, "host": host, "temperature": 0.3, **options}))
+    return UNITE(
+        UNITEConfig.preset(
+            "tiny",
+            **{"tokens": TOKENS, "image_size": 16, "host": host, "temperature": 0.3, **options},
+        )
+    )
 
 
 def random_model(**options) -> UNITE:
@@ -67,13 +79,18 @@ def items(seed: int, labels, frames=()) -> dict:
 
 def batch(frames=(), negatives=True) -> dict:
     """Queries 0 and 4 ask for one product, and negative 5 is query 1's."""
-    parts = {"query": items(1, [7, 1, 2, 3, 7, 5], frames), "candidate": items(2, [7, 1, 2, 3, 7, 5], frames)}
+    parts = {
+        "query": items(1, [7, 1, 2, 3, 7, 5], frames),
+        "candidate": items(2, [7, 1, 2, 3, 7, 5], frames),
+    }
     return {**parts, "negative": items(3, [8, 9, 8, 6, 6, 1], frames)} if negatives else parts
 
 
 def plain(parts: dict) -> dict:
     """In float32, as the trainer's."""
-    return {role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()}
+    return {
+        role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
+    }
 
 
 def error(a, b):
@@ -94,7 +111,9 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default"
+)
 def test_agrees_with_the_equations(options, backend):
     model, parts = random_model(**options), batch()
     check_equations(model, parts, backend)
@@ -118,24 +137,37 @@ def check_equations(model, parts, backend):
         rows[role] = equations.embeddings(model.host, part, drawn, c)
     labels = [part["labels"] for part in parts.values()]
     negative = rows["negative"][0] if "negative" in rows else None
-    expected = equations.loss(rows["query"][0], rows["candidate"][0], negative, rows["candidate"][1], labels, c)
+    expected = equations.loss(
+        rows["query"][0], rows["candidate"][0], negative, rows["candidate"][1], labels, c
+    )
     wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     torch.manual_seed(4)
     encoded = {role: model.encode(role, **part) for role, part in parts.items()}
     for role, (row, codes) in rows.items():
-        assert error(encoded[role]["embedding"], row) < 1e-11 and encoded[role]["code"].tolist() == codes, role
+        assert (
+            error(encoded[role]["embedding"], row) < 1e-11
+            and encoded[role]["code"].tolist() == codes
+        ), role
     torch.manual_seed(4)
     with mmfused.backend(backend):
         output = model(**parts)
         output.loss.backward()
     assert error(output.loss, expected) < 1e-10 and output.losses == {"contrastive": output.loss}
     for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
-        assert error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient) < 1e-9, name
+        assert (
+            error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+            < 1e-9
+        ), name
 
 
 def test_a_lone_modality_has_no_loss():
-    """Its row of the mask holds nothing but its positive: loss 0 and gradient 0 (stage 2 without hard negatives)."""
-    model, rows = random_model(without=("negatives",)), torch.nn.functional.normalize(torch.randn(2, 4, 6, dtype=x64), dim=-1)
+    """Its row of the mask holds nothing but its positive: loss 0 and gradient 0 (stage 2 without
+    hard negatives).
+    """
+    model, rows = (
+        random_model(without=("negatives",)),
+        torch.nn.functional.normalize(torch.randn(2, 4, 6, dtype=x64), dim=-1),
+    )
     query, candidate = (part.clone().requires_grad_() for part in rows)
     codes = torch.tensor([1, 1, 2, 1])
     part = {"code": codes, "labels": torch.arange(4)}
@@ -170,17 +202,29 @@ def test_views_hide_what_they_must():
     model, part = random_model(), batch()["query"]
     part.pop("labels")
     before = model.embed(VIEWS, **part)
-    assert all(error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values())
+    assert all(
+        error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values()
+    )
     other = {**part, "pixel_values": part["pixel_values"] + 1}
     assert torch.equal(model.embed(("text",), **other)["text"], before["text"])
     changed = (model.embed(("both",), **other)["both"] != before["both"]).any(1)
     assert changed.tolist() == part["image_present"].tolist()
     other = {**part, "input_ids": part["input_ids"].where(part["input_ids"] < 4, 5)}
     assert torch.equal(model.embed(("image",), **other)["image"], before["image"])
-    assert (model.embed(("both",), **other)["both"] != before["both"]).any(1).tolist() == [True, True, False, False, True, True]
+    assert (model.embed(("both",), **other)["both"] != before["both"]).any(1).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     for item, alone in ((1, "text"), (2, "image")):  # "both" of one modality is what that one is
         assert error(before["both"][item], before[alone][item]) < 1e-12
-    assert tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype == torch.float32
+    assert (
+        tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
+        == torch.float32
+    )
 
 
 def test_more_padding_changes_nothing():
@@ -189,7 +233,9 @@ def test_more_padding_changes_nothing():
     expected = model.embed(VIEWS, **part)
     for name in ("input_ids", "attention_mask"):
         part[name] = torch.nn.functional.pad(part[name], (0, 5))
-    assert all(error(rows, expected[view]) < 1e-12 for view, rows in model.embed(VIEWS, **part).items())
+    assert all(
+        error(rows, expected[view]) < 1e-12 for view, rows in model.embed(VIEWS, **part).items()
+    )
 
 
 # --- training ---
@@ -200,13 +246,20 @@ def test_chunks_draw_the_views_of_the_whole():
     torch.manual_seed(3)
     whole = model.encode("query", **part["query"])["code"]
     torch.manual_seed(3)
-    halves = [{name: value[rows] for name, value in part["query"].items()} for rows in (slice(0, 4), slice(4, 6))]
+    halves = [
+        {name: value[rows] for name, value in part["query"].items()}
+        for rows in (slice(0, 4), slice(4, 6))
+    ]
     assert torch.equal(torch.cat([model.encode("query", **half)["code"] for half in halves]), whole)
     assert len(set(whole.tolist())) > 1
     for chunked in (False, True):
         model.zero_grad()
         torch.manual_seed(3)
-        losses.append((add_cached_gradients(model, part, 4) if chunked else add_gradients(model, [part], 1))[0])
+        losses.append(
+            (add_cached_gradients(model, part, 4) if chunked else add_gradients(model, [part], 1))[
+                0
+            ]
+        )
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert error(losses[1], losses[0]) < 1e-6
     assert all(error(a, b) < 1e-5 for a, b in zip(*gradients[::-1], strict=True))
@@ -226,7 +279,11 @@ def train(backend, steps, dtype=x64, **options) -> list[torch.Tensor]:
             optimizer.step()
             losses.append(output.loss.detach())
     query = {name: value for name, value in parts["query"].items() if name != "labels"}
-    return [torch.stack(losses), *(parameter.detach() for parameter in model.parameters()), *model.embed(VIEWS, **query).values()]
+    return [
+        torch.stack(losses),
+        *(parameter.detach() for parameter in model.parameters()),
+        *model.embed(VIEWS, **query).values(),
+    ]
 
 
 def distance(a, b):
@@ -265,10 +322,14 @@ def test_autocast_keeps_the_loss_in_float32():
 
 
 def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """But for the vision tower, whose loop over pictures is the host's: its tokens come from outside."""
+    """But for the vision tower, whose loop over pictures is the host's: its tokens come from
+    outside.
+    """
     monkeypatch.undo()  # conftest's poison is not to be traced
     model, parts = random_model(host=ONE_LAYER), batch(negatives=False)
-    pictures = qwen.picture_tokens(model.host, parts["query"]["pixel_values"], parts["query"]["image_present"])
+    pictures = qwen.picture_tokens(
+        model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
+    )
     monkeypatch.setattr(qwen, "picture_tokens", lambda *_: pictures)
     compiled = torch.compile(lambda: model(**parts).loss, fullgraph=True, backend="eager")
     with mmfused.backend("composed"), torch.no_grad():
@@ -286,7 +347,9 @@ def test_frozen_parts_stay_as_they_were():
     optimizer.step()
     for name, parameter in model.named_parameters():
         frozen = name.startswith("host.visual")
-        assert (parameter.grad is None) == frozen and (frozen <= torch.equal(parameter, before[name])), name
+        assert (parameter.grad is None) == frozen and (
+            frozen <= torch.equal(parameter, before[name])
+        ), name
     assert not model.host.visual.training and model.host.language_model.training
 
 
@@ -312,16 +375,24 @@ def test_full_sizes_build(name):
     config = UNITEConfig.preset(name, tokens=TOKENS)
     with torch.device("meta"):
         model = UNITE(config)
-    assert 2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9  # Qwen2-VL-2B, its head tied
+    assert (
+        2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9
+    )  # Qwen2-VL-2B, its head tied
     assert model.picture_size == 448 and config.temperature == 0.03 and config.stage == 2
     assert config.same_id == ("sum" if name == "code" else "drop")
     assert {parameter.requires_grad for parameter in model.host.visual.parameters()} == {False}
 
 
 def test_config_survives_json_and_takes_the_trainers_sizes():
-    config = UNITEConfig.preset("tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, query_views=("text",))
+    config = UNITEConfig.preset(
+        "tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, query_views=("text",)
+    )
     copy = UNITEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert copy == config and copy.query_views == ("text",) and copy.host["vision_config"]["patch_size"] == 12
+    assert (
+        copy == config
+        and copy.query_views == ("text",)
+        and copy.host["vision_config"]["patch_size"] == 12
+    )
     model, other = UNITE(config), UNITE(copy)
     other.load_state_dict(model.state_dict())
     assert model.picture_size == 96 and model.host.language_model.embed_tokens.num_embeddings == 70
@@ -337,16 +408,37 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
     [
         ({"stage": 3}, "stage: got 3, takes an integer from 1 to 2"),
         ({"temperature": 0}, "temperature: got 0, takes a number above 0"),
-        ({"tokens": None}, r"tokens: got None, takes what mmfused.models.qwen.token_ids\(tokenizer\) gives"),
-        ({"image_size": 20}, "image_size: got 20, takes a multiple of 8, the side of what becomes one token"),
-        ({"patch_size": 7}, "patch_size: got 7, takes a multiple of 2, the patches on a token's side"),
+        (
+            {"tokens": None},
+            r"tokens: got None, takes what mmfused.models.qwen.token_ids\(tokenizer\) gives",
+        ),
+        (
+            {"image_size": 20},
+            "image_size: got 20, takes a multiple of 8, the side of what becomes one token",
+        ),
+        (
+            {"patch_size": 7},
+            "patch_size: got 7, takes a multiple of 2, the patches on a token's side",
+        ),
         ({"query_views": ()}, "views: got none, takes some of image, text, both"),
-        ({"candidate_views": ("video",)}, "candidate_views: got 'video', takes some of image, text, both"),
+        (
+            {"candidate_views": ("video",)},
+            "candidate_views: got 'video', takes some of image, text, both",
+        ),
         ({"same_id": "mean"}, "same_id: got 'mean', takes one of drop, sum"),
         ({"freeze": ("image",)}, "freeze: got 'image', takes some of vision, language"),
-        ({"without": ("lora",)}, "without: got 'lora', takes some of mamcl, negatives, dual, fusion"),
-        ({"without": ("dual",)}, "without: got 'dual' with stage 2, which has none anyway, takes stage 1"),
-        ({"without": ("mamcl",), "stage": 1}, "without: got 'mamcl' with stage 1, which has none anyway, takes stage 2"),
+        (
+            {"without": ("lora",)},
+            "without: got 'lora', takes some of mamcl, negatives, dual, fusion",
+        ),
+        (
+            {"without": ("dual",)},
+            "without: got 'dual' with stage 2, which has none anyway, takes stage 1",
+        ),
+        (
+            {"without": ("mamcl",), "stage": 1},
+            "without: got 'mamcl' with stage 1, which has none anyway, takes stage 2",
+        ),
     ],
 )
 def test_bad_config(options, message):
@@ -375,7 +467,13 @@ def test_lora_asks_peft_for_the_papers_settings(monkeypatch, stage, alpha):
     model = tiny(stage=stage)
     assert lora(model) is model
     ((settings, module),) = asked
-    expected = {"r": 8, "lora_alpha": alpha, "lora_dropout": 0.05, "target_modules": LINEAR, "bias": "none"}
+    expected = {
+        "r": 8,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.05,
+        "target_modules": LINEAR,
+        "bias": "none",
+    }
     assert settings == expected and module is model.host.language_model
 
 
@@ -386,4 +484,7 @@ def test_lora_trains_only_its_own_weights():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name and ".visual." not in name for name in trained)
     assert len(trained) == 2 * 2 * len(LINEAR)  # A and B, two layers
-    assert all((parameter.grad is not None) == (name in trained) for name, parameter in model.named_parameters())
+    assert all(
+        (parameter.grad is not None) == (name in trained)
+        for name, parameter in model.named_parameters()
+    )

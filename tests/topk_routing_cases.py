@@ -1,4 +1,6 @@
-"""Inputs for the tests of top-k routing, and how a case is run: everything that is returned, and the gradients from each of it."""
+"""Inputs for the tests of top-k routing, and how a case is run: everything that is returned, and
+the gradients from each of it.
+"""
 
 import torch
 
@@ -7,11 +9,13 @@ from mmfused import topk_routing, topk_routing_from_input
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU only.
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
+# only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 LOSSES = ("balance_loss", "z_loss", "entropy")
 
-# Arguments as they are; mask, bias and replay ask for a random one, segments for so many, available for most experts of each.
+# Arguments as they are; mask, bias and replay ask for a random one, segments for so many, available
+# for most experts of each.
 OPTIONS = {
     "softmax": dict(),
     "sigmoid": dict(score="sigmoid"),
@@ -50,18 +54,30 @@ def make_options(name, tokens, experts, k, device=DEVICE):
         options["indices"] = torch.randint(0, experts, (tokens, k))  # an expert may be named twice
     if "jitter" in options:
         options["jitter_seed"] = torch.tensor(2**62 + 12345678901)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
 
 
 def make_logits(tokens, experts, dtype=torch.float32):
-    return dict(logits=torch.randn(tokens, experts, dtype=torch.float64).to(DEVICE, dtype).requires_grad_())
+    return dict(
+        logits=torch.randn(tokens, experts, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+    )
 
 
 def make_inputs(tokens, experts, dim, dtype=torch.float32, router_dtype=None):
     router = dict(device=DEVICE, dtype=router_dtype or dtype)
-    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((tokens, dim), (experts, dim), (experts,)))
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64)
+        for shape in ((tokens, dim), (experts, dim), (experts,))
+    )
     x, weight, bias = x.to(DEVICE, dtype), (weight * dim**-0.5).to(**router), bias.to(**router)
-    return dict(x=x.requires_grad_(), router_weight=weight.requires_grad_(), router_bias=bias.requires_grad_())
+    return dict(
+        x=x.requires_grad_(),
+        router_weight=weight.requires_grad_(),
+        router_bias=bias.requires_grad_(),
+    )
 
 
 def cast(tensors, dtype):
@@ -70,11 +86,17 @@ def cast(tensors, dtype):
 
 def route(leaves, k, options, backend):
     with mmfused.backend(backend):
-        return topk_routing(k=k, **leaves, **options) if "logits" in leaves else topk_routing_from_input(k=k, **leaves, **options)
+        return (
+            topk_routing(k=k, **leaves, **options)
+            if "logits" in leaves
+            else topk_routing_from_input(k=k, **leaves, **options)
+        )
 
 
 def run(leaves, k, options, backend, upstream=None, indices=None):
-    """Weights, losses, and "d<leaf> from <what>": random gradients of the weights, 1 of each loss, and all of them together."""
+    """Weights, losses, and "d<leaf> from <what>": random gradients of the weights, 1 of each loss,
+    and all of them together.
+    """
     if indices is not None:
         options = options | dict(indices=indices)
     routing = route(leaves, k, options, backend)
@@ -90,14 +112,18 @@ def run(leaves, k, options, backend, upstream=None, indices=None):
 
 def _gradients(scalar, leaves, name):
     gradients = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True)
-    return {f"d{leaf} from {name}": gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
+    return {
+        f"d{leaf} from {name}": gradient for leaf, gradient in zip(leaves, gradients, strict=True)
+    }
 
 
 def plain_order(indices, mask, experts):
     """order, position and offsets by the definition, in lists."""
     tokens, k = indices.shape
     masked = [False] * tokens if mask is None else mask.tolist()
-    key = [experts if masked[a // k] else expert for a, expert in enumerate(indices.flatten().tolist())]
+    key = [
+        experts if masked[a // k] else expert for a, expert in enumerate(indices.flatten().tolist())
+    ]
     order = sorted(range(tokens * k), key=lambda a: (key[a], a))
     position = [0] * (tokens * k)
     for row, a in enumerate(order):

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from mmfused import training
-from mmfused.checkpoint import saved
 from mmfused.data import GeneratedProducts
-from mmfused.training import TrainConfig, train
+from mmfused.training import loop as training
+from mmfused.training.checkpoint import saved
+from mmfused.training.loop import TrainConfig, train
 
-SIZES = {"dim": 16, "num_queries": 2, "num_heads": 2, "gate_hidden": (8,), "image_dim": 16, "text_dim": 16, "dropout": 0.1}
+SIZES = {
+    "dim": 16,
+    "num_queries": 2,
+    "num_heads": 2,
+    "gate_hidden": (8,),
+    "image_dim": 16,
+    "text_dim": 16,
+    "dropout": 0.1,
+}
 ENCODERS = {
     "image": {"depth": 1, "num_heads": 1},
     "text": {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16},
@@ -44,13 +52,15 @@ def smaller_data():
 @pytest.fixture(scope="module", autouse=True)
 def few_products():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfused.train_setup.product_data.GeneratedProducts", smaller_data())
+        patch.setattr("mmfused.training.setup.product_data.GeneratedProducts", smaller_data())
         yield
 
 
 def records(out):
     found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in found
+    ]
 
 
 def assert_same_run(one, other):

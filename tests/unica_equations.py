@@ -1,4 +1,5 @@
-"""UniCA's equations, literally, in float64: loops over items, heads and tokens, parameters by name, no padding anywhere.
+"""UniCA's equations, literally, in float64: loops over items, heads and tokens, parameters by name,
+no padding anywhere.
 
 Below them a small model and batches to compare with.
 """
@@ -19,7 +20,9 @@ def linear(p, name, x):
 
 def norm(p, name, x, eps):
     mean = x.mean(-1, keepdim=True)
-    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt() * p[
+        name + ".weight"
+    ] + p[name + ".bias"]
 
 
 def softmax(x):
@@ -36,7 +39,14 @@ def heads_read(query, key, value, heads):
     size, rows = query.shape[1] // heads, []
     for q in query:
         parts = [slice(h * size, (h + 1) * size) for h in range(heads)]
-        rows.append(torch.cat([softmax(key[:, part] @ q[part] / math.sqrt(size)) @ value[:, part] for part in parts]))
+        rows.append(
+            torch.cat(
+                [
+                    softmax(key[:, part] @ q[part] / math.sqrt(size)) @ value[:, part]
+                    for part in parts
+                ]
+            )
+        )
     return torch.stack(rows)
 
 
@@ -59,7 +69,9 @@ def direction(p, name, to, x, context, c):
     """What x reads from the context; both may be normalised already."""
     name = f"{name}.attention.{'to_a' if c.share_weights else to}."
     read = heads_read(
-        linear(p, name + "q_proj", x), *(linear(p, name + part, context) for part in ("k_proj", "v_proj")), c.num_heads
+        linear(p, name + "q_proj", x),
+        *(linear(p, name + part, context) for part in ("k_proj", "v_proj")),
+        c.num_heads,
     )
     return linear(p, name + "out_proj", read)
 
@@ -79,13 +91,21 @@ def bica(p, name, image, text, c):
 
     if c.bica_norm == "pre":
         v, t = normed("a", image), normed("b", text)
-        image, text = image + direction(p, name, "to_a", v, t, c), text + direction(p, name, "to_b", t, v, c)
+        image, text = (
+            image + direction(p, name, "to_a", v, t, c),
+            text + direction(p, name, "to_b", t, v, c),
+        )
     else:
-        read = direction(p, name, "to_a", image, text, c), direction(p, name, "to_b", text, image, c)
+        read = (
+            direction(p, name, "to_a", image, text, c),
+            direction(p, name, "to_b", text, image, c),
+        )
         image, text = normed("a", image + read[0]), normed("b", text + read[1])
     if "ffn" in c.without:
         return image, text
-    return feed_forward(p, name + ".image_ffn", image, c), feed_forward(p, name + ".text_ffn", text, c)
+    return feed_forward(p, name + ".image_ffn", image, c), feed_forward(
+        p, name + ".text_ffn", text, c
+    )
 
 
 def unit(x):
@@ -93,7 +113,9 @@ def unit(x):
 
 
 def read(p, image, ids, c):
-    """Embedding of one item: image (N, image_dim) or None, ids of a text with [CLS] and [SEP], or None."""
+    """Embedding of one item: image (N, image_dim) or None, ids of a text with [CLS] and [SEP], or
+    None.
+    """
     start = 0 if image is None else len(image)
     word = p[HOST + "embeddings.word_embeddings.weight"]
     first, *rest = c.empty_text if ids is None else ids
@@ -102,7 +124,9 @@ def read(p, image, ids, c):
     if image is None:
         x = torch.cat((first[None], text))
     else:
-        image = torch.stack([embedded(p, linear(p, "visual_proj", patch), 1 + n) for n, patch in enumerate(image)])
+        image = torch.stack(
+            [embedded(p, linear(p, "visual_proj", patch), 1 + n) for n, patch in enumerate(image)]
+        )
         if ids is not None and "bica" not in c.without:
             for block in range(c.blocks):
                 image, text = bica(p, f"bica.{block}", image, text, c)
@@ -131,7 +155,9 @@ def embeddings(p, items, c):
 
 
 def losses(query, candidate, labels, c):
-    """labels of (queries, candidates); candidate i < B is query i's positive, hard negatives follow."""
+    """labels of (queries, candidates); candidate i < B is query i's positive, hard negatives
+    follow.
+    """
     info_nce = apart = 0
     for i, q in enumerate(query):
         own = q @ candidate[i]
@@ -148,9 +174,16 @@ def losses(query, candidate, labels, c):
 def transcription(p, parts, c):
     """Loss, its terms, and the embeddings of the queries."""
     encoded = {role: embeddings(p, items, c) for role, items in parts.items()}
-    roles = ["candidate"] if "hard_negatives" in c.without or "negative" not in parts else ["candidate", "negative"]
+    roles = (
+        ["candidate"]
+        if "hard_negatives" in c.without or "negative" not in parts
+        else ["candidate", "negative"]
+    )
     candidate = torch.cat([encoded[role]["both"] for role in roles])
-    labels = parts["query"]["labels"].tolist(), torch.cat([parts[role]["labels"] for role in roles]).tolist()
+    labels = (
+        parts["query"]["labels"].tolist(),
+        torch.cat([parts[role]["labels"] for role in roles]).tolist(),
+    )
     return losses(encoded["query"]["both"], candidate, labels, c), encoded["query"]
 
 
@@ -165,11 +198,21 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-SMALL = {"text": BERT, "text_dim": 12, "image_dim": 10, "num_heads": 3, "ffn": 18, "dropout": 0.0, "temperature": 0.2}
+SMALL = {
+    "text": BERT,
+    "text_dim": 12,
+    "image_dim": 10,
+    "num_heads": 3,
+    "ffn": 18,
+    "dropout": 0.0,
+    "temperature": 0.2,
+}
 
 
 def random_model(**options) -> UniCA:
-    """A float64 model without image encoder whose parameters are all random, also those that start as zeros or ones."""
+    """A float64 model without image encoder whose parameters are all random, also those that start
+    as zeros or ones.
+    """
     model = UniCA(UniCAConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -178,7 +221,9 @@ def random_model(**options) -> UniCA:
 
 
 def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
-    """Precomputed patch tokens and ids; item 1 has no image, item 2 no text, item 3 neither, the texts' lengths differ."""
+    """Precomputed patch tokens and ids; item 1 has no image, item 2 no text, item 3 neither, the
+    texts' lengths differ.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([6, 4, 2, 2, 3, 5])[:batch]
     ids = torch.randint(4, 20, (batch, length), generator=generator)

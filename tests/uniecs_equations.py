@@ -1,12 +1,28 @@
-"""UniECS's equations, literally, in float64: loops over items, passes, heads, tokens and pairs, parameters by name."""
+"""UniECS's equations, literally, in float64: loops over items, passes, heads, tokens and pairs,
+parameters by name.
+"""
 
 import math
 
 import torch
 
 x64 = torch.float64
-GROUPS = {"cmal": ("alignment", "v2t", "v2f", "t2f"), "clal": ("ppm", "pdc", "plc"), "imcl": ("v2v", "t2t")}
-WEIGHTS = {"alignment": 0.5, "v2t": 1.0, "v2f": 1.0, "t2f": 0.2, "ppm": 0.8, "pdc": 0.5, "plc": 0.5, "v2v": 2.0, "t2t": 1.0}
+GROUPS = {
+    "cmal": ("alignment", "v2t", "v2f", "t2f"),
+    "clal": ("ppm", "pdc", "plc"),
+    "imcl": ("v2v", "t2t"),
+}
+WEIGHTS = {
+    "alignment": 0.5,
+    "v2t": 1.0,
+    "v2f": 1.0,
+    "t2f": 0.2,
+    "ppm": 0.8,
+    "pdc": 0.5,
+    "plc": 0.5,
+    "v2v": 2.0,
+    "t2t": 1.0,
+}
 
 
 def linear(p, name, x):
@@ -16,7 +32,9 @@ def linear(p, name, x):
 
 def norm(p, name, x):
     x = x - x.mean(-1, keepdim=True)
-    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+    return (
+        x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+    )
 
 
 def softmax(x):
@@ -34,7 +52,11 @@ def relu(x):
 
 def attention(p, name, asking, read, heads):
     """Multi-head attention of tokens (N, D) over tokens (M, D), with the output projection."""
-    q, k, v = linear(p, name + ".q_proj", asking), linear(p, name + ".k_proj", read), linear(p, name + ".v_proj", read)
+    q, k, v = (
+        linear(p, name + ".q_proj", asking),
+        linear(p, name + ".k_proj", read),
+        linear(p, name + ".v_proj", read),
+    )
     size, rows = q.shape[1] // heads, []
     for i in range(len(q)):
         row = []
@@ -48,12 +70,21 @@ def gated_layer(p, name, image, text, e_v, e_t, c):
     if c.missing == "skip" and 0 in (e_v, e_t):
         return image, text
     outs = []
-    sides = (("to_a", "norm_a", image, "norm_b", text, e_t), ("to_b", "norm_b", text, "norm_a", image, e_v))
+    sides = (
+        ("to_a", "norm_a", image, "norm_b", text, e_t),
+        ("to_b", "norm_b", text, "norm_a", image, e_v),
+    )
     for to, own, x, other, context, e in sides:
         if c.missing == "zero" and e == 0:
             read = torch.zeros_like(x)
         else:
-            read = attention(p, f"{name}.{to}", norm(p, f"{name}.{own}", x), norm(p, f"{name}.{other}", context), c.num_heads)
+            read = attention(
+                p,
+                f"{name}.{to}",
+                norm(p, f"{name}.{own}", x),
+                norm(p, f"{name}.{other}", context),
+                c.num_heads,
+            )
         if "gate" in c.without:
             outs.append(x + read)
             continue
@@ -80,7 +111,9 @@ def pooled(p, name, x):
 
 
 def encoder(p, image, text, c):
-    """One item, one pass: tokens (N, .) and (M, .), each with whether it is there; else it is zeros."""
+    """One item, one pass: tokens (N, .) and (M, .), each with whether it is there; else it is
+    zeros.
+    """
     e_v, e_t = int(image[0]), int(text[0])
     image, text = (x if there else torch.zeros_like(x) for there, x in (image, text))
     image, text = linear(p, "image_proj", image), linear(p, "text_proj", text)
@@ -90,8 +123,13 @@ def encoder(p, image, text, c):
             image, text = gated_layer(p, name + ".cross", image, text, e_v, e_t, c)
         if c.placement == "interleaved" or layer == c.cross_layers - 1:
             for i in range(c.self_blocks):
-                image, text = block(p, f"{name}.image_blocks.{i}", image, c), block(p, f"{name}.text_blocks.{i}", text, c)
-    f = linear(p, "fusion_proj", torch.cat([pooled(p, "image_pool", image), pooled(p, "text_pool", text)]))[None]
+                image, text = (
+                    block(p, f"{name}.image_blocks.{i}", image, c),
+                    block(p, f"{name}.text_blocks.{i}", text, c),
+                )
+    f = linear(
+        p, "fusion_proj", torch.cat([pooled(p, "image_pool", image), pooled(p, "text_pool", text)])
+    )[None]
     for i in range(c.fusion_blocks):
         f = block(p, f"fusion_blocks.{i}", f, c)
     return unit(norm(p, "fusion_norm", f[0]))
@@ -100,7 +138,11 @@ def encoder(p, image, text, c):
 def separate(p, image, text):
     """Without the fusion: v, t, f of one item."""
     v, t = (
-        unit(pooled(p, f"{name}_pool", linear(p, f"{name}_proj", x if there else torch.zeros_like(x))))
+        unit(
+            pooled(
+                p, f"{name}_pool", linear(p, f"{name}_proj", x if there else torch.zeros_like(x))
+            )
+        )
         for name, (there, x) in (("image", image), ("text", text))
     )
     return v, t, v if image[0] and not text[0] else t if text[0] and not image[0] else unit(v + t)
@@ -117,14 +159,19 @@ def embeddings(p, items, c):
         text = [unit(linear(p, "text_map", x)) for x in text[real]]
         if c.text_length is not None:
             text = text[: c.text_length]
-        if not has_text or not c.text_mask:  # zeros up to the fixed length, or as many as one likes where nothing else is read
+        if (
+            not has_text or not c.text_mask
+        ):  # zeros up to the fixed length, or as many as one likes where nothing else is read
             text = text + [torch.zeros(c.dim, dtype=x64)] * ((c.text_length or 3) - len(text))
         text = torch.stack(text)
         shown, hidden = ((has_image, image), (has_text, text)), ((False, image), (False, text))
         if "fusion" in c.without:
             row = separate(p, *shown)
         else:
-            row = [encoder(p, a, b, c) for a, b in ((shown[0], hidden[1]), (hidden[0], shown[1]), shown)]
+            row = [
+                encoder(p, a, b, c)
+                for a, b in ((shown[0], hidden[1]), (hidden[0], shown[1]), shown)
+            ]
         rows.append(torch.stack(tuple(row)))
         flags.append((has_image, has_text))
     return torch.stack(rows), flags
@@ -160,7 +207,9 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
     a1, a2, a3, a4 = c.margins
     out = {"alignment": (2 - mean_cosine(v1, f1, i1)) / 2 + (2 - mean_cosine(t1, f1, x1)) / 2}
     out["v2t"] = info_nce(v1, t2, i1, x2, labels, c.temperature, symmetric=True)
-    out["v2f"] = info_nce(*((v1, f2, i1, any2) if forward else (f1, v2, any1, i2)), labels, c.temperature)
+    out["v2f"] = info_nce(
+        *((v1, f2, i1, any2) if forward else (f1, v2, any1, i2)), labels, c.temperature
+    )
     out["t2f"] = info_nce(t1, f2, x1, any2, labels, c.temperature)
     mm, vm, tm = scale * f1 @ f2.T, scale * (v1 @ f2.T if forward else f1 @ v2.T), scale * t1 @ f2.T
     out["ppm"] = out["pdc"] = out["plc"] = 0
@@ -178,22 +227,38 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
     hardest = int(c.hard_fraction * size)
     for i in range(size if "hard_negatives" not in c.without else 0):
         logits = v1[i] @ v2.T / c.temperature_v2v
-        for j in sorted((j for j in range(size) if j != i), key=lambda j: -logits[j].item())[:hardest]:
+        for j in sorted((j for j in range(size) if j != i), key=lambda j: -logits[j].item())[
+            :hardest
+        ]:
             out["v2v"] = out["v2v"] + relu(a4 + logits[j] - logits[i]) / (size * hardest)
     out["t2t"] = info_nce(t1, t2, x1, x2, labels, c.temperature_t2t)
-    return {name: out[name] for group, names in GROUPS.items() if group not in c.without for name in names}
+    return {
+        name: out[name]
+        for group, names in GROUPS.items()
+        if group not in c.without
+        for name in names
+    }
 
 
 def transcription(p, query, candidate, c):
-    """Embeddings of both sides, the terms, the loss; the adaptive weights are constants, from one gradient for each group."""
+    """Embeddings of both sides, the terms, the loss; the adaptive weights are constants, from one
+    gradient for each group.
+    """
     (rows1, flags1), (rows2, flags2) = embeddings(p, query, c), embeddings(p, candidate, c)
-    terms = loss_terms(rows1, rows2, flags1, flags2, query["labels"].tolist(), torch.exp(p["log_scale"]), c)
+    terms = loss_terms(
+        rows1, rows2, flags1, flags2, query["labels"].tolist(), torch.exp(p["log_scale"]), c
+    )
     if c.weighting == "static" or "adaptive" in c.without:
-        loss = sum(WEIGHTS[name] * terms[name] for name in terms) / sum(WEIGHTS[name] for name in terms)
+        loss = sum(WEIGHTS[name] * terms[name] for name in terms) / sum(
+            WEIGHTS[name] for name in terms
+        )
     else:
         losses, powers = [], []
         for group in (names for group, names in GROUPS.items() if group not in c.without):
-            losses.append(sum(WEIGHTS[name] * terms[name] for name in group) / sum(WEIGHTS[name] for name in group))
+            losses.append(
+                sum(WEIGHTS[name] * terms[name] for name in group)
+                / sum(WEIGHTS[name] for name in group)
+            )
             gradients = torch.autograd.grad(losses[-1], (rows1, rows2), retain_graph=True)
             norm_k = math.sqrt(sum((g**2).sum().item() for g in gradients))
             powers.append((norm_k + c.epsilon) ** -c.beta)

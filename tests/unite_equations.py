@@ -1,4 +1,6 @@
-"""UNITE's equations, literally, in float64: item by item through the host's own forward pass, losses in loops."""
+"""UNITE's equations, literally, in float64: item by item through the host's own forward pass,
+losses in loops.
+"""
 
 import torch
 
@@ -14,37 +16,66 @@ def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
     """Token after token what item i shows in a view, and its modality code."""
     image = bool(batch["image_present"][i]) and view != "text"
     real = batch["attention_mask"][i] == 1
-    words = [] if view == "image" else [word for word in batch["input_ids"][i][real].tolist() if word not in tokens["drop"]]
+    words = (
+        []
+        if view == "image"
+        else [word for word in batch["input_ids"][i][real].tolist() if word not in tokens["drop"]]
+    )
     seen = "video" if batch["pixel_values"].ndim == 5 else "image"
-    ids = [tokens["vision_start"]] + [tokens["image"]] * count + [tokens["vision_end"]] if image else []
-    ids += words + tokens["prompts"][KINDS[image, bool(words)].replace("image", seen)] + [tokens["end"]]
+    ids = (
+        [tokens["vision_start"]] + [tokens["image"]] * count + [tokens["vision_end"]]
+        if image
+        else []
+    )
+    ids += (
+        words
+        + tokens["prompts"][KINDS[image, bool(words)].replace("image", seen)]
+        + [tokens["end"]]
+    )
     return ids, image * CODES[seen] + bool(words) * CODES["text"]
 
 
 def forward(host, ids, pixels, tokens):
-    """The last token's state over its length; the host finds positions and places for the picture's tokens itself."""
+    """The last token's state over its length; the host finds positions and places for the picture's
+    tokens itself.
+    """
     ids, given = torch.tensor([ids]), {}
     if tokens["image"] in ids:
         rows, grid = qwen.patches(pixels[None], 4, 2, 2)
-        names = ("pixel_values", "image_grid_thw") if pixels.ndim == 3 else ("pixel_values_videos", "video_grid_thw")
+        names = (
+            ("pixel_values", "image_grid_thw")
+            if pixels.ndim == 3
+            else ("pixel_values_videos", "video_grid_thw")
+        )
         given = dict(zip(names, (rows, grid), strict=True))
         if pixels.ndim == 4:
             ids[ids == tokens["image"]] = host.config.video_token_id
-        given["mm_token_type_ids"] = (ids == host.config.image_token_id).int() + 2 * (ids == host.config.video_token_id).int()
+        given["mm_token_type_ids"] = (ids == host.config.image_token_id).int() + 2 * (
+            ids == host.config.video_token_id
+        ).int()
     host.rope_deltas = None
-    last = host(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state[0, -1]
+    last = host(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state[
+        0, -1
+    ]
     return last / torch.sqrt((last * last).sum())
 
 
 def embeddings(host, batch, views, config):
     """(B, D) and codes (list); `views` names one for each item."""
     pixels = batch["pixel_values"]
-    count = pixels.shape[-1] * pixels.shape[-2] // 64 * (pixels.shape[1] // 2 if pixels.ndim == 5 else 1)
+    count = (
+        pixels.shape[-1]
+        * pixels.shape[-2]
+        // 64
+        * (pixels.shape[1] // 2 if pixels.ndim == 5 else 1)
+    )
     rows, codes = [], []
     for i, view in enumerate(views):
         ids, code = sequence(batch, i, view, config.tokens, count)
         if "fusion" in config.without and code in (3, 5):
-            parts = [sequence(batch, i, part, config.tokens, count)[0] for part in ("image", "text")]
+            parts = [
+                sequence(batch, i, part, config.tokens, count)[0] for part in ("image", "text")
+            ]
             row = sum(forward(host, part, pixels[i], config.tokens) for part in parts)
             row = row / torch.sqrt((row * row).sum())
         else:
@@ -78,7 +109,9 @@ def loss(query, candidate, negative, codes, labels, config):
     if dual:
         back = torch.zeros((), dtype=x64)
         for j in range(size):
-            scores = torch.stack([query[i] @ candidate[j] / config.temperature for i in range(size)])
+            scores = torch.stack(
+                [query[i] @ candidate[j] / config.temperature for i in range(size)]
+            )
             same = [i for i in range(size) if i != j and labels[0][i] == labels[1][j]]
             if config.same_id == "drop":
                 back = back - log_share(scores, [i for i in range(size) if i not in same], j)

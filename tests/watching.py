@@ -24,7 +24,9 @@ def _hook(event, arguments):
 
 def _note_open(path):
     outside, seen = _watched[-1]
-    if isinstance(path, (str, bytes, os.PathLike)) and str(outside) in os.path.realpath(os.fsdecode(path)):
+    if isinstance(path, (str, bytes, os.PathLike)) and str(outside) in os.path.realpath(
+        os.fsdecode(path)
+    ):
         seen.append(("open", os.fsdecode(path)))
 
 
@@ -33,7 +35,9 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(outside: Path):
-    """A list that grows by what is opened below ``outside``, by connections, and by code that is started."""
+    """A list that grows by what is opened below ``outside``, by connections, and by code that is
+    started.
+    """
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         # They open files without telling Python.
@@ -66,7 +70,9 @@ class Payload:
 
 
 class Outside:
-    """A folder beside the hostile one, which holds a pickle, a module and a file, and gets a marker where one of them ran."""
+    """A folder beside the hostile one, which holds a pickle, a module and a file, and gets a marker
+    where one of them ran.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir()

@@ -1,12 +1,13 @@
-"""Compile every case of ``mmfused inspect`` for every supported GPU architecture on every supported Triton.
+"""Compile every case of ``mmfused inspect`` for every supported GPU architecture on every supported
+Triton.
 
-    python tools/compile_matrix.py             all of it, and the table benchmarks/results/compile_matrix.md
-    python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
+    python tools/compile_matrix.py             all of it, and the table
+    benchmarks/results/compile_matrix.md python tools/compile_matrix.py --newest    a few cases on
+    the newest Triton of the package index
 
-Each Triton lies unpacked in .venv/triton-<version>, fetched where it is not there yet, and comes first on the path of
-a process of its own. What is compiled is stored (see mmfused/cli/inspect.py): a run that was stopped goes on. Exit
-status 1 where a kernel has a fault.
-"""
+Each Triton lies unpacked in .venv/triton-<version>, fetched where it is not there yet, and comes
+first on the path of a process of its own. What is compiled is stored (see mmfused/cli/inspect.py):
+a run that was stopped goes on. Exit status 1 where a kernel has a fault."""
 
 from __future__ import annotations
 
@@ -25,7 +26,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "compile_matrix.md"
 # One of each op, among them all that a supported version once spilled or raced in.
-NEWEST_CASES = ("fluid", "fluid text", "nce all", "route fluid", "moe fluid", "moe fine 64", "cross 512", "block")
+NEWEST_CASES = (
+    "fluid",
+    "fluid text",
+    "nce all",
+    "route fluid",
+    "moe fluid",
+    "moe fine 64",
+    "cross 512",
+    "block",
+)
 
 
 def supported():
@@ -43,7 +53,15 @@ def unpacked(version: str) -> Path:
         home.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent) as folder:
             target = Path(folder) / "triton"
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+            ]
             subprocess.run([*command, "--target", target, f"triton=={version}"], check=True)
             shutil.move(target, home)
     return home
@@ -56,9 +74,24 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
     words += [word for case in cases for word in ("--case", case)]
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.json"
-        command = [sys.executable, "-W", "ignore", "-m", "mmfused", "inspect", "--jobs", str(jobs), *words]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "mmfused",
+            "inspect",
+            "--jobs",
+            str(jobs),
+            *words,
+        ]
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        subprocess.run([*command, "--json", table], env={**env, "PYTHONPATH": path}, cwd=ROOT, stdout=sys.stderr)
+        subprocess.run(
+            [*command, "--json", table],
+            env={**env, "PYTHONPATH": path},
+            cwd=ROOT,
+            stdout=sys.stderr,
+        )
         if not table.is_file():
             sys.exit(f"Triton {version}: inspect did not finish.")
         return [{"triton": version, **row} for row in json.loads(table.read_text())]
@@ -96,7 +129,10 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
         lines.append(f"| {op} | {version} | {' | '.join(parts)} | {faults} |")
     faulty = [row for row in rows if row["fault"]]
     lines += ["", f"{len(rows)} kernels, {len(faulty)} with a fault."]
-    lines += [f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}" for r in faulty]
+    lines += [
+        f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}"
+        for r in faulty
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -108,25 +144,41 @@ def newest_version() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--newest", action="store_true", help="a few cases on the newest Triton of the package index")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: cores)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--newest",
+        action="store_true",
+        help="a few cases on the newest Triton of the package index",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: cores)"
+    )
     args = parser.parse_args()
     known = supported()
     if args.newest:
         version = newest_version()
-        among = "is supported" if version in known.TRITONS else f"is newer than the supported {known.TRITONS[-1]}"
+        among = (
+            "is supported"
+            if version in known.TRITONS
+            else f"is newer than the supported {known.TRITONS[-1]}"
+        )
         print(f"Triton {version} {among}; compiling {', '.join(NEWEST_CASES)}.", flush=True)
         rows = inspect(version, known.ARCHS, NEWEST_CASES, args.jobs)
     else:
-        rows = [row for version in known.TRITONS for row in inspect(version, known.ARCHS, (), args.jobs)]
+        rows = [
+            row for version in known.TRITONS for row in inspect(version, known.ARCHS, (), args.jobs)
+        ]
         ops = list(dict.fromkeys(row["op"] for row in rows))
         rows.sort(key=lambda row: ops.index(row["op"]))
         TABLE.write_text(written(rows, known.ARCHS))
         print(f"Written to {TABLE.relative_to(ROOT)}.")
     faults = [row for row in rows if row["fault"]]
     for row in faults:
-        print(f"{row['case']}: {row['kernel']}, {row['arch']}, Triton {row['triton']}: {row['fault']}")
+        print(
+            f"{row['case']}: {row['kernel']}, {row['arch']}, Triton {row['triton']}: {row['fault']}"
+        )
     print(f"{len(rows)} kernels, {len(faults)} with a fault.")
     return 1 if faults else 0
 

@@ -33,7 +33,7 @@ def pytest_configure(config):
     if how != "nothing":
         import mmfused  # only now: a plain run is one without this library
 
-        count_ops(mmfused.swaps)
+        count_ops(mmfused.fuse)
         at_first_call(mmfused.fuse if how == "fuse" else choose_experts(mmfused))
 
 
@@ -96,7 +96,7 @@ def fuse_new_losses():
         __init__.fuses = True
         return __init__
 
-    for path in mmfused.swaps.KINDS:
+    for path in mmfused.fuse.KINDS:
         module, _, name = path.rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
         if "loss" in path and cls is not None and not hasattr(cls.__init__, "fuses"):

@@ -1,8 +1,9 @@
-"""Attention of both directions: softmax(Q K^T / sqrt(d)) V by head, online over the keys, in base 2.
+"""Attention of both directions: softmax(Q K^T / sqrt(d)) V by head, online over the keys, in base
+2.
 
-lse is the row's logarithm of the sum, in units of q . k: backward subtracts before it scales. It is +inf where nothing may be read,
-by which later kernels know dead rows. What is attended to by nobody is exactly 0 and finite, never unwritten.
-"""
+lse is the row's logarithm of the sum, in units of q . k: backward subtracts before it scales. It is
++inf where nothing may be read, by which later kernels know dead rows. What is attended to by nobody
+is exactly 0 and finite, never unwritten."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def place(tiles, H: tl.constexpr, B):
 def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
     """Rows of one head, whose columns begin at ``first`` of a matrix W wide."""
     cols = tl.arange(0, BH)
-    return tl.load(ptr + tile_at(r, first + cols, W), mask=ok[:, None] & (cols[None, :] < DH), other=0.0)
+    return tl.load(
+        ptr + tile_at(r, first + cols, W), mask=ok[:, None] & (cols[None, :] < DH), other=0.0
+    )
 
 
 @triton.jit
@@ -36,11 +39,37 @@ def store_head(ptr, value, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: 
 
 @triton.jit
 def attend_head(
-    q_ptr, k_ptr, attended_ptr, lse_ptr, seed_ptr, direction, b, head, n, N, M, lo, hi, scale, p, who,
-    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """What one head of the queries n reads of the keys lo .. hi, stored with its lse and given back as it was stored."""
+    q_ptr,
+    k_ptr,
+    attended_ptr,
+    lse_ptr,
+    seed_ptr,
+    direction,
+    b,
+    head,
+    n,
+    N,
+    M,
+    lo,
+    hi,
+    scale,
+    p,
+    who,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    IGNORE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """What one head of the queries n reads of the keys lo .. hi, stored with its lse and given back
+    as it was stored.
+    """
     lse_at = (b * H + head) * N + n
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -58,11 +87,15 @@ def attend_head(
             s = tl.where(keep[None, :], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2((s - shift[:, None]) * (scale * LOG2E))  # subtract first: large logits differ exactly
+            weight = tl.exp2(
+                (s - shift[:, None]) * (scale * LOG2E)
+            )  # subtract first: large logits differ exactly
             fade = tl.exp2((m - shift) * (scale * LOG2E))
             total = total * fade + tl.sum(weight, 1)
             if DROPOUT:
-                weight = tl.where(philox_keep(seed, lse_at, start, p, 2 * direction, BN), weight, 0.0)
+                weight = tl.where(
+                    philox_keep(seed, lse_at, start, p, 2 * direction, BN), weight, 0.0
+                )
             acc = dot(weight.to(v.dtype), v, acc * fade[:, None], UPCAST)
             m = m_new
     inverse = tl.where(total == 0, 0.0, 1.0 / total)  # NaN stays NaN
@@ -77,10 +110,21 @@ def attend_head(
 
 @triton.jit
 def spans(
-    direction, b, first, N, M, who, BM: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
+    direction,
+    b,
+    first,
+    N,
+    M,
+    who,
+    BM: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
     COLLAPSE: tl.constexpr,
-):  # fmt: skip
-    """[lo, hi) around the keys that the queries from ``first`` read; empty if their own mask ignores them all."""
+):
+    """[lo, hi) around the keys that the queries from ``first`` read; empty if their own mask
+    ignores them all.
+    """
     lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
     if IGNORE != 0:
         asks, past = listened_span(direction, b, N, who, IGNORE)
@@ -90,13 +134,41 @@ def spans(
 
 @triton.jit
 def attend_kernel(
-    projected0_ptr, projected1_ptr, attended0_ptr, attended1_ptr, lse0_ptr, lse1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
-    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (directions * B * H * tiles,). BM queries of one head. Projections are WQ and WK wide; keys begin at FIRST_KEY."""
+    projected0_ptr,
+    projected1_ptr,
+    attended0_ptr,
+    attended1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    tiles,
+    scale,
+    p,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (directions * B * H * tiles,). BM queries of one head. Projections are WQ and WK wide;
+    keys begin at FIRST_KEY.
+    """
     direction, b, head, tile = place(tiles, H, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
@@ -106,8 +178,31 @@ def attend_kernel(
     if first < N:
         lo, hi = spans(direction, b, first, N, M, who, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         attend_head(
-            pick(back, projected0_ptr, projected1_ptr), pick(back, projected1_ptr, projected0_ptr),
-            pick(back, attended0_ptr, attended1_ptr), pick(back, lse0_ptr, lse1_ptr), seed_ptr,
-            direction, b, head, first + tl.arange(0, BM), N, M, lo, hi, scale, p, who,
-            H, DH, WQ, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
-        )  # fmt: skip
+            pick(back, projected0_ptr, projected1_ptr),
+            pick(back, projected1_ptr, projected0_ptr),
+            pick(back, attended0_ptr, attended1_ptr),
+            pick(back, lse0_ptr, lse1_ptr),
+            seed_ptr,
+            direction,
+            b,
+            head,
+            first + tl.arange(0, BM),
+            N,
+            M,
+            lo,
+            hi,
+            scale,
+            p,
+            who,
+            H,
+            DH,
+            WQ,
+            WK,
+            FIRST_KEY,
+            BM,
+            BN,
+            BH,
+            IGNORE,
+            DROPOUT,
+            UPCAST,
+        )

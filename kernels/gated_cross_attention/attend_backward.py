@@ -1,9 +1,10 @@
-"""Backward of the attention of both directions. With P the probabilities, K the dropout's mask over 1 - p (or 1), dP = K (dO V^T):
+"""Backward of the attention of both directions. With P the probabilities, K the dropout's mask over
+1 - p (or 1), dP = K (dO V^T):
 
     delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (K P)^T dO
 
-No atomics: one program owns BM queries of a head, in another launch one owns BN keys, and goes through all that meet them.
-"""
+No atomics: one program owns BM queries of a head, in another launch one owns BN keys, and goes
+through all that meet them."""
 
 from __future__ import annotations
 
@@ -17,10 +18,32 @@ from .tokens import key_span, listened, listened_span, pick
 
 @triton.jit
 def _tile(
-    q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
-    H: tl.constexpr, DH: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BH: tl.constexpr, IGNORE: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    k_ptr,
+    seed_ptr,
+    lse,
+    lse_at,
+    direction,
+    b,
+    M,
+    head,
+    start,
+    hi,
+    scale,
+    p,
+    who,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    IGNORE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """P and dP of the queries at hand and the keys from ``start``, and these keys."""
     j = start + tl.arange(0, BN)
     k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
@@ -30,23 +53,60 @@ def _tile(
     weight = tl.where(keep[None, :], tl.exp2((s - lse[:, None]) * (scale * LOG2E)), 0.0)
     d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
     if DROPOUT:
-        d_weight = tl.where(philox_keep(tl.load(seed_ptr), lse_at, start, p, 2 * direction, BN), d_weight / (1.0 - p), 0.0)
+        d_weight = tl.where(
+            philox_keep(tl.load(seed_ptr), lse_at, start, p, 2 * direction, BN),
+            d_weight / (1.0 - p),
+            0.0,
+        )
     return weight, d_weight, k
 
 
 @triton.jit
 def d_query_kernel(
-    projected0_ptr, projected1_ptr, attended0_ptr, attended1_ptr, d_attended0_ptr, d_attended1_ptr, lse0_ptr, lse1_ptr,
-    delta0_ptr, delta1_ptr, d_projected0_ptr, d_projected1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
-    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (directions * B * H * tiles,). dQ of BM queries, and their delta; 0 where there is nothing to read.
-    EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 / sum P behind it, so that dS sums to 0 and P to
-    1 to the last digit; with 16 bits the rounding of dS hides what O and lse have lost, unless the keys are so few that one of
-    them may take all, when the difference is all rounding: one tile of keys costs little to go through twice."""
+    projected0_ptr,
+    projected1_ptr,
+    attended0_ptr,
+    attended1_ptr,
+    d_attended0_ptr,
+    d_attended1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    delta0_ptr,
+    delta1_ptr,
+    d_projected0_ptr,
+    d_projected1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    tiles,
+    scale,
+    p,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (directions * B * H * tiles,). dQ of BM queries, and their delta; 0 where there is
+    nothing to read. EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 /
+    sum P behind it, so that dS sums to 0 and P to 1 to the last digit; with 16 bits the rounding of
+    dS hides what O and lse have lost, unless the keys are so few that one of them may take all,
+    when the difference is all rounding: one tile of keys costs little to go through twice."""
     direction, b, head, tile = place(tiles, H, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
@@ -65,37 +125,114 @@ def d_query_kernel(
             delta_ptr = pick(back, delta0_ptr, delta1_ptr)
             rows = b * N + n
             lse_at = (b * H + head) * N + n
-            q = load_head(pick(back, projected0_ptr, projected1_ptr), rows, n < N, head * DH, WQ, DH, BH)
-            do = load_head(pick(back, d_attended0_ptr, d_attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
+            q = load_head(
+                pick(back, projected0_ptr, projected1_ptr), rows, n < N, head * DH, WQ, DH, BH
+            )
+            do = load_head(
+                pick(back, d_attended0_ptr, d_attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH
+            )
             lse = tl.load(pick(back, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf"))
-            total = tl.where(lse == float("inf"), 1.0, 0.0)  # not 0 where forward worked nothing, as the row's mask ignores it
+            total = tl.where(
+                lse == float("inf"), 1.0, 0.0
+            )  # not 0 where forward worked nothing, as the row's mask ignores it
             if EXACT:
                 delta = tl.zeros([BM], tl.float32)
                 for start in range(lo // BN * BN, hi, BN):
                     weight, d_weight = _tile(
-                        q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
-                        H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
-                    )[:2]  # fmt: skip
+                        q,
+                        do,
+                        k_ptr,
+                        seed_ptr,
+                        lse,
+                        lse_at,
+                        direction,
+                        b,
+                        M,
+                        head,
+                        start,
+                        hi,
+                        scale,
+                        p,
+                        who,
+                        H,
+                        DH,
+                        WK,
+                        FIRST_KEY,
+                        BM,
+                        BN,
+                        BH,
+                        IGNORE,
+                        DROPOUT,
+                        UPCAST,
+                    )[:2]
                     total += tl.sum(weight, 1)
                     delta += tl.sum(weight * d_weight, 1)
                 delta = delta / total
                 tl.store(delta_ptr + (B * N).to(tl.int64) * H + lse_at, 1.0 / total, mask=n < N)
             else:
-                o = load_head(pick(back, attended0_ptr, attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH)
+                o = load_head(
+                    pick(back, attended0_ptr, attended1_ptr), rows, n < N, head * DH, H * DH, DH, BH
+                )
                 delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
                 start = lo // BN * BN
                 if hi - start <= BN:
                     weight, d_weight = _tile(
-                        q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
-                        H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
-                    )[:2]  # fmt: skip
+                        q,
+                        do,
+                        k_ptr,
+                        seed_ptr,
+                        lse,
+                        lse_at,
+                        direction,
+                        b,
+                        M,
+                        head,
+                        start,
+                        hi,
+                        scale,
+                        p,
+                        who,
+                        H,
+                        DH,
+                        WK,
+                        FIRST_KEY,
+                        BM,
+                        BN,
+                        BH,
+                        IGNORE,
+                        DROPOUT,
+                        UPCAST,
+                    )[:2]
                     delta = tl.sum(weight * d_weight, 1) / (total + tl.sum(weight, 1))
             tl.store(delta_ptr + lse_at, delta, mask=n < N)
             for start in range(lo // BN * BN, hi, BN):
                 weight, d_weight, k = _tile(
-                    q, do, k_ptr, seed_ptr, lse, lse_at, direction, b, M, head, start, hi, scale, p, who,
-                    H, DH, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
-                )  # fmt: skip
+                    q,
+                    do,
+                    k_ptr,
+                    seed_ptr,
+                    lse,
+                    lse_at,
+                    direction,
+                    b,
+                    M,
+                    head,
+                    start,
+                    hi,
+                    scale,
+                    p,
+                    who,
+                    H,
+                    DH,
+                    WK,
+                    FIRST_KEY,
+                    BM,
+                    BN,
+                    BH,
+                    IGNORE,
+                    DROPOUT,
+                    UPCAST,
+                )
                 ds = weight * (d_weight - delta[:, None])
                 if EXACT:
                     ds = ds / total[:, None]
@@ -106,14 +243,46 @@ def d_query_kernel(
 
 @triton.jit
 def d_key_kernel(
-    projected0_ptr, projected1_ptr, d_attended0_ptr, d_attended1_ptr, lse0_ptr, lse1_ptr,
-    delta0_ptr, delta1_ptr, d_projected0_ptr, d_projected1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, tiles, scale, p,
-    H: tl.constexpr, DH: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (directions * B * H * tiles,). dK and dV of BN keys; 0 for keys that nobody reads. Tiles are kept keys first."""
+    projected0_ptr,
+    projected1_ptr,
+    d_attended0_ptr,
+    d_attended1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    delta0_ptr,
+    delta1_ptr,
+    d_projected0_ptr,
+    d_projected1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    tiles,
+    scale,
+    p,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (directions * B * H * tiles,). dK and dV of BN keys; 0 for keys that nobody reads. Tiles
+    are kept keys first.
+    """
     direction, b, head, tile = place(tiles, H, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
@@ -148,11 +317,16 @@ def d_key_kernel(
                 s = dot(k, tl.trans(q), tl.zeros([BN, BM], tl.float32), UPCAST)
                 weight = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * (scale * LOG2E)), 0.0)
                 if EXACT:
-                    weight *= tl.load(delta_ptr + (B * N).to(tl.int64) * H + lse_at, mask=ok, other=0.0)[None, :]
+                    weight *= tl.load(
+                        delta_ptr + (B * N).to(tl.int64) * H + lse_at, mask=ok, other=0.0
+                    )[None, :]
                 d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)
                 ds = weight
                 if DROPOUT:
-                    kept = tl.trans(philox_keep(seed, lse_at, start, p, 2 * direction, BN).to(tl.int8)) != 0
+                    kept = (
+                        tl.trans(philox_keep(seed, lse_at, start, p, 2 * direction, BN).to(tl.int8))
+                        != 0
+                    )
                     d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
                     weight = tl.where(kept, weight / (1.0 - p), 0.0)
                 ds = ds * (d_weight - delta[None, :])

@@ -1,6 +1,8 @@
-"""What was attended to becomes the output: out-projection and dropout give A, the gate sees [x ; A ; e] and blends A into x.
+"""What was attended to becomes the output: out-projection and dropout give A, the gate sees [x ; A
+; e] and blends A into x.
 
-The gate is never rounded: both g and 1 - g = sigmoid(-z) come from the float32 logit z. A is, to the dtype of the tokens, and is
+The gate is never rounded: both g and 1 - g = sigmoid(-z) come from the float32 logit z. A is, to
+the dtype of the tokens, and is
 what the gate and backward read: ``kept``. Tokens that are not changed are copied, and their A is 0.
 """
 
@@ -16,13 +18,18 @@ from .tokens import add_product, any_of, changed, pick, tile_at
 @triton.jit
 def alive(lse_ptr, r, N, ok, H: tl.constexpr):
     """Rows that had something to read: by the lse of their first head."""
-    return ok & (tl.load(lse_ptr + (r // N).to(tl.int64) * (H * N) + r % N, mask=ok, other=float("inf")) != float("inf"))
+    return ok & (
+        tl.load(lse_ptr + (r // N).to(tl.int64) * (H * N) + r % N, mask=ok, other=float("inf"))
+        != float("inf")
+    )
 
 
 @triton.jit
 def load_tile(ptr, at, cols, ok, D: tl.constexpr):
     """float32 (rows, columns); the rows begin at ``at``."""
-    return tl.load(ptr + at[:, None] + cols[None, :], mask=ok[:, None] & (cols[None, :] < D), other=0.0).to(tl.float32)
+    return tl.load(
+        ptr + at[:, None] + cols[None, :], mask=ok[:, None] & (cols[None, :] < D), other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -39,9 +46,21 @@ def dropped(value, seed_ptr, r, first, p, stream, BN: tl.constexpr):
 
 @triton.jit
 def store_kept(
-    acc, live, kept_ptr, b_ptr, biased, seed_ptr, r, R, first, p, direction,
-    D: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+    acc,
+    live,
+    kept_ptr,
+    b_ptr,
+    biased,
+    seed_ptr,
+    r,
+    R,
+    first,
+    p,
+    direction,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
     """A of the rows r and the columns first .. first + BN, from the product with W_o."""
     cols = first + tl.arange(0, BN)
     acc = tl.where(live[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
@@ -52,33 +71,71 @@ def store_kept(
 
 @triton.jit
 def gate_logits(
-    x_ptr, x_at, kept_ptr, w_ptr, w_whole_ptr, b_ptr, biased, flag_ptr, r, N, ok, cols, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INDICATOR: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """z of the channels ``cols``. W_g (D, 2 D) without the indicator's column, which is taken from the whole W_g (D, 2 D + 1)."""
+    x_ptr,
+    x_at,
+    kept_ptr,
+    w_ptr,
+    w_whole_ptr,
+    b_ptr,
+    biased,
+    flag_ptr,
+    r,
+    N,
+    ok,
+    cols,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """z of the channels ``cols``. W_g (D, 2 D) without the indicator's column, which is taken from
+    the whole W_g (D, 2 D + 1).
+    """
     limit = tl.where(any_of(ok), D, 0)
     z = tl.zeros([BM, BN], tl.float32)
     z = add_product(z, x_ptr, x_at, ok, limit, w_ptr, cols, D, 1, 2 * D, D, BK, UPCAST)
-    z = add_product(z, kept_ptr, r.to(tl.int64) * D, ok, limit, w_ptr + D, cols, D, 1, 2 * D, D, BK, UPCAST)
+    z = add_product(
+        z, kept_ptr, r.to(tl.int64) * D, ok, limit, w_ptr + D, cols, D, 1, 2 * D, D, BK, UPCAST
+    )
     z += load_vector(b_ptr, cols, biased * D)[None, :]
     if INDICATOR:
         e = tl.load(flag_ptr + r // N, mask=ok, other=0.0)
-        z += e[:, None] * load_vector(w_whole_ptr + 2 * D, cols * (2 * D + 1), D * (2 * D + 1))[None, :]
+        z += (
+            e[:, None]
+            * load_vector(w_whole_ptr + 2 * D, cols * (2 * D + 1), D * (2 * D + 1))[None, :]
+        )
     return z
 
 
 @triton.jit
 def token_logit(
-    x_ptr, x_at, kept_ptr, w_ptr, b_ptr, biased, flag_ptr, r, N, ok, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr,
+    x_at,
+    kept_ptr,
+    w_ptr,
+    b_ptr,
+    biased,
+    flag_ptr,
+    r,
+    N,
+    ok,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     INDICATOR: tl.constexpr,
-):  # fmt: skip
+):
     """z of the rows r, one number each."""
     z = tl.zeros([BM], tl.float32)
     for first in range(0, D, BN):
         cols = first + tl.arange(0, BN)
         x = load_tile(x_ptr, x_at, cols, ok, D)
         a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
-        z += tl.sum(x * load_vector(w_ptr, cols, D)[None, :] + a * load_vector(w_ptr + D, cols, D)[None, :], 1)
+        z += tl.sum(
+            x * load_vector(w_ptr, cols, D)[None, :] + a * load_vector(w_ptr + D, cols, D)[None, :],
+            1,
+        )
     z += tl.load(b_ptr, mask=biased == 1, other=0.0).to(tl.float32)
     if INDICATOR:
         z += tl.load(flag_ptr + r // N, mask=ok, other=0.0) * tl.load(w_ptr + 2 * D).to(tl.float32)
@@ -87,34 +144,71 @@ def token_logit(
 
 @triton.jit
 def _load_x(x_ptr, x_at, r, R, cols, D: tl.constexpr):
-    return tl.load(x_ptr + x_at[:, None] + cols[None, :], mask=(r < R)[:, None] & (cols[None, :] < D), other=0.0)
+    return tl.load(
+        x_ptr + x_at[:, None] + cols[None, :],
+        mask=(r < R)[:, None] & (cols[None, :] < D),
+        other=0.0,
+    )
 
 
 @triton.jit
 def _store_out(out_ptr, value, x, r, R, cols, ok, D: tl.constexpr):
     """value where ok, x elsewhere, whatever it holds."""
     inside = (r < R)[:, None] & (cols[None, :] < D)
-    tl.store(out_ptr + tile_at(r, cols, D), tl.where(ok[:, None], value.to(x.dtype), x), mask=inside)
+    tl.store(
+        out_ptr + tile_at(r, cols, D), tl.where(ok[:, None], value.to(x.dtype), x), mask=inside
+    )
 
 
 @triton.jit
 def _blend_rows(
-    x_ptr, x_at, kept_ptr, out_ptr, w_ptr, b_ptr, biased, flag_ptr, gamma_ptr, beta_ptr, moments_ptr, r, R, N, ok, eps,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_at,
+    kept_ptr,
+    out_ptr,
+    w_ptr,
+    b_ptr,
+    biased,
+    flag_ptr,
+    gamma_ptr,
+    beta_ptr,
+    moments_ptr,
+    r,
+    R,
+    N,
+    ok,
+    eps,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+):
     """One gate a row, or none: whole rows, BN columns at a time."""
     at = r.to(tl.int64) * D
     if GATE == "token":
-        z = token_logit(x_ptr, x_at, kept_ptr, w_ptr, b_ptr, biased, flag_ptr, r, N, ok, D, BM, BN, INDICATOR)
+        z = token_logit(
+            x_ptr, x_at, kept_ptr, w_ptr, b_ptr, biased, flag_ptr, r, N, ok, D, BM, BN, INDICATOR
+        )
     if POSTNORM:
         mean = tl.zeros([BM], tl.float32)
         for first in range(0, D, BN):
             cols = first + tl.arange(0, BN)
-            mean += tl.sum(load_tile(x_ptr, x_at, cols, ok, D) + load_tile(kept_ptr, at, cols, ok, D), 1) / D
+            mean += (
+                tl.sum(
+                    load_tile(x_ptr, x_at, cols, ok, D) + load_tile(kept_ptr, at, cols, ok, D), 1
+                )
+                / D
+            )
         variance = tl.zeros([BM], tl.float32)
         for first in range(0, D, BN):
             cols = first + tl.arange(0, BN)
-            centred = load_tile(x_ptr, x_at, cols, ok, D) + load_tile(kept_ptr, at, cols, ok, D) - mean[:, None]
+            centred = (
+                load_tile(x_ptr, x_at, cols, ok, D)
+                + load_tile(kept_ptr, at, cols, ok, D)
+                - mean[:, None]
+            )
             variance += tl.sum(tl.where(cols[None, :] < D, centred * centred, 0.0), 1) / D
         rstd = 1.0 / tl.sqrt(variance + eps)
         tl.store(moments_ptr + r, mean, mask=ok)
@@ -128,46 +222,164 @@ def _blend_rows(
         else:
             value = x.to(tl.float32) + a
         if POSTNORM:
-            value = (value - mean[:, None]) * rstd[:, None] * load_vector(gamma_ptr, cols, D)[None, :]
+            value = (
+                (value - mean[:, None]) * rstd[:, None] * load_vector(gamma_ptr, cols, D)[None, :]
+            )
             value += load_vector(beta_ptr, cols, D)[None, :]
         _store_out(out_ptr, value, x, r, R, cols, ok, D)
 
 
 @triton.jit
 def blend_tokens(
-    x_ptr, x_at, kept_ptr, out_ptr, w_ptr, w_whole_ptr, b_ptr, biased, flag_ptr, gamma_ptr, beta_ptr, moments_ptr,
-    r, R, N, ok, begin, end, eps, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_at,
+    kept_ptr,
+    out_ptr,
+    w_ptr,
+    w_whole_ptr,
+    b_ptr,
+    biased,
+    flag_ptr,
+    gamma_ptr,
+    beta_ptr,
+    moments_ptr,
+    r,
+    R,
+    N,
+    ok,
+    begin,
+    end,
+    eps,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """From A to the output: the columns begin .. end with a gate per channel, whole rows else."""
     if GATE == "channel":
         for first in range(begin, end, BN):
             cols = first + tl.arange(0, BN)
             z = gate_logits(
-                x_ptr, x_at, kept_ptr, w_ptr, w_whole_ptr, b_ptr, biased, flag_ptr, r, N, ok, cols, D, BM, BN, BK, INDICATOR, UPCAST
-            )  # fmt: skip
+                x_ptr,
+                x_at,
+                kept_ptr,
+                w_ptr,
+                w_whole_ptr,
+                b_ptr,
+                biased,
+                flag_ptr,
+                r,
+                N,
+                ok,
+                cols,
+                D,
+                BM,
+                BN,
+                BK,
+                INDICATOR,
+                UPCAST,
+            )
             a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
             x = _load_x(x_ptr, x_at, r, R, cols, D)
-            _store_out(out_ptr, tl.sigmoid(z) * a + tl.sigmoid(-z) * x.to(tl.float32), x, r, R, cols, ok, D)
+            _store_out(
+                out_ptr, tl.sigmoid(z) * a + tl.sigmoid(-z) * x.to(tl.float32), x, r, R, cols, ok, D
+            )
     else:
         _blend_rows(
-            x_ptr, x_at, kept_ptr, out_ptr, w_ptr, b_ptr, biased, flag_ptr, gamma_ptr, beta_ptr, moments_ptr, r, R, N, ok, eps,
-            D, BM, BN, GATE, INDICATOR, POSTNORM,
-        )  # fmt: skip
+            x_ptr,
+            x_at,
+            kept_ptr,
+            out_ptr,
+            w_ptr,
+            b_ptr,
+            biased,
+            flag_ptr,
+            gamma_ptr,
+            beta_ptr,
+            moments_ptr,
+            r,
+            R,
+            N,
+            ok,
+            eps,
+            D,
+            BM,
+            BN,
+            GATE,
+            INDICATOR,
+            POSTNORM,
+        )
 
 
 @triton.jit
 def blend_kernel(
-    x0_ptr, x1_ptr, attended0_ptr, attended1_ptr, kept0_ptr, kept1_ptr, out0_ptr, out1_ptr, lse0_ptr, lse1_ptr,
-    wo0_ptr, wo1_ptr, bo0_ptr, bo1_ptr, wg0_ptr, wg1_ptr, whole0_ptr, whole1_ptr, bg0_ptr, bg1_ptr, flag0_ptr, flag1_ptr,
-    gamma0_ptr, gamma1_ptr, beta0_ptr, beta1_ptr, moments0_ptr, moments1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, sb0, sb1, sn0, sn1, eps, p,
-    READ: tl.constexpr, BLEND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BIAS_O: tl.constexpr, BIAS_G: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
-    GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (rows / BM, directions) where READ makes A and BLEND the output, BN columns at a time; for one of the two alone
-    (rows / BM * D / BN, directions). A comes through memory in both cases, so that it is rounded alike."""
+    x0_ptr,
+    x1_ptr,
+    attended0_ptr,
+    attended1_ptr,
+    kept0_ptr,
+    kept1_ptr,
+    out0_ptr,
+    out1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    wo0_ptr,
+    wo1_ptr,
+    bo0_ptr,
+    bo1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    whole0_ptr,
+    whole1_ptr,
+    bg0_ptr,
+    bg1_ptr,
+    flag0_ptr,
+    flag1_ptr,
+    gamma0_ptr,
+    gamma1_ptr,
+    beta0_ptr,
+    beta1_ptr,
+    moments0_ptr,
+    moments1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    sb0,
+    sb1,
+    sn0,
+    sn1,
+    eps,
+    p,
+    READ: tl.constexpr,
+    BLEND: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BIAS_O: tl.constexpr,
+    BIAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (rows / BM, directions) where READ makes A and BLEND the output, BN columns at a time;
+    for one of the two alone (rows / BM * D / BN, directions). A comes through memory in both cases,
+    so that it is rounded alike."""
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -180,7 +392,9 @@ def blend_kernel(
     if tl.program_id(0) // blocks * BM < R:
         ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
         x_ptr = pick(back, x0_ptr, x1_ptr)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(back, sn0, sn1)
+        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            back, sn0, sn1
+        )
         kept_ptr = pick(back, kept0_ptr, kept1_ptr)
         out_ptr = pick(back, out0_ptr, out1_ptr)
         b_ptr = pick(back, bg0_ptr, bg1_ptr)
@@ -190,32 +404,113 @@ def blend_kernel(
             limit = tl.where(any_of(live), D, 0)
             for first in range(begin, end, BN):
                 acc = add_product(
-                    tl.zeros([BM, BN], tl.float32), pick(back, attended0_ptr, attended1_ptr), r.to(tl.int64) * D, live, limit,
-                    pick(back, wo0_ptr, wo1_ptr), first + tl.arange(0, BN), D, 1, D, D, BK, UPCAST,
-                )  # fmt: skip
+                    tl.zeros([BM, BN], tl.float32),
+                    pick(back, attended0_ptr, attended1_ptr),
+                    r.to(tl.int64) * D,
+                    live,
+                    limit,
+                    pick(back, wo0_ptr, wo1_ptr),
+                    first + tl.arange(0, BN),
+                    D,
+                    1,
+                    D,
+                    D,
+                    BK,
+                    UPCAST,
+                )
                 store_kept(
-                    acc, live, kept_ptr, pick(back, bo0_ptr, bo1_ptr), (BIAS_O >> direction) & 1, seed_ptr, r, R, first, p,
-                    direction, D, BN, DROPOUT,
-                )  # fmt: skip
+                    acc,
+                    live,
+                    kept_ptr,
+                    pick(back, bo0_ptr, bo1_ptr),
+                    (BIAS_O >> direction) & 1,
+                    seed_ptr,
+                    r,
+                    R,
+                    first,
+                    p,
+                    direction,
+                    D,
+                    BN,
+                    DROPOUT,
+                )
         if READ and BLEND:
             tl.debug_barrier()  # what follows reads A as other threads of this program have written it
         if BLEND:
             blend_tokens(
-                x_ptr, x_at, kept_ptr, out_ptr, pick(back, wg0_ptr, wg1_ptr), pick(back, whole0_ptr, whole1_ptr), b_ptr,
-                (BIAS_G >> direction) & 1, flag_ptr, pick(back, gamma0_ptr, gamma1_ptr), pick(back, beta0_ptr, beta1_ptr),
-                pick(back, moments0_ptr, moments1_ptr), r, R, N, ok, begin, end, eps,
-                D, BM, BN, BK, GATE, INDICATOR, POSTNORM, UPCAST,
-            )  # fmt: skip
+                x_ptr,
+                x_at,
+                kept_ptr,
+                out_ptr,
+                pick(back, wg0_ptr, wg1_ptr),
+                pick(back, whole0_ptr, whole1_ptr),
+                b_ptr,
+                (BIAS_G >> direction) & 1,
+                flag_ptr,
+                pick(back, gamma0_ptr, gamma1_ptr),
+                pick(back, beta0_ptr, beta1_ptr),
+                pick(back, moments0_ptr, moments1_ptr),
+                r,
+                R,
+                N,
+                ok,
+                begin,
+                end,
+                eps,
+                D,
+                BM,
+                BN,
+                BK,
+                GATE,
+                INDICATOR,
+                POSTNORM,
+                UPCAST,
+            )
 
 
 @triton.jit
 def blend_rows_kernel(
-    x0_ptr, x1_ptr, kept0_ptr, kept1_ptr, out0_ptr, out1_ptr, wg0_ptr, wg1_ptr, bg0_ptr, bg1_ptr, flag0_ptr, flag1_ptr,
-    gamma0_ptr, gamma1_ptr, beta0_ptr, beta1_ptr, moments0_ptr, moments1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, B, N0, N1, sb0, sb1, sn0, sn1, eps,
-    D: tl.constexpr, BIAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr,
-    MISSING: tl.constexpr, GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr,
-):  # fmt: skip
+    x0_ptr,
+    x1_ptr,
+    kept0_ptr,
+    kept1_ptr,
+    out0_ptr,
+    out1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    bg0_ptr,
+    bg1_ptr,
+    flag0_ptr,
+    flag1_ptr,
+    gamma0_ptr,
+    gamma1_ptr,
+    beta0_ptr,
+    beta1_ptr,
+    moments0_ptr,
+    moments1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    B,
+    N0,
+    N1,
+    sb0,
+    sb1,
+    sn0,
+    sn1,
+    eps,
+    D: tl.constexpr,
+    BIAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+):
     """grid (rows / BM, directions). The second launch where there is no gate per channel."""
     direction = tl.program_id(1)
     back = direction == 1
@@ -225,10 +520,30 @@ def blend_rows_kernel(
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM < R:
         ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(back, sn0, sn1)
+        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            back, sn0, sn1
+        )
         _blend_rows(
-            pick(back, x0_ptr, x1_ptr), x_at, pick(back, kept0_ptr, kept1_ptr), pick(back, out0_ptr, out1_ptr),
-            pick(back, wg0_ptr, wg1_ptr), pick(back, bg0_ptr, bg1_ptr), (BIAS_G >> direction) & 1, pick(back, flag0_ptr, flag1_ptr),
-            pick(back, gamma0_ptr, gamma1_ptr), pick(back, beta0_ptr, beta1_ptr), pick(back, moments0_ptr, moments1_ptr),
-            r, R, N, ok, eps, D, BM, BN, GATE, INDICATOR, POSTNORM,
-        )  # fmt: skip
+            pick(back, x0_ptr, x1_ptr),
+            x_at,
+            pick(back, kept0_ptr, kept1_ptr),
+            pick(back, out0_ptr, out1_ptr),
+            pick(back, wg0_ptr, wg1_ptr),
+            pick(back, bg0_ptr, bg1_ptr),
+            (BIAS_G >> direction) & 1,
+            pick(back, flag0_ptr, flag1_ptr),
+            pick(back, gamma0_ptr, gamma1_ptr),
+            pick(back, beta0_ptr, beta1_ptr),
+            pick(back, moments0_ptr, moments1_ptr),
+            r,
+            R,
+            N,
+            ok,
+            eps,
+            D,
+            BM,
+            BN,
+            GATE,
+            INDICATOR,
+            POSTNORM,
+        )

@@ -1,8 +1,9 @@
-"""Attention and all that follows it in one kernel: what a block of queries has read stays on chip on its way through W_o.
+"""Attention and all that follows it in one kernel: what a block of queries has read stays on chip
+on its way through W_o.
 
-Every head of a block adds its share of the out-projection, in float32; then A goes through memory, as in blend.py, and through the
-same gate. It writes what attention and blend write, so that one backward serves both.
-"""
+Every head of a block adds its share of the out-projection, in float32; then A goes through memory,
+as in blend.py, and through the same gate. It writes what attention and blend write, so that one
+backward serves both."""
 
 from __future__ import annotations
 
@@ -17,16 +18,78 @@ from .tokens import changed, pick
 
 @triton.jit
 def block_kernel(
-    projected0_ptr, projected1_ptr, x0_ptr, x1_ptr, attended0_ptr, attended1_ptr, kept0_ptr, kept1_ptr, out0_ptr, out1_ptr,
-    lse0_ptr, lse1_ptr, wo0_ptr, wo1_ptr, bo0_ptr, bo1_ptr, wg0_ptr, wg1_ptr, whole0_ptr, whole1_ptr, bg0_ptr, bg1_ptr,
-    flag0_ptr, flag1_ptr, gamma0_ptr, gamma1_ptr, beta0_ptr, beta1_ptr, moments0_ptr, moments1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, sb0, sb1, sn0, sn1, tiles, scale, eps, p,
-    H: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, FIRST_KEY: tl.constexpr,
-    BIAS_O: tl.constexpr, BIAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
-    BD: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, COLLAPSE: tl.constexpr,
-    GATE: tl.constexpr, INDICATOR: tl.constexpr, POSTNORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (directions * B * tiles,). BM queries of one sample, all heads; BN keys at a time, then BN columns of the output."""
+    projected0_ptr,
+    projected1_ptr,
+    x0_ptr,
+    x1_ptr,
+    attended0_ptr,
+    attended1_ptr,
+    kept0_ptr,
+    kept1_ptr,
+    out0_ptr,
+    out1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    wo0_ptr,
+    wo1_ptr,
+    bo0_ptr,
+    bo1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    whole0_ptr,
+    whole1_ptr,
+    bg0_ptr,
+    bg1_ptr,
+    flag0_ptr,
+    flag1_ptr,
+    gamma0_ptr,
+    gamma1_ptr,
+    beta0_ptr,
+    beta1_ptr,
+    moments0_ptr,
+    moments1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    sb0,
+    sb1,
+    sn0,
+    sn1,
+    tiles,
+    scale,
+    eps,
+    p,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    D: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BIAS_O: tl.constexpr,
+    BIAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (directions * B * tiles,). BM queries of one sample, all heads; BN keys at a time, then
+    BN columns of the output.
+    """
     direction, b, _, tile = place(tiles, 1, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
@@ -43,28 +106,95 @@ def block_kernel(
         # fill the registers, and spill on sm_100 and sm_120.
         for head in tl.range(0, H, disable_licm=True):
             attended = attend_head(
-                pick(back, projected0_ptr, projected1_ptr), pick(back, projected1_ptr, projected0_ptr),
-                pick(back, attended0_ptr, attended1_ptr), lse_ptr, seed_ptr, direction, b, head, n, N, M, lo, hi, scale, p, who,
-                H, DH, WQ, WK, FIRST_KEY, BM, BN, BH, IGNORE, DROPOUT, UPCAST,
-            )  # fmt: skip
+                pick(back, projected0_ptr, projected1_ptr),
+                pick(back, projected1_ptr, projected0_ptr),
+                pick(back, attended0_ptr, attended1_ptr),
+                lse_ptr,
+                seed_ptr,
+                direction,
+                b,
+                head,
+                n,
+                N,
+                M,
+                lo,
+                hi,
+                scale,
+                p,
+                who,
+                H,
+                DH,
+                WQ,
+                WK,
+                FIRST_KEY,
+                BM,
+                BN,
+                BH,
+                IGNORE,
+                DROPOUT,
+                UPCAST,
+            )
             if lo < hi:
                 k = tl.arange(0, BH)
                 at = cols[None, :] * D + head * DH + k[:, None]
-                w = tl.load(pick(back, wo0_ptr, wo1_ptr) + at, mask=(k[:, None] < DH) & (cols[None, :] < D), other=0.0)
+                w = tl.load(
+                    pick(back, wo0_ptr, wo1_ptr) + at,
+                    mask=(k[:, None] < DH) & (cols[None, :] < D),
+                    other=0.0,
+                )
                 acc = dot(attended, w, acc, UPCAST)
         tl.debug_barrier()  # what follows reads lse as other threads of this program have written it
-        r = tl.where(n < N, b * N + n, R).to(tl.int32)  # what is beyond the sample counts as beyond all of them
+        r = tl.where(n < N, b * N + n, R).to(
+            tl.int32
+        )  # what is beyond the sample counts as beyond all of them
         ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
         kept_ptr = pick(back, kept0_ptr, kept1_ptr)
         store_kept(
-            acc, alive(lse_ptr, r, N, ok, H), kept_ptr, pick(back, bo0_ptr, bo1_ptr), (BIAS_O >> direction) & 1, seed_ptr, r, R, 0,
-            p, direction, D, BD, DROPOUT,
-        )  # fmt: skip
+            acc,
+            alive(lse_ptr, r, N, ok, H),
+            kept_ptr,
+            pick(back, bo0_ptr, bo1_ptr),
+            (BIAS_O >> direction) & 1,
+            seed_ptr,
+            r,
+            R,
+            0,
+            p,
+            direction,
+            D,
+            BD,
+            DROPOUT,
+        )
         tl.debug_barrier()  # and A
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(back, sn0, sn1)
+        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            back, sn0, sn1
+        )
         blend_tokens(
-            pick(back, x0_ptr, x1_ptr), x_at, kept_ptr, pick(back, out0_ptr, out1_ptr), pick(back, wg0_ptr, wg1_ptr),
-            pick(back, whole0_ptr, whole1_ptr), pick(back, bg0_ptr, bg1_ptr), (BIAS_G >> direction) & 1,
-            pick(back, flag0_ptr, flag1_ptr), pick(back, gamma0_ptr, gamma1_ptr), pick(back, beta0_ptr, beta1_ptr),
-            pick(back, moments0_ptr, moments1_ptr), r, R, N, ok, 0, D, eps, D, BM, BN, BK, GATE, INDICATOR, POSTNORM, UPCAST,
-        )  # fmt: skip
+            pick(back, x0_ptr, x1_ptr),
+            x_at,
+            kept_ptr,
+            pick(back, out0_ptr, out1_ptr),
+            pick(back, wg0_ptr, wg1_ptr),
+            pick(back, whole0_ptr, whole1_ptr),
+            pick(back, bg0_ptr, bg1_ptr),
+            (BIAS_G >> direction) & 1,
+            pick(back, flag0_ptr, flag1_ptr),
+            pick(back, gamma0_ptr, gamma1_ptr),
+            pick(back, beta0_ptr, beta1_ptr),
+            pick(back, moments0_ptr, moments1_ptr),
+            r,
+            R,
+            N,
+            ok,
+            0,
+            D,
+            eps,
+            D,
+            BM,
+            BN,
+            BK,
+            GATE,
+            INDICATOR,
+            POSTNORM,
+            UPCAST,
+        )

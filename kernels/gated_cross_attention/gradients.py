@@ -1,11 +1,12 @@
-"""Backward of everything but the attention. With g = sigmoid(z), A the ``kept`` of forward and dropout' its replay:
+"""Backward of everything but the attention. With g = sigmoid(z), A the ``kept`` of forward and
+dropout' its replay:
 
     dz = dout (A - x) g (1 - g)     dy = dropout'(g dout + dz W_ga)     d attended = dy W_o
     dx = (1 - g) dout + dz W_gx + LN'(dQ W_q + dK W_k + dV W_v)
 
-and dx = dout where a token came back as it was. g is computed again. dz, dy and the projections' gradients are exactly 0 in rows
-that nobody read, so that plain products over all rows give the weights' gradients.
-"""
+and dx = dout where a token came back as it was. g is computed again. dz, dy and the projections'
+gradients are exactly 0 in rows that nobody read, so that plain products over all rows give the
+weights' gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +19,51 @@ from .tokens import add_product, any_of, attends, changed, listened, pick, tile_
 
 @triton.jit
 def d_gate_kernel(
-    d_out0_ptr, d_out1_ptr, x0_ptr, x1_ptr, kept0_ptr, kept1_ptr, wg0_ptr, wg1_ptr, whole0_ptr, whole1_ptr, bg0_ptr, bg1_ptr,
-    flag0_ptr, flag1_ptr, dz0_ptr, dz1_ptr, dy0_ptr, dy1_ptr, dx0_ptr, dx1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, B, N0, N1, sb0, sb1, sn0, sn1,
-    D: tl.constexpr, BIAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, INDICATOR: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (rows / BM * D / BN, directions). A gate per channel: dz, and what reaches A and x past the gate."""
+    d_out0_ptr,
+    d_out1_ptr,
+    x0_ptr,
+    x1_ptr,
+    kept0_ptr,
+    kept1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    whole0_ptr,
+    whole1_ptr,
+    bg0_ptr,
+    bg1_ptr,
+    flag0_ptr,
+    flag1_ptr,
+    dz0_ptr,
+    dz1_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dx0_ptr,
+    dx1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    B,
+    N0,
+    N1,
+    sb0,
+    sb1,
+    sn0,
+    sn1,
+    D: tl.constexpr,
+    BIAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (rows / BM * D / BN, directions). A gate per channel: dz, and what reaches A and x past
+    the gate.
+    """
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -37,30 +76,92 @@ def d_gate_kernel(
         ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
         x_ptr = pick(back, x0_ptr, x1_ptr)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(back, sn0, sn1)
+        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            back, sn0, sn1
+        )
         kept_ptr = pick(back, kept0_ptr, kept1_ptr)
         z = gate_logits(
-            x_ptr, x_at, kept_ptr, pick(back, wg0_ptr, wg1_ptr), pick(back, whole0_ptr, whole1_ptr), pick(back, bg0_ptr, bg1_ptr),
-            (BIAS_G >> direction) & 1, pick(back, flag0_ptr, flag1_ptr), r, N, ok, cols, D, BM, BN, BK, INDICATOR, UPCAST,
-        )  # fmt: skip
+            x_ptr,
+            x_at,
+            kept_ptr,
+            pick(back, wg0_ptr, wg1_ptr),
+            pick(back, whole0_ptr, whole1_ptr),
+            pick(back, bg0_ptr, bg1_ptr),
+            (BIAS_G >> direction) & 1,
+            pick(back, flag0_ptr, flag1_ptr),
+            r,
+            N,
+            ok,
+            cols,
+            D,
+            BM,
+            BN,
+            BK,
+            INDICATOR,
+            UPCAST,
+        )
         g = tl.sigmoid(z)
         rest = tl.sigmoid(-z)
         d_out = load_tile(pick(back, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
-        dz = d_out * g * rest * (load_tile(kept_ptr, at, cols, ok, D) - load_tile(x_ptr, x_at, cols, ok, D))
+        dz = (
+            d_out
+            * g
+            * rest
+            * (load_tile(kept_ptr, at, cols, ok, D) - load_tile(x_ptr, x_at, cols, ok, D))
+        )
         inside = (r < R)[:, None] & (cols[None, :] < D)
-        tl.store(pick(back, dz0_ptr, dz1_ptr) + tile_at(r, cols, D), tl.where(ok[:, None], dz, 0.0), mask=inside)
-        tl.store(pick(back, dy0_ptr, dy1_ptr) + tile_at(r, cols, D), tl.where(ok[:, None], d_out * g, 0.0), mask=inside)
-        tl.store(pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D), tl.where(ok[:, None], d_out * rest, d_out), mask=inside)
+        tl.store(
+            pick(back, dz0_ptr, dz1_ptr) + tile_at(r, cols, D),
+            tl.where(ok[:, None], dz, 0.0),
+            mask=inside,
+        )
+        tl.store(
+            pick(back, dy0_ptr, dy1_ptr) + tile_at(r, cols, D),
+            tl.where(ok[:, None], d_out * g, 0.0),
+            mask=inside,
+        )
+        tl.store(
+            pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
+            tl.where(ok[:, None], d_out * rest, d_out),
+            mask=inside,
+        )
 
 
 @triton.jit
 def through_gate_kernel(
-    dz0_ptr, dz1_ptr, wg0_ptr, wg1_ptr, dy0_ptr, dy1_ptr, dx0_ptr, dx1_ptr, lse0_ptr, lse1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, p,
-    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (rows / BM * 2 D / BN, directions). dz W_g: its first half is added to dx, its second to dy, each in place."""
+    dz0_ptr,
+    dz1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dx0_ptr,
+    dx1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    p,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (rows / BM * 2 D / BN, directions). dz W_g: its first half is added to dx, its second to
+    dy, each in place.
+    """
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -80,7 +181,9 @@ def through_gate_kernel(
             acc = tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
             w_ptr = pick(back, wg0_ptr, wg1_ptr) + half * D
             dz_ptr = pick(back, dz0_ptr, dz1_ptr)
-            acc = add_product(acc, dz_ptr, r.to(tl.int64) * D, ok, D, w_ptr, cols, D, 2 * D, 1, D, BK, UPCAST)
+            acc = add_product(
+                acc, dz_ptr, r.to(tl.int64) * D, ok, D, w_ptr, cols, D, 2 * D, 1, D, BK, UPCAST
+            )
             if half == 1:
                 live = alive(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
                 acc = tl.where(live[:, None], acc, 0.0)
@@ -91,15 +194,61 @@ def through_gate_kernel(
 
 @triton.jit
 def d_rows_kernel(
-    d_out0_ptr, d_out1_ptr, x0_ptr, x1_ptr, kept0_ptr, kept1_ptr, wg0_ptr, wg1_ptr, bg0_ptr, bg1_ptr, flag0_ptr, flag1_ptr,
-    gamma0_ptr, gamma1_ptr, moments0_ptr, moments1_ptr, lse0_ptr, lse1_ptr, dz0_ptr, dz1_ptr, dy0_ptr, dy1_ptr, dx0_ptr, dx1_ptr,
-    partial0_ptr, partial1_ptr, ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, seed_ptr, B, N0, N1, sb0, sb1, sn0, sn1, p,
-    H: tl.constexpr, D: tl.constexpr, BIAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, GATE: tl.constexpr, INDICATOR: tl.constexpr,
-    POSTNORM: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """grid (P, directions). One gate a row, or none, or a norm after the sum: dz, dy and dx at once, BM whole rows at a time.
-    Program i takes the blocks i, i + P, ...; partial (2, P, D): its sums for the norm's weight and bias."""
+    d_out0_ptr,
+    d_out1_ptr,
+    x0_ptr,
+    x1_ptr,
+    kept0_ptr,
+    kept1_ptr,
+    wg0_ptr,
+    wg1_ptr,
+    bg0_ptr,
+    bg1_ptr,
+    flag0_ptr,
+    flag1_ptr,
+    gamma0_ptr,
+    gamma1_ptr,
+    moments0_ptr,
+    moments1_ptr,
+    lse0_ptr,
+    lse1_ptr,
+    dz0_ptr,
+    dz1_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dx0_ptr,
+    dx1_ptr,
+    partial0_ptr,
+    partial1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    seed_ptr,
+    B,
+    N0,
+    N1,
+    sb0,
+    sb1,
+    sn0,
+    sn1,
+    p,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BIAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    GATE: tl.constexpr,
+    INDICATOR: tl.constexpr,
+    POSTNORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """grid (P, directions). One gate a row, or none, or a norm after the sum: dz, dy and dx at
+    once, BM whole rows at a time. Program i takes the blocks i, i + P, ...; partial (2, P, D): its
+    sums for the norm's weight and bias."""
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -116,19 +265,38 @@ def d_rows_kernel(
         r = block * BM + tl.arange(0, BM)
         ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(back, sn0, sn1)
+        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            back, sn0, sn1
+        )
         d_out = load_tile(pick(back, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
         x = load_tile(x_ptr, x_at, cols, ok, D)
         a = load_tile(kept_ptr, at, cols, ok, D)
         if GATE == "token":
             z = token_logit(
-                x_ptr, x_at, kept_ptr, w_ptr, pick(back, bg0_ptr, bg1_ptr), (BIAS_G >> direction) & 1,
-                pick(back, flag0_ptr, flag1_ptr), r, N, ok, D, BM, BN, INDICATOR,
-            )  # fmt: skip
+                x_ptr,
+                x_at,
+                kept_ptr,
+                w_ptr,
+                pick(back, bg0_ptr, bg1_ptr),
+                (BIAS_G >> direction) & 1,
+                pick(back, flag0_ptr, flag1_ptr),
+                r,
+                N,
+                ok,
+                D,
+                BM,
+                BN,
+                INDICATOR,
+            )
             dz = tl.sum(d_out * (a - x), 1) * tl.sigmoid(z) * tl.sigmoid(-z)
             tl.store(pick(back, dz0_ptr, dz1_ptr) + r, tl.where(ok, dz, 0.0), mask=r < R)
-            dx = d_out * tl.sigmoid(-z)[:, None] + dz[:, None] * load_vector(w_ptr, cols, D)[None, :]
-            dy = d_out * tl.sigmoid(z)[:, None] + dz[:, None] * load_vector(w_ptr + D, cols, D)[None, :]
+            dx = (
+                d_out * tl.sigmoid(-z)[:, None] + dz[:, None] * load_vector(w_ptr, cols, D)[None, :]
+            )
+            dy = (
+                d_out * tl.sigmoid(z)[:, None]
+                + dz[:, None] * load_vector(w_ptr + D, cols, D)[None, :]
+            )
         else:
             dx = d_out
             if POSTNORM:
@@ -145,14 +313,20 @@ def d_rows_kernel(
             dy = dropped(dy, seed_ptr, r, 0, p, 2 * direction + 1, BN)
         inside = (r < R)[:, None] & (cols[None, :] < D)
         tl.store(pick(back, dy0_ptr, dy1_ptr) + tile_at(r, cols, D), dy, mask=inside)
-        tl.store(pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D), tl.where(ok[:, None], dx, d_out), mask=inside)
+        tl.store(
+            pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
+            tl.where(ok[:, None], dx, d_out),
+            mask=inside,
+        )
     if POSTNORM:
         _store_partial(pick(back, partial0_ptr, partial1_ptr), d_gamma, d_beta, cols, D)
 
 
 @triton.jit
 def norm_backward(d_out, normed, rstd, gamma_ptr, cols, D: tl.constexpr):
-    """Through a LayerNorm; ``normed``: before weight and bias, 0 beyond the width. Rows whose rstd is 0 give 0."""
+    """Through a LayerNorm; ``normed``: before weight and bias, 0 beyond the width. Rows whose rstd
+    is 0 give 0.
+    """
     d = d_out * load_vector(gamma_ptr, cols, D)[None, :]
     mean = tl.sum(d, 1) / D
     slope = tl.sum(d * normed, 1) / D
@@ -168,11 +342,28 @@ def _store_partial(ptr, d_gamma, d_beta, cols, D: tl.constexpr):
 
 @triton.jit
 def d_attended_kernel(
-    dy0_ptr, dy1_ptr, wo0_ptr, wo1_ptr, d_attended0_ptr, d_attended1_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, B, N0, N1,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    dy0_ptr,
+    dy1_ptr,
+    wo0_ptr,
+    wo1_ptr,
+    d_attended0_ptr,
+    d_attended1_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    B,
+    N0,
+    N1,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (rows / BM * D / BN, directions). dy W_o."""
     direction = tl.program_id(1)
     back = direction == 1
@@ -183,34 +374,72 @@ def d_attended_kernel(
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     if tl.program_id(0) // blocks * BM < B * N:
         inside = r < B * N
-        ok = listened(direction, r, attends(direction, r // N, inside, who, ABSENT, MISSING), who, IGNORE)
+        ok = listened(
+            direction, r, attends(direction, r // N, inside, who, ABSENT, MISSING), who, IGNORE
+        )
         limit = tl.where(any_of(ok), D, 0)
         acc = tl.zeros([BM, BN], tl.float32)
         dy_ptr = pick(back, dy0_ptr, dy1_ptr)
         w_ptr = pick(back, wo0_ptr, wo1_ptr)
-        acc = add_product(acc, dy_ptr, r.to(tl.int64) * D, ok, limit, w_ptr, cols, D, D, 1, D, BK, UPCAST)
+        acc = add_product(
+            acc, dy_ptr, r.to(tl.int64) * D, ok, limit, w_ptr, cols, D, D, 1, D, BK, UPCAST
+        )
         out_ptr = pick(back, d_attended0_ptr, d_attended1_ptr)
         tl.store(out_ptr + tile_at(r, cols, D), acc, mask=inside[:, None] & (cols[None, :] < D))
 
 
 @triton.jit
-def used(side, r, N, ok, who, ASKS: tl.constexpr, READ: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr,
-         MISSING: tl.constexpr):  # fmt: skip
-    """Rows of a side that were projected, in the direction where it asks or in the one where it is read."""
+def used(
+    side,
+    r,
+    N,
+    ok,
+    who,
+    ASKS: tl.constexpr,
+    READ: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+):
+    """Rows of a side that were projected, in the direction where it asks or in the one where it is
+    read.
+    """
     ok = listened(side, r, ok, who, IGNORE)
     if ASKS and READ:
-        return attends(side, r // N, ok, who, ABSENT, MISSING) | attends(1 - side, r // N, ok, who, ABSENT, MISSING)
+        return attends(side, r // N, ok, who, ABSENT, MISSING) | attends(
+            1 - side, r // N, ok, who, ABSENT, MISSING
+        )
     else:
         return attends(side if ASKS else 1 - side, r // N, ok, who, ABSENT, MISSING)
 
 
 @triton.jit
 def d_normed_kernel(
-    d_projected_ptr, w0_ptr, w1_ptr, w2_ptr, d_normed_ptr, ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, R, N,
-    SIDE: tl.constexpr, PARTS: tl.constexpr, ASKS: tl.constexpr, READ: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
+    d_projected_ptr,
+    w0_ptr,
+    w1_ptr,
+    w2_ptr,
+    d_normed_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    R,
+    N,
+    SIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ASKS: tl.constexpr,
+    READ: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
     UPCAST: tl.constexpr,
-):  # fmt: skip
+):
     """grid (rows / BM * D / BN,). Of one side, the gradient of what its projections were made of."""
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     blocks: tl.constexpr = (D + BN - 1) // BN
@@ -222,9 +451,13 @@ def d_normed_kernel(
     at = r.to(tl.int64) * (PARTS * C)
     acc = add_product(acc, d_projected_ptr, at, ok, limit, w0_ptr, cols, D, D, 1, C, BK, UPCAST)
     if PARTS > 1:
-        acc = add_product(acc, d_projected_ptr + C, at, ok, limit, w1_ptr, cols, D, D, 1, C, BK, UPCAST)
+        acc = add_product(
+            acc, d_projected_ptr + C, at, ok, limit, w1_ptr, cols, D, D, 1, C, BK, UPCAST
+        )
     if PARTS > 2:
-        acc = add_product(acc, d_projected_ptr + 2 * C, at, ok, limit, w2_ptr, cols, D, D, 1, C, BK, UPCAST)
+        acc = add_product(
+            acc, d_projected_ptr + 2 * C, at, ok, limit, w2_ptr, cols, D, D, 1, C, BK, UPCAST
+        )
     tl.store(d_normed_ptr + tile_at(r, cols, D), acc, mask=(r < R)[:, None] & (cols[None, :] < D))
 
 
@@ -241,7 +474,9 @@ def _first_alone(side, r, N, ok, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr
         for start in range(0, tl.where(any_of(gone), N, 0), 64):
             n = start + tl.arange(0, 64)
             earlier = gone[:, None] & (n[None, :] < (r % N)[:, None])
-            before += tl.sum(listened(side, (b * N)[:, None] + n[None, :], earlier, who, IGNORE).to(tl.int32), 1)
+            before += tl.sum(
+                listened(side, (b * N)[:, None] + n[None, :], earlier, who, IGNORE).to(tl.int32), 1
+            )
     else:
         before = r % N
     return ok & ((gone == 0) | (before == 0))
@@ -249,13 +484,39 @@ def _first_alone(side, r, N, ok, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr
 
 @triton.jit
 def d_tokens_kernel(
-    d_normed_ptr, x_ptr, gamma_ptr, beta_ptr, moments_ptr, dx_ptr, normed_ptr, clean_ptr, partial_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, R, N, stride_b, stride_n,
-    SIDE: tl.constexpr, ASKS: tl.constexpr, READ: tl.constexpr, CLEAN: tl.constexpr, NORM: tl.constexpr, COLLAPSE: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr,
-):  # fmt: skip
-    """grid (P,). Of one side: through the norm, added to what dx holds where the side ASKS. For the weights' gradients, what was
-    projected once more, and with CLEAN what the gate saw of x; both 0 in rows that were not. ``partial`` as in d_rows_kernel."""
+    d_normed_ptr,
+    x_ptr,
+    gamma_ptr,
+    beta_ptr,
+    moments_ptr,
+    dx_ptr,
+    normed_ptr,
+    clean_ptr,
+    partial_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    R,
+    N,
+    stride_b,
+    stride_n,
+    SIDE: tl.constexpr,
+    ASKS: tl.constexpr,
+    READ: tl.constexpr,
+    CLEAN: tl.constexpr,
+    NORM: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+):
+    """grid (P,). Of one side: through the norm, added to what dx holds where the side ASKS. For the
+    weights' gradients, what was projected once more, and with CLEAN what the gate saw of x; both 0
+    in rows that were not. ``partial`` as in d_rows_kernel."""
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     cols = tl.arange(0, BN)
     d_gamma = tl.zeros([BN], tl.float32)
@@ -280,7 +541,10 @@ def d_tokens_kernel(
             d_gamma += tl.sum(dx * normed, 0)
             d_beta += tl.sum(dx, 0)
             dx = norm_backward(dx, normed, rstd, gamma_ptr, cols, D)
-            x = normed * load_vector(gamma_ptr, cols, D)[None, :] + load_vector(beta_ptr, cols, D)[None, :]
+            x = (
+                normed * load_vector(gamma_ptr, cols, D)[None, :]
+                + load_vector(beta_ptr, cols, D)[None, :]
+            )
         if ASKS:
             dx += tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=inside)

@@ -1,4 +1,6 @@
-"""Gradients of weights, biases and norms: plain products and sums over all rows, whose unread ones the kernels have made 0."""
+"""Gradients of weights, biases and norms: plain products and sums over all rows, whose unread ones
+the kernels have made 0.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,33 @@ import torch
 from torch import Tensor
 
 
-def d_linear(d_out: Tensor, given: Tensor, d_weight: Tensor, d_bias: Tensor, shifts: bool = True) -> None:
-    """d_out (R, O), given (R, I) -> d_weight (O, I), d_bias (O,) or (0,), written in place. A bias that ``shifts`` nothing, as that
-    of the keys, which a softmax forgets, gets an exact 0 instead of what rounding has left of it."""
+def d_linear(
+    d_out: Tensor,
+    given: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    shifts: bool = True,
+) -> None:
+    """d_out (R, O), given (R, I) -> d_weight (O, I), d_bias (O,) or (0,), written in place. A bias
+    that ``shifts`` nothing, as that of the keys, which a softmax forgets, gets an exact 0 instead
+    of what rounding has left of it."""
     torch.mm(d_out.t(), given, out=d_weight)
     if d_bias.numel():
         torch.sum(d_out, 0, out=d_bias) if shifts else d_bias.zero_()
 
 
-def d_gate_weight(dz: Tensor, x: Tensor, kept: Tensor, flag: Tensor, batch: int, d_weight: Tensor, d_bias: Tensor) -> None:
-    """dz (R, G), x and kept (R, D), flag (B,) -> d_weight (G, 2 D) or with the indicator (G, 2 D + 1), d_bias (G,) or (0,)."""
+def d_gate_weight(
+    dz: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    flag: Tensor,
+    batch: int,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
+    """dz (R, G), x and kept (R, D), flag (B,) -> d_weight (G, 2 D) or with the indicator (G, 2 D +
+    1), d_bias (G,) or (0,).
+    """
     dim = x.shape[1]
     torch.mm(dz.t(), x, out=d_weight[:, :dim])
     torch.mm(dz.t(), kept, out=d_weight[:, dim : 2 * dim])

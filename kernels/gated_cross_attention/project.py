@@ -1,4 +1,6 @@
-"""Projections of one side: LN(x) W^T + b for the queries of its own direction and the keys and values that the other reads."""
+"""Projections of one side: LN(x) W^T + b for the queries of its own direction and the keys and
+values that the other reads.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from .tokens import any_of, attends, listened, pick, tile_at
 
 @triton.jit
 def _moments(x_ptr, at, ok, eps, D: tl.constexpr, BK: tl.constexpr):
-    """Mean and 1 / standard deviation of each row, in two passes: the second finds the row in the cache."""
+    """Mean and 1 / standard deviation of each row, in two passes: the second finds the row in the
+    cache.
+    """
     total = tl.zeros([at.shape[0]], tl.float32)
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + at[:, None] + k[None, :], mask=ok[:, None] & (k[None, :] < D), other=0.0)
+        x = tl.load(
+            x_ptr + at[:, None] + k[None, :], mask=ok[:, None] & (k[None, :] < D), other=0.0
+        )
         total += tl.sum(x.to(tl.float32), 1)
     mean = total / D
     total = tl.zeros([at.shape[0]], tl.float32)
@@ -29,7 +35,18 @@ def _moments(x_ptr, at, ok, eps, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _load_normed(x_ptr, at, ok, k, mean, rstd, gamma_ptr, beta_ptr, D: tl.constexpr, NORM: tl.constexpr):
+def _load_normed(
+    x_ptr,
+    at,
+    ok,
+    k,
+    mean,
+    rstd,
+    gamma_ptr,
+    beta_ptr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+):
     """The columns k of LN(x) in x's dtype; 0 where not ok."""
     inside = ok[:, None] & (k[None, :] < D)
     x = tl.load(x_ptr + at[:, None] + k[None, :], mask=inside, other=0.0)
@@ -44,12 +61,18 @@ def _load_normed(x_ptr, at, ok, k, mean, rstd, gamma_ptr, beta_ptr, D: tl.conste
 @triton.jit
 def _load_weight(w_ptr, cols, k, COLS: tl.constexpr, D: tl.constexpr):
     """(k, columns) of a weight (COLS, D)."""
-    return tl.load(w_ptr + cols[None, :] * D + k[:, None], mask=(cols[None, :] < COLS) & (k[:, None] < D), other=0.0)
+    return tl.load(
+        w_ptr + cols[None, :] * D + k[:, None],
+        mask=(cols[None, :] < COLS) & (k[:, None] < D),
+        other=0.0,
+    )
 
 
 @triton.jit
 def _pack_row(w_ptr, packed_ptr, row, D: tl.constexpr, BN: tl.constexpr):
-    """W_g without its last column: rows of 2 D + 1 numbers begin at odd places, and no load of more than one of them would do."""
+    """W_g without its last column: rows of 2 D + 1 numbers begin at odd places, and no load of more
+    than one of them would do.
+    """
     for start in range(0, 2 * D, BN):
         cols = start + tl.arange(0, BN)
         values = tl.load(w_ptr + row * (2 * D + 1) + cols, mask=cols < 2 * D, other=0.0)
@@ -58,14 +81,47 @@ def _pack_row(w_ptr, packed_ptr, row, D: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def project_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, gamma_ptr, beta_ptr, out_ptr, moments_ptr, gate_ptr, packed_ptr,
-    ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr, R, N, blocks, stride_b, stride_n, eps,
-    SIDE: tl.constexpr, PARTS: tl.constexpr, ASKS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (R / BM * PARTS [+ rows of W_g to pack],). One of the PARTS weights (C, D), for BM rows of x; the first is the queries'
-    if the side ASKS. Rows that this part does not use are neither read nor multiplied; they become 0 if their sample attends."""
+    x_ptr,
+    w0_ptr,
+    w1_ptr,
+    w2_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    gamma_ptr,
+    beta_ptr,
+    out_ptr,
+    moments_ptr,
+    gate_ptr,
+    packed_ptr,
+    ignore0_ptr,
+    ignore1_ptr,
+    absent0_ptr,
+    absent1_ptr,
+    R,
+    N,
+    blocks,
+    stride_b,
+    stride_n,
+    eps,
+    SIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ASKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (R / BM * PARTS [+ rows of W_g to pack],). One of the PARTS weights (C, D), for BM rows
+    of x; the first is the queries' if the side ASKS. Rows that this part does not use are neither
+    read nor multiplied; they become 0 if their sample attends."""
     pid = tl.program_id(0)
     if pid >= blocks:
         _pack_row(gate_ptr, packed_ptr, pid - blocks, C, BN)
@@ -92,12 +148,16 @@ def project_kernel(
             b_ptr = pick(part == 1, pick(part == 2, b0_ptr, b2_ptr), b1_ptr)
             biased = ((BIAS >> part) & 1) * C
             if BK >= D:
-                normed = _load_normed(x_ptr, at, ok, tl.arange(0, BK), mean, rstd, gamma_ptr, beta_ptr, D, NORM)
+                normed = _load_normed(
+                    x_ptr, at, ok, tl.arange(0, BK), mean, rstd, gamma_ptr, beta_ptr, D, NORM
+                )
             for first in range(0, C, BN):
                 cols = first + tl.arange(0, BN)
                 acc = tl.zeros([BM, BN], tl.float32)
                 if BK >= D:
-                    acc = dot(normed, _load_weight(w_ptr, cols, tl.arange(0, BK), C, D), acc, UPCAST)
+                    acc = dot(
+                        normed, _load_weight(w_ptr, cols, tl.arange(0, BK), C, D), acc, UPCAST
+                    )
                 else:
                     for start in range(0, limit, BK):
                         k = start + tl.arange(0, BK)
@@ -105,4 +165,8 @@ def project_kernel(
                         acc = dot(a, _load_weight(w_ptr, cols, k, C, D), acc, UPCAST)
                 bias = tl.load(b_ptr + cols, mask=cols < biased, other=0.0).to(tl.float32)
                 acc = tl.where(ok[:, None], acc + bias[None, :], 0.0)
-                tl.store(out_ptr + tile_at(r, part * C + cols, PARTS * C), acc, mask=stored[:, None] & (cols[None, :] < C))
+                tl.store(
+                    out_ptr + tile_at(r, part * C + cols, PARTS * C),
+                    acc,
+                    mask=stored[:, None] & (cols[None, :] < C),
+                )

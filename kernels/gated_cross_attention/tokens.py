@@ -1,9 +1,10 @@
 """Which tokens ask, which are read, and the products all kernels here share.
 
-Sides and directions are numbered alike: side i asks in direction i and reads the other side. ``who`` is the tuple (ignore of side
-0 and 1 (B, N_i) bytes, absent of side 0 and 1 (B,) bytes); IGNORE and ABSENT are two bits, which of them are given. Rows are tokens
-of all samples in one line, r = b N + n. A token is *listened to* if its mask does not ignore it; a sample *attends* if the missing
-mode and the absent flags let it; a token is *changed* if it does not come back as it was.
+Sides and directions are numbered alike: side i asks in direction i and reads the other side.
+``who`` is the tuple (ignore of side 0 and 1 (B, N_i) bytes, absent of side 0 and 1 (B,) bytes);
+IGNORE and ABSENT are two bits, which of them are given. Rows are tokens of all samples in one line,
+r = b N + n. A token is *listened to* if its mask does not ignore it; a sample *attends* if the
+missing mode and the absent flags let it; a token is *changed* if it does not come back as it was.
 """
 
 from __future__ import annotations
@@ -48,7 +49,16 @@ def attends(direction, b, ok, who, ABSENT: tl.constexpr, MISSING: tl.constexpr):
 
 
 @triton.jit
-def changed(direction, r, N, ok, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr):
+def changed(
+    direction,
+    r,
+    N,
+    ok,
+    who,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+):
     """ok, without the asking tokens that come back as they are."""
     ok = listened(direction, r, ok, who, IGNORE)
     if MISSING == "skip":
@@ -58,7 +68,9 @@ def changed(direction, r, N, ok, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr
 
 @triton.jit
 def listened_span(side, b, N, who, IGNORE: tl.constexpr):
-    """[lo, hi) around the tokens of sample b that its mask does not ignore; lo = hi if there are none."""
+    """[lo, hi) around the tokens of sample b that its mask does not ignore; lo = hi if there are
+    none.
+    """
     lo = 0
     hi = N
     if IGNORE != 0:
@@ -76,9 +88,18 @@ def listened_span(side, b, N, who, IGNORE: tl.constexpr):
 
 @triton.jit
 def key_span(
-    direction, b, M, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr, MISSING: tl.constexpr, COLLAPSE: tl.constexpr
-):  # fmt: skip
-    """[lo, hi) around the tokens that sample b reads in this direction; COLLAPSE: an absent sample reads the first one alone."""
+    direction,
+    b,
+    M,
+    who,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+):
+    """[lo, hi) around the tokens that sample b reads in this direction; COLLAPSE: an absent sample
+    reads the first one alone.
+    """
     there = attends(direction, b, M > 0, who, ABSENT, MISSING)
     lo = 0
     hi = 0
@@ -98,15 +119,33 @@ def tile_at(r, cols, width):
 
 @triton.jit
 def add_product(
-    acc, a_ptr, a_at, a_ok, limit, w_ptr, cols, COLS: tl.constexpr, SK: tl.constexpr, SC: tl.constexpr, K: tl.constexpr,
-    BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """acc + a w over K for the columns ``cols`` of COLS: a's rows begin at ``a_at`` and are read where a_ok; w[k, c] lies at
-    k SK + c SC. ``limit``: K, or 0 where the product is known to be of no use."""
+    acc,
+    a_ptr,
+    a_at,
+    a_ok,
+    limit,
+    w_ptr,
+    cols,
+    COLS: tl.constexpr,
+    SK: tl.constexpr,
+    SC: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc + a w over K for the columns ``cols`` of COLS: a's rows begin at ``a_at`` and are read
+    where a_ok; w[k, c] lies at k SK + c SC. ``limit``: K, or 0 where the product is known to be of
+    no use."""
     for start in range(0, limit, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(a_ptr + a_at[:, None] + k[None, :], mask=a_ok[:, None] & (k[None, :] < K), other=0.0)
-        w = tl.load(w_ptr + k[:, None] * SK + cols[None, :] * SC, mask=(k[:, None] < K) & (cols[None, :] < COLS), other=0.0)
+        a = tl.load(
+            a_ptr + a_at[:, None] + k[None, :], mask=a_ok[:, None] & (k[None, :] < K), other=0.0
+        )
+        w = tl.load(
+            w_ptr + k[:, None] * SK + cols[None, :] * SC,
+            mask=(k[:, None] < K) & (cols[None, :] < COLS),
+            other=0.0,
+        )
         acc = dot(a, w, acc, UPCAST)
     return acc
 

@@ -1,11 +1,12 @@
-"""Backward kernels of the experts. ``hidden_kernel``, a tile of rows of one expert by a block of I, dO gathered by token:
+"""Backward kernels of the experts. ``hidden_kernel``, a tile of rows of one expert by a block of I,
+dO gathered by token:
 
     dA = dO W_down      dS = <dA, A>      dH = w dA act'(H)      A' = w A
 
-dS of a row comes in one part for each block, added up in order by finish_kernel: no atomics, and no expert's output is needed. With
-"none" and x for H these are the gradients of a linear layer under combine. ``weights_kernel`` sums outer products over the rows of
-an expert, dW = Y^T X; A' carries the routing weight, so that nothing has to be scaled on its way into the matrix units.
-"""
+dS of a row comes in one part for each block, added up in order by finish_kernel: no atomics, and no
+expert's output is needed. With "none" and x for H these are the gradients of a linear layer under
+combine. ``weights_kernel`` sums outer products over the rows of an expert, dW = Y^T X; A' carries
+the routing weight, so that nothing has to be scaled on its way into the matrix units."""
 
 from __future__ import annotations
 
@@ -13,13 +14,34 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot
-from .rows import activate, column_pieces, load_inside, product, source_rows, tile_and_block, tile_span, zero_tail
+from .rows import (
+    activate,
+    column_pieces,
+    load_inside,
+    product,
+    source_rows,
+    tile_and_block,
+    tile_span,
+    zero_tail,
+)
 
 
 @triton.jit
 def _hidden_columns(
-    da, cols, rows, h_rows, w, end, R, h_ptr, stride_h, dh_ptr, scaled_ptr, N: tl.constexpr, ACTIVATION: tl.constexpr
-):  # fmt: skip
+    da,
+    cols,
+    rows,
+    h_rows,
+    w,
+    end,
+    R,
+    h_ptr,
+    stride_h,
+    dh_ptr,
+    scaled_ptr,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """Writes dH and A' of these columns; returns their share of dS."""
     inside = (rows < end)[:, None] & (cols < N)[None, :]
     h_at = h_rows[:, None] * stride_h + cols[None, :]
@@ -47,12 +69,39 @@ def _hidden_columns(
 
 @triton.jit
 def hidden_kernel(
-    d_ptr, b_ptr, h_ptr, routing_ptr, order_ptr, offsets_ptr, tiles_ptr, dh_ptr, scaled_ptr, partial_ptr,
-    R, E, slots, stride_d, stride_be, stride_bn, stride_bk, stride_h,
-    N: tl.constexpr, K: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALVINGS: tl.constexpr,
-    GROUP: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (slots * N / BN,). dh (R, N), of "swiglu" (R, 2N) with the gate's first; scaled (R, N); partial (N / BN, R) float32.
+    d_ptr,
+    b_ptr,
+    h_ptr,
+    routing_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    dh_ptr,
+    scaled_ptr,
+    partial_ptr,
+    R,
+    E,
+    slots,
+    stride_d,
+    stride_be,
+    stride_bn,
+    stride_bk,
+    stride_h,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TAIL: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (slots * N / BN,). dh (R, N), of "swiglu" (R, 2N) with the gate's first; scaled (R, N);
+    partial (N / BN, R) float32.
 
     h: (1 or 2, R, N), or with GATHER the tokens' (T, N).
     """
@@ -68,7 +117,9 @@ def hidden_kernel(
     tokens = source_rows(order_ptr, there, k, True)
     b_ptr += expert.to(tl.int64) * stride_be
     acc = tl.zeros([BM, BN], tl.float32)
-    acc = product(acc, d_ptr, tokens, stride_d, b_ptr, None, cols, stride_bn, stride_bk, N, K, BN, BK, UPCAST)
+    acc = product(
+        acc, d_ptr, tokens, stride_d, b_ptr, None, cols, stride_bn, stride_bk, N, K, BN, BK, UPCAST
+    )
     w = tl.load(routing_ptr + tl.load(order_ptr + there))
     h_rows = source_rows(order_ptr, there, k, GATHER)
     ds = tl.zeros([BM], tl.float32)
@@ -76,13 +127,29 @@ def hidden_kernel(
     WIDTH: tl.constexpr = BN // 2**HALVINGS
     for i in tl.static_range(2**HALVINGS):
         piece = block * BN + i * WIDTH + tl.arange(0, WIDTH)
-        ds += _hidden_columns(accs[i], piece, rows, h_rows, w, end, R, h_ptr, stride_h, dh_ptr, scaled_ptr, N, ACTIVATION)
+        ds += _hidden_columns(
+            accs[i],
+            piece,
+            rows,
+            h_rows,
+            w,
+            end,
+            R,
+            h_ptr,
+            stride_h,
+            dh_ptr,
+            scaled_ptr,
+            N,
+            ACTIVATION,
+        )
     tl.store(partial_ptr + tl.cast(block, tl.int64) * R + rows, ds, mask=rows < end)
 
 
 @triton.jit
 def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
-    """(rows, 16): what the rows count in the sum of a bias's gradient, in two columns: so 16 bits lose no digit of it."""
+    """(rows, 16): what the rows count in the sum of a bias's gradient, in two columns: so 16 bits
+    lose no digit of it.
+    """
     column = tl.arange(0, 16)[None, :]
     if routing_ptr is None:
         factors = tl.where(column == 0, tl.full([BK, 16], 1.0, dtype), 0.0)
@@ -96,10 +163,29 @@ def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.c
 
 @triton.jit
 def _outer_products(
-    y_ptr, x_ptr, routing_ptr, order_ptr, offsets_ptr, dw_ptr, db_ptr, expert, ys, xs, y_column, stride_y, stride_x,
-    N: tl.constexpr, K: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATHER_Y: tl.constexpr, GATHER_X: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    x_ptr,
+    routing_ptr,
+    order_ptr,
+    offsets_ptr,
+    dw_ptr,
+    db_ptr,
+    expert,
+    ys,
+    xs,
+    y_column,
+    stride_y,
+    stride_x,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One block of an expert's dW and, where db_ptr is given, of db; zeros without rows."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     begin = tl.load(offsets_ptr + expert)
@@ -114,26 +200,53 @@ def _outer_products(
             assignments = tl.load(order_ptr + rows, mask=inside, other=0)
         y_rows = (assignments // k if GATHER_Y else rows).to(tl.int64)
         x_rows = (assignments // k if GATHER_X else rows).to(tl.int64)
-        y_at = y_rows[None, :] * stride_y + (y_column + ys)[:, None]  # transposed here: on Ampere tl.trans would stop the pipeline
+        y_at = (
+            y_rows[None, :] * stride_y + (y_column + ys)[:, None]
+        )  # transposed here: on Ampere tl.trans would stop the pipeline
         y = load_inside(y_ptr + y_at, ys < N, inside, N % BM == 0, False)
-        x = load_inside(x_ptr + x_rows[:, None] * stride_x + xs[None, :], inside, xs < K, False, K % BN == 0)
+        x = load_inside(
+            x_ptr + x_rows[:, None] * stride_x + xs[None, :], inside, xs < K, False, K % BN == 0
+        )
         acc = dot(y, x, acc, UPCAST)
         if db_ptr is not None:
             sums = dot(y, _row_factors(routing_ptr, assignments, inside, BK, dtype), sums, UPCAST)
-    tl.store(dw_ptr + ys[:, None].to(tl.int64) * K + xs[None, :], acc, mask=(ys < N)[:, None] & (xs < K)[None, :])
+    tl.store(
+        dw_ptr + ys[:, None].to(tl.int64) * K + xs[None, :],
+        acc,
+        mask=(ys < N)[:, None] & (xs < K)[None, :],
+    )
     if db_ptr is not None:
         tl.store(db_ptr + expert * N + ys, tl.sum(sums, 1), mask=ys < N)
 
 
 @triton.jit
 def weights_kernel(
-    y_ptr, x_ptr, routing_ptr, order_ptr, offsets_ptr, dw_ptr, dw2_ptr, db_ptr, stride_y, stride_x, stride_e,
-    N: tl.constexpr, K: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, GATHER_Y: tl.constexpr, GATHER_X: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (E * N / BM * K / BN,), twice that with dw2. dw (E, N, K) = Y^T X over each expert's rows; Y (R, N) and X (R, K), or
-    of tokens (T, .) where gathered; dw2 = Y2^T X, where Y is (R, 2 N) and Y2 its second half. db (E, N): sums of the (last) Y,
-    times the routing weight where that is given."""
+    y_ptr,
+    x_ptr,
+    routing_ptr,
+    order_ptr,
+    offsets_ptr,
+    dw_ptr,
+    dw2_ptr,
+    db_ptr,
+    stride_y,
+    stride_x,
+    stride_e,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (E * N / BM * K / BN,), twice that with dw2. dw (E, N, K) = Y^T X over each expert's
+    rows; Y (R, N) and X (R, K), or of tokens (T, .) where gathered; dw2 = Y2^T X, where Y is (R, 2
+    N) and Y2 its second half. db (E, N): sums of the (last) Y, times the routing weight where that
+    is given."""
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
     high: tl.constexpr = (N + BM - 1) // BM
     wide: tl.constexpr = (K + BN - 1) // BN
@@ -153,11 +266,51 @@ def weights_kernel(
         sums_too = (block_x == 0) & (part == PARTS - 1)
     if sums_too:  # two loops: most programs have no sums to keep
         _outer_products(
-            y_ptr, x_ptr, routing_ptr, order_ptr, offsets_ptr, dw_ptr, db_ptr, expert, ys, xs, y_column, stride_y, stride_x,
-            N, K, k, BM, BN, BK, GATHER_Y, GATHER_X, UPCAST,
-        )  # fmt: skip
+            y_ptr,
+            x_ptr,
+            routing_ptr,
+            order_ptr,
+            offsets_ptr,
+            dw_ptr,
+            db_ptr,
+            expert,
+            ys,
+            xs,
+            y_column,
+            stride_y,
+            stride_x,
+            N,
+            K,
+            k,
+            BM,
+            BN,
+            BK,
+            GATHER_Y,
+            GATHER_X,
+            UPCAST,
+        )
     else:
         _outer_products(
-            y_ptr, x_ptr, None, order_ptr, offsets_ptr, dw_ptr, None, expert, ys, xs, y_column, stride_y, stride_x,
-            N, K, k, BM, BN, BK, GATHER_Y, GATHER_X, UPCAST,
-        )  # fmt: skip
+            y_ptr,
+            x_ptr,
+            None,
+            order_ptr,
+            offsets_ptr,
+            dw_ptr,
+            None,
+            expert,
+            ys,
+            xs,
+            y_column,
+            stride_y,
+            stride_x,
+            N,
+            K,
+            k,
+            BM,
+            BN,
+            BK,
+            GATHER_Y,
+            GATHER_X,
+            UPCAST,
+        )

@@ -1,8 +1,8 @@
 """Tiles of the grouped products: fixed data by architecture, no benchmarking at training time.
 
-``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
-"""
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture.
+Which of two clean entries is faster was reasoned, not measured, until benchmarks/results holds a
+run that says so."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import torch
 from ..tiles import tile_rows
 
 KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
-PROGRAMS = 2 * 132  # two for each multiprocessor of an H200; fixed, so that results do not depend on the card
+PROGRAMS = (
+    2 * 132
+)  # two for each multiprocessor of an H200; fixed, so that results do not depend on the card
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM by BN of the result, BK of what is summed over; the launch; and how often the epilogue's columns are halved."""
+    """BM by BN of the result, BK of what is summed over; the launch; and how often the epilogue's
+    columns are halved.
+    """
 
     BM: int
     BN: int
@@ -29,9 +33,10 @@ class Tile:
 
 
 def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile:
-    """``kind``: "rows", a product (R, k) x (k, n); "gated", two of the same rows; "hidden" and "gated hidden", a product with an
-    epilogue that reads pre-activations: all of these with BM = tile_rows. "weights": an expert's (n, k), summed over its rows;
-    "gathered weights": and the pipeline has to wait for where they are."""
+    """``kind``: "rows", a product (R, k) x (k, n); "gated", two of the same rows; "hidden" and
+    "gated hidden", a product with an epilogue that reads pre-activations: all of these with BM =
+    tile_rows. "weights": an expert's (n, k), summed over its rows; "gathered weights": and the
+    pipeline has to wait for where they are."""
     height = tile_rows(rows, experts)
     large = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
     odd = n % 16 != 0 or k % 16 != 0  # loads of single numbers, which take registers
@@ -39,24 +44,32 @@ def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype,
         return _weights(kind, height, rows // experts, dtype, large, odd)
     both = 2 if kind == "gated" else 1
     if dtype == torch.float32:
-        return Tile(height, 64 // both, 16, 8 if height >= 64 else 4, 2, 2 if kind.endswith("hidden") else 0)
+        return Tile(
+            height, 64 // both, 16, 8 if height >= 64 else 4, 2, 2 if kind.endswith("hidden") else 0
+        )
     if odd:
         # A whole epilogue of 128 rows spills 8 bytes on sm_120 under Triton 3.6.
         halvings = 1 if kind.endswith("hidden") or (kind == "rows" and height == 128) else 0
         return Tile(height, 64 // both, 32, 8 if height == 128 else 4, 2, halvings)
     if height == 128:
         return _tall(kind, rows, n, k) if large else _tall_small(kind)
-    # Few rows: the weights are streamed, one block of columns after the other; enough programs to keep loads in flight.
+    # Few rows: the weights are streamed, one block of columns after the other; enough programs to
+    # keep loads in flight.
     tiles = rows // height + experts // 2
     wide = 64 if height == 16 or tiles * -(-n * both // 128) < PROGRAMS else 128
     if height == 64:
         return Tile(64, wide // both, 64, 4, 4 if large else 3, 1 if wide == 128 else 0)
-    # At 16 rows a whole epilogue spills 8 bytes: on sm_90 under Triton 3.8, with eight warps on sm_100 under 3.9.
-    return Tile(height, wide // both, 64, 4, 4, 1 if height == 16 and kind.endswith("hidden") else 0)
+    # At 16 rows a whole epilogue spills 8 bytes: on sm_90 under Triton 3.8, with eight warps on
+    # sm_100 under 3.9.
+    return Tile(
+        height, wide // both, 64, 4, 4, 1 if height == 16 and kind.endswith("hidden") else 0
+    )
 
 
 def _tall(kind: str, rows: int, n: int, k: int) -> Tile:
-    """Long sums hide an epilogue, and want the fewest bytes a FLOP; else two programs share a multiprocessor to hide it."""
+    """Long sums hide an epilogue, and want the fewest bytes a FLOP; else two programs share a
+    multiprocessor to hide it.
+    """
     long = k >= 1024 and (rows // 128) * (n // 128) >= PROGRAMS
     if kind == "gated":
         return Tile(128, 128, 64, 8, 4, 2) if long else Tile(128, 64, 64, 8, 3, 1)
@@ -86,6 +99,8 @@ def _weights(kind: str, height: int, each: int, dtype: torch.dtype, large: bool,
 
 
 def combine_block(n: int) -> tuple[int, int]:
-    """Tokens by columns that one program adds up: 4096 sums, so that a small batch too has a program for each multiprocessor."""
+    """Tokens by columns that one program adds up: 4096 sums, so that a small batch too has a
+    program for each multiprocessor.
+    """
     width = min(512, 1 << (max(16, n) - 1).bit_length())
     return min(64, 4096 // width), width

@@ -1,8 +1,9 @@
-"""Products of sorted rows with their experts' matrices: one program for each tile of rows of one expert and block of columns.
+"""Products of sorted rows with their experts' matrices: one program for each tile of rows of one
+expert and block of columns.
 
-A tile never spans two experts, so its product is an ordinary one; a tile's last rows may be missing. Which tiles there are only the
-device knows: the grid has as many as there can be, and those without rows end at once.
-"""
+A tile never spans two experts, so its product is an ordinary one; a tile's last rows may be
+missing. Which tiles there are only the device knows: the grid has as many as there can be, and
+those without rows end at once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from ..tiles import dot
 
 @triton.jit
 def tile_and_block(slots, blocks, GROUP: tl.constexpr):
-    """GROUP tiles share each block of columns while L2 has it; tiles of one expert, which read the same weights, are neighbours."""
+    """GROUP tiles share each block of columns while L2 has it; tiles of one expert, which read the
+    same weights, are neighbours.
+    """
     pid = tl.program_id(0)
     return tl.swizzle2d(pid // blocks, pid % blocks, slots, blocks, GROUP)
 
@@ -38,7 +41,9 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 
 @triton.jit
 def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
-    """A tile of which the given rows and columns exist; ALL_0, ALL_1: every one does, and no mask is needed."""
+    """A tile of which the given rows and columns exist; ALL_0, ALL_1: every one does, and no mask
+    is needed.
+    """
     if ALL_0 and ALL_1:
         tile = tl.load(ptr)
     elif ALL_0:
@@ -52,10 +57,24 @@ def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexp
 
 @triton.jit
 def product(
-    acc, a_ptr, a_rows, stride_a, b_ptr, b2_ptr, cols, stride_bn, stride_bk,
-    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """acc + A[a_rows] B of K steps; where there is a second B, A has K more columns that go with it. B (K, N) of any strides."""
+    acc,
+    a_ptr,
+    a_rows,
+    stride_a,
+    b_ptr,
+    b2_ptr,
+    cols,
+    stride_bn,
+    stride_bk,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc + A[a_rows] B of K steps; where there is a second B, A has K more columns that go with
+    it. B (K, N) of any strides.
+    """
     STEPS: tl.constexpr = (K + BK - 1) // BK
     ks = tl.arange(0, BK)
     a_ptrs = a_ptr + a_rows[:, None] * stride_a + ks[None, :]
@@ -71,16 +90,35 @@ def product(
             b = tl.where(second, b2_ptr, b_ptr)
         inside = start + ks < K
         a = load_inside(a_ptrs + a_start, inside, inside, True, K % BK == 0)
-        b = load_inside(b + tl.cast(start, tl.int64) * stride_bk + b_at, inside, cols < N, K % BK == 0, N % BN == 0)
+        b = load_inside(
+            b + tl.cast(start, tl.int64) * stride_bk + b_at,
+            inside,
+            cols < N,
+            K % BK == 0,
+            N % BN == 0,
+        )
         acc = dot(a, b, acc, UPCAST)
     return acc
 
 
 @triton.jit
 def gated_product(
-    acc, gate, a_ptr, a_rows, stride_a, b_ptr, gate_ptr, cols, stride_bn, stride_bk,
-    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    acc,
+    gate,
+    a_ptr,
+    a_rows,
+    stride_a,
+    b_ptr,
+    gate_ptr,
+    cols,
+    stride_bn,
+    stride_bk,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """acc + A[a_rows] B and gate + A[a_rows] G, each step of A read once; G has the strides of B."""
     ks = tl.arange(0, BK)
     a_ptrs = a_ptr + a_rows[:, None] * stride_a + ks[None, :]
@@ -98,12 +136,16 @@ def gated_product(
 
 @triton.jit
 def column_pieces(x, BM: tl.constexpr, BN: tl.constexpr, HALVINGS: tl.constexpr):
-    """A tile in 2^HALVINGS pieces of columns: an epilogue that takes all of them at a time runs out of registers."""
+    """A tile in 2^HALVINGS pieces of columns: an epilogue that takes all of them at a time runs out
+    of registers.
+    """
     pieces = (x,)
     for level in tl.static_range(HALVINGS):
         finer = ()
         for i in tl.static_range(2**level):
-            low, high = tl.split(tl.permute(tl.reshape(pieces[i], [BM, 2, BN // 2 ** (level + 1)]), [0, 2, 1]))
+            low, high = tl.split(
+                tl.permute(tl.reshape(pieces[i], [BM, 2, BN // 2 ** (level + 1)]), [0, 2, 1])
+            )
             finer += (low, high)
         pieces = finer
     return pieces
@@ -132,7 +174,9 @@ def activate(h, g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def zero_tail(out_ptr, tile, live, R, cols, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Zeros in the rows that belong to nobody, counted from the end: tile i of any expert sees to the i-th BM of them."""
+    """Zeros in the rows that belong to nobody, counted from the end: tile i of any expert sees to
+    the i-th BM of them.
+    """
     last = R - tile * BM
     if last > live:
         rows = last - 1 - tl.arange(0, BM)
@@ -143,15 +187,40 @@ def zero_tail(out_ptr, tile, live, R, cols, N: tl.constexpr, BM: tl.constexpr, B
 
 @triton.jit
 def rows_kernel(
-    a_ptr, b_ptr, b2_ptr, bias_ptr, order_ptr, offsets_ptr, tiles_ptr, hidden_ptr, out_ptr,
-    R, E, slots, stride_a, stride_be, stride_bn, stride_bk,
-    N: tl.constexpr, K: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALVINGS: tl.constexpr,
-    GROUP: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (slots * N / BN,). out (R, N) = act(A B + bias); pre-activations go to hidden (1 or 2, R, N), the gate's first.
+    a_ptr,
+    b_ptr,
+    b2_ptr,
+    bias_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    hidden_ptr,
+    out_ptr,
+    R,
+    E,
+    slots,
+    stride_a,
+    stride_be,
+    stride_bn,
+    stride_bk,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TAIL: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (slots * N / BN,). out (R, N) = act(A B + bias); pre-activations go to hidden (1 or 2,
+    R, N), the gate's first.
 
-    With "swiglu" b2 is the gate's B; with "none" a second part of K (see product), and nothing goes to hidden.
-    """
+    With "swiglu" b2 is the gate's B; with "none" a second part of K (see product), and nothing goes
+    to hidden."""
     tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
     cols = block * BN + tl.arange(0, BN)
     if TAIL:
@@ -160,20 +229,64 @@ def rows_kernel(
     if expert < 0:
         return
     rows = first + tl.arange(0, BM)
-    a_rows = source_rows(order_ptr, tl.minimum(rows, end - 1), k, GATHER)  # the last row again, never somebody else's
+    a_rows = source_rows(
+        order_ptr, tl.minimum(rows, end - 1), k, GATHER
+    )  # the last row again, never somebody else's
     weights = expert.to(tl.int64) * stride_be
     acc = tl.zeros([BM, BN], tl.float32)
     gate = acc
     if ACTIVATION == "swiglu":
         acc, gate = gated_product(
-            acc, gate, a_ptr, a_rows, stride_a, b_ptr + weights, b2_ptr + weights, cols, stride_bn, stride_bk, N, K, BN, BK, UPCAST
-        )  # fmt: skip
+            acc,
+            gate,
+            a_ptr,
+            a_rows,
+            stride_a,
+            b_ptr + weights,
+            b2_ptr + weights,
+            cols,
+            stride_bn,
+            stride_bk,
+            N,
+            K,
+            BN,
+            BK,
+            UPCAST,
+        )
     elif b2_ptr is not None:
         acc = product(
-            acc, a_ptr, a_rows, stride_a, b_ptr + weights, b2_ptr + weights, cols, stride_bn, stride_bk, N, K, BN, BK, UPCAST
-        )  # fmt: skip
+            acc,
+            a_ptr,
+            a_rows,
+            stride_a,
+            b_ptr + weights,
+            b2_ptr + weights,
+            cols,
+            stride_bn,
+            stride_bk,
+            N,
+            K,
+            BN,
+            BK,
+            UPCAST,
+        )
     else:
-        acc = product(acc, a_ptr, a_rows, stride_a, b_ptr + weights, None, cols, stride_bn, stride_bk, N, K, BN, BK, UPCAST)
+        acc = product(
+            acc,
+            a_ptr,
+            a_rows,
+            stride_a,
+            b_ptr + weights,
+            None,
+            cols,
+            stride_bn,
+            stride_bk,
+            N,
+            K,
+            BN,
+            BK,
+            UPCAST,
+        )
     bias_at = expert.to(tl.int64) * N
     accs = column_pieces(acc, BM, BN, HALVINGS)
     gates = column_pieces(gate, BM, BN, HALVINGS)
@@ -181,12 +294,36 @@ def rows_kernel(
     for i in tl.static_range(2**HALVINGS):
         piece = block * BN + i * WIDTH + tl.arange(0, WIDTH)
         _finish(
-            accs[i], gates[i], bias_ptr, bias_at, rows, piece, end, R, hidden_ptr, out_ptr, N, ACTIVATION
-        )  # fmt: skip
+            accs[i],
+            gates[i],
+            bias_ptr,
+            bias_at,
+            rows,
+            piece,
+            end,
+            R,
+            hidden_ptr,
+            out_ptr,
+            N,
+            ACTIVATION,
+        )
 
 
 @triton.jit
-def _finish(acc, gate, bias_ptr, bias_at, rows, cols, end, R, hidden_ptr, out_ptr, N: tl.constexpr, ACTIVATION: tl.constexpr):
+def _finish(
+    acc,
+    gate,
+    bias_ptr,
+    bias_at,
+    rows,
+    cols,
+    end,
+    R,
+    hidden_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """Bias, activation and stores of these columns."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + bias_at + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]

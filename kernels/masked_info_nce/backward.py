@@ -1,13 +1,17 @@
-"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q (both still to be multiplied by scale), targets left out, with
+"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q (both still to be multiplied by
+scale), targets left out, with
 
-    dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - further positives - every pair         (the j terms if symmetric)
+    dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - further positives - every pair
+    (the j terms if symmetric)
 
-Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and ``spread_kernel`` multiplies it
-by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs, and of HBM 6 bytes a pair (16-bit) and 8 a sum and chunk.
-``moment``: sums of dS S, from which comes the scale's gradient. It cancels nearly, so no rounded dS may enter it.
-Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums on chip: 8 B C D FLOPs and no traffic.
-``gain``, a power of two, makes the largest weight about 2^13: float16 would lose 1 / (B C) otherwise. Results are divided by it.
-"""
+Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and
+``spread_kernel`` multiplies it
+by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs, and of HBM 6 bytes a pair
+(16-bit) and 8 a sum and chunk.
+``moment``: sums of dS S, from which comes the scale's gradient. It cancels nearly, so no rounded dS
+may enter it. Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums
+on chip: 8 B C D FLOPs and no traffic. ``gain``, a power of two, makes the largest weight about
+2^13: float16 would lose 1 / (B C) otherwise. Results are divided by it."""
 
 from __future__ import annotations
 
@@ -38,13 +42,25 @@ def _gain(gain_ptr):
 
 
 @triton.jit
-def _counted(ds, s, x_id, y_id, x_side, y_side, KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr):
-    """dS less what label smoothing takes off every pair and off further positives; 0 in pairs that do not count (s is -inf), also
-    of a row or column whose coefficients are NaN."""
+def _counted(
+    ds,
+    s,
+    x_id,
+    y_id,
+    x_side,
+    y_side,
+    KEYS: tl.constexpr,
+    IDS: tl.constexpr,
+    EVERYTHING: tl.constexpr,
+):
+    """dS less what label smoothing takes off every pair and off further positives; 0 in pairs that
+    do not count (s is -inf), also of a row or column whose coefficients are NaN."""
     if EVERYTHING:
         ds -= x_side[3][:, None] + y_side[3][None, :]
         if IDS == "same":
-            ds -= tl.where(x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0)
+            ds -= tl.where(
+                x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0
+            )
     if EVERYTHING or KEYS or IDS != "none":
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return ds
@@ -58,22 +74,54 @@ def _moment(ds, s):
 
 @triton.jit
 def pairs_kernel(
-    q_ptr, c_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, q_id_ptr, c_id_ptr,
-    row_ptr, column_ptr, ds_ptr, moment_ptr, B, C, row0, col0, width,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, GROUP: tl.constexpr,
-    KEYS: tl.constexpr, IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows, width), 0 in pairs that do not count;
-    and its sum of dS S into (grid).
+    q_ptr,
+    c_ptr,
+    bias_ptr,
+    scale_ptr,
+    bound_ptr,
+    gain_ptr,
+    target_ptr,
+    low_ptr,
+    high_ptr,
+    shared_ptr,
+    q_id_ptr,
+    c_id_ptr,
+    row_ptr,
+    column_ptr,
+    ds_ptr,
+    moment_ptr,
+    B,
+    C,
+    row0,
+    col0,
+    width,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
+    IDS: tl.constexpr,
+    EVERYTHING: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows,
+    width), 0 in pairs that do not count; and its sum of dS S into (grid).
 
-    All of a BX x BY tile that spread_kernel will read is written, and no other. BX and BY are multiples of BM and BN.
-    """
-    i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP)
+    All of a BX x BY tile that spread_kernel will read is written, and no other. BX and BY are
+    multiples of BM and BN."""
+    i, j = tl.swizzle2d(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP
+    )
     x0 = row0 + i * BM
     y0 = col0 + j * BN
     x = x0 + tl.arange(0, BM)
     y = y0 + tl.arange(0, BN)
-    low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 // BX * BX, B, C, BX, KEYS)
+    low, high, _, _, shared = block_range(
+        low_ptr, high_ptr, shared_ptr, x0 // BX * BX, B, C, BX, KEYS
+    )
     _, _, count = visits(low, high, shared, y0 // BY, y0 // BY + 1, BY, KEYS)
     moment = 0.0
     if count > 0:
@@ -85,16 +133,28 @@ def pairs_kernel(
         x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, q_id_ptr, x, B, KEYS, IDS)
         y_id = y if IDS == "none" else tl.load(c_id_ptr + y, mask=y < C, other=-2)
         ok = counting_pairs(x, y, B, C, target, x_low, x_high, shared, x_id, y_id, False, KEYS, IDS)
-        s = tl.where(ok, s, float("-inf"))  # here already: what the mask needs is gone before the softmax takes registers
+        s = tl.where(
+            ok, s, float("-inf")
+        )  # here already: what the mask needs is gone before the softmax takes registers
         gain = _gain(gain_ptr)
         x_side = coefficients(row_ptr, x, B, gain, EVERYTHING)
         y_side = coefficients(column_ptr, y, C, gain, EVERYTHING)
-        ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, row_ptr is not None, column_ptr is not None)
+        ds = weighted_softmax(
+            s,
+            x_side[0],
+            x_side[1],
+            y_side[0],
+            y_side[1],
+            safe,
+            row_ptr is not None,
+            column_ptr is not None,
+        )
         ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
         if moment_ptr is not None:
-            # As one vector: Triton 3.6 cannot sum rows or columns of the product's layout for sm_100.
+            # As one vector: Triton 3.6 cannot sum rows or columns of the product's layout for
+            # sm_100.
             moment = tl.sum(tl.reshape(_moment(ds, s), [BM * BN]), 0)
     if moment_ptr is not None:
         tl.store(moment_ptr + i * tl.num_programs(1) + j, moment)
@@ -102,22 +162,47 @@ def pairs_kernel(
 
 @triton.jit
 def spread_kernel(
-    ds_ptr, y_ptr, gain_ptr, low_ptr, high_ptr, shared_ptr, out_ptr, X, Y, x0, x1, y0, y1, stride_x, stride_y,
-    D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    KEYS: tl.constexpr, FIRST: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (D / BD, blocks of x in the chunk, S). out (S, x1 - x0, D) = or, unless FIRST, += dS y over the chunk's y0 .. y1 - 1.
+    ds_ptr,
+    y_ptr,
+    gain_ptr,
+    low_ptr,
+    high_ptr,
+    shared_ptr,
+    out_ptr,
+    X,
+    Y,
+    x0,
+    x1,
+    y0,
+    y1,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    KEYS: tl.constexpr,
+    FIRST: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (D / BD, blocks of x in the chunk, S). out (S, x1 - x0, D) = or, unless FIRST, += dS y
+    over the chunk's y0 .. y1 - 1.
 
-    Used with x = q, y = c, and with dS transposed by its strides x = c, y = q. It reads the tiles that pairs_kernel wrote and no
-    others: those which hold an allowed pair, and such that lie between the keys of a block on the one side and of a tile on the
-    other, which both count. Blocks and tiles start at multiples of BX and BY on either side.
-    """
+    Used with x = q, y = c, and with dS transposed by its strides x = c, y = q. It reads the tiles
+    that pairs_kernel wrote and no others: those which hold an allowed pair, and such that lie
+    between the keys of a block on the one side and of a tile on the other, which both count. Blocks
+    and tiles start at multiples of BX and BY on either side."""
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     split = tl.program_id(2)
-    low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS)
+    low, high, _, _, shared = block_range(
+        low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS
+    )
     if KEYS:
-        high = tl.where(high > low, high, 0)  # the tile that [low, low) lies in need not have been written
+        high = tl.where(
+            high > low, high, 0
+        )  # the tile that [low, low) lies in need not have been written
     first = y0 // BY
     head, own, count = visits(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
     STEPS: tl.constexpr = BY // BK
@@ -129,27 +214,59 @@ def spread_kernel(
     gain = _gain(gain_ptr)
     acc = tl.zeros([BX, BD], tl.float32)
     if not FIRST:
-        acc = tl.load(out_ptr + at, mask=inside, other=0.0) * gain  # here, not at the end: sums and accumulator would not fit
+        acc = (
+            tl.load(out_ptr + at, mask=inside, other=0.0) * gain
+        )  # here, not at the end: sums and accumulator would not fit
     for step in range(begin, end):
         start = nth_tile(step // STEPS, head, own, first) * BY + step % STEPS * BK
-        ds = tl.load(ds_ptr + (start - y0) * stride_y + local[:, None] * stride_x + tl.arange(0, BK)[None, :] * stride_y)
-        acc = dot(ds, load_block(y_ptr, start, tl.arange(0, BK), cols, Y, D, D % BD == 0), acc, UPCAST)
+        ds = tl.load(
+            ds_ptr
+            + (start - y0) * stride_y
+            + local[:, None] * stride_x
+            + tl.arange(0, BK)[None, :] * stride_y
+        )
+        acc = dot(
+            ds, load_block(y_ptr, start, tl.arange(0, BK), cols, Y, D, D % BD == 0), acc, UPCAST
+        )
     if FIRST or end > begin:
         tl.store(out_ptr + at, acc * (1.0 / gain), mask=inside)
 
 
 @triton.jit
 def owner_kernel(
-    x_ptr, y_ptr, bias_ptr, scale_ptr, bound_ptr, gain_ptr, target_ptr, low_ptr, high_ptr, shared_ptr, x_id_ptr, y_id_ptr,
-    x_side_ptr, y_side_ptr, out_ptr, moment_ptr, X, Y,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SWAP: tl.constexpr, KEYS: tl.constexpr,
-    IDS: tl.constexpr, EVERYTHING: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D columns of sums in registers; moment
-    (S, X): of the sums of dS S.
+    x_ptr,
+    y_ptr,
+    bias_ptr,
+    scale_ptr,
+    bound_ptr,
+    gain_ptr,
+    target_ptr,
+    low_ptr,
+    high_ptr,
+    shared_ptr,
+    x_id_ptr,
+    y_id_ptr,
+    x_side_ptr,
+    y_side_ptr,
+    out_ptr,
+    moment_ptr,
+    X,
+    Y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    SWAP: tl.constexpr,
+    KEYS: tl.constexpr,
+    IDS: tl.constexpr,
+    EVERYTHING: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D
+    columns of sums in registers; moment (S, X): of the sums of dS S.
 
-    x = q, y = c, or with SWAP x = c, y = q (S and dS are then transposed, bias belongs to x and target to y).
-    """
+    x = q, y = c, or with SWAP x = c, y = q (S and dS are then transposed, bias belongs to x and
+    target to y)."""
     split = tl.program_id(0)
     block = tl.program_id(1)
     x = block * BM + tl.arange(0, BM)
@@ -183,8 +300,15 @@ def owner_kernel(
         s = tl.where(ok, s, float("-inf"))
         y_side = coefficients(y_side_ptr, y, Y, gain, EVERYTHING)
         ds = weighted_softmax(
-            s, x_side[0], x_side[1], y_side[0], y_side[1], safe, x_side_ptr is not None, y_side_ptr is not None
-        )  # fmt: skip
+            s,
+            x_side[0],
+            x_side[1],
+            y_side[0],
+            y_side[1],
+            safe,
+            x_side_ptr is not None,
+            y_side_ptr is not None,
+        )
         ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
         if moment_ptr is not None:
             moment += tl.sum(_moment(ds, s), 1)

@@ -1,12 +1,14 @@
-"""What the kernels of masked InfoNCE share: which tiles a block visits, which pairs of a tile count, their logits and dS.
+"""What the kernels of masked InfoNCE share: which tiles a block visits, which pairs of a tile
+count, their logits and dS.
 
-One side is x (owns a block of BM rows), the other y (walked in tiles of BN). With keys both are sorted by key, so that a row of x
-sees [0, shared) and [low, high) of y, and a block of rows a head of tiles and one range: masks are comparisons of column numbers
-with row vectors, and tiles outside are never touched.
+One side is x (owns a block of BM rows), the other y (walked in tiles of BN). With keys both are
+sorted by key, so that a row of x sees [0, shared) and [low, high) of y, and a block of rows a head
+of tiles and one range: masks are comparisons of column numbers with row vectors, and tiles outside
+are never touched.
 
-Logits s = (x . y) scale stay natural, p = exp2((s - lse) log2(e)): with log2(e) in the scale, as in flash attention, one product
-a pair less, logits of 100 give float32 gradients three times less exact than plain PyTorch's.
-"""
+Logits s = (x . y) scale stay natural, p = exp2((s - lse) log2(e)): with log2(e) in the scale, as in
+flash attention, one product a pair less, logits of 100 give float32 gradients three times less
+exact than plain PyTorch's."""
 
 from __future__ import annotations
 
@@ -15,18 +17,20 @@ import triton.language as tl
 
 from ..tiles import LOG2E, dot
 
-# Up to this bound of |logits| exp needs no maximum: exp(32) times 2^31 pairs stays far below float32's largest, exp(-32) is
-# a normal number, so are exp(s) and exp(-lse). One exponential then serves a row and a column. Up to 64 it would do too, but
-# a product of exponentials has the rounding errors of both logits, and the temperature's gradient, a float32, would show them.
+# Up to this bound of |logits| exp needs no maximum: exp(32) times 2^31 pairs stays far below
+# float32's largest, exp(-32) is a normal number, so are exp(s) and exp(-lse). One exponential then
+# serves a row and a column. Up to 64 it would do too, but a product of exponentials has the
+# rounding errors of both logits, and the temperature's gradient, a float32, would show them.
 SAFE_BOUND = tl.constexpr(32.0)
 
 
 @triton.jit
 def block_range(low_ptr, high_ptr, shared_ptr, start, X, Y, BM: tl.constexpr, KEYS: tl.constexpr):
-    """(low, high, full_low, full_high, shared): the block's rows see parts of [low, high), each row all of [full_low, full_high).
+    """(low, high, full_low, full_high, shared): the block's rows see parts of [low, high), each row
+    all of [full_low, full_high).
 
-    The latter holds for queries only: among candidates, those for everybody come first and the keys then start anew.
-    """
+    The latter holds for queries only: among candidates, those for everybody come first and the keys
+    then start anew."""
     low = 0
     high = Y
     full_low = 0
@@ -44,8 +48,9 @@ def block_range(low_ptr, high_ptr, shared_ptr, start, X, Y, BM: tl.constexpr, KE
 
 @triton.jit
 def visits(low, high, shared, first, last, BN: tl.constexpr, KEYS: tl.constexpr):
-    """(head, own, count): of the tiles first .. last - 1 a block visits ``count``, ``head`` of them from ``first`` on (those for
-    everybody), the others from ``own`` on. A block without own candidates may visit the tile that [low, low) lies in."""
+    """(head, own, count): of the tiles first .. last - 1 a block visits ``count``, ``head`` of them
+    from ``first`` on (those for everybody), the others from ``own`` on. A block without own
+    candidates may visit the tile that [low, low) lies in."""
     head = last - first
     own = last
     count = head
@@ -78,9 +83,23 @@ def row_vectors(low_ptr, high_ptr, id_ptr, x, X, KEYS: tl.constexpr, IDS: tl.con
 
 @triton.jit
 def counting_pairs(
-    x, y, X, Y, target, low, high, shared, x_id, y_id, SWAP: tl.constexpr, KEYS: tl.constexpr, IDS: tl.constexpr,
-):  # fmt: skip
-    """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id. ``target`` is x's; with SWAP, x candidates, y's."""
+    x,
+    y,
+    X,
+    Y,
+    target,
+    low,
+    high,
+    shared,
+    x_id,
+    y_id,
+    SWAP: tl.constexpr,
+    KEYS: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id. ``target`` is x's;
+    with SWAP, x candidates, y's.
+    """
     # Row vectors say it all: rows beyond X have an empty range, and no range reaches beyond Y.
     ok = y[None, :] < tl.where(x < X, shared if KEYS else Y, 0)[:, None]
     if KEYS:
@@ -96,29 +115,52 @@ def counting_pairs(
 
 @triton.jit
 def load_block(ptr, start, rows, cols, R, D: tl.constexpr, EVEN: tl.constexpr):
-    """(rows, columns) from row ``start`` on of a contiguous (R, D). Offsets are 32-bit: half the registers. EVEN: all cols < D."""
+    """(rows, columns) from row ``start`` on of a contiguous (R, D). Offsets are 32-bit: half the
+    registers. EVEN: all cols < D.
+    """
     inside = (rows < R - start)[:, None]
     if not EVEN:
         inside = inside & (cols < D)[None, :]
-    return tl.load(ptr + tl.cast(start, tl.int64) * D + rows[:, None] * D + cols[None, :], mask=inside, other=0.0)
+    return tl.load(
+        ptr + tl.cast(start, tl.int64) * D + rows[:, None] * D + cols[None, :],
+        mask=inside,
+        other=0.0,
+    )
 
 
 @triton.jit
 def products(
-    x_ptr, y_ptr, x0, y0, X, Y, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    x0,
+    y0,
+    X,
+    Y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """(BM, BN) float32: x . y from rows x0 and y0 on, over all of D, BK columns at a time."""
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, (D + BK - 1) // BK):
         cols = k * BK + tl.arange(0, BK)
         x = load_block(x_ptr, x0, tl.arange(0, BM), cols, X, D, D % BK == 0)
-        acc = dot(x, tl.trans(load_block(y_ptr, y0, tl.arange(0, BN), cols, Y, D, D % BK == 0)), acc, UPCAST)
+        acc = dot(
+            x,
+            tl.trans(load_block(y_ptr, y0, tl.arange(0, BN), cols, Y, D, D % BK == 0)),
+            acc,
+            UPCAST,
+        )
     return acc
 
 
 @triton.jit
 def coefficients(ptr, at, N, gain, EVERYTHING: tl.constexpr):
-    """(lse, weight, off further positives, off every pair) of a side, from its (4, N); zeros where the side has no loss (None)."""
+    """(lse, weight, off further positives, off every pair) of a side, from its (4, N); zeros where
+    the side has no loss (None).
+    """
     lse = tl.full(at.shape, float("inf"), tl.float32)
     weight = tl.zeros(at.shape, tl.float32)
     positive = tl.zeros(at.shape, tl.float32)
@@ -134,15 +176,26 @@ def coefficients(ptr, at, N, gain, EVERYTHING: tl.constexpr):
 
 @triton.jit
 def weighted_softmax(
-    s, x_lse, x_weight, y_lse, y_weight, safe, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
-):  # fmt: skip
+    s,
+    x_lse,
+    x_weight,
+    y_lse,
+    y_weight,
+    safe,
+    HAS_X: tl.constexpr,
+    HAS_Y: tl.constexpr,
+):
     """weight_x exp(s - lse_x) + weight_y exp(s - lse_y) for the sides that have a loss."""
     ds = s
     if safe:
         e = tl.exp2(s * LOG2E)
         if HAS_X and HAS_Y:
-            # weights are multiplied last: exp(-lse) times a small weight might leave float32's range, a probability does not
-            ds = e * tl.exp2(-x_lse * LOG2E)[:, None] * x_weight[:, None] + e * tl.exp2(-y_lse * LOG2E)[None, :] * y_weight[None, :]
+            # weights are multiplied last: exp(-lse) times a small weight might leave float32's
+            # range, a probability does not
+            ds = (
+                e * tl.exp2(-x_lse * LOG2E)[:, None] * x_weight[:, None]
+                + e * tl.exp2(-y_lse * LOG2E)[None, :] * y_weight[None, :]
+            )
         elif HAS_X:
             ds = e * tl.exp2(-x_lse * LOG2E)[:, None] * x_weight[:, None]
         else:

@@ -1,8 +1,9 @@
-"""Which kernels and tiles masked InfoNCE runs with: fixed data by architecture, no benchmarking at training time.
+"""Which kernels and tiles masked InfoNCE runs with: fixed data by architecture, no benchmarking at
+training time.
 
-``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
-"""
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture.
+Which of two clean entries is faster was reasoned, not measured, until benchmarks/results holds a
+run that says so."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ PROGRAMS = 264  # a wave of two programs on each of 132 multiprocessors; fixed, 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows by BN columns of logits, BK columns of D at a time; and the launch. BD: columns of D that one program sums up.
+    """BM rows by BN columns of logits, BK columns of D at a time; and the launch. BD: columns of D
+    that one program sums up.
 
-    Of ``spread``, BM queries or BN candidates by BD columns, reading dS in tiles of BM x BN; those of ``pairs`` divide them.
-    """
+    Of ``spread``, BM queries or BN candidates by BD columns, reading dS in tiles of BM x BN; those
+    of ``pairs`` divide them."""
 
     BM: int
     BN: int
@@ -44,20 +46,31 @@ class Plan:
     spread: Tile
     owner: Tile
     partial_bytes: int = 512 * MIB  # of the forward's column partials
-    chunk_bytes: int = 512 * MIB  # of dS: at B = C = 65536 and D = 768 it makes 939 MB with both float32 gradients
+    chunk_bytes: int = (
+        512 * MIB
+    )  # of dS: at B = C = 65536 and D = 768 it makes 939 MB with both float32 gradients
     merge: tuple[int, int] = (16, 128)  # partials by rows at a time
 
 
-def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: bool, logits: bool = False) -> Plan:
-    """Tiles, and which backward, of a loss over rows or, with ``columns``, over both; ``everything``: the sums too; ``logits``: the
-    backward needs them beside dS, for masks or for the temperature's gradient.
+def plan(
+    dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    columns: bool,
+    everything: bool,
+    logits: bool = False,
+) -> Plan:
+    """Tiles, and which backward, of a loss over rows or, with ``columns``, over both;
+    ``everything``: the sums too; ``logits``: the backward needs them beside dS, for masks or for
+    the temperature's gradient.
 
-    On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes spends 2 B C D FLOPs more than chunked, 2 D / 790e12 s a pair, and chunked 6
-    bytes a pair more, 6 / 4.3e12 s: owner-computes wins below D = 550. But its sums of all of D fit into registers, beside a tile
-    of logits, up to D = 256 only. float32 has no matrix instructions here, FLOPs are all that costs: chunked.
-    """
+    On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes spends 2 B C D FLOPs more than chunked, 2 D /
+    790e12 s a pair, and chunked 6 bytes a pair more, 6 / 4.3e12 s: owner-computes wins below D =
+    550. But its sums of all of D fit into registers, beside a tile of logits, up to D = 256 only.
+    float32 has no matrix instructions here, FLOPs are all that costs: chunked."""
     if dtype == torch.float32:
-        # The tile of `pairs`: forward and backward add up the same logits, which at 10^4 have no digit to spare.
+        # The tile of `pairs`: forward and backward add up the same logits, which at 10^4 have no
+        # digit to spare.
         sweep = Tile(32, 64, 16, 8, 2, maxnreg=255)
         owner = Tile(64, 32, 0, 8, 1, BD=_power(dim))
         return Plan(sweep, "chunked", sweep, Tile(64, 64, 16, 8, 2, BD=64), owner)
@@ -74,7 +87,9 @@ def plan(dim: int, dtype: torch.dtype, arch: int, columns: bool, everything: boo
         spread = Tile(128, 128, 64, 8, 3, BD=min(256 if hopper else 128, max(64, _power(dim))))
         crowded = logits and dim > 128
         narrow = (crowded if hopper else dim % 64 != 0 and dim > 64) or (everything and dim > 64)
-        owner = Tile(64 if crowded and not hopper else 128, 32 if narrow else 64, 0, 8, 3, BD=_power(dim))
+        owner = Tile(
+            64 if crowded and not hopper else 128, 32 if narrow else 64, 0, 8, 3, BD=_power(dim)
+        )
         return Plan(sweep, way, pairs, spread, owner)
     wide = 64 if everything or dim % 32 else 128
     spread = Tile(128, 128, 32, 8, 3, BD=min(128, max(64, _power(dim))))
@@ -89,13 +104,22 @@ def _power(dim: int) -> int:
 
 
 def splits(blocks: int, most: int) -> int:
-    """Into how many parts the work of ``blocks`` programs is cut, so that there are PROGRAMS of them; each has a tile."""
+    """Into how many parts the work of ``blocks`` programs is cut, so that there are PROGRAMS of
+    them; each has a tile.
+    """
     return 1 if blocks >= PROGRAMS else max(1, min(most, -(-PROGRAMS // blocks)))
 
 
-def sweep_grid(rows: int, columns: int, tile: Tile, partial_bytes: int, stats: int) -> tuple[int, int, int, int]:
-    """(splits, column tiles of each, groups, row blocks of each): 4 waves of programs, or more of 64 tiles each; all groups'
-    partial results of the columns (``stats`` floats each, none if 0) stay within ``partial_bytes``."""
+def sweep_grid(
+    rows: int,
+    columns: int,
+    tile: Tile,
+    partial_bytes: int,
+    stats: int,
+) -> tuple[int, int, int, int]:
+    """(splits, column tiles of each, groups, row blocks of each): 4 waves of programs, or more of
+    64 tiles each; all groups' partial results of the columns (``stats`` floats each, none if 0)
+    stay within ``partial_bytes``."""
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
     each = -(-blocks // min(blocks, most))
@@ -107,8 +131,8 @@ def sweep_grid(rows: int, columns: int, tile: Tile, partial_bytes: int, stats: i
 def chunk(rows: int, columns: int, tile: Tile, chunk_bytes: int, itemsize: int) -> tuple[int, int]:
     """(rows, columns) of a chunk of dS, multiples of the tile.
 
-    Nearly square: float32 sums are read and written once for each chunk, (rows / chunk rows + columns / chunk columns) times D.
-    """
+    Nearly square: float32 sums are read and written once for each chunk, (rows / chunk rows +
+    columns / chunk columns) times D."""
     most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
     side = int(most**0.5)
     high = _even(rows, max(side, most // _padded(columns, tile.BN)), tile.BM)

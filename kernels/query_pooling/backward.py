@@ -1,12 +1,13 @@
-"""Backward kernels of query pooling. With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
+"""Backward kernels of query pooling. With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS
+= P (dP - delta):
 
     dX = P^T dZ + dS^T Q'        dQ' = dS X, summed over the samples where they share their queries
 
-With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - x^ mean_D(G x^)) with G = P^T dZ + dS^T Q'. LayerNorm's
-other term, mean_D(G), is 0, for dZ and Q' come with rows that sum to 0 over D. mean_D(G x^) = sum_r (P dP + dS S) / D.
-With DROPOUT the kept P stand in all of this but in dS = kept(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum.
-No atomics: dX of a token has one owner; dQ' goes into a fixed number of partial sums, added up in order.
-"""
+With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - x^ mean_D(G x^)) with G =
+P^T dZ + dS^T Q'. LayerNorm's other term, mean_D(G), is 0, for dZ and Q' come with rows that sum to
+0 over D. mean_D(G x^) = sum_r (P dP + dS S) / D. With DROPOUT the kept P stand in all of this but
+in dS = kept(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum. No atomics: dX of a token
+has one owner; dQ' goes into a fixed number of partial sums, added up in order."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
-    """delta and dksum, from zdz = Z dZ^T, a product like dP, for the sake of its diagonal: where one token takes all of a row, Z is
-    that token, both sums round alike, and dS is 0. A sum over dZ's tile beside its product would also race (cli/races.py)."""
+    """delta and dksum, from zdz = Z dZ^T, a product like dP, for the sake of its diagonal: where
+    one token takes all of a row, Z is that token, both sums round alike, and dS is 0. A sum over
+    dZ's tile beside its product would also race (cli/races.py)."""
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
     dksum = tl.zeros(rows.shape, tl.float32)
@@ -43,7 +45,20 @@ def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN: tl.constexpr, rows, N, R, DROPOUT: tl.constexpr):
+def _dlogits(
+    p,
+    dp,
+    delta,
+    dksum,
+    keep_ptr,
+    b,
+    start,
+    BN: tl.constexpr,
+    rows,
+    N,
+    R,
+    DROPOUT: tl.constexpr,
+):
     """The kept P, and dS."""
     pooled = p
     if DROPOUT:
@@ -62,17 +77,49 @@ def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl
         for c in tl.static_range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
             zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
-            tl.store(ptr + (b * N + n[:, None]) * D + cols[None, :], zero, mask=(n[:, None] < last) & (cols[None, :] < D))
+            tl.store(
+                ptr + (b * N + n[:, None]) * D + cols[None, :],
+                zero,
+                mask=(n[:, None] < last) & (cols[None, :] < D),
+            )
 
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, dx_ptr, dq_ptr,
-    B, N, W, R, stride_xb, stride_xn, stride_qb,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, NEED_DX: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (P,). Program p takes the samples p, p + P, ...; all R <= BR rows and all of dQ'^T stay on chip, X is read once."""
+    x_ptr,
+    q_ptr,
+    z_ptr,
+    dz_ptr,
+    sums_ptr,
+    mean_ptr,
+    rstd_ptr,
+    words_ptr,
+    span_ptr,
+    keep_ptr,
+    ksum_ptr,
+    dksum_ptr,
+    dx_ptr,
+    dq_ptr,
+    B,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (P,). Program p takes the samples p, p + P, ...; all R <= BR rows and all of dQ'^T stay
+    on chip, X is read once.
+    """
     rows = tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
     dq = ()
@@ -102,7 +149,11 @@ def onepass_kernel(
             x = ()
             for c in tl.static_range(NC):
                 cols = c * BD + tl.arange(0, BD)
-                x += (load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),)
+                x += (
+                    load_normed(
+                        x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM
+                    ),
+                )
                 s = dot(x[c], q[c], s, UPCAST)
                 dp = dot(x[c], dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
@@ -130,12 +181,39 @@ def onepass_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x_ptr, q_ptr, z_ptr, dz_ptr, sums_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, keep_ptr, ksum_ptr, dksum_ptr, p_ptr, ds_ptr,
-    g_x_ptr, N, W, R, stride_xb, stride_xn, stride_qb,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), and with NORM each row block's share of mean_D(G x^)."""
+    x_ptr,
+    q_ptr,
+    z_ptr,
+    dz_ptr,
+    sums_ptr,
+    mean_ptr,
+    rstd_ptr,
+    words_ptr,
+    span_ptr,
+    keep_ptr,
+    ksum_ptr,
+    dksum_ptr,
+    p_ptr,
+    ds_ptr,
+    g_x_ptr,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), and with NORM each row block's share of
+    mean_D(G x^).
+    """
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     start = tl.program_id(2) * BN
@@ -170,11 +248,32 @@ def dlogits_kernel(
 
 @triton.jit
 def dx_kernel(
-    x_ptr, q_ptr, dz_ptr, p_ptr, ds_ptr, mean_ptr, rstd_ptr, g_x_ptr, words_ptr, span_ptr, dx_ptr,
-    N, W, R, blocks, stride_xb, stride_xn, stride_qb,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    q_ptr,
+    dz_ptr,
+    p_ptr,
+    ds_ptr,
+    mean_ptr,
+    rstd_ptr,
+    g_x_ptr,
+    words_ptr,
+    span_ptr,
+    dx_ptr,
+    N,
+    W,
+    R,
+    blocks,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (B, N / BN, D / BD). dX = P^T dZ + dS^T Q' over all rows; zero where nothing attends."""
     b = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BN
@@ -197,16 +296,36 @@ def dx_kernel(
             mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
             x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             dx = (dx - x.to(tl.float32) * g_x[:, None]) * rstd[:, None]
-    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=(n[:, None] < N) & (cols[None, :] < D))
+    tl.store(
+        dx_ptr + (b * N + n[:, None]) * D + cols[None, :],
+        dx,
+        mask=(n[:, None] < N) & (cols[None, :] < D),
+    )
 
 
 @triton.jit
 def dq_kernel(
-    x_ptr, ds_ptr, mean_ptr, rstd_ptr, words_ptr, span_ptr, dq_ptr,
-    B, N, W, R, stride_xb, stride_xn,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    ds_ptr,
+    mean_ptr,
+    rstd_ptr,
+    words_ptr,
+    span_ptr,
+    dq_ptr,
+    B,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (P, R / BR, D / BD). One chunk of dQ'^T = X^T dS over the samples p, p + P, ..."""
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)

@@ -1,14 +1,17 @@
-"""Forward kernels of query pooling: z = softmax(q x^T) x for R rows of absorbed queries, online over the tokens.
+"""Forward kernels of query pooling: z = softmax(q x^T) x for R rows of absorbed queries, online
+over the tokens.
 
-Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions want 64 rows on their first side,
-and there are always enough tokens for that, seldom enough queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256.
-With NORM a token x stands for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
-subtracted after the products, a large mean would leave the rounding of its square behind. Each row keeps its largest logit and the
-logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The largest is +inf for a row without
-tokens, which makes its probabilities zero in backward. With DROPOUT the pooled probabilities are those kept, of which ksum is the
-sum of each row; the sums know nothing of it. The output is divided by 1 - p, not Z: divided, Z would round otherwise than the token
-that it is where one token takes all, and backward relies on that.
-"""
+Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions
+want 64 rows on their first side, and there are always enough tokens for that, seldom enough
+queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256. With NORM a token x stands
+for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
+subtracted after the products, a large mean would leave the rounding of its square behind. Each row
+keeps its largest logit and the
+logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The
+largest is +inf for a row without tokens, which makes its probabilities zero in backward. With
+DROPOUT the pooled probabilities are those kept, of which ksum is the sum of each row; the sums know
+nothing of it. The output is divided by 1 - p, not Z: divided, Z would round otherwise than the
+token that it is where one token takes all, and backward relies on that."""
 
 from __future__ import annotations
 
@@ -22,11 +25,24 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def moments_kernel(
-    x_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W, stride_xb, stride_xn, eps,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """grid (B, N / BN). Mean and rstd of each token, once for all that read them: within the pooling kernels the statistics would
-    pull X out of shared memory into registers, of which there are none left. Chunks merge by Chan's update: no cancellation."""
+    x_ptr,
+    words_ptr,
+    span_ptr,
+    mean_ptr,
+    rstd_ptr,
+    N,
+    W,
+    stride_xb,
+    stride_xn,
+    eps,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """grid (B, N / BN). Mean and rstd of each token, once for all that read them: within the
+    pooling kernels the statistics would pull X out of shared memory into registers, of which there
+    are none left. Chunks merge by Chan's update: no cancellation."""
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
     n, keep = tokens_kept(b, tl.program_id(1) * BN, BN, hi, words_ptr, W, MASK)
@@ -41,13 +57,17 @@ def moments_kernel(
         delta = chunk_mean - mean
         m2 += tl.sum(centred * centred, 1) + delta * delta * (start * width / (start + width))
         mean += delta * (width / (start + width))
-    tl.store(mean_ptr + b * N + n, mean, mask=n < N)  # of tokens not kept too: what an op returns is always written
+    tl.store(
+        mean_ptr + b * N + n, mean, mask=n < N
+    )  # of tokens not kept too: what an op returns is always written
     tl.store(rstd_ptr + b * N + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < N)
 
 
 @triton.jit
 def _softmax_step(s, m, total, keep):
-    """One tile of the online softmax over the first axis: unnormalised p, the new max and sum, and the old state's factor."""
+    """One tile of the online softmax over the first axis: unnormalised p, the new max and sum, and
+    the old state's factor.
+    """
     s = tl.where(keep[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 0))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -74,11 +94,31 @@ def softmax_of(s, sums_ptr, b, rows, R):
 
 @triton.jit
 def onepass_kernel(
-    x_ptr, q_ptr, words_ptr, span_ptr, z_ptr, sums_ptr, mean_ptr, rstd_ptr, keep_ptr, ksum_ptr,
-    N, W, R, stride_xb, stride_xn, stride_qb,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    q_ptr,
+    words_ptr,
+    span_ptr,
+    z_ptr,
+    sums_ptr,
+    mean_ptr,
+    rstd_ptr,
+    keep_ptr,
+    ksum_ptr,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (B, R / BR). All of Z^T's chunks stay in registers, so X is read once."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -100,7 +140,9 @@ def onepass_kernel(
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
-            x += (load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),)
+            x += (
+                load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),
+            )
             s = dot(x[c], q[c], s, UPCAST)
         p, m, total, fade = _softmax_step(s, m, total, keep)
         if DROPOUT:
@@ -122,11 +164,28 @@ def onepass_kernel(
 
 @triton.jit
 def logits_kernel(
-    x_ptr, q_ptr, words_ptr, span_ptr, s_ptr, sums_ptr, mean_ptr, rstd_ptr,
-    N, W, R, stride_xb, stride_xn, stride_qb,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    q_ptr,
+    words_ptr,
+    span_ptr,
+    s_ptr,
+    sums_ptr,
+    mean_ptr,
+    rstd_ptr,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (B, R / BR). For D too wide for registers: the logits (B, N, R) and their sums."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -149,11 +208,30 @@ def logits_kernel(
 
 @triton.jit
 def pool_kernel(
-    x_ptr, s_ptr, sums_ptr, words_ptr, span_ptr, mean_ptr, rstd_ptr, z_ptr, keep_ptr, ksum_ptr,
-    N, W, R, stride_xb, stride_xn,
-    D: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    s_ptr,
+    sums_ptr,
+    words_ptr,
+    span_ptr,
+    mean_ptr,
+    rstd_ptr,
+    z_ptr,
+    keep_ptr,
+    ksum_ptr,
+    N,
+    W,
+    R,
+    stride_xb,
+    stride_xn,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """grid (B, R / BR, D / BD). One chunk of Z^T from the logits: the second read of X."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -164,7 +242,9 @@ def pool_kernel(
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         inside = keep[:, None] & (rows[None, :] < R)
-        s = tl.load(s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf"))
+        s = tl.load(
+            s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf")
+        )
         p = softmax_of(s, sums_ptr, b, rows, R)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)

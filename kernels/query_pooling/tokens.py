@@ -1,4 +1,6 @@
-"""Tokens as query pooling reads them: with NORM they stand for (x - mean) rstd, computed in float32 and rounded once."""
+"""Tokens as query pooling reads them: with NORM they stand for (x - mean) rstd, computed in float32
+and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def load_normed_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr, mean, rstd, N
 def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd
-        if (BD - 1) & D:  # D is no multiple of BD: beyond it stays 0, for there -mean rstd may overflow 16 bits, and inf 0 is NaN
+        if (
+            (BD - 1) & D
+        ):  # D is no multiple of BD: beyond it stays 0, for there -mean rstd may overflow 16 bits, and inf 0 is NaN
             y = tl.where(cols < D, y, 0.0)
         x = y.to(x.dtype)
     return x

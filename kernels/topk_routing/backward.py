@@ -1,9 +1,10 @@
-"""Backward kernels of top-k routing: one from the logits, and for x and the router's weights the two products with what it wrote.
+"""Backward kernels of top-k routing: one from the logits, and for x and the router's weights the
+two products with what it wrote.
 
-Everything is recomputed from the logits; the balance asks for one number an expert and segment (coefficients). Of float32 numbers
-beside ones of 16 bits no digit is lost: they are split as in forward, for float16 after a power of two brought the largest near 1.
-No atomics: dx of a token has one owner, dw goes into a fixed number of partial sums, added up in order.
-"""
+Everything is recomputed from the logits; the balance asks for one number an expert and segment
+(coefficients). Of float32 numbers beside ones of 16 bits no digit is lost: they are split as in
+forward, for float16 after a power of two brought the largest near 1. No atomics: dx of a token has
+one owner, dw goes into a fixed number of partial sums, added up in order."""
 
 from __future__ import annotations
 
@@ -25,9 +26,19 @@ from .scores import (
 
 @triton.jit
 def _upstream(
-    d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment,
-    E: tl.constexpr, K: tl.constexpr, BALANCE: tl.constexpr,
-):  # fmt: skip
+    d_weights_ptr,
+    d_balance_ptr,
+    indices_ptr,
+    weights_ptr,
+    coefficients_ptr,
+    n,
+    j,
+    keep,
+    segment,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BALANCE: tl.constexpr,
+):
     """The expert in slot j, its weight and the gradient of that, of "mse" too."""
     at, _ = load_choice(indices_ptr, n, j, keep, E, K)
     w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
@@ -41,13 +52,35 @@ def _upstream(
 
 @triton.jit
 def logits_kernel(
-    d_weights_ptr, d_balance_ptr, d_z_ptr, d_entropy_ptr, logits_ptr, indices_ptr, weights_ptr, coefficients_ptr, mask_ptr,
-    segments_ptr, available_ptr, seed_ptr, d_logits_ptr, T, stride_n, stride_e, jitter,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BALANCE: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
-    """grid (T / BR,). The gradient of the logits from those of weights, balance, z and entropy; None = it has none.
-    That of a softmax sums to 0. What rounding leaves instead (1 - P of a P near 1, where the others know better) is taken off."""
+    d_weights_ptr,
+    d_balance_ptr,
+    d_z_ptr,
+    d_entropy_ptr,
+    logits_ptr,
+    indices_ptr,
+    weights_ptr,
+    coefficients_ptr,
+    mask_ptr,
+    segments_ptr,
+    available_ptr,
+    seed_ptr,
+    d_logits_ptr,
+    T,
+    stride_n,
+    stride_e,
+    jitter,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """grid (T / BR,). The gradient of the logits from those of weights, balance, z and entropy;
+    None = it has none. That of a softmax sums to 0. What rounding leaves instead (1 - P of a P near
+    1, where the others know better) is taken off."""
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -64,7 +97,11 @@ def logits_kernel(
     gp = tl.zeros([BR, BE], tl.float32)
     du = tl.zeros([BR, BE], tl.float32)
     if d_balance_ptr is not None and BALANCE != "mse":
-        c = tl.load(coefficients_ptr + segment[:, None] * E + experts[None, :], mask=experts[None, :] < E, other=0.0)
+        c = tl.load(
+            coefficients_ptr + segment[:, None] * E + experts[None, :],
+            mask=experts[None, :] < E,
+            other=0.0,
+        )
         gp += tl.load(d_balance_ptr) * c
     if d_entropy_ptr is not None:
         gp -= tl.where(p > 0, tl.load(d_entropy_ptr) * each * (log_p + 1.0), 0.0)
@@ -74,18 +111,51 @@ def logits_kernel(
         if RENORMALIZE:
             for j in range(K):
                 at, w, g = _upstream(
-                    d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
-                )  # fmt: skip
+                    d_weights_ptr,
+                    d_balance_ptr,
+                    indices_ptr,
+                    weights_ptr,
+                    coefficients_ptr,
+                    n,
+                    j,
+                    keep,
+                    segment,
+                    E,
+                    K,
+                    BALANCE,
+                )
                 mean += w * g
             for j in range(K):
                 at, w, g = _upstream(
-                    d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
-                )  # fmt: skip
+                    d_weights_ptr,
+                    d_balance_ptr,
+                    indices_ptr,
+                    weights_ptr,
+                    coefficients_ptr,
+                    n,
+                    j,
+                    keep,
+                    segment,
+                    E,
+                    K,
+                    BALANCE,
+                )
                 rest += w * (g - mean)
         for j in range(K):
             at, w, g = _upstream(
-                d_weights_ptr, d_balance_ptr, indices_ptr, weights_ptr, coefficients_ptr, n, j, keep, segment, E, K, BALANCE
-            )  # fmt: skip
+                d_weights_ptr,
+                d_balance_ptr,
+                indices_ptr,
+                weights_ptr,
+                coefficients_ptr,
+                n,
+                j,
+                keep,
+                segment,
+                E,
+                K,
+                BALANCE,
+            )
             here = experts[None, :] == at[:, None]
             if RENORMALIZE or SIGMOID:
                 du += tl.where(here, (w * (g - mean - rest))[:, None], 0.0)
@@ -117,7 +187,9 @@ def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _power_below(x):
-    """The power of two not above x >= 0, such that its inverse is a normal number too; NaN and inf have one as well."""
+    """The power of two not above x >= 0, such that its inverse is a normal number too; NaN and inf
+    have one as well.
+    """
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(bits, 1 << 23), 252 << 23).to(tl.float32, bitcast=True)
 
@@ -130,8 +202,16 @@ def _inverse(power):
 
 @triton.jit
 def _load_parts(
-    g_ptr, n, experts, keep, power, dtype: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr
-):  # fmt: skip
+    g_ptr,
+    n,
+    experts,
+    keep,
+    power,
+    dtype: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
     g = load_tokens(g_ptr, n, experts, keep, E, E)
     if SCALE:
         g *= _inverse(power)[:, None]
@@ -140,18 +220,34 @@ def _load_parts(
 
 @triton.jit
 def dx_kernel(
-    g_ptr, w_ptr, mask_ptr, dx_ptr, T, span,
-    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, W_PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (T / BN, parts of D). dx = g w, ``span`` chunks of BD columns a program; g stays on chip where BE holds all experts."""
+    g_ptr,
+    w_ptr,
+    mask_ptr,
+    dx_ptr,
+    T,
+    span,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    W_PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (T / BN, parts of D). dx = g w, ``span`` chunks of BD columns a program; g stays on chip
+    where BE holds all experts.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     keep = tokens_kept(n, mask_ptr, T)
     power = tl.zeros([BN], tl.float32)
     if SCALE:
         for e in range(0, E, BE):
-            power = tl.maximum(power, tl.max(tl.abs(load_tokens(g_ptr, n, e + tl.arange(0, BE), keep, E, E)), 1))
+            power = tl.maximum(
+                power, tl.max(tl.abs(load_tokens(g_ptr, n, e + tl.arange(0, BE), keep, E, E)), 1)
+            )
         power = _power_below(power)
     if E <= BE:
         g = _load_parts(g_ptr, n, tl.arange(0, BE), keep, power, dtype, E, PARTS, SCALE)
@@ -177,12 +273,25 @@ def dx_kernel(
 
 @triton.jit
 def dw_kernel(
-    g_ptr, x_ptr, mask_ptr, dw_ptr, T, span, stride_n,
-    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (D / BD, parts of T, E / BE). A chunk of dw^T = x^T g over ``span`` tokens, a multiple of BN: matrix instructions want
-    64 rows on their first side. The power of two grows with the largest g of an expert, as the maximum of an online softmax."""
+    g_ptr,
+    x_ptr,
+    mask_ptr,
+    dw_ptr,
+    T,
+    span,
+    stride_n,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (D / BD, parts of T, E / BE). A chunk of dw^T = x^T g over ``span`` tokens, a multiple
+    of BN: matrix instructions want 64 rows on their first side. The power of two grows with the
+    largest g of an expert, as the maximum of an online softmax."""
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     experts = tl.program_id(2) * BE + tl.arange(0, BE)
     acc = tl.zeros([BD, BE], tl.float32)

@@ -1,13 +1,16 @@
-"""Forward kernels of top-k routing: from logits, or from x W^T in one pass over x, to choice, weights and partial statistics.
+"""Forward kernels of top-k routing: from logits, or from x W^T in one pass over x, to choice,
+weights and partial statistics.
 
-A block of BR tokens writes one row of integers and one of floats, which order.py adds up in a fixed order (no atomics):
+A block of BR tokens writes one row of integers and one of floats, which order.py adds up in a fixed
+order (no atomics):
 
     integers (W)   E assignments to each expert, 1 masked tokens, S valid tokens of each segment,
-                   then, with several segments, S x E assignments, then, for "gshard", S x E first choices
+                   then, with several segments, S x E assignments, then, for "gshard", S x E first
+                   choices
     floats (V)     S x E sums of P (of w for "mse"), 1 sum of lse^2, 1 sum of the tokens' entropies
 
-Float32 weights beside x of 16 bits lose no digit: they are split into parts of 16 bits that add up to them, one product each.
-"""
+Float32 weights beside x of 16 bits lose no digit: they are split into parts of 16 bits that add up
+to them, one product each."""
 
 from __future__ import annotations
 
@@ -36,17 +39,32 @@ def _key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
     """What the choice goes by. NaN and -inf are the least, but before experts that are not allowed."""
     key = logits
     if bias_ptr is not None:
-        key = score + tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
+        key = (
+            score + tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
+        )
     key = tl.where(key == key, key, LEAST)
     return tl.where(allowed, tl.maximum(key, LEAST), float("-inf"))
 
 
 @triton.jit
 def _choose(
-    key, value, n, T, given_ptr, indices_ptr, experts, slots,
-    E: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """The k largest keys, or the choice given: by slot the expert and its value, and by expert how often chosen."""
+    key,
+    value,
+    n,
+    T,
+    given_ptr,
+    indices_ptr,
+    experts,
+    slots,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """The k largest keys, or the choice given: by slot the expert and its value, and by expert how
+    often chosen.
+    """
     choice = tl.zeros([BR, BS], tl.int32)
     chosen = tl.full([BR, BS], float("-inf"), tl.float32)
     times = tl.zeros([BR, BE], tl.int32)
@@ -64,7 +82,9 @@ def _choose(
         chosen = tl.where(mine, tl.sum(tl.where(here, value, 0.0), 1)[:, None], chosen)
     if given_ptr is None:
         at = n[:, None].to(tl.int64) * K + slots[None, :]
-        tl.store(indices_ptr + at, choice.to(tl.int64), mask=(n[:, None] < T) & (slots[None, :] < K))
+        tl.store(
+            indices_ptr + at, choice.to(tl.int64), mask=(n[:, None] < T) & (slots[None, :] < K)
+        )
     return choice, chosen, times
 
 
@@ -75,15 +95,31 @@ def _spread(choice, weights, experts, slots, K: tl.constexpr, BR: tl.constexpr, 
     for j in range(K):
         mine = slots[None, :] == j
         at = tl.sum(tl.where(mine, choice, 0), 1)
-        dense += tl.where(experts[None, :] == at[:, None], tl.sum(tl.where(mine, weights, 0.0), 1)[:, None], 0.0)
+        dense += tl.where(
+            experts[None, :] == at[:, None], tl.sum(tl.where(mine, weights, 0.0), 1)[:, None], 0.0
+        )
     return dense
 
 
 @triton.jit
 def _statistics(
-    ints_ptr, floats_ptr, keep, n, T, segment, times, first, mass, lse, entropy, experts,
-    E: tl.constexpr, S: tl.constexpr, BALANCE: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+    ints_ptr,
+    floats_ptr,
+    keep,
+    n,
+    T,
+    segment,
+    times,
+    first,
+    mass,
+    lse,
+    entropy,
+    experts,
+    E: tl.constexpr,
+    S: tl.constexpr,
+    BALANCE: tl.constexpr,
+    BE: tl.constexpr,
+):
     SEGMENTS_AT: tl.constexpr = E + 1 + S
     FIRST_AT: tl.constexpr = SEGMENTS_AT + (S * E if S > 1 else 0)
     exists = experts < E
@@ -98,7 +134,9 @@ def _statistics(
         if BALANCE == "gshard":
             led = tl.sum((here[:, None] & (experts[None, :] == first[:, None])).to(tl.int32), 0)
             tl.store(ints_ptr + FIRST_AT + s * E + experts, led, mask=exists)
-        tl.store(floats_ptr + s * E + experts, tl.sum(tl.where(here[:, None], mass, 0.0), 0), mask=exists)
+        tl.store(
+            floats_ptr + s * E + experts, tl.sum(tl.where(here[:, None], mass, 0.0), 0), mask=exists
+        )
     tl.store(ints_ptr + experts, total, mask=exists)
     tl.store(ints_ptr + E, tl.sum(((n < T) & (keep == 0)).to(tl.int32), 0))
     tl.store(floats_ptr + S * E, tl.sum(tl.where(keep, lse * lse, 0.0), 0))
@@ -107,11 +145,34 @@ def _statistics(
 
 @triton.jit
 def _route(
-    logits_ptr, selection_bias_ptr, mask_ptr, segments_ptr, available_ptr, given_ptr, seed_ptr, indices_ptr, weights_ptr, ints_ptr,
-    floats_ptr, block, T, W, V, stride_n, stride_e, jitter,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BALANCE: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    selection_bias_ptr,
+    mask_ptr,
+    segments_ptr,
+    available_ptr,
+    given_ptr,
+    seed_ptr,
+    indices_ptr,
+    weights_ptr,
+    ints_ptr,
+    floats_ptr,
+    block,
+    T,
+    W,
+    V,
+    stride_n,
+    stride_e,
+    jitter,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+    BS: tl.constexpr,
+):
     """A block of BR tokens, from logits to all that is returned of them."""
     n = block * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
@@ -132,7 +193,9 @@ def _route(
         score = tl.where(allowed, tl.sigmoid(logits), 0.0)
     key = _key(logits, score, selection_bias_ptr, experts, allowed, E)
     value = u if RENORMALIZE else score
-    choice, weights, times = _choose(key, value, n, T, given_ptr, indices_ptr, experts, slots, E, K, BR, BE, BS)
+    choice, weights, times = _choose(
+        key, value, n, T, given_ptr, indices_ptr, experts, slots, E, K, BR, BE, BS
+    )
     if RENORMALIZE:
         weights, _, _ = softmax(weights)
     weights = tl.where((lse != lse)[:, None], float("nan"), weights)
@@ -145,38 +208,128 @@ def _route(
     first = tl.sum(tl.where(slots[None, :] == 0, choice, 0), 1)
     row = block.to(tl.int64)
     _statistics(
-        ints_ptr + row * W, floats_ptr + row * V, keep, n, T, segment, times, first, mass, lse, entropy, experts, E, S, BALANCE, BE
-    )  # fmt: skip
+        ints_ptr + row * W,
+        floats_ptr + row * V,
+        keep,
+        n,
+        T,
+        segment,
+        times,
+        first,
+        mass,
+        lse,
+        entropy,
+        experts,
+        E,
+        S,
+        BALANCE,
+        BE,
+    )
 
 
 @triton.jit
 def route_kernel(
-    logits_ptr, selection_bias_ptr, mask_ptr, segments_ptr, available_ptr, given_ptr, seed_ptr, indices_ptr, weights_ptr, ints_ptr,
-    floats_ptr, T, W, V, jitter, stride_n, stride_e,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BALANCE: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    selection_bias_ptr,
+    mask_ptr,
+    segments_ptr,
+    available_ptr,
+    given_ptr,
+    seed_ptr,
+    indices_ptr,
+    weights_ptr,
+    ints_ptr,
+    floats_ptr,
+    T,
+    W,
+    V,
+    jitter,
+    stride_n,
+    stride_e,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+    BS: tl.constexpr,
+):
     """grid (T / BR,). From logits of any dtype and strides."""
     _route(
-        logits_ptr, selection_bias_ptr, mask_ptr, segments_ptr, available_ptr, given_ptr, seed_ptr, indices_ptr, weights_ptr,
-        ints_ptr, floats_ptr, tl.program_id(0), T, W, V, stride_n, stride_e, jitter,
-        E, K, S, SIGMOID, RENORMALIZE, BALANCE, BR, BE, BS,
-    )  # fmt: skip
+        logits_ptr,
+        selection_bias_ptr,
+        mask_ptr,
+        segments_ptr,
+        available_ptr,
+        given_ptr,
+        seed_ptr,
+        indices_ptr,
+        weights_ptr,
+        ints_ptr,
+        floats_ptr,
+        tl.program_id(0),
+        T,
+        W,
+        V,
+        stride_n,
+        stride_e,
+        jitter,
+        E,
+        K,
+        S,
+        SIGMOID,
+        RENORMALIZE,
+        BALANCE,
+        BR,
+        BE,
+        BS,
+    )
 
 
 @triton.jit
 def route_x_kernel(
-    logits_ptr, selection_bias_ptr, mask_ptr, segments_ptr, available_ptr, given_ptr, seed_ptr, indices_ptr, weights_ptr, ints_ptr,
-    floats_ptr, T, W, V, jitter, x_ptr, w_ptr, b_ptr, stride_n,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, BALANCE: tl.constexpr,
-    BR: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
-    D: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """grid (T / BN,). From x (T, D) and w (E, D): logits in float32, written before jitter and masks, then BR tokens at a time.
+    logits_ptr,
+    selection_bias_ptr,
+    mask_ptr,
+    segments_ptr,
+    available_ptr,
+    given_ptr,
+    seed_ptr,
+    indices_ptr,
+    weights_ptr,
+    ints_ptr,
+    floats_ptr,
+    T,
+    W,
+    V,
+    jitter,
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    stride_n,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+    BS: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grid (T / BN,). From x (T, D) and w (E, D): logits in float32, written before jitter and
+    masks, then BR tokens at a time.
 
-    They are read back, from a cache, because the choice has more to hold in registers than the product, which wants more tokens.
-    PARTS of 16 bits stand for a weight: 1 where it has no more digits, 3 of bfloat16, 2 of float16, the second times LOW_GAIN.
-    """
+    They are read back, from a cache, because the choice has more to hold in registers than the
+    product, which wants more tokens. PARTS of 16 bits stand for a weight: 1 where it has no more
+    digits, 3 of bfloat16, 2 of float16, the second times LOW_GAIN."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -206,7 +359,31 @@ def route_x_kernel(
     tl.debug_barrier()  # other threads of this program read them
     for r in tl.range(0, BN // BR, num_stages=1):
         _route(
-            logits_ptr, selection_bias_ptr, mask_ptr, segments_ptr, available_ptr, given_ptr, seed_ptr, indices_ptr, weights_ptr,
-            ints_ptr, floats_ptr, tl.program_id(0) * (BN // BR) + r, T, W, V, E, 1, jitter,
-            E, K, S, SIGMOID, RENORMALIZE, BALANCE, BR, BE, BS,
-        )  # fmt: skip
+            logits_ptr,
+            selection_bias_ptr,
+            mask_ptr,
+            segments_ptr,
+            available_ptr,
+            given_ptr,
+            seed_ptr,
+            indices_ptr,
+            weights_ptr,
+            ints_ptr,
+            floats_ptr,
+            tl.program_id(0) * (BN // BR) + r,
+            T,
+            W,
+            V,
+            E,
+            1,
+            jitter,
+            E,
+            K,
+            S,
+            SIGMOID,
+            RENORMALIZE,
+            BALANCE,
+            BR,
+            BE,
+            BS,
+        )

@@ -1,8 +1,9 @@
-"""Which tiles top-k routing runs with: fixed data by shape, dtype and architecture, no benchmarking at training time.
+"""Which tiles top-k routing runs with: fixed data by shape, dtype and architecture, no benchmarking
+at training time.
 
-``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture. Which of two clean
-entries is faster was reasoned, not measured, until benchmarks/results holds a run that says so.
-"""
+``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture.
+Which of two clean entries is faster was reasoned, not measured, until benchmarks/results holds a
+run that says so."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ import torch
 
 @dataclass(frozen=True)
 class Rows:
-    """BR tokens, each with all its experts: the blocks in which experts are chosen, counted and ordered, and gradients computed."""
+    """BR tokens, each with all its experts: the blocks in which experts are chosen, counted and
+    ordered, and gradients computed.
+    """
 
     BR: int
     num_warps: int
@@ -22,7 +25,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's BN tokens, all experts and chunks of BD columns of x. BN of ``route`` is a multiple of BR."""
+    """A product's BN tokens, all experts and chunks of BD columns of x. BN of ``route`` is a
+    multiple of BR.
+    """
 
     BN: int
     BD: int
@@ -48,7 +53,13 @@ def width(num_experts: int, multiplied: bool = False) -> int:
     return max(16 if multiplied else 2, 1 << (num_experts - 1).bit_length())
 
 
-def plan(num_experts: int, dtype: torch.dtype, arch: int, from_input: bool, exact: bool = False) -> Plan:
+def plan(
+    num_experts: int,
+    dtype: torch.dtype,
+    arch: int,
+    from_input: bool,
+    exact: bool = False,
+) -> Plan:
     """``exact``: weights in float32 beside an x of 16 bits."""
     experts = width(num_experts, from_input)
     warps = 8 if experts > 16 else 4
@@ -61,13 +72,27 @@ def plan(num_experts: int, dtype: torch.dtype, arch: int, from_input: bool, exac
         height = 32 if experts <= 64 else 16
         rows = Rows(max(1, 1024 // experts) if wide else 16, warps)
         return Plan(rows, *[Tile(height, 32, warps, 2)] * 3, experts=together)
-    stages = 3 if arch in (80, 87, 90, 100, 103) else 2  # 163 KB of shared memory or more; others run what fits into 99 KB
-    if experts > 32 and arch not in (90, 100, 103):  # operands lie in registers, so they have to be short
-        route, dx, dw = Tile(64, 32 if exact else 64, 8, stages), Tile(64, 32, 8, 2), Tile(32, 64, 8, stages)
+    stages = (
+        3 if arch in (80, 87, 90, 100, 103) else 2
+    )  # 163 KB of shared memory or more; others run what fits into 99 KB
+    if experts > 32 and arch not in (
+        90,
+        100,
+        103,
+    ):  # operands lie in registers, so they have to be short
+        route, dx, dw = (
+            Tile(64, 32 if exact else 64, 8, stages),
+            Tile(64, 32, 8, 2),
+            Tile(32, 64, 8, stages),
+        )
         together = 64
     else:
         route = Tile(64, 64 if exact or experts > 64 else 128, warps, stages)
         dx, dw = Tile(64, 64, warps, 2), Tile(64, 64, warps, stages)
     if wide:
-        route, dx, dw = Tile(32, 32 if experts <= 256 else 16, 8, stages), Tile(32, 32, 8, 2), Tile(32, 64, 8, stages)
+        route, dx, dw = (
+            Tile(32, 32 if experts <= 256 else 16, 8, stages),
+            Tile(32, 32, 8, 2),
+            Tile(32, 64, 8, stages),
+        )
     return Plan(rows, route, dx, dw, experts=together)

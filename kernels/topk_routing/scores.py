@@ -1,4 +1,6 @@
-"""What forward and backward both make of logits, BR tokens by BE experts: a power of two, of which columns beyond E are void."""
+"""What forward and backward both make of logits, BR tokens by BE experts: a power of two, of which
+columns beyond E are void.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def load_segment(segments_ptr, n, T, S: tl.constexpr):
-    """The segment of each token, forced into [0, S), and whether it lay outside; all are of the first where none are given."""
+    """The segment of each token, forced into [0, S), and whether it lay outside; all are of the
+    first where none are given.
+    """
     segment = tl.zeros_like(n)
     void = n < 0
     if segments_ptr is not None:
@@ -43,12 +47,16 @@ def load_segment(segments_ptr, n, T, S: tl.constexpr):
 
 @triton.jit
 def load_allowed(available_ptr, segment, void, experts, E: tl.constexpr, K: tl.constexpr):
-    """Which experts a token may use: (tokens, experts), or one row for all tokens; and the void tokens, with those whose segment
-    has fewer than K. They may use all experts, so that their choice is of K different ones like any other."""
+    """Which experts a token may use: (tokens, experts), or one row for all tokens; and the void
+    tokens, with those whose segment has fewer than K. They may use all experts, so that their
+    choice is of K different ones like any other."""
     exists = (experts < E)[None, :]
     allowed = exists
     if available_ptr is not None:
-        allowed = tl.load(available_ptr + segment[:, None] * E + experts[None, :], mask=exists, other=0) != 0
+        allowed = (
+            tl.load(available_ptr + segment[:, None] * E + experts[None, :], mask=exists, other=0)
+            != 0
+        )
         void = void | (tl.sum(allowed.to(tl.int32), 1) < K)
         allowed = allowed | (void[:, None] & exists)
     return allowed, void
@@ -68,14 +76,20 @@ def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
 def jitter_factor(seed_ptr, jitter, n, experts):
     """1 - jitter .. 1 + jitter by token and expert: mmfused.random.uniform, whatever the tiles."""
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), zero + n[:, None].to(tl.uint32), zero + experts[None, :].to(tl.uint32), zero, zero)
+    word, _, _, _ = tl.philox(
+        tl.load(seed_ptr),
+        zero + n[:, None].to(tl.uint32),
+        zero + experts[None, :].to(tl.uint32),
+        zero,
+        zero,
+    )
     return 1.0 + jitter * (2.0 * tl.uint_to_uniform_float(word) - 1.0)
 
 
 @triton.jit
 def softmax(x):
-    """P over the second axis, its logarithm, and the log-sum-exp. As in PyTorch P is NaN where a row holds NaN, inf or only -inf;
-    the log-sum-exp is NaN, inf and -inf there.
+    """P over the second axis, its logarithm, and the log-sum-exp. As in PyTorch P is NaN where a
+    row holds NaN, inf or only -inf; the log-sum-exp is NaN, inf and -inf there.
 
     The logarithm does not come from the log-sum-exp, which large logits leave few digits.
     """
@@ -91,7 +105,9 @@ def softmax(x):
 
 @triton.jit
 def scores(logits, allowed, SIGMOID: tl.constexpr):
-    """u, P = softmax(u), log P, and softmax and log-sum-exp of the logits; u and P of an expert not allowed are -inf and 0."""
+    """u, P = softmax(u), log P, and softmax and log-sum-exp of the logits; u and P of an expert not
+    allowed are -inf and 0.
+    """
     u = logits
     if SIGMOID:
         u = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))

@@ -1,8 +1,7 @@
 """The ``mmfused`` command.
 
-Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit code``,
-imported only when it is asked for.
-"""
+Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args)
+-> exit code``, imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +16,9 @@ COMMANDS = ("demo", "train", "eval", "embed", "ablate", "bench", "inspect", "env
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 a package is missing or a check failed; 2 the request cannot be served, in one sentence."""
+    """Exit codes: 0 done; 1 a package is missing or a check failed; 2 the request cannot be served,
+    in one sentence.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         with from_extra("models"):
@@ -47,10 +48,13 @@ def refuse_empty(args: argparse.Namespace) -> None:
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mmfused", description="Fused kernels for multimodal retrieval and classification models."
+        prog="mmfused",
+        description="Fused kernels for multimodal retrieval and classification models.",
     )
     parser.add_argument("--version", action="version", version=f"mmfused {mmfused.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"
+    )
     asked = [name for name in COMMANDS if argv[:1] == [name]]
     for name in asked or COMMANDS:
         module = importlib.import_module(f"mmfused.cli.{name}")

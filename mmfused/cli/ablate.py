@@ -1,4 +1,6 @@
-"""``mmfused ablate``: one training with everything, and one without each component; a table of what each is worth."""
+"""``mmfused ablate``: one training with everything, and one without each component; a table of what
+each is worth.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ HELP = "train a model whole and without each of its components, and compare"
 
 def add_arguments(parser: argparse.ArgumentParser):
     train.add_arguments(parser)
-    parser.add_argument("--only", metavar="PART,..", help="these components alone (default: all of the model's)")
+    parser.add_argument(
+        "--only", metavar="PART,..", help="these components alone (default: all of the model's)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Every training is a run of its own under ``--out``, so that ``--resume`` goes on with those that are not finished."""
-    from mmfused.checkpoint import Stopped
-    from mmfused.run_folder import check_replaceable
+    """Every training is a run of its own under ``--out``, so that ``--resume`` goes on with those
+    that are not finished.
+    """
+    from mmfused.training.checkpoint import Stopped
+    from mmfused.training.run_folder import check_replaceable
 
     parts = components(args.model)
     chosen = args.only.split(",") if args.only else list(parts)
@@ -27,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
         if part not in parts:
             raise ValueError(f"only: got {part!r}, takes some of {', '.join(parts)}")
     if args.without:
-        raise ValueError(f"without: got {args.without!r}, takes nothing: ablate leaves out one component after the other")
+        raise ValueError(
+            f"without: got {args.without!r}, takes nothing: ablate leaves out one component after the other"
+        )
     out = Path(args.out)
     check_replaceable(out / "ablation.json", "whole", args.overwrite or args.resume)
     try:
@@ -39,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def ablate(args: argparse.Namespace, out: Path, chosen: list[str]) -> int:
     from mmfused.models.config import AbsentPart
-    from mmfused.run_folder import whole, write_json
+    from mmfused.training.run_folder import whole, write_json
 
     summaries = {"whole": one_run(args, out / "whole", None)}
     for part in chosen:
@@ -66,8 +74,8 @@ def components(model: str) -> tuple[str, ...]:
 
 
 def one_run(args: argparse.Namespace, out: Path, without: str | None) -> dict:
-    from mmfused.training import TrainConfig
-    from mmfused.training import train as train_model
+    from mmfused.training.loop import TrainConfig
+    from mmfused.training.loop import train as train_model
 
     given = {name: value for name, value in vars(args).items() if name != "only"}
     given |= {"out": str(out), "without": without}
@@ -77,8 +85,16 @@ def one_run(args: argparse.Namespace, out: Path, without: str | None) -> dict:
 
 
 def print_table(summaries: dict[str, dict]):
-    names = [name for name in ("accuracy", "macro_f1", "recall_at_1", "recall_at_5", "mrr") if name in summaries["whole"]]
+    names = [
+        name
+        for name in ("accuracy", "macro_f1", "recall_at_1", "recall_at_5", "mrr")
+        if name in summaries["whole"]
+    ]
     width = max(map(len, summaries))
     print(f"\n{'':<{width}}  " + "  ".join(f"{name:>11}" for name in names) + "   seconds")
     for label, summary in summaries.items():
-        print(f"{label:<{width}}  " + "  ".join(f"{summary[name]:>11.1%}" for name in names) + f"  {summary['seconds']:>8.1f}")
+        print(
+            f"{label:<{width}}  "
+            + "  ".join(f"{summary[name]:>11.1%}" for name in names)
+            + f"  {summary['seconds']:>8.1f}"
+        )

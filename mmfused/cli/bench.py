@@ -1,4 +1,6 @@
-"""``mmfused bench OP``: the accuracy gate, then times against the op's baselines (benchmarks/run.py)."""
+"""``mmfused bench OP``: the accuracy gate, then times against the op's baselines
+(benchmarks/run.py).
+"""
 
 from __future__ import annotations
 

@@ -18,23 +18,51 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run, or one of its checkpoints")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder with images and metadata.csv, or 'generated'")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz; a run that was stopped goes on from FILE.parts")
-    parser.add_argument("--views", default="image,text,both", help="some of image, text, both (default: all)")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="column of metadata.csv (default: text)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="items at a time (default: 256)")
-    parser.add_argument("--backend", default="auto", help="auto, reference, composed or fused (default: auto)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="folder of a run, or one of its checkpoints",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder with images and metadata.csv, or 'generated'",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the .npz; a run that was stopped goes on from FILE.parts",
+    )
+    parser.add_argument(
+        "--views", default="image,text,both", help="some of image, text, both (default: all)"
+    )
+    parser.add_argument(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="column of metadata.csv (default: text)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=256, metavar="N", help="items at a time (default: 256)"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="auto, reference, composed or fused (default: auto)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     import mmfused
-    from mmfused.ownership import half_written
-    from mmfused.run_folder import remove
-    from mmfused.trained import load_trained
+    from mmfused.training.load import load_trained
+    from mmfused.training.ownership import half_written
+    from mmfused.training.run_folder import remove
 
     out = Path(args.out)
     check(args, out)
@@ -75,7 +103,9 @@ def check(args: argparse.Namespace, out: Path) -> None:
 
 
 class Parts:
-    """The folder of what is done: a file for each batch, and ``job.json``, which tells what they are parts of."""
+    """The folder of what is done: a file for each batch, and ``job.json``, which tells what they
+    are parts of.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,13 +115,17 @@ class Parts:
 
     @contextmanager
     def locked(self, job: dict, overwrite: bool):
-        """Raises FileExistsError where another process writes to it or it holds other files, ValueError for another job's."""
-        from mmfused.ownership import Lock
-        from mmfused.run_folder import read_json, shown, whole, write_json
+        """Raises FileExistsError where another process writes to it or it holds other files,
+        ValueError for another job's.
+        """
+        from mmfused.training.ownership import Lock
+        from mmfused.training.run_folder import read_json, shown, whole, write_json
 
         foreign = self.foreign()
         if foreign:
-            raise FileExistsError(f"out: {self.folder} holds files that mmfused embed did not make ({shown(foreign)}); move them")
+            raise FileExistsError(
+                f"out: {self.folder} holds files that mmfused embed did not make ({shown(foreign)}); move them"
+            )
         with Lock(self.folder) as lock:
             for path in self.folder.glob("*"):
                 if HALF_WRITTEN.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
@@ -106,7 +140,7 @@ class Parts:
             yield lock
 
     def foreign(self) -> list[str]:
-        from mmfused.ownership import MARK
+        from mmfused.training.ownership import MARK
 
         if not os.path.lexists(self.folder):
             return []
@@ -114,12 +148,19 @@ class Parts:
             return [self.folder.name]
         paths = sorted(self.folder.iterdir())
         marked = MARK in [path.name for path in paths]
-        known = [path.is_file() and not path.is_symlink() and (path.name == MARK or OWN.fullmatch(path.name)) for path in paths]
+        known = [
+            path.is_file()
+            and not path.is_symlink()
+            and (path.name == MARK or OWN.fullmatch(path.name))
+            for path in paths
+        ]
         return [path.name for path, own in zip(paths, known, strict=True) if not (own and marked)]
 
     def read(self, index: int) -> dict | None:
-        """The arrays of a batch that is done. One that is damaged is said to be so, and counts as not done."""
-        from mmfused.run_folder import read_tensors
+        """The arrays of a batch that is done. One that is damaged is said to be so, and counts as
+        not done.
+        """
+        from mmfused.training.run_folder import read_tensors
 
         if not self.path(index).is_file():
             return None
@@ -130,12 +171,14 @@ class Parts:
             return None
 
     def remove(self) -> None:
-        from mmfused.ownership import MARK
+        from mmfused.training.ownership import MARK
 
         for path in self.folder.glob("*"):
             if PART.fullmatch(path.name):
                 path.unlink()
-        (self.folder / MARK).unlink(missing_ok=True)  # last: without it the rest would be taken for another program's
+        (self.folder / MARK).unlink(
+            missing_ok=True
+        )  # last: without it the rest would be taken for another program's
         try:
             self.folder.rmdir()
         except OSError as error:  # something else was put in meanwhile, or it is gone
@@ -148,40 +191,57 @@ def embed_parts(trained, batches, parts: Parts, views: tuple[str, ...]) -> None:
     import torch
     from tqdm import tqdm
 
-    from mmfused.ranking import embed_items
-    from mmfused.run_folder import whole
+    from mmfused.training.ranking import embed_items
+    from mmfused.training.run_folder import whole
 
     first_row = None  # what parts that are there already are compared with
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
-        first, last = index * batches.batch_size, min((index + 1) * batches.batch_size, len(batches.items))
+        first, last = (
+            index * batches.batch_size,
+            min((index + 1) * batches.batch_size, len(batches.items)),
+        )
         done = parts.read(index)
         if done is not None and first_row is None:
-            first_row = embed_items(trained.model, [batches.items.batch(torch.arange(1))], views, trained.amp)
+            first_row = embed_items(
+                trained.model, [batches.items.batch(torch.arange(1))], views, trained.amp
+            )
         if done is None or not fits(done, first_row, last - first):
-            embedded = embed_items(trained.model, [batches.items.batch(torch.arange(first, last))], views, trained.amp)
-            data = safetensors.torch.save({name: value.contiguous() for name, value in embedded.items()})
+            embedded = embed_items(
+                trained.model, [batches.items.batch(torch.arange(first, last))], views, trained.amp
+            )
+            data = safetensors.torch.save(
+                {name: value.contiguous() for name, value in embedded.items()}
+            )
             whole(parts.path(index), lambda draft, data=data: draft.write_bytes(data))
 
 
 def fits(done: dict, first_row: dict, rows: int) -> bool:
-    """Whether a part has what such a part has, of which ``first_row`` is an example: another's may bear its name."""
+    """Whether a part has what such a part has, of which ``first_row`` is an example: another's may
+    bear its name.
+    """
     same = done.keys() == first_row.keys() and all(
-        done[name].dtype == value.dtype and done[name].shape == (rows, *value.shape[1:]) and done[name].isfinite().all()
+        done[name].dtype == value.dtype
+        and done[name].shape == (rows, *value.shape[1:])
+        and done[name].isfinite().all()
         for name, value in first_row.items()
     )
     if not same:
-        logger.warning("embed: a part of %d rows does not hold what it should; it is made again", rows)
+        logger.warning(
+            "embed: a part of %d rows does not hold what it should; it is made again", rows
+        )
     return same
 
 
 def join_parts(parts: Parts, out: Path, data, count: int) -> int:
     import numpy as np
 
-    from mmfused.run_folder import whole
+    from mmfused.training.run_folder import whole
 
     loaded = [parts.read(index) for index in range(count)]
     if None in loaded:
-        raise RuntimeError(f"out: {parts.path(loaded.index(None))} is missing or damaged: removed meanwhile? Run the command again")
+        raise RuntimeError(
+            f"out: {parts.path(loaded.index(None))} is missing or damaged: removed meanwhile? Run the command again"
+        )
     arrays = {name: np.concatenate([part[name].numpy() for part in loaded]) for name in loaded[0]}
     arrays["file_names"] = np.array(getattr(data, "file_names", [""] * len(data)))
     arrays["skipped"] = np.array(json.dumps(data.skipped))

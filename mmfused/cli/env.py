@@ -10,14 +10,21 @@ import torch
 
 import mmfused
 from mmfused import extension
+from mmfused.ops import OPS
 
-HELP = "show versions, devices, and which backend each op would use here, and why not the better one"
+HELP = (
+    "show versions, devices, and which backend each op would use here, and why not the better one"
+)
 PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("query_pooling", "masked_info_nce", "topk_routing", "grouped_mlp", "gated_cross_attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype to ask for")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="dtype to ask for",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,13 +1,14 @@
 """``mmfused inspect``: compile every plan of every kernel without a GPU and look at what came out.
 
-The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` pretends to be on the asked architecture and hands each launch
-over instead of starting it, so what is compiled here is what would run there. A spill, more shared memory than the card has, a race
-(:mod:`.races`), or a matrix instruction missing where the plan means to use one is a fault and makes the command exit 1.
+The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` pretends to be on the asked
+architecture and hands each launch over instead of starting it, so what is compiled here is what
+would run there. A spill, more shared memory than the card has, a race (:mod:`.races`), or a matrix
+instruction missing where the plan means to use one is a fault and makes the command exit 1.
 
-What was measured is stored by kernel source, arguments, options and Triton version, so that a second run compiles only what has
-changed, and a run that was stopped goes on. ``MMFUSED_INSPECT_CACHE`` names the folder (default ``~/.cache/mmfused/inspect``).
-Triton's own cache is a temporary folder: the user's is neither read nor filled.
-"""
+What was measured is stored by kernel source, arguments, options and Triton version, so that a
+second run compiles only what has changed, and a run that was stopped goes on.
+``MMFUSED_INSPECT_CACHE`` names the folder (default ``~/.cache/mmfused/inspect``). Triton's own
+cache is a temporary folder: the user's is neither read nor filled."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 from ..library import INTERPRETED
+from ..ops import OPS
 from ..supported import ARCHS
 from . import races
-from .specimens import ON_META, SPECIMENS
 
 HELP = "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, instructions"
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
@@ -79,9 +81,12 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--arch", action="append", metavar="sm_90", help=f"architecture, may be repeated (default {' '.join(ARCHS)})"
+        "--arch",
+        action="append",
+        metavar="sm_90",
+        help=f"architecture, may be repeated (default {' '.join(ARCHS)})",
     )
-    parser.add_argument("--op", choices=sorted(SPECIMENS), help="one op only")
+    parser.add_argument("--op", choices=sorted(OPS), help="one op only")
     parser.add_argument("--case", action="append", help="one case only, may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, archs)
     jobs: dict[str, list[Job]] = {}  # the same launch, of several cases, is compiled once
     for arch in archs:
-        for job in heard_launches(arch, args.op, args.case):
+        for job in recorded_launches(arch, args.op, args.case):
             jobs.setdefault(source_key(job), []).append(job)
     reports = []
     print(
@@ -102,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
     for key, measured in _measure_all({key: same[0] for key, same in jobs.items()}, args.jobs):
         for report in (report_of(job, measured) for job in jobs[key]):
             reports.append(report)
-            used = " ".join(f"{name}:{count}" for name, count in report.instructions.items() if count) or "none"
+            used = (
+                " ".join(f"{name}:{count}" for name, count in report.instructions.items() if count)
+                or "none"
+            )
             print(
                 f"{report.op:15} {report.case:15} {report.kernel:8} {report.arch:7} {report.tile:22} {report.registers:4} "
                 f"{report.spilled:5} {report.shared:7}  {used}{'  <- ' + report.fault if report.fault else ''}",
@@ -117,14 +125,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, archs: list[str]) -> None:
     if INTERPRETED:
-        raise ValueError("TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it.")
+        raise ValueError(
+            "TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it."
+        )
     from mmfused.kernels.tiles import SHARED_MEMORY
 
     takes = [f"sm_{number}" for number in SHARED_MEMORY]
     for arch in archs:
         if arch not in takes:
             raise ValueError(f"--arch is {arch!r}; it takes one of {', '.join(takes)}.")
-    known = [case for op, cases in SPECIMENS.items() if args.op in (None, op) for case in cases]
+    known = [case for op in OPS if args.op in (None, op) for case in cases_of(op).CASES]
     for case in args.case or ():
         if case not in known:
             raise ValueError(f"--case is {case!r}; it takes some of {', '.join(known)}.")
@@ -143,7 +153,9 @@ def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Meas
     with tempfile.TemporaryDirectory() as triton_cache:
         os.environ["TRITON_CACHE_DIR"] = triton_cache  # the worker processes inherit it
         with ProcessPoolExecutor(workers) as pool:
-            for (key, _), measured in zip(missing, pool.map(compile_job, [job for _, job in missing]), strict=True):
+            for (key, _), measured in zip(
+                missing, pool.map(compile_job, [job for _, job in missing]), strict=True
+            ):
                 partial = store / f"{key}.{os.getpid()}"
                 partial.write_text(json.dumps(asdict(measured)))
                 partial.replace(store / key)
@@ -178,7 +190,9 @@ def _fingerprint(module: str, kernel: str) -> str:
 
     judge = [inspect.getsource(part) for part in (compile_job, _resources, races)]
     source = getattr(importlib.import_module(module), kernel).cache_key
-    return hashlib.sha256(repr((triton.__version__, source, judge, tiles.OPTIONS, MATRIX_INSTRUCTIONS)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((triton.__version__, source, judge, tiles.OPTIONS, MATRIX_INSTRUCTIONS)).encode()
+    ).hexdigest()
 
 
 def source_key(job: Job) -> str:
@@ -187,23 +201,32 @@ def source_key(job: Job) -> str:
     return hashlib.sha256(repr((_fingerprint(job.module, job.kernel), launch)).encode()).hexdigest()
 
 
-def heard_launches(arch: str, only_op: str | None = None, only_cases: list[str] | None = None) -> Iterator[Job]:
+def cases_of(op: str) -> ModuleType:
+    """The module with the cases of an op, and what launches them."""
+    return importlib.import_module(f"mmfused.kernels.{op}.inspect_cases")
+
+
+def recorded_launches(
+    arch: str,
+    only_op: str | None = None,
+    only_cases: list[str] | None = None,
+) -> Iterator[Job]:
     """Every launch the launchers would make on this architecture, each distinct one once."""
     from mmfused.kernels import tiles
 
-    heard = []
-    tiles.listener = lambda *launch: heard.append(launch)
+    recorded = []
+    tiles.listener = lambda *launch: recorded.append(launch)
     tiles.pretended_arch = int(arch.removeprefix("sm_"))
     try:
-        for op, cases in SPECIMENS.items():
-            for case, shape in cases.items():
-                if only_op not in (None, op) or (only_cases and case not in only_cases):
+        for op in OPS:
+            for name, case in cases_of(op).CASES.items():
+                if only_op not in (None, op) or (only_cases and name not in only_cases):
                     continue
-                heard.clear()
-                ON_META[op](*shape)
+                recorded.clear()
+                cases_of(op).launch(case)
                 jobs = {}  # a launcher may repeat a kernel over chunks: once is enough
-                for launch in heard:
-                    job = _job(op, case, arch, *launch)
+                for launch in recorded:
+                    job = _job(op, name, arch, *launch)
                     jobs[repr(job)] = job
                 yield from jobs.values()
     finally:
@@ -211,7 +234,9 @@ def heard_launches(arch: str, only_op: str | None = None, only_cases: list[str] 
 
 
 def _job(op, case, arch, kernel, args, constexprs, options) -> Job:
-    """Type each argument as Triton's launcher does: 1 and None are constants, multiples of 16 are known as such."""
+    """Type each argument as Triton's launcher does: 1 and None are constants, multiples of 16 are
+    known as such.
+    """
     names = {
         "float32": "fp32",
         "float64": "fp64",
@@ -237,11 +262,23 @@ def _job(op, case, arch, kernel, args, constexprs, options) -> Job:
             divisible.append(name)
     signature |= {name: "constexpr" for name in constexprs}
     signature = {name: signature[name] for name in kernel.arg_names}
-    return Job(op, case, arch, kernel.fn.__module__, kernel.fn.__name__, signature, constants, divisible, options)
+    return Job(
+        op,
+        case,
+        arch,
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        signature,
+        constants,
+        divisible,
+        options,
+    )
 
 
 def compile_job(job: Job) -> Measured:
-    """Compile one launch for its architecture and read registers, stack, shared memory and matrix instructions."""
+    """Compile one launch for its architecture and read registers, stack, shared memory and matrix
+    instructions.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -296,7 +333,11 @@ def report_of(job: Job, measured: Measured) -> Report:
 
 def _short_name(job: Job) -> str:
     name = job.kernel.removesuffix("_kernel")
-    return f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}" if name == "onepass" else name
+    return (
+        f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}"
+        if name == "onepass"
+        else name
+    )
 
 
 def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
@@ -304,7 +345,11 @@ def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton_root / "backends/nvidia/bin/cuobjdump", "--dump-resource-usage", file.name]
+        command = [
+            triton_root / "backends/nvidia/bin/cuobjdump",
+            "--dump-resource-usage",
+            file.name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"REG:(\d+).*?STACK:(\d+)", done.stdout)
     if found is None:

@@ -1,11 +1,12 @@
-"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in what it prints before PTX.
+"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in what it prints
+before PTX.
 
-A loop's loads go through rings of shared memory that asynchronous copies fill ahead of use. A tile that an asynchronous
-``warp_group_dot`` reads needs one slot more than a tile that is read into registers, since the copy that refills a slot must
-wait for the dot of the previous turn. Triton counts a tile that is used both ways as the latter: the next copy overwrites what the
-tensor cores still read. No interpreter shows it, and a card mostly hides it by timing. The fix is to use such a tile in one way
-only, or ``num_stages=1``.
-"""
+A loop's loads go through rings of shared memory that asynchronous copies fill ahead of use. A tile
+that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile that is read into
+registers, since the copy that refills a slot must wait for the dot of the previous turn. Triton
+counts a tile that is used both ways as the latter: the next copy overwrites what the tensor cores
+still read. No interpreter shows it, and a card mostly hides it by timing. The fix is to use such a
+tile in one way only, or ``num_stages=1``."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ _NAME = r"%[\w-]+(?:#\d+)?"
 def pipelined_register_reads(ttgir: str) -> list[str]:
     """One sentence for each ring of shared memory whose copy overtakes an asynchronous dot.
 
-    That is a ring that a loop reads into registers and multiplies, and refills while the dot may still run. ``ttgir``:
-    ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. Empty where there is none, as on every architecture but sm_90.
-    """
+    That is a ring that a loop reads into registers and multiplies, and refills while the dot may
+    still run. ``ttgir``: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. Empty where there is none,
+    as on every architecture but sm_90."""
     lines = ttgir.splitlines()
     rings, slots = _rings(lines)
     faults = {}
@@ -41,7 +42,9 @@ def pipelined_register_reads(ttgir: str) -> list[str]:
 
 
 def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """The ring that each name of shared memory belongs to, through indices, views, waits and loops; each ring's slots."""
+    """The ring that each name of shared memory belongs to, through indices, views, waits and loops;
+    each ring's slots.
+    """
     rings, slots = {}, {}
 
     def follow(name: str, source: str) -> None:
@@ -74,7 +77,9 @@ def _used(line: str, rings: dict[str, str]) -> set[str]:
 
 
 def _loops(lines: list[str]) -> list[list[str]]:
-    """The lines of every scf.for, nested ones included: a region is closed in the column where it was opened."""
+    """The lines of every scf.for, nested ones included: a region is closed in the column where it
+    was opened.
+    """
     loops = []
     for i, line in enumerate(lines):
         if "scf.for " in line:

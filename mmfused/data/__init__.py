@@ -1,4 +1,6 @@
-"""Product image-text data: a generated set, any folder with a metadata.csv, tokenizers, augmentation, batches and pairs."""
+"""Product image-text data: a generated set, any folder with a metadata.csv, tokenizers,
+augmentation, batches and pairs.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ def check_fraction(name: str, value: object) -> float:
 
 
 def torch_generator(*entropy: int) -> torch.Generator:
-    """A generator seeded from a tuple of integers; unlike sums of seeds, different tuples do not collide."""
+    """A generator seeded from a tuple of integers; unlike sums of seeds, different tuples do not
+    collide.
+    """
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

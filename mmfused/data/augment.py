@@ -1,4 +1,6 @@
-"""Augmentation of a whole batch with a handful of tensor operations, so that one core keeps up with training."""
+"""Augmentation of a whole batch with a handful of tensor operations, so that one core keeps up with
+training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.3, 0.2
 HUE = 0.015 * 2 * math.pi  # small: the colour of a fruit often is its class
 ERASE_PROBABILITY, ERASE_AREA = 0.1, (0.02, 0.2)
 
-# RGB to YIQ (NTSC) and back: there, a turn of the colour plane is a change of hue and its length is the saturation.
+# RGB to YIQ (NTSC) and back: there, a turn of the colour plane is a change of hue and its length is
+# the saturation.
 RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
 
@@ -21,10 +24,9 @@ YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
 def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..1.
 
-    Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) with a horizontal flip half the time; brightness, contrast,
-    saturation and hue; random erasing (Zhong et al. 2020) to grey for a tenth of the images. Every draw comes from
-    ``generator``.
-    """
+    Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) with a horizontal flip half the time;
+    brightness, contrast, saturation and hue; random erasing (Zhong et al. 2020) to grey for a tenth
+    of the images. Every draw comes from ``generator``."""
     draw = torch.rand(len(images), 14, generator=generator)
     pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
     pixels = _colour(pixels, draw[:, 5:9])
@@ -56,7 +58,9 @@ def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:
 
 
 def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """All four changes are linear in the pixel, so each image needs one 3 x 3 matrix and one offset."""
+    """All four changes are linear in the pixel, so each image needs one 3 x 3 matrix and one
+    offset.
+    """
     brightness = _between(draw[:, 0], 1 - BRIGHTNESS, 1 + BRIGHTNESS)[:, None, None]
     contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
     saturation = _between(draw[:, 2], 1 - SATURATION, 1 + SATURATION)

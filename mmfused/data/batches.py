@@ -1,4 +1,6 @@
-"""From items to model inputs: collation, augmentation of the whole batch at once, and an in-memory batch iterator."""
+"""From items to model inputs: collation, augmentation of the whole batch at once, and an in-memory
+batch iterator.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ STD = (0.229, 0.224, 0.225)
 class Collate:
     """Turns a list of items into a batch.
 
-    ``{"pixel_values": float32 (B, 3, S, S), "image_present": bool (B,), "input_ids": int64 (B, T), "attention_mask":
-    int64 (B, T), "labels": int64 (B,)}``, T the longest text of the batch, at most ``max_length``. Pixels are scaled
-    to 0..1, then ``(pixel - mean) / std``; a missing image is all zeros. A missing text is ``[CLS] [SEP]``. Without
-    augmentation the short side is resized to ``image_size`` and the centre kept; with it, see :mod:`.augment`.
+    ``{"pixel_values": float32 (B, 3, S, S), "image_present": bool (B,), "input_ids": int64 (B, T),
+    "attention_mask": int64 (B, T), "labels": int64 (B,)}``, T the longest text of the batch, at
+    most ``max_length``. Pixels are scaled to 0..1, then ``(pixel - mean) / std``; a missing image
+    is all zeros. A missing text is ``[CLS] [SEP]``. Without augmentation the short side is resized
+    to ``image_size`` and the centre kept; with it, see :mod:`.augment`.
 
-    Augmentation draws from a generator of its own, seeded from ``(seed, epoch)``: ``set_epoch`` rewinds it, and
-    nothing else that draws random numbers changes it.
-    """
+    Augmentation draws from a generator of its own, seeded from ``(seed, epoch)``: ``set_epoch``
+    rewinds it, and nothing else that draws random numbers changes it."""
 
     def __init__(
         self,
@@ -42,9 +44,13 @@ class Collate:
         self.max_length = check_int("max_length", max_length, 2)
         self.seed = check_int("seed", seed, 0)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std take 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+            raise ValueError(
+                f"mean and std take 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}"
+            )
         if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
-            raise ValueError("tokenizer takes one with a padding token that marks an empty text, [CLS] [SEP], got neither")
+            raise ValueError(
+                "tokenizer takes one with a padding token that marks an empty text, [CLS] [SEP], got neither"
+            )
         self.tokenizer = tokenizer
         self.augment = augment
         self.mean = torch.tensor(mean, dtype=torch.float32)
@@ -68,13 +74,22 @@ class Collate:
 
     def tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask), both int64 (B, T), padded to the longest."""
-        out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        out = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return out["input_ids"], out["attention_mask"]
 
-    def pixel_values(self, images: torch.Tensor, present: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def pixel_values(
+        self,
+        images: torch.Tensor,
+        present: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
         """uint8 (B, 3, H, W) and bool (B,) -> normalised float32 (B, 3, S, S)."""
         if self.augment:
-            pixels = augment(images, self.image_size, self.generator if generator is None else generator)
+            pixels = augment(
+                images, self.image_size, self.generator if generator is None else generator
+            )
         else:
             pixels = centre(images, self.image_size).float() / 255
         mean, std = self.mean[:, None, None], self.std[:, None, None]
@@ -87,7 +102,9 @@ class Items:
     def __init__(self, dataset, collate: Collate):
         self.collate = collate
         items = [dataset[row] for row in range(len(dataset))]
-        images = getattr(dataset, "images", None)  # no second copy, where they are one tensor of the right size
+        images = getattr(
+            dataset, "images", None
+        )  # no second copy, where they are one tensor of the right size
         side = collate.image_size
         if not isinstance(images, torch.Tensor) or images.shape != (len(items), 3, side, side):
             images = torch.stack(same_size([item["image"] for item in items], collate.image_size))
@@ -99,7 +116,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    def batch(
+        self,
+        rows: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
         """As :class:`Collate` makes it; ``generator`` draws the augmentation."""
         present, mask = self.present[rows], self.mask[rows]
         # Padding may be on the left, so columns that no row uses are dropped wherever they are.
@@ -116,16 +137,24 @@ class Items:
 class Batches:
     """Iterates over ``dataset`` in batches, images and token ids cached in memory as tensors.
 
-    Can be iterated again and again; an epoch's order follows from ``seed`` and the epoch alone, the augmentation of its
-    batch i from ``collate.seed``, the epoch and i alone: the same epoch gives the same batches, and any of them can be
-    made without those before it. ``set_epoch`` changes the epoch. ``len`` is the number of batches. Over ``world`` ranks, each
-    makes its own rows of every batch.
-    """
+    Can be iterated again and again; an epoch's order follows from ``seed`` and the epoch alone, the
+    augmentation of its batch i from ``collate.seed``, the epoch and i alone: the same epoch gives
+    the same batches, and any of them can be made without those before it. ``set_epoch`` changes the
+    epoch. ``len`` is the number of batches. Over ``world`` ranks, each makes its own rows of every
+    batch."""
 
     def __init__(
-        self, dataset, collate: Collate, batch_size: int, *, shuffle: bool, seed: int = 0, drop_last: bool, rank: int = 0,
+        self,
+        dataset,
+        collate: Collate,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        drop_last: bool,
+        rank: int = 0,
         world: int = 1,
-    ):  # fmt: skip
+    ):
         self.rank, self.world = rank, world
         if batch_size % world:
             raise ValueError(f"batch_size takes a multiple of the {world} ranks, got {batch_size}")
@@ -133,7 +162,9 @@ class Batches:
         self.seed = check_int("seed", seed, 0)
         rows = len(dataset)
         if rows < (batch_size if drop_last else 1):
-            raise ValueError(f"dataset takes at least one whole batch, got {rows} rows for a batch_size of {batch_size}")
+            raise ValueError(
+                f"dataset takes at least one whole batch, got {rows} rows for a batch_size of {batch_size}"
+            )
         self.collate = collate
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -151,7 +182,9 @@ class Batches:
         return self._from(self.epoch, 0)
 
     def stream(self, position: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-        """Epoch 0 and all that follow, without end, from batch ``position`` of them on; no batch before it is made."""
+        """Epoch 0 and all that follow, without end, from batch ``position`` of them on; no batch
+        before it is made.
+        """
         epoch, start = divmod(check_int("position", position, 0), len(self))
         while True:
             yield from self._from(epoch, start)
@@ -162,7 +195,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
-            # From 1: a trailing 0 adds nothing to a seed, and batch 0 would share its draws with the order.
+            # From 1: a trailing 0 adds nothing to a seed, and batch 0 would share its draws with
+            # the order.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = -(-len(rows) // self.world)
@@ -171,18 +205,20 @@ class Batches:
 
 
 def same_size(images: list[torch.Tensor], size: int) -> list[torch.Tensor]:
-    """The images as they are where they share one shape not far above ``size``, else each fitted to ``size``.
+    """The images as they are where they share one shape not far above ``size``, else each fitted to
+    ``size``.
 
-    Up to twice the size is kept because a random crop then still has its own pixels to show; above, bilinear sampling
-    would skip pixels and the cache would only grow.
-    """
+    Up to twice the size is kept because a random crop then still has its own pixels to show; above,
+    bilinear sampling would skip pixels and the cache would only grow."""
     if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
         return images
     return [centre(image[None], size)[0] for image in images]
 
 
 def centre(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> (B, 3, size, size): short side resized, anti-aliased, and the centre kept."""
+    """uint8 (B, 3, H, W) -> (B, 3, size, size): short side resized, anti-aliased, and the centre
+    kept.
+    """
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

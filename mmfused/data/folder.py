@@ -33,15 +33,17 @@ class Item(NamedTuple):
 class ProductFolder(Dataset):
     """Images, texts and labels of ``root``, read from ``root/metadata.csv`` (UTF-8).
 
-    Columns ``file_name`` (below root), ``text`` and ``label`` (integer >= 0), and ``coarse_label`` (the same) where labels
-    have families: ``.coarse_labels``, None without that column; others are ignored. An empty file_name or text is a missing
-    modality: a zero image with ``image_present`` False, or the text ``""``. A row with neither, with a bad label, that is
-    not well-formed or whose image :func:`~mmfused.data.pictures.load_picture` refuses is left out, one sentence about it
-    in ``.skipped``.
+    Columns ``file_name`` (below root), ``text`` and ``label`` (integer >= 0), and ``coarse_label``
+    (the same) where labels have families: ``.coarse_labels``, None without that column; others are
+    ignored. An empty file_name or text is a missing modality: a zero image with ``image_present``
+    False, or the text ``""``. A row with neither, with a bad label, that is not well-formed or
+    whose image :func:`~mmfused.data.pictures.load_picture` refuses is left out, one sentence about
+    it in ``.skipped``.
 
-    Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``; images are decoded once and
-    kept in memory, with ``image_size`` as one tensor ``.images`` (N, 3, image_size, image_size). ``.digest`` is the
-    SHA-256 of texts, labels and picture files: of other content it is another.
+    Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``; images
+    are decoded once and kept in memory, with ``image_size`` as one tensor ``.images`` (N, 3,
+    image_size, image_size). ``.digest`` is the SHA-256 of texts, labels and picture files: of other
+    content it is another.
 
     Args:
         image_size: short side resized to this, then centre crop; None keeps each image's own size.
@@ -49,9 +51,8 @@ class ProductFolder(Dataset):
         num_classes: labels must be below it; None takes the largest label + 1.
         strict: the first broken row raises ValueError with its sentence.
 
-    Raises:
-        FileNotFoundError: no folder, or no metadata.csv in it.
-        ValueError: metadata.csv unreadable, a column missing or there twice, no usable row, images that do not fit into
+    Raises: FileNotFoundError: no folder, or no metadata.csv in it. ValueError: metadata.csv
+        unreadable, a column missing or there twice, no usable row, images that do not fit into
             this machine's memory, or (strict) a broken row.
     """
 
@@ -68,7 +69,8 @@ class ProductFolder(Dataset):
     ):
         if image_size is not None:
             check_int("image_size", image_size, 1)
-        # 2**31 keeps a label inside every integer type used downstream, and a typing slip out of the class count.
+        # 2**31 keeps a label inside every integer type used downstream, and a typing slip out of
+        # the class count.
         label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
         self.root = Path(root)
         self.image_size = image_size
@@ -94,18 +96,24 @@ class ProductFolder(Dataset):
             self._images = self._images[: len(self.labels)]
 
     def _room(self, rows: int) -> torch.Tensor | list:
-        """For the images of as many rows; the system gives pages of it only to those that are written."""
+        """For the images of as many rows; the system gives pages of it only to those that are
+        written.
+        """
         if self.image_size is None:
             return []
         size, memory = rows * 3 * self.image_size**2, physical_memory()
         if memory is not None and size > memory:
             got = f"{rows} images of {self.image_size} x {self.image_size} pixels, {size / 2**30:.1f} GiB"
-            raise ValueError(f"{self.root} holds {got}, more than this machine's memory of {memory / 2**30:.1f} GiB")
+            raise ValueError(
+                f"{self.root} holds {got}, more than this machine's memory of {memory / 2**30:.1f} GiB"
+            )
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     def _read(self, rows: list[Row], label_limit: int, strict: bool) -> Iterator[Item]:
         """The usable ones of the rows, in their order; images are decoded in several threads."""
-        for row, found in zip(rows, in_threads(lambda row: self._load(row, label_limit), rows), strict=True):
+        for row, found in zip(
+            rows, in_threads(lambda row: self._load(row, label_limit), rows), strict=True
+        ):
             if isinstance(found, Item):
                 yield found
                 continue
@@ -123,7 +131,9 @@ class ProductFolder(Dataset):
             coarse = parse_label("coarse_label", row.fields.get("coarse_label", "0"), 2**31)
             name, text = row.fields["file_name"].strip(), row.fields[self.text_column].strip()
             if not name and not text:
-                raise BrokenRow(f"file_name and {self.text_column} are both empty, at least one must be given")
+                raise BrokenRow(
+                    f"file_name and {self.text_column} are both empty, at least one must be given"
+                )
             image, digest = self._load_image(name) if name else (None, None)
             return Item(name, text, label, coarse, image, digest)
         except BrokenRow as error:
@@ -151,12 +161,19 @@ class ProductFolder(Dataset):
                 self._images[row] = 0
             else:
                 self._images[row] = item.image
-            total.update(json.dumps([item.text, item.label, item.coarse_label, item.digest]).encode())
+            total.update(
+                json.dumps([item.text, item.label, item.coarse_label, item.digest]).encode()
+            )
         return total.hexdigest()
 
     def _fill_blanks(self) -> None:
-        """The zero image of rows without one is of the first image's shape, so that equal sizes stay equal."""
-        shown = next((image for image in self._images if image is not None), torch.empty(3, 1, 1, dtype=torch.uint8))
+        """The zero image of rows without one is of the first image's shape, so that equal sizes
+        stay equal.
+        """
+        shown = next(
+            (image for image in self._images if image is not None),
+            torch.empty(3, 1, 1, dtype=torch.uint8),
+        )
         blank = torch.zeros_like(shown)
         self._images = [blank if image is None else image for image in self._images]
 
@@ -178,7 +195,9 @@ class ProductFolder(Dataset):
 
 
 def in_threads(load, rows: list) -> Iterator:
-    """``load`` of each, in order. Pillow decodes without Python's lock; only a few results wait for their turn."""
+    """``load`` of each, in order. Pillow decodes without Python's lock; only a few results wait for
+    their turn.
+    """
     threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool, quiet():
         waiting = []
@@ -199,7 +218,9 @@ def physical_memory() -> int | None:
 
 
 def first_side(root: str | os.PathLike, text_column: str = "text") -> int | None:
-    """The short side of the first picture of the folder that has a readable header; None where there is none."""
+    """The short side of the first picture of the folder that has a readable header; None where
+    there is none.
+    """
     for row in read_rows(Path(root), text_column):
         name = row.fields.get("file_name", "").strip()
         if row.broken is None and name:

@@ -26,7 +26,12 @@ COLOURS = {
     "purple": (130, 50, 170),
     "pink": (240, 120, 180),
 }
-SHAPE_WORDS = (("round", "circular"), ("square", "boxy"), ("triangular", "wedge"), ("star", "starry"))
+SHAPE_WORDS = (
+    ("round", "circular"),
+    ("square", "boxy"),
+    ("triangular", "wedge"),
+    ("star", "starry"),
+)
 MATERIAL_WORDS = (
     ("cotton", "canvas", "jersey"),
     ("wool", "felt", "merino"),
@@ -42,8 +47,8 @@ TEMPLATES = (
     "{colour} {material} {noun} {size} {noise} {shape} {pattern} {brand}",
     "{shape} {noun} {brand} {pattern} {material} {colour} {noise} {size}",
 )
-# Class k is (shape, material) = divmod(k, 4). Head to tail about 9 to 1, and spread over the grid so that every shape
-# and every material has a frequent class: rank of class k in the long tail.
+# Class k is (shape, material) = divmod(k, 4). Head to tail about 9 to 1, and spread over the grid
+# so that every shape and every material has a frequent class: rank of class k in the long tail.
 RANKS = np.array([0, 9, 13, 6, 11, 1, 7, 14, 15, 4, 2, 10, 5, 12, 8, 3])
 CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 
@@ -51,10 +56,11 @@ CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 class GeneratedProducts(Dataset):
     """Products of 16 classes: a shape, told by the picture, and a material, told by the title.
 
-    Each modality leaks a little of the other's half (titles often name the shape, colours lean towards materials).
-    Some titles or images are missing, and some titles contradict the picture's shape and colour; the label then
-    follows the picture. Class frequencies have a long tail. Everything follows from (split, size, seed): titles and
-    attributes do not depend on ``image_size``.
+    Each modality leaks a little of the other's half (titles often name the shape, colours lean
+    towards materials). Some titles or images are missing, and some titles contradict the picture's
+    shape and colour; the label then follows the picture. Class frequencies have a long tail.
+    Everything follows from (split, size, seed): titles and attributes do not depend on
+    ``image_size``.
 
     Item: ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
 
@@ -63,9 +69,9 @@ class GeneratedProducts(Dataset):
         size: number of products; None takes 4096 for train and 1024 for val.
         missing_text, missing_image, contradicting: exact fractions of rows, disjoint.
 
-    ``.attributes`` holds integer arrays (N,) of what was drawn (shape, colour, pattern, size), what the title says
-    (material, said_shape, said_colour; -1 = nothing) and the boolean arrays text_missing, image_missing, contradicts.
-    """
+    ``.attributes`` holds integer arrays (N,) of what was drawn (shape, colour, pattern, size), what
+    the title says (material, said_shape, said_colour; -1 = nothing) and the boolean arrays
+    text_missing, image_missing, contradicts."""
 
     class_names = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
     num_classes = len(class_names)
@@ -86,12 +92,19 @@ class GeneratedProducts(Dataset):
         size = check_int("size", {"train": 4096, "val": 1024}[split] if size is None else size, 1)
         check_int("image_size", image_size, 8)
         check_int("seed", seed, 0)
-        fractions = [check_fraction("missing_text", missing_text), check_fraction("missing_image", missing_image)]
+        fractions = [
+            check_fraction("missing_text", missing_text),
+            check_fraction("missing_image", missing_image),
+        ]
         fractions.append(check_fraction("contradicting", contradicting))
         total = round(sum(fractions), 9)
         if total > 1:
-            raise ValueError(f"missing_text, missing_image and contradicting take a sum of at most 1, got {total}")
-        attributes_rng, titles_rng, pixels_rng = np.random.default_rng([seed, int(split == "val")]).spawn(3)
+            raise ValueError(
+                f"missing_text, missing_image and contradicting take a sum of at most 1, got {total}"
+            )
+        attributes_rng, titles_rng, pixels_rng = np.random.default_rng(
+            [seed, int(split == "val")]
+        ).spawn(3)
         self.attributes = draw_attributes(attributes_rng, size, fractions)
         self.texts = compose_titles(titles_rng, self.attributes)
         self.labels = self.attributes["label"].tolist()
@@ -118,11 +131,17 @@ class GeneratedProducts(Dataset):
         }
 
 
-def draw_attributes(rng: np.random.Generator, count: int, fractions: list[float]) -> dict[str, np.ndarray]:
+def draw_attributes(
+    rng: np.random.Generator,
+    count: int,
+    fractions: list[float],
+) -> dict[str, np.ndarray]:
     label = rng.choice(len(CLASS_PROBABILITIES), size=count, p=CLASS_PROBABILITIES)
     shape, material = np.divmod(label, len(MATERIALS))
     # Colours lean towards a material: half the time one of its own two.
-    colour = np.where(rng.random(count) < 0.5, 2 * material + rng.integers(0, 2, count), rng.integers(0, 8, count))
+    colour = np.where(
+        rng.random(count) < 0.5, 2 * material + rng.integers(0, 2, count), rng.integers(0, 8, count)
+    )
     out = {"label": label, "shape": shape, "material": material, "colour": colour}
     out["pattern"] = rng.integers(0, len(PATTERNS), count)
     out["size"] = rng.integers(0, len(SIZES), count)
@@ -166,8 +185,14 @@ def compose_titles(rng: np.random.Generator, attributes: dict[str, np.ndarray]) 
     return titles
 
 
-def draw_pictures(rng: np.random.Generator, attributes: dict[str, np.ndarray], side: int) -> torch.Tensor:
-    """uint8 (N, 3, side, side): one patterned shape on a pale ground, turned and shifted a little, with noise."""
+def draw_pictures(
+    rng: np.random.Generator,
+    attributes: dict[str, np.ndarray],
+    side: int,
+) -> torch.Tensor:
+    """uint8 (N, 3, side, side): one patterned shape on a pale ground, turned and shifted a little,
+    with noise.
+    """
     count = len(attributes["label"])
     images = np.zeros((count, 3, side, side), dtype=np.uint8)
     palette = np.array(list(COLOURS.values()), dtype=np.float32) / 255
@@ -180,7 +205,12 @@ def draw_pictures(rng: np.random.Generator, attributes: dict[str, np.ndarray], s
     return torch.from_numpy(images)
 
 
-def _draw_block(rng: np.random.Generator, pick: dict[str, np.ndarray], palette: np.ndarray, side: int) -> np.ndarray:
+def _draw_block(
+    rng: np.random.Generator,
+    pick: dict[str, np.ndarray],
+    palette: np.ndarray,
+    side: int,
+) -> np.ndarray:
     count = len(pick["shape"])
     x, y = _coordinates(rng, pick["size"], side)
     inside = _coverage(x, y, pick["shape"], pick["size"], side)[:, None]
@@ -193,7 +223,11 @@ def _draw_block(rng: np.random.Generator, pick: dict[str, np.ndarray], palette: 
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _coordinates(rng: np.random.Generator, size: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _coordinates(
+    rng: np.random.Generator,
+    size: np.ndarray,
+    side: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """(count, side, side) coordinates in the product's own frame, -1 to 1 across the picture."""
     count = len(size)
     line = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
@@ -203,8 +237,16 @@ def _coordinates(rng: np.random.Generator, size: np.ndarray, side: int) -> tuple
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
-def _coverage(x: np.ndarray, y: np.ndarray, shape: np.ndarray, size: np.ndarray, side: int) -> np.ndarray:
-    """How much of each pixel the shape covers: its distance to the outline, clipped to half a pixel either way."""
+def _coverage(
+    x: np.ndarray,
+    y: np.ndarray,
+    shape: np.ndarray,
+    size: np.ndarray,
+    side: int,
+) -> np.ndarray:
+    """How much of each pixel the shape covers: its distance to the outline, clipped to half a pixel
+    either way.
+    """
     radius = np.array([0.55, 0.65, 0.75], dtype=np.float32)[size][:, None, None]
     distance = np.empty_like(x)
     for kind, outline in enumerate((_circle, _square, _triangle, _star)):
@@ -235,4 +277,6 @@ def _pattern(x: np.ndarray, y: np.ndarray, pattern: np.ndarray) -> np.ndarray:
     dotted = np.sin(x * 12) * np.sin(y * 12) > 0.45
     checked = (np.sin(x * 9) > 0) ^ (np.sin(y * 9) > 0)
     kind = pattern[:, None, None]
-    return np.select([kind == 1, kind == 2, kind == 3], [striped, dotted, checked], False).astype(np.float32)
+    return np.select([kind == 1, kind == 2, kind == 3], [striped, dotted, checked], False).astype(
+        np.float32
+    )

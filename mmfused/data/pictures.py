@@ -238,7 +238,9 @@ def is_one_scan(image: Image.Image) -> bool:
 
 def check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise BrokenPicture(f"it has {width} x {height} pixels to decode, at most {MAX_PIXELS} are taken")
+        raise BrokenPicture(
+            f"it has {width} x {height} pixels to decode, at most {MAX_PIXELS} are taken"
+        )
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""What the models' configs have in common: plain values in and out, and presets with other values put in."""
+"""What the models' configs have in common: plain values in and out, and presets with other values
+put in.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,40 @@ class ModelConfig:
     """Base of the dataclasses that configure the models."""
 
     PRESETS: ClassVar[dict[str, dict]]
-    UNKNOWN: ClassVar[dict] = {}  # stands for what is known only with the data: number of classes, tokens
+    UNKNOWN: ClassVar[
+        dict
+    ] = {}  # stands for what is known only with the data: number of classes, tokens
 
     @classmethod
-    def preset(cls, name: str = "tiny", *, vocab_size=None, image_size=None, patch_size=None, **overrides):
-        """The named preset with other values put in; `image` and `text` update the preset's dicts, or are None.
+    def preset(
+        cls,
+        name: str = "tiny",
+        *,
+        vocab_size=None,
+        image_size=None,
+        patch_size=None,
+        **overrides,
+    ):
+        """The named preset with other values put in; `image` and `text` update the preset's dicts,
+        or are None.
 
-        With a `name` (of a timm model) or a `model_type` (of transformers) in it, a dict takes the preset's place.
-        """
+        With a `name` (of a timm model) or a `model_type` (of transformers) in it, a dict takes the
+        preset's place."""
         usual = cls.values_of(name)
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
         values = {**usual, **overrides}
-        given = {"image": {"img_size": image_size, "patch_size": patch_size}, "text": {"vocab_size": vocab_size}}
+        given = {
+            "image": {"img_size": image_size, "patch_size": patch_size},
+            "text": {"vocab_size": vocab_size},
+        }
         for part, sizes in given.items():
             check_field(part, values.get(part), dict | None)
             if values.get(part) is not None:
                 sizes = {key: value for key, value in sizes.items() if value is not None}
                 own = overrides.get(part, {})
-                another = "name" in own or "model_type" in own  # another architecture: the preset's sizes are not its own
+                another = (
+                    "name" in own or "model_type" in own
+                )  # another architecture: the preset's sizes are not its own
                 values[part] = own if another else {**usual[part], **sizes, **own}
         return cls.from_dict(values)
 
@@ -71,23 +89,31 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict):
-        """The inverse of `to_dict`; ValueError for a field that there is not, that lacks, or whose value is none it takes."""
+        """The inverse of `to_dict`; ValueError for a field that there is not, that lacks, or whose
+        value is none it takes.
+        """
         check_field("model", values, dict)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise ValueError(f"{cls.__name__}: got a field {shown(name)}, takes {', '.join(fields)}")
+                raise ValueError(
+                    f"{cls.__name__}: got a field {shown(name)}, takes {', '.join(fields)}"
+                )
         for name, field in fields.items():
             if name not in values and field.default is dataclasses.MISSING:
                 raise ValueError(f"{name}: got nothing, and {cls.__name__} has no default for it")
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Lists, as JSON gives them back, become the tuples they were; ValueError for a value of another type or out of bounds."""
+        """Lists, as JSON gives them back, become the tuples they were; ValueError for a value of
+        another type or out of bounds.
+        """
         kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -107,7 +133,9 @@ class ModelConfig:
             for one in value if isinstance(value, tuple) else (value,):
                 if one not in allowed:
                     takes = "some of" if isinstance(value, tuple) else "one of"
-                    raise ValueError(f"{name}: got {shown(one)}, takes {takes} {', '.join(map(str, allowed))}")
+                    raise ValueError(
+                        f"{name}: got {shown(one)}, takes {takes} {', '.join(map(str, allowed))}"
+                    )
 
     def check_positive(self, *names: str) -> None:
         for name in names:
@@ -121,7 +149,8 @@ def check_sizes(**sizes: object) -> None:
 
 
 def shapes_of(kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the state_dict of ``kind.model(config)``, `kind` one of `mmfused.models.MODELS`, without its memory.
+    """Shapes of the state_dict of ``kind.model(config)``, `kind` one of `mmfused.models.MODELS`,
+    without its memory.
 
     To compare with a file's before either is in memory. ValueError where the config makes no model.
     """
@@ -131,5 +160,7 @@ def shapes_of(kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     except (ImportError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"model: got a {type(config).__name__} that makes none: {one_line(error)}") from error
+        raise ValueError(
+            f"model: got a {type(config).__name__} that makes none: {one_line(error)}"
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,6 @@
-"""Values of configs, which may come from any file: which fields there are, of which type, within which bounds."""
+"""Values of configs, which may come from any file: which fields there are, of which type, within
+which bounds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ LONGEST = 1000  # of lists and strings
 LAYERS, TOKEN, SIDE, ANY = (1, 1000), (0, 10**8), (1, 4096), (-(2**31), 2**31 - 1)
 # The least and the most of integers by the name of their field; of all others 1 and 2**20.
 BOUNDS = {
-    **dict.fromkeys(("depth", "blocks", "cross_layers", "moe_every", "n_layers", "num_hidden_layers"), LAYERS),
+    **dict.fromkeys(
+        ("depth", "blocks", "cross_layers", "moe_every", "n_layers", "num_hidden_layers"), LAYERS
+    ),
     **dict.fromkeys(("self_blocks", "fusion_blocks", "max_window_layers"), (0, 1000)),
     **dict.fromkeys(
         ("num_hidden_groups", "inner_group_num", "spatial_merge_size", "temporal_patch_size"),
@@ -27,9 +31,15 @@ BOUNDS = {
         ("empty_text", "vision_start", "vision_end", "image", "end", "pad", "drop", "prompts"),
         TOKEN,
     ),
-    **dict.fromkeys(("type_vocab_size", "reg_tokens", "conv_kernel_size", "fullatt_block_indexes"), (0, 2**20)),
-    **dict.fromkeys(("sparse_pred_ignore_index", "max_relative_positions", "position_buckets"), ANY),
-    **dict.fromkeys(("steps", "log_every", "val_every", "save_every"), (1, 10**12)),  # of a training
+    **dict.fromkeys(
+        ("type_vocab_size", "reg_tokens", "conv_kernel_size", "fullatt_block_indexes"), (0, 2**20)
+    ),
+    **dict.fromkeys(
+        ("sparse_pred_ignore_index", "max_relative_positions", "position_buckets"), ANY
+    ),
+    **dict.fromkeys(
+        ("steps", "log_every", "val_every", "save_every"), (1, 10**12)
+    ),  # of a training
     "seed": (0, 2**63 - 1),
     "threads": (1, 4096),
     "max_length": (2, 2**20),
@@ -54,13 +64,17 @@ def bounds(name: str) -> tuple[int, int]:
 
 
 def check_field(name: str, value: object, kind: object) -> None:
-    """ValueError unless the value is of the ``kind``, an annotation, and its integers within the bounds of ``name``."""
+    """ValueError unless the value is of the ``kind``, an annotation, and its integers within the
+    bounds of ``name``.
+    """
     if not fits(value, kind, *bounds(name)):
         raise ValueError(f"{name}: got {shown(value)}, takes {described(kind, *bounds(name))}")
 
 
 def check_fields(name: str, values: object, kinds: dict[str, object]) -> None:
-    """As :func:`check_field` for a dict with no other fields than these; a kind that is a dict is of a dict's fields, or None."""
+    """As :func:`check_field` for a dict with no other fields than these; a kind that is a dict is
+    of a dict's fields, or None.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {shown(values)}, takes an object")
     for key, value in values.items():
@@ -81,7 +95,9 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
     if kind in (None, NoneType):
         return value is None
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+        return (
+            isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+        )
     if kind is float:  # NaN and infinity are not below it either
         return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= 1e30
     if kind is str:
@@ -91,14 +107,18 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
             return False
         if origin is list or parts[-1] is Ellipsis:
             return all(fits(one, parts[0], least, most) for one in value)
-        return len(value) == len(parts) and all(map(fits, value, parts, [least] * len(parts), [most] * len(parts)))
+        return len(value) == len(parts) and all(
+            map(fits, value, parts, [least] * len(parts), [most] * len(parts))
+        )
     return kind in (bool, dict) and isinstance(value, kind)
 
 
 def described(kind: object, least: int, most: int) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(described(part, least, most) for part in parts if plain(part)))
+        return " or ".join(
+            dict.fromkeys(described(part, least, most) for part in parts if plain(part))
+        )
     if origin is Literal:
         return " or ".join(map(repr, parts))
     if origin is list or (origin is tuple and parts[-1] is Ellipsis):
@@ -126,7 +146,9 @@ def plain(kind: object) -> bool:
 
 @contextmanager
 def refusing(sentence: str) -> Iterator[None]:
-    """What another library says about values that do not fit together, of whatever class, as one ValueError."""
+    """What another library says about values that do not fit together, of whatever class, as one
+    ValueError.
+    """
     try:
         yield
     except (ImportError, MemoryError):

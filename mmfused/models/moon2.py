@@ -1,25 +1,29 @@
 """MOON2.0: a modality-balanced mixture of experts for products (arXiv 2511.12449), on a Qwen2-VL.
 
-    r = mean over the real tokens of the last hidden states, of unit length; views theta: t text, i image, mm both
-    h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h), G~ renormalised              the FFN of the decoder's layers
-    L_inter^theta = -log exp(q^theta . p^mm / eps) / (that + sum over N_q of exp(q^theta . n^mm / eps))
-    L_intra^w = -log exp(w^i . w^t / eps~) / (that + sum over other products v of exp(w^i . v^t / eps~)), w = p or n
-    omega_m = mean over b in B_m of sum_z p_zm G~_zb, p = softmax over m of W* (Z, M)         of M = 5 objectives
-    L = sum_m omega_m L_m + rho L_aux + varsigma L_sparsity, L_sparsity = mean over z of the entropy of p_z
-    triplet's weight in L_inter: 1 where phi >= 0.6, less elsewhere, phi = sigmoid(kappa (q.p - q.n - D))
+    r = mean over the real tokens of the last hidden states, of unit length; views theta: t text, i
+    image, mm both h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h), G~ renormalised
+    the FFN of the decoder's layers L_inter^theta = -log exp(q^theta . p^mm / eps) / (that + sum
+    over N_q of exp(q^theta . n^mm / eps)) L_intra^w = -log exp(w^i . w^t / eps~) / (that + sum over
+    other products v of exp(w^i . v^t / eps~)), w = p or n omega_m = mean over b in B_m of sum_z
+    p_zm G~_zb, p = softmax over m of W* (Z, M)         of M = 5 objectives L = sum_m omega_m L_m +
+    rho L_aux + varsigma L_sparsity, L_sparsity = mean over z of the entropy of p_z triplet's weight
+    in L_inter: 1 where phi >= 0.6, less elsewhere, phi = sigmoid(kappa (q.p - q.n - D))
 
-The paper's: all of the above; it has no public code. It names neither its host nor Z, k, f, rho, varsigma, eps, eps~, kappa, D.
-This library's choice (inferred): Qwen2.5-VL-3B's sizes in preset "paper", as the paper's predecessor; Z = 8, k = 2, experts that
-start as copies of the host's FFN; eps 0.05, eps~ 0.07, rho = varsigma = 0.01; G~_zb the mean over a sequence's tokens and then over
-layers, of the sequence that is the objective's query (q's three views, p's image, n's image), B_m the samples that have it; N_q the
-own n and all p and n of other triplets, over all ranks (`own_negative_only`); the captions of all other candidates, or other
-negatives, as L_intra's negatives (`roll`: those of the previous product alone, as its index w-1 reads); L_aux as Switch
-Transformer's, the mean over layers and over the parts of the batch, each forward pass (a GradCache chunk, a rank) by itself; the
-weight of an unreliable triplet phi, a constant, kappa = 10, D from 0.2 to 0 linearly; phi of the views mm.
-An item's view is real where the item has what it shows, mm where it has both: only such rows count, in their objective and in its
-B_m. As a candidate an item's mm is what it has; one of nothing is nobody's negative. Without negatives there is no filtering, and
-four objectives. Preset "tiny". Left out: enriched titles and augmented pictures, which are the data's.
-"""
+The paper's: all of the above; it has no public code. It names neither its host nor Z, k, f, rho,
+varsigma, eps, eps~, kappa, D. This library's choice (inferred): Qwen2.5-VL-3B's sizes in preset
+"paper", as the paper's predecessor; Z = 8, k = 2, experts that start as copies of the host's FFN;
+eps 0.05, eps~ 0.07, rho = varsigma = 0.01; G~_zb the mean over a sequence's tokens and then over
+layers, of the sequence that is the objective's query (q's three views, p's image, n's image), B_m
+the samples that have it; N_q the own n and all p and n of other triplets, over all ranks
+(`own_negative_only`); the captions of all other candidates, or other negatives, as L_intra's
+negatives (`roll`: those of the previous product alone, as its index w-1 reads); L_aux as Switch
+Transformer's, the mean over layers and over the parts of the batch, each forward pass (a GradCache
+chunk, a rank) by itself; the weight of an unreliable triplet phi, a constant, kappa = 10, D from
+0.2 to 0 linearly; phi of the views mm. An item's view is real where the item has what it shows, mm
+where it has both: only such rows count, in their objective and in its B_m. As a candidate an item's
+mm is what it has; one of nothing is nobody's negative. Without negatives there is no filtering, and
+four objectives. Preset "tiny". Left out: enriched titles and augmented pictures, which are the
+data's."""
 
 from __future__ import annotations
 
@@ -47,11 +51,20 @@ from mmfused.models.retrieval import (
 )
 from mmfused.ops.grouped_mlp import TopKMoE
 from mmfused.ops.masked_info_nce import masked_info_nce
-from mmfused.ops.masked_info_nce.function import loss_over_ranks
+from mmfused.ops.masked_info_nce.functional import loss_over_ranks
 
 INTER = tuple(f"inter_{view}" for view in VIEWS)
 INTRA = ("intra_positive", "intra_negative")
-COMPONENTS = ("moe", "dual_alignment", "sparsity", "balance", "filtering", "inter", "intra", "fusion")
+COMPONENTS = (
+    "moe",
+    "dual_alignment",
+    "sparsity",
+    "balance",
+    "filtering",
+    "inter",
+    "intra",
+    "fusion",
+)
 CHOICES = {"balance": ("switch", "gshard"), "freeze": tuple(qwen.PARTS), "without": COMPONENTS}
 NOBODY = 1 << 62  # a candidate's key that no query has
 
@@ -75,16 +88,22 @@ class MOON2Config(HostedConfig):
     own_negative_only: bool = False  # N_q is the triplet's own n
     roll: bool = False  # L_intra's only negative is the previous product's caption
     detach_routing: bool = False  # omega gives no gradient to the routers, which otherwise favour experts of easy objectives
-    normalise: float | None = None  # what the omegas sum to; None: as they are, the paper's, about 1
+    normalise: float | None = (
+        None  # what the omegas sum to; None: as they are, the paper's, about 1
+    )
     filter_threshold: float = 0.6  # delta
     filter_slope: float = 10.0  # kappa
     filter_margin: float = 0.2  # D at the start
-    freeze: tuple[str, ...] = ()  # of "vision", "language"; routers and experts are the language model's
+    freeze: tuple[
+        str, ...
+    ] = ()  # of "vision", "language"; routers and experts are the language model's
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    # Left out: "moe" (the host's own FFN, and so neither L_aux nor dual alignment), "dual_alignment" (every omega is 1/M, what it
-    # starts as; no L_sparsity), "sparsity" (no such term), "balance" (no L_aux), "filtering" (all triplets weigh 1), "inter" and
-    # "intra" (no such losses; the omegas are the others'), "fusion" (mm is the direction between the image's and the text's).
+    # Left out: "moe" (the host's own FFN, and so neither L_aux nor dual alignment),
+    # "dual_alignment" (every omega is 1/M, what it starts as; no L_sparsity), "sparsity" (no such
+    # term), "balance" (no L_aux), "filtering" (all triplets weigh 1), "inter" and "intra" (no such
+    # losses; the omegas are the others'), "fusion" (mm is the direction between the image's and the
+    # text's).
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,14 +115,22 @@ class MOON2Config(HostedConfig):
         self.check_host()
         text = self.host["text_config"]
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}")
+            raise ValueError(
+                f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}"
+            )
         check_field("host.text_config.num_hidden_layers", text.get("num_hidden_layers"), int)
         if self.moe_every > text["num_hidden_layers"]:
-            raise ValueError(f"moe_every: got {self.moe_every}, takes at most the host's {text['num_hidden_layers']} layers")
+            raise ValueError(
+                f"moe_every: got {self.moe_every}, takes at most the host's {text['num_hidden_layers']} layers"
+            )
         if text.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"host.text_config.hidden_act: got {text['hidden_act']!r}, takes 'silu', as the experts have")
+            raise ValueError(
+                f"host.text_config.hidden_act: got {text['hidden_act']!r}, takes 'silu', as the experts have"
+            )
         if {"inter", "intra"} <= set(self.without):
-            raise ValueError("without: got 'inter' and 'intra', which leaves no objective, takes one of them")
+            raise ValueError(
+                "without: got 'inter' and 'intra', which leaves no objective, takes one of them"
+            )
 
 
 QWEN2_5_VL_3B = {
@@ -116,7 +143,11 @@ QWEN2_5_VL_3B = {
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
     },
     "vision_config": {
         "depth": 32,
@@ -136,12 +167,13 @@ MOON2Config.PRESETS = {
 
 
 class Experts(TopKMoE):
-    """The mixture in the place of a host's FFN, from whose weights its experts start; a state of the FFN loads into it, too.
+    """The mixture in the place of a host's FFN, from whose weights its experts start; a state of
+    the FFN loads into it, too.
 
-    The layer calls it with hidden states alone. So the padding, and the list that this forward pass collects what it reports in,
-    come with the layer's keyword arguments and are handed over at the attention, which the layer calls before: within what
-    gradient checkpointing computes again. Nothing of a pass stays here.
-    """
+    The layer calls it with hidden states alone. So the padding, and the list that this forward pass
+    collects what it reports in, come with the layer's keyword arguments and are handed over at the
+    attention, which the layer calls before: within what gradient checkpointing computes again.
+    Nothing of a pass stays here."""
 
     def __init__(self, layer: nn.Module, config: MOON2Config):
         weight = layer.mlp.up_proj.weight
@@ -166,7 +198,9 @@ class Experts(TopKMoE):
 
 
 def spread(moe: Experts, state: dict, prefix: str, *_) -> None:
-    """Of an FFN's state make that of its mixture, in place: copies of it with a little noise, and the router as it is."""
+    """Of an FFN's state make that of its mixture, in place: copies of it with a little noise, and
+    the router as it is.
+    """
     if prefix + "up_proj.weight" not in state:
         return
     for name in ("gate", "up", "down"):
@@ -182,7 +216,9 @@ def _without_margin(module, state_dict: dict, prefix: str, *_) -> None:
 
 
 class MOON2(RetrievalModel):
-    """MOON2.0 from a `MOON2Config`; the host starts from random weights (needs `pip install mmfused[models]`)."""
+    """MOON2.0 from a `MOON2Config`; the host starts from random weights (needs `pip install
+    mmfused[models]`).
+    """
 
     def __init__(self, config: MOON2Config):
         super().__init__()
@@ -192,10 +228,17 @@ class MOON2(RetrievalModel):
             for layer in self.host.language_model.layers[c.moe_every - 1 :: c.moe_every]:
                 layer.mlp = Experts(layer, c)
         qwen.freeze_parts(self.host, c.freeze)
-        self.objectives = (INTER if "inter" not in c.without else ()) + (INTRA if "intra" not in c.without else ())
+        self.objectives = (INTER if "inter" not in c.without else ()) + (
+            INTRA if "intra" not in c.without else ()
+        )
         aligned = not {"moe", "dual_alignment"} & set(c.without)
-        self.alignment = nn.Parameter(0.02 * torch.randn(c.num_experts, len(self.objectives))) if aligned else None  # W*
-        # D: a tensor, so that its decay compiles nothing again; no buffer, which a cast would round and to_empty lose.
+        self.alignment = (
+            nn.Parameter(0.02 * torch.randn(c.num_experts, len(self.objectives)))
+            if aligned
+            else None
+        )  # W*
+        # D: a tensor, so that its decay compiles nothing again; no buffer, which a cast would round
+        # and to_empty lose.
         self.margin = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
         self.register_load_state_dict_pre_hook(_without_margin)
 
@@ -226,35 +269,54 @@ class MOON2(RetrievalModel):
             labels: (B,) int64, the product.
             image_present: (B,) bool, None = all.
 
-        Returns: "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool; "labels"; with a mixture "shares"
-        (B, 3, Z), the experts' shares of each view, 0 where it shows nothing, and "balance", a scalar.
-        """
-        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
-        return {"labels": labels, **self._read(VIEWS, *pictures, input_ids, attention_mask, image_present)}
+        Returns: "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool;
+        "labels"; with a mixture "shares" (B, 3, Z), the experts' shares of each view, 0 where it
+        shows nothing, and "balance", a scalar."""
+        pictures = qwen.read_pictures(
+            self.host, self.config.image_size, pixel_values, image_tokens, image_present
+        )
+        return {
+            "labels": labels,
+            **self._read(VIEWS, *pictures, input_ids, attention_mask, image_present),
+        }
 
-    def compare(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
-        """All losses of rows from `encode`; of row i, `candidate` is query i's positive and `negative` its hard negative.
+    def compare(
+        self,
+        query: dict,
+        candidate: dict,
+        negative: dict | None = None,
+    ) -> RetrievalOutput:
+        """All losses of rows from `encode`; of row i, `candidate` is query i's positive and
+        `negative` its hard negative.
 
-        Raises ValueError where `own_negative_only` has no `negative`, or the parts have not one number of rows.
-        """
+        Raises ValueError where `own_negative_only` has no `negative`, or the parts have not one
+        number of rows."""
         c = self.config
         rows = len(query["both"])
         for name, part in (("candidate", candidate), ("negative", negative)):
             if part is not None and len(part["both"]) != rows:
-                error = ValueError(f"{name} must have a row for each of the {rows} queries, got {len(part['both'])}")
+                error = ValueError(
+                    f"{name} must have a row for each of the {rows} queries, got {len(part['both'])}"
+                )
                 raise refused("MOON2", error, query["both"])
         if negative is None and c.own_negative_only:
-            error = ValueError("negative is None; own_negative_only takes one, the only negative there is")
+            error = ValueError(
+                "negative is None; own_negative_only takes one, the only negative there is"
+            )
             raise refused("MOON2", error, query["both"])
         with no_autocast(query["both"].device.type):
             losses = {} if "inter" in c.without else self._inter(query, candidate, negative)
             if "intra" not in c.without:
                 parts = (candidate,) if negative is None else (candidate, negative)
-                losses |= {name: self._intra(part) for name, part in zip(INTRA, parts, strict=False)}
+                losses |= {
+                    name: self._intra(part) for name, part in zip(INTRA, parts, strict=False)
+                }
             omega, sparsity = self._omega(list(losses), query, candidate, negative)
             loss = sum(weight * value for weight, value in zip(omega, losses.values(), strict=True))
             if "moe" not in c.without and "balance" not in c.without:
-                parts = [part["balance"] for part in (query, candidate, negative) if part is not None]
+                parts = [
+                    part["balance"] for part in (query, candidate, negative) if part is not None
+                ]
                 losses["balance"] = sum(parts) / len(parts)
                 loss = loss + c.balance_weight * losses["balance"]
             if sparsity is not None and "sparsity" not in c.without:
@@ -274,16 +336,22 @@ class MOON2(RetrievalModel):
     ) -> dict[str, Tensor]:
         """Unit embeddings (B, D) in float32 of each view; arguments as `encode`'s."""
         check_views(views)
-        pictures = qwen.read_pictures(self.host, self.config.image_size, pixel_values, image_tokens, image_present)
+        pictures = qwen.read_pictures(
+            self.host, self.config.image_size, pixel_values, image_tokens, image_present
+        )
         read = self._read(tuple(views), *pictures, input_ids, attention_mask, image_present)
         return {view: read[view] for view in views}
 
     def _read(self, views, pictures, grid, ids, attention_mask, image_present) -> dict[str, Tensor]:
-        """Embeddings of the views, and what `encode` returns beside them; the host reads all views in one batch."""
+        """Embeddings of the views, and what `encode` returns beside them; the host reads all views
+        in one batch.
+        """
         c = self.config
         fused = "fusion" not in c.without
         shown = views if fused else ("image", "text")
-        image, text = qwen.visible(c.tokens, ids, attention_mask, image_present, "both")  # (B,), (B, T)
+        image, text = qwen.visible(
+            c.tokens, ids, attention_mask, image_present, "both"
+        )  # (B,), (B, T)
         text = text.any(1)
         sequence = self._sequences(shown, grid, ids, attention_mask, image_present)
         states, reports = self._states(sequence, pictures.repeat(len(shown), 1, 1))
@@ -294,9 +362,15 @@ class MOON2(RetrievalModel):
         out = dict(zip(shown, pooled.chunk(len(shown)), strict=True))
         if not fused:
             own = late_fusion(out["image"], out["text"])
-            out["both"] = torch.where((image == text)[:, None], own, torch.where(image[:, None], out["image"], out["text"]))
+            out["both"] = torch.where(
+                (image == text)[:, None],
+                own,
+                torch.where(image[:, None], out["image"], out["text"]),
+            )
         if reports:
-            shares, balance = (torch.stack(each).mean(0) for each in zip(*reports, strict=True))  # over the layers
+            shares, balance = (
+                torch.stack(each).mean(0) for each in zip(*reports, strict=True)
+            )  # over the layers
             shares = list(shares.chunk(len(shown)))
             out["shares"] = torch.stack(shares if fused else [*shares, sum(shares) / 2], 1)
             out["balance"] = balance
@@ -304,55 +378,103 @@ class MOON2(RetrievalModel):
 
     def _sequences(self, shown, grid, ids, attention_mask, image_present) -> qwen.Sequence:
         """Of all items in the first view, then all in the second, and so on."""
-        view = torch.tensor([VIEWS.index(name) for name in shown], device=ids.device).repeat_interleave(len(ids))
-        mask, present = (None if x is None else torch.cat([x] * len(shown)) for x in (attention_mask, image_present))
-        return qwen.assemble(self.config.tokens, grid, ids.repeat(len(shown), 1), mask, present, view, prompt=False)
+        view = torch.tensor(
+            [VIEWS.index(name) for name in shown], device=ids.device
+        ).repeat_interleave(len(ids))
+        mask, present = (
+            None if x is None else torch.cat([x] * len(shown))
+            for x in (attention_mask, image_present)
+        )
+        return qwen.assemble(
+            self.config.tokens, grid, ids.repeat(len(shown), 1), mask, present, view, prompt=False
+        )
 
     def _states(self, sequence: qwen.Sequence, pictures: Tensor) -> tuple[Tensor, list]:
         """`qwen.hidden_states`, and of each mixture the shares (B, Z) and the balance loss."""
         reports = []
-        shows = sequence.has_image | sequence.has_text  # what shows nothing is one end token, and not the experts' business
-        routed = {"token_padding_mask": (sequence.attention_mask == 0) | ~shows[:, None], "reports": reports}
-        states = qwen.hidden_states(self.host, sequence, pictures, **({} if "moe" in self.config.without else routed))
+        shows = (
+            sequence.has_image | sequence.has_text
+        )  # what shows nothing is one end token, and not the experts' business
+        routed = {
+            "token_padding_mask": (sequence.attention_mask == 0) | ~shows[:, None],
+            "reports": reports,
+        }
+        states = qwen.hidden_states(
+            self.host, sequence, pictures, **({} if "moe" in self.config.without else routed)
+        )
         return states, reports
 
-    def _omega(self, names: list[str], query, candidate, negative) -> tuple[Tensor | list[float], Tensor | None]:
+    def _omega(
+        self,
+        names: list[str],
+        query,
+        candidate,
+        negative,
+    ) -> tuple[Tensor | list[float], Tensor | None]:
         """omega of the objectives in ``names``, and L_sparsity; from the samples of all ranks."""
         c = self.config
         if self.alignment is None:
             return [(c.normalise or 1.0) / len(names)] * len(names), None
         served = dict.fromkeys(INTER, query) | dict(zip(INTRA, (candidate, negative), strict=True))
-        queries = [(served[name], name.removeprefix("inter_") if name in INTER else "image") for name in names]
-        shares = torch.cat([part["shares"][:, VIEWS.index(view)] for part, view in queries])  # a row for each query, (M B, Z)
+        queries = [
+            (served[name], name.removeprefix("inter_") if name in INTER else "image")
+            for name in names
+        ]
+        shares = torch.cat(
+            [part["shares"][:, VIEWS.index(view)] for part, view in queries]
+        )  # a row for each query, (M B, Z)
         real = torch.cat([has(part, view) for part, view in queries])
-        members = torch.eye(len(names), dtype=torch.bool, device=real.device).repeat_interleave(len(query["both"]), 0)
+        members = torch.eye(len(names), dtype=torch.bool, device=real.device).repeat_interleave(
+            len(query["both"]), 0
+        )
         rows = gather_rows(torch.cat([shares, (members & real[:, None]).to(shares.dtype)], 1))
         shares, members = rows[:, : c.num_experts], rows[:, c.num_experts :] > 0
         columns = self.alignment[:, [self.objectives.index(name) for name in names]]
-        return dual_alignment(columns, shares, members=members, detach_routing=c.detach_routing, normalise=c.normalise)
+        return dual_alignment(
+            columns, shares, members=members, detach_routing=c.detach_routing, normalise=c.normalise
+        )
 
     def _inter(self, query: dict, candidate: dict, negative: dict | None) -> dict[str, Tensor]:
         c = self.config
         parts = [candidate] if negative is None else [candidate, negative]
         candidates, ids = (torch.cat([part[name] for part in parts]) for name in ("both", "labels"))
         shows = [part["has_image"] | part["has_text"] for part in parts]
-        weight = self._reliability(query["both"], *(part["both"] for part in parts), *shows[1:]) * shows[0]
+        weight = (
+            self._reliability(query["both"], *(part["both"] for part in parts), *shows[1:])
+            * shows[0]
+        )
         return {
             name: contrast(
-                query[view], candidates, c.temperature, weight * has(query, view), torch.cat(shows), query["labels"], ids,
+                query[view],
+                candidates,
+                c.temperature,
+                weight * has(query, view),
+                torch.cat(shows),
+                query["labels"],
+                ids,
                 own=c.own_negative_only,
             )
             for name, view in zip(INTER, VIEWS, strict=True)
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
-    def _reliability(self, query: Tensor, positive: Tensor, negative: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        """(B,): 1 for triplets that are clear enough, phi for others; 1 where there is no negative to judge by."""
+    def _reliability(
+        self,
+        query: Tensor,
+        positive: Tensor,
+        negative: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """(B,): 1 for triplets that are clear enough, phi for others; 1 where there is no negative
+        to judge by.
+        """
         c = self.config
         ones = torch.ones_like(query[:, 0])
         if negative is None or "filtering" in c.without:
             return ones
-        phi = torch.sigmoid(c.filter_slope * ((query * (positive - negative)).sum(-1) - self.margin.to(query.dtype)))
+        phi = torch.sigmoid(
+            c.filter_slope * ((query * (positive - negative)).sum(-1) - self.margin.to(query.dtype))
+        )
         return torch.where((phi >= c.filter_threshold) | ~real, ones, phi)
 
     def _intra(self, part: dict) -> Tensor:
@@ -362,7 +484,16 @@ class MOON2(RetrievalModel):
         if self.config.roll:
             text, real, ids = (torch.cat([x, previous(x)]) for x in (text, real, labels))
         weight = has(part, "both").to(image.dtype)
-        return contrast(image, text, self.config.intra_temperature, weight, real, labels, ids, own=self.config.roll)
+        return contrast(
+            image,
+            text,
+            self.config.intra_temperature,
+            weight,
+            real,
+            labels,
+            ids,
+            own=self.config.roll,
+        )
 
 
 def has(part: dict, view: str) -> Tensor:
@@ -371,15 +502,35 @@ def has(part: dict, view: str) -> Tensor:
     return {"image": image, "text": text, "both": image & text}[view]
 
 
-def contrast(query, candidates, temperature, weight, real, query_id, candidate_id, *, own: bool) -> Tensor:
-    """InfoNCE over all ranks, the mean weighed by ``weight`` (B,); query i's positive is candidate i.
+def contrast(
+    query,
+    candidates,
+    temperature,
+    weight,
+    real,
+    query_id,
+    candidate_id,
+    *,
+    own: bool,
+) -> Tensor:
+    """InfoNCE over all ranks, the mean weighed by ``weight`` (B,); query i's positive is candidate
+    i.
 
-    Negatives: the candidates that are ``real`` and of another id; with ``own`` every B-th from i on, of B queries, and no others.
-    """
-    rows = torch.arange(len(query), device=query.device) + ((dist.get_rank() << 32) if in_group() else 0)
+    Negatives: the candidates that are ``real`` and of another id; with ``own`` every B-th from i
+    on, of B queries, and no others."""
+    rows = torch.arange(len(query), device=query.device) + (
+        (dist.get_rank() << 32) if in_group() else 0
+    )
     query_key = rows if own else torch.zeros_like(rows)
-    candidate_key = query_key.repeat(len(candidates) // max(len(query), 1)).masked_fill(~real, NOBODY)
-    keys = {"query_key": query_key, "candidate_key": candidate_key, "query_id": query_id, "candidate_id": candidate_id}
+    candidate_key = query_key.repeat(len(candidates) // max(len(query), 1)).masked_fill(
+        ~real, NOBODY
+    )
+    keys = {
+        "query_key": query_key,
+        "candidate_key": candidate_key,
+        "query_id": query_id,
+        "candidate_id": candidate_id,
+    }
     options = {"temperature": temperature, "row_weight": weight, **keys}
     if in_group():
         return loss_over_ranks(query, candidates, True, **options)

@@ -39,7 +39,9 @@ def token_side(vision: dict) -> int:
 def host_fields(model_type: object) -> tuple[type, dict[str, object]]:
     """The config of a host and its fields: its parts', of one kind each, and its own ids."""
     if model_type not in TYPES:
-        raise ValueError(f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}")
+        raise ValueError(
+            f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}"
+        )
     config = import_transformers().CONFIG_MAPPING[model_type]
     parts = {part: declared(config.sub_configs[part]) for part in ("text_config", "vision_config")}
     parts["vision_config"].update(patch_size=int, temporal_patch_size=int)
@@ -61,11 +63,12 @@ def check_host(options: dict) -> None:
 
 
 def build_qwen2_vl(options: dict, frozen: tuple[str, ...] = ()) -> nn.Module:
-    """transformers' Qwen2VLModel, vision tower and language model without a head, with random weights.
+    """transformers' Qwen2VLModel, vision tower and language model without a head, with random
+    weights.
 
-    ``options``: arguments of its config, text_config and vision_config among them; ``model_type`` "qwen2_5_vl" takes the sibling.
-    The vision tower's output width follows the text's hidden_size. ``frozen``: some of "vision", "language".
-    """
+    ``options``: arguments of its config, text_config and vision_config among them; ``model_type``
+    "qwen2_5_vl" takes the sibling. The vision tower's output width follows the text's hidden_size.
+    ``frozen``: some of "vision", "language"."""
     transformers = import_transformers()
     check_host(options)
     kind, width = options.get("model_type", "qwen2_vl"), options["text_config"]["hidden_size"]
@@ -80,15 +83,18 @@ def build_qwen2_vl(options: dict, frozen: tuple[str, ...] = ()) -> nn.Module:
 
 
 def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
-    """A pretrained host: a folder in transformers' format (config.json, *.safetensors), or a hub name; float32.
+    """A pretrained host: a folder in transformers' format (config.json, *.safetensors), or a hub
+    name; float32.
 
-    Returns the config fields that rebuild it without ``source`` (host, pixel_mean, pixel_std), and the module.
-    """
+    Returns the config fields that rebuild it without ``source`` (host, pixel_mean, pixel_std), and
+    the module."""
     transformers, folder = import_transformers(), find_folder("host", source)
     described = read_encoder_folder("host", folder, "*.safetensors")
     if described.get("model_type") not in TYPES:
         found = shown(described.get("model_type"))
-        raise ValueError(f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}")
+        raise ValueError(
+            f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}"
+        )
     config_class, kinds = host_fields(described["model_type"])
     parts = {}
     for part in ("text_config", "vision_config"):
@@ -114,7 +120,8 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
     check_host(options)
     weights = read_weights("host", folder)
     check_size(f"host: {folder}", weights, expected)
-    # A checkpoint with a head is read as such: transformers 5.10 finds no language model in it for the model without.
+    # A checkpoint with a head is read as such: transformers 5.10 finds no language model in it for
+    # the model without.
     headed = any(name.startswith(("model.", "lm_head.")) for name in weights)
     if headed:
         kind = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]

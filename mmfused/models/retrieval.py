@@ -1,9 +1,10 @@
-"""What the four retrieval models share: the views of an item, the parts of a training batch, and rows of other ranks.
+"""What the four retrieval models share: the views of an item, the parts of a training batch, and
+rows of other ranks.
 
-An item is a picture, a text, or both. A batch's parts are items: `query`, `candidate` (row i is query i's positive) and, for models
-that take them, `negative` (row i a hard negative of query i). Parts are dicts of the arguments of `embed`, with `labels` (B,) int64
-beside them: items of one label are one product, and nobody's negatives for each other.
-"""
+An item is a picture, a text, or both. A batch's parts are items: `query`, `candidate` (row i is
+query i's positive) and, for models that take them, `negative` (row i a hard negative of query i).
+Parts are dicts of the arguments of `embed`, with `labels` (B,) int64 beside them: items of one
+label are one product, and nobody's negatives for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfused.ops.masked_info_nce.distributed import Ranks, gradient_needed, refuse
+from mmfused.distributed import Ranks, gradient_needed, refuse
 
 VIEWS = ("image", "text", "both")
 
@@ -27,19 +28,28 @@ class RetrievalOutput(NamedTuple):
 
 
 class RetrievalModel(nn.Module):
-    """Parts of a batch in, a loss out; in between a dict of tensors for each part, whose rows GradCache can make in chunks.
+    """Parts of a batch in, a loss out; in between a dict of tensors for each part, whose rows
+    GradCache can make in chunks.
 
-    A model has `encode(role, **items)`: what the loss needs of a part, tensors of a row an item, and scalars that are means over
-    the items; `compare(query, candidate, negative)`: the output, from these; and `embed(views, **items)`: for each view unit
-    embeddings (B, D) in float32. Over several ranks each gives the loss such that the mean over ranks has the gradient of one
-    process with the whole batch; a rank may have no rows.
-    """
+    A model has `encode(role, **items)`: what the loss needs of a part, tensors of a row an item,
+    and scalars that are means over the items; `compare(query, candidate, negative)`: the output,
+    from these; and `embed(views, **items)`: for each view unit embeddings (B, D) in float32. Over
+    several ranks each gives the loss such that the mean over ranks has the gradient of one process
+    with the whole batch; a rank may have no rows."""
 
     takes_negatives = True  # whether a batch has hard negatives
 
-    def forward(self, query: dict, candidate: dict, negative: dict | None = None) -> RetrievalOutput:
+    def forward(
+        self,
+        query: dict,
+        candidate: dict,
+        negative: dict | None = None,
+    ) -> RetrievalOutput:
         parts = {"query": query, "candidate": candidate, "negative": negative}
-        encoded = {role: None if items is None else self.encode_part(role, items) for role, items in parts.items()}
+        encoded = {
+            role: None if items is None else self.encode_part(role, items)
+            for role, items in parts.items()
+        }
         return self.compare(**encoded)
 
     def encode_part(self, role: str, items: dict) -> dict[str, Tensor]:
@@ -47,9 +57,15 @@ class RetrievalModel(nn.Module):
         try:
             if len(items["labels"]) or not in_group():
                 return self.encode(role, **items)
-            # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so one of zeros that is dropped.
-            one = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()}
-            return {name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()}
+            # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so
+            # one of zeros that is dropped.
+            one = {
+                name: None if x is None else x.new_zeros(1, *x.shape[1:])
+                for name, x in items.items()
+            }
+            return {
+                name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()
+            }
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
                 raise  # the other ranks are among the exchanges of FSDP, not at the next one here
@@ -67,7 +83,9 @@ class RetrievalModel(nn.Module):
 def check_views(views: tuple[str, ...]) -> None:
     unknown = [view for view in views if view not in VIEWS]
     if unknown or not views or len(set(views)) < len(views):
-        raise ValueError(f"views: got {', '.join(map(str, views)) or 'none'}, takes some of {', '.join(VIEWS)}, each once")
+        raise ValueError(
+            f"views: got {', '.join(map(str, views)) or 'none'}, takes some of {', '.join(VIEWS)}, each once"
+        )
 
 
 def unit(x: Tensor) -> Tensor:
@@ -96,22 +114,27 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; ranks may have unequally many, or none. The gradient is summed over the ranks' uses of a
-    row. All ranks raise where one's rows have another shape or dtype, or need a gradient while the others' need none.
+    """Rows of all ranks, in rank order; ranks may have unequally many, or none. The gradient is
+    summed over the ranks' uses of a row. All ranks raise where one's rows have another shape or
+    dtype, or need a gradient while the others' need none.
 
-    A loss that every rank evaluates on all rows has, averaged over ranks as DDP does, the gradient of one process.
-    """
+    A loss that every rank evaluates on all rows has, averaged over ranks as DDP does, the gradient
+    of one process."""
     if not in_group():
         return x
     if x.dim() == 0:
-        raise refused("gather_rows", ValueError("gather_rows: x is a scalar; it takes (rows, ...)."), x)
+        raise refused(
+            "gather_rows", ValueError("gather_rows: x is a scalar; it takes (rows, ...)."), x
+        )
     settings = {"a row's shape": tuple(x.shape[1:]), "the rows' gradient": gradient_needed(x)}
     ranks = Ranks("gather_rows", x, x, share_gradients=True, settings=settings)
     return _GatherRows.apply(x, ranks) if x.is_floating_point() else ranks.gather(x)
 
 
 def refused(op: str, error: Exception, near: Tensor) -> Exception:
-    """``error``, to be raised before what this rank would exchange next; there all other ranks raise, and quote it."""
+    """``error``, to be raised before what this rank would exchange next; there all other ranks
+    raise, and quote it.
+    """
     if in_group():
         refuse(op, error, near)
     return error

@@ -1,4 +1,6 @@
-"""Weights of a pretrained folder: safetensors that lie in it, and no more of them than the model has."""
+"""Weights of a pretrained folder: safetensors that lie in it, and no more of them than the model
+has.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,22 @@ def find_folder(name: str, source: str) -> Path:
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """model.safetensors, or the parts that its index names; ValueError where one of these is not a file of the folder."""
+    """model.safetensors, or the parts that its index names; ValueError where one of these is not a
+    file of the folder.
+    """
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return [folder / "model.safetensors"]
     parts = read_object(folder / INDEX, 64 << 20).get("weight_map")
     parts = parts.values() if isinstance(parts, dict) else [parts]
     for part in parts:
-        if not isinstance(part, str) or not part.endswith(".safetensors") or not set(part).isdisjoint("/\\:\0"):
-            raise ValueError(f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, takes names of *.safetensors beside it")
+        if (
+            not isinstance(part, str)
+            or not part.endswith(".safetensors")
+            or not set(part).isdisjoint("/\\:\0")
+        ):
+            raise ValueError(
+                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, takes names of *.safetensors beside it"
+            )
     return [folder / part for part in sorted(set(parts))]
 
 
@@ -67,13 +77,19 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
         try:
             weights |= safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{name}: {path} is truncated, corrupt or no safetensors file: {one_line(error)}") from error
+            raise ValueError(
+                f"{name}: {path} is truncated, corrupt or no safetensors file: {one_line(error)}"
+            ) from error
     return weights
 
 
 def check_size(name: str, weights: dict[str, Tensor], expected: nn.Module) -> None:
-    """ValueError where the files hold less than half of the model, which would be made before its weights are missed."""
+    """ValueError where the files hold less than half of the model, which would be made before its
+    weights are missed.
+    """
     held = sum(tensor.numel() for tensor in weights.values())
     takes = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
     if 2 * held < takes:
-        raise ValueError(f"{name} lacks weights: holds {held} numbers, takes the {takes} of what its config.json describes")
+        raise ValueError(
+            f"{name} lacks weights: holds {held} numbers, takes the {takes} of what its config.json describes"
+        )

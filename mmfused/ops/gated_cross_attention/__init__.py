@@ -1,6 +1,8 @@
-"""Gated cross-attention: two modalities read each other, a gate decides how much stays, a missing one costs nothing."""
+"""Gated cross-attention: two modalities read each other, a gate decides how much stays, a missing
+one costs nothing.
+"""
 
-from .function import bidirectional_gated_cross_attention, gated_cross_attention
+from .functional import bidirectional_gated_cross_attention, gated_cross_attention
 from .modules import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, pack_passes
 from .reference import (
     CrossAttentionWeights,

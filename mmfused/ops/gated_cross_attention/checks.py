@@ -15,23 +15,48 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check(
-    op, names, given, directions, *, num_heads, gate, indicator, missing, pre_norm, norm_eps, dropout_p, dropout_seed
+    op,
+    names,
+    given,
+    directions,
+    *,
+    num_heads,
+    gate,
+    indicator,
+    missing,
+    pre_norm,
+    norm_eps,
+    dropout_p,
+    dropout_seed,
 ) -> None:
     check_options(op, gate, indicator, missing, pre_norm, dropout_p=dropout_p)
     check_numbers(op, norm_eps=norm_eps)
     floats = dict(zip(names, (side[0] for side in given), strict=True))
-    for name, w in zip(("weights",) if len(directions) == 1 else ("to_a", "to_b"), directions, strict=True):
+    for name, w in zip(
+        ("weights",) if len(directions) == 1 else ("to_a", "to_b"), directions, strict=True
+    ):
         if not isinstance(w, CrossAttentionWeights):
-            raise TypeError(f"{op}: {name} is a {type(w).__name__}; it takes CrossAttentionWeights.")
-        floats |= {f"{name}.{field}": part for field, part in w._asdict().items() if not isinstance(part, Called)}
+            raise TypeError(
+                f"{op}: {name} is a {type(w).__name__}; it takes CrossAttentionWeights."
+            )
+        floats |= {
+            f"{name}.{field}": part
+            for field, part in w._asdict().items()
+            if not isinstance(part, Called)
+        }
     for name, (_, norm, *_) in zip(names, given, strict=True):
         if norm is not None and not isinstance(norm, Called):
             floats |= {f"norm_{name}[{i}]": part for i, part in enumerate(norm)}
     check_tensors(op, **floats, **_masks(names, given), dropout_seed=dropout_seed)
     first = floats[names[0]]
     if first.dtype not in FLOATS:
-        raise TypeError(f"{op}: {names[0]} has dtype {first.dtype}; it takes float32, float16, bfloat16 or float64.")
-    takes = {first.dtype, torch.promote_types(first.dtype, torch.float32)}  # master weights may stay in float32
+        raise TypeError(
+            f"{op}: {names[0]} has dtype {first.dtype}; it takes float32, float16, bfloat16 or float64."
+        )
+    takes = {
+        first.dtype,
+        torch.promote_types(first.dtype, torch.float32),
+    }  # master weights may stay in float32
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in takes:
             raise TypeError(
@@ -39,16 +64,27 @@ def check(
                 f"{first.dtype}."
             )
     if floats[names[1]].dtype != first.dtype:
-        raise TypeError(f"{op}: {names[1]} has dtype {floats[names[1]].dtype}; it takes {first.dtype}, as {names[0]} has.")
+        raise TypeError(
+            f"{op}: {names[1]} has dtype {floats[names[1]].dtype}; it takes {first.dtype}, as {names[0]} has."
+        )
     _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_norm)
     for name, side in zip(names, given, strict=True):
         _check_padding(op, name, side)
     if dropout_seed is not None and (dropout_seed.dtype != torch.int64 or dropout_seed.dim()):
         shape = tuple(dropout_seed.shape)
-        raise TypeError(f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar.")
+        raise TypeError(
+            f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar."
+        )
 
 
-def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_norm: bool, **dropout: float) -> None:
+def check_options(
+    op: str,
+    gate: str,
+    indicator: bool | str,
+    missing: str,
+    pre_norm: bool,
+    **dropout: float,
+) -> None:
     """``dropout``: the one number, by the name that the caller knows."""
     for option, value, choices in (
         ("gate", gate, GATES),
@@ -56,9 +92,13 @@ def check_options(op: str, gate: str, indicator: bool | str, missing: str, pre_n
         ("indicator", indicator, (True, False, "batch")),
     ):
         if value not in choices:
-            raise ValueError(f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}.")
+            raise ValueError(
+                f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}."
+            )
     if not pre_norm and gate != "none":
-        raise ValueError(f"{op}: pre_norm is False and gate is {gate!r}; a norm after the sum takes gate 'none'.")
+        raise ValueError(
+            f"{op}: pre_norm is False and gate is {gate!r}; a norm after the sum takes gate 'none'."
+        )
     check_fractions(op, **dropout)
 
 
@@ -75,22 +115,38 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
     for name, tokens in zip(names, (x, context), strict=True):
         if tokens.dim() != 3 or tokens.shape[0] != x.shape[0]:
             batch = x.shape[0] if x.dim() == 3 else "batch"
-            raise ValueError(f"{op}: {name} has shape {tuple(tokens.shape)}; it takes ({batch}, tokens, dim).")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tokens.shape)}; it takes ({batch}, tokens, dim)."
+            )
     dims = x.shape[-1], context.shape[-1]
     first = "weights" if len(directions) == 1 else "to_a"
     for name, dim, field in zip(names, dims, ("w_q", "w_k"), strict=True):
         w = getattr(directions[0], field)
         if isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] != dim:
-            raise ValueError(f"{op}: {name} has width {dim}; it takes {w.shape[1]}, as {first}.{field} has columns.")
+            raise ValueError(
+                f"{op}: {name} has width {dim}; it takes {w.shape[1]}, as {first}.{field} has columns."
+            )
     if num_heads < 1 or dims[0] % num_heads:
-        raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide dim = {dims[0]}.")
+        raise ValueError(
+            f"{op}: num_heads is {num_heads}; it must be positive and divide dim = {dims[0]}."
+        )
     if len(directions) == 2 and dims[0] != dims[1]:
-        raise ValueError(f"{op}: {names[1]} has width {dims[1]}; it takes {dims[0]}, as {names[0]} has.")
-    for w, name in zip(directions, ("weights",) if len(directions) == 1 else ("to_a", "to_b"), strict=True):
+        raise ValueError(
+            f"{op}: {names[1]} has width {dims[1]}; it takes {dims[0]}, as {names[0]} has."
+        )
+    for w, name in zip(
+        directions, ("weights",) if len(directions) == 1 else ("to_a", "to_b"), strict=True
+    ):
         dim, read = dims
-        gates = None if gate == "none" else (dim if gate == "channel" else 1, 2 * dim + (1 if indicator else 0))
+        gates = (
+            None
+            if gate == "none"
+            else (dim if gate == "channel" else 1, 2 * dim + (1 if indicator else 0))
+        )
         expected = dict(w_q=(dim, dim), w_k=(dim, read), w_v=(dim, read), w_o=(dim, dim), w_g=gates)
-        expected |= {bias: (dim,) for bias in ("b_q", "b_k", "b_v", "b_o")} | dict(b_g=None if gates is None else gates[:1])
+        expected |= {bias: (dim,) for bias in ("b_q", "b_k", "b_v", "b_o")} | dict(
+            b_g=None if gates is None else gates[:1]
+        )
         for field, shape in expected.items():
             tensor = getattr(w, field)
             optional = field.startswith("b_") or shape is None
@@ -98,33 +154,57 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
                 continue
             if tensor is None or shape is None or tuple(tensor.shape) != shape:
                 got = None if tensor is None else tuple(tensor.shape)
-                raise ValueError(f"{op}: {name}.{field} has shape {got}; with gate {gate!r} it takes {shape}.")
-    wanted = [(names[0], norm_x, dims[0], True), (names[1], norm_context, dims[1], pre_norm or len(directions) == 2)]
+                raise ValueError(
+                    f"{op}: {name}.{field} has shape {got}; with gate {gate!r} it takes {shape}."
+                )
+    wanted = [
+        (names[0], norm_x, dims[0], True),
+        (names[1], norm_context, dims[1], pre_norm or len(directions) == 2),
+    ]
     for name, norm, dim, needed in wanted:
         if needed and norm is None:
             raise ValueError(f"{op}: norm_{name} is None; it takes a LayerNorm's weight and bias.")
         if norm is not None and not needed:
-            raise ValueError(f"{op}: norm_{name} is given with pre_norm=False, where nothing normalises {name}.")
-        if not (norm is None or isinstance(norm, Called)) and any(part.shape != (dim,) for part in norm):
-            raise ValueError(f"{op}: norm_{name} has shapes {[tuple(part.shape) for part in norm]}; it takes twice ({dim},).")
+            raise ValueError(
+                f"{op}: norm_{name} is given with pre_norm=False, where nothing normalises {name}."
+            )
+        if not (norm is None or isinstance(norm, Called)) and any(
+            part.shape != (dim,) for part in norm
+        ):
+            raise ValueError(
+                f"{op}: norm_{name} has shapes {[tuple(part.shape) for part in norm]}; it takes twice ({dim},)."
+            )
 
 
 def _check_padding(op: str, name: str, side) -> None:
     tokens, _, mask, lengths, present = side
     batch, length = tokens.shape[:2]
     if mask is not None and lengths is not None:
-        raise ValueError(f"{op}: {name}_key_padding_mask and {name}_lengths are both given; it takes one of them.")
-    for kind, tensor, shape in (("key_padding_mask", mask, (batch, length)), ("present", present, (batch,))):
+        raise ValueError(
+            f"{op}: {name}_key_padding_mask and {name}_lengths are both given; it takes one of them."
+        )
+    for kind, tensor, shape in (
+        ("key_padding_mask", mask, (batch, length)),
+        ("present", present, (batch,)),
+    ):
         if tensor is not None and tensor.dtype != torch.bool:
             raise TypeError(f"{op}: {name}_{kind} has dtype {tensor.dtype}; it takes torch.bool.")
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name}_{kind} has shape {tuple(tensor.shape)}; it takes {shape}.")
+            raise ValueError(
+                f"{op}: {name}_{kind} has shape {tuple(tensor.shape)}; it takes {shape}."
+            )
     if lengths is not None:
         if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name}_lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64.")
+            raise TypeError(
+                f"{op}: {name}_lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64."
+            )
         if lengths.shape != (batch,):
-            raise ValueError(f"{op}: {name}_lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
+            raise ValueError(
+                f"{op}: {name}_lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}."
+            )
         check_value(
             lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            lambda: f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens.",
+            lambda: (
+                f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens."
+            ),
         )

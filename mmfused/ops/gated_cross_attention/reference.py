@@ -1,4 +1,6 @@
-"""Gated cross-attention: the equations, and what each missing mode means. One line per rule, any floating dtype, any device."""
+"""Gated cross-attention: the equations, and what each missing mode means. One line per rule, any
+floating dtype, any device.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class CrossAttentionWeights(NamedTuple):
     w_k: Tensor  # (D, Dc), of the context
     w_v: Tensor  # (D, Dc)
     w_o: Tensor  # (D, D)
-    w_g: Tensor | None = None  # (D or 1, 2D or 2D + 1): columns for x, for A and for the indicator; None without a gate
+    w_g: Tensor | None = (
+        None  # (D or 1, 2D or 2D + 1): columns for x, for A and for the indicator; None without a gate
+    )
     b_q: Tensor | None = None  # (D,)
     b_k: Tensor | None = None
     b_v: Tensor | None = None
@@ -27,7 +31,9 @@ class CrossAttentionWeights(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Tokens of one modality: (B, N, D), its norm's weight and bias (None without), what to ignore (B, N), who is absent (B,)."""
+    """Tokens of one modality: (B, N, D), its norm's weight and bias (None without), what to ignore
+    (B, N), who is absent (B,).
+    """
 
     tokens: Tensor
     norm: tuple[Tensor, Tensor] | None
@@ -36,7 +42,9 @@ class Side(NamedTuple):
     normed: Tensor | None = None  # (B, N, D), where a norm has been called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
-        """The LayerNorm of these tokens, which are the side's own but for some that count for nothing."""
+        """The LayerNorm of these tokens, which are the side's own but for some that count for
+        nothing.
+        """
         return layer_norm(tokens, self.norm, eps) if self.normed is None else self.normed
 
 
@@ -60,11 +68,23 @@ def gated_cross_attention_reference(
     context_present: Tensor | None = None,
 ) -> Tensor:
     """The specification of :func:`gated_cross_attention`: any floating dtype, any device."""
-    sides = side_of(x, norm_x), side_of(context, norm_context, context_key_padding_mask, context_lengths, context_present)
+    sides = (
+        side_of(x, norm_x),
+        side_of(context, norm_context, context_key_padding_mask, context_lengths, context_present),
+    )
     return attend_reference(
-        *sides, weights, num_heads=num_heads, gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm,
-        norm_eps=norm_eps, dropout_p=dropout_p, dropout_seed=_seed(dropout_p, dropout_seed, x), stream=0,
-    )  # fmt: skip
+        *sides,
+        weights,
+        num_heads=num_heads,
+        gate=gate,
+        indicator=indicator,
+        missing=missing,
+        pre_norm=pre_norm,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        dropout_seed=_seed(dropout_p, dropout_seed, x),
+        stream=0,
+    )
 
 
 def bidirectional_gated_cross_attention_reference(
@@ -90,14 +110,24 @@ def bidirectional_gated_cross_attention_reference(
     b_lengths: Tensor | None = None,
     b_present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of :func:`bidirectional_gated_cross_attention`: each side reads the other as it was."""
+    """The specification of :func:`bidirectional_gated_cross_attention`: each side reads the other
+    as it was.
+    """
     options = dict(
-        num_heads=num_heads, gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm, norm_eps=norm_eps,
-        dropout_p=dropout_p, dropout_seed=_seed(dropout_p, dropout_seed, a),
-    )  # fmt: skip
+        num_heads=num_heads,
+        gate=gate,
+        indicator=indicator,
+        missing=missing,
+        pre_norm=pre_norm,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        dropout_seed=_seed(dropout_p, dropout_seed, a),
+    )
     a = side_of(a, norm_a, a_key_padding_mask, a_lengths, a_present)
     b = side_of(b, norm_b, b_key_padding_mask, b_lengths, b_present)
-    return attend_reference(a, b, to_a, **options, stream=0), attend_reference(b, a, to_b, **options, stream=1)
+    return attend_reference(a, b, to_a, **options, stream=0), attend_reference(
+        b, a, to_b, **options, stream=1
+    )
 
 
 def _seed(dropout_p: float, dropout_seed: Tensor | None, like: Tensor) -> Tensor | None:
@@ -105,7 +135,11 @@ def _seed(dropout_p: float, dropout_seed: Tensor | None, like: Tensor) -> Tensor
 
 
 def side_of(
-    tokens: Tensor, norm=None, mask: Tensor | None = None, lengths: Tensor | None = None, present: Tensor | None = None
+    tokens: Tensor,
+    norm=None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Side:
     """Mask and lengths as one mask; absent where the flag says so or nothing may be read."""
     ignore = mask
@@ -123,10 +157,23 @@ def side_of(
 
 
 def attend_reference(
-    x: Side, context: Side, weights: CrossAttentionWeights, *, num_heads: int, gate: str, indicator, missing: str, pre_norm: bool,
-    norm_eps: float, dropout_p: float, dropout_seed: Tensor | None, stream: int,
-) -> Tensor:  # fmt: skip
-    """x' of one direction. ``stream``: 0 or 1, so that two directions of one seed drop different elements."""
+    x: Side,
+    context: Side,
+    weights: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    gate: str,
+    indicator,
+    missing: str,
+    pre_norm: bool,
+    norm_eps: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    stream: int,
+) -> Tensor:
+    """x' of one direction. ``stream``: 0 or 1, so that two directions of one seed drop different
+    elements.
+    """
     w = weights
     batch, length, dim = x.tokens.shape
     keys, ignore = read_keys(context, missing, collapse=dropout_p == 0)
@@ -138,18 +185,33 @@ def attend_reference(
         return side.norm_tokens(y, norm_eps) if pre_norm else y
 
     def heads(y, weight, bias):
-        return linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
+        return (
+            linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        )  # (B, h, tokens, d)
 
     keys = normed(keys, context)
-    q, k, v = heads(normed(tokens, x), w.w_q, w.b_q), heads(keys, w.w_k, w.b_k), heads(keys, w.w_v, w.b_v)
-    probs = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None if ignore is None else ignore[:, None, None])
+    q, k, v = (
+        heads(normed(tokens, x), w.w_q, w.b_q),
+        heads(keys, w.w_k, w.b_k),
+        heads(keys, w.w_v, w.b_v),
+    )
+    probs = masked_softmax(
+        q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5,
+        None if ignore is None else ignore[:, None, None],
+    )
     if dropout_p:
-        probs = probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
+        probs = (
+            probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
+        )
     attended = linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
     if ignore is not None:  # nothing to attend to: 0, without the bias
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if dropout_p:
-        attended = attended * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1) / (1 - dropout_p)
+        attended = (
+            attended
+            * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1)
+            / (1 - dropout_p)
+        )
 
     if gate == "none":
         out = tokens + attended
@@ -184,16 +246,24 @@ def flag_of(context: Side, batch: int, indicator: bool | str, like: Tensor) -> T
 
 
 def stays(x: Side, context: Side, missing: str) -> Tensor | None:
-    """(B, N): tokens that come back unchanged: what their own mask ignores, and with "skip" samples that lack either side."""
+    """(B, N): tokens that come back unchanged: what their own mask ignores, and with "skip" samples
+    that lack either side.
+    """
     batch, length = x.tokens.shape[:2]
     masks = [] if x.ignore is None else [x.ignore]
     if missing == "skip":
-        masks += [absent[:, None].expand(batch, length) for absent in (x.absent, context.absent) if absent is not None]
+        masks += [
+            absent[:, None].expand(batch, length)
+            for absent in (x.absent, context.absent)
+            if absent is not None
+        ]
     return torch.stack(masks).any(0) if masks else None
 
 
 def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tensor | None]:
-    """The context's tokens with 0 in place of those that nobody may read, and which these are (B, M); None: there are none such."""
+    """The context's tokens with 0 in place of those that nobody may read, and which these are (B,
+    M); None: there are none such.
+    """
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore
     if ignore is None and (context.absent is None or missing == "attend") and length:
@@ -204,7 +274,9 @@ def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tens
         absent = context.absent[:, None]
         if missing in ("skip", "zero"):
             ignore = ignore | absent
-        if missing == "constant" and collapse:  # all tokens of an absent sample are equal: the first that may be read says it all
+        if (
+            missing == "constant" and collapse
+        ):  # all tokens of an absent sample are equal: the first that may be read says it all
             first = (~ignore).to(torch.int32).cumsum(1) == 1
             ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore

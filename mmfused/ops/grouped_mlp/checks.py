@@ -12,13 +12,26 @@ ACTIVATIONS = ("gelu", "relu", "swiglu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_linear(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, gather: bool) -> None:
+def check_linear(
+    x: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    bias: Tensor | None,
+    gather: bool,
+) -> None:
     op = "grouped_linear"
     _check_floats(op, x, routing, weight=weight, bias=bias)
-    _check_rows(op, x, routing.indices.shape[0] if gather else routing.order.shape[0], "tokens" if gather else "sorted rows")
+    _check_rows(
+        op,
+        x,
+        routing.indices.shape[0] if gather else routing.order.shape[0],
+        "tokens" if gather else "sorted rows",
+    )
     experts = routing.offsets.shape[0] - 1
     if weight.dim() != 3 or (weight.shape[0], weight.shape[2]) != (experts, x.shape[1]):
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; it takes ({experts}, out, {x.shape[1]}).")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}; it takes ({experts}, out, {x.shape[1]})."
+        )
     _check_shapes(op, bias=(bias, weight.shape[:2]))
 
 
@@ -26,17 +39,29 @@ def check_mlp(x, routing, w_up, w_gate, w_down, b_up, b_down, activation) -> boo
     """Whether w_up holds the gate too."""
     op = "grouped_mlp"
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}; it takes one of {', '.join(ACTIVATIONS)}.")
+        raise ValueError(
+            f"{op}: activation is {activation!r}; it takes one of {', '.join(ACTIVATIONS)}."
+        )
     _check_floats(op, x, routing, w_up=w_up, w_gate=w_gate, w_down=w_down, b_up=b_up, b_down=b_down)
     _check_rows(op, x, routing.indices.shape[0], "tokens")
     experts, dim = routing.offsets.shape[0] - 1, x.shape[1]
     if w_gate is not None and activation != "swiglu":
-        raise ValueError(f"{op}: w_gate is given with activation {activation!r}; it takes 'swiglu'.")
+        raise ValueError(
+            f"{op}: w_gate is given with activation {activation!r}; it takes 'swiglu'."
+        )
     if w_down.dim() != 3 or w_down.shape[0] != experts:
-        raise ValueError(f"{op}: w_down has shape {tuple(w_down.shape)}; it takes ({experts}, out, hidden).")
+        raise ValueError(
+            f"{op}: w_down has shape {tuple(w_down.shape)}; it takes ({experts}, out, hidden)."
+        )
     width, packed = w_down.shape[2], activation == "swiglu" and w_gate is None
     up = (experts, 2 * width if packed else width, dim)
-    _check_shapes(op, w_up=(w_up, up), w_gate=(w_gate, up), b_up=(b_up, (experts, width)), b_down=(b_down, w_down.shape[:2]))
+    _check_shapes(
+        op,
+        w_up=(w_up, up),
+        w_gate=(w_gate, up),
+        b_up=(b_up, (experts, width)),
+        b_down=(b_down, w_down.shape[:2]),
+    )
     return packed
 
 
@@ -47,8 +72,13 @@ def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | N
         )
     check_tensors(op, x=x, **parameters, routing=routing.order)
     if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64.")
-    takes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # master weights may stay in float32
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64."
+        )
+    takes = {
+        x.dtype,
+        torch.promote_types(x.dtype, torch.float32),
+    }  # master weights may stay in float32
     for name, tensor in parameters.items():
         if tensor is not None and tensor.dtype not in takes:
             raise TypeError(
@@ -58,10 +88,14 @@ def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | N
 
 def _check_rows(op: str, x: Tensor, rows: int, what: str) -> None:
     if x.dim() != 2 or x.shape[0] != rows:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes ({rows}, dim): the {what} of the routing.")
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}; it takes ({rows}, dim): the {what} of the routing."
+        )
 
 
 def _check_shapes(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it takes {tuple(shape)}.")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it takes {tuple(shape)}."
+            )

@@ -1,9 +1,10 @@
-"""The composed path of the experts: rows sorted by expert, one product for each expert's segment of them.
+"""The composed path of the experts: rows sorted by expert, one product for each expert's segment of
+them.
 
-On CUDA in bfloat16 torch's grouped_mm does all segments at once. It leaves what is beyond the last segment, and in some releases
-the weight gradient of an empty one, as they come, wants dense rows of 16 bytes that begin at a multiple of those, and knows no
-bias; here each is made good. Elsewhere a loop over the segments, which on CUDA waits for their sizes.
-"""
+On CUDA in bfloat16 torch's grouped_mm does all segments at once. It leaves what is beyond the last
+segment, and in some releases the weight gradient of an empty one, as they come, wants dense rows of
+16 bytes that begin at a multiple of those, and knows no bias; here each is made good. Elsewhere a
+loop over the segments, which on CUDA waits for their sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from ...library import once_differentiable, register_composed
 
-_grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+_grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
+    torch, "_grouped_mm", None
+)
 
 
 def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """x (R, I) sorted, weight (E, O, I), bias (E, O), offsets (E+1,) -> (R, O); rows beyond offsets[E] are 0."""
+    """x (R, I) sorted, weight (E, O, I), bias (E, O), offsets (E+1,) -> (R, O); rows beyond
+    offsets[E] are 0.
+    """
     if _has_grouped_mm(x, weight):
         expert, live = _experts(x, offsets)
         out = _grouped_mm(_dense(x), _in_rows(weight).mT, offs=offsets[1:])
@@ -35,9 +40,17 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
 
 
 def segment_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, weight and bias, each (0,) where it is not needed; an expert without rows gets zeros."""
+    """Gradients of rows, weight and bias, each (0,) where it is not needed; an expert without rows
+    gets zeros.
+    """
     dx = dw = db = x.new_empty(0)
     if _has_grouped_mm(x, weight):
         expert, live = _experts(x, offsets)
@@ -47,8 +60,12 @@ def segment_linear_backward(
         if need_dw:
             empty = (offsets.diff() == 0)[:, None, None]
             dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
-        if need_db:  # a product with ones, in a fixed order; 0 times NaN would be NaN for every expert
-            mine = ((expert == torch.arange(len(weight), device=x.device)[:, None]) & live.T).to(dy.dtype)
+        if (
+            need_db
+        ):  # a product with ones, in a fixed order; 0 times NaN would be NaN for every expert
+            mine = ((expert == torch.arange(len(weight), device=x.device)[:, None]) & live.T).to(
+                dy.dtype
+            )
             void = ~dy.isfinite() & live
             db = mine @ dy.masked_fill(void | ~live, 0.0)
             db = db.masked_fill(mine @ void.to(dy.dtype) > 0, float("nan"))
@@ -74,7 +91,9 @@ def segment_linear_backward(
 
 
 def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The expert of each row (of those beyond the last segment, any), and which rows have one (R, 1)."""
+    """The expert of each row (of those beyond the last segment, any), and which rows have one (R,
+    1).
+    """
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=offsets.shape[0] - 2)
     return expert, (rows < offsets[-1])[:, None]
@@ -88,13 +107,25 @@ def _dense(tensor: Tensor) -> Tensor:
 def _in_rows(weight: Tensor) -> Tensor:
     """As grouped_mm takes it: the halves of a packed weight do as they are."""
     experts, rows, columns = weight.stride()
-    fits = columns == 1 and rows >= weight.shape[2] and rows % 8 == 0 and experts % 8 == 0 and weight.data_ptr() % 16 == 0
+    fits = (
+        columns == 1
+        and rows >= weight.shape[2]
+        and rows % 8 == 0
+        and experts % 8 == 0
+        and weight.data_ptr() % 16 == 0
+    )
     return weight if fits else _dense(weight)
 
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # 16 bytes
-    return _grouped_mm is not None and x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+    return (
+        _grouped_mm is not None
+        and x.device.type == "cuda"
+        and x.dtype == torch.bfloat16
+        and aligned
+        and x.shape[0] > 0
+    )
 
 
 def _fake_linear(x, weight, bias, offsets):
@@ -102,7 +133,10 @@ def _fake_linear(x, weight, bias, offsets):
 
 
 def _fake_linear_backward(dy, x, weight, offsets, need_dx, need_dw, need_db):
-    dx, dw = x.new_empty(x.shape if need_dx else (0,)), weight.new_empty(weight.shape if need_dw else (0,))
+    dx, dw = (
+        x.new_empty(x.shape if need_dx else (0,)),
+        weight.new_empty(weight.shape if need_dw else (0,)),
+    )
     return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
 
 
@@ -149,7 +183,9 @@ torch.library.register_autograd("mmfused::segment_linear", _backward, setup_cont
 
 
 class Gather(torch.autograd.Function):
-    """Rows sorted by expert of x (T, D): row r is x[order[r] // k]; masked tokens' are 0. Backward sums a token's k rows."""
+    """Rows sorted by expert of x (T, D): row r is x[order[r] // k]; masked tokens' are 0. Backward
+    sums a token's k rows.
+    """
 
     @staticmethod
     def forward(ctx, x, order, position, live, k):
@@ -162,11 +198,19 @@ class Gather(torch.autograd.Function):
     def backward(ctx, d_rows):
         position, live = ctx.saved_tensors
         wide = torch.promote_types(d_rows.dtype, torch.float32)
-        rows = d_rows.masked_fill(~live, 0.0).index_select(0, position).view(-1, ctx.k, d_rows.shape[1])
+        rows = (
+            d_rows.masked_fill(~live, 0.0)
+            .index_select(0, position)
+            .view(-1, ctx.k, d_rows.shape[1])
+        )
         return rows.sum(1, dtype=wide).to(d_rows.dtype), None, None, None, None
 
 
 def combine(y: Tensor, weights: Tensor, position: Tensor) -> Tensor:
-    """out_t = sum_j w_tj y[position of (t, j)], summed at least in float32; y (R, O) is 0 where it belongs to nobody."""
-    rows = y.index_select(0, position).unflatten(0, weights.shape)  # a permutation: the backward meets no row twice
+    """out_t = sum_j w_tj y[position of (t, j)], summed at least in float32; y (R, O) is 0 where it
+    belongs to nobody.
+    """
+    rows = y.index_select(0, position).unflatten(
+        0, weights.shape
+    )  # a permutation: the backward meets no row twice
     return (rows.to(weights.dtype) * weights[:, :, None]).sum(1).to(y.dtype)

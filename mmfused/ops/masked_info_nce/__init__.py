@@ -1,7 +1,7 @@
-"""Masked InfoNCE. ``function.py``: the maths, the reference; ``autograd.py``: the gradient; ``composed.py``: the sweep on torch;
-``distributed.py``: what ranks exchange."""
+"""Masked InfoNCE. ``function.py``: the maths, the reference; ``autograd.py``: the gradient;
+``composed.py``: the sweep on torch; ``distributed.py``: what ranks exchange."""
 
-from .function import masked_info_nce, masked_info_nce_reference
+from .functional import masked_info_nce, masked_info_nce_reference
 from .modules import MaskedInfoNCE
 
 __all__ = ["MaskedInfoNCE", "masked_info_nce", "masked_info_nce_reference"]

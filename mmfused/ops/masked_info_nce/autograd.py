@@ -1,4 +1,6 @@
-"""The loss of every row under autograd: two sweeps over the pairs, as operators, and vectors of length B and C around them."""
+"""The loss of every row under autograd: two sweeps over the pairs, as operators, and vectors of
+length B and C around them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from ...library import no_autocast, once_differentiable, register, register_composed
 from .composed import sweep, sweep_backward
 
-# ---- the sweep as an operator: kernels for CUDA, blocks of rows elsewhere; the compiler looks into neither ----------------------
+# ---- the sweep as an operator: kernels for CUDA, blocks of rows elsewhere; the compiler looks into neither
 
 _SWEEP = (
     "(Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key, Tensor? q_id, Tensor? c_id,"
@@ -26,17 +28,52 @@ def _with(argument: str, schema: str) -> str:
     return schema.replace(") ->", f", {argument}) ->")
 
 
-def _fake_sweep(q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, columns, everything, margin=None):
-    row, column = (q.new_empty(5, n, dtype=torch.float64) for n in (q.shape[0], c.shape[0] if columns else 0))
+def _fake_sweep(
+    q,
+    c,
+    bias,
+    scale,
+    target,
+    q_key,
+    c_key,
+    q_id,
+    c_id,
+    drop,
+    columns,
+    everything,
+    margin=None,
+):
+    row, column = (
+        q.new_empty(5, n, dtype=torch.float64) for n in (q.shape[0], c.shape[0] if columns else 0)
+    )
     return row, column, q.new_empty(q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _fake_sweep_backward(
-    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, need_scale, dots=None,
+    row,
+    column,
+    q,
+    c,
+    bias,
+    scale,
+    target,
+    q_key,
+    c_key,
+    q_id,
+    c_id,
+    drop,
+    everything,
+    need_dq,
+    need_dc,
+    need_scale,
+    dots=None,
     margin=None,
-):  # fmt: skip
+):
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dc = q.new_empty(q.shape if need_dq else 0, dtype=dtype), c.new_empty(c.shape if need_dc else 0, dtype=dtype)
+    dq, dc = (
+        q.new_empty(q.shape if need_dq else 0, dtype=dtype),
+        c.new_empty(c.shape if need_dc else 0, dtype=dtype),
+    )
     return dq, dc, q.new_empty(() if need_scale else 0, dtype=torch.float64)
 
 
@@ -45,9 +82,25 @@ def _sweep_flops(q, c, *rest, out_shape):
 
 
 def _sweep_backward_flops(
-    row, column, q, c, bias, scale, target, q_key, c_key, q_id, c_id, drop, everything, need_dq, need_dc, need_scale, *rest,
+    row,
+    column,
+    q,
+    c,
+    bias,
+    scale,
+    target,
+    q_key,
+    c_key,
+    q_id,
+    c_id,
+    drop,
+    everything,
+    need_dq,
+    need_dc,
+    need_scale,
+    *rest,
     out_shape,
-):  # fmt: skip
+):
     """The logits again, and a product for each gradient."""
     return _sweep_flops(q, c, out_shape=None) * (1 + (need_dq or need_scale) + need_dc)
 
@@ -57,46 +110,94 @@ _backwards = _fake_sweep_backward, _sweep_backward_flops
 register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", *_sweeps)
 register("info_nce_sweep_bwd", _SWEEP_BACKWARD, "masked_info_nce:sweep_backward", *_backwards)
 register_composed("info_nce_sweep_composed", _with("float? margin", _SWEEP), sweep, *_sweeps)
-register_composed("info_nce_sweep_bwd_composed", _with("Tensor dots, float? margin", _SWEEP_BACKWARD), sweep_backward, *_backwards)
+register_composed(
+    "info_nce_sweep_bwd_composed",
+    _with("Tensor dots, float? margin", _SWEEP_BACKWARD),
+    sweep_backward,
+    *_backwards,
+)
 
 
 class InfoNCE(torch.autograd.Function):
-    """(nce (B,), q . c_target (B,)), float32 or float64. Saves the embeddings and vectors of length B and C.
+    """(nce (B,), q . c_target (B,)), float32 or float64. Saves the embeddings and vectors of length
+    B and C.
 
-    ``broken`` (B,) bool, or None: rows that give NaN. With ``ranks``, candidate and its keys are this rank's own, and target counts
-    among the candidates of all.
-    """
+    ``broken`` (B,) bool, or None: rows that give NaN. With ``ranks``, candidate and its keys are
+    this rank's own, and target counts among the candidates of all."""
 
     @staticmethod
     def forward(
-        ctx, query, candidate, scale, target, broken, q_key, c_key, q_id, c_id, same_id, symmetric, smoothing, margin, backend,
+        ctx,
+        query,
+        candidate,
+        scale,
+        target,
+        broken,
+        q_key,
+        c_key,
+        q_id,
+        c_id,
+        same_id,
+        symmetric,
+        smoothing,
+        margin,
+        backend,
         ranks,
-    ):  # fmt: skip
-        ctx.same_id, ctx.symmetric, ctx.smoothing, ctx.margin = same_id, symmetric, smoothing, margin
+    ):
+        ctx.same_id, ctx.symmetric, ctx.smoothing, ctx.margin = (
+            same_id,
+            symmetric,
+            smoothing,
+            margin,
+        )
         ctx.backend, ctx.ranks, ctx.device_type = backend, ranks, query.device.type
-        query, candidate = query.contiguous(), candidate.contiguous()  # products of matrices round by layout: one for both sweeps
+        query, candidate = (
+            query.contiguous(),
+            candidate.contiguous(),
+        )  # products of matrices round by layout: one for both sweeps
         if ranks is not None:
-            candidate, c_key, c_id = (None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id))
+            candidate, c_key, c_id = (
+                None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id)
+            )
         ctx.everything = smoothing > 0 or (c_id is not None and same_id != "drop")
-        q_order, c_order = (None, None) if c_key is None else (q_key.argsort(stable=True), c_key.argsort(stable=True))
+        q_order, c_order = (
+            (None, None)
+            if c_key is None
+            else (q_key.argsort(stable=True), c_key.argsort(stable=True))
+        )
         bias, nan = None, _nan_rows(query)
-        if c_key is not None or c_id is not None:  # some pairs are hidden, and must stay so: 0 times NaN is NaN
+        if (
+            c_key is not None or c_id is not None
+        ):  # some pairs are hidden, and must stay so: 0 times NaN is NaN
             candidate, bias = _without_nan(candidate)
         else:
             nan = nan | _nan_rows(candidate).any()
         broken = nan if broken is None else nan | broken
         place = _place(target, c_order)
         args = (
-            _pick(query, q_order), _pick(candidate, c_order), _pick(bias, c_order), scale, _pick(place, q_order),
-            _pick(q_key, q_order), _pick(c_key, c_order), _pick(q_id, q_order), _pick(c_id, c_order), same_id == "drop",
-        )  # fmt: skip
+            _pick(query, q_order),
+            _pick(candidate, c_order),
+            _pick(bias, c_order),
+            scale,
+            _pick(place, q_order),
+            _pick(q_key, q_order),
+            _pick(c_key, c_order),
+            _pick(q_id, q_order),
+            _pick(c_id, c_order),
+            same_id == "drop",
+        )
         acc = torch.promote_types(query.dtype, torch.float32)
-        row, column, dots = _operate("info_nce_sweep", ctx, (*args, symmetric, ctx.everything), margin)
+        row, column, dots = _operate(
+            "info_nce_sweep", ctx, (*args, symmetric, ctx.everything), margin
+        )
         dots = _unpick(dots, q_order, 0)
         if bias is not None:
             dots = dots + bias[target].to(acc)
         dots = dots.masked_fill(broken, float("nan"))
-        row, column = row.double(), column.double()  # vectors: what they cost is nothing, and a logsumexp keeps its digits
+        row, column = (
+            row.double(),
+            column.double(),
+        )  # vectors: what they cost is nothing, and a logsumexp keeps its digits
         row, column = _unpick(row, q_order), _unpick(column, c_order) if symmetric else None
         if symmetric:
             if bias is None:
@@ -108,14 +209,44 @@ class InfoNCE(torch.autograd.Function):
         if symmetric:
             nce = (nce + _term(column, logit, ctx)) / 2
         ctx.save_for_backward(
-            query, candidate, bias, scale, target, q_key, c_key, q_id, c_id, q_order, c_order, row, column, dots
-        )  # fmt: skip
-        return nce.to(acc, copy=True), dots  # a cast that does nothing would lose the gradient under torch 2.11's compiler
+            query,
+            candidate,
+            bias,
+            scale,
+            target,
+            q_key,
+            c_key,
+            q_id,
+            c_id,
+            q_order,
+            c_order,
+            row,
+            column,
+            dots,
+        )
+        return nce.to(
+            acc, copy=True
+        ), dots  # a cast that does nothing would lose the gradient under torch 2.11's compiler
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_nce, d_dots):
-        query, candidate, bias, scale, target, q_key, c_key, q_id, c_id, q_order, c_order, row, column, dots = ctx.saved_tensors
+        (
+            query,
+            candidate,
+            bias,
+            scale,
+            target,
+            q_key,
+            c_key,
+            q_id,
+            c_id,
+            q_order,
+            c_order,
+            row,
+            column,
+            dots,
+        ) = ctx.saved_tensors
         if bias is not None:  # a broken row's lse is NaN: so is its dS, where its pairs count
             query = query.masked_fill(_nan_rows(query)[:, None], 0.0)
         d_nce, logit = d_nce / 2 if ctx.symmetric else d_nce, dots * scale
@@ -128,22 +259,41 @@ class InfoNCE(torch.autograd.Function):
             column = column.new_zeros(4, candidate.shape[0]).index_copy_(1, target, column)
             column = column if ctx.ranks is None else ctx.ranks.share_columns(column)
         args = (
-            _pick(row, q_order, 1), _pick(column, c_order, 1), _pick(query, q_order), _pick(candidate, c_order),
-            _pick(bias, c_order), scale, _pick(_place(target, c_order), q_order), _pick(q_key, q_order), _pick(c_key, c_order),
-            _pick(q_id, q_order), _pick(c_id, c_order), ctx.same_id == "drop", ctx.everything,
-        )  # fmt: skip
+            _pick(row, q_order, 1),
+            _pick(column, c_order, 1),
+            _pick(query, q_order),
+            _pick(candidate, c_order),
+            _pick(bias, c_order),
+            scale,
+            _pick(_place(target, c_order), q_order),
+            _pick(q_key, q_order),
+            _pick(c_key, c_order),
+            _pick(q_id, q_order),
+            _pick(c_id, c_order),
+            ctx.same_id == "drop",
+            ctx.everything,
+        )
         need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
         args = (*args, need_query, need_candidate, need_scale)
-        dq, dc, d_scale = _operate("info_nce_sweep_bwd", ctx, args, _pick(dots, q_order), ctx.margin)
+        dq, dc, d_scale = _operate(
+            "info_nce_sweep_bwd", ctx, args, _pick(dots, q_order), ctx.margin
+        )
         d_query = d_candidate = None
         pair = (d_logit * scale + d_dots).to(acc)[:, None]
         # Two large sums that nearly cancel.
         d_scale = (d_scale + (d_logit * dots).sum()).to(scale.dtype) if need_scale else None
         if need_query:
-            d_query = _unpick(dq, q_order, 0).mul_(scale).add_(pair * candidate[target].to(acc)).to(query.dtype)
+            d_query = (
+                _unpick(dq, q_order, 0)
+                .mul_(scale)
+                .add_(pair * candidate[target].to(acc))
+                .to(query.dtype)
+            )
         if need_candidate:
             dc = _add_rows(_unpick(dc, c_order, 0).mul_(scale), target, pair * query.to(acc))
-            d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(candidate.dtype)
+            d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(
+                candidate.dtype
+            )
         return d_query, d_candidate, d_scale, *[None] * 12
 
 
@@ -160,15 +310,25 @@ def _nan_rows(x: Tensor) -> Tensor:
 
 
 def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
-    """A candidate that is not finite as zeros, and a bias that makes its logits NaN: so it reaches only rows that may see it."""
+    """A candidate that is not finite as zeros, and a bias that makes its logits NaN: so it reaches
+    only rows that may see it.
+    """
     broken = _nan_rows(candidate)
-    bias = torch.zeros(candidate.shape[0], device=candidate.device).masked_fill_(broken, float("nan"))
+    bias = torch.zeros(candidate.shape[0], device=candidate.device).masked_fill_(
+        broken, float("nan")
+    )
     return candidate.masked_fill(broken[:, None], 0.0), bias
 
 
 def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """x[at] += rows, in place and always in the same order, whatever is in ``at`` twice: of torch's two, each device has one."""
-    return x.index_add_(0, at, rows) if x.device.type == "cpu" else x.index_put_((at,), rows, accumulate=True)
+    """x[at] += rows, in place and always in the same order, whatever is in ``at`` twice: of torch's
+    two, each device has one.
+    """
+    return (
+        x.index_add_(0, at, rows)
+        if x.device.type == "cpu"
+        else x.index_put_((at,), rows, accumulate=True)
+    )
 
 
 def _pick(x: Tensor | None, order: Tensor | None, dim: int = 0) -> Tensor | None:
@@ -196,14 +356,21 @@ def _term(statistics: Tensor, logit: Tensor, ctx) -> Tensor:
     share = count[0] if ctx.same_id == "sum" else 1.0
     mean = total[0] if ctx.same_id == "sum" else total[0] / count[0]
     wanted = (1 - ctx.smoothing) * mean + ctx.smoothing * share * total[1] / count[1]
-    loss = (share * logit - wanted) - share * F.logsigmoid(logit - others)  # with one positive the first is 0: no digit is lost
+    loss = (share * logit - wanted) - share * F.logsigmoid(
+        logit - others
+    )  # with one positive the first is 0: no digit is lost
     return torch.where(count[1] == 1, 0 * logit, loss)  # 0, unless the row is broken
 
 
-def _coefficients(statistics: Tensor, logit: Tensor, upstream: Tensor, ctx) -> tuple[Tensor, Tensor]:
-    """What the backward sweep needs of a row (or column), (4, B) in the logits' dtype: lse, weight of the softmax, and what is
-    taken off further positives and off every pair; and the derivative to the target's logit. The weight makes good for the
-    rounding of lse."""
+def _coefficients(
+    statistics: Tensor,
+    logit: Tensor,
+    upstream: Tensor,
+    ctx,
+) -> tuple[Tensor, Tensor]:
+    """What the backward sweep needs of a row (or column), (4, B) in the logits' dtype: lse, weight
+    of the softmax, and what is taken off further positives and off every pair; and the derivative
+    to the target's logit. The weight makes good for the rounding of lse."""
     others, count = statistics[0], statistics[1:4:2] + 1
     lse = torch.logaddexp(others, logit)
     rounded = lse.to(logit.dtype)

@@ -14,27 +14,67 @@ SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
 
 
 def check(
-    query, candidate, over_ranks, *, temperature, target, query_key, candidate_key, query_id, candidate_id, same_id, symmetric,
-    positive_weight, row_weight, label_smoothing, false_negative_margin, reduction,
-):  # fmt: skip
+    query,
+    candidate,
+    over_ranks,
+    *,
+    temperature,
+    target,
+    query_key,
+    candidate_key,
+    query_id,
+    candidate_id,
+    same_id,
+    symmetric,
+    positive_weight,
+    row_weight,
+    label_smoothing,
+    false_negative_margin,
+    reduction,
+):
     """``over_ranks``: other ranks may have rows where this one has none."""
     check_first(query, candidate, over_ranks)
-    vectors = dict(target=target, query_key=query_key, candidate_key=candidate_key, query_id=query_id, candidate_id=candidate_id)
+    vectors = dict(
+        target=target,
+        query_key=query_key,
+        candidate_key=candidate_key,
+        query_id=query_id,
+        candidate_id=candidate_id,
+    )
     check_tensors(OP, query=query, **vectors, row_weight=row_weight)
-    sizes = dict(target="query", query_key="query", candidate_key="candidate", query_id="query", candidate_id="candidate")
+    sizes = dict(
+        target="query",
+        query_key="query",
+        candidate_key="candidate",
+        query_id="query",
+        candidate_id="candidate",
+    )
     for name, tensor in vectors.items():
         length = query.shape[0] if sizes[name] == "query" else candidate.shape[0]
         if tensor is not None and tensor.dtype != torch.int64:
             raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}; it takes torch.int64.")
         if tensor is not None and tensor.shape != (length,):
-            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes ({length},), one for each {sizes[name]}.")
-    for kind, (mine, theirs) in {"key": (query_key, candidate_key), "id": (query_id, candidate_id)}.items():
+            raise ValueError(
+                f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes ({length},), one for each {sizes[name]}."
+            )
+    for kind, (mine, theirs) in {
+        "key": (query_key, candidate_key),
+        "id": (query_id, candidate_id),
+    }.items():
         if mine is not None and theirs is None:
-            raise ValueError(f"{OP}: query_{kind} is given without candidate_{kind}; it takes both, or candidate_{kind} alone.")
-    _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight)
+            raise ValueError(
+                f"{OP}: query_{kind} is given without candidate_{kind}; it takes both, or candidate_{kind} alone."
+            )
+    _check_options(
+        symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight
+    )
     check_numbers(OP, false_negative_margin=false_negative_margin)
-    if false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf:  # the compiler knows no isfinite
-        raise ValueError(f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None.")
+    if (
+        false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf
+    ):  # the compiler knows no isfinite
+        raise ValueError(
+            f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None."
+        )
     if temperature is not None:  # the scale is given
         check_temperature(OP, temperature, query)
         _check_reciprocal(temperature, query)
@@ -56,29 +96,50 @@ def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor.dim() != 2 or tensor.shape[1] == 0 or (tensor.shape[0] == 0 and not over_ranks):
             zero = "dim not 0" if over_ranks else "neither of them 0"
-            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), {zero}.")
+            raise ValueError(
+                f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), {zero}."
+            )
     if query.shape[1] != candidate.shape[1]:
-        raise ValueError(f"{OP}: candidate has dim {candidate.shape[1]}; it takes {query.shape[1]} as query has.")
+        raise ValueError(
+            f"{OP}: candidate has dim {candidate.shape[1]}; it takes {query.shape[1]} as query has."
+        )
 
 
-def _check_options(symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight) -> None:
+def _check_options(
+    symmetric,
+    target,
+    query,
+    candidate,
+    same_id,
+    label_smoothing,
+    reduction,
+    positive_weight,
+) -> None:
     if symmetric and target is not None:
-        raise ValueError(f"{OP}: symmetric and target are both given; symmetric takes the default target, arange(B).")
+        raise ValueError(
+            f"{OP}: symmetric and target are both given; symmetric takes the default target, arange(B)."
+        )
     if target is None and candidate.shape[0] < query.shape[0]:
         raise ValueError(
             f"{OP}: there are {candidate.shape[0]} candidates for {query.shape[0]} queries; without a target it takes at least "
             "as many."
         )
     if candidate.shape[0] == 0 < query.shape[0]:  # over ranks; a target is one of this rank's
-        raise ValueError(f"{OP}: there are 0 candidates for {query.shape[0]} queries with a target; it takes at least one.")
+        raise ValueError(
+            f"{OP}: there are 0 candidates for {query.shape[0]} queries with a target; it takes at least one."
+        )
     if same_id not in SAME_ID:
         raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}.")
+        raise ValueError(
+            f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}."
+        )
     check_fractions(OP, label_smoothing=label_smoothing)
     check_numbers(OP, positive_weight=positive_weight)
     if not positive_weight >= 0:
-        raise ValueError(f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0.")
+        raise ValueError(
+            f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0."
+        )
 
 
 def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
@@ -91,12 +152,19 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
         raise ValueError(
             f"{op}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
         )
-    check_value(lambda: (temperature > 0).all(), f"{op}: temperature holds a number that is not above 0; it takes one above 0.")
+    check_value(
+        lambda: (temperature > 0).all(),
+        f"{op}: temperature holds a number that is not above 0; it takes one above 0.",
+    )
 
 
 def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
     """NaN in place of a temperature that is not above 0: what ``check_value`` let pass."""
-    return torch.where(temperature > 0, temperature, math.nan) if isinstance(temperature, Tensor) else temperature
+    return (
+        torch.where(temperature > 0, temperature, math.nan)
+        if isinstance(temperature, Tensor)
+        else temperature
+    )
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
@@ -113,19 +181,35 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
     if row_weight is None:
         return
     if row_weight.shape != query.shape[:1]:
-        raise ValueError(f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({query.shape[0]},).")
+        raise ValueError(
+            f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({query.shape[0]},)."
+        )
     if row_weight.requires_grad:
         raise ValueError(f"{OP}: row_weight requires grad; it takes a constant: detach() it.")
-    check_value(lambda: (row_weight >= 0).all(), f"{OP}: row_weight holds a negative number; it takes numbers of at least 0.")
+    check_value(
+        lambda: (row_weight >= 0).all(),
+        f"{OP}: row_weight holds a negative number; it takes numbers of at least 0.",
+    )
 
 
 def _check_values(target, query_key, candidate_key, candidates: int) -> None:
     if target is not None:
         inside = lambda: ((target >= 0) & (target < candidates)).all()  # noqa: E731
-        outside = lambda: f"{OP}: target holds a value outside [0, {candidates}), the candidates there are."  # noqa: E731
+
+        def outside():
+            return (
+                f"{OP}: target holds a value outside [0, {candidates}), the candidates there are."  # noqa: E731
+            )
+
         check_value(inside, outside)
     if query_key is not None:
-        check_value(lambda: (query_key >= 0).all(), f"{OP}: query_key holds a negative value; it takes keys of at least 0.")
+        check_value(
+            lambda: (query_key >= 0).all(),
+            f"{OP}: query_key holds a negative value; it takes keys of at least 0.",
+        )
     if candidate_key is not None:
         lowest = lambda: (candidate_key >= -1).all()  # noqa: E731
-        check_value(lowest, f"{OP}: candidate_key holds a value below -1; it takes keys of at least 0, or -1 for everybody.")
+        check_value(
+            lowest,
+            f"{OP}: candidate_key holds a value below -1; it takes keys of at least 0, or -1 for everybody.",
+        )

@@ -1,9 +1,10 @@
-"""The sweep over all pairs in plain PyTorch, one block of rows at a time: nothing of size B x C is ever alive.
+"""The sweep over all pairs in plain PyTorch, one block of rows at a time: nothing of size B x C is
+ever alive.
 
-Queries and candidates come sorted by key. Each row's target is left out here (:mod:`.autograd` treats it by itself): a row with
-nothing else then gets exactly -inf, and a loss near 0 keeps its digits. The statistics are float64: a logsumexp of 20 rounded to
-float32 would put an error of 1e-6 on a whole row of probabilities.
-"""
+Queries and candidates come sorted by key. Each row's target is left out here (:mod:`.autograd`
+treats it by itself): a row with nothing else then gets exactly -inf, and a loss near 0 keeps its
+digits. The statistics are float64: a logsumexp of 20 rounded to float32 would put an error of 1e-6
+on a whole row of probabilities."""
 
 from __future__ import annotations
 
@@ -11,28 +12,46 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 16 * 2**20  # of one block of logits, so that exponential and sums find it in cache
-# exp(-2 * shift) is still a normal number, and exp(2 * shift) has room for an upstream gradient of 2^24 (loss scaling)
+# exp(-2 * shift) is still a normal number, and exp(2 * shift) has room for an upstream gradient of
+# 2^24 (loss scaling)
 SAFE_SHIFT = {torch.float32: 36.0, torch.float64: 320.0}
 
 
 def sweep(
-    q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor, q_key: Tensor | None, c_key: Tensor | None,
-    q_id: Tensor | None, c_id: Tensor | None, drop: bool, columns: bool, everything: bool, margin: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Statistics over all pairs but the targets: for the rows (5, B), and for the columns (5, C) where ``columns``; and the
-    targets' products q . c (B,), from the same product of matrices as the others where it holds them.
+    q: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    target: Tensor,
+    q_key: Tensor | None,
+    c_key: Tensor | None,
+    q_id: Tensor | None,
+    c_id: Tensor | None,
+    drop: bool,
+    columns: bool,
+    everything: bool,
+    margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over all pairs but the targets: for the rows (5, B), and for the columns (5, C)
+    where ``columns``; and the targets' products q . c (B,), from the same product of matrices as
+    the others where it holds them.
 
-    Row 0: logsumexp of the allowed logits. With ``everything`` also: 1, 2 number and sum of the further positives, 3, 4 of all
-    allowed pairs. ``bias`` (C,) is added to the logits of a column; a product above the target's plus ``margin`` does not count,
-    unless the candidate is for everybody.
-    """
+    Row 0: logsumexp of the allowed logits. With ``everything`` also: 1, 2 number and sum of the
+    further positives, 3, 4 of all allowed pairs. ``bias`` (C,) is added to the logits of a column;
+    a product above the target's plus ``margin`` does not count, unless the candidate is for
+    everybody."""
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
-    row, column = (torch.zeros(5, n, dtype=torch.float64, device=q.device) for n in (len(q), len(c) if columns else 0))
+    row, column = (
+        torch.zeros(5, n, dtype=torch.float64, device=q.device)
+        for n in (len(q), len(c) if columns else 0)
+    )
     dots = (q * c[target]).sum(-1)
     if shift is None:
         row[0], column[0] = float("-inf"), float("-inf")
-    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin, own_dots=True):
+    for block in _blocks(
+        q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin, own_dots=True
+    ):
         sides = ((1, row, block.rows), (0, column, block.columns))[: 1 + columns]
         if everything:
             for axis, out, where in sides:
@@ -52,25 +71,51 @@ def sweep(
 
 
 def sweep_backward(
-    row: Tensor, column: Tensor | None, q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor, target: Tensor,
-    q_key: Tensor | None, c_key: Tensor | None, q_id: Tensor | None, c_id: Tensor | None, drop: bool, everything: bool,
-    need_dq: bool, need_dc: bool, need_scale: bool, dots: Tensor, margin: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dc) over scale, and the scale's gradient () float64: dS c, dS^T q, and the sum of dS_ij q_i . c_j, with
-    dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - any.
+    row: Tensor,
+    column: Tensor | None,
+    q: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    target: Tensor,
+    q_key: Tensor | None,
+    c_key: Tensor | None,
+    q_id: Tensor | None,
+    c_id: Tensor | None,
+    drop: bool,
+    everything: bool,
+    need_dq: bool,
+    need_dc: bool,
+    need_scale: bool,
+    dots: Tensor,
+    margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dc) over scale, and the scale's gradient () float64: dS c, dS^T q, and the sum of dS_ij
+    q_i . c_j, with dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive -
+    any.
 
-    row (4, B) and column (4, C): lse, weight, and with ``everything`` what is taken off further positives and off every pair.
-    ``dots`` (B,): the targets' products. A gradient that is not needed is (0,).
-    """
+    row (4, B) and column (4, C): lse, weight, and with ``everything`` what is taken off further
+    positives and off every pair. ``dots`` (B,): the targets' products. A gradient that is not
+    needed is (0,)."""
     q, c, scale = _widened(q, c, scale)
     shift = _safe_shift(q, c, bias, scale)
-    dq, dc = (torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in ((q, need_dq or need_scale), (c, need_dc)))
-    for block in _blocks(q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin):
+    dq, dc = (
+        torch.zeros_like(x) if needed else x.new_empty(0)
+        for x, needed in ((q, need_dq or need_scale), (c, need_dc))
+    )
+    for block in _blocks(
+        q, c, bias, scale, target, (q_key, c_key), (q_id, c_id), drop, dots, margin
+    ):
         sides = [row[:, block.rows, None]] + ([] if column is None else [column[:, block.columns]])
-        lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]  # no weight: exp(logit - lse) must not overflow
+        lses = [
+            side[0].masked_fill(side[1] == 0, float("inf")) for side in sides
+        ]  # no weight: exp(logit - lse) must not overflow
         logits = block.logits
         if shift is not None:
-            factors = [(side[1] * (shift - lse.double()).exp()).to(q.dtype) for side, lse in zip(sides, lses, strict=True)]
+            factors = [
+                (side[1] * (shift - lse.double()).exp()).to(q.dtype)
+                for side, lse in zip(sides, lses, strict=True)
+            ]
             grad = logits.sub_(shift).exp_().mul_(sum(factors))
         else:
             grad = 0
@@ -85,7 +130,9 @@ def sweep_backward(
             dq[block.rows].addmm_(grad, c[block.columns])
         if need_dc:
             dc[block.columns].addmm_(grad.T, q[block.rows])
-    d_scale = (q * dq).sum(dtype=torch.float64) if need_scale else dq.new_empty(0, dtype=torch.float64)
+    d_scale = (
+        (q * dq).sum(dtype=torch.float64) if need_scale else dq.new_empty(0, dtype=torch.float64)
+    )
     return dq if need_dq else dq.new_empty(0), dc, d_scale
 
 
@@ -120,8 +167,9 @@ class _Block:
 
 
 def _blocks(q, c, bias, scale, target, keys, ids, drop, dots, margin, own_dots=False):
-    """Blocks that cover all allowed pairs. With keys, a block of rows sees the candidates for everybody (key -1, sorted first) and
-    the range of candidates with its own keys; pairs of two keys are denied where a block holds several."""
+    """Blocks that cover all allowed pairs. With keys, a block of rows sees the candidates for
+    everybody (key -1, sorted first) and the range of candidates with its own keys; pairs of two
+    keys are denied where a block holds several."""
     rows_at_once = max(16, BLOCK_BYTES // (4 * len(c)))
     starts = list(range(0, len(q), rows_at_once))
     ends = [min(start + rows_at_once, len(q)) for start in starts]
@@ -162,7 +210,10 @@ def _ranges(first: Tensor, last: Tensor, c_key: Tensor) -> list[list[tuple[int, 
     high = torch.searchsorted(c_key, last, right=True).tolist()
     several = (first != last).tolist()
     own = zip(low, high, several, strict=True)
-    return [[part for part in ((0, shared, False, True), (*mine, False)) if part[1] > part[0]] for mine in own]
+    return [
+        [part for part in ((0, shared, False, True), (*mine, False)) if part[1] > part[0]]
+        for mine in own
+    ]
 
 
 def _widened(q: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,8 +222,14 @@ def _widened(q: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> float | None:
-    """A bound of |logits| that may stand in for every row's and column's maximum; None where exponentials could then underflow."""
+    """A bound of |logits| that may stand in for every row's and column's maximum; None where
+    exponentials could then underflow.
+    """
     if len(q) == 0 or (bias is not None and bias.any()):  # NaN
         return None
-    bound = float(torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max() * scale.abs())
+    bound = float(
+        torch.linalg.vector_norm(q, dim=1).max()
+        * torch.linalg.vector_norm(c, dim=1).max()
+        * scale.abs()
+    )
     return bound if bound <= SAFE_SHIFT[q.dtype] else None  # False for NaN too

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .function import loss_over_ranks, masked_info_nce
+from .functional import loss_over_ranks, masked_info_nce
 
 GATHERS = (None, "global", "local")
 OPTIONS = ("same_id", "symmetric", "positive_weight", "label_smoothing", "false_negative_margin")
@@ -19,20 +19,23 @@ OPTIONS = ("same_id", "symmetric", "positive_weight", "label_smoothing", "false_
 class MaskedInfoNCE(nn.Module):
     """:func:`masked_info_nce` with its temperature, over one process or all of them.
 
-    Args:
-        temperature: the temperature, or where it is learned its initial value. A fixed one is a number: no state
+    Args: temperature: the temperature, or where it is learned its initial value. A fixed one is a
+        number: no state
             dict holds it and no cast rounds it.
-        learnable_temperature: ``log_scale`` = log(1 / temperature) is a parameter. In training it is clamped to
-            log(``max_scale``) before use, in place.
+        learnable_temperature: ``log_scale`` = log(1 / temperature) is a parameter. In training it
+            is clamped to log(``max_scale``) before use, in place.
         normalize: bring query and candidate to unit length first, in float32 at least.
-        gather: None, this process's candidates only. "global": those of all ranks; each returns (W / N) times the sum of its own
-            rows' losses, and candidate gradients return to their rank, so that DDP's average is the gradient of one process with
-            the whole batch, also with unequal batches, one without rows, and for the temperature. What one rank refuses, and
-            options, dtypes or needs of gradients that differ, raise on all ranks. "local": the same values, but the other ranks'
-            candidates are constants: cheaper, and biased; not with ``symmetric``, whose columns would get only their own rank's
-            share of the gradient. Without a process group, as None. A loss that evaluates its own slice of the whole
-            batch on every rank (UNITE's, VISTA's) has "global"'s gradient divided by W.
-        options: ``same_id``, ``symmetric``, ``positive_weight``, ``label_smoothing``, ``false_negative_margin``, ``reduction`` of
+        gather: None, this process's candidates only. "global": those of all ranks; each returns (W
+            / N) times the sum of its own rows' losses, and candidate gradients return to their
+            rank, so that DDP's average is the gradient of one process with the whole batch, also
+            with unequal batches, one without rows, and for the temperature. What one rank refuses,
+            and options, dtypes or needs of gradients that differ, raise on all ranks. "local": the
+            same values, but the other ranks' candidates are constants: cheaper, and biased; not
+            with ``symmetric``, whose columns would get only their own rank's share of the gradient.
+            Without a process group, as None. A loss that evaluates its own slice of the whole batch
+            on every rank (UNITE's, VISTA's) has "global"'s gradient divided by W.
+        options: ``same_id``, ``symmetric``, ``positive_weight``, ``label_smoothing``,
+        ``false_negative_margin``, ``reduction`` of
             :func:`masked_info_nce`; with ``gather`` the reduction is "mean".
     """
 
@@ -49,21 +52,34 @@ class MaskedInfoNCE(nn.Module):
     ):
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"MaskedInfoNCE: temperature is {temperature}; it takes a number above 0.")
+            raise ValueError(
+                f"MaskedInfoNCE: temperature is {temperature}; it takes a number above 0."
+            )
         if gather not in GATHERS:
-            raise ValueError(f"MaskedInfoNCE: gather is {gather!r}; it takes None, 'global' or 'local'.")
+            raise ValueError(
+                f"MaskedInfoNCE: gather is {gather!r}; it takes None, 'global' or 'local'."
+            )
         if gather is not None and reduction != "mean":
-            raise ValueError(f"MaskedInfoNCE: reduction is {reduction!r}; with gather it takes 'mean'.")
+            raise ValueError(
+                f"MaskedInfoNCE: reduction is {reduction!r}; with gather it takes 'mean'."
+            )
         if gather == "local" and options.get("symmetric"):
-            raise ValueError("MaskedInfoNCE: gather is 'local' and symmetric is True; symmetric takes gather='global'.")
+            raise ValueError(
+                "MaskedInfoNCE: gather is 'local' and symmetric is True; symmetric takes gather='global'."
+            )
         if not max_scale > 0:
             raise ValueError(f"MaskedInfoNCE: max_scale is {max_scale}; it takes a number above 0.")
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise TypeError(f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction.")
+            raise TypeError(
+                f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction."
+            )
         self.temperature, self.learnable_temperature = temperature, learnable_temperature
-        # Of a fixed temperature it is there to be read alone, and not registered: no state holds it and no cast rounds it.
-        log_scale = torch.tensor(-math.log(temperature), device=None if learnable_temperature else "cpu")
+        # Of a fixed temperature it is there to be read alone, and not registered: no state holds it
+        # and no cast rounds it.
+        log_scale = torch.tensor(
+            -math.log(temperature), device=None if learnable_temperature else "cpu"
+        )
         self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
         self.max_scale, self.normalize, self.gather = max_scale, normalize, gather
         self.options = {**options, "reduction": reduction}
@@ -76,7 +92,9 @@ class MaskedInfoNCE(nn.Module):
                 self.log_scale.fill_(-math.log(self.temperature))
 
     def forward(self, query: Tensor, candidate: Tensor, **keys: Tensor) -> Tensor:
-        """query (B, D), candidate (C, D); ``keys``: target, query_key, candidate_key, query_id, candidate_id, row_weight."""
+        """query (B, D), candidate (C, D); ``keys``: target, query_key, candidate_key, query_id,
+        candidate_id, row_weight.
+        """
         temperature = self.temperature
         if self.learnable_temperature:
             log_scale = self._clamped() if self.training else self.log_scale
@@ -86,8 +104,17 @@ class MaskedInfoNCE(nn.Module):
             masked = keys.get("candidate_key") is not None or keys.get("candidate_id") is not None
             query, candidate = unit(query), unit(candidate, may_be_ignored=masked)
         if self.gather is None or not dist.is_available() or not dist.is_initialized():
-            return masked_info_nce(query, candidate, temperature=temperature, **keys, **self.options)
-        return loss_over_ranks(query, candidate, self.gather == "global", temperature=temperature, **keys, **self.options)
+            return masked_info_nce(
+                query, candidate, temperature=temperature, **keys, **self.options
+            )
+        return loss_over_ranks(
+            query,
+            candidate,
+            self.gather == "global",
+            temperature=temperature,
+            **keys,
+            **self.options,
+        )
 
     def _clamped(self) -> Tensor:
         largest, log_scale = math.log(self.max_scale), self.log_scale
@@ -107,8 +134,8 @@ class MaskedInfoNCE(nn.Module):
 def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
     """Rows of length 1, computed in float32 at least.
 
-    ``may_be_ignored``: a row that is not finite becomes NaN by a sum, whose gradient is the upstream one: 0
-    where the loss ignores the row. That of a division by its length would be NaN.
+    ``may_be_ignored``: a row that is not finite becomes NaN by a sum, whose gradient is the
+    upstream one: 0 where the loss ignores the row. That of a division by its length would be NaN.
     """
     if not isinstance(x, Tensor):  # the loss says it, and over ranks to all of them
         return x
@@ -127,4 +154,7 @@ def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
         return
     stored, own = math.exp(-kept.item()), module.temperature
     if abs(stored / own - 1) > 0.01:  # of 16 bits it is rounded
-        warnings.warn(f"MaskedInfoNCE: the state's temperature is {stored:.4g}; the module keeps its own, {own}.", stacklevel=2)
+        warnings.warn(
+            f"MaskedInfoNCE: the state's temperature is {stored:.4g}; the module keeps its own, {own}.",
+            stacklevel=2,
+        )

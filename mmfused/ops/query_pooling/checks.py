@@ -11,15 +11,46 @@ FORMS = ("auto", "absorbed", "projected")
 
 
 def check(
-    x, queries, w_k, w_v, b_v, b_k, *, num_heads, scale, key_padding_mask, lengths, norm_weight, norm_bias, norm_eps, dropout_p,
-    dropout_seed, form,
-) -> None:  # fmt: skip
+    x,
+    queries,
+    w_k,
+    w_v,
+    b_v,
+    b_k,
+    *,
+    num_heads,
+    scale,
+    key_padding_mask,
+    lengths,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    dropout_p,
+    dropout_seed,
+    form,
+) -> None:
     op = "query_pooling"
-    floats = dict(x=x, queries=queries, w_k=w_k, w_v=w_v, b_v=b_v, b_k=b_k, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_tensors(op, **floats, key_padding_mask=key_padding_mask, lengths=lengths, dropout_seed=dropout_seed)
+    floats = dict(
+        x=x,
+        queries=queries,
+        w_k=w_k,
+        w_v=w_v,
+        b_v=b_v,
+        b_k=b_k,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    check_tensors(
+        op, **floats, key_padding_mask=key_padding_mask, lengths=lengths, dropout_seed=dropout_seed
+    )
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64.")
-    takes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # master weights may stay in float32
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64."
+        )
+    takes = {
+        x.dtype,
+        torch.promote_types(x.dtype, torch.float32),
+    }  # master weights may stay in float32
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in takes:
             raise TypeError(
@@ -28,25 +59,42 @@ def check(
     if x.dim() != 3:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
     if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != x.shape[0]):
-        raise ValueError(f"{op}: queries has shape {tuple(queries.shape)}; it takes (L, Dk) or ({x.shape[0]}, L, Dk).")
+        raise ValueError(
+            f"{op}: queries has shape {tuple(queries.shape)}; it takes (L, Dk) or ({x.shape[0]}, L, Dk)."
+        )
     if w_v.dim() != 2:
         raise ValueError(f"{op}: w_v has shape {tuple(w_v.shape)}; it takes (Dv, {x.shape[-1]}).")
     k_dim, v_dim, dim = queries.shape[-1], w_v.shape[0], x.shape[-1]
-    expected = dict(w_k=(k_dim, dim), w_v=(v_dim, dim), b_v=(v_dim,), b_k=(k_dim,), norm_weight=(dim,), norm_bias=(dim,))
+    expected = dict(
+        w_k=(k_dim, dim),
+        w_v=(v_dim, dim),
+        b_v=(v_dim,),
+        b_k=(k_dim,),
+        norm_weight=(dim,),
+        norm_bias=(dim,),
+    )
     for name, shape in expected.items():
         if floats[name] is not None and floats[name].shape != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(floats[name].shape)}; it takes {shape}.")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(floats[name].shape)}; it takes {shape}."
+            )
     check_numbers(op, scale=scale, norm_eps=norm_eps)
     if num_heads < 1 or k_dim % num_heads or v_dim % num_heads:
-        raise ValueError(f"{op}: num_heads is {num_heads}; it must be positive and divide Dk = {k_dim} and Dv = {v_dim}.")
+        raise ValueError(
+            f"{op}: num_heads is {num_heads}; it must be positive and divide Dk = {k_dim} and Dv = {v_dim}."
+        )
     if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both.")
+        raise ValueError(
+            f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both."
+        )
     if form not in FORMS:
         raise ValueError(f"{op}: form is {form!r}; it takes one of {', '.join(FORMS)}.")
     check_fractions(op, dropout_p=dropout_p)
     if dropout_seed is not None and (dropout_seed.dtype != torch.int64 or dropout_seed.dim()):
         shape = tuple(dropout_seed.shape)
-        raise TypeError(f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar.")
+        raise TypeError(
+            f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar."
+        )
     _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
 
 
@@ -55,25 +103,43 @@ def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | N
     op = "query_pooling"
     check_tensors(op, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64.")
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64."
+        )
     if x.dim() != 3:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
     _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
 
 
-def _check_padding(op: str, batch: int, length: int, mask: Tensor | None, lengths: Tensor | None) -> None:
+def _check_padding(
+    op: str,
+    batch: int,
+    length: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
     if mask is not None and lengths is not None:
-        raise ValueError(f"{op}: key_padding_mask and lengths are both given; it takes one of them.")
+        raise ValueError(
+            f"{op}: key_padding_mask and lengths are both given; it takes one of them."
+        )
     if mask is not None:
         if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: key_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token.")
+            raise TypeError(
+                f"{op}: key_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token."
+            )
         if mask.shape != (batch, length):
-            raise ValueError(f"{op}: key_padding_mask has shape {tuple(mask.shape)}; it takes {(batch, length)}.")
+            raise ValueError(
+                f"{op}: key_padding_mask has shape {tuple(mask.shape)}; it takes {(batch, length)}."
+            )
     if lengths is not None:
         if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64.")
+            raise TypeError(
+                f"{op}: lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64."
+            )
         if lengths.shape != (batch,):
-            raise ValueError(f"{op}: lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}.")
+            raise ValueError(
+                f"{op}: lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}."
+            )
         check_value(
             lambda: ((lengths >= 0) & (lengths <= length)).all(),
             f"{op}: lengths holds a value outside [0, N]; it takes the number of tokens to keep, N = x.shape[1] at most.",

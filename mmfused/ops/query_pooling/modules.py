@@ -5,35 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...children import Called, layer_norm, linear, no_weights, read, read_norm, reset_children, weights_of, why_called
+from ...children import (
+    Called,
+    layer_norm,
+    linear,
+    no_weights,
+    read,
+    read_norm,
+    reset_children,
+    weights_of,
+    why_called,
+)
 from ...library import check_fractions, current_backend, graph_made, no_autocast
 from .checks import check_tokens
-from .function import dead_samples, ignored, pool_projected, query_pooling
+from .functional import dead_samples, ignored, pool_projected, query_pooling
 
 
 class QueryPooling(nn.Module):
-    """Pool (B, N, kv_dim) tokens into (B, num_queries, dim) with learned queries: :func:`query_pooling` and its parameters.
+    """Pool (B, N, kv_dim) tokens into (B, num_queries, dim) with learned queries:
+    :func:`query_pooling` and its parameters.
 
-    Args:
-        dim: width of queries, keys, values and output; divides by ``num_heads``.
-        num_queries: learned queries of this module; None: it has none, and forward needs ``queries``.
-        kv_dim: width of the tokens, default ``dim``.
-        q_proj, out_proj: project the queries before, the pooled heads after (both, with ``bias``: as nn.MultiheadAttention).
-        bias: biases of the projections.  norm_kv: LayerNorm over the tokens, folded into the projections.
-        dropout: of the attention probabilities, in training.
+    Args: dim: width of queries, keys, values and output; divides by ``num_heads``. num_queries:
+        learned queries of this module; None: it has none, and forward needs ``queries``. kv_dim:
+        width of the tokens, default ``dim``. q_proj, out_proj: project the queries before, the
+        pooled heads after (both, with ``bias``: as nn.MultiheadAttention). bias: biases of the
+        projections.  norm_kv: LayerNorm over the tokens, folded into the projections. dropout: of
+        the attention probabilities, in training.
 
     A sample without tokens gives 0, whatever the biases.
     """
 
     def __init__(
-        self, dim, num_queries, num_heads=1, *, kv_dim=None, q_proj=False, out_proj=False, bias=False, norm_kv=False, dropout=0.0
-    ):  # fmt: skip
+        self,
+        dim,
+        num_queries,
+        num_heads=1,
+        *,
+        kv_dim=None,
+        q_proj=False,
+        out_proj=False,
+        bias=False,
+        norm_kv=False,
+        dropout=0.0,
+    ):
         super().__init__()
         check_fractions("QueryPooling", dropout=dropout)
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"QueryPooling: num_heads is {num_heads}; it must be positive and divide dim = {dim}.")
+            raise ValueError(
+                f"QueryPooling: num_heads is {num_heads}; it must be positive and divide dim = {dim}."
+            )
         kv_dim = dim if kv_dim is None else kv_dim
-        self.dim, self.num_queries, self.num_heads, self.kv_dim = dim, num_queries, num_heads, kv_dim
+        self.dim, self.num_queries, self.num_heads, self.kv_dim = (
+            dim,
+            num_queries,
+            num_heads,
+            kv_dim,
+        )
         self.dropout = dropout
         self.queries = None if num_queries is None else nn.Parameter(torch.randn(num_queries, dim))
         self.q_proj = nn.Linear(dim, dim, bias=bias) if q_proj else None
@@ -57,10 +84,14 @@ class QueryPooling(nn.Module):
         lengths: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L, dim) or (B, L, dim) for its own."""
+        """x (B, N, kv_dim), key_padding_mask (B, N) True = ignore, or lengths (B,); queries (L,
+        dim) or (B, L, dim) for its own.
+        """
         queries = self.queries if queries is None else queries
         if queries is None:
-            raise ValueError("QueryPooling: queries is None; a module without num_queries takes them in forward.")
+            raise ValueError(
+                "QueryPooling: queries is None; a module without num_queries takes them in forward."
+            )
         check_tokens(x, key_padding_mask, lengths)
         device, q = x.device.type, queries
         if self.q_proj is not None:
@@ -102,7 +133,8 @@ class QueryPooling(nn.Module):
         return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
 
     def _folds_out_proj(self, rows: int) -> bool:
-        """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled rows than dim.
+        """One head: W_O W_V is one matrix, cheaper than two products once there are more pooled
+        rows than dim.
 
         Not under dropout, where b_V counts as often as probabilities are kept, and b_O once.
         """
@@ -130,20 +162,23 @@ class QueryPooling(nn.Module):
 
 
 class QTransform(nn.Module):
-    """FLUID's Q-Transform: ``depth`` post-norm blocks in which learned queries read the tokens (arXiv 2508.07264 eqs 3-6).
+    """FLUID's Q-Transform: ``depth`` post-norm blocks in which learned queries read the tokens
+    (arXiv 2508.07264 eqs 3-6).
 
-        q = LN(q + Drop(MHA(q, x, x)));   q = LN(q + Drop(FFN(q)))     (the blocks are the public code's; the paper gives the MHA)
+        q = LN(q + Drop(MHA(q, x, x)));   q = LN(q + Drop(FFN(q)))     (the blocks are the public
+        code's; the paper gives the MHA)
 
-    The tokens x (B, N, dim) stay as they are from block to block. ``ffn``: hidden width, default 4 * dim. ``dropout`` acts on the
-    attention probabilities, and on the outputs of the pooling and of the FFN (the public code's). Returns (B, num_queries, dim); a
-    sample without tokens keeps its queries, normalised.
-    """
+    The tokens x (B, N, dim) stay as they are from block to block. ``ffn``: hidden width, default 4
+    * dim. ``dropout`` acts on the attention probabilities, and on the outputs of the pooling and of
+    the FFN (the public code's). Returns (B, num_queries, dim); a sample without tokens keeps its
+    queries, normalised."""
 
     def __init__(self, dim, num_queries, depth=1, num_heads=1, *, ffn=None, dropout=0.0):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
         self.blocks = nn.ModuleList(
-            _QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn, dropout) for _ in range(depth)
+            _QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn, dropout)
+            for _ in range(depth)
         )
 
     def reset_parameters(self) -> None:
@@ -151,7 +186,13 @@ class QTransform(nn.Module):
         nn.init.normal_(self.queries)
         reset_children(self)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         q = self.queries  # (L, D): shared by the batch until the first block has read the tokens
         for block in self.blocks:
             q = block(q, x, key_padding_mask, lengths)
@@ -161,7 +202,9 @@ class QTransform(nn.Module):
 class _QTransformBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn: int, dropout: float):
         super().__init__()
-        self.pool = QueryPooling(dim, None, num_heads, q_proj=True, out_proj=True, bias=True, dropout=dropout)
+        self.pool = QueryPooling(
+            dim, None, num_heads, q_proj=True, out_proj=True, bias=True, dropout=dropout
+        )
         self.norm_pool = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
         self.norm_ffn = nn.LayerNorm(dim)

@@ -16,7 +16,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_router(op: str, x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> None:
     check_tensors(op, x=x, router_weight=router_weight, router_bias=router_bias)
     if x.dim() != 2 or x.dtype not in FLOATS:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes floats (tokens, dim).")
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes floats (tokens, dim)."
+        )
     takes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # the router may stay in float32
     for name, tensor in (("router_weight", router_weight), ("router_bias", router_bias)):
         if tensor is not None and tensor.dtype not in takes:
@@ -24,18 +26,41 @@ def check_router(op: str, x: Tensor, router_weight: Tensor, router_bias: Tensor 
                 f"{op}: {name} has dtype {tensor.dtype}; it takes {' or '.join(sorted(map(str, takes)))}, as x has {x.dtype}."
             )
     if router_weight.dim() != 2 or router_weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: router_weight has shape {tuple(router_weight.shape)}; it takes (experts, {x.shape[1]}).")
+        raise ValueError(
+            f"{op}: router_weight has shape {tuple(router_weight.shape)}; it takes (experts, {x.shape[1]})."
+        )
     if router_bias is not None and router_bias.shape != router_weight.shape[:1]:
-        raise ValueError(f"{op}: router_bias has shape {tuple(router_bias.shape)}; it takes ({len(router_weight)},).")
+        raise ValueError(
+            f"{op}: router_bias has shape {tuple(router_bias.shape)}; it takes ({len(router_weight)},)."
+        )
 
 
 def check(
-    op: str, name: str, source: Tensor, columns: Tensor, k: int, *, score="softmax", renormalize=True, selection_bias=None,
-    token_padding_mask=None, segments=None, num_segments=1, available=None, balance="switch", indices=None, jitter=0.0,
+    op: str,
+    name: str,
+    source: Tensor,
+    columns: Tensor,
+    k: int,
+    *,
+    score="softmax",
+    renormalize=True,
+    selection_bias=None,
+    token_padding_mask=None,
+    segments=None,
+    num_segments=1,
+    available=None,
+    balance="switch",
+    indices=None,
+    jitter=0.0,
     jitter_seed=None,
-) -> None:  # fmt: skip
+) -> None:
     """``source`` has a row for each token, ``columns`` a column for each expert."""
-    tensors = dict(selection_bias=selection_bias, token_padding_mask=token_padding_mask, segments=segments, available=available)
+    tensors = dict(
+        selection_bias=selection_bias,
+        token_padding_mask=token_padding_mask,
+        segments=segments,
+        available=available,
+    )
     check_tensors(op, **{name: source}, **tensors, indices=indices, jitter_seed=jitter_seed)
     if source.dim() != 2 or source.dtype not in FLOATS:
         raise ValueError(
@@ -48,14 +73,20 @@ def check(
         if value not in choices:
             raise ValueError(f"{op}: {option} is {value!r}; it takes one of {', '.join(choices)}.")
     if selection_bias is not None and selection_bias.shape != (experts,):
-        raise ValueError(f"{op}: selection_bias has shape {tuple(selection_bias.shape)}; it takes ({experts},).")
+        raise ValueError(
+            f"{op}: selection_bias has shape {tuple(selection_bias.shape)}; it takes ({experts},)."
+        )
     if selection_bias is not None and selection_bias.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: selection_bias has dtype {selection_bias.dtype}; it takes torch.float32.")
+        raise TypeError(
+            f"{op}: selection_bias has dtype {selection_bias.dtype}; it takes torch.float32."
+        )
     check_mask(op, token_padding_mask, tokens)
     _check_segments(op, tokens, experts, k, segments, num_segments, available)
     if indices is not None:
         if indices.shape != (tokens, k):
-            raise ValueError(f"{op}: indices has shape {tuple(indices.shape)}; it takes {(tokens, k)}.")
+            raise ValueError(
+                f"{op}: indices has shape {tuple(indices.shape)}; it takes {(tokens, k)}."
+            )
         check_indices(op, indices, experts)
     check_fractions(op, jitter=jitter)
     if jitter_seed is not None and (jitter_seed.dtype != torch.int64 or jitter_seed.dim()):
@@ -68,19 +99,30 @@ def _check_segments(op, tokens, experts, k, segments, num_segments, available) -
     if num_segments < 1:
         raise ValueError(f"{op}: num_segments is {num_segments}; it takes at least 1.")
     if segments is None and num_segments > 1:
-        raise ValueError(f"{op}: num_segments is {num_segments} and segments is None; it takes the segment of each token.")
+        raise ValueError(
+            f"{op}: num_segments is {num_segments} and segments is None; it takes the segment of each token."
+        )
     if segments is not None:
         if segments.dtype != torch.int64:
             raise TypeError(f"{op}: segments has dtype {segments.dtype}; it takes torch.int64.")
         if segments.shape != (tokens,):
-            raise ValueError(f"{op}: segments has shape {tuple(segments.shape)}; it takes ({tokens},).")
+            raise ValueError(
+                f"{op}: segments has shape {tuple(segments.shape)}; it takes ({tokens},)."
+            )
         check_value(
             lambda: ((segments >= 0) & (segments < num_segments)).all(),
             f"{op}: segments holds a value outside [0, {num_segments}), the number of segments.",
         )
     if available is not None:
         if available.dtype != torch.bool:
-            raise TypeError(f"{op}: available has dtype {available.dtype}; it takes torch.bool, True = may be used.")
+            raise TypeError(
+                f"{op}: available has dtype {available.dtype}; it takes torch.bool, True = may be used."
+            )
         if available.shape != (num_segments, experts):
-            raise ValueError(f"{op}: available has shape {tuple(available.shape)}; it takes {(num_segments, experts)}.")
-        check_value(lambda: (available.sum(1) >= k).all(), f"{op}: available has a segment with fewer than k = {k} experts.")
+            raise ValueError(
+                f"{op}: available has shape {tuple(available.shape)}; it takes {(num_segments, experts)}."
+            )
+        check_value(
+            lambda: (available.sum(1) >= k).all(),
+            f"{op}: available has a segment with fewer than k = {k} experts.",
+        )

@@ -1,8 +1,9 @@
-"""Tokens by expert: the permutation that :func:`mmfused.grouped_linear` works through, and routings that were made elsewhere.
+"""Tokens by expert: the permutation that :func:`mmfused.grouped_linear` works through, and routings
+that were made elsewhere.
 
-An assignment is one choice of one token, numbered t * k + j. Sorted by expert, then by number, the assignments are the rows of the
-grouped products; those of masked tokens come last and belong to nobody.
-"""
+An assignment is one choice of one token, numbered t * k + j. Sorted by expert, then by number, the
+assignments are the rows of the grouped products; those of masked tokens come last and belong to
+nobody."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from ...library import check_tensors, check_value, choose, graph_made, register,
 
 
 class Routing(NamedTuple):
-    """Where T tokens go: what :func:`topk_routing` returns and the grouped products take. S segments, E experts, k choices."""
+    """Where T tokens go: what :func:`topk_routing` returns and the grouped products take. S
+    segments, E experts, k choices.
+    """
 
     indices: Tensor  # (T, k) int64, the chosen experts, best first; of a masked token valid too, but without effect
     weights: Tensor  # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
@@ -30,12 +33,20 @@ class Routing(NamedTuple):
     tiles: Tensor  # (T*k // 16 + E, 2) int32, expert and first row of each tile of the kernels; (0, 2) where no kernel made it
 
 
-def sort_by_expert(indices: Tensor, mask: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """order, position, offsets and no tiles, in plain PyTorch: no shape depends on what the indices are."""
+def sort_by_expert(
+    indices: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """order, position, offsets and no tiles, in plain PyTorch: no shape depends on what the indices
+    are.
+    """
     expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
-    rows, experts = (torch.arange(n, device=expert.device) for n in (expert.shape[0], num_experts + 1))
+    rows, experts = (
+        torch.arange(n, device=expert.device) for n in (expert.shape[0], num_experts + 1)
+    )
     if graph_made() == "onnx":  # it knows no stable sort and no searchsorted
         order = (expert * rows.shape[0] + rows).argsort()
         offsets = (expert < experts[:, None]).sum(1, dtype=torch.int32)
@@ -53,7 +64,9 @@ def _fake_order(indices, mask, num_experts):
 
 
 def _fake_sort(indices, mask, num_experts):
-    return *_fake_order(indices, mask, num_experts)[:3], indices.new_empty((0, 2), dtype=torch.int32)
+    return *_fake_order(indices, mask, num_experts)[:3], indices.new_empty(
+        (0, 2), dtype=torch.int32
+    )
 
 
 _SCHEMA = "(Tensor indices, Tensor? mask, int num_experts) -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
@@ -62,13 +75,18 @@ register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _fake_sort, 
 
 
 def routing_from_indices(
-    indices: Tensor, weights: Tensor, num_experts: int, *, token_padding_mask: Tensor | None = None
+    indices: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    *,
+    token_padding_mask: Tensor | None = None,
 ) -> Routing:
-    """The :class:`Routing` of choices that another router made: indices (T, k) int64 in [0, E), weights (T, k) floats.
+    """The :class:`Routing` of choices that another router made: indices (T, k) int64 in [0, E),
+    weights (T, k) floats.
 
-    Weights of padded tokens (token_padding_mask (T,) bool, True = ignore) count as 0. ``counts`` has one segment; the losses are 0.
-    An index may stand in a row twice. One out of range raises on a CPU; on CUDA, where nothing may wait, its weight becomes NaN,
-    and so does what its token gets.
+    Weights of padded tokens (token_padding_mask (T,) bool, True = ignore) count as 0. ``counts``
+    has one segment; the losses are 0. An index may stand in a row twice. One out of range raises on
+    a CPU; on CUDA, where nothing may wait, its weight becomes NaN, and so does what its token gets.
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)
@@ -87,7 +105,9 @@ def routing_from_indices(
         weights = weights.masked_fill(token_padding_mask[:, None], 0.0)
     indices = inside
     ops = torch.ops.mmfused
-    sort = dict(reference=sort_by_expert, composed=ops.expert_order_composed, fused=ops.expert_order)
+    sort = dict(
+        reference=sort_by_expert, composed=ops.expert_order_composed, fused=ops.expert_order
+    )
     chosen = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
     order, position, offsets, tiles = sort[chosen](indices, token_padding_mask, num_experts)
     counts, zero = offsets.diff().long()[None], weights.new_zeros(())
@@ -105,6 +125,10 @@ def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
 
 def check_mask(op: str, mask: Tensor | None, tokens: int) -> None:
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{op}: token_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token.")
+        raise TypeError(
+            f"{op}: token_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token."
+        )
     if mask is not None and mask.shape != (tokens,):
-        raise ValueError(f"{op}: token_padding_mask has shape {tuple(mask.shape)}; it takes ({tokens},).")
+        raise ValueError(
+            f"{op}: token_padding_mask has shape {tuple(mask.shape)}; it takes ({tokens},)."
+        )

@@ -1,4 +1,6 @@
-"""Values that routing does not take, on CUDA and in compiled graphs, where nothing can raise: their tokens become NaN."""
+"""Values that routing does not take, on CUDA and in compiled graphs, where nothing can raise: their
+tokens become NaN.
+"""
 
 from __future__ import annotations
 
@@ -60,4 +62,7 @@ def spoil(logits: Tensor, void: Tensor | None, mask: Tensor | None) -> Tensor:
     if void is None:
         return logits
     void = void if mask is None else void & ~mask
-    return logits + torch.zeros_like(void, dtype=logits.dtype).masked_fill(void, float("nan"))[..., None]
+    return (
+        logits
+        + torch.zeros_like(void, dtype=logits.dtype).masked_fill(void, float("nan"))[..., None]
+    )

@@ -1,0 +1,69 @@
+"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .. import query_pooling as kernels
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int  # R = heads * queries
+    dim: int
+    dtype: str = "bfloat16"
+    norm: bool = False
+    padding: Literal["none", "padding", "lengths"] = "none"
+    per_sample: bool = False  # queries (B, L, D) instead of (L, D)
+    need_dx: bool = True  # whether the gradient of x is wanted
+    dropout: float = 0.0
+
+
+CASES = {
+    "fluid": Case(rows=32, dim=768),
+    "fluid frozen": Case(rows=32, dim=768, need_dx=False),
+    "fluid text": Case(rows=32, dim=768, dtype="float16", norm=True, padding="padding"),
+    "fluid code": Case(rows=256, dim=768, padding="padding", per_sample=True),
+    "siglip": Case(rows=12, dim=768, norm=True, padding="lengths"),
+    "bottleneck": Case(rows=2, dim=768),
+    "tiny": Case(rows=16, dim=192, norm=True, padding="lengths"),
+    "odd": Case(rows=21, dim=100, norm=True, padding="padding"),
+    "wide": Case(rows=32, dim=1024, norm=True, padding="padding"),
+    "widest": Case(rows=64, dim=4096, norm=True, padding="lengths"),
+    "float32": Case(rows=32, dim=768, dtype="float32", norm=True, padding="padding"),
+    "fluid drop": Case(rows=32, dim=768, dropout=0.1),
+    "code drop": Case(rows=256, dim=768, padding="padding", per_sample=True, dropout=0.1),
+    "siglip drop": Case(
+        rows=12, dim=768, dtype="float16", norm=True, padding="lengths", dropout=0.1
+    ),
+    "bottleneck drop": Case(rows=2, dim=768, dropout=0.1),
+    "wide drop": Case(rows=32, dim=1024, norm=True, padding="padding", dropout=0.1),
+    "widest drop": Case(rows=64, dim=4096, norm=True, padding="lengths", dropout=0.1),
+    "odd drop": Case(rows=21, dim=100, dtype="float16", norm=True, padding="padding", dropout=0.1),
+    "float32 drop": Case(
+        rows=32, dim=768, dtype="float32", norm=True, padding="padding", dropout=0.1
+    ),
+}
+
+
+def launch(case: Case) -> None:
+    """Call the launchers on meta tensors of the shapes of this case."""
+    compute = getattr(torch, case.dtype)
+
+    def empty(*shape, dtype=compute):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, length = 64, 197
+    x, q = (
+        empty(batch, length, case.dim),
+        empty(batch, case.rows, case.dim) if case.per_sample else empty(case.rows, case.dim),
+    )
+    mask = empty(batch, length, dtype=torch.bool) if case.padding == "padding" else None
+    lengths = empty(batch, dtype=torch.int64) if case.padding == "lengths" else None
+    drops = (case.dropout, empty(dtype=torch.int64) if case.dropout else None)
+    z, *stats = kernels.forward(x, q, mask, lengths, 1e-5 if case.norm else None, *drops)
+    dksum = empty(*z.shape[:2], dtype=torch.float32) if case.dropout else None
+    kernels.backward(empty(*z.shape), dksum, x, q, z, *stats, mask, lengths, case.need_dx, *drops)

@@ -1,0 +1,1 @@
+"""The training loop behind ``mmfused train``: from a configuration to a finished run folder."""

@@ -1,0 +1,237 @@
+"""Each case beside the best baseline that passed the gate: the rows of README's picture, and the
+picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..benchmarks import report
+from ..benchmarks.run import OPS
+from .conditions import common_launch, compiled_too, fastest, kind, ours_of
+
+OURS, SLOWER = "#3b6ea5", "#b5503c"  # colours: ours, and ours where it is slower
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of the longest pass, both with one launch; ``best`` is None where no baseline was
+    timed.
+
+    ``faster``: who is faster than ours, the composed path included where the kernels ran; None
+    where nobody is."""
+
+    record: dict
+    launch: str
+    ours: tuple[float, str]
+    best: tuple[float, str] | None
+    faster: tuple[float, str] | None
+
+    @property
+    def speedup(self) -> float | None:
+        return self.best and self.best[0] / self.ours[0]
+
+    @property
+    def key(self) -> str:
+        return f"{kind(self.record)}/{self.record['op']}/{self.record['case']['name']}"
+
+    @property
+    def memory(self) -> tuple[int | None, int | None]:
+        """Bytes of the best baseline and ours: peak above the inputs on a GPU, else what is saved
+        for backward.
+        """
+        return tuple(
+            side and self.record["providers"][side[1]][memory_key(self.record)]
+            for side in (self.best, self.ours)
+        )
+
+
+def memory_key(record: dict) -> str:
+    return "peak_bytes" if kind(record) == "cuda" else "saved_bytes"
+
+
+def compare(record: dict) -> Comparison | None:
+    """None where nothing of ours was timed. Ours are the kernels, in whichever form, and composed
+    where they do not run.
+    """
+    which, own = report.longest_pass(record), ours_of(record["op"])
+    kernels = compiled_too(name for name in own if name != "composed")
+    composed = compiled_too(["composed"])
+    ours = fastest(record, kernels, which) or fastest(record, composed, which)
+    if not ours:
+        return None
+    baselines = fastest(
+        record,
+        [label for label in record["providers"] if label not in (*kernels, *composed)],
+        which,
+    )
+    launch = common_launch(record, ours, baselines, strict=False)
+    if launch is None:
+        launch, baselines = common_launch(record, ours, strict=False), {}
+    best, mine = baselines.get(launch), ours[launch]
+    rivals = [
+        rival for rival in (best, fastest(record, composed, which).get(launch)) if rival is not None
+    ]
+    faster = min((rival for rival in rivals if rival[0] < mine[0]), default=None)
+    return Comparison(record, launch, mine, best, faster)
+
+
+def comparisons(records: list[dict]) -> list[Comparison]:
+    records = sorted(records, key=lambda record: OPS.index(record["op"]))
+    return [found for record in records if (found := compare(record)) is not None]
+
+
+# ---- what the pictures show ----------------------------------------------------------------------
+
+
+def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]]:
+    """By file: a fingerprint of what is drawn, and the function that draws it on a figure."""
+    rows = [row for row in comparisons(records) if row.best is not None]
+    shown = [
+        [
+            row.key,
+            row.record["dtype"],
+            row.launch,
+            row.ours,
+            row.best,
+            row.memory,
+            versions(row.record),
+        ]
+        for row in rows
+    ]
+    found = (
+        {folder / "speedup.png": (fingerprint(shown), lambda figure: speedups(rows, figure))}
+        if rows
+        else {}
+    )
+    for op in dict.fromkeys(record["op"] for record in records):
+        of_op = [record for record in records if record["op"] == op]
+        if not any(
+            stage["flops"]
+            for record in of_op
+            for stages in record["work"].values()
+            for stage in stages
+        ):
+            continue  # all memory traffic: no place on a roofline
+
+        def roofline(figure, op=op, of_op=of_op):
+            figure.set_size_inches(8, 6)
+            report.roofline(op, of_op, figure.add_subplot())
+
+        found[folder / f"{op}-roofline.png"] = fingerprint(of_op), roofline
+    return found
+
+
+def fingerprint(shown: object) -> str:
+    return (
+        "mmfused results "
+        + hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
+    )
+
+
+def is_current(path: Path, mark: str) -> bool:
+    return path.is_file() and mark.encode() in path.read_bytes()
+
+
+def draw(path: Path, mark: str, fill) -> None:
+    """Leaves the picture as it is where it shows the same numbers already."""
+    from matplotlib.figure import Figure
+
+    if not is_current(path, mark):
+        figure = Figure(layout="constrained")
+        fill(figure)
+        options = {"format": "png", "dpi": 110, "metadata": {"Description": mark}}
+        report.write(path, lambda temporary: figure.savefig(temporary, **options))
+
+
+def versions(record: dict) -> str:
+    found = record["environment"]["versions"]
+    shown = ("mmfused", "torch", "triton") if kind(record) == "cuda" else ("mmfused", "torch")
+    return ", ".join(f"{name} {found[name]}" for name in shown if found.get(name))
+
+
+def said_once(values) -> str:
+    return " / ".join(dict.fromkeys(str(value) for value in values))
+
+
+def label(record: dict) -> str:
+    """A case as a row calls it: a shape of the user's own is named by its sizes."""
+    name = record["case"]["name"]
+    return report.sizes(record) if name.startswith("custom-") else f"{name}: {report.sizes(record)}"
+
+
+def speedups(rows: list[Comparison], figure) -> None:
+    """Left the speed-up, a bar from 1; right the memory of both, joined by a line."""
+    figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
+    records = [row.record for row in rows]
+    for place, row in enumerate(rows):
+        color = OURS if row.speedup >= 1 else SLOWER
+        left.barh(place, row.speedup - 1, 0.6, left=1, color=color)
+        text = f"{row.speedup:.2f} x, {row.best[1]}" + (" (graph)" if row.launch == "graph" else "")
+        left.annotate(
+            text,
+            (max(row.speedup, 1), place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            color=color,
+        )
+        sizes = [count and count / 2**20 for count in row.memory]
+        if all(sizes):
+            right.plot(sizes, [place] * 2, color="0.8", linewidth=1.2, zorder=1)
+        for size, face in zip(sizes, ("white", OURS), strict=True):
+            if size:  # none kept: no place on a logarithmic axis
+                right.scatter(size, place, s=26, facecolor=face, edgecolor=OURS, zorder=2)
+    speeds = [row.speedup for row in rows]
+    low, high = min(0.5, 0.8 * min(speeds)), 5 * max(2.0, *speeds)
+    left.set(
+        xscale="log",
+        xlim=(low, high),
+        xlabel=f"times as fast as the best baseline, which is named; {passes(records[0])}",
+    )
+    left.axvline(1, color="black", linewidth=1)
+    new = [
+        not place or records[place - 1]["op"] != record["op"]
+        for place, record in enumerate(records)
+    ]
+    names = [
+        f"{record['op']}\n{label(record)}" if first else label(record)
+        for record, first in zip(records, new, strict=True)
+    ]
+    left.set_yticks(range(len(rows)), names, fontsize=7.5)
+    left.set_ylim(len(rows) - 0.4, -0.9)
+    kept = "peak above the inputs" if kind(records[0]) == "cuda" else "kept for backward"
+    right.set(xscale="log", xlabel=f"MiB {kept}\n(hollow: baseline, filled: ours)")
+    for axes in (left, right):
+        plain_ticks(axes)
+        axes.grid(axis="x", color="0.93")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    title = [
+        said_once(r["environment"]["device"] for r in records),
+        said_once(r["dtype"] for r in records),
+    ]
+    figure.suptitle(f"{', '.join(title)}; {said_once(map(versions, records))}", fontsize=10)
+
+
+def plain_ticks(axes) -> None:
+    """1, 2, 5, 10 ... on a logarithmic axis, or powers of ten where those are many."""
+    low, high = axes.get_xlim()
+    inside = [
+        (step, 10.0**power)
+        for power in range(-4, 9)
+        for step in (1, 2, 5)
+        if low <= step * 10.0**power <= high
+    ]
+    ticks = [step * power for step, power in inside if len(inside) <= 8 or step == 1]
+    axes.set_xticks(ticks, [f"{tick:.15g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def passes(record: dict) -> str:
+    return "forward + backward" if record["backward"] else "forward"

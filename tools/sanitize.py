@@ -1,0 +1,343 @@
+"""Every kernel under compute-sanitizer, at small odd shapes: ``python tools/sanitize.py [OP ...]``,
+on a CUDA GPU.
+
+Each tool sees each op in a process of its own, without torch's caching of memory, which would hide
+what lies beyond a tensor. Only this library's kernels are judged: torch's own read uninitialised
+padding and the like. First comes a kernel that is wrong on purpose ("control"): a tool that does
+not see that sees nothing."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+
+if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from mmfused.benchmarks import report
+from mmfused.benchmarks.sources import ROOT, source_hash
+from mmfused.ops import OPS
+
+CONTROL = "control"
+# memcheck: out of bounds, misaligned. racecheck: hazards in shared memory. synccheck: barriers.
+# initcheck: reads of what nobody wrote; it must see every kernel, torch's too, and is the slowest.
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Parts of names of torch's and the vendor's kernels, which some tools need not look into.
+ELSEWHERE = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
+OPTIONS = {
+    "memcheck": [
+        "--report-api-errors",
+        "no",
+    ],  # torch asks the driver for what it may not have, and handles it
+    "racecheck": ["--kernel-name-exclude", ELSEWHERE],
+    "synccheck": ["--kernel-name-exclude", ELSEWHERE],
+    "initcheck": [],
+}
+PLACES = ("bin", "compute-sanitizer")  # in a CUDA toolkit
+USUAL_CUDA = "/usr/local/cuda"
+ERRORS_FOUND = 86  # exit code of compute-sanitizer when its tool found something
+LIMIT_SECONDS = 240.0
+OUT = "runs/sanitize"
+JOBS = 4  # at a time: most of a run is Python, compilation and instrumentation, not the GPU
+MARK = "launched "
+running: set[subprocess.Popen] = set()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    parser.add_argument(
+        "op", nargs="*", metavar="OP", help=f"some of {', '.join(OPS)} (default: all)"
+    )
+    option(
+        "--tool",
+        action="append",
+        metavar="TOOL",
+        help=f"one of {', '.join(TOOLS)}; may be repeated (default: all)",
+    )
+    option(
+        "--out",
+        default=OUT,
+        metavar="DIR",
+        help=f"folder for sanitize.json and the logs of what is not green (default: {OUT})",
+    )
+    limit = "end a run after this many seconds"
+    option(
+        "--limit-seconds",
+        type=float,
+        default=LIMIT_SECONDS,
+        metavar="S",
+        help=f"{limit} (default: {LIMIT_SECONDS:.0f})",
+    )
+    option("--jobs", type=int, default=JOBS, metavar="N", help=f"runs at a time (default: {JOBS})")
+    option(
+        "--launch",
+        metavar="OP",
+        help="launch the kernels of one op and nothing else: what runs under the tools",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: all green; 1: something is not. Raises ValueError on a request it cannot serve."""
+    for name, asked, known in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
+        for value in asked:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it takes some of {', '.join(known)}.")
+    if args.jobs < 1:
+        raise ValueError(f"jobs is {args.jobs}; it takes at least 1.")
+    sanitizer, folder = find_sanitizer(), Path(args.out)
+    tools, ops = args.tool or TOOLS, args.op or OPS
+    pairs = [(CONTROL, "memcheck")] if "memcheck" in tools else []
+    pairs += [(op, tool) for tool in tools for op in ops]
+    sources = {op: source_of(op) for op, _ in pairs}
+    found, verdicts = read(folder), []
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        waiting = []
+        for op, tool in pairs:
+            before = found.get(f"{op} {tool}", {})
+            if before.get("source") == sources[op] and before["verdict"] == "green":
+                print(f"{op:22} {tool:10} green already", flush=True)
+                verdicts.append("green")
+            else:
+                waiting.append(
+                    pool.submit(sanitize, sanitizer, op, tool, folder, args.limit_seconds)
+                )
+        for done in as_completed(waiting):
+            result = done.result()
+            result["source"] = sources[result["op"]]
+            found[f"{result['op']} {result['tool']}"] = result
+            verdicts.append(result["verdict"])
+            write(found, folder)
+            print(line(result), flush=True)
+    finally:  # nothing goes on where this process is ended
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            end(process)
+    bad = len(verdicts) - verdicts.count("green")
+    print(
+        f"{len(verdicts)} runs, {bad} not green." + (f" Their logs are in {folder}." if bad else "")
+    )
+    return 1 if bad else 0
+
+
+def source_of(op: str) -> str:
+    """Of what is launched: the op's sources, and the file that launches it."""
+    launches = hashlib.sha256(
+        Path(__file__).with_name("sanitize_launches.py").read_bytes()
+    ).hexdigest()[:16]
+    return launches if op == CONTROL else f"{source_hash(op)} {launches}"
+
+
+def line(result: dict) -> str:
+    count = "?" if result["launches"] is None else sum(result["launches"].values())
+    numbers = f"{count:>4} launches {result['errors']:>4} errors {result['warnings']:>4} warnings {result['seconds']:6.1f} s"
+    note = f"  {result['note']}" if result["note"] else ""
+    return f"{result['op']:22} {result['tool']:10} {result['verdict']:8} {numbers}{note}"
+
+
+def find_sanitizer() -> str:
+    homes = [home for home in (os.environ.get("CUDA_HOME"), USUAL_CUDA) if home]
+    found = [shutil.which("compute-sanitizer")]
+    found += [
+        shutil.which("compute-sanitizer", path=str(Path(home) / place))
+        for home in homes
+        for place in PLACES
+    ]
+    program = next(filter(None, found), None)
+    if program is None:
+        raise ValueError(
+            f"compute-sanitizer is neither on PATH nor in CUDA_HOME or {USUAL_CUDA}; it comes with the CUDA toolkit."
+        )
+    return program
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def sanitize(sanitizer: str, op: str, tool: str, folder: Path, limit: float) -> dict:
+    """What ``tool`` says of the launches of ``op``. The log stays if it is not green."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, start = folder / f"sanitize-{op}-{tool}.log", time.monotonic()
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        str(ERRORS_FOUND),
+        "--target-processes",
+        "application-only",
+    ]
+    command += ["--show-backtrace", "no", "--print-limit", "10000", *OPTIONS[tool]]
+    command += [sys.executable, str(Path(__file__).resolve()), "--launch", op]
+    code = run_limited(command, log, limit)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    result = (
+        {"op": op, "tool": tool}
+        | judge(op, text, code, limit)
+        | {"seconds": round(time.monotonic() - start, 1)}
+    )
+    if result["verdict"] == "green":
+        log.unlink()
+    return result
+
+
+def run_limited(command: list[str], log: Path, limit: float) -> int | None:
+    """The exit code, or None where the limit ended it, and all that it had started."""
+    settings = {
+        name: value for name, value in os.environ.items() if not name.startswith("MMFUSED_")
+    }
+    settings["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with open(log, "w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=settings, start_new_session=True
+        )
+        running.add(process)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            end(process)
+            process.wait()
+            return None
+        finally:
+            running.discard(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill it with all that it has started: the program under the tool, and its compilers."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def judge(op: str, text: str, code: int | None, limit: float) -> dict:
+    launched = next(
+        (json.loads(row.removeprefix(MARK)) for row in text.splitlines() if row.startswith(MARK)),
+        None,
+    )
+    records, kernels = reports(text), own_kernels()
+    ours = [record for record in records if kernels & set(re.findall(r"\w+", record))]
+    warnings = [record for record in ours if re.match(r"(warning|info)\b", record, re.IGNORECASE)]
+    errors = [record for record in ours if record not in warnings]
+    facts = {
+        "launches": launched and launched["launches"],
+        "device": launched and launched["device"],
+        "errors": len(errors),
+        "warnings": len(warnings),
+        "elsewhere": len(records) - len(ours),  # of kernels that are not this library's
+        "reports": list(dict.fromkeys([*errors, *warnings]))[:8],
+    }
+    verdict, note = "green", ""
+    if op == CONTROL:
+        if not errors:
+            verdict, note = (
+                "failed",
+                "a kernel that is wrong on purpose was not reported: this tool does not see these kernels",
+            )
+    elif errors:
+        verdict, note = "errors", errors[0].partition("\n")[0]
+    elif code is None:
+        verdict, note = "hung", f"ended after {limit:g} s"
+    elif "SUMMARY:" not in text:
+        verdict, note = "failed", f"compute-sanitizer gave no summary: {last_line(text)}"
+    elif launched is None or code not in (0, ERRORS_FOUND):
+        verdict, note = (
+            "failed",
+            f"the launches did not finish, exit code {code}: {last_line(text)}",
+        )
+    return {"verdict": verdict, "note": note} | facts
+
+
+def reports(text: str) -> list[str]:
+    """The tool's reports, each a title and what is said beneath it, less indented; without banner,
+    summary and its end.
+    """
+    found: list[str] = []
+    for row in text.splitlines():
+        matched = re.match(r"={9}( *)(.*)", row)
+        if matched is None or not matched[2]:
+            continue
+        if len(matched[1]) > 1 and found:
+            found[-1] += f"\n{matched[2]}"
+        elif len(matched[1]) <= 1:
+            found.append(matched[2])
+    banner = re.compile(
+        r"COMPUTE-SANITIZER|(\w+ )?SUMMARY|Target application|No error|Internal Sanitizer Info",
+        re.IGNORECASE,
+    )
+    return [record for record in found if not banner.search(record.partition("\n")[0])]
+
+
+def own_kernels() -> set[str]:
+    """Names of this library's kernels, as Triton and nvcc give them to the device."""
+    folders = {"kernels": "*.py", "csrc": "*.cu", "tools": "sanitize_launches.py"}
+    files = [path for folder, pattern in folders.items() for path in (ROOT / folder).rglob(pattern)]
+    return {
+        name
+        for path in files
+        for name in re.findall(r"\b(\w+_kernel)\(", path.read_text(encoding="utf-8"))
+    }
+
+
+def last_line(text: str) -> str:
+    rows = [row for row in text.splitlines() if row.strip(" =") and not row.startswith(MARK)]
+    return rows[-1].strip(" =") if rows else "nothing was printed"
+
+
+# ---- files, and what runs under the tools --------------------------------------------------------
+
+
+def read(folder: Path) -> dict[str, dict]:
+    try:
+        return json.loads((folder / "sanitize.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def write(found: dict[str, dict], folder: Path) -> None:
+    text = json.dumps(found, indent=1) + "\n"
+    report.write(folder / "sanitize.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def launch(op: str) -> int:
+    import torch
+
+    from mmfused.tools import sanitize_launches
+
+    if op not in sanitize_launches.VARIANTS:
+        raise ValueError(
+            f"launch is {op!r}; it takes one of {', '.join(sanitize_launches.VARIANTS)}."
+        )
+    launches = sanitize_launches.launch(op)
+    device = report.device_name(torch.device(sanitize_launches.DEVICE))
+    print(MARK + json.dumps({"device": device, "launches": launches}), flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/sanitize.py", description="Every kernel under compute-sanitizer."
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return launch(args.launch) if args.launch else run(args)
+    except ValueError as error:
+        print(f"tools/sanitize.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as any other end: so that what runs is ended too
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What each op must reach, and whether it did: ``python tools/targets.py`` judges the results files
+and prints a table.
+
+Whose time counts, and in which launch, is said in conditions.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from mmfused.benchmarks import report
+from mmfused.benchmarks.run import RESULTS
+from mmfused.tools.conditions import (
+    SIGNS,
+    Bench,
+    Condition,
+    Failed,
+    NotMeasured,
+    faster_than,
+    faster_than_case,
+    folders,
+    kind,
+    launches,
+    memory,
+    of_floor,
+    read,
+    share_of_floor,
+    waits_for_nobody,
+)
+
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # what targets are judged in
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    case: str
+    conditions: tuple[Condition, ...]
+    device: str = "cuda"
+    ours: str = "fused"
+
+
+def pooling_rows() -> list[Row]:
+    near = of_floor("forward", 1.6), of_floor("backward", 1.6)
+    mha, projected = "nn.MultiheadAttention", "projected KV + SDPA"
+
+    def row(case, *conditions, **options):
+        return Row("query_pooling", case, conditions, **options)
+
+    absorbed = faster_than("composed", at_least=1.3, form="both")
+    return [
+        row("fluid", *near, faster_than(projected, at_least=5, form="both"), absorbed),
+        row("fluid-n512", *near, faster_than(projected, at_least=6)),
+        row("fluid-h8-b128", faster_than(mha, at_least=1.8, form="both")),
+        row("fluid-h8-b1024", faster_than(mha, at_least=1.8, form="both")),
+        row("siglip-head", *near, faster_than("timm AttentionPoolLatent", at_least=6, form="both")),
+        row("bottleneck", faster_than(projected, at_least=4)),
+        row(
+            "custom-B32-N197-D768-L32-H1",
+            faster_than(mha, at_least=5),
+            device="cpu",
+            ours="composed",
+        ),
+    ]
+
+
+def attention_rows() -> list[Row]:
+    def row(case, *conditions):
+        return Row("gated_cross_attention", case, conditions)
+
+    def sdpa(at_least, **options):
+        return faster_than("SDPA", at_least=at_least, form="both", **options)
+
+    whole = sdpa(1.8, ours="fused, one block kernel")
+    return [
+        row("uniecs", sdpa(1.5), whole, launches("forward", 5, beside=1)),  # the cat of both sides
+        row("uniecs-missing", sdpa(3)),
+        row("wide", sdpa(1.25)),
+    ]
+
+
+def mixture_rows() -> list[Row]:
+    from_logits = (
+        launches("forward", 3, beside=1),  # the cat that makes one tensor of the results
+        launches("backward", 1),
+        waits_for_nobody(),
+        faster_than("eager", at_least=5, which="forward", form="eager"),
+        faster_than("eager", at_least=2, which="forward", form="compiled"),
+    )
+    pattern = faster_than("grouped_mm pattern", at_least=1.5, form="both")
+    head = of_floor("forward", 1.8), of_floor("backward", 1.8), pattern
+    large = (
+        share_of_floor("forward", 0.65),
+        share_of_floor("backward", 0.65),
+        faster_than("Liger fused_moe", at_least=1),
+    )
+    return [
+        Row("topk_routing", "logits-16384", from_logits),
+        Row("topk_routing", "x-32768-e128", (of_floor("forward", 2),)),
+        Row("grouped_mlp", "fluid-256", head),
+        Row("grouped_mlp", "fluid-512", head),
+        Row("grouped_mlp", "swiglu-e4", large),
+        Row("grouped_mlp", "swiglu-e128", large),
+    ]
+
+
+def contrastive_rows() -> list[Row]:
+    def row(case, *conditions):
+        return Row("masked_info_nce", case, conditions)
+
+    mamcl = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
+    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # a byte for each pair
+    return [
+        row("clip-65536", share_of_floor("both", 0.7), memory("peak", "<=", 1)),
+        row("clip-65536-k4", faster_than_case("clip-65536", 3)),
+        row("unite-4096-d1536", mamcl, no_matrix),
+        row("unite-4096-d3584", mamcl, no_matrix),
+        row("clip-262144", memory("peak", "<", 4)),
+    ]
+
+
+def model_rows() -> list[Row]:
+    torch_modules = faster_than("*", at_least=1.5, which="step", form="both")
+    return [Row("models", case, (torch_modules,)) for case in ("fluid", "uniecs", "unite")]
+
+
+ROWS = pooling_rows() + attention_rows() + mixture_rows() + contrastive_rows() + model_rows()
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``met``: None where it is not measured; ``file``: under the results, None where there is
+    none.
+    """
+
+    row: Row
+    condition: Condition
+    measured: str
+    met: bool | None
+    file: str | None
+
+
+def judge(records: list[dict]) -> list[Verdict]:
+    """A verdict for each condition of each row, from the records of one card (and of CPUs)."""
+    found = []
+    for row in ROWS:
+        of_op = [
+            r
+            for r in records
+            if (r["op"], kind(r), r["dtype"]) == (row.op, row.device, DTYPES[row.device])
+        ]
+        record = next((record for record in of_op if record["case"]["name"] == row.case), None)
+        found += [verdict(row, condition, record, of_op) for condition in row.conditions]
+    return found
+
+
+def verdict(row: Row, condition: Condition, record: dict | None, of_op: list[dict]) -> Verdict:
+    if record is None:
+        return Verdict(row, condition, "not measured", None, None)
+    try:
+        value, remark = condition.measure(Bench(record, row.ours, of_op))
+    except NotMeasured as why:
+        return Verdict(row, condition, f"not measured: {why}", None, record["file"])
+    except Failed as why:
+        return Verdict(row, condition, f"failed the accuracy gate: {why}", False, record["file"])
+    met = SIGNS[condition.sign](value, condition.bound)
+    return Verdict(row, condition, condition.shown(value, remark), met, record["file"])
+
+
+def count(verdicts: list[Verdict]) -> str:
+    met = [verdict.met for verdict in verdicts]
+    return f"{met.count(True)} of {len(met)} targets met, {met.count(False)} missed, {met.count(None)} not measured"
+
+
+def markdown(verdicts: list[Verdict]) -> str:
+    words = {True: "yes", False: "**no**", None: "-"}
+    lines = [
+        [
+            v.row.op,
+            v.row.case,
+            v.condition.what,
+            v.condition.wanted,
+            v.measured,
+            words[v.met],
+            v.file or "-",
+        ]
+        for v in verdicts
+    ]
+    return report.markdown(["op", "case", "condition", "wanted", "measured", "met", "file"], lines)
+
+
+def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
+    """(name of the card, its records and those of CPUs) for each card; (None, those of CPUs) where
+    there is none.
+    """
+    each = [read(folder) for folder in folders(results)]
+    on_cpu = [record for records in each for record in records if kind(record) == "cpu"]
+    cards = [[record for record in records if kind(record) == "cuda"] for records in each]
+    found = [
+        (records[0]["environment"]["device"], records + on_cpu) for records in cards if records
+    ]
+    return found or [(None, on_cpu)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/targets.py", description="Judge the results files against the targets."
+    )
+    where = "benchmarks/results, a folder for each device"
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help=f"folder of results (default: {where})",
+    )
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        print(
+            f"tools/targets.py: error: results is {str(args.results)!r}; it takes a folder that exists.",
+            file=sys.stderr,
+        )
+        return 2
+    for card, records in by_card(args.results):
+        verdicts = judge(records)
+        print(f"{card or 'No GPU has been timed'}: {count(verdicts)}.\n\n{markdown(verdicts)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
