@@ -269,7 +269,7 @@ def finish(name: str, op, records: list[dict], folder: Path) -> None:
 
 def load_op(name: str):
     if name not in OPS:
-        raise ValueError(f"op is {name!r}; it takes one of {', '.join(OPS)}.")
+        raise ValueError(f"op: got {name!r}, expected one of {', '.join(OPS)}")
     return importlib.import_module(f"mmfused.benchmarks.{name}")
 
 
@@ -278,10 +278,10 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     dtype = args.dtype or ("bf16" if on_cuda else "fp32")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     repeats = (3 if args.quick else 31 if on_cuda else 21) if args.repeats is None else args.repeats
     if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it takes at least 1.")
+        raise ValueError(f"repeats: got {repeats}, expected at least 1")
     limit = BUDGET_SECONDS if args.budget_seconds is None and on_cuda else args.budget_seconds
     compiled = on_cuda if args.compile is None else args.compile
     return Settings(
@@ -314,14 +314,14 @@ def sliced(cases: list, part: str | None) -> list:
         return cases
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"slice is {part!r}; it takes I/N with 1 <= I <= N, such as 1/3.")
+        raise ValueError(f"slice: got {part!r}, expected I/N with 1 <= I <= N, such as 1/3")
     return cases[int(index) - 1 :: int(count)]
 
 
 def parse_shape(text: str) -> dict[str, int]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(size.isdigit() for _, _, size in pairs):
-        raise ValueError(f"shape is {text!r}; it takes sizes such as B=8,N=197.")
+        raise ValueError(f"shape: got {text!r}, expected sizes such as B=8,N=197")
     return {name.strip(): int(size) for name, _, size in pairs}
 
 

@@ -103,7 +103,7 @@ def read(
     ``name``, with its module, is for errors. Raises ``TypeError`` where the child is None, and
     where its parameters are shards that no call of it gathers."""
     if child is None:
-        raise TypeError(f"{name} is None; it takes a module.")
+        raise TypeError(f"{name}: got None, expected a module")
     why = why_called(child, kind)
     if why is None:
         return weights_of(child)

@@ -34,7 +34,7 @@ def parse_object(text: str, path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, takes an object")
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
     return value
 
 

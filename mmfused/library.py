@@ -30,7 +30,7 @@ INTERPRETED = (
 # Values are asserted on CUDA and in compiled graphs too: for debugging.
 CHECK_ON_DEVICE = {"": False, "0": False, "1": True}.get(os.environ.get("MMFUSED_CHECK", ""))
 if CHECK_ON_DEVICE is None:
-    raise ValueError(f"MMFUSED_CHECK is {os.environ['MMFUSED_CHECK']!r}; it takes 1, or 0.")
+    raise ValueError(f"MMFUSED_CHECK: got {os.environ['MMFUSED_CHECK']!r}, expected 1, or 0")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
@@ -261,10 +261,10 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it takes a torch.Tensor.")
+            raise TypeError(f"{op}: {name}: got a {type(tensor).__name__}, expected a torch.Tensor")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
-                f"{op}: {name} is a DTensor; it takes a local tensor: let FSDP gather the module's parameters, or call to_local()."
+                f"{op}: {name}: got a DTensor, expected a local tensor: let FSDP gather the module's parameters, or call to_local()"
             )
         if first is None:
             first = (name, tensor.device)
@@ -278,7 +278,7 @@ def check_numbers(op: str, **numbers: float | None) -> None:
     """Refuse a tensor, whose gradient would be lost, and all else that is no number."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int | float):
-            raise TypeError(f"{op}: {name} is a {type(number).__name__}; it takes a number.")
+            raise TypeError(f"{op}: {name}: got a {type(number).__name__}, expected a number")
 
 
 def check_fractions(op: str, **fractions: float) -> None:
@@ -286,7 +286,7 @@ def check_fractions(op: str, **fractions: float) -> None:
     check_numbers(op, **fractions)
     for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
-            raise ValueError(f"{op}: {name} is {fraction}; it takes a number from 0 to below 1.")
+            raise ValueError(f"{op}: {name}: got {fraction}, expected a number from 0 to below 1")
 
 
 def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:

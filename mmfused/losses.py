@@ -31,7 +31,7 @@ def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
     query, positive = _floats("positive_similarity", query=query, positive=positive)
     if query.shape[0] != positive.shape[0]:
         raise ValueError(
-            f"positive_similarity: positive has {positive.shape[0]} rows; it takes {query.shape[0]}, as query has."
+            f"positive_similarity: positive: got {positive.shape[0]} rows, expected {query.shape[0]}, as query has"
         )
     return (1 - F.cosine_similarity(query, positive, dim=-1)).mean()
 
@@ -56,7 +56,7 @@ def hard_negative_margin(
     _check_scalars("hard_negative_margin", query, margin=margin)
     if not 0 <= fraction <= 1:
         raise ValueError(
-            f"hard_negative_margin: fraction is {fraction}; it takes a number from 0 to 1."
+            f"hard_negative_margin: fraction: got {fraction}, expected a number from 0 to 1"
         )
     hardest = min(int(fraction * candidate.shape[0]), candidate.shape[0] - 1)
     if hardest == 0:
@@ -90,7 +90,7 @@ def product_hinge(
     query, candidate = _floats("product_hinge", query=query, candidate=candidate)
     if query.shape[0] != candidate.shape[0]:
         raise ValueError(
-            f"product_hinge: candidate has {candidate.shape[0]} rows; it takes {query.shape[0]}, as query has."
+            f"product_hinge: candidate: got {candidate.shape[0]} rows, expected {query.shape[0]}, as query has"
         )
     check_tensors("product_hinge", query=query, positive=positive)
     _check_scalars("product_hinge", query, scale=scale, margin=margin)
@@ -98,7 +98,7 @@ def product_hinge(
         positive.shape != query.shape[:1] or not positive.is_floating_point()
     ):
         raise ValueError(
-            f"product_hinge: positive has shape {tuple(positive.shape)} and dtype {positive.dtype}; it takes floats "
+            f"product_hinge: positive: got shape {tuple(positive.shape)} and dtype {positive.dtype}, expected floats "
             f"({query.shape[0]},)."
         )
     if positive is None:
@@ -128,7 +128,7 @@ def product_consistency(
     each row the ``top`` largest of the product's S (fewer if B is smaller): mean over them, the
     rows and the three pairs of matrices of ``max(0, (S_a - S_b)^2 - tolerance)``."""
     if top < 1:
-        raise ValueError(f"product_consistency: top is {top}; it takes at least 1.")
+        raise ValueError(f"product_consistency: top: got {top}, expected at least 1")
     named = {"product": product, "image": image, "text": text}
     pairs = [
         _floats("product_consistency", **{f"{name}[{i}]": x for i, x in enumerate(pair)})
@@ -137,7 +137,7 @@ def product_consistency(
     for name, (query, candidate) in zip(named, pairs, strict=True):
         if query.shape != pairs[0][0].shape or candidate.shape != pairs[0][0].shape:
             raise ValueError(
-                f"product_consistency: {name} has shapes {tuple(query.shape)} and {tuple(candidate.shape)}; it takes two of "
+                f"product_consistency: {name}: got shapes {tuple(query.shape)} and {tuple(candidate.shape)}, expected two of "
                 f"{tuple(pairs[0][0].shape)}, as product has."
             )
     _check_scalars("product_consistency", pairs[0][0], scale=scale, tolerance=tolerance)
@@ -194,12 +194,12 @@ def expert_shares(routing: Routing, samples: int) -> Tensor:
     are not masked, 0 where all are."""
     if not isinstance(routing, Routing):
         raise TypeError(
-            f"expert_shares: routing is a {type(routing).__name__}; it takes a Routing."
+            f"expert_shares: routing: got a {type(routing).__name__}, expected a Routing"
         )
     tokens, experts = routing.indices.shape[0], routing.offsets.shape[0] - 1
     if samples < 1 or tokens % samples:
         raise ValueError(
-            f"expert_shares: samples is {samples}; it takes a divisor of the routing's {tokens} tokens."
+            f"expert_shares: samples: got {samples}, expected a divisor of the routing's {tokens} tokens"
         )
     dense = routing.weights.new_zeros(tokens, experts).scatter_add(
         1, routing.indices, routing.weights
@@ -237,21 +237,21 @@ def dual_alignment(
     for name, tensor in (("alignment", alignment), ("shares", shares)):
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it takes a matrix of floats."
+                f"{op}: {name}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a matrix of floats"
             )
     if shares.shape[1] != alignment.shape[0]:
         raise ValueError(
-            f"{op}: shares has shape {tuple(shares.shape)}; it takes (B, {alignment.shape[0]}), as alignment has rows."
+            f"{op}: shares: got shape {tuple(shares.shape)}, expected (B, {alignment.shape[0]}), as alignment has rows"
         )
     if members is not None and (
         members.dtype != torch.bool or members.shape != (shares.shape[0], alignment.shape[1])
     ):
         raise ValueError(
-            f"{op}: members has shape {tuple(members.shape)} and dtype {members.dtype}; it takes bool "
+            f"{op}: members: got shape {tuple(members.shape)} and dtype {members.dtype}, expected bool "
             f"{(shares.shape[0], alignment.shape[1])}."
         )
     if normalise is not None and not normalise > 0:
-        raise ValueError(f"{op}: normalise is {normalise}; it takes a positive sum, or None.")
+        raise ValueError(f"{op}: normalise: got {normalise}, expected a positive sum, or None")
     dtype = reduce(torch.promote_types, (alignment.dtype, shares.dtype), torch.float32)
     shares = shares.detach() if detach_routing else shares
     with no_autocast(alignment.device.type):
@@ -275,12 +275,12 @@ def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it takes floats (rows, dim)."
+                f"{op}: {name}: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected floats (rows, dim)"
             )
     for name, tensor in others:
         if tensor.shape[1] != first.shape[1] or tensor.shape[0] < first.shape[0]:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; it takes at least {first.shape[0]} rows of {first.shape[1]}, "
+                f"{op}: {name}: got shape {tuple(tensor.shape)}, expected at least {first.shape[0]} rows of {first.shape[1]}, "
                 f"as {first_name} has."
             )
     dtype = reduce(
@@ -295,11 +295,11 @@ def _check_scalars(op: str, query: Tensor, **scalars: float | Tensor) -> None:
             check_tensors(op, query=query, **{name: value})
             if value.numel() != 1 or not value.is_floating_point():
                 raise ValueError(
-                    f"{op}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; it takes one floating element."
+                    f"{op}: {name}: got shape {tuple(value.shape)} and dtype {value.dtype}, expected one floating element"
                 )
         elif not isinstance(value, int | float):
             raise TypeError(
-                f"{op}: {name} is {value!r}; it takes a number, or a tensor of one element."
+                f"{op}: {name}: got {value!r}, expected a number, or a tensor of one element"
             )
 
 

@@ -55,7 +55,7 @@ class Switch:
     def checked(self, name: str, source: str | None = None) -> str:
         if name not in self.names:
             takes = ", ".join(self.names)
-            raise ValueError(f"{source or self.what} is {name!r}; it takes one of {takes}.")
+            raise ValueError(f"{source or self.what}: got {name!r}, expected one of {takes}")
         return name
 
     def set(self, name: str) -> None:

@@ -23,7 +23,7 @@ SIZES = dict(
     router_aux_loss_coef=0.5,
     max_position_embeddings=64,
     pad_token_id=0,
-    experts_implementation="eager",  # grouped_mm, transformers' own choice, takes no float64
+    experts_implementation="eager",  # grouped_mm, transformers' own choice, expected no float64
 )
 
 

@@ -5,7 +5,7 @@ fuse.
 import pytest
 from torch import nn
 
-import mmfused.fuse.losses
+from mmfused.fuse import losses
 
 B, D = 61, 24
 
@@ -57,7 +57,7 @@ def edited(loss, **attributes):
 
 @pytest.fixture
 def swept(monkeypatch):
-    module, calls = mmfused.fuse.losses, []
+    module, calls = losses, []
     real = module.scaled_info_nce
     monkeypatch.setattr(
         module, "scaled_info_nce", lambda *a, **k: (calls.append(k), real(*a, **k))[1]

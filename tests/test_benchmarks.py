@@ -233,7 +233,7 @@ def test_work_counts_the_formulas():
     assert floors["both"] == floors["forward"] + floors["backward"]
 
 
-NO_SUCH_OP = f"op is 'no_such_op'; it takes one of {', '.join(run.OPS)}."
+NO_SUCH_OP = f"op: got 'no_such_op', expected one of {', '.join(run.OPS)}"
 REFUSED = [
     (("no_such_op",), NO_SUCH_OP),
     (
@@ -241,15 +241,18 @@ REFUSED = [
         "case is 'nope'; query_pooling on cpu takes one of fluid, ",
     ),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
-    (("query_pooling", "--shape", "B=two"), "shape is 'B=two'; it takes sizes such as B=8,N=197."),
+    (
+        ("query_pooling", "--shape", "B=two"),
+        "shape: got 'B=two', expected sizes such as B=8,N=197.",
+    ),
     (("query_pooling", "--shape", "D=10,H=3"), "H must divide D"),
     (("query_pooling", "--shape", "B=2", "--slice", "1/2"), "shape is given with case or slice"),
     (
         ("query_pooling", "--slice", "4/3"),
-        "slice is '4/3'; it takes I/N with 1 <= I <= N, such as 1/3.",
+        "slice: got '4/3', expected I/N with 1 <= I <= N, such as 1/3",
     ),
-    (("query_pooling", "--dtype", "int8"), "dtype is 'int8'; it takes one of bf16, fp16, fp32."),
-    (("query_pooling", "--repeats", "0"), "repeats is 0; it takes at least 1."),
+    (("query_pooling", "--dtype", "int8"), "dtype: got 'int8', expected one of bf16, fp16, fp32."),
+    (("query_pooling", "--repeats", "0"), "repeats: got 0, expected at least 1."),
 ]
 
 

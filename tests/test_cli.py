@@ -409,7 +409,7 @@ def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
     assert "nowhere holds no finished run" in error_of_eval(
         capsys, "--checkpoint", nowhere, "--data", val
     )
-    assert f"data: got '{nowhere}', takes a folder with" in error_of_eval(
+    assert f"data: got '{nowhere}', expected a folder with" in error_of_eval(
         capsys, "--checkpoint", run, "--data", nowhere
     )
     assert "batch_size: got 0" in error_of_eval(capsys, *good, "--batch-size", "0")

@@ -37,11 +37,11 @@ def outside(tmp_path):
 IMAGE = [
     (
         {"checkpoint_path": "{pickle}"},
-        "image: got a field 'checkpoint_path', takes img_size, patch_size",
+        "image: got a field 'checkpoint_path', expected img_size, patch_size",
     ),
     (
         {"name": "vit_tiny_patch16_224", "checkpoint_path": "{pickle}"},
-        "image: got a field 'checkpoint_path', takes name",
+        "image: got a field 'checkpoint_path', expected name",
     ),
     ({"pretrained": True}, "image: got a field 'pretrained'"),
     ({"pretrained_cfg": {"file": "{pickle}"}}, "image: got a field 'pretrained_cfg'"),
@@ -55,7 +55,7 @@ IMAGE = [
     ({"block_fn": "os.system"}, "image: got a field 'block_fn'"),
     (
         {"name": "hf-hub:some/model"},
-        "image.name: got 'hf-hub:some/model', takes the name of a model that timm has",
+        "image.name: got 'hf-hub:some/model', expected the name of a model that timm has",
     ),
     ({"name": "local-dir:{folder}"}, "image.name: got 'local-dir:"),
     ({"name": "../outside"}, "image.name: got '../outside'"),
@@ -65,20 +65,20 @@ IMAGE = [
         "image.name: got 'resnet18', a ResNet|image: takes arguments of timm's resnet18",
     ),
     ({"norm_layer": "os.system"}, "image: takes arguments that make a VisionTransformer: "),
-    ({"norm_layer": {"x": 1}}, "image.norm_layer: got {'x': 1}, takes a string or None"),
-    ({"depth": "12"}, "image.depth: got '12', takes an integer from 1 to 1000"),
+    ({"norm_layer": {"x": 1}}, "image.norm_layer: got {'x': 1}, expected a string or None"),
+    ({"depth": "12"}, "image.depth: got '12', expected an integer from 1 to 1000"),
     ({"depth": True}, "image.depth: got True"),
     ({"depth": 10**9}, "image.depth: got 1000000000"),
     ({"num_heads": None}, "image.num_heads: got None"),
     ({"num_heads": 7}, "image: takes arguments that make a VisionTransformer"),
     (
         {"img_size": 10**6},
-        "image.img_size: got 1000000, takes an integer from 1 to 4096 or 2 integers",
+        "image.img_size: got 1000000, expected an integer from 1 to 4096 or 2 integers",
     ),
-    ({"mlp_ratio": math.nan}, "image.mlp_ratio: got nan, takes a finite number"),
+    ({"mlp_ratio": math.nan}, "image.mlp_ratio: got nan, expected a finite number"),
 ]
 TEXT = [
-    (NOWHERE, "text: got a field 'auto_map', takes model_type"),
+    (NOWHERE, "text: got a field 'auto_map', expected model_type"),
     (
         {"attn_implementation": "kernels-community/flash-attn"},
         "text: got a field 'attn_implementation'",
@@ -97,11 +97,11 @@ TEXT = [
     ({"fusion_config": {}}, "text: got a field 'fusion_config'"),
     ({"hidden_size": 3}, "text: got a field 'hidden_size'"),
     ({"line\nbreak": 3}, "text: got a field 'line"),
-    ({"model_type": "mine"}, "text.model_type: got 'mine', takes one of albert, bert"),
+    ({"model_type": "mine"}, "text.model_type: got 'mine', expected one of albert, bert"),
     ({"model_type": ["bert"]}, r"text.model_type: got \['bert'\]"),
     (
         {"vocab_size": 10**12},
-        "text.vocab_size: got 1000000000000, takes an integer from 1 to 100000000",
+        "text.vocab_size: got 1000000000000, expected an integer from 1 to 100000000",
     ),
     ({"num_attention_heads": 0}, "text.num_attention_heads: got 0"),
     ({"num_hidden_layers": None}, "text.num_hidden_layers: got None"),
@@ -132,8 +132,8 @@ HOSTED = [
     ),
     ({"host": {"text_config": {"rope_parameters": [1]}}}, "host.text_config.rope_parameters: got"),
     ({"host": {"vision_config": {"patch_size": [8, 8]}}}, "host.vision_config.patch_size: got"),
-    ({"host": {"text_config": None}}, "host.text_config: got None, takes an object"),
-    ({"host": []}, r"host: got \[\], takes an object"),
+    ({"host": {"text_config": None}}, "host.text_config: got None, expected an object"),
+    ({"host": []}, r"host: got \[\], expected an object"),
     ({"host": {"model_type": "llava"}}, "host.model_type: got 'llava'"),
     ({"host": {"model_type": "qwen2_vl"}}, "host.text_config: got None"),
     (
@@ -143,14 +143,14 @@ HOSTED = [
     ({"tokens": {"more": 1}}, "tokens: got a field 'more'"),
     ({"tokens": {"pad": 1}}, "tokens: got no vision_start, vision_end, image, end, drop, prompts"),
     ({"tokens": 3}, "tokens: got 3"),
-    ({"image_size": 4096, "patch_size": 2}, "image_size: got 4096, takes at most 65536 tokens"),
+    ({"image_size": 4096, "patch_size": 2}, "image_size: got 4096, expected at most 65536 tokens"),
     ({"image_size": "64"}, "image_size: got '64'"),
 ]
 FLUID = [
-    ({"num_classes": 2.0}, "num_classes: got 2.0, takes an integer"),
+    ({"num_classes": 2.0}, "num_classes: got 2.0, expected an integer"),
     (
         {"num_classes": 2_000_000_000},
-        "num_classes: got 2000000000, takes an integer from 1 to 1000000",
+        "num_classes: got 2000000000, expected an integer from 1 to 1000000",
     ),
     ({"dim": "128"}, "dim: got '128'"),
     ({"num_experts": 10**9}, "num_experts: got 1000000000"),
@@ -158,13 +158,13 @@ FLUID = [
     ({"temperature": math.inf}, "temperature: got inf"),
     ({"dropout": 10**400}, "dropout: got"),
     ({"pixel_std": [0.2, 0.0, 0.2]}, "pixel_std: got"),
-    ({"pixel_mean": "abc"}, "pixel_mean: got 'abc', takes 3 finite numbers"),
-    ({"text_mask": 1}, "text_mask: got 1, takes True or False"),
+    ({"pixel_mean": "abc"}, "pixel_mean: got 'abc', expected 3 finite numbers"),
+    ({"text_mask": 1}, "text_mask: got 1, expected True or False"),
     ({"image": "vit"}, "image: got 'vit'"),
     ({"text": [1]}, r"text: got \[1\]"),
     ({"image_stem": ["conv"]}, "image_stem: got"),
-    ({"image_size": "56"}, "image_size: got '56', takes an integer from 1 to 4096 or None"),
-    ({"dpeth": 1}, "FLUIDConfig: got a field 'dpeth', takes num_classes"),
+    ({"image_size": "56"}, "image_size: got '56', expected an integer from 1 to 4096 or None"),
+    ({"dpeth": 1}, "FLUIDConfig: got a field 'dpeth', expected num_classes"),
 ]
 HOSTILE = [
     *(("fluid", {"image": options, "image_stem": "patch"}, match) for options, match in IMAGE),

@@ -158,7 +158,7 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
 @pytest.mark.parametrize(
     "args, sentence",
     [
-        (["--arch", "90"], "--arch is '90'; it takes one of sm_80"),
+        (["--arch", "90"], "--arch: got '90', expected one of sm_80"),
         (["--case", "none"], "it takes some of fluid"),
     ],
 )

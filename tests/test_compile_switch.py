@@ -93,7 +93,7 @@ try:
     compiled(wrong)(ONE)
     raise AssertionError("it did not raise")
 except ValueError as error:
-    assert "backend name is 'fast'; it takes one of" in str(error)
+    assert "backend name: got 'fast', expected one of" in str(error)
 """
 
 AROUND = """

@@ -457,62 +457,62 @@ def test_a_margin_may_be_learned(name):
 
 x, y = torch.randn(4, 3), torch.randn(4, 3)
 BAD_LOSSES = {
-    "positive_similarity: positive has 5 rows; it takes 4, as query has.": lambda: (
+    "positive_similarity: positive: got 5 rows, expected 4, as query has.": lambda: (
         positive_similarity(x, torch.randn(5, 3))
     ),
-    "query is a list; it takes a torch.Tensor": lambda: positive_similarity([1.0], x),
-    "query has shape (4,) and dtype torch.float32; it takes floats (rows, dim)": lambda: (
+    "query: got a list, expected a torch.Tensor": lambda: positive_similarity([1.0], x),
+    "query: got shape (4,) and dtype torch.float32, expected floats (rows, dim)": lambda: (
         positive_similarity(x[:, 0], x)
     ),
-    "candidate has shape (4, 3) and dtype torch.int64; it takes floats": lambda: (
+    "candidate: got shape (4, 3) and dtype torch.int64, expected floats": lambda: (
         sigmoid_contrastive(x, x.long())
     ),
     "candidate has shape (0, 3)": lambda: sigmoid_contrastive(x, x[:0]),
-    "candidate has shape (3, 3); it takes at least 4 rows of 3, as query has": lambda: (
+    "candidate: got shape (3, 3), expected at least 4 rows of 3, as query has": lambda: (
         sigmoid_contrastive(x, y[:3])
     ),
-    "candidate has shape (4, 2); it takes at least 4 rows of 3": lambda: hard_negative_margin(
+    "candidate: got shape (4, 2), expected at least 4 rows of 3": lambda: hard_negative_margin(
         x, y[:, :2]
     ),
     "candidate is on meta but query is on cpu": lambda: product_hinge(x, y.to("meta")),
-    "hard_negative_margin: temperature is 0; it takes a number above 0": lambda: (
+    "hard_negative_margin: temperature: got 0, expected a number above 0": lambda: (
         hard_negative_margin(x, y, temperature=0)
     ),
-    "sigmoid_contrastive: temperature is None; it takes a number above 0": lambda: (
+    "sigmoid_contrastive: temperature: got None, expected a number above 0": lambda: (
         sigmoid_contrastive(x, y, temperature=None)
     ),
-    "fraction is 1.5; it takes a number from 0 to 1": lambda: hard_negative_margin(
+    "fraction: got 1.5, expected a number from 0 to 1": lambda: hard_negative_margin(
         x, y, fraction=1.5
     ),
-    "fraction is nan; it takes a number from 0 to 1": lambda: hard_negative_margin(
+    "fraction: got nan, expected a number from 0 to 1": lambda: hard_negative_margin(
         x, y, fraction=math.nan
     ),
-    "hard_negative_margin: margin is None; it takes a number, or a tensor of one element": lambda: (
+    "hard_negative_margin: margin: got None, expected a number, or a tensor of one element": lambda: (
         hard_negative_margin(x, y, margin=None)
     ),
-    "product_hinge: margin has shape (2,) and dtype torch.float32; it takes one floating element": lambda: (
+    "product_hinge: margin: got shape (2,) and dtype torch.float32, expected one floating element": lambda: (
         product_hinge(x, y, margin=torch.ones(2))
     ),
-    "product_hinge: scale has shape () and dtype torch.int64; it takes one floating element": lambda: (
+    "product_hinge: scale: got shape () and dtype torch.int64, expected one floating element": lambda: (
         product_hinge(x, y, scale=torch.tensor(1))
     ),
-    "product_consistency: tolerance is '0.1'; it takes a number": lambda: product_consistency(
+    "product_consistency: tolerance: got '0.1', expected a number": lambda: product_consistency(
         (x, y), (x, y), (x, y), tolerance="0.1"
     ),
-    "product_hinge: candidate has 5 rows; it takes 4, as query has": lambda: product_hinge(
+    "product_hinge: candidate: got 5 rows, expected 4, as query has": lambda: product_hinge(
         x, torch.randn(5, 3)
     ),
-    "positive has shape (3,) and dtype torch.float32; it takes floats (4,)": lambda: product_hinge(
+    "positive: got shape (3,) and dtype torch.float32, expected floats (4,)": lambda: product_hinge(
         x, y, positive=x[:3, 0]
     ),
-    "positive has shape (4,) and dtype torch.int64; it takes floats (4,)": lambda: product_hinge(
+    "positive: got shape (4,) and dtype torch.int64, expected floats (4,)": lambda: product_hinge(
         x, y, positive=torch.arange(4)
     ),
     "text[1] has shape (4,) and dtype torch.float32; it takes floats": lambda: product_consistency(
         (x, y), (x, y), (x, y[:, 0])
     ),
-    "top is 0; it takes at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),
-    "text has shapes (3, 3) and (3, 3); it takes two of (4, 3), as product": lambda: (
+    "top: got 0, expected at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),
+    "text: got shapes (3, 3) and (3, 3), expected two of (4, 3), as product": lambda: (
         product_consistency((x, y), (x, y), (x[1:], y[1:]))
     ),
 }

@@ -467,7 +467,7 @@ def test_the_router_is_chosen_by_name():
         with library.router("triton"):
             assert library.current_router() == "triton"
         assert library.current_router() == "cuda"
-    with pytest.raises(ValueError, match="router name is 'metal'; it takes one of triton, cuda."):
+    with pytest.raises(ValueError, match="router name: got 'metal', expected one of triton, cuda."):
         library.router("metal")
     command = [sys.executable, "-c", "import mmfused"]
     done = subprocess.run(
@@ -479,7 +479,7 @@ def test_the_router_is_chosen_by_name():
     )
     assert (
         done.stderr.splitlines()[-1]
-        == "ValueError: MMFUSED_ROUTER is 'metal'; it takes one of triton, cuda."
+        == "ValueError: MMFUSED_ROUTER: got 'metal', expected one of triton, cuda"
     )
 
 

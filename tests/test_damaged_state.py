@@ -59,19 +59,19 @@ def other_optimizer(tensors):
 DAMAGE = {
     "step is a text": (
         lambda s: change(s / "state.json", step="7"),
-        "step is of type str, takes int",
+        "step is of type str, expected int",
     ),
     "step is a fraction": (
         lambda s: change(s / "state.json", step=1e9),
-        "step is of type float, takes int",
+        "step is of type float, expected int",
     ),
     "step is true": (
         lambda s: change(s / "state.json", step=True),
-        "step is of type bool, takes int",
+        "step is of type bool, expected int",
     ),
     "step is beyond the last": (
         lambda s: change(s / "state.json", step=10**9),
-        "of step 1000000000, takes at most 9",
+        "of step 1000000000, expected at most 9",
     ),
     "step is negative": (lambda s: change(s / "state.json", step=-1), "out of range"),
     "step is immense": (lambda s: change(s / "state.json", step=10**30), "out of range"),
@@ -81,14 +81,14 @@ DAMAGE = {
     ),
     "settings is a list": (
         lambda s: change(s / "state.json", settings=[]),
-        "settings is of type list, takes dict",
+        "settings is of type list, expected dict",
     ),
     "settings lack the model": (lambda s: change_settings(s, model=None), "state.json lacks model"),
     "settings lack the rows": (lambda s: change_settings(s, rows=None), "state.json lacks rows"),
     "rows of another type": (lambda s: change_settings(s, rows=[]), "rows is of type list"),
     "a training of another kind": (
         lambda s: change_settings(s, training={"out": "x", "lr": "much"}),
-        "lr: got 'much', takes a finite number",
+        "lr: got 'much', expected a finite number",
     ),
     "a training with more": (
         lambda s: change_settings(s, training={"out": "x", "exec": 1}),
@@ -105,7 +105,7 @@ DAMAGE = {
     ),
     "state is a list": (
         lambda s: (s / "state.json").write_text("[]"),
-        "holds list, takes an object",
+        "holds list, expected an object",
     ),
     "state is deep": (
         lambda s: (s / "state.json").write_text("[" * 200_000),

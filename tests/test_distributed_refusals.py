@@ -36,21 +36,24 @@ def ints(*values: int) -> torch.Tensor:
 
 # By sentence: what the last rank changes, in its arguments; the type of its error.
 REFUSED = {
-    "query is None; it takes a torch.Tensor.": ({"query": None}, TypeError),
-    "candidate is a list; it takes a torch.Tensor.": ({"candidate": [1.0]}, TypeError),
+    "query: got None, expected a torch.Tensor.": ({"query": None}, TypeError),
+    "candidate: got a list, expected a torch.Tensor.": ({"candidate": [1.0]}, TypeError),
     "query and candidate have dtypes torch.float64 and": (
         {"query": torch.randn(4, 8).double()},
         TypeError,
     ),
-    "query has shape (4,); it takes (rows, dim), dim not 0.": (
+    "query: got shape (4,), expected (rows, dim), dim not 0.": (
         {"query": torch.randn(4)},
         ValueError,
     ),
-    "candidate has shape (6, 0); it takes (rows, dim), dim not 0.": (
+    "candidate: got shape (6, 0), expected (rows, dim), dim not 0.": (
         {"candidate": torch.randn(6, 0)},
         ValueError,
     ),
-    "candidate has dim 7; it takes 8 as query has.": ({"candidate": torch.randn(6, 7)}, ValueError),
+    "candidate: got dim 7, expected 8 as query has.": (
+        {"candidate": torch.randn(6, 7)},
+        ValueError,
+    ),
     "there are 3 candidates for 4 queries; without a target": (
         {"candidate": torch.randn(3, 8)},
         ValueError,
@@ -60,12 +63,12 @@ REFUSED = {
         ValueError,
     ),
     "target holds a value outside [0, 6)": ({"target": ints(0, 1, 2, 6)}, ValueError),
-    "target has dtype torch.float32; it takes torch.int64.": (
+    "target: got dtype torch.float32, expected torch.int64.": (
         {"target": torch.zeros(4)},
         TypeError,
     ),
     "query_key is given without candidate_key": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
-    "candidate_key has shape (2,); it takes (6,)": ({"candidate_key": ints(0, 1)}, ValueError),
+    "candidate_key: got shape (2,), expected (6,)": ({"candidate_key": ints(0, 1)}, ValueError),
     "candidate_key holds a value below -1": (
         {"candidate_key": ints(0, 1, 2, 3, 4, -2)},
         ValueError,
@@ -74,8 +77,8 @@ REFUSED = {
         {"row_weight": torch.tensor([1.0, 1.0, 1.0, -1.0])},
         ValueError,
     ),
-    "row_weight has shape (3,); it takes (4,).": ({"row_weight": torch.ones(3)}, ValueError),
-    "temperature is 0; it takes a number above 0.": ({"temperature": 0}, ValueError),
+    "row_weight: got shape (3,), expected (4,).": ({"row_weight": torch.ones(3)}, ValueError),
+    "temperature: got 0, expected a number above 0.": ({"temperature": 0}, ValueError),
     "temperature holds a number that is not above 0": (
         {"temperature": torch.tensor(-1.0)},
         ValueError,
@@ -148,7 +151,7 @@ GATHERED = {
         torch.zeros(2, 3).requires_grad_(),
         f"the rows' gradient is {NOT} on rank 0 and needed on",
     ),
-    "scalar": (torch.zeros(2, 3), torch.zeros(()), "x is a scalar; it takes (rows, ...)."),
+    "scalar": (torch.zeros(2, 3), torch.zeros(()), "x: got a scalar, expected (rows, ...)."),
 }
 
 
@@ -224,7 +227,7 @@ def run_rank(rank: int, world: int, folder: str):
 def compare_of_a_model(bad: bool):
     """A model's loss refuses on one rank before what the others exchange in theirs."""
     if bad:
-        raise refused("Model", ValueError("negative is None; it takes one"), None)
+        raise refused("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
 
 
@@ -275,9 +278,7 @@ def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
 def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
     _, _, first, last = DIFFERENT[name]
     setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
-    sentence = (
-        f"{setting} is {first} on rank 0 and {last} on rank {rank}; it takes the same on all ranks."
-    )
+    sentence = f"{setting}: got {first} on rank 0 and {last} on rank {rank}, expected the same on all ranks"
     for i, (kind, text) in enumerate(errors(results, name)):
         op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
         assert (kind, text) == ("ValueError", f"{op}: {sentence}")
@@ -303,7 +304,7 @@ def test_gather_rows_takes_ranks_without_rows(results):
 
 
 def test_no_rows_on_any_rank_is_one_sentence_on_all(results):
-    sentence = "masked_info_nce: query has 0 rows on every rank; it takes at least one in all."
+    sentence = "masked_info_nce: query: got 0 rows on every rank, expected at least one in all"
     assert errors(results, "no rows") == [("ValueError", sentence)] * len(results)
 
 
@@ -312,13 +313,13 @@ def test_the_module_refuses_what_it_cannot_normalise_on_all_ranks(results):
         errors(results, "module"),
         "masked_info_nce",
         "TypeError",
-        "query is None; it takes a torch.Tensor.",
+        "query: got None, expected a torch.Tensor",
     )
 
 
 def test_where_several_ranks_refuse_each_raises_its_own_error(results):
     first, *others = errors(results, "several")
-    sentence = "masked_info_nce: {}temperature is -{}; it takes a number above 0."
+    sentence = "masked_info_nce: {}temperature: got -{}, expected a number above 0"
     assert first == ("RuntimeError", sentence.format("rank 1 refused its inputs: ", 1))
     for rank, error in enumerate(others, 1):
         assert error == ("ValueError", sentence.format("", rank))
@@ -326,8 +327,10 @@ def test_where_several_ranks_refuse_each_raises_its_own_error(results):
 
 def test_what_a_model_refuses_on_one_rank_the_others_quote(results):
     *others, own = errors(results, "model")
-    assert own == ("ValueError", "negative is None; it takes one")
-    sentence = f"gather_rows: rank {len(others)} refused its inputs: negative is None; it takes one"
+    assert own == ("ValueError", "negative: got None, expected one")
+    sentence = (
+        f"gather_rows: rank {len(others)} refused its inputs: negative: got None, expected one"
+    )
     assert others == [("RuntimeError", sentence)] * len(others)
 
 

@@ -125,8 +125,8 @@ BAD = {
         a, s, members=m.long()
     ),
     "members has shape (5, 5)": lambda a, s, m: dual_alignment(a, s, members=m[1:]),
-    "normalise is 0; it takes a positive sum": lambda a, s, m: dual_alignment(a, s, normalise=0),
-    "samples is 4; it takes a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(
+    "normalise: got 0, expected a positive sum": lambda a, s, m: dual_alignment(a, s, normalise=0),
+    "samples: got 4, expected a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(
         mmfused.topk_routing(s, 2), 4
     ),
 }

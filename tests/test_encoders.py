@@ -151,12 +151,13 @@ def test_of_the_hub_only_safetensors_are_asked_for(monkeypatch):
 
 def test_bad_image_encoders():
     with pytest.raises(
-        ValueError, match="image encoder: got 'vit_colossal', takes a folder, or a name of timm's"
+        ValueError,
+        match="image encoder: got 'vit_colossal', expected a folder, or a name of timm's",
     ):
         pretrained_vit("vit_colossal")
     with pytest.raises(
         ValueError,
-        match="image.name: got 'resnet18', a ResNet of .*, takes a VisionTransformer of width 64",
+        match="image.name: got 'resnet18', a ResNet of .*, expected a VisionTransformer of width 64",
     ):
         build_vit(64, "patch", {"name": "resnet18"})
 
@@ -240,7 +241,9 @@ def test_a_tokenizer_larger_than_the_encoder_is_refused(encoders, capsys):
         str(folder / "run"),
     ]
     assert main(["train", "--data", "generated", *arguments, "--steps", "1"]) == 2
-    assert "tokens, takes at most 90" in capsys.readouterr().err and not (folder / "run").exists()
+    assert (
+        "tokens, expected at most 90" in capsys.readouterr().err and not (folder / "run").exists()
+    )
 
 
 def test_a_preset_brings_its_papers_recipe():

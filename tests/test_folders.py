@@ -167,9 +167,9 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
             ["demo"],
         ):
             assert main([*command, "--out", out]) == 2
-            assert f"out: got {out!r}, takes a text that is not empty" in capsys.readouterr().err
+            assert f"out: got {out!r}, expected a text that is not empty" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="out: .*file is a file, takes a folder"):
+    with pytest.raises(FileExistsError, match="out: .*file is a file, expected a folder"):
         train(small_run(tmp_path / "file", overwrite=True))
 
 

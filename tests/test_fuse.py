@@ -33,15 +33,16 @@ from fuse_models import (
 )
 from torch import nn
 
-import mmfused.fuse.pooling
+import mmfused
 from mmfused import fuse, unfuse
+from mmfused.fuse import pooling
 from mmfused.testing import over_budget
 
 
 @pytest.fixture
 def pooled(monkeypatch):
     """One entry for each call that is swapped: the shape of its queries."""
-    module, calls = mmfused.fuse.pooling, []
+    module, calls = pooling, []
     for name in ("query_pooling", "attend"):
         real = getattr(module, name)
         monkeypatch.setattr(
@@ -186,7 +187,7 @@ def test_report_reads_well():
         fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
         and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
     )
-    with pytest.raises(TypeError, match="fuse: model is a int; it takes a torch.nn.Module"):
+    with pytest.raises(TypeError, match="fuse: model: got a int, expected a torch.nn.Module"):
         fuse(1)
 
 

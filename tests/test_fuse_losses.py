@@ -24,7 +24,8 @@ from ranking_losses import (
 from torch import nn
 
 from mmfused import fuse, unfuse
-from mmfused.fuse import KINDS, LEFT
+from mmfused.fuse import base
+from mmfused.fuse.base import KINDS, LEFT
 from mmfused.testing import over_budget
 
 swept = ranking_losses.swept
@@ -418,7 +419,7 @@ def test_another_structure_is_left(monkeypatch):
 
 
 def test_a_deprecated_class_warns_of_no_swap(monkeypatch):
-    monkeypatch.setattr("mmfused.fuse.base._classes", {})
+    monkeypatch.setattr(base, "_classes", {})
     with pytest.warns(DeprecationWarning):
         loss = ranking_loss("MultipleNegativesSymmetricRankingLoss")
     with warnings.catch_warnings():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import mmfused.fuse.losses
 from mmfused import fuse
+from mmfused.fuse import losses
 from mmfused.testing import relative_error
 
 B, D, SEEDS = 12, 16, 3
@@ -102,7 +102,7 @@ def outcome(name, kind, dtype, swap, autocast, exact=False):
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    module, calls = mmfused.fuse.losses, []
+    module, calls = losses, []
     real = module.scaled_info_nce
     monkeypatch.setattr(
         module, "scaled_info_nce", lambda *a, **k: (calls.append(1), real(*a, **k))[1]

@@ -32,8 +32,9 @@ from fuse_moe_models import (
 )
 from torch import nn
 
-import mmfused.fuse.experts
+import mmfused
 from mmfused import fuse, unfuse
+from mmfused.fuse import experts as swap
 from mmfused.testing import over_budget
 
 pytest.importorskip("transformers.integrations.moe")
@@ -42,7 +43,7 @@ pytest.importorskip("transformers.integrations.moe")
 @pytest.fixture
 def grouped(monkeypatch):
     """One entry for each call that reaches grouped_mlp or grouped_linear: its name."""
-    module, calls = mmfused.fuse.experts, []
+    module, calls = swap, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
         monkeypatch.setattr(

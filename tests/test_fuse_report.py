@@ -10,8 +10,8 @@ from fuse_models import D, H, K, clip, clip_tower, cross, latent, library, sigli
 from torch import nn
 
 from mmfused import fuse, unfuse
-from mmfused.fuse import KINDS, counts
-from mmfused.fuse.base import FAMILIES
+from mmfused.fuse import base, counts
+from mmfused.fuse.base import FAMILIES, KINDS
 
 
 def experts():
@@ -136,12 +136,12 @@ def test_an_entry_that_names_nothing_raises(argument, entry, model):
     with pytest.raises(ValueError) as error:
         fuse(model, **{argument: ["pooling", entry]})
     assert str(error.value) == (
-        f"fuse: {argument} is {entry!r}; it takes 'pooling', 'attention', 'experts', 'losses', or the name of a module in this "
+        f"fuse: {argument}: got {entry!r}, expected 'pooling', 'attention', 'experts', 'losses', or the name of a module in this "
         "model or a pattern of names."
     )
     assert [type(module) for module in model.modules()] == types
     for wrong, said in (
-        (3, "fuse: {} is a int; it takes a str or several."),
+        (3, "fuse: {}: got a int, expected a str or several."),
         ([3], "fuse: {} holds a int; it takes a str or several."),
     ):
         with pytest.raises(TypeError) as error:
@@ -232,7 +232,7 @@ def test_a_size_that_is_not_found_is_no_reason():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KINDS, "timm.layers.attention_pool.AttentionPoolLatent", Unmeasured)
-        patch.setattr("mmfused.fuse.base._classes", {})
+        patch.setattr(base, "_classes", {})
         report = fuse(latent(), dry_run=True)
     assert list(report.swapped) == [""] and report.expected == {"": ""}
 

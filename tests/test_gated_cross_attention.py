@@ -277,7 +277,7 @@ def test_packed_passes_are_separate_calls(backend):
         [True] * 4 + [False] * 4 + [True] * 4,
     ]
     with pytest.raises(
-        ValueError, match=r"pack_passes: passes is \('c',\); it takes some of both, a, b"
+        ValueError, match=r"pack_passes: passes: got \('c',\), expected some of both, a, b"
     ):
         pack_passes(a, b, ("c",))
 
@@ -452,7 +452,7 @@ def test_token_gate():
         torch.testing.assert_close(gate(a, b)[s, i], share * a[s, i] + (1 - share) * b[s, i])
     assert TokenGate(D).mlp[0].weight.shape == (D, 2 * D)
     with pytest.raises(
-        ValueError, match=r"b has shape \(4, 5, 12\); it takes \(4, 6, 12\), as a has"
+        ValueError, match=r"b: got shape \(4, 5, 12\), expected \(4, 6, 12\), as a has"
     ):
         gate(a, randn(B, M, D))
 
@@ -474,58 +474,62 @@ def call(**changes):
 BAD = {
     "num_heads is 5; it must be positive and divide dim = 12": lambda: GatedCrossAttention(D, 5),
     "num_heads is 7; it must be positive": lambda: call(num_heads=7),
-    "gate is 'soft'; it takes one of channel, token, none": lambda: GatedCrossAttention(
+    "gate: got 'soft', expected one of channel, token, none": lambda: GatedCrossAttention(
         D, HEADS, gate="soft"
     ),
-    "missing is 'drop'; it takes one of skip, zero, attend, constant": lambda: GatedCrossAttention(
-        D, HEADS, missing="drop"
+    "missing: got 'drop', expected one of skip, zero, attend, constant": lambda: (
+        GatedCrossAttention(D, HEADS, missing="drop")
     ),
     "indicator is 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
     "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(
         D, HEADS, pre_norm=False
     ),
-    "dropout is 1.0; it takes a number from 0 to below 1": lambda: GatedCrossAttention(
+    "dropout: got 1.0, expected a number from 0 to below 1": lambda: GatedCrossAttention(
         D, HEADS, dropout=1.0
     ),
-    "dropout_p is -0.1; it takes a number from 0 to below 1": lambda: call(dropout_p=-0.1),
+    "dropout_p: got -0.1, expected a number from 0 to below 1": lambda: call(dropout_p=-0.1),
     "context has shape (4, 12)": lambda: call(context=randn(B, D)),
-    "context has shape (3, 5, 12); it takes (4, tokens, dim)": lambda: call(context=randn(3, M, D)),
+    "context: got shape (3, 5, 12), expected (4, tokens, dim)": lambda: call(
+        context=randn(3, M, D)
+    ),
     "x has dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
     "context has dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
-    "weights is a tuple; it takes CrossAttentionWeights": lambda: call(weights=(1,)),
-    "context has width 7; it takes 12, as weights.w_k has columns": lambda: call(
+    "weights: got a tuple, expected CrossAttentionWeights": lambda: call(weights=(1,)),
+    "context: got width 7, expected 12, as weights.w_k has columns": lambda: call(
         context=randn(B, M, 7)
     ),
-    "x has width 10; it takes 12, as weights.w_q has columns": lambda: call(x=randn(B, N, 10)),
-    "a has width 10; it takes 12, as to_a.w_q has columns": lambda: module()(
+    "x: got width 10, expected 12, as weights.w_q has columns": lambda: call(x=randn(B, N, 10)),
+    "a: got width 10, expected 12, as to_a.w_q has columns": lambda: module()(
         randn(B, N, 10), randn(B, M, D)
     ),
     "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(
         indicator=False
     ),
     "weights.w_g has shape (12, 25); with gate 'none' it takes None": lambda: call(gate="none"),
-    "norm_context is None; it takes a LayerNorm's weight and bias": lambda: call(norm_context=None),
+    "norm_context: got None, expected a LayerNorm's weight and bias": lambda: call(
+        norm_context=None
+    ),
     "norm_context is given with pre_norm=False": lambda: call(
         gate="none", pre_norm=False, weights=module(GatedCrossAttention, gate="none").weights()
     ),
     "context_key_padding_mask and context_lengths are both given": lambda: call(
         context_key_padding_mask=torch.zeros(B, M).bool(), context_lengths=torch.ones(B).long()
     ),
-    "context_key_padding_mask has shape (4, 6); it takes (4, 5)": lambda: call(
+    "context_key_padding_mask: got shape (4, 6), expected (4, 5)": lambda: call(
         context_key_padding_mask=torch.zeros(B, N).bool()
     ),
     "context_lengths has dtype torch.float32": lambda: call(context_lengths=torch.ones(B)),
     "context_lengths holds a value outside [0, 5]": lambda: call(
         context_lengths=torch.full((B,), 6)
     ),
-    "context_present has shape (3,); it takes (4,)": lambda: call(
+    "context_present: got shape (3,), expected (4,)": lambda: call(
         context_present=torch.ones(3).bool()
     ),
     "context_present has dtype torch.float32": lambda: call(context_present=torch.ones(B)),
     "dropout_seed has dtype torch.float32": lambda: call(
         dropout_p=0.1, dropout_seed=torch.tensor(1.0)
     ),
-    "b has width 7; it takes 12, as to_a.w_k has columns": lambda: module()(
+    "b: got width 7, expected 12, as to_a.w_k has columns": lambda: module()(
         randn(B, N, D), randn(B, M, 7)
     ),
 }

@@ -336,6 +336,6 @@ def test_offsets_are_64_bit():
 def test_modules_name_what_they_refuse():
     with pytest.raises(
         ValueError,
-        match=r"GatedCrossAttention: dropout is nan; it takes a number from 0 to below 1\.",
+        match=r"GatedCrossAttention: dropout: got nan, expected a number from 0 to below 1",
     ):
         GatedCrossAttention(8, 2, dropout=float("nan"))

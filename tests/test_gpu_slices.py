@@ -148,7 +148,7 @@ def test_slices_hold_the_whole_suite_and_all_benchmarks():
     [
         (
             ["--dry-run", "bench-nothing"],
-            "slice is 'bench-nothing'; it takes one of build, test-query_pooling",
+            "slice: got 'bench-nothing', expected one of build, test-query_pooling",
         ),
         (
             [],

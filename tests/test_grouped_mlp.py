@@ -358,46 +358,46 @@ def test_what_is_saved():
 
 
 BAD = {
-    "weight has shape (5, 14, 10); it takes (5, out, 9)": lambda v, r: grouped_linear(
+    "weight: got shape (5, 14, 10), expected (5, out, 9)": lambda v, r: grouped_linear(
         v["x"][:, :9], r, v["w_up"]
     ),
-    "bias has shape (14,); it takes (5, 14)": lambda v, r: grouped_linear(
+    "bias: got shape (14,), expected (5, 14)": lambda v, r: grouped_linear(
         v["x"], r, v["w_up"], v["b_up"][0]
     ),
-    "x has shape (18, 10); it takes (19, dim): the tokens": lambda v, r: grouped_linear(
+    "x: got shape (18, 10), expected (19, dim): the tokens": lambda v, r: grouped_linear(
         v["x"][1:], r, v["w_up"]
     ),
-    "x has shape (19, 10); it takes (38, dim): the sorted rows": lambda v, r: grouped_linear(
+    "x: got shape (19, 10), expected (38, dim): the sorted rows": lambda v, r: grouped_linear(
         v["x"], r, v["w_up"], gather=False
     ),
     "routing is a Tensor": lambda v, r: grouped_linear(v["x"], r.indices, v["w_up"]),
     "weight has dtype torch.float16": lambda v, r: grouped_linear(v["x"], r, v["w_up"].half()),
     "x has dtype torch.int64": lambda v, r: grouped_linear(v["x"].long(), r, v["w_up"]),
-    "activation is 'tanh'; it takes one of gelu, relu, swiglu": lambda v, r: grouped_mlp(
+    "activation: got 'tanh', expected one of gelu, relu, swiglu": lambda v, r: grouped_mlp(
         **v, routing=r, activation="tanh"
     ),
     "w_gate is given with activation 'gelu'": lambda v, r: grouped_mlp(
         **v, routing=r, w_gate=v["w_up"]
     ),
-    "w_up has shape (5, 13, 10); it takes (5, 14, 10)": lambda v, r: grouped_mlp(
+    "w_up: got shape (5, 13, 10), expected (5, 14, 10)": lambda v, r: grouped_mlp(
         **{**v, "w_up": v["w_up"][:, 1:]}, routing=r
     ),
-    "w_up has shape (5, 14, 10); it takes (5, 28, 10)": lambda v, r: grouped_mlp(
+    "w_up: got shape (5, 14, 10), expected (5, 28, 10)": lambda v, r: grouped_mlp(
         **v, routing=r, activation="swiglu"
     ),
-    "w_down has shape (4, 6, 14); it takes (5, out": lambda v, r: grouped_mlp(
+    "w_down: got shape (4, 6, 14), expected (5, out": lambda v, r: grouped_mlp(
         **{**v, "w_down": v["w_down"][1:]}, routing=r
     ),
-    "b_down has shape (5, 5); it takes (5, 6)": lambda v, r: grouped_mlp(
+    "b_down: got shape (5, 5), expected (5, 6)": lambda v, r: grouped_mlp(
         **{**v, "b_down": v["b_down"][:, 1:]}, routing=r
     ),
-    "top_k is 6; it takes 1 to 5": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, 6),
+    "top_k: got 6, expected 1 to 5": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, 6),
     "activation is 'silu'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, activation="silu"),
     "it takes no option capacity": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, capacity=1.25),
-    "x has shape (19, 9); it takes (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
+    "x: got shape (19, 9), expected (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
         v["x"][:, :9].float()
     ),
-    "segments has shape (19, 1); it takes (19,)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
+    "segments: got shape (19, 1), expected (19,)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
         v["x"].float(), segments=torch.zeros(19, 1).long()
     ),
 }

@@ -69,7 +69,7 @@ sys.exit(main({COMMAND[4:]!r}))
 
 def test_an_unknown_architecture_is_refused():
     done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_99")
-    assert done.returncode == 2 and "--arch is 'sm_99'; it takes one of sm_80" in done.stderr
+    assert done.returncode == 2 and "--arch: got 'sm_99', expected one of sm_80" in done.stderr
 
 
 def test_supported_versions_are_sorted_and_architectures_known():

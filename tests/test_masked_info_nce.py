@@ -477,46 +477,46 @@ BAD = {
     "query and candidate have dtypes torch.int64 and torch.int64; they take one dtype": dict(
         query=x.long(), candidate=x.long()
     ),
-    "query is a list; it takes a torch.Tensor": dict(query=[1.0]),
-    "candidate is None; it takes a torch.Tensor": dict(candidate=None),
+    "query: got a list, expected a torch.Tensor": dict(query=[1.0]),
+    "candidate: got None, expected a torch.Tensor": dict(candidate=None),
     "candidate is on meta but query is on cpu; they must share one device": dict(
         candidate=x.to("meta")
     ),
-    "query has shape (4,); it takes (rows, dim), neither of them 0": dict(query=x[0]),
-    "candidate has shape (0, 4); it takes (rows, dim)": dict(candidate=x[:0]),
-    "candidate has dim 3; it takes 4 as query has": dict(candidate=x[:, :3]),
-    "target has dtype torch.int32; it takes torch.int64": dict(target=ints.int()),
-    "candidate_key has shape (4,); it takes (5,), one for each candidate": dict(
+    "query: got shape (4,), expected (rows, dim), neither of them 0": dict(query=x[0]),
+    "candidate: got shape (0, 4), expected (rows, dim)": dict(candidate=x[:0]),
+    "candidate: got dim 3, expected 4 as query has": dict(candidate=x[:, :3]),
+    "target: got dtype torch.int32, expected torch.int64": dict(target=ints.int()),
+    "candidate_key: got shape (4,), expected (5,), one for each candidate": dict(
         candidate_key=ints[:4]
     ),
-    "query_id has shape (5, 1); it takes (5,), one for each query": dict(
+    "query_id: got shape (5, 1), expected (5,), one for each query": dict(
         query_id=ints[:, None], candidate_id=ints
     ),
-    "query_key is given without candidate_key; it takes both, or candidate_key alone": dict(
+    "query_key: got given without candidate_key, expected both, or candidate_key alone": dict(
         query_key=ints
     ),
-    "query_id is given without candidate_id; it takes both": dict(query_id=ints),
+    "query_id: got given without candidate_id, expected both": dict(query_id=ints),
     "symmetric and target are both given; symmetric takes the default target": dict(
         symmetric=True, target=ints
     ),
     "there are 4 candidates for 5 queries; without a target it takes at least as many": dict(
         candidate=x[:4]
     ),
-    "same_id is 'keep'; it takes one of drop, mean, sum": dict(same_id="keep"),
-    "reduction is 'max'; it takes one of mean, sum, none": dict(reduction="max"),
-    "label_smoothing is 1.0; it takes a number from 0 to below 1": dict(label_smoothing=1.0),
-    "positive_weight is -1; it takes a number of at least 0": dict(positive_weight=-1),
-    "false_negative_margin is nan; it takes a finite number, or None": dict(
+    "same_id: got 'keep', expected one of drop, mean, sum": dict(same_id="keep"),
+    "reduction: got 'max', expected one of mean, sum, none": dict(reduction="max"),
+    "label_smoothing: got 1.0, expected a number from 0 to below 1": dict(label_smoothing=1.0),
+    "positive_weight: got -1, expected a number of at least 0": dict(positive_weight=-1),
+    "false_negative_margin: got nan, expected a finite number, or None": dict(
         false_negative_margin=math.nan
     ),
-    "temperature is 0.0; it takes a number above 0": dict(temperature=0.0),
-    "temperature has shape (2,) and dtype torch.float32; it takes one floating": dict(
+    "temperature: got 0.0, expected a number above 0": dict(temperature=0.0),
+    "temperature: got shape (2,) and dtype torch.float32, expected one floating": dict(
         temperature=torch.ones(2)
     ),
-    "temperature holds a number that is not above 0; it takes one above 0": dict(
+    "temperature holds a number that: got not above 0, expected one above 0": dict(
         temperature=torch.tensor(-1.0)
     ),
-    "row_weight has shape (4,); it takes (5,)": dict(row_weight=x[:4, 0]),
+    "row_weight: got shape (4,), expected (5,)": dict(row_weight=x[:4, 0]),
     "row_weight requires grad; it takes a constant: detach() it": dict(
         row_weight=torch.ones(5, requires_grad=True)
     ),

@@ -299,13 +299,13 @@ def test_gather_in_one_process(tmp_path):
 
 
 BAD_MODULES = {
-    "temperature is 0; it takes a number above 0": dict(temperature=0),
-    "gather is 'all'; it takes None, 'global' or 'local'": dict(gather="all"),
+    "temperature: got 0, expected a number above 0": dict(temperature=0),
+    "gather: got 'all', expected None, 'global' or 'local'": dict(gather="all"),
     "reduction is 'sum'; with gather it takes 'mean'": dict(gather="global", reduction="sum"),
     "gather is 'local' and symmetric is True; symmetric takes gather='global'": dict(
         gather="local", symmetric=True
     ),
-    "max_scale is 0; it takes a number above 0": dict(max_scale=0),
+    "max_scale: got 0, expected a number above 0": dict(max_scale=0),
     "'margin' is no option; it takes same_id, symmetric": dict(margin=0.1),
 }
 

@@ -379,22 +379,25 @@ def test_preset_overrides_update_its_encoders():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modalities": "audio"}, "modalities: got 'audio', takes one of both, image, text"),
-        ({"balance": "none"}, "balance: got 'none', takes one of mse, gshard"),
-        ({"router": "hash"}, "router: got 'hash', takes one of mlp, linear"),
-        ({"num_heads": 5}, "num_heads: got 5, takes a divisor of dim=12"),
-        ({"top_k": 6}, "top_k: got 6, takes at most num_experts=5"),
-        ({"num_classes": 0}, "num_classes: got 0, takes an integer from 1 to 1000000"),
-        ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
-        ({"loss_weights": (1.0, 1.0)}, r"loss_weights: got \(1.0, 1.0\), takes 3 finite numbers"),
-        ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), takes 3 finite numbers"),
+        ({"modalities": "audio"}, "modalities: got 'audio', expected one of both, image, text"),
+        ({"balance": "none"}, "balance: got 'none', expected one of mse, gshard"),
+        ({"router": "hash"}, "router: got 'hash', expected one of mlp, linear"),
+        ({"num_heads": 5}, "num_heads: got 5, expected a divisor of dim=12"),
+        ({"top_k": 6}, "top_k: got 6, expected at most num_experts=5"),
+        ({"num_classes": 0}, "num_classes: got 0, expected an integer from 1 to 1000000"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+        (
+            {"loss_weights": (1.0, 1.0)},
+            r"loss_weights: got \(1.0, 1.0\), expected 3 finite numbers",
+        ),
+        ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), expected 3 finite numbers"),
         (
             {"without": ("gates",)},
-            "without: got 'gates', takes some of contrastive, q_transform, gate, bottleneck, moe",
+            "without: got 'gates', expected some of contrastive, q_transform, gate, bottleneck, moe",
         ),
         (
             {"without": ("gate",), "modalities": "text"},
-            "without: got 'gate' with modalities 'text', which has none anyway, takes 'both'",
+            "without: got 'gate' with modalities 'text', which has none anyway, expected 'both'",
         ),
     ],
 )
@@ -404,14 +407,14 @@ def test_bad_config(options, message):
 
 
 def test_unknown_preset_and_field():
-    with pytest.raises(ValueError, match="preset: got 'huge', takes one of paper, code, tiny"):
+    with pytest.raises(ValueError, match="preset: got 'huge', expected one of paper, code, tiny"):
         FLUIDConfig.preset("huge", num_classes=2)
     with pytest.raises(
-        ValueError, match="FLUIDConfig: got a field 'depht', takes num_classes, modalities, dim"
+        ValueError, match="FLUIDConfig: got a field 'depht', expected num_classes, modalities, dim"
     ):
         FLUIDConfig.from_dict({"num_classes": 2, "depht": 1})
     with pytest.raises(
-        ValueError, match="num_classes: got None with preset 'tiny', takes a number of classes"
+        ValueError, match="num_classes: got None with preset 'tiny', expected a number of classes"
     ):
         FLUIDConfig.preset("tiny")
 

@@ -482,14 +482,14 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 5}, "top_k: got 5, takes at most num_experts=4"),
-        ({"num_experts": 0}, "num_experts: got 0, takes an integer from 1 to 100000"),
-        ({"moe_every": 3}, "moe_every: got 3, takes at most the host's 2 layers"),
-        ({"balance": "none"}, "balance: got 'none', takes one of switch, gshard"),
-        ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
+        ({"top_k": 5}, "top_k: got 5, expected at most num_experts=4"),
+        ({"num_experts": 0}, "num_experts: got 0, expected an integer from 1 to 100000"),
+        ({"moe_every": 3}, "moe_every: got 3, expected at most the host's 2 layers"),
+        ({"balance": "none"}, "balance: got 'none', expected one of switch, gshard"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
         (
             {"without": ("gate",)},
-            "without: got 'gate', takes some of moe, dual_alignment, sparsity",
+            "without: got 'gate', expected some of moe, dual_alignment, sparsity",
         ),
         (
             {"without": ("intra", "inter")},
@@ -497,10 +497,10 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ),
         (
             {"host": {"text_config": {"hidden_act": "gelu"}}},
-            "hidden_act: got 'gelu', takes 'silu', as the experts have",
+            "hidden_act: got 'gelu', expected 'silu', as the experts have",
         ),
-        ({"tokens": None}, "tokens: got None, takes what"),
-        ({"normalise": 0.0}, "normalise: got 0.0, takes a number above 0"),
+        ({"tokens": None}, "tokens: got None, expected what"),
+        ({"normalise": 0.0}, "normalise: got 0.0, expected a number above 0"),
     ],
 )
 def test_bad_config(options, message):

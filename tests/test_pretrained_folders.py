@@ -105,12 +105,15 @@ VIT_FOLDERS = [
     ),
     (
         {"architecture": "hf-hub:some/model"},
-        "architecture: got 'hf-hub:some/model', takes the name of a model that timm has",
+        "architecture: got 'hf-hub:some/model', expected the name of a model that timm has",
     ),
     ({"architecture": "local-dir:{folder}"}, "architecture: got 'local-dir:"),
     ({"architecture": 3}, "architecture: got 3"),
-    ({"architecture": "resnet18", "model_args": {}}, "vit', a ResNet, takes a VisionTransformer"),
-    ({"pretrained_cfg": {"mean": 3}}, "mean: got 3, takes 3 finite numbers"),
+    (
+        {"architecture": "resnet18", "model_args": {}},
+        "vit', a ResNet, expected a VisionTransformer",
+    ),
+    ({"pretrained_cfg": {"mean": 3}}, "mean: got 3, expected 3 finite numbers"),
     ({"pretrained_cfg": "x"}, "pretrained_cfg: got 'x'"),
 ]
 
@@ -127,7 +130,7 @@ def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):
 
 
 TEXT_FOLDERS = [
-    ({"model_type": "mine"}, "text.model_type: got 'mine', takes one of albert"),
+    ({"model_type": "mine"}, "text.model_type: got 'mine', expected one of albert"),
     ({"model_type": None}, "text.model_type: got None"),
     ({"vocab_size": 10**8}, "lacks weights: holds"),
     ({"num_hidden_layers": 2}, "lacks 16 weights of bert"),
@@ -152,7 +155,7 @@ def test_hostile_folders_of_a_text_encoder(changes, match, bert, outside):
         (b'{"a":' * 100_000, "is truncated or corrupt"),
         (b'{"model_type": "be', "is truncated or corrupt"),
         (b"\xff\xfe\x00", "is truncated or corrupt"),
-        (b"[]", "holds list, takes an object"),
+        (b"[]", "holds list, expected an object"),
         (b'{"a": "' + b"x" * (5 << 20) + b'"}', "is larger than 4194304 bytes"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is truncated or corrupt"),
     ],
@@ -179,7 +182,7 @@ def test_an_index_that_leads_outside(part, bert, outside):
     change(bert, "model.safetensors.index.json", weight_map={**index, next(iter(names)): bad})
     outside.refuses(
         lambda: pretrained_text(str(bert)),
-        r"weight_map: got .*, takes names of \*.safetensors beside it",
+        r"weight_map: got .*, expected names of \*.safetensors beside it",
     )
 
 
@@ -240,6 +243,7 @@ def test_of_a_hub_name_config_and_safetensors_are_taken(bert, monkeypatch):
     assert asked[-1] == ("some/bert", "part.safetensors")
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match="text encoder: got '../nowhere', takes a folder, or a name that the hub"
+        ValueError,
+        match="text encoder: got '../nowhere', expected a folder, or a name that the hub",
     ):
         pretrained_text("../nowhere")

@@ -399,10 +399,10 @@ def test_q_transform_drops_probabilities_too():
 
 
 BAD = {
-    "dropout_p is 1.0; it takes a number from 0 to below 1": dict(dropout_p=1.0),
-    "dropout_p is -0.1; it takes a number from 0 to below 1": dict(dropout_p=-0.1),
-    "dropout_p is nan; it takes a number from 0 to below 1": dict(dropout_p=float("nan")),
-    "dropout_seed has dtype torch.int32 and shape (); it takes a torch.int64 scalar": dict(
+    "dropout_p: got 1.0, expected a number from 0 to below 1": dict(dropout_p=1.0),
+    "dropout_p: got -0.1, expected a number from 0 to below 1": dict(dropout_p=-0.1),
+    "dropout_p: got nan, expected a number from 0 to below 1": dict(dropout_p=float("nan")),
+    "dropout_seed: got dtype torch.int32 and shape (), expected a torch.int64 scalar": dict(
         dropout_p=0.1, dropout_seed=torch.tensor(3, dtype=torch.int32)
     ),
     "dropout_seed has dtype torch.int64 and shape (1,); it takes": dict(
@@ -411,7 +411,7 @@ BAD = {
     "dropout_seed is on meta but x is on cpu": dict(
         dropout_p=0.1, dropout_seed=torch.tensor(3, device="meta")
     ),
-    "dropout_seed is a int; it takes a torch.Tensor": dict(dropout_p=0.1, dropout_seed=3),
+    "dropout_seed: got a int, expected a torch.Tensor": dict(dropout_p=0.1, dropout_seed=3),
 }
 
 
@@ -426,7 +426,7 @@ def test_bad_input_gets_one_sentence(sentence):
 
 def test_modules_refuse_what_is_no_share():
     with pytest.raises(
-        ValueError, match="QueryPooling: dropout is 1.5; it takes a number from 0 to below 1."
+        ValueError, match="QueryPooling: dropout: got 1.5, expected a number from 0 to below 1"
     ):
         QueryPooling(8, 2, dropout=1.5)
 

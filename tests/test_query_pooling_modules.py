@@ -128,31 +128,31 @@ def test_q_transform_gives_every_parameter_a_gradient():
 # ---- bad input -----------------------------------------------------------------------------------
 
 BAD = {
-    "x has shape (3, 37); it takes (batch, tokens, dim)": lambda t: t.update(x=t["x"][..., 0]),
-    "x has dtype torch.int64; it takes float32, float16": lambda t: t.update(x=t["x"].long()),
-    "queries has dtype torch.float64; it takes torch.float32": lambda t: t.update(
+    "x: got shape (3, 37), expected (batch, tokens, dim)": lambda t: t.update(x=t["x"][..., 0]),
+    "x: got dtype torch.int64, expected float32, float16": lambda t: t.update(x=t["x"].long()),
+    "queries: got dtype torch.float64, expected torch.float32": lambda t: t.update(
         queries=t["queries"].double()
     ),
-    "queries has shape (2, 5, 24); it takes (L, Dk) or (3, L, Dk)": lambda t: t.update(
+    "queries: got shape (2, 5, 24), expected (L, Dk) or (3, L, Dk)": lambda t: t.update(
         queries=t["queries"].expand(2, -1, -1)
     ),
-    "w_k has shape (24, 69); it takes (24, 70)": lambda t: t.update(w_k=t["w_k"][:, 1:]),
-    "w_v has shape (20,); it takes (Dv, 70)": lambda t: t.update(w_v=t["w_v"][:, 0]),
-    "b_v has shape (19,); it takes (20,)": lambda t: t.update(b_v=t["b_v"][1:]),
+    "w_k: got shape (24, 69), expected (24, 70)": lambda t: t.update(w_k=t["w_k"][:, 1:]),
+    "w_v: got shape (20,), expected (Dv, 70)": lambda t: t.update(w_v=t["w_v"][:, 0]),
+    "b_v: got shape (19,), expected (20,)": lambda t: t.update(b_v=t["b_v"][1:]),
     "num_heads is 5; it must be positive and divide Dk = 24 and Dv = 20": lambda t: t.update(
         num_heads=5
     ),
     "num_heads is 0; it must be positive": lambda t: t.update(num_heads=0),
-    "key_padding_mask has shape (3, 36); it takes (3, 37)": lambda t: t.update(
+    "key_padding_mask: got shape (3, 36), expected (3, 37)": lambda t: t.update(
         key_padding_mask=torch.zeros(3, 36, dtype=torch.bool)
     ),
-    "key_padding_mask has dtype torch.float32; it takes torch.bool": lambda t: t.update(
+    "key_padding_mask: got dtype torch.float32, expected torch.bool": lambda t: t.update(
         key_padding_mask=torch.zeros(3, 37)
     ),
-    "lengths has dtype torch.float32; it takes torch.int32 or torch.int64": lambda t: t.update(
+    "lengths: got dtype torch.float32, expected torch.int32 or torch.int64": lambda t: t.update(
         lengths=torch.zeros(3)
     ),
-    "lengths has shape (2,); it takes (3,)": lambda t: t.update(
+    "lengths: got shape (2,), expected (3,)": lambda t: t.update(
         lengths=torch.zeros(2, dtype=torch.int64)
     ),
     "lengths holds a value outside [0, N]; it takes the number of tokens to keep": lambda t: (
@@ -163,9 +163,11 @@ BAD = {
         lengths=torch.zeros(3, dtype=torch.int64),
     ),
     "norm_bias is given without norm_weight": lambda t: t.update(norm_bias=torch.zeros(70)),
-    "form is 'quick'; it takes one of auto, absorbed, projected": lambda t: t.update(form="quick"),
+    "form: got 'quick', expected one of auto, absorbed, projected": lambda t: t.update(
+        form="quick"
+    ),
     "w_k is on meta but x is on cpu": lambda t: t.update(w_k=t["w_k"].to("meta")),
-    "x is a list; it takes a torch.Tensor": lambda t: t.update(x=[1.0]),
+    "x: got a list, expected a torch.Tensor": lambda t: t.update(x=[1.0]),
 }
 
 

@@ -346,11 +346,11 @@ def test_other_models_are_refused(tmp_path):
     transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        ValueError, match="has model_type 'bert', takes one of qwen2_vl, qwen2_5_vl"
+        ValueError, match="has model_type 'bert', expected one of qwen2_vl, qwen2_5_vl"
     ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
     with pytest.raises(
-        ValueError, match="host.model_type: got 'llava', takes one of qwen2_vl, qwen2_5_vl"
+        ValueError, match="host.model_type: got 'llava', expected one of qwen2_vl, qwen2_5_vl"
     ):
         qwen.build_qwen2_vl({**options(), "model_type": "llava"})
 

@@ -199,7 +199,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
         main(["embed"])
     assert (
         main([*command, "--overwrite", "--views", "sound"]) == 2
-        and "views: got sound, takes some of" in capsys.readouterr().err
+        and "views: got sound, expected some of" in capsys.readouterr().err
     )
 
 
@@ -341,9 +341,9 @@ def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
         and "the weights of another model" in capsys.readouterr().err
     )
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stage")) == 2
-    assert "option: got 'stage', takes NAME=VALUE" in capsys.readouterr().err
+    assert "option: got 'stage', expected NAME=VALUE" in capsys.readouterr().err
     assert main(arguments(few, tmp_path / "three", *unite, "--option", "stages=1")) == 2
-    assert "UNITEConfig: got a field 'stages', takes host" in capsys.readouterr().err
+    assert "UNITEConfig: got a field 'stages', expected host" in capsys.readouterr().err
 
 
 def train_on_rank(rank, world, port, options):
@@ -415,7 +415,7 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
     ]
     assert main(command) == 0
     assert (
-        "left out: without: got 'dual' with stage 2, which has none anyway, takes stage 1"
+        "left out: without: got 'dual' with stage 2, which has none anyway, expected stage 1"
         in capsys.readouterr().out
     )
     expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}
@@ -520,21 +520,21 @@ def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
     [
         (
             {"model": "fluid", "products": "x"},
-            "products: got 'x' with model 'fluid', takes a retrieval model",
+            "products: got 'x' with model 'fluid', expected a retrieval model",
         ),
         ({"model": "fluid", "grad_cache": 4}, "grad_cache: got 4 with model 'fluid'"),
         (
             {"model": "uniecs", "host": "x"},
-            "host: got 'x' with model 'uniecs', takes moon2 or unite",
+            "host: got 'x' with model 'uniecs', expected moon2 or unite",
         ),
         ({"model": "unite", "text_encoder": "x"}, "text_encoder: got 'x' with model 'unite'"),
         (
             {"model": "unica", "modalities": "image"},
-            "modalities: got 'image' with model 'unica', takes 'both'",
+            "modalities: got 'image' with model 'unica', expected 'both'",
         ),
         (
             {"model": "unica", "grad_cache": 4, "accumulate": 2},
-            "accumulate: got 2 with grad_cache, takes 1",
+            "accumulate: got 2 with grad_cache, expected 1",
         ),
     ],
 )

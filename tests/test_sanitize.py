@@ -129,7 +129,7 @@ def test_launching_is_for_the_tools(monkeypatch, capsys):
         torch.device(sanitize_launches.DEVICE)
     )
     assert sanitize.main(["--launch", "nothing"]) == 2
-    assert "launch is 'nothing'; it takes one of grouped_mlp" in capsys.readouterr().err
+    assert "launch: got 'nothing', expected one of grouped_mlp" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -307,9 +307,9 @@ def test_requests_it_cannot_serve(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "USUAL_CUDA", str(tmp_path))
     for words, sentence in (
         ([], "compute-sanitizer is neither on PATH nor in CUDA_HOME"),
-        (["pooling"], "op is 'pooling'; it takes some of query_pooling"),
-        (["--tool", "leaks"], "tool is 'leaks'; it takes some of memcheck"),
-        (["--jobs", "0"], "jobs is 0; it takes at least 1"),
+        (["pooling"], "op: got 'pooling', expected some of query_pooling"),
+        (["--tool", "leaks"], "tool: got 'leaks', expected some of memcheck"),
+        (["--jobs", "0"], "jobs: got 0, expected at least 1"),
     ):
         assert sanitize.main(words) == 2
         assert sentence in capsys.readouterr().err

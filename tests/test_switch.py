@@ -63,7 +63,7 @@ def test_a_choice_ends_with_an_error():
 
 @pytest.mark.parametrize("name", ["fast", None, 1])
 def test_an_unknown_name_is_refused_before_anything_changes(name):
-    sentence = f"backend name is {name!r}; it takes one of auto, reference, composed, fused."
+    sentence = f"backend name: got {name!r}, expected one of auto, reference, composed, fused"
     for choose in (mmfused.backend, mmfused.set_backend):
         with pytest.raises(ValueError, match=sentence):
             choose(name)

@@ -247,23 +247,26 @@ def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, out
 
 
 SETTINGS = [
-    ({"pad_token": 3}, "pad_token: got int, takes a string or an object with its content"),
+    ({"pad_token": 3}, "pad_token: got int, expected a string or an object with its content"),
     ({"pad_token": {"content": ["x"]}}, "pad_token: got dict"),
     ({"padding_side": "up"}, "Padding side"),
-    ({"padding_side": 1}, "padding_side: got int, takes str"),
-    ({"model_max_length": "long"}, "model_max_length: got str, takes int or float"),
-    ({"model_max_length": True}, "model_max_length: got bool, takes int or float"),
-    ({"model_max_length": -5}, "model_max_length: got -5, takes a number above 0"),
-    ({"clean_up_tokenization_spaces": "no"}, "clean_up_tokenization_spaces: got str, takes bool"),
-    ({"model_input_names": "input_ids"}, "model_input_names: got str, takes list"),
+    ({"padding_side": 1}, "padding_side: got int, expected str"),
+    ({"model_max_length": "long"}, "model_max_length: got str, expected int or float"),
+    ({"model_max_length": True}, "model_max_length: got bool, expected int or float"),
+    ({"model_max_length": -5}, "model_max_length: got -5, expected a number above 0"),
+    (
+        {"clean_up_tokenization_spaces": "no"},
+        "clean_up_tokenization_spaces: got str, expected bool",
+    ),
+    ({"model_input_names": "input_ids"}, "model_input_names: got str, expected list"),
     ({"model_input_names": [{}]}, "model_input_names: got "),
-    ({"extra_special_tokens": 3}, "extra_special_tokens: got int, takes a list or an object"),
+    ({"extra_special_tokens": 3}, "extra_special_tokens: got int, expected a list or an object"),
     ({"extra_special_tokens": [3]}, "extra_special_tokens: got int"),
     ({"added_tokens_decoder": {"x": "y"}}, "invalid literal"),
-    ({"added_tokens_decoder": [1]}, "added_tokens_decoder: got list, takes an object"),
+    ({"added_tokens_decoder": [1]}, "added_tokens_decoder: got list, expected an object"),
     (
         {"model_specific_special_tokens": 3},
-        "model_specific_special_tokens: got int, takes an object",
+        "model_specific_special_tokens: got int, expected an object",
     ),
 ]
 
@@ -336,7 +339,7 @@ def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
     change(folder, name, **changes)
     outside.refuses(
         lambda: load_tokenizer(folder),
-        f"{name}: got a field .*, takes none: it names code or files",
+        f"{name}: got a field .*, expected none: it names code or files",
     )
 
 

@@ -413,10 +413,10 @@ def test_selection_bias_moves_towards_balance():
     assert not bias.any()  # over the segments both got four
     with pytest.raises(
         TypeError,
-        match="bias has dtype torch.bfloat16; it takes float32: 16 bits lose steps of 0.001",
+        match="bias: got dtype torch.bfloat16, expected float32: 16 bits lose steps of 0.001",
     ):
         update_selection_bias(bias.bfloat16(), counts)
-    with pytest.raises(ValueError, match=r"counts has shape \(2, 2\); it takes 3 experts"):
+    with pytest.raises(ValueError, match=r"counts: got shape \(2, 2\), expected 3 experts"):
         update_selection_bias(torch.zeros(3), counts)
 
 
@@ -431,21 +431,21 @@ def test_a_routing_made_elsewhere():
 
 
 BAD = {
-    "k is 0; it takes 1 to 7": lambda x, o: topk_routing(x, 0),
-    "k is 8; it takes 1 to 7": lambda x, o: topk_routing(x, 8),
+    "k: got 0, expected 1 to 7": lambda x, o: topk_routing(x, 0),
+    "k: got 8, expected 1 to 7": lambda x, o: topk_routing(x, 8),
     "logits has shape (7,)": lambda x, o: topk_routing(x[0], 2),
     "logits has shape (23, 7) and dtype torch.int64": lambda x, o: topk_routing(x.long(), 2),
     "logits is a list": lambda x, o: topk_routing([1.0], 1),
-    "score is 'relu'; it takes one of softmax, sigmoid": lambda x, o: topk_routing(
+    "score: got 'relu', expected one of softmax, sigmoid": lambda x, o: topk_routing(
         x, 2, score="relu"
     ),
-    "balance is 'none'; it takes one of switch, gshard, mse": lambda x, o: topk_routing(
+    "balance: got 'none', expected one of switch, gshard, mse": lambda x, o: topk_routing(
         x, 2, balance="none"
     ),
     "token_padding_mask has dtype torch.int64": lambda x, o: topk_routing(
         x, 2, token_padding_mask=torch.zeros(TOKENS).long()
     ),
-    "token_padding_mask has shape (22,); it takes (23,)": lambda x, o: topk_routing(
+    "token_padding_mask: got shape (22,), expected (23,)": lambda x, o: topk_routing(
         x, 2, token_padding_mask=o[1:]
     ),
     "segments has dtype torch.int32": lambda x, o: topk_routing(
@@ -460,13 +460,13 @@ BAD = {
     "available has dtype torch.float32": lambda x, o: topk_routing(
         x, 2, available=torch.ones(1, EXPERTS)
     ),
-    "available has shape (7,); it takes (1, 7)": lambda x, o: topk_routing(
+    "available: got shape (7,), expected (1, 7)": lambda x, o: topk_routing(
         x, 2, available=torch.ones(EXPERTS).bool()
     ),
     "available has a segment with fewer than k = 2 experts": lambda x, o: topk_routing(
         x, 2, available=torch.eye(EXPERTS)[:1].bool()
     ),
-    "indices has shape (23, 2); it takes (23, 3)": lambda x, o: topk_routing(
+    "indices: got shape (23, 2), expected (23, 3)": lambda x, o: topk_routing(
         x, 3, indices=torch.zeros(TOKENS, 2).long()
     ),
     "indices has dtype torch.int32": lambda x, o: topk_routing(
@@ -479,11 +479,11 @@ BAD = {
     "selection_bias has dtype torch.bfloat16": lambda x, o: topk_routing(
         x, 2, selection_bias=torch.zeros(EXPERTS).bfloat16()
     ),
-    "jitter is 1; it takes a number from 0 to below 1": lambda x, o: topk_routing(x, 2, jitter=1),
+    "jitter: got 1, expected a number from 0 to below 1": lambda x, o: topk_routing(x, 2, jitter=1),
     "jitter_seed has dtype torch.float32": lambda x, o: topk_routing(
         x, 2, jitter=0.1, jitter_seed=torch.tensor(1.0)
     ),
-    "router_weight has shape (7, 4); it takes (experts, 7)": lambda x, o: topk_routing_from_input(
+    "router_weight: got shape (7, 4), expected (experts, 7)": lambda x, o: topk_routing_from_input(
         x, x.detach()[:7, :4], 2
     ),
     "router_weight has dtype torch.float16": lambda x, o: topk_routing_from_input(

@@ -184,10 +184,10 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
     [
         (
             {"model": "resnet"},
-            "model: got 'resnet', takes one of fluid, uniecs, unica, moon2, unite",
+            "model: got 'resnet', expected one of fluid, uniecs, unica, moon2, unite",
         ),
         ({"modalities": "sound"}, "modalities: got 'sound'"),
-        ({"amp": "fp16"}, "amp: got 'fp16', takes one of auto, bf16, off"),
+        ({"amp": "fp16"}, "amp: got 'fp16', expected one of auto, bf16, off"),
         ({"accumulate": 0}, "accumulate: got 0"),
         ({"save_every": 0}, "save_every: got 0"),
         ({"keep": 0}, "keep: got 0"),
@@ -206,7 +206,7 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ),
         (
             {"image_encoder": "x", "patch_size": 8},
-            "patch_size: got 8 with image_encoder, takes none",
+            "patch_size: got 8 with image_encoder, expected none",
         ),
         ({"batch_size": 64}, None),
     ],
@@ -235,7 +235,9 @@ def test_a_label_the_training_data_lack_is_out_of_range(products, tmp_path):
     metadata = tmp_path / "val" / "metadata.csv"
     metadata.parent.mkdir()
     metadata.write_text("file_name,text,label\n,a red mug,7\n")
-    with pytest.raises(ValueError, match="val: label 7 is out of range, takes the labels 0 to 4"):
+    with pytest.raises(
+        ValueError, match="val: label 7 is out of range, expected the labels 0 to 4"
+    ):
         train(TrainConfig(**options({**products, "val": str(metadata.parent)}, tmp_path / "run")))
 
 
@@ -307,7 +309,7 @@ def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,label\n,a red mug,{label}\n")
     with pytest.raises(
-        ValueError, match=f"data: got the label {label}, takes labels below 1000000"
+        ValueError, match=f"data: got the label {label}, expected labels below 1000000"
     ):
         train(
             TrainConfig(**options({**products, "data": str(tmp_path / "data")}, tmp_path / "run"))

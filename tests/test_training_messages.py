@@ -43,11 +43,11 @@ def test_an_empty_value_is_not_taken_for_none(capsys, command):
     assert main(command) == 2
     name = command[-2].removeprefix("--")
     assert (
-        f"mmfused: error: {name}: got {command[-1]!r}, takes a text that is not empty"
+        f"mmfused: error: {name}: got {command[-1]!r}, expected a text that is not empty"
         in capsys.readouterr().err
     )
     if command[0] == "train":
-        with pytest.raises(ValueError, match=f"{name}: got '', takes a text that is not empty"):
+        with pytest.raises(ValueError, match=f"{name}: got '', expected a text that is not empty"):
             TrainConfig(out="x", **{name: ""})
 
 
@@ -94,22 +94,25 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
     ("given", "message"),
     [
         (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
-        (["--val", "x"], "val: got 'x' with the generated set, takes none"),
-        (["--init", "nowhere"], "init: got 'nowhere', takes the folder of a run or checkpoint"),
+        (["--val", "x"], "val: got 'x' with the generated set, expected none"),
+        (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint"),
         (
             ["--tokenizer", "./nowhere"],
             "tokenizer takes a tokenizer folder or a hub name, got './nowhere'",
         ),
-        (["--device", "hpu"], "device: got 'hpu', takes auto, cpu"),
-        (["--seed", str(2**70)], "seed: got 1180591620717411303424, takes an integer from 0"),
-        (["--seed", "-1"], "seed: got -1, takes an integer from 0"),
-        (["--lr", "inf"], "lr: got inf, takes a finite number"),
-        (["--weight-decay", "nan"], "weight_decay: got nan, takes a finite number"),
+        (["--device", "hpu"], "device: got 'hpu', expected auto, cpu"),
+        (["--seed", str(2**70)], "seed: got 1180591620717411303424, expected an integer from 0"),
+        (["--seed", "-1"], "seed: got -1, expected an integer from 0"),
+        (["--lr", "inf"], "lr: got inf, expected a finite number"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, expected a finite number"),
         (["--epochs", "1e400"], "epochs: got inf"),
-        (["--threads", "1000000"], "threads: got 1000000, takes an integer from 1 to 4096"),
+        (["--threads", "1000000"], "threads: got 1000000, expected an integer from 1 to 4096"),
         (["--max-length", "1"], "max_length: got 1"),
         (["--preset", "big"], "preset: got 'big', takes"),
-        (["--data", "nowhere"], "data: got 'nowhere', takes a folder with images and metadata.csv"),
+        (
+            ["--data", "nowhere"],
+            "data: got 'nowhere', expected a folder with images and metadata.csv",
+        ),
         (["--device", "abacus"], "device: got 'abacus'"),
     ],
 )
@@ -121,10 +124,10 @@ def test_bad_arguments_are_named_as_they_were_given(tmp_path, capsys, given, mes
 
 def test_settings_of_another_type_are_refused():
     for changes, takes in (
-        ({"steps": 1.5}, "steps: got 1.5, takes an integer from 1 to 1000000000000 or None"),
-        ({"lr": True}, "lr: got True, takes a finite number"),
-        ({"betas": [0.9]}, "betas: got .0.9., takes 2 finite numbers"),
-        ({"model_options": []}, "model_options: got .., takes an object"),
+        ({"steps": 1.5}, "steps: got 1.5, expected an integer from 1 to 1000000000000 or None"),
+        ({"lr": True}, "lr: got True, expected a finite number"),
+        ({"betas": [0.9]}, "betas: got .0.9., expected 2 finite numbers"),
+        ({"model_options": []}, "model_options: got .., expected an object"),
     ):
         with pytest.raises(ValueError, match=takes):
             TrainConfig(out="x", **changes)

@@ -131,13 +131,13 @@ def at_the_end(rank, out, folder, patch):
 
 # What the first rank says, and the second.
 CASES = {
-    different: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, takes one value",) * 2,
-    other_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, takes one value",) * 2,
-    other_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, takes one value",) * 2,
+    different: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, expected one value",) * 2,
+    other_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, expected one value",) * 2,
+    other_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, expected one value",) * 2,
     other_data: ("ValueError: val: got ",) * 2,
     other_rows: ("ValueError: data's rows: got ",) * 2,
     missing_data: (
-        "OtherRankError: rank 1 of 2: data: got 'data', takes a folder",
+        "OtherRankError: rank 1 of 2: data: got 'data', expected a folder",
         "FileNotFoundError: data: got 'data'",
     ),
     foreign_files: (

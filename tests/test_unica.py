@@ -261,7 +261,7 @@ def test_views_hide_the_other_modality():
         assert expected[view].shape == (6, 12)
         assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
     assert error(expected["both"][2], expected["image"][2]) < 1e-12  # no text
-    with pytest.raises(ValueError, match="views: got video, takes some of"):
+    with pytest.raises(ValueError, match="views: got video, expected some of"):
         model.embed(("video",), **items)
 
 
@@ -421,23 +421,23 @@ def test_preset_paper_has_its_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bica_norm": "none"}, "bica_norm: got 'none', takes one of post, pre"),
-        ({"gather": "all"}, "gather: got 'all', takes one of global, local"),
+        ({"bica_norm": "none"}, "bica_norm: got 'none', expected one of post, pre"),
+        ({"gather": "all"}, "gather: got 'all', expected one of global, local"),
         (
             {"without": ("gate",)},
-            "without: got 'gate', takes some of bica, ffn, positive_similarity, hard_negatives, fusion",
+            "without: got 'gate', expected some of bica, ffn, positive_similarity, hard_negatives, fusion",
         ),
-        ({"freeze": ("vision",)}, "freeze: got 'vision', takes some of image, text"),
-        ({"freeze": ("image",)}, "freeze: got 'image' with image None, takes an image encoder"),
-        ({"num_heads": 5}, "num_heads: got 5, takes a divisor of text_dim=12"),
-        ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
-        ({"ffn": 0}, "ffn: got 0, takes an integer from 1 to 1048576 or None"),
-        ({"positive_weight": -1.0}, "positive_weight: got -1.0, takes a number from 0"),
-        ({"pixel_mean": (0.5,)}, r"pixel_mean: got \(0.5,\), takes 3 finite numbers"),
-        ({"text": None}, "text: got None, takes an object"),
+        ({"freeze": ("vision",)}, "freeze: got 'vision', expected some of image, text"),
+        ({"freeze": ("image",)}, "freeze: got 'image' with image None, expected an image encoder"),
+        ({"num_heads": 5}, "num_heads: got 5, expected a divisor of text_dim=12"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+        ({"ffn": 0}, "ffn: got 0, expected an integer from 1 to 1048576 or None"),
+        ({"positive_weight": -1.0}, "positive_weight: got -1.0, expected a number from 0"),
+        ({"pixel_mean": (0.5,)}, r"pixel_mean: got \(0.5,\), expected 3 finite numbers"),
+        ({"text": None}, "text: got None, expected an object"),
         (
             {"text": {"model_type": "roberta"}},
-            "text.model_type: got 'roberta', takes 'bert', the host",
+            "text.model_type: got 'roberta', expected 'bert', the host",
         ),
         (
             {"empty_text": (101, 102)},

@@ -524,9 +524,9 @@ def test_starts_as_the_code_does():
 
 
 BAD_CONFIGS = [
-    ({"num_heads": 3}, "num_heads: got 3, takes a divisor of dim=8"),
-    ({"placement": "before"}, "placement: got 'before', takes one of interleaved, after"),
-    ({"without": ("gates",)}, "without: got 'gates', takes some of gate, cross"),
+    ({"num_heads": 3}, "num_heads: got 3, expected a divisor of dim=8"),
+    ({"placement": "before"}, "placement: got 'before', expected one of interleaved, after"),
+    ({"without": ("gates",)}, "without: got 'gates', expected some of gate, cross"),
     (
         {"without": ("cmal", "clal", "imcl")},
         "without: got all of cmal, clal, imcl, which leaves no loss",
@@ -535,15 +535,18 @@ BAD_CONFIGS = [
         {"without": ("adaptive",), "weighting": "static"},
         "without: got 'adaptive' with weighting 'static'",
     ),
-    ({"text_mask": False}, "text_length: got None without text_mask, takes a number"),
+    ({"text_mask": False}, "text_length: got None without text_mask, expected a number"),
     (
         {"indicator": "batch", "missing": "skip"},
-        "missing: got 'skip' with indicator 'batch', takes 'constant'",
+        "missing: got 'skip' with indicator 'batch', expected 'constant'",
     ),
-    ({"margins": (0.3,)}, r"margins: got \(0.3,\), takes 4 finite numbers"),
-    ({"loss_weights": (0.0,) * 9}, "loss_weights: got .*, takes 9 numbers above 0"),
-    ({"temperature": 0.0}, "temperature: got 0.0, takes a number above 0"),
-    ({"freeze": ("text",)}, "freeze: got 'text' with text None, takes a config with that encoder"),
+    ({"margins": (0.3,)}, r"margins: got \(0.3,\), expected 4 finite numbers"),
+    ({"loss_weights": (0.0,) * 9}, "loss_weights: got .*, expected 9 numbers above 0"),
+    ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+    (
+        {"freeze": ("text",)},
+        "freeze: got 'text' with text None, expected a config with that encoder",
+    ),
 ]
 
 
@@ -587,5 +590,5 @@ def test_bad_views_and_negatives():
     ):
         model(query, candidate, candidate)
     del query["labels"]
-    with pytest.raises(ValueError, match="views: got .*, takes some of"):
+    with pytest.raises(ValueError, match="views: got .*, expected some of"):
         model.embed(("sound",), **query)

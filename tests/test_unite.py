@@ -399,45 +399,45 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
     pretrained = {"model_type": "qwen2_vl", **HOST}
     config = UNITEConfig.preset("tiny", tokens=TOKENS, vocab_size=70, patch_size=8, host=pretrained)
     assert config.host == pretrained and config.image_size == 16 * 2 * 4
-    with pytest.raises(ValueError, match="preset: got 'huge', takes one of paper, code, tiny"):
+    with pytest.raises(ValueError, match="preset: got 'huge', expected one of paper, code, tiny"):
         UNITEConfig.preset("huge", tokens=TOKENS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": 3}, "stage: got 3, takes an integer from 1 to 2"),
-        ({"temperature": 0}, "temperature: got 0, takes a number above 0"),
+        ({"stage": 3}, "stage: got 3, expected an integer from 1 to 2"),
+        ({"temperature": 0}, "temperature: got 0, expected a number above 0"),
         (
             {"tokens": None},
-            r"tokens: got None, takes what mmfused.models.qwen.token_ids\(tokenizer\) gives",
+            r"tokens: got None, expected what mmfused.models.qwen.token_ids\(tokenizer\) gives",
         ),
         (
             {"image_size": 20},
-            "image_size: got 20, takes a multiple of 8, the side of what becomes one token",
+            "image_size: got 20, expected a multiple of 8, the side of what becomes one token",
         ),
         (
             {"patch_size": 7},
-            "patch_size: got 7, takes a multiple of 2, the patches on a token's side",
+            "patch_size: got 7, expected a multiple of 2, the patches on a token's side",
         ),
-        ({"query_views": ()}, "views: got none, takes some of image, text, both"),
+        ({"query_views": ()}, "views: got none, expected some of image, text, both"),
         (
             {"candidate_views": ("video",)},
-            "candidate_views: got 'video', takes some of image, text, both",
+            "candidate_views: got 'video', expected some of image, text, both",
         ),
-        ({"same_id": "mean"}, "same_id: got 'mean', takes one of drop, sum"),
-        ({"freeze": ("image",)}, "freeze: got 'image', takes some of vision, language"),
+        ({"same_id": "mean"}, "same_id: got 'mean', expected one of drop, sum"),
+        ({"freeze": ("image",)}, "freeze: got 'image', expected some of vision, language"),
         (
             {"without": ("lora",)},
-            "without: got 'lora', takes some of mamcl, negatives, dual, fusion",
+            "without: got 'lora', expected some of mamcl, negatives, dual, fusion",
         ),
         (
             {"without": ("dual",)},
-            "without: got 'dual' with stage 2, which has none anyway, takes stage 1",
+            "without: got 'dual' with stage 2, which has none anyway, expected stage 1",
         ),
         (
             {"without": ("mamcl",), "stage": 1},
-            "without: got 'mamcl' with stage 1, which has none anyway, takes stage 2",
+            "without: got 'mamcl' with stage 1, which has none anyway, expected stage 2",
         ),
     ],
 )

@@ -186,7 +186,7 @@ def named(every: list[Slice], patterns: list[str]) -> list[Slice]:
     for pattern in patterns:
         if not fnmatch.filter([part.name for part in every], pattern):
             raise ValueError(
-                f"slice is {pattern!r}; it takes one of {', '.join(part.name for part in every)}, or a pattern."
+                f"slice: got {pattern!r}, expected one of {', '.join(part.name for part in every)}, or a pattern"
             )
     return [
         part

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     words = args.suites or [""]
     chosen = [suite for suite in SUITES if any(word in suite.name for word in words)]
     if not chosen:
-        parser.error(f"SUITE is {' '.join(words)}; it takes words of {known}.")
+        parser.error(f"SUITE: got {' '.join(words)}, expected words of {known}")
     names = list(dict.fromkeys(suite.checkout for suite in chosen))
     where = args.checkouts and args.checkouts.resolve()
     missing = [name for name in names if not where or not (where / name).is_dir()]

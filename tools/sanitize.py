@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     for name, asked, known in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
         for value in asked:
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; it takes some of {', '.join(known)}.")
+                raise ValueError(f"{name}: got {value!r}, expected some of {', '.join(known)}")
     if args.jobs < 1:
-        raise ValueError(f"jobs is {args.jobs}; it takes at least 1.")
+        raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
     sanitizer, folder = find_sanitizer(), Path(args.out)
     tools, ops = args.tool or TOOLS, args.op or OPS
     pairs = [(CONTROL, "memcheck")] if "memcheck" in tools else []
@@ -315,7 +315,7 @@ def launch(op: str) -> int:
 
     if op not in sanitize_launches.VARIANTS:
         raise ValueError(
-            f"launch is {op!r}; it takes one of {', '.join(sanitize_launches.VARIANTS)}."
+            f"launch: got {op!r}, expected one of {', '.join(sanitize_launches.VARIANTS)}"
         )
     launches = sanitize_launches.launch(op)
     device = report.device_name(torch.device(sanitize_launches.DEVICE))

@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         print(
-            f"tools/targets.py: error: results is {str(args.results)!r}; it takes a folder that exists.",
+            f"tools/targets.py: error: results: got {str(args.results)!r}, expected a folder that exists",
             file=sys.stderr,
         )
         return 2

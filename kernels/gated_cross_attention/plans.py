@@ -77,7 +77,7 @@ def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
     asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
     if asked not in (None, *FORMS):
         raise ValueError(
-            f"MMFUSED_CROSS_ATTENTION is {asked!r}; it takes one of {', '.join(FORMS)}."
+            f"MMFUSED_CROSS_ATTENTION: got {asked!r}, expected one of {', '.join(FORMS)}"
         )
     if asked == "block" and chosen.block is None:
         raise ValueError(

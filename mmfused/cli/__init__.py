@@ -43,7 +43,7 @@ def refuse_empty(args: argparse.Namespace) -> None:
     """An empty value would pass for one that was not given."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name}: got {value!r}, takes a text that is not empty")
+            raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
 
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     chosen = args.only.split(",") if args.only else list(parts)
     for part in chosen:
         if part not in parts:
-            raise ValueError(f"only: got {part!r}, takes some of {', '.join(parts)}")
+            raise ValueError(f"only: got {part!r}, expected some of {', '.join(parts)}")
     if args.without:
         raise ValueError(
-            f"without: got {args.without!r}, takes nothing: ablate leaves out one component after the other"
+            f"without: got {args.without!r}, expected nothing: ablate leaves out one component after the other"
         )
     out = Path(args.out)
     check_replaceable(out / "ablation.json", "whole", args.overwrite or args.resume)
@@ -69,7 +69,7 @@ def components(model: str) -> tuple[str, ...]:
     from mmfused.models import MODELS
 
     if model not in MODELS:
-        raise ValueError(f"model: got {model!r}, takes one of {', '.join(MODELS)}")
+        raise ValueError(f"model: got {model!r}, expected one of {', '.join(MODELS)}")
     return importlib.import_module(MODELS[model].model.__module__).COMPONENTS
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name}: got {getattr(args, name)}, takes at least 1")
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
     check_field("steps", args.steps, int)
     out = Path(args.out)
     check_replaceable(out / "demo.json", "curve_bound", replace=True)

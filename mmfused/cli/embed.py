@@ -97,7 +97,7 @@ def check(args: argparse.Namespace, out: Path) -> None:
     check_field("threads", args.threads, int | None)
     check_views(tuple(args.views.split(",")))
     if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"out: got {args.out!r}, takes an .npz in a folder that is there")
+        raise ValueError(f"out: got {args.out!r}, expected an .npz in a folder that is there")
     if out.is_dir() or (out.exists() and not args.overwrite):
         raise FileExistsError(f"out: {out} is there already; choose another name or overwrite it")
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         check_field(name, getattr(args, name), int | None)
     out = Path(args.out) if args.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"out: got {out}, takes a file in a folder that is there")
+        raise ValueError(f"out: got {out}, expected a file in a folder that is there")
     result = measure(args)
     print_table(result)
     if "pairs" in result:
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict:
     retrieves = trained.task == "retrieval"
     if args.products and not retrieves:
         raise ValueError(
-            f"products: got {args.products!r} with model {trained.name!r}, takes a retrieval model"
+            f"products: got {args.products!r} with model {trained.name!r}, expected a retrieval model"
         )
     text_column = args.text_column or trained.settings["training"].get("text_column", "text")
     num_classes = None if retrieves else trained.model.config.num_classes

@@ -133,11 +133,11 @@ def _check(args: argparse.Namespace, archs: list[str]) -> None:
     takes = [f"sm_{number}" for number in SHARED_MEMORY]
     for arch in archs:
         if arch not in takes:
-            raise ValueError(f"--arch is {arch!r}; it takes one of {', '.join(takes)}.")
+            raise ValueError(f"--arch: got {arch!r}, expected one of {', '.join(takes)}")
     known = [case for op in OPS if args.op in (None, op) for case in cases_of(op).CASES]
     for case in args.case or ():
         if case not in known:
-            raise ValueError(f"--case is {case!r}; it takes some of {', '.join(known)}.")
+            raise ValueError(f"--case: got {case!r}, expected some of {', '.join(known)}")
 
 
 def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Measured]]:

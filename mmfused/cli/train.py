@@ -196,7 +196,9 @@ def config_options(args) -> dict:
     from mmfused.training.config import RECIPES
 
     if args.modalities not in MODALITIES:
-        raise ValueError(f"modalities: got {args.modalities!r}, takes image,text or image or text")
+        raise ValueError(
+            f"modalities: got {args.modalities!r}, expected image,text or image or text"
+        )
     options = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("command", "run"):
         options.pop(name, None)
@@ -213,7 +215,7 @@ def field_of(given: str) -> tuple[str, object]:
     """A value that is no JSON is a string."""
     name, equals, value = given.partition("=")
     if not name or not equals:
-        raise ValueError(f"option: got {given!r}, takes NAME=VALUE")
+        raise ValueError(f"option: got {given!r}, expected NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

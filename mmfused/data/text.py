@@ -162,14 +162,14 @@ def _read_folder(folder: Path):
             or isinstance(settings[key], bool) != (bool in kinds)
         ):
             takes = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{key}: got {type(settings[key]).__name__}, takes {takes}")
+            raise ValueError(f"{key}: got {type(settings[key]).__name__}, expected {takes}")
     if not settings.get("model_max_length", 1) > 0:
         raise ValueError(
-            f"model_max_length: got {settings['model_max_length']}, takes a number above 0"
+            f"model_max_length: got {settings['model_max_length']}, expected a number above 0"
         )
     if not all(isinstance(name, str) for name in settings.get("model_input_names", [])):
         raise ValueError(
-            f"model_input_names: got {one_line(settings['model_input_names'])}, takes strings"
+            f"model_input_names: got {one_line(settings['model_input_names'])}, expected strings"
         )
     # What tokenizer.json says of a token goes before how the settings describe it.
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
@@ -190,7 +190,7 @@ def _read_folder(folder: Path):
     }
     if not isinstance(extra, (dict, list)):
         raise ValueError(
-            f"extra_special_tokens: got {type(extra).__name__}, takes a list or an object"
+            f"extra_special_tokens: got {type(extra).__name__}, expected a list or an object"
         )
     if isinstance(extra, list):
         settings["extra_special_tokens"] = [
@@ -211,7 +211,7 @@ def _read_settings(folder: Path, name: str) -> dict:
 def _object(given: dict, key: str) -> dict:
     value = given.get(key) or {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key}: got {type(value).__name__}, takes an object")
+        raise ValueError(f"{key}: got {type(value).__name__}, expected an object")
     return value
 
 
@@ -249,7 +249,7 @@ def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken 
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise ValueError(
-            f"{key}: got {type(token).__name__}, takes a string or an object with its content"
+            f"{key}: got {type(token).__name__}, expected a string or an object with its content"
         )
     if content in known or not isinstance(token, dict):
         return known.get(content, content)
@@ -296,4 +296,6 @@ def _check_vocabulary_folder(folder: Path) -> None:
                 "configuration_files",
                 "fast_tokenizer_files",
             ) or key.endswith("_file"):
-                raise ValueError(f"{name}: got a field {key!r}, takes none: it names code or files")
+                raise ValueError(
+                    f"{name}: got a field {key!r}, expected none: it names code or files"
+                )

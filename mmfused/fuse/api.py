@@ -112,7 +112,7 @@ def fuse(
     nothing is changed.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: model is a {type(model).__name__}; it takes a torch.nn.Module.")
+        raise TypeError(f"fuse: model: got a {type(model).__name__}, expected a torch.nn.Module")
     selection = Selection(model, only, skip)
     report, found = FuseReport(), []
     heads = []  # (name of what holds others, itself if it was not chosen)

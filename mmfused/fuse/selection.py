@@ -30,7 +30,7 @@ class Selection:
                 if entry not in FAMILIES and not _matches(entry, known):
                     words = ", ".join(map(repr, FAMILIES))
                     raise ValueError(
-                        f"fuse: {argument} is {entry!r}; it takes {words}, or the name of a "
+                        f"fuse: {argument}: got {entry!r}, expected {words}, or the name of a "
                         "module in this model or a pattern of names."
                     )
 

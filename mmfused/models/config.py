@@ -62,7 +62,9 @@ class ModelConfig:
     @classmethod
     def values_of(cls, preset: str) -> dict:
         if preset not in cls.PRESETS:
-            raise ValueError(f"preset: got {shown(preset)}, takes one of {', '.join(cls.PRESETS)}")
+            raise ValueError(
+                f"preset: got {shown(preset)}, expected one of {', '.join(cls.PRESETS)}"
+            )
         return cls.PRESETS[preset]
 
     @classmethod
@@ -103,7 +105,7 @@ class ModelConfig:
         for name in values:
             if name not in fields:
                 raise ValueError(
-                    f"{cls.__name__}: got a field {shown(name)}, takes {', '.join(fields)}"
+                    f"{cls.__name__}: got a field {shown(name)}, expected {', '.join(fields)}"
                 )
         for name, field in fields.items():
             if name not in values and field.default is dataclasses.MISSING:
@@ -124,7 +126,7 @@ class ModelConfig:
             if getattr(self, name, None) is not None:
                 check(getattr(self, name))
         if not min(self.pixel_std) > 0:
-            raise ValueError(f"pixel_std: got {self.pixel_std}, takes 3 numbers above 0")
+            raise ValueError(f"pixel_std: got {self.pixel_std}, expected 3 numbers above 0")
 
     def check_choices(self, choices: dict[str, tuple]) -> None:
         """ValueError where a field is none of its choices; of a tuple, any of its values."""
@@ -134,13 +136,13 @@ class ModelConfig:
                 if one not in allowed:
                     takes = "some of" if isinstance(value, tuple) else "one of"
                     raise ValueError(
-                        f"{name}: got {shown(one)}, takes {takes} {', '.join(map(str, allowed))}"
+                        f"{name}: got {shown(one)}, expected {takes} {', '.join(map(str, allowed))}"
                     )
 
     def check_positive(self, *names: str) -> None:
         for name in names:
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number above 0")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0")
 
 
 def check_sizes(**sizes: object) -> None:

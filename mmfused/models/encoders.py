@@ -119,7 +119,7 @@ class ConvStem(nn.Sequential):
         side, width = projection.kernel_size[0], projection.out_channels
         if side < 2 or side & (side - 1):
             raise ValueError(
-                f"patch_size: got {side}, takes a power of two for the convolutional stem"
+                f"patch_size: got {side}, expected a power of two for the convolutional stem"
             )
         count = side.bit_length() - 1
         widths = [
@@ -159,7 +159,7 @@ def check_architecture(field: str, name: object) -> None:
         or not set(name).isdisjoint("/:\\")
         or not import_timm().is_model(name)
     ):
-        raise ValueError(f"{field}: got {shown(name)}, takes the name of a model that timm has")
+        raise ValueError(f"{field}: got {shown(name)}, expected the name of a model that timm has")
 
 
 def build_vit(dim: int, stem: str, options: dict) -> nn.Module:
@@ -177,7 +177,7 @@ def build_vit(dim: int, stem: str, options: dict) -> nn.Module:
         if not isinstance(vit, timm.models.VisionTransformer) or vit.embed_dim != dim:
             found = f"a {type(vit).__name__} of width {getattr(vit, 'embed_dim', 'unknown')}"
             raise ValueError(
-                f"image.name: got {options['name']!r}, {found}, takes a VisionTransformer of width {dim} in timm"
+                f"image.name: got {options['name']!r}, {found}, expected a VisionTransformer of width {dim} in timm"
             )
         vit = create_vit(**options)
     else:
@@ -224,7 +224,7 @@ def text_fields(model_type: object) -> tuple[type, dict[str, object]]:
     """The config of a text encoder and its fields but for the width, which is the model's to say."""
     if model_type not in TEXT_TYPES:
         raise ValueError(
-            f"text.model_type: got {shown(model_type)}, takes one of {', '.join(TEXT_TYPES)}"
+            f"text.model_type: got {shown(model_type)}, expected one of {', '.join(TEXT_TYPES)}"
         )
     with refusing(f"text.model_type: got {model_type!r}, which this version of transformers lacks"):
         config = import_transformers().CONFIG_MAPPING[model_type]
@@ -263,7 +263,7 @@ def text_class(config) -> tuple[type, dict]:
         and config.max_position_embeddings * config.dim > 1 << 22
     ):
         raise ValueError(
-            f"got {config.max_position_embeddings} sinusoidal positions, takes fewer"
+            f"got {config.max_position_embeddings} sinusoidal positions, expected fewer"
         )  # made one by one
     kind = import_transformers().MODEL_MAPPING[type(config)]
     return kind, {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(
@@ -285,7 +285,7 @@ def pretrained_vit(source: str, image_size: int | None = None) -> tuple[dict, nn
         timm.models.get_pretrained_cfg(source), "hf_hub_id", None
     ):
         raise ValueError(
-            f"image encoder: got {source!r}, takes a folder, or a name of timm's with weights on the hub"
+            f"image encoder: got {source!r}, expected a folder, or a name of timm's with weights on the hub"
         )
     with on_meta():  # before it is downloaded
         check_vit(source, create_vit(name=source, num_classes=0))
@@ -345,7 +345,7 @@ def vit_of_folder(folder: Path, size: dict) -> tuple[dict, nn.Module]:
 def check_vit(source: object, encoder: nn.Module) -> None:
     if not isinstance(encoder, import_timm().models.VisionTransformer):
         raise ValueError(
-            f"image encoder: got {str(source)!r}, a {type(encoder).__name__}, takes a VisionTransformer"
+            f"image encoder: got {str(source)!r}, a {type(encoder).__name__}, expected a VisionTransformer"
         )
 
 

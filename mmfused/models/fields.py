@@ -68,7 +68,7 @@ def check_field(name: str, value: object, kind: object) -> None:
     bounds of ``name``.
     """
     if not fits(value, kind, *bounds(name)):
-        raise ValueError(f"{name}: got {shown(value)}, takes {described(kind, *bounds(name))}")
+        raise ValueError(f"{name}: got {shown(value)}, expected {described(kind, *bounds(name))}")
 
 
 def check_fields(name: str, values: object, kinds: dict[str, object]) -> None:
@@ -76,10 +76,10 @@ def check_fields(name: str, values: object, kinds: dict[str, object]) -> None:
     of a dict's fields, or None.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: got {shown(values)}, takes an object")
+        raise ValueError(f"{name}: got {shown(values)}, expected an object")
     for key, value in values.items():
         if key not in kinds:
-            raise ValueError(f"{name}: got a field {shown(key)}, takes {', '.join(kinds)}")
+            raise ValueError(f"{name}: got a field {shown(key)}, expected {', '.join(kinds)}")
         if not isinstance(kinds[key], dict):
             check_field(f"{name}.{key}", value, kinds[key])
         elif value is not None:

@@ -123,15 +123,17 @@ class FLUIDConfig(ModelConfig):
         self.check_choices(CHOICES)
         self.check_positive("temperature")
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of dim={self.dim}")
+            raise ValueError(
+                f"num_heads: got {self.num_heads}, expected a divisor of dim={self.dim}"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}"
+                f"top_k: got {self.top_k}, expected at most num_experts={self.num_experts}"
             )
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
                 raise AbsentPart(
-                    f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, takes 'both'"
+                    f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, expected 'both'"
                 )
 
     @classmethod
@@ -143,7 +145,7 @@ class FLUIDConfig(ModelConfig):
             options["num_classes"] = num_classes
         elif name == "tiny":
             raise ValueError(
-                f"num_classes: got None with preset {name!r}, takes a number of classes"
+                f"num_classes: got None with preset {name!r}, expected a number of classes"
             )
         return super().preset(name, **options)
 

@@ -116,20 +116,20 @@ class MOON2Config(HostedConfig):
         text = self.host["text_config"]
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"top_k: got {self.top_k}, takes at most num_experts={self.num_experts}"
+                f"top_k: got {self.top_k}, expected at most num_experts={self.num_experts}"
             )
         check_field("host.text_config.num_hidden_layers", text.get("num_hidden_layers"), int)
         if self.moe_every > text["num_hidden_layers"]:
             raise ValueError(
-                f"moe_every: got {self.moe_every}, takes at most the host's {text['num_hidden_layers']} layers"
+                f"moe_every: got {self.moe_every}, expected at most the host's {text['num_hidden_layers']} layers"
             )
         if text.get("hidden_act", "silu") != "silu":
             raise ValueError(
-                f"host.text_config.hidden_act: got {text['hidden_act']!r}, takes 'silu', as the experts have"
+                f"host.text_config.hidden_act: got {text['hidden_act']!r}, expected 'silu', as the experts have"
             )
         if {"inter", "intra"} <= set(self.without):
             raise ValueError(
-                "without: got 'inter' and 'intra', which leaves no objective, takes one of them"
+                "without: got 'inter' and 'intra', which leaves no objective, expected one of them"
             )
 
 

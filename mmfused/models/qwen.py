@@ -113,7 +113,7 @@ class HostedConfig(ModelConfig):
             merge = usual["vision_config"]["spatial_merge_size"]
             if patch_size is not None and patch_size % merge:
                 raise ValueError(
-                    f"patch_size: got {patch_size}, takes a multiple of {merge}, the patches on a token's side"
+                    f"patch_size: got {patch_size}, expected a multiple of {merge}, the patches on a token's side"
                 )
             given = {"text_config": {} if vocab_size is None else {"vocab_size": vocab_size}}
             given["vision_config"] = (
@@ -145,7 +145,7 @@ class HostedConfig(ModelConfig):
         check_host(self.host)
         if self.tokens is None:
             raise ValueError(
-                "tokens: got None, takes what mmfused.models.qwen.token_ids(tokenizer) gives"
+                "tokens: got None, expected what mmfused.models.qwen.token_ids(tokenizer) gives"
             )
         check_fields("tokens", self.tokens, TOKENS)
         for name, values, fields in (
@@ -154,15 +154,17 @@ class HostedConfig(ModelConfig):
         ):
             lacking = [field for field in fields if (values or {}).get(field) is None]
             if lacking:
-                raise ValueError(f"{name}: got no {', '.join(lacking)}, takes {', '.join(fields)}")
+                raise ValueError(
+                    f"{name}: got no {', '.join(lacking)}, expected {', '.join(fields)}"
+                )
         side = token_side(self.host["vision_config"])
         if self.image_size % side:
             raise ValueError(
-                f"image_size: got {self.image_size}, takes a multiple of {side}, the side of what becomes one token"
+                f"image_size: got {self.image_size}, expected a multiple of {side}, the side of what becomes one token"
             )
         if (self.image_size // side) ** 2 > MOST_TOKENS:
             raise ValueError(
-                f"image_size: got {self.image_size}, takes at most {MOST_TOKENS} tokens of {side} x {side} pixels"
+                f"image_size: got {self.image_size}, expected at most {MOST_TOKENS} tokens of {side} x {side} pixels"
             )
 
 
@@ -380,7 +382,7 @@ def visible(tokens, input_ids, attention_mask, image_present, view) -> tuple[Ten
     """
     if input_ids is None:
         raise ValueError(
-            "input_ids is None; it takes the ids of each item's text, padding alone where it has none"
+            "input_ids: got None, expected the ids of each item's text, padding alone where it has none"
         )
     if input_ids.ndim != 2 or (
         attention_mask is not None and attention_mask.shape != input_ids.shape

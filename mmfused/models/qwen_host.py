@@ -40,7 +40,7 @@ def host_fields(model_type: object) -> tuple[type, dict[str, object]]:
     """The config of a host and its fields: its parts', of one kind each, and its own ids."""
     if model_type not in TYPES:
         raise ValueError(
-            f"host.model_type: got {shown(model_type)}, takes one of {', '.join(TYPES)}"
+            f"host.model_type: got {shown(model_type)}, expected one of {', '.join(TYPES)}"
         )
     config = import_transformers().CONFIG_MAPPING[model_type]
     parts = {part: declared(config.sub_configs[part]) for part in ("text_config", "vision_config")}
@@ -93,7 +93,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict, nn.Module]:
     if described.get("model_type") not in TYPES:
         found = shown(described.get("model_type"))
         raise ValueError(
-            f"host: {source!r} has model_type {found}, takes one of {', '.join(TYPES)}"
+            f"host: {source!r} has model_type {found}, expected one of {', '.join(TYPES)}"
         )
     config_class, kinds = host_fields(described["model_type"])
     parts = {}

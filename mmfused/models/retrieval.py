@@ -84,7 +84,7 @@ def check_views(views: tuple[str, ...]) -> None:
     unknown = [view for view in views if view not in VIEWS]
     if unknown or not views or len(set(views)) < len(views):
         raise ValueError(
-            f"views: got {', '.join(map(str, views)) or 'none'}, takes some of {', '.join(VIEWS)}, each once"
+            f"views: got {', '.join(map(str, views)) or 'none'}, expected some of {', '.join(VIEWS)}, each once"
         )
 
 
@@ -124,7 +124,7 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     if x.dim() == 0:
         raise refused(
-            "gather_rows", ValueError("gather_rows: x is a scalar; it takes (rows, ...)."), x
+            "gather_rows", ValueError("gather_rows: x: got a scalar, expected (rows, ...)."), x
         )
     settings = {"a row's shape": tuple(x.shape[1:]), "the rows' gradient": gradient_needed(x)}
     ranks = Ranks("gather_rows", x, x, share_gradients=True, settings=settings)

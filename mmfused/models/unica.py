@@ -123,16 +123,18 @@ class UniCAConfig(ModelConfig):
         self.check_positive("temperature")
         if self.text_dim % self.num_heads:
             raise ValueError(
-                f"num_heads: got {self.num_heads}, takes a divisor of text_dim={self.text_dim}"
+                f"num_heads: got {self.num_heads}, expected a divisor of text_dim={self.text_dim}"
             )
         if not self.positive_weight >= 0:
-            raise ValueError(f"positive_weight: got {self.positive_weight}, takes a number from 0")
+            raise ValueError(
+                f"positive_weight: got {self.positive_weight}, expected a number from 0"
+            )
         if self.text.get("model_type", "bert") != "bert":
             raise ValueError(
-                f"text.model_type: got {self.text['model_type']!r}, takes 'bert', the host"
+                f"text.model_type: got {self.text['model_type']!r}, expected 'bert', the host"
             )
         if "image" in self.freeze and self.image is None:
-            raise ValueError("freeze: got 'image' with image None, takes an image encoder")
+            raise ValueError("freeze: got 'image' with image None, expected an image encoder")
 
     @staticmethod
     def of_tokenizer(tokenizer) -> dict:

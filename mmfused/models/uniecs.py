@@ -160,31 +160,33 @@ class UniECSConfig(ModelConfig):
             "initial_scale", "epsilon", "temperature", "temperature_v2v", "temperature_t2t"
         )
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads: got {self.num_heads}, takes a divisor of dim={self.dim}")
+            raise ValueError(
+                f"num_heads: got {self.num_heads}, expected a divisor of dim={self.dim}"
+            )
         if len(self.loss_weights) != len(NAMES) or min(self.loss_weights) <= 0:
             raise ValueError(
-                f"loss_weights: got {self.loss_weights}, takes {len(NAMES)} numbers above 0"
+                f"loss_weights: got {self.loss_weights}, expected {len(NAMES)} numbers above 0"
             )
         if not self.text_mask and self.text_length is None:
             raise ValueError(
-                "text_length: got None without text_mask, takes a number, or an item would depend on its batch"
+                "text_length: got None without text_mask, expected a number, or an item would depend on its batch"
             )
         if self.indicator == "batch" and self.missing != "constant":
             raise ValueError(
-                f"missing: got {self.missing!r} with indicator 'batch', takes 'constant'"
+                f"missing: got {self.missing!r} with indicator 'batch', expected 'constant'"
             )
         if "adaptive" in self.without and self.weighting != "adaptive":
             raise AbsentPart(
-                "without: got 'adaptive' with weighting 'static', which is not adaptive anyway, takes 'adaptive'"
+                "without: got 'adaptive' with weighting 'static', which is not adaptive anyway, expected 'adaptive'"
             )
         if not set(TERMS) - set(self.without):
             raise ValueError(
-                "without: got all of cmal, clal, imcl, which leaves no loss, takes at most two of them"
+                "without: got all of cmal, clal, imcl, which leaves no loss, expected at most two of them"
             )
         for name in self.freeze:
             if getattr(self, name) is None:
                 raise ValueError(
-                    f"freeze: got {name!r} with {name} None, takes a config with that encoder"
+                    f"freeze: got {name!r} with {name} None, expected a config with that encoder"
                 )
 
 
@@ -402,7 +404,7 @@ class UniECS(RetrievalModel):
         pair = (query, candidate)
         rows = gather_rows(torch.stack([part[view] for part in pair for view in VIEWS], 1))
         if not len(rows):
-            raise ValueError("query has 0 rows on every rank; it takes at least one in all")
+            raise ValueError("query: got 0 rows on every rank, expected at least one in all")
         flags = ("labels", "has_image", "has_text")
         ids = gather_rows(torch.stack([part[name].long() for part in pair for name in flags], 1))
         options = LossOptions(*(getattr(c, name) for name in LossOptions._fields))

@@ -86,7 +86,7 @@ class UNITEConfig(HostedConfig):
         for name in self.without:
             if STAGE_OF.get(name, self.stage) != self.stage:
                 raise AbsentPart(
-                    f"without: got {name!r} with stage {self.stage}, which has none anyway, takes stage {STAGE_OF[name]}"
+                    f"without: got {name!r} with stage {self.stage}, which has none anyway, expected stage {STAGE_OF[name]}"
                 )
 
 

@@ -62,7 +62,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
             or not set(part).isdisjoint("/\\:\0")
         ):
             raise ValueError(
-                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, takes names of *.safetensors beside it"
+                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, expected names of *.safetensors beside it"
             )
     return [folder / part for part in sorted(set(parts))]
 
@@ -91,5 +91,5 @@ def check_size(name: str, weights: dict[str, Tensor], expected: nn.Module) -> No
     takes = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
     if 2 * held < takes:
         raise ValueError(
-            f"{name} lacks weights: holds {held} numbers, takes the {takes} of what its config.json describes"
+            f"{name} lacks weights: holds {held} numbers, expected the {takes} of what its config.json describes"
         )

@@ -124,19 +124,19 @@ class TrainConfig:
             check_field(entry.name, getattr(self, entry.name), kinds[entry.name])
         self.betas = tuple(self.betas)
         if "\0" in self.out:
-            raise ValueError(f"out: got {self.out!r}, takes a folder")
+            raise ValueError(f"out: got {self.out!r}, expected a folder")
         for name in "out data val products text_column image_encoder text_encoder host init tokenizer".split():
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ValueError(f"{name}: got {value!r}, takes a text that is not empty")
+                raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
         for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(choices)}"
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
         for name in ("epochs", "lr", "clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number above 0")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0")
         if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
             got = f"{self.weight_decay} and {self.betas}"
             raise ValueError(
@@ -144,7 +144,9 @@ class TrainConfig:
             )
         for name in ("swap_text", "drop_image", "drop_text", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a fraction from 0 to 1")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, expected a fraction from 0 to 1"
+                )
         if self.drop_image + self.drop_text > 1:
             raise ValueError(
                 f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, take a sum of at most 1"
@@ -152,17 +154,17 @@ class TrainConfig:
         for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
             if getattr(self, name) and self.modalities == absent:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, takes modalities that use it"
+                    f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, expected modalities that use it"
                 )
         for name in ("image_encoder", "text_encoder", "host", "tokenizer"):
             if self.init and getattr(self, name):
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with init, takes none: the run has its own"
+                    f"{name}: got {getattr(self, name)!r} with init, expected none: the run has its own"
                 )
         for name in ("image_encoder", "host"):
             if getattr(self, name) and self.patch_size:
                 raise ValueError(
-                    f"patch_size: got {self.patch_size} with {name}, takes none: it has its own"
+                    f"patch_size: got {self.patch_size} with {name}, expected none: it has its own"
                 )
         self.check_task()
         if self.overwrite and self.resume:
@@ -182,15 +184,15 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None and not fits:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with model {self.model!r}, takes {takes}"
+                    f"{name}: got {getattr(self, name)!r} with model {self.model!r}, expected {takes}"
                 )
         if self.model != "fluid" and self.modalities != "both":
             raise ValueError(
-                f"modalities: got {self.modalities!r} with model {self.model!r}, takes 'both': it embeds each view"
+                f"modalities: got {self.modalities!r} with model {self.model!r}, expected 'both': it embeds each view"
             )
         if self.grad_cache and self.accumulate > 1:
             raise ValueError(
-                f"accumulate: got {self.accumulate} with grad_cache, takes 1: the batch is one, in chunks"
+                f"accumulate: got {self.accumulate} with grad_cache, expected 1: the batch is one, in chunks"
             )
 
     def to_dict(self) -> dict:

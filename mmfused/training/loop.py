@@ -212,7 +212,7 @@ class Training:
         )
         if self.steps > MOST_STEPS:
             raise ValueError(
-                f"epochs: got {config.epochs}, which are {self.steps} steps, takes at most {MOST_STEPS} of them"
+                f"epochs: got {config.epochs}, which are {self.steps} steps, expected at most {MOST_STEPS} of them"
             )
         self.val_every = config.val_every or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_every or self.val_every
@@ -233,7 +233,7 @@ class Training:
         """
         if state["step"] > self.steps:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, takes at most {self.steps}, the last one"
+                f"resume: {path} is of step {state['step']}, expected at most {self.steps}, the last one"
             )
         self.history = read_history(
             self.out / "metrics.jsonl", state["metrics_bytes"], SCORES[self.task_name]

@@ -105,7 +105,7 @@ def check_agreement(values: dict[str, object]) -> None:
         for rank, other in enumerate(others, 1):
             if other != first:
                 raise ValueError(
-                    f"{name}: got {first!r} on rank 0 and {other!r} on rank {rank}, takes one value"
+                    f"{name}: got {first!r} on rank 0 and {other!r} on rank {rank}, expected one value"
                 )
 
 

@@ -49,7 +49,7 @@ def check_out(out: Path, overwrite: bool, resume: bool = False):
     With ``resume``, a run that died before its first checkpoint is none.
     """
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: {out} is a file, takes a folder")
+        raise FileExistsError(f"out: {out} is a file, expected a folder")
     foreign = strangers(out, RUN_FILES)
     if foreign:
         raise FileExistsError(
@@ -330,7 +330,7 @@ def check_fields(value: dict, kinds: dict[str, type], path: Path) -> None:
         found = type(value[name])
         if found is not kind and not (kind is float and found is int):
             raise ValueError(
-                f"{path} is corrupt: {name} is of type {found.__name__}, takes {kind.__name__}"
+                f"{path} is corrupt: {name} is of type {found.__name__}, expected {kind.__name__}"
             )
 
 

@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device: got {name!r}, takes auto, cpu, cuda or another that torch has here ({reason})"
+            f"device: got {name!r}, expected auto, cpu, cuda or another that torch has here ({reason})"
         ) from error
     return torch.device(name)
 
@@ -54,7 +54,7 @@ def use_amp(name: str, device: torch.device) -> bool:
 def check_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32):
     if name not in mmfused.library.BACKENDS:
         raise ValueError(
-            f"backend: got {name!r}, takes one of {', '.join(mmfused.library.BACKENDS)}"
+            f"backend: got {name!r}, expected one of {', '.join(mmfused.library.BACKENDS)}"
         )
     reasons = mmfused.library.why_not_fused(device, dtype) if name == "fused" else []
     if reasons:
@@ -67,11 +67,11 @@ def load_data(config, image_size: int | None = None):
     """
     if config.data == "generated" and config.text_column != "text":
         raise ValueError(
-            f"text_column: got {config.text_column!r} with the generated set, takes 'text', the only one it has"
+            f"text_column: got {config.text_column!r} with the generated set, expected 'text', the only one it has"
         )
     if config.data == "generated" and config.val is not None:
         raise ValueError(
-            f"val: got {config.val!r} with the generated set, takes none: it has its own"
+            f"val: got {config.val!r} with the generated set, expected none: it has its own"
         )
     if config.data == "generated":
         train_set, val_set = (
@@ -82,7 +82,7 @@ def load_data(config, image_size: int | None = None):
         check_folder("data", config.data)
         if config.val is None:
             raise ValueError(
-                "val: got nothing, takes a folder with images and metadata.csv to validate on"
+                "val: got nothing, expected a folder with images and metadata.csv to validate on"
             )
         options = {"image_size": image_size, "text_column": config.text_column}
         train_set = load_folder("data", config.data, **options)
@@ -107,7 +107,7 @@ def load_catalogue(config, image_size: int | None = None):
 def check_folder(name: str, folder: str) -> None:
     if not (Path(folder) / "metadata.csv").is_file():
         raise FileNotFoundError(
-            f"{name}: got {folder!r}, takes a folder with images and metadata.csv"
+            f"{name}: got {folder!r}, expected a folder with images and metadata.csv"
         )
 
 
@@ -131,11 +131,11 @@ def check_classes(train_set, val_set) -> None:
     if train_set.num_classes > MOST_CLASSES:
         got = f"the label {train_set.num_classes - 1}"
         raise ValueError(
-            f"data: got {got}, takes labels below {MOST_CLASSES}: a classifier has an output for each from 0 on"
+            f"data: got {got}, expected labels below {MOST_CLASSES}: a classifier has an output for each from 0 on"
         )
     if val_set.num_classes > train_set.num_classes:
         known = f"the labels 0 to {train_set.num_classes - 1} of the training data"
-        raise ValueError(f"val: label {val_set.num_classes - 1} is out of range, takes {known}")
+        raise ValueError(f"val: label {val_set.num_classes - 1} is out of range, expected {known}")
 
 
 def warn_of_skipped(name: str, split, most: int = 5):
@@ -179,7 +179,7 @@ def image_sizes(config) -> tuple[int | None, int | None]:
     side = config.image_size or min(96, stored_side(config))
     patch = config.patch_size or (8 if side <= 32 else 16)
     if side < patch or (config.image_size and side % patch):
-        raise ValueError(f"image_size: got {side}, takes a multiple of patch_size = {patch}")
+        raise ValueError(f"image_size: got {side}, expected a multiple of patch_size = {patch}")
     return side - side % patch, patch
 
 
@@ -295,7 +295,7 @@ def check_init(config) -> None:
             read_settings(Path(config.init))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
-                f"init: got {config.init!r}, takes the folder of a run or checkpoint: {error}"
+                f"init: got {config.init!r}, expected the folder of a run or checkpoint: {error}"
             ) from error
 
 
@@ -365,5 +365,5 @@ def check_vocabulary(fields: dict, tokens: int, source: str) -> None:
     inner = fields.get("text") or fields.get("host", {}).get("text_config") or {}
     if tokens > inner.get("vocab_size", tokens):
         raise ValueError(
-            f"tokenizer: got {tokens} tokens, takes at most {inner['vocab_size']}, as {source} knows"
+            f"tokenizer: got {tokens} tokens, expected at most {inner['vocab_size']}, as {source} knows"
         )

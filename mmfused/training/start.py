@@ -126,7 +126,7 @@ def check_history(
             f"{len(history['train'])} records of training and {len(history['val'])} of validation"
         )
         raise ValueError(
-            f"resume: {path} holds {found} at step {step}, takes {logged} and {validated}; put it back"
+            f"resume: {path} holds {found} at step {step}, expected {logged} and {validated}; put it back"
         )
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...children import Called
-from ...library import check_fractions, check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_numbers, check_tensors
+from .._common import check_bool, check_dropout_seed, check_padding
 from .reference import CrossAttentionWeights
 
 GATES = ("channel", "token", "none")
@@ -37,7 +38,7 @@ def check(
     ):
         if not isinstance(w, CrossAttentionWeights):
             raise TypeError(
-                f"{op}: {name} is a {type(w).__name__}; it takes CrossAttentionWeights."
+                f"{op}: {name}: got a {type(w).__name__}, expected CrossAttentionWeights"
             )
         floats |= {
             f"{name}.{field}": part
@@ -51,7 +52,7 @@ def check(
     first = floats[names[0]]
     if first.dtype not in FLOATS:
         raise TypeError(
-            f"{op}: {names[0]} has dtype {first.dtype}; it takes float32, float16, bfloat16 or float64."
+            f"{op}: {names[0]}: got dtype {first.dtype}, expected float32, float16, bfloat16 or float64"
         )
     takes = {
         first.dtype,
@@ -60,21 +61,20 @@ def check(
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in takes:
             raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}; it takes {' or '.join(sorted(map(str, takes)))}, as {names[0]} has "
+                f"{op}: {name}: got dtype {tensor.dtype}, expected {' or '.join(sorted(map(str, takes)))}, as {names[0]} has "
                 f"{first.dtype}."
             )
     if floats[names[1]].dtype != first.dtype:
         raise TypeError(
-            f"{op}: {names[1]} has dtype {floats[names[1]].dtype}; it takes {first.dtype}, as {names[0]} has."
+            f"{op}: {names[1]}: got dtype {floats[names[1]].dtype}, expected {first.dtype}, as {names[0]} has"
         )
     _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_norm)
     for name, side in zip(names, given, strict=True):
-        _check_padding(op, name, side)
-    if dropout_seed is not None and (dropout_seed.dtype != torch.int64 or dropout_seed.dim()):
-        shape = tuple(dropout_seed.shape)
-        raise TypeError(
-            f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar."
-        )
+        tokens, _, mask, lengths, present = side
+        batch, length = tokens.shape[:2]
+        check_padding(op, batch, length, mask, lengths, f"{name}_")
+        check_bool(op, f"{name}_present", present, (batch,))
+    check_dropout_seed(op, dropout_seed)
 
 
 def check_options(
@@ -93,7 +93,7 @@ def check_options(
     ):
         if value not in choices:
             raise ValueError(
-                f"{op}: {option} is {value!r}; it takes one of {', '.join(map(str, choices))}."
+                f"{op}: {option}: got {value!r}, expected one of {', '.join(map(str, choices))}"
             )
     if not pre_norm and gate != "none":
         raise ValueError(
@@ -116,7 +116,7 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
         if tokens.dim() != 3 or tokens.shape[0] != x.shape[0]:
             batch = x.shape[0] if x.dim() == 3 else "batch"
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tokens.shape)}; it takes ({batch}, tokens, dim)."
+                f"{op}: {name}: got shape {tuple(tokens.shape)}, expected ({batch}, tokens, dim)"
             )
     dims = x.shape[-1], context.shape[-1]
     first = "weights" if len(directions) == 1 else "to_a"
@@ -124,7 +124,7 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
         w = getattr(directions[0], field)
         if isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] != dim:
             raise ValueError(
-                f"{op}: {name} has width {dim}; it takes {w.shape[1]}, as {first}.{field} has columns."
+                f"{op}: {name}: got width {dim}, expected {w.shape[1]}, as {first}.{field} has columns"
             )
     if num_heads < 1 or dims[0] % num_heads:
         raise ValueError(
@@ -132,7 +132,7 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
         )
     if len(directions) == 2 and dims[0] != dims[1]:
         raise ValueError(
-            f"{op}: {names[1]} has width {dims[1]}; it takes {dims[0]}, as {names[0]} has."
+            f"{op}: {names[1]}: got width {dims[1]}, expected {dims[0]}, as {names[0]} has"
         )
     for w, name in zip(
         directions, ("weights",) if len(directions) == 1 else ("to_a", "to_b"), strict=True
@@ -163,7 +163,7 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
     ]
     for name, norm, dim, needed in wanted:
         if needed and norm is None:
-            raise ValueError(f"{op}: norm_{name} is None; it takes a LayerNorm's weight and bias.")
+            raise ValueError(f"{op}: norm_{name}: got None, expected a LayerNorm's weight and bias")
         if norm is not None and not needed:
             raise ValueError(
                 f"{op}: norm_{name} is given with pre_norm=False, where nothing normalises {name}."
@@ -172,39 +172,5 @@ def _check_shapes(op, names, given, directions, num_heads, gate, indicator, pre_
             part.shape != (dim,) for part in norm
         ):
             raise ValueError(
-                f"{op}: norm_{name} has shapes {[tuple(part.shape) for part in norm]}; it takes twice ({dim},)."
+                f"{op}: norm_{name}: got shapes {[tuple(part.shape) for part in norm]}, expected twice ({dim},)"
             )
-
-
-def _check_padding(op: str, name: str, side) -> None:
-    tokens, _, mask, lengths, present = side
-    batch, length = tokens.shape[:2]
-    if mask is not None and lengths is not None:
-        raise ValueError(
-            f"{op}: {name}_key_padding_mask and {name}_lengths are both given; it takes one of them."
-        )
-    for kind, tensor, shape in (
-        ("key_padding_mask", mask, (batch, length)),
-        ("present", present, (batch,)),
-    ):
-        if tensor is not None and tensor.dtype != torch.bool:
-            raise TypeError(f"{op}: {name}_{kind} has dtype {tensor.dtype}; it takes torch.bool.")
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{op}: {name}_{kind} has shape {tuple(tensor.shape)}; it takes {shape}."
-            )
-    if lengths is not None:
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"{op}: {name}_lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64."
-            )
-        if lengths.shape != (batch,):
-            raise ValueError(
-                f"{op}: {name}_lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}."
-            )
-        check_value(
-            lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            lambda: (
-                f"{op}: {name}_lengths holds a value outside [0, {length}], the number of tokens."
-            ),
-        )

@@ -33,7 +33,8 @@ from ...library import (
     to_autocast,
 )
 from ...random import draw_seed, keep_mask
-from .._attention import attention
+from .._common import masked_softmax
+from .._sdpa import attention
 from .checks import check
 from .reference import (
     CrossAttentionWeights,
@@ -41,7 +42,6 @@ from .reference import (
     attend_reference,
     flag_of,
     gate_logits,
-    masked_softmax,
     read_keys,
     side_of,
     stays,
@@ -146,7 +146,7 @@ def _attention(q, k, v, ignore, dropout_p, dropout_seed, stream) -> Tensor:
         attend = ~(ignore & ~ignore.all(1, keepdim=True))[:, None, None]
         return attention(q, k, v, attend)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None])
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None], -1)
     return (probs * keep_mask(dropout_seed, probs.shape, dropout_p, stream) / (1 - dropout_p)).to(
         v.dtype
     ) @ v

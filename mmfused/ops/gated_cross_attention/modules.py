@@ -257,7 +257,7 @@ class TokenGate(nn.Module):
         """s (B, l), the share of a."""
         if a.shape != b.shape:
             raise ValueError(
-                f"TokenGate: b has shape {tuple(b.shape)}; it takes {tuple(a.shape)}, as a has."
+                f"TokenGate: b: got shape {tuple(b.shape)}, expected {tuple(a.shape)}, as a has"
             )
         return self.mlp(torch.cat((a, b), -1)).sigmoid().squeeze(-1)
 
@@ -279,7 +279,7 @@ def pack_passes(
     ``chunk(len(passes))`` what it returns: equal to one call a pass."""
     unknown = [name for name in passes if name not in ("both", "a", "b")]
     if unknown or not passes:
-        raise ValueError(f"pack_passes: passes is {tuple(passes)}; it takes some of both, a, b.")
+        raise ValueError(f"pack_passes: passes: got {tuple(passes)}, expected some of both, a, b")
     packed, present = [], []
     for x, other in ((a, "b"), (b, "a")):
         packed.append(torch.cat([torch.zeros_like(x) if name == other else x for name in passes]))

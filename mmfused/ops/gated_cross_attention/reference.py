@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...children import Called, layer_norm, linear
 from ...random import draw_seed, keep_mask
+from .._common import masked_softmax
 
 
 class CrossAttentionWeights(NamedTuple):
@@ -198,6 +199,7 @@ def attend_reference(
     probs = masked_softmax(
         q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5,
         None if ignore is None else ignore[:, None, None],
+        -1,
     )
     if dropout_p:
         probs = (
@@ -280,12 +282,3 @@ def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tens
             first = (~ignore).to(torch.int32).cumsum(1) == 1
             ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
-
-
-def masked_softmax(logits: Tensor, ignore: Tensor | None) -> Tensor:
-    """At least in float32; a row with nothing left is all zeros, and so is its gradient."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if ignore is None:
-        return logits.softmax(-1, dtype=dtype)
-    floor = torch.finfo(dtype).min
-    return logits.to(dtype).masked_fill(ignore, floor).softmax(-1).masked_fill(ignore, 0.0)

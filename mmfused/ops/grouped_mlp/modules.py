@@ -50,11 +50,11 @@ class TopKMoE(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(
-                f"TopKMoE: top_k is {top_k}; it takes 1 to {num_experts}, the number of experts."
+                f"TopKMoE: top_k: got {top_k}, expected 1 to {num_experts}, the number of experts"
             )
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"TopKMoE: activation is {activation!r}; it takes one of {', '.join(ACTIVATIONS)}."
+                f"TopKMoE: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
             )
         unknown = sorted(routing.keys() - set(ROUTING_OPTIONS))
         if unknown:
@@ -129,11 +129,11 @@ class TopKMoE(nn.Module):
         token_padding_mask (...) bool, True = ignore: such a token gives 0. segments (...) int64.
         indices (T, k): replay a routing."""
         if x.shape[-1] != self.dim:
-            raise ValueError(f"TopKMoE: x has shape {tuple(x.shape)}; it takes (..., {self.dim}).")
+            raise ValueError(f"TopKMoE: x: got shape {tuple(x.shape)}, expected (..., {self.dim})")
         for name, tensor in (("token_padding_mask", token_padding_mask), ("segments", segments)):
             if tensor is not None and tensor.shape != x.shape[:-1]:
                 raise ValueError(
-                    f"TopKMoE: {name} has shape {tuple(tensor.shape)}; it takes {tuple(x.shape[:-1])}."
+                    f"TopKMoE: {name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:-1])}"
                 )
         tokens = x.reshape(-1, self.dim)
         options = self.routing if self.training else {**self.routing, "jitter": 0.0}

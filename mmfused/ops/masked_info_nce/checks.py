@@ -52,10 +52,10 @@ def check(
     for name, tensor in vectors.items():
         length = query.shape[0] if sizes[name] == "query" else candidate.shape[0]
         if tensor is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}; it takes torch.int64.")
+            raise TypeError(f"{OP}: {name}: got dtype {tensor.dtype}, expected torch.int64")
         if tensor is not None and tensor.shape != (length,):
             raise ValueError(
-                f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes ({length},), one for each {sizes[name]}."
+                f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected ({length},), one for each {sizes[name]}"
             )
     for kind, (mine, theirs) in {
         "key": (query_key, candidate_key),
@@ -63,7 +63,7 @@ def check(
     }.items():
         if mine is not None and theirs is None:
             raise ValueError(
-                f"{OP}: query_{kind} is given without candidate_{kind}; it takes both, or candidate_{kind} alone."
+                f"{OP}: query_{kind}: got given without candidate_{kind}, expected both, or candidate_{kind} alone"
             )
     _check_options(
         symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight
@@ -73,7 +73,7 @@ def check(
         false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf
     ):  # the compiler knows no isfinite
         raise ValueError(
-            f"{OP}: false_negative_margin is {false_negative_margin}; it takes a finite number, or None."
+            f"{OP}: false_negative_margin: got {false_negative_margin}, expected a finite number, or None"
         )
     if temperature is not None:  # the scale is given
         check_temperature(OP, temperature, query)
@@ -86,7 +86,7 @@ def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
     """The embeddings themselves: before anything asks for their length."""
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor is None:
-            raise TypeError(f"{OP}: {name} is None; it takes a torch.Tensor.")
+            raise TypeError(f"{OP}: {name}: got None, expected a torch.Tensor")
     check_tensors(OP, query=query, candidate=candidate)
     if not query.is_floating_point() or query.dtype != candidate.dtype:
         raise TypeError(
@@ -97,11 +97,11 @@ def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
         if tensor.dim() != 2 or tensor.shape[1] == 0 or (tensor.shape[0] == 0 and not over_ranks):
             zero = "dim not 0" if over_ranks else "neither of them 0"
             raise ValueError(
-                f"{OP}: {name} has shape {tuple(tensor.shape)}; it takes (rows, dim), {zero}."
+                f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected (rows, dim), {zero}"
             )
     if query.shape[1] != candidate.shape[1]:
         raise ValueError(
-            f"{OP}: candidate has dim {candidate.shape[1]}; it takes {query.shape[1]} as query has."
+            f"{OP}: candidate: got dim {candidate.shape[1]}, expected {query.shape[1]} as query has"
         )
 
 
@@ -129,32 +129,32 @@ def _check_options(
             f"{OP}: there are 0 candidates for {query.shape[0]} queries with a target; it takes at least one."
         )
     if same_id not in SAME_ID:
-        raise ValueError(f"{OP}: same_id is {same_id!r}; it takes one of {', '.join(SAME_ID)}.")
+        raise ValueError(f"{OP}: same_id: got {same_id!r}, expected one of {', '.join(SAME_ID)}")
     if reduction not in REDUCTIONS:
         raise ValueError(
-            f"{OP}: reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}."
+            f"{OP}: reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}"
         )
     check_fractions(OP, label_smoothing=label_smoothing)
     check_numbers(OP, positive_weight=positive_weight)
     if not positive_weight >= 0:
         raise ValueError(
-            f"{OP}: positive_weight is {positive_weight}; it takes a number of at least 0."
+            f"{OP}: positive_weight: got {positive_weight}, expected a number of at least 0"
         )
 
 
 def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, int | float) or not temperature > 0:
-            raise ValueError(f"{op}: temperature is {temperature!r}; it takes a number above 0.")
+            raise ValueError(f"{op}: temperature: got {temperature!r}, expected a number above 0")
         return
     check_tensors(op, query=query, temperature=temperature)
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
-            f"{op}: temperature has shape {tuple(temperature.shape)} and dtype {temperature.dtype}; it takes one floating element."
+            f"{op}: temperature: got shape {tuple(temperature.shape)} and dtype {temperature.dtype}, expected one floating element"
         )
     check_value(
         lambda: (temperature > 0).all(),
-        f"{op}: temperature holds a number that is not above 0; it takes one above 0.",
+        f"{op}: temperature holds a number that: got not above 0, expected one above 0",
     )
 
 
@@ -182,7 +182,7 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
         return
     if row_weight.shape != query.shape[:1]:
         raise ValueError(
-            f"{OP}: row_weight has shape {tuple(row_weight.shape)}; it takes ({query.shape[0]},)."
+            f"{OP}: row_weight: got shape {tuple(row_weight.shape)}, expected ({query.shape[0]},)"
         )
     if row_weight.requires_grad:
         raise ValueError(f"{OP}: row_weight requires grad; it takes a constant: detach() it.")

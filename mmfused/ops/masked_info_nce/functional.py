@@ -255,7 +255,7 @@ def loss_over_ranks(query: Tensor, candidate: Tensor, share_gradients: bool, **o
     query, candidate, temperature, _, _, masks, weights = checked
     ranks = Ranks(OP, query, candidate, share_gradients, _settings(*checked, share_gradients))
     if not sum(ranks.rows):
-        raise ValueError(f"{OP}: query has 0 rows on every rank; it takes at least one in all.")
+        raise ValueError(f"{OP}: query: got 0 rows on every rank, expected at least one in all")
     loss, row_weight = _computed(*checked, ranks), weights["row_weight"]
     if row_weight is None:
         return loss * (ranks.world / sum(ranks.rows))

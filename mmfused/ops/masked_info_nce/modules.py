@@ -53,11 +53,11 @@ class MaskedInfoNCE(nn.Module):
         super().__init__()
         if not temperature > 0:
             raise ValueError(
-                f"MaskedInfoNCE: temperature is {temperature}; it takes a number above 0."
+                f"MaskedInfoNCE: temperature: got {temperature}, expected a number above 0"
             )
         if gather not in GATHERS:
             raise ValueError(
-                f"MaskedInfoNCE: gather is {gather!r}; it takes None, 'global' or 'local'."
+                f"MaskedInfoNCE: gather: got {gather!r}, expected None, 'global' or 'local'"
             )
         if gather is not None and reduction != "mean":
             raise ValueError(
@@ -68,11 +68,13 @@ class MaskedInfoNCE(nn.Module):
                 "MaskedInfoNCE: gather is 'local' and symmetric is True; symmetric takes gather='global'."
             )
         if not max_scale > 0:
-            raise ValueError(f"MaskedInfoNCE: max_scale is {max_scale}; it takes a number above 0.")
+            raise ValueError(
+                f"MaskedInfoNCE: max_scale: got {max_scale}, expected a number above 0"
+            )
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise TypeError(
-                f"MaskedInfoNCE: {unknown[0]!r} is no option; it takes {', '.join(OPTIONS)} and reduction."
+                f"MaskedInfoNCE: {unknown[0]!r}: got no option, expected {', '.join(OPTIONS)} and reduction"
             )
         self.temperature, self.learnable_temperature = temperature, learnable_temperature
         # Of a fixed temperature it is there to be read alone, and not registered: no state holds it

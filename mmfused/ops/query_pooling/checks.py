@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import check_fractions, check_numbers, check_tensors, check_value
+from ...library import check_fractions, check_numbers, check_tensors
+from .._common import check_dropout_seed, check_padding
 
 FORMS = ("auto", "absorbed", "projected")
 
@@ -45,7 +46,7 @@ def check(
     )
     if not x.is_floating_point():
         raise TypeError(
-            f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64."
+            f"{op}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
         )
     takes = {
         x.dtype,
@@ -54,16 +55,16 @@ def check(
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in takes:
             raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}; it takes {' or '.join(sorted(map(str, takes)))}, as x has {x.dtype}."
+                f"{op}: {name}: got dtype {tensor.dtype}, expected {' or '.join(sorted(map(str, takes)))}, as x has {x.dtype}"
             )
     if x.dim() != 3:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
+        raise ValueError(f"{op}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
     if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != x.shape[0]):
         raise ValueError(
-            f"{op}: queries has shape {tuple(queries.shape)}; it takes (L, Dk) or ({x.shape[0]}, L, Dk)."
+            f"{op}: queries: got shape {tuple(queries.shape)}, expected (L, Dk) or ({x.shape[0]}, L, Dk)"
         )
     if w_v.dim() != 2:
-        raise ValueError(f"{op}: w_v has shape {tuple(w_v.shape)}; it takes (Dv, {x.shape[-1]}).")
+        raise ValueError(f"{op}: w_v: got shape {tuple(w_v.shape)}, expected (Dv, {x.shape[-1]})")
     k_dim, v_dim, dim = queries.shape[-1], w_v.shape[0], x.shape[-1]
     expected = dict(
         w_k=(k_dim, dim),
@@ -76,7 +77,7 @@ def check(
     for name, shape in expected.items():
         if floats[name] is not None and floats[name].shape != shape:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(floats[name].shape)}; it takes {shape}."
+                f"{op}: {name}: got shape {tuple(floats[name].shape)}, expected {shape}"
             )
     check_numbers(op, scale=scale, norm_eps=norm_eps)
     if num_heads < 1 or k_dim % num_heads or v_dim % num_heads:
@@ -88,14 +89,10 @@ def check(
             f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both."
         )
     if form not in FORMS:
-        raise ValueError(f"{op}: form is {form!r}; it takes one of {', '.join(FORMS)}.")
+        raise ValueError(f"{op}: form: got {form!r}, expected one of {', '.join(FORMS)}")
     check_fractions(op, dropout_p=dropout_p)
-    if dropout_seed is not None and (dropout_seed.dtype != torch.int64 or dropout_seed.dim()):
-        shape = tuple(dropout_seed.shape)
-        raise TypeError(
-            f"{op}: dropout_seed has dtype {dropout_seed.dtype} and shape {shape}; it takes a torch.int64 scalar."
-        )
-    _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
+    check_dropout_seed(op, dropout_seed)
+    check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
 
 
 def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
@@ -104,43 +101,8 @@ def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | N
     check_tensors(op, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
     if not x.is_floating_point():
         raise TypeError(
-            f"{op}: x has dtype {x.dtype}; it takes float32, float16, bfloat16 or float64."
+            f"{op}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
         )
     if x.dim() != 3:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it takes (batch, tokens, dim).")
-    _check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
-
-
-def _check_padding(
-    op: str,
-    batch: int,
-    length: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-) -> None:
-    if mask is not None and lengths is not None:
-        raise ValueError(
-            f"{op}: key_padding_mask and lengths are both given; it takes one of them."
-        )
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"{op}: key_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token."
-            )
-        if mask.shape != (batch, length):
-            raise ValueError(
-                f"{op}: key_padding_mask has shape {tuple(mask.shape)}; it takes {(batch, length)}."
-            )
-    if lengths is not None:
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"{op}: lengths has dtype {lengths.dtype}; it takes torch.int32 or torch.int64."
-            )
-        if lengths.shape != (batch,):
-            raise ValueError(
-                f"{op}: lengths has shape {tuple(lengths.shape)}; it takes {(batch,)}."
-            )
-        check_value(
-            lambda: ((lengths >= 0) & (lengths <= length)).all(),
-            f"{op}: lengths holds a value outside [0, N]; it takes the number of tokens to keep, N = x.shape[1] at most.",
-        )
+        raise ValueError(f"{op}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
+    check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)

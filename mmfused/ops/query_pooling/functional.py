@@ -43,7 +43,8 @@ from ...library import (
     wide_unless,
 )
 from ...random import draw_seed, keep_mask
-from .._attention import attention
+from .._common import masked_softmax, padding_mask
+from .._sdpa import attention
 from .checks import check
 
 
@@ -69,7 +70,7 @@ def query_pooling_reference(
     floating dtype, any device.
     """
     batch, length, dim = x.shape
-    ignore = ignored(batch, length, key_padding_mask, lengths, x.device)
+    ignore = padding_mask(batch, length, key_padding_mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(
             ignore[:, :, None], 0.0
@@ -85,36 +86,11 @@ def _attend_reference(queries, k, v, ignore, num_heads, scale, dropout_p, dropou
     q = queries.expand(k.shape[0], *queries.shape[-2:])
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, ., d)
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    probs = _masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1)
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1)
     if dropout_p:
         seed = draw_seed(k.device) if dropout_seed is None else dropout_seed
         probs = probs * keep_mask(seed, probs.shape, dropout_p) / (1 - dropout_p)
     return (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-
-
-def _masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
-    """Softmax over ``dim``, at least in float32; a row with nothing left is all zeros, and so is
-    its gradient.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if ignore is None:
-        return logits.softmax(dim, dtype=dtype)
-    floor = torch.finfo(
-        dtype
-    ).min  # not -inf: a dead row would be NaN before it is zeroed, and NaN stays in the gradient
-    return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
-
-
-def ignored(
-    batch: int,
-    length: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    if lengths is not None:
-        return torch.arange(length, device=device) >= lengths[:, None]
-    return mask
 
 
 # ---- the pooling itself: z = softmax(q x^T) x, q already scaled and absorbed ---------------------
@@ -135,7 +111,7 @@ def _pool_composed(
     Under dropout neither is divided by 1 - p. With ``eps`` x stands for its rows normalised to mean
     0, variance 1."""
     q = q.to(x.dtype)
-    ignore = ignored(*x.shape[:2], mask, lengths, x.device)
+    ignore = padding_mask(*x.shape[:2], mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
     if eps is not None:
@@ -150,7 +126,7 @@ def _pool_composed(
     logits = (
         (q @ x.transpose(1, 2)).transpose(1, 2) if few else x @ q.transpose(-1, -2)
     )  # (B, N, R)
-    probs = _masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
     if dropout_p:
         kept = keep_mask(dropout_seed, (x.shape[0], q.shape[-2], x.shape[1]), dropout_p).transpose(
             1, 2
@@ -435,7 +411,7 @@ def _projected(
     dropout_seed,
 ):
     batch, length, dim = x.shape
-    ignore = ignored(batch, length, key_padding_mask, lengths, x.device)
+    ignore = padding_mask(batch, length, key_padding_mask, lengths, x.device)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
     if norm_weight is not None:
@@ -456,7 +432,7 @@ def _attend(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed) ->
     q = queries.expand(k.shape[0], *queries.shape[-2:])
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     if dropout_p:  # torch's attention would draw a mask of its own
-        probs = _masked_softmax(
+        probs = masked_softmax(
             q @ k.transpose(-1, -2) * scale,
             None if ignore is None else ignore[:, None, None, :],
             -1,
@@ -607,7 +583,7 @@ def pool_projected(
         reference = choose(op, k.device, k.dtype, reasons) == "reference"
         if dropout_p and dropout_seed is None:
             dropout_seed = draw_seed(k.device)
-        ignore = ignored(batch, length, key_padding_mask, lengths, k.device)
+        ignore = padding_mask(batch, length, key_padding_mask, lengths, k.device)
         attend = _attend_reference if reference else _attend
         scale = (k_dim // num_heads) ** -0.5
         out = attend(queries, k, v, ignore, num_heads, scale, dropout_p, dropout_seed)

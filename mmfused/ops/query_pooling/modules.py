@@ -17,8 +17,9 @@ from ...children import (
     why_called,
 )
 from ...library import check_fractions, current_backend, graph_made, no_autocast
+from .._common import padding_mask
 from .checks import check_tokens
-from .functional import dead_samples, ignored, pool_projected, query_pooling
+from .functional import dead_samples, pool_projected, query_pooling
 
 
 class QueryPooling(nn.Module):
@@ -128,7 +129,7 @@ class QueryPooling(nn.Module):
 
     def _normed(self, x: Tensor, norm, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The tokens normalised, those to be ignored (they may hold NaN) set to 0 before."""
-        ignore = ignored(*x.shape[:2], mask, lengths, x.device)
+        ignore = padding_mask(*x.shape[:2], mask, lengths, x.device)
         x = x if ignore is None else x.masked_fill(ignore[:, :, None], 0.0)
         return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
 

@@ -569,12 +569,12 @@ def update_selection_bias(
     what is checkpointed."""
     if bias.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"update_selection_bias: bias has dtype {bias.dtype}; it takes float32: 16 bits lose steps of {rate}."
+            f"update_selection_bias: bias: got dtype {bias.dtype}, expected float32: 16 bits lose steps of {rate}"
         )
     load = counts.reshape(-1, counts.shape[-1]).sum(0)
     if load.shape != bias.shape:
         raise ValueError(
-            f"update_selection_bias: counts has shape {tuple(counts.shape)}; it takes {len(bias)} experts, as bias has."
+            f"update_selection_bias: counts: got shape {tuple(counts.shape)}, expected {len(bias)} experts, as bias has"
         )
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(load, group=group)

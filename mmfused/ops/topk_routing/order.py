@@ -95,7 +95,7 @@ def routing_from_indices(
             f"{op}: indices and weights have shapes {tuple(indices.shape)} and {tuple(weights.shape)}; they take (T, k)."
         )
     if not weights.is_floating_point():
-        raise TypeError(f"{op}: weights has dtype {weights.dtype}; it takes a floating dtype.")
+        raise TypeError(f"{op}: weights: got dtype {weights.dtype}, expected a floating dtype")
     check_indices(op, indices, num_experts)
     check_mask(op, token_padding_mask, indices.shape[0])
     inside = indices.clamp(0, num_experts - 1)
@@ -116,7 +116,7 @@ def routing_from_indices(
 
 def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
     if indices.dtype != torch.int64:
-        raise TypeError(f"{op}: indices has dtype {indices.dtype}; it takes torch.int64.")
+        raise TypeError(f"{op}: indices: got dtype {indices.dtype}, expected torch.int64")
     check_value(
         lambda: ((indices >= 0) & (indices < num_experts)).all(),
         f"{op}: indices holds a value outside [0, {num_experts}); it takes numbers of experts.",
@@ -126,9 +126,9 @@ def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
 def check_mask(op: str, mask: Tensor | None, tokens: int) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(
-            f"{op}: token_padding_mask has dtype {mask.dtype}; it takes torch.bool, True = ignore the token."
+            f"{op}: token_padding_mask: got dtype {mask.dtype}, expected torch.bool, True = ignore the token"
         )
     if mask is not None and mask.shape != (tokens,):
         raise ValueError(
-            f"{op}: token_padding_mask has shape {tuple(mask.shape)}; it takes ({tokens},)."
+            f"{op}: token_padding_mask: got shape {tuple(mask.shape)}, expected ({tokens},)"
         )

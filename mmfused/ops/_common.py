@@ -1,0 +1,80 @@
+"""What several operators share: the softmax of masked logits, and the checks of masks and seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..library import check_value
+
+
+def padding_mask(
+    batch: int,
+    length: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """The padding mask (batch, length), True = ignore; None where every token counts."""
+    if lengths is not None:
+        return torch.arange(length, device=device) >= lengths[:, None]
+    return mask
+
+
+def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
+    """Softmax over ``dim``, at least in float32.
+
+    A row whose logits are all ignored is 0, and so is its gradient.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if ignore is None:
+        return logits.softmax(dim, dtype=dtype)
+    # Not -inf: a row of nothing else would be NaN before it is set to 0, and so would its gradient.
+    floor = torch.finfo(dtype).min
+    return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
+
+
+def check_bool(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{op}: {name}: got dtype {tensor.dtype}, expected torch.bool")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_padding(
+    op: str,
+    batch: int,
+    length: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    prefix: str = "",
+) -> None:
+    """Check a padding mask (batch, length), or lengths (batch,); ``prefix``: of their names."""
+    mask_name, lengths_name = f"{prefix}key_padding_mask", f"{prefix}lengths"
+    if mask is not None and lengths is not None:
+        raise ValueError(f"{op}: {mask_name}: got {lengths_name} too, expected one of them")
+    check_bool(op, mask_name, mask, (batch, length))
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: {lengths_name}: got dtype {lengths.dtype}, expected torch.int32 or torch.int64"
+        )
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"{op}: {lengths_name}: got shape {tuple(lengths.shape)}, expected {(batch,)}"
+        )
+    check_value(
+        lambda: ((lengths >= 0) & (lengths <= length)).all(),
+        lambda: f"{op}: {lengths_name}: got a value out of range, expected 0 to {length}",
+    )
+
+
+def check_dropout_seed(op: str, seed: Tensor | None) -> None:
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
+        raise TypeError(
+            f"{op}: dropout_seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, "
+            "expected a torch.int64 scalar"
+        )
