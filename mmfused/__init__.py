@@ -4,10 +4,11 @@ the numbers.
 
 from pathlib import Path
 
-# A wheel carries mmfused/kernels (Triton) and mmfused/benchmarks. A checkout has both beside this
-# folder, so its root joins our path. kernels/ has no __init__.py, lest it stand in for Hugging
-# Face's package of that name.
-if not (Path(__file__).parent / "kernels").is_dir():
+# A wheel carries mmfused/kernels and mmfused/benchmarks. A checkout has both beside this folder, and
+# tools/ too, so its root joins the path of this package. mmfused/kernels is then a symbolic link,
+# for editors and type checkers. kernels/ has no __init__.py: the name would shadow Hugging Face's
+# package "kernels".
+if not (Path(__file__).parent / "benchmarks").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import math
 import os
@@ -174,16 +173,16 @@ def define(name: str, schema: str, fake: Callable, flops: Callable[..., int]) ->
 def register(
     name: str,
     schema: str,
-    launcher: str,
+    launcher: Callable,
     fake: Callable,
     flops: Callable[..., int],
 ) -> None:
-    """:func:`define`, and on CUDA call ``launcher`` ("module:function" under mmfused.kernels).
+    """:func:`define` an operator, and on CUDA call ``launcher``.
 
-    The module is imported at the first call, so that importing mmfused needs no triton. Under
-    ``TRITON_INTERPRET=1`` the launcher serves CPU tensors too, so that tests reach the kernels
-    through the public function."""
-    module, function = launcher.split(":")
+    The launcher imports its module of ``mmfused.kernels`` when it is called, so that importing
+    mmfused needs no triton. Under ``TRITON_INTERPRET=1`` it serves CPU tensors too, so that tests
+    reach the kernels through the public function.
+    """
 
     def call(*args):
         # Within its Function gradients are off.
@@ -192,14 +191,11 @@ def register(
                 f"mmfused::{name}: an exported graph holds the kernel without its gradient; call it "
                 "under torch.no_grad(), or export under mmfused.backend('composed')."
             )
-        launch = getattr(importlib.import_module(f"mmfused.kernels.{module}"), function)
         index = next(_tensors(args)).device.index
         if index is None or index == torch.cuda.current_device():
-            return launch(*args)
-        with torch.cuda.device(
-            index
-        ):  # triton launches on the current device, whatever the tensors' own
-            return launch(*args)
+            return launcher(*args)
+        with torch.cuda.device(index):  # Triton launches on the current device
+            return launcher(*args)
 
     define(name, schema, fake, flops)
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):

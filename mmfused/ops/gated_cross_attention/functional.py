@@ -251,17 +251,29 @@ def _backward_flops(
     return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
 
 
+def _launch_forward(*args):
+    from ...kernels import gated_cross_attention as kernels
+
+    return kernels.forward(*args)
+
+
+def _launch_backward(*args):
+    from ...kernels import gated_cross_attention as kernels
+
+    return kernels.backward(*args)
+
+
 register(
     "gated_cross_attention_fwd",
     f"({_LISTS}, {_OPTIONS}) -> Tensor[]",
-    "gated_cross_attention:forward",
+    _launch_forward,
     _fake_forward,
     _forward_flops,
 )
 register(
     "gated_cross_attention_bwd",
     f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
-    "gated_cross_attention:backward",
+    _launch_backward,
     _fake_backward,
     _backward_flops,
 )

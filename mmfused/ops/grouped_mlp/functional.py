@@ -290,10 +290,34 @@ def _mlp_backward_flops(
     return up * (need_dx + need_dw) + down * (1 + need_dw)
 
 
+def _launch_linear_forward(*args):
+    from ...kernels import grouped_mlp as kernels
+
+    return kernels.linear_forward(*args)
+
+
+def _launch_linear_backward(*args):
+    from ...kernels import grouped_mlp as kernels
+
+    return kernels.linear_backward(*args)
+
+
+def _launch_mlp_forward(*args):
+    from ...kernels import grouped_mlp as kernels
+
+    return kernels.mlp_forward(*args)
+
+
+def _launch_mlp_backward(*args):
+    from ...kernels import grouped_mlp as kernels
+
+    return kernels.mlp_backward(*args)
+
+
 register(
     "grouped_linear_fwd",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? combine_weights, {_ROUTING}, int k, bool gather) -> Tensor out",
-    "grouped_mlp:linear_forward",
+    _launch_linear_forward,
     _fake_linear,
     _linear_flops,
 )
@@ -301,7 +325,7 @@ register(
     "grouped_linear_bwd",
     f"(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? combine_weights, {_ROUTING}, int k, bool gather,"
     " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db, Tensor d_combine)",
-    "grouped_mlp:linear_backward",
+    _launch_linear_backward,
     _fake_linear_backward,
     _linear_backward_flops,
 )
@@ -309,7 +333,7 @@ register(
     "grouped_mlp_fwd",
     f"(Tensor x, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_up, Tensor? b_down, Tensor combine_weights, {_ROUTING},"
     " str activation, bool packed) -> (Tensor out, Tensor hidden)",
-    "grouped_mlp:mlp_forward",
+    _launch_mlp_forward,
     _fake_mlp,
     _mlp_flops,
 )
@@ -318,7 +342,7 @@ register(
     "(Tensor d_out, Tensor x, Tensor hidden, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_down, Tensor combine_weights,"
     f" {_ROUTING}, str activation, bool packed, bool need_dx, bool need_dw, bool need_db_up)"
     " -> (Tensor dx, Tensor dw_up, Tensor dw_gate, Tensor dw_down, Tensor db_up, Tensor db_down, Tensor d_combine)",
-    "grouped_mlp:mlp_backward",
+    _launch_mlp_backward,
     _fake_mlp_backward,
     _mlp_backward_flops,
 )

@@ -107,8 +107,22 @@ def _sweep_backward_flops(
 
 _sweeps = _fake_sweep, _sweep_flops
 _backwards = _fake_sweep_backward, _sweep_backward_flops
-register("info_nce_sweep", _SWEEP, "masked_info_nce:sweep", *_sweeps)
-register("info_nce_sweep_bwd", _SWEEP_BACKWARD, "masked_info_nce:sweep_backward", *_backwards)
+
+
+def _launch_sweep(*args):
+    from ...kernels import masked_info_nce as kernels
+
+    return kernels.sweep(*args)
+
+
+def _launch_sweep_backward(*args):
+    from ...kernels import masked_info_nce as kernels
+
+    return kernels.sweep_backward(*args)
+
+
+register("info_nce_sweep", _SWEEP, _launch_sweep, *_sweeps)
+register("info_nce_sweep_bwd", _SWEEP_BACKWARD, _launch_sweep_backward, *_backwards)
 register_composed("info_nce_sweep_composed", _with("float? margin", _SWEEP), sweep, *_sweeps)
 register_composed(
     "info_nce_sweep_bwd_composed",

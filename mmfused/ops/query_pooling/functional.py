@@ -193,11 +193,23 @@ def _backward_flops(
     return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
 
 
+def _launch_forward(*args):
+    from ...kernels import query_pooling as kernels
+
+    return kernels.forward(*args)
+
+
+def _launch_backward(*args):
+    from ...kernels import query_pooling as kernels
+
+    return kernels.backward(*args)
+
+
 register(
     "query_pooling_fwd",
     "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p, Tensor? dropout_seed)"
     " -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
-    "query_pooling:forward",
+    _launch_forward,
     _fake_forward,
     _forward_flops,
 )
@@ -205,7 +217,7 @@ register(
     "query_pooling_bwd",
     "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask,"
     " Tensor? lengths, bool need_dx, float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
-    "query_pooling:backward",
+    _launch_backward,
     _fake_backward,
     _backward_flops,
 )

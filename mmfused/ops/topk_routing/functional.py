@@ -233,12 +233,30 @@ def _input_backward_flops(d_logits, x, router_weight, mask, need_dx, need_dw, *,
     return 2 * x[0] * x[1] * router_weight[0] * (need_dx + need_dw)
 
 
-register("topk_routing_fwd", _FORWARD, "topk_routing:forward", _fake_forward, _forward_flops)
-register("topk_routing_bwd", _BACKWARD, "topk_routing:backward", _fake_backward, no_products)
+def _launch_forward(*args):
+    from ...kernels import topk_routing as kernels
+
+    return kernels.forward(*args)
+
+
+def _launch_backward(*args):
+    from ...kernels import topk_routing as kernels
+
+    return kernels.backward(*args)
+
+
+def _launch_input_backward(*args):
+    from ...kernels import topk_routing as kernels
+
+    return kernels.input_backward(*args)
+
+
+register("topk_routing_fwd", _FORWARD, _launch_forward, _fake_forward, _forward_flops)
+register("topk_routing_bwd", _BACKWARD, _launch_backward, _fake_backward, no_products)
 register(
     "topk_routing_input_bwd",
     _INPUT_BACKWARD,
-    "topk_routing:input_backward",
+    _launch_input_backward,
     _fake_input_backward,
     _input_backward_flops,
 )

@@ -70,7 +70,15 @@ def _fake_sort(indices, mask, num_experts):
 
 
 _SCHEMA = "(Tensor indices, Tensor? mask, int num_experts) -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
-register("expert_order", _SCHEMA, "topk_routing:order", _fake_order, no_products)
+
+
+def _launch_order(*args):
+    from ...kernels import topk_routing as kernels
+
+    return kernels.order(*args)
+
+
+register("expert_order", _SCHEMA, _launch_order, _fake_order, no_products)
 register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _fake_sort, no_products)
 
 
