@@ -58,18 +58,23 @@ def launch(
     num_warps: int,
     num_stages: int,
     maxnreg: int | None = None,
-    **constexprs,
+    **named,
 ) -> None:
     """Launch ``kernel`` over ``grid``, unless the grid is empty.
 
+    Arguments of the kernel come by position or by name, its constants by name.
     ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own
     choice, and spills a word or two to reach it, often where a kernel is light; with it, where a
-    kernel is near the limit of 255."""
+    kernel is near the limit of 255.
+    """
     launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if listener is not None:
-        listener(kernel, args, constexprs, launched)
+        constexprs = kernel.fn.__annotations__  # jit functions annotate nothing else
+        by_name = [name for name in kernel.arg_names if name in named.keys() - constexprs]
+        args += tuple(named.pop(name) for name in by_name)
+        listener(kernel, args, named, launched)
     elif all(grid):
-        kernel[grid](*args, **constexprs, **launched, **OPTIONS)
+        kernel[grid](*args, **named, **launched, **OPTIONS)
 
 
 def upcasts(dtype: torch.dtype) -> bool:
