@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .library import check_tensors, graph_made, no_autocast
-from .ops.masked_info_nce.checks import check_temperature, valid_or_nan
+from .ops._common import check_temperature, valid_or_nan
+from .ops._common import unit_rows as unit_rows
 from .ops.topk_routing import Routing
 
 BLOCK_PAIRS = 2**22  # pairs alive at a time: 16 MB of float32

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 import mmfused
 from mmfused import MaskedInfoNCE, TopKMoE
-from mmfused.models.retrieval import gather_rows, refused
-from mmfused.ops.masked_info_nce.functional import loss_over_ranks
+from mmfused.distributed import gather_rows, refused
+from mmfused.ops.masked_info_nce import loss_over_ranks
 
 WORLDS = (2, 3)
 SECONDS = 20  # within which all ranks raise
@@ -139,19 +139,19 @@ GATHERED = {
     "shape": (
         torch.zeros(2, 3),
         torch.zeros(2, 4),
-        "a row's shape is (3,) on rank 0 and (4,) on rank",
+        "a row's shape: got (3,) on rank 0 and (4,) on rank",
     ),
     "dtype": (
         torch.zeros(2, 3),
         torch.zeros(2, 3).double(),
-        "dtype is torch.float32 on rank 0 and torch.float64 on rank",
+        "dtype: got torch.float32 on rank 0 and torch.float64 on rank",
     ),
     "gradient": (
         torch.zeros(2, 3),
         torch.zeros(2, 3).requires_grad_(),
-        f"the rows' gradient is {NOT} on rank 0 and needed on",
+        f"the rows' gradient: got {NOT} on rank 0 and needed on",
     ),
-    "scalar": (torch.zeros(2, 3), torch.zeros(()), "x: got a scalar, expected (rows, ...)."),
+    "scalar": (torch.zeros(2, 3), torch.zeros(()), "x: got a scalar, expected (rows, ...)"),
 }
 
 

@@ -12,7 +12,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mmfused import masked_info_nce
-from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, gather_rows, unit
+from mmfused.distributed import gather_rows
+from mmfused.losses import unit_rows
+from mmfused.models.retrieval import RetrievalModel, RetrievalOutput
 from mmfused.training.gradients import add_cached_gradients, add_gradients, average_gradients
 
 
@@ -30,7 +32,7 @@ class Toy(RetrievalModel):
 
     def encode(self, role, *, x, labels):
         y = self.frozen(self.layers(x))
-        return {"embedding": unit(y), "labels": labels, "penalty": y.square().mean()}
+        return {"embedding": unit_rows(y), "labels": labels, "penalty": y.square().mean()}
 
     def compare(self, query, candidate, negative=None):
         keys = {

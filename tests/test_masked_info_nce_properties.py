@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 import mmfused
 from mmfused import MaskedInfoNCE, masked_info_nce
+from mmfused.losses import unit_rows
 from mmfused.ops.masked_info_nce import composed
-from mmfused.ops.masked_info_nce.modules import unit
 
 # ---- properties ----------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ def test_temperature_of_the_module():
 
 def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
     q, c = torch.randn(6, 4), torch.randn(6, 4)
-    want = masked_info_nce(unit(q), unit(c), temperature=0.03)
+    want = masked_info_nce(unit_rows(q), unit_rows(c), temperature=0.03)
     with torch.device("meta"):
         meta = MaskedInfoNCE(0.03)
     old = {"log_scale": torch.tensor(-math.log(0.07))}  # what version 0.1 kept

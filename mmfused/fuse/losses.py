@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..children import dense
 from ..library import autocast_dtype
-from ..ops.masked_info_nce.functional import scaled_info_nce
-from ..ops.masked_info_nce.modules import unit
+from ..losses import unit_rows
+from ..ops.masked_info_nce import scaled_info_nce
 from .base import KINDS, LEFT, Swap, own_class, path_of
 
 _TEXT = "sentence_transformers"
@@ -145,7 +145,7 @@ def _ranking_loss(module, columns: list[Tensor]) -> Tensor | None:
     product, loss = _ranking_dtypes(module, query, documents)
     if _similarity(module.similarity_fct) == "cos_sim":
         wide = torch.promote_types(query.dtype, torch.float32)
-        query, documents = unit(query.to(wide)), unit(documents.to(wide))
+        query, documents = unit_rows(query.to(wide)), unit_rows(documents.to(wide))
     dtype = torch.promote_types(product, loss)
     query, documents = query.to(dtype), documents.to(dtype)
     symmetric = "doc_to_query" in module.directions

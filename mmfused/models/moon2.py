@@ -33,8 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmfused.distributed import gather_rows, in_group, refused
 from mmfused.library import no_autocast
-from mmfused.losses import dual_alignment, expert_shares
+from mmfused.losses import dual_alignment, expert_shares, unit_rows
 from mmfused.models import qwen
 from mmfused.models.fields import check_field
 from mmfused.models.qwen import HostedConfig
@@ -43,15 +44,10 @@ from mmfused.models.retrieval import (
     RetrievalModel,
     RetrievalOutput,
     check_views,
-    gather_rows,
-    in_group,
     late_fusion,
-    refused,
-    unit,
 )
 from mmfused.ops.grouped_mlp import TopKMoE
-from mmfused.ops.masked_info_nce import masked_info_nce
-from mmfused.ops.masked_info_nce.functional import loss_over_ranks
+from mmfused.ops.masked_info_nce import loss_over_ranks, masked_info_nce
 
 INTER = tuple(f"inter_{view}" for view in VIEWS)
 INTRA = ("intra_positive", "intra_negative")
@@ -358,7 +354,7 @@ class MOON2(RetrievalModel):
         real = sequence.attention_mask[..., None]
         states = states.masked_fill(real == 0, 0)
         states = states if states.dtype == torch.float64 else states.float()
-        pooled = unit(states.sum(1) / real.sum(1))  # (views * B, D)
+        pooled = unit_rows(states.sum(1) / real.sum(1))  # (views * B, D)
         out = dict(zip(shown, pooled.chunk(len(shown)), strict=True))
         if not fused:
             own = late_fusion(out["image"], out["text"])

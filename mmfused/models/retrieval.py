@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfused.distributed import Ranks, gradient_needed, refuse
+from mmfused.distributed import in_group, refused
+from mmfused.losses import unit_rows
 
 VIEWS = ("image", "text", "both")
 
@@ -88,56 +87,9 @@ def check_views(views: tuple[str, ...]) -> None:
         )
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, in float32 at least; a row of zeros stays one."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-
-
 def late_fusion(image: Tensor, text: Tensor) -> Tensor:
     """What stands in a fusion's place: the direction between two unit embeddings (B, D)."""
-    return unit(image + text)
-
-
-def in_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return ranks.gather(x.contiguous())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.ranks.return_gradient(gradient.contiguous()), None
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; ranks may have unequally many, or none. The gradient is
-    summed over the ranks' uses of a row. All ranks raise where one's rows have another shape or
-    dtype, or need a gradient while the others' need none.
-
-    A loss that every rank evaluates on all rows has, averaged over ranks as DDP does, the gradient
-    of one process."""
-    if not in_group():
-        return x
-    if x.dim() == 0:
-        raise refused(
-            "gather_rows", ValueError("gather_rows: x: got a scalar, expected (rows, ...)."), x
-        )
-    settings = {"a row's shape": tuple(x.shape[1:]), "the rows' gradient": gradient_needed(x)}
-    ranks = Ranks("gather_rows", x, x, share_gradients=True, settings=settings)
-    return _GatherRows.apply(x, ranks) if x.is_floating_point() else ranks.gather(x)
-
-
-def refused(op: str, error: Exception, near: Tensor) -> Exception:
-    """``error``, to be raised before what this rank would exchange next; there all other ranks
-    raise, and quote it.
-    """
-    if in_group():
-        refuse(op, error, near)
-    return error
+    return unit_rows(image + text)
 
 
 @contextmanager

@@ -38,7 +38,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmfused.distributed import gather_rows, refused
 from mmfused.library import no_autocast
+from mmfused.losses import unit_rows
 from mmfused.models.config import ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
 from mmfused.models.inputs import (
@@ -50,15 +52,7 @@ from mmfused.models.inputs import (
     map_tokens,
     one_source,
 )
-from mmfused.models.retrieval import (
-    RetrievalModel,
-    RetrievalOutput,
-    check_views,
-    gather_rows,
-    late_fusion,
-    refused,
-    unit,
-)
+from mmfused.models.retrieval import RetrievalModel, RetrievalOutput, check_views, late_fusion
 from mmfused.ops.gated_cross_attention import BidirectionalGatedCrossAttention
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
@@ -388,7 +382,7 @@ class UniCA(RetrievalModel):
         seen = torch.cat(
             (real[:, :1], x.has_image[:, None].expand(image.shape[:2]), real[:, 1:]), 1
         )
-        return unit(self._host(torch.cat((first, image, text), 1), seen.long())[:, 0])
+        return unit_rows(self._host(torch.cat((first, image, text), 1), seen.long())[:, 0])
 
     def _host(self, x: Tensor, seen: Tensor) -> Tensor:
         """BERT's layers alone: the embeddings have been through its LayerNorm already, and through

@@ -41,6 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfused.distributed import gather_rows, refused
+from mmfused.losses import unit_rows
 from mmfused.models.config import AbsentPart, ModelConfig
 from mmfused.models.encoders import build_text, build_vit, freeze
 from mmfused.models.inputs import read_image, read_text
@@ -49,10 +51,7 @@ from mmfused.models.retrieval import (
     RetrievalModel,
     RetrievalOutput,
     check_views,
-    gather_rows,
     late_fusion,
-    refused,
-    unit,
 )
 from mmfused.models.uniecs_losses import (
     NAMES,
@@ -462,7 +461,7 @@ class UniECS(RetrievalModel):
         has_text = has_text & ~padding.all(1)
         absent = ~has_image[:, None].expand(image.shape[:2])
         image, text = (
-            unit(linear(x.masked_fill(none[..., None], 0))).masked_fill(none[..., None], 0)
+            unit_rows(linear(x.masked_fill(none[..., None], 0))).masked_fill(none[..., None], 0)
             for linear, x, none in (
                 (self.image_map, image, absent),
                 (self.text_map, text, padding | ~has_text[:, None]),
@@ -497,14 +496,14 @@ class UniECS(RetrievalModel):
         )[:, None]
         for block in self.fusion_blocks:
             fused = block(fused)
-        return dict(zip(views, unit(self.fusion_norm(fused[:, 0])).chunk(count), strict=True))
+        return dict(zip(views, unit_rows(self.fusion_norm(fused[:, 0])).chunk(count), strict=True))
 
     def _separate(self, image, text, padding, has_image, has_text, views) -> dict[str, Tensor]:
         """Without the fusion: each modality pooled by itself, and late fusion of what an item has."""
         ignore = padding & has_text[:, None] if self.config.text_mask else None
         image, text = (
-            unit(self.image_pool(self.image_proj(image))),
-            unit(self.text_pool(self.text_proj(text), ignore)),
+            unit_rows(self.image_pool(self.image_proj(image))),
+            unit_rows(self.text_pool(self.text_proj(text), ignore)),
         )
         only_text, only_image = (has_text & ~has_image)[:, None], (has_image & ~has_text)[:, None]
         both = late_fusion(image.masked_fill(only_text, 0), text.masked_fill(only_image, 0))

@@ -27,19 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfused.distributed import in_group
+from mmfused.losses import unit_rows
 from mmfused.models import qwen
 from mmfused.models.config import AbsentPart
 from mmfused.models.qwen import HostedConfig
-from mmfused.models.retrieval import (
-    VIEWS,
-    RetrievalModel,
-    RetrievalOutput,
-    check_views,
-    in_group,
-    unit,
-)
-from mmfused.ops.masked_info_nce import masked_info_nce
-from mmfused.ops.masked_info_nce.functional import loss_over_ranks
+from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, check_views
+from mmfused.ops.masked_info_nce import loss_over_ranks, masked_info_nce
 
 TEXT, IMAGE, VIDEO = 1, 2, 4
 COMPONENTS = ("mamcl", "negatives", "dual", "fusion")
@@ -227,7 +221,7 @@ class UNITE(RetrievalModel):
         )
         items = (input_ids, attention_mask, image_present)
         video = pixel_values is not None and pixel_values.ndim == 5
-        return {view: unit(self._read(*pictures, *items, view, video)[0]) for view in views}
+        return {view: unit_rows(self._read(*pictures, *items, view, video)[0]) for view in views}
 
     def _read(
         self,

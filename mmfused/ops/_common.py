@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import check_value
+from ..library import check_tensors, check_value
 
 
 def padding_mask(
@@ -78,3 +81,43 @@ def check_dropout_seed(op: str, seed: Tensor | None) -> None:
             f"{op}: dropout_seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, "
             "expected a torch.int64 scalar"
         )
+
+
+def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
+    """Scale rows to length 1, in float32 or float64; a row of zeros stays one.
+
+    ``may_be_ignored``: the loss may ignore some rows, which then need gradient 0. A row that is not
+    finite becomes NaN through a sum, which passes on the upstream gradient, 0 for an ignored row;
+    through a division by its length that gradient would be NaN.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not may_be_ignored:
+        return F.normalize(wide, dim=-1)
+    broken = ~wide.isfinite().all(-1, keepdim=True)
+    rows = F.normalize(wide.masked_fill(broken, 0.0), dim=-1)
+    return torch.where(broken, wide + float("nan"), rows)
+
+
+def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
+    """Raise unless ``temperature`` is a number above 0, or one such number on query's device."""
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise ValueError(f"{op}: temperature: got {temperature!r}, expected a number above 0")
+        return
+    check_tensors(op, query=query, temperature=temperature)
+    if temperature.numel() != 1 or not temperature.is_floating_point():
+        raise ValueError(
+            f"{op}: temperature: got shape {tuple(temperature.shape)} and dtype "
+            f"{temperature.dtype}, expected one floating element"
+        )
+    check_value(
+        lambda: (temperature > 0).all(),
+        f"{op}: temperature: got a number not above 0, expected one above 0",
+    )
+
+
+def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
+    """Return NaN for a temperature not above 0, which ``check_value`` lets pass on a GPU."""
+    if isinstance(temperature, Tensor):
+        return torch.where(temperature > 0, temperature, math.nan)
+    return temperature

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfused.models.retrieval import in_group
+from mmfused.distributed import in_group
 
 
 def add_gradients(model, batches: Iterable[dict], count: int, amp: bool = False):

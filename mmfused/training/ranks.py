@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfused.models.retrieval import in_group
+from mmfused.distributed import in_group
 
 
 class OtherRankError(RuntimeError):

@@ -1,7 +1,17 @@
-"""Masked InfoNCE. ``function.py``: the maths, the reference; ``autograd.py``: the gradient;
-``composed.py``: the sweep on torch; ``distributed.py``: what ranks exchange."""
+"""Masked InfoNCE: the function, its reference and Module, and what other packages build on."""
 
-from .functional import masked_info_nce, masked_info_nce_reference
+from .functional import (
+    loss_over_ranks,
+    masked_info_nce,
+    masked_info_nce_reference,
+    scaled_info_nce,
+)
 from .modules import MaskedInfoNCE
 
-__all__ = ["MaskedInfoNCE", "masked_info_nce", "masked_info_nce_reference"]
+__all__ = [
+    "MaskedInfoNCE",
+    "loss_over_ranks",
+    "masked_info_nce",
+    "masked_info_nce_reference",
+    "scaled_info_nce",
+]

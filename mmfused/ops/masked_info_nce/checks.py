@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...library import check_fractions, check_numbers, check_tensors, check_value
+from .._common import check_temperature
 
 OP = "masked_info_nce"
 SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
@@ -140,31 +141,6 @@ def _check_options(
         raise ValueError(
             f"{OP}: positive_weight: got {positive_weight}, expected a number of at least 0"
         )
-
-
-def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
-    if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, int | float) or not temperature > 0:
-            raise ValueError(f"{op}: temperature: got {temperature!r}, expected a number above 0")
-        return
-    check_tensors(op, query=query, temperature=temperature)
-    if temperature.numel() != 1 or not temperature.is_floating_point():
-        raise ValueError(
-            f"{op}: temperature: got shape {tuple(temperature.shape)} and dtype {temperature.dtype}, expected one floating element"
-        )
-    check_value(
-        lambda: (temperature > 0).all(),
-        f"{op}: temperature holds a number that: got not above 0, expected one above 0",
-    )
-
-
-def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
-    """NaN in place of a temperature that is not above 0: what ``check_value`` let pass."""
-    return (
-        torch.where(temperature > 0, temperature, math.nan)
-        if isinstance(temperature, Tensor)
-        else temperature
-    )
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:

@@ -21,10 +21,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ...distributed import Ranks, gradient_needed, refuse
+from ...distributed import Ranks, gradient_needed, report_error
 from ...library import choose, distinct, no_autocast, to_autocast
+from .._common import valid_or_nan
 from .autograd import InfoNCE
-from .checks import OP, check, valid_or_nan
+from .checks import OP, check
 
 
 def masked_info_nce_reference(
@@ -250,7 +251,7 @@ def loss_over_ranks(query: Tensor, candidate: Tensor, share_gradients: bool, **o
     try:
         checked = _checked(query, candidate, over_ranks=True, **options)
     except Exception as error:
-        refuse(OP, error, query)
+        report_error(OP, error, query)
         raise
     query, candidate, temperature, _, _, masks, weights = checked
     ranks = Ranks(OP, query, candidate, share_gradients, _settings(*checked, share_gradients))

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._common import unit_rows
 from .functional import loss_over_ranks, masked_info_nce
 
 GATHERS = (None, "global", "local")
@@ -104,7 +104,7 @@ class MaskedInfoNCE(nn.Module):
             temperature = (-log_scale.to(wide)).exp()
         if self.normalize:
             masked = keys.get("candidate_key") is not None or keys.get("candidate_id") is not None
-            query, candidate = unit(query), unit(candidate, may_be_ignored=masked)
+            query, candidate = _unit(query), _unit(candidate, may_be_ignored=masked)
         if self.gather is None or not dist.is_available() or not dist.is_initialized():
             return masked_info_nce(
                 query, candidate, temperature=temperature, **keys, **self.options
@@ -133,20 +133,9 @@ class MaskedInfoNCE(nn.Module):
         return f"{learned} temperature={self.temperature:g}, normalize={self.normalize}, gather={self.gather!r}{options}"
 
 
-def unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
-    """Rows of length 1, computed in float32 at least.
-
-    ``may_be_ignored``: a row that is not finite becomes NaN by a sum, whose gradient is the
-    upstream one: 0 where the loss ignores the row. That of a division by its length would be NaN.
-    """
-    if not isinstance(x, Tensor):  # the loss says it, and over ranks to all of them
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if not may_be_ignored:
-        return F.normalize(wide, dim=-1).to(x.dtype)
-    broken = ~wide.isfinite().all(-1, keepdim=True)
-    rows = F.normalize(wide.masked_fill(broken, 0.0), dim=-1)
-    return torch.where(broken, wide + float("nan"), rows).to(x.dtype)
+def _unit(x: Tensor, may_be_ignored: bool = False) -> Tensor:
+    # What is no tensor is refused by the loss: over ranks, by all of them.
+    return unit_rows(x, may_be_ignored).to(x.dtype) if isinstance(x, Tensor) else x
 
 
 def _without_fixed_scale(module, state_dict, prefix, *_) -> None:
