@@ -457,7 +457,7 @@ def test_a_margin_may_be_learned(name):
 
 x, y = torch.randn(4, 3), torch.randn(4, 3)
 BAD_LOSSES = {
-    "positive_similarity: positive: got 5 rows, expected 4, as query has.": lambda: (
+    "positive_similarity: positive: got 5 rows, expected 4, as query has": lambda: (
         positive_similarity(x, torch.randn(5, 3))
     ),
     "query: got a list, expected a torch.Tensor": lambda: positive_similarity([1.0], x),
@@ -467,7 +467,7 @@ BAD_LOSSES = {
     "candidate: got shape (4, 3) and dtype torch.int64, expected floats": lambda: (
         sigmoid_contrastive(x, x.long())
     ),
-    "candidate has shape (0, 3)": lambda: sigmoid_contrastive(x, x[:0]),
+    "candidate: got shape (0, 3)": lambda: sigmoid_contrastive(x, x[:0]),
     "candidate: got shape (3, 3), expected at least 4 rows of 3, as query has": lambda: (
         sigmoid_contrastive(x, y[:3])
     ),
@@ -508,7 +508,7 @@ BAD_LOSSES = {
     "positive: got shape (4,) and dtype torch.int64, expected floats (4,)": lambda: product_hinge(
         x, y, positive=torch.arange(4)
     ),
-    "text[1] has shape (4,) and dtype torch.float32; it takes floats": lambda: product_consistency(
+    "text[1]: got shape (4,) and dtype torch.float32, expected floats": lambda: product_consistency(
         (x, y), (x, y), (x, y[:, 0])
     ),
     "top: got 0, expected at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),

@@ -36,60 +36,60 @@ def ints(*values: int) -> torch.Tensor:
 
 # By sentence: what the last rank changes, in its arguments; the type of its error.
 REFUSED = {
-    "query: got None, expected a torch.Tensor.": ({"query": None}, TypeError),
-    "candidate: got a list, expected a torch.Tensor.": ({"candidate": [1.0]}, TypeError),
-    "query and candidate have dtypes torch.float64 and": (
+    "query: got None, expected a torch.Tensor": ({"query": None}, TypeError),
+    "candidate: got a list, expected a torch.Tensor": ({"candidate": [1.0]}, TypeError),
+    "candidate: got dtype torch.float32, expected torch.float64 as query has": (
         {"query": torch.randn(4, 8).double()},
         TypeError,
     ),
-    "query: got shape (4,), expected (rows, dim), dim not 0.": (
+    "query: got shape (4,), expected (rows, dim), dim not 0": (
         {"query": torch.randn(4)},
         ValueError,
     ),
-    "candidate: got shape (6, 0), expected (rows, dim), dim not 0.": (
+    "candidate: got shape (6, 0), expected (rows, dim), dim not 0": (
         {"candidate": torch.randn(6, 0)},
         ValueError,
     ),
-    "candidate: got dim 7, expected 8 as query has.": (
+    "candidate: got dim 7, expected 8 as query has": (
         {"candidate": torch.randn(6, 7)},
         ValueError,
     ),
-    "there are 3 candidates for 4 queries; without a target": (
+    "candidate: got 3 rows, expected at least 4 as query has, or a target": (
         {"candidate": torch.randn(3, 8)},
         ValueError,
     ),
-    "there are 0 candidates for 4 queries with a target": (
+    "candidate: got 0 rows, expected at least one, as query has 4": (
         {"candidate": torch.randn(0, 8), "target": ints(0, 0, 0, 0)},
         ValueError,
     ),
-    "target holds a value outside [0, 6)": ({"target": ints(0, 1, 2, 6)}, ValueError),
-    "target: got dtype torch.float32, expected torch.int64.": (
+    "target: got a value outside [0, 6)": ({"target": ints(0, 1, 2, 6)}, ValueError),
+    "target: got dtype torch.float32, expected torch.int64": (
         {"target": torch.zeros(4)},
         TypeError,
     ),
-    "query_key is given without candidate_key": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
+    "query_key: got no candidate_key beside it": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
     "candidate_key: got shape (2,), expected (6,)": ({"candidate_key": ints(0, 1)}, ValueError),
-    "candidate_key holds a value below -1": (
+    "candidate_key: got a value below -1": (
         {"candidate_key": ints(0, 1, 2, 3, 4, -2)},
         ValueError,
     ),
-    "row_weight holds a negative number": (
+    "row_weight: got a negative number": (
         {"row_weight": torch.tensor([1.0, 1.0, 1.0, -1.0])},
         ValueError,
     ),
-    "row_weight: got shape (3,), expected (4,).": ({"row_weight": torch.ones(3)}, ValueError),
-    "temperature: got 0, expected a number above 0.": ({"temperature": 0}, ValueError),
-    "temperature holds a number that is not above 0": (
+    "row_weight: got shape (3,), expected (4,)": ({"row_weight": torch.ones(3)}, ValueError),
+    "temperature: got 0, expected a number above 0": ({"temperature": 0}, ValueError),
+    "temperature: got a number not above 0": (
         {"temperature": torch.tensor(-1.0)},
         ValueError,
     ),
-    "same_id is 'ü": ({"same_id": UMLAUTS}, ValueError),
-    "label_smoothing is 2": ({"label_smoothing": 2}, ValueError),
-    "symmetric and target are both given": (
+    "same_id: got 'ü": ({"same_id": UMLAUTS}, ValueError),
+    "label_smoothing: got 2": ({"label_smoothing": 2}, ValueError),
+    "symmetric: got True with a target": (
         {"symmetric": True, "target": ints(0, 1, 2, 3)},
         ValueError,
     ),
-    "backend 'reference' has no gather": ({"backend": "reference"}, RuntimeError),
+    "gather: got backend 'reference'": ({"backend": "reference"}, RuntimeError),
     "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
 }
 # By what is named: (what all ranks take, what the last one changes, its value on rank 0 and on the

@@ -119,12 +119,12 @@ def test_low_precision_and_autocast():
 
 
 BAD = {
-    "alignment has shape (4,)": lambda a, s, m: dual_alignment(a[:, 0], s),
-    "shares has shape (6, 3)": lambda a, s, m: dual_alignment(a, s[:, :3]),
-    "members has shape (6, 5) and dtype torch.int64": lambda a, s, m: dual_alignment(
+    "alignment: got shape (4,)": lambda a, s, m: dual_alignment(a[:, 0], s),
+    "shares: got shape (6, 3)": lambda a, s, m: dual_alignment(a, s[:, :3]),
+    "members: got shape (6, 5) and dtype torch.int64": lambda a, s, m: dual_alignment(
         a, s, members=m.long()
     ),
-    "members has shape (5, 5)": lambda a, s, m: dual_alignment(a, s, members=m[1:]),
+    "members: got shape (5, 5)": lambda a, s, m: dual_alignment(a, s, members=m[1:]),
     "normalise: got 0, expected a positive sum": lambda a, s, m: dual_alignment(a, s, normalise=0),
     "samples: got 4, expected a divisor of the routing's 6 tokens": lambda a, s, m: expert_shares(
         mmfused.topk_routing(s, 2), 4

@@ -415,7 +415,7 @@ def test_autocast(backend):
             backend,
         )
         assert run(make(), backend)["out"].dtype == torch.float64
-        with pytest.raises(TypeError, match="dtypes torch.int64"):
+        with pytest.raises(TypeError, match="dtype torch.int64"):
             masked_info_nce(ints[:, None], ints[:, None], temperature=1.0)
     assert all(value.dtype == torch.float32 for value in got.values()) and torch.equal(
         mixed["out"], got["out"]
@@ -471,10 +471,10 @@ print((peak() - before) / 1024)
 
 x, ints = torch.randn(5, 4), torch.arange(5)
 BAD = {
-    "query and candidate have dtypes torch.float32 and torch.float64; they take one dtype, float32,": dict(
+    "candidate: got dtype torch.float64, expected torch.float32 as query has": dict(
         candidate=x.double()
     ),
-    "query and candidate have dtypes torch.int64 and torch.int64; they take one dtype": dict(
+    "query: got dtype torch.int64, expected float32, float16, bfloat16 or float64": dict(
         query=x.long(), candidate=x.long()
     ),
     "query: got a list, expected a torch.Tensor": dict(query=[1.0]),
@@ -492,14 +492,14 @@ BAD = {
     "query_id: got shape (5, 1), expected (5,), one for each query": dict(
         query_id=ints[:, None], candidate_id=ints
     ),
-    "query_key: got given without candidate_key, expected both, or candidate_key alone": dict(
+    "query_key: got no candidate_key beside it, expected both, or candidate_key alone": dict(
         query_key=ints
     ),
-    "query_id: got given without candidate_id, expected both": dict(query_id=ints),
-    "symmetric and target are both given; symmetric takes the default target": dict(
+    "query_id: got no candidate_id beside it, expected both": dict(query_id=ints),
+    "symmetric: got True with a target, expected the default target": dict(
         symmetric=True, target=ints
     ),
-    "there are 4 candidates for 5 queries; without a target it takes at least as many": dict(
+    "candidate: got 4 rows, expected at least 5 as query has, or a target": dict(
         candidate=x[:4]
     ),
     "same_id: got 'keep', expected one of drop, mean, sum": dict(same_id="keep"),
@@ -513,21 +513,21 @@ BAD = {
     "temperature: got shape (2,) and dtype torch.float32, expected one floating": dict(
         temperature=torch.ones(2)
     ),
-    "temperature holds a number that: got not above 0, expected one above 0": dict(
+    "temperature: got a number not above 0, expected one above 0": dict(
         temperature=torch.tensor(-1.0)
     ),
     "row_weight: got shape (4,), expected (5,)": dict(row_weight=x[:4, 0]),
-    "row_weight requires grad; it takes a constant: detach() it": dict(
+    "row_weight: got a tensor that requires grad, expected a constant: detach() it": dict(
         row_weight=torch.ones(5, requires_grad=True)
     ),
-    "row_weight holds a negative number; it takes numbers of at least 0": dict(
+    "row_weight: got a negative number, expected numbers of at least 0": dict(
         row_weight=-torch.ones(5)
     ),
-    "target holds a value outside [0, 5), the candidates there are": dict(target=ints + 1),
-    "query_key holds a negative value; it takes keys of at least 0": dict(
+    "target: got a value outside [0, 5), expected the index of a candidate": dict(target=ints + 1),
+    "query_key: got a negative value, expected keys of at least 0": dict(
         query_key=ints - 1, candidate_key=ints
     ),
-    "candidate_key holds a value below -1; it takes keys of at least 0, or -1": dict(
+    "candidate_key: got a value below -1, expected keys of at least 0, or -1": dict(
         candidate_key=ints - 2
     ),
 }

@@ -290,7 +290,7 @@ def test_gather_in_one_process(tmp_path):
             with (
                 mmfused.backend("reference"),
                 pytest.raises(
-                    RuntimeError, match="'reference' has no gather; it takes gather=None"
+                    RuntimeError, match="gather: got backend 'reference', expected another backend, or gather=None"
                 ),
             ):
                 loss(q, c)
@@ -301,12 +301,12 @@ def test_gather_in_one_process(tmp_path):
 BAD_MODULES = {
     "temperature: got 0, expected a number above 0": dict(temperature=0),
     "gather: got 'all', expected None, 'global' or 'local'": dict(gather="all"),
-    "reduction is 'sum'; with gather it takes 'mean'": dict(gather="global", reduction="sum"),
-    "gather is 'local' and symmetric is True; symmetric takes gather='global'": dict(
+    "reduction: got 'sum' with gather, expected 'mean'": dict(gather="global", reduction="sum"),
+    "symmetric: got True with gather='local', expected gather='global'": dict(
         gather="local", symmetric=True
     ),
     "max_scale: got 0, expected a number above 0": dict(max_scale=0),
-    "'margin' is no option; it takes same_id, symmetric": dict(margin=0.1),
+    "margin: got an unknown option, expected same_id, symmetric": dict(margin=0.1),
 }
 
 

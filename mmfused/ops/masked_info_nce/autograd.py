@@ -1,401 +1,383 @@
-"""The loss of every row under autograd: two sweeps over the pairs, as operators, and vectors of
-length B and C around them.
+"""The loss of every row under autograd: two sweeps over the pairs, and vectors around them.
+
+The sweeps are registered operators, kernels on CUDA and blocks of rows elsewhere; the compiler
+traces into neither. The vectors around them have length B or C.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ...distributed import Ranks
 from ...library import no_autocast, once_differentiable, register, register_composed
-from .composed import sweep, sweep_backward
+from .arguments import Options
+from .composed import SweepInputs, sweep_blocks, sweep_blocks_backward
+from .terms import gradient_coefficients, target_term
 
-# ---- the sweep as an operator: kernels for CUDA, blocks of rows elsewhere; the compiler looks into neither
+# ---- the sweeps as operators ---------------------------------------------------------------------
 
-_SWEEP = (
-    "(Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key, Tensor? q_id, Tensor? c_id,"
-    " bool drop, bool columns, bool everything) -> (Tensor row, Tensor column, Tensor dots)"
+_INPUTS = (
+    "Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, "
+    "Tensor? q_key, Tensor? c_key, Tensor? q_id, Tensor? c_id, bool drop"
 )
-_SWEEP_BACKWARD = (
-    "(Tensor row, Tensor? column, Tensor q, Tensor c, Tensor? bias, Tensor scale, Tensor target, Tensor? q_key, Tensor? c_key,"
-    " Tensor? q_id, Tensor? c_id, bool drop, bool everything, bool need_dq, bool need_dc, bool need_scale)"
-    " -> (Tensor dq, Tensor dc, Tensor d_scale)"
+_FORWARD = f"{_INPUTS}, bool columns, bool everything"
+_FORWARD_OUT = "(Tensor row, Tensor column, Tensor dots)"
+_BACKWARD = (
+    f"Tensor row, Tensor? column, {_INPUTS}, bool everything, "
+    "bool need_dq, bool need_dc, bool need_scale"
 )
+_BACKWARD_OUT = "(Tensor dq, Tensor dc, Tensor d_scale)"
+_SIZE = len(SweepInputs._fields)
 
 
-def _with(argument: str, schema: str) -> str:
-    return schema.replace(") ->", f", {argument}) ->")
+def _forward_arguments(args: tuple[Any, ...]) -> tuple[SweepInputs, tuple[Any, ...]]:
+    """Split the arguments of the forward sweep: its inputs, and (columns, everything, ...)."""
+    return SweepInputs(*args[:_SIZE]), args[_SIZE:]
 
 
-def _fake_sweep(
-    q,
-    c,
-    bias,
-    scale,
-    target,
-    q_key,
-    c_key,
-    q_id,
-    c_id,
-    drop,
-    columns,
-    everything,
-    margin=None,
-):
-    row, column = (
-        q.new_empty(5, n, dtype=torch.float64) for n in (q.shape[0], c.shape[0] if columns else 0)
-    )
+def _backward_arguments(
+    args: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None, SweepInputs, tuple[Any, ...]]:
+    """Split those of the backward: row, column, inputs, and (everything, need_dq, ...)."""
+    row, column, *rest = args
+    return row, column, SweepInputs(*rest[:_SIZE]), tuple(rest[_SIZE:])
+
+
+def _sweep_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (columns, *_) = _forward_arguments(args)
+    q, c = inputs.q, inputs.c
+    row = q.new_empty(5, q.shape[0], dtype=torch.float64)
+    column = q.new_empty(5, c.shape[0] if columns else 0, dtype=torch.float64)
     return row, column, q.new_empty(q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _fake_sweep_backward(
-    row,
-    column,
-    q,
-    c,
-    bias,
-    scale,
-    target,
-    q_key,
-    c_key,
-    q_id,
-    c_id,
-    drop,
-    everything,
-    need_dq,
-    need_dc,
-    need_scale,
-    dots=None,
-    margin=None,
-):
+def _sweep_backward_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, inputs, (_, need_dq, need_dc, need_scale, *_) = _backward_arguments(args)
+    q, c = inputs.q, inputs.c
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dc = (
-        q.new_empty(q.shape if need_dq else 0, dtype=dtype),
-        c.new_empty(c.shape if need_dc else 0, dtype=dtype),
-    )
+    dq = q.new_empty(q.shape if need_dq else 0, dtype=dtype)
+    dc = c.new_empty(c.shape if need_dc else 0, dtype=dtype)
     return dq, dc, q.new_empty(() if need_scale else 0, dtype=torch.float64)
 
 
-def _sweep_flops(q, c, *rest, out_shape):
-    return 2 * q[0] * c[0] * q[1]
+def _sweep_flops(*args: Any, out_shape: object) -> int:
+    inputs, _ = _forward_arguments(args)
+    return _products_flops(inputs)
 
 
-def _sweep_backward_flops(
-    row,
-    column,
-    q,
-    c,
-    bias,
-    scale,
-    target,
-    q_key,
-    c_key,
-    q_id,
-    c_id,
-    drop,
-    everything,
-    need_dq,
-    need_dc,
-    need_scale,
-    *rest,
-    out_shape,
-):
-    """The logits again, and a product for each gradient."""
-    return _sweep_flops(q, c, out_shape=None) * (1 + (need_dq or need_scale) + need_dc)
+def _sweep_backward_flops(*args: Any, out_shape: object) -> int:
+    """Count the logits again, and a product for each gradient."""
+    _, _, inputs, (_, need_dq, need_dc, need_scale, *_) = _backward_arguments(args)
+    return _products_flops(inputs) * (1 + (need_dq or need_scale) + need_dc)
 
 
-_sweeps = _fake_sweep, _sweep_flops
-_backwards = _fake_sweep_backward, _sweep_backward_flops
+def _products_flops(shapes: Any) -> int:
+    """FLOPs of all products q . c, from the shapes of the inputs."""
+    return 2 * shapes.q[0] * shapes.c[0] * shapes.q[1]
 
 
-def _launch_sweep(*args):
+def _launch_sweep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ...kernels import masked_info_nce as kernels
 
     return kernels.sweep(*args)
 
 
-def _launch_sweep_backward(*args):
+def _launch_sweep_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ...kernels import masked_info_nce as kernels
 
     return kernels.sweep_backward(*args)
 
 
-register("info_nce_sweep", _SWEEP, _launch_sweep, *_sweeps)
-register("info_nce_sweep_bwd", _SWEEP_BACKWARD, _launch_sweep_backward, *_backwards)
-register_composed("info_nce_sweep_composed", _with("float? margin", _SWEEP), sweep, *_sweeps)
+def _composed_sweep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, rest = _forward_arguments(args)
+    return sweep_blocks(inputs, *rest)
+
+
+def _composed_sweep_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row, column, inputs, rest = _backward_arguments(args)
+    return sweep_blocks_backward(row, column, inputs, *rest)
+
+
+register(
+    "info_nce_sweep",
+    f"({_FORWARD}) -> {_FORWARD_OUT}",
+    _launch_sweep,
+    _sweep_shapes,
+    _sweep_flops,
+)
+register(
+    "info_nce_sweep_bwd",
+    f"({_BACKWARD}) -> {_BACKWARD_OUT}",
+    _launch_sweep_backward,
+    _sweep_backward_shapes,
+    _sweep_backward_flops,
+)
+register_composed(
+    "info_nce_sweep_composed",
+    f"({_FORWARD}, float? margin) -> {_FORWARD_OUT}",
+    _composed_sweep,
+    _sweep_shapes,
+    _sweep_flops,
+)
 register_composed(
     "info_nce_sweep_bwd_composed",
-    _with("Tensor dots, float? margin", _SWEEP_BACKWARD),
-    sweep_backward,
-    *_backwards,
+    f"({_BACKWARD}, Tensor dots, float? margin) -> {_BACKWARD_OUT}",
+    _composed_sweep_backward,
+    _sweep_backward_shapes,
+    _sweep_backward_flops,
 )
 
 
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+class _Inputs(NamedTuple):
+    """Inputs of both sweeps in the caller's order, and the orders that sort them by key."""
+
+    query: Tensor
+    candidate: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    target: Tensor
+    query_key: Tensor | None
+    candidate_key: Tensor | None
+    query_id: Tensor | None
+    candidate_id: Tensor | None
+    query_order: Tensor | None
+    candidate_order: Tensor | None
+
+    def by_key(self, drop: bool) -> SweepInputs:
+        """Return the inputs of a sweep, sorted by key."""
+        rows, columns = self.query_order, self.candidate_order
+        place = _place(self.target, columns)
+        return SweepInputs(
+            q=_sort(self.query, rows),
+            c=_sort(self.candidate, columns),
+            bias=_sort_given(self.bias, columns),
+            scale=self.scale,
+            target=_sort(place, rows),
+            q_key=_sort_given(self.query_key, rows),
+            c_key=_sort_given(self.candidate_key, columns),
+            q_id=_sort_given(self.query_id, rows),
+            c_id=_sort_given(self.candidate_id, columns),
+            drop=drop,
+        )
+
+
 class InfoNCE(torch.autograd.Function):
-    """(nce (B,), q . c_target (B,)), float32 or float64. Saves the embeddings and vectors of length
-    B and C.
+    """The nce (B,) and the product q . c_target (B,) of each row, float32 or float64.
+
+    It saves the embeddings and vectors of length B and C.
 
     ``broken`` (B,) bool, or None: rows that give NaN. With ``ranks``, candidate and its keys are
-    this rank's own, and target counts among the candidates of all."""
+    this rank's own, and target is an index among the candidates of all.
+    """
 
     @staticmethod
     def forward(
-        ctx,
-        query,
-        candidate,
-        scale,
-        target,
-        broken,
-        q_key,
-        c_key,
-        q_id,
-        c_id,
-        same_id,
-        symmetric,
-        smoothing,
-        margin,
-        backend,
-        ranks,
-    ):
-        ctx.same_id, ctx.symmetric, ctx.smoothing, ctx.margin = (
-            same_id,
-            symmetric,
-            smoothing,
-            margin,
-        )
-        ctx.backend, ctx.ranks, ctx.device_type = backend, ranks, query.device.type
-        query, candidate = (
-            query.contiguous(),
-            candidate.contiguous(),
-        )  # products of matrices round by layout: one for both sweeps
+        ctx: Any,
+        query: Tensor,
+        candidate: Tensor,
+        scale: Tensor,
+        target: Tensor,
+        broken: Tensor | None,
+        query_key: Tensor | None,
+        candidate_key: Tensor | None,
+        query_id: Tensor | None,
+        candidate_id: Tensor | None,
+        options: Options,
+        backend: str,
+        ranks: Ranks | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sweep over the pairs, and add the targets."""
+        ctx.options, ctx.backend, ctx.ranks = options, backend, ranks
+        ctx.device_type = query.device.type
+        # Products of matrices round by layout: one layout for both sweeps.
+        query, candidate = query.contiguous(), candidate.contiguous()
         if ranks is not None:
-            candidate, c_key, c_id = (
-                None if x is None else ranks.gather(x) for x in (candidate, c_key, c_id)
-            )
-        ctx.everything = smoothing > 0 or (c_id is not None and same_id != "drop")
-        q_order, c_order = (
-            (None, None)
-            if c_key is None
-            else (q_key.argsort(stable=True), c_key.argsort(stable=True))
-        )
+            candidate = ranks.gather(candidate)
+            candidate_key = None if candidate_key is None else ranks.gather(candidate_key)
+            candidate_id = None if candidate_id is None else ranks.gather(candidate_id)
+        positives = candidate_id is not None and options.same_id != "drop"
+        ctx.everything = options.label_smoothing > 0 or positives
         bias, nan = None, _nan_rows(query)
-        if (
-            c_key is not None or c_id is not None
-        ):  # some pairs are hidden, and must stay so: 0 times NaN is NaN
+        if candidate_key is not None or candidate_id is not None:
+            # Some pairs are hidden and must stay so: 0 times NaN is NaN.
             candidate, bias = _without_nan(candidate)
         else:
             nan = nan | _nan_rows(candidate).any()
-        broken = nan if broken is None else nan | broken
-        place = _place(target, c_order)
-        args = (
-            _pick(query, q_order),
-            _pick(candidate, c_order),
-            _pick(bias, c_order),
-            scale,
-            _pick(place, q_order),
-            _pick(q_key, q_order),
-            _pick(c_key, c_order),
-            _pick(q_id, q_order),
-            _pick(c_id, c_order),
-            same_id == "drop",
+        inputs = _Inputs(
+            query=query,
+            candidate=candidate,
+            bias=bias,
+            scale=scale,
+            target=target,
+            query_key=query_key,
+            candidate_key=candidate_key,
+            query_id=query_id,
+            candidate_id=candidate_id,
+            query_order=_order(query_key, candidate_key),
+            candidate_order=_order(candidate_key, candidate_key),
         )
-        acc = torch.promote_types(query.dtype, torch.float32)
-        row, column, dots = _operate(
-            "info_nce_sweep", ctx, (*args, symmetric, ctx.everything), margin
-        )
-        dots = _unpick(dots, q_order, 0)
-        if bias is not None:
-            dots = dots + bias[target].to(acc)
-        dots = dots.masked_fill(broken, float("nan"))
-        row, column = (
-            row.double(),
-            column.double(),
-        )  # vectors: what they cost is nothing, and a logsumexp keeps its digits
-        row, column = _unpick(row, q_order), _unpick(column, c_order) if symmetric else None
-        if symmetric:
-            if bias is None:
-                column = column.masked_fill(nan.any(), float("nan"))
-            column = (column if ranks is None else ranks.merge_columns(column))[:, target]
+        row, column, dots = _swept(ctx, inputs, nan, nan if broken is None else nan | broken)
         logit = dots * scale
         logit = logit + 0 * logit  # infinite: NaN, not a target that outweighs all
-        nce = _term(row, logit, ctx)
-        if symmetric:
-            nce = (nce + _term(column, logit, ctx)) / 2
-        ctx.save_for_backward(
-            query,
-            candidate,
-            bias,
-            scale,
-            target,
-            q_key,
-            c_key,
-            q_id,
-            c_id,
-            q_order,
-            c_order,
-            row,
-            column,
-            dots,
-        )
-        return nce.to(
-            acc, copy=True
-        ), dots  # a cast that does nothing would lose the gradient under torch 2.11's compiler
+        nce = target_term(row, logit, options, ctx.everything)
+        if column is not None:
+            nce = (nce + target_term(column, logit, options, ctx.everything)) / 2
+        ctx.save_for_backward(*inputs, row, column, dots)
+        # The copy matters: a cast that does nothing loses the gradient under torch 2.11's compiler.
+        return nce.to(dots.dtype, copy=True), dots
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_nce, d_dots):
-        (
-            query,
-            candidate,
-            bias,
-            scale,
-            target,
-            q_key,
-            c_key,
-            q_id,
-            c_id,
-            q_order,
-            c_order,
-            row,
-            column,
-            dots,
-        ) = ctx.saved_tensors
-        if bias is not None:  # a broken row's lse is NaN: so is its dS, where its pairs count
+    def backward(ctx: Any, d_nce: Tensor, d_dots: Tensor) -> tuple[Tensor | None, ...]:
+        """Sweep over the pairs again, and add the gradients through the targets."""
+        query, *others = ctx.saved_tensors[:-3]
+        row, column, dots = ctx.saved_tensors[-3:]
+        inputs = _Inputs(query, *others)
+        if inputs.bias is not None:
+            # The lse of a broken row is NaN, and so is its dS in the pairs that count.
             query = query.masked_fill(_nan_rows(query)[:, None], 0.0)
-        d_nce, logit = d_nce / 2 if ctx.symmetric else d_nce, dots * scale
-        acc = dots.dtype
-        row, d_logit = _coefficients(row, logit, d_nce, ctx)
-        if ctx.symmetric:
-            column, more = _coefficients(column, logit, d_nce, ctx)
+            inputs = _Inputs(query, *others)
+        options, everything, logit = ctx.options, ctx.everything, dots * inputs.scale
+        d_nce = d_nce / 2 if options.symmetric else d_nce
+        row, d_logit = gradient_coefficients(row, logit, d_nce, options, everything)
+        if options.symmetric:
+            column, more = gradient_coefficients(column, logit, d_nce, options, everything)
             d_logit = d_logit + more
             # The other candidates have no column term.
-            column = column.new_zeros(4, candidate.shape[0]).index_copy_(1, target, column)
+            column = column.new_zeros(4, inputs.candidate.shape[0]).index_copy_(
+                1, inputs.target, column
+            )
             column = column if ctx.ranks is None else ctx.ranks.share_columns(column)
-        args = (
-            _pick(row, q_order, 1),
-            _pick(column, c_order, 1),
-            _pick(query, q_order),
-            _pick(candidate, c_order),
-            _pick(bias, c_order),
-            scale,
-            _pick(_place(target, c_order), q_order),
-            _pick(q_key, q_order),
-            _pick(c_key, c_order),
-            _pick(q_id, q_order),
-            _pick(c_id, c_order),
-            ctx.same_id == "drop",
-            ctx.everything,
-        )
+        dq, dc, d_scale = _swept_backward(ctx, inputs, row, column, dots)
+        acc = dots.dtype
+        pair = (d_logit * inputs.scale + d_dots).to(acc)[:, None]
         need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
-        args = (*args, need_query, need_candidate, need_scale)
-        dq, dc, d_scale = _operate(
-            "info_nce_sweep_bwd", ctx, args, _pick(dots, q_order), ctx.margin
-        )
         d_query = d_candidate = None
-        pair = (d_logit * scale + d_dots).to(acc)[:, None]
-        # Two large sums that nearly cancel.
-        d_scale = (d_scale + (d_logit * dots).sum()).to(scale.dtype) if need_scale else None
         if need_query:
-            d_query = (
-                _unpick(dq, q_order, 0)
-                .mul_(scale)
-                .add_(pair * candidate[target].to(acc))
-                .to(query.dtype)
-            )
+            dq = _unsort(dq, inputs.query_order, 0).mul_(inputs.scale)
+            targets = inputs.candidate[inputs.target].to(acc)
+            d_query = dq.add_(pair * targets).to(query.dtype)
         if need_candidate:
-            dc = _add_rows(_unpick(dc, c_order, 0).mul_(scale), target, pair * query.to(acc))
-            d_candidate = (dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)).to(
-                candidate.dtype
-            )
-        return d_query, d_candidate, d_scale, *[None] * 12
+            dc = _unsort(dc, inputs.candidate_order, 0).mul_(inputs.scale)
+            dc = _add_rows(dc, inputs.target, pair * query.to(acc))
+            dc = dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)
+            d_candidate = dc.to(inputs.candidate.dtype)
+        # Two large sums that nearly cancel.
+        d_scale = (d_scale + (d_logit * dots).sum()).to(inputs.scale.dtype) if need_scale else None
+        return d_query, d_candidate, d_scale, *[None] * 9
 
 
-def _operate(name: str, ctx, args: tuple, *margin):
-    with no_autocast(ctx.device_type):  # some call backward under autocast
+def _swept(
+    ctx: Any,
+    inputs: _Inputs,
+    nan: Tensor,
+    broken: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the statistics (5, B) of rows and, if symmetric, of their targets' columns, and dots.
+
+    ``nan``, ``broken`` (B,) bool: rows that are not finite, and those that give NaN.
+    """
+    options, ranks = ctx.options, ctx.ranks
+    args = (*inputs.by_key(options.same_id == "drop"), options.symmetric, ctx.everything)
+    row, column, dots = _operate("info_nce_sweep", ctx, args, options.false_negative_margin)
+    dots = _unsort(dots, inputs.query_order, 0)
+    if inputs.bias is not None:
+        dots = dots + inputs.bias[inputs.target].to(dots.dtype)
+    dots = dots.masked_fill(broken, float("nan"))
+    # float64: vectors cost nothing, and a logsumexp keeps its digits.
+    row = _unsort(row.double(), inputs.query_order)
+    if not options.symmetric:
+        return row, None, dots
+    column = _unsort(column.double(), inputs.candidate_order)
+    if inputs.bias is None:
+        column = column.masked_fill(nan.any(), float("nan"))
+    column = column if ranks is None else ranks.merge_columns(column)
+    return row, column[:, inputs.target], dots
+
+
+def _swept_backward(
+    ctx: Any,
+    inputs: _Inputs,
+    row: Tensor,
+    column: Tensor | None,
+    dots: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq and dc over scale, sorted by key, and the sweep's part of the scale's gradient."""
+    options = ctx.options
+    args = (
+        _sort(row, inputs.query_order, 1),
+        _sort_given(column, inputs.candidate_order, 1),
+        *inputs.by_key(options.same_id == "drop"),
+        ctx.everything,
+        *ctx.needs_input_grad[:3],
+    )
+    dots = _sort(dots, inputs.query_order)
+    return _operate("info_nce_sweep_bwd", ctx, args, dots, options.false_negative_margin)
+
+
+def _operate(
+    name: str,
+    ctx: Any,
+    args: tuple[Any, ...],
+    *composed_only: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with no_autocast(ctx.device_type):  # backward may be called under autocast
         if ctx.backend == "fused":
             return getattr(torch.ops.mmfused, name)(*args)
-        return getattr(torch.ops.mmfused, f"{name}_composed")(*args, *margin)
+        return getattr(torch.ops.mmfused, f"{name}_composed")(*args, *composed_only)
 
 
 def _nan_rows(x: Tensor) -> Tensor:
-    """Which rows are not finite: told by their sum, for which no matrix of flags is made."""
+    """Return which rows are not finite, by their sum: no matrix of flags is stored."""
     return ~x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
 
 
 def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
-    """A candidate that is not finite as zeros, and a bias that makes its logits NaN: so it reaches
-    only rows that may see it.
+    """Return the candidates, zeros where they are not finite, and a bias (C,), NaN there.
+
+    The bias makes the logits NaN, so a broken candidate reaches only rows that may see it.
     """
     broken = _nan_rows(candidate)
-    bias = torch.zeros(candidate.shape[0], device=candidate.device).masked_fill_(
-        broken, float("nan")
-    )
-    return candidate.masked_fill(broken[:, None], 0.0), bias
+    bias = torch.zeros(candidate.shape[0], device=candidate.device)
+    return candidate.masked_fill(broken[:, None], 0.0), bias.masked_fill_(broken, float("nan"))
 
 
 def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """x[at] += rows, in place and always in the same order, whatever is in ``at`` twice: of torch's
-    two, each device has one.
+    """x[at] += rows in place, in the same order every time, also where ``at`` repeats an index.
+
+    torch has two operators for that; on each device one of them is deterministic.
     """
-    return (
-        x.index_add_(0, at, rows)
-        if x.device.type == "cpu"
-        else x.index_put_((at,), rows, accumulate=True)
-    )
+    if x.device.type == "cpu":
+        return x.index_add_(0, at, rows)
+    return x.index_put_((at,), rows, accumulate=True)
 
 
-def _pick(x: Tensor | None, order: Tensor | None, dim: int = 0) -> Tensor | None:
-    return x if x is None or order is None else x.index_select(dim, order)
+def _order(key: Tensor | None, candidate_key: Tensor | None) -> Tensor | None:
+    return None if key is None or candidate_key is None else key.argsort(stable=True)
 
 
-def _unpick(x: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
+def _sort(x: Tensor, order: Tensor | None, dim: int = 0) -> Tensor:
+    return x if order is None else x.index_select(dim, order)
+
+
+def _sort_given(x: Tensor | None, order: Tensor | None, dim: int = 0) -> Tensor | None:
+    return None if x is None else _sort(x, order, dim)
+
+
+def _unsort(x: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
     return x if order is None else torch.empty_like(x).index_copy_(dim, order, x)
 
 
-def _place(target: Tensor, c_order: Tensor | None) -> Tensor:
-    """Where the targets are among the sorted candidates."""
-    if c_order is None:
+def _place(target: Tensor, order: Tensor | None) -> Tensor:
+    """Return the places of the targets among the candidates, sorted by ``order``."""
+    if order is None:
         return target
-    place = torch.empty_like(c_order)
-    place[c_order] = torch.arange(c_order.shape[0], device=c_order.device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
     return place[target]
-
-
-def _term(statistics: Tensor, logit: Tensor, ctx) -> Tensor:
-    """-log p of the target, from the statistics of a row (or column) without it."""
-    others, count, total = statistics[0], statistics[1:4:2] + 1, statistics[2:5:2] + logit
-    if not ctx.everything:
-        return -F.logsigmoid(logit - others)
-    share = count[0] if ctx.same_id == "sum" else 1.0
-    mean = total[0] if ctx.same_id == "sum" else total[0] / count[0]
-    wanted = (1 - ctx.smoothing) * mean + ctx.smoothing * share * total[1] / count[1]
-    loss = (share * logit - wanted) - share * F.logsigmoid(
-        logit - others
-    )  # with one positive the first is 0: no digit is lost
-    return torch.where(count[1] == 1, 0 * logit, loss)  # 0, unless the row is broken
-
-
-def _coefficients(
-    statistics: Tensor,
-    logit: Tensor,
-    upstream: Tensor,
-    ctx,
-) -> tuple[Tensor, Tensor]:
-    """What the backward sweep needs of a row (or column), (4, B) in the logits' dtype: lse, weight
-    of the softmax, and what is taken off further positives and off every pair; and the derivative
-    to the target's logit. The weight makes good for the rounding of lse."""
-    others, count = statistics[0], statistics[1:4:2] + 1
-    lse = torch.logaddexp(others, logit)
-    rounded = lse.to(logit.dtype)
-    undo = (rounded - lse).exp()
-    if not ctx.everything:
-        zero = torch.zeros_like(upstream)
-        coefficients = torch.stack((rounded, (upstream * undo).to(logit.dtype), zero, zero))
-        return coefficients, -upstream * torch.sigmoid(others - logit)
-    upstream = upstream.masked_fill(count[1] == 1, 0.0)
-    share = upstream * count[0] if ctx.same_id == "sum" else upstream
-    positive = (1 - ctx.smoothing) * (upstream if ctx.same_id == "sum" else upstream / count[0])
-    uniform = ctx.smoothing * share / count[1]
-    coefficients = torch.stack((rounded, share * undo, positive, uniform)).to(logit.dtype)
-    return coefficients, (share - positive - uniform) - share * torch.sigmoid(others - logit)

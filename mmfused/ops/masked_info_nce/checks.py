@@ -1,4 +1,4 @@
-"""What :func:`masked_info_nce` refuses, one sentence each."""
+"""Input validation for masked_info_nce."""
 
 from __future__ import annotations
 
@@ -9,90 +9,50 @@ from torch import Tensor
 
 from ...library import check_fractions, check_numbers, check_tensors, check_value
 from .._common import check_temperature
+from .arguments import Labels, Options
 
 OP = "masked_info_nce"
-SAME_ID, REDUCTIONS = ("drop", "mean", "sum"), ("mean", "sum", "none")
+SAME_ID = ("drop", "mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
 
 
-def check(
-    query,
-    candidate,
-    over_ranks,
-    *,
-    temperature,
-    target,
-    query_key,
-    candidate_key,
-    query_id,
-    candidate_id,
-    same_id,
-    symmetric,
-    positive_weight,
-    row_weight,
-    label_smoothing,
-    false_negative_margin,
-    reduction,
-):
-    """``over_ranks``: other ranks may have rows where this one has none."""
-    check_first(query, candidate, over_ranks)
-    vectors = dict(
-        target=target,
-        query_key=query_key,
-        candidate_key=candidate_key,
-        query_id=query_id,
-        candidate_id=candidate_id,
-    )
-    check_tensors(OP, query=query, **vectors, row_weight=row_weight)
-    sizes = dict(
-        target="query",
-        query_key="query",
-        candidate_key="candidate",
-        query_id="query",
-        candidate_id="candidate",
-    )
-    for name, tensor in vectors.items():
-        length = query.shape[0] if sizes[name] == "query" else candidate.shape[0]
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{OP}: {name}: got dtype {tensor.dtype}, expected torch.int64")
-        if tensor is not None and tensor.shape != (length,):
-            raise ValueError(
-                f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected ({length},), one for each {sizes[name]}"
-            )
-    for kind, (mine, theirs) in {
-        "key": (query_key, candidate_key),
-        "id": (query_id, candidate_id),
-    }.items():
-        if mine is not None and theirs is None:
-            raise ValueError(
-                f"{OP}: query_{kind}: got given without candidate_{kind}, expected both, or candidate_{kind} alone"
-            )
-    _check_options(
-        symmetric, target, query, candidate, same_id, label_smoothing, reduction, positive_weight
-    )
-    check_numbers(OP, false_negative_margin=false_negative_margin)
-    if (
-        false_negative_margin is not None and not -math.inf < false_negative_margin < math.inf
-    ):  # the compiler knows no isfinite
-        raise ValueError(
-            f"{OP}: false_negative_margin: got {false_negative_margin}, expected a finite number, or None"
-        )
-    if temperature is not None:  # the scale is given
+def check_arguments(
+    query: Tensor,
+    candidate: Tensor,
+    temperature: float | Tensor | None,
+    labels: Labels,
+    options: Options,
+    over_ranks: bool,
+) -> None:
+    """Raise on bad input.
+
+    ``temperature``: None where the caller has a scale. ``over_ranks``: other ranks may have rows
+    where this one has none.
+    """
+    _check_embeddings(query, candidate, over_ranks)
+    _check_shapes(query, candidate, labels)
+    _check_candidates(query, candidate, labels.target, options.symmetric)
+    _check_options(options)
+    if temperature is not None:
         check_temperature(OP, temperature, query)
         _check_reciprocal(temperature, query)
-    _check_row_weight(row_weight, query)
-    _check_values(target, query_key, candidate_key, candidate.shape[0])
+    _check_row_weight(labels.row_weight, query)
+    _check_values(labels, candidate.shape[0])
 
 
-def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
-    """The embeddings themselves: before anything asks for their length."""
+def _check_embeddings(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
+    """Check the embeddings themselves, before anything reads their length."""
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor is None:
             raise TypeError(f"{OP}: {name}: got None, expected a torch.Tensor")
     check_tensors(OP, query=query, candidate=candidate)
-    if not query.is_floating_point() or query.dtype != candidate.dtype:
+    if not query.is_floating_point():
         raise TypeError(
-            f"{OP}: query and candidate have dtypes {query.dtype} and {candidate.dtype}; they take one dtype, "
-            "float32, float16, bfloat16 or float64."
+            f"{OP}: query: got dtype {query.dtype}, expected float32, float16, bfloat16 or float64"
+        )
+    if query.dtype != candidate.dtype:
+        raise TypeError(
+            f"{OP}: candidate: got dtype {candidate.dtype}, expected {query.dtype} as query has"
         )
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor.dim() != 2 or tensor.shape[1] == 0 or (tensor.shape[0] == 0 and not over_ranks):
@@ -106,51 +66,88 @@ def check_first(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
         )
 
 
-def _check_options(
-    symmetric,
-    target,
-    query,
-    candidate,
-    same_id,
-    label_smoothing,
-    reduction,
-    positive_weight,
+def _check_shapes(query: Tensor, candidate: Tensor, labels: Labels) -> None:
+    named = dict(zip(Labels._fields, labels, strict=True))
+    check_tensors(OP, query=query, **named)
+    sides = {"query": query, "candidate": candidate}
+    for name, tensor in named.items():
+        if tensor is None or name == "row_weight":
+            continue
+        side = "candidate" if name.startswith("candidate") else "query"
+        length = sides[side].shape[0]
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{OP}: {name}: got dtype {tensor.dtype}, expected torch.int64")
+        if tensor.shape != (length,):
+            raise ValueError(
+                f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected ({length},), "
+                f"one for each {side}"
+            )
+    for kind, of_query, of_candidate in (
+        ("key", labels.query_key, labels.candidate_key),
+        ("id", labels.query_id, labels.candidate_id),
+    ):
+        if of_query is not None and of_candidate is None:
+            raise ValueError(
+                f"{OP}: query_{kind}: got no candidate_{kind} beside it, expected both, "
+                f"or candidate_{kind} alone"
+            )
+
+
+def _check_candidates(
+    query: Tensor,
+    candidate: Tensor,
+    target: Tensor | None,
+    symmetric: bool,
 ) -> None:
+    rows, candidates = query.shape[0], candidate.shape[0]
     if symmetric and target is not None:
         raise ValueError(
-            f"{OP}: symmetric and target are both given; symmetric takes the default target, arange(B)."
+            f"{OP}: symmetric: got True with a target, expected the default target, arange(B)"
         )
-    if target is None and candidate.shape[0] < query.shape[0]:
+    if target is None and candidates < rows:
         raise ValueError(
-            f"{OP}: there are {candidate.shape[0]} candidates for {query.shape[0]} queries; without a target it takes at least "
-            "as many."
+            f"{OP}: candidate: got {candidates} rows, expected at least {rows} as query has, "
+            "or a target"
         )
-    if candidate.shape[0] == 0 < query.shape[0]:  # over ranks; a target is one of this rank's
+    if candidates == 0 < rows:  # over ranks; a target is one of this rank's candidates
         raise ValueError(
-            f"{OP}: there are 0 candidates for {query.shape[0]} queries with a target; it takes at least one."
+            f"{OP}: candidate: got 0 rows, expected at least one, as query has {rows}"
         )
-    if same_id not in SAME_ID:
-        raise ValueError(f"{OP}: same_id: got {same_id!r}, expected one of {', '.join(SAME_ID)}")
-    if reduction not in REDUCTIONS:
+
+
+def _check_options(options: Options) -> None:
+    for name, value, known in (
+        ("same_id", options.same_id, SAME_ID),
+        ("reduction", options.reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{OP}: {name}: got {value!r}, expected one of {', '.join(known)}")
+    check_fractions(OP, label_smoothing=options.label_smoothing)
+    check_numbers(OP, positive_weight=options.positive_weight)
+    if not options.positive_weight >= 0:
         raise ValueError(
-            f"{OP}: reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}"
+            f"{OP}: positive_weight: got {options.positive_weight}, expected a number of at least 0"
         )
-    check_fractions(OP, label_smoothing=label_smoothing)
-    check_numbers(OP, positive_weight=positive_weight)
-    if not positive_weight >= 0:
+    margin = options.false_negative_margin
+    check_numbers(OP, false_negative_margin=margin)
+    # Not math.isfinite, which the compiler does not trace.
+    if margin is not None and not -math.inf < margin < math.inf:
         raise ValueError(
-            f"{OP}: positive_weight: got {positive_weight}, expected a number of at least 0"
+            f"{OP}: false_negative_margin: got {margin}, expected a finite number, or None"
         )
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
-    """Logits are multiplied by it; their dtype must hold it."""
+    """Logits are multiplied by the reciprocal, which their dtype must hold."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    sentence = f"{OP}: temperature holds a number too small for 1 / temperature in {dtype}."
+    message = (
+        f"{OP}: temperature: got a number too small for 1 / temperature in {dtype}, "
+        "expected a larger one"
+    )
     if isinstance(temperature, Tensor):
-        check_value(lambda: temperature.to(dtype).reciprocal().isfinite().all(), sentence)
+        check_value(lambda: temperature.to(dtype).reciprocal().isfinite().all(), message)
     elif not 1 / temperature <= torch.finfo(dtype).max:
-        raise ValueError(sentence)
+        raise ValueError(message)
 
 
 def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
@@ -161,31 +158,34 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
             f"{OP}: row_weight: got shape {tuple(row_weight.shape)}, expected ({query.shape[0]},)"
         )
     if row_weight.requires_grad:
-        raise ValueError(f"{OP}: row_weight requires grad; it takes a constant: detach() it.")
+        raise ValueError(
+            f"{OP}: row_weight: got a tensor that requires grad, expected a constant: detach() it"
+        )
     check_value(
         lambda: (row_weight >= 0).all(),
-        f"{OP}: row_weight holds a negative number; it takes numbers of at least 0.",
+        f"{OP}: row_weight: got a negative number, expected numbers of at least 0",
     )
 
 
-def _check_values(target, query_key, candidate_key, candidates: int) -> None:
+def _check_values(labels: Labels, candidates: int) -> None:
+    target, query_key, candidate_key = labels.target, labels.query_key, labels.candidate_key
     if target is not None:
-        inside = lambda: ((target >= 0) & (target < candidates)).all()  # noqa: E731
-
-        def outside():
-            return (
-                f"{OP}: target holds a value outside [0, {candidates}), the candidates there are."  # noqa: E731
-            )
-
-        check_value(inside, outside)
+        check_value(
+            lambda: ((target >= 0) & (target < candidates)).all(),
+            # A function: an exported graph would hold for the number in a message only.
+            lambda: (
+                f"{OP}: target: got a value outside [0, {candidates}), expected the index of a "
+                "candidate"
+            ),
+        )
     if query_key is not None:
         check_value(
             lambda: (query_key >= 0).all(),
-            f"{OP}: query_key holds a negative value; it takes keys of at least 0.",
+            f"{OP}: query_key: got a negative value, expected keys of at least 0",
         )
     if candidate_key is not None:
-        lowest = lambda: (candidate_key >= -1).all()  # noqa: E731
         check_value(
-            lowest,
-            f"{OP}: candidate_key holds a value below -1; it takes keys of at least 0, or -1 for everybody.",
+            lambda: (candidate_key >= -1).all(),
+            f"{OP}: candidate_key: got a value below -1, expected keys of at least 0, "
+            "or -1 for all rows",
         )
