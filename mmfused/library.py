@@ -1,9 +1,9 @@
-"""The plumbing of every op, once: registration, device guard, the backend switch, and the checks
-all public functions share.
+"""Shared by all operators: the backend switch, registration, and the checks of arguments.
 
-A kernel launcher becomes ``torch.ops.mmfused.<name>`` through :func:`register`; a public function
-asks :func:`choose` which of ``reference``, ``composed`` and ``fused`` serves the call; users steer
-that with :class:`backend`, :func:`set_backend` or ``MMFUSED_BACKEND``."""
+:func:`register` makes a kernel launcher the operator ``torch.ops.mmfused.<name>``. Public functions
+call :func:`choose` to pick ``reference``, ``composed`` or ``fused``. Users control that choice with
+:class:`backend`, :func:`set_backend` or the environment variable ``MMFUSED_BACKEND``.
+"""
 
 from __future__ import annotations
 
@@ -13,92 +13,94 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 
 from .flops import add_formula
 from .switch import Choice, Switch
 
-BACKENDS = ("auto", "reference", "composed", "fused")
-ROUTERS = ("triton", "cuda")
+Backend = Literal["auto", "reference", "composed", "fused"]
+Router = Literal["triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ROUTERS: tuple[Router, ...] = get_args(Router)
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # kernels run on CPU tensors: for tests only
-# Values are asserted on CUDA and in compiled graphs too: for debugging.
-CHECK_ON_DEVICE = {"": False, "0": False, "1": True}.get(os.environ.get("MMFUSED_CHECK", ""))
-if CHECK_ON_DEVICE is None:
-    raise ValueError(f"MMFUSED_CHECK: got {os.environ['MMFUSED_CHECK']!r}, expected 1, or 0")
+# For tests only: kernels run on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# For debugging: values are asserted on CUDA and in compiled graphs too.
+CHECK_ON_DEVICE = os.environ.get("MMFUSED_CHECK", "") == "1"
+if os.environ.get("MMFUSED_CHECK", "") not in ("", "0", "1"):
+    raise ValueError(f"MMFUSED_CHECK: got {os.environ['MMFUSED_CHECK']!r}, expected 1 or 0")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
 
-_backend = Switch("backend name", BACKENDS, "MMFUSED_BACKEND", "auto")
-_router = Switch("router name", ROUTERS, "MMFUSED_ROUTER", "triton")
+_backend: Switch[Backend] = Switch("backend name", BACKENDS, "MMFUSED_BACKEND", "auto")
+_router: Switch[Router] = Switch("router name", ROUTERS, "MMFUSED_ROUTER", "triton")
 
 
-class backend(Choice):
-    """``with mmfused.backend(name):`` runs ops inside as ``"reference"``, ``"composed"``,
-    ``"fused"`` or ``"auto"``.
+class backend(Choice[Backend]):
+    """Run operators on one backend: ``with mmfused.backend("composed"):``.
 
-    ``auto`` takes ``fused`` where the kernels can run (CUDA, sm_80 or newer,
-    float32/float16/bfloat16) and ``composed`` elsewhere. Asking for ``fused`` where it cannot run
-    makes the op raise ``RuntimeError`` with the reasons.
+    Args:
+        name: "reference", "composed", "fused" or "auto". "auto" picks "fused" where the kernels can
+            run (CUDA, sm_80 or newer, float32, float16 or bfloat16) and "composed" elsewhere.
+            "fused" raises ``RuntimeError`` with the reasons where the kernels cannot run.
 
-    ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...) transforms the plain formulas: there ``auto``
-    and ``composed`` take ``reference``. What ``torch.export`` makes of ``composed`` has all
-    gradients; of ``fused`` it keeps kernels without theirs, which raise where one is wanted. ONNX
-    (``dynamo=True``) gets operators of its own alone.
+    The choice holds inside ``with``, for the current thread and context (asyncio task); elsewhere
+    :func:`set_backend` decides. Without ``with`` the call does nothing. A backward pass runs on the
+    backend of its forward pass, and so does the recomputation of
+    ``torch.utils.checkpoint(use_reentrant=False)``. With ``use_reentrant=True``, enter the ``with``
+    inside the checkpointed function.
 
-    It holds for this thread and context (asyncio task) alone; elsewhere :func:`set_backend`
-    decides. Without ``with`` the call does nothing. A backward uses its forward's backend wherever
-    it runs, and so does a recomputation under ``torch.utils.checkpoint(use_reentrant=False)``; with
-    ``use_reentrant=True`` enter the ``with`` inside the function."""
+    ``torch.func`` transforms (``grad``, ``vmap``, ``jvp``, ...) need plain formulas: there "auto"
+    and "composed" run "reference". An exported graph (``torch.export``) of "composed" has every
+    gradient; one of "fused" has the kernels without gradients, which raise where a gradient is
+    needed. ``torch.onnx.export(dynamo=True)`` produces standard ONNX operators only.
+
+    Raises ``ValueError`` for another name.
+    """
 
     switch = _backend
 
 
-def set_backend(name: str) -> None:
-    """Set the backend of this process, in all threads, where no ``with mmfused.backend(...)`` says
-    otherwise.
+def set_backend(name: Backend) -> None:
+    """Set the default backend of this process, for all threads.
 
-    At first it is ``MMFUSED_BACKEND``, or ``"auto"``. Raises ``ValueError`` for another name than
-    :class:`backend` takes."""
+    ``with mmfused.backend(...)`` overrides it. The initial value is ``MMFUSED_BACKEND``, or "auto".
+    Raises ``ValueError`` for a name that :class:`backend` does not take.
+    """
     _backend.set(name)
 
 
-def current_backend() -> str:
-    """The backend asked for here: by :class:`backend`, else by :func:`set_backend` or
-    ``MMFUSED_BACKEND``, else ``"auto"``.
-    """
+def current_backend() -> Backend:
+    """Return the backend in effect here: of the innermost ``with``, or the default."""
     return _backend.current()
 
 
-class router(Choice):
-    """``with router(name):`` routes tokens under backend "fused" by the kernels in ``"triton"`` or
-    in ``"cuda"`` (C++).
+class router(Choice[Router]):
+    """Pick the routing kernels of backend "fused": ``with router("cuda"):``.
+
+    Args:
+        name: "triton", or "cuda" for those in C++.
     """
 
     switch = _router
 
 
-def set_router(name: str) -> None:
-    """Set the router of this process, as :func:`set_backend` does the backend; at first
-    ``MMFUSED_ROUTER``, or ``"triton"``.
-    """
+def set_router(name: Router) -> None:
+    """Set the default router of this process; initially ``MMFUSED_ROUTER``, or "triton"."""
     _router.set(name)
 
 
-def current_router() -> str:
-    """The router asked for here: by :class:`router`, else by :func:`set_router` or
-    ``MMFUSED_ROUTER``, else ``"triton"``.
-    """
+def current_router() -> Router:
+    """Return the router in effect here: of the innermost ``with``, or the default."""
     return _router.current()
 
 
 def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
-    """Every reason why kernels cannot serve tensors of this device and dtype; empty where they can."""
+    """Return every reason why the kernels cannot run on this device and dtype, if any."""
     device = torch.device(device)
     reasons = []
     if not _HAS_TRITON:
@@ -114,10 +116,9 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def graph_made() -> str | None:
-    """The graph that this call is taken apart for, if any: "export" (torch.export) or "onnx"."""
-    # Not is_exporting(): in torch 2.11 the compiler takes it for true, and so a compiled call for
-    # an exported one.
+def graph_made() -> Literal["export", "onnx"] | None:
+    """Return what this call is being traced for: "export" (torch.export), "onnx", or None."""
+    # Not is_exporting(): in torch 2.11 that is also true under torch.compile.
     if not torch.compiler._is_exporting_flag:
         return None
     return "onnx" if torch.onnx.is_in_onnx_export() else "export"
@@ -129,13 +130,21 @@ def choose(
     dtype: torch.dtype,
     extra: list[str] | None = None,
     opaque: tuple[str, ...] = (),
-) -> str:
-    """Which of ``reference``, ``composed``, ``fused`` serves a call: a pure function of device,
-    dtype and ``extra``, and of what takes the call apart: torch.func gets the reference.
+) -> Literal["reference", "composed", "fused"]:
+    """Pick the backend of one call of ``op``.
 
-    ``extra`` holds the op's own reasons against its kernel (an unsupported shape or form).
-    ``opaque``: graphs ("export", "onnx") to which the composed path is, which then get the
-    reference: of a Function they keep its forward alone, and ONNX has no operator of ours."""
+    The result depends on the backend asked for, on the arguments, and on tracing (torch.func,
+    torch.export, ONNX), never on values: all ranks agree, and torch.compile can trace it.
+
+    Args:
+        op: name of the operator, for messages.
+        device, dtype: of its tensors.
+        extra: reasons of the operator against its kernel, such as an unsupported shape.
+        opaque: traces ("export", "onnx") that cannot represent the composed path, because it
+            contains an autograd function or an operator of this library. They get "reference".
+
+    Raises ``RuntimeError`` where "fused" was asked for and cannot run.
+    """
     asked, graph = current_backend(), graph_made()
     transformed = torch._C._are_functorch_transforms_active()
     plain = "reference" if transformed or graph in opaque else "composed"
@@ -143,16 +152,16 @@ def choose(
         return plain if asked == "composed" else asked
     reasons = why_not_fused(device, dtype) + (extra or [])
     if transformed:
-        reasons.append("torch.func transforms the call, and takes plain formulas alone")
+        reasons.append("torch.func transforms need plain formulas")
     if graph == "onnx":
         reasons.append("ONNX has no such operator")
-    interpreted = device.type == "cpu"  # slow, for tests: only when asked for
+    interpreted = device.type == "cpu"  # slow, so only on request
     if not reasons and (asked == "fused" or not interpreted):
         return "fused"
     if asked == "fused":
-        raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}.")
+        raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}")
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        _warn_once(f"{op} runs {plain!r} instead of 'fused': {'; '.join(reasons)}.")
+        _warn_once(f"{op} runs {plain!r} instead of 'fused': {'; '.join(reasons)}")
     return plain
 
 
@@ -162,9 +171,19 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def define(name: str, schema: str, fake: Callable, flops: Callable[..., int]) -> None:
-    """Define ``torch.ops.mmfused.<name>``, not yet what implements it. ``flops``: its formula, as
-    :func:`.flops.add_formula` takes it."""
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+) -> None:
+    """Define ``torch.ops.mmfused.<name>`` without an implementation.
+
+    Args:
+        name, schema: as for ``torch.library.define``.
+        fake: returns empty outputs of the right shapes and dtypes.
+        flops: FLOP formula, see :func:`mmfused.flops.add_formula`.
+    """
     torch.library.define(f"mmfused::{name}", schema)
     torch.library.register_fake(f"mmfused::{name}", fake)
     add_formula(name, flops)
@@ -173,23 +192,23 @@ def define(name: str, schema: str, fake: Callable, flops: Callable[..., int]) ->
 def register(
     name: str,
     schema: str,
-    launcher: Callable,
-    fake: Callable,
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
-    """:func:`define` an operator, and on CUDA call ``launcher``.
+    """:func:`define` an operator that calls ``launcher`` on CUDA tensors.
 
-    The launcher imports its module of ``mmfused.kernels`` when it is called, so that importing
-    mmfused needs no triton. Under ``TRITON_INTERPRET=1`` it serves CPU tensors too, so that tests
-    reach the kernels through the public function.
+    The launcher imports from ``mmfused.kernels`` when it is called: importing mmfused must not need
+    Triton. Under ``TRITON_INTERPRET=1`` it also runs on CPU tensors, so that tests reach the
+    kernels through the public functions.
     """
 
     def call(*args):
-        # Within its Function gradients are off.
+        # Inside our autograd functions gradients are off.
         if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
             raise RuntimeError(
-                f"mmfused::{name}: an exported graph holds the kernel without its gradient; call it "
-                "under torch.no_grad(), or export under mmfused.backend('composed')."
+                f"mmfused::{name}: an exported graph holds the kernel without its gradient; "
+                "run it under torch.no_grad(), or export under mmfused.backend('composed')"
             )
         index = next(_tensors(args)).device.index
         if index is None or index == torch.cuda.current_device():
@@ -202,8 +221,8 @@ def register(
         torch.library.impl(f"mmfused::{name}", key, call)
 
 
-def _tensors(args) -> Iterator[torch.Tensor]:
-    """Some ops begin with lists, or with a gradient that may be None."""
+def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among the arguments, also those in lists."""
     flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
     return (x for x in flat if isinstance(x, torch.Tensor))
 
@@ -211,26 +230,30 @@ def _tensors(args) -> Iterator[torch.Tensor]:
 def register_composed(
     name: str,
     schema: str,
-    function: Callable,
-    fake: Callable,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
-    """:func:`define`, and call ``function`` on every device: for composed paths whose loops depend
-    on data."""
+    """:func:`define` an operator that calls ``function`` on every device.
+
+    For composed paths with loops that depend on data, which torch.compile cannot trace.
+    """
     define(name, schema, fake, flops)
     torch.library.impl(f"mmfused::{name}", "CompositeExplicitAutograd", function)
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """torch's decorator, which raises only where the upstream gradient has a graph; of a bare loss
-    it has none, and the gradients would silently be constants. This one raises there too."""
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative raise, also where torch's decorator of this name does not.
+
+    torch's decorator raises only if the upstream gradient requires grad. The gradient of a bare
+    loss does not, and second derivatives would silently be missing.
+    """
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx, *upstream):
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # create_graph=True; the compiler raises by itself
+        # Under create_graph=True. The compiler raises by itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             upstream = [None if x is None else x.detach().requires_grad_() for x in upstream]
         return once(ctx, *upstream)
 
@@ -238,20 +261,21 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The same tensors as different objects: the compiler does not trace a Function that gets one
-    twice (keys for both sides).
+    """Replace repeated tensors by views of them.
+
+    torch.compile cannot trace an autograd function that gets the same tensor twice, such as one
+    tensor of keys for queries and candidates.
     """
     out: list[torch.Tensor | None] = []
     for tensor in tensors:
-        repeated = tensor is not None and any(tensor is other for other in out)
-        out.append(tensor.view_as(tensor) if repeated else tensor)
+        if tensor is not None and any(tensor is other for other in out):
+            tensor = tensor.view_as(tensor)
+        out.append(tensor)
     return out
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuse what no backend of ``op`` takes: non-tensors, DTensors, and tensors on more than one
-    device.
-    """
+    """Check that the arguments are tensors, not DTensors, on one device; None is skipped."""
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -260,25 +284,27 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: {name}: got a {type(tensor).__name__}, expected a torch.Tensor")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
-                f"{op}: {name}: got a DTensor, expected a local tensor: let FSDP gather the module's parameters, or call to_local()"
+                f"{op}: {name}: got a DTensor, expected a local tensor: let FSDP gather the "
+                "module's parameters, or call to_local()"
             )
         if first is None:
             first = (name, tensor.device)
         elif tensor.device != first[1]:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1]}; they must share one device."
+                f"{op}: {name}: got a tensor on {tensor.device}, "
+                f"expected {first[1]}, where {first[0]} is"
             )
 
 
 def check_numbers(op: str, **numbers: float | None) -> None:
-    """Refuse a tensor, whose gradient would be lost, and all else that is no number."""
+    """Check that the arguments are numbers; a tensor would lose its gradient."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int | float):
             raise TypeError(f"{op}: {name}: got a {type(number).__name__}, expected a number")
 
 
 def check_fractions(op: str, **fractions: float) -> None:
-    """Refuse what is no number from 0 to below 1, such as a share of what is dropped."""
+    """Check that the arguments, such as a dropout probability, are in [0, 1)."""
     check_numbers(op, **fractions)
     for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
@@ -286,73 +312,74 @@ def check_fractions(op: str, **fractions: float) -> None:
 
 
 def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:
-    """Check tensor values: a ``ValueError`` on CPU in eager mode. Elsewhere nothing syncs and no
-    assertion ends a CUDA context: the caller sees to it that a value it does not take gives NaN,
-    and only ``MMFUSED_CHECK=1`` asserts on the device, for debugging.
+    """Check the values of tensors: ``ValueError`` on a CPU in eager mode.
 
-    ``message``: a function where a size is in it, for which an exported graph would then hold
-    alone."""
-    if torch._C._are_functorch_transforms_active():  # under vmap nothing can branch on a value
+    On CUDA nothing synchronises and no assertion ends the context: there the caller makes a wrong
+    value give NaN. ``MMFUSED_CHECK=1`` asserts on the device, for debugging.
+
+    Args:
+        condition: returns a bool scalar, True if the values are right.
+        message: a function where the message holds a size, which would otherwise become a constant
+            of an exported graph.
+    """
+    if torch._C._are_functorch_transforms_active():  # vmap cannot branch on a value
         return
     holds = condition()
-    eager = (
-        type(holds) is torch.Tensor and not torch.compiler.is_compiling()
-    )  # another type: a compiler traces without saying so
+    # A tensor of another type: a compiler is tracing without is_compiling().
+    eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()
     if holds.device.type == "cpu" and eager:
         if not holds:
             raise ValueError(message if isinstance(message, str) else message())
     elif CHECK_ON_DEVICE:
-        torch._assert_async(holds, message if isinstance(message, str) else message())
+        text = message if isinstance(message, str) else message()
+        torch._assert_async(holds, text)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (B, ...), NaN in each sample whose length lies outside [0, N], and so the gradient
-    from there: what ``check_value`` let pass."""
+    """Return ``out`` (B, ...) with NaN for each sample whose length is outside [0, ``length``].
+
+    Its gradients become NaN too. This reports wrong values where :func:`check_value` cannot raise.
+    """
     broken = (lengths < 0) | (lengths > length)
-    factor = torch.ones(lengths.shape[0], dtype=out.dtype, device=out.device).masked_fill(
-        broken, math.nan
-    )
+    ones = torch.ones(lengths.shape[0], dtype=out.dtype, device=out.device)
+    factor = ones.masked_fill(broken, math.nan)
     return out * factor.view(-1, *[1] * (out.dim() - 1))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast asks for on this device type, or None outside autocast."""
+    """Return the dtype of autocast on this device type, or None outside of autocast."""
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocasts else None
 
 
-def to_autocast(*values: object) -> list:
-    """Floating tensors in the dtype that autocast chooses, differentiably; float64, and what is no
-    such tensor, as it is.
+def to_autocast(*values: Any) -> list[Any]:
+    """Cast floating tensors to the dtype of autocast, differentiably.
+
+    float64 tensors and values of other types are returned as they are.
     """
 
     def cast(x):
-        dtype = (
-            autocast_dtype(x.device.type)
-            if isinstance(x, torch.Tensor) and x.is_floating_point()
-            else None
-        )
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        dtype = autocast_dtype(x.device.type)
         return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
     return [cast(x) for x in values]
 
 
-def wide_unless(dtype: torch.dtype, *values: object) -> list:
-    """Floating tensors of another 16-bit type than ``dtype`` in float32: parameters under autocast
-    that are rounded later.
-    """
+def wide_unless(dtype: torch.dtype, *values: Any) -> list[Any]:
+    """Cast tensors of the other 16-bit dtype to float32: parameters that are rounded later."""
     keep = (dtype, torch.float32, torch.float64)
-    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in values]
-    return [
-        x.float() if float_ and x.dtype not in keep else x
-        for x, float_ in zip(values, floats, strict=True)
-    ]
+
+    def widened(x):
+        is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x.float() if is_float and x.dtype not in keep else x
+
+    return [widened(x) for x in values]
 
 
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """A context without autocast; unlike torch's own it knows the meta device."""
-    return (
-        contextlib.nullcontext()
-        if autocast_dtype(device_type) is None
-        else torch.autocast(device_type, enabled=False)
-    )
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast; unlike torch's, it takes the meta device too."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

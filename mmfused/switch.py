@@ -1,16 +1,18 @@
-"""A choice among names, such as the backend: a default of the process, and a ``with`` for one
-thread and context.
+"""A setting with a default for the process and a ``with`` for one thread and context.
 
-Three readers have to agree on it. Eager code and asyncio tasks read a context variable.
-``torch.compile`` refuses to set one, and in some releases to read it: what it traces is kept apart
-(``Switch.traced``), and what holds around the compiled call it reads as an attribute of this
-module, which it guards on without looking at how the value comes about. A recomputation
-(``torch.utils.checkpoint``, not reentrant) runs in a backward, outside the user's ``with``: the
-forward notes its choice in the checkpoint's frame, which both know by the hooks they have put on
-saved tensors.
+Used for the backend and the router. The current value has to be right in three situations:
 
-Functions that may be called outside a traced frame do not refer to the global ``torch``: the
-compiler takes up the frames that do, and after a graph break would trace ``__enter__`` by itself.
+* Eager code and asyncio tasks read a context variable.
+* ``torch.compile`` cannot set a context variable, and some releases cannot read one. Choices made
+  inside a compiled function are kept in ``Switch.traced``. The choice around a compiled call is
+  read as an attribute of this module: the compiler guards on its value without tracing how it is
+  computed.
+* The recomputation of a checkpoint (``torch.utils.checkpoint``, not reentrant) runs in the backward
+  pass, outside of the user's ``with``. The forward pass stores its choice in the checkpoint's
+  frame, which both passes find through the checkpoint's hooks on saved tensors.
+
+Functions that may run outside of a traced frame do not use the global ``torch``: the compiler
+would trace such frames on their own after a graph break.
 """
 
 from __future__ import annotations
@@ -18,64 +20,90 @@ from __future__ import annotations
 import os
 import sys
 from contextvars import ContextVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import __version__ as _torch_version
 from torch.compiler import is_dynamo_compiling
 
-# Older compilers allow no side effect in a checkpointed function of their own accord.
+# Older compilers refuse side effects in a checkpointed function unless told to allow them.
 _STRICT_CHECKPOINTS = _torch_version < "2.14"
 
+Name = TypeVar("Name", bound=str)
 _here = sys.modules[__name__]
-_switches: dict[str, Switch] = {}
+_switches: dict[str, Switch[Any]] = {}
 
-try:
+try:  # torch's stubs lack some of these
     from torch._C._autograd import _pop_saved_tensors_default_hooks as _pop_hooks
     from torch._C._autograd import _push_saved_tensors_default_hooks as _push_hooks
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_are_enabled
+    from torch._C._autograd import (
+        _saved_tensors_hooks_is_enabled as _hooks_are_enabled,  # type: ignore
+    )
     from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 
     _top_hooks(False)
-except (ImportError, TypeError):  # another torch: a recomputation then reads the current setting
+except (ImportError, TypeError):  # in another torch, a recomputation reads the current value
 
-    def _top_hooks(ignore_tracing: bool) -> None:
+    def _top_hooks(ignore_is_tracing: bool) -> Any:
         return None
 
 
-class Switch:
-    """One choice of ``names``; ``variable`` is the environment's, ``what`` its name in an error."""
+class Switch(Generic[Name]):
+    """A setting that takes one of ``names``.
 
-    def __init__(self, what: str, names: tuple[str, ...], variable: str, default: str):
+    Args:
+        what: its name in an error.
+        names: the allowed values.
+        variable: the environment variable with the default of the process.
+        default: the value where that variable is not set.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        names: tuple[Name, ...],
+        variable: str,
+        default: Name,
+    ) -> None:
         self.what, self.names, self.variable = what, names, variable
-        self.default = self.checked(os.environ.get(variable, default), variable)
-        # Pairs of a choice and the hook on saved tensors that was on top when it was entered.
-        self.entered: ContextVar[tuple] = ContextVar(variable, default=())
-        self.traced: tuple[str, ...] = ()  # of names; empty but while the compiler traces
+        self.default: Name = self.checked(os.environ.get(variable, default), variable)
+        # Pairs of a choice and the hook on saved tensors that was topmost when it was entered.
+        self.entered: ContextVar[tuple[Any, ...]] = ContextVar(variable, default=())
+        self.traced: tuple[Name, ...] = ()  # choices inside of the function being compiled
         _switches[variable] = self
 
-    def checked(self, name: str, source: str | None = None) -> str:
-        if name not in self.names:
-            takes = ", ".join(self.names)
-            raise ValueError(f"{source or self.what}: got {name!r}, expected one of {takes}")
-        return name
+    def checked(self, name: str, source: str | None = None) -> Name:
+        """Return ``name`` if it is allowed; ``source`` replaces ``what`` in the error."""
+        for known in self.names:
+            if name == known:
+                return known
+        expected = ", ".join(self.names)
+        raise ValueError(f"{source or self.what}: got {name!r}, expected one of {expected}")
 
     def set(self, name: str) -> None:
+        """Set the default of the process."""
         self.default = self.checked(name)
 
-    def current(self) -> str:
+    def current(self) -> Name:
+        """Return the value in effect here."""
         if self.traced:
             return self.traced[-1]
-        chosen = getattr(_here, self.variable) if is_dynamo_compiling() else self.chosen()
+        compiling = is_dynamo_compiling()
+        chosen: Name | None = getattr(_here, self.variable) if compiling else self.chosen()
         return chosen or self.default
 
-    def chosen(self) -> str | None:
-        """What a ``with`` chose here, or in a recomputation its forward; None for the default."""
+    def chosen(self) -> Name | None:
+        """Return the choice of the innermost ``with``, or of the forward pass being recomputed.
+
+        None stands for the default.
+        """
         entered = self.entered.get()
         choice, mark = entered[-1] if entered else (None, None)
         name = None if choice is None else choice.name
-        if _top_hooks(False) is None:  # no checkpoint is near
+        if _top_hooks(False) is None:  # no checkpoint is active
             return name
         hooks = _saved_tensor_hooks()
-        # Of the checkpoints begun since: a with inside one is entered again when it recomputes.
+        # Only checkpoints begun after that `with`: one inside a checkpoint is entered again when
+        # the checkpoint recomputes.
         inside = hooks[hooks.index(mark) + 1 :] if mark in hooks else hooks
         for hook in inside:
             frame, again = _checkpoint(hook)
@@ -94,15 +122,15 @@ def __getattr__(variable: str) -> str | None:
     raise AttributeError(f"module {__name__!r} has no attribute {variable!r}")
 
 
-class Choice:
-    """``with Choice(name):`` chooses for ``switch`` inside, nowhere else; may be entered again."""
+class Choice(Generic[Name]):
+    """Choose a value of ``switch``: ``with Choice(name):``; it may be entered more than once."""
 
-    switch: Switch
+    switch: ClassVar[Switch[Any]]
 
-    def __init__(self, name: str):
+    def __init__(self, name: Name) -> None:
         self.name = self.switch.checked(name)
 
-    def __enter__(self):
+    def __enter__(self) -> Choice[Name]:
         if is_dynamo_compiling():
             _trace(self.switch, (*self.switch.traced, self.name))
         else:
@@ -110,22 +138,22 @@ class Choice:
             self.switch.entered.set((*self.switch.entered.get(), (self, top and top[0])))
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exception: object) -> None:
         if is_dynamo_compiling():
             _trace(self.switch, self.switch.traced[:-1])
             return
         entered = self.switch.entered.get()
-        for i in reversed(range(len(entered))):  # generators may end out of order, or elsewhere
+        for i in reversed(range(len(entered))):  # generators may exit out of order
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
 
 
-def _set_traced(switch: Switch, names: tuple[str, ...]) -> None:
+def _set_traced(switch: Switch[Any], names: tuple[Any, ...]) -> None:
     switch.traced = names
 
 
-def _trace(switch: Switch, names: tuple[str, ...]) -> None:
+def _trace(switch: Switch[Any], names: tuple[Any, ...]) -> None:
     if _STRICT_CHECKPOINTS:
         from torch._dynamo.utils import (
             _disable_side_effect_safety_checks_for_current_subtracer as allow,
@@ -137,9 +165,12 @@ def _trace(switch: Switch, names: tuple[str, ...]) -> None:
 
 
 def _saved_tensor_hooks() -> list:
-    """This thread's hooks that pack saved tensors, outermost first; torch shows the last alone."""
+    """Return this thread's pack hooks on saved tensors, outermost first.
+
+    torch shows only the topmost pair, so all are popped and pushed again.
+    """
     top = _top_hooks(False)
-    if not _hooks_are_enabled():  # then none can be put back
+    if not _hooks_are_enabled():  # they could not be pushed again
         return [top[0]]
     hooks = []
     try:
@@ -154,10 +185,13 @@ def _saved_tensor_hooks() -> list:
 
 
 def _checkpoint(hook) -> tuple[object | None, bool]:
-    """The frame of the checkpoint that packs with this hook, or None, and whether it recomputes."""
+    """Return the frame of the checkpoint that owns this hook, and whether it is recomputing.
+
+    The frame is None for a hook of anything else.
+    """
     hook = getattr(hook, "_torchdynamo_orig_callable", hook)
     names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
-    cells = dict(zip(names, getattr(hook, "__closure__", None) or (), strict=False))
+    cells: dict[str, Any] = dict(zip(names, getattr(hook, "__closure__", None) or (), strict=False))
     again = "target_frame_ref" in cells
     cell = cells.get("target_frame_ref" if again else "frame")
     frame = cell and (cell.cell_contents() if again else cell.cell_contents)

@@ -474,7 +474,7 @@ BAD_LOSSES = {
     "candidate: got shape (4, 2), expected at least 4 rows of 3": lambda: hard_negative_margin(
         x, y[:, :2]
     ),
-    "candidate is on meta but query is on cpu": lambda: product_hinge(x, y.to("meta")),
+    "candidate: got a tensor on meta, expected cpu, where query is": lambda: product_hinge(x, y.to("meta")),
     "hard_negative_margin: temperature: got 0, expected a number above 0": lambda: (
         hard_negative_margin(x, y, temperature=0)
     ),

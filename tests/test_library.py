@@ -33,7 +33,7 @@ def test_the_check_of_values_is_on_or_off():
     done = run_python("import mmfused; print(mmfused.library.CHECK_ON_DEVICE)", MMFUSED_CHECK="1")
     assert done.stdout.strip() == "True", done.stderr
     done = run_python("import mmfused", MMFUSED_CHECK="yes")
-    assert done.returncode and "MMFUSED_CHECK: got 'yes', expected 1, or 0." in done.stderr
+    assert done.returncode and "MMFUSED_CHECK: got 'yes', expected 1 or 0" in done.stderr
 
 
 X, W = torch.randn(4, 6), torch.randn(6, 6)
@@ -61,7 +61,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_an_option_that_is_a_number_is_no_tensor_whose_gradient_would_be_lost(name):
-    with pytest.raises(TypeError, match=f"{name}: got a Tensor, expected a number."):
+    with pytest.raises(TypeError, match=f"{name}: got a Tensor, expected a number$"):
         NUMBERS[name](torch.tensor(0.1, requires_grad=True))
 
 
@@ -96,9 +96,7 @@ def test_tensors_are_checked_by_name():
     x = torch.zeros(2)
     with pytest.raises(TypeError, match="op: y: got a list, expected a torch.Tensor"):
         library.check_tensors("op", x=x, y=[1])
-    with pytest.raises(
-        ValueError, match="op: y is on meta but x is on cpu; they must share one device"
-    ):
+    with pytest.raises(ValueError, match="op: y: got a tensor on meta, expected cpu, where x is"):
         library.check_tensors("op", x=x, z=None, y=torch.zeros(2, device="meta"))
 
 

@@ -479,7 +479,7 @@ BAD = {
     ),
     "query: got a list, expected a torch.Tensor": dict(query=[1.0]),
     "candidate: got None, expected a torch.Tensor": dict(candidate=None),
-    "candidate is on meta but query is on cpu; they must share one device": dict(
+    "candidate: got a tensor on meta, expected cpu, where query is": dict(
         candidate=x.to("meta")
     ),
     "query: got shape (4,), expected (rows, dim), neither of them 0": dict(query=x[0]),

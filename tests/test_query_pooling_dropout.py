@@ -408,7 +408,7 @@ BAD = {
     "dropout_seed has dtype torch.int64 and shape (1,); it takes": dict(
         dropout_p=0.1, dropout_seed=torch.tensor([3])
     ),
-    "dropout_seed is on meta but x is on cpu": dict(
+    "dropout_seed: got a tensor on meta, expected cpu, where x is": dict(
         dropout_p=0.1, dropout_seed=torch.tensor(3, device="meta")
     ),
     "dropout_seed: got a int, expected a torch.Tensor": dict(dropout_p=0.1, dropout_seed=3),

@@ -166,7 +166,7 @@ BAD = {
     "form: got 'quick', expected one of auto, absorbed, projected": lambda t: t.update(
         form="quick"
     ),
-    "w_k is on meta but x is on cpu": lambda t: t.update(w_k=t["w_k"].to("meta")),
+    "w_k: got a tensor on meta, expected cpu, where x is": lambda t: t.update(w_k=t["w_k"].to("meta")),
     "x: got a list, expected a torch.Tensor": lambda t: t.update(x=[1.0]),
 }
 
