@@ -22,12 +22,12 @@ def small_tiles(monkeypatch, backward, dim=32, **sizes):
     """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
-    spread = Tile(32, 32, 32, 4, 2, BD=32)
+    apply_ds = Tile(32, 32, 32, 4, 2, BD=32)
     small = Plan(
         tile,
         backward,
         tile,
-        spread,
+        apply_ds,
         owner,
         partial_bytes=4 * 2 * 2 * 53,
         chunk_bytes=4 * 32 * 64,

@@ -231,13 +231,13 @@ def test_plans_stay_within_their_memory():
         )
         assert groups * each * plan.sweep.BM >= rows and splits * length * plan.sweep.BN >= rows
         assert 4 * 2 * groups * rows <= plan.partial_bytes
-        height, width = plans.chunk(rows, rows, plan.spread, plan.chunk_bytes, 2)
+        height, width = plans.chunk(rows, rows, plan.apply_ds, plan.chunk_bytes, 2)
         assert 2 * height * width + 2 * 4 * rows * 768 <= most
     for rows, candidates in ((1, 1), (1000, 3), (17, 10**6), (20000, 33333)):
-        height, width = plans.chunk(rows, candidates, plan.spread, plan.chunk_bytes, 2)
+        height, width = plans.chunk(rows, candidates, plan.apply_ds, plan.chunk_bytes, 2)
         assert (
-            height % plan.spread.BM == 0
-            and width % plan.spread.BN == 0
+            height % plan.apply_ds.BM == 0
+            and width % plan.apply_ds.BN == 0
             and 2 * height * width <= plan.chunk_bytes
         )
 

@@ -1,5 +1,6 @@
-"""Masked InfoNCE: launchers around the kernels. Shapes and maths:
-mmfused/ops/masked_info_nce/functional.py and composed.py.
+"""Masked InfoNCE: launchers around the kernels.
+
+Maths and shapes: mmfused/ops/masked_info_nce/reference.py and composed.py.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ import triton
 from torch import Tensor
 
 from ..tiles import arch_of, launch, upcasts
-from . import backward as bwd
 from . import forward as fwd
-from .plans import Plan, Tile, chunk, plan, splits, sweep_grid
+from .gradients import Gradients, chunked_gradients, owner_gradients
+from .plans import Plan, Tile, plan, sweep_grid
+from .vectors import (
+    column_ranges,
+    half_gain,
+    id_ranks,
+    id_rule,
+    logit_bound,
+    rounded_coefficients,
+    row_ranges,
+)
 
 __all__ = ["plan", "sweep", "sweep_backward"]
-
-SWIZZLE = 16  # row blocks that share the columns in L2
 
 
 def sweep(
@@ -32,59 +40,107 @@ def sweep(
     columns: bool,
     everything: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, D), c (C, D), sorted by key -> statistics of the rows (5, B) and, where ``columns``, of
-    the columns (5, C), float64; and the targets' products q . c (B,) float32."""
+    """Compute statistics over all pairs but the targets, and the products of the targets.
+
+    q (B, D) and c (C, D) are sorted by key. The statistics of the rows are (5, B) and, with
+    ``columns``, of the columns (5, C), float64; the targets' products q . c are (B,) float32.
+    """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
+    tile = tiles.sweep
     q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
-    tile, stats = tiles.sweep, 6 if everything else 2
-    parts, length, groups, blocks = sweep_grid(
-        len(q), len(c), tile, tiles.partial_bytes, stats * columns
-    )
-    row = q.new_empty(parts, stats, len(q), dtype=torch.float32)
-    column = q.new_empty(groups, stats, len(c) if columns else 0, dtype=torch.float32)
-    if (
-        c_key is not None or blocks > 1
-    ):  # a tile that a group does not visit, or the first of several that it adds up
+    stats = 6 if everything else 2
+    grid = sweep_grid(len(q), len(c), tile, tiles.partial_bytes, stats * columns)
+    row = q.new_empty(grid.splits, stats, len(q), dtype=torch.float32)
+    column = q.new_empty(grid.groups, stats, len(c) if columns else 0, dtype=torch.float32)
+    ids = id_rule(c_id, drop)
+    if c_key is not None or grid.blocks > 1:
+        # A group may skip tiles, or add to the results of its first block.
         column[:, 0] = float("-inf")
         column[:, 1:] = 0
-    elif (
-        everything and _kind(c_id, drop) != "same"
-    ):  # there are no further positives, whose sums the kernel would write
+    elif everything and ids != "same":
+        # No further positives, whose sums the kernel would write.
         column[:, 2:4] = 0
+    q_rank, c_rank = id_ranks(q_id, c_id)
     launch(
         fwd.sweep_kernel,
-        (parts, groups),
-        q,
-        c,
-        bias,
-        scale,
-        _bound(q, c, scale),
-        target,
-        *_row_ranges(q_key, c_key),
-        *_ids(q_id, c_id),
-        row,
-        column,
-        len(q),
-        len(c),
-        blocks,
-        length,
+        (grid.splits, grid.groups),
+        q_ptr=q,
+        c_ptr=c,
+        bias_ptr=bias,
+        scale_ptr=scale,
+        bound_ptr=logit_bound(q, c, scale),
+        target_ptr=target,
+        **row_ranges(q_key, c_key).pointers(),
+        q_id_ptr=q_rank,
+        c_id_ptr=c_rank,
+        row_ptr=row,
+        column_ptr=column,
+        B=len(q),
+        C=len(c),
+        blocks=grid.blocks,
+        tiles=grid.tiles,
         D=q.shape[1],
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
         KEYS=c_key is not None,
-        IDS=_kind(c_id, drop),
+        IDS=ids,
         COLUMNS=columns,
         EVERYTHING=everything,
-        MERGE=blocks > 1,
+        MERGE=grid.blocks > 1,
         UPCAST=upcasts(q.dtype),
         **tile.launch,
     )
-    return (
-        _merged(row, tiles, everything),
-        _merged(column, tiles, everything),
-        _target_products(q, c, target, tile),
+    row = _merge_partials(row, tiles, everything)
+    column = _merge_partials(column, tiles, everything)
+    return row, column, _target_products(q, c, target, tile)
+
+
+def _merge_partials(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
+    """Partial results (parts, 2 or 6, N) of programs -> statistics (5, N) float64."""
+    parts, _, length = partial.shape
+    out = partial.new_empty(5, length, dtype=torch.float64)
+    height, width = tiles.merge
+    launch(
+        fwd.merge_kernel,
+        (triton.cdiv(length, width),),
+        partial_ptr=partial,
+        out_ptr=out,
+        P=parts,
+        N=length,
+        BP=height,
+        BN=width,
+        EVERYTHING=everything,
+        num_warps=4,
+        num_stages=2,
     )
+    return out
+
+
+def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
+    """Return q . c_target (B,) float32, to the bit what a sweep with these tiles has there.
+
+    Of two equal candidates neither may be the likelier, and at logits of 10^4 another order of
+    summation would be an error of 10^-3.
+    """
+    out = q.new_empty(len(q), dtype=torch.float32)
+    launch(
+        fwd.target_kernel,
+        (triton.cdiv(len(q), min(tile.BM, tile.BN)),),
+        q_ptr=q,
+        c_ptr=c,
+        target_ptr=target,
+        out_ptr=out,
+        B=len(q),
+        C=len(c),
+        D=q.shape[1],
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        UPCAST=upcasts(q.dtype),
+        **tile.launch,
+    )
+    return out
 
 
 def sweep_backward(
@@ -105,364 +161,45 @@ def sweep_backward(
     need_dc: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients row (4, B), column (4, C) and what ``sweep`` took -> dq (B, D) and dc (C, D)
-    over scale, float32, and the sum of dS_ij q_i . c_j, the scale's gradient, () float64; (0,) for
-    one that is not needed, which costs nothing then."""
+    """Compute dq (B, D) and dc (C, D) over scale, float32, and the gradient of the scale.
+
+    ``row`` (4, B), ``column`` (4, C): coefficients; the other inputs are those of :func:`sweep`.
+    The gradient of the scale, () float64, is the sum of dS_ij q_i . c_j. A gradient that is not
+    needed is (0,) and costs nothing.
+    """
     masked = c_key is not None or c_id is not None
-    tiles = plan(
-        q.shape[1], q.dtype, arch_of(q), column is not None, everything, masked or need_scale
-    )
-    q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
-    if need_scale:  # found from the logits
+    both = column is not None
+    tiles = plan(q.shape[1], q.dtype, arch_of(q), both, everything, masked or need_scale)
+    q, c = q.contiguous(), c.contiguous()
+    if need_scale:  # it is computed from the logits
         scale = scale.masked_fill(scale == 0, 1e-20)
-    row, column = _coefficients(row), None if column is None else _coefficients(column)
-    common = (bias, scale, _bound(q, c, scale), _gain(row, column, q.dtype), target)
-    ranges = (_row_ranges(q_key, c_key), _column_ranges(q_key, c_key))
-    flags = dict(
-        KEYS=c_key is not None,
-        IDS=_kind(c_id, drop),
-        EVERYTHING=everything,
-        UPCAST=upcasts(q.dtype),
+    row = rounded_coefficients(row)
+    column = None if column is None else rounded_coefficients(column)
+    q_rank, c_rank = id_ranks(q_id, c_id)
+    gradients = Gradients(
+        q=q,
+        c=c,
+        bias=bias,
+        scale=scale,
+        bound=logit_bound(q, c, scale),
+        gain=half_gain(row, column, q.dtype),
+        target=target.contiguous(),
+        q_id=q_rank,
+        c_id=c_rank,
+        row=row,
+        column=column,
+        row_ranges=row_ranges(q_key, c_key),
+        column_ranges=column_ranges(q_key, c_key),
+        ids=id_rule(c_id, drop),
+        everything=everything,
+        need_dq=need_dq,
+        need_dc=need_dc,
+        need_scale=need_scale,
     )
-    run = _owner if tiles.backward == "owner" else _chunked
-    dq, dc, moments = run(
-        tiles,
-        row,
-        column,
-        q,
-        c,
-        common,
-        ranges,
-        _ids(q_id, c_id),
-        flags,
-        need_dq,
-        need_dc,
-        need_scale,
-    )
+    compute = owner_gradients if tiles.backward == "owner" else chunked_gradients
+    dq, dc, moments = compute(tiles, gradients)
     if not need_scale:
         return dq, dc, row.new_empty(0, dtype=torch.float64)
-    gain = 1.0 if common[3] is None else common[3].double()
-    return (
-        dq,
-        dc,
-        torch.stack([part.sum(dtype=torch.float64) for part in moments]).sum()
-        / (scale.double() * gain),
-    )
-
-
-def _owner(
-    tiles: Plan,
-    row,
-    column,
-    q,
-    c,
-    common,
-    ranges,
-    ids,
-    flags,
-    need_dq,
-    need_dc,
-    need_scale,
-):
-    """dq, dc, and parts of the sum of dS S."""
-    tile, gradients, moments = tiles.owner, [], []
-    for swap, needed in ((False, need_dq or need_scale), (True, need_dc)):
-        if not needed:
-            gradients.append(q.new_empty(0, dtype=torch.float32))
-            continue
-        x, y = (c, q) if swap else (q, c)
-        x_side, y_side = (column, row) if swap else (row, column)
-        x_id, y_id = reversed(ids) if swap else ids
-        blocks = triton.cdiv(len(x), tile.BM)
-        parts = splits(blocks, triton.cdiv(len(y), tile.BN))
-        out = x.new_empty(parts, *x.shape, dtype=torch.float32)
-        moment = (
-            x.new_empty(parts, len(x), dtype=torch.float32) if need_scale and not swap else None
-        )
-        moments += [] if moment is None else [moment]
-        launch(
-            bwd.owner_kernel,
-            (parts, blocks),
-            x,
-            y,
-            *common,
-            *ranges[swap],
-            x_id,
-            y_id,
-            x_side,
-            y_side,
-            out,
-            moment,
-            len(x),
-            len(y),
-            D=x.shape[1],
-            BM=tile.BM,
-            BN=tile.BN,
-            BD=tile.BD,
-            SWAP=swap,
-            **flags,
-            **tile.launch,
-        )
-        gradients.append(out[0] if parts == 1 else out.sum(0))
-    return gradients[0] if need_dq else q.new_empty(0, dtype=torch.float32), gradients[1], moments
-
-
-def _chunked(
-    tiles: Plan,
-    row,
-    column,
-    q,
-    c,
-    common,
-    ranges,
-    ids,
-    flags,
-    need_dq,
-    need_dc,
-    need_scale,
-):
-    """dq, dc, and parts of the sum of dS S."""
-    tile, moments, bx, by = tiles.pairs, [], tiles.spread.BM, tiles.spread.BN
-    height, width = chunk(len(q), len(c), tiles.spread, tiles.chunk_bytes, q.element_size())
-    ds = q.new_empty(height, width)
-    dq, dc = (
-        x.new_empty(x.shape if needed else 0, dtype=torch.float32)
-        for x, needed in ((q, need_dq), (c, need_dc))
-    )
-    for row0 in range(0, len(q), height):
-        rows = (row0, min(row0 + height, len(q)))
-        for col0 in range(0, len(c), width):
-            cols = (col0, min(col0 + width, len(c)))
-            grid = (
-                triton.cdiv(rows[1] - row0, bx) * (bx // tile.BM),
-                triton.cdiv(cols[1] - col0, by) * (by // tile.BN),
-            )
-            moment = q.new_empty(grid, dtype=torch.float32) if need_scale else None
-            moments += [] if moment is None else [moment]
-            launch(
-                bwd.pairs_kernel,
-                grid,
-                q,
-                c,
-                *common,
-                *ranges[0],
-                *ids,
-                row,
-                column,
-                ds,
-                moment,
-                len(q),
-                len(c),
-                row0,
-                col0,
-                width,
-                D=q.shape[1],
-                BM=tile.BM,
-                BN=tile.BN,
-                BK=tile.BK,
-                BX=bx,
-                BY=by,
-                GROUP=SWIZZLE,
-                **flags,
-                **tile.launch,
-            )
-            if need_dq:
-                _spread(
-                    tiles.spread,
-                    ds,
-                    (width, 1),
-                    c,
-                    common[3],
-                    ranges[0],
-                    dq,
-                    rows,
-                    cols,
-                    (bx, by),
-                    col0 == 0,
-                    flags,
-                )
-            if need_dc:
-                _spread(
-                    tiles.spread,
-                    ds,
-                    (1, width),
-                    q,
-                    common[3],
-                    ranges[1],
-                    dc,
-                    cols,
-                    rows,
-                    (by, bx),
-                    row0 == 0,
-                    flags,
-                )
-    return dq, dc, moments
-
-
-def _spread(
-    tile: Tile,
-    ds,
-    strides,
-    y,
-    gain,
-    ranges,
-    out,
-    x_span,
-    y_span,
-    blocks,
-    first,
-    flags,
-) -> None:
-    """out[x0:x1] = or += dS y over a chunk; in parts that are summed up where the chunk has few
-    blocks.
-    """
-    (x0, x1), (y0, y1), (bx, by) = x_span, y_span, blocks
-    grid = (triton.cdiv(y.shape[1], tile.BD), triton.cdiv(x1 - x0, bx))
-    parts = splits(grid[0] * grid[1], triton.cdiv(y1 - y0, by))
-    mine = out[x0:x1]
-    into = mine if parts == 1 else out.new_empty(parts, *mine.shape)
-    launch(
-        bwd.spread_kernel,
-        (*grid, parts),
-        ds,
-        y,
-        gain,
-        *ranges,
-        into,
-        len(out),
-        len(y),
-        x0,
-        x1,
-        y0,
-        y1,
-        *strides,
-        D=y.shape[1],
-        BX=bx,
-        BY=by,
-        BK=min(tile.BK, by),
-        BD=tile.BD,
-        KEYS=flags["KEYS"],
-        FIRST=first or parts > 1,
-        UPCAST=flags["UPCAST"],
-        **tile.launch,
-    )
-    if parts > 1:
-        mine.copy_(into.sum(0)) if first else mine.add_(into.sum(0))
-
-
-def _merged(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
-    parts, _, length = partial.shape
-    out = partial.new_empty(5, length, dtype=torch.float64)
-    bp, bn = tiles.merge
-    launch(
-        fwd.merge_kernel,
-        (triton.cdiv(length, bn),),
-        partial,
-        out,
-        parts,
-        length,
-        BP=bp,
-        BN=bn,
-        EVERYTHING=everything,
-        num_warps=4,
-        num_stages=2,
-    )
-    return out
-
-
-def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
-    """q . c_target (B,) float32, to the bit what a sweep with these tiles has in the target's
-    place: of two equal candidates neither may be the likelier, and at logits of 10^4 another order
-    of summation would be an error of 10^-3."""
-    out = q.new_empty(len(q), dtype=torch.float32)
-    launch(
-        fwd.target_kernel,
-        (triton.cdiv(len(q), min(tile.BM, tile.BN)),),
-        q,
-        c,
-        target,
-        out,
-        len(q),
-        len(c),
-        D=q.shape[1],
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        UPCAST=upcasts(q.dtype),
-        **tile.launch,
-    )
-    return out
-
-
-def _bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
-    """A bound of |logits| on the device, NaN where a number is. Not for float32: exp(S) exp(-lse)
-    rounds twice as often as exp(S - lse), and where nothing but FLOPs costs there is nothing to
-    win."""
-    if q.dtype == torch.float32:
-        return q.new_full((), float("inf"))
-    longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (q, c)]
-    return longest[0] * longest[1] * scale.abs()
-
-
-def _coefficients(side: Tensor) -> Tensor:
-    """(4, N) float32. What rounding takes off lse goes into the weight: it would be an error common
-    to a whole row. Where the weight is 0 (candidates beyond the B-th in a symmetric loss) lse
-    becomes inf, so that exp(s - lse) is 0 whatever s is."""
-    rounded = side.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    rounded[1] *= torch.exp(rounded[0] - side[0])
-    rounded[0].masked_fill_(rounded[1] == 0, float("inf"))
-    return rounded
-
-
-def _gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The power of two that brings the largest weight to 2^12 .. 2^13, for float16: |dS| is at most
-    four times that.
-    """
-    if dtype != torch.float16:
-        return None
-    sides = row[1] if column is None else torch.cat((row[1], column[1]))
-    largest = sides.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1e-30)
-    return torch.exp2(13 - largest.log2().ceil())
-
-
-def _row_ranges(
-    q_key: Tensor | None, c_key: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """low and high (B,): each row's own candidates; shared (1,): how many are for everybody. int32,
-    no sync.
-    """
-    if c_key is None:
-        return None, None, None
-    low, high = (
-        torch.searchsorted(c_key, q_key, right=right, out_int32=True) for right in (False, True)
-    )
-    return low, high, torch.searchsorted(c_key, c_key.new_zeros(1), out_int32=True)
-
-
-def _column_ranges(
-    q_key: Tensor | None, c_key: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """low and high (C,): the rows that see each candidate, all of them where it is for everybody."""
-    if c_key is None:
-        return None, None, None
-    low, high = (
-        torch.searchsorted(q_key, c_key, right=right, out_int32=True) for right in (False, True)
-    )
-    high = high.masked_fill(c_key < 0, len(q_key))  # low is 0 there: no query has a negative key
-    return low, high, c_key.new_zeros(1, dtype=torch.int32)
-
-
-def _ids(q_id: Tensor | None, c_id: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 ranks among the candidates' (-1: no candidate has it): 64-bit ones of a tile's
-    columns take 64 registers.
-    """
-    if c_id is None:
-        return None, None
-    order = c_id.sort().values
-    q_rank, c_rank = (torch.searchsorted(order, x, out_int32=True) for x in (q_id, c_id))
-    there = order[q_rank.clamp(max=len(order) - 1)] == q_id
-    return q_rank.masked_fill(~there, -1), c_rank
-
-
-def _kind(c_id: Tensor | None, drop: bool) -> str:
-    return "none" if c_id is None else "drop" if drop else "same"
+    gain = 1.0 if gradients.gain is None else gradients.gain.double()
+    moment = torch.stack([part.sum(dtype=torch.float64) for part in moments]).sum()
+    return dq, dc, moment / (scale.double() * gain)

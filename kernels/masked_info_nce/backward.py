@@ -1,17 +1,22 @@
-"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q (both still to be multiplied by
-scale), targets left out, with
+"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q, both still to be scaled.
 
-    dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - further positives - every pair
-    (the j terms if symmetric)
+The targets are left out:
+
+    dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
+
+with the terms of j if symmetric, ``positive`` in further positives only, and ``every`` in every
+pair.
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and
-``spread_kernel`` multiplies it
-by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs, and of HBM 6 bytes a pair
-(16-bit) and 8 a sum and chunk.
-``moment``: sums of dS S, from which comes the scale's gradient. It cancels nearly, so no rounded dS
-may enter it. Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums
-on chip: 8 B C D FLOPs and no traffic. ``gain``, a power of two, makes the largest weight about
-2^13: float16 would lose 1 / (B C) otherwise. Results are divided by it."""
+``apply_ds_kernel`` multiplies it by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs,
+and HBM traffic of 6 bytes a pair (16-bit) and of 8 bytes for each sum and chunk.
+Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums on chip:
+8 B C D FLOPs and no traffic.
+
+``moment``: sums of dS S, from which comes the scale's gradient. Its terms nearly cancel, so no
+rounded dS may enter it. ``gain``: a power of two that makes the largest weight about 2^13, as
+float16 would lose 1 / (B C). Results are divided by it.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +27,19 @@ from ..tiles import dot
 from .pairs import (
     SAFE_BOUND,
     block_range,
-    coefficients,
-    counting_pairs,
     load_block,
+    load_coefficients,
     nth_tile,
     products,
     row_vectors,
-    visits,
+    valid_pairs,
+    visited_tiles,
     weighted_softmax,
 )
 
 
 @triton.jit
-def _gain(gain_ptr):
+def _load_gain(gain_ptr):
     gain = 1.0
     if gain_ptr is not None:
         gain = tl.load(gain_ptr)
@@ -42,25 +47,29 @@ def _gain(gain_ptr):
 
 
 @triton.jit
-def _counted(
-    ds,
+def _gradient(
     s,
     x_id,
     y_id,
     x_side,
     y_side,
+    safe,
+    HAS_X: tl.constexpr,
+    HAS_Y: tl.constexpr,
     KEYS: tl.constexpr,
     IDS: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """dS less what label smoothing takes off every pair and off further positives; 0 in pairs that
-    do not count (s is -inf), also of a row or column whose coefficients are NaN."""
+    """dS of a tile: the softmax less the terms of further positives and of every pair.
+
+    It is 0 in invalid pairs (s is -inf), also where the coefficients of a row or column are NaN.
+    """
+    ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, HAS_X, HAS_Y)
     if EVERYTHING:
         ds -= x_side[3][:, None] + y_side[3][None, :]
         if IDS == "same":
-            ds -= tl.where(
-                x_id[:, None] == y_id[None, :], x_side[2][:, None] + y_side[2][None, :], 0.0
-            )
+            same = x_id[:, None] == y_id[None, :]
+            ds -= tl.where(same, x_side[2][:, None] + y_side[2][None, :], 0.0)
     if EVERYTHING or KEYS or IDS != "none":
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return ds
@@ -74,22 +83,22 @@ def _moment(ds, s):
 
 @triton.jit
 def pairs_kernel(
-    q_ptr,
-    c_ptr,
-    bias_ptr,
-    scale_ptr,
-    bound_ptr,
-    gain_ptr,
-    target_ptr,
-    low_ptr,
-    high_ptr,
-    shared_ptr,
-    q_id_ptr,
-    c_id_ptr,
-    row_ptr,
-    column_ptr,
-    ds_ptr,
-    moment_ptr,
+    q_ptr,  # (B, D)
+    c_ptr,  # (C, D)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # ()
+    bound_ptr,  # (): of |logits|
+    gain_ptr,  # () or None
+    target_ptr,  # (B,)
+    low_ptr,  # (B,) or None
+    high_ptr,  # (B,) or None
+    shared_ptr,  # (1,) or None
+    q_id_ptr,  # (B,) or None
+    c_id_ptr,  # (C,) or None
+    row_ptr,  # (4, B)
+    column_ptr,  # (4, C) or None
+    ds_ptr,  # (rows, width)
+    moment_ptr,  # (grid) or None
     B,
     C,
     row0,
@@ -107,11 +116,11 @@ def pairs_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (row blocks, column tiles) of the chunk at (row0, col0). A tile of dS into (rows,
-    width), 0 in pairs that do not count; and its sum of dS S into (grid).
+    """Write a tile of dS, 0 in invalid pairs, and its sum of dS S.
 
-    All of a BX x BY tile that spread_kernel will read is written, and no other. BX and BY are
-    multiples of BM and BN."""
+    grid (row blocks, column tiles) of the chunk at (row0, col0). All of a BX x BY tile that
+    apply_ds_kernel will read is written, and no other. BX and BY are multiples of BM and BN.
+    """
     i, j = tl.swizzle2d(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP
     )
@@ -122,7 +131,7 @@ def pairs_kernel(
     low, high, _, _, shared = block_range(
         low_ptr, high_ptr, shared_ptr, x0 // BX * BX, B, C, BX, KEYS
     )
-    _, _, count = visits(low, high, shared, y0 // BY, y0 // BY + 1, BY, KEYS)
+    _, _, count = visited_tiles(low, high, shared, y0 // BY, y0 // BY + 1, BY, KEYS)
     moment = 0.0
     if count > 0:
         safe = tl.load(bound_ptr) <= SAFE_BOUND
@@ -132,24 +141,15 @@ def pairs_kernel(
         target = tl.load(target_ptr + x, mask=x < B, other=-1).to(tl.int32)
         x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, q_id_ptr, x, B, KEYS, IDS)
         y_id = y if IDS == "none" else tl.load(c_id_ptr + y, mask=y < C, other=-2)
-        ok = counting_pairs(x, y, B, C, target, x_low, x_high, shared, x_id, y_id, False, KEYS, IDS)
-        s = tl.where(
-            ok, s, float("-inf")
-        )  # here already: what the mask needs is gone before the softmax takes registers
-        gain = _gain(gain_ptr)
-        x_side = coefficients(row_ptr, x, B, gain, EVERYTHING)
-        y_side = coefficients(column_ptr, y, C, gain, EVERYTHING)
-        ds = weighted_softmax(
-            s,
-            x_side[0],
-            x_side[1],
-            y_side[0],
-            y_side[1],
-            safe,
-            row_ptr is not None,
-            column_ptr is not None,
-        )
-        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
+        ok = valid_pairs(x, y, B, C, target, x_low, x_high, shared, x_id, y_id, False, KEYS, IDS)
+        # Here already: the mask's registers are free before the softmax takes some.
+        s = tl.where(ok, s, float("-inf"))
+        gain = _load_gain(gain_ptr)
+        x_side = load_coefficients(row_ptr, x, B, gain, EVERYTHING)
+        y_side = load_coefficients(column_ptr, y, C, gain, EVERYTHING)
+        HAS_X: tl.constexpr = row_ptr is not None
+        HAS_Y: tl.constexpr = column_ptr is not None
+        ds = _gradient(s, x_id, y_id, x_side, y_side, safe, HAS_X, HAS_Y, KEYS, IDS, EVERYTHING)
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
         if moment_ptr is not None:
@@ -161,14 +161,14 @@ def pairs_kernel(
 
 
 @triton.jit
-def spread_kernel(
-    ds_ptr,
-    y_ptr,
-    gain_ptr,
-    low_ptr,
-    high_ptr,
-    shared_ptr,
-    out_ptr,
+def apply_ds_kernel(
+    ds_ptr,  # (rows, width), or with the strides of its transpose
+    y_ptr,  # (Y, D)
+    gain_ptr,  # () or None
+    low_ptr,  # (X,) or None
+    high_ptr,  # (X,) or None
+    shared_ptr,  # (1,) or None
+    out_ptr,  # (S, x1 - x0, D) float32
     X,
     Y,
     x0,
@@ -186,13 +186,13 @@ def spread_kernel(
     FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (D / BD, blocks of x in the chunk, S). out (S, x1 - x0, D) = or, unless FIRST, += dS y
-    over the chunk's y0 .. y1 - 1.
+    """out = or, unless FIRST, += dS y over the chunk's y0 .. y1 - 1.
 
-    Used with x = q, y = c, and with dS transposed by its strides x = c, y = q. It reads the tiles
-    that pairs_kernel wrote and no others: those which hold an allowed pair, and such that lie
-    between the keys of a block on the one side and of a tile on the other, which both count. Blocks
-    and tiles start at multiples of BX and BY on either side."""
+    grid (D / BD, blocks of x in the chunk, S). x = q and y = c, or, with dS transposed by its
+    strides, x = c and y = q. It reads the tiles that pairs_kernel wrote and no others: those with
+    an allowed pair, and those between the keys of a block on the one side and of a tile on the
+    other, which both visit. Blocks and tiles start at multiples of BX and BY on either side.
+    """
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     split = tl.program_id(2)
@@ -200,23 +200,21 @@ def spread_kernel(
         low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS
     )
     if KEYS:
-        high = tl.where(
-            high > low, high, 0
-        )  # the tile that [low, low) lies in need not have been written
+        # The tile with an empty range [low, low) may not have been written.
+        high = tl.where(high > low, high, 0)
     first = y0 // BY
-    head, own, count = visits(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
+    head, own, count = visited_tiles(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
     STEPS: tl.constexpr = BY // BK
     begin = (count * split // tl.num_programs(2)) * STEPS
     end = (count * (split + 1) // tl.num_programs(2)) * STEPS
     out_ptr += (split.to(tl.int64) * (x1 - x0) + tl.program_id(1) * BX) * D
     at = tl.arange(0, BX)[:, None] * D + cols[None, :]
     inside = (local < x1 - x0)[:, None] & (cols < D)[None, :]
-    gain = _gain(gain_ptr)
+    gain = _load_gain(gain_ptr)
     acc = tl.zeros([BX, BD], tl.float32)
     if not FIRST:
-        acc = (
-            tl.load(out_ptr + at, mask=inside, other=0.0) * gain
-        )  # here, not at the end: sums and accumulator would not fit
+        # Here, not at the end: earlier sums and accumulator would not fit into registers.
+        acc = tl.load(out_ptr + at, mask=inside, other=0.0) * gain
     for step in range(begin, end):
         start = nth_tile(step // STEPS, head, own, first) * BY + step % STEPS * BK
         ds = tl.load(
@@ -225,31 +223,30 @@ def spread_kernel(
             + local[:, None] * stride_x
             + tl.arange(0, BK)[None, :] * stride_y
         )
-        acc = dot(
-            ds, load_block(y_ptr, start, tl.arange(0, BK), cols, Y, D, D % BD == 0), acc, UPCAST
-        )
+        rows = load_block(y_ptr, start, tl.arange(0, BK), cols, Y, D, D % BD == 0)
+        acc = dot(ds, rows, acc, UPCAST)
     if FIRST or end > begin:
         tl.store(out_ptr + at, acc * (1.0 / gain), mask=inside)
 
 
 @triton.jit
 def owner_kernel(
-    x_ptr,
-    y_ptr,
-    bias_ptr,
-    scale_ptr,
-    bound_ptr,
-    gain_ptr,
-    target_ptr,
-    low_ptr,
-    high_ptr,
-    shared_ptr,
-    x_id_ptr,
-    y_id_ptr,
-    x_side_ptr,
-    y_side_ptr,
-    out_ptr,
-    moment_ptr,
+    x_ptr,  # (X, D)
+    y_ptr,  # (Y, D)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # ()
+    bound_ptr,  # (): of |logits|
+    gain_ptr,  # () or None
+    target_ptr,  # (B,)
+    low_ptr,  # (X,) or None
+    high_ptr,  # (X,) or None
+    shared_ptr,  # (1,) or None
+    x_id_ptr,  # (X,) or None
+    y_id_ptr,  # (Y,) or None
+    x_side_ptr,  # (4, X) or None
+    y_side_ptr,  # (4, Y) or None
+    out_ptr,  # (S, X, D) float32
+    moment_ptr,  # (S, X) or None
     X,
     Y,
     D: tl.constexpr,
@@ -262,25 +259,26 @@ def owner_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (S, X / BM). out (S, X, D): split s's share of dS y for a block of x, with BD >= D
-    columns of sums in registers; moment (S, X): of the sums of dS S.
+    """Write split s's share of dS y for a block of x, and of the sums of dS S.
 
-    x = q, y = c, or with SWAP x = c, y = q (S and dS are then transposed, bias belongs to x and
-    target to y)."""
-    split = tl.program_id(0)
-    block = tl.program_id(1)
+    grid (S, X / BM). BD >= D columns of sums stay in registers. x = q and y = c, or with SWAP x = c
+    and y = q: S and dS are then transposed, bias belongs to x and target to y.
+    """
+    split, block = tl.program_id(0), tl.program_id(1)
     x = block * BM + tl.arange(0, BM)
     cols = tl.arange(0, BD)
     scale = tl.load(scale_ptr)
     safe = tl.load(bound_ptr) <= SAFE_BOUND
-    gain = _gain(gain_ptr)
+    gain = _load_gain(gain_ptr)
     low, high, _, _, shared = block_range(low_ptr, high_ptr, shared_ptr, block * BM, X, Y, BM, KEYS)
-    head, own, count = visits(low, high, shared, 0, tl.cdiv(Y, BN), BN, KEYS)
+    head, own, count = visited_tiles(low, high, shared, 0, tl.cdiv(Y, BN), BN, KEYS)
     x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, x_id_ptr, x, X, KEYS, IDS)
-    x_side = coefficients(x_side_ptr, x, X, gain, EVERYTHING)
+    x_side = load_coefficients(x_side_ptr, x, X, gain, EVERYTHING)
     own_rows = load_block(x_ptr, block * BM, tl.arange(0, BM), cols, X, D, D == BD)
     acc = tl.zeros([BM, BD], tl.float32)
     moment = tl.zeros([BM], tl.float32)
+    HAS_X: tl.constexpr = x_side_ptr is not None
+    HAS_Y: tl.constexpr = y_side_ptr is not None
     for n in range(count * split // tl.num_programs(0), count * (split + 1) // tl.num_programs(0)):
         start = nth_tile(n, head, own, 0) * BN
         y = start + tl.arange(0, BN)
@@ -296,20 +294,10 @@ def owner_kernel(
         else:
             target = tl.load(target_ptr + x, mask=x < X, other=-1).to(tl.int32)
         y_id = y if IDS == "none" else tl.load(y_id_ptr + y, mask=y < Y, other=-2)
-        ok = counting_pairs(x, y, X, Y, target, x_low, x_high, shared, x_id, y_id, SWAP, KEYS, IDS)
+        ok = valid_pairs(x, y, X, Y, target, x_low, x_high, shared, x_id, y_id, SWAP, KEYS, IDS)
         s = tl.where(ok, s, float("-inf"))
-        y_side = coefficients(y_side_ptr, y, Y, gain, EVERYTHING)
-        ds = weighted_softmax(
-            s,
-            x_side[0],
-            x_side[1],
-            y_side[0],
-            y_side[1],
-            safe,
-            x_side_ptr is not None,
-            y_side_ptr is not None,
-        )
-        ds = _counted(ds, s, x_id, y_id, x_side, y_side, KEYS, IDS, EVERYTHING)
+        y_side = load_coefficients(y_side_ptr, y, Y, gain, EVERYTHING)
+        ds = _gradient(s, x_id, y_id, x_side, y_side, safe, HAS_X, HAS_Y, KEYS, IDS, EVERYTHING)
         if moment_ptr is not None:
             moment += tl.sum(_moment(ds, s), 1)
         acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)

@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from .. import masked_info_nce as kernels
 
 
 @dataclass(frozen=True)
 class Case:
+    """Shapes and options of a loss, forward and backward."""
+
     batch: int
     candidates: int
     dim: int
     dtype: str = "bfloat16"
     symmetric: bool = True
     keys: bool = False
-    ids: Literal["none", "drop", "same"] = (
-        "none"  # "same": other candidates with the row's id are positives
-    )
-    everything: bool = False  # smoothing and the positives' own term too
+    # "same": other candidates with the row's id are positives
+    ids: Literal["none", "drop", "same"] = "none"
+    everything: bool = False  # label smoothing, and numbers and sums of pairs
 
 
 CASES = {
@@ -29,7 +31,12 @@ CASES = {
     "nce narrow": Case(batch=65536, candidates=65536, dim=256),
     "nce keys ids": Case(batch=65536, candidates=65536, dim=768, keys=True, ids="drop"),
     "nce narrow keys": Case(
-        batch=16384, candidates=16384, dim=256, dtype="float16", keys=True, ids="drop"
+        batch=16384,
+        candidates=16384,
+        dim=256,
+        dtype="float16",
+        keys=True,
+        ids="drop",
     ),
     "nce all": Case(
         batch=16384,
@@ -53,10 +60,22 @@ CASES = {
     "nce unite": Case(batch=4096, candidates=8192, dim=1536, symmetric=False, keys=True),
     "nce smooth": Case(batch=4096, candidates=4096, dim=64, symmetric=False, everything=True),
     "nce largest": Case(batch=262144, candidates=262144, dim=768),
-    "nce odd": Case(batch=1003, candidates=3331, dim=300, dtype="float16", keys=True, ids="drop"),
+    "nce odd": Case(
+        batch=1003,
+        candidates=3331,
+        dim=300,
+        dtype="float16",
+        keys=True,
+        ids="drop",
+    ),
     "nce odd narrow": Case(batch=1003, candidates=3331, dim=100, dtype="float16", keys=True),
     "nce float32": Case(
-        batch=4096, candidates=4096, dim=768, dtype="float32", keys=True, ids="drop"
+        batch=4096,
+        candidates=4096,
+        dim=768,
+        dtype="float32",
+        keys=True,
+        ids="drop",
     ),
     "nce float32 all": Case(
         batch=4096,
@@ -73,33 +92,33 @@ CASES = {
 def launch(case: Case) -> None:
     """Call the launchers on meta tensors of the shapes of this case."""
 
-    def empty(*shape, dtype=torch.int64):
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    embeddings = (
-        empty(case.batch, case.dim, dtype=getattr(torch, case.dtype)),
-        empty(case.candidates, case.dim, dtype=getattr(torch, case.dtype)),
+    batch, candidates, dtype = case.batch, case.candidates, getattr(torch, case.dtype)
+    has_ids = case.ids != "none"
+    masked = case.keys or has_ids
+    inputs = dict(
+        q=empty(batch, case.dim, dtype=dtype),
+        c=empty(candidates, case.dim, dtype=dtype),
+        bias=empty(candidates, dtype=torch.float32) if masked else None,
+        scale=empty(dtype=torch.float32),
+        target=empty(batch),
+        q_key=empty(batch) if case.keys else None,
+        c_key=empty(candidates) if case.keys else None,
+        q_id=empty(batch) if has_ids else None,
+        c_id=empty(candidates) if has_ids else None,
+        drop=case.ids == "drop",
+        everything=case.everything,
     )
-    bias = empty(case.candidates, dtype=torch.float32) if case.keys or case.ids != "none" else None
-    q_key, c_key = (empty(case.batch), empty(case.candidates)) if case.keys else (None, None)
-    q_id, c_id = (empty(case.batch), empty(case.candidates)) if case.ids != "none" else (None, None)
-    args = (
-        *embeddings,
-        bias,
-        empty(dtype=torch.float32),
-        empty(case.batch),
-        q_key,
-        c_key,
-        q_id,
-        c_id,
-        case.ids == "drop",
-    )
-    kernels.sweep(*args, case.symmetric, case.everything)
-    row, column = (
-        empty(4, case.batch, dtype=torch.float32),
-        empty(4, case.candidates, dtype=torch.float32) if case.symmetric else None,
-    )
-    for need_scale in (
-        (True, False) if bias is None else (True,)
-    ):  # the tiles differ where nothing else needs the logits
-        kernels.sweep_backward(row, column, *args, case.everything, True, True, need_scale)
+    kernels.sweep(**inputs, columns=case.symmetric)
+    # Without masks the tiles depend on whether the scale's gradient needs the logits.
+    for need_scale in (True,) if masked else (True, False):
+        kernels.sweep_backward(
+            row=empty(4, batch, dtype=torch.float32),
+            column=empty(4, candidates, dtype=torch.float32) if case.symmetric else None,
+            **inputs,
+            need_dq=True,
+            need_dc=True,
+            need_scale=need_scale,
+        )

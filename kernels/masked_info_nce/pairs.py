@@ -1,14 +1,14 @@
-"""What the kernels of masked InfoNCE share: which tiles a block visits, which pairs of a tile
-count, their logits and dS.
+"""Device functions that the kernels of masked InfoNCE share: tiles, pairs, logits and dS.
 
-One side is x (owns a block of BM rows), the other y (walked in tiles of BN). With keys both are
-sorted by key, so that a row of x sees [0, shared) and [low, high) of y, and a block of rows a head
-of tiles and one range: masks are comparisons of column numbers with row vectors, and tiles outside
-are never touched.
+One side is x (a program owns a block of BM rows), the other y (walked in tiles of BN). With keys
+both are sorted by key. A row of x then sees [0, shared) and [low, high) of y, and a block of rows
+sees tiles at the start and one range. Masks are comparisons of column numbers with vectors of the
+rows, and tiles outside are never read.
 
-Logits s = (x . y) scale stay natural, p = exp2((s - lse) log2(e)): with log2(e) in the scale, as in
-flash attention, one product a pair less, logits of 100 give float32 gradients three times less
-exact than plain PyTorch's."""
+Logits s = (x . y) scale stay natural, p = exp2((s - lse) log2(e)). With log2(e) in the scale, as in
+flash attention, there would be one product a pair less, but logits of 100 would give float32
+gradients three times less exact than plain PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ import triton.language as tl
 from ..tiles import LOG2E, dot
 
 # Up to this bound of |logits| exp needs no maximum: exp(32) times 2^31 pairs stays far below
-# float32's largest, exp(-32) is a normal number, so are exp(s) and exp(-lse). One exponential then
-# serves a row and a column. Up to 64 it would do too, but a product of exponentials has the
-# rounding errors of both logits, and the temperature's gradient, a float32, would show them.
+# float32's largest number, exp(-32) is a normal number, and so are exp(s) and exp(-lse). One
+# exponential then serves a row and a column. 64 would do too, but a product of exponentials has the
+# rounding errors of both logits, which the temperature's gradient, a float32, would show.
 SAFE_BOUND = tl.constexpr(32.0)
 
 
 @triton.jit
-def block_range(low_ptr, high_ptr, shared_ptr, start, X, Y, BM: tl.constexpr, KEYS: tl.constexpr):
-    """(low, high, full_low, full_high, shared): the block's rows see parts of [low, high), each row
-    all of [full_low, full_high).
+def block_range(
+    low_ptr,  # (X,)
+    high_ptr,  # (X,)
+    shared_ptr,  # (1,)
+    start,
+    X,
+    Y,
+    BM: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """(low, high, full_low, full_high, shared) of the rows start .. start + BM - 1.
 
-    The latter holds for queries only: among candidates, those for everybody come first and the keys
-    then start anew."""
+    The rows see parts of [low, high), and each row all of [full_low, full_high). The latter holds
+    for queries only: among candidates those with key -1 come first, where keys start anew.
+    """
     low = 0
     high = Y
     full_low = 0
@@ -47,29 +56,48 @@ def block_range(low_ptr, high_ptr, shared_ptr, start, X, Y, BM: tl.constexpr, KE
 
 
 @triton.jit
-def visits(low, high, shared, first, last, BN: tl.constexpr, KEYS: tl.constexpr):
-    """(head, own, count): of the tiles first .. last - 1 a block visits ``count``, ``head`` of them
-    from ``first`` on (those for everybody), the others from ``own`` on. A block without own
-    candidates may visit the tile that [low, low) lies in."""
+def visited_tiles(
+    low,
+    high,
+    shared,
+    first,
+    last,
+    BN: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """(head, own, count): which of the tiles first .. last - 1 a block visits.
+
+    ``count`` tiles: ``head`` shared ones from ``first`` on, the others from ``own`` on. A block
+    without own candidates may visit the tile that holds the empty range [low, low).
+    """
     head = last - first
     own = last
     count = head
     if KEYS:
-        everybody = tl.cdiv(shared, BN)
-        head = tl.maximum(tl.minimum(everybody, last) - first, 0)
-        own = tl.maximum(tl.maximum(low // BN, everybody), first)
+        num_shared_tiles = tl.cdiv(shared, BN)
+        head = tl.maximum(tl.minimum(num_shared_tiles, last) - first, 0)
+        own = tl.maximum(tl.maximum(low // BN, num_shared_tiles), first)
         count = head + tl.maximum(tl.minimum(tl.cdiv(high, BN), last) - own, 0)
     return head, own, count
 
 
 @triton.jit
 def nth_tile(n, head, own, first):
+    """Number of the n-th visited tile."""
     return tl.where(n < head, first + n, own + n - head)
 
 
 @triton.jit
-def row_vectors(low_ptr, high_ptr, id_ptr, x, X, KEYS: tl.constexpr, IDS: tl.constexpr):
-    """(low, high, id) of the rows x; stand-ins where they are not asked for."""
+def row_vectors(
+    low_ptr,  # (X,)
+    high_ptr,  # (X,)
+    id_ptr,  # (X,)
+    x,
+    X,
+    KEYS: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """(low, high, id) of the rows x; placeholders where there are no keys or ids."""
     low = x
     high = x
     ids = x
@@ -82,7 +110,7 @@ def row_vectors(low_ptr, high_ptr, id_ptr, x, X, KEYS: tl.constexpr, IDS: tl.con
 
 
 @triton.jit
-def counting_pairs(
+def valid_pairs(
     x,
     y,
     X,
@@ -97,10 +125,11 @@ def counting_pairs(
     KEYS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id. ``target`` is x's;
-    with SWAP, x candidates, y's.
+    """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id.
+
+    ``target`` belongs to x; with SWAP x are candidates and it belongs to y.
     """
-    # Row vectors say it all: rows beyond X have an empty range, and no range reaches beyond Y.
+    # Vectors of the rows suffice: rows from X on have an empty range, and no range exceeds Y.
     ok = y[None, :] < tl.where(x < X, shared if KEYS else Y, 0)[:, None]
     if KEYS:
         ok = ok | ((y[None, :] >= low[:, None]) & (y[None, :] < high[:, None]))
@@ -114,9 +143,18 @@ def counting_pairs(
 
 
 @triton.jit
-def load_block(ptr, start, rows, cols, R, D: tl.constexpr, EVEN: tl.constexpr):
-    """(rows, columns) from row ``start`` on of a contiguous (R, D). Offsets are 32-bit: half the
-    registers. EVEN: all cols < D.
+def load_block(
+    ptr,  # (R, D), contiguous
+    start,
+    rows,
+    cols,
+    R,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """(rows, cols) from row ``start`` on. EVEN: all cols < D.
+
+    Offsets are 32-bit, which takes half the registers.
     """
     inside = (rows < R - start)[:, None]
     if not EVEN:
@@ -130,8 +168,8 @@ def load_block(ptr, start, rows, cols, R, D: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def products(
-    x_ptr,
-    y_ptr,
+    x_ptr,  # (X, D)
+    y_ptr,  # (Y, D)
     x0,
     y0,
     X,
@@ -147,20 +185,20 @@ def products(
     for k in range(0, (D + BK - 1) // BK):
         cols = k * BK + tl.arange(0, BK)
         x = load_block(x_ptr, x0, tl.arange(0, BM), cols, X, D, D % BK == 0)
-        acc = dot(
-            x,
-            tl.trans(load_block(y_ptr, y0, tl.arange(0, BN), cols, Y, D, D % BK == 0)),
-            acc,
-            UPCAST,
-        )
+        y = load_block(y_ptr, y0, tl.arange(0, BN), cols, Y, D, D % BK == 0)
+        acc = dot(x, tl.trans(y), acc, UPCAST)
     return acc
 
 
 @triton.jit
-def coefficients(ptr, at, N, gain, EVERYTHING: tl.constexpr):
-    """(lse, weight, off further positives, off every pair) of a side, from its (4, N); zeros where
-    the side has no loss (None).
-    """
+def load_coefficients(
+    ptr,  # (4, N), or None: the side has no loss
+    at,
+    N,
+    gain,
+    EVERYTHING: tl.constexpr,
+):
+    """(lse, weight, off further positives, off every pair) of a side at ``at``, times ``gain``."""
     lse = tl.full(at.shape, float("inf"), tl.float32)
     weight = tl.zeros(at.shape, tl.float32)
     positive = tl.zeros(at.shape, tl.float32)
@@ -190,8 +228,8 @@ def weighted_softmax(
     if safe:
         e = tl.exp2(s * LOG2E)
         if HAS_X and HAS_Y:
-            # weights are multiplied last: exp(-lse) times a small weight might leave float32's
-            # range, a probability does not
+            # Weights come last: exp(-lse) times a small weight might leave float32's range, which
+            # a probability does not.
             ds = (
                 e * tl.exp2(-x_lse * LOG2E)[:, None] * x_weight[:, None]
                 + e * tl.exp2(-y_lse * LOG2E)[None, :] * y_weight[None, :]

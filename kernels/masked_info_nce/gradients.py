@@ -1,0 +1,244 @@
+"""Launches of the backward of masked InfoNCE: owner-computes, or dS in chunks.
+
+Both return dq and dc over scale and, where the scale needs a gradient, parts of the sum of dS S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tiles import launch, upcasts
+from . import backward as bwd
+from .plans import Plan, chunk, splits
+from .vectors import Ranges
+
+SWIZZLE = 16  # row blocks that share the columns in L2
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Inputs of the backward kernels, and which gradients are needed."""
+
+    q: Tensor  # (B, D)
+    c: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    scale: Tensor  # ()
+    bound: Tensor  # (), of |logits|
+    gain: Tensor | None  # (), a power of two for float16
+    target: Tensor  # (B,)
+    q_id: Tensor | None  # (B,) int32
+    c_id: Tensor | None  # (C,) int32
+    row: Tensor  # (4, B)
+    column: Tensor | None  # (4, C)
+    row_ranges: Ranges  # what queries see
+    column_ranges: Ranges  # what sees candidates
+    ids: str  # "none", "drop" or "same"
+    everything: bool
+    need_dq: bool
+    need_dc: bool
+    need_scale: bool
+
+    def scalars(self) -> dict[str, Tensor | None]:
+        """Return what both kernels that compute dS read, whichever side owns the rows."""
+        return dict(
+            bias_ptr=self.bias,
+            scale_ptr=self.scale,
+            bound_ptr=self.bound,
+            gain_ptr=self.gain,
+            target_ptr=self.target,
+        )
+
+    def flags(self) -> dict[str, bool | str]:
+        """Return the constants of the kernels that compute dS."""
+        return dict(
+            KEYS=self.has_keys,
+            IDS=self.ids,
+            EVERYTHING=self.everything,
+            UPCAST=upcasts(self.q.dtype),
+        )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether keys hide pairs."""
+        return self.row_ranges.low is not None
+
+
+Result = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def owner_gradients(tiles: Plan, given: Gradients) -> Result:
+    """Compute S once for each side; dS and the sums stay on chip."""
+    dq = dc = given.q.new_empty(0, dtype=torch.float32)
+    moments = []
+    if given.need_dq or given.need_scale:
+        out, moment = _owned(tiles, given, swap=False)
+        dq = out if given.need_dq else dq
+        moments = [] if moment is None else [moment]
+    if given.need_dc:
+        dc, _ = _owned(tiles, given, swap=True)
+    return dq, dc, moments
+
+
+def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | None]:
+    """Return dS y for x = q and y = c, with ``swap`` the reverse, and parts of the sum of dS S."""
+    tile = tiles.owner
+    x, y = (given.c, given.q) if swap else (given.q, given.c)
+    x_id, y_id = (given.c_id, given.q_id) if swap else (given.q_id, given.c_id)
+    x_side, y_side = (given.column, given.row) if swap else (given.row, given.column)
+    ranges = given.column_ranges if swap else given.row_ranges
+    blocks = triton.cdiv(len(x), tile.BM)
+    parts = splits(blocks, triton.cdiv(len(y), tile.BN))
+    out = x.new_empty(parts, *x.shape, dtype=torch.float32)
+    moment = None
+    if given.need_scale and not swap:
+        moment = x.new_empty(parts, len(x), dtype=torch.float32)
+    launch(
+        bwd.owner_kernel,
+        (parts, blocks),
+        x_ptr=x,
+        y_ptr=y,
+        **given.scalars(),
+        **ranges.pointers(),
+        x_id_ptr=x_id,
+        y_id_ptr=y_id,
+        x_side_ptr=x_side,
+        y_side_ptr=y_side,
+        out_ptr=out,
+        moment_ptr=moment,
+        X=len(x),
+        Y=len(y),
+        D=x.shape[1],
+        BM=tile.BM,
+        BN=tile.BN,
+        BD=tile.BD,
+        SWAP=swap,
+        **given.flags(),
+        **tile.launch,
+    )
+    return out[0] if parts == 1 else out.sum(0), moment
+
+
+def chunked_gradients(tiles: Plan, given: Gradients) -> Result:
+    """Write dS of a chunk of rows and columns once, and multiply it by c and, transposed, by q."""
+    q, c = given.q, given.c
+    height, width = chunk(len(q), len(c), tiles.apply_ds, tiles.chunk_bytes, q.element_size())
+    ds = q.new_empty(height, width)
+    dq = q.new_empty(q.shape if given.need_dq else 0, dtype=torch.float32)
+    dc = c.new_empty(c.shape if given.need_dc else 0, dtype=torch.float32)
+    moments = []
+    for row0 in range(0, len(q), height):
+        rows = range(row0, min(row0 + height, len(q)))
+        for col0 in range(0, len(c), width):
+            cols = range(col0, min(col0 + width, len(c)))
+            moment = _write_ds(tiles, given, ds, rows, cols)
+            moments += [] if moment is None else [moment]
+            if given.need_dq:
+                _apply_ds(tiles, given, ds, dq, rows, cols, transposed=False)
+            if given.need_dc:
+                _apply_ds(tiles, given, ds, dc, cols, rows, transposed=True)
+    return dq, dc, moments
+
+
+def _write_ds(
+    tiles: Plan,
+    given: Gradients,
+    ds: Tensor,
+    rows: range,
+    cols: range,
+) -> Tensor | None:
+    """Write a chunk of dS; return parts of its sum of dS S where the scale needs them."""
+    q, c, tile = given.q, given.c, tiles.pairs
+    height, width = tiles.apply_ds.BM, tiles.apply_ds.BN
+    grid = (
+        triton.cdiv(len(rows), height) * (height // tile.BM),
+        triton.cdiv(len(cols), width) * (width // tile.BN),
+    )
+    moment = q.new_empty(grid, dtype=torch.float32) if given.need_scale else None
+    launch(
+        bwd.pairs_kernel,
+        grid,
+        q_ptr=q,
+        c_ptr=c,
+        **given.scalars(),
+        **given.row_ranges.pointers(),
+        q_id_ptr=given.q_id,
+        c_id_ptr=given.c_id,
+        row_ptr=given.row,
+        column_ptr=given.column,
+        ds_ptr=ds,
+        moment_ptr=moment,
+        B=len(q),
+        C=len(c),
+        row0=rows.start,
+        col0=cols.start,
+        width=ds.shape[1],
+        D=q.shape[1],
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        BX=height,
+        BY=width,
+        GROUP=SWIZZLE,
+        **given.flags(),
+        **tile.launch,
+    )
+    return moment
+
+
+def _apply_ds(
+    tiles: Plan,
+    given: Gradients,
+    ds: Tensor,
+    out: Tensor,
+    x_span: range,
+    y_span: range,
+    transposed: bool,
+) -> None:
+    """out[x_span] = or += dS y over a chunk; = in the first chunk of y.
+
+    x = q and y = c, or, ``transposed``, the reverse. Where the chunk has few blocks, programs sum
+    up parts, which are added here.
+    """
+    tile = tiles.apply_ds
+    y = given.q if transposed else given.c
+    ranges = given.column_ranges if transposed else given.row_ranges
+    x_block, y_block = (tile.BN, tile.BM) if transposed else (tile.BM, tile.BN)
+    stride_x, stride_y = (1, ds.shape[1]) if transposed else (ds.shape[1], 1)
+    first = y_span.start == 0
+    grid = (triton.cdiv(y.shape[1], tile.BD), triton.cdiv(len(x_span), x_block))
+    parts = splits(grid[0] * grid[1], triton.cdiv(len(y_span), y_block))
+    own = out[x_span.start : x_span.stop]
+    into = own if parts == 1 else out.new_empty(parts, *own.shape)
+    launch(
+        bwd.apply_ds_kernel,
+        (*grid, parts),
+        ds_ptr=ds,
+        y_ptr=y,
+        gain_ptr=given.gain,
+        **ranges.pointers(),
+        out_ptr=into,
+        X=len(out),
+        Y=len(y),
+        x0=x_span.start,
+        x1=x_span.stop,
+        y0=y_span.start,
+        y1=y_span.stop,
+        stride_x=stride_x,
+        stride_y=stride_y,
+        D=y.shape[1],
+        BX=x_block,
+        BY=y_block,
+        BK=min(tile.BK, y_block),
+        BD=tile.BD,
+        KEYS=given.has_keys,
+        FIRST=first or parts > 1,
+        UPCAST=upcasts(given.q.dtype),
+        **tile.launch,
+    )
+    if parts > 1:
+        total = into.sum(0)
+        own.copy_(total) if first else own.add_(total)

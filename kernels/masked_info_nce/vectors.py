@@ -1,0 +1,105 @@
+"""Vectors that the kernels of masked InfoNCE read beside the embeddings, made with torch.
+
+A file of its own because forward and backward launchers share them. Nothing here waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ranges(NamedTuple):
+    """What each of N rows of one side sees of the other, sorted by key; None without keys."""
+
+    low: Tensor | None = None  # (N,) int32
+    high: Tensor | None = None  # (N,) int32: the candidates [low, high) have the row's key
+    shared: Tensor | None = None  # (1,) int32: how many, from 0 on, all rows see
+
+    def pointers(self) -> dict[str, Tensor | None]:
+        """Return the kernels' arguments, by name."""
+        return dict(low_ptr=self.low, high_ptr=self.high, shared_ptr=self.shared)
+
+
+def row_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
+    """Return the candidates that each query sees; key -1 is shared."""
+    if q_key is None or c_key is None:
+        return Ranges()
+    return Ranges(
+        low=torch.searchsorted(c_key, q_key, out_int32=True),
+        high=torch.searchsorted(c_key, q_key, right=True, out_int32=True),
+        shared=torch.searchsorted(c_key, c_key.new_zeros(1), out_int32=True),
+    )
+
+
+def column_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
+    """Return the queries that see each candidate: all of them where its key is -1."""
+    if q_key is None or c_key is None:
+        return Ranges()
+    low = torch.searchsorted(q_key, c_key, out_int32=True)
+    high = torch.searchsorted(q_key, c_key, right=True, out_int32=True)
+    return Ranges(
+        low=low,  # 0 for key -1: no query has a negative key
+        high=high.masked_fill(c_key < 0, len(q_key)),
+        shared=c_key.new_zeros(1, dtype=torch.int32),
+    )
+
+
+def id_ranks(q_id: Tensor | None, c_id: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return ids as int32 ranks among those of the candidates; -1 where no candidate has it.
+
+    64-bit ids of a tile's columns would take 64 registers.
+    """
+    if q_id is None or c_id is None:
+        return None, None
+    order = c_id.sort().values
+    q_rank, c_rank = (torch.searchsorted(order, x, out_int32=True) for x in (q_id, c_id))
+    found = order[q_rank.clamp(max=len(order) - 1)] == q_id
+    return q_rank.masked_fill(~found, -1), c_rank
+
+
+def id_rule(c_id: Tensor | None, drop: bool) -> str:
+    """Return the kernels' constant IDS: "none", "drop", or "same" where equal ids are positives."""
+    if c_id is None:
+        return "none"
+    return "drop" if drop else "same"
+
+
+def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
+    """Return a bound of |logits| on the device, NaN where an embedding holds NaN.
+
+    Infinite for float32: exp(S) exp(-lse) rounds twice as often as exp(S - lse), and saving an
+    exponential gains nothing where only FLOPs cost.
+    """
+    if q.dtype == torch.float32:
+        return q.new_full((), float("inf"))
+    longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (q, c)]
+    return longest[0] * longest[1] * scale.abs()
+
+
+def rounded_coefficients(side: Tensor) -> Tensor:
+    """Return coefficients (4, N) in float32.
+
+    The rounding error of lse goes into the weight: it would be an error common to a whole row.
+    Where the weight is 0 (candidates beyond the B-th in a symmetric loss) lse becomes inf, so that
+    exp(s - lse) is 0 for any s.
+    """
+    rounded = side.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    rounded[1] *= torch.exp(rounded[0] - side[0])
+    rounded[0].masked_fill_(rounded[1] == 0, float("inf"))
+    return rounded
+
+
+def half_gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return, for float16, the power of two that brings the largest weight to 2^12 .. 2^13.
+
+    |dS| is at most four times that.
+    """
+    if dtype != torch.float16:
+        return None
+    sides = row[1] if column is None else torch.cat((row[1], column[1]))
+    largest = sides.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1e-30)
+    return torch.exp2(13 - largest.log2().ceil())
