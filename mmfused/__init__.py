@@ -1,13 +1,24 @@
-"""Fused kernels for training multimodal retrieval and classification models: swap a module, keep
-the numbers.
+"""Fused Triton and CUDA kernels for training multimodal retrieval and classification models.
+
+Four operators, each a function and an ``nn.Module`` with a plain PyTorch reference beside it:
+
+* query pooling: ``query_pooling``, ``QueryPooling``, ``QTransform``
+* gated cross-attention: ``gated_cross_attention``, ``GatedCrossAttention``,
+  ``BidirectionalGatedCrossAttention``, ``TokenGate``
+* top-k routing and experts: ``topk_routing``, ``grouped_mlp``, ``grouped_linear``, ``TopKMoE``
+* masked InfoNCE: ``masked_info_nce``, ``MaskedInfoNCE``
+
+``fuse(model)`` runs known modules of other libraries on them, in place. ``backend`` and
+``set_backend`` choose between the reference, plain PyTorch with better algebra, and the kernels.
+``mmfused.models`` holds five published architectures, ``mmfused.losses`` small loss terms.
 """
 
 from pathlib import Path
 
-# A wheel carries mmfused/kernels and mmfused/benchmarks. A checkout has both beside this folder, and
-# tools/ too, so its root joins the path of this package. mmfused/kernels is then a symbolic link,
-# for editors and type checkers. kernels/ has no __init__.py: the name would shadow Hugging Face's
-# package "kernels".
+# A wheel carries mmfused/kernels and mmfused/benchmarks. In a checkout both are beside this folder,
+# like tools/, so the checkout joins the path of this package; there mmfused/kernels is a symbolic
+# link for editors and type checkers. kernels/ has no __init__.py, which would shadow Hugging
+# Face's package "kernels".
 if not (Path(__file__).parent / "benchmarks").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -43,7 +54,7 @@ from .ops.topk_routing import (
     update_selection_bias,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BidirectionalGatedCrossAttention",

@@ -1,20 +1,23 @@
-"""Children of fused modules: their weights where these give what a call would give, else the call.
+"""Child modules of the fused modules: use their weights where that is equal to calling them.
 
-The ops compute with the weights of ``nn.Linear`` and ``nn.LayerNorm`` children; whatever else users
-attach to a child acts only when it is called. Pruning and the weight and spectral norms of
-``torch.nn.utils`` change the weight and nothing else, and so does LoRA of peft (without dropout):
-their effective weight is formed, with its gradients, and every backend computes with it. Any other
-child is called: it has hooks or a forward of its own (other adapters, offloading, sharding on
-demand), is of another class (quantised), or its weight is a tensor subclass.
+The operators compute with the weights of ``nn.Linear`` and ``nn.LayerNorm`` children. Whatever else
+users attach to a child (hooks, adapters, offloading) acts only when the child is called.
 
-Hooks on all modules (``register_module_forward_hook``) run for the module itself, and for the
-children that it calls.
+* Pruning and the weight and spectral norms of ``torch.nn.utils`` only change the weight, and so
+  does LoRA of peft without dropout. Their effective weight is computed, with its gradients, and
+  every backend uses it.
+* Any other child is called: one with hooks or a forward method of its own (other adapters,
+  offloading, sharding on demand), of another class (quantised), or whose weight is a tensor
+  subclass. The kernels cannot run then.
+
+Global hooks (``register_module_forward_hook``) run for the module itself and for called children.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +29,21 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .library import autocast_dtype, no_autocast
 
-# Forward pre-hooks of torch that do nothing but set the weight from other parameters.
+# Forward pre-hooks of torch that only set the weight from other parameters.
 _WEIGHT_SETTERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _LORA = "peft.tuners.lora.layer.Linear"
 
 
 class Called:
-    """A child to be called, in place of its weight; ``why`` says what requires the call."""
+    """A child that must be called, in place of its weight.
+
+    Args:
+        child: the module.
+        name: its name in errors.
+        why: the reason, as the end of a sentence that starts with ``name``.
+        width: features of its output, None for any.
+        autocast: dtype of autocast where the fused module was called, None outside of autocast.
+    """
 
     def __init__(
         self,
@@ -41,34 +52,35 @@ class Called:
         why: str,
         width: int | None,
         autocast: torch.dtype | None,
-    ):
-        self.child, self.name, self.why = child, name, why
-        self.width, self.autocast = width, autocast
+    ) -> None:
+        self.child = child
+        self.name = name
+        self.why = why
+        self.width = width
+        self.autocast = autocast
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As it is called in place of a weight: under the autocast of the module's own call."""
+        """Call the child under the autocast of the fused module."""
         weight = self.child._parameters.get("weight")
-        if (
-            type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward)
-            and weight is not None
-        ):
-            if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
-                x = x.float()  # served as where the weight is read
-        context = (
-            nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast)
-        )
+        plain = type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if plain and half and weight is not None and weight.dtype == torch.float32:
+            x = x.float()  # where the weight is used directly, float32 weights are accepted too
+        context = nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(x.device.type, self.autocast)
         with context:
             out = self.child(x)
         shape = out.shape if isinstance(out, Tensor) else None
         if shape is None or shape[:-1] != x.shape[:-1] or self.width not in (None, shape[-1]):
-            got = type(out).__name__ if shape is None else tuple(shape)
-            takes = (*x.shape[:-1], "any" if self.width is None else self.width)
-            raise ValueError(f"{self.name} gave {got}; it takes {takes}.")
+            got = f"a {type(out).__name__}" if shape is None else f"shape {tuple(shape)}"
+            expected = (*x.shape[:-1], "any" if self.width is None else self.width)
+            raise ValueError(f"{self.name}: got an output of {got}, expected {expected}")
         return out
 
 
 def no_weights(parts: Iterable[object]) -> list[str]:
-    """The reason against a kernel that takes weights, of those of ``parts`` that must be called."""
+    """Return the reason against the kernel, if any of ``parts`` must be called."""
     first, *others = [part for part in parts if isinstance(part, Called)] or [None]
     if first is None:
         return []
@@ -78,30 +90,38 @@ def no_weights(parts: Iterable[object]) -> list[str]:
 
 
 def linear(x: Tensor, weight: Tensor | Called, bias: Tensor | None) -> Tensor:
-    """``F.linear``, or the call that stands in place of the weight; in the dtype of ``x``."""
+    """``F.linear`` in the dtype of ``x``, or a call of the child."""
     if isinstance(weight, Called):
         return weight(x).to(x.dtype)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def layer_norm(x: Tensor, norm: tuple[Tensor, Tensor] | Called, eps: float) -> Tensor:
-    """``F.layer_norm`` over the features, or the call that stands in place of its weights."""
+    """``F.layer_norm`` over the features in the dtype of ``x``, or a call of the child."""
     if isinstance(norm, Called):
         return norm(x).to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], *(part.to(x.dtype) for part in norm), eps)
+    weight, bias = norm
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 def read(
-    child: nn.Module,
+    child: nn.Module | None,
     name: str,
     width: int | None,
     device_type: str,
-    kind: type = nn.Linear,
+    kind: type[nn.Linear] | type[nn.LayerNorm] = nn.Linear,
 ) -> tuple[Tensor | Called, Tensor | None]:
-    """Weight and bias of a child that gives ``width`` features, or (:class:`Called`, None).
+    """Return weight and bias of a child, or (:class:`Called`, None) where it must be called.
 
-    ``name``, with its module, is for errors. Raises ``TypeError`` where the child is None, and
-    where its parameters are shards that no call of it gathers."""
+    Args:
+        child: the module; None raises ``TypeError``.
+        name: its name in errors.
+        width: features of its output, None for any.
+        device_type: of the input, for autocast.
+        kind: class that the child replaces.
+
+    Raises ``TypeError`` for shards (DTensors) that a call of the child would not gather.
+    """
     if child is None:
         raise TypeError(f"{name}: got None, expected a module")
     why = why_called(child, kind)
@@ -109,20 +129,23 @@ def read(
         return weights_of(child)
     if _holds_shards(child):
         raise TypeError(
-            f"{name} holds a shard, its weight a DTensor; it takes a whole one: use fully_shard on it "
-            "or on the module, and leave both out of a tensor-parallel plan."
+            f"{name}: got a shard (its weight is a DTensor), expected a whole weight: use "
+            "fully_shard on it or on the module, and leave both out of a tensor-parallel plan"
         )
     return Called(child, name, why, width, autocast_dtype(device_type)), None
 
 
 def read_norm(
-    child: nn.Module | None,
+    child: Any,
     name: str,
     width: int,
     device_type: str,
     eps: float,
 ) -> tuple[Tensor, Tensor] | Called | None:
-    """Weight and bias of a LayerNorm of this ``eps``, zeros where it has none, or what to call."""
+    """Return weight and bias (zeros if it has none) of a LayerNorm, or what must be called.
+
+    A LayerNorm of another ``eps`` must be called.
+    """
     if child is None:
         return None
     weight, bias = read(child, name, width, device_type, nn.LayerNorm)
@@ -134,11 +157,13 @@ def read_norm(
     return weight, torch.zeros_like(weight) if bias is None else bias
 
 
-def why_called(child: nn.Module, kind: type = nn.Linear) -> str | None:
-    """Why a child in the place of a Linear (or LayerNorm) must be called; None: its weights are
-    all.
+def why_called(
+    child: nn.Module,
+    kind: type[nn.Linear] | type[nn.LayerNorm] = nn.Linear,
+) -> str | None:
+    """Return why a child in the place of a ``kind`` must be called; None if its weights suffice.
 
-    Only looks, so that it may be repeated: spectral norms change state whenever a weight is formed.
+    This has no side effects. Computing a weight can have one: spectral norms update their state.
     """
     why = attached(child, _WEIGHT_SETTERS)
     if why is not None:
@@ -149,11 +174,11 @@ def why_called(child: nn.Module, kind: type = nn.Linear) -> str | None:
         return _why_lora_called(child)
     if cls.forward is not kind.forward or cls.__call__ is not nn.Module.__call__:
         return f"is a {path}"
-    if kind is nn.LayerNorm:
+    if isinstance(child, nn.LayerNorm):
         none = not child.elementwise_affine or child._parameters.get("weight", child) is None
         if none or len(child.normalized_shape) != 1:
-            return "is no LayerNorm over features with a weight"
-    # Parametrizations are modules inside; without them the walk of parameters() is spared.
+            return "is not a LayerNorm over the features with a weight"
+    # Parametrizations are child modules; without them _parameters has everything and is faster.
     for parameter in child.parameters() if child._modules else child._parameters.values():
         if not dense(parameter):
             return f"has a {type(parameter).__name__} as parameter"
@@ -163,21 +188,20 @@ def why_called(child: nn.Module, kind: type = nn.Linear) -> str | None:
 
 
 def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
-    """What is on a module that acts only when it is called; pre-hooks of the types ``setters``
-    aside.
+    """Return what would act only if the module is called; None if there is nothing.
+
+    Pre-hooks of the types ``setters`` do not count.
     """
     if "forward" in module.__dict__:
         return "has a forward of its own"
-    before = module._forward_pre_hooks
-    if before:
-        before = [hook for hook in before.values() if not isinstance(hook, setters)]
+    before = [h for h in module._forward_pre_hooks.values() if not isinstance(h, setters)]
     if before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return None
 
 
-def weights_of(child: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Effective weight and bias of a child that need not be called."""
+def weights_of(child: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the effective weight and bias of a child that need not be called."""
     if type(child).forward is not nn.Linear.forward and hasattr(child, "lora_A"):
         weight, bias = weights_of(child.base_layer)
         with no_autocast(weight.device.type):
@@ -190,25 +214,21 @@ def weights_of(child: nn.Module) -> tuple[Tensor, Tensor | None]:
     return child.weight, child.bias
 
 
-def _why_lora_called(layer: nn.Module) -> str | None:
+def _why_lora_called(layer: Any) -> str | None:
     if layer.disable_adapters and layer.merged:
         return "has a merged adapter that is disabled"
     active = _active(layer)
     known = all(hasattr(layer, part) for part in ("lora_variant", "lora_bias", "fan_in_fan_out"))
-    if (
-        not known
-        or layer.fan_in_fan_out
-        or any(n in layer.lora_variant or layer.lora_bias[n] for n in active)
-    ):
+    if not known or layer.fan_in_fan_out:
+        return "has an adapter of another kind than plain LoRA"
+    if any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
         return "has an adapter of another kind than plain LoRA"
     if not all(_does_nothing(layer.lora_dropout[name]) for name in active):
         return "has a LoRA adapter with dropout"
-    parts = (
-        layer.base_layer,
-        *(part[name] for part in (layer.lora_A, layer.lora_B) for name in active),
-    )
+    adapters = (part[name] for part in (layer.lora_A, layer.lora_B) for name in active)
+    parts = (layer.base_layer, *adapters)
     inside = next((why for why in map(why_called, parts) if why is not None), None)
-    return inside and f"has an adapter, inside which something {inside}"
+    return inside and f"has an adapter, a part of which {inside}"
 
 
 def _does_nothing(dropout: nn.Module) -> bool:
@@ -216,25 +236,29 @@ def _does_nothing(dropout: nn.Module) -> bool:
     return idle and attached(dropout) is None
 
 
-def _active(layer: nn.Module) -> list[str]:
-    """The adapters that a peft layer adds in its forward."""
+def _active(layer: Any) -> list[str]:
+    """Return the adapters that a peft layer adds in its forward."""
     if layer.disable_adapters or layer.merged:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def reset_children(module: nn.Module) -> None:
-    """``reset_parameters`` of all modules inside that have it."""
+    """Call ``reset_parameters`` of the modules inside, at every depth."""
     for child in module.children():
-        if hasattr(child, "reset_parameters"):
-            child.reset_parameters()
+        reset: Any = getattr(child, "reset_parameters", None)
+        if reset is not None:
+            reset()
         else:
             reset_children(child)
 
 
 def dense(*tensors: Tensor | None) -> bool:
-    """Whether all are plain: neither nested nor sparse nor a subclass (DTensor, quantised) that
-    computes in its own way."""
+    """Return whether all are ordinary dense tensors.
+
+    Nested and sparse tensors are not, nor are subclasses with operations of their own (DTensor,
+    quantised tensors).
+    """
     plain = ("Tensor", "Parameter", "FakeTensor")
     return all(
         t is None or (type(t).__name__ in plain and t.layout is torch.strided and not t.is_nested)
@@ -243,7 +267,10 @@ def dense(*tensors: Tensor | None) -> bool:
 
 
 def _holds_shards(module: nn.Module) -> bool:
-    """DTensors that stay so in a call: fully_shard, and some parametrizations, make theirs whole."""
+    """Return whether parameters are DTensors that a call would not gather.
+
+    fully_shard and some parametrizations gather theirs.
+    """
     if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__) or is_parametrized(module):
         return False
     own = any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values())

@@ -1,9 +1,10 @@
-"""The CUDA C++ kernels of csrc/: where the compiled module comes from. Which router runs is decided
-in :mod:`.library`.
+"""Finds or builds the compiled module of the CUDA C++ kernels in csrc/.
 
-``mmfused._C`` is there if the package was installed with ``MMFUSED_CUDA=1``. Else :func:`load`
-compiles it at its first use, with ninja and nvcc, into torch's folder for extensions, where later
-processes find it. setup.py runs this file by itself: it must not import mmfused at module level.
+``mmfused._C`` exists if the package was installed with ``MMFUSED_CUDA=1``. Otherwise :func:`load`
+compiles it at first use, with ninja and nvcc, in torch's folder for extensions, where later
+processes find it. :mod:`mmfused.library` decides which router runs.
+
+setup.py runs this file on its own: it must not import mmfused at module level.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ _module: ModuleType | None = None
 
 
 def load() -> ModuleType:
-    """``mmfused._C``, whose import implements the C++ ops: as installed, as built before, or built
-    now (half a minute).
+    """Return ``mmfused._C``, whose import registers the C++ operators.
 
-    Raises ``RuntimeError`` with every reason where it can be neither found nor built. Calling it
-    again costs nothing."""
+    It is installed, was built before, or is built now, which takes half a minute. Later calls cost
+    nothing. Raises ``RuntimeError`` with every reason where it can be neither found nor built.
+    """
     global _module
     if _module is None:
         _module = sys.modules["mmfused._C"] = _load()
     return _module
 
 
-# As torch.compiler.assume_constant_result does it, which would import the compiler with mmfused:
-# torch.compile runs this where it meets it, and traces nothing of it.
-load._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile
+# runs this function while tracing and traces nothing of it.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load() -> ModuleType:
@@ -54,7 +55,8 @@ def _load() -> ModuleType:
             return importlib.import_module("mmfused._C")
         except ImportError as error:
             raise RuntimeError(
-                f"mmfused._C was compiled for another torch or CUDA: install mmfused again ({error})."
+                "mmfused._C was compiled for another torch or CUDA: install mmfused again "
+                f"({error})"
             ) from error
     folder = build_folder()
     with _only_builder(folder):
@@ -62,21 +64,22 @@ def _load() -> ModuleType:
             reasons = why_not_build()
             if reasons:
                 raise RuntimeError(
-                    f"mmfused's CUDA C++ kernels are not built, and cannot be here: {'; '.join(reasons)}."
+                    "mmfused's CUDA C++ kernels are not built and cannot be built here: "
+                    f"{'; '.join(reasons)}"
                 )
             _build(folder)
-        # Loaded by its path under the name it would have if it were installed; torch.ops must see
+        # Load it by its path, under the name it would have if it were installed: torch.ops must see
         # it once.
         loader = importlib.machinery.ExtensionFileLoader("mmfused._C", str(_library(folder)))
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader("mmfused._C", loader)
-        )
+        spec = importlib.util.spec_from_loader("mmfused._C", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
         return module
 
 
 def built() -> bool:
-    """Whether :func:`load` would find the module compiled."""
+    """Return whether :func:`load` would find the module compiled."""
     return (
         _module is not None
         or importlib.util.find_spec("mmfused._C") is not None
@@ -85,29 +88,25 @@ def built() -> bool:
 
 
 def why_not() -> list[str]:
-    """Every reason why the C++ kernels cannot run here; empty where they can. Builds nothing."""
+    """Return every reason why the C++ kernels cannot run here, if any; builds nothing."""
     reasons = [] if built() else why_not_build()
     if torch.version.cuda is not None and not torch.cuda.is_available():
         reasons.append("no CUDA GPU is visible")
     elif torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
-        reasons.append(
-            "the GPU is sm_{}{}, the kernels need sm_80 or newer".format(
-                *torch.cuda.get_device_capability()
-            )
-        )
+        major, minor = torch.cuda.get_device_capability()
+        reasons.append(f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer")
     return reasons
 
 
 def why_not_build() -> list[str]:
-    """Every reason why the module cannot be compiled here; empty where it can."""
+    """Return every reason why the module cannot be compiled here, if any."""
     reasons = []
     if torch.version.cuda is None:
         reasons.append("this build of torch has no CUDA")
     if _cuda_home() is None:
         asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        reasons.append(
-            f"CUDA_HOME is {asked!r} and holds no bin/nvcc" if asked else "nvcc not found"
-        )
+        missing = f"CUDA_HOME is {asked!r} and holds no bin/nvcc" if asked else "nvcc not found"
+        reasons.append(missing)
     if _tool("ninja") is None:
         reasons.append("ninja not found")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -121,61 +120,60 @@ def why_not_build() -> list[str]:
 
 
 def source_folder() -> Path:
-    """A wheel carries the sources as mmfused/csrc, a checkout has them beside the package."""
+    """Return csrc/: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
 
 def build_folder() -> Path:
-    """Where this build lies: its name holds all that decides what the compiler makes, so a stale
-    module is never loaded.
+    """Return the folder of this build.
+
+    Its name is a hash of everything that decides the compiler's output, so a stale module is never
+    loaded.
     """
-    recipe = hashlib.sha256(
-        repr(
-            (torch.__version__, torch.version.cuda, sys.version_info[:2], CXX_FLAGS, NVCC_FLAGS)
-        ).encode()
-    )
-    for source in sorted(
-        path for path in source_folder().glob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")
-    ):
-        recipe.update(source.read_bytes())
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = (
-        Path(root)
-        if root
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    )
+    versions = (torch.__version__, torch.version.cuda, sys.version_info[:2])
+    recipe = hashlib.sha256(repr((*versions, CXX_FLAGS, NVCC_FLAGS)).encode())
+    for source in sorted(source_folder().glob("*")):
+        if source.suffix in (".cpp", ".cu", ".cuh", ".h"):
+            recipe.update(source.read_bytes())
     recipe.update(architectures().encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     return root / f"mmfused_C_{recipe.hexdigest()[:16]}"
 
 
 def architectures(unseen: str = "9.0") -> str:
-    """As TORCH_CUDA_ARCH_LIST has it: what the user set, else the visible card's, else ``unseen``;
-    torch would take all.
+    """Return the architectures to compile for, in the form of TORCH_CUDA_ARCH_LIST.
+
+    That variable decides, else the visible card, else ``unseen``. torch's own default is every
+    architecture.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
-    return (
-        "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else unseen
-    )
+    if not torch.cuda.is_available():
+        return unseen
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
 
 
 def include_folders() -> list[str]:
-    """Headers of CUDA that a bare toolkit lacks and torch may ask for; pip's packages have them."""
+    """Return the folder of CUDA headers that the toolkit lacks and torch includes, if any.
+
+    pip's CUDA packages have them.
+    """
     home = _cuda_home()
     if home is not None and (home / "include" / "cusparse.h").is_file():
         return []
     sites = [Path(torch.__file__).resolve().parents[1], *map(Path, sys.path)]
-    folders = [
-        site / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}" / "include"
-        for site in sites
-    ]
+    version = f"cu{(torch.version.cuda or '').split('.')[0]}"
+    folders = [site / "nvidia" / version / "include" for site in sites]
     return [str(folder) for folder in folders if folder.is_dir()][:1]
 
 
 def compile_flags() -> dict[str, list[str]]:
-    """For g++ and nvcc. pip's headers come last: the toolkit's own must win, whose version nvcc
-    has.
+    """Return the flags of g++ and nvcc.
+
+    pip's headers come last: the toolkit's own, which match nvcc, must take precedence.
     """
     late = [flag for folder in include_folders() for flag in ("-idirafter", folder)]
     return {"cxx": CXX_FLAGS + late, "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in late]}
@@ -183,20 +181,17 @@ def compile_flags() -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def toolchain(arch_list: str) -> Iterator[ModuleType]:
-    """``torch.utils.cpp_extension`` set up for this toolkit, architecture and PATH; nothing of that
-    stays behind.
-    """
+    """Set up ``torch.utils.cpp_extension`` for this toolkit and architecture, and undo it after."""
     home = _cuda_home()
     ninja = _tool("ninja")
-    path = os.pathsep.join(
-        filter(None, (os.environ.get("PATH"), ninja and str(Path(ninja).parent)))
-    )
+    folders = (os.environ.get("PATH"), ninja and str(Path(ninja).parent))
+    path = os.pathsep.join(filter(None, folders))
     settings = {"TORCH_CUDA_ARCH_LIST": arch_list, "PATH": path}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     from torch.utils import cpp_extension
 
-    home_before = cpp_extension.CUDA_HOME  # decided once, when the module was imported
+    home_before = cpp_extension.CUDA_HOME  # set when torch was imported
     cpp_extension.CUDA_HOME = home and str(home)
     try:
         yield cpp_extension
@@ -239,8 +234,11 @@ def _finished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _only_builder(folder: Path) -> Iterator[None]:
-    """One process builds, the others wait. The system frees this lock when its holder dies; torch's
-    own file, once left behind by a process that was killed, would be waited for without end."""
+    """Let one process build while the others wait.
+
+    The operating system releases this lock when its holder dies. torch's lock file would block
+    everyone after a process was killed.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -251,7 +249,8 @@ def _only_builder(folder: Path) -> Iterator[None]:
         handle = open(folder / "builder", "w")
     except OSError as error:
         raise RuntimeError(
-            f"mmfused's CUDA C++ kernels need a folder to build in, see TORCH_EXTENSIONS_DIR: {error}."
+            "mmfused's CUDA C++ kernels need a folder to build in, see TORCH_EXTENSIONS_DIR: "
+            f"{error}"
         ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -260,29 +259,22 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """A program on PATH, or beside this interpreter: a venv that is not activated has its ninja
-    there.
-    """
+    """Find a program on PATH or beside this interpreter, as in a venv that is not activated."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _cuda_home() -> Path | None:
-    """The folder of the CUDA toolkit. A bin/nvcc that only forwards to the real one has no headers
-    beside it, so headers decide.
+    """Return the folder of the CUDA toolkit.
+
+    Prefer one with headers: some bin/nvcc only forward to the real one elsewhere.
     """
     asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc")
-    homes = (
-        [Path(asked)]
-        if asked
-        else [Path(path).parents[1] for path in (found and os.path.realpath(found), found) if path]
-    )
-    homes = [
-        home
-        for home in (*homes, *([] if asked else [USUAL_CUDA]))
-        if (home / "bin" / "nvcc").is_file()
-    ]
-    return next(
-        (home for home in homes if (home / "include" / "cuda_runtime_api.h").is_file()),
-        homes[0] if homes else None,
-    )
+    if asked:
+        candidates = [Path(asked)]
+    else:
+        found = shutil.which("nvcc")
+        compilers = [os.path.realpath(found), found] if found else []
+        candidates = [*(Path(path).parents[1] for path in compilers), USUAL_CUDA]
+    homes = [home for home in candidates if (home / "bin" / "nvcc").is_file()]
+    complete = [home for home in homes if (home / "include" / "cuda_runtime_api.h").is_file()]
+    return next(iter(complete + homes), None)

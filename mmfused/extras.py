@@ -1,25 +1,31 @@
-"""Packages that come with an extra of mmfused, and what is said where one is missing."""
+"""Messages for missing optional packages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PACKAGES = {  # by the name they are imported under
+# Extra -> name of the import -> name of the package.
+PACKAGES: dict[str, dict[str, str]] = {
     "models": {
-        **{
-            name: name
-            for name in "timm transformers tokenizers torchvision numpy safetensors tqdm matplotlib".split()
-        },
         "PIL": "pillow",
+        "matplotlib": "matplotlib",
+        "numpy": "numpy",
+        "safetensors": "safetensors",
+        "timm": "timm",
+        "tokenizers": "tokenizers",
+        "torchvision": "torchvision",
+        "tqdm": "tqdm",
+        "transformers": "transformers",
     },
 }
 
 
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Imports within raise ModuleNotFoundError with the pip command where a package of the
-    ``extra`` is missing.
+    """Make failing imports name the missing package of ``extra`` and its pip command.
+
+    They still raise ``ModuleNotFoundError``.
     """
     try:
         yield

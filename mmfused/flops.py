@@ -1,10 +1,11 @@
 """FLOPs of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-As torch counts: 2 m n k for a product of matrices and nothing for the rest, by shapes alone. Pairs
-that keys hide, samples that are skipped and masked tokens count too: only values tell them. What a
-backward has to compute again counts, as the scores of torch's attention do.
+Counted as torch counts: 2 m n k for each matrix product, nothing for anything else, from shapes
+alone. Pairs excluded by keys, skipped samples and masked tokens are counted too, since only values
+show them. What a backward pass recomputes is counted, as torch does for its attention.
 
-The counter imports triton, so it is not imported here: it gets the formulas when another does so.
+The flop counter imports Triton, so this module does not import it. It registers the formulas when
+other code imports the counter.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
 
 import torch
 
@@ -20,25 +22,29 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def add_formula(name: str, formula: Callable[..., int]) -> None:
-    """``formula`` of ``torch.ops.mmfused.<name>``: FLOPs from its arguments, of tensors the shapes,
-    and by name ``out_shape``."""
+    """Register the FLOP formula of ``torch.ops.mmfused.<name>``.
+
+    Args:
+        formula: called with the arguments of the operator, where tensors are replaced by their
+            shapes, and with ``out_shape=``; returns the FLOPs.
+    """
     _formulas[name] = formula
     if _COUNTER in sys.modules:
-        _hand_over()
+        _register()
 
 
-def no_products(*args, out_shape=None) -> int:
-    """The formula of an operator that multiplies no matrices."""
+def no_products(*args: Any, out_shape: Any = None) -> int:
+    """Return 0: the formula of an operator without matrix products."""
     return 0
 
 
-def _hand_over() -> None:
+def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     while _formulas:
         name, formula = _formulas.popitem()
         register_flop_formula(getattr(torch.ops.mmfused, name))(formula)
-    # Composed paths run on torch's attention, which on a CPU has no formula of its own.
+    # Composed paths use torch's attention, which has no formula on a CPU.
     for end in ("", "_backward"):
         known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")
         on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")
@@ -46,20 +52,20 @@ def _hand_over() -> None:
 
 
 class _AtImport:
-    """A finder for ``sys.meta_path``: whoever imports the counter finds the formulas in it."""
+    """A finder for ``sys.meta_path`` that registers the formulas once the counter is imported."""
 
     @staticmethod
-    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name == _COUNTER else None
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module) -> None:
                 execute(module)
-                _hand_over()
+                _register()
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, _AtImport)
+sys.meta_path.insert(0, _AtImport)  # type: ignore[arg-type]

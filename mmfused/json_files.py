@@ -1,21 +1,24 @@
-"""JSON objects from files that may say anything: bounded in size, and each fault in one sentence."""
+"""Reading JSON objects from untrusted files: bounded in size, one sentence for each fault."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-MOST_BYTES = 4 << 20  # of a config; the largest that are published have a hundredth of it
+MOST_BYTES = 4 << 20  # of a config; the largest published ones have a hundredth of that
 
 
-def read_object(path: Path, most: int = MOST_BYTES) -> dict:
-    """The object in the file. FileNotFoundError without a file, ValueError where it is no JSON
-    object or too large.
+def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+    """Return the object in the file.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` where the file is too large or holds no object.
     """
     return parse_object(read_text(path, most), path)
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """Return the text of a UTF-8 file of at most ``most`` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     with open(path, "rb") as file:
@@ -28,7 +31,8 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         raise ValueError(f"{path} is truncated or corrupt: {one_line(error)}") from error
 
 
-def parse_object(text: str, path: Path) -> dict:
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``text``; ``path`` is for errors."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -39,6 +43,6 @@ def parse_object(text: str, path: Path) -> dict:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """What an error says, as part of a sentence."""
+    """Return the message of an error on one line of at most ``most`` characters."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= most else said[:most] + "..."

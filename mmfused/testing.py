@@ -1,15 +1,17 @@
-"""What the tests and the benchmarks share: the error budget, saved bytes, interleaved timing.
+"""Error budgets, saved memory and timing, shared by tests and benchmarks.
 
-The oracle is the reference in float64. An implementation in a lower precision may err twice as much
-as plain PyTorch does with the same formula in that precision, plus one rounding: no fixed
-tolerances, which are too loose for one shape and too tight for another."""
+The reference in float64 is the exact result. An implementation in a lower precision may have twice
+the error of the same formula in plain PyTorch in that precision, plus one rounding. Fixed
+tolerances would be too loose for one shape and too tight for another.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +20,33 @@ from .random import keep_mask as _keep_mask
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """||actual - exact|| / ||exact|| in float64 (the absolute norm where exact is all zero); NaN
-    counts as infinite.
+    """Return ||actual - exact|| / ||exact|| in float64.
+
+    Where ``exact`` is all zero, return the absolute norm; NaN counts as infinite.
     """
     actual, exact = actual.detach().double(), exact.detach().double()
-    error, norm = (
-        torch.linalg.vector_norm(actual - exact).item(),
-        torch.linalg.vector_norm(exact).item(),
-    )
+    error = torch.linalg.vector_norm(actual - exact).item()
+    norm = torch.linalg.vector_norm(exact).item()
     return math.inf if math.isnan(error) else error / norm if norm > 0 else error
 
 
-def over_budget(actual: dict, exact: dict, plain: dict, *, factor: float = 2.0) -> list[str]:
-    """One sentence for each tensor whose error exceeds ``factor`` times plain PyTorch's plus one
-    rounding; empty when all fit.
+def over_budget(
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    *,
+    factor: float = 2.0,
+) -> list[str]:
+    """Return one sentence for each tensor that exceeds its error budget.
 
-    ``exact`` holds float64 tensors by name, ``actual`` and ``plain`` the same names from the tested
-    and the plain implementation."""
+    The budget is ``factor`` times the error of plain PyTorch plus one rounding, relative to the
+    norm.
+
+    Args:
+        actual: results of the tested implementation, by name.
+        exact: the same in float64.
+        plain: the same from plain PyTorch in the dtype of ``actual``.
+    """
     faults = []
     if actual.keys() != exact.keys() or plain.keys() != exact.keys():
         return [f"names differ: {sorted(actual)}, {sorted(exact)}, {sorted(plain)}."]
@@ -56,11 +68,13 @@ def over_budget(actual: dict, exact: dict, plain: dict, *, factor: float = 2.0) 
 
 def value_and_gradients(
     fn: Callable[..., Tensor],
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Any],
     upstream: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Run ``fn(**inputs)``; return {"out": ..., "d<name>": ...} for every floating input that
-    requires grad.
+    """Run ``fn(**inputs)`` forward and backward.
+
+    Returns {"out": ...} and {"d<name>": ...} for every tensor of ``inputs`` that requires grad.
+    ``upstream`` is the gradient of the output, ones by default.
     """
     leaves = {
         k: v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
@@ -77,8 +91,9 @@ def value_and_gradients(
 
 
 def saved_bytes(fn: Callable[[], Tensor], ignore: tuple[Tensor, ...] = ()) -> int:
-    """Bytes that ``fn()`` keeps for its backward: distinct storages, without those of ``ignore``
-    (inputs, parameters).
+    """Return the bytes that ``fn()`` saves for its backward pass.
+
+    Each storage counts once; those of ``ignore`` (inputs, parameters) do not count.
     """
     known = {t.untyped_storage().data_ptr() for t in ignore}
     kept: dict[int, int] = {}
@@ -100,8 +115,10 @@ def interleaved_seconds(
     repeats: int = 21,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Wall seconds of each call, all functions in turn, ``repeats`` times: drift of the machine
-    falls on all of them alike.
+    """Return the wall-clock seconds of each call.
+
+    The functions are called in turn, ``repeats`` times, so that drift of the machine affects all of
+    them alike.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in fns}
@@ -121,7 +138,7 @@ def interleaved_medians(
     repeats: int = 21,
     warmup: int = 2,
 ) -> dict[str, float]:
-    """Median wall seconds of each function, see :func:`interleaved_seconds`."""
+    """Return the median of :func:`interleaved_seconds` for each function."""
     return {
         name: statistics.median(values)
         for name, values in interleaved_seconds(fns, repeats, warmup).items()
@@ -129,10 +146,10 @@ def interleaved_medians(
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
-    """What the ops of this library keep under dropout with ``dropout_seed=seed``, ``shape`` bool,
-    on every backend.
+    """Return the dropout mask of the operators for ``dropout_seed=seed``: True = keep.
 
-    Streams: query pooling 0 (probabilities (B, num_heads, L, N)); gated cross-attention 0
-    (probabilities (B, num_heads, N, M)) and 1 (output (B, N, D)), in the other direction 2 and 3.
+    It is the same on every backend. ``stream`` is 0 for query pooling (probabilities (B, num_heads,
+    L, N)). Gated cross-attention uses 0 for its probabilities (B, num_heads, N, M) and 1 for its
+    output (B, N, D); the other direction uses 2 and 3.
     """
     return _keep_mask(seed, shape, p, stream)

@@ -1,4 +1,4 @@
-"""torch's attention, differentiable twice: its fused backwards are not."""
+"""torch's scaled dot-product attention, with second derivatives."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ def attention(
     attend: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``; under ``create_graph=True`` its gradients are computed
-    anew, by the plain formula.
+    """``F.scaled_dot_product_attention`` that supports ``create_graph=True``.
 
-    q (B, h, L, dk), k (B, h, N, dk), v (B, h, N, dv); ``attend``: bool, broadcast to (B, h, L, N),
-    True = attend, no row empty."""
-    if (
-        k.shape[-2] == 1
-    ):  # v, whatever q and k are: their gradients are 0, not what rounding leaves of dP - rowsum(dO O)
+    torch's fused backward passes have no second derivative; there the gradients are recomputed with
+    the plain formula.
+
+    Args:
+        q, k, v: (B, h, L, dk), (B, h, N, dk), (B, h, N, dv).
+        attend: bool, broadcast to (B, h, L, N), True = attend; no row may be all False.
+        scale: factor of the logits, default dk ** -0.5.
+    """
+    if k.shape[-2] == 1:
+        # The output is v. The gradients of q and k are exactly 0, not the rounding error of
+        # dP - rowsum(dO O).
         return v + (q * 0.0).sum(-1, keepdim=True) + (k * 0.0).sum(-1, keepdim=True)
-    # The compiler refuses second derivatives by itself; torch.func takes no Function of this kind.
+    # torch.compile refuses second derivatives itself; torch.func does not take these functions.
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if plain or not torch.is_grad_enabled() or not any(y.requires_grad for y in (q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale)
     upstream: list[Tensor] = []
     q, k, v = _Inputs.apply(q, k, v, attend, scale, upstream)
-    return _Output.apply(
-        F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale), upstream
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale)
+    return _Output.apply(out, upstream)
 
 
 class _Output(torch.autograd.Function):
-    """The identity. Its backward hands the upstream gradient to that of _Inputs, if a graph of the
-    gradients is wanted.
-    """
+    """The identity; its backward keeps the upstream gradient for _Inputs under create_graph."""
 
     @staticmethod
     def forward(ctx, out, upstream):
@@ -55,9 +57,7 @@ class _Output(torch.autograd.Function):
 
 
 class _Inputs(torch.autograd.Function):
-    """The identity. Its backward passes the gradients of torch's attention on, or makes
-    differentiable ones.
-    """
+    """The identity; its backward recomputes the gradients differentiably under create_graph."""
 
     @staticmethod
     def forward(ctx, q, k, v, attend, scale, upstream):
@@ -69,10 +69,8 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             *inputs, attend = ctx.saved_tensors
-            with (
-                no_autocast(inputs[0].device.type),
-                sdpa_kernel(SDPBackend.MATH),
-            ):  # some call backward under autocast
+            # Some users call backward under autocast.
+            with no_autocast(inputs[0].device.type), sdpa_kernel(SDPBackend.MATH):
                 out = F.scaled_dot_product_attention(*inputs, attn_mask=attend, scale=ctx.scale)
                 wanted = [y for y in inputs if y.requires_grad]
                 made = iter(torch.autograd.grad(out, wanted, ctx.upstream.pop(), create_graph=True))
