@@ -1,16 +1,17 @@
-"""Masked InfoNCE: the batches of CLIP and UNITE training, their baselines, and the least work the
-loss takes.
+"""Benchmark of masked InfoNCE: batches of CLIP and UNITE training, baselines, and minimal work.
 
 All providers of a case compute the same loss of the same embeddings and temperature. Most baselines
-know neither masks nor a second direction: those without masks serve the unmasked cases only; those
-of one direction are called twice where a case is symmetric, which is what their users do. Gradient
-filtering (Cut Cross-Entropy's default) drops most negatives of a large batch, so only its exact
-mode is compared. "bare GEMMs" is no loss but the matrix products alone, the honest ceiling of
-anything built on them."""
+support neither masks nor a second direction: those without masks run the unmasked cases only; those
+of one direction are called twice in a symmetric case, as their users do. Gradient filtering (the
+default of Cut Cross-Entropy) drops most negatives of a large batch, so only its exact mode is
+compared. "bare GEMMs" is no loss: it runs the matrix products alone, the upper bound on the speed
+of anything built on them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,106 +20,50 @@ from torch.utils.checkpoint import checkpoint
 
 import mmfused
 
+from .masked_info_nce_cases import Case, cases, custom, make, modality
 from .measure import Problem, Provider, Unavailable, need_kernels
 
+__all__ = [
+    "OURS",
+    "PROVIDERS",
+    "Case",
+    "cases",
+    "comparable",
+    "custom",
+    "exact",
+    "make",
+    "modality",
+    "reference",
+    "work",
+]
+
 OURS = ("composed", "fused")
-TEMPERATURE = 0.07
 ROWS = 4096  # of a checkpointed chunk
-WHOLE_PAIRS = 2**31  # beyond this many pairs a matrix of them, with its copies, does not fit
-
-
-@dataclass(frozen=True)
-class Case:
-    """``B`` pairs of width ``D``; ``K`` modalities of equal size mask each other, 1: no mask."""
-
-    name: str
-    B: int
-    D: int
-    K: int = 1
-    symmetric: bool = True
-    headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = 2048  # None: nothing new on a CPU
-
-
-CASES = (
-    Case("clip-65536", 65536, 768, headline=True),
-    Case("clip-65536-k4", 65536, 768, K=4),
-    Case("clip-16384-d256", 16384, 256, cpu_B=4096),
-    Case("unite-4096-d1536", 4096, 1536, K=5, symmetric=False),
-    Case("unite-4096-d3584", 4096, 3584, K=5, symmetric=False, cpu_B=None),
-    Case("clip-262144", 262144, 768, cpu_B=None),
-)
-
-
-def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the widths and at most 64
-    pairs (1024 on CUDA).
-    """
-    chosen = (
-        CASES
-        if device_type == "cuda"
-        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
-    )
-    limit = 1024 if device_type == "cuda" else 64
-    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
-
-
-def custom(shape: dict[str, int]) -> Case:
-    """Symmetric, with the user's own sizes."""
-    defaults = {"B": 4096, "D": 768, "K": 1}
-    unknown = sorted(shape.keys() - defaults.keys())
-    if unknown:
-        raise ValueError(
-            f"shape has {', '.join(unknown)}; masked_info_nce takes {', '.join(defaults)}."
-        )
-    sizes = defaults | shape
-    if min(sizes.values()) < 1:
-        raise ValueError(f"shape is {sizes}; all sizes must be positive.")
-    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
-
-
-def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Unit embeddings as training meets them: a common mean (the "cone" of contrastive models) and
-    pairs that are half aligned.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    cone, query = 0.5 * randn(1, case.D), randn(case.B, case.D)
-    candidate = query + randn(case.B, case.D)
-    embeddings = {"query": query + cone, "candidate": candidate + cone}
-    inputs = {
-        name: F.normalize(x, dim=-1).to(dtype).requires_grad_() for name, x in embeddings.items()
-    }
-    temperature = torch.full((1,), TEMPERATURE, device=device, dtype=dtype)
-    return Problem(
-        inputs, {"temperature": temperature}, torch.full((), 1.7, device=device, dtype=dtype)
-    )
-
-
-def modality(case: Case, device: torch.device) -> Tensor | None:
-    """(B,) the key of each pair, in random order; None without a mask."""
-    if case.K == 1:
-        return None
-    order = torch.randperm(case.B, generator=torch.Generator().manual_seed(1))
-    return (order % case.K).to(device)
+WHOLE_PAIRS = 2**31  # a matrix of more pairs, with its copies, does not fit
 
 
 # ---- providers -----------------------------------------------------------------------------------
 
 
 class Loss(nn.Module):
-    """One direction, from query to candidate, in ``direction``; the mean of both where a case is
-    symmetric.
-    """
+    """A loss of one direction, in ``direction``; the mean of both where a case is symmetric."""
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
+    key: Tensor | None
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
-        self.symmetric = case.symmetric
+        self.symmetric: bool = case.symmetric
         self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.register_buffer("key", modality(case, device))
+
+    def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
+        """Compute the loss from query to candidate."""
+        raise NotImplementedError
 
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
         loss = self.direction(query, candidate)
@@ -128,11 +73,18 @@ class Loss(nn.Module):
 
 
 class Eager(Loss):
-    """The usual loss with float32 logits; ``rounded``: logits in the embeddings' dtype, as a matmul
-    under autocast gives them.
+    """The usual loss with float32 logits.
+
+    ``rounded``: logits in the dtype of the embeddings, as a matmul under autocast returns them.
     """
 
-    def __init__(self, case, device, dtype, rounded: bool = False):
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+        rounded: bool = False,
+    ) -> None:
         super().__init__(case, device, dtype)
         self.rounded = rounded
 
@@ -150,15 +102,17 @@ class Eager(Loss):
 
 
 class Chunked(Loss):
-    """A block of rows at a time, made again in backward; each direction by itself."""
+    """A block of rows at a time, computed again in backward; each direction by itself."""
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
-        total, rows = 0.0, torch.arange(len(query), device=query.device)
+        total: Any = 0.0
+        rows = torch.arange(len(query), device=query.device)
         for part, at in zip(query.split(ROWS), rows.split(ROWS), strict=True):
             total = total + checkpoint(self.block, part, candidate, at, use_reentrant=False)
         return total / len(query)
 
     def block(self, query: Tensor, candidate: Tensor, at: Tensor) -> Tensor:
+        """Sum the loss over the rows ``at``."""
         logits = query.float() @ candidate.float().T / self.temperature.float()
         if self.key is not None:
             logits = logits.masked_fill(self.key[at, None] != self.key, float("-inf"))
@@ -166,23 +120,31 @@ class Chunked(Loss):
 
 
 class Head(Loss):
-    """A language model's fused head as a contrastive loss: the candidates are its weight, the
-    temperature goes into the query.
+    """A language model's fused head as a contrastive loss.
+
+    The candidates are its weight, and the query is divided by the temperature.
     """
 
-    def __init__(self, case, device, dtype, head):
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+        head: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
         if case.K > 1:
             raise Unavailable("it has no masks")
         super().__init__(case, device, dtype)
         self.head = head
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
-        return self.head(
-            query / self.temperature, candidate, torch.arange(len(query), device=query.device)
-        )
+        target = torch.arange(len(query), device=query.device)
+        return self.head(query / self.temperature, candidate, target)
 
 
 class Ours(Loss):
+    """The loss of this library."""
+
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
         loss = mmfused.masked_info_nce(
             query,
@@ -196,24 +158,27 @@ class Ours(Loss):
 
 
 class Gemms(Loss):
+    """The matrix products alone."""
+
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
         return Products.apply(query, candidate, self.temperature)
 
 
 class Products(torch.autograd.Function):
-    """The logits forward; the logits again and both gradients backward: 8 B B D FLOPs, a block of
-    rows at a time.
+    """Logits forward; logits again and both gradients backward: 8 B B D FLOPs.
+
+    A block of rows at a time.
     """
 
     @staticmethod
-    def forward(ctx, query, candidate, temperature):
+    def forward(ctx: Any, query: Tensor, candidate: Tensor, temperature: Tensor) -> Tensor:
         ctx.save_for_backward(query, candidate, temperature)
         for part in query.split(ROWS):
             torch.mm(part, candidate.T)
         return query.new_zeros(())
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, candidate, temperature = ctx.saved_tensors
         dq, dc = torch.empty_like(query), torch.zeros_like(candidate)
         for part, into in zip(query.split(ROWS), dq.split(ROWS), strict=True):
@@ -223,7 +188,7 @@ class Products(torch.autograd.Function):
         return dq, dc, torch.zeros_like(temperature)
 
 
-LAYOUT = {"temperature": ("temperature",)}
+LAYOUT: dict[str, tuple[str, ...]] = {"temperature": ("temperature",)}
 
 
 def eager(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -241,8 +206,9 @@ def whole(
     case: Case,
     device: torch.device,
     dtype: torch.dtype,
-    **options,
+    **options: Any,
 ) -> Loss:
+    """Build a loss that stores the matrix of all pairs."""
     if case.B**2 > WHOLE_PAIRS:
         raise Unavailable(f"{case.B} x {case.B} logits and their copies do not fit")
     return kind(case, device, dtype, **options)
@@ -260,10 +226,11 @@ def torch_head(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
     except ImportError as error:
         raise Unavailable("this torch's linear_cross_entropy is not chunked") from error
     options = LinearCrossEntropyOptions(allow_retain_graph=True)
-    return Provider(
-        Head(case, device, dtype, lambda q, c, t: F.linear_cross_entropy(q, c, t, options=options)),
-        LAYOUT,
-    )
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(query, candidate, target, options=options)
+
+    return Provider(Head(case, device, dtype, head), LAYOUT)
 
 
 def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -272,16 +239,16 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
         from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    # The package index has one without this mode (25.1.1), where no threshold means that nothing is
-    # dropped.
-    exact = (
-        {"impl": "cce_exact"}
-        if hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
-        else {"impl": "cce", "filter_eps": None}
-    )
-    return Provider(
-        Head(case, device, dtype, lambda q, c, t: linear_cross_entropy(q, c, t, **exact)), LAYOUT
-    )
+    # The release 25.1.1 of the package index lacks this mode; there, without a threshold, nothing
+    # is dropped.
+    exact = {"impl": "cce", "filter_eps": None}
+    if hasattr(LinearCrossEntropyImpl, "CCE_EXACT"):
+        exact = {"impl": "cce_exact"}
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(query, candidate, target, **exact)
+
+    return Provider(Head(case, device, dtype, head), LAYOUT)
 
 
 def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -290,8 +257,12 @@ def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
         raise Unavailable("liger_kernel is not installed") from error
-    head = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
-    return Provider(Head(case, device, dtype, lambda q, c, t: head(c, q, t)), LAYOUT)
+    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return loss(candidate, query, target)
+
+    return Provider(Head(case, device, dtype, head), LAYOUT)
 
 
 def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -300,9 +271,11 @@ def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         from inf_cl.flash import cal_flash_loss
     except ImportError as error:
         raise Unavailable("inf_cl is not installed") from error
-    return Provider(
-        Head(case, device, dtype, lambda q, c, t: cal_flash_loss(q, c, t).mean()), LAYOUT
-    )
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return cal_flash_loss(query, candidate, target).mean()
+
+    return Provider(Head(case, device, dtype, head), LAYOUT)
 
 
 def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -310,12 +283,12 @@ def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         raise Unavailable(
             "the products of all pairs are no ceiling where a mask saves most of them"
         )
-    return Provider(
-        Gemms(case, device, dtype), LAYOUT, ceiling="no loss: the matrix products alone"
-    )
+    ceiling = "no loss: the matrix products alone"
+    return Provider(Gemms(case, device, dtype), LAYOUT, ceiling=ceiling)
 
 
 def need_cuda(device: torch.device) -> None:
+    """Raise ``Unavailable`` on another device."""
     if device.type != "cuda":
         raise Unavailable("its kernels need CUDA")
 
@@ -329,10 +302,9 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Ours(case, device, dtype), LAYOUT, "fused")
 
 
-reference = (
-    chunked  # the formula in plain PyTorch, at any size: what the error budget is taken from
-)
-PROVIDERS = {
+# The formula in plain PyTorch, at any size: the source of the error budget.
+reference = chunked
+PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
     "eager": eager,
     "eager, autocast": eager_autocast,
     "checkpointed chunks": chunked,
@@ -350,29 +322,27 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The formula in float64, a block of rows at a time."""
+    """Compute the formula in float64, a block of rows at a time."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
-    with mmfused.backend(
-        "composed"
-    ):  # equal to the reference to 1e-10 in float64, which the tests show
-        return (
-            composed(case, problem.device, torch.float64)
-            .load(parameters)
-            .results(Problem(inputs, parameters, problem.upstream.double()))
-        )
+    # Equal to the reference to 1e-10 in float64, as the tests check.
+    with mmfused.backend("composed"):
+        provider = composed(case, problem.device, torch.float64).load(parameters)
+        return provider.results(Problem(inputs, parameters, problem.upstream.double()))
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is compared: all results."""
     return results
 
 
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: logits never in memory, one
-    tile of them for both directions.
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
+    """Return FLOPs and bytes, stage by stage, of the best known algorithm.
+
+    Its logits are never in memory, and both directions share each tile of them.
 
     A share f = 1 / K of the B x B pairs is allowed; a multiply-add is 2 FLOPs, a tensor moves once
     in a stage.
@@ -381,11 +351,13 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
         backward  S again                          2 f B B D     reads Q and C
                   dQ = dS C, dC = dS^T Q           4 f B B D     reads Q and C, writes dQ and dC
 
-    One direction could keep a chunk of S from the forward to the backward; no such form is built,
-    so its floor is the same 8."""
-    pairs, both = case.B * case.B / case.K, 2 * case.B * case.D * itemsize
+    One direction could keep a chunk of S from the forward to the backward; no such form exists
+    here, so its minimum is the same 8.
+    """
+    pairs = case.B * case.B / case.K
+    both = 2 * case.B * case.D * itemsize
 
-    def stage(name, flops, moved):
+    def stage(name: str, flops: float, moved: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": moved}
 
     return {

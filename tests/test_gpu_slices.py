@@ -188,11 +188,11 @@ def test_variants_are_what_runs(tiny_loss, monkeypatch):
 
     ran = []
     for way in ("owner", "chunked"):
-        before = getattr(kernels, f"_{way}", None)
+        before = getattr(kernels, f"{way}_gradients", None)
         assert before is not None
         monkeypatch.setattr(
             kernels,
-            f"_{way}",
+            f"{way}_gradients",
             lambda *a, way=way, before=before, **k: (ran.append(way), before(*a, **k))[1],
         )
     problem = masked_info_nce.make(tiny_loss.cases()[0], torch.device("cpu"), torch.float32)
