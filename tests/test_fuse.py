@@ -35,15 +35,21 @@ from torch import nn
 
 import mmfused
 from mmfused import fuse, unfuse
-from mmfused.fuse import pooling
+from mmfused.fuse import attention as attention_swaps
+from mmfused.fuse import pooling as pooling_swaps
+from mmfused.fuse import q_former as q_former_swaps
 from mmfused.testing import over_budget
 
 
 @pytest.fixture
 def pooled(monkeypatch):
     """One entry for each call that is swapped: the shape of its queries."""
-    module, calls = pooling, []
-    for name in ("query_pooling", "attend"):
+    calls = []
+    for module, name in (
+        (attention_swaps, "attend"),
+        (pooling_swaps, "query_pooling"),
+        (q_former_swaps, "query_pooling"),
+    ):
         real = getattr(module, name)
         monkeypatch.setattr(
             module,
@@ -210,7 +216,7 @@ LEFT = {
     "kdim 20, vdim 36": lambda: nn.MultiheadAttention(D, H, kdim=K),
     "add_bias_kv": lambda: nn.MultiheadAttention(D, H, add_bias_kv=True),
     "add_zero_attn": lambda: nn.MultiheadAttention(D, H, add_zero_attn=True),
-    "no floating-point": lambda: after(torch_attention(), setting("in_proj_weight", INT8)),
+    "not floating-point": lambda: after(torch_attention(), setting("in_proj_weight", INT8)),
     "Self-attention: its tokens": lambda: nn.TransformerEncoderLayer(D, H, 24, dropout=0.0),
     "k_norm is a LayerNorm": lambda: latent(qk_norm=True),
     "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
@@ -253,7 +259,7 @@ def test_unfuse_refuses_what_it_did_not_make():
     model = after(latent(), fuse)
     model.__class__ = type("Wrapped", (type(model),), {})
     with pytest.raises(
-        TypeError, match="unfuse: .root. is a .*Wrapped, made from a fused class; undo that first"
+        TypeError, match="unfuse: .root.: got a .*Wrapped, derived from a fused class"
     ):
         unfuse(model)
     assert "subclass of AttentionPoolLatent" in fuse(model).left[""]
@@ -388,7 +394,7 @@ def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
             )
     q, x = (t[:1].expand(4000, -1, -1) for t in data("q, x").values())
     want, exact = call(model, q, x).detach(), call(model.eval(), q, x).detach()
-    assert "; dropout 0.3 of attention weights acts as before" in fuse(model).swapped[""]
+    assert "; dropout 0.3 of attention weights has the same distribution" in fuse(model).swapped[""]
     torch.testing.assert_close(call(model, q, x), exact, rtol=1e-10, atol=1e-12)
     got = call(model.train(), q, x).detach()
     assert len(pooled) == 2 and not torch.equal(got[0], got[1])

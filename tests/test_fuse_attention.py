@@ -20,8 +20,7 @@ from mmfused import (
     query_pooling,
     unfuse,
 )
-from mmfused.fuse import attention as swap
-from mmfused.fuse import pooling
+from mmfused.fuse import attention
 from mmfused.testing import over_budget
 
 B, N, M, D, E, H = (
@@ -137,8 +136,8 @@ def served(monkeypatch):
     """
     calls = []
     for module, name in (
-        (pooling, "attend"),
-        (swap, "query_pooling"),
+        (attention, "attend"),
+        (attention, "query_pooling"),
     ):
         real = getattr(module, name)
         monkeypatch.setattr(
@@ -207,7 +206,7 @@ def test_same_numbers_in_float64(case, masked, training, served):
     same(results(model, call, inputs), want)
     assert (served.count("attend"), served.count("query_pooling")) == (calls, pooled)
     assert all(
-        "else, self-attention too, as before" in phrase for phrase in report.swapped.values()
+        "any other call, self-attention too, runs" in phrase for phrase in report.swapped.values()
     )
     assert all(
         reason == "Self-attention: its tokens are its queries." for reason in report.left.values()
@@ -350,7 +349,7 @@ def test_dropout_is_distributed_as_before(served):
         return model(a, b, b, need_weights=False)[0].detach()
 
     want, exact = call(), model.eval()(a, b, b, need_weights=False)[0].detach()
-    assert "; dropout 0.3 of attention weights acts as before" in fuse(model).swapped[""]
+    assert "; dropout 0.3 of attention weights has the same distribution" in fuse(model).swapped[""]
     torch.testing.assert_close(call(), exact, rtol=1e-10, atol=1e-12)
     model.train()
     got = call()
@@ -431,7 +430,7 @@ def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix)
     report = fuse(layer)
     assert not report.swapped and report.left.keys() == {"attn"}
     assert report.left["attn"].startswith(
-        "It gives back the attention weights of both directions at every call"
+        "It returns the attention weights of both directions at every call"
     )
     ours = SharedLogits(D, 24, H).to(DEVICE, torch.float64)
     ours.load_state_dict(layer.attn.state_dict())

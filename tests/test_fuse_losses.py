@@ -124,7 +124,7 @@ LEFT_ALONE = {
     "hardness_mode is 'all_negatives'": lambda: ranking_loss(hardness_mode="all_negatives", hardness_strength=2.0),
     "directions are ('query_to_doc', 'query_to_query')": lambda: ranking_loss(directions=("query_to_doc", "query_to_query")),
     "doc_to_query'), joint": lambda: ranking_loss(directions=BOTH["directions"]),
-    "ranking_losses.dot_score: the sweep knows": lambda: ranking_loss(similarity_fct=dot_score),
+    "ranking_losses.dot_score: the sweep supports": lambda: ranking_loss(similarity_fct=dot_score),
     "The compute_loss_from_embeddings of this module was":
         lambda: edited(ranking_loss(), compute_loss_from_embeddings=len),
     "The calculate_loss of this module was replaced": lambda: edited(cached_loss(), calculate_loss=len),
@@ -396,7 +396,8 @@ def test_another_structure_is_left(monkeypatch):
     with monkeypatch.context() as patch:  # of sentence-transformers 5
         patch.setattr(cls, "calculate_loss", lambda self, reps, with_backward=False: None)
         assert (
-            "has another calculate_loss: its structure is another" in fuse(cached_loss()).left[""]
+            "has a different calculate_loss: its structure is different"
+            in fuse(cached_loss()).left[""]
         )
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -409,7 +410,7 @@ def test_another_structure_is_left(monkeypatch):
         patch.delattr(cls, "hardness_mode")
         report = fuse(cached_loss())
         assert (
-            "has no hardness_mode: its structure is another" in report.left[""]
+            "has no hardness_mode: its structure is different" in report.left[""]
             and len(report.left) == 1
         )
     with monkeypatch.context() as patch:

@@ -52,7 +52,8 @@ def test_any_similarity_is_judged(name, cached, swept):
     loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
     report = fuse(loss)
     assert (
-        not report.swapped and f"{name}: the sweep knows cos_sim and dot_score." in report.left[""]
+        not report.swapped
+        and f"{name}: the sweep supports cos_sim and dot_score." in report.left[""]
     )
     later = (cached_loss if cached else ranking_loss)()
     later.load_state_dict(loss.state_dict(), strict=False)
@@ -93,13 +94,13 @@ ODDITIES = {
     "has no world_size": lambda: without(clip_loss(), "world_size"),
     "directions is a NoneType": lambda: edited(ranking_loss(), directions=None),
     "directions is a generator": lambda: edited(ranking_loss(), directions=(x for x in ("query_to_doc",))),
-    "It cannot be judged: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
-    "It cannot be judged: RuntimeError: Boolean": lambda: edited(
+    "It cannot be inspected: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
+    "It cannot be inspected: RuntimeError: Boolean": lambda: edited(
         ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)),
     "mini_batch_size is 'all'": lambda: edited(cached_loss(), mini_batch_size="all"),
     "has no scale": lambda: without(cached_loss(), "loss"),
-    "It cannot be judged: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
-    "It cannot be judged: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
+    "It cannot be inspected: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
+    "It cannot be inspected: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
 }
 # fmt: on
 
@@ -148,12 +149,13 @@ def test_a_swapped_loss_takes_odd_attributes_later(swept):
         hardness_mode="of its own", hardness_strength=torch.ones(2)
     )  # which the original never compares
     want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
-    assert "It cannot be judged: RuntimeError: Boolean" in fuse(ranking).left[""]
+    assert "It cannot be inspected: RuntimeError: Boolean" in fuse(ranking).left[""]
     assert fuse(edited(ranking, hardness_mode=None)).swapped
     assert (
         torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want)
         and not swept
     )
     assert (
-        "already swapped, but runs the original: It cannot be judged" in fuse(ranking).swapped[""]
+        "already swapped, but runs the original: It cannot be inspected"
+        in fuse(ranking).swapped[""]
     )

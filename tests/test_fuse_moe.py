@@ -229,9 +229,9 @@ LEFT = {
     "has_bias is True: the kernels take": changed(lambda m: setattr(m, "has_bias", True)),
     "is_transposed is True": changed(lambda m: setattr(m, "is_transposed", True)),
     "is_concatenated is False": changed(lambda m: setattr(m, "is_concatenated", False)),
-    "have no gate, or one of their own": changed(lambda m: setattr(m, "_apply_gate", len)),
-    "spread over ranks": changed(lambda m: setattr(m, "_is_expert_parallel", True)),
-    "'deepgemm_megamoe', which lays": lambda: after(mixtral(), lambda m: setattr(
+    "have no gate, or a custom one": changed(lambda m: setattr(m, "_apply_gate", len)),
+    "distributed over ranks": changed(lambda m: setattr(m, "_is_expert_parallel", True)),
+    "'deepgemm_megamoe', which changes": lambda: after(mixtral(), lambda m: setattr(
         m.config, "_experts_implementation_internal", "deepgemm_megamoe")),
     "down_proj is a Strange of torch.float32": changed(quantise),
     "down_proj is a Parameter of torch.float8_e4m3fn": changed(eight_bits),
@@ -402,7 +402,7 @@ def test_experts_of_other_ranks(act, backend):
 
 def test_register_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    with pytest.raises(ImportError, match="register_experts: it takes transformers 5 or newer"):
+    with pytest.raises(ImportError, match="register_experts needs transformers 5 or newer"):
         mmfused.register_experts()
 
 

@@ -137,12 +137,12 @@ def test_an_entry_that_names_nothing_raises(argument, entry, model):
         fuse(model, **{argument: ["pooling", entry]})
     assert str(error.value) == (
         f"fuse: {argument}: got {entry!r}, expected 'pooling', 'attention', 'experts', 'losses', or the name of a module in this "
-        "model or a pattern of names."
+        "model or a pattern of names"
     )
     assert [type(module) for module in model.modules()] == types
     for wrong, said in (
-        (3, "fuse: {}: got a int, expected a str or several."),
-        ([3], "fuse: {} holds a int; it takes a str or several."),
+        (3, "fuse: {}: got a int, expected a str or several"),
+        ([3], "fuse: {}: got a int in it, expected a str or several"),
     ):
         with pytest.raises(TypeError) as error:
             fuse(model, **{argument: wrong})
@@ -184,7 +184,7 @@ def test_known_queries_are_counted(make, sizes):
     text, ratio = fuse(make()).expected[""], by_hand(*sizes)
     assert ratio > 1.25 and "by count" in text
     assert f"costs {ratio:.3g} times fewer FLOPs" in text
-    assert ("nothing to gain on a GPU" in text) == (ratio < 2)
+    assert ("no benefit on a GPU" in text) == (ratio < 2)
 
 
 def test_nothing_is_expected_where_keys_and_values_cost_less():
@@ -192,7 +192,7 @@ def test_nothing_is_expected_where_keys_and_values_cost_less():
     times = f"{1 / by_hand(64, 256, 64, 8):.3g} times as much without keys and values"
     assert (
         text
-        == f"nothing by count: with 256 queries of 8 heads a token would cost {times}, so it has them, as before"
+        == f"no benefit by count: with 256 queries of 8 heads a token would cost {times}, so they are computed as before"
     )
 
 
@@ -211,15 +211,14 @@ def test_how_many_queries_still_save(dim, width, heads):
 def test_what_attention_experts_and_losses_expect():
     texts = fuse(Model(), dry_run=True).expected
     assert (
-        "nothing to gain with few tokens, nor in a call that runs as before" in texts["text.cross"]
+        "no benefit with few tokens, nor in a call that runs the original forward"
+        in texts["text.cross"]
     )
     assert (
-        "by count 2 x 32 numbers" in texts["experts"]
-        and "nothing to gain on a CPU" in texts["experts"]
+        "by count 2 x 32 numbers" in texts["experts"] and "no benefit on a CPU" in texts["experts"]
     )
     assert (
-        "no B x B matrix" in texts["losses"]
-        and "nothing to gain in small batches" in texts["losses"]
+        "no B x B matrix" in texts["losses"] and "no benefit with small batches" in texts["losses"]
     )
     assert "up to" in fuse(cross()).expected[""]
 

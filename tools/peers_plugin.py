@@ -85,6 +85,7 @@ def choose_experts(mmfused):
 def fuse_new_losses():
     """Fuse losses, of classes imported by now, as soon as they are made; not their subclasses."""
     import mmfused
+    from mmfused.fuse.base import KINDS
 
     def fusing(cls, original):
         @functools.wraps(original)
@@ -96,7 +97,7 @@ def fuse_new_losses():
         __init__.fuses = True
         return __init__
 
-    for path in mmfused.fuse.KINDS:
+    for path in KINDS:
         module, _, name = path.rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
         if "loss" in path and cls is not None and not hasattr(cls.__init__, "fuses"):

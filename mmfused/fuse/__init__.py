@@ -1,8 +1,10 @@
-"""``fuse(model)``: known modules of other libraries run on the ops of this one, in place."""
+"""``fuse(model)``: known modules of other libraries run on this library's ops, in place."""
 
-from . import attention, experts, losses, pooling  # each registers the classes that it can swap
-from .api import FuseReport, fuse, unfuse
+# Each of these modules registers the classes that it can swap.
+from . import attention, experts, losses, pooling, q_former
+from .api import fuse, unfuse
 from .experts import register_experts
+from .report import FuseReport
 
 __all__ = [
     "FuseReport",
@@ -11,6 +13,7 @@ __all__ = [
     "fuse",
     "losses",
     "pooling",
+    "q_former",
     "register_experts",
     "unfuse",
 ]

@@ -1,17 +1,31 @@
-"""Attention over another input with torch's own weights: by query pooling where that saves work,
-else on torch's attention.
+"""Attention over another input, with the weights of torch's own attention.
+
+It runs as query pooling where that saves work, else on torch's attention.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..children import dense
 from ..library import current_backend
 from ..ops.query_pooling import query_pooling
 from ..ops.query_pooling.functional import cheaper_form
-from .base import LEFT, path_of
+from .base import KINDS, LEFT, path_of
+from .pooling_base import Pooling, Sizes, are_tokens, projections_of, unsupported_dropout
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the tokens, in front of both projections."""
+
+    weight: Tensor | None = None  # (D,); None: no LayerNorm
+    bias: Tensor | None = None  # (D,)
+    eps: float = 1e-5
 
 
 def attend(
@@ -25,16 +39,15 @@ def attend(
     num_heads: int,
     key_padding_mask: Tensor | None,
     dropout_p: float,
-    **norm,
+    norm: Norm,
 ) -> Tensor:
-    """As :func:`mmfused.query_pooling`; projected, it draws torch's dropout, which torch's
-    attention never writes to memory.
+    """Compute :func:`mmfused.query_pooling`, with torch's dropout in the projected form.
 
-    Keys and values are one product, as in nn.MultiheadAttention, but are read where it left them:
-    that copies both."""
+    torch's attention never writes its dropout mask to memory. Keys and values are one product, as
+    in nn.MultiheadAttention, but are read in place, where that module copies both.
+    """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
-        options = dict(num_heads=num_heads, key_padding_mask=key_padding_mask, dropout_p=dropout_p)
         return query_pooling(
             x,
             queries,
@@ -42,44 +55,198 @@ def attend(
             w_v,
             b_v,
             b_k,
-            **options,
+            num_heads=num_heads,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
             form="absorbed" if absorbed else "auto",
-            **norm,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            norm_eps=norm.eps,
         )
-    mask = key_padding_mask
-    if mask is not None:
-        x = x.masked_fill(mask[:, :, None], 0.0)  # ignored tokens may hold NaN
-        mask = ~(mask & ~mask.all(1, keepdim=True))[
-            :, None, None
-        ]  # a sample without tokens is zeroed by the caller
-    if norm:
-        x = F.layer_norm(x, x.shape[-1:], norm["norm_weight"], norm["norm_bias"], norm["norm_eps"])
-    bias = None if b_k is None else torch.cat([b_k, b_v])
+    valid_keys = None
+    if key_padding_mask is not None:
+        x = x.masked_fill(key_padding_mask[:, :, None], 0.0)  # ignored tokens may hold NaN
+        # A fully masked sample attends to all tokens; the caller sets its output to 0.
+        masked = key_padding_mask & ~key_padding_mask.all(1, keepdim=True)
+        valid_keys = ~masked[:, None, None]
+    if norm.weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    bias = None if b_k is None or b_v is None else torch.cat([b_k, b_v])
     kv = F.linear(x, torch.cat([w_k, w_v]), bias)
     q = queries.expand(x.shape[0], *queries.shape[-2:])
     q, k, v = (
         y.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         for y in (q, *kv.split([len(w_k), len(w_v)], -1))
     )
-    return (
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-        .transpose(1, 2)
-        .flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_keys, dropout_p=dropout_p)
+    return out.transpose(1, 2).flatten(2)
+
+
+def why_not_attention(module: nn.MultiheadAttention) -> str | None:
+    """Return the reason against an nn.MultiheadAttention, or None."""
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return "It adds tokens of its own (add_bias_kv or add_zero_attn)."
+    if module.kdim != module.vdim:
+        return f"Keys and values differ in width: kdim {module.kdim}, vdim {module.vdim}."
+    if is_parametrized(module) or is_parametrized(module.out_proj):
+        return "Its weights are parametrized, which the original computes once a call."
+    if not all(weight.is_floating_point() for weight in projections_of(module)):
+        return "Its weights are not floating-point."
+    return unsupported_dropout(module.dropout, "dropout")
+
+
+# At run time the fused class inherits from the module's own class.
+if TYPE_CHECKING:
+    _Original = nn.MultiheadAttention
+else:
+    _Original = object
+
+
+class _MultiheadAttention(Pooling, _Original):
+    family = "attention"
+    required = (
+        "embed_dim",
+        "num_heads",
+        "kdim",
+        "vdim",
+        "in_proj_weight",
+        "q_proj_weight",
+        "in_proj_bias",
+        "out_proj",
+        "bias_k",
+    )
+    description = (
+        "pools, or attends to another input, in calls where key is value and not query, all 3-D, "
+        "with need_weights=False, no attn_mask and no float mask; any other call, self-attention "
+        "too, runs the original forward"
     )
 
+    @staticmethod
+    def sizes(module: nn.MultiheadAttention) -> Sizes:
+        return module.kdim, None, module.embed_dim, module.embed_dim, module.num_heads
 
-def self_attention(name: str, parent: nn.Module) -> str | None:
-    """The reason against an nn.MultiheadAttention of that name in ``parent``, where both tell that
-    it never reads another input.
+    @staticmethod
+    def dropout_of(module: nn.MultiheadAttention) -> float:
+        return module.dropout
+
+    @staticmethod
+    def why_not(module: nn.MultiheadAttention) -> str | None:
+        return why_not_attention(module)
+
+    @staticmethod
+    def why_not_here(
+        module: nn.MultiheadAttention,
+        name: str,
+        model: nn.Module,
+    ) -> str | None:
+        path, _, own = name.rpartition(".")
+        return _self_attention(own, model.get_submodule(path)) if name else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        fits = not need_weights and not is_causal and attn_mask is None
+        fits = fits and key is value and query is not key
+        fits = fits and _MultiheadAttention.why_not(self) is None
+        if not fits or not self._fits(query, key, key_padding_mask):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        x, q = (key, query) if self.batch_first else (key.transpose(0, 1), query.transpose(0, 1))
+        if len(q) == 1 or (len(q) and q.stride(0) == 0):
+            q = q[0]  # one set of queries, expanded over the batch, is projected once
+        out = attend_with(self, x, q, key_padding_mask, batch_first=self.batch_first)
+        return out, None
+
+    def _fits(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+        if not are_tokens(key) or not are_tokens(query):
+            return False
+        if not dense(mask) or not dense(*projections_of(self)):
+            return False
+        batch, tokens = (0, 1) if self.batch_first else (1, 0)
+        got = (query.shape[batch], query.shape[2], key.shape[2])
+        if got != (key.shape[batch], self.embed_dim, self.kdim):
+            return False
+        if mask is None:
+            return True
+        return mask.dtype == torch.bool and mask.shape == (key.shape[batch], key.shape[tokens])
+
+
+def attend_with(
+    mha: nn.MultiheadAttention,
+    x: Tensor,
+    queries: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    batch_first: bool = True,
+    norm: Norm = Norm(),  # noqa: B008, it is immutable
+) -> Tensor:
+    """Return the output of ``mha`` for x (B, N, kdim) and queries (L, E) or (B, L, E).
+
+    It is (B, L, E), or (L, B, E) without ``batch_first``.
+    """
+    *weights, w_out = projections_of(mha)
+    w_q, w_k, w_v = weights[0].chunk(3) if len(weights) == 1 else weights
+    b_q, b_k, b_v = (None,) * 3 if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)
+    out = attend(
+        x,
+        F.linear(queries, w_q, b_q),
+        w_k,
+        w_v,
+        b_v,
+        b_k,
+        num_heads=mha.num_heads,
+        key_padding_mask=key_padding_mask,
+        dropout_p=mha.dropout if mha.training else 0.0,
+        norm=norm,
+    )
+    fully_masked = None if key_padding_mask is None else key_padding_mask.all(1)
+    if not batch_first:
+        # Before the projection, so that the result is contiguous, as the original's is.
+        out = out.transpose(0, 1)
+    out = F.linear(out, w_out, mha.out_proj.bias)
+    if fully_masked is None:
+        return out
+    rows = fully_masked[:, None, None] if batch_first else fully_masked[None, :, None]
+    return out.masked_fill(rows, 0.0)
+
+
+def _self_attention(name: str, parent: nn.Module) -> str | None:
+    """Return the reason against an nn.MultiheadAttention ``name`` in ``parent``, or None.
+
+    The reason is a name or a parent which shows that it never reads another input.
     """
     clip = path_of(type(parent)) == "open_clip.transformer.ResidualAttentionBlock"
     if clip and hasattr(parent, "ln_1_kv"):
-        return "Its keys and values are normalised apart, so that key is not value."
+        return "Its keys and values are normalised separately, so that key is not value."
     return "Self-attention: its tokens are its queries." if clip or "self" in name else None
 
 
-_REASON = "It gives back the attention weights of both directions at every call; query_pooling, which has its outputs, forms none."
+KINDS["torch.nn.modules.activation.MultiheadAttention"] = _MultiheadAttention
+
+_REASON = (
+    "It returns the attention weights of both directions at every call; query_pooling, which gives "
+    "the same outputs, forms none."
+)
 LEFT |= {
-    "transformers.models.grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention": _REASON,
-    "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention": _REASON,
+    f"transformers.models.{model}.modeling_{model}.{prefix}BiMultiHeadAttention": _REASON
+    for model, prefix in {
+        "grounding_dino": "GroundingDino",
+        "mm_grounding_dino": "MMGroundingDino",
+    }.items()
 }

@@ -1,5 +1,6 @@
-"""How a module is swapped without losing its identity: its class becomes a subclass of its own
-class with another forward.
+"""How a module is swapped in place: its class becomes a subclass of its own class.
+
+The subclass has another ``forward``; the module keeps its identity and all its state.
 """
 
 from __future__ import annotations
@@ -9,87 +10,104 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import nn
 
+Family = Literal["pooling", "attention", "experts", "losses"]  # for `only` and `skip` of fuse
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
 KINDS: dict[str, type[Swap]] = {}  # full name of a class -> how its instances are swapped
 LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left
-FAMILIES = ("pooling", "attention", "experts", "losses")  # what `only` and `skip` of fuse select by
-_METHODS = ("forward", "compute_loss_from_embeddings", "calculate_loss")  # what kinds override
+
+# The methods that kinds override.
+_METHODS = ("forward", "compute_loss_from_embeddings", "calculate_loss")
 _classes: dict[type, type] = {}  # a module's own class -> its fused subclass
 
+# A fused class inherits from a kind and then from the module's own class.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
 
-class Swap:
-    """What every kind of swap says of itself.
 
-    ``family``: one of FAMILIES.  ``needs``: the attributes its forward reads.  ``does``: a phrase
-    for the report; ``says``, of one module.  ``gains``: what it is expected to bring, and where
-    nothing; ``expects``, of one module.  ``whole``: the modules inside belong to it and are not
-    swapped themselves.  ``parts``: those of its children that belong to it where not all do.
+class Swap(_Mixin):
+    """Base of all kinds of swap: the fused forward, and what :func:`mmfused.fuse` reports of it."""
 
-    ``why_not(module)``: the reason against swapping it, or None; called in every forward too, for
-    modules are edited afterwards, and where it raises that is a reason.  ``misplaced``: the reason
-    against its place in a model.  ``rewraps``: methods that another module may have wrapped on the
-    instance; ``rewrap``, called after every change of the class, binds what is wrapped anew.
-    """
+    family: ClassVar[Family]
+    required: ClassVar[tuple[str, ...]] = ()  # the attributes that the fused forward reads
+    description: ClassVar[str] = ""  # what a swapped module does, for the report
+    benefit: ClassVar[str] = ""  # the expected benefit, and where there is none
+    owns_children: ClassVar[bool] = True  # the modules inside are not swapped themselves
+    owned_children: ClassVar[tuple[str, ...]] = ()  # names of those, where not all of them are
+    wrappable_methods: ClassVar[tuple[str, ...]] = ()  # may be wrapped on the instance
 
-    family = needs = does = gains = ""
-    whole = True
-    parts: tuple[str, ...] = ()
-    rewraps: tuple[str, ...] = ()
-
-    def __init_subclass__(cls, **options) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "why_not" in vars(cls):
-            cls.why_not = staticmethod(_never_raises(cls.why_not))
-
-    @classmethod
-    def says(cls, module: nn.Module) -> str:
-        return cls.does
-
-    @classmethod
-    def expects(cls, module: nn.Module) -> str:
-        return cls.gains
+            setattr(cls, "why_not", staticmethod(_never_raises(cls.why_not)))  # noqa: B010
 
     @staticmethod
-    def misplaced(module: nn.Module, name: str, model: nn.Module) -> str | None:
+    def why_not(module: Any) -> str | None:
+        """Return the reason against swapping ``module``, or None.
+
+        Every forward calls it too, since modules may be edited later. An exception is a reason.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def why_not_here(module: Any, name: str, model: nn.Module) -> str | None:
+        """Return the reason against swapping ``module`` at its place in ``model``, or None."""
         return None
 
-    @staticmethod
-    def rewrap(module: nn.Module) -> None:
-        pass
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        """Return what this swapped module does."""
+        return cls.description
 
-    def __reduce_ex__(self, protocol):
-        """Copies and pickles name the module's own class, which a fresh process can find, and
-        derive the fused one again.
+    @classmethod
+    def estimate_benefit(cls, module: Any) -> str:
+        """Return the benefit expected of swapping this module."""
+        return cls.benefit
+
+    @staticmethod
+    def rebind(module: Any) -> None:
+        """Bind wrapped methods of the instance to its class, after every change of the class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the module's own class, which any process can import.
+
+        :func:`revive` derives the fused class from it again.
         """
-        made, own = super().__reduce_ex__(protocol), own_class(self)
-        return made if own is type(self) else (revive, (own,), *made[2:])
+        reduced, own = super().__reduce_ex__(protocol), own_class(self)
+        return reduced if own is type(self) else (revive, (own,), *reduced[2:])
 
     def _get_name(self) -> str:
-        return f"Fused{super()._get_name()}"  # printed only: other libraries look modules up by __name__, which stays
+        # Only printed. __name__ stays: other libraries look modules up by it.
+        return f"Fused{super()._get_name()}"
 
 
-def _never_raises(why_not: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
+def _never_raises(why_not: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     @functools.wraps(why_not)
-    def judge(module):
+    def checked(module: Any) -> str | None:
         try:
             return why_not(module)
         except Exception as error:
-            return unclear(error)
+            return not_inspectable(error)
 
-    return judge
-
-
-def unclear(error: Exception) -> str:
-    """The reason against a module that raises when it is looked at."""
-    said = traceback.format_exception_only(error)[-1].strip()  # also of one whose text raises
-    return f"It cannot be judged: {said}"
+    return checked
 
 
-def fused_class(kind: type, cls: type) -> type:
+def not_inspectable(error: Exception) -> str:
+    """Return the reason against a module that raises when it is inspected."""
+    text = traceback.format_exception_only(error)[-1].strip()  # works where str(error) raises too
+    return f"It cannot be inspected: {text}"
+
+
+def fused_class(kind: type[Swap], cls: type) -> type[Swap]:
+    """Return the fused subclass of ``cls``, made once."""
     if cls not in _classes:
-        with warnings.catch_warnings():  # a deprecated class warns of every subclass
+        with warnings.catch_warnings():  # a deprecated class warns about every subclass
             warnings.simplefilter("ignore")
             names = {"__doc__": cls.__doc__, "__module__": __name__}
             _classes[cls] = type(cls.__name__, (kind, cls), names)
@@ -97,53 +115,56 @@ def fused_class(kind: type, cls: type) -> type:
 
 
 def change_class(module: nn.Module, kind: type[Swap], cls: type) -> None:
-    """Wholly, or not at all."""
+    """Give ``module`` the class ``cls``; where that raises, the module is unchanged."""
     before = type(module)
     module.__class__ = cls
     try:
-        kind.rewrap(module)
+        kind.rebind(module)
     except Exception:
         module.__class__ = before
         raise
 
 
 def revive(cls: type) -> nn.Module:
+    """Make an empty instance of the fused subclass of ``cls``, for copies and pickles."""
     return object.__new__(fused_class(KINDS[path_of(cls)], cls))
 
 
 def own_class(module: nn.Module) -> type:
+    """Return the class of ``module`` before it was swapped."""
     cls = type(module)
     return cls.__bases__[-1] if _classes.get(cls.__bases__[-1]) is cls else cls
 
 
-def path_of(cls: type) -> str:
+def path_of(cls: Any) -> str:
+    """Return the full name of a class or function."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def other_version(kind: type, cls: type, module: nn.Module) -> str | None:
-    """Another release may have built the class differently."""
+def version_mismatch(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
+    """Return the reason against a class that another release builds differently, or None."""
     version = f"This version of {cls.__qualname__}"
-    missing = [name for name in kind.needs.split() if not hasattr(module, name)]
+    missing = [name for name in kind.required if not hasattr(module, name)]
     if missing:
-        return f"{version} has no {', '.join(missing)}: its structure is another."
+        return f"{version} has no {', '.join(missing)}: its structure is different."
     for method in (name for name in _METHODS if hasattr(kind, name)):
         own, ours = (inspect.signature(getattr(of, method)).parameters for of in (cls, kind))
         new = own.keys() - ours.keys()
         if new:
             return f"{version} takes {', '.join(sorted(new))}, which fuse does not know."
-        if method != "forward" and _called_as(own) != _called_as(ours):
-            return f"{version} has another {method}: its structure is another."
+        if method != "forward" and _call_form(own) != _call_form(ours):
+            return f"{version} has a different {method}: its structure is different."
     return None
 
 
-def replaced(kind: type, cls: type, module: nn.Module) -> str | None:
-    """Somebody may have changed this instance."""
+def replaced_method(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
+    """Return the reason against an instance with a method of its own, or None."""
     for name in module.__dict__:
         method = name not in vars(nn.Module) and inspect.isroutine(getattr(cls, name, None))
-        if name == "forward" or (method and name not in kind.rewraps):
+        if name == "forward" or (method and name not in kind.wrappable_methods):
             return f"The {name} of this module was replaced on the instance."
     return None
 
 
-def _called_as(parameters: Mapping[str, inspect.Parameter]) -> list[tuple]:
+def _call_form(parameters: Mapping[str, inspect.Parameter]) -> list[tuple[str, Any]]:
     return [(name, parameter.kind) for name, parameter in parameters.items()]

@@ -1,4 +1,4 @@
-"""Which modules :func:`mmfused.fuse` may swap: what its arguments ``only`` and ``skip`` name."""
+"""The choice of modules by the arguments ``only`` and ``skip`` of :func:`mmfused.fuse`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .base import FAMILIES
+from .base import FAMILIES, Family
 
 
 class Selection:
+    """The modules of ``model`` that ``only`` and ``skip`` choose."""
+
     def __init__(
         self,
         model: nn.Module,
         only: str | Iterable[str] | None,
         skip: str | Iterable[str] | None,
-    ):
+    ) -> None:
         self.only = None if only is None else _entries("only", only)
         self.skip = () if skip is None else _entries("skip", skip)
-        self._names: dict[int, set[str]] = {}  # of a module: its own, and of what is around it
+        # By id of a module: its names and those of the modules around it.
+        self._names: dict[int, set[str]] = {}
         if self.only is None and not self.skip:
             return
-        for name, module in model.named_modules(remove_duplicate=False):  # a shared one has several
+        # A shared module has several names.
+        for name, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), set()).update(_with_parents(name))
+        self._check()
+
+    def _check(self) -> None:
         known = set().union(*self._names.values())
         for argument, entries in (("only", self.only or ()), ("skip", self.skip)):
             for entry in entries:
@@ -31,11 +38,11 @@ class Selection:
                     words = ", ".join(map(repr, FAMILIES))
                     raise ValueError(
                         f"fuse: {argument}: got {entry!r}, expected {words}, or the name of a "
-                        "module in this model or a pattern of names."
+                        "module in this model or a pattern of names"
                     )
 
-    def against(self, module: nn.Module, family: str) -> str | None:
-        """The reason why a module of a known type is not chosen; None where it is."""
+    def why_not_chosen(self, module: nn.Module, family: Family) -> str | None:
+        """Return the reason why a module of a known type is not chosen, or None."""
         for entry in self.skip:
             if self._covers(entry, module, family):
                 return f"Not chosen: skip has {entry!r}."
@@ -43,26 +50,29 @@ class Selection:
             return None
         return "Not chosen: only names other modules."
 
-    def names(self, module: nn.Module, head: nn.Module) -> bool:
-        """Whether ``only`` names this module and not the head around it."""
-        entries = (entry for entry in self.only or () if entry not in FAMILIES)
-        return any(self._covers(e, module) and not self._covers(e, head) for e in entries)
+    def names(self, module: nn.Module, owner: nn.Module) -> bool:
+        """Return whether ``only`` names this module and not the ``owner`` around it."""
+        entries = [entry for entry in self.only or () if entry not in FAMILIES]
+        return any(self._covers(e, module) and not self._covers(e, owner) for e in entries)
 
-    def _covers(self, entry: str, module: nn.Module, family: str | None = None) -> bool:
+    def _covers(self, entry: str, module: nn.Module, family: Family | None = None) -> bool:
         return entry == family if entry in FAMILIES else _matches(entry, self._names[id(module)])
 
 
 def _entries(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    takes = "it takes a str or several."
     if isinstance(value, str):
         return (value,)
     try:
         entries = tuple(value)
     except TypeError:
-        raise TypeError(f"fuse: {argument} is a {type(value).__name__}; {takes}") from None
+        raise TypeError(
+            f"fuse: {argument}: got a {type(value).__name__}, expected a str or several"
+        ) from None
     for entry in entries:
         if not isinstance(entry, str):
-            raise TypeError(f"fuse: {argument} holds a {type(entry).__name__}; {takes}")
+            raise TypeError(
+                f"fuse: {argument}: got a {type(entry).__name__} in it, expected a str or several"
+            )
     return entries
 
 

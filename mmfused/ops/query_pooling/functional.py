@@ -279,7 +279,7 @@ def _with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
 # the projections on a CPU (measured break-even: ratio 1.2); on a GPU the small row count keeps it
 # from the GEMM's rate until a measurement says otherwise. Dropout takes the projected form off
 # torch's attention, which makes masks of its own; then fewer FLOPs are enough.
-_ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
+ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
 def flops(
@@ -324,7 +324,7 @@ def cheaper_form(
         num_heads,
         queries.dim() == 2,
     )
-    margin = 1.0 if dropout_p else _ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
+    margin = 1.0 if dropout_p else ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if cost["absorbed"] * margin <= cost["projected"] else "projected"
 
 

@@ -1,0 +1,94 @@
+"""What the pooling modules share: their report, and checks of their inputs and children."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..children import dense, why_called
+from . import counts
+from .base import Swap
+
+Sizes = tuple[int, int | None, int, int, int]
+
+
+class Pooling(Swap):
+    """A module that pools tokens with queries."""
+
+    family = "pooling"
+
+    @staticmethod
+    def sizes(module: Any) -> Sizes:
+        """Return width of the tokens, queries, width of keys, width of values, heads.
+
+        Queries are None where each call brings them.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def dropout_of(module: Any) -> float:
+        """Return the probability with which attention weights are dropped in training."""
+        return 0.0
+
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        """Return what this swapped module does, and that its dropout differs."""
+        p = cls.dropout_of(module)
+        if not p:
+            return cls.description
+        return (
+            f"{cls.description}; dropout {p} of attention weights has the same distribution, but "
+            "drops other weights for the same seed"
+        )
+
+    @classmethod
+    def estimate_benefit(cls, module: Any) -> str:
+        """Return the benefit counted in FLOPs."""
+        return counts.pooling(*cls.sizes(module))
+
+
+def not_linear(linear: nn.Module, name: str) -> str | None:
+    """Return the reason against a child that is more than a weight and a bias, or None."""
+    why = why_called(linear)
+    return why and f"{name} {why}: its weight alone does not determine what it computes."
+
+
+def unsupported_dropout(p: float, name: str) -> str | None:
+    """Return the reason against a dropout probability, or None."""
+    if 0 <= p < 1:
+        return None
+    return f"{name} is {p}: query_pooling takes a number from 0 to below 1."
+
+
+def are_tokens(x: Any) -> bool:
+    """Return whether ``x`` is a plain floating tensor of three dimensions."""
+    return isinstance(x, Tensor) and dense(x) and x.dim() == 3 and x.is_floating_point()
+
+
+def padding_of(mask: Any, heads: int, rows: int, x: Tensor) -> Tensor | None:
+    """Return the key padding mask (B, N), True = ignore, equal to an attention mask, or None.
+
+    ``mask`` is (B, heads, rows, N), True = attend. None: this is not certain. Heads and rows are
+    the same only where their dimension is 1 or expanded. Comparing values, or testing whether a
+    float mask holds only 0 and -inf, would wait for the GPU.
+    """
+    if not isinstance(mask, Tensor) or not dense(mask):
+        return None
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return None
+    sizes = (x.shape[0], heads, rows)
+    broadcasts = all(mask.shape[dim] in (1, size) for dim, size in enumerate(sizes))
+    same = all(mask.shape[dim] == 1 or mask.stride(dim) == 0 for dim in (1, 2))
+    if mask.shape[3] != x.shape[1] or not broadcasts or not same:
+        return None
+    return ~mask[:, 0, 0].expand(x.shape[0], -1)
+
+
+def projections_of(mha: nn.MultiheadAttention) -> list[Tensor]:
+    """Return the weights of the input projections, packed or separate, and of the output."""
+    packed: Tensor | None = mha.in_proj_weight
+    if packed is not None:
+        return [packed, mha.out_proj.weight]
+    return [mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight, mha.out_proj.weight]

@@ -1,0 +1,78 @@
+"""The report of :func:`mmfused.fuse` and its printed table."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+_WIDTH = 100  # characters a line
+_GAP = "  "
+_MOST = (30, 26, 7)  # the widest that the first three columns become
+_HEADER = ("module", "class", "", "what it does now, or why it was left")
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse` did to each known module; printed, it is a table.
+
+    All keys are qualified names; "" is the root. No benefit is measured: "by count" means FLOPs or
+    numbers counted from the module's sizes.
+
+    Attributes:
+        swapped: what each swapped module does now.
+        left: why each other module was left unchanged.
+        expected: for each swapped module, the expected benefit, and where there is none.
+        classes: the name of each module's own class.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    expected: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = []
+        for name, text in self.swapped.items():
+            expected = self.expected.get(name)
+            text = f"{text}.\nexpected: {expected}." if expected else f"{text}."
+            rows.append((name, self.classes.get(name, ""), "swapped", text))
+        for name, text in self.left.items():
+            rows.append((name, self.classes.get(name, ""), "left", text))
+        title = f"fuse: {len(self.swapped)} swapped, {len(self.left)} left"
+        return "\n".join([title, *_table(rows)])
+
+
+class _NameWrapper(textwrap.TextWrapper):
+    """Breaks names after dots and before capitals."""
+
+    wordsep_simple_re = re.compile(r"(?<=\.)|(?<=[a-z0-9])(?=[A-Z])")
+
+
+def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """Return the lines of the table, with rows whose names differ only in numbers as one row."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *rest in rows:
+        groups.setdefault((re.sub(r"\d+", "*", name), *rest), []).append(name or "(root)")
+    cells: list[tuple[str, ...]] = [_HEADER] if groups else []
+    for (pattern, *rest), names in groups.items():
+        cells.append((names[0] if len(names) == 1 else f"{pattern} ({len(names)})", *rest))
+    widths = []
+    for column, most in enumerate(_MOST):
+        widths.append(min(max((len(row[column]) for row in cells), default=0), most))
+    widths.append(_WIDTH - sum(widths) - 3 * len(_GAP))
+    return [line for row in cells for line in _lines(row, widths)]
+
+
+def _lines(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    columns: list[list[str]] = []
+    for cell, width in zip(row, widths, strict=True):
+        wrapper = _NameWrapper if len(columns) < 3 else textwrap.TextWrapper
+        wrap = wrapper(width, break_on_hyphens=False).wrap
+        columns.append([line for part in cell.splitlines() for line in wrap(part)])
+    lines = []
+    for cells in zip_longest(*columns, fillvalue=""):
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append(_GAP.join(padded).rstrip())
+    return lines
