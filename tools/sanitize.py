@@ -1,10 +1,12 @@
-"""Every kernel under compute-sanitizer, at small odd shapes: ``python tools/sanitize.py [OP ...]``,
-on a CUDA GPU.
+"""Run every kernel under compute-sanitizer, at small odd shapes, on a CUDA GPU.
 
-Each tool sees each op in a process of its own, without torch's caching of memory, which would hide
-what lies beyond a tensor. Only this library's kernels are judged: torch's own read uninitialised
-padding and the like. First comes a kernel that is wrong on purpose ("control"): a tool that does
-not see that sees nothing."""
+    python tools/sanitize.py [OP ...]
+
+Each tool runs each op in a process of its own, without torch's caching allocator, which would hide
+accesses beyond a tensor. Only this library's kernels are judged: torch's own read uninitialised
+padding, for instance. A kernel that is wrong on purpose ("control") runs first: a tool that does not
+report it sees none of these kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+if not __package__:  # run as a file: import this checkout, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
@@ -31,15 +33,13 @@ from mmfused.ops import OPS
 
 CONTROL = "control"
 # memcheck: out of bounds, misaligned. racecheck: hazards in shared memory. synccheck: barriers.
-# initcheck: reads of what nobody wrote; it must see every kernel, torch's too, and is the slowest.
+# initcheck: reads of unwritten memory; it must see every kernel, torch's too, and is the slowest.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Parts of names of torch's and the vendor's kernels, which some tools need not look into.
+# Parts of names of torch's and the vendor's kernels, which some tools can skip.
 ELSEWHERE = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
 OPTIONS = {
-    "memcheck": [
-        "--report-api-errors",
-        "no",
-    ],  # torch asks the driver for what it may not have, and handles it
+    # torch handles the driver's refusals, so calls that return an error are no fault
+    "memcheck": ["--report-api-errors", "no"],
     "racecheck": ["--kernel-name-exclude", ELSEWHERE],
     "synccheck": ["--kernel-name-exclude", ELSEWHERE],
     "initcheck": [],
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         default=OUT,
         metavar="DIR",
-        help=f"folder for sanitize.json and the logs of what is not green (default: {OUT})",
+        help=f"folder for sanitize.json and the logs of runs that are not green (default: {OUT})",
     )
     limit = "end a run after this many seconds"
     option(
@@ -83,18 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--launch",
         metavar="OP",
-        help="launch the kernels of one op and nothing else: what runs under the tools",
+        help="only launch the kernels of one op: this runs under the tools",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: all green; 1: something is not. Raises ValueError on a request it cannot serve."""
-    for name, asked, known in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
-        for value in asked:
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}, expected some of {', '.join(known)}")
-    if args.jobs < 1:
-        raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
+    """Return 0 if all runs are green, else 1; raise ValueError on a bad request."""
+    check_request(args)
     sanitizer, folder = find_sanitizer(), Path(args.out)
     tools, ops = args.tool or TOOLS, args.op or OPS
     pairs = [(CONTROL, "memcheck")] if "memcheck" in tools else []
@@ -109,10 +104,9 @@ def run(args: argparse.Namespace) -> int:
             if before.get("source") == sources[op] and before["verdict"] == "green":
                 print(f"{op:22} {tool:10} green already", flush=True)
                 verdicts.append("green")
-            else:
-                waiting.append(
-                    pool.submit(sanitize, sanitizer, op, tool, folder, args.limit_seconds)
-                )
+                continue
+            limit = args.limit_seconds
+            waiting.append(pool.submit(sanitize, sanitizer, op, tool, folder, limit))
         for done in as_completed(waiting):
             result = done.result()
             result["source"] = sources[result["op"]]
@@ -120,44 +114,57 @@ def run(args: argparse.Namespace) -> int:
             verdicts.append(result["verdict"])
             write(found, folder)
             print(line(result), flush=True)
-    finally:  # nothing goes on where this process is ended
+    finally:  # end the children together with this process
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             end(process)
     bad = len(verdicts) - verdicts.count("green")
-    print(
-        f"{len(verdicts)} runs, {bad} not green." + (f" Their logs are in {folder}." if bad else "")
-    )
+    where = f" Their logs are in {folder}." if bad else ""
+    print(f"{len(verdicts)} runs, {bad} not green.{where}")
     return 1 if bad else 0
 
 
+def check_request(args: argparse.Namespace) -> None:
+    for name, values, known in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected some of {', '.join(known)}")
+    if args.jobs < 1:
+        raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
+
+
 def source_of(op: str) -> str:
-    """Of what is launched: the op's sources, and the file that launches it."""
-    launches = hashlib.sha256(
-        Path(__file__).with_name("sanitize_launches.py").read_bytes()
-    ).hexdigest()[:16]
+    """Return a hash of what is launched: the op's sources and the files that launch it."""
+    from mmfused.tools import sanitize_launches
+
+    files = {Path(sanitize_launches.__file__), sanitize_launches.file_of(op)}
+    launches = hashlib.sha256()
+    for path in sorted(files):
+        launches.update(path.read_bytes())
+    launches = launches.hexdigest()[:16]
     return launches if op == CONTROL else f"{source_hash(op)} {launches}"
 
 
 def line(result: dict) -> str:
     count = "?" if result["launches"] is None else sum(result["launches"].values())
-    numbers = f"{count:>4} launches {result['errors']:>4} errors {result['warnings']:>4} warnings {result['seconds']:6.1f} s"
+    numbers = (
+        f"{count:>4} launches {result['errors']:>4} errors {result['warnings']:>4} warnings "
+        f"{result['seconds']:6.1f} s"
+    )
     note = f"  {result['note']}" if result["note"] else ""
     return f"{result['op']:22} {result['tool']:10} {result['verdict']:8} {numbers}{note}"
 
 
 def find_sanitizer() -> str:
-    homes = [home for home in (os.environ.get("CUDA_HOME"), USUAL_CUDA) if home]
     found = [shutil.which("compute-sanitizer")]
-    found += [
-        shutil.which("compute-sanitizer", path=str(Path(home) / place))
-        for home in homes
-        for place in PLACES
-    ]
+    for home in filter(None, (os.environ.get("CUDA_HOME"), USUAL_CUDA)):
+        for place in PLACES:
+            found.append(shutil.which("compute-sanitizer", path=str(Path(home) / place)))
     program = next(filter(None, found), None)
     if program is None:
         raise ValueError(
-            f"compute-sanitizer is neither on PATH nor in CUDA_HOME or {USUAL_CUDA}; it comes with the CUDA toolkit."
+            f"compute-sanitizer is neither on PATH nor in CUDA_HOME or {USUAL_CUDA}; "
+            "it comes with the CUDA toolkit"
         )
     return program
 
@@ -166,34 +173,24 @@ def find_sanitizer() -> str:
 
 
 def sanitize(sanitizer: str, op: str, tool: str, folder: Path, limit: float) -> dict:
-    """What ``tool`` says of the launches of ``op``. The log stays if it is not green."""
+    """Run the launches of ``op`` under ``tool`` and judge them; keep the log if not green."""
     folder.mkdir(parents=True, exist_ok=True)
     log, start = folder / f"sanitize-{op}-{tool}.log", time.monotonic()
-    command = [
-        sanitizer,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        str(ERRORS_FOUND),
-        "--target-processes",
-        "application-only",
-    ]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND)]
+    command += ["--target-processes", "application-only"]
     command += ["--show-backtrace", "no", "--print-limit", "10000", *OPTIONS[tool]]
     command += [sys.executable, str(Path(__file__).resolve()), "--launch", op]
     code = run_limited(command, log, limit)
     text = log.read_text(encoding="utf-8", errors="replace")
-    result = (
-        {"op": op, "tool": tool}
-        | judge(op, text, code, limit)
-        | {"seconds": round(time.monotonic() - start, 1)}
-    )
+    result = {"op": op, "tool": tool} | judge(op, text, code, limit)
+    result["seconds"] = round(time.monotonic() - start, 1)
     if result["verdict"] == "green":
         log.unlink()
     return result
 
 
 def run_limited(command: list[str], log: Path, limit: float) -> int | None:
-    """The exit code, or None where the limit ended it, and all that it had started."""
+    """Return the exit code; None where the limit ended the run and its children."""
     settings = {
         name: value for name, value in os.environ.items() if not name.startswith("MMFUSED_")
     }
@@ -214,16 +211,15 @@ def run_limited(command: list[str], log: Path, limit: float) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill it with all that it has started: the program under the tool, and its compilers."""
+    """Kill the process and its children: the program under the tool, and its compilers."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def judge(op: str, text: str, code: int | None, limit: float) -> dict:
-    launched = next(
-        (json.loads(row.removeprefix(MARK)) for row in text.splitlines() if row.startswith(MARK)),
-        None,
-    )
+    """Return the verdict on one run's output, with the numbers behind it."""
+    rows = [row.removeprefix(MARK) for row in text.splitlines() if row.startswith(MARK)]
+    launched = json.loads(rows[0]) if rows else None
     records, kernels = reports(text), own_kernels()
     ours = [record for record in records if kernels & set(re.findall(r"\w+", record))]
     warnings = [record for record in ours if re.match(r"(warning|info)\b", record, re.IGNORECASE)]
@@ -233,15 +229,15 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
         "device": launched and launched["device"],
         "errors": len(errors),
         "warnings": len(warnings),
-        "elsewhere": len(records) - len(ours),  # of kernels that are not this library's
+        "elsewhere": len(records) - len(ours),  # in kernels that are not this library's
         "reports": list(dict.fromkeys([*errors, *warnings]))[:8],
     }
     verdict, note = "green", ""
     if op == CONTROL:
         if not errors:
-            verdict, note = (
-                "failed",
-                "a kernel that is wrong on purpose was not reported: this tool does not see these kernels",
+            verdict = "failed"
+            note = (
+                "the tool did not report the faulty control kernel: it sees none of these kernels"
             )
     elif errors:
         verdict, note = "errors", errors[0].partition("\n")[0]
@@ -250,17 +246,13 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
     elif "SUMMARY:" not in text:
         verdict, note = "failed", f"compute-sanitizer gave no summary: {last_line(text)}"
     elif launched is None or code not in (0, ERRORS_FOUND):
-        verdict, note = (
-            "failed",
-            f"the launches did not finish, exit code {code}: {last_line(text)}",
-        )
+        verdict = "failed"
+        note = f"the launches did not finish, exit code {code}: {last_line(text)}"
     return {"verdict": verdict, "note": note} | facts
 
 
 def reports(text: str) -> list[str]:
-    """The tool's reports, each a title and what is said beneath it, less indented; without banner,
-    summary and its end.
-    """
+    """Return the tool's reports, a title and its details each, without banner and summary."""
     found: list[str] = []
     for row in text.splitlines():
         matched = re.match(r"={9}( *)(.*)", row)
@@ -278,7 +270,7 @@ def reports(text: str) -> list[str]:
 
 
 def own_kernels() -> set[str]:
-    """Names of this library's kernels, as Triton and nvcc give them to the device."""
+    """Return the names of this library's kernels as Triton and nvcc compile them."""
     folders = {"kernels": "*.py", "csrc": "*.cu", "tools": "sanitize_launches.py"}
     files = [path for folder, pattern in folders.items() for path in (ROOT / folder).rglob(pattern)]
     return {
@@ -313,10 +305,6 @@ def launch(op: str) -> int:
 
     from mmfused.tools import sanitize_launches
 
-    if op not in sanitize_launches.VARIANTS:
-        raise ValueError(
-            f"launch: got {op!r}, expected one of {', '.join(sanitize_launches.VARIANTS)}"
-        )
     launches = sanitize_launches.launch(op)
     device = report.device_name(torch.device(sanitize_launches.DEVICE))
     print(MARK + json.dumps({"device": device, "launches": launches}), flush=True)
@@ -337,7 +325,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # as any other end: so that what runs is ended too
+    # exit through the finally blocks, which end the children
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

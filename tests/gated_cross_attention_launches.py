@@ -1,0 +1,66 @@
+"""Small calls that launch every kernel of gated_cross_attention, for ``tools/sanitize.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import mmfused
+from mmfused.kernels import gated_cross_attention
+from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choose, randn, seed
+
+
+def launches() -> Iterator[Callable[[], None]]:
+    """Widths that are even, odd and above 256: they differ in loads and in the number of launches."""
+    yield lambda: attend(24, 3, dropout=0.2)
+    yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
+    yield lambda: attend(
+        24, 3, context=40, gate="none", pre_norm=False, missing="constant", indicator="batch"
+    )
+    yield lambda: attend(264, 2, lengths=(9, 12), gate="token", missing="attend", dropout=0.2)
+    yield lambda: attend(264, 2, lengths=(9, 12), missing="constant")
+    yield lambda: attend(24, 3, dropout=0.2, dtype=FLOAT)
+    for dtype in (HALF, FLOAT):
+        yield lambda dtype=dtype: attend(24, 3, dropout=0.2, form="block", dtype=dtype)
+    yield lambda: attend(20, 2, context=36, gate="token", missing="zero", form="block")
+    yield lambda: attend(24, 3, context=40, gate="none", pre_norm=False, form="block")
+
+
+def attend(
+    dim,
+    heads,
+    *,
+    lengths=(9, 37),
+    context=None,
+    form="epilogue",
+    dtype=HALF,
+    **options,
+) -> None:
+    """Call a module; one sample lacks a side, one is only padding, the others have some.
+
+    ``context``: the width of the context of ``GatedCrossAttention``; None: both directions.
+    """
+    both, batch = context is None, 4
+    kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention
+    module = kind(dim, heads, **({} if both else dict(context_dim=context)), **options).to(
+        DEVICE, dtype
+    )
+    sides = [
+        randn(batch, length, width, dtype=dtype)
+        for length, width in zip(lengths, (dim, context or dim), strict=True)
+    ]
+    second, ignore = "b" if both else "context", choose(0.3, batch, lengths[1])
+    ignore[2] = True
+    masks = {
+        f"{second}_key_padding_mask": ignore,
+        f"{second}_present": torch.arange(batch, device=DEVICE) != 0,
+    }
+    if both:
+        masks |= dict(
+            a_lengths=torch.tensor([9, 0, 5, 7], device=DEVICE),
+            a_present=torch.arange(batch, device=DEVICE) != 3,
+        )
+    with gated_cross_attention.plans.form(form):
+        outs = module(*sides, dropout_seed=seed(), **masks)
+    backward(outs, *sides, *module.parameters())

@@ -1,0 +1,65 @@
+"""Small calls that launch every kernel of query_pooling, for ``tools/sanitize.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import mmfused
+from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choose, randn, seed
+
+
+def launches() -> Iterator[Callable[[], None]]:
+    yield lambda: pool(3, 70, 36, 3, 2, padding="mask", norm=True, dropout=0.2)
+    yield lambda: pool(3, 37, 64, 2, 1, need_dx=False)
+    yield lambda: pool(2, 70, 100, 9, 2, padding="lengths", per_sample=True, dropout=0.2)
+    yield lambda: pool(2, 21, 1100, 3, 1, padding="mask", norm=True, strided=True)
+    yield lambda: pool(2, 21, 1100, 3, 1, dropout=0.2)
+    yield lambda: pool(3, 70, 36, 5, 1, padding="lengths", norm=True, dtype=FLOAT)
+
+
+def pool(
+    batch,
+    length,
+    dim,
+    queries,
+    heads,
+    *,
+    padding=None,
+    norm=False,
+    per_sample=False,
+    dropout=0.0,
+    need_dx=True,
+    strided=False,
+    dtype=HALF,
+) -> None:
+    """Pool; with padding, the first sample has no token."""
+    x = (
+        randn(length, batch, dim, dtype=dtype).transpose(0, 1)
+        if strided
+        else randn(batch, length, dim, dtype=dtype)
+    )
+    x = x.detach().requires_grad_(need_dx)
+    q = randn(*([batch] if per_sample else []), queries, 8 * heads, dtype=dtype)
+    w_k, w_v = (randn(8 * heads, dim, dtype=dtype, std=dim**-0.5) for _ in range(2))
+    weight, bias = (randn(dim, dtype=dtype), randn(dim, dtype=dtype)) if norm else (None, None)
+    masks = {}
+    if padding == "mask":
+        masks["key_padding_mask"] = choose(0.4, batch, length)
+        masks["key_padding_mask"][0] = True
+    if padding == "lengths":
+        masks["lengths"] = torch.tensor([0, *[length - 5] * (batch - 1)], device=DEVICE)
+    out = mmfused.query_pooling(
+        x,
+        q,
+        w_k,
+        w_v,
+        num_heads=heads,
+        norm_weight=weight,
+        norm_bias=bias,
+        dropout_p=dropout,
+        dropout_seed=seed(),
+        **masks,
+    )
+    backward(out, x, q, w_k, w_v, weight, bias)
