@@ -40,6 +40,7 @@ __all__ = [
     "work",
 ]
 
+SIZES = "B, N, M, D, H"
 OURS = ("composed", "fused", "fused, one block kernel")
 EXACT_CHUNK = 48  # samples in float64 at a time: a multiple of 3, as what samples lack repeats
 ONCE = "compiled in the headline case alone: a run has minutes"

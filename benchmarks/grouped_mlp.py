@@ -22,6 +22,7 @@ import mmfused
 
 from .measure import Problem, Provider, Unavailable, need_kernels
 
+SIZES = "T, D, I, E, k"
 OURS = ("composed", "fused")
 ROUTED = ("uniform", "zipf", "hot", "one-hot", "half")
 DENSE_HIDDEN = (

@@ -26,6 +26,7 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 __all__ = [
     "OURS",
     "PROVIDERS",
+    "SIZES",
     "Case",
     "cases",
     "comparable",
@@ -37,6 +38,7 @@ __all__ = [
     "work",
 ]
 
+SIZES = "B, D, K"
 OURS = ("composed", "fused")
 ROWS = 4096  # of a checkpointed chunk
 WHOLE_PAIRS = 2**31  # a matrix of more pairs, with its copies, does not fit

@@ -1,12 +1,21 @@
-"""The gate and the clock all benchmarks share: accuracy, time, memory and kernels of a provider,
-and the two ceilings.
+"""Check the accuracy of a provider, and measure its time, memory and kernels.
 
-An op's file (query_pooling.py) gives ``cases(device_type, quick)``, ``custom(shape)``, ``make(case,
-device, dtype)`` ->
-:class:`Problem`, ``PROVIDERS`` (name -> builder(case, device, dtype) -> :class:`Provider`),
-``OURS`` (those that must pass), ``reference`` (one more builder), ``exact(case, problem)`` (float64
-results), ``comparable(results)`` and ``work(case, itemsize)``; if it likes ``extras(case, device,
-dtype)``, more for the record, of which ``faults`` are as the gate's."""
+An op's benchmark (query_pooling.py, for instance) defines
+
+    cases(device_type, quick)       the cases; quick ones are small
+    custom(shape)                   a case of the user's own sizes
+    SIZES                           the names of these sizes, for the help text
+    make(case, device, dtype)       -> Problem
+    PROVIDERS                       name -> builder(case, device, dtype) -> Provider
+    OURS                            names of the library's own providers, which must be accurate
+    reference                       the builder of the reference
+    exact(case, problem)            -> float64 results
+    comparable(results)             -> the results that the accuracy check compares
+    work(case, itemsize)            -> FLOPs and bytes of each stage of a pass
+
+and, where it has more to record, ``extras(case, device, dtype)``: a dict merged into the record,
+in which ``faults`` lists what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +26,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +40,11 @@ MAX_COPIES = 64
 
 
 class Unavailable(RuntimeError):
-    """A provider that cannot serve a case on this machine; the message says why."""
+    """A provider cannot compute a case on this machine; the message gives the reason."""
 
 
 def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises Unavailable where the library's kernels cannot be timed."""
+    """Raise Unavailable where the library's kernels cannot be timed."""
     reasons = why_not_fused(device, dtype) or (
         ["interpreted kernels are not timed"] if device.type == "cpu" else []
     )
@@ -43,10 +54,11 @@ def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 @dataclass
 class Problem:
-    """One case as tensors: differentiable inputs, the parameters all providers load, the gradient
-    of the output.
+    """One case as tensors.
 
-    ``evicts``: a call moves many times what the cache holds, and so the next finds nothing there.
+    ``inputs``: differentiable. ``parameters``: loaded by all providers. ``upstream``: the gradient
+    of the output. ``evicts``: a call moves many times the size of the cache, so the next call finds
+    none of its inputs there.
     """
 
     inputs: dict[str, Tensor]
@@ -60,8 +72,9 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What providers are built in: that of the first input. The output, and with it
-        ``upstream``, may be wider.
+        """Return the dtype of the first input, in which providers are built.
+
+        The output, and hence ``upstream``, may be wider.
         """
         return next(iter(self.inputs.values())).dtype
 
@@ -70,19 +83,22 @@ class Problem:
 class Provider:
     """One way to compute a case.
 
-    ``layout``: for each parameter of ``module``, the problem's parameters that are stacked in it
-    along the first axis.
-    ``ceiling``: why this is no way to compute the case, only the work inside it: timed without
-    passing the gate.
-    ``uncompiled``: why it is not compiled.
-    ``within``: what every call and its backward run in, beside the backend.
-    ``drops``: dropout acts when it is timed, on elements of its own: what it computes is judged
-    without."""
+    ``layout``: for each parameter of ``module``, the problem's parameters stacked in it along the
+    first axis.
+    ``backend``: the library's backend that every call and its backward use.
+    ``run``: the compiled module, where it is compiled.
+    ``ceiling``: the reason why this computes only a part of the case; it is timed without an
+    accuracy check.
+    ``uncompiled``: the reason why it is not compiled.
+    ``drops``: it is timed with dropout, which drops other elements than the reference; accuracy is
+    checked without dropout.
+    ``within``: makes a context for every call and its backward.
+    """
 
     module: nn.Module
     layout: dict[str, tuple[str, ...]]
     backend: str | None = None
-    run: Callable[..., Tensor] | None = None  # the compiled module, where it is compiled
+    run: Callable[..., Tensor] | None = None
     ceiling: str | None = None
     uncompiled: str | None = None
     drops: bool = False
@@ -103,21 +119,21 @@ class Provider:
     def load(self, parameters: dict[str, Tensor]) -> Provider:
         names = dict(self.module.named_parameters()).keys()
         if names != self.layout.keys():
-            raise ValueError(f"layout has {sorted(self.layout)}; the module has {sorted(names)}.")
+            raise ValueError(f"layout: got {sorted(self.layout)}, expected {sorted(names)}")
         for name, parts in self.layout.items():
             own = self.module.get_parameter(name)
             own.copy_(torch.cat([parameters[part] for part in parts]).view_as(own))
         return self
 
     def both(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
-        """Forward and backward: the output, then the gradients of all inputs and all parameters."""
+        """Return the output, then the gradients of all inputs and all parameters."""
         leaves = [*inputs, *(self.module.get_parameter(name) for name in self.layout)]
         with self.setting():
             out = (self.module if self.run is None else self.run)(*inputs)
             return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
-        """The output and all gradients by the names that all providers share."""
+        """Return the output and all gradients by the names that all providers share."""
         if self.drops:
             self.module.eval()
         out, *gradients = self.both(tuple(problem.inputs.values()), problem.upstream)
@@ -134,15 +150,17 @@ class Provider:
         return named
 
 
-# ---- the gate ------------------------------------------------------------------------------------
+# ---- the accuracy check --------------------------------------------------------------------------
 
 
-class Gate:
-    """Judges providers by the library's error budget; plain is the reference in the problem's
-    dtype, exact float64.
+class AccuracyCheck:
+    """Check providers against the library's error budget.
+
+    The budget compares a provider's error to the reference's in the same dtype (``plain``), both
+    measured against float64 (``exact``). In a record, the key "gate" holds the result.
     """
 
-    def __init__(self, op, case, problem: Problem):
+    def __init__(self, op: ModuleType, case: Any, problem: Problem) -> None:
         self.op, self.case, self.problem = op, case, problem
         self.exact = op.comparable(op.exact(case, problem))
         self.plain = op.comparable(self.build(op.reference).results(problem))
@@ -153,38 +171,38 @@ class Gate:
         )
 
     def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict]:
-        """Build, compile in ``mode`` if given, and judge: the provider if it may be timed, and what
-        to report of it.
+        """Build a provider, compile it in ``mode`` unless None, and check it.
+
+        Returns the provider if it may be timed, else None, and its entry for the record.
         """
-        report = {"compiled": mode, "gate": "passed", "reasons": []}
+        entry = {"compiled": mode, "gate": "passed", "reasons": []}
         try:
             provider = self.build(self.op.PROVIDERS[name])
             if provider.ceiling is not None:
-                return provider, report | {"gate": "no gate", "reasons": [provider.ceiling]}
+                return provider, entry | {"gate": "not checked", "reasons": [provider.ceiling]}
             if mode is not None and provider.uncompiled is not None:
                 raise Unavailable(provider.uncompiled)
             if mode is not None:
                 provider.run = torch.compile(provider.module, mode=mode, dynamic=False)
-            faults = over_budget(
-                self.op.comparable(provider.results(self.problem)), self.exact, self.plain
-            )
-            if provider.drops:  # what is timed runs too, and its gradients are numbers
-                tensors = provider.both(tuple(self.problem.inputs.values()), self.problem.upstream)
-                faults += (
-                    []
-                    if all(tensor.isfinite().all() for tensor in tensors)
-                    else ["Under dropout it is not finite."]
-                )
+            faults = self.faults(provider)
         except Unavailable as why:
-            return None, report | {"gate": "unavailable", "reasons": [str(why)]}
-        except Exception as error:  # out of memory, a kernel or compiler that refuses the shape, another version's interface
-            return None, report | {
-                "gate": "failed",
-                "reasons": [f"{type(error).__name__}: {first_line(error)}"],
-            }
+            return None, entry | {"gate": "unavailable", "reasons": [str(why)]}
+        except Exception as error:
+            # Out of memory, a shape that a kernel or the compiler refuses, another version's API.
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            return None, entry | {"gate": "failed", "reasons": [reason]}
         if faults:
-            return None, report | {"gate": "failed", "reasons": faults}
-        return provider, report
+            return None, entry | {"gate": "failed", "reasons": faults}
+        return provider, entry
+
+    def faults(self, provider: Provider) -> list[str]:
+        results = self.op.comparable(provider.results(self.problem))
+        faults = over_budget(results, self.exact, self.plain)
+        if provider.drops:
+            tensors = provider.both(tuple(self.problem.inputs.values()), self.problem.upstream)
+            if not all(tensor.isfinite().all() for tensor in tensors):
+                faults.append("results with dropout are not finite")
+        return faults
 
 
 def first_line(error: Exception) -> str:
@@ -195,8 +213,9 @@ def first_line(error: Exception) -> str:
 
 
 def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
-    """The inputs; on CUDA one copy more than twice the L2 cache holds, so that no call finds its
-    inputs there.
+    """Return the inputs; on CUDA as many copies as no call finds in the L2 cache.
+
+    That is one copy more than twice the size of the cache.
     """
     inputs = tuple(problem.inputs.values())
     if problem.device.type != "cuda" or problem.evicts:
@@ -211,17 +230,18 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable]:
-    """What is timed: the forward that builds the graph, forward + backward with all gradients, and
-    of models a whole step.
+    """Return what is timed, by pass.
+
+    ``forward`` builds the autograd graph, ``both`` computes all gradients too, ``step`` is a whole
+    training step of a model.
     """
-    forward = {"forward": lambda inputs: (provider(*inputs).detach(),)}
-    if not backward:
-        return forward
-    both = forward | {"both": lambda inputs: provider.both(inputs, upstream)}
-    trained = provider.layout and hasattr(
-        provider, "step"
-    )  # there are parameters, and an optimiser
-    return both | ({"step": lambda inputs: provider.step(inputs, upstream)} if trained else {})
+    found: dict[str, Callable] = {"forward": lambda inputs: (provider(*inputs).detach(),)}
+    if backward:
+        found["both"] = lambda inputs: provider.both(inputs, upstream)
+        step = getattr(provider, "step", None)
+        if provider.layout and step is not None:  # there are parameters, and an optimiser
+            found["step"] = lambda inputs: step(inputs, upstream)
+    return found
 
 
 def seconds(
@@ -229,8 +249,9 @@ def seconds(
     calls: int,
     repeats: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a call by provider and pass, all in turn. Backward is both minus forward,
-    neighbours in a round.
+    """Return the seconds of a call by provider and pass, timed in turn.
+
+    ``backward`` is ``both`` minus ``forward``, which are neighbours in a round.
     """
     samples: dict[str, dict[str, list[float]]] = {}
     for (name, which), values in interleaved_seconds(bursts, repeats).items():
@@ -248,7 +269,7 @@ def eager_seconds(
     repeats: int,
     backward: bool,
 ) -> dict:
-    """Launched from Python, one call for each copy of the inputs between two synchronisations."""
+    """Time calls from Python, one for each copy of the inputs between two synchronisations."""
     copies = rotation(problem)
 
     def burst(step):
@@ -269,10 +290,12 @@ def graph_seconds(
     repeats: int,
     backward: bool,
 ) -> tuple[dict, dict]:
-    """Replays of CUDA graphs, each with one call for each copy of the inputs; and, by name, why a
-    provider has none.
+    """Time replays of CUDA graphs, each with one call for each copy of the inputs.
+
+    Returns the seconds and, by name, the reason why a provider has no graph.
     """
-    copies, pool, bursts, refused = rotation(problem), torch.cuda.graph_pool_handle(), {}, {}
+    copies, pool = rotation(problem), torch.cuda.graph_pool_handle()
+    bursts, refused = {}, {}
     for name, provider in providers.items():
         try:
             graphs = {
@@ -292,8 +315,9 @@ def capture(
     pool,
     compared: bool = True,
 ) -> torch.cuda.CUDAGraph:
-    """A graph of one step for each copy. Graphs share ``pool``: one runs at a time, and nobody
-    reads what it leaves.
+    """Capture a graph of one step for each copy.
+
+    Graphs share ``pool``: one runs at a time, and its results are not read.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -307,7 +331,7 @@ def capture(
             left = step(inputs)
     graph.replay()
     torch.cuda.synchronize()
-    # A kernel on another stream escapes the capture: output and first gradient (of an input) tell.
+    # A kernel on another stream escapes the capture: compare the output and the first gradient.
     if compared and not all(
         relative_error(got, want) < 1e-2 for got, want in zip(left[:2], wanted[:2], strict=True)
     ):
@@ -319,10 +343,10 @@ def capture(
 
 
 def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
-    """Of one forward + backward: peak bytes above inputs and parameters, bytes kept for the
-    backward, kernels launched.
+    """Measure the memory and kernels of one forward + backward.
 
-    ``forward_kernels``: those of the forward alone. Peak and kernels are None off CUDA.
+    Peak bytes above inputs and parameters, bytes saved for the backward, kernels of both passes and
+    of the forward alone. All but the saved bytes are None without CUDA.
     """
     inputs = tuple(problem.inputs.values())
     saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))
@@ -334,18 +358,16 @@ def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
     provider.both(inputs, problem.upstream)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    kernels = kernel_count(lambda: provider.both(inputs, problem.upstream))
-    forward_kernels = kernel_count(lambda: provider(*inputs))
     return {
         "peak_bytes": peak,
         "saved_bytes": saved,
-        "kernels": kernels,
-        "forward_kernels": forward_kernels,
+        "kernels": kernel_count(lambda: provider.both(inputs, problem.upstream)),
+        "forward_kernels": kernel_count(lambda: provider(*inputs)),
     }
 
 
 def kernel_count(call: Callable) -> int | None:
-    """CUDA kernels of one call; None where the profiler sees none."""
+    """Count the CUDA kernels of one call; None where the profiler sees none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -360,10 +382,10 @@ def kernel_count(call: Callable) -> int | None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The best rates this device shows now: FLOP/s of a large random matmul, bytes/s read and
-    written by a copy.
+    """Measure the best rates of this device now.
 
-    A CPU's are float32's whatever the dtype: many have no arithmetic in the smaller ones.
+    FLOP/s of a large random matmul, bytes/s read and written by a copy. On a CPU always in float32:
+    many CPUs have no arithmetic in smaller dtypes.
     """
     on_cuda = device.type == "cuda"
     size, elements, dtype = (8192, 2**29, dtype) if on_cuda else (1024, 2**25, torch.float32)
@@ -380,8 +402,10 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def floor_seconds(work: dict[str, list[dict]], rates: dict[str, float]) -> dict[str, float]:
-    """The least time of each pass: the sum over its stages of what their FLOPs or their bytes take
-    at the ceilings.
+    """Return the least time of each pass.
+
+    That is the sum over its stages of the time of their FLOPs or of their bytes at the ceilings,
+    whichever is longer.
     """
     peak, bandwidth = rates["flops_per_second"], rates["bytes_per_second"]
     floors = {
@@ -392,10 +416,11 @@ def floor_seconds(work: dict[str, list[dict]], rates: dict[str, float]) -> dict[
 
 
 class Budget:
-    """Seconds from now after which nothing more is compiled; None: no limit."""
+    """Limit the seconds from now in which anything is compiled; None: no limit."""
 
-    def __init__(self, limit: float | None):
-        self.limit, self.start = limit, time.monotonic()
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.start = time.monotonic()
 
     def spent(self) -> bool:
         return self.limit is not None and time.monotonic() - self.start > self.limit

@@ -22,6 +22,7 @@ import mmfused
 
 from .measure import Problem, Provider, Unavailable, need_kernels
 
+SIZES = "B, N, D, L queries, H heads"
 OURS = ("composed", "fused")
 EXACT_CHUNK = 64  # samples in float64 at a time
 

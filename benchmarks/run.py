@@ -1,9 +1,11 @@
-"""Gate and time one op against its baselines: ``python benchmarks/run.py OP``, or ``mmfused bench
-OP``.
+"""Check and time one op against its baselines.
 
-Every provider of a case first passes the accuracy gate, in the shape and with the compiled code
-that is then timed. Who fails is reported and not timed; where that is one of the library's own, the
-exit code is 1."""
+    python benchmarks/run.py OP        or        mmfused bench OP
+
+Every provider of a case first passes the accuracy check, in the shape and with the compiled code
+that is then timed. A provider that fails is reported and not timed; if it is one of the library's
+own, the exit code is 1.
+"""
 
 from __future__ import annotations
 
@@ -14,81 +16,65 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
-if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+if not __package__:  # run as a file: import this checkout, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused import ops
-from mmfused.benchmarks import measure, report
+from mmfused.benchmarks import charts, measure, report, tables
 from mmfused.benchmarks.sources import ROOT, source_hash
 
 OPS = (*ops.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-UNFINISHED = 3  # exit code: all is well, and some cases wait for another run
+UNFINISHED = 3  # exit code: nothing is wrong, and some cases are left for another run
 BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = "runs/bench"  # for what must not replace committed results
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> None:
-    """The options of this script and of ``mmfused bench``, which differ in the default of
-    ``--out``.
-    """
+    """Add the options of this script and of ``mmfused bench``, which differ in ``--out``."""
     parser.add_argument("op", metavar="OP", help=f"one of {', '.join(OPS)}")
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
-    sizes = "query_pooling: B, N, D, L queries, H heads; masked_info_nce: B, D, K"
-    sizes += "; topk_routing: T, E, k, D, S; grouped_mlp: T, D, I, E, k; gated_cross_attention: B, N, M, D, H; models: none"
+    sizes = "; ".join(f"{op}: {load_op(op).SIZES}" for op in ops.OPS)
     option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
-    option(
-        "--dtype",
-        metavar="DTYPE",
-        help=f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)",
-    )
+    dtypes = f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)"
+    option("--dtype", metavar="DTYPE", help=dtypes)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--forward", dest="backward", action="store_false", help="time the forward alone"
+    forward = "time the forward alone"
+    which.add_argument("--forward", dest="backward", action="store_false", help=forward)
+    both = "time forward, backward and both (default)"
+    which.add_argument("--backward", action="store_true", default=True, help=both)
+    repeats = "samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)"
+    option("--repeats", type=int, metavar="N", help=repeats)
+    quick = "small batches and few samples: shows that everything works, not how fast"
+    option("--quick", action="store_true", help=quick)
+    compiled = "also time everything compiled (default: on CUDA)"
+    option("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    part = "only the I-th of N parts of the cases, to run the parts one by one"
+    option("--slice", metavar="I/N", help=part)
+    limit = (
+        "compile nothing more after these seconds, and report what was skipped "
+        f"(default: {BUDGET_SECONDS:.0f} on CUDA, else no limit)"
     )
-    which.add_argument(
-        "--backward",
-        action="store_true",
-        default=True,
-        help="time forward, backward and both (default)",
-    )
-    option(
-        "--repeats",
-        type=int,
-        metavar="N",
-        help="samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)",
-    )
-    option(
-        "--quick",
-        action="store_true",
-        help="small batches, few samples: shows that all works, not how fast",
-    )
-    option(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="also time everything compiled (default: on CUDA)",
-    )
-    option(
-        "--slice",
-        metavar="I/N",
-        help="only the I-th of N parts of the cases, to run the parts one by one",
-    )
-    limit = f"after these seconds compile nothing more, and say so (default: {BUDGET_SECONDS:.0f} on CUDA, else no limit)"
     option("--budget-seconds", type=float, metavar="S", help=limit)
-    resume = "pass over cases measured already with these sources, versions and settings; begin none once the budget is spent"
-    option("--resume", action="store_true", help=f"{resume} (exit code {UNFINISHED}: some wait)")
+    resume = (
+        "skip cases already measured with these sources, versions and settings; begin none once "
+        f"the budget is spent (exit code {UNFINISHED}: some are left)"
+    )
+    option("--resume", action="store_true", help=resume)
     where = out or f"benchmarks/results/<device>, {SCRATCH} if --quick"
     option("--out", default=out, metavar="DIR", help=f"folder for the results (default: {where})")
 
 
 @dataclass
 class Settings:
-    """What is asked for, and the machine it is asked of."""
+    """The request, and the device it runs on."""
 
     device: torch.device
     dtype: torch.dtype
@@ -99,18 +85,20 @@ class Settings:
     budget: measure.Budget
 
     def facts(self) -> dict:
-        """What two records must share to be of the same measurement, beside the case and the
-        machine.
-        """
-        names = ("repeats", "backward", "compiled", "quick")
-        return {"dtype": str(self.dtype).removeprefix("torch.")} | {
-            name: getattr(self, name) for name in names
+        """Return what two records of one measurement share, beside the case and the machine."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "repeats": self.repeats,
+            "backward": self.backward,
+            "compiled": self.compiled,
+            "quick": self.quick,
         }
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: measured; 1: one of the library's own failed the gate; 3: see ``--resume``. Raises
-    ValueError on a bad request.
+    """Measure the chosen cases; raise ValueError on a bad request.
+
+    Returns 0: measured; 1: a provider of the library is not accurate; 3: see ``--resume``.
     """
     settings = chosen_settings(args)
     device, op = settings.device, load_op(args.op)
@@ -125,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             if not any(measured(case, settings, facts, record) for record in known)
         ]
         if not cases:
-            print(f"{args.op}: all of it is measured already, in {folder}.")
+            print(f"{args.op}: all cases are measured already, in {folder}.")
             return 0
     facts |= {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     rates = measure.ceilings(device, settings.dtype)
@@ -136,28 +124,37 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         if args.resume and records and settings.budget.spent():
             break
-        begun = time.monotonic()
-        record = describe(args.op, op, case, settings, rates) | {"environment": facts}
-        record["providers"] = measure_case(op, case, settings)
-        if hasattr(op, "extras") and not faults_of(op, record):
-            record |= op.extras(case, device, settings.dtype)
-        record["took_seconds"] = time.monotonic() - begun
+        record = measured_record(args.op, op, case, settings, rates) | {"environment": facts}
         report.write_record(record, folder)
         records.append(record)
     finish(args.op, op, records, folder)
     if faults := [fault for record in records for fault in faults_of(op, record)]:
-        print("FAILED the accuracy gate:", *faults, sep="\n  ")
+        print("FAILED the accuracy check:", *faults, sep="\n  ")
         return 1
     waiting = [case.name for case in cases[len(records) :]]
     if waiting:
-        print(f"The budget is spent: {', '.join(waiting)} wait for another run with --resume.")
+        print(f"The budget is spent. Not measured: {', '.join(waiting)}; continue with --resume.")
     return UNFINISHED if waiting else 0
 
 
-def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
-    """Whether ``record`` is of this case, by these sources, versions and settings, green, and
-    nothing left out for want of time.
-    """
+def measured_record(
+    name: str,
+    op: ModuleType,
+    case: Any,
+    settings: Settings,
+    rates: dict[str, float],
+) -> dict:
+    begun = time.monotonic()
+    record = describe(name, op, case, settings, rates)
+    record["providers"] = measure_case(op, case, settings)
+    if hasattr(op, "extras") and not faults_of(op, record):
+        record |= op.extras(case, settings.device, settings.dtype)
+    record["took_seconds"] = time.monotonic() - begun
+    return record
+
+
+def measured(case: Any, settings: Settings, facts: dict, record: dict) -> bool:
+    """Return whether ``record`` is complete, accurate, and of this case, sources and settings."""
     op, here = load_op(record["op"]), ("device", "versions", "source")
     return (
         record["case"] == asdict(case)
@@ -169,10 +166,8 @@ def measured(case, settings: Settings, facts: dict, record: dict) -> bool:
     )
 
 
-def faults_of(op, record: dict) -> list[str]:
-    """What is wrong with the library's own providers of this case, and with what else was measured
-    of it.
-    """
+def faults_of(op: ModuleType, record: dict) -> list[str]:
+    """Return what is wrong with the library's own providers and with the extras of this case."""
     case, faults = record["case"]["name"], list(record.get("faults", []))
     for label, found in record["providers"].items():
         if found["gate"] == "failed" and report.eager_name(label) in op.OURS:
@@ -180,7 +175,13 @@ def faults_of(op, record: dict) -> list[str]:
     return faults
 
 
-def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -> dict:
+def describe(
+    name: str,
+    op: ModuleType,
+    case: Any,
+    settings: Settings,
+    rates: dict[str, float],
+) -> dict:
     work = op.work(case, settings.dtype.itemsize)
     return {
         "op": name,
@@ -196,58 +197,54 @@ def describe(name: str, op, case, settings: Settings, rates: dict[str, float]) -
     }
 
 
-def measure_case(op, case, settings: Settings) -> dict[str, dict]:
-    """What to report of each provider. Who fails the gate is not timed."""
+def measure_case(op: ModuleType, case: Any, settings: Settings) -> dict[str, dict]:
+    """Check and time each provider; return its entry for the record by label."""
     if settings.compiled:
-        torch._dynamo.reset()  # what is compiled for one case must not count against the next
+        torch._dynamo.reset()  # each case has its own limit of recompilations
     if settings.device.type == "cuda":
-        torch.cuda.empty_cache()  # the last case's blocks have other sizes
+        torch.cuda.empty_cache()  # free the last case's blocks: their sizes do not fit
     problem = op.make(case, settings.device, settings.dtype)
-    gate = measure.Gate(op, case, problem)
+    check = measure.AccuracyCheck(op, case, problem)
     providers, found = {}, {}
     for label, name, mode in variants(op, case, settings):
         if mode is not None and settings.budget.spent():
-            provider, why = (
-                None,
-                f"the budget of {settings.budget.limit:.0f} s was spent before it was compiled",
-            )
-            found[label] = {"compiled": mode, "gate": "skipped", "reasons": [why]}
+            limit = settings.budget.limit
+            why = f"the budget of {limit:.0f} s was spent before it was compiled"
+            provider, entry = None, {"compiled": mode, "gate": "skipped", "reasons": [why]}
         else:
-            provider, found[label] = gate.admit(name, mode)
-        print(
-            f"{case.name}: {label}: {'; '.join([found[label]['gate'], *found[label]['reasons']])}",
-            flush=True,
-        )
+            provider, entry = check.admit(name, mode)
+        print(f"{case.name}: {label}: {'; '.join([entry['gate'], *entry['reasons']])}", flush=True)
+        found[label] = entry
         if provider is not None:
             providers[label] = provider
-    del gate  # its float64 results are large
+    del check  # its float64 results are large
     clock(providers, found, problem, settings)
     return found
 
 
-def variants(op, case, settings: Settings) -> list[tuple[str, str, str | None]]:
-    """(label, provider, compile mode) of all that is measured, the compiled ones last."""
-    eager = [(name, name, None) for name in op.PROVIDERS]
-    mode = (
-        "max-autotune-no-cudagraphs"
-        if case.headline and settings.device.type == "cuda"
-        else "default"
-    )
-    return eager + [(f"{name}, compiled", name, mode) for name in op.PROVIDERS if settings.compiled]
+def variants(op: ModuleType, case: Any, settings: Settings) -> list[tuple[str, str, str | None]]:
+    """Return (label, provider, compile mode) of all that is measured, the compiled ones last."""
+    found: list[tuple[str, str, str | None]] = [(name, name, None) for name in op.PROVIDERS]
+    autotuned = case.headline and settings.device.type == "cuda"
+    mode = "max-autotune-no-cudagraphs" if autotuned else "default"
+    if settings.compiled:
+        found += [(f"{name}, compiled", name, mode) for name in op.PROVIDERS]
+    return found
 
 
-def clock(providers: dict, found: dict[str, dict], problem, settings: Settings) -> None:
+def clock(
+    providers: dict[str, measure.Provider],
+    found: dict[str, dict],
+    problem: measure.Problem,
+    settings: Settings,
+) -> None:
     """Add memory, kernels and times to what is ``found`` about each provider."""
     for label, provider in providers.items():
         found[label] |= measure.footprint(provider, problem) | {"seconds": {}}
-    launches = {
-        "eager": measure.eager_seconds(providers, problem, settings.repeats, settings.backward)
-    }
+    how = (providers, problem, settings.repeats, settings.backward)
+    launches = {"eager": measure.eager_seconds(*how)}
     if settings.device.type == "cuda":
-        replays, refused = measure.graph_seconds(
-            providers, problem, settings.repeats, settings.backward
-        )
-        launches["graph"] = replays
+        launches["graph"], refused = measure.graph_seconds(*how)
         for label, why in refused.items():
             found[label]["reasons"].append(why)
     for launch, samples in launches.items():
@@ -255,19 +252,19 @@ def clock(providers: dict, found: dict[str, dict], problem, settings: Settings) 
             found[label]["seconds"][launch] = passes
 
 
-def finish(name: str, op, records: list[dict], folder: Path) -> None:
+def finish(name: str, op: ModuleType, records: list[dict], folder: Path) -> None:
     everything = report.read_records(name, folder)
     report.write_csv(name, everything, folder)
-    note = report.draw(name, records, everything, folder)
+    note = charts.draw(name, records, everything, folder)
     for record in records:
-        print("", report.table(record, op.OURS), sep="\n")
+        print("", tables.table(record, op.OURS), sep="\n")
     print(f"\nRaw samples, CSV and pictures are in {folder}.", *([note] if note else []))
 
 
 # ---- the request ---------------------------------------------------------------------------------
 
 
-def load_op(name: str):
+def load_op(name: str) -> ModuleType:
     if name not in OPS:
         raise ValueError(f"op: got {name!r}, expected one of {', '.join(OPS)}")
     return importlib.import_module(f"mmfused.benchmarks.{name}")
@@ -279,26 +276,36 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     dtype = args.dtype or ("bf16" if on_cuda else "fp32")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    repeats = (3 if args.quick else 31 if on_cuda else 21) if args.repeats is None else args.repeats
+    usual = 3 if args.quick else 31 if on_cuda else 21
+    repeats = usual if args.repeats is None else args.repeats
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
     limit = BUDGET_SECONDS if args.budget_seconds is None and on_cuda else args.budget_seconds
     compiled = on_cuda if args.compile is None else args.compile
     return Settings(
-        device, DTYPES[dtype], repeats, args.backward, compiled, args.quick, measure.Budget(limit)
+        device=device,
+        dtype=DTYPES[dtype],
+        repeats=repeats,
+        backward=args.backward,
+        compiled=compiled,
+        quick=args.quick,
+        budget=measure.Budget(limit),
     )
 
 
-def chosen_cases(args: argparse.Namespace, op, device: torch.device) -> list:
+def chosen_cases(args: argparse.Namespace, op: ModuleType, device: torch.device) -> list[Any]:
     if args.shape:
         if args.case or args.slice:
-            raise ValueError("shape is given with case or slice; it is one case by itself.")
+            raise ValueError(
+                f"shape: got {args.shape!r} with case or slice, expected neither: it is one case"
+            )
         return [op.custom(parse_shape(args.shape))]
     cases = {case.name: case for case in op.cases(device.type, args.quick)}
     for name in args.case or ():
         if name not in cases:
+            known = ", ".join(cases)
             raise ValueError(
-                f"case is {name!r}; {args.op} on {device.type} takes one of {', '.join(cases)}."
+                f"{args.op} on {device.type}: case: got {name!r}, expected one of {known}"
             )
     return sliced([cases[name] for name in args.case or cases], args.slice)
 
@@ -309,7 +316,7 @@ def chosen_folder(args: argparse.Namespace, device_name: str) -> Path:
     return RESULTS / report.slug(device_name)
 
 
-def sliced(cases: list, part: str | None) -> list:
+def sliced(cases: list[Any], part: str | None) -> list[Any]:
     if part is None:
         return cases
     index, _, count = part.partition("/")
@@ -327,7 +334,7 @@ def parse_shape(text: str) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/run.py", description="Gate and time one op against its baselines."
+        prog="benchmarks/run.py", description="Check and time one op against its baselines."
     )
     add_arguments(parser)
     try:

@@ -26,24 +26,28 @@ PROVIDERS = sorted({provider for op in OPS.values() for provider in op.PROVIDERS
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """The op, the case, and the gate of its problem, shared by all its providers."""
+    """The op, the case, and the accuracy check of its problem, shared by all its providers."""
     name, case = request.param
-    return OPS[name], case, measure.Gate(OPS[name], case, OPS[name].make(case, DEVICE, DTYPE))
+    return (
+        OPS[name],
+        case,
+        measure.AccuracyCheck(OPS[name], case, OPS[name].make(case, DEVICE, DTYPE)),
+    )
 
 
 @pytest.mark.parametrize("which", ["forward", "both"])
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_speed(benchmark, case, name, which):
-    op, case, gate = case
+    op, case, check = case
     if name not in op.PROVIDERS:
         pytest.skip(f"{name} is no provider of this op")
-    provider, report = gate.admit(name, None)
+    provider, report = check.admit(name, None)
     why = "; ".join([report["gate"], *report["reasons"]])
     assert report["gate"] != "failed" or name not in op.OURS, why
     if provider is None:
         pytest.skip(why)
-    copies = measure.rotation(gate.problem)
-    step = measure.steps(provider, gate.problem.upstream, backward=True)[which]
+    copies = measure.rotation(check.problem)
+    step = measure.steps(provider, check.problem.upstream, backward=True)[which]
     benchmark.group = f"{case.name} {which}"
     benchmark.extra_info.update(calls=len(copies), dtype=str(DTYPE))
     benchmark.pedantic(burst, (step, copies), rounds=11, warmup_rounds=2)

@@ -24,6 +24,7 @@ from mmfused import extension, library
 
 from .measure import Problem, Provider, Unavailable, need_kernels
 
+SIZES = "T, E, k, D, S"
 OURS = ("composed", "fused C++", "fused")
 MARGIN = 1e-4  # between logits that decide a choice: far beyond what a float32 product of any order loses
 LOSS_GRADIENTS = (

@@ -34,22 +34,22 @@ def small_machine(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=STEPS)
-def gate(request):
+def check(request):
     """In float64, where every provider computes the same to rounding."""
     case = tiny(request.param)
-    return measure.Gate(models, case, models.make(case, CPU, torch.float64))
+    return measure.AccuracyCheck(models, case, models.make(case, CPU, torch.float64))
 
 
-def test_every_provider_computes_the_model(gate):
+def test_every_provider_computes_the_model(check):
     for name in (models.BASELINE, "composed"):
-        results = gate.build(models.PROVIDERS[name]).results(gate.problem)
-        torch.testing.assert_close(models.comparable(results), gate.exact, rtol=1e-9, atol=1e-12)
+        results = check.build(models.PROVIDERS[name]).results(check.problem)
+        torch.testing.assert_close(models.comparable(results), check.exact, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
-        gate.plain, gate.exact, rtol=1e-9, atol=1e-12
+        check.plain, check.exact, rtol=1e-9, atol=1e-12
     )  # float64's composed path is the reference
-    parameters = {f"d{name}" for name in (*gate.problem.inputs, *gate.problem.parameters)}
+    parameters = {f"d{name}" for name in (*check.problem.inputs, *check.problem.parameters)}
     assert results.keys() == {"out"} | parameters  # every gradient is judged
-    assert all(tensor.count_nonzero() for tensor in gate.exact.values())  # and says something
+    assert all(tensor.count_nonzero() for tensor in check.exact.values())  # and says something
 
 
 class Operators(TorchDispatchMode):
@@ -62,9 +62,9 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def used(gate, name: str) -> tuple[set[str], set[str]]:
+def used(check, name: str) -> tuple[set[str], set[str]]:
     """Of a forward and backward: operators, and functions of the ops' files."""
-    provider, functions = gate.build(models.PROVIDERS[name]), set()
+    provider, functions = check.build(models.PROVIDERS[name]), set()
 
     def note(frame, event, _):
         if event == "call" and "/mmfused/ops/" in frame.f_code.co_filename.replace("\\", "/"):
@@ -74,49 +74,51 @@ def used(gate, name: str) -> tuple[set[str], set[str]]:
     sys.setprofile(note)
     try:
         with Operators() as operators:
-            provider.results(gate.problem)
+            provider.results(check.problem)
     finally:
         sys.setprofile(before)
     return operators.names, functions
 
 
-def test_the_baseline_uses_no_op(gate):
-    operators, functions = used(gate, models.BASELINE)
+def test_the_baseline_uses_no_op(check):
+    operators, functions = used(check, models.BASELINE)
     assert operators and not [name for name in operators if name.startswith("mmfused")]
     assert functions <= PLAIN, functions - PLAIN
     assert (
-        not used(gate, "composed")[1] <= PLAIN
+        not used(check, "composed")[1] <= PLAIN
     )  # the library's model does use them, and this sees it
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
 def test_a_baseline_with_another_weight_fails(name):
-    gate = measure.Gate(models, tiny(name), models.make(tiny(name), CPU, torch.float32))
-    provider = gate.build(models.torch_modules)
-    assert broken_gate(gate, provider) == "passed"
+    check = measure.AccuracyCheck(models, tiny(name), models.make(tiny(name), CPU, torch.float32))
+    provider = check.build(models.torch_modules)
+    assert result_of(check, provider) == "passed"
     with torch.no_grad():
         [
             p
             for name, p in provider.module.named_parameters()
             if name.endswith("weight") and p.dim() > 1
         ][-1].mul_(1 + 1e-3)
-    assert broken_gate(gate, provider) == "failed"
+    assert result_of(check, provider) == "failed"
 
 
 def test_a_baseline_with_another_temperature_fails():
-    gate = measure.Gate(models, tiny("unite"), models.make(tiny("unite"), CPU, torch.float32))
-    provider = gate.build(models.torch_modules)
-    assert broken_gate(gate, provider) == "passed"
+    check = measure.AccuracyCheck(
+        models, tiny("unite"), models.make(tiny("unite"), CPU, torch.float32)
+    )
+    provider = check.build(models.torch_modules)
+    assert result_of(check, provider) == "passed"
     config = provider.module.model.config
     type(provider.module.model).config = dataclasses.replace(
         config, temperature=config.temperature * 1.01
     )
-    assert broken_gate(gate, provider) == "failed"
+    assert result_of(check, provider) == "failed"
 
 
-def broken_gate(gate, provider) -> str:
-    gate.build = lambda builder: provider
-    return gate.admit(models.BASELINE, None)[1]["gate"]
+def result_of(check, provider) -> str:
+    check.build = lambda builder: provider
+    return check.admit(models.BASELINE, None)[1]["gate"]
 
 
 @pytest.fixture(scope="module")

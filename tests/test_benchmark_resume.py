@@ -42,14 +42,14 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
     assert (
         first.exists()
         and not second.exists()
-        and "fluid-n512, fluid-block wait" in capsys.readouterr().out
+        and "Not measured: fluid-n512, fluid-block" in capsys.readouterr().out
     )
     assert run.main(command) == 0
     assert third.exists() and "fluid: composed" not in capsys.readouterr().out
     before = first.read_bytes()
     assert run.main(command) == 0
     assert (
-        "all of it is measured already" in capsys.readouterr().out and first.read_bytes() == before
+        "all cases are measured already" in capsys.readouterr().out and first.read_bytes() == before
     )
     assert run.main([*command, "--repeats", "2"]) == 0  # others settings: all of them again
     assert json.loads(third.read_text())["settings"]["repeats"] == 2

@@ -1,6 +1,4 @@
-"""The benchmarks: what a run leaves, that the gate lets nothing wrong be timed, and how requests
-are refused.
-"""
+"""The benchmarks: what a run writes, that nothing inaccurate is timed, and refused requests."""
 
 from __future__ import annotations
 
@@ -157,7 +155,7 @@ def test_results_of_other_cases_stay(tmp_path):
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
-def test_red_gate_of_ours_is_an_error_and_not_timed(error, tmp_path, capsys, monkeypatch):
+def test_failed_check_of_ours_is_an_error_and_not_timed(error, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(query_pooling.PROVIDERS, "composed", broken(error))
     assert run.main([*TINY, "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
@@ -194,15 +192,15 @@ def test_every_provider_computes_the_same_function(case):
     """
     small = query_pooling.Case(case.name, 2, 5, 24, min(case.L, 3), case.H, case.block)
     problem = query_pooling.make(small, torch.device("cpu"), torch.float64)
-    gate = measure.Gate(query_pooling, small, problem)
+    check = measure.AccuracyCheck(query_pooling, small, problem)
     served = set()
     for name in query_pooling.PROVIDERS:
         try:
-            results = gate.build(query_pooling.PROVIDERS[name]).results(problem)
+            results = check.build(query_pooling.PROVIDERS[name]).results(problem)
         except measure.Unavailable:
             continue
         torch.testing.assert_close(
-            query_pooling.comparable(results), gate.exact, rtol=1e-10, atol=1e-12
+            query_pooling.comparable(results), check.exact, rtol=1e-10, atol=1e-12
         )
         served.add(name)
     assert served >= {"composed", "projected KV + SDPA"}
@@ -238,21 +236,24 @@ REFUSED = [
     (("no_such_op",), NO_SUCH_OP),
     (
         ("query_pooling", "--case", "nope"),
-        "case is 'nope'; query_pooling on cpu takes one of fluid, ",
+        "query_pooling on cpu: case: got 'nope', expected one of fluid, ",
     ),
     (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
     (
         ("query_pooling", "--shape", "B=two"),
-        "shape: got 'B=two', expected sizes such as B=8,N=197.",
+        "shape: got 'B=two', expected sizes such as B=8,N=197",
     ),
     (("query_pooling", "--shape", "D=10,H=3"), "H must divide D"),
-    (("query_pooling", "--shape", "B=2", "--slice", "1/2"), "shape is given with case or slice"),
+    (
+        ("query_pooling", "--shape", "B=2", "--slice", "1/2"),
+        "shape: got 'B=2' with case or slice, expected neither",
+    ),
     (
         ("query_pooling", "--slice", "4/3"),
         "slice: got '4/3', expected I/N with 1 <= I <= N, such as 1/3",
     ),
-    (("query_pooling", "--dtype", "int8"), "dtype: got 'int8', expected one of bf16, fp16, fp32."),
-    (("query_pooling", "--repeats", "0"), "repeats: got 0, expected at least 1."),
+    (("query_pooling", "--dtype", "int8"), "dtype: got 'int8', expected one of bf16, fp16, fp32"),
+    (("query_pooling", "--repeats", "0"), "repeats: got 0, expected at least 1"),
 ]
 
 
@@ -305,10 +306,10 @@ def test_masked_info_nce(tmp_path, modalities):
     )
     (file,) = tmp_path.glob("masked_info_nce-*.json")
     found = json.loads(file.read_text())["providers"]
-    gates = {name: entry["gate"] for name, entry in found.items()}
-    assert gates["eager"] == gates["checkpointed chunks"] == gates["composed"] == "passed"
-    assert gates["bare GEMMs"] == ("no gate" if modalities == 1 else "unavailable")
-    assert gates["torch linear_cross_entropy"] in (
+    results = {name: entry["gate"] for name, entry in found.items()}
+    assert results["eager"] == results["checkpointed chunks"] == results["composed"] == "passed"
+    assert results["bare GEMMs"] == ("not checked" if modalities == 1 else "unavailable")
+    assert results["torch linear_cross_entropy"] in (
         {"passed", "unavailable"} if modalities == 1 else {"unavailable"}
     )
     assert found["composed"]["saved_bytes"] < 50 * 50 * 4
@@ -328,25 +329,30 @@ def test_masked_info_nce_work():
 
 @pytest.mark.parametrize("shape", ["T=40,E=6,k=3", "T=40,E=6,k=3,D=16,S=2"])
 def test_topk_routing(tmp_path, shape):
-    gates = gates_of_run("topk_routing", shape, tmp_path)
-    assert gates["eager"] == gates["composed"] == "passed"
-    assert gates["eager, 16-bit product"] == gates["fused C++"] == gates["fused"] == "unavailable"
+    results = results_of_run("topk_routing", shape, tmp_path)
+    assert results["eager"] == results["composed"] == "passed"
+    assert (
+        results["eager, 16-bit product"]
+        == results["fused C++"]
+        == results["fused"]
+        == "unavailable"
+    )
 
 
 def test_grouped_mlp(tmp_path):
-    gates = gates_of_run("grouped_mlp", "T=40,D=16,I=24,E=6,k=2", tmp_path)
-    assert gates["eager loop"] == gates["dense, all experts"] == gates["composed"] == "passed"
-    assert gates["grouped_mm pattern"] in (
+    results = results_of_run("grouped_mlp", "T=40,D=16,I=24,E=6,k=2", tmp_path)
+    assert results["eager loop"] == results["dense, all experts"] == results["composed"] == "passed"
+    assert results["grouped_mm pattern"] in (
         "passed",
         "failed",
         "unavailable",
     )  # on a CPU since torch 2.11
-    assert gates["Liger fused_moe"] == gates["fused"] == "unavailable"
+    assert results["Liger fused_moe"] == results["fused"] == "unavailable"
 
 
 def test_gated_cross_attention(tmp_path):
-    gates = gates_of_run("gated_cross_attention", "B=3,N=10,M=7,D=24,H=3", tmp_path)
-    assert {gates[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {
+    results = results_of_run("gated_cross_attention", "B=3,N=10,M=7,D=24,H=3", tmp_path)
+    assert {results[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {
         "passed"
     }
     others = (
@@ -357,10 +363,10 @@ def test_gated_cross_attention(tmp_path):
         "varlen_attn",
         "fused",
     )
-    assert {gates[name] for name in (*others, "fused, one block kernel")} == {"unavailable"}
+    assert {results[name] for name in (*others, "fused, one block kernel")} == {"unavailable"}
 
 
-def gates_of_run(op, shape, folder) -> dict[str, str]:
+def results_of_run(op, shape, folder) -> dict[str, str]:
     assert (
         run.main([op, "--shape", shape, "--repeats", "1", "--no-compile", "--out", str(folder)])
         == 0
@@ -383,11 +389,11 @@ def test_routers_compute_the_same_function(case):
     problem.inputs = {
         name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()
     }
-    gate = measure.Gate(topk_routing, small, problem)
+    check = measure.AccuracyCheck(topk_routing, small, problem)
     found = {}
     for name in ("eager", "composed"):
-        provider = gate.build(topk_routing.PROVIDERS[name])
-        torch.testing.assert_close(provider.results(problem), gate.exact, rtol=1e-10, atol=1e-10)
+        provider = check.build(topk_routing.PROVIDERS[name])
+        torch.testing.assert_close(provider.results(problem), check.exact, rtol=1e-10, atol=1e-10)
         found[name] = [tensor.long() for tensor in provider.module.sorted]
     torch.testing.assert_close(found["eager"], found["composed"], rtol=0, atol=0)
 
@@ -398,10 +404,10 @@ def test_experts_compute_the_same_function(case):
     small = replace(case, T=30, D=16, I=24)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         problem = grouped_mlp.make(small, torch.device("cpu"), dtype)
-        gate, served = measure.Gate(grouped_mlp, small, problem), set()
+        check, served = measure.AccuracyCheck(grouped_mlp, small, problem), set()
         for name, build in grouped_mlp.PROVIDERS.items():
             try:
-                results = gate.build(build).results(problem)
+                results = check.build(build).results(problem)
             except (
                 measure.Unavailable,
                 NotImplementedError,
@@ -410,7 +416,7 @@ def test_experts_compute_the_same_function(case):
             results = {
                 part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()
             }
-            torch.testing.assert_close(results, gate.exact, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(results, check.exact, rtol=tolerance, atol=tolerance)
             served.add(name)
         assert served >= {"eager loop", "dense, all experts", "composed"}
 
@@ -423,14 +429,14 @@ def test_cross_attentions_compute_the_same_function(case, monkeypatch):
     monkeypatch.setattr(gated_cross_attention, "EXACT_CHUNK", 3)
     small = replace(case, B=7, N=9, M=6, D=24, H=3)
     problem = gated_cross_attention.make(small, torch.device("cpu"), torch.float64)
-    gate, served = measure.Gate(gated_cross_attention, small, problem), set()
+    check, served = measure.AccuracyCheck(gated_cross_attention, small, problem), set()
     for name, build in gated_cross_attention.PROVIDERS.items():
         try:
-            results = gate.build(build).results(problem)
+            results = check.build(build).results(problem)
         except measure.Unavailable:
             continue
         torch.testing.assert_close(
-            gated_cross_attention.comparable(results), gate.exact, rtol=1e-10, atol=1e-11
+            gated_cross_attention.comparable(results), check.exact, rtol=1e-10, atol=1e-11
         )
         served.add(name)
     assert served >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
@@ -443,8 +449,8 @@ def test_the_gate_in_triton_is_the_gate(monkeypatch):
     monkeypatch.setattr(gated_cross_attention, "need_kernels", lambda device, dtype: None)
     case = gated_cross_attention.Case("", B=3, N=9, M=6, D=24, H=3)
     problem = gated_cross_attention.make(case, device, torch.float32)
-    gate = measure.Gate(gated_cross_attention, case, problem)
-    report = gate.admit("SDPA, gate in Triton", None)[1]
+    check = measure.AccuracyCheck(gated_cross_attention, case, problem)
+    report = check.admit("SDPA, gate in Triton", None)[1]
     assert report["gate"] == "passed", report
     with pytest.raises(measure.Unavailable, match="there is no gate"):
         gated_cross_attention.triton_gate(replace(case, post_norm=True), device, torch.float32)
@@ -453,19 +459,19 @@ def test_the_gate_in_triton_is_the_gate(monkeypatch):
 def test_dropout_is_timed_and_not_judged():
     case = gated_cross_attention.Case("", B=2, N=5, M=4, D=8, H=2, p=0.5)
     problem = gated_cross_attention.make(case, torch.device("cpu"), torch.float32)
-    gate, inputs = (
-        measure.Gate(gated_cross_attention, case, problem),
+    check, inputs = (
+        measure.AccuracyCheck(gated_cross_attention, case, problem),
         tuple(problem.inputs.values()),
     )
     for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed"):
-        provider, report = gate.admit(name, None)
+        provider, report = check.admit(name, None)
         assert report["gate"] == "passed", report
         assert not torch.equal(provider(*inputs), provider(*inputs))
     provider.module.register_forward_hook(
         lambda module, args, out: out * float("nan") if module.training else out
     )
-    gate.build = lambda builder: provider
-    assert gate.admit("composed", None)[1]["reasons"] == ["Under dropout it is not finite."]
+    check.build = lambda builder: provider
+    assert check.admit("composed", None)[1]["reasons"] == ["results with dropout are not finite"]
 
 
 def test_choices_are_routed_as_they_are_called():
@@ -484,10 +490,10 @@ def test_choices_are_routed_as_they_are_called():
 
 def test_a_loop_over_data_is_not_compiled():
     case = grouped_mlp.Case("", T=8, D=8, I=8, E=2, k=1)
-    gate = measure.Gate(
+    check = measure.AccuracyCheck(
         grouped_mlp, case, grouped_mlp.make(case, torch.device("cpu"), torch.float32)
     )
-    provider, report = gate.admit("eager loop", "default")
+    provider, report = check.admit("eager loop", "default")
     assert (
         provider is None
         and report["gate"] == "unavailable"

@@ -263,4 +263,4 @@ def test_choices_refuse(capsys):
     assert choices.main(["--tiles", "fluid"]) == 2 and "op is None" in capsys.readouterr().err
     assert choices.main(["--op", "query_pooling", "--tiles", "no"]) == 2
     assert "tiles is 'no'; query_pooling takes one of fluid" in capsys.readouterr().err
-    assert choices.main(["--op", "pool"]) == 2 and "op is 'pool'" in capsys.readouterr().err
+    assert choices.main(["--op", "pool"]) == 2 and "op: got 'pool'" in capsys.readouterr().err

@@ -271,7 +271,7 @@ def test_targets_of_the_committed_results(checkout, capsys):
     ]
     assert f"{medians[0] / medians[1]:.3g} x" in line and "| yes |" in line
     assert targets.main(["--results", "no/such"]) == 2
-    assert "results: got 'no/such', expected a folder that exists." in capsys.readouterr().err
+    assert "results: got 'no/such', expected a folder that exists" in capsys.readouterr().err
 
 
 def test_a_training_step_is_judged_whole():

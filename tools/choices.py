@@ -255,7 +255,9 @@ def compare(op, case, variants: dict[str, tuple[str, Wrap]], settings: run.Setti
     """Gate and samples of each variant of one case."""
     builders = {name: functools.partial(_build, op, *parts) for name, parts in variants.items()}
     problem = op.make(case, settings.device, settings.dtype)
-    gate = measure.Gate(types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders}), case, problem)
+    check = measure.AccuracyCheck(
+        types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders}), case, problem
+    )
     providers, found = {}, {}
     for name in builders:
         if settings.budget.spent():
@@ -264,14 +266,14 @@ def compare(op, case, variants: dict[str, tuple[str, Wrap]], settings: run.Setti
                 "reasons": [f"the budget of {settings.budget.limit:.0f} s was spent"],
             }
             continue
-        provider, found[name] = gate.admit(name, None)
+        provider, found[name] = check.admit(name, None)
         print(
             f"{case.name}: {name}: {'; '.join([found[name]['gate'], *found[name]['reasons']])}",
             flush=True,
         )
         if provider is not None:
             providers[name] = provider
-    del gate
+    del check
     if settings.device.type == "cuda":
         times, refused = measure.graph_seconds(providers, problem, settings.repeats, True)
         for name, why in refused.items():

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..benchmarks import report
+from ..benchmarks import charts, report
 from ..benchmarks.run import OPS
 from .conditions import common_launch, compiled_too, fastest, kind, ours_of
 
@@ -119,7 +119,7 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]
 
         def roofline(figure, op=op, of_op=of_op):
             figure.set_size_inches(8, 6)
-            report.roofline(op, of_op, figure.add_subplot())
+            charts.roofline(op, of_op, figure.add_subplot())
 
         found[folder / f"{op}-roofline.png"] = fingerprint(of_op), roofline
     return found

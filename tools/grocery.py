@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from ..benchmarks import report
+from ..benchmarks import tables
 
 RETRIEVAL = {"uniecs": "UniECS", "unica": "UniCA", "moon2": "MOON2.0", "unite": "UNITE"}
 SCORES = ("recall_at_1", "recall_at_5", "mrr")
@@ -63,7 +63,7 @@ def retrieval(models: dict[str, dict], run: str, pairs: tuple[str, ...] = ()) ->
             [pair.replace("->", " → "), chances[0], *(_scores(found[pair]) for found in of_model)]
         )
     title = "Recall@1 / Recall@5 / MRR, %" if run == "whole" else run
-    return report.markdown([title, "chance", *(RETRIEVAL[name] for name in models)], lines)
+    return tables.markdown([title, "chance", *(RETRIEVAL[name] for name in models)], lines)
 
 
 def _scores(scores: dict) -> str:
@@ -84,7 +84,7 @@ def classification(runs: dict[str, dict]) -> str:
         [said, *_by_seed(runs, whole[view]), _mean(runs, whole[view], "accuracy")]
         for view, said in VIEWS.items()
     ]
-    return report.markdown(["accuracy, final step", *_seed_names(runs), "mean"], lines)
+    return tables.markdown(["accuracy, final step", *_seed_names(runs), "mean"], lines)
 
 
 def ablation(runs: dict[str, dict]) -> str:
@@ -99,7 +99,7 @@ def ablation(runs: dict[str, dict]) -> str:
                 _mean(runs, name, "macro_f1"),
             ]
         )
-    return report.markdown(
+    return tables.markdown(
         ["photo + text, accuracy", *_seed_names(runs), "mean", "macro F1, mean"], lines
     )
 

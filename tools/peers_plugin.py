@@ -1,17 +1,17 @@
-"""A plugin of pytest for tools/peers.py: inserts this library, and writes down how each test ended.
+"""Insert this library into other suites and record each test: tools/peers.py's pytest plugin.
 
-``--peers-insert fuse`` fuses every module that is called, and every loss when it is made: a loss
-has methods that are called without the module being called. ``experts`` chooses
-``experts_implementation="mmfused"`` in models that have the choice.
+``--peers-insert fuse`` fuses every module before its first call, and every loss when it is made,
+because methods of a loss are called without the module being called. ``experts`` sets
+``experts_implementation="mmfused"`` in models that have this option.
 """
 
 import functools
 import json
 import random
 import sys
-import types
 import weakref
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 
 RANK = ("passed", "skipped", "failed")
 tests: dict[str, dict] = {}  # node id -> outcome, calls of our ops, the last failure
-calls = 0  # of our ops, in this process
+calls = 0  # calls of our ops in this process
 
 
 def pytest_addoption(parser):
@@ -31,14 +31,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     how = config.getoption("--peers-insert")
     if how != "nothing":
-        import mmfused  # only now: a plain run is one without this library
+        import mmfused  # only now: a plain run must not import it
 
-        count_ops(mmfused.fuse)
+        count_ops()
         at_first_call(mmfused.fuse if how == "fuse" else choose_experts(mmfused))
 
 
-def count_ops(swaps):
-    """Count the calls that the swapped forwards make of functions in mmfused.ops."""
+def count_ops():
+    """Count the calls from the swapped forwards to functions in mmfused.ops."""
 
     def counted(op):
         @functools.wraps(op)
@@ -50,15 +50,15 @@ def count_ops(swaps):
 
         return call
 
-    for module in vars(swaps).values():
-        if isinstance(module, types.ModuleType):
+    for path, module in list(sys.modules.items()):
+        if path.startswith("mmfused.fuse."):
             for name, op in list(vars(module).items()):
-                if isinstance(op, types.FunctionType) and op.__module__.startswith("mmfused.ops."):
+                if isinstance(op, FunctionType) and op.__module__.startswith("mmfused.ops."):
                     setattr(module, name, counted(op))
 
 
 def at_first_call(insert):
-    """Call ``insert(module)`` before the first call of a module that is in none seen before."""
+    """Call ``insert(module)`` before the first call of a module that no seen module contains."""
     seen, original = weakref.WeakSet(), nn.Module.__call__
 
     def call(self, *args, **kwargs):
@@ -83,7 +83,7 @@ def choose_experts(mmfused):
 
 
 def fuse_new_losses():
-    """Fuse losses, of classes imported by now, as soon as they are made; not their subclasses."""
+    """Fuse losses of the classes imported by now as soon as they are made; not of subclasses."""
     import mmfused
     from mmfused.fuse.base import KINDS
 
@@ -106,7 +106,7 @@ def fuse_new_losses():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The same random numbers with and without the library, and in any order of the tests."""
+    """Seed: the same random numbers with and without the library, in any order of the tests."""
     if item.config.getoption("--peers-insert") == "fuse":
         fuse_new_losses()
     random.seed(0)
@@ -134,5 +134,5 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if not hasattr(session.config, "workerinput"):  # a worker of pytest-xdist, which writes nothing
+    if not hasattr(session.config, "workerinput"):  # not in a worker of pytest-xdist
         session.config.getoption("--peers-out").write_text(json.dumps(tests))

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmfused.benchmarks import report
+from mmfused.benchmarks import report, tables
 from mmfused.tools import comparison, grocery, targets
 from mmfused.tools.comparison import Comparison, comparisons, label
 from mmfused.tools.conditions import compiled_too, folders, kind, ours_of, read
@@ -173,7 +173,7 @@ def gpu_table(rows: list[Comparison]) -> str:
         "launch",
         "peak MiB, both",
     ]
-    return report.markdown(head, lines)
+    return tables.markdown(head, lines)
 
 
 def picture(folder: Path, name: str) -> str:
@@ -245,7 +245,7 @@ def cpu_table(rows: list[Comparison]) -> str:
         ]
         lines.append([label(row.record), *cells, "" if row.best is None else f"{row.speedup:.2f}"])
     heads = [name if gate == "passed" else f"{name} (a ceiling)" for name, gate in gates.items()]
-    return report.markdown(["case", *heads, "speed-up"], lines)
+    return tables.markdown(["case", *heads, "speed-up"], lines)
 
 
 def cpu_cell(provider: dict, which: str) -> str:

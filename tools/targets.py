@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmfused.benchmarks import report
+from mmfused.benchmarks import tables
 from mmfused.benchmarks.run import RESULTS
 from mmfused.tools.conditions import (
     SIGNS,
@@ -198,7 +198,7 @@ def markdown(verdicts: list[Verdict]) -> str:
         ]
         for v in verdicts
     ]
-    return report.markdown(["op", "case", "condition", "wanted", "measured", "met", "file"], lines)
+    return tables.markdown(["op", "case", "condition", "wanted", "measured", "met", "file"], lines)
 
 
 def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
