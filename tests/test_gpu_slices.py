@@ -4,6 +4,7 @@ not end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from mmfused.benchmarks import masked_info_nce, report, run
-from mmfused.tools import choices, gpu
+from mmfused.tools import choices, gpu, variants
+from mmfused.tools.patching import replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,18 +185,20 @@ def found(folder: Path, name: str) -> dict:
     return json.loads((folder / f"choices-masked_info_nce-{name}.json").read_text())
 
 
-def test_variants_are_what_runs(tiny_loss, monkeypatch):
-    import mmfused.kernels.masked_info_nce as kernels
+def test_variants_are_what_runs(tiny_loss, request):
+    from mmfused.kernels.masked_info_nce import gradients
 
     ran = []
+    stack = contextlib.ExitStack()
+    request.addfinalizer(stack.close)
     for way in ("owner", "chunked"):
-        before = getattr(kernels, f"{way}_gradients", None)
-        assert before is not None
-        monkeypatch.setattr(
-            kernels,
-            f"{way}_gradients",
-            lambda *a, way=way, before=before, **k: (ran.append(way), before(*a, **k))[1],
-        )
+        before = getattr(gradients, f"{way}_gradients")
+
+        def noted(*args, way=way, before=before):
+            ran.append(way)
+            return before(*args)
+
+        stack.enter_context(replaced("mmfused.kernels.masked_info_nce", before, noted))
     problem = masked_info_nce.make(tiny_loss.cases()[0], torch.device("cpu"), torch.float32)
     for way, (_, wrap) in tiny_loss.variants.items():
         ran.clear()
@@ -213,8 +217,8 @@ def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
     assert choices.main(command) == 0
     printed = capsys.readouterr().out
     assert "| case | owner | chunked |" in printed and printed.count("**") == 2
-    (variants,) = found(tmp_path, "backward")["cases"].values()
-    assert {name: v["gate"] for name, v in variants.items()} == {
+    (entries,) = found(tmp_path, "backward")["cases"].values()
+    assert {name: v["gate"] for name, v in entries.items()} == {
         "owner": "passed",
         "chunked": "passed",
     }
@@ -232,9 +236,9 @@ def test_tiles_are_changed_one_at_a_time(tmp_path, monkeypatch, capsys):
         )
         == 0
     )
-    (variants,) = found(tmp_path, "tiles-clip-65536")["cases"].values()
-    assert variants[choices.LIBRARY]["gate"] == "passed" and len(variants) > 10
-    assert any(name.startswith("sweep: num_warps ") for name in variants)
+    (entries,) = found(tmp_path, "tiles-clip-65536")["cases"].values()
+    assert entries[choices.LIBRARY]["gate"] == "passed" and len(entries) > 10
+    assert any(name.startswith("sweep: num_warps ") for name in entries)
     assert f"| {choices.LIBRARY} |" in capsys.readouterr().out
 
 
@@ -244,23 +248,25 @@ def test_a_changed_tile_is_in_the_plan():
     from mmfused.kernels.query_pooling import plans as pooling
 
     plan = pooling.plan(32, 768, torch.bfloat16, 90, False)
-    changed = choices._with(("forward", "onepass"), "num_stages", 2, plan)
+    changed = variants.with_field(("forward", "onepass"), "num_stages", 2, plan)
     assert (
         changed.forward["onepass"] == replace(plan.forward["onepass"], num_stages=2)
         and changed.backward == plan.backward
     )
     plan = gated.plan(256, 256, 32, torch.bfloat16, 90)
-    assert choices._with(("attend",), "BM", 128, plan) == replace(
+    assert variants.with_field(("attend",), "BM", 128, plan) == replace(
         plan, attend=replace(plan.attend, BM=128)
     )
     asked = ("rows", 512, 16, 768, 3072, torch.bfloat16, 90)
     tile = grouped.plan(*asked)
-    assert choices._with(("rows",), "num_warps", 8, tile, *asked) == replace(tile, num_warps=8)
-    assert choices._with(("gated",), "num_warps", 8, tile, *asked) == tile  # another launch's
+    assert variants.with_field(("rows",), "num_warps", 8, tile, *asked) == replace(
+        tile, num_warps=8
+    )
+    assert variants.with_field(("gated",), "num_warps", 8, tile, *asked) == tile  # another launch's
 
 
 def test_choices_refuse(capsys):
-    assert choices.main(["--tiles", "fluid"]) == 2 and "op is None" in capsys.readouterr().err
+    assert choices.main(["--tiles", "fluid"]) == 2 and "op: got None" in capsys.readouterr().err
     assert choices.main(["--op", "query_pooling", "--tiles", "no"]) == 2
-    assert "tiles is 'no'; query_pooling takes one of fluid" in capsys.readouterr().err
+    assert "query_pooling: tiles: got 'no', expected one of fluid" in capsys.readouterr().err
     assert choices.main(["--op", "pool"]) == 2 and "op: got 'pool'" in capsys.readouterr().err
