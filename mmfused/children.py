@@ -75,7 +75,7 @@ class Called:
         if shape is None or shape[:-1] != x.shape[:-1] or self.width not in (None, shape[-1]):
             got = f"a {type(out).__name__}" if shape is None else f"shape {tuple(shape)}"
             expected = (*x.shape[:-1], "any" if self.width is None else self.width)
-            raise ValueError(f"{self.name}: got an output of {got}, expected {expected}")
+            raise ValueError(f"{self.name}: got {got} as output, expected {expected}")
         return out
 
 

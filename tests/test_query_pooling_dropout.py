@@ -405,7 +405,7 @@ BAD = {
     "dropout_seed: got dtype torch.int32 and shape (), expected a torch.int64 scalar": dict(
         dropout_p=0.1, dropout_seed=torch.tensor(3, dtype=torch.int32)
     ),
-    "dropout_seed has dtype torch.int64 and shape (1,); it takes": dict(
+    "dropout_seed: got dtype torch.int64 and shape (1,), expected": dict(
         dropout_p=0.1, dropout_seed=torch.tensor([3])
     ),
     "dropout_seed: got a tensor on meta, expected cpu, where x is": dict(
@@ -435,7 +435,7 @@ def test_auto_form_without_torch_attention():
     """Where the projected form has no kernel of torch's either, fewer FLOPs are enough for the
     absorbed one.
     """
-    from mmfused.ops.query_pooling.functional import cheaper_form
+    from mmfused.ops.query_pooling.composed import cheaper_form
 
     x, q, w = (
         torch.empty(8, 257, 768, device="meta"),

@@ -25,7 +25,7 @@ BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
 @pytest.fixture
 def unchecked(monkeypatch):
     """As on CUDA, where no value is checked."""
-    monkeypatch.setattr("mmfused.ops.query_pooling.checks.check_value", lambda *_: None)
+    monkeypatch.setattr("mmfused.ops._common.check_value", lambda *_: None)
 
 
 @pytest.mark.parametrize("bad", BAD_LENGTHS)

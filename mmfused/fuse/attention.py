@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..children import dense
 from ..library import current_backend
 from ..ops.query_pooling import query_pooling
-from ..ops.query_pooling.functional import cheaper_form
+from ..ops.query_pooling.composed import cheaper_form
 from .base import KINDS, LEFT, path_of
 from .pooling_base import Pooling, Sizes, are_tokens, projections_of, unsupported_dropout
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops.query_pooling.functional import ABSORBED_MUST_SAVE, flops
+from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE, form_flops
 
 
 def pooling(dim: int, queries: int | None, k_dim: int, v_dim: int, heads: int) -> str:
@@ -41,5 +41,5 @@ def _most_queries(times: float, dim: int, k_dim: int, v_dim: int, heads: int) ->
 
 def _per_token(dim: int, queries: int, k_dim: int, v_dim: int, heads: int) -> dict[str, int]:
     """Return the FLOPs of each token among many, forward and backward."""
-    none, one = (flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
+    none, one = (form_flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
     return {form: one[form] - none[form] for form in one}

@@ -1,4 +1,4 @@
-"""What several operators share: the softmax of masked logits, and the checks of masks and seeds."""
+"""Shared by the operators: padding masks, the masked softmax, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -11,33 +11,28 @@ from torch import Tensor
 from ..library import check_tensors, check_value
 
 
-def padding_mask(
-    batch: int,
-    length: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    """The padding mask (batch, length), True = ignore; None where every token counts."""
+def padding_mask(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Return the padding mask (B, N) of tokens x (B, N, D), True = ignore, or None for none."""
     if lengths is not None:
-        return torch.arange(length, device=device) >= lengths[:, None]
+        return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return mask
 
 
 def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
     """Softmax over ``dim``, at least in float32.
 
-    A row whose logits are all ignored is 0, and so is its gradient.
+    A fully masked row gives 0 and gradient 0.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if ignore is None:
         return logits.softmax(dim, dtype=dtype)
-    # Not -inf: a row of nothing else would be NaN before it is set to 0, and so would its gradient.
+    # Not -inf: a fully masked row would become NaN before it is set to 0, and keep a NaN gradient.
     floor = torch.finfo(dtype).min
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
 
 def check_bool(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check a bool tensor of ``shape``, or None."""
     if tensor is None:
         return
     if tensor.dtype != torch.bool:
@@ -54,7 +49,10 @@ def check_padding(
     lengths: Tensor | None,
     prefix: str = "",
 ) -> None:
-    """Check a padding mask (batch, length), or lengths (batch,); ``prefix``: of their names."""
+    """Check a padding mask (batch, length) or lengths (batch,), not both.
+
+    ``prefix``: of their names in errors, such as "context_".
+    """
     mask_name, lengths_name = f"{prefix}key_padding_mask", f"{prefix}lengths"
     if mask is not None and lengths is not None:
         raise ValueError(f"{op}: {mask_name}: got {lengths_name} too, expected one of them")
@@ -76,6 +74,7 @@ def check_padding(
 
 
 def check_dropout_seed(op: str, seed: Tensor | None) -> None:
+    """Check a dropout seed, an int64 scalar, or None."""
     if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
         raise TypeError(
             f"{op}: dropout_seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, "

@@ -110,9 +110,7 @@ def _check_candidates(
             "or a target"
         )
     if candidates == 0 < rows:  # over ranks; a target is one of this rank's candidates
-        raise ValueError(
-            f"{OP}: candidate: got 0 rows, expected at least one, as query has {rows}"
-        )
+        raise ValueError(f"{OP}: candidate: got 0 rows, expected at least one, as query has {rows}")
 
 
 def _check_options(options: Options) -> None:

@@ -1,8 +1,7 @@
-"""Query pooling. ``function.py``: the maths, the reference, the composed path, the kernels under
-autograd, the public function.
-"""
+"""Query pooling: a few learned queries summarise many tokens."""
 
-from .functional import query_pooling, query_pooling_reference
+from .functional import query_pooling
 from .modules import QTransform, QueryPooling
+from .reference import query_pooling_reference
 
 __all__ = ["QTransform", "QueryPooling", "query_pooling", "query_pooling_reference"]

@@ -1,71 +1,90 @@
-"""What query pooling refuses, in one sentence each, before any launch."""
+"""Input validation for query_pooling."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...library import check_fractions, check_numbers, check_tensors
 from .._common import check_dropout_seed, check_padding
+from .reference import PoolingOptions, PoolingWeights
 
+OP = "query_pooling"
 FORMS = ("auto", "absorbed", "projected")
 
 
 def check(
-    x,
-    queries,
-    w_k,
-    w_v,
-    b_v,
-    b_k,
-    *,
-    num_heads,
-    scale,
-    key_padding_mask,
-    lengths,
-    norm_weight,
-    norm_bias,
-    norm_eps,
-    dropout_p,
-    dropout_seed,
-    form,
+    x: Tensor,
+    queries: Tensor,
+    weights: PoolingWeights,
+    options: PoolingOptions,
+    form: str,
 ) -> None:
-    op = "query_pooling"
-    floats = dict(
-        x=x,
-        queries=queries,
-        w_k=w_k,
-        w_v=w_v,
-        b_v=b_v,
-        b_k=b_k,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
+    """Raise ``TypeError`` or ``ValueError`` for arguments that no backend takes."""
+    norm = dict(norm_weight=options.norm_weight, norm_bias=options.norm_bias)
+    floats = dict(x=x, queries=queries) | weights._asdict() | norm
     check_tensors(
-        op, **floats, key_padding_mask=key_padding_mask, lengths=lengths, dropout_seed=dropout_seed
+        OP,
+        **floats,
+        key_padding_mask=options.key_padding_mask,
+        lengths=options.lengths,
+        dropout_seed=options.dropout_seed,
     )
+    _check_x(x)
+    _check_dtypes(x, floats)
+    _check_shapes(x, queries, weights, floats)
+    check_numbers(OP, scale=options.scale, norm_eps=options.norm_eps)
+    _check_heads(options.num_heads, queries.shape[-1], weights.w_v.shape[0])
+    if options.norm_bias is not None and options.norm_weight is None:
+        raise ValueError(f"{OP}: norm_bias: got it without norm_weight, expected both or neither")
+    if form not in FORMS:
+        raise ValueError(f"{OP}: form: got {form!r}, expected one of {', '.join(FORMS)}")
+    check_fractions(OP, dropout_p=options.dropout_p)
+    check_dropout_seed(OP, options.dropout_seed)
+    check_padding(OP, x.shape[0], x.shape[1], options.key_padding_mask, options.lengths)
+
+
+def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
+    """Check the tokens and their padding, before a module projects anything."""
+    check_tensors(OP, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
+    _check_x(x)
+    check_padding(OP, x.shape[0], x.shape[1], key_padding_mask, lengths)
+
+
+def _check_x(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(
-            f"{op}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
+            f"{OP}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
         )
-    takes = {
-        x.dtype,
-        torch.promote_types(x.dtype, torch.float32),
-    }  # master weights may stay in float32
-    for name, tensor in floats.items():
-        if tensor is not None and tensor.dtype not in takes:
-            raise TypeError(
-                f"{op}: {name}: got dtype {tensor.dtype}, expected {' or '.join(sorted(map(str, takes)))}, as x has {x.dtype}"
-            )
     if x.dim() != 3:
-        raise ValueError(f"{op}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
-    if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != x.shape[0]):
-        raise ValueError(
-            f"{op}: queries: got shape {tuple(queries.shape)}, expected (L, Dk) or ({x.shape[0]}, L, Dk)"
-        )
-    if w_v.dim() != 2:
-        raise ValueError(f"{op}: w_v: got shape {tuple(w_v.shape)}, expected (Dv, {x.shape[-1]})")
-    k_dim, v_dim, dim = queries.shape[-1], w_v.shape[0], x.shape[-1]
+        raise ValueError(f"{OP}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
+
+
+def _check_dtypes(x: Tensor, floats: dict[str, Any]) -> None:
+    allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # master weights in float32
+    names = " or ".join(sorted(map(str, allowed)))
+    for name, tensor in floats.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            raise TypeError(
+                f"{OP}: {name}: got dtype {tensor.dtype}, expected {names}, as x has {x.dtype}"
+            )
+
+
+def _check_shapes(
+    x: Tensor,
+    queries: Tensor,
+    weights: PoolingWeights,
+    floats: dict[str, Any],
+) -> None:
+    batch, _, dim = x.shape
+    if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != batch):
+        shape = tuple(queries.shape)
+        raise ValueError(f"{OP}: queries: got shape {shape}, expected (L, Dk) or ({batch}, L, Dk)")
+    if weights.w_v.dim() != 2:
+        raise ValueError(f"{OP}: w_v: got shape {tuple(weights.w_v.shape)}, expected (Dv, {dim})")
+    k_dim, v_dim = queries.shape[-1], weights.w_v.shape[0]
     expected = dict(
         w_k=(k_dim, dim),
         w_v=(v_dim, dim),
@@ -75,34 +94,13 @@ def check(
         norm_bias=(dim,),
     )
     for name, shape in expected.items():
-        if floats[name] is not None and floats[name].shape != shape:
-            raise ValueError(
-                f"{op}: {name}: got shape {tuple(floats[name].shape)}, expected {shape}"
-            )
-    check_numbers(op, scale=scale, norm_eps=norm_eps)
+        tensor = floats[name]
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _check_heads(num_heads: int, k_dim: int, v_dim: int) -> None:
     if num_heads < 1 or k_dim % num_heads or v_dim % num_heads:
         raise ValueError(
-            f"{op}: num_heads is {num_heads}; it must be positive and divide Dk = {k_dim} and Dv = {v_dim}."
+            f"{OP}: num_heads: got {num_heads}, expected a divisor of Dk = {k_dim} and Dv = {v_dim}"
         )
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError(
-            f"{op}: norm_bias is given without norm_weight; a folded LayerNorm takes norm_weight, or both."
-        )
-    if form not in FORMS:
-        raise ValueError(f"{op}: form: got {form!r}, expected one of {', '.join(FORMS)}")
-    check_fractions(op, dropout_p=dropout_p)
-    check_dropout_seed(op, dropout_seed)
-    check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)
-
-
-def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
-    """What can be told before anything is projected."""
-    op = "query_pooling"
-    check_tensors(op, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{op}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
-        )
-    if x.dim() != 3:
-        raise ValueError(f"{op}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
-    check_padding(op, x.shape[0], x.shape[1], key_padding_mask, lengths)

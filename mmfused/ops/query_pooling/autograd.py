@@ -1,0 +1,170 @@
+"""Query pooling: the registered operators, and the autograd function around the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...library import graph_made, once_differentiable, register
+from .reference import PoolingOptions
+
+
+def pool_fused(
+    x: Tensor,
+    q: Tensor,
+    options: PoolingOptions,
+    eps: float | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute what :func:`.composed.pool_composed` does, with the kernels."""
+    return _Pool.apply(
+        x,
+        q,
+        options.key_padding_mask,
+        options.lengths,
+        eps,
+        options.dropout_p,
+        options.dropout_seed,
+    )
+
+
+class _Pool(torch.autograd.Function):
+    """Saves x, q, z and one or two numbers a row; never K, V, logits, probabilities or masks."""
+
+    @staticmethod
+    def forward(ctx, x, q, mask, lengths, eps, dropout_p, seed):
+        ctx.q_dtype = q.dtype
+        ctx.dropout_p = dropout_p
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        q = q.to(x.dtype).contiguous()
+        lengths = None if lengths is None else lengths.contiguous()
+        z, sums, mean, rstd, ksum = torch.ops.mmfused.query_pooling_fwd(
+            x, q, mask, lengths, eps, dropout_p, seed
+        )
+        ctx.save_for_backward(x, q, z, sums, mean, rstd, ksum, mask, lengths, seed)
+        return (z, ksum) if dropout_p else z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, dksum=None):
+        *saved, seed = ctx.saved_tensors
+        need_dx, need_dq = ctx.needs_input_grad[:2]
+        dx, dq = torch.ops.mmfused.query_pooling_bwd(
+            dz.contiguous(),
+            None if dksum is None else dksum.contiguous(),
+            *saved,
+            need_dx,
+            ctx.dropout_p,
+            seed,
+        )
+        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 5
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, b):
+        ctx.save_for_backward(b)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
+    """Return ``out``, with ``b`` in its graph with an exactly zero gradient.
+
+    DDP and FSDP need a gradient for every parameter.
+    """
+    if graph_made():  # an exported graph keeps only the forward of an autograd function
+        return out + (b * 0.0).sum().to(out.dtype)
+    return _ZeroGradient.apply(out, b)
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+def _launch_forward(*args: Any) -> tuple[Tensor, ...]:
+    from ...kernels import query_pooling as kernels
+
+    return kernels.forward(*args)
+
+
+def _launch_backward(*args: Any) -> tuple[Tensor, ...]:
+    from ...kernels import query_pooling as kernels
+
+    return kernels.backward(*args)
+
+
+def _fake_forward(x, q, mask, lengths, eps, dropout_p, dropout_seed):
+    (batch, length, dim), rows = x.shape, q.shape[-2]
+    norm = (batch, length) if eps is not None else (0,)
+    ksum = (batch, rows) if dropout_p else (0,)
+    shapes = ((batch, rows, 2), norm, norm, ksum)
+    z = x.new_empty(batch, rows, dim)
+    return z, *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _fake_backward(
+    dz,
+    dksum,
+    x,
+    q,
+    z,
+    sums,
+    mean,
+    rstd,
+    ksum,
+    mask,
+    lengths,
+    need_dx,
+    dropout_p,
+    dropout_seed,
+):
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
+
+
+def _forward_flops(x, q, *rest, out_shape):
+    batch, length, dim = x
+    return 4 * batch * q[-2] * length * dim
+
+
+def _backward_flops(
+    dz,
+    dksum,
+    x,
+    q,
+    z,
+    sums,
+    mean,
+    rstd,
+    ksum,
+    mask,
+    lengths,
+    need_dx,
+    *rest,
+    out_shape,
+):
+    """Products for S, dP and dq; with dx two more."""
+    return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
+
+
+register(
+    "query_pooling_fwd",
+    "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p,"
+    " Tensor? dropout_seed) -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
+    _launch_forward,
+    _fake_forward,
+    _forward_flops,
+)
+register(
+    "query_pooling_bwd",
+    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean,"
+    " Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, bool need_dx, float dropout_p,"
+    " Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
+    _launch_backward,
+    _fake_backward,
+    _backward_flops,
+)

@@ -1,0 +1,247 @@
+"""Query pooling in plain PyTorch: both forms, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...library import graph_made
+from ...random import keep_mask
+from .._common import masked_softmax
+from .._sdpa import attention
+from .reference import PoolingOptions, PoolingWeights, merge_heads, split_heads
+
+Form = Literal["absorbed", "projected"]
+
+# "auto" takes the absorbed form where it needs this many times fewer FLOPs. On a CPU its batched
+# products run as fast as the projections (measured break-even: 1.2). On a GPU it has few rows per
+# product, and nothing has been measured. With dropout the projected form cannot use torch's
+# attention, and fewer FLOPs are enough.
+ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
+
+# (x, q, options, eps) -> z (B, R, D), and under dropout also ksum (B, R)
+Pool = Callable[[Tensor, Tensor, PoolingOptions, "float | None"], Any]
+
+
+def form_flops(
+    batch: int,
+    length: int,
+    dim: int,
+    queries: int,
+    k_dim: int,
+    v_dim: int,
+    num_heads: int,
+    shared: bool = True,
+) -> dict[Form, int]:
+    """Return the FLOPs of either form, forward and backward with all gradients.
+
+    ``shared``: all samples have the same queries.
+    """
+    absorb = 6 * queries * k_dim * dim * (1 if shared else batch)
+    per_sample = 14 * num_heads * queries * length * dim + 6 * queries * v_dim * dim
+    projections = 6 * length * dim * (k_dim + v_dim)
+    attend = 7 * queries * length * (k_dim + v_dim)
+    return {"absorbed": batch * per_sample + absorb, "projected": batch * (projections + attend)}
+
+
+def cheaper_form(
+    x: Tensor,
+    queries: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    num_heads: int,
+    dropout_p: float = 0.0,
+) -> Form:
+    """Return the form that "auto" takes for these shapes."""
+    batch, length, dim = x.shape
+    if graph_made():  # an exported graph serves any batch and length: decide for large ones
+        batch, length = 2**20, 2**20
+    shared = queries.dim() == 2
+    sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
+    flops = form_flops(batch, length, dim, *sizes, shared)
+    margin = 1.0 if dropout_p else ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
+    return "absorbed" if flops["absorbed"] * margin <= flops["projected"] else "projected"
+
+
+def absorbed(
+    pool: Pool,
+    x: Tensor,
+    queries: Tensor,
+    weights: PoolingWeights,
+    options: PoolingOptions,
+) -> Tensor:
+    """Pool in the absorbed form, where ``pool`` computes z = softmax(q x^T) x."""
+    num_heads = options.num_heads
+    w_k, w_v, b_v = _folded_norm(x, weights, options)
+    q = _absorbed_queries(x, queries, w_k, options)
+    eps = None if options.norm_weight is None else options.norm_eps
+    pooled = pool(x, q, options, eps)
+    z, ksum = pooled if options.dropout_p else (pooled, None)
+
+    w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
+    z = z.unflatten(1, (num_heads, queries.shape[-2]))  # (B, h, L, D)
+    if graph_made() == "onnx":
+        # ONNX's optimizer confuses samples and heads of equal number in the product below.
+        out = merge_heads(z @ w_v.transpose(1, 2))
+    else:
+        out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
+        out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)
+
+    if ksum is not None:
+        if b_v is not None:
+            per_head = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
+            bias = b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))
+            out = out + (per_head * bias).flatten(2)
+        return (out / (1 - options.dropout_p)).to(x.dtype)
+    if b_v is None:
+        return out
+    empty = empty_samples(x, options.key_padding_mask, options.lengths)
+    return out + b_v.to(x.dtype) * (1 if empty is None else ~empty[:, None, None])
+
+
+def _folded_norm(
+    x: Tensor,
+    weights: PoolingWeights,
+    options: PoolingOptions,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fold the LayerNorm's weight and bias into w_k, w_v and b_v, in float32 at least."""
+    w_k, w_v, b_v, _ = weights
+    if options.norm_weight is None:
+        return w_k, w_v, b_v
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if options.norm_bias is not None:
+        shift = w_v.to(wide) @ options.norm_bias.to(wide)
+        b_v = shift if b_v is None else shift + b_v.to(wide)
+    norm_weight = options.norm_weight.to(wide)
+    return _centred(w_k.to(wide) * norm_weight), _centred(w_v.to(wide) * norm_weight), b_v
+
+
+def _centred(w: Tensor) -> Tensor:
+    """Subtract each row's mean.
+
+    Normalised tokens sum to zero over D, so this changes no output. It makes the gradients of
+    normalised tokens sum to zero too, which the kernels rely on.
+    """
+    return w - w.mean(1, keepdim=True)
+
+
+def _absorbed_queries(
+    x: Tensor,
+    queries: Tensor,
+    w_k: Tensor,
+    options: PoolingOptions,
+) -> Tensor:
+    """Return q' = scale Q_h W_K,h, (R, D) or (B, R, D)."""
+    # Shared queries make a small product, so it is computed in float32; those of each sample in
+    # the dtype of x.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide if queries.dim() == 2 else x.dtype
+    heads = (options.num_heads, -1)
+    q = queries.to(dtype).unflatten(-1, heads).transpose(-2, -3)  # (..., h, L, dk)
+    scale = _scale(w_k, options)
+    return ((q * scale) @ w_k.to(dtype).unflatten(0, heads)).flatten(-3, -2)
+
+
+def _scale(w_k: Tensor, options: PoolingOptions) -> float:
+    if options.scale is not None:
+        return options.scale
+    return (w_k.shape[0] // options.num_heads) ** -0.5
+
+
+def pool_composed(
+    x: Tensor,
+    q: Tensor,
+    options: PoolingOptions,
+    eps: float | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute z = softmax(q x^T) x, x (B, N, D), q (R, D) or (B, R, D).
+
+    With ``eps`` the tokens are normalised to mean 0 and variance 1 first. Returns z (B, R, D), and
+    under dropout also ksum (B, R), float32 at least; neither is divided by 1 - p.
+    """
+    q = q.to(x.dtype)
+    ignore = options.ignored(x)
+    if ignore is not None:
+        x = x.masked_fill(ignore[:, :, None], 0.0)
+    if eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)
+    on_cpu = x.device.type == "cpu"
+    if on_cpu:  # sample by sample: as fast as one product, with up to five times less error in dq
+        q = q.expand(x.shape[0], *q.shape[-2:])
+    if on_cpu and q.shape[-2] <= 8:  # the backward of this product is up to 1.8 times faster
+        logits = (q @ x.transpose(1, 2)).transpose(1, 2)  # (B, N, R)
+    else:
+        logits = x @ q.transpose(-1, -2)
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
+    if options.dropout_p:
+        shape = (x.shape[0], q.shape[-2], x.shape[1])
+        seed = options.dropout_seed
+        assert seed is not None
+        probs = probs * keep_mask(seed, shape, options.dropout_p).transpose(1, 2)
+    z = probs.to(x.dtype).transpose(1, 2) @ x
+    return (z, probs.sum(1)) if options.dropout_p else z
+
+
+def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Return which samples (B,) have nothing to attend to; None where that cannot happen."""
+    if not x.shape[1]:
+        return x.new_ones(x.shape[0], dtype=torch.bool)
+    if mask is not None:
+        return mask.all(1)
+    return None if lengths is None else lengths == 0
+
+
+def projected(
+    x: Tensor,
+    queries: Tensor,
+    weights: PoolingWeights,
+    options: PoolingOptions,
+) -> Tensor:
+    """Pool in the projected form, on torch's attention."""
+    ignore = options.ignored(x)
+    if ignore is not None:
+        x = x.masked_fill(ignore[:, :, None], 0.0)
+    if options.norm_weight is not None:
+        bias = None if options.norm_bias is None else options.norm_bias.to(x.dtype)
+        x = F.layer_norm(
+            x,
+            x.shape[-1:],
+            options.norm_weight.to(x.dtype),
+            bias,
+            options.norm_eps,
+        )
+    w_k, w_v, b_v, b_k = weights.to(x.dtype)
+    k = F.linear(x, w_k, b_k)
+    v = F.linear(x, w_v, b_v)
+    return attend(queries.to(x.dtype), k, v, ignore, _scale(w_k, options), options)
+
+
+def attend(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ignore: Tensor | None,
+    scale: float,
+    options: PoolingOptions,
+) -> Tensor:
+    """Attend to keys k (B, N, Dk) and values v (B, N, Dv) on torch's attention."""
+    q, k, v = split_heads(queries, k, v, options.num_heads)
+    if options.dropout_p:  # torch's attention would draw its own mask
+        seed = options.dropout_seed
+        assert seed is not None
+        masked = None if ignore is None else ignore[:, None, None, :]
+        probs = masked_softmax(q @ k.transpose(-1, -2) * scale, masked, -1)
+        probs = probs * keep_mask(seed, probs.shape, options.dropout_p) / (1 - options.dropout_p)
+        return merge_heads(probs.to(v.dtype) @ v)
+    if ignore is None:
+        return merge_heads(attention(q, k, v, scale=scale))
+    # Not every backend of torch's attention gives 0 and zero gradients for a fully masked row: such
+    # rows attend to everything and are set to 0 afterwards.
+    empty = ignore.all(1)
+    allowed = ~(ignore & ~empty[:, None])[:, None, None, :]
+    out = merge_heads(attention(q, k, v, allowed, scale))
+    return out.masked_fill(empty[:, None, None], 0.0)
