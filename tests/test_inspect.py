@@ -1,6 +1,4 @@
-"""``mmfused inspect`` without a GPU: what it stores, what it says of damage, and the options that
-every launch states.
-"""
+"""``mmfused inspect`` without a GPU: its cache, messages about damage, every launch's options."""
 
 import json
 
@@ -13,15 +11,15 @@ from mmfused.supported import ARCHS, TRITONS
 COMMAND = ("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_80", "--case", "logits 5")
 
 
-def test_every_launch_states_what_the_compiler_may_fuse(monkeypatch):
-    heard = []
+def test_every_launch_states_whether_the_compiler_may_fuse(monkeypatch):
+    recorded = []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: heard.append(options)
+            return lambda *args, **options: recorded.append(options)
 
     tiles.launch(Kernel(), (1,), num_warps=4, num_stages=1, BM=16)
-    assert heard == [
+    assert recorded == [
         {"num_warps": 4, "num_stages": 1, "maxnreg": None, "BM": 16, "enable_fp_fusion": True}
     ]
 
@@ -41,8 +39,8 @@ def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_a
     assert " 77 " in second.stdout  # read, not measured
     results[0].write_text("{")
     third = run_python(*COMMAND, **env)
-    said = f"{results[0]} is damaged: its launch is compiled again."
-    assert sorted(third.stdout.splitlines()) == sorted([*first.stdout.splitlines(), said])
+    message = f"{results[0]} is damaged: its launch is compiled again."
+    assert sorted(third.stdout.splitlines()) == sorted([*first.stdout.splitlines(), message])
     assert json.loads(results[0].read_text()) == marked
 
 
@@ -61,9 +59,8 @@ sys.exit(main({COMMAND[4:]!r}))
 """
     done = run_python("-W", "ignore", "-c", code, MMFUSED_INSPECT_CACHE=str(tmp_path))
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert (
-        "became 100 bytes that cuobjdump cannot read" in done.stderr and "is damaged" in done.stderr
-    )
+    assert "cuobjdump cannot read its 100 bytes" in done.stderr
+    assert "is damaged" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -73,9 +70,8 @@ def test_an_unknown_architecture_is_refused():
 
 
 def test_supported_versions_are_sorted_and_architectures_known():
-    assert sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")]) == list(
-        TRITONS
-    )
+    by_number = sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")])
+    assert by_number == list(TRITONS)
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
 
 
@@ -91,10 +87,8 @@ def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_n
         (op, version) for op in OPS for version in TRITONS
     }
     for op, version, *compiled, faults in cells[2:]:
-        assert all(int(cell.split(",")[0]) > 0 for cell in compiled) and faults == "0", (
-            op,
-            version,
-        )
+        numbers = [int(cell.split(",")[0]) for cell in compiled]
+        assert min(numbers) > 0 and faults == "0", (op, version)
 
 
 def test_readme_names_what_is_supported():

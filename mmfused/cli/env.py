@@ -1,4 +1,4 @@
-"""``mmfused env``: versions, devices, and which backend each op would use here."""
+"""``mmfused env``: versions, devices, and the backend that each op would use here."""
 
 from __future__ import annotations
 
@@ -12,63 +12,73 @@ import mmfused
 from mmfused import extension
 from mmfused.ops import OPS
 
-HELP = (
-    "show versions, devices, and which backend each op would use here, and why not the better one"
+HELP = "show versions, devices, the backend each op would use here, and why it is not a faster one"
+PACKAGES = (
+    "torch",
+    "triton",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
 )
-PACKAGES = ("torch", "triton", "timm", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="dtype to ask for",
+        help="dtype of the tensors (default float32)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
     print(f"mmfused       {mmfused.__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
-        print(f"{name:<13} {installed(name)}")
+        print(f"{name:<13} {_installed(name)}")
     print(f"CUDA          {torch.version.cuda or 'not in this build of torch'}")
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     print(f"CPU           {torch.get_num_threads()} threads")
     for device in devices:
-        print(describe(device))
+        print(_describe(device))
     print(f"backend       {mmfused.library.current_backend()}")
-    print(f"router        {mmfused.library.current_router()}; C++: {compiled()}")
+    print(f"router        {mmfused.library.current_router()}; C++: {_extension_state()}")
     for op in OPS:
         for device in devices or [torch.device("cpu")]:
-            print(verdict(op, device, getattr(torch, args.dtype)))
+            print(_backend_of(op, device, getattr(torch, args.dtype)))
     return 0
 
 
-def installed(name: str) -> str:
+def _installed(package: str) -> str:
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def compiled() -> str:
+def _extension_state() -> str:
     reasons = extension.why_not()
     if extension.built():
         return f"built, cannot run here ({'; '.join(reasons)})" if reasons else "built"
-    return f"not built ({'; '.join(reasons)})" if reasons else "not built yet (the first use does)"
+    if reasons:
+        return f"not built ({'; '.join(reasons)})"
+    return "not built yet (built at the first use)"
 
 
-def describe(device: torch.device) -> str:
+def _describe(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
     return f"{device!s:<13} {properties.name}, sm_{properties.major}{properties.minor}, {memory}"
 
 
-def verdict(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    asked = mmfused.library.current_backend()
-    if asked in ("reference", "composed"):
-        return f"{op}: {asked} on {device}, as asked"
+def _backend_of(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    chosen = mmfused.library.current_backend()
+    if chosen in ("reference", "composed"):
+        return f"{op}: {chosen} on {device}, as set"
     reasons = mmfused.library.why_not_fused(device, dtype)
     if not reasons:
         return f"{op}: fused on {device}"

@@ -1,14 +1,15 @@
-"""``mmfused inspect``: compile every plan of every kernel without a GPU and look at what came out.
+"""``mmfused inspect``: compile every plan of every kernel without a GPU and check the result.
 
-The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` pretends to be on the asked
-architecture and hands each launch over instead of starting it, so what is compiled here is what
-would run there. A spill, more shared memory than the card has, a race (:mod:`.races`), or a matrix
-instruction missing where the plan means to use one is a fault and makes the command exit 1.
+The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` reports the requested
+architecture and records each launch instead of starting it, so the compiled launches are the ones
+that would run on that GPU. A spill, more shared memory than the GPU has, a race (:mod:`.races`), or
+no matrix instruction where the plan relies on one is a fault and makes the command exit 1.
 
-What was measured is stored by kernel source, arguments, options and Triton version, so that a
-second run compiles only what has changed, and a run that was stopped goes on.
-``MMFUSED_INSPECT_CACHE`` names the folder (default ``~/.cache/mmfused/inspect``). Triton's own
-cache is a temporary folder: the user's is neither read nor filled."""
+Results are cached by kernel source, arguments, options and Triton version: a second run compiles
+only what has changed, and an interrupted run resumes. ``MMFUSED_INSPECT_CACHE`` names the folder
+(default ``~/.cache/mmfused/inspect``). Triton's own cache is a temporary folder, so the user's
+cache is neither read nor written.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +28,44 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..library import INTERPRETED
 from ..ops import OPS
 from ..supported import ARCHS
 from . import races
 
-HELP = "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, instructions"
-MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+HELP = (
+    "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, "
+    "instructions"
+)
+# name in the table -> PTX
+MATRIX_INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "mma": "mma.sync",
+    "tcgen05": "tcgen05.mma",
+}
+# dtype of torch -> of Triton's signatures
+_DTYPES = {
+    "float32": "fp32",
+    "float64": "fp64",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "uint8": "u8",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "i1",
+}
+_TILE_SIZES = ("BM", "BX", "BN", "BY", "BR", "BK", "BD")
+_HEADER = (
+    f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} "
+    f"{'shared':>7}  instructions"
+)
 
 
 @dataclass
 class Report:
-    """What one kernel became: the row that is printed."""
+    """One compiled kernel: a printed row."""
 
     op: str
     case: str
@@ -47,26 +73,34 @@ class Report:
     arch: str
     tile: str
     registers: int
-    spilled: int  # bytes of stack a thread
-    shared: int  # bytes a block
+    spilled: int  # bytes of stack per thread
+    shared: int  # bytes per block
     instructions: dict[str, int]
     fault: str = ""
+
+    def __str__(self) -> str:
+        counts = [f"{name}:{count}" for name, count in self.instructions.items() if count]
+        row = (
+            f"{self.op:15} {self.case:15} {self.kernel:8} {self.arch:7} {self.tile:22} "
+            f"{self.registers:4} {self.spilled:5} {self.shared:7}  {' '.join(counts) or 'none'}"
+        )
+        return f"{row}  <- {self.fault}" if self.fault else row
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the compiler made of one launch."""
+    """The compiler's result for one launch."""
 
     registers: int
-    stack: int  # bytes a thread: without local arrays, spills
-    shared: int  # bytes a block
+    stack: int  # bytes per thread: spills, as the kernels have no local arrays
+    shared: int  # bytes per block
     instructions: dict[str, int]
     races: list[str]
 
 
 @dataclass
 class Job:
-    """One launch as heard from a launcher, in picklable form."""
+    """One recorded launch, in picklable form."""
 
     op: str
     case: str
@@ -80,6 +114,7 @@ class Job:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
     parser.add_argument(
         "--arch",
         action="append",
@@ -88,34 +123,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--op", choices=sorted(OPS), help="one op only")
     parser.add_argument("--case", action="append", help="one case only, may be repeated")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
 
 
 def run(args: argparse.Namespace) -> int:
-    archs = args.arch or list(ARCHS)
+    """Run the command; return its exit code."""
+    archs: list[str] = args.arch or list(ARCHS)
     _check(args, archs)
-    jobs: dict[str, list[Job]] = {}  # the same launch, of several cases, is compiled once
+    # Several cases may make the same launch, which is compiled once.
+    jobs: dict[str, list[Job]] = {}
     for arch in archs:
         for job in recorded_launches(arch, args.op, args.case):
             jobs.setdefault(source_key(job), []).append(job)
+    print(_HEADER, flush=True)
     reports = []
-    print(
-        f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} {'shared':>7}  instructions",
-        flush=True,
-    )
     for key, measured in _measure_all({key: same[0] for key, same in jobs.items()}, args.jobs):
-        for report in (report_of(job, measured) for job in jobs[key]):
-            reports.append(report)
-            used = (
-                " ".join(f"{name}:{count}" for name, count in report.instructions.items() if count)
-                or "none"
-            )
-            print(
-                f"{report.op:15} {report.case:15} {report.kernel:8} {report.arch:7} {report.tile:22} {report.registers:4} "
-                f"{report.spilled:5} {report.shared:7}  {used}{'  <- ' + report.fault if report.fault else ''}",
-                flush=True,
-            )
+        for job in jobs[key]:
+            reports.append(report_of(job, measured))
+            print(reports[-1], flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     faults = sum(bool(r.fault) for r in reports)
@@ -126,14 +152,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, archs: list[str]) -> None:
     if INTERPRETED:
         raise ValueError(
-            "TRITON_INTERPRET is 1, so nothing is compiled; inspect takes an environment without it."
+            "inspect: TRITON_INTERPRET: got '1', expected it unset, as it turns off compilation"
         )
     from mmfused.kernels.tiles import SHARED_MEMORY
 
-    takes = [f"sm_{number}" for number in SHARED_MEMORY]
+    supported = [f"sm_{number}" for number in SHARED_MEMORY]
     for arch in archs:
-        if arch not in takes:
-            raise ValueError(f"--arch: got {arch!r}, expected one of {', '.join(takes)}")
+        if arch not in supported:
+            raise ValueError(f"--arch: got {arch!r}, expected one of {', '.join(supported)}")
     known = [case for op in OPS if args.op in (None, op) for case in cases_of(op).CASES]
     for case in args.case or ():
         if case not in known:
@@ -141,21 +167,20 @@ def _check(args: argparse.Namespace, archs: list[str]) -> None:
 
 
 def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Measured]]:
-    """What each job became: from the store, or compiled now, which the store then keeps."""
+    """Yield the result of each job, from the cache or compiled now and then cached."""
     store = _store()
-    missing = []
+    missing: dict[str, Job] = {}
     for key, job in jobs.items():
         measured = _stored(store / key)
         if measured is None:
-            missing.append((key, job))
+            missing[key] = job
         else:
             yield key, measured
     with tempfile.TemporaryDirectory() as triton_cache:
         os.environ["TRITON_CACHE_DIR"] = triton_cache  # the worker processes inherit it
         with ProcessPoolExecutor(workers) as pool:
-            for (key, _), measured in zip(
-                missing, pool.map(compile_job, [job for _, job in missing]), strict=True
-            ):
+            results = pool.map(compile_job, missing.values())
+            for key, measured in zip(missing, results, strict=True):
                 partial = store / f"{key}.{os.getpid()}"
                 partial.write_text(json.dumps(asdict(measured)))
                 partial.replace(store / key)
@@ -171,7 +196,7 @@ def _store() -> Path:
 
 
 def _stored(path: Path) -> Measured | None:
-    """A file that is damaged is named, and its launch compiled again."""
+    """Read a cached result; None where there is none, or where it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -183,26 +208,25 @@ def _stored(path: Path) -> Measured | None:
 
 @functools.cache
 def _fingerprint(module: str, kernel: str) -> str:
-    """The source of a kernel and of all it calls, and this Triton; and how a kernel is judged here."""
+    """Hash the source of a kernel and all it calls, Triton's version, and the checks made here."""
     import triton
 
     from mmfused.kernels import tiles
 
-    judge = [inspect.getsource(part) for part in (compile_job, _resources, races)]
+    checks = [inspect.getsource(part) for part in (compile_job, _resources, races)]
     source = getattr(importlib.import_module(module), kernel).cache_key
-    return hashlib.sha256(
-        repr((triton.__version__, source, judge, tiles.OPTIONS, MATRIX_INSTRUCTIONS)).encode()
-    ).hexdigest()
+    parts = (triton.__version__, source, checks, tiles.OPTIONS, MATRIX_INSTRUCTIONS)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def source_key(job: Job) -> str:
-    """A name for all that decides what the compiler makes of a launch."""
+    """Return a hash of everything that determines the compiler's result for a launch."""
     launch = (job.arch, job.signature, job.constexprs, job.divisible, job.options)
     return hashlib.sha256(repr((_fingerprint(job.module, job.kernel), launch)).encode()).hexdigest()
 
 
 def cases_of(op: str) -> ModuleType:
-    """The module with the cases of an op, and what launches them."""
+    """Return the module with the cases of an op and the function that launches them."""
     return importlib.import_module(f"mmfused.kernels.{op}.inspect_cases")
 
 
@@ -211,10 +235,10 @@ def recorded_launches(
     only_op: str | None = None,
     only_cases: list[str] | None = None,
 ) -> Iterator[Job]:
-    """Every launch the launchers would make on this architecture, each distinct one once."""
+    """Yield every distinct launch that the launchers would make on this architecture."""
     from mmfused.kernels import tiles
 
-    recorded = []
+    recorded: list[tuple] = []
     tiles.listener = lambda *launch: recorded.append(launch)
     tiles.pretended_arch = int(arch.removeprefix("sm_"))
     try:
@@ -224,7 +248,8 @@ def recorded_launches(
                     continue
                 recorded.clear()
                 cases_of(op).launch(case)
-                jobs = {}  # a launcher may repeat a kernel over chunks: once is enough
+                # A launcher may repeat the same launch over chunks.
+                jobs = {}
                 for launch in recorded:
                     job = _job(op, name, arch, *launch)
                     jobs[repr(job)] = job
@@ -233,21 +258,22 @@ def recorded_launches(
         tiles.listener = tiles.pretended_arch = None
 
 
-def _job(op, case, arch, kernel, args, constexprs, options) -> Job:
-    """Type each argument as Triton's launcher does: 1 and None are constants, multiples of 16 are
-    known as such.
+def _job(
+    op: str,
+    case: str,
+    arch: str,
+    kernel: Any,
+    args: tuple,
+    constexprs: dict[str, Any],
+    options: dict[str, Any],
+) -> Job:
+    """Type each argument as Triton's launcher does.
+
+    1 and None are constants; multiples of 16 are marked as divisible.
     """
-    names = {
-        "float32": "fp32",
-        "float64": "fp64",
-        "float16": "fp16",
-        "bfloat16": "bf16",
-        "uint8": "u8",
-        "int32": "i32",
-        "int64": "i64",
-        "bool": "i1",
-    }
-    signature, constants, divisible = {}, dict(constexprs), []
+    signature: dict[str, str] = {}
+    constants = dict(constexprs)
+    divisible: list[str] = []
     for name, value in zip(kernel.arg_names, args, strict=False):
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
@@ -258,27 +284,24 @@ def _job(op, case, arch, kernel, args, constexprs, options) -> Job:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "*" + names[str(value.dtype).removeprefix("torch.")]
+            signature[name] = "*" + _DTYPES[str(value.dtype).removeprefix("torch.")]
             divisible.append(name)
     signature |= {name: "constexpr" for name in constexprs}
-    signature = {name: signature[name] for name in kernel.arg_names}
     return Job(
-        op,
-        case,
-        arch,
-        kernel.fn.__module__,
-        kernel.fn.__name__,
-        signature,
-        constants,
-        divisible,
-        options,
+        op=op,
+        case=case,
+        arch=arch,
+        module=kernel.fn.__module__,
+        kernel=kernel.fn.__name__,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs=constants,
+        divisible=divisible,
+        options=options,
     )
 
 
 def compile_job(job: Job) -> Measured:
-    """Compile one launch for its architecture and read registers, stack, shared memory and matrix
-    instructions.
-    """
+    """Compile one launch for its architecture and measure the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -302,21 +325,21 @@ def compile_job(job: Job) -> Measured:
 
 
 def report_of(job: Job, measured: Measured) -> Report:
-    """The row of a launch, and what is wrong with it."""
+    """Return the row of a launch, with its faults."""
     from mmfused.kernels import tiles
 
     limit = tiles.SHARED_MEMORY[int(job.arch.removeprefix("sm_"))]
     faults = list(measured.races)
     if measured.stack:
-        faults.append(f"spills {measured.stack} bytes a thread")
+        faults.append(f"spills {measured.stack} bytes per thread")
     if measured.shared > limit:
-        faults.append(f"needs {measured.shared} bytes of shared memory, the card has {limit}")
-    c = job.constexprs
-    # UPCAST is what tiles.dot takes; float32 is multiplied exactly, without matrix instructions.
-    multiplies = "UPCAST" in c and not {"*fp16", "*bf16"}.isdisjoint(job.signature.values())
+        faults.append(f"needs {measured.shared} bytes of shared memory, the GPU has {limit}")
+    constants = job.constexprs
+    # Kernels with UPCAST call tiles.dot, which multiplies float32 without matrix instructions.
+    multiplies = "UPCAST" in constants and not {"*fp16", "*bf16"}.isdisjoint(job.signature.values())
     if multiplies and not any(measured.instructions.values()):
         faults.append("no matrix instruction")
-    sizes = "x".join(str(c[k]) for k in ("BM", "BX", "BN", "BY", "BR", "BK", "BD") if k in c)
+    sizes = "x".join(str(constants[size]) for size in _TILE_SIZES if size in constants)
     return Report(
         op=job.op,
         case=job.case,
@@ -333,15 +356,13 @@ def report_of(job: Job, measured: Measured) -> Report:
 
 def _short_name(job: Job) -> str:
     name = job.kernel.removesuffix("_kernel")
-    return (
-        f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}"
-        if name == "onepass"
-        else name
-    )
+    if name != "onepass":
+        return name
+    return f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}"
 
 
 def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -353,9 +374,10 @@ def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"REG:(\d+).*?STACK:(\d+)", done.stdout)
     if found is None:
+        message = done.stderr.strip() or "no message"
+        cache = os.environ.get("TRITON_CACHE_DIR")
         raise RuntimeError(
-            f"{job.kernel} for {job.arch} became {len(cubin)} bytes that cuobjdump cannot read "
-            f"({done.stderr.strip() or 'no message'}): Triton's cache {os.environ.get('TRITON_CACHE_DIR')} is "
-            "damaged, or its disk is full."
+            f"{job.kernel} for {job.arch}: cuobjdump cannot read its {len(cubin)} bytes "
+            f"({message}): Triton's cache {cache} is damaged, or its disk is full"
         )
     return int(found[1]), int(found[2])

@@ -1,12 +1,12 @@
-"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in what it prints
-before PTX.
+"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in the TTGIR.
 
-A loop's loads go through rings of shared memory that asynchronous copies fill ahead of use. A tile
-that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile that is read into
-registers, since the copy that refills a slot must wait for the dot of the previous turn. Triton
-counts a tile that is used both ways as the latter: the next copy overwrites what the tensor cores
-still read. No interpreter shows it, and a card mostly hides it by timing. The fix is to use such a
-tile in one way only, or ``num_stages=1``."""
+A loop's loads go through ring buffers in shared memory, which asynchronous copies fill ahead of
+use. A tile that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile that is
+loaded into registers, because the copy that refills a slot must wait for the dot of the previous
+iteration. Triton gives a tile that is used both ways the slots of the latter: the next copy
+overwrites data that the tensor cores still read. No interpreter shows the race, and on a GPU its
+timing mostly hides it. The fix is to use such a tile in one way only, or ``num_stages=1``.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _NAME = r"%[\w-]+(?:#\d+)?"
 
 
 def pipelined_register_reads(ttgir: str) -> list[str]:
-    """One sentence for each ring of shared memory whose copy overtakes an asynchronous dot.
+    """Return one sentence for each ring buffer whose copy overtakes an asynchronous dot.
 
-    That is a ring that a loop reads into registers and multiplies, and refills while the dot may
-    still run. ``ttgir``: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. Empty where there is none,
-    as on every architecture but sm_90."""
+    A loop loads the ring into registers and multiplies it, and refills it while the dot may still
+    run. ``ttgir``: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. The list is empty where there is
+    no race, as on every architecture but sm_90.
+    """
     lines = ttgir.splitlines()
     rings, slots = _rings(lines)
     faults = {}
     for loop in _loops(lines):
         loaded = set().union(*(_used(line, rings) for line in loop if "ttg.local_load " in line))
-        running: list[set[str]] = []  # what each dot still under way reads
-        for line in loop * 2:  # twice: dots of one turn run into the next
+        running: list[set[str]] = []  # the rings that each unfinished dot reads
+        for line in loop * 2:  # twice: dots of one iteration run into the next
             wait = re.search(r"ttng\.warp_group_dot_wait .*pendings = (\d+)", line)
             if wait:
                 running = running[max(0, len(running) - int(wait[1])) :]
@@ -36,16 +37,19 @@ def pipelined_register_reads(ttgir: str) -> list[str]:
             elif "ttg.async_copy_global_to_local " in line:
                 for ring in sorted(_used(line, rings) & loaded & set().union(*running)):
                     faults[ring] = (
-                        f"{ring}, of {slots[ring]} slots, is refilled while a dot reads it: it is read into registers too"
+                        f"{ring}, of {slots[ring]} slots, is refilled while a dot reads it: it is "
+                        "also loaded into registers"
                     )
     return list(faults.values())
 
 
 def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """The ring that each name of shared memory belongs to, through indices, views, waits and loops;
-    each ring's slots.
+    """Return the ring that each name of shared memory belongs to, and each ring's slots.
+
+    Names are followed through indices, views, waits and loops.
     """
-    rings, slots = {}, {}
+    rings: dict[str, str] = {}
+    slots: dict[str, int] = {}
 
     def follow(name: str, source: str) -> None:
         if source in rings:
@@ -63,27 +67,30 @@ def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
         elif op == "scf.for":
             for inner, outer in re.findall(rf"({_NAME}) = ({_NAME})", rest):
                 follow(inner, outer)
-        elif op == "ttng.warp_group_dot_wait":  # gives its operands back, in order
+        elif op == "ttng.warp_group_dot_wait":  # returns its operands, in order
             for i, operand in enumerate(re.findall(_NAME, rest.split("{")[0])):
                 follow(f"{name}#{i}", operand)
         elif op.startswith("ttg.memdesc_"):
-            follow(name, re.search(_NAME, rest)[0])
+            source = re.search(_NAME, rest)
+            if source:
+                follow(name, source[0])
     return rings, slots
 
 
 def _used(line: str, rings: dict[str, str]) -> set[str]:
-    """The rings among the operands of an operation."""
+    """Return the rings among the operands of an operation."""
     return {rings[name] for name in re.findall(_NAME, line.split(" = ", 1)[-1]) if name in rings}
 
 
 def _loops(lines: list[str]) -> list[list[str]]:
-    """The lines of every scf.for, nested ones included: a region is closed in the column where it
-    was opened.
+    """Return the lines of every scf.for, nested ones included.
+
+    A region is closed in the column where it was opened.
     """
     loops = []
     for i, line in enumerate(lines):
         if "scf.for " in line:
-            close = re.match(r"\s*", line)[0] + "}"
+            close = line[: len(line) - len(line.lstrip())] + "}"
             end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(close))
             loops.append(lines[i + 1 : end])
     return loops

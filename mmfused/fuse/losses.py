@@ -23,8 +23,6 @@ _LOSSES = f"{_TEXT}.sentence_transformer.losses"
 _SIMILARITY = f"{_TEXT}.util.similarity"
 SIMILARITIES = ("cos_sim", "dot_score")
 _WRAPPER = f"{_LOSSES}.matryoshka.CachedLossDecorator"
-
-
 _OTHER_SCALE = "its gradients are scaled differently; use MaskedInfoNCE(gather='global')."
 
 
