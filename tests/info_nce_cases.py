@@ -1,6 +1,4 @@
-"""What the tests of masked InfoNCE share: inputs of one case, a run of it, and the documented
-definition in loops.
-"""
+"""Shared by the tests of masked InfoNCE: inputs, a run, and the definition in loops."""
 
 import torch
 from torch.nn.functional import normalize
@@ -10,7 +8,7 @@ from mmfused import masked_info_nce
 from mmfused.testing import value_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, C, D = 37, 53, 6  # three blocks of 16 rows where a test asks for small blocks
+B, C, D = 37, 53, 6  # three blocks of 16 rows with small blocks
 
 
 def make(
@@ -26,9 +24,7 @@ def make(
     weight=False,
     **options,
 ):
-    """Embeddings and temperature (leaves), integers, and the options of one case, as arguments of
-    masked_info_nce.
-    """
+    """Return arguments of masked_info_nce; embeddings and temperature are leaves."""
 
     def integers(low, high, n):
         return torch.randint(low, high, (n,)).to(DEVICE)
@@ -42,8 +38,8 @@ def make(
     ).requires_grad_()
     if keys != "none":
         high = {"one": 1, "three": 3, "many": 2 * c}[keys]
-        inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: for everybody
-        if keys != "three":  # there a row's key is its target's, which may be -1
+        inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: shared by all rows
+        if keys != "three":  # else the key of a row is that of its target, which may be -1
             inputs["query_key"] = integers(0, high, b)
     if same_id is not None:
         inputs |= dict(candidate_id=integers(0, c // 3 + 1, c), same_id=same_id)

@@ -1,6 +1,4 @@
-"""What the tests of masked InfoNCE's kernels share: small tiles, inputs, and runs against the
-reference within the budget.
-"""
+"""Shared by the tests of masked InfoNCE's kernels: small tiles, inputs, runs within the budget."""
 
 import dataclasses
 
@@ -17,8 +15,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
-    """16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows; on a GPU
-    only the backward is forced.
+    """Use 16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows.
+
+    On a GPU only the backward is forced.
     """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
@@ -56,7 +55,7 @@ def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
 
 
 def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
-    """Value and gradients; embeddings rounded to the dtype before, whichever dtype computes."""
+    """Return value and gradients; the embeddings are rounded to 16 bits first in any dtype."""
     rounded = {
         k: v.to(torch.float16 if dtype == torch.float64 else dtype)
         for k, v in inputs.items()
@@ -71,9 +70,7 @@ def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream
 
 
 def compare(inputs, options, dtype=torch.float32, name="fused"):
-    """(got, exact, plain): of a backend, of the reference in float64, and of the reference in the
-    same dtype.
-    """
+    """Return the results of a backend, of the reference in float64, and of it in the same dtype."""
     inputs = {
         k: v.to(dtype).double() if k != "temperature" else v.float().double()
         for k, v in inputs.items()
@@ -90,7 +87,7 @@ def compare(inputs, options, dtype=torch.float32, name="fused"):
     )
     plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
     got = run(inputs, options, dtype, name=name, upstream=upstream)
-    # One number, the sum of what each row has: errors are relative to the sum of their sizes.
+    # One number, a sum over rows: its error is relative to the sum of their absolute values.
     rows = (exact["query"] * want["dquery"]).detach().sum(1) / exact["temperature"].detach()
     for results in (got, want, plain):
         slope = results["dtemperature"]
@@ -105,8 +102,9 @@ def check(inputs, options, dtype=torch.float32, name="fused"):
 
 
 def check_together(cases, dtype=torch.float32, name="fused"):
-    """The budget of many small cases as one: where few numbers decide, a single one's error is a
-    matter of luck.
+    """Check the budget of many small cases as one.
+
+    Where few numbers decide, the error of a single case is a matter of luck.
     """
     together = ({}, {}, {})
     for inputs, options in cases:

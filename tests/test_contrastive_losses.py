@@ -1,4 +1,4 @@
-"""The papers' losses, as calls of this library, against their formulas in float64; mmfused.losses."""
+"""The papers' losses as calls of this library, and mmfused.losses, against float64 formulas."""
 
 import math
 
@@ -59,12 +59,14 @@ def info_nce(q, c, tau):
     return mean(cross_entropy(row / tau, i) for i, row in enumerate(q @ c.T))
 
 
-# ---- UniECS (arXiv 2508.13843): f, v, t are the whole product, its image and its text; item 1 triggers, item 2 is recalled
+# ---- UniECS (arXiv 2508.13843) -------------------------------------------------------------------
+# f, v, t are the whole product, its image and its text; item 1 triggers, item 2 is recalled.
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):
-    """Mean over i and the floor(B/2) largest off-diagonal logits of max(0, a4 + logit_ij -
-    logit_ii).
+    """Mean over i and its hardest negatives of max(0, a4 + logit_ij - logit_ii).
+
+    The hardest are the floor(B/2) largest off-diagonal logits.
     """
     logits, n = v1 @ v2.T / tau, len(v1) // 2
     largest = [
@@ -165,8 +167,9 @@ def test_uniecs(term, blocks):
 
 
 def unite(q, c, tau, code=None, negatives=None, item=None):
-    """MAMCL as its code has it: masked logits are -1e9, explicit negatives are appended unmasked,
-    positives of one id summed.
+    """MAMCL as in its code.
+
+    Masked logits are -1e9, explicit negatives are appended unmasked, positives of one id summed.
     """
     logits = q @ c.T / tau
     if code is not None:
@@ -180,9 +183,8 @@ def unite(q, c, tau, code=None, negatives=None, item=None):
 
 
 def test_unite():
-    code = torch.tensor(
-        [1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE
-    )  # 4, 5 and 7 are alone: 0
+    # 4, 5 and 7 are alone: their rows give 0.
+    code = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
     negatives = inputs | dict(negatives=unit(B, D))
     item = torch.arange(B, device=DEVICE) % 5
@@ -223,7 +225,7 @@ def test_unite():
 
 
 def test_unica():
-    """G candidates to a query, the positive first; tau 0.02, and the distance to the positive."""
+    """G candidates for each query, its positive first; tau 0.02, and its distance."""
     groups, weight = 3, 0.7
     inputs, target = (
         dict(q=unit(B, D), c=unit(B * groups, D)),
@@ -243,8 +245,9 @@ def test_unica():
 
 @pytest.mark.parametrize("own_negative_only", [False, True])
 def test_moon_inter(own_negative_only):
-    """Three views of a query against p and n; omega weighs the views, phi the triplets (0.6 and
-    more count fully).
+    """Three views of a query against p and n.
+
+    omega weighs the views, phi the triplets (0.6 and more count fully).
     """
     inputs = dict(
         t=unit(B, D),
@@ -283,8 +286,9 @@ def test_moon_inter(own_negative_only):
 
 @pytest.mark.parametrize("roll", [False, True])
 def test_moon_intra(roll):
-    """Image to caption; negatives are the captions of all other products, or ("roll") of the one
-    before.
+    """Image to caption.
+
+    Negatives are the captions of all other products, or ("roll") that of the previous one.
     """
     inputs = dict(image=unit(B, D), text=unit(B, D), tau=scalar(0.07))
 
@@ -316,9 +320,7 @@ def test_moon_intra(roll):
 
 
 def test_fluid():
-    """The mean of the query tokens of each modality, brought to length 1, both directions, tau
-    0.07.
-    """
+    """The normalised mean of the query tokens of each modality, both directions, tau 0.07."""
     inputs = {
         name: torch.randn(B, 5, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for name in ("image", "text")
@@ -337,7 +339,7 @@ def test_fluid():
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
 
-# ---- mmfused.losses: what the papers' terms leave untested ---------------------------------------
+# ---- mmfused.losses: cases beyond the papers' terms ----------------------------------------------
 
 
 def sigmoid_loss(q, c, temperature, bias):
@@ -395,7 +397,7 @@ ALL = {
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_row(name):
-    """Nothing to compare with: 0 where only other rows count, and a gradient everywhere."""
+    """No other row: 0 where only other rows count, and a gradient everywhere."""
     got = value_and_gradients(ALL[name], dict(q=unit(1, D), c=unit(1, D)))
     assert all(value.isfinite().all() for value in got.values())
     assert (got["out"] == 0) == (
@@ -405,7 +407,7 @@ def test_one_row(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_bfloat16_and_autocast(name, blocks):
-    """Computed in float32 whatever comes in, also under autocast."""
+    """Computed in float32 for any inputs, also under autocast."""
     low = {k: unit(B, D).detach().bfloat16().requires_grad_() for k in ("q", "c")}
     plain = {k: v.detach().float().requires_grad_() for k, v in low.items()}
     exact = value_and_gradients(
@@ -474,7 +476,9 @@ BAD_LOSSES = {
     "candidate: got shape (4, 2), expected at least 4 rows of 3": lambda: hard_negative_margin(
         x, y[:, :2]
     ),
-    "candidate: got a tensor on meta, expected cpu, where query is": lambda: product_hinge(x, y.to("meta")),
+    "candidate: got a tensor on meta, expected cpu, where query is": lambda: product_hinge(
+        x, y.to("meta")
+    ),
     "hard_negative_margin: temperature: got 0, expected a number above 0": lambda: (
         hard_negative_margin(x, y, temperature=0)
     ),
@@ -487,14 +491,14 @@ BAD_LOSSES = {
     "fraction: got nan, expected a number from 0 to 1": lambda: hard_negative_margin(
         x, y, fraction=math.nan
     ),
-    "hard_negative_margin: margin: got None, expected a number, or a tensor of one element": lambda: (
+    "hard_negative_margin: margin: got None, expected a number, or a tensor of": lambda: (
         hard_negative_margin(x, y, margin=None)
     ),
-    "product_hinge: margin: got shape (2,) and dtype torch.float32, expected one floating element": lambda: (
+    "product_hinge: margin: got shape (2,) and dtype torch.float32, expected one": lambda: (
         product_hinge(x, y, margin=torch.ones(2))
     ),
-    "product_hinge: scale: got shape () and dtype torch.int64, expected one floating element": lambda: (
-        product_hinge(x, y, scale=torch.tensor(1))
+    "product_hinge: scale: got shape () and dtype torch.int64, expected one": lambda: product_hinge(
+        x, y, scale=torch.tensor(1)
     ),
     "product_consistency: tolerance: got '0.1', expected a number": lambda: product_consistency(
         (x, y), (x, y), (x, y), tolerance="0.1"

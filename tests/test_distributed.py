@@ -1,6 +1,6 @@
 """Losses over 1, 2 and 3 processes (gloo) against one process with the whole batch.
 
-What one rank refuses, and the ranks' settings: test_distributed_refusals.py.
+Bad inputs of one rank, and settings that differ: test_distributed_refusals.py.
 """
 
 import os
@@ -36,9 +36,7 @@ if not torch.cuda.is_available():  # on a CPU kernels run interpreted, which tak
 
 
 class Towers(nn.Module):
-    """Two linear towers and the loss, so that DDP averages the gradients of shared parameters and
-    of the temperature.
-    """
+    """Two linear towers and the loss: DDP averages gradients of weights and temperature."""
 
     def __init__(self, gather, options):
         super().__init__()
@@ -51,8 +49,9 @@ class Towers(nn.Module):
 
 
 def batch_of_rank(case: str, split: list, rank: int) -> tuple:
-    """This rank's rows of a fixed batch. Each rank's first candidates are its positives, the others
-    extra negatives.
+    """Return this rank's rows of a fixed batch.
+
+    The first candidates of each rank are its positives, the others extra negatives.
     """
     queries, candidates = split[rank]
     generator = torch.Generator().manual_seed(100 + rank)
@@ -72,7 +71,7 @@ def batch_of_rank(case: str, split: list, rank: int) -> tuple:
 
 
 def whole_batch(case: str, split: list) -> tuple:
-    """The batch of all ranks with the positives first, as one process needs it."""
+    """Return the batch of all ranks with the positives first, as one process needs it."""
     parts = [batch_of_rank(case, split, rank) for rank in range(len(split))]
     sizes = [queries for queries, _ in split]
 

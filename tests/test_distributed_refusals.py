@@ -1,8 +1,8 @@
-"""Where one of several processes (gloo) cannot go on, all raise, and can go on together afterwards;
-the selection bias over ranks.
+"""Where one of several processes (gloo) fails, all raise, and can continue together afterwards.
 
-One start of the processes runs all cases, one after the other: starting them takes longer than all
-cases."""
+Also the selection bias over ranks. One start of the processes runs all cases in turn: starting
+takes longer than all cases.
+"""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from mmfused.ops.masked_info_nce import loss_over_ranks
 WORLDS = (2, 3)
 SECONDS = 20  # within which all ranks raise
 HANGS = 120  # seconds after which the processes are ended
-UMLAUTS = "ü" * 3000  # more bytes than are sent
+UMLAUTS = "ü" * 3000  # more bytes than a message holds
 
 
 def batch(rank: int) -> dict:
@@ -34,7 +34,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-# By sentence: what the last rank changes, in its arguments; the type of its error.
+# By message: the arguments that the last rank changes, and the type of its error.
 REFUSED = {
     "query: got None, expected a torch.Tensor": ({"query": None}, TypeError),
     "candidate: got a list, expected a torch.Tensor": ({"candidate": [1.0]}, TypeError),
@@ -92,8 +92,8 @@ REFUSED = {
     "gather: got backend 'reference'": ({"backend": "reference"}, RuntimeError),
     "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
 }
-# By what is named: (what all ranks take, what the last one changes, its value on rank 0 and on the
-# last one).
+# By setting: arguments of all ranks, those that the last one changes, its value on rank 0 and on
+# the last one.
 KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
 NEEDED, NOT = "needed", "not needed (no_grad, or frozen)"
 DIFFERENT = {
@@ -134,7 +134,7 @@ DIFFERENT = {
         "gather_rows",
     ),
 }
-# gather_rows: what the first ranks and the last one give, and what all say.
+# Rows of the first ranks and of the last one in gather_rows, and the message of all.
 GATHERED = {
     "shape": (
         torch.zeros(2, 3),
@@ -180,8 +180,9 @@ def run_rank(rank: int, world: int, folder: str):
     bad, results = rank == world - 1, {}
 
     def outcome(name, call):
-        """Type and sentence of its error; and the good loss after it, of a group that must still
-        work.
+        """Store type and message of the call's error, and the good loss after it.
+
+        The group must still work.
         """
         start, error = time.monotonic(), None
         try:
@@ -225,7 +226,7 @@ def run_rank(rank: int, world: int, folder: str):
 
 
 def compare_of_a_model(bad: bool):
-    """A model's loss refuses on one rank before what the others exchange in theirs."""
+    """A model's loss fails on one rank before an exchange that the others begin."""
     if bad:
         raise refused("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
@@ -247,8 +248,9 @@ def results(request, tmp_path_factory):
 
 
 def errors(results: list, name: str) -> list[tuple[str, str]]:
-    """Of each rank. Whatever the case was, the ranks raised soon, and then computed the good loss
-    as before.
+    """Return the error of each rank, after checks that hold in all cases.
+
+    The ranks raised soon, and then computed the good loss as before.
     """
     for rank in results:
         _, seconds, loss, gradient = rank[name]
@@ -258,7 +260,7 @@ def errors(results: list, name: str) -> list[tuple[str, str]]:
 
 
 def check_refusal(found: list, op: str, kind: str, sentence: str):
-    """The last rank raises its own error, the others one that names it and quotes the sentence."""
+    """The last rank raises its own error, the others one that names it and quotes the message."""
     *others, (own_kind, own) = found
     assert own_kind == kind and sentence in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
@@ -278,7 +280,8 @@ def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
 def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
     _, _, first, last = DIFFERENT[name]
     setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
-    sentence = f"{setting}: got {first} on rank 0 and {last} on rank {rank}, expected the same on all ranks"
+    got = f"{setting}: got {first} on rank 0 and {last} on rank {rank}"
+    sentence = f"{got}, expected the same on all ranks"
     for i, (kind, text) in enumerate(errors(results, name)):
         op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
         assert (kind, text) == ("ValueError", f"{op}: {sentence}")
@@ -343,14 +346,15 @@ def mixture() -> TopKMoE:
 
 
 def tokens(rank: int, step: int) -> torch.Tensor:
-    """Each rank's tokens lie apart, so that its own counts would move the bias elsewhere."""
+    """The tokens of each rank have another mean, so that its own counts would move the bias."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     return torch.randn(30 + 20 * rank, 6, generator=generator) + torch.randn(6, generator=generator)
 
 
 def biases(rank: int, world: int) -> dict:
-    """After some steps: with the counts of all ranks, of a group of two, and of this rank alone;
-    and under DDP.
+    """Return the biases after some steps.
+
+    With the counts of all ranks, of a group of two, of this rank alone, and under DDP.
     """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}
@@ -392,10 +396,7 @@ def test_the_selection_bias_takes_the_counts_of_a_group(results):
 
 
 def test_a_mixture_without_a_selection_bias_says_so():
-    with pytest.raises(
-        ValueError,
-        match="TopKMoE: selection_bias is False; update_selection_bias takes a module that has one.",
-    ):
+    with pytest.raises(ValueError, match="TopKMoE: selection_bias"):
         TopKMoE(6, 4, 5).update_selection_bias(torch.ones(5))
 
 

@@ -1,6 +1,4 @@
-"""MOON2.0's dual alignment: the Z x M matrix, objective weights and sparsity, against a literal
-transcription.
-"""
+"""MOON2.0's dual alignment against a literal transcription."""
 
 import math
 
@@ -12,7 +10,7 @@ from mmfused.losses import dual_alignment, expert_shares
 
 
 def literal(alignment, shares, members):
-    """models.md section 3, one number at a time."""
+    """Compute section 3 of models.md, one number at a time."""
     experts, objectives = alignment.shape
     p = [
         [
@@ -40,13 +38,13 @@ def make(experts=4, objectives=5, batch=6):
     )
 
 
-@pytest.mark.parametrize("everybody", [True, False])
-def test_the_equations(everybody):
+@pytest.mark.parametrize("all_members", [True, False])
+def test_the_equations(all_members):
     alignment, shares, members = make()
-    members[:, 2] = False  # an objective that nobody has
-    members = torch.ones_like(members) if everybody else members
+    members[:, 2] = False  # an objective without samples
+    members = torch.ones_like(members) if all_members else members
     got, want = (
-        dual_alignment(alignment, shares, members=None if everybody else members),
+        dual_alignment(alignment, shares, members=None if all_members else members),
         literal(alignment, shares, members),
     )
     upstream = torch.randn(5, dtype=torch.float64)
@@ -57,7 +55,7 @@ def test_the_equations(everybody):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert everybody or got[0][2] == 0
+    assert all_members or got[0][2] == 0
 
 
 def test_at_the_start_all_objectives_weigh_the_same():
@@ -81,8 +79,8 @@ def test_normalised_weights(total):
     plain, _ = dual_alignment(alignment, shares, members=members)
     omega, _ = dual_alignment(alignment, shares, members=members, normalise=total)
     torch.testing.assert_close(omega, plain * total / plain.sum())
-    nobody = torch.zeros_like(members)
-    omega, _ = dual_alignment(alignment, shares, members=nobody, normalise=total)
+    none = torch.zeros_like(members)
+    omega, _ = dual_alignment(alignment, shares, members=none, normalise=total)
     assert not omega.any() and not torch.autograd.grad(omega.sum(), alignment)[0].any()
 
 

@@ -1,8 +1,8 @@
-"""Masked InfoNCE without kernels: the reference against the definition, the composed sweep against
-the reference.
+"""Masked InfoNCE without kernels: reference against definition, composed against reference.
 
-Properties, the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels:
-..._fused.py; test_distributed.py."""
+Properties and the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels:
+..._fused.py; ranks: test_distributed.py.
+"""
 
 import itertools
 import math
@@ -52,14 +52,13 @@ def test_reference_is_the_definition(case):
 # ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "temperature", [0.2, 0.002]
-)  # composed: one shift for all logits, and a maximum of each row and column
+# At 0.2 composed uses one shift for all logits, at 0.002 a maximum for each row and column.
+@pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("way", ["target", "symmetric"])
 @pytest.mark.parametrize("same_id", IDS)
 @pytest.mark.parametrize("keys", KEYS)
 def test_composed_equals_reference_in_float64(keys, same_id, way, temperature, monkeypatch):
-    monkeypatch.setattr(composed, "BLOCK_BYTES", 1)  # the least there is: 16 rows
+    monkeypatch.setattr(composed, "BLOCK_BYTES", 1)  # the minimum: 16 rows
     options = itertools.product(["mean", "sum", "none"], [0.0, 0.15], [None, 0.1])
     for n, (reduction, smoothing, margin) in enumerate(options):
         rest = dict(
@@ -130,9 +129,11 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_values(case, scale, dtype):
-    """Also candidates beyond the B-th in a symmetric loss: they have a logit, perhaps a large one,
-    but no column. Of four batches: where few logits decide, one batch's error is a matter of
-    luck."""
+    """Large and degenerate logits, also of candidates beyond the B-th in a symmetric loss.
+
+    Those have a logit, perhaps a large one, but no column. Four batches together: where few logits
+    decide, the error of one batch is a matter of luck.
+    """
     for options in (
         dict(symmetric=True),
         dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3),
@@ -146,7 +147,7 @@ def test_extreme_values(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Where a gradient cancels, one rounding of a row's: errors are then relative to this.
+            # Where a gradient cancels, errors are relative to one rounding of a row's.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
@@ -158,8 +159,7 @@ def test_extreme_values(case, scale, dtype):
                     results[k] = torch.cat(
                         [results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]]
                     )
-        # 1 / temperature is rounded once: of no account until logits of 10^4, all of whose digits
-        # but a few are lost anyway.
+        # The rounding of 1 / temperature shows at logits of 10^4 only, with few digits anyway.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
@@ -169,8 +169,9 @@ def test_extreme_values(case, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("same_id", [None, "mean", "sum"])
 def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
-    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)), which float64's log_softmax
-    gives to four digits only.
+    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)).
+
+    float64's log_softmax gives only four digits of it.
     """
     s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
     inputs = dict(
@@ -213,8 +214,9 @@ def test_identical_embeddings_cost_log_n(n):
     ],
 )
 def test_rows_without_negatives(options, backend):
-    """Exactly 0, still counted in the mean, and with their positive term: here every other row is
-    alone with its key.
+    """Exactly 0, still counted in the mean, and with their positive term.
+
+    Every other row is alone with its key.
     """
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
@@ -247,11 +249,9 @@ def test_odd_sizes(b, c, monkeypatch):
         assert_close(run(inputs), run(inputs, "reference"), tolerance)
 
 
-@pytest.mark.parametrize("scale", [35.9, 39.9])  # on either side of what one shift for all serves
+@pytest.mark.parametrize("scale", [35.9, 39.9])  # below and above the limit of one shift for all
 def test_large_upstream_gradients_do_not_overflow(scale):
-    """A loss scale of 2^20 on logits that all lie at the lower bound, where exp(bound - logit) is
-    largest.
-    """
+    """A loss scale of 2^20 on logits at the lower bound, where exp(bound - logit) is largest."""
     inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
     with torch.no_grad():
         inputs["query"][:] = inputs["query"][0].clone()
@@ -307,18 +307,29 @@ from torch._dynamo.utils import counters
 def case(kind, n, dtype):
     q, c = (torch.randn(n, 6, requires_grad=True, dtype=dtype) for _ in "qc")
     key, temperature = torch.randint(0, 3, (n,)), torch.tensor(0.5, requires_grad=True)
-    options = {"keys": dict(query_key=key, candidate_key=key, row_weight=torch.rand(n)), "itself": {},
-        "everything": dict(candidate_key=key - 1, candidate_id=key, same_id="mean", label_smoothing=0.1, false_negative_margin=0.1)}
+    options = {
+        "keys": dict(query_key=key, candidate_key=key, row_weight=torch.rand(n)),
+        "itself": {},
+        "everything": dict(
+            candidate_key=key - 1,
+            candidate_id=key,
+            same_id="mean",
+            label_smoothing=0.1,
+            false_negative_margin=0.1,
+        ),
+    }
     return [q, q if kind == "itself" else c, temperature], dict(symmetric=True, **options[kind])
 
 def loss(tensors, options):
     return mmfused.masked_info_nce(tensors[0], tensors[1], temperature=tensors[2], **options)
 
-runs = [("composed", kind, torch.float32) for kind in ("keys", "itself", "everything")] + [("composed", "keys", torch.float64)]
-for name, kind, dtype in [*runs, ("reference", "everything", torch.float32)]:
+runs = [("composed", kind, torch.float32) for kind in ("keys", "itself", "everything")]
+runs += [("composed", "keys", torch.float64), ("reference", "everything", torch.float32)]
+for name, kind, dtype in runs:
     torch._dynamo.reset(), counters.clear()
     mmfused.set_backend(name)
-    backend = "aot_eager" if (name, kind) == ("composed", "everything") else "eager"  # tracing the gradients too takes long
+    # Tracing the gradients too takes long.
+    backend = "aot_eager" if (name, kind) == ("composed", "everything") else "eager"
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for n in (17, 40, 33):
         tensors, options = case(kind, n, dtype)
@@ -332,7 +343,7 @@ print("done")
 
 
 def run_python(code):
-    """In a process of its own, without Triton's interpreter and the backend that this one may have."""
+    """Run in a process of its own, without Triton's interpreter and this process's backend."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
     env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -344,7 +355,7 @@ def test_one_graph_for_three_batch_sizes():
 
 
 def test_differentiating_twice():
-    """The reference can; the composed sweep raises rather than be wrong."""
+    """The reference supports it; the composed sweep raises rather than return wrong gradients."""
     inputs = make(5, 7, 3, symmetric=True, positive_weight=0.3)
     rest = {k: v for k, v in inputs.items() if k != "query"}
     assert torch.autograd.gradgradcheck(
@@ -360,7 +371,7 @@ def test_differentiating_twice():
     "options", [dict(target=True), dict(target=True, keys="three", same_id="mean")]
 )
 def test_equal_bits(options):
-    """Of two runs and of two backwards of one, with two threads and targets that many rows share."""
+    """In two runs and in two backwards of one, with two threads and targets that rows share."""
     inputs = make(1024, 100, 64, torch.float32, temperature=0.07, **options)
     inputs["target"] %= 3
     leaves, threads = (
@@ -442,22 +453,24 @@ def test_nothing_of_size_b_times_c_is_saved():
     for name in ("reference", "composed"):
         with mmfused.backend(name):
             saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
-    assert (
-        saved["reference"] > 4 * n * n and saved["composed"] < 4 * n * d + 30 * 8 * n
-    )  # the candidates without NaN, and vectors
+    assert saved["reference"] > 4 * n * n
+    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # the candidates without NaN, and vectors
 
 
 def test_peak_memory():
-    """B = 16384 against itself, both directions: eager keeps five matrices of 1 GiB. Full size,
-    since it is a claim about size.
+    """B = 16384 against itself, both directions: eager stores five matrices of 1 GiB.
+
+    Full size, since it is a claim about size.
     """
     code = """
 import torch, mmfused
 torch.set_num_threads(1)
-x = [torch.nn.functional.normalize(torch.randn(n, 256), dim=-1).requires_grad_() for n in (16384, 16384, 32, 32)]
+normalize = torch.nn.functional.normalize
+x = [normalize(torch.randn(n, 256), dim=-1).requires_grad_() for n in (16384, 16384, 32, 32)]
 loss = lambda q, c: mmfused.masked_info_nce(q, c, temperature=0.07, symmetric=True)
-loss(*x[2:]).backward()  # what is loaded at the first call
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss starts at the parent's
+loss(*x[2:]).backward()  # the first call loads libraries
+# Not ru_maxrss, which starts at the parent's.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
 loss(*x[:2]).backward()
 print((peak() - before) / 1024)
@@ -479,9 +492,7 @@ BAD = {
     ),
     "query: got a list, expected a torch.Tensor": dict(query=[1.0]),
     "candidate: got None, expected a torch.Tensor": dict(candidate=None),
-    "candidate: got a tensor on meta, expected cpu, where query is": dict(
-        candidate=x.to("meta")
-    ),
+    "candidate: got a tensor on meta, expected cpu, where query is": dict(candidate=x.to("meta")),
     "query: got shape (4,), expected (rows, dim), neither of them 0": dict(query=x[0]),
     "candidate: got shape (0, 4), expected (rows, dim)": dict(candidate=x[:0]),
     "candidate: got dim 3, expected 4 as query has": dict(candidate=x[:, :3]),
@@ -499,9 +510,7 @@ BAD = {
     "symmetric: got True with a target, expected the default target": dict(
         symmetric=True, target=ints
     ),
-    "candidate: got 4 rows, expected at least 5 as query has, or a target": dict(
-        candidate=x[:4]
-    ),
+    "candidate: got 4 rows, expected at least 5 as query has, or a target": dict(candidate=x[:4]),
     "same_id: got 'keep', expected one of drop, mean, sum": dict(same_id="keep"),
     "reduction: got 'max', expected one of mean, sum, none": dict(reduction="max"),
     "label_smoothing: got 1.0, expected a number from 0 to below 1": dict(label_smoothing=1.0),

@@ -1,6 +1,8 @@
-"""The kernels of masked InfoNCE, through the public function: on a CPU in Triton's interpreter,
-with small tiles, so that little data has several tiles on each side; on a GPU with the tiles of the
-plan."""
+"""The kernels of masked InfoNCE, through the public function.
+
+On a CPU they run in Triton's interpreter with small tiles, so that little data has several tiles on
+each side; on a GPU with the tiles of the plan.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ TARGET = dict(target=torch.randint(0, 53, (37,), generator=torch.Generator().man
 OPTIONS = {
     "symmetric": dict(symmetric=True),
     "target": TARGET,
-    "one key, for everybody too": dict(symmetric=True, candidate_key=torch.arange(53) % 2 - 1),
+    "one key, and shared candidates": dict(symmetric=True, candidate_key=torch.arange(53) % 2 - 1),
     "three keys": dict(symmetric=True, candidate_key=torch.arange(53) % 4 - 1),
     "many keys": dict(keys(37, 53, 20), **TARGET),
     "keys and ids": dict(keys(37, 53, 3), **ids(37, 53), symmetric=True),
@@ -54,7 +56,7 @@ def test_value_and_gradients(tiles, option):
 @pytest.mark.parametrize("option", ["symmetric", "keys and ids", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision(tiles, option, dtype):
-    """Weights far below what a half holds, as 1 / B of a large batch, and candidates beyond it."""
+    """Weights below the range of float16, as in a large batch, and candidates beyond B."""
     check(
         make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype
     )
@@ -77,7 +79,7 @@ def test_shapes(monkeypatch, rows, candidates, dim):
 
 
 def test_planned_tiles():
-    """The tiles that run on a card, too."""
+    """The tiles of the plan, which run on a GPU."""
     check(make(33, 70, 20), OPTIONS["symmetric"] | dict(candidate_key=torch.arange(70) % 3 - 1))
     check(make(20, 70, 20), dict(symmetric=True), torch.float16)
     check(make(20, 40, 300), dict(symmetric=True), torch.float16)
@@ -85,9 +87,11 @@ def test_planned_tiles():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """Below and beyond the bound up to which half precision needs no maximum, and where float32 has
-    few digits left. Not float32 for owner-computes: the interpreter sums its dot products in
-    another order than the forward's, which that would show."""
+    """Below and beyond the bound up to which 16-bit inputs need no maximum.
+
+    float32 has few digits there. Not float32 for owner-computes: the interpreter sums its dot
+    products in another order than the forward's, which would show.
+    """
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):
         got = check(make(scale=scale), OPTIONS[option], dtype)
@@ -95,7 +99,7 @@ def test_large_scales(tiles, scale):
 
 
 def test_rows_without_negatives(tiles):
-    """Exactly 0, and no gradient: a row whose key nobody has, in both directions."""
+    """Exactly 0, and no gradient, in both directions: a row whose key no other row has."""
     key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
     options = dict(candidate_key=key, symmetric=True, reduction="none")
     got = check(make(), options)
@@ -107,7 +111,7 @@ def test_rows_without_negatives(tiles):
     assert got["out"][20:].all() and got["dquery"][20:].any(1).all()
 
 
-def test_nan_stays_where_nobody_sees_it(tiles):
+def test_nan_in_an_unseen_candidate_has_no_effect(tiles):
     inputs, key = make(), torch.arange(53) % 3
     unseen = torch.arange(53) % 3 == 2
     inputs["candidate"][unseen] = float("nan")
@@ -145,9 +149,11 @@ def test_not_contiguous():
 
 @pytest.mark.skipif(CUDA, reason="counts calls of the interpreter")
 def test_tiles_without_pairs_are_not_visited(monkeypatch):
-    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep. With the first
-    column of tiles for everybody, only that by the two row blocks of the first key, and two tiles
-    by each of the other six."""
+    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep.
+
+    With the first column of tiles shared by all rows, the two row blocks of the first key multiply
+    only that, and the other six blocks two tiles each.
+    """
     small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
     calls = []
     for module in (forward, backward):
@@ -221,9 +227,7 @@ def test_opcheck(monkeypatch, symmetric, everything, with_keys):
 
 
 def test_plans_stay_within_their_memory():
-    """What the design promises: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B
-    = 262144.
-    """
+    """As designed: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B = 262144."""
     for rows, most in ((65536, 1e9), (262144, 4e9)):
         plan = plans.plan(768, torch.bfloat16, 90, True, False)
         splits, length, groups, each = plans.sweep_grid(
@@ -245,7 +249,7 @@ def test_plans_stay_within_their_memory():
 @pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
-    """The other side's product is left out, and the gradient is the same to the bit."""
+    """The product for the other side is left out, and the gradient is the same to the bit."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
     results, operate = [], autograd._operate
@@ -272,7 +276,7 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
 def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(
     tiles, query_key, candidate_key
 ):
-    """Of each row its target alone counts; new memory is NaN."""
+    """In each row only the target counts; new memory is NaN."""
     options = dict(
         query_key=torch.tensor(query_key),
         candidate_key=torch.tensor(candidate_key),

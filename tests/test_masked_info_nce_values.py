@@ -1,5 +1,7 @@
-"""Masked InfoNCE at the edges of its values: memory nobody wrote, logits of 10^4, rows that are not
-finite, integers and numbers that are none; composed and fused."""
+"""Masked InfoNCE at extreme and invalid values, composed and fused.
+
+Unwritten memory, logits of 10^4, rows that are not finite, invalid integers and numbers.
+"""
 
 import math
 
@@ -17,7 +19,7 @@ MIB = 2**20
 BACKENDS = ("composed", "fused")
 
 
-# ---- memory that nobody wrote is NaN in these tests ----------------------------------------------
+# ---- unwritten memory is NaN in these tests ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_every_option_set_reads_only_what_was_written(
 
 
 def large(kind, seed):
-    """Logits of up to 10^4, and how close the nearest of a row lie to its target."""
+    """Logits of up to 10^4; ``kind``: how close the nearest of a row are to its target."""
     inputs = make(33, 41, 24, scale=1e4, seed=seed)
     query, candidate = inputs["query"], inputs["candidate"]
     if kind == "long rows":
@@ -82,9 +84,11 @@ def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
 
 
 def test_equal_candidates_are_equally_likely():
-    """The target's logit is, to the bit, what the sweep has for a candidate equal to it: at 10^4
-    another order of summation would tell them apart. Also for a margin of 0, above which no equal
-    one lies."""
+    """The target's logit equals, to the bit, that of a candidate equal to the target.
+
+    At 10^4 another order of summation would make a difference, also for a margin of 0, above which
+    no equal candidate lies.
+    """
     query, candidate = (normalize(torch.randn(n, 24), dim=-1).to(DEVICE) for n in (20, 1))
     candidate = candidate.expand(45, 24)
     for backend in BACKENDS:
@@ -102,7 +106,7 @@ def test_equal_candidates_are_equally_likely():
 
 
 def gradients(backend, query, candidate, *, upstream=None, function=masked_info_nce, **options):
-    """(losses of the rows, d query, d candidate)."""
+    """Return losses of the rows, d query and d candidate."""
     leaves = [x.detach().clone().requires_grad_() for x in (query, candidate)]
     with mmfused.backend(backend):
         out = function(*leaves, **dict(temperature=0.3, reduction="none") | options)
@@ -119,9 +123,7 @@ def gradients(backend, query, candidate, *, upstream=None, function=masked_info_
 def test_a_broken_row_reaches_only_what_sees_it(
     symmetric, side, value, backend, backward, monkeypatch
 ):
-    """Two keys in one tile: what has the other key is as it was without the broken row, to the last
-    bit where it is computed.
-    """
+    """Two keys in one tile: rows of the other key are the same as without the broken row."""
     small_tiles(monkeypatch, backward)
     sides = [torch.randn(n, 8, device=DEVICE) for n in (20, 24)]
     key = torch.arange(24, device=DEVICE) % 2
@@ -134,7 +136,7 @@ def test_a_broken_row_reaches_only_what_sees_it(
         assert actual.flatten(1).isnan().any(1)[4] if actual.dim() > 1 else actual[4].isnan()
 
 
-# ---- values that are none: what a card computes where it must not wait for a check ---------------
+# ---- invalid values: on a GPU, which must not wait for a check, they give NaN --------------------
 
 
 @pytest.fixture
@@ -172,9 +174,8 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    torch.testing.assert_close(
-        got[2][1:23:2], want[2][1:23:2]
-    )  # of the other key; the last stands in for a target beyond it
+    # Candidates of the other key, but for the last, which stands in for a target beyond it.
+    torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])
         assert torch.equal(alone[0].isnan(), rows) and torch.equal(alone[1].isnan().all(1), rows)
@@ -192,7 +193,7 @@ def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [-0.05, -0.3, math.nan, 0.0, 1e-39, -0.0])
 def test_temperatures_that_are_none(temperature, backend, unchecked):
-    """Not above 0, or without a finite reciprocal: NaN."""
+    """A temperature not above 0, or without a finite reciprocal, gives NaN."""
     query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.float16) for n in (5, 6))
     temperature = torch.tensor([temperature], device=DEVICE)
     for result in gradients(backend, query, candidate, temperature=temperature):
@@ -206,8 +207,9 @@ def test_temperatures_that_are_none(temperature, backend, unchecked):
 def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(
     backend, value, where, symmetric
 ):
-    """An infinite target would outweigh all others, and of the others one at -inf would drop out: a
-    loss of 0, or a good one.
+    """An infinite logit must not give a finite loss.
+
+    An infinite target would outweigh all others, and another candidate at -inf would drop out.
     """
     query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     query[2] = -1
@@ -277,7 +279,7 @@ def test_a_temperature_without_a_reciprocal_is_refused():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_every_argument_may_be_a_view(backend, masked):
-    """Every second number of a longer tensor, from an offset on; and one number expanded."""
+    """Every second number of a longer tensor, with an offset; and one number expanded."""
     rows = dict(
         target=torch.randint(0, 24, (20,)),
         query_id=torch.randint(0, 5, (20,)),
@@ -304,9 +306,8 @@ def test_every_argument_may_be_a_view(backend, masked):
 
     def losses(*sides, **given):
         with mmfused.backend(backend):
-            leaves = [
-                x.detach().to(DEVICE).requires_grad_() for x in sides
-            ]  # detach keeps the strides
+            # detach keeps the strides.
+            leaves = [x.detach().to(DEVICE).requires_grad_() for x in sides]
             moved = {
                 k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()
             }
@@ -325,8 +326,9 @@ def test_every_argument_may_be_a_view(backend, masked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_layout_of_the_embeddings_changes_no_bit(backend):
-    """Forward and backward need the same logits: at 10^2 two ways of summing up differ by 10^-5 in
-    a probability.
+    """Forward and backward need the same logits.
+
+    At 10^2 two orders of summation differ by 10^-5 in a probability.
     """
     dense = torch.randn(5, 8, device=DEVICE), torch.randn(37, 8, device=DEVICE)
     turned = [x.T.contiguous().T for x in dense]
