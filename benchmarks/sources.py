@@ -1,4 +1,4 @@
-"""Which sources a result was made with: the commit where there is one, and a hash that needs none."""
+"""Identify the sources of a result: by commit where there is one, and by a hash."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from mmfused.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
+# Folders whose sources neither compute nor time an op.
+UNUSED = {"tests", "tools", "cli", "data", "fuse", "training"}
 
 
 def source_facts() -> dict:
-    """The commit of the checkout this file lies in, and whether anything but results differs from
-    it.
+    """Return the checkout's commit, and whether any file but results differs from it.
 
-    A copy without its .git has the commit that MMFUSED_COMMIT names, if any; its hash tells whether
-    that is true."""
+    A copy without .git reports the commit in MMFUSED_COMMIT, if set; the hash can confirm it.
+    """
 
-    def git(*arguments):
+    def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     if not (ROOT / ".git").exists():
         return {"commit": os.environ.get("MMFUSED_COMMIT"), "dirty": None}
     try:
-        commit, changes = (
-            git("rev-parse", "HEAD"),
-            git("status", "--porcelain", "--", ".", ":!benchmarks/results"),
-        )
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except FileNotFoundError:
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def source_hash(op: str | None = None) -> str:
-    """Of the sources that decide what ``op`` computes and how it is timed; None: of all, the tests
-    among them.
+    """Hash the sources that decide what ``op`` computes and how it is timed.
+
+    None: all sources, tests included.
     """
     found = hashlib.sha256()
     for path in sorted(path for path in ROOT.rglob("*.*") if path.suffix in SUFFIXES):
@@ -50,17 +50,21 @@ def source_hash(op: str | None = None) -> str:
 
 
 def serves(name: Path, op: str) -> bool:
-    """Whether a result of ``op`` may depend on this source file."""
-    rooms, last = set(name.parts), name.stem
+    """Return whether a result of ``op``, an op or "models", may depend on this source file.
+
+    It depends on the sources of the op and of the ops that it calls, on its benchmark, and on the
+    files that all ops share.
+    """
+    folders, stem = set(name.parts), name.stem
     used = tuple(OPS) if op == "models" else (op, *OPS[op])
-    if rooms & {"tests", "tools", "cli", "data", "fuse", "training"} or last == "inspect_cases":
+    if folders & UNUSED or stem == "inspect_cases":
         return False
-    if "models" in rooms:
+    if "models" in folders:
         return op == "models"
-    if "benchmarks" in rooms:
-        more = ("model_steps", "torch_modules") if op == "models" else ()
-        return last in ("measure", "run", *more) or last.startswith((op, *used))
-    others = [
-        each for each in OPS if each in rooms or last.startswith(each)
-    ]  # the op it belongs to; none: it is everybody's
-    return not others or others[0] in used
+    if "benchmarks" in folders:
+        shared = ("measure", "run")
+        if op == "models":
+            shared += ("model_steps", "torch_modules", "torch_functions")
+        return stem in shared or stem.startswith((op, *used))
+    owners = [each for each in OPS if each in folders or stem.startswith(each)]
+    return not owners or owners[0] in used

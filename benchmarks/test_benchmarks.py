@@ -1,6 +1,10 @@
-"""The cases of benchmarks/run.py under pytest-benchmark: ``pytest benchmarks
---benchmark-autosave``, later with ``--benchmark-compare``; ``-k "fluid-block and both"`` chooses.
-Batches are those of a full run; nothing is compiled."""
+"""Run the cases of benchmarks/run.py under pytest-benchmark.
+
+    pytest benchmarks --benchmark-autosave          later with --benchmark-compare
+    pytest benchmarks -k "fluid-block and both"
+
+Batches are those of a full run; nothing is compiled.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +58,7 @@ def test_speed(benchmark, case, name, which):
 
 
 def burst(step, copies):
-    """One call for each copy of the inputs: the time reported is that of ``extra_info["calls"]``
-    calls.
-    """
+    """Call once for each copy: the time reported is that of ``extra_info["calls"]`` calls."""
     for inputs in copies:
         step(inputs)
     if DEVICE.type == "cuda":

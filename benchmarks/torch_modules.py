@@ -1,13 +1,13 @@
-"""The library's models written with torch's own modules: what `benchmarks/models.py` compares with.
+"""The library's models written with torch's own modules, which benchmarks/models.py compares with.
 
-A model's file is loaded once more, under another name, and what it takes from the library's ops is
-replaced there by the classes and functions below, which compute the same with torch alone: the rest
-of a model, its losses included, stays the library's own and is the same for all. The library itself
-is not touched. Only what the models ask for is here.
+A model's file is loaded once more under another name, and the ops that it imports are replaced
+there by the classes below and the functions in torch_functions.py, which compute the same with
+torch alone. The rest of a model, its losses included, is the library's own. The library itself is
+not changed. Only what the models use is here.
 
-Written as a good user of torch would: SDPA, projections of the same tokens stacked in one weight,
-F.cross_entropy over masked logits, sorted rows in F.grouped_mm without those of padding, rows moved
-by index_select."""
+The modules do what a good torch programmer would: SDPA, and projections of the same tokens stacked
+in one weight.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ from torch import Tensor, nn
 
 from mmfused.losses import expert_shares
 from mmfused.models import moon2
-from mmfused.ops.topk_routing import Routing  # the container alone
 
-# Linears of ours that are stacked along the first axis in one of these modules' Linears, by its
-# name.
+from .torch_functions import (
+    combine,
+    compute_dtype,
+    grouped_linear,
+    grouped_product,
+    masked_info_nce,
+    topk_routing,
+)
+
+# By the name of a Linear here: the library's Linears that are stacked in it along the first axis.
 STACKED = {
     "kv_proj": ("k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -35,12 +42,12 @@ STACKED = {
 
 
 def heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
-    """(B, N, parts * D) -> for each part (B, heads, N, D / heads)."""
+    """Split (B, N, parts * D) into one (B, heads, N, D / heads) for each part."""
     return [y.transpose(1, 2) for y in x.unflatten(-1, (parts, num_heads, -1)).unbind(2)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
-    """Heads in, (B, L, D) out; ignore (B, N) bool."""
+    """Attend with heads, q (B, heads, L, d), to (B, L, D); ignore (B, N) bool."""
     mask = None if ignore is None else ~ignore[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -52,18 +59,13 @@ class Pooling(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj, self.kv_proj, self.out_proj = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
-        (q,) = heads(
-            self.q_proj(queries.expand(len(x), -1, -1) if queries.dim() == 3 else queries[None]),
-            1,
-            self.num_heads,
-        )
+        queries = queries.expand(len(x), -1, -1) if queries.dim() == 3 else queries[None]
+        (q,) = heads(self.q_proj(queries), 1, self.num_heads)
         k, v = heads(self.kv_proj(x), 2, self.num_heads)
         return self.out_proj(attend(q.expand(len(x), -1, -1, -1), k, v, ignore))
 
@@ -71,11 +73,9 @@ class Pooling(nn.Module):
 class QTransformBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn: int):
         super().__init__()
-        self.pool, self.norm_pool, self.norm_ffn = (
-            Pooling(dim, num_heads),
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-        )
+        self.pool = Pooling(dim, num_heads)
+        self.norm_pool = nn.LayerNorm(dim)
+        self.norm_ffn = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
 
     def forward(self, q: Tensor, x: Tensor, ignore: Tensor | None) -> Tensor:
@@ -101,21 +101,20 @@ class QTransform(nn.Module):
 
 def without_dropout(dropout: float) -> None:
     if dropout:
-        raise ValueError(
-            f"dropout is {dropout}; the baselines take 0, as the gate compares numbers."
-        )
+        raise ValueError(f"dropout: got {dropout}, expected 0: the accuracy check compares numbers")
 
 
 # ---- cross-attention and self-attention ----------------------------------------------------------
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """One product a modality: its own queries, the other direction's keys and values; no
-    concatenation for the gate.
+    """UniECS's and UniCA's layers: one product a modality, and no concatenation for the gate.
 
-    ``missing`` "skip": who lacks a modality is computed with the rest, and chosen away. "constant":
-    who reads equal tokens gets their first one's value; SDPA's, 1/N of each, is off by one rounding
-    N times, and the gate does not pass its gradients."""
+    A modality's product makes its own queries and the other direction's keys and values.
+    ``missing`` "skip": samples that lack a modality are computed with the rest, then discarded.
+    "constant": attention over equal tokens is the first one's value. SDPA would add up 1/N of each,
+    with N rounding errors, and its gradients fail the accuracy check.
+    """
 
     def __init__(
         self,
@@ -136,7 +135,9 @@ class BidirectionalGatedCrossAttention(nn.Module):
             or (gate, indicator) not in (("channel", True), ("none", False))
             or missing not in ("skip", "constant")
         ):
-            raise ValueError("the baseline has UniECS's and UniCA's forms alone")
+            raise ValueError(
+                "options: expected those of UniECS or UniCA, the baseline has no others"
+            )
         self.num_heads, self.pre_norm, self.skips = num_heads, pre_norm, missing == "skip"
         for side in "ab":
             to = nn.Module()
@@ -207,7 +208,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """UniECS's, with queries, keys and values from one product."""
+    """UniECS's block, with queries, keys and values from one product."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -229,95 +230,10 @@ class Block(nn.Module):
 # ---- mixture of experts --------------------------------------------------------------------------
 
 
-def topk_routing(
-    logits: Tensor,
-    k: int,
-    *,
-    balance: str = "switch",
-    mask: Tensor | None = None,
-) -> Routing:
-    """mask (T,) bool, True = ignore: weight 0, and the last rows."""
-    tokens, experts = logits.shape
-    probs = logits.softmax(-1)
-    weights, indices = probs.topk(k)
-    weights = weights / weights.sum(-1, keepdim=True) if k > 1 else weights
-    live = torch.ones_like(probs[:, :1]) if mask is None else (~mask)[:, None].to(probs.dtype)
-    number, counted = live.sum().clamp(min=1), indices if balance == "switch" else indices[:, :1]
-    share = (F.one_hot(counted, experts).sum(1) * live).sum(0) / (counted.shape[1] * number)
-    balance_loss = experts * (share * (probs * live).sum(0) / number).sum()
-    z_loss = (logits.logsumexp(-1, keepdim=True).square() * live).sum() / number
-    expert = (
-        indices.flatten() if mask is None else indices.masked_fill(mask[:, None], experts).flatten()
-    )
-    expert, order = expert.sort(stable=True)
-    offsets = torch.searchsorted(
-        expert, torch.arange(experts + 1, device=expert.device), out_int32=True
-    )
-    return Routing(
-        indices,
-        weights * live,
-        None,
-        balance_loss,
-        z_loss,
-        None,
-        order,
-        order.argsort(),
-        offsets,
-        None,
-    )
-
-
-def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows (R, I) by expert, weight (E, O, I) -> (R, O); rows behind the last expert's may hold
-    anything.
-    """
-    weight = weight.to(rows.dtype)
-    if rows.dtype != torch.float64:
-        return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
-    ends = [*offsets.tolist(), len(rows)]  # grouped_mm takes no float64
-    parts = [rows[first:end] @ w.T for first, end, w in zip(ends, ends[1:], weight, strict=False)]
-    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-2], weight.shape[1])])
-
-
-def combine(rows: Tensor, routing: Routing) -> Tensor:
-    """Each token's k rows, weighted and added up."""
-    chosen = rows.index_select(0, routing.position).unflatten(0, routing.indices.shape)
-    return (chosen * routing.weights[:, :, None]).sum(1).to(rows.dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        else x.dtype
-    )
-
-
-def grouped_linear(
-    x: Tensor,
-    routing: Routing,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    gather: bool,
-    combine: bool,
-) -> Tensor:
-    x = x.to(compute_dtype(x))
-    rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
-    expert = F.one_hot(
-        routing.indices.flatten()[routing.order], len(weight)
-    )  # its product sums the gradient in float32
-    out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
-    return _combine(out, routing) if combine else out
-
-
-_combine = combine
-
-
 class Experts(moon2.Experts):
-    """MOON2.0's mixture, gate and up in one weight. Rows of padding are sorted to the end, where
-    grouped_mm does not look.
+    """MOON2.0's mixture of experts, with gate and up in one weight.
+
+    Rows of padding are sorted to the end, which grouped_mm does not read.
     """
 
     def __init__(self, layer: nn.Module, config):
@@ -334,9 +250,8 @@ class Experts(moon2.Experts):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         routing = topk_routing(logits, self.top_k, balance=self.routing["balance"], mask=mask)
-        tokens = tokens.to(compute_dtype(x)).masked_fill(
-            mask[:, None], 0
-        )  # and its gradient: rows of padding get anything
+        # Rows of padding have undefined gradients: 0 here, which zeroes the gradient too.
+        tokens = tokens.to(compute_dtype(x)).masked_fill(mask[:, None], 0)
         rows = tokens.index_select(0, routing.order // self.top_k)
         gate, up = grouped_product(rows, self.w_gate_up, routing.offsets).chunk(2, -1)
         out = grouped_product(F.silu(gate) * up, self.w_down, routing.offsets)
@@ -347,49 +262,6 @@ class Experts(moon2.Experts):
 
 
 # ---- contrastive losses --------------------------------------------------------------------------
-
-
-def masked_info_nce(
-    query,
-    candidate,
-    *,
-    temperature,
-    query_key=None,
-    candidate_key=None,
-    query_id=None,
-    candidate_id=None,
-    same_id="drop",
-    symmetric=False,
-    positive_weight=0.0,
-    row_weight=None,
-) -> Tensor:
-    """F.cross_entropy over the matrix of logits, float32 at least, -inf where a pair is masked."""
-    if same_id != "drop":
-        raise ValueError(f"same_id is {same_id!r}; the baseline takes 'drop'.")
-    wide = torch.promote_types(query.dtype, torch.float32)
-    count, at = len(query), torch.arange(len(query), device=query.device)
-    with torch.autocast(query.device.type, enabled=False):
-        query, candidate = query.to(wide), candidate.to(wide)
-        logits = query @ candidate.T / temperature
-        masked = []
-        if candidate_key is not None:
-            masked.append((query_key[:, None] != candidate_key) & (candidate_key != -1))
-        if candidate_id is not None:
-            masked.append(query_id[:, None] == candidate_id)
-        if masked:
-            own = at[:, None] == torch.arange(len(candidate), device=query.device)
-            logits = logits.masked_fill(
-                functools.reduce(torch.logical_or, masked) & ~own, float("-inf")
-            )
-        loss = F.cross_entropy(logits, at, reduction="none")
-        if symmetric:
-            loss = (loss + F.cross_entropy(logits[:, :count].T, at, reduction="none")) / 2
-        if positive_weight:
-            loss = loss + positive_weight * (1 - (query * candidate[:count]).sum(-1))
-        if row_weight is None:
-            return loss.mean()
-        total = row_weight.sum()
-        return (loss * row_weight).sum() / total.masked_fill(total == 0, 1)
 
 
 class MaskedInfoNCE(nn.Module):
@@ -404,7 +276,9 @@ class MaskedInfoNCE(nn.Module):
     ):
         super().__init__()
         if normalize:
-            raise ValueError("the baseline takes unit embeddings")
+            raise ValueError(
+                "normalize: got True, expected False: the baseline takes unit embeddings"
+            )
         self.temperature = temperature
         self.options = {"same_id": same_id, "positive_weight": positive_weight}
 
@@ -418,7 +292,7 @@ class MaskedInfoNCE(nn.Module):
 
 
 def copy_of(name: str, **replaced) -> ModuleType:
-    """mmfused.models.<name> loaded once more, with other things under its names."""
+    """Load mmfused.models.<name> once more and replace some of its names."""
     path = importlib.util.find_spec(f"mmfused.models.{name}").origin
     spec = importlib.util.spec_from_file_location(f"{__package__}.torch_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -427,7 +301,7 @@ def copy_of(name: str, **replaced) -> ModuleType:
     unknown = sorted(name for name in replaced if not hasattr(module, name))
     if unknown:
         raise AttributeError(
-            f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace."
+            f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace"
         )
     vars(module).update(replaced)
     return module
@@ -435,7 +309,7 @@ def copy_of(name: str, **replaced) -> ModuleType:
 
 @functools.cache
 def models() -> SimpleNamespace:
-    """FLUID, UniECS, UniCA, MOON2 and UNITE, built from the library's configs."""
+    """Return FLUID, UniECS, UniCA, MOON2 and UNITE, built from the library's configs."""
     nce = {"masked_info_nce": masked_info_nce}
     fluid = copy_of(
         "fluid",

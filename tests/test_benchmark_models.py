@@ -17,7 +17,7 @@ from mmfused.benchmarks.model_steps import STEPS, Case, cases
 
 CPU = torch.device("cpu")
 # What is in the ops' files and plain torch: checks, UniECS's packing, FLUID's gate.
-PLAIN = {"pack_passes", "<listcomp>", "check_temperature", "valid_or_nan", "share"}
+PLAIN = {"pack_passes", "unit_rows", "<listcomp>", "check_temperature", "valid_or_nan", "share"}
 
 
 def tiny(name: str) -> Case:

@@ -1,6 +1,4 @@
-"""A benchmark goes on where it was stopped, and measures again what other sources, versions or
-settings were measured with.
-"""
+"""A benchmark resumes, and measures again after a change of sources, versions or settings."""
 
 from __future__ import annotations
 
@@ -13,11 +11,27 @@ import torch
 
 from mmfused.benchmarks import measure, query_pooling, run, sources
 
-SOURCE_FILES = """
-mmfused/library.py mmfused/ops/grouped_mlp/functional.py mmfused/models/fluid.py mmfused/cli/demo.py tests/test_query_pooling.py
-kernels/tiles.py kernels/query_pooling/plans.py kernels/topk_routing/plans.py csrc/topk_routing.cu
-benchmarks/measure.py benchmarks/gated_cross_attention_gate.py benchmarks/report.py
-""".split()
+SHARED = {
+    "benchmarks/measure.py",
+    "benchmarks/run.py",
+    "kernels/tiles.py",
+    "mmfused/library.py",
+    "mmfused/ops/_common.py",
+}
+UNUSED = {
+    "benchmarks/charts.py",
+    "benchmarks/report.py",
+    "benchmarks/tables.py",
+    "kernels/query_pooling/inspect_cases.py",
+    "mmfused/cli/demo.py",
+    "mmfused/data/generated.py",
+    "mmfused/fuse/pooling.py",
+    "mmfused/training/loop.py",
+    "tests/query_pooling_launches.py",
+    "tests/test_query_pooling.py",
+    "tools/gpu.py",
+}
+OF_MODELS = {"benchmarks/torch_modules.py", "mmfused/models/fluid.py"}
 
 
 @pytest.fixture(autouse=True)
@@ -70,19 +84,33 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_source_hash_is_of_what_an_op_uses():
-    serves = {
-        op: {name for name in SOURCE_FILES if sources.serves(Path(name), op)}
-        for op in (*sources.OPS, "models")
+def folders_of(op: str) -> set[str]:
+    """Return all sources of an op: the product's, the kernels', the benchmark's."""
+    patterns = (
+        f"mmfused/ops/{op}/*.py",
+        f"kernels/{op}/*.py",
+        f"benchmarks/{op}*.py",
+        f"csrc/{op}*",
+    )
+    found = {path for pattern in patterns for path in sources.ROOT.glob(pattern)}
+    return {path.relative_to(sources.ROOT).as_posix() for path in found} - {
+        f"kernels/{op}/inspect_cases.py"
     }
-    everywhere = {"mmfused/library.py", "kernels/tiles.py", "benchmarks/measure.py"}
-    assert all(everywhere <= found for found in serves.values())
-    own = {op: found - everywhere for op, found in serves.items()}
-    assert own["query_pooling"] == {"kernels/query_pooling/plans.py"}
-    assert own["topk_routing"] == {"kernels/topk_routing/plans.py", "csrc/topk_routing.cu"}
-    assert own["grouped_mlp"] == {"mmfused/ops/grouped_mlp/functional.py", *own["topk_routing"]}
-    assert own["gated_cross_attention"] == {"benchmarks/gated_cross_attention_gate.py"}
-    assert own["models"] >= {"mmfused/models/fluid.py", *own["query_pooling"], *own["grouped_mlp"]}
+
+
+def served(op: str, names: set[str]) -> set[str]:
+    return {name for name in names if sources.serves(Path(name), op)}
+
+
+@pytest.mark.parametrize("op", [*sources.OPS, "models"])
+def test_source_hash_is_of_what_an_op_uses(op):
+    own = {each: folders_of(each) for each in sources.OPS}
+    assert all(own.values()) and all((sources.ROOT / name).is_file() for name in SHARED | UNUSED)
+    assert served(op, SHARED) == SHARED and served(op, UNUSED) == set()
+    used = sources.OPS if op == "models" else (op, *sources.OPS[op])
+    for each, names in own.items():
+        assert served(op, names) == (names if each in used else set())
+    assert served(op, OF_MODELS) == (OF_MODELS if op == "models" else set())
 
 
 def test_source_hash_changes_with_a_source(tmp_path, monkeypatch):

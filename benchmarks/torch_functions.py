@@ -1,0 +1,147 @@
+"""The functions of the library's ops written with torch alone, for benchmarks/torch_modules.py.
+
+They do what a good torch programmer would: sorted rows in F.grouped_mm without those of padding,
+rows moved by index_select, F.cross_entropy over masked logits. Only what the models use is here.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfused.ops.topk_routing import Routing  # only the container
+
+# ---- mixture of experts --------------------------------------------------------------------------
+
+
+def topk_routing(
+    logits: Tensor,
+    k: int,
+    *,
+    balance: str = "switch",
+    mask: Tensor | None = None,
+) -> Routing:
+    """Route tokens to their k best experts; those in mask (T,) get weight 0 and the last rows."""
+    tokens, experts = logits.shape
+    probs = logits.softmax(-1)
+    weights, indices = probs.topk(k)
+    weights = weights / weights.sum(-1, keepdim=True) if k > 1 else weights
+    live = torch.ones_like(probs[:, :1]) if mask is None else (~mask)[:, None].to(probs.dtype)
+    number, counted = live.sum().clamp(min=1), indices if balance == "switch" else indices[:, :1]
+    share = (F.one_hot(counted, experts).sum(1) * live).sum(0) / (counted.shape[1] * number)
+    balance_loss = experts * (share * (probs * live).sum(0) / number).sum()
+    z_loss = (logits.logsumexp(-1, keepdim=True).square() * live).sum() / number
+    expert = (
+        indices.flatten() if mask is None else indices.masked_fill(mask[:, None], experts).flatten()
+    )
+    expert, order = expert.sort(stable=True)
+    offsets = torch.searchsorted(
+        expert, torch.arange(experts + 1, device=expert.device), out_int32=True
+    )
+    return Routing(
+        indices,
+        weights * live,
+        None,
+        balance_loss,
+        z_loss,
+        None,
+        order,
+        order.argsort(),
+        offsets,
+        None,
+    )
+
+
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply rows (R, I), sorted by expert, with weight (E, O, I): (R, O).
+
+    Rows behind those of the last expert are undefined.
+    """
+    weight = weight.to(rows.dtype)
+    if rows.dtype != torch.float64:
+        return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
+    ends = [*offsets.tolist(), len(rows)]  # grouped_mm has no float64
+    parts = [rows[first:end] @ w.T for first, end, w in zip(ends, ends[1:], weight, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-2], weight.shape[1])])
+
+
+def combine(rows: Tensor, routing: Routing) -> Tensor:
+    """Add up each token's k rows, weighted."""
+    chosen = rows.index_select(0, routing.position).unflatten(0, routing.indices.shape)
+    return (chosen * routing.weights[:, :, None]).sum(1).to(rows.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x.dtype
+    )
+
+
+def grouped_linear(
+    x: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    gather: bool,
+    combine: bool,
+) -> Tensor:
+    x = x.to(compute_dtype(x))
+    rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
+    # A product with one-hot rows: unlike an index_select, its backward sums in float32.
+    expert = F.one_hot(routing.indices.flatten()[routing.order], len(weight))
+    out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
+    return _combine(out, routing) if combine else out
+
+
+_combine = combine
+
+
+# ---- contrastive losses --------------------------------------------------------------------------
+
+
+def masked_info_nce(
+    query,
+    candidate,
+    *,
+    temperature,
+    query_key=None,
+    candidate_key=None,
+    query_id=None,
+    candidate_id=None,
+    same_id="drop",
+    symmetric=False,
+    positive_weight=0.0,
+    row_weight=None,
+) -> Tensor:
+    """F.cross_entropy over the matrix of logits, at least float32, -inf where a pair is masked."""
+    if same_id != "drop":
+        raise ValueError(f"same_id: got {same_id!r}, expected 'drop'")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    count, at = len(query), torch.arange(len(query), device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        query, candidate = query.to(wide), candidate.to(wide)
+        logits = query @ candidate.T / temperature
+        masked = []
+        if candidate_key is not None:
+            masked.append((query_key[:, None] != candidate_key) & (candidate_key != -1))
+        if candidate_id is not None:
+            masked.append(query_id[:, None] == candidate_id)
+        if masked:
+            own = at[:, None] == torch.arange(len(candidate), device=query.device)
+            logits = logits.masked_fill(reduce(torch.logical_or, masked) & ~own, float("-inf"))
+        loss = F.cross_entropy(logits, at, reduction="none")
+        if symmetric:
+            loss = (loss + F.cross_entropy(logits[:, :count].T, at, reduction="none")) / 2
+        if positive_weight:
+            loss = loss + positive_weight * (1 - (query * candidate[:count]).sum(-1))
+        if row_weight is None:
+            return loss.mean()
+        total = row_weight.sum()
+        return (loss * row_weight).sum() / total.masked_fill(total == 0, 1)
