@@ -3,7 +3,8 @@ Their sizes, and their data.
 
 Encoders are left out, as they are the same for all: their tokens are the inputs, whose gradients
 are computed too. Nothing is dropped, so that the gate can compare. In 16 bits it is a step as the
-library trains: float32 parameters under autocast."""
+library trains: float32 parameters under autocast.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfused.models import FLUIDConfig, MOON2Config, UniCAConfig, UniECSConfig, UNITEConfig
+from mmfused.models.presets import QWEN2_VL_2B
 from mmfused.models.qwen import KINDS
-from mmfused.models.unite import QWEN2_VL_2B
 
 LANGUAGE = {
     **QWEN2_VL_2B["text_config"],
@@ -58,7 +59,8 @@ class Step(nn.Module, ABC):
     the loss.
 
     ``models``: the library's, or `torch_modules.models()`.  ``dtype``: of the inputs.  ``small``:
-    for a CPU."""
+    for a CPU.
+    """
 
     def __init__(self, models, batch: int, small: bool, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -150,7 +152,8 @@ class FluidStep(Step):
         choose another.
 
         Before, the router's bias is set so that the experts are equally liked, as they are once it
-        has learnt."""
+        has learnt.
+        """
         generator, seen = torch.Generator(device).manual_seed(2), []
         router = self.model.moe.router
         hook = router.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -194,7 +197,8 @@ class UniecsStep(Step):
     last, leave float32. Scales: tokens stay distinct to the last layer; attention over tokens that
     are all alike has gradients of queries and keys that are rounding and no more, in any provider.
     And of each row all negatives are hard ones and near: which are the hardest of equal ones, a
-    rounding decides."""
+    rounding decides.
+    """
 
     def build(self, models):
         every = {"nearest": 2**20, "hard_fraction": 1.0}
@@ -307,7 +311,8 @@ class Moon2Step(Step):
     on triplets in three views.
 
     A token's first E channels say how much each expert suits it, the routers read little else and
-    the layers leave them alone: no rounding may choose another expert."""
+    the layers leave them alone: no rounding may choose another expert.
+    """
 
     def build(self, models):
         language, experts = (SMALL_LANGUAGE, 4) if self.small else (LANGUAGE, 8)

@@ -323,7 +323,12 @@ def models() -> SimpleNamespace:
     cross = {"BidirectionalGatedCrossAttention": BidirectionalGatedCrossAttention}
     uniecs = copy_of("uniecs", Block=Block, **cross, **own_losses)
     unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, **cross)
-    mixture = copy_of("moon2", Experts=Experts, **nce)
+    objectives = copy_of("moon2_losses", **nce)
+    own_objectives = {
+        "inter_losses": objectives.inter_losses,
+        "intra_loss": objectives.intra_loss,
+    }
+    mixture = copy_of("moon2", Experts=Experts, **own_objectives)
     unite = copy_of("unite", **nce)
     return SimpleNamespace(
         FLUID=fluid.FLUID,

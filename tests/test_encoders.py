@@ -16,7 +16,8 @@ from mmfused.cli import main
 from mmfused.cli.train import add_arguments, config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import FLUID, FLUIDConfig
-from mmfused.models.encoders import build_text, build_vit, pretrained_text, pretrained_vit
+from mmfused.models.encoders import build_text, build_vit
+from mmfused.models.pretrained import pretrained_text, pretrained_vit
 from mmfused.training.loop import load_run
 
 BERT = {
@@ -121,17 +122,19 @@ def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"text encoder: .* takes config.json and \*\.safetensors"
+        FileNotFoundError,
+        match=r"text encoder: .* lacks a file, expected config.json and \*\.safetensors",
     ):
         pretrained_text(str(tmp_path))
     timm.models.save_for_hf(
         timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path, safe_serialization=False
     )
-    with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks one of them"):
+    with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks a file"):
         pretrained_vit(str(tmp_path))  # pytorch_model.bin is a pickle
     (tmp_path / "another.safetensors").touch()  # timm would still open the pickle first
     with pytest.raises(
-        FileNotFoundError, match=r"image encoder: .* takes config.json and model.safetensors"
+        FileNotFoundError,
+        match=r"image encoder: .* lacks a file, expected config.json and model.safetensors",
     ):
         pretrained_vit(str(tmp_path))
 
@@ -157,7 +160,7 @@ def test_bad_image_encoders():
         pretrained_vit("vit_colossal")
     with pytest.raises(
         ValueError,
-        match="image.name: got 'resnet18', a ResNet of .*, expected a VisionTransformer of width 64",
+        match="image.name: got 'resnet18', a ResNet of .*, expected a VisionTransformer of width",
     ):
         build_vit(64, "patch", {"name": "resnet18"})
 

@@ -28,7 +28,8 @@ def made(tmp_path_factory):
     """A folder of products, and a retrieval model trained for a step on them."""
     root = tmp_path_factory.mktemp("made")
     write_products(root / "data")
-    sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --backend composed --device cpu --save-every 1"
+    sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --save-every 1"
+    sizes += " --backend composed --device cpu"
     options = [
         "--model",
         "uniecs",
@@ -59,7 +60,7 @@ def write_rows(folder, rows):
 
 
 class Place:
-    """A copy of what was made, for one case to spoil; `outside` is what nothing in it may lead to."""
+    """A copy of the folder for one case to damage; nothing in it may lead to `outside`."""
 
     def __init__(self, root, made, options):
         self.root, self.options = root, options
@@ -385,7 +386,8 @@ def png(width, height, *chunks):
 
 
 def postscript(place):
-    code = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n({place.marker}) (w) file closefile\n%%EOF\n"
+    code = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"
+    code += f"({place.marker}) (w) file closefile\n%%EOF\n"
     (place.data / "0.png").write_text(code)
 
 

@@ -393,7 +393,7 @@ def test_preset_overrides_update_its_encoders():
         ({"pixel_std": (1.0,)}, r"pixel_std: got \(1.0,\), expected 3 finite numbers"),
         (
             {"without": ("gates",)},
-            "without: got 'gates', expected some of contrastive, q_transform, gate, bottleneck, moe",
+            "without: got 'gates', expected some of contrastive, q_transform, gate, bottleneck",
         ),
         (
             {"without": ("gate",), "modalities": "text"},
@@ -422,43 +422,43 @@ def test_unknown_preset_and_field():
 IDS, PIXELS = torch.zeros(6, 7, dtype=torch.long), torch.zeros(6, 3, 32, 32)
 NO_TEXT = {"text_tokens": None, "text_padding_mask": None}
 TOKEN_ERRORS = [
-    ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
-    ({"pixel_values": PIXELS}, "exactly one of pixel_values and image_tokens, got both"),
-    (NO_TEXT, "exactly one of input_ids and text_tokens, got neither"),
-    ({"input_ids": IDS}, "exactly one of input_ids and text_tokens, got both"),
+    ({"image_tokens": None}, "pixel_values and image_tokens: got neither, expected exactly one"),
+    ({"pixel_values": PIXELS}, "pixel_values and image_tokens: got both, expected exactly one"),
+    (NO_TEXT, "input_ids and text_tokens: got neither, expected exactly one"),
+    ({"input_ids": IDS}, "input_ids and text_tokens: got both, expected exactly one"),
     (
         {"attention_mask": torch.ones(6, 7)},
-        "attention_mask goes with input_ids, text_padding_mask with text_tokens",
+        "attention_mask: got a mask without input_ids",
     ),
     (
         {"image_tokens": torch.zeros(6, 9, 11)},
-        r"image_tokens must have shape \(B, tokens, 10\), got \(6, 9, 11\)",
+        r"image_tokens: got shape \(6, 9, 11\), expected \(batch, tokens, 10\)",
     ),
     (
         {"text_tokens": torch.zeros(6, 7, 3)},
-        r"text_tokens must have shape \(B, tokens, 12\), got \(6, 7, 3\)",
+        r"text_tokens: got shape \(6, 7, 3\), expected \(batch, tokens, 12\)",
     ),
     (
         {"text_padding_mask": torch.zeros(6, 7)},
-        r"text_padding_mask must be bool \(6, 7\), got torch.float32",
+        r"text_padding_mask: got torch.float32 .*, expected bool \(6, 7\)",
     ),
     (
         {"image_present": torch.ones(5, dtype=torch.bool)},
-        r"image_present must be bool \(6,\), got torch.bool \(5,\)",
+        r"image_present: got torch.bool \(5,\), expected bool \(6,\)",
     ),
-    ({"text_present": torch.ones(6)}, r"text_present must be bool \(6,\), got torch.float32"),
+    ({"text_present": torch.ones(6)}, r"text_present: got torch.float32 .*, expected bool \(6,\)"),
     (
         {"image_tokens": torch.zeros(5, 9, 10).double(), "image_present": None},
-        "one batch size, got 5 and 6",
+        "image and text: got batch sizes 5 and 6",
     ),
-    ({"labels": torch.tensor([0, 1, 2, 3, 4, 7])}, r"labels must lie in \[0, 6\]"),
-    ({"labels": torch.tensor([0, 1, 2, 3, 4, -1])}, r"labels must lie in \[0, 6\]"),
-    ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32"),
+    ({"labels": torch.tensor([0, 1, 2, 3, 4, 7])}, r"labels: got .*, expected values in \[0, 6\]"),
+    ({"labels": torch.tensor([0, 1, 2, 3, 4, -1])}, r"labels: got .*, expected values in \[0, 6\]"),
+    ({"labels": torch.zeros(6)}, r"labels: got torch.float32 .*, expected int64 \(6,\)"),
     (
         {"image_tokens": None, "pixel_values": PIXELS},
-        "the config's image is None; give image_tokens",
+        "the config's image is None, expected image_tokens",
     ),
-    ({**NO_TEXT, "input_ids": IDS}, "the config's text is None; give text_tokens"),
+    ({**NO_TEXT, "input_ids": IDS}, "the config's text is None, expected text_tokens"),
 ]
 
 
@@ -474,16 +474,19 @@ def test_bad_tokens(changes, message):
     [
         (
             {"pixel_values": torch.zeros(8, 3, 30, 32)},
-            r"pixel_values must have .* \(3, 32, 32\), got \(8, 3, 30, 32\)",
+            r"pixel_values: got shape \(8, 3, 30, 32\), expected \(batch, 3, 32, 32\)",
         ),
-        ({"input_ids": torch.full((8, 10), 50)}, r"input_ids must lie in \[0, 49\]"),
+        (
+            {"input_ids": torch.full((8, 10), 50)},
+            r"input_ids: got .*, expected values in \[0, 49\]",
+        ),
         (
             {"attention_mask": torch.ones(8, 9)},
-            r"attention_mask must be \(8, 10\) as input_ids, got \(8, 9\)",
+            r"attention_mask: got shape \(8, 9\), expected \(8, 10\)",
         ),
         (
             {"input_ids": torch.zeros(8, 129, dtype=torch.long), "attention_mask": None},
-            r"input_ids must have shape \(B, T\) with T at most 128, got \(8, 129\)",
+            r"input_ids: got shape \(8, 129\), expected \(batch, at most 128 tokens\)",
         ),
     ],
 )

@@ -13,6 +13,7 @@ from retrieval_models import check_given_tokens, home
 import mmfused
 from mmfused.models import qwen
 from mmfused.models.moon2 import COMPONENTS, MOON2, MOON2Config
+from mmfused.models.moon2_losses import reliability
 from mmfused.models.retrieval import VIEWS
 from mmfused.training.gradients import add_cached_gradients, add_gradients, to_device
 
@@ -153,15 +154,14 @@ def test_triplets_are_filtered_as_training_goes_on():
     query = torch.eye(4, dtype=x64)[:1].expand(3, -1)
     positive = torch.tensor([[0.9, 0, 0, 0], [0.6, 0, 0, 0], [0.1, 0, 0, 0]], dtype=x64)
     negative, real = torch.full((3, 4), 0.5, dtype=x64), torch.tensor([True, True, True])
-    early = model._reliability(query, positive, negative, real)
+    early = reliability(query, positive, negative, real, model.config, model.margin)
     model.set_progress(1.0)
-    late = model._reliability(query, positive, negative, real)
+    late = reliability(query, positive, negative, real, model.config, model.margin)
     assert early[0] == late[0] == 1 and early[1] < 0.6 and late[1] == 1 and early[2] < late[2] < 0.6
-    assert model._reliability(query, positive, negative, ~real).tolist() == [
-        1,
-        1,
-        1,
-    ]  # no negative to judge by
+    assert (
+        reliability(query, positive, negative, ~real, model.config, model.margin).tolist()
+        == [1] * 3
+    )
 
 
 # --- the mixture in the host ---
@@ -497,7 +497,7 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ),
         (
             {"host": {"text_config": {"hidden_act": "gelu"}}},
-            "hidden_act: got 'gelu', expected 'silu', as the experts have",
+            "hidden_act: got 'gelu', expected 'silu', the experts' activation",
         ),
         ({"tokens": None}, "tokens: got None, expected what"),
         ({"normalise": 0.0}, "normalise: got 0.0, expected a number above 0"),
@@ -509,5 +509,7 @@ def test_bad_config(options, message):
 
 
 def test_own_negatives_need_negatives():
-    with pytest.raises(ValueError, match="negative is None; own_negative_only takes one"):
+    with pytest.raises(
+        ValueError, match="negative: got None with own_negative_only, expected hard negatives"
+    ):
         tiny(own_negative_only=True)(**plain(batch(negatives=False)))

@@ -16,7 +16,7 @@ from retrieval_models import HOST  # noqa: E402
 from watching import Outside, Payload  # noqa: E402
 
 from mmfused.models import qwen  # noqa: E402
-from mmfused.models.encoders import pretrained_text, pretrained_vit  # noqa: E402
+from mmfused.models.pretrained import pretrained_text, pretrained_vit  # noqa: E402
 
 BERT = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 90}
 NOWHERE = {"auto_map": {"AutoModel": "module.Model"}}
@@ -98,7 +98,7 @@ def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
 VIT_FOLDERS = [
     ({"model_args": {"checkpoint_path": "{pickle}"}}, "image: got a field 'checkpoint_path'"),
     ({"model_args": [1]}, "model_args: got"),
-    ({"model_args": {"depth": 100}}, "lacks weights: holds"),
+    ({"model_args": {"depth": 100}}, "lacks weights: got"),
     (
         {"model_args": {"depth": 1, "img_size": 32, "reg_tokens": 3}},
         "holds the weights of another model|lacks 1 weights",
@@ -132,7 +132,7 @@ def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):
 TEXT_FOLDERS = [
     ({"model_type": "mine"}, "text.model_type: got 'mine', expected one of albert"),
     ({"model_type": None}, "text.model_type: got None"),
-    ({"vocab_size": 10**8}, "lacks weights: holds"),
+    ({"vocab_size": 10**8}, "lacks weights: got"),
     ({"num_hidden_layers": 2}, "lacks 16 weights of bert"),
     ({"vocab_size": 89}, "holds the weights of another model"),
     ({"hidden_size": "16"}, "config.json.hidden_size: got '16'"),
@@ -209,7 +209,7 @@ def test_hostile_folders_of_a_host(tmp_path, outside):
         ({"text_config": 3}, "text_config: got 3"),
         (
             {"text_config": {**described["text_config"], "intermediate_size": 2**20}},
-            "lacks weights: holds",
+            "lacks weights: got",
         ),
         (
             {"vision_config": {**described["vision_config"], "patch_size": [4, 4]}},

@@ -265,7 +265,7 @@ def test_tokens_of_a_trained_tokenizer(tmp_path):
         ["red wool coat above the knee", "one word: summary in text and image or video"], 200
     )
     with pytest.raises(
-        ValueError, match=r"tokenizer has no token <\|vision_start\|>; add_vision_tokens"
+        ValueError, match=r"tokenizer: got no token <\|vision_start\|>, expected add_vision_tokens"
     ):
         qwen.token_ids(tokenizer)
     before = len(tokenizer)
@@ -331,7 +331,7 @@ def test_a_pickle_is_not_loaded(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(
         FileNotFoundError,
-        match=r"host: .* takes config.json and \*.safetensors, and lacks one of them",
+        match=r"host: .* lacks a file, expected config.json and \*.safetensors",
     ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
 
@@ -346,7 +346,7 @@ def test_other_models_are_refused(tmp_path):
     transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        ValueError, match="has model_type 'bert', expected one of qwen2_vl, qwen2_5_vl"
+        ValueError, match="model_type: got 'bert', expected one of qwen2_vl, qwen2_5_vl"
     ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
     with pytest.raises(
@@ -360,23 +360,29 @@ def test_other_models_are_refused(tmp_path):
     [
         (
             {"pixel_values": torch.zeros(5, 3, 16, 20)},
-            "multiples of 8 and frames in multiples of 2, got 2 frames of 16 x 20",
+            "2 frames of 16 x 20, expected sides in multiples of 8 and frames in multiples of 2",
         ),
         (
             {"pixel_values": torch.zeros(5, 3, 3, 16, 16)},
-            "frames in multiples of 2, got 3 frames of 16 x 16",
+            "got 3 frames of 16 x 16, expected .* frames in multiples of 2",
         ),
         (
             {"pixel_values": torch.zeros(5, 1, 16, 16)},
-            r"pixel_values must have shape \(B, 3, H, W\) or .*, got \(5, 1, 16, 16\)",
+            r"pixel_values: got shape \(5, 1, 16, 16\), expected \(batch, 3, H, W\) or",
         ),
-        ({"image_present": torch.ones(5)}, r"image_present must be bool \(5,\), got torch.float32"),
+        (
+            {"image_present": torch.ones(5)},
+            r"image_present: got torch.float32 .*, expected bool \(5,\)",
+        ),
         (
             {"input_ids": torch.zeros(5, dtype=torch.long)},
-            r"input_ids and attention_mask must both be \(B, T\)",
+            r"input_ids and attention_mask: got shapes",
         ),
-        ({"attention_mask": torch.ones(5, 8)}, r"must both be \(B, T\), got \(5, 9\) and \(5, 8\)"),
-        ({"input_ids": torch.full((5, 9), 100)}, r"input_ids must lie in \[0, 99\]"),
+        ({"attention_mask": torch.ones(5, 8)}, r"got shapes \(5, 9\) and \(5, 8\), expected"),
+        (
+            {"input_ids": torch.full((5, 9), 100)},
+            r"input_ids: got a value out of range, expected values in \[0, 99\]",
+        ),
     ],
 )
 def test_bad_inputs(changes, message):
@@ -386,6 +392,7 @@ def test_bad_inputs(changes, message):
 
 def test_videos_take_qwen2_vl():
     with pytest.raises(
-        ValueError, match="pixel_values takes videos with model_type 'qwen2_vl', got 'qwen2_5_vl'"
+        ValueError,
+        match="got videos with model_type 'qwen2_5_vl', expected model_type 'qwen2_vl'",
     ):
         qwen.picture_tokens(host("qwen2_5_vl"), torch.zeros(1, 2, 3, 16, 16), None)

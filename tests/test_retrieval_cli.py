@@ -20,6 +20,7 @@ from transformers import Qwen2Tokenizer
 from mmfused.cli import embed, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
+from mmfused.models.presets import TINY_QWEN2_VL
 from mmfused.training.loop import TrainConfig, train
 from mmfused.training.ownership import MARK
 from mmfused.training.run_folder import load_run, read_json
@@ -443,7 +444,7 @@ def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
         vocab=found["vocab"], merges=[tuple(pair) for pair in found["merges"]]
     )
     assert tokenizer("")["input_ids"] == []
-    options = {**qwen.TINY, "text_config": {**qwen.TINY["text_config"], "vocab_size": 300}}
+    options = {**TINY_QWEN2_VL, "text_config": {**TINY_QWEN2_VL["text_config"], "vocab_size": 300}}
     for part in (qwen.build_qwen2_vl(options), tokenizer):
         part.save_pretrained(tmp_path / "host")
     few = {**folders, "val": folders["data"]}
@@ -484,8 +485,8 @@ def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
 def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
     tokenizer = MODELS["unite"].config.prepare_tokenizer(train_tokenizer(["a thing", *COLOURS]))
     options = {
-        **qwen.TINY,
-        "text_config": {**qwen.TINY["text_config"], "vocab_size": len(tokenizer)},
+        **TINY_QWEN2_VL,
+        "text_config": {**TINY_QWEN2_VL["text_config"], "vocab_size": len(tokenizer)},
     }
     host = qwen.build_qwen2_vl(options)
     for part in (host, tokenizer):

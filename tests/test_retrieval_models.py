@@ -71,7 +71,7 @@ def changes(name, case):
 
 
 def steps_of_rank(rank, world, path, folder):
-    """A step of each model in each case, in one process: starting them takes longer than all steps."""
+    """A step of each model in each case, in one process, as starting takes longer than steps."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
@@ -104,7 +104,8 @@ def two_ranks(tmp_path_factory):
 
 def whole_batch(name, case):
     """ "lacking": the second rank has no picture, which the first one has; "one rank": the first
-    rank has no rows; "previous": the same, with the previous product's caption as a negative."""
+    rank has no rows; "previous": the same, with the previous product's caption as a negative.
+    """
     parts = batch(name)
     if case == "lacking":
         blind = without_images(parts)

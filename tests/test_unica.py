@@ -212,7 +212,8 @@ def test_what_is_absent_does_not_leak():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_missing_text_is_cls_and_sep():  # as [CLS][SEP] alone, no real token at all, or text_present=False
+def test_a_missing_text_is_cls_and_sep():
+    """As [CLS][SEP] alone, no real token at all, or text_present=False."""
     model, items = random_model(), token_part()
     items["image_present"] = None
     items["image_tokens"] = items["image_tokens"][:1].expand(6, -1, -1)
@@ -425,10 +426,13 @@ def test_preset_paper_has_its_sizes():
         ({"gather": "all"}, "gather: got 'all', expected one of global, local"),
         (
             {"without": ("gate",)},
-            "without: got 'gate', expected some of bica, ffn, positive_similarity, hard_negatives, fusion",
+            "without: got 'gate', expected some of bica, ffn, positive_similarity, hard_neg",
         ),
         ({"freeze": ("vision",)}, "freeze: got 'vision', expected some of image, text"),
-        ({"freeze": ("image",)}, "freeze: got 'image' with image None, expected an image encoder"),
+        (
+            {"freeze": ("image",)},
+            "freeze: got 'image' with image None, expected a config with that encoder",
+        ),
         ({"num_heads": 5}, "num_heads: got 5, expected a divisor of text_dim=12"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
         ({"ffn": 0}, "ffn: got 0, expected an integer from 1 to 1048576 or None"),
@@ -441,7 +445,7 @@ def test_preset_paper_has_its_sizes():
         ),
         (
             {"empty_text": (101, 102)},
-            r"empty_text must be ids below the host's vocab_size=20, got \(101, 102\)",
+            r"empty_text: got \(101, 102\), expected ids below the host's vocab_size=20",
         ),
     ],
 )
@@ -453,42 +457,54 @@ def test_bad_config(options, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_tokens": None}, "exactly one of pixel_values and image_tokens, got neither"),
+        (
+            {"image_tokens": None},
+            "pixel_values and image_tokens: got neither, expected exactly one",
+        ),
         (
             {"pixel_values": torch.zeros(6, 3, 32, 32)},
-            "exactly one of pixel_values and image_tokens, got both",
+            "pixel_values and image_tokens: got both, expected exactly one",
         ),
         (
             {"image_tokens": torch.zeros(6, 3, 11)},
-            r"image_tokens must have shape \(B, tokens, 10\), got \(6, 3, 11\)",
+            r"image_tokens: got shape \(6, 3, 11\), expected \(batch, tokens, 10\)",
         ),
-        ({"image_present": torch.ones(6)}, r"image_present must be bool \(6,\), got torch.float32"),
+        (
+            {"image_present": torch.ones(6)},
+            r"image_present: got torch.float32 .*, expected bool \(6,\)",
+        ),
         (
             {"text_present": torch.ones(5, dtype=torch.bool)},
-            r"text_present must be bool \(6,\), got torch.bool \(5,\)",
+            r"text_present: got torch.bool \(5,\), expected bool \(6,\)",
         ),
-        ({"input_ids": None}, r"\(B, T\), T from 2 to 13 beside 3 image tokens, got None"),
+        (
+            {"input_ids": None},
+            r"input_ids: got None, expected .*, from 2 to 13 tokens beside 3",
+        ),
         (
             {"input_ids": torch.zeros(6, 14).long()},
-            r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 14\)",
+            r"input_ids: got shape \(6, 14\), expected .*, from 2 to 13 tokens beside 3",
         ),
         (
             {"input_ids": torch.zeros(6, 1).long()},
-            r"\(B, T\), T from 2 to 13 beside 3 image tokens, got \(6, 1\)",
+            r"input_ids: got shape \(6, 1\), expected .*, from 2 to 13 tokens beside 3",
         ),
         (
             {"input_ids": torch.zeros(5, 6).long()},
-            "image and text must have one batch size, got 6 and 5",
+            "image and text: got batch sizes 6 and 5",
         ),
-        ({"input_ids": torch.full((6, 6), 20)}, r"input_ids must lie in \[0, 19\]"),
+        (
+            {"input_ids": torch.full((6, 6), 20)},
+            r"input_ids: got a value out of range, expected values in \[0, 19\]",
+        ),
         (
             {"attention_mask": torch.ones(6, 7)},
-            r"attention_mask must be \(6, 6\) as input_ids, got \(6, 7\)",
+            r"attention_mask: got shape \(6, 7\), expected \(6, 6\)",
         ),
-        ({"labels": torch.zeros(6)}, r"labels must be int64 \(6,\), got torch.float32 \(6,\)"),
+        ({"labels": torch.zeros(6)}, r"labels: got torch.float32 \(6,\), expected int64 \(6,\)"),
         (
             {"image_tokens": None, "pixel_values": torch.zeros(6, 3, 8, 8)},
-            "the config's image is None; give image_tokens",
+            "the config's image is None, expected image_tokens",
         ),
     ],
 )
@@ -500,7 +516,5 @@ def test_bad_items(changes, message):
 def test_a_candidate_for_every_query():
     batch = token_batch()
     batch["candidate"] = {name: value[:5] for name, value in batch["candidate"].items()}
-    with pytest.raises(
-        ValueError, match="candidate must have a row for each of the 6 queries, got 5"
-    ):
+    with pytest.raises(ValueError, match="candidate: got 5 rows, expected 6"):
         random_model()(**batch)

@@ -406,11 +406,11 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": 3}, "stage: got 3, expected an integer from 1 to 2"),
+        ({"stage": 3}, "stage: got 3, expected one of 1, 2"),
         ({"temperature": 0}, "temperature: got 0, expected a number above 0"),
         (
             {"tokens": None},
-            r"tokens: got None, expected what mmfused.models.qwen.token_ids\(tokenizer\) gives",
+            r"tokens: got None, expected what mmfused.models.qwen.token_ids\(tokenizer\) returns",
         ),
         (
             {"image_size": 20},

@@ -1,7 +1,29 @@
-"""Model architectures built on the library's ops, one self-contained file each."""
+"""Model architectures built on the library's ops.
 
-from typing import NamedTuple
+    fluid.py     FLUID: classification
+    uniecs.py    UniECS: retrieval; its losses in uniecs_losses.py
+    unica.py     UniCA: retrieval
+    moon2.py     MOON2.0: retrieval; its objectives in moon2_losses.py
+    unite.py     UNITE: retrieval
 
+A file reads from top to bottom: configuration, modules, the model. The models share
+
+    config.py, fields.py        base of the configurations; validation of their values
+    presets.py                  sizes of the presets
+    inputs.py                   input validation; encoding of pixels and ids
+    encoders.py, pretrained.py  ViT and text encoders, from a config or from pretrained weights
+    retrieval.py                base of the retrieval models
+    qwen*.py                    Qwen2-VL as the host of UNITE and MOON2.0
+    weights.py                  safetensors of a pretrained folder
+
+docs/models.md says where each equation comes from: the paper, public code, or this library.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from .config import ModelConfig
 from .fluid import FLUID, FLUIDConfig, FLUIDOutput
 from .moon2 import MOON2, MOON2Config
 from .retrieval import RetrievalModel, RetrievalOutput
@@ -11,14 +33,14 @@ from .unite import UNITE, UNITEConfig
 
 
 class Kind(NamedTuple):
-    """What `mmfused train --model NAME` builds, and the task it is trained for."""
+    """A model of `mmfused train --model NAME`, and the task that it is trained for."""
 
-    model: type
-    config: type
-    task: str  # "classification" | "retrieval"
+    model: Any  # the class, built from a config
+    config: type[ModelConfig]
+    task: Literal["classification", "retrieval"]
 
 
-MODELS = {
+MODELS: dict[str, Kind] = {
     "fluid": Kind(FLUID, FLUIDConfig, "classification"),
     "uniecs": Kind(UniECS, UniECSConfig, "retrieval"),
     "unica": Kind(UniCA, UniCAConfig, "retrieval"),
@@ -30,9 +52,11 @@ __all__ = [
     "FLUID",
     "FLUIDConfig",
     "FLUIDOutput",
+    "Kind",
     "MODELS",
     "MOON2",
     "MOON2Config",
+    "ModelConfig",
     "RetrievalModel",
     "RetrievalOutput",
     "UNITE",

@@ -1,52 +1,78 @@
-"""Values of configs, which may come from any file: which fields there are, of which type, within
-which bounds.
-"""
+"""Validation of config values, which may come from any file: type and bounds of each field."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from reprlib import Repr
-from typing import Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from mmfused.json_files import one_line
 
+if TYPE_CHECKING:
+    Options: TypeAlias = dict[str, Any]
+else:
+    Options = dict  # checked as an object of any fields; build_vit and build_text check the fields
+
+# The fields of an object and their kinds; a nested mapping is the kind of an object with these
+# fields, or None.
+Kinds: TypeAlias = Mapping[str, object]
+
 NoneType = type(None)
 LONGEST = 1000  # of lists and strings
-LAYERS, TOKEN, SIDE, ANY = (1, 1000), (0, 10**8), (1, 4096), (-(2**31), 2**31 - 1)
-# The least and the most of integers by the name of their field; of all others 1 and 2**20.
-BOUNDS = {
-    **dict.fromkeys(
-        ("depth", "blocks", "cross_layers", "moe_every", "n_layers", "num_hidden_layers"), LAYERS
-    ),
-    **dict.fromkeys(("self_blocks", "fusion_blocks", "max_window_layers"), (0, 1000)),
-    **dict.fromkeys(
-        ("num_hidden_groups", "inner_group_num", "spatial_merge_size", "temporal_patch_size"),
-        LAYERS,
-    ),
-    **dict.fromkeys(("img_size", "image_size", "patch_size"), SIDE),
-    **dict.fromkeys(
-        ("empty_text", "vision_start", "vision_end", "image", "end", "pad", "drop", "prompts"),
-        TOKEN,
-    ),
-    **dict.fromkeys(
-        ("type_vocab_size", "reg_tokens", "conv_kernel_size", "fullatt_block_indexes"), (0, 2**20)
-    ),
-    **dict.fromkeys(
-        ("sparse_pred_ignore_index", "max_relative_positions", "position_buckets"), ANY
-    ),
-    **dict.fromkeys(
-        ("steps", "log_every", "val_every", "save_every"), (1, 10**12)
-    ),  # of a training
-    "seed": (0, 2**63 - 1),
-    "threads": (1, 4096),
+LAYERS = (1, 1000)
+TOKEN = (0, 10**8)
+SIDE = (1, 4096)
+SIGNED = (-(2**31), 2**31 - 1)
+FROM_ZERO = (0, 2**20)
+STEPS = (1, 10**12)
+DEFAULT = (1, 2**20)
+# The smallest and the largest value of an integer, by the name of its field.
+BOUNDS: dict[str, tuple[int, int]] = {
+    "blocks": LAYERS,
+    "cross_layers": LAYERS,
+    "depth": LAYERS,
+    "inner_group_num": LAYERS,
+    "moe_every": LAYERS,
+    "n_layers": LAYERS,
+    "num_hidden_groups": LAYERS,
+    "num_hidden_layers": LAYERS,
+    "spatial_merge_size": LAYERS,
+    "temporal_patch_size": LAYERS,
+    "fusion_blocks": (0, 1000),
+    "max_window_layers": (0, 1000),
+    "self_blocks": (0, 1000),
+    "image_size": SIDE,
+    "img_size": SIDE,
+    "patch_size": SIDE,
+    "drop": TOKEN,
+    "empty_text": TOKEN,
+    "end": TOKEN,
+    "image": TOKEN,
+    "pad": TOKEN,
+    "prompts": TOKEN,
+    "vision_end": TOKEN,
+    "vision_start": TOKEN,
+    "conv_kernel_size": FROM_ZERO,
+    "fullatt_block_indexes": FROM_ZERO,
+    "reg_tokens": FROM_ZERO,
+    "type_vocab_size": FROM_ZERO,
+    "max_relative_positions": SIGNED,
+    "position_buckets": SIGNED,
+    "sparse_pred_ignore_index": SIGNED,
     "max_length": (2, 2**20),
-    "vocab_size": (1, 10**8),
     "num_classes": (1, 10**6),
     "num_experts": (1, 10**5),
-    "stage": (1, 2),
+    "vocab_size": (1, 10**8),
+    # Of a training configuration.
+    "log_every": STEPS,
+    "save_every": STEPS,
+    "steps": STEPS,
+    "val_every": STEPS,
+    "seed": (0, 2**63 - 1),
+    "threads": (1, 4096),
 }
 _short = Repr()
 _short.maxstring = _short.maxother = 80
@@ -54,39 +80,47 @@ _short.maxlevel = 3
 
 
 def shown(value: object) -> str:
-    """A value as a sentence shows it: on one line, and not at any length."""
+    """Return the repr of a value on one line, shortened."""
     return one_line(_short.repr(value))
 
 
 def bounds(name: str) -> tuple[int, int]:
-    last = name.rpartition(".")[2]
-    return (-1, 10**8) if last.endswith("_token_id") else BOUNDS.get(last, (1, 2**20))
+    """Return the bounds of integers in the field of this dotted name."""
+    field = name.rpartition(".")[2]
+    return (-1, 10**8) if field.endswith("_token_id") else BOUNDS.get(field, DEFAULT)
 
 
 def check_field(name: str, value: object, kind: object) -> None:
-    """ValueError unless the value is of the ``kind``, an annotation, and its integers within the
-    bounds of ``name``.
+    """Require a value of the ``kind``, an annotation, with integers within the bounds of ``name``.
+
+    Raises:
+        ValueError: with what was expected; of a list of options it names the first wrong one.
     """
-    if not fits(value, kind, *bounds(name)):
-        raise ValueError(f"{name}: got {shown(value)}, expected {described(kind, *bounds(name))}")
+    least, most = bounds(name)
+    if fits(value, kind, least, most):
+        return
+    options = _options(kind)
+    if isinstance(value, (list, tuple)) and options:
+        value = next((one for one in value if one not in options), value)
+    raise ValueError(f"{name}: got {shown(value)}, expected {described(kind, least, most)}")
 
 
-def check_fields(name: str, values: object, kinds: dict[str, object]) -> None:
-    """As :func:`check_field` for a dict with no other fields than these; a kind that is a dict is
-    of a dict's fields, or None.
-    """
+def check_fields(name: str, values: object, kinds: Kinds) -> None:
+    """Check each field of an object, which may have no other fields than ``kinds``."""
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {shown(values)}, expected an object")
     for key, value in values.items():
         if key not in kinds:
             raise ValueError(f"{name}: got a field {shown(key)}, expected {', '.join(kinds)}")
-        if not isinstance(kinds[key], dict):
-            check_field(f"{name}.{key}", value, kinds[key])
+        kind = kinds[key]
+        if not isinstance(kind, dict):
+            check_field(f"{name}.{key}", value, kind)
         elif value is not None:
-            check_fields(f"{name}.{key}", value, kinds[key])
+            check_fields(f"{name}.{key}", value, kind)
 
 
 def fits(value: object, kind: object, least: int, most: int) -> bool:
+    """Return whether a value is of the kind, with integers from ``least`` to ``most``."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(fits(value, part, least, most) for part in parts)
@@ -95,11 +129,11 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
     if kind in (None, NoneType):
         return value is None
     if kind is int:
-        return (
-            isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-        )
-    if kind is float:  # NaN and infinity are not below it either
-        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= 1e30
+        is_int = isinstance(value, Integral) and not isinstance(value, bool)
+        return is_int and least <= value <= most  # type: ignore[operator]
+    if kind is float:  # NaN and infinity are not within the bound either
+        is_real = isinstance(value, Real) and not isinstance(value, bool)
+        return is_real and abs(value) <= 1e30  # type: ignore[arg-type]
     if kind is str:
         return isinstance(value, str) and len(value) <= LONGEST
     if origin in (list, tuple):
@@ -108,46 +142,62 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
         if origin is list or parts[-1] is Ellipsis:
             return all(fits(one, parts[0], least, most) for one in value)
         return len(value) == len(parts) and all(
-            map(fits, value, parts, [least] * len(parts), [most] * len(parts))
+            fits(one, part, least, most) for one, part in zip(value, parts, strict=True)
         )
-    return kind in (bool, dict) and isinstance(value, kind)
+    return (kind is bool and isinstance(value, bool)) or (kind is dict and isinstance(value, dict))
+
+
+def _options(kind: object) -> tuple[object, ...]:
+    """Return the options of a kind that is a list of them, else nothing."""
+    if get_origin(kind) in (list, tuple):
+        for part in get_args(kind)[:1]:
+            return get_args(part) if get_origin(part) is Literal else ()
+    return ()
 
 
 def described(kind: object, least: int, most: int) -> str:
+    """Return what an error message calls the kind."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(
-            dict.fromkeys(described(part, least, most) for part in parts if plain(part))
-        )
+        names = [described(part, least, most) for part in parts if plain(part)]
+        return " or ".join(dict.fromkeys(names))
     if origin is Literal:
-        return " or ".join(map(repr, parts))
+        options = [str(part) or "''" for part in parts]
+        return f"one of {', '.join(options)}" if len(parts) > 1 else " or ".join(map(repr, parts))
+    if _options(kind):
+        return f"some of {', '.join(map(str, _options(kind)))}"
     if origin is list or (origin is tuple and parts[-1] is Ellipsis):
         return f"a list of {plural(parts[0], least, most)}, at most {LONGEST}"
     if origin is tuple:
         return f"{len(parts)} {plural(parts[0], least, most)}"
+    if kind is int:
+        return f"an integer from {least} to {most}"
     names = {float: "a finite number", bool: "True or False", str: "a string", dict: "an object"}
-    return f"an integer from {least} to {most}" if kind is int else names.get(kind, "None")
+    return names[kind] if kind in names else "None"  # type: ignore[index]
 
 
 def plural(kind: object, least: int, most: int) -> str:
+    """Return what an error message calls several values of the kind."""
     if kind is int:
         return f"integers from {least} to {most}"
-    return {float: "finite numbers", str: "strings"}[kind]
+    return "finite numbers" if kind is float else "strings"
 
 
 def plain(kind: object) -> bool:
-    """Whether JSON holds any value of the kind."""
-    if get_origin(kind) is Literal:
+    """Return whether JSON holds any value of the kind."""
+    origin = get_origin(kind)
+    if origin is Literal:
         return True
-    if get_origin(kind) in (Union, types.UnionType, list, tuple):
+    if origin in (Union, types.UnionType, list, tuple):
         return any(plain(part) for part in get_args(kind) if part is not Ellipsis)
     return kind in (None, NoneType, int, float, bool, str, dict)
 
 
 @contextmanager
 def refusing(sentence: str) -> Iterator[None]:
-    """What another library says about values that do not fit together, of whatever class, as one
-    ValueError.
+    """Turn an error of another library, of whatever class, into one ValueError.
+
+    For values that are valid each, and do not fit together.
     """
     try:
         yield

@@ -7,140 +7,99 @@
     N = sum over the top k of G_i(F') E_i(F')                                     (eq. 9)
     L = lambda_1 CE + lambda_2 contrastive + lambda_3 MoE       1/3 each          (eq. 10)
 
-The paper's: all of the above, ViT-B/16 and multilingual BERT, l = 32, a gate with one hidden layer,
-16 experts, k = 2, 191 classes, balance by GShard's form (it cites GShard and gives no formula).
-From the public code (DucCuong12/Multimodel_CV_NLP), where the paper gives no formula: the post-norm
-block around each attention with its feed-forward part, dropout of attention probabilities and of
-what either adds, 8 heads, the router Linear-LN-ReLU-Dropout-Linear, softmax over all experts with
-the top k renormalised, experts of two hidden layers with LN that give class logits, averaged over
-the two tokens, the balance loss "mse" and the z loss (0.1 each), the symmetric contrastive loss at
-temperature 0.07 on the mean query token. Preset "code" also takes its six blocks a Q-Transform, two
-hidden layers in the gate, 8 experts, and attends to padded text. This library's choice: in every
-other preset padded text is not attended to (`text_mask`), a missing image or text is masked as a
-whole and left out of the contrastive loss, the linear router, the probability as the weight where
-top_k is 1, precomputed tokens, the ViT's stem, small initial queries and preset "tiny". With one
-modality there is no gate and no contrastive loss (the paper's Table 2). `without` leaves components
-out (Table 3; what stands in their place is this library's choice, but for the [CLS] tokens, which
-are the paper's)."""
+docs/models.md says where each part comes from.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from mmfused.library import no_autocast
-from mmfused.models.config import AbsentPart, ModelConfig
-from mmfused.models.encoders import build_text, build_vit
-from mmfused.models.inputs import check_range, contain, map_tokens, read_image, read_text
+from mmfused.models import inputs, presets
+from mmfused.models.config import ModelConfig, absent_part
+from mmfused.models.encoders import Stem, build_text, build_vit
+from mmfused.models.fields import Options
 from mmfused.ops.gated_cross_attention import TokenGate
 from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
 from mmfused.ops.topk_routing import Routing, topk_routing
 
-MODALITIES, BALANCES, ROUTERS = ("both", "image", "text"), ("mse", "gshard"), ("mlp", "linear")
-STEMS = ("conv", "conv_group", "patch")
-COMPONENTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
-CHOICES = {
-    "modalities": MODALITIES,
-    "balance": BALANCES,
-    "router": ROUTERS,
-    "image_stem": STEMS,
-    "without": COMPONENTS,
-}
+Component = Literal["contrastive", "q_transform", "gate", "bottleneck", "moe"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 
 @dataclasses.dataclass
 class FLUIDConfig(ModelConfig):
-    """Sizes and weights, by default "tiny" without encoders. Values that do not fit together raise
-    ValueError.
-    """
+    """Configuration of FLUID, by default "tiny" without encoders."""
 
-    UNKNOWN: ClassVar[dict] = {"num_classes": 1}
+    PRESETS: ClassVar[presets.Presets] = presets.FLUID
+    UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}
 
     num_classes: int
-    modalities: str = "both"  # "both" | "image" | "text"
+    modalities: Literal["both", "image", "text"] = "both"
     dim: int = 128  # D
     num_queries: int = 8  # l
     bottleneck_queries: int = 2
     depth: int = 1  # blocks in each Q-Transform and in the Q-bottleneck
     num_heads: int = 4
-    ffn: int | None = (
-        None  # hidden width of a block's feed-forward part, None: QTransform's default
-    )
-    dropout: float = 0.1  # in the Q-Transforms and the Q-bottleneck: of attention probabilities, and of what a block adds
+    ffn: int | None = None  # hidden width of a block's feed-forward part, None: QTransform's
+    # In the Q-Transforms and the Q-bottleneck: of attention probabilities and block outputs.
+    dropout: float = 0.1
     head_dropout: float = 0.1  # in the gate, the router and the experts
-    query_std: float = 0.02  # of the initial queries; the public code's 1 drowns what they read, so it learns slowly
+    # Of the initial queries. The public code's 1 drowns what they read, so it learns slowly.
+    query_std: float = 0.02
     gate_hidden: tuple[int, ...] = (128,)
-    router: str = "mlp"  # "mlp" | "linear"
+    router: Literal["mlp", "linear"] = "mlp"
     num_experts: int = 4  # E
     top_k: int = 2
-    expert_hidden: tuple[
-        int, ...
-    ] = ()  # the public code has two layers; linear experts learn faster from few samples
-    balance: str = "mse"  # "mse" | "gshard"
+    # The public code has two hidden layers; linear experts learn faster from few samples.
+    expert_hidden: tuple[int, ...] = ()
+    balance: Literal["mse", "gshard"] = "mse"
     balance_weight: float = 0.1
     z_weight: float = 0.1
     temperature: float = 0.07
-    loss_weights: tuple[float, float, float] = (
-        1 / 3,
-        1 / 3,
-        1 / 3,
-    )  # cross-entropy, contrastive, MoE
+    # Of cross-entropy, contrastive loss and MoE loss.
+    loss_weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     text_mask: bool = True  # False: padded text tokens are attended to
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
-    image_stem: str = "conv"  # "conv" | "conv_group" (encoders.ConvStem) | "patch", the ViT's own linear patch projection
-    pixel_mean: tuple[float, float, float] = (
-        0.485,
-        0.456,
-        0.406,
-    )  # how the pixel_values were normalised: training and
-    pixel_std: tuple[float, float, float] = (
-        0.229,
-        0.224,
-        0.225,
-    )  # evaluation prepare their batches so
-    image: dict | None = (
-        None  # encoders.build_vit(image_dim, image_stem, image); None: no encoder, image_tokens only
-    )
-    text: dict | None = (
-        None  # encoders.build_text(text_dim, text); None: no encoder, text_tokens only
-    )
-    # Left out, each one alone or several: "contrastive" (no such term), "q_transform" (the
-    # encoders' first tokens [CLS] in place of the l query tokens), "gate" (a = 1/2), "bottleneck"
-    # (the l fused tokens are classified, their logits averaged), "moe" (one expert for every token,
-    # no router).
-    without: tuple[str, ...] = ()
+    image_stem: Stem = "conv"
+    # How pixel_values were normalised; training and evaluation prepare their batches with it.
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image: Options | None = None  # build_vit(image_dim, image_stem, image); None: image_tokens only
+    text: Options | None = None  # build_text(text_dim, text); None: text_tokens only
+    # Ablations, alone or together: "contrastive" (no such term), "q_transform" (the encoders'
+    # [CLS] tokens replace the l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
+    # are classified, their logits averaged), "moe" (one expert for every token, no router).
+    without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(CHOICES)
         self.check_positive("temperature")
-        if self.dim % self.num_heads:
-            raise ValueError(
-                f"num_heads: got {self.num_heads}, expected a divisor of dim={self.dim}"
-            )
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k: got {self.top_k}, expected at most num_experts={self.num_experts}"
-            )
+        self.check_divisor("num_heads", "dim")
+        self.check_at_most("top_k", "num_experts")
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
-                raise AbsentPart(
-                    f"without: got {name!r} with modalities {self.modalities!r}, which has none anyway, expected 'both'"
-                )
+                raise absent_part(name, f"modalities {self.modalities!r}", "'both'")
 
     @classmethod
-    def preset(cls, name="tiny", *, num_classes=None, **options):
-        """As `ModelConfig.preset`; "paper" and "code" have 191 classes unless `num_classes` says
-        otherwise, "tiny" needs it.
-        """
+    def preset(
+        cls,
+        name: str = "tiny",
+        *,
+        num_classes: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Extend :meth:`ModelConfig.preset`: "tiny" needs `num_classes`, the others have 191."""
         if num_classes is not None:
             options["num_classes"] = num_classes
         elif name == "tiny":
@@ -150,91 +109,42 @@ class FLUIDConfig(ModelConfig):
         return super().preset(name, **options)
 
 
-TINY_BERT = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 256,
-    "max_position_embeddings": 128,
-}
-FULL_SIZE = {
-    "num_classes": 191,
-    "dim": 768,
-    "num_queries": 32,
-    "num_heads": 8,
-    "head_dropout": 0.2,
-    "expert_hidden": (3072, 768),
-    "image_dim": 768,
-    "text_dim": 768,
-    "image_stem": "patch",
-    "pixel_mean": (0.5, 0.5, 0.5),
-    "pixel_std": (0.5, 0.5, 0.5),
-    "image": {"img_size": 224, "patch_size": 16, "depth": 12, "num_heads": 12},  # ViT-B/16
-    "text": {
-        "vocab_size": 119547
-    },  # bert-base-multilingual-cased; the rest is BertConfig's default
-}
-FLUIDConfig.PRESETS = {
-    "paper": {
-        **FULL_SIZE,
-        "depth": 1,
-        "gate_hidden": (768,),
-        "num_experts": 16,
-        "balance": "gshard",
-    },
-    "code": {
-        **FULL_SIZE,
-        "depth": 6,
-        "gate_hidden": (768, 768),
-        "num_experts": 8,
-        "balance": "mse",
-        "text_mask": False,
-        "query_std": 1.0,
-    },
-    "tiny": {
-        "image": {"img_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
-        "text": {**TINY_BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
-        # On a thousand photos the augmentation regularises enough, and one linear map an expert
-        # learns fastest.
-        "dropout": 0.0,
-        "head_dropout": 0.0,
-        "expert_hidden": (),
-    },
-}
-
-
 class FLUIDOutput(NamedTuple):
-    """What FLUID.forward returns; B samples, C classes, l query tokens, R bottleneck tokens, D =
-    dim.
-    """
+    """Result of FLUID.forward: B samples, C classes, l query tokens, R bottleneck tokens."""
 
     logits: Tensor  # (B, C)
     loss: Tensor | None  # scalar, the weighted sum; None without labels
-    losses: dict[str, Tensor]  # "ce", "contrastive", "moe", each unweighted; empty without labels
-    routing: (
-        tuple[Tensor, Tensor] | None
-    )  # expert indices (B, R, k) int64, weights (B, R, k), largest first; None without "moe"
+    losses: dict[str, Tensor]  # "ce", "contrastive", "moe", unweighted; empty without labels
+    # Expert indices (B, R, k) int64 and weights (B, R, k), largest first; None without "moe".
+    routing: tuple[Tensor, Tensor] | None
     gate: Tensor | None  # (B, l), the image's share; None without a gate
     image_embedding: Tensor | None  # (B, D), unit length: the normalised mean of the query tokens
     text_embedding: Tensor | None  # (B, D)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class FirstToken(nn.Module):
-    """In the place of a Q-Transform: the encoder's first token, [CLS], as the only query token; 0
-    where it is ignored.
-    """
+def _mean_direction(tokens: Tensor) -> Tensor:  # (B, l, D) -> (B, D)
+    return F.normalize(_at_least_float32(tokens).mean(1), dim=-1)
 
-    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:  # (B, N, D) -> (B, 1, D)
+
+class FirstToken(nn.Module):
+    """Replace a Q-Transform by the encoder's first token, [CLS]; 0 where it is ignored."""
+
+    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
+        """(B, N, D), ignore (B, N) bool -> (B, 1, D)."""
         return x[:, :1] if ignore is None else x[:, :1].masked_fill(ignore[:, :1, None], 0)
 
 
 class ExpertLinear(nn.Module):
-    """A Linear layer for each of E experts, with `norm` each followed by a LayerNorm of its own."""
+    """A Linear layer for each of E experts, with `norm` each followed by its own LayerNorm."""
 
-    def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False):
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+
+    def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(num_experts, outputs))
@@ -243,11 +153,11 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights uniform within one over the square root of the inputs, biases 0, norms 1 and 0."""
+        """Draw weights uniformly within 1 / sqrt(inputs); biases 0, norms 1 and 0."""
         bound = self.weight.shape[2] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
-        if self.norm_weight is not None:
+        if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
 
@@ -259,127 +169,127 @@ class ExpertLinear(nn.Module):
         first: bool,
         last: bool,
     ) -> Tensor:
-        """The `first` layer takes tokens (T, I), the `last` gives tokens (T, O); between them are
-        rows (T*k, O) by expert.
+        """Apply each row's expert; rows (T*k, I) -> (T*k, O), sorted by expert.
+
+        The `first` layer takes tokens (T, I), the `last` returns tokens (T, O). expert: (T*k, E)
+        int64, one-hot.
         """
         x = grouped_linear(x, routing, self.weight, self.bias, gather=first, combine=last)
-        if self.norm_weight is None:
+        if self.norm_weight is None or self.norm_bias is None:
             return x
         with no_autocast(x.device.type):
-            # A product with one-hot rows picks each row's scale and shift; its gradient is summed
+            # A product with one-hot rows selects each row's scale and shift; its gradient is summed
             # in a fixed order.
-            scale, shift = (expert.to(p.dtype) @ p for p in (self.norm_weight, self.norm_bias))
+            scale = expert.to(self.norm_weight.dtype) @ self.norm_weight
+            shift = expert.to(self.norm_bias.dtype) @ self.norm_bias
         return F.layer_norm(x, x.shape[-1:]) * scale + shift
 
 
 class MoEClassifier(nn.Module):
-    """Router and experts (eq. 9): sum over the top k of G_i(x) E_i(x), each expert an MLP that
-    gives class logits.
+    """Router and experts (eq. 9): sum over the top k of G_i(x) E_i(x).
+
+    Each expert is an MLP that gives class logits; they are averaged over the tokens.
     """
 
-    def __init__(self, config: FLUIDConfig):
+    def __init__(self, config: FLUIDConfig) -> None:
         super().__init__()
         c, dim, drop = config, config.dim, config.head_dropout
-        self.top_k, self.balance = c.top_k, c.balance
+        self.top_k: int = c.top_k
+        self.balance: Literal["mse", "gshard"] = c.balance
         output = nn.Linear(dim, c.num_experts)
         hidden = [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(drop)]
         self.router = nn.Sequential(*hidden, output) if c.router == "mlp" else output
         widths = (dim, *c.expert_hidden)
         layers = [
-            ExpertLinear(c.num_experts, *pair, norm=True) for pair in itertools.pairwise(widths)
+            ExpertLinear(c.num_experts, width, out, norm=True)
+            for width, out in itertools.pairwise(widths)
         ]
-        self.experts = nn.ModuleList(
-            [*layers, ExpertLinear(c.num_experts, widths[-1], c.num_classes)]
-        )
+        layers.append(ExpertLinear(c.num_experts, widths[-1], c.num_classes))
+        self.experts = nn.ModuleList(layers)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (B, R, D) -> (B, C)
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(B, R, D) -> logits (B, C), and the routing."""
         tokens = x.flatten(0, 1)  # (T, D), T = B*R
-        routing = topk_routing(
-            at_least_float32(self.router(tokens)), self.top_k, balance=self.balance
-        )
-        expert = F.one_hot(
-            routing.indices.flatten()[routing.order], len(self.experts[0].weight)
-        )  # (T*k, E)
-        out, end = tokens, len(self.experts) - 1
+        scores = _at_least_float32(self.router(tokens))
+        routing = topk_routing(scores, self.top_k, balance=self.balance)
+        expert = F.one_hot(routing.indices.flatten()[routing.order], scores.shape[1])  # (T*k, E)
+        out, last = tokens, len(self.experts) - 1
         for i, layer in enumerate(self.experts):
-            out = layer(
-                out if i == 0 else self.drop(F.relu(out)),
-                routing,
-                expert,
-                first=i == 0,
-                last=i == end,
-            )
-        return at_least_float32(out).view(*x.shape[:2], -1).mean(1), routing
+            if i > 0:
+                out = self.drop(F.relu(out))
+            out = layer(out, routing, expert, first=i == 0, last=i == last)
+        return _at_least_float32(out).view(*x.shape[:2], -1).mean(1), routing
 
 
 class DenseClassifier(nn.Sequential):
-    """What is left without the mixture: one expert for every token, (B, R, D) -> (B, C), logits
-    averaged over the tokens.
-    """
+    """One expert for every token, without a mixture."""
 
-    def __init__(self, config: FLUIDConfig):
-        layers, widths = [], (config.dim, *config.expert_hidden)
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [
-                nn.Linear(inputs, outputs),
-                nn.LayerNorm(outputs),
-                nn.ReLU(),
-                nn.Dropout(config.head_dropout),
-            ]
+    def __init__(self, config: FLUIDConfig) -> None:
+        layers: list[nn.Module] = []
+        widths, drop = (config.dim, *config.expert_hidden), config.head_dropout
+        for width, out in itertools.pairwise(widths):
+            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU(), nn.Dropout(drop)]
         super().__init__(*layers, nn.Linear(widths[-1], config.num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return at_least_float32(super().forward(x)).mean(1)
+        """(B, R, D) -> logits (B, C), averaged over the tokens."""
+        return _at_least_float32(super().forward(x)).mean(1)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: float) -> Tensor:
     """Symmetric InfoNCE on unit embeddings (B, D); `pair` (B,) bool: samples with both modalities.
 
-    A sample without a pair is nobody's negative and adds nothing to the mean; fewer than two pairs
-    give 0."""
-    key = torch.arange(1, len(pair) + 1, device=pair.device).masked_fill(
-        pair, 0
-    )  # without a pair: a key of its own
-    masks = {"query_key": key, "candidate_key": key, "row_weight": pair.to(image.dtype)}
-    with no_autocast(image.device.type):  # in float32, which unit vectors deserve
-        return masked_info_nce(image, text, temperature=temperature, symmetric=True, **masks)
+    A sample without a pair is excluded as a negative and adds nothing to the mean; fewer than two
+    pairs give 0.
+    """
+    # A sample without a pair gets a key of its own, and so matches no other sample.
+    rows = torch.arange(1, len(pair) + 1, device=pair.device)
+    key = rows.masked_fill(pair, 0)
+    with no_autocast(image.device.type):  # in float32, as unit vectors need
+        return masked_info_nce(
+            image,
+            text,
+            temperature=temperature,
+            symmetric=True,
+            query_key=key,
+            candidate_key=key,
+            row_weight=pair.to(image.dtype),
+        )
 
 
 class FLUID(nn.Module):
-    """FLUID built from a `FLUIDConfig`; encoders start from random weights (needs `pip install
-    mmfused[models]`).
-    """
+    """FLUID built from a `FLUIDConfig`; encoders start random and need `mmfused[models]`."""
 
-    def __init__(self, config: FLUIDConfig):
+    def __init__(self, config: FLUIDConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.uses_image, self.uses_text = c.modalities != "text", c.modalities != "image"
-        blocks = {"depth": c.depth, "num_heads": c.num_heads, "ffn": c.ffn, "dropout": c.dropout}
-        pooled = "q_transform" not in c.without
+        self.uses_image: bool = c.modalities != "text"
+        self.uses_text: bool = c.modalities != "image"
+
+        def pool(queries: int) -> QTransform:
+            return QTransform(
+                c.dim, queries, depth=c.depth, num_heads=c.num_heads, ffn=c.ffn, dropout=c.dropout
+            )
+
+        def width_map(width: int) -> nn.Module:
+            return nn.Identity() if width == c.dim else nn.Linear(width, c.dim)
+
+        distil = "q_transform" not in c.without
         if self.uses_image:
             self.image_encoder = (
                 None if c.image is None else build_vit(c.image_dim, c.image_stem, c.image)
             )
-            self.image_map = (
-                nn.Identity() if c.image_dim == c.dim else nn.Linear(c.image_dim, c.dim)
-            )
-            self.image_transform = (
-                QTransform(c.dim, c.num_queries, **blocks) if pooled else FirstToken()
-            )
+            self.image_map = width_map(c.image_dim)
+            self.image_transform = pool(c.num_queries) if distil else FirstToken()
         if self.uses_text:
             self.text_encoder = None if c.text is None else build_text(c.text_dim, c.text)
-            self.text_map = nn.Identity() if c.text_dim == c.dim else nn.Linear(c.text_dim, c.dim)
-            self.text_transform = (
-                QTransform(c.dim, c.num_queries, **blocks) if pooled else FirstToken()
-            )
+            self.text_map = width_map(c.text_dim)
+            self.text_transform = pool(c.num_queries) if distil else FirstToken()
         if c.modalities == "both" and "gate" not in c.without:
             self.gate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
-        self.bottleneck = (
-            nn.Identity()
-            if "bottleneck" in c.without
-            else QTransform(c.dim, c.bottleneck_queries, **blocks)
-        )
+        no_bottleneck = "bottleneck" in c.without
+        self.bottleneck = nn.Identity() if no_bottleneck else pool(c.bottleneck_queries)
         if "moe" in c.without:
             self.classifier = DenseClassifier(c)
         else:
@@ -390,12 +300,9 @@ class FLUID(nn.Module):
 
     @property
     def picture_size(self) -> int:
-        """Side of the pictures it takes; without an image encoder, of ones that cost little."""
-        return (
-            self.image_encoder.patch_embed.img_size[0]
-            if self.uses_image and self.image_encoder is not None
-            else 16
-        )
+        """Side of the pictures it takes; without an image encoder a small one, as none are read."""
+        encoder: Any = self.image_encoder if self.uses_image else None
+        return 16 if encoder is None else encoder.patch_embed.img_size[0]
 
     def forward(
         self,
@@ -410,86 +317,84 @@ class FLUID(nn.Module):
         text_padding_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> FLUIDOutput:
-        """Class logits, and the losses when `labels` are given.
+        """Return class logits, and the losses when `labels` are given.
 
-        Args: pixel_values: (B, 3, H, W), or image_tokens: (B, N, image_dim) in their place.
-            input_ids: (B, T) int64 with attention_mask (B, T), 1 = real token, None = all real; or
-            in their place
-                text_tokens: (B, T, text_dim) with text_padding_mask (B, T) bool, True = ignore,
-                None = none ignored.
-            image_present, text_present: (B,) bool, False = this sample has none; its tokens are
+        Inputs of a modality that the model lacks are ignored. ValueError for wrong inputs.
+
+        Args:
+            pixel_values: (B, 3, H, W); or image_tokens (B, N, image_dim).
+            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real;
+                or text_tokens (B, T, text_dim), with text_padding_mask (B, T) bool, True = ignore.
+            image_present, text_present: (B,) bool, False = this sample has none: its tokens are
                 masked as a whole, and it is left out of the contrastive loss. image_present None:
                 all have one. text_present None: a text is missing where `input_ids` hold no more
                 than two real tokens ([CLS] and [SEP]), or no text token is real.
             labels: (B,) int64 in [0, num_classes).
-
-        The inputs of a modality that the model does not have are ignored. Raises ValueError where a
-        modality has no source or two, and for wrong shapes, ids and labels."""
+        """
         c = self.config
-        image = text = gate = image_embedding = text_embedding = None
+        image = text = image_embedding = text_embedding = None
         if self.uses_image:
-            tokens, has_image = read_image(
+            tokens, has_image = inputs.read_image(
                 self.image_encoder, c.image_dim, pixel_values, image_tokens, image_present
             )
             ignore = None if image_present is None else ~has_image[:, None].expand(tokens.shape[:2])
-            image = self.image_transform(
-                map_tokens(self.image_map, tokens, ignore), ignore
-            )  # (B, l, D)
-            image_embedding = F.normalize(at_least_float32(image).mean(1), dim=-1)  # (B, D)
+            image = self.image_transform(inputs.map_tokens(self.image_map, tokens, ignore), ignore)
+            image_embedding = _mean_direction(image)  # (B, l, D) -> (B, D)
         if self.uses_text:
             source = (input_ids, attention_mask, text_tokens, text_padding_mask)
-            tokens, padding, text_present = read_text(
+            tokens, padding, text_present = inputs.read_text(
                 self.text_encoder, c.text_dim, *source, text_present
             )
             absent = ~text_present[:, None].expand(padding.shape)
             ignore = absent | padding if c.text_mask else absent
-            text = self.text_transform(
-                map_tokens(self.text_map, tokens, ignore), ignore
-            )  # (B, l, D)
-            text_embedding = F.normalize(at_least_float32(text).mean(1), dim=-1)  # (B, D)
-        if c.modalities == "both":
-            if len(image) != len(text):
-                raise ValueError(
-                    f"image and text must have one batch size, got {len(image)} and {len(text)}"
-                )
-            fused, gate = (
-                ((image + text) / 2, None) if "gate" in c.without else self._blend(image, text)
-            )  # (B, l, D), (B, l)
-        else:
-            fused = image if text is None else text
-        fused = self.bottleneck(fused)  # (B, R, D)
-        if "moe" in c.without:
-            logits, routing, moe_loss = self.classifier(fused), None, fused.new_zeros(())
-        else:
-            logits, routing = self.moe(fused)  # (B, C)
-            moe_loss = c.balance_weight * routing.balance_loss + c.z_weight * routing.z_loss
-            routing = tuple(
-                x.view(len(logits), -1, c.top_k) for x in (routing.indices, routing.weights)
-            )  # (B, R, k) each
+            text = self.text_transform(inputs.map_tokens(self.text_map, tokens, ignore), ignore)
+            text_embedding = _mean_direction(text)
+        fused, gate = self._fuse(image, text)  # (B, l, D), (B, l)
+        logits, routing, moe_loss = self._classify(self.bottleneck(fused))  # (B, R, D) -> (B, C)
+        output = FLUIDOutput(logits, None, {}, routing, gate, image_embedding, text_embedding)
         if labels is None:
-            return FLUIDOutput(logits, None, {}, routing, gate, image_embedding, text_embedding)
-        if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}"
-            )
-        check_range("labels", labels, c.num_classes)
-        labels, poison = contain(labels, c.num_classes)
-        losses = {
-            "ce": F.cross_entropy(logits + poison[:, None].to(logits.dtype), labels),
-            "contrastive": logits.new_zeros(()),
-            "moe": moe_loss,
-        }
-        if c.modalities == "both" and "contrastive" not in c.without:
-            flags = [flag for flag in (image_present, text_present) if flag is not None]
-            pair = torch.stack([torch.ones_like(labels, dtype=torch.bool), *flags]).all(0)  # (B,)
-            losses["contrastive"] = contrastive_loss(
-                image_embedding, text_embedding, pair, c.temperature
-            )
-        loss = sum(
-            weight * value for weight, value in zip(c.loss_weights, losses.values(), strict=True)
-        )
-        return FLUIDOutput(logits, loss, losses, routing, gate, image_embedding, text_embedding)
+            return output
+        losses = self._losses(output, labels, moe_loss, image_present, text_present)
+        loss = sum(w * value for w, value in zip(c.loss_weights, losses.values(), strict=True))
+        return output._replace(loss=loss, losses=losses)
 
-    def _blend(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _fuse(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Blend the modalities by the gate; with one of them, return its tokens."""
+        if image is None or text is None:
+            return inputs.one_source("image and text", image, text), None
+        inputs.check_batch(len(image), len(text))
+        if "gate" in self.config.without:
+            return (image + text) / 2, None
         a = self.gate.share(image, text)  # (B, l)
         return a[..., None] * image + (1 - a[..., None]) * text, a
+
+    def _classify(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
+        """(B, R, D) -> logits (B, C), the routing as in FLUIDOutput, and the MoE loss."""
+        c = self.config
+        if "moe" in c.without:
+            return self.classifier(x), None, x.new_zeros(())
+        logits, routing = self.moe(x)
+        loss = c.balance_weight * routing.balance_loss + c.z_weight * routing.z_loss
+        shape = (len(logits), -1, c.top_k)
+        return logits, (routing.indices.view(shape), routing.weights.view(shape)), loss
+
+    def _losses(
+        self,
+        output: FLUIDOutput,
+        labels: Tensor,
+        moe_loss: Tensor,
+        *presents: Tensor | None,
+    ) -> dict[str, Tensor]:
+        c, logits = self.config, output.logits
+        inputs.check_labels(labels, len(logits))
+        inputs.check_range("labels", labels, c.num_classes)
+        labels, poison = inputs.contain(labels, c.num_classes)
+        contrastive = logits.new_zeros(())
+        image, text = output.image_embedding, output.text_embedding
+        if image is not None and text is not None and "contrastive" not in c.without:
+            pair = torch.ones_like(labels, dtype=torch.bool)
+            for present in presents:
+                pair = pair if present is None else pair & present
+            contrastive = contrastive_loss(image, text, pair, c.temperature)
+        ce = F.cross_entropy(logits + poison[:, None].to(logits.dtype), labels)
+        return {"ce": ce, "contrastive": contrastive, "moe": moe_loss}

@@ -1,100 +1,132 @@
-"""What the four retrieval models share: the views of an item, the parts of a training batch, and
-rows of other ranks.
+"""Base of the four retrieval models: views of an item, parts of a training batch, ranks.
 
-An item is a picture, a text, or both. A batch's parts are items: `query`, `candidate` (row i is
-query i's positive) and, for models that take them, `negative` (row i a hard negative of query i).
-Parts are dicts of the arguments of `embed`, with `labels` (B,) int64 beside them: items of one
-label are one product, and nobody's negatives for each other."""
+An item is a picture, a text, or both. The parts of a batch are `query`, `candidate` (row i is query
+i's positive) and, for models that take them, `negative` (row i is a hard negative of query i). A
+part is a dict of the arguments of `encode`, with `labels` (B,) int64 among them. Items of one label
+are the same product, and are excluded as negatives of each other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mmfused.distributed import in_group, refused
 from mmfused.losses import unit_rows
+from mmfused.models.inputs import check_rows
 
-VIEWS = ("image", "text", "both")
+View = Literal["image", "text", "both"]
+VIEWS: tuple[View, ...] = get_args(View)
 
 
 class RetrievalOutput(NamedTuple):
+    """The loss of a batch and its terms."""
+
     loss: Tensor  # scalar, the weighted sum
     losses: dict[str, Tensor]  # each term, unweighted
 
 
 class RetrievalModel(nn.Module):
-    """Parts of a batch in, a loss out; in between a dict of tensors for each part, whose rows
-    GradCache can make in chunks.
+    """A model that maps the parts of a batch to a loss, in two steps that GradCache can separate.
 
-    A model has `encode(role, **items)`: what the loss needs of a part, tensors of a row an item,
-    and scalars that are means over the items; `compare(query, candidate, negative)`: the output,
-    from these; and `embed(views, **items)`: for each view unit embeddings (B, D) in float32. Over
-    several ranks each gives the loss such that the mean over ranks has the gradient of one process
-    with the whole batch; a rank may have no rows."""
+    A subclass defines:
+        encode: what the loss needs of one part, as tensors with a row for each item, and scalars
+            that are means over the items.
+        compare: the output, from the encoded parts.
+        embed: unit embeddings (B, D) in float32 of each view.
 
-    takes_negatives = True  # whether a batch has hard negatives
+    Over several ranks each rank returns the loss of which the mean over ranks has the gradient of
+    one process with the whole batch. A rank may have no rows.
+    """
+
+    takes_negatives: bool = True  # whether a batch has hard negatives
 
     def forward(
         self,
-        query: dict,
-        candidate: dict,
-        negative: dict | None = None,
+        query: dict[str, Any],
+        candidate: dict[str, Any],
+        negative: dict[str, Any] | None = None,
     ) -> RetrievalOutput:
-        parts = {"query": query, "candidate": candidate, "negative": negative}
-        encoded = {
-            role: None if items is None else self.encode_part(role, items)
-            for role, items in parts.items()
-        }
-        return self.compare(**encoded)
+        """Encode each part, then compare them; the arguments are those of `encode`."""
+        return self.compare(
+            query=self.encode_part("query", query),
+            candidate=self.encode_part("candidate", candidate),
+            negative=None if negative is None else self.encode_part("negative", negative),
+        )
 
-    def encode_part(self, role: str, items: dict) -> dict[str, Tensor]:
-        """`encode` of items that may be none. What it refuses on one rank, all ranks refuse."""
+    def encode(self, role: str, *, labels: Tensor, **items: Any) -> dict[str, Tensor]:
+        """Return what the loss needs of the items of one part."""
+        raise NotImplementedError
+
+    def compare(
+        self,
+        query: dict[str, Tensor],
+        candidate: dict[str, Tensor],
+        negative: dict[str, Tensor] | None = None,
+    ) -> RetrievalOutput:
+        """Return the loss of encoded parts."""
+        raise NotImplementedError
+
+    def embed(self, views: Sequence[View] = ("both",), **items: Any) -> dict[str, Tensor]:
+        """Return unit embeddings (B, D) of each view, in float32 or float64."""
+        raise NotImplementedError
+
+    def encode_part(self, role: str, items: dict[str, Any]) -> dict[str, Tensor]:
+        """Encode a part that may have no items; an error on one rank is raised on all ranks."""
         try:
             if len(items["labels"]) or not in_group():
                 return self.encode(role, **items)
-            # A rank without rows takes part all the same, in backward too: hosts take no 0 rows, so
-            # one of zeros that is dropped.
-            one = {
+            # A rank without rows still takes part in exchanges, in backward too. Hosts do not
+            # accept 0 rows, so it encodes one row of zeros, which is dropped.
+            zeros: dict[str, Any] = {
                 name: None if x is None else x.new_zeros(1, *x.shape[1:])
                 for name, x in items.items()
             }
-            return {
-                name: x[:0] if x.dim() else 0 * x for name, x in self.encode(role, **one).items()
-            }
+            encoded = self.encode(role, **zeros)
+            return {name: x[:0] if x.dim() else 0 * x for name, x in encoded.items()}
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
-                raise  # the other ranks are among the exchanges of FSDP, not at the next one here
+                raise  # the other ranks are inside FSDP's exchanges, not at the next one here
             raise refused(type(self).__name__, error, items["labels"]) from None
 
     @property
     def picture_size(self) -> int:
-        """Side of the pictures it takes."""
-        return self.image_encoder.patch_embed.img_size[0]
+        """Side of the pictures that the image encoder takes, in pixels."""
+        encoder: Any = self.image_encoder
+        return encoder.patch_embed.img_size[0]
 
     def set_progress(self, share: float) -> None:
-        """How much of the training is over, 0 to 1; for models with a schedule."""
+        """Set the share of training that is done, 0 to 1; for models with a schedule."""
 
 
-def check_views(views: tuple[str, ...]) -> None:
+def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, key: str) -> None:
+    """Require a row for each query; an error is raised on all ranks."""
+    try:
+        check_rows(name, len(part[key]), len(query))
+    except ValueError as error:
+        raise refused(model, error, query) from None
+
+
+def check_views(views: Sequence[str]) -> None:
+    """Require some of VIEWS, each once."""
     unknown = [view for view in views if view not in VIEWS]
     if unknown or not views or len(set(views)) < len(views):
-        raise ValueError(
-            f"views: got {', '.join(map(str, views)) or 'none'}, expected some of {', '.join(VIEWS)}, each once"
-        )
+        got = ", ".join(map(str, views)) or "none"
+        raise ValueError(f"views: got {got}, expected some of {', '.join(VIEWS)}, each once")
 
 
 def late_fusion(image: Tensor, text: Tensor) -> Tensor:
-    """What stands in a fusion's place: the direction between two unit embeddings (B, D)."""
+    """Return the direction between two unit embeddings (B, D): the ablation of a fusion."""
     return unit_rows(image + text)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; the mode it was in comes back."""
+    """Run in evaluation mode, without gradients; restore the mode afterwards."""
     was_training = model.training
     model.eval()
     try:

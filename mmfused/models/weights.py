@@ -1,6 +1,4 @@
-"""Weights of a pretrained folder: safetensors that lie in it, and no more of them than the model
-has.
-"""
+"""Weights of a pretrained folder: its safetensors, checked against the model before they load."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,13 @@ INDEX = "model.safetensors.index.json"
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What is built here has shapes and no values, and draws nothing of the CPU's random numbers."""
+    """Build modules with shapes and without values; the CPU's random state does not change."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
 
 
 def find_folder(name: str, source: str) -> Path:
-    """The folder, or the one that config.json and safetensors of this hub name are downloaded to."""
+    """Return the folder, or the one that a hub name's config.json and safetensors download to."""
     if Path(source).is_dir():
         return Path(source)
     import huggingface_hub
@@ -42,54 +41,60 @@ def find_folder(name: str, source: str) -> Path:
             for part in weight_files(name, folder):
                 huggingface_hub.hf_hub_download(source, part.name)
     except (OSError, ValueError) as error:
-        takes = "takes a folder, or a name that the hub gives safetensors for"
-        raise ValueError(f"{name}: got {source!r}, {takes} ({one_line(error)})") from error
+        expected = "a folder, or a name that the hub has safetensors for"
+        reason = one_line(error)
+        raise ValueError(f"{name}: got {source!r}, expected {expected} ({reason})") from error
     return folder
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """model.safetensors, or the parts that its index names; ValueError where one of these is not a
-    file of the folder.
+    """Return model.safetensors, or the parts that its index names.
+
+    Raises:
+        ValueError: where the index names something else than a file of this folder.
     """
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return [folder / "model.safetensors"]
-    parts = read_object(folder / INDEX, 64 << 20).get("weight_map")
-    parts = parts.values() if isinstance(parts, dict) else [parts]
-    for part in parts:
-        if (
-            not isinstance(part, str)
-            or not part.endswith(".safetensors")
-            or not set(part).isdisjoint("/\\:\0")
-        ):
+    weight_map = read_object(folder / INDEX, 64 << 20).get("weight_map")
+    found: Any = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+    parts: set[str] = set()
+    for part in found:
+        is_name = isinstance(part, str) and part.endswith(".safetensors")
+        if not is_name or not set(part).isdisjoint("/\\:\0"):
+            expected = "names of *.safetensors beside it"
             raise ValueError(
-                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, expected names of *.safetensors beside it"
+                f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, expected {expected}"
             )
-    return [folder / part for part in sorted(set(parts))]
+        parts.add(part)
+    return [folder / part for part in sorted(parts)]
 
 
 def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
+    """Read the safetensors of a folder."""
     with from_extra("models"):
         import safetensors.torch
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for path in weight_files(name, folder):
         if not path.is_file():
             raise FileNotFoundError(f"{name}: {path} is missing")
         try:
             weights |= safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
+            reason = one_line(error)
             raise ValueError(
-                f"{name}: {path} is truncated, corrupt or no safetensors file: {one_line(error)}"
+                f"{name}: {path} is truncated, corrupt or no safetensors file: {reason}"
             ) from error
     return weights
 
 
 def check_size(name: str, weights: dict[str, Tensor], expected: nn.Module) -> None:
-    """ValueError where the files hold less than half of the model, which would be made before its
-    weights are missed.
+    """Require at least half of the model's numbers.
+
+    Otherwise a large model would be allocated before its missing weights are noticed.
     """
     held = sum(tensor.numel() for tensor in weights.values())
-    takes = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
-    if 2 * held < takes:
+    total = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
+    if 2 * held < total:
         raise ValueError(
-            f"{name} lacks weights: holds {held} numbers, expected the {takes} of what its config.json describes"
+            f"{name} lacks weights: got {held} numbers, expected the {total} of its config.json"
         )

@@ -13,7 +13,7 @@ import torch
 import mmfused
 from mmfused import data as product_data
 from mmfused.models import MODELS
-from mmfused.models.encoders import pretrained_text, pretrained_vit
+from mmfused.models.pretrained import pretrained_text, pretrained_vit
 from mmfused.models.qwen import pretrained_qwen2_vl
 from mmfused.training.run_folder import load_own_tokenizer, load_weights, read_settings
 

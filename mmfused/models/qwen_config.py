@@ -1,0 +1,126 @@
+"""Base of the configurations of the models on a Qwen2-VL: host, tokens, size of the pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import Self
+
+from mmfused.models.config import ModelConfig, check_sizes
+from mmfused.models.fields import Options, check_field, check_fields
+from mmfused.models.qwen_host import check_host, token_side
+from mmfused.models.qwen_tokens import (
+    KINDS,
+    VISION_TOKENS,
+    add_vision_tokens,
+    enclose_texts,
+    token_ids,
+)
+
+TOKENS: dict[str, object] = {
+    **dict.fromkeys((*VISION_TOKENS, "pad"), int),
+    "drop": list[int],
+    "prompts": dict.fromkeys(KINDS, list[int]),
+}
+MOST_TOKENS = 1 << 16  # of a picture
+
+
+class HostedConfig(ModelConfig):
+    """Base of the configs with a host.
+
+    `host` is a dict that `build_qwen2_vl` takes, `tokens` the dict of `token_ids`, `image_size` the
+    side of the pictures.
+    """
+
+    UNKNOWN: ClassVar[dict[str, Any]] = {
+        "tokens": {
+            **dict.fromkeys(VISION_TOKENS, 0),
+            "pad": 0,
+            "drop": [],
+            "prompts": dict.fromkeys(KINDS, []),
+        }
+    }
+
+    if TYPE_CHECKING:
+        host: Options
+        tokens: Options | None
+        image_size: int
+
+    @classmethod
+    def preset(
+        cls,
+        name: str = "tiny",
+        *,
+        vocab_size: int | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Return the named preset with other values of its fields.
+
+        `patch_size` is the side of what becomes one token, several patches of the vision tower.
+        `host` updates the preset's, part by part. With a `model_type` in it, it replaces the
+        preset's, and pictures have 16 x 16 tokens unless `image_size` is given.
+        """
+        usual = cls.values_of(name)["host"]
+        check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
+        values = {**cls.values_of(name), **overrides}
+        own = overrides.get("host", {})
+        check_field("host", own, dict)
+        for part in ("text_config", "vision_config"):
+            check_field(f"host.{part}", own.get(part, {}), dict)
+        if "model_type" in own:
+            values["image_size"] = 16 * token_side(own.get("vision_config", {}))
+        else:
+            merge = usual["vision_config"]["spatial_merge_size"]
+            if patch_size is not None and patch_size % merge:
+                expected = f"a multiple of {merge}, the patches on a token's side"
+                raise ValueError(f"patch_size: got {patch_size}, expected {expected}")
+            text = {} if vocab_size is None else {"vocab_size": vocab_size}
+            vision = {} if patch_size is None else {"patch_size": patch_size // merge}
+            parts = {
+                part: {**usual[part], **sizes, **own.get(part, {})}
+                for part, sizes in (("text_config", text), ("vision_config", vision))
+            }
+            values["host"] = {**usual, **own, **parts}
+        return cls.from_dict(values if image_size is None else {**values, "image_size": image_size})
+
+    @property
+    def picture_size(self) -> int:
+        """Side of the pictures, in pixels."""
+        return self.image_size
+
+    @staticmethod
+    def prepare_tokenizer(tokenizer: Any) -> Any:
+        """Return the tokenizer with the special tokens that the model needs."""
+        return add_vision_tokens(enclose_texts(tokenizer))
+
+    @staticmethod
+    def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
+        """Return the arguments of `preset` that depend on the tokenizer."""
+        return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
+
+    def check_host(self) -> None:
+        """Require a host that can be built, all tokens, and pictures of whole tokens."""
+        check_host(self.host)
+        if self.tokens is None:
+            expected = "what mmfused.models.qwen.token_ids(tokenizer) returns"
+            raise ValueError(f"tokens: got None, expected {expected}")
+        check_fields("tokens", self.tokens, TOKENS)
+        prompts = self.tokens.get("prompts") or {}
+        for name, values, fields in (
+            ("tokens", self.tokens, TOKENS),
+            ("tokens.prompts", prompts, KINDS),
+        ):
+            lacking = [field for field in fields if values.get(field) is None]
+            if lacking:
+                expected = ", ".join(fields)
+                raise ValueError(f"{name}: got no {', '.join(lacking)}, expected {expected}")
+        side = token_side(self.host["vision_config"])
+        got = f"image_size: got {self.image_size}"
+        if self.image_size % side:
+            expected = f"a multiple of {side}, the side of what becomes one token"
+            raise ValueError(f"{got}, expected {expected}")
+        if (self.image_size // side) ** 2 > MOST_TOKENS:
+            expected = f"at most {MOST_TOKENS} tokens of {side} x {side} pixels"
+            raise ValueError(f"{got}, expected {expected}")
