@@ -1,11 +1,10 @@
-"""What every kernel file shares: the launch that inspection can listen to, the limits of each
-architecture, and jit helpers.
-"""
+"""Code shared by all kernels: the launch, the limits of each architecture, jit helpers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -27,22 +26,24 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Stated at every launch and inspection: what the compiler does by default differs by version (3.10
-# fuses no more).
+# Set at every launch and inspection because the compiler's defaults differ by version (3.10 does
+# not fuse).
 OPTIONS = {"enable_fp_fusion": True}
 
-# Set by inspection: then a launcher, run on meta tensors, hands each launch to it instead of the
-# device (see mmfused.cli.inspect).
-listener: Callable | None = None
+# mmfused.cli.inspect sets these two and runs the launchers on meta tensors: each launch then goes
+# to the recorder as (kernel, args, constants, options) instead of to the device.
+launch_recorder: Callable[[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]], None] | None
+launch_recorder = None
 pretended_arch: int | None = None
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the tensor in contiguous form; None stays None."""
     return None if tensor is None else tensor.contiguous()
 
 
 def arch_of(tensor: torch.Tensor) -> int:
-    """Compute capability as one number (90 for sm_90); what a tile plan depends on."""
+    """Return the compute capability as one number (90 for sm_90), from which plans are made."""
     if pretended_arch is not None:
         return pretended_arch
     if INTERPRETED:
@@ -52,34 +53,40 @@ def arch_of(tensor: torch.Tensor) -> int:
 
 
 def launch(
-    kernel,
+    kernel: Any,
     grid: tuple[int, ...],
-    *args,
+    *args: Any,
     num_warps: int,
     num_stages: int,
     maxnreg: int | None = None,
-    **named,
+    **named: Any,
 ) -> None:
     """Launch ``kernel`` over ``grid``, unless the grid is empty.
 
-    Arguments of the kernel come by position or by name, its constants by name.
-    ``maxnreg``: registers a thread may use. Without it ptxas aims at an occupancy of its own
-    choice, and spills a word or two to reach it, often where a kernel is light; with it, where a
-    kernel is near the limit of 255.
+    Args:
+        kernel: the jit function.
+        grid: programs in each dimension.
+        args, named: arguments of the kernel; its constants by name.
+        num_warps, num_stages: options of Triton.
+        maxnreg: limit of the registers a thread may use. Without it ptxas aims at an occupancy of
+            its own choice and often spills a word or two in light kernels; with it, kernels near
+            the limit of 255 may spill.
     """
     launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
-    if listener is not None:
-        constexprs = kernel.fn.__annotations__  # jit functions annotate nothing else
+    if launch_recorder is not None:
+        # Jit functions annotate their constants and nothing else.
+        constexprs = kernel.fn.__annotations__
         by_name = [name for name in kernel.arg_names if name in named.keys() - constexprs]
         args += tuple(named.pop(name) for name in by_name)
-        listener(kernel, args, named, launched)
+        launch_recorder(kernel, args, named, launched)
     elif all(grid):
         kernel[grid](*args, **named, **launched, **OPTIONS)
 
 
 def upcasts(dtype: torch.dtype) -> bool:
-    """Whether ``dot`` must widen its operands: the interpreter multiplies the bit patterns of
-    bfloat16.
+    """Return whether ``dot`` must widen its operands.
+
+    The interpreter multiplies the bit patterns of bfloat16.
     """
     return INTERPRETED and dtype == torch.bfloat16
 
@@ -87,8 +94,10 @@ def upcasts(dtype: torch.dtype) -> bool:
 def pack_padding(
     mask: torch.Tensor | None, lengths: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int, str]:
-    """What kernels take for a padding mask (B, N) bool or lengths (B,): words, span, words a
-    sample, and the kind.
+    """Pack a padding mask (B, N) bool or lengths (B,) for the kernels.
+
+    Return the words of bits (B, W), the span of the valid tokens, W, and the kind of padding:
+    "none", "padding" or "lengths".
     """
     if mask is None:
         return None, lengths, 0, "none" if lengths is None else "lengths"
@@ -99,12 +108,13 @@ def pack_padding(
     launch(
         pack_mask_kernel,
         (batch,),
-        mask.view(torch.uint8),
-        words,
-        span,
-        length,
-        width,
-        *mask.stride(),
+        mask_ptr=mask.view(torch.uint8),
+        words_ptr=words,
+        span_ptr=span,
+        N=length,
+        W=width,
+        stride_b=mask.stride(0),
+        stride_n=mask.stride(1),
         num_warps=1,
         num_stages=1,
     )
@@ -112,25 +122,24 @@ def pack_padding(
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
-    """Rows of a tile of the sorted rows: a power of two from 16 to 128, no more than an expert has
-    on average.
-    """
+    """Return the height of a tile: a power of two from 16 to 128, at most the mean of an expert."""
     return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
 
 
 def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor:
-    """offsets (E + 1,) int32 -> tiles (rows // 16 + E, 2) int32: (expert, first row), expert by
-    expert, then (-1, 0).
+    """Return the tiles (rows // 16 + E, 2) int32 for offsets (E + 1,) int32.
+
+    Each tile is (expert, first row), in the order of the experts; unused tiles are (-1, 0).
     """
     tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
     block = tile_block(num_experts)
     launch(
         tile_map_kernel,
         (triton.cdiv(len(tiles), block),),
-        offsets,
-        tiles,
-        len(tiles),
-        tile_rows(rows, num_experts),
+        offsets_ptr=offsets,
+        tiles_ptr=tiles,
+        N=len(tiles),
+        H=tile_rows(rows, num_experts),
         E=num_experts,
         BE=triton.next_power_of_2(num_experts),
         BI=block,
@@ -141,13 +150,13 @@ def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor
 
 
 def tile_block(num_experts: int) -> int:
-    """Tiles that one program of the tile map looks up, each against every expert."""
+    """Return how many tiles one program of the tile map compares with every expert."""
     return max(16, 2048 // triton.next_power_of_2(num_experts))
 
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b in float32; float32 operands are multiplied as such, not as tf32."""
+    """acc + a @ b in float32; float32 operands are not rounded to tf32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -156,11 +165,11 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
-    """(rows, BN) bool: what dropout keeps of the columns first .. first + BN, both multiples of 4:
-    mmfused.random.keep_mask.
+    """(rows, BN) bool: the values of mmfused.random.keep_mask in columns first .. first + BN.
 
-    One call of Philox serves four columns. ``seed``: the int64 itself, loaded once; ``rows``: of
-    the whole mask, any integers."""
+    ``first`` and BN are multiples of 4, because one call of Philox serves four columns. ``seed`` is
+    the loaded int64, ``rows`` any integers that index rows of the whole mask.
+    """
     quads = first // 4 + tl.arange(0, BN // 4)
     zero = tl.zeros([rows.shape[0], BN // 4], tl.uint32)
     words = tl.philox(
@@ -177,9 +186,18 @@ def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
 
 
 @triton.jit
-def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
-    """grid (B,). 64 tokens of a padding mask (1 = ignore) become one word of bits to keep; span is
-    [first, last + 1) kept.
+def pack_mask_kernel(
+    mask_ptr,  # (B, N) uint8, 1 = ignore
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B, 2) int32
+    N,
+    W,
+    stride_b,
+    stride_n,
+):
+    """Pack 64 tokens of a padding mask into one word, a bit set for each valid token.
+
+    Grid (B,). The span is [first, last + 1) of the valid tokens.
     """
     b = tl.program_id(0).to(tl.int64)
     first = N
@@ -196,15 +214,15 @@ def pack_mask_kernel(mask_ptr, words_ptr, span_ptr, N, W, stride_b, stride_n):
 
 @triton.jit
 def token_span(b, span_ptr, N, MASK: tl.constexpr):
-    """[lo, hi) around every token of sample b that is attended to; lo >= hi if there is none.
-    ``span``: lengths (B,) or (B, 2).
+    """[lo, hi) around the valid tokens of sample b; lo >= hi if there are none.
+
+    ``span_ptr`` holds lengths (B,) or spans (B, 2).
     """
     lo = 0
     hi = N
     if MASK == "lengths":
-        hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(
-            tl.int32
-        )  # whatever it holds, no token beyond is read
+        # Clamped, so that a wrong length never makes the kernel read out of bounds.
+        hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(tl.int32)
     if MASK == "padding":
         lo = tl.load(span_ptr + 2 * b)
         hi = tl.load(span_ptr + 2 * b + 1)
@@ -213,11 +231,11 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
 
 @triton.jit
 def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
-    """The tokens start .. start + BN (BN at most 64 and start a multiple of it), and which of them
-    are attended to.
+    """The tokens start .. start + BN, and which of them are valid.
 
-    The mask comes as one scalar a tile: if a tensor load decided which tokens to load, Triton would
-    not prefetch them."""
+    BN is at most 64 and ``start`` a multiple of BN. The mask is one scalar for each tile: Triton
+    would not prefetch tokens if a tensor load decided which of them to load.
+    """
     n = start + tl.arange(0, BN)
     keep = n < hi
     if MASK == "padding":
@@ -228,7 +246,7 @@ def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr
 
 @triton.jit
 def load_tokens(x_ptr, n, cols, keep, stride_n, D):
-    """(tokens, columns) of one sample; tokens not kept are never read, so they may hold NaN."""
+    """(tokens, columns) of one sample; ignored tokens are never read, so they may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + cols[None, :]
     return tl.load(x_ptr + at, mask=keep[:, None] & (cols[None, :] < D), other=0.0)
 
@@ -262,10 +280,10 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 
 @triton.jit
 def tile_entries(i, begin, end, H):
-    """(expert, first row) of the tiles i, from the first and one past the last sorted row of each
-    expert; (-1, 0) beyond the last.
+    """(expert, first row) of the tiles i; (-1, 0) beyond the last.
 
-    ``begin`` and ``end`` are as long as a power of two; what lies beyond E has no rows.
+    ``begin`` and ``end`` are the first sorted row of each expert and one past its last. Their
+    length is a power of two; the entries beyond E have no rows.
     """
     height = (end - begin + H - 1) // H
     last = tl.cumsum(height, 0)
@@ -273,23 +291,22 @@ def tile_entries(i, begin, end, H):
     there = i < tl.max(last, 0)
     expert = tl.sum(past.to(tl.int32), 1)
     before = tl.sum(tl.where(past, height[None, :], 0), 1)
-    row = (
-        tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H
-    )  # rows are sorted: an expert begins where those before end
+    # Rows are sorted, so an expert begins where the experts before it end.
+    row = tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H
     return tl.where(there, expert, -1), tl.where(there, row, 0)
 
 
 @triton.jit
 def tile_map_kernel(
-    offsets_ptr,
-    tiles_ptr,
+    offsets_ptr,  # (E + 1,) int32
+    tiles_ptr,  # (N, 2) int32
     N,
     H,
     E: tl.constexpr,
     BE: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """grid (N / BI,). The N tiles of H rows that the offsets of E experts ask for."""
+    """Write the N tiles of H rows for the offsets of E experts. Grid (N / BI,)."""
     experts = tl.arange(0, BE)
     begin = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)

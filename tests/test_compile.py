@@ -113,7 +113,7 @@ def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {
-        "onepass fwd",
+        "onepass_forward",
         "logits",
         "pool",
         "moments",
@@ -123,7 +123,7 @@ def test_plans_compile_without_spills(arch, tmp_path):
         "dq",
     }
     assert kernels >= {"sweep", "merge", "pairs", "spread", "owner"}
-    assert ("onepass bwd" in kernels) == (arch in ("sm_90", "sm_100"))
+    assert ("onepass_backward" in kernels) == (arch in ("sm_90", "sm_100"))
     assert not any(row["spilled"] or row["fault"] for row in rows)
     meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
     for row in rows:

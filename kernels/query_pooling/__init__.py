@@ -1,10 +1,12 @@
-"""Query pooling: launchers around the kernels. Shapes and maths:
-mmfused/ops/query_pooling/functional.py.
+"""Query pooling: launchers around the kernels.
+
+Shapes and maths: mmfused/ops/query_pooling/reference.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import triton
@@ -14,13 +16,9 @@ from ..tiles import arch_of, launch, pack_padding, upcasts
 from . import backward as bwd
 from . import forward as fwd
 from .dropout import keep_words
-from .plans import Plan, Tile, plan
+from .plans import Plan, plan
 
 __all__ = ["backward", "forward", "plan"]
-
-
-def _run(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None:
-    launch(kernel, grid, *args, **asdict(tile), **constexprs)
 
 
 def forward(
@@ -32,115 +30,118 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
-):
-    """x (B, N, D), last stride 1; q (R, D) or (B, R, D) contiguous -> z (B, R, D), sums (B, R, 2),
-    mean and rstd (B, N) or (0,), ksum (B, R) or (0,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pool x (B, N, D), last stride 1, with contiguous queries q (R, D) or (B, R, D).
+
+    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N) or (0,), ksum (B, R) or (0,).
+    """
     batch, length, dim = x.shape
     rows = q.shape[-2]
     norm = eps is not None
     tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
     z = x.new_empty(batch, rows, dim)
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
-    mean, rstd = (
-        x.new_empty((batch, length) if norm else (0,), dtype=torch.float32) for _ in range(2)
-    )
+    per_token = (batch, length) if norm else (0,)
+    mean = x.new_empty(per_token, dtype=torch.float32)
+    rstd = x.new_empty(per_token, dtype=torch.float32)
     ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
-    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length) if dropout_p else None
-    words, span, width, kind = pack_padding(mask, lengths)
-    strides = (x.stride(0), x.stride(1))
-    stride_qb = q.stride(0) if q.dim() == 3 else 0
-    flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
-    drops = dict(DROPOUT=keep is not None)
-    if norm:
-        tile = tiles.forward["moments"]
-        launch(
-            fwd.moments_kernel,
-            (batch, triton.cdiv(length, tile.BN)),
-            x,
-            words,
-            span,
-            mean,
-            rstd,
-            length,
-            width,
-            *strides,
-            eps,
-            D=dim,
-            BN=tile.BN,
-            BD=tile.BD,
-            MASK=kind,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    tokens = _token_arguments(x, mask, lengths)
+    if eps is not None:
+        _launch_moments(tiles, tokens, mean, rstd, eps)
+    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
+    query = dict(q_ptr=q, stride_qb=q.stride(0) if q.dim() == 3 else 0)
+    out = dict(z_ptr=z, keep_ptr=keep, ksum_ptr=ksum, DROPOUT=keep is not None)
     if "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
-        _run(
-            fwd.onepass_kernel,
-            tile,
+        launch(
+            fwd.onepass_forward_kernel,
             (batch, triton.cdiv(rows, tile.BR)),
-            x,
-            q,
-            words,
-            span,
-            z,
-            sums,
-            mean,
-            rstd,
-            keep,
-            ksum,
-            length,
-            width,
-            rows,
-            *strides,
-            stride_qb,
-            **flags,
-            **drops,
+            **tokens,
+            **query,
+            **out,
+            sums_ptr=sums,
+            **asdict(tile),
         )
-        return z, sums, mean, rstd, ksum
-    logits = x.new_empty(batch, length, rows, dtype=torch.float32)
+    else:
+        _launch_two_reads(tiles, tokens, query, out, sums)
+    return z, sums, mean, rstd, ksum
+
+
+def _token_arguments(
+    x: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+) -> dict[str, Any]:
+    """Return the arguments by which every kernel reads the tokens."""
+    words, span, width, kind = pack_padding(mask, lengths)
+    return dict(
+        x_ptr=x,
+        words_ptr=words,
+        span_ptr=span,
+        N=x.shape[1],
+        W=width,
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        D=x.shape[2],
+        MASK=kind,
+    )
+
+
+def _launch_moments(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+) -> None:
+    batch, length = mean.shape
+    tile = tiles.forward["moments"]
+    launch(
+        fwd.moments_kernel,
+        (batch, triton.cdiv(length, tile.BN)),
+        **tokens,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        eps=eps,
+        BN=tile.BN,
+        BD=tile.BD,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _launch_two_reads(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    query: dict[str, Any],
+    out: dict[str, Any],
+    sums: Tensor,
+) -> None:
+    """Compute the logits, then z from them."""
+    x = tokens["x_ptr"]
+    batch, rows = sums.shape[:2]
+    logits = x.new_empty(batch, x.shape[1], rows, dtype=torch.float32)
     tile = tiles.forward["logits"]
-    _run(
+    launch(
         fwd.logits_kernel,
-        tile,
         (batch, triton.cdiv(rows, tile.BR)),
-        x,
-        q,
-        words,
-        span,
-        logits,
-        sums,
-        mean,
-        rstd,
-        length,
-        width,
-        rows,
-        *strides,
-        stride_qb,
-        **flags,
+        **tokens,
+        **query,
+        s_ptr=logits,
+        sums_ptr=sums,
+        **asdict(tile),
     )
     tile = tiles.forward["pool"]
-    _run(
+    launch(
         fwd.pool_kernel,
-        tile,
-        (batch, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x,
-        logits,
-        sums,
-        words,
-        span,
-        mean,
-        rstd,
-        z,
-        keep,
-        ksum,
-        length,
-        width,
-        rows,
-        *strides,
-        **flags,
-        **drops,
+        (batch, triton.cdiv(rows, tile.BR), triton.cdiv(x.shape[2], tile.BD)),
+        **tokens,
+        **out,
+        s_ptr=logits,
+        sums_ptr=sums,
+        **asdict(tile),
     )
-    return z, sums, mean, rstd, ksum
 
 
 def backward(
@@ -159,125 +160,99 @@ def backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
-):
-    """dz (B, R, D) and with dropout dksum (B, R) contiguous, what forward took and gave -> dx (B,
-    N, D) or (0,), dq as q (float32 where the samples share q)."""
+) -> tuple[Tensor, Tensor]:
+    """Return dx (B, N, D) or (0,), and dq of q's shape (float32 where the samples share q).
+
+    Takes contiguous dz (B, R, D) and, with dropout, dksum (B, R); then the forward's inputs and
+    outputs.
+    """
     batch, length, dim = x.shape
-    rows, shared = q.shape[-2], q.dim() == 2
+    rows = q.shape[-2]
+    shared = q.dim() == 2
     norm = mean.numel() > 0
     tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
     dx = x.new_empty(x.shape if need_dx else (0,))
     partials = min(batch, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
-    words, span, width, kind = pack_padding(mask, lengths)
-    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length) if dropout_p else None
-    drops = dict(DROPOUT=keep is not None)
-    strides = (x.stride(0), x.stride(1))
-    stride_qb = 0 if shared else q.stride(0)
-    flags = dict(D=dim, MASK=kind, NORM=norm, UPCAST=upcasts(x.dtype))
+    tokens = _token_arguments(x, mask, lengths)
+    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
+    saved = dict(
+        z_ptr=z,
+        sums_ptr=sums,
+        keep_ptr=keep,
+        ksum_ptr=ksum,
+        dksum_ptr=dksum,
+        DROPOUT=keep is not None,
+    )
     if "onepass" in tiles.backward:
-        _run(
-            bwd.onepass_kernel,
-            tiles.backward["onepass"],
+        launch(
+            bwd.onepass_backward_kernel,
             (partials,),
-            x,
-            q,
-            z,
-            dz,
-            sums,
-            mean,
-            rstd,
-            words,
-            span,
-            keep,
-            ksum,
-            dksum,
-            dx,
-            dq,
-            batch,
-            length,
-            width,
-            rows,
-            *strides,
-            stride_qb,
-            **flags,
-            **drops,
+            **tokens,
+            **query,
+            **saved,
+            dx_ptr=dx,
+            dq_ptr=dq,
+            B=batch,
             NEED_DX=need_dx,
+            **asdict(tiles.backward["onepass"]),
         )
-        return dx, dq.sum(0) if shared else dq
-    p, ds = (x.new_empty(batch, length, rows) for _ in range(2))
+    else:
+        _launch_three_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
+    return dx, dq.sum(0) if shared else dq
+
+
+def _launch_three_steps(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    query: dict[str, Any],
+    saved: dict[str, Any],
+    dx: Tensor | None,
+    dq: Tensor,
+) -> None:
+    """Compute P and dS, then dx if it is wanted, then dq."""
+    x = tokens["x_ptr"]
+    batch, length, dim = x.shape
+    partials, rows = dq.shape[:2]
+    p = x.new_empty(batch, length, rows)
+    ds = x.new_empty(batch, length, rows)
     tile = tiles.backward["dlogits"]
     blocks = triton.cdiv(rows, tile.BR)
-    g_x = x.new_empty((batch, blocks, length) if norm else (0,), dtype=torch.float32)
-    _run(
+    g_x = x.new_empty((batch, blocks, length) if tokens["NORM"] else (0,), dtype=torch.float32)
+    launch(
         bwd.dlogits_kernel,
-        tile,
         (batch, blocks, triton.cdiv(length, tile.BN)),
-        x,
-        q,
-        z,
-        dz,
-        sums,
-        mean,
-        rstd,
-        words,
-        span,
-        keep,
-        ksum,
-        dksum,
-        p,
-        ds,
-        g_x,
-        length,
-        width,
-        rows,
-        *strides,
-        stride_qb,
-        **flags,
-        **drops,
+        **tokens,
+        **query,
+        **saved,
+        p_ptr=p,
+        ds_ptr=ds,
+        g_x_ptr=g_x,
+        **asdict(tile),
     )
-    if need_dx:
+    if dx is not None:
         tile = tiles.backward["dx"]
-        _run(
+        launch(
             bwd.dx_kernel,
-            tile,
             (batch, triton.cdiv(length, tile.BN), triton.cdiv(dim, tile.BD)),
-            x,
-            q,
-            dz,
-            p,
-            ds,
-            mean,
-            rstd,
-            g_x,
-            words,
-            span,
-            dx,
-            length,
-            width,
-            rows,
-            blocks,
-            *strides,
-            stride_qb,
-            **flags,
+            **tokens,
+            **query,
+            p_ptr=p,
+            ds_ptr=ds,
+            g_x_ptr=g_x,
+            dx_ptr=dx,
+            blocks=blocks,
+            **asdict(tile),
         )
     tile = tiles.backward["dq"]
-    _run(
+    launch(
         bwd.dq_kernel,
-        tile,
         (partials, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD)),
-        x,
-        ds,
-        mean,
-        rstd,
-        words,
-        span,
-        dq,
-        batch,
-        length,
-        width,
-        rows,
-        *strides,
-        **flags,
+        **tokens,
+        ds_ptr=ds,
+        dq_ptr=dq,
+        B=batch,
+        **asdict(tile),
     )
-    return dx, dq.sum(0) if shared else dq

@@ -1,13 +1,23 @@
-"""Backward kernels of query pooling. With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS
-= P (dP - delta):
+"""Backward kernels of query pooling.
 
-    dX = P^T dZ + dS^T Q'        dQ' = dS X, summed over the samples where they share their queries
+With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
 
-With NORM x^ = (x - mean) rstd takes the place of x, and dX = rstd (G - x^ mean_D(G x^)) with G =
-P^T dZ + dS^T Q'. LayerNorm's other term, mean_D(G), is 0, for dZ and Q' come with rows that sum to
-0 over D. mean_D(G x^) = sum_r (P dP + dS S) / D. With DROPOUT the kept P stand in all of this but
-in dS = kept(P) (dP + dksum) - P delta, delta = rowsum(dZ Z) + dksum ksum. No atomics: dX of a token
-has one owner; dQ' goes into a fixed number of partial sums, added up in order."""
+    dX = P^T dZ + dS^T Q'
+    dQ' = dS X, summed over the samples if they share their queries
+
+With NORM, x^ = (x - mean) rstd replaces x, and with G = P^T dZ + dS^T Q'
+
+    dX = rstd (G - x^ mean_D(G x^))        mean_D(G x^) = sum_r (P dP + dS S) / D
+
+LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 over D.
+
+With DROPOUT the kept P replace P everywhere but in
+
+    dS = kept(P) (dP + dksum) - P delta        delta = rowsum(dZ Z) + dksum ksum
+
+There are no atomics: one program writes dX of a token, and dQ' goes into a fixed number of partial
+sums that are added in order.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +32,22 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
-    """(BN, columns): the rows of Z in place of tokens, of which a tile has no fewer."""
+    """The rows of Z in a tile of tokens (BN, columns), which has at least as many rows."""
     tl.static_assert(rows.shape[0] <= BN)
     n = tl.arange(0, BN)
     first = tl.min(rows, 0)
-    kept = (n < rows.shape[0]) & (first + n < R)
-    return load_tokens(z_ptr + b * R * D, first + n, cols, kept, D, D)
+    valid = (n < rows.shape[0]) & (first + n < R)
+    return load_tokens(z_ptr + b * R * D, first + n, cols, valid, D, D)
 
 
 @triton.jit
 def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
-    """delta and dksum, from zdz = Z dZ^T, a product like dP, for the sake of its diagonal: where
-    one token takes all of a row, Z is that token, both sums round alike, and dS is 0. A sum over
-    dZ's tile beside its product would also race (cli/races.py)."""
+    """delta and dksum, from the diagonal of zdz = Z dZ^T.
+
+    A matrix product, like dP, because both must round alike: where one token has all the weight of
+    a row, Z is that token and dS must be 0. A sum over dZ's tile beside its product would also race
+    (cli/races.py).
+    """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
     dksum = tl.zeros(rows.shape, tl.float32)
@@ -50,7 +63,7 @@ def _dlogits(
     dp,
     delta,
     dksum,
-    keep_ptr,
+    keep_ptr,  # (B, N / 64, R) int64
     b,
     start,
     BN: tl.constexpr,
@@ -71,35 +84,32 @@ def _dlogits(
 
 @triton.jit
 def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """dX of the tokens [first, last): nothing attends to them."""
+    """Zero dX of the tokens [first, last), which no query attends to."""
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         for c in tl.static_range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
             zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
-            tl.store(
-                ptr + (b * N + n[:, None]) * D + cols[None, :],
-                zero,
-                mask=(n[:, None] < last) & (cols[None, :] < D),
-            )
+            inside = (n[:, None] < last) & (cols[None, :] < D)
+            tl.store(ptr + (b * N + n[:, None]) * D + cols[None, :], zero, mask=inside)
 
 
 @triton.jit
-def onepass_kernel(
-    x_ptr,
-    q_ptr,
-    z_ptr,
-    dz_ptr,
-    sums_ptr,
-    mean_ptr,
-    rstd_ptr,
-    words_ptr,
-    span_ptr,
-    keep_ptr,
-    ksum_ptr,
-    dksum_ptr,
-    dx_ptr,
-    dq_ptr,
+def onepass_backward_kernel(
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D) or (B, R, D)
+    z_ptr,  # (B, R, D)
+    dz_ptr,  # (B, R, D)
+    sums_ptr,  # (B, R, 2) float32
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    keep_ptr,  # (B, N / 64, R) int64
+    ksum_ptr,  # (B, R) float32
+    dksum_ptr,  # (B, R) float32
+    dx_ptr,  # (B, N, D)
+    dq_ptr,  # (P, R, D)
     B,
     N,
     W,
@@ -117,8 +127,10 @@ def onepass_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (P,). Program p takes the samples p, p + P, ...; all R <= BR rows and all of dQ'^T stay
-    on chip, X is read once.
+    """Compute dX and dQ' in one pass, for R <= BR. Grid (P,).
+
+    Program p processes the samples p, p + P, ... All rows and all of dQ'^T stay on chip, so X is
+    read once.
     """
     rows = tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
@@ -149,20 +161,18 @@ def onepass_kernel(
             x = ()
             for c in tl.static_range(NC):
                 cols = c * BD + tl.arange(0, BD)
-                x += (
-                    load_normed(
-                        x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM
-                    ),
-                )
-                s = dot(x[c], q[c], s, UPCAST)
-                dp = dot(x[c], dz[c], dp, UPCAST)
+                at = x_ptr + b * stride_xb
+                x_c = load_normed(at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+                x += (x_c,)
+                s = dot(x_c, q[c], s, UPCAST)
+                dp = dot(x_c, dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
             p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
             if NORM:
                 g_x = tl.sum(p * dp + ds * s, 1) / D
-            grown = ()
+            new_dq = ()
             for c in tl.static_range(NC):
                 if NEED_DX:
                     dx = dot(p, tl.trans(dz[c]), tl.zeros([BN, BD], tl.float32), UPCAST)
@@ -172,8 +182,8 @@ def onepass_kernel(
                     cols = c * BD + tl.arange(0, BD)
                     inside = (n[:, None] < N) & (cols[None, :] < D)
                     tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
-                grown += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
-            dq = grown
+                new_dq += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
+            dq = new_dq
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
         store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c], rows, cols, R, D)
@@ -181,21 +191,21 @@ def onepass_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x_ptr,
-    q_ptr,
-    z_ptr,
-    dz_ptr,
-    sums_ptr,
-    mean_ptr,
-    rstd_ptr,
-    words_ptr,
-    span_ptr,
-    keep_ptr,
-    ksum_ptr,
-    dksum_ptr,
-    p_ptr,
-    ds_ptr,
-    g_x_ptr,
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D) or (B, R, D)
+    z_ptr,  # (B, R, D)
+    dz_ptr,  # (B, R, D)
+    sums_ptr,  # (B, R, 2) float32
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    keep_ptr,  # (B, N / 64, R) int64
+    ksum_ptr,  # (B, R) float32
+    dksum_ptr,  # (B, R) float32
+    p_ptr,  # (B, N, R)
+    ds_ptr,  # (B, N, R)
+    g_x_ptr,  # (B, blocks, N) float32
     N,
     W,
     R,
@@ -211,8 +221,9 @@ def dlogits_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (B, R / BR, N / BN). Writes P and dS (B, N, R), and with NORM each row block's share of
-    mean_D(G x^).
+    """Write P and dS, and with NORM the part of mean_D(G x^) of each block of rows.
+
+    Grid (B, R / BR, N / BN).
     """
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -248,17 +259,17 @@ def dlogits_kernel(
 
 @triton.jit
 def dx_kernel(
-    x_ptr,
-    q_ptr,
-    dz_ptr,
-    p_ptr,
-    ds_ptr,
-    mean_ptr,
-    rstd_ptr,
-    g_x_ptr,
-    words_ptr,
-    span_ptr,
-    dx_ptr,
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D) or (B, R, D)
+    dz_ptr,  # (B, R, D)
+    p_ptr,  # (B, N, R)
+    ds_ptr,  # (B, N, R)
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    g_x_ptr,  # (B, blocks, N) float32
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    dx_ptr,  # (B, N, D)
     N,
     W,
     R,
@@ -274,7 +285,10 @@ def dx_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (B, N / BN, D / BD). dX = P^T dZ + dS^T Q' over all rows; zero where nothing attends."""
+    """Compute dX = P^T dZ + dS^T Q' over all rows; 0 for ignored tokens.
+
+    Grid (B, N / BN, D / BD).
+    """
     b = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BN
     n = start + tl.arange(0, BN)
@@ -296,22 +310,19 @@ def dx_kernel(
             mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
             x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             dx = (dx - x.to(tl.float32) * g_x[:, None]) * rstd[:, None]
-    tl.store(
-        dx_ptr + (b * N + n[:, None]) * D + cols[None, :],
-        dx,
-        mask=(n[:, None] < N) & (cols[None, :] < D),
-    )
+    inside = (n[:, None] < N) & (cols[None, :] < D)
+    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
 
 
 @triton.jit
 def dq_kernel(
-    x_ptr,
-    ds_ptr,
-    mean_ptr,
-    rstd_ptr,
-    words_ptr,
-    span_ptr,
-    dq_ptr,
+    x_ptr,  # (B, N, D)
+    ds_ptr,  # (B, N, R)
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    dq_ptr,  # (P, R, D)
     B,
     N,
     W,
@@ -326,7 +337,10 @@ def dq_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (P, R / BR, D / BD). One chunk of dQ'^T = X^T dS over the samples p, p + P, ..."""
+    """Compute one chunk of dQ'^T = X^T dS over the samples p, p + P, ...
+
+    Grid (P, R / BR, D / BD).
+    """
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
     acc = tl.zeros([BD, BR], tl.float32)

@@ -1,9 +1,9 @@
-"""Dropout of query pooling: which probabilities are kept, 64 tokens a word, made anew for the
-forward and for the backward.
+"""Dropout of query pooling: which probabilities are kept, one bit each.
 
-A kernel of its own, because within the pooling kernels Philox would want registers that are all
-taken, and be computed again by every kernel and column chunk that needs the probabilities. There a
-tile costs one word a row."""
+Forward and backward both compute these bits, in a kernel of its own. Within the pooling kernels
+Philox would need registers that are all in use, and every kernel and column chunk that needs the
+probabilities would compute it again. There a tile now loads one word for each row.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ STREAM = 0
 BLOCK = 32  # words of one program
 
 
-def keep_words(like: Tensor, seed: Tensor, p: float, batch: int, rows: int, length: int) -> Tensor:
-    """(B, N / 64, R) int64: bit n % 64 of word n // 64 says whether row r of sample b keeps token
-    n.
+def keep_words(
+    x: Tensor,
+    seed: Tensor | None,
+    p: float,
+    batch: int,
+    rows: int,
+    length: int,
+) -> Tensor | None:
+    """Return (B, N / 64, R) int64 on the device of x; None without dropout.
+
+    Bit n % 64 of word n // 64 is set if row r of sample b keeps token n.
     """
-    words = seed.new_empty(batch, triton.cdiv(length, 64), rows, device=like.device)
+    if not p:
+        return None
+    assert seed is not None  # the public function draws one
+    words = seed.new_empty(batch, triton.cdiv(length, 64), rows, device=x.device)
     launch(
         keep_words_kernel,
         (triton.cdiv(batch * rows, BLOCK), words.shape[1]),
-        seed,
-        words,
-        batch * rows,
-        rows,
-        p,
+        seed_ptr=seed,
+        words_ptr=words,
+        total=batch * rows,
+        R=rows,
+        p=p,
         STREAM=STREAM,
         BR=BLOCK,
         num_warps=4,
@@ -39,26 +50,31 @@ def keep_words(like: Tensor, seed: Tensor, p: float, batch: int, rows: int, leng
 
 
 @triton.jit
-def keep_words_kernel(seed_ptr, words_ptr, total, R, p, STREAM: tl.constexpr, BR: tl.constexpr):
-    """grid (B R / BR, N / 64). One word each for BR rows of the whole mask."""
+def keep_words_kernel(
+    seed_ptr,  # () int64
+    words_ptr,  # (B, N / 64, R) int64
+    total,
+    R,
+    p,
+    STREAM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Write one word for each of BR rows of the whole mask. Grid (B R / BR, N / 64)."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     kept = philox_keep(tl.load(seed_ptr), row, tl.program_id(1) * 64, p, STREAM, 64)
     word = tl.sum(kept.to(tl.int64) << tl.arange(0, 64).to(tl.int64)[None, :], 1)
-    tl.store(
-        words_ptr + (row // R * tl.num_programs(1) + tl.program_id(1)) * R + row % R,
-        word,
-        mask=row < total,
-    )
+    at = (row // R * tl.num_programs(1) + tl.program_id(1)) * R + row % R
+    tl.store(words_ptr + at, word, mask=row < total)
 
 
 @triton.jit
 def rows_keep(words_ptr, b, start, BN: tl.constexpr, rows, N, R):
-    """(BN tokens, rows) bool of one sample: which probabilities are kept; the tokens begin at
-    ``start`` and lie in one word.
+    """(BN tokens, rows) bool: which probabilities of sample b are kept.
+
+    The tokens begin at ``start`` and lie in one word.
     """
-    word = tl.load(
-        words_ptr + (b * tl.cdiv(N, 64) + start // 64) * R + rows, mask=rows < R, other=0
-    ) >> (start % 64)
+    at = (b * tl.cdiv(N, 64) + start // 64) * R + rows
+    word = tl.load(words_ptr + at, mask=rows < R, other=0) >> (start % 64)
     if BN <= 32:
         word = word.to(tl.int32)
     return ((word[None, :] >> tl.arange(0, BN).to(word.dtype)[:, None]) & 1) != 0

@@ -1,17 +1,22 @@
-"""Forward kernels of query pooling: z = softmax(q x^T) x for R rows of absorbed queries, online
-over the tokens.
+"""Forward kernels of query pooling: z = softmax(q x^T) x, online over the tokens.
 
-Tiles are kept transposed, tokens first: S^T = X Q'^T and Z^T = X^T P^T. The matrix instructions
-want 64 rows on their first side, and there are always enough tokens for that, seldom enough
-queries. D is cut into NC chunks of BD columns, so that 768 is 3 x 256. With NORM a token x stands
-for (x - mean) rstd, made in float32 where x is loaded and rounded as LayerNorm's output would be:
-subtracted after the products, a large mean would leave the rounding of its square behind. Each row
-keeps its largest logit and the
-logarithm of its sum: added up they would lose, at a large logit, the digits of a probability. The
-largest is +inf for a row without tokens, which makes its probabilities zero in backward. With
-DROPOUT the pooled probabilities are those kept, of which ksum is the sum of each row; the sums know
-nothing of it. The output is divided by 1 - p, not Z: divided, Z would round otherwise than the
-token that it is where one token takes all, and backward relies on that."""
+There are R rows of absorbed queries. Tiles are stored transposed, tokens first: S^T = X Q'^T and
+Z^T = X^T P^T. Matrix instructions need 64 rows in their first operand; there are always enough
+tokens for that, seldom enough queries. D is split into NC chunks of BD columns, so that 768 is
+3 x 256.
+
+With NORM the kernels use (x - mean) rstd in place of x. It is computed in float32 as x is loaded,
+and rounded as LayerNorm's output would be. Subtracting a large mean after the products instead
+would leave the rounding error of its square.
+
+Each row stores its largest logit and the logarithm of its sum as two numbers: their sum would lose
+the digits of a probability at a large logit. The largest logit is +inf for a row without tokens,
+so that its probabilities are zero in backward.
+
+With DROPOUT the kept probabilities are pooled, and ksum is their sum in each row; the stored sums
+are those before dropout. The output is divided by 1 - p, not Z: where one token has all the weight,
+Z equals this token, and backward relies on that; a division would round Z differently.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +30,11 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def moments_kernel(
-    x_ptr,
-    words_ptr,
-    span_ptr,
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # (B, N, D)
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
     N,
     W,
     stride_xb,
@@ -40,9 +45,11 @@ def moments_kernel(
     BD: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """grid (B, N / BN). Mean and rstd of each token, once for all that read them: within the
-    pooling kernels the statistics would pull X out of shared memory into registers, of which there
-    are none left. Chunks merge by Chan's update: no cancellation."""
+    """Compute mean and rstd of each token. Grid (B, N / BN).
+
+    Within the pooling kernels the statistics would move X from shared memory into registers, and
+    all registers are in use there. Chunks merge by Chan's update, which has no cancellation.
+    """
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
     n, keep = tokens_kept(b, tl.program_id(1) * BN, BN, hi, words_ptr, W, MASK)
@@ -57,23 +64,24 @@ def moments_kernel(
         delta = chunk_mean - mean
         m2 += tl.sum(centred * centred, 1) + delta * delta * (start * width / (start + width))
         mean += delta * (width / (start + width))
-    tl.store(
-        mean_ptr + b * N + n, mean, mask=n < N
-    )  # of tokens not kept too: what an op returns is always written
+    # Ignored tokens too, because an operator writes all of its outputs.
+    tl.store(mean_ptr + b * N + n, mean, mask=n < N)
     tl.store(rstd_ptr + b * N + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < N)
 
 
 @triton.jit
 def _softmax_step(s, m, total, keep):
-    """One tile of the online softmax over the first axis: unnormalised p, the new max and sum, and
-    the old state's factor.
+    """One tile of the online softmax over the first axis.
+
+    Return unnormalised p, the new maximum and sum, and the factor alpha of the old state.
     """
     s = tl.where(keep[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 0))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2((s - shift[None, :]) * LOG2E)  # subtract first: large logits differ exactly
-    fade = tl.exp2((m - shift) * LOG2E)
-    return p, m_new, total * fade + tl.sum(p, 0), fade
+    # Subtract before scaling: the difference of large logits is exact.
+    p = tl.exp2((s - shift[None, :]) * LOG2E)
+    alpha = tl.exp2((m - shift) * LOG2E)
+    return p, m_new, total * alpha + tl.sum(p, 0), alpha
 
 
 @triton.jit
@@ -85,7 +93,7 @@ def _store_sums(sums_ptr, b, rows, R, m, total):
 
 @triton.jit
 def softmax_of(s, sums_ptr, b, rows, R):
-    """The probabilities (tokens, rows) that belong to the logits s."""
+    """The probabilities (tokens, rows) of the logits s."""
     at = sums_ptr + 2 * (b * R + rows)
     m = tl.load(at, mask=rows < R, other=float("inf"))
     log_total = tl.load(at + 1, mask=rows < R, other=0.0)
@@ -93,17 +101,17 @@ def softmax_of(s, sums_ptr, b, rows, R):
 
 
 @triton.jit
-def onepass_kernel(
-    x_ptr,
-    q_ptr,
-    words_ptr,
-    span_ptr,
-    z_ptr,
-    sums_ptr,
-    mean_ptr,
-    rstd_ptr,
-    keep_ptr,
-    ksum_ptr,
+def onepass_forward_kernel(
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D) or (B, R, D)
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    z_ptr,  # (B, R, D)
+    sums_ptr,  # (B, R, 2) float32
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    keep_ptr,  # (B, N / 64, R) int64
+    ksum_ptr,  # (B, R) float32
     N,
     W,
     R,
@@ -119,7 +127,10 @@ def onepass_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (B, R / BR). All of Z^T's chunks stay in registers, so X is read once."""
+    """Pool in one pass. Grid (B, R / BR).
+
+    All chunks of Z^T stay in registers, so X is read once.
+    """
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
@@ -140,19 +151,18 @@ def onepass_kernel(
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
-            x += (
-                load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM),
-            )
-            s = dot(x[c], q[c], s, UPCAST)
-        p, m, total, fade = _softmax_step(s, m, total, keep)
+            x_c = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            x += (x_c,)
+            s = dot(x_c, q[c], s, UPCAST)
+        p, m, total, alpha = _softmax_step(s, m, total, keep)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
-            ksum = ksum * fade + tl.sum(p, 0)
+            ksum = ksum * alpha + tl.sum(p, 0)
         p = p.to(x_ptr.dtype.element_ty)
-        faded = ()
+        rescaled = ()
         for c in tl.static_range(NC):
-            faded += (dot(tl.trans(x[c]), p, acc[c] * fade[None, :], UPCAST),)
-        acc = faded
+            rescaled += (dot(tl.trans(x[c]), p, acc[c] * alpha[None, :], UPCAST),)
+        acc = rescaled
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
     if DROPOUT:
         tl.store(ksum_ptr + b * R + rows, ksum * inverse, mask=rows < R)
@@ -164,14 +174,14 @@ def onepass_kernel(
 
 @triton.jit
 def logits_kernel(
-    x_ptr,
-    q_ptr,
-    words_ptr,
-    span_ptr,
-    s_ptr,
-    sums_ptr,
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D) or (B, R, D)
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    s_ptr,  # (B, N, R) float32
+    sums_ptr,  # (B, R, 2) float32
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
     N,
     W,
     R,
@@ -186,7 +196,7 @@ def logits_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (B, R / BR). For D too wide for registers: the logits (B, N, R) and their sums."""
+    """Compute the logits and their sums, for D too large for registers. Grid (B, R / BR)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     m = tl.full([BR], float("-inf"), tl.float32)
@@ -208,16 +218,16 @@ def logits_kernel(
 
 @triton.jit
 def pool_kernel(
-    x_ptr,
-    s_ptr,
-    sums_ptr,
-    words_ptr,
-    span_ptr,
-    mean_ptr,
-    rstd_ptr,
-    z_ptr,
-    keep_ptr,
-    ksum_ptr,
+    x_ptr,  # (B, N, D)
+    s_ptr,  # (B, N, R) float32
+    sums_ptr,  # (B, R, 2) float32
+    words_ptr,  # (B, W) int64
+    span_ptr,  # (B,) or (B, 2)
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    z_ptr,  # (B, R, D)
+    keep_ptr,  # (B, N / 64, R) int64
+    ksum_ptr,  # (B, R) float32
     N,
     W,
     R,
@@ -232,7 +242,7 @@ def pool_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (B, R / BR, D / BD). One chunk of Z^T from the logits: the second read of X."""
+    """Compute one chunk of Z^T from the logits, reading X again. Grid (B, R / BR, D / BD)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
@@ -242,9 +252,8 @@ def pool_kernel(
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         inside = keep[:, None] & (rows[None, :] < R)
-        s = tl.load(
-            s_ptr + (b * N + n[:, None]) * R + rows[None, :], mask=inside, other=float("-inf")
-        )
+        at = (b * N + n[:, None]) * R + rows[None, :]
+        s = tl.load(s_ptr + at, mask=inside, other=float("-inf"))
         p = softmax_of(s, sums_ptr, b, rows, R)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)

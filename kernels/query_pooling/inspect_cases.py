@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles; together they reach every kernel and variant."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .. import query_pooling as kernels
 
 @dataclass(frozen=True)
 class Case:
+    """Sizes and options of one forward and backward."""
+
     rows: int  # R = heads * queries
     dim: int
     dtype: str = "bfloat16"
@@ -22,7 +24,7 @@ class Case:
     dropout: float = 0.0
 
 
-CASES = {
+CASES: dict[str, Case] = {
     "fluid": Case(rows=32, dim=768),
     "fluid frozen": Case(rows=32, dim=768, need_dx=False),
     "fluid text": Case(rows=32, dim=768, dtype="float16", norm=True, padding="padding"),
@@ -50,20 +52,36 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Call the launchers on meta tensors of the shapes of this case."""
+    """Call the launchers on meta tensors with the shapes of this case."""
     compute = getattr(torch, case.dtype)
 
-    def empty(*shape, dtype=compute):
+    def empty(*shape: int, dtype: torch.dtype = compute) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     batch, length = 64, 197
-    x, q = (
-        empty(batch, length, case.dim),
-        empty(batch, case.rows, case.dim) if case.per_sample else empty(case.rows, case.dim),
-    )
+    x = empty(batch, length, case.dim)
+    leading = () if not case.per_sample else (batch,)
+    q = empty(*leading, case.rows, case.dim)
     mask = empty(batch, length, dtype=torch.bool) if case.padding == "padding" else None
     lengths = empty(batch, dtype=torch.int64) if case.padding == "lengths" else None
-    drops = (case.dropout, empty(dtype=torch.int64) if case.dropout else None)
-    z, *stats = kernels.forward(x, q, mask, lengths, 1e-5 if case.norm else None, *drops)
-    dksum = empty(*z.shape[:2], dtype=torch.float32) if case.dropout else None
-    kernels.backward(empty(*z.shape), dksum, x, q, z, *stats, mask, lengths, case.need_dx, *drops)
+    shared = dict(
+        mask=mask,
+        lengths=lengths,
+        dropout_p=case.dropout,
+        dropout_seed=empty(dtype=torch.int64) if case.dropout else None,
+    )
+    eps = 1e-5 if case.norm else None
+    z, sums, mean, rstd, ksum = kernels.forward(x, q, eps=eps, **shared)
+    kernels.backward(
+        dz=empty(*z.shape),
+        dksum=empty(*z.shape[:2], dtype=torch.float32) if case.dropout else None,
+        x=x,
+        q=q,
+        z=z,
+        sums=sums,
+        mean=mean,
+        rstd=rstd,
+        ksum=ksum,
+        need_dx=case.need_dx,
+        **shared,
+    )

@@ -1,6 +1,4 @@
-"""Tokens as query pooling reads them: with NORM they stand for (x - mean) rstd, computed in float32
-and rounded once.
-"""
+"""Loading tokens: with NORM as (x - mean) rstd, computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from ..tiles import load_tokens, load_tokens_t
 
 @triton.jit
 def load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM: tl.constexpr):
-    """Mean and rstd of each token; 0 of one that is not kept, and without NORM."""
+    """Mean and rstd of each token; 0 for ignored tokens, and without NORM."""
     mean = tl.zeros(n.shape, tl.float32)
     rstd = mean
     if NORM:
@@ -22,14 +20,34 @@ def load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_normed(x_ptr, n, cols, keep, stride_n, D: tl.constexpr, mean, rstd, NORM: tl.constexpr):
+def load_normed(
+    x_ptr,
+    n,
+    cols,
+    keep,
+    stride_n,
+    D: tl.constexpr,
+    mean,
+    rstd,
+    NORM: tl.constexpr,
+):
     """(tokens, columns) of one sample."""
     x = load_tokens(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[:, None], rstd[:, None], cols[None, :], D, cols.shape[0], NORM)
 
 
 @triton.jit
-def load_normed_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr, mean, rstd, NORM: tl.constexpr):
+def load_normed_t(
+    x_ptr,
+    n,
+    cols,
+    keep,
+    stride_n,
+    D: tl.constexpr,
+    mean,
+    rstd,
+    NORM: tl.constexpr,
+):
     """(columns, tokens) of one sample."""
     x = load_tokens_t(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[None, :], rstd[None, :], cols[:, None], D, cols.shape[0], NORM)
@@ -37,11 +55,12 @@ def load_normed_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr, mean, rstd, N
 
 @triton.jit
 def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+    """Normalise a tile whose columns are ``cols``; without NORM return x."""
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd
-        if (
-            (BD - 1) & D
-        ):  # D is no multiple of BD: beyond it stays 0, for there -mean rstd may overflow 16 bits, and inf 0 is NaN
+        # If D is no multiple of BD, the columns beyond D must stay 0: -mean rstd may overflow 16
+        # bits there, and inf * 0 is NaN.
+        if (BD - 1) & D:
             y = tl.where(cols < D, y, 0.0)
         x = y.to(x.dtype)
     return x

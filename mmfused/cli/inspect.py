@@ -58,7 +58,7 @@ _DTYPES = {
 }
 _TILE_SIZES = ("BM", "BX", "BN", "BY", "BR", "BK", "BD")
 _HEADER = (
-    f"{'op':15} {'case':15} {'kernel':8} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} "
+    f"{'op':15} {'case':15} {'kernel':16} {'arch':7} {'tile':22} {'regs':>4} {'spill':>5} "
     f"{'shared':>7}  instructions"
 )
 
@@ -81,7 +81,7 @@ class Report:
     def __str__(self) -> str:
         counts = [f"{name}:{count}" for name, count in self.instructions.items() if count]
         row = (
-            f"{self.op:15} {self.case:15} {self.kernel:8} {self.arch:7} {self.tile:22} "
+            f"{self.op:15} {self.case:15} {self.kernel:16} {self.arch:7} {self.tile:22} "
             f"{self.registers:4} {self.spilled:5} {self.shared:7}  {' '.join(counts) or 'none'}"
         )
         return f"{row}  <- {self.fault}" if self.fault else row
@@ -239,7 +239,7 @@ def recorded_launches(
     from mmfused.kernels import tiles
 
     recorded: list[tuple] = []
-    tiles.listener = lambda *launch: recorded.append(launch)
+    tiles.launch_recorder = lambda *launch: recorded.append(launch)
     tiles.pretended_arch = int(arch.removeprefix("sm_"))
     try:
         for op in OPS:
@@ -255,7 +255,7 @@ def recorded_launches(
                     jobs[repr(job)] = job
                 yield from jobs.values()
     finally:
-        tiles.listener = tiles.pretended_arch = None
+        tiles.launch_recorder = tiles.pretended_arch = None
 
 
 def _job(
@@ -343,7 +343,7 @@ def report_of(job: Job, measured: Measured) -> Report:
     return Report(
         op=job.op,
         case=job.case,
-        kernel=_short_name(job),
+        kernel=job.kernel.removesuffix("_kernel"),
         arch=job.arch,
         tile=f"{sizes} w{job.options['num_warps']} s{job.options['num_stages']}",
         registers=measured.registers,
@@ -352,13 +352,6 @@ def report_of(job: Job, measured: Measured) -> Report:
         instructions=measured.instructions,
         fault="; ".join(faults),
     )
-
-
-def _short_name(job: Job) -> str:
-    name = job.kernel.removesuffix("_kernel")
-    if name != "onepass":
-        return name
-    return f"{name} {'bwd' if job.module.endswith('backward') else 'fwd'}"
 
 
 def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
