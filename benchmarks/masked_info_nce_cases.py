@@ -65,7 +65,7 @@ def custom(shape: dict[str, int]) -> Case:
     if min(sizes.values()) < 1:
         raise ValueError(f"masked_info_nce: shape: got {sizes}, expected positive sizes")
     name = "-".join(f"{name}{size}" for name, size in sizes.items())
-    return Case(f"custom-{name}", **sizes)
+    return Case(f"custom-{name}", B=sizes["B"], D=sizes["D"], K=sizes["K"])
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:

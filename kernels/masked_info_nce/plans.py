@@ -8,7 +8,7 @@ measured, unless benchmarks/results holds a run of both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ class Tile:
     maxnreg: int | None = None
 
     @property
-    def launch(self) -> dict[str, int | None]:
+    def launch(self) -> dict[str, Any]:
         """The launch options."""
         return dict(
             num_warps=self.num_warps,
