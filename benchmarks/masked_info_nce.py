@@ -60,7 +60,7 @@ class Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.symmetric: bool = case.symmetric
-        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.temperature: nn.Parameter = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.register_buffer("key", modality(case, device))
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
