@@ -122,7 +122,7 @@ class Provider:
             raise ValueError(f"layout: got {sorted(self.layout)}, expected {sorted(names)}")
         for name, parts in self.layout.items():
             own = self.module.get_parameter(name)
-            own.copy_(torch.cat([parameters[part] for part in parts]).view_as(own))
+            own.copy_(torch.cat([parameters[part].flatten() for part in parts]).view_as(own))
         return self
 
     def both(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:

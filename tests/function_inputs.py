@@ -6,6 +6,9 @@ give every tensor argument."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 import small_loss_inputs
 import torch
 from drawing import Draw
@@ -15,6 +18,7 @@ from torch.nn.functional import normalize
 
 import mmfused
 from mmfused import CrossAttentionWeights
+from mmfused.ops import OPS
 
 
 def _padding(
@@ -446,3 +450,7 @@ MAKERS = {
     )
 }
 MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}
+# An op may have its makers in tests/<op>_inputs.py, and then edits no file that all ops share.
+for op in OPS:
+    if importlib.util.find_spec(f"{op}_inputs"):
+        MAKERS |= importlib.import_module(f"{op}_inputs").MAKERS

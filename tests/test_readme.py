@@ -448,7 +448,7 @@ def test_markers():
     assert readme.fill(marked, {"x": "new"}) == marked.replace("old", "new")
     assert readme.fill(marked, {"x": "two\nlines"}) == marked.replace("old", "\ntwo\nlines\n")
     for text, made in ((marked, {}), (marked, {"x": "", "y": ""}), (marked * 2, {"x": ""})):
-        with pytest.raises(ValueError, match="README has to mark each block once"):
+        with pytest.raises(ValueError, match="expected each block once"):
             readme.fill(text, made)
 
 

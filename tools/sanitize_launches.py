@@ -79,7 +79,7 @@ def counted() -> Iterator[Counter]:
 
 
 def randn(*shape: int, dtype: torch.dtype = HALF, std: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=DEVICE) * std).to(dtype).requires_grad_()
+    return (torch.randn(shape, device=DEVICE) * std).to(dtype).requires_grad_()
 
 
 def choose(chance: float, *shape: int) -> Tensor:
