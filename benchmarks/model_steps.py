@@ -1,9 +1,9 @@
-"""The five models as one function each, from given tokens to the loss: what `models.py` times.
-Their sizes, and their data.
+"""The five models, each as one module from given tokens to the loss, with its sizes and data.
 
-Encoders are left out, as they are the same for all: their tokens are the inputs, whose gradients
-are computed too. Nothing is dropped, so that the gate can compare. In 16 bits it is a step as the
-library trains: float32 parameters under autocast.
+`models.py` times them. Encoders are left out, as they are the same for all providers: their tokens
+are the inputs, and the gradients of the tokens are computed too. There is no dropout, so that
+providers can be compared. In 16 bits a step runs as the library trains: float32 parameters under
+autocast.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ SMALL_LANGUAGE = {
     "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }
+# The vision tower is built and then removed, as picture tokens are given.
 TOWER = {
     "depth": 1,
     "embed_dim": 8,
@@ -48,21 +50,31 @@ TOWER = {
     "mlp_ratio": 1,
     "patch_size": 14,
     "spatial_merge_size": 2,
-}  # is not kept
+}
 TOKENS = {"vision_start": 1, "vision_end": 2, "image": 3, "end": 4, "pad": 5, "drop": []}
 TOKENS["prompts"] = dict.fromkeys(KINDS, [])
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Step(nn.Module, ABC):
-    """``model`` and a batch; ``forward`` takes the tokens of `inputs`, in their order, and gives
-    the loss.
+    """A model and a batch; ``forward`` maps the tokens of `inputs`, in their order, to the loss.
 
-    ``models``: the library's, or `torch_modules.models()`.  ``dtype``: of the inputs.  ``small``:
-    for a CPU.
+    Args:
+        models: the library's models, or `torch_modules.models()`.
+        batch: samples.
+        small: sizes for a CPU.
+        device: of the model and the batch.
+        dtype: of the inputs.
     """
 
-    def __init__(self, models, batch: int, small: bool, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        models: Any,
+        batch: int,
+        small: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.batch, self.small = batch, small
         wide = torch.promote_types(dtype, torch.float32)
@@ -78,23 +90,23 @@ class Step(nn.Module, ABC):
             return self.loss(*inputs)
 
     @abstractmethod
-    def build(self, models) -> nn.Module:
-        """The model, of the library or of `torch_modules`."""
+    def build(self, models: Any) -> nn.Module:
+        """Build the model, of the library or of `torch_modules`."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the inputs, by name."""
+        """Return the shapes of the inputs, by name."""
 
     def data(self) -> dict[str, Tensor]:
-        """What is the same in every call: labels, masks and ids, made on the CPU."""
+        """Return what is the same in every call: labels, masks and ids, made on the CPU."""
         return {}
 
     @abstractmethod
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Of the inputs, in the order of `shapes`."""
+        """Return the loss of the inputs, in the order of `shapes`."""
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Random tokens, float32."""
+        """Draw tokens in float32."""
         generator = torch.Generator(device).manual_seed(2)
         return {
             name: torch.randn(shape, generator=generator, device=device)
@@ -110,11 +122,12 @@ class Step(nn.Module, ABC):
 
 
 class FluidStep(Step):
-    """Head of FLUID: two Q-Transforms, gate, Q-bottleneck, 16 experts, three losses; 192 classes,
-    as grouped_mm takes eights.
+    """Head of FLUID: two Q-Transforms, gate, Q-bottleneck, 16 experts, three losses.
+
+    192 classes, as grouped_mm needs multiples of eight.
     """
 
-    def build(self, models):
+    def build(self, models: Any) -> Any:
         options = {"dropout": 0.0, "head_dropout": 0.0, "query_std": 0.3}
         if not self.small:
             return models.FLUID(
@@ -131,28 +144,27 @@ class FluidStep(Step):
             FLUIDConfig(num_classes=16, num_queries=4, balance="gshard", **sizes, **options)
         )
 
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         images, texts, dim = (9, 6, 32) if self.small else (197, 128, 768)
         return {"image": (self.batch, images, dim), "text": (self.batch, texts, dim)}
 
-    def data(self):
+    def data(self) -> dict[str, Tensor]:
         return {
             "labels": self.randint(0, self.model.config.num_classes, self.batch),
             "ignore": self.padding(self.shapes()["text"][1]),
         }
 
-    def loss(self, image, text):
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
         return self.model(
             image_tokens=image, text_tokens=text, text_padding_mask=self.ignore, labels=self.labels
         ).loss
 
     @torch.no_grad()
-    def inputs(self, device):
-        """Of 16 draws, for each sample the one whose choice of experts is clearest: no rounding may
-        choose another.
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Return each sample's clearest of 16 draws, so that no rounding selects other experts.
 
-        Before, the router's bias is set so that the experts are equally liked, as they are once it
-        has learnt.
+        Before that, the router's bias is set so that the experts are equally likely, as after
+        training.
         """
         generator, seen = torch.Generator(device).manual_seed(2), []
         router = self.model.moe.router
@@ -166,9 +178,8 @@ class FluidStep(Step):
                 router[-1].bias -= logits.mean(0)
                 continue
             top = logits.topk(self.model.config.top_k + 1).values
-            clear = (
-                (top[:, :-1] - top[:, 1:]).view(self.batch, -1).amin(1)
-            )  # the balance asks who is first
+            # Differences of all neighbours: the balance loss depends on the first expert.
+            clear = (top[:, :-1] - top[:, 1:]).view(self.batch, -1).amin(1)
             if best is None:
                 best, margin = drawn, clear
             better = (clear > margin)[:, None, None]
@@ -179,7 +190,7 @@ class FluidStep(Step):
 
     @staticmethod
     def draw(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-        """Tokens of a sample have something in common, or their means would all be alike."""
+        """Draw tokens with a common part for each sample, so that the samples' means differ."""
         batch, _, dim = shape
         x, common = (
             torch.randn(size, generator=generator, device=generator.device)
@@ -189,18 +200,18 @@ class FluidStep(Step):
 
 
 class UniecsStep(Step):
-    """UniECS of queries and candidates, three embeddings each, all losses, adaptive; a fifth lacks
-    a picture, another a text.
+    """UniECS of queries and candidates: three embeddings each, all losses, adaptive weights.
 
-    Its weights are not quite those that it starts with. Biases: a view of what an item lacks would
-    be zeros through all layers, and the gradients of a dozen norms of zeros, each 300 times the
-    last, leave float32. Scales: tokens stay distinct to the last layer; attention over tokens that
-    are all alike has gradients of queries and keys that are rounding and no more, in any provider.
-    And of each row all negatives are hard ones and near: which are the hardest of equal ones, a
-    rounding decides.
+    One item in five lacks a picture, another one a text. Some initial weights are changed, so that
+    rounding does not decide the results:
+    * biases, as a view of an absent modality would be zeros in all layers, and a dozen norms of
+      zeros, which multiply gradients by 300 each, exceed float32;
+    * scales, so that tokens stay distinct up to the last layer: attention over equal tokens has
+      gradients of queries and keys that are nothing but rounding.
+    All negatives of a row are hard and near, as rounding would select the hardest of equal ones.
     """
 
-    def build(self, models):
+    def build(self, models: Any) -> Any:
         every = {"nearest": 2**20, "hard_fraction": 1.0}
         sizes = {"dim": 32, "image_dim": 24, "text_dim": 24, "text_length": 8}
         paper = UniECSConfig.preset("paper", image=None, text=None, dropout=0.0, **every)
@@ -210,7 +221,7 @@ class UniecsStep(Step):
 
     @staticmethod
     @torch.no_grad()
-    def settle(model) -> None:
+    def settle(model: Any) -> None:
         for linear in (model.image_proj, model.text_proj):
             linear.weight.mul_(linear.in_features**0.5)  # from unit length to unit variance
             linear.bias.normal_(std=0.3)
@@ -220,7 +231,7 @@ class UniecsStep(Step):
             elif name.endswith("gate_proj.bias"):
                 parameter.fill_(-2.0)
 
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         images, texts, dim = (9, 8, 24) if self.small else (197, 64, 768)
         sizes = {"image": (self.batch, images, dim), "text": (self.batch, texts, dim)}
         return {
@@ -229,7 +240,7 @@ class UniecsStep(Step):
             for name, size in sizes.items()
         }
 
-    def data(self):
+    def data(self) -> dict[str, Tensor]:
         kind = {
             "query": torch.arange(self.batch) % 5,
             "candidate": torch.arange(2, self.batch + 2) % 5,
@@ -241,7 +252,7 @@ class UniecsStep(Step):
             | {"labels": torch.arange(self.batch)}
         )
 
-    def loss(self, *tokens):
+    def loss(self, *tokens: Tensor) -> Tensor:
         parts = {}
         for role, image, text in (("query", *tokens[:2]), ("candidate", *tokens[2:])):
             kind = getattr(self, f"{role}_kind")
@@ -252,11 +263,12 @@ class UniecsStep(Step):
 
 
 class UnicaStep(Step):
-    """UniCA's Bi-CA in its host, BERT-base's width in 2 layers; queries, positives, hard negatives;
-    some lack a picture or text.
+    """UniCA's Bi-CA in its host of BERT-base's width with 2 layers.
+
+    Queries, positives and hard negatives. Some items lack a picture or a text.
     """
 
-    def build(self, models):
+    def build(self, models: Any) -> Any:
         if not self.small:
             text = {"num_hidden_layers": 2, **QUIET}
             return models.UniCA(
@@ -272,11 +284,11 @@ class UnicaStep(Step):
         text = {**bert, "max_position_embeddings": 32, "initializer_range": 0.1, **QUIET}
         return models.UniCA(UniCAConfig(text=text, dropout=0.0, **sizes))
 
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         size = (self.batch, 9, 24) if self.small else (self.batch, 196, 768)
         return dict.fromkeys(("query", "candidate", "negative"), size)
 
-    def data(self):
+    def data(self) -> dict[str, Tensor]:
         length, vocabulary = (8, 64) if self.small else (64, 30522)
         found = {"present": torch.arange(self.batch) % 5 != 1, "labels": torch.arange(self.batch)}
         for role in self.shapes():
@@ -289,7 +301,7 @@ class UnicaStep(Step):
             }
         return found
 
-    def loss(self, *tokens):
+    def loss(self, *tokens: Tensor) -> Tensor:
         parts = {}
         for place, (role, image) in enumerate(zip(self.shapes(), tokens, strict=True)):
             texts = {
@@ -307,14 +319,14 @@ class UnicaStep(Step):
 
 
 class Moon2Step(Step):
-    """MOON2.0 with a Qwen2-VL of 2B's width, 2 layers and 8 experts of 2048 in each; all objectives
-    on triplets in three views.
+    """MOON2.0 on a Qwen2-VL of 2B's width with 2 layers and 8 experts; triplets in three views.
 
-    A token's first E channels say how much each expert suits it, the routers read little else and
-    the layers leave them alone: no rounding may choose another expert.
+    The experts' hidden width is 2048. The first E channels of a token say how much each expert
+    suits it. The routers read little else, and the layers do not change them, so that no rounding selects
+    another expert.
     """
 
-    def build(self, models):
+    def build(self, models: Any) -> Any:
         language, experts = (SMALL_LANGUAGE, 4) if self.small else (LANGUAGE, 8)
         host = {"text_config": language, "vision_config": TOWER}
         config = MOON2Config(
@@ -327,7 +339,7 @@ class Moon2Step(Step):
 
     @staticmethod
     @torch.no_grad()
-    def settle(model) -> None:
+    def settle(model: Any) -> None:
         words, experts = model.host.language_model.embed_tokens.weight, model.config.num_experts
         words.normal_()
         words[:, :experts] = liking(len(words), experts, words.device)
@@ -337,11 +349,11 @@ class Moon2Step(Step):
             layer.mlp.router.weight.mul_(0.1)
             layer.mlp.router.weight[:, :experts] = 0.5 * torch.eye(experts, device=words.device)
 
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         size = (self.batch, 4, 32) if self.small else (self.batch, 64, 1536)
         return dict.fromkeys(("query", "candidate", "negative"), size)
 
-    def inputs(self, device):
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
         drawn, experts = super().inputs(device), self.model.config.num_experts
         for x in drawn.values():
             x[..., :experts] = liking(x[..., 0].numel(), experts, device).view(
@@ -349,7 +361,7 @@ class Moon2Step(Step):
             )
         return drawn
 
-    def data(self):
+    def data(self) -> dict[str, Tensor]:
         length, vocabulary = (5, 64) if self.small else (32, 2048)
         found = {"present": torch.arange(self.batch) % 5 != 1, "labels": torch.arange(self.batch)}
         for role in self.shapes():
@@ -371,30 +383,31 @@ def liking(count: int, experts: int, device: torch.device) -> Tensor:
 
 
 class UniteStep(Step):
-    """UNITE's loss alone, without parameters: queries, positives and as many hard negatives, five
-    codes, Qwen2-VL-2B's width.
+    """UNITE's loss, without parameters, at Qwen2-VL-2B's width.
+
+    Queries, positives and as many hard negatives, with five codes.
     """
 
-    def build(self, models):
+    def build(self, models: Any) -> Any:
         config = UNITEConfig.preset("paper", tokens=TOKENS)
         return type("Loss", (nn.Module,), {"config": config, "compare": models.UNITE.compare})()
 
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(
             ("query", "candidate", "negative"), (self.batch, 24 if self.small else 1536)
         )
 
-    def data(self):
+    def data(self) -> dict[str, Tensor]:
         return {"code": self.randint(1, 6, self.batch), "labels": torch.arange(self.batch)}
 
-    def inputs(self, device):
-        """Unit rows with a common mean, pairs half aligned, as training meets them."""
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Return unit rows with a common mean, pairs half aligned, as in training."""
         drawn = super().inputs(device)
         cone = 0.5 * drawn["query"][:1].clone()
         drawn["candidate"] = drawn["candidate"] + drawn["query"]
         return {name: F.normalize(x + cone, dim=-1) for name, x in drawn.items()}
 
-    def loss(self, *rows):
+    def loss(self, *rows: Tensor) -> Tensor:
         labels = (self.labels, self.labels, self.labels + self.batch)
         parts = [
             {"embedding": x, "code": self.code, "labels": ids}
@@ -414,14 +427,16 @@ STEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``B`` samples, pairs or triplets of the model of that name; ``small``: widths for a CPU,
-    which say nothing of speed.
+    """``B`` samples, pairs or triplets of the named model.
+
+    ``small``: widths for a CPU, which say nothing about speed.
     """
 
     name: str
     B: int
     small: bool = False
-    headline: bool = False  # no case is compiled with autotuning: a model has many products, and a run has minutes
+    # No case is compiled with autotuning: a model has many products, and a run has minutes.
+    headline: bool = False
 
 
 CASES = (
@@ -435,10 +450,10 @@ HOSTED = ("unica", "moon2")
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device; a ``quick`` run has at most 16 samples (512 of UNITE's) on CUDA, and
-    on a CPU 6 (64).
+    """Return the cases for a device.
 
-    Without transformers those of its hosts are left out.
+    A ``quick`` run has at most 16 samples (512 of UNITE's) on CUDA, and 6 (64) on a CPU. Without
+    transformers, models with its hosts are left out.
     """
     known = [
         case
@@ -459,5 +474,5 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 def custom(shape: dict[str, int]) -> Case:
     raise ValueError(
-        f"shape is {shape}; models takes none: a model has the sizes of its paper, and --case chooses one."
+        f"models: shape: got {shape}, expected none: sizes are the papers', --case selects a model"
     )

@@ -1,17 +1,17 @@
-"""Train steps of the library's five models, beside the same models written with torch's own
-modules.
+"""Train steps of the library's five models, beside the same models in torch's own modules.
 
-What a case is: `model_steps.py`; the baseline: `torch_modules.py`; both models load the same
-weights. Beside forward and backward
-the whole ``step`` is timed, with AdamW at a learning rate of 0: the same arithmetic, and the
-weights stay those that the gate has seen. UNITE's loss has no parameters, and so no such step.
+The cases are in `model_steps.py`, the baseline in `torch_modules.py`; both models load the same
+weights. Besides forward and backward, the whole ``step`` is timed with AdamW at a learning rate of
+0: the arithmetic is the same, and the weights stay those of the accuracy check. UNITE's loss has no
+parameters, and so no such step.
 
-For everybody alike, in 16 bits on CUDA: float32 products (of logits, mostly) may take TF32, which
-users of 16 bits allow; SDPA goes without cuDNN, whose gradients with a mask and 64 keys may be NaN
-(pytorch #196678).
+In 16 bits on CUDA all providers run with two settings: float32 products (mostly of logits) may use
+TF32, which users of 16 bits allow; SDPA runs without cuDNN, whose gradients with a mask and 64 keys
+may be NaN (pytorch #196678).
 
-`extras`: the losses of a few training steps from the same weights and batch, ours beside the
-baseline's."""
+`extras` records the losses of a few training steps from the same weights and batch, the library's
+and the baseline's.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ EXPERTS = ("w_gate", "w_up")  # MOON2.0's, which the baseline stacks expert by e
 
 @contextmanager
 def settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """See the file's head."""
+    """Run with the settings that the module's docstring describes."""
     if device.type != "cuda" or dtype.itemsize > 2:
         yield
         return
@@ -169,15 +169,16 @@ PROVIDERS = {BASELINE: torch_modules, "composed": composed, "fused": fused}
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The composed path in float64, which the tests hold to the reference; that needs far more
-    memory.
+    """Return the results of the composed path in float64, which the tests compare to the reference.
+
+    The reference itself needs far more memory.
     """
     wide = in_dtype(problem, torch.float64)
     return composed(case, problem.device, torch.float64).load(wide.parameters).results(wide)
 
 
 def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The same numbers for a provider of this dtype; only ever wider, so that nothing is rounded."""
+    """Return the same numbers for a provider of a wider dtype, so that nothing is rounded."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in problem.inputs.items()}
     return Problem(
@@ -188,17 +189,18 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a layer as one vector, as in the other benchmarks; all experts of a layer;
-    and
+    """Group results so that each group has a meaningful relative error.
 
-    * the loss, a single number whose error may be 0 by luck, with a rounding to spare: to half the
-    digits (float64 as it is),
-    * learnable scalars as one vector, for the same reason,
-    * the queries and keys of attention over one token, whose gradients are exactly zero, beside the
-    values,
-    * FLUID's gate, whose gradient is the little that is left of two large sums, beside the norm of
-      the tokens that it blends, and so UniECS's norms before cross-attention, beside the values
-      that they scale.
+    Weight and bias of a layer form one vector, as in the other benchmarks, and so do all experts of
+    a layer. Also:
+    * the loss, a single number whose error may be 0 by luck, is rounded to half the digits (float64
+      is not);
+    * learnable scalars form one vector, for the same reason;
+    * queries and keys of attention over one token, whose gradients are exactly zero, join the
+      values;
+    * FLUID's gate, whose gradient is the small difference of two large sums, joins the norm of the
+      tokens that it blends; likewise UniECS's norms before cross-attention join the values that
+      they scale.
     """
     (_, loss), (_, first), *_ = results.items()
     digits = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
@@ -221,12 +223,13 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs of the baseline's matrix products, counted as it runs once; each pass reads the
-    parameters and the inputs once, and the backward writes their gradients.
+    """Count the FLOPs of the baseline's matrix products and the bytes it must move, in one run.
 
-    So the floor is that of the plain algorithm, not the least there is: who pools without
-    projecting tokens, or leaves masked pairs out, may come under it. Activations that have to pass
-    through memory between the products are not counted."""
+    Each pass reads the parameters and the inputs once, and the backward writes their gradients. So
+    the bound is that of the plain algorithm, not the lowest possible: pooling without projected
+    tokens, or skipping masked pairs, may be faster. Activations that pass through memory between
+    the products are not counted.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     problem = make(case, device, dtype)
@@ -245,8 +248,9 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
 
 
 class Flops(TorchDispatchMode):
-    """Counts by torch's own formulas; FlopCounterMode itself stops at UniECS's gradients within the
-    forward.
+    """Count FLOPs by torch's own formulas.
+
+    FlopCounterMode stops at UniECS's gradients within the forward.
     """
 
     total = 0
@@ -267,11 +271,13 @@ class Flops(TorchDispatchMode):
 
 
 def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
-    """``curves``: losses of training steps with AdamW on one batch, and the largest relative
-    difference from the baseline's.
+    """Compare the losses of training steps with AdamW on one batch.
 
-    ``bound``: NOISE times that between the baseline and itself in the next wider dtype; ``faults``:
-    of ours that are further off."""
+    Returns:
+        "curves": the losses, and the largest relative difference from the baseline's. Its "bound"
+        is NOISE times the difference between the baseline and itself in the next wider dtype.
+        "faults": providers beyond the bound.
+    """
     problem = make(case, device, dtype)
     wider = torch.float32 if dtype.itemsize == 2 else torch.float64
     losses = {
@@ -291,7 +297,8 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
         differences[name] = difference(losses[name], own)
         if not differences[name] <= bound:
             faults.append(
-                f"{case.name}: {name}: its losses differ by {differences[name]:.3e}, allowed {bound:.3e}"
+                f"{case.name}: {name}: losses: got a difference of {differences[name]:.3e}, "
+                f"expected at most {bound:.3e}"
             )
     plain = {
         name: [loss if math.isfinite(loss) else None for loss in losses[name]] for name in losses
@@ -309,8 +316,9 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def curve(builder, case: Case, problem: Problem) -> list[float]:
-    """The loss before each of `TRAINED` steps of the parameters; of UNITE's loss, which has none,
-    of float32 rows.
+    """Return the loss before each of `TRAINED` steps of the parameters.
+
+    UNITE's loss has none; there the float32 rows are trained.
     """
     provider = builder(case, problem.device, problem.dtype).load(problem.parameters)
     tokens = [x.detach().to(problem.upstream.dtype, copy=True) for x in problem.inputs.values()]

@@ -168,7 +168,7 @@ def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
     found = models.extras(case, CPU, torch.float32)
     assert (
         found["curves"]["difference"]["composed"] == pytest.approx(0.01, rel=0.01)
-        and "losses differ" in found["faults"][0]
+        and "losses: got a difference" in found["faults"][0]
     )
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
         )
         == 1
     )
-    assert "losses differ" in capsys.readouterr().out
+    assert "losses: got a difference" in capsys.readouterr().out
 
 
 def test_work_is_counted():
@@ -209,7 +209,7 @@ def test_work_is_counted():
 
 def test_models_take_no_shape(capsys):
     assert run.main(["models", "--shape", "B=3"]) == 2
-    assert "models takes none" in capsys.readouterr().err
+    assert "models: shape: got" in capsys.readouterr().err
 
 
 def test_nothing_to_replace_is_refused():
