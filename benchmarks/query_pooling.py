@@ -75,7 +75,7 @@ def custom(shape: dict[str, int]) -> Case:
         raise ValueError(
             f"query_pooling: shape: got {', '.join(unknown)}, expected {', '.join(defaults)}"
         )
-    sizes = defaults | shape
+    sizes: dict[str, Any] = defaults | shape
     if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
         raise ValueError(
             f"query_pooling: shape: got {sizes}, expected positive sizes where H divides D"
