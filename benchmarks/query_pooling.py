@@ -1,18 +1,19 @@
-"""Query pooling: the cases of the FLUID and SigLIP heads, their baselines, and the least work the
-op takes.
+"""Benchmark of query pooling: cases, baselines, and the least work the operator needs.
 
-A ``block`` has the projections of nn.MultiheadAttention around the pooling (queries and output, all
-with biases); without it a case is the pooling alone: queries, W_K and W_V. All providers of a case
-compute the same function of the same parameters.
+The cases are the FLUID and SigLIP heads. A ``block`` adds the projections of nn.MultiheadAttention
+(queries and output, all with biases); without it a case is the pooling alone: queries, W_K and W_V.
+All providers of a case compute the same function of the same parameters.
 
-With one head, nn.MultiheadAttention and SDPA have head_dim 768: flash and cuDNN stop at 256, so
-torch falls back to slower attention kernels. FLUID's shape gives a user that today, so it is the
-baseline; h=8 shows both at head_dim 96."""
+With one head, nn.MultiheadAttention and SDPA have head_dim 768. Flash and cuDNN stop at 256, so
+torch uses slower attention kernels. Users of FLUID's shape get these, so they are the baseline; the
+cases with h=8 show both at head_dim 96.
+"""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Case:
     H: int
     block: bool = True
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = 8  # None: nothing new on a CPU
+    cpu_B: int | None = 8  # None: not run on a CPU, where it would show nothing new
 
 
 CASES = (
@@ -55,37 +56,39 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 2
-    samples (64 on CUDA).
+    """Return the cases with the batch sizes of a device.
+
+    A ``quick`` run keeps the shapes, with at most 2 samples (64 on CUDA).
     """
-    chosen = (
-        CASES
-        if device_type == "cuda"
-        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
-    )
+    chosen = list(CASES)
+    if device_type != "cuda":
+        chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
     limit = 64 if device_type == "cuda" else 2
-    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
+    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else chosen
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """A block of the user's own shape; what it leaves out is as in FLUID."""
+    """Return a block of the user's shape, by default with FLUID's sizes."""
     defaults = {"B": 8, "N": 197, "D": 768, "L": 32, "H": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"shape has {', '.join(unknown)}; query_pooling takes {', '.join(defaults)}."
+            f"query_pooling: shape: got {', '.join(unknown)}, expected {', '.join(defaults)}"
         )
-    sizes = defaults | shape
+    sizes: dict[str, Any] = defaults | shape
     if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
-        raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
-    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
+        raise ValueError(
+            f"query_pooling: shape: got {sizes}, expected positive sizes where H divides D"
+        )
+    name = "-".join(f"{name}{size}" for name, size in sizes.items())
+    return Case(f"custom-{name}", **sizes)
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens, parameters and upstream gradient: logits of variance 1, as at initialisation."""
+    """Draw tokens, parameters and upstream gradient; logits have variance 1, as at first."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def randn(*shape, std=1.0):
+    def randn(*shape: int, std: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
     parameters = {"queries": randn(case.L, case.D)}
@@ -101,11 +104,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 class MultiheadAttention(nn.Module):
-    """nn.MultiheadAttention as FLUID and the SigLIP head use it: the learned queries, repeated for
-    each sample.
-    """
+    """nn.MultiheadAttention as FLUID and the SigLIP head use it: queries repeated per sample."""
 
-    def __init__(self, dim: int, num_queries: int, num_heads: int):
+    def __init__(self, dim: int, num_queries: int, num_heads: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
@@ -115,11 +116,9 @@ class MultiheadAttention(nn.Module):
 
 
 class ProjectedSDPA(nn.Module):
-    """The usual way at its best: one GEMM for keys and values, queries projected once, torch's
-    attention.
-    """
+    """The usual form at its best: one GEMM for keys and values, queries projected once."""
 
-    def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool):
+    def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
@@ -128,19 +127,18 @@ class ProjectedSDPA(nn.Module):
         self.out_proj = nn.Linear(dim, dim) if block else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        q = (
-            self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-        )  # (H, L, D/H)
-        k, v = (
-            self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, H, N, D/H)
+        q = self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1))
+        q = q.transpose(0, 1)  # (H, L, D/H)
+        kv = self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
         out = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
-    """The layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight; a block's
-    biases likewise.
+    """Return the layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight.
+
+    The biases of a block are stacked in the same way.
     """
     kinds = {"weight": "w", "bias": "b"} if block else {"weight": "w"}
     return {
@@ -152,7 +150,9 @@ def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
 
 def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if not case.block:
-        raise Unavailable("it always projects queries and output; this case is the pooling alone")
+        raise Unavailable(
+            "it always projects queries and output, and this case is the pooling alone"
+        )
     module = MultiheadAttention(case.D, case.L, case.H).to(device, dtype)
     layout = {
         "queries": ("queries",),
@@ -173,7 +173,7 @@ def attention_pool_latent(case: Case, device: torch.device, dtype: torch.dtype) 
     if not case.block:
         if "q_proj" not in inspect.signature(AttentionPoolLatent).parameters:
             raise Unavailable(
-                "this timm always projects the queries; this case is the pooling alone"
+                "this timm always projects the queries, and this case is the pooling alone"
             )
         options["q_proj"] = False
     module = AttentionPoolLatent(case.D, case.D if case.block else 0, **options).to(device, dtype)
@@ -223,69 +223,71 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The reference in float64, a few samples at a time: samples are independent, gradients of
-    parameters add up.
+    """Return the results of the reference in float64.
+
+    It runs a few samples at a time: samples are independent, and gradients of parameters add up.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     provider = reference(case, problem.device, torch.float64).load(parameters)
-    outs, dxs, sums = [], [], {}
+    outs: list[Tensor] = []
+    dxs: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     tokens = problem.inputs["x"].detach()
-    for x, upstream in zip(
-        tokens.split(EXACT_CHUNK), problem.upstream.split(EXACT_CHUNK), strict=True
-    ):
-        chunk = provider.results(
-            Problem({"x": x.double().requires_grad_()}, parameters, upstream.double())
-        )
+    upstreams = problem.upstream.split(EXACT_CHUNK)
+    for x, upstream in zip(tokens.split(EXACT_CHUNK), upstreams, strict=True):
+        inputs = {"x": x.double().requires_grad_()}
+        chunk = provider.results(Problem(inputs, parameters, upstream.double()))
         outs.append(chunk.pop("out"))
         dxs.append(chunk.pop("dx"))
-        sums = {
-            name: gradient + sums[name] if sums else gradient for name, gradient in chunk.items()
-        }
+        sums = {name: d + sums[name] if sums else d for name, d in chunk.items()}
     return {"out": torch.cat(outs), "dx": torch.cat(dxs)} | sums
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of an affine map side by side.
+    """Join the gradients of weight and bias of each affine map.
 
-    The gradient of the key bias is exactly zero: what rounding leaves of it has no scale of its
-    own, only its map's."""
+    The gradient of the key bias is exactly zero, so its rounding error can only be compared with
+    the gradient of its weight.
+    """
     joined = dict(results)
     for part in "qkvo":
         if f"db_{part}" in results:
-            joined[f"dw_{part}"] = torch.cat(
-                [results[f"dw_{part}"], joined.pop(f"db_{part}")[:, None]], 1
-            )
+            bias = joined.pop(f"db_{part}")
+            joined[f"dw_{part}"] = torch.cat([results[f"dw_{part}"], bias[:, None]], 1)
     return joined
 
 
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: absorbed, one pass over the
-    tokens each way.
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
+    """Return FLOPs and bytes of each stage of the best known algorithm.
 
-    X (B,N,D) tokens, R = H L rows of Q', Z = P X; a multiply-add is 2 FLOPs, a tensor moves once in
-    a stage.
+    That is the absorbed form with one pass over the tokens in each direction. X (B, N, D) are the
+    tokens, Q' has R = H L rows, and Z = P X. A multiply-add is 2 FLOPs, and a tensor moves once in
+    a stage. The stages "output" are those of a block only.
 
-        forward   queries  Q' = Q W_K                        2 L D^2          + 2 L D^2 for q_proj
-                  pool     S = Q' X^T, Z = P X               4 B R N D        reads X, writes Z
-                  values   O = Z W_V^T, head by head         2 B L D^2        reads Z, writes O
-                  output   Y = O W_O^T                       2 B L D^2        a block only
-        backward  output   dO = dY W_O, dW_O = dY^T O        4 B L D^2        a block only values
-                  dZ = dO W_V, dW_V = dO^T Z        4 B L D^2        reads dO and Z, writes dZ pool
-                  S again, dP = dZ X^T, dQ' = dS X  3 * 2 B R N D    reads X, dZ, and Z for
-                  rowsum(dZ Z)
-                           dX = [P;dS]^T [dZ;Q']             4 B R N D        writes dX
-                  queries  dW_K and dQ from dQ'              4 L D^2          + 4 L D^2 for q_proj
+        forward
+          queries  Q' = Q W_K                         2 L D^2        + 2 L D^2 for q_proj
+          pool     S = Q' X^T, Z = P X                4 B R N D      reads X, writes Z
+          values   O = Z W_V^T, head by head          2 B L D^2      reads Z, writes O
+          output   Y = O W_O^T                        2 B L D^2
+        backward
+          output   dO = dY W_O, dW_O = dY^T O         4 B L D^2
+          values   dZ = dO W_V, dW_V = dO^T Z         4 B L D^2      reads dO and Z, writes dZ
+          pool     S again, dP = dZ X^T, dQ' = dS X   3 * 2 B R N D  reads X, dZ, Z (rowsum(dZ Z))
+                   dX = [P;dS]^T [dZ;Q']              4 B R N D      writes dX
+          queries  dW_K and dQ from dQ'               4 L D^2        + 4 L D^2 for q_proj
 
-    P and dS stay on chip, K and V do not exist: they move no bytes.
+    P and dS stay on chip, and K and V are never computed, so they move no bytes.
     """
-    B, N, D, L, R, block = case.B, case.N, case.D, case.L, case.H * case.L, case.block
+    B, N, D, L, block = case.B, case.N, case.D, case.L, case.block
+    R = case.H * L
+    # Elements of X, Z, O and of a weight.
     x, z, o, w = B * N * D, B * R * D, B * L * D, D * D
     small = (2 if block else 1) * L * w  # W_K into the queries, and q_proj
 
-    def stage(name, flops, elements):
+    def stage(name: str, flops: int, elements: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": elements * itemsize}
 
     small_w = (2 if block else 1) * w

@@ -1,6 +1,4 @@
-"""Inputs for the tests of query pooling: shapes that between them reach every kernel, and how a
-case is run.
-"""
+"""Inputs for the tests of query pooling, in shapes that together reach every kernel."""
 
 import torch
 
@@ -14,7 +12,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 # only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, D, L, heads, Dk, Dv): odd on purpose, and between them they reach every kernel
+# name -> (B, N, D, L, heads, Dk, Dv): odd on purpose; together they reach every kernel
 SHAPES = {
     "one pass": (3, 37, 70, 5, 1, 24, 20),
     "row blocks": (2, 65, 96, 9, 4, 32, 48),
@@ -52,10 +50,8 @@ def make(
         inputs |= dict(norm_weight=randn(dim), norm_bias=randn(dim))
     if padding == "mask":
         ignore = torch.rand(batch, length) < 0.4
-        ignore[0], ignore[1, : length // 2] = (
-            True,
-            True,
-        )  # a sample without tokens, and one padded on the left
+        ignore[0] = True  # a sample without tokens
+        ignore[1, : length // 2] = True  # one padded on the left
         inputs["key_padding_mask"] = ignore.to(device)
     if padding == "lengths":
         inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)

@@ -238,12 +238,12 @@ REFUSED = [
         ("query_pooling", "--case", "nope"),
         "query_pooling on cpu: case: got 'nope', expected one of fluid, ",
     ),
-    (("query_pooling", "--shape", "B=2,Q=3"), "shape has Q; query_pooling takes B, N, D, L, H."),
+    (("query_pooling", "--shape", "B=2,Q=3"), "shape: got Q, expected B, N, D, L, H"),
     (
         ("query_pooling", "--shape", "B=two"),
         "shape: got 'B=two', expected sizes such as B=8,N=197",
     ),
-    (("query_pooling", "--shape", "D=10,H=3"), "H must divide D"),
+    (("query_pooling", "--shape", "D=10,H=3"), "expected positive sizes where H divides D"),
     (
         ("query_pooling", "--shape", "B=2", "--slice", "1/2"),
         "shape: got 'B=2' with case or slice, expected neither",

@@ -1,5 +1,6 @@
-"""Query pooling: the six tests of every op. On a CPU the kernels run in Triton's interpreter,
-through the public function.
+"""Query pooling: the six tests of every operator.
+
+On a CPU the kernels run in Triton's interpreter, through the public function.
 """
 
 import math
@@ -78,9 +79,7 @@ def check_budget(inputs, heads):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
-    16-bit rounding.
-    """
+    """Run the 16-bit plans in float32: 16-bit rounding would hide their faults."""
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     from mmfused.kernels import query_pooling as kernels
@@ -162,9 +161,7 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_common_mean(factor, mean):
-    """Logits in the thousands; tokens that share a mean as large as their spread, which the folded
-    norm has to cancel.
-    """
+    """Logits in the thousands, and tokens with a large common mean that the norm cancels."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
@@ -247,9 +244,7 @@ def test_opcheck(eps, padding):
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 def test_autocast_and_master_weights(backend):
-    """Under autocast the tokens are rounded and the float32 weights are folded before they are;
-    gradients are float32.
-    """
+    """Autocast rounds the tokens, and the float32 weights after folding; gradients are float32."""
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
@@ -324,9 +319,7 @@ def test_frozen_tokens_cost_no_gradient(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_padded_tiles_are_skipped(monkeypatch, dtype):
-    """The work follows the tokens kept: the interpreter counts the tiles that meet a matrix
-    product.
-    """
+    """The work depends on the valid tokens only: count the matrix products in the interpreter."""
     if CUDA:
         pytest.skip("the interpreter counts; on a card the benchmarks show it")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -361,7 +354,7 @@ def test_padded_tiles_are_skipped(monkeypatch, dtype):
 
 
 def test_double_backward():
-    """Composed differentiates twice; the kernels raise rather than be wrong."""
+    """Composed differentiates twice; the kernels raise an error."""
 
     def call(x, backend):
         with mmfused.backend(backend):
@@ -381,9 +374,7 @@ def test_double_backward():
 
 
 def test_keys_and_values_are_never_saved():
-    """B N D of K and V each in the projected form; in the absorbed form what is kept does not grow
-    with them.
-    """
+    """The projected form saves K and V (B N D each); the absorbed form saves neither."""
     x = torch.randn(4, 197, 768, device=DEVICE)
     pool = QueryPooling(768, 32, 1).to(DEVICE)
     mha = nn.MultiheadAttention(768, 1, batch_first=True).to(DEVICE)
@@ -402,9 +393,7 @@ def test_keys_and_values_are_never_saved():
 
 
 def test_offsets_are_64_bit():
-    """The helper through which every tile of X is read, far behind the first 2^31 elements (virtual
-    memory, never touched).
-    """
+    """Load a tile of X beyond 2^31 elements (virtual memory that is never touched)."""
     from mmfused.kernels.tiles import load_tokens
 
     if CUDA:

@@ -1,6 +1,4 @@
-"""Dropout of the attention probabilities in query pooling: one mask for a seed, whatever the
-backend, the form and the tiles.
-"""
+"""Dropout of query pooling: a seed gives one mask on every backend, in every form and tiling."""
 
 import os
 import subprocess
@@ -61,7 +59,7 @@ def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
 
 
 def test_reference_is_dropout_of_the_probabilities():
-    """By hand: one head, softmax, mask and scale, values with their bias."""
+    """Compare with one head written by hand: softmax, mask and scale, values with their bias."""
     inputs, _ = make(padding="mask", grad=False)
     x = inputs["x"].masked_fill(inputs["key_padding_mask"][:, :, None], 0.0)
     logits = (
@@ -98,7 +96,7 @@ def test_kernels_stay_within_the_budget_at_more_shapes(shape):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_kernels_stay_within_the_budget_without_biases(norm):
-    """Nothing asks for ksum, so no gradient comes for it."""
+    """Without a bias ksum is unused and has no gradient."""
     inputs, heads = make(norm=norm, dtype=torch.float16)
     check_budget({k: v for k, v in inputs.items() if k not in ("b_v", "norm_bias")}, heads)
 
@@ -182,9 +180,7 @@ def test_gradients_are_right_twice():
 @pytest.mark.parametrize("backend, form", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
-    """Equal logits, values that are the tokens' numbers: the output is the mask, over more than one
-    word of 64 tokens.
-    """
+    """With equal logits and one-hot tokens the output is the mask, over several 64-token words."""
     batch, length, queries, heads = 3, 150, 5, 2
     eye = torch.eye(length, dtype=dtype, device=DEVICE)
     zeros = torch.zeros(queries, 4, dtype=dtype, device=DEVICE)
@@ -205,9 +201,7 @@ def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
 
 
 def test_the_mask_is_random():
-    """Shares, and correlations of neighbours, of other streams and of other seeds, within five
-    standard deviations.
-    """
+    """Kept shares, and correlations of neighbours, streams and seeds, within 5 deviations."""
     shape, p = (40, 3, 7, 301), 0.2
     mask = dropout_mask(seed(0), shape, p)
     size, within = (
@@ -233,9 +227,7 @@ def test_the_mask_is_random():
 
 @pytest.mark.parametrize("form", ["absorbed", "projected"])
 def test_the_mean_over_many_masks_is_the_result_without(form):
-    """Output and gradients are linear in the mask: equal samples with a mask each average to what
-    there is without.
-    """
+    """Output and gradients are linear in the mask: averaged over masks, both equal no dropout."""
     inputs, heads = make(norm=True, padding="mask")
     many = 3000
     one = inputs | {
@@ -299,7 +291,7 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
         return out
 
     want = value_and_gradients(plain, inputs)
-    if reentrant:  # which takes .backward() only
+    if reentrant:  # supports .backward() only
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
         out = checkpointed(**leaves)
         out.backward(torch.ones_like(out))
@@ -354,9 +346,7 @@ def test_autocast(backend):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module(backend, heads):
-    """In training as the reference with the same seed, 9 samples of 4 queries too, whose W_O would
-    be folded without dropout.
-    """
+    """Equals the reference for a seed in training, also where W_O is folded without dropout."""
     pool = QueryPooling(
         32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=P
     ).to(DEVICE)
@@ -432,9 +422,7 @@ def test_modules_refuse_what_is_no_share():
 
 
 def test_auto_form_without_torch_attention():
-    """Where the projected form has no kernel of torch's either, fewer FLOPs are enough for the
-    absorbed one.
-    """
+    """Under dropout the absorbed form needs only fewer FLOPs to be chosen."""
     from mmfused.ops.query_pooling.composed import cheaper_form
 
     x, q, w = (
@@ -442,17 +430,13 @@ def test_auto_form_without_torch_attention():
         torch.empty(8, 32, 768, device="meta"),
         torch.empty(768, 768, device="meta"),
     )
-    assert (
-        cheaper_form(x, q, w, w, 12) == "projected"
-        and cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
-    )
+    assert cheaper_form(x, q, w, w, 12) == "projected"
+    assert cheaper_form(x, q, w, w, 12, 0.1) == "absorbed"
     assert cheaper_form(x, q, w, w, 32, 0.1) == "projected"
 
 
 def test_one_graph():
-    """fullgraph and dynamic over three lengths, forward and backward; a seed drawn inside the graph
-    changes from call to call.
-    """
+    """Compile once for three lengths, forward and backward; each call draws a new seed."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -462,7 +446,8 @@ for name in ["composed"] + (["fused"] if device == "cuda" else []):
     torch._dynamo.reset()
     counters.clear()
     mmfused.set_backend(name)
-    model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=0.3).to(device)
+    options = dict(q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=0.3)
+    model = mmfused.QueryPooling(64, 4, 2, **options).to(device)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (17, 40, 33):
         x = torch.randn(5, length, 64, device=device, requires_grad=True)
@@ -470,11 +455,13 @@ for name in ["composed"] + (["fused"] if device == "cuda" else []):
         kwargs = dict(key_padding_mask=ignore, dropout_seed=torch.tensor(length, device=device))
         want, got = model(x, **kwargs), compiled(x, **kwargs)
         upstream = torch.randn_like(want)
-        wants, gots = (torch.autograd.grad(o, [x, *model.parameters()], upstream) for o in (want, got))
+        inputs = [x, *model.parameters()]
+        wants, gots = (torch.autograd.grad(o, inputs, upstream) for o in (want, got))
         for a, b in zip([want, *wants], [got, *gots], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1, (name, counters["stats"])
-    assert not torch.equal(compiled(x), compiled(x)) and not counters["graph_break"], (name, counters["graph_break"])
+    assert not torch.equal(compiled(x), compiled(x))
+    assert not counters["graph_break"], (name, counters["graph_break"])
 print("done")
 """
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
@@ -483,16 +470,14 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-# ---- a softmax that one token takes whole --------------------------------------------------------
+# ---- one token has all the weight ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["small", "wide"])
 @pytest.mark.parametrize("p", [0.1, P])
 @pytest.mark.parametrize(("backend", "form"), WAYS)
 def test_of_a_row_that_one_token_takes_the_logits_have_no_gradient(backend, form, p, shape):
-    """dropped P and dP times 1 / (1 - p) must meet the same number rounded alike, or what is left
-    of their difference counts.
-    """
+    """The terms of dS must round alike, or their difference is not 0."""
     torch.manual_seed(5)
     batch, length, dim = (3, 5, 24) if shape == "small" else (2, 3, 1100)
     x = torch.randn(batch, length, dim, device=DEVICE) * 10

@@ -1,4 +1,4 @@
-"""The modules over query pooling, and what the public function refuses."""
+"""The modules of query pooling, and the validation of the public function."""
 
 import pytest
 import torch
@@ -15,9 +15,7 @@ from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_refer
 @pytest.mark.parametrize("batch", [2, 9])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module_equals_multihead_attention(backend, batch, heads):
-    """Both projections and biases: nn.MultiheadAttention's maths, with W_O folded (9 samples, one
-    head) or not.
-    """
+    """Equals nn.MultiheadAttention, with W_O folded (9 samples, one head) or not."""
     dtype = torch.float64 if backend == "composed" else torch.float32
     mha = nn.MultiheadAttention(32, heads, batch_first=True).to(DEVICE, dtype)
     pool = QueryPooling(32, 5, heads, q_proj=True, out_proj=True, bias=True).to(DEVICE, dtype)
@@ -88,9 +86,7 @@ def test_module_state_and_queries():
 
 
 def test_q_transform_is_its_equations():
-    """q = LN(q + MHA(q, x, x)); q = LN(q + FFN(q)), twice, by hand from the parameters; backends
-    agree.
-    """
+    """Two blocks q = LN(q + MHA(q, x, x)), q = LN(q + FFN(q)), by hand; backends agree."""
     model = QTransform(24, 5, depth=2, num_heads=3, ffn=40).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     ignore = torch.tensor([[False] * 7, [True] * 7])

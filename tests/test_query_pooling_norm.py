@@ -1,6 +1,4 @@
-"""Query pooling over tokens that a LayerNorm folds into: the budget holds at any mean, and where
-there is no spread at all.
-"""
+"""Query pooling with a folded LayerNorm: accuracy at any mean, and with zero variance."""
 
 import pytest
 import torch
@@ -64,9 +62,7 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
-    """Of D columns a LayerNorm leaves D - 2 free: with one column its output is its bias, and dX is
-    0.
-    """
+    """A LayerNorm of D columns has rank D - 2; with one column it gives its bias, and dX is 0."""
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (3, 9, dim, 4, 2, 8, 6))
@@ -83,7 +79,7 @@ def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
 
 @pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
 def test_equal_columns_are_normalised_to_zero(backend, form, dtype):
-    """rstd is 316 where nothing varies: 300 times it is beyond float16."""
+    """With zero variance rstd is 316, and 300 * 316 overflows float16."""
     inputs, heads = make(norm=True, dtype=dtype)
     inputs["x"] = torch.full_like(inputs["x"].detach(), 300.0).requires_grad_()
     out = run(inputs, heads, backend, form=form)["out"]

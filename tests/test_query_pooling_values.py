@@ -1,6 +1,4 @@
-"""Query pooling on what a CUDA tensor may hold, which nothing checks there; and on tensors of any
-layout.
-"""
+"""Query pooling on values that are not checked on CUDA, and on tensors of any layout."""
 
 import math
 
@@ -24,7 +22,7 @@ BAD_LENGTHS = [-1, 38, 2**40, -(2**40) + 20]
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """As on CUDA, where no value is checked."""
+    """Skip the checks of values, as on CUDA."""
     monkeypatch.setattr("mmfused.ops._common.check_value", lambda *_: None)
 
 
@@ -136,8 +134,9 @@ def with_logits_up_to(largest, inputs, heads):
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 @pytest.mark.parametrize("backend, form", WAYS[1:])
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
-    """One token takes nearly all of a row, and of the gradients to the logits little is left. A few
-    rows decide: of many draws.
+    """One token has nearly all the weight, so the gradients of the logits nearly vanish.
+
+    A few rows dominate the error, hence several draws.
     """
     got, exact, plain = {}, {}, {}
     for _ in range(6):
@@ -168,9 +167,7 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
 @pytest.mark.parametrize("dim", [24, 1100], ids=["one pass", "wide"])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_what_all_logits_have_in_common_costs_no_accuracy(backend, dim, logit):
-    """Queries and tokens are whole numbers, so that plain PyTorch's logits are exact, and what its
-    softmax subtracts.
-    """
+    """Whole numbers make plain PyTorch's logits exact, and their differences in the softmax."""
     x = torch.randint(-1, 2, (2, 37, dim), device=DEVICE).float()
     queries = torch.randint(-1, 2, (5, dim), device=DEVICE).float()
     queries[:, 20:] = 0.0

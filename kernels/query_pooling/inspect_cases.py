@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ def launch(case: Case) -> None:
     q = empty(*leading, case.rows, case.dim)
     mask = empty(batch, length, dtype=torch.bool) if case.padding == "padding" else None
     lengths = empty(batch, dtype=torch.int64) if case.padding == "lengths" else None
-    shared = dict(
+    shared: dict[str, Any] = dict(
         mask=mask,
         lengths=lengths,
         dropout_p=case.dropout,
