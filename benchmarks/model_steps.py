@@ -322,8 +322,8 @@ class Moon2Step(Step):
     """MOON2.0 on a Qwen2-VL of 2B's width with 2 layers and 8 experts; triplets in three views.
 
     The experts' hidden width is 2048. The first E channels of a token say how much each expert
-    suits it. The routers read little else, and the layers do not change them, so that no rounding selects
-    another expert.
+    suits it. The routers read little else, and the layers do not change them, so that no rounding
+    selects another expert.
     """
 
     def build(self, models: Any) -> Any:
