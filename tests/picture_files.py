@@ -12,7 +12,7 @@ from PIL import Image
 from mmfused.data import pictures
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
-FORMATS += ["AVIF"] if pictures.has_avif() else []
+FORMATS += ["AVIF"] if pictures._has_avif() else []
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
 

@@ -103,7 +103,7 @@ def test_any_exception_of_pillow_is_a_sentence(monkeypatch):
         def fails(data, error=error):
             raise error
 
-        monkeypatch.setattr(pictures, "opened", fails)
+        monkeypatch.setattr(pictures, "_opened", fails)
         with pytest.raises(BrokenPicture, match=f"^Pillow cannot read it .{type(error).__name__}"):
             load_picture(b"")
 

@@ -278,7 +278,7 @@ def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
         for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             assert found[name] == last[name]
         assert sum(entry["rows"] for entry in found["classes"]) == found["rows"] == 3
-        assert len(found["skipped"]) == 1 and "label takes an integer" in found["skipped"][0]
+        assert len(found["skipped"]) == 1 and "label: got" in found["skipped"][0]
     assert main([*arguments, "--checkpoint", str(run / "checkpoints" / "step-00000002")]) == 0
     assert "precision  recall" not in capsys.readouterr().out
     assert json.loads((tmp_path / "numbers.json").read_text())["loss"] != last["val_loss"]
@@ -286,7 +286,7 @@ def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
 
 def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
     from mmfused import data
-    from mmfused.training.loop import TrainConfig, train
+    from mmfused.training.run import TrainConfig, train
 
     monkeypatch.setattr(
         data, "GeneratedProducts", functools.partial(data.GeneratedProducts, size=40)
@@ -398,7 +398,7 @@ def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
         in flipped
     )
     wrong = error_of_eval(capsys, "--checkpoint", run, "--data", data)
-    assert "no usable row" in wrong and "label takes an integer from 0 to 1, got '2'" in wrong
+    assert "no usable row" in wrong and "label: got '2', expected an integer from 0 to 1" in wrong
     assert "only safetensors are read" in error_of_eval(
         capsys, "--checkpoint", tmp_path / "model.pt", "--data", val
     )
@@ -433,6 +433,7 @@ def test_a_missing_optional_package_is_named(mugs, tmp_path, capsys, monkeypatch
         return find(name, *rest)
 
     monkeypatch.delitem(sys.modules, "mmfused.training.loop", raising=False)
+    monkeypatch.delitem(sys.modules, "mmfused.training.run", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     assert main(train_arguments(mugs, tmp_path / "run")) == 1
     assert (
@@ -470,7 +471,7 @@ def test_demo_fails_when_the_curves_part(tmp_path, monkeypatch, capsys):
         )
         return {"summary": {**summary, "device": "cpu"}, "history": {"train": train, "val": []}}
 
-    monkeypatch.setattr(demo, "train_apart", fake)
+    monkeypatch.setattr(demo, "_train_in_process", fake)
     assert main(["demo", "--steps", "1", "--repeats", "1", "--out", str(tmp_path / "demo")]) == 1
     assert "FAILED: the loss curves differ by 0.5" in capsys.readouterr().out
     assert main(["demo", "--steps", "0"]) == 2

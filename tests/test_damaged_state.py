@@ -14,8 +14,8 @@ from training_runs import (
     small_run,
 )
 
-from mmfused.training.loop import train
-from mmfused.training.run_folder import read_json, sha256, write_json
+from mmfused.training.files import read_json, sha256, write_json
+from mmfused.training.run import train
 
 few_products = training_runs.few_products
 stopped_run = training_runs.stopped_run

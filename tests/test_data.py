@@ -146,12 +146,12 @@ def test_shape_is_visible_in_the_picture():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, r"split takes 'train' or 'val', got 'test'"),
-        ({"size": 0}, r"size takes an integer >= 1, got 0"),
-        ({"image_size": 4}, r"image_size takes an integer >= 8, got 4"),
-        ({"seed": -1}, r"seed takes an integer >= 0, got -1"),
-        ({"missing_text": 1.5}, r"missing_text takes a number from 0 to 1, got 1.5"),
-        ({"missing_text": 0.6, "missing_image": 0.6}, r"take a sum of at most 1, got 1.32"),
+        ({"split": "test"}, r"split: got 'test', expected 'train' or 'val'"),
+        ({"size": 0}, r"size: got 0, expected an integer of at least 1"),
+        ({"image_size": 4}, r"image_size: got 4, expected an integer of at least 8"),
+        ({"seed": -1}, r"seed: got -1, expected an integer of at least 0"),
+        ({"missing_text": 1.5}, r"missing_text: got 1.5, expected a number from 0 to 1"),
+        ({"missing_text": 0.6, "missing_image": 0.6}, r"got a sum of 1.32, expected at most 1"),
     ],
 )
 def test_generated_arguments(arguments, message):
@@ -160,9 +160,9 @@ def test_generated_arguments(arguments, message):
 
 
 def test_arguments_of_the_wrong_type(products):
-    with pytest.raises(TypeError, match="size takes an integer >= 1, got 2.5"):
+    with pytest.raises(TypeError, match="size: got 2.5, expected an integer of at least 1"):
         GeneratedProducts(size=2.5)
-    with pytest.raises(TypeError, match="fraction takes a number from 0 to 1, got '0.3'"):
+    with pytest.raises(TypeError, match="fraction: got '0.3', expected a number from 0 to 1"):
         swap_texts(products, "0.3", 0)
 
 
@@ -218,18 +218,21 @@ def test_folder_converts_every_mode_to_rgb(tmp_path):
 BROKEN_ROWS = [
     (
         ("0.png", "tea", "-1"),
-        r"line 3 \(0.png\): label takes an integer from 0 to 2147483647, got '-1'",
+        r"line 3 \(0.png\): label: got '-1', expected an integer from 0 to 2147483647",
     ),
-    (("0.png", "tea", "1.5"), r"line 3 \(0.png\): label takes an integer from 0 to \d+, got '1.5'"),
-    (("0.png", "tea", ""), r"line 3 \(0.png\): label takes an integer from 0 to \d+, got ''"),
+    (
+        ("0.png", "tea", "1.5"),
+        r"line 3 \(0.png\): label: got '1.5', expected an integer from 0 to \d+",
+    ),
+    (("0.png", "tea", ""), r"line 3 \(0.png\): label: got '', expected an integer from 0 to \d+"),
     (
         ("0.png", "tea", "9" * 30),
-        r"line 3 \(0.png\): label takes an integer from 0 to \d+, got '999",
+        r"line 3 \(0.png\): label: got '999",
     ),
     (("0.png", "tea", "1_0"), r"got '1_0'"),
     (
         ("", " ", "0"),
-        r"line 3 \(no file_name\): file_name and text are both empty, at least one must be given",
+        r"line 3 \(no file_name\): file_name and text are both empty, expected at least one",
     ),
     (
         ("gone.png", "tea", "0"),
@@ -237,7 +240,7 @@ BROKEN_ROWS = [
     ),
     (
         ("broken.png", "tea", "0"),
-        r"line 3 \(broken.png\): the image cannot be read: it is no picture in a format that is read",
+        r"line 3 \(broken.png\): the image cannot be read: it is no picture in a format that is",
     ),
     (("cut.jpg", "tea", "0"), r"line 3 \(cut.jpg\): the image cannot be read: .*truncated"),
     (
@@ -268,9 +271,11 @@ def test_folder_labels_must_be_below_num_classes(tmp_path):
     data = ProductFolder(tmp_path, num_classes=5)
     assert data.num_classes == 5 and data.labels == [4]
     assert data.skipped == [
-        "metadata.csv line 3 (1.png): label takes an integer from 0 to 4, got '5'"
+        "metadata.csv line 3 (1.png): label: got '5', expected an integer from 0 to 4"
     ]
-    with pytest.raises(ValueError, match="line 3 .* label takes an integer from 0 to 4, got '5'"):
+    with pytest.raises(
+        ValueError, match="line 3 .* label: got '5', expected an integer from 0 to 4"
+    ):
         ProductFolder(tmp_path, num_classes=5, strict=True)
 
 
@@ -289,10 +294,11 @@ def test_folder_reads_another_text_column_and_families(tmp_path):
         and data.file_names == ["0.png", "1.png"]
     )
     assert data.skipped == [
-        "metadata.csv line 4 (2.png): coarse_label takes an integer from 0 to 2147483647, got 'x'"
+        "metadata.csv line 4 (2.png): coarse_label: got 'x', "
+        "expected an integer from 0 to 2147483647"
     ]
     assert ProductFolder(root).texts == ["long", "long"]
-    with pytest.raises(ValueError, match="takes a header line with file_name, name and label"):
+    with pytest.raises(ValueError, match="expected one with file_name, name and label"):
         ProductFolder(root, text_column="name")
     (tmp_path / "plain").mkdir()
     assert (
@@ -322,9 +328,9 @@ def test_missing_folder_and_missing_metadata(tmp_path):
     [
         (
             b"",
-            r"takes a header line with file_name, text and label, got one without file_name, text, label: nothing",
+            r"got a header line without file_name, text, label: nothing, expected one with",
         ),
-        (b"file_name,label\n0.png,0\n", r"got one without text: file_name, label"),
+        (b"file_name,label\n0.png,0\n", r"got a header line without text: file_name, label"),
         (
             b"file_name,text,label\n0.png,\xff\xfe,0\n",
             r"line 2 \(0.png\): it holds bytes that are not UTF-8",
@@ -391,8 +397,8 @@ def test_swap_needs_two_labels(tmp_path):
     data = ProductFolder(write_folder(tmp_path, [("0.png", "a", 1), ("1.png", "b", 1)]))
     with pytest.raises(
         ValueError,
-        match="dataset takes texts of at least two labels to swap, got none but label 1's",
+        match="dataset: got only texts of label 1, expected texts of at least two labels",
     ):
         swap_texts(data, 0.5, 0)
-    with pytest.raises(ValueError, match="fraction takes a number from 0 to 1, got -0.1"):
+    with pytest.raises(ValueError, match="fraction: got -0.1, expected a number from 0 to 1"):
         swap_texts(data, -0.1, 0)

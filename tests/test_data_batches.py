@@ -56,27 +56,29 @@ def test_generated_titles_fit_sixteen_tokens(products, tokenizer):
 
 
 def test_train_tokenizer_arguments():
-    with pytest.raises(ValueError, match="kind takes 'wordpiece' or 'bpe', got 'unigram'"):
+    with pytest.raises(ValueError, match="kind: got 'unigram', expected 'wordpiece' or 'bpe'"):
         train_tokenizer(["a"], kind="unigram")
-    with pytest.raises(ValueError, match="vocab_size takes an integer >= 6, got 3"):
+    with pytest.raises(ValueError, match="vocab_size: got 3, expected an integer of at least 6"):
         train_tokenizer(["a"], vocab_size=3)
     with pytest.raises(
-        ValueError, match="texts takes at least one text that is not empty, got none"
+        ValueError, match="texts: got none, expected at least one text that is not empty"
     ):
         train_tokenizer(["", ""])
-    with pytest.raises(TypeError, match="texts takes a list of strings, got one string"):
+    with pytest.raises(TypeError, match="texts: got one string, expected a list of strings"):
         train_tokenizer("tea")
 
 
 def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
-    takes = "folder_or_hub_name takes a tokenizer folder or a hub name, got "
-    with pytest.raises(ValueError, match=takes + r".*gone', which is neither"):
+    expected = "folder_or_hub_name: got .*, expected a tokenizer folder or a hub name"
+    with pytest.raises(
+        ValueError, match=r"got '.*gone', expected a tokenizer folder or a hub name$"
+    ):
         load_tokenizer(tmp_path / "gone")
-    with pytest.raises(ValueError, match=takes + r".*: a folder without a readable tokenizer"):
+    with pytest.raises(ValueError, match=expected + ": the folder has no readable tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     with pytest.raises(
-        ValueError, match=takes + r".*: a folder without a readable tokenizer"
+        ValueError, match=expected + ": the folder has no readable tokenizer"
     ) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
@@ -87,7 +89,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     with pytest.raises(
         ValueError,
-        match=takes + r"'some/name': no folder and not to be had from the hub \(no network\)",
+        match=expected + r": it is no folder and not available from the hub \(no network\)",
     ):
         load_tokenizer("some/name")
 
@@ -146,12 +148,12 @@ def test_collate_takes_images_of_different_sizes(tokenizer):
 
 
 def test_collate_arguments(tokenizer):
-    with pytest.raises(ValueError, match="image_size takes an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="image_size: got 0, expected an integer of at least 1"):
         Collate(tokenizer, 0, 8)
-    with pytest.raises(ValueError, match="max_length takes an integer >= 2, got 1"):
+    with pytest.raises(ValueError, match="max_length: got 1, expected an integer of at least 2"):
         Collate(tokenizer, 8, 1)
     with pytest.raises(
-        ValueError, match=r"mean and std take 3 numbers each, std above 0, got .* \(1, 0, 1\)"
+        ValueError, match=r"mean and std: got .* \(1, 0, 1\), expected 3 numbers each, std above 0"
     ):
         Collate(tokenizer, 8, 8, std=(1, 0, 1))
 
@@ -273,8 +275,8 @@ def test_batches_of_photos_of_different_sizes_with_missing_ones(tmp_path, tokeni
 def test_batches_need_one_whole_batch(products, tokenizer):
     with pytest.raises(
         ValueError,
-        match="dataset takes at least one whole batch, got 600 rows for a batch_size of 601",
+        match="dataset: got 600 rows for a batch_size of 601, expected at least one whole batch",
     ):
         Batches(products, Collate(tokenizer, 32, 16), 601, shuffle=False, seed=0, drop_last=True)
-    with pytest.raises(ValueError, match="batch_size takes an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: got 0, expected an integer of at least 1"):
         Batches(products, Collate(tokenizer, 32, 16), 0, shuffle=False, seed=0, drop_last=True)

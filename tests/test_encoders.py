@@ -18,7 +18,7 @@ from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import FLUID, FLUIDConfig
 from mmfused.models.encoders import build_text, build_vit
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
-from mmfused.training.loop import load_run
+from mmfused.training.run import load_run
 
 BERT = {
     "vocab_size": 90,

@@ -17,8 +17,9 @@ from training_runs import (
 
 from mmfused.cli import main
 from mmfused.training import loop as training
-from mmfused.training.loop import train
-from mmfused.training.ownership import MARK, Lock, is_marked
+from mmfused.training import run as training_run
+from mmfused.training.folder_lock import MARK, Lock, is_marked
+from mmfused.training.run import train
 from mmfused.training.run_folder import load_run
 
 few_products = training_runs.few_products
@@ -197,26 +198,29 @@ def test_a_file_system_without_locks_is_said_and_trained_on(
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("mmfused.training.ownership.fcntl.flock", no_locks)
+    monkeypatch.setattr("mmfused.training.folder_lock.fcntl.flock", no_locks)
     train(small_run(tmp_path / "run"))
-    assert "cannot be locked (No locks available): see that one process writes to it" in caplog.text
+    assert (
+        "cannot be locked (No locks available): make sure that only one process writes to it"
+        in caplog.text
+    )
     assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_what_came_between_the_first_look_and_the_first_step_is_seen(
     tmp_path, monkeypatch, whole_run
 ):
-    """The folder was empty when the second looked; then the first began, and maybe finished, in it."""
-    prepare, out = training.prepare, tmp_path / "run"
+    """The folder is empty when the second looks; then the first starts, and may finish, in it."""
+    prepare, out = training_run.prepare, tmp_path / "run"
 
     def prepared_while(act):
         def preparing(*args):
-            monkeypatch.setattr(training, "prepare", prepare)
+            monkeypatch.setattr(training_run, "prepare", prepare)
             made = prepare(*args)
             act()
             return made
 
-        monkeypatch.setattr(training, "prepare", preparing)
+        monkeypatch.setattr(training_run, "prepare", preparing)
 
     held = []
     prepared_while(lambda: held.append(Lock(out)))
@@ -239,7 +243,7 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, monkeypatch, caplog,
     with monkeypatch.context() as patch:
         in_step(patch, step, lambda: shutil.rmtree(out.parent))
         train(small_run(out))
-    assert "metrics.jsonl was removed while the run wrote it; it is made again" in caplog.text
+    assert "metrics.jsonl was removed while the run wrote to it; all its records" in caplog.text
     assert_same_run(out, whole_run)
     load_run(out)
     with Lock(out):

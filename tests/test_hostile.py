@@ -19,8 +19,8 @@ from PIL import Image
 from watching import Payload, watched
 
 from mmfused.cli import main
-from mmfused.training.ownership import MARK
-from mmfused.training.run_folder import read_json
+from mmfused.training.files import read_json
+from mmfused.training.folder_lock import MARK
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import pytest
 from training_runs import assert_same_run, records, small_run, smaller_data, steps_saved
 
 import mmfused
-from mmfused.training import loop as training
+from mmfused.training import run as training_run
 from mmfused.training.checkpoint import saved
-from mmfused.training.loop import train
+from mmfused.training.run import train
 
 ROOT = Path(mmfused.__file__).parent.parent
 KILLS = 25
@@ -192,7 +192,7 @@ def command_line(out, options):
     from mmfused.cli import main
 
     config = small_run(out, save_every=1, **options)
-    training.TrainConfig = lambda **_: config
+    training_run.TrainConfig = lambda **_: config
     sys.exit(main(["train", "--data", "generated", "--out", str(out)]))
 
 
@@ -205,7 +205,8 @@ def fork(work) -> int:
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code)
-    except BaseException:  # nothing may get past the fork, back into the parent's tests; the exit code tells the parent
+    # Nothing may return from the fork into the parent's tests; the parent sees the exit code.
+    except BaseException:
         import traceback
 
         traceback.print_exc()

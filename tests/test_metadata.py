@@ -114,7 +114,7 @@ def test_a_file_without_end_is_refused_unread(tmp_path):
     with open(tmp_path / "metadata.csv", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(
-        ValueError, match="metadata.csv takes at most 1073741824 bytes, got 1099511627776"
+        ValueError, match="metadata.csv: got 1099511627776 bytes, expected at most 1073741824"
     ):
         ProductFolder(tmp_path)
 
@@ -162,16 +162,16 @@ def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"file_name,text,label,text\n0.png,a,0,b\n", "takes each column once, got text twice"),
-        (b"file_name,text,label,label\n", "takes each column once, got label twice"),
+        (b"file_name,text,label,text\n0.png,a,0,b\n", "got column text twice"),
+        (b"file_name,text,label,label\n", "got column label twice"),
         (
             b"file_name,coarse_label,text,label,coarse_label\n",
-            "takes each column once, got coarse_label twice",
+            "got column coarse_label twice",
         ),
-        ("file_name,text,label\n".encode("utf-16"), "takes UTF-8 text, got UTF-16"),
-        (b"name,text,label\n", "got one without file_name: name, text, label"),
-        (b'"file_name,text,label\n0.png,a,0\n', "got one that cannot be read"),
-        (b"\xff\x00\xfe\n", "got one without file_name, text, label"),
+        ("file_name,text,label\n".encode("utf-16"), "got UTF-16, expected UTF-8"),
+        (b"name,text,label\n", "got a header line without file_name: name, text, label"),
+        (b'"file_name,text,label\n0.png,a,0\n', "got a header line that cannot be read"),
+        (b"\xff\x00\xfe\n", "got a header line without file_name, text, label"),
     ],
 )
 def test_a_header_that_tells_no_columns_is_refused(tmp_path, content, message):

@@ -50,7 +50,7 @@ def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collat
     for _ in range(60):
         batch = next(stream)
         labels = batch["query"]["labels"]
-        assert labels.unique().numel() == 4 and 2 not in labels  # nobody's label twice
+        assert labels.unique().numel() == 4 and 2 not in labels  # no label twice
         assert torch.equal(batch["candidate"]["labels"], labels)
         assert (rows_of(batch["query"]) != rows_of(batch["candidate"])).all()
         assert (batch["negative"]["labels"] != labels).all()
@@ -121,13 +121,11 @@ def test_labels_are_drawn_by_their_rows(collate):
 
 
 def test_what_cannot_make_pairs_is_refused(collate):
-    with pytest.raises(
-        ValueError, match="rows that have another row, or a product, of their label; got none"
-    ):
+    with pytest.raises(ValueError, match="got no row with another row, or a product, of its label"):
         PairBatches(Rows([0, 1, 2]), collate, 2)
-    with pytest.raises(ValueError, match="at least two labels, got one"):
+    with pytest.raises(ValueError, match="got rows of one label, expected at least two"):
         PairBatches(Rows([0, 0]), collate, 2)
-    with pytest.raises(ValueError, match="batch_size takes a multiple of the 2 ranks, got 3"):
+    with pytest.raises(ValueError, match="batch_size: got 3, expected a multiple of 2"):
         PairBatches(Rows(LABELS), collate, 3, world=2)
 
 

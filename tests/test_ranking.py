@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mmfused.training.ranking import (
+from mmfused.training.retrieval_metrics import (
     chance,
     mean_scores,
     rank_of_first,
@@ -33,7 +33,7 @@ def literal_ranks(query, candidate, labels, theirs, alone):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_scores_equal_a_literal_ranking(alone, monkeypatch):
-    monkeypatch.setattr("mmfused.training.ranking.ROWS", 4)
+    monkeypatch.setattr("mmfused.training.retrieval_metrics.ROWS", 4)
     n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
     queries = items(n, labels)
     theirs = labels if alone else [0, 1, 2, 3, 0, 6, 2]
@@ -64,8 +64,8 @@ def test_scores_equal_a_literal_ranking(alone, monkeypatch):
 
 def items(count, labels):
     views = {view: torch.randn(count, 3).round(decimals=1) for view in ("image", "text", "both")}
-    everybody = torch.ones(count, dtype=torch.bool)
-    return {**views, "labels": torch.tensor(labels), "has_image": everybody, "has_text": everybody}
+    present = torch.ones(count, dtype=torch.bool)
+    return {**views, "labels": torch.tensor(labels), "has_image": present, "has_text": present}
 
 
 def test_items_without_a_view_are_left_out_and_counted():
@@ -86,7 +86,7 @@ def test_ties_count_against_the_relevant_one():
     kind = torch.tensor([[1, 0, 0, -1]], dtype=torch.int8)
     ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: kind)
     assert ranks.tolist() == [3]
-    with pytest.raises(ValueError, match="query takes rows that have a relevant candidate each"):
+    with pytest.raises(ValueError, match="query: got a row without a relevant candidate"):
         rank_of_first(
             torch.zeros(1, 2),
             torch.randn(2, 2),

@@ -20,8 +20,9 @@ from training_runs import (
 
 from mmfused.data import GeneratedProducts
 from mmfused.training import tasks
-from mmfused.training.checkpoint import Stopped, newest, stop_on_signals
-from mmfused.training.loop import train
+from mmfused.training.checkpoint import newest
+from mmfused.training.run import train
+from mmfused.training.signals import Stopped, stop_on_signals
 
 few_products = training_runs.few_products
 whole_run = training_runs.whole_run
@@ -53,7 +54,8 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, whole_run, sig
         stop_in_step(patch, step, signum)
         with pytest.raises(
             Stopped,
-            match=f"stopped by {signum.name} after step {step}, saved in .*step-0000000{step}; .*--resume",
+            match=f"stopped by {signum.name} after step {step}, saved in .*step-0000000{step}; "
+            ".*--resume",
         ):
             train(small_run(tmp_path / "run"))
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
@@ -208,7 +210,7 @@ def test_resume_of_a_finished_run_touches_nothing(tmp_path, whole_run):
         path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")
     }
     with pytest.raises(
-        ValueError, match="resume: lr is 0.5, but .*run was trained with 0.001; take that one"
+        ValueError, match="resume: lr is 0.5, but .*run was trained with 0.001; use that one"
     ):
         train(small_run(out, resume=True, lr=0.5))
 

@@ -21,15 +21,16 @@ from mmfused.cli import embed, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.presets import TINY_QWEN2_VL
-from mmfused.training.loop import TrainConfig, train
-from mmfused.training.ownership import MARK
-from mmfused.training.run_folder import load_run, read_json
+from mmfused.training.files import read_json
+from mmfused.training.folder_lock import MARK
+from mmfused.training.run import TrainConfig, train
+from mmfused.training.run_folder import load_run
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
 
 
 def write(folder, rows):
-    """Rows (colour's number, text) as pictures of that colour; a text of None is a broken picture."""
+    """Rows (colour's number, text) as pictures of that colour; text None is a broken picture."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -154,7 +155,7 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
 
 
 def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monkeypatch):
-    from mmfused.training import ranking
+    from mmfused.training import retrieval_metrics
 
     out = tmp_path / "items.npz"
     command = [
@@ -170,7 +171,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
         "--device",
         "cpu",
     ]
-    made, embed_items = [], ranking.embed_items
+    made, embed_items = [], retrieval_metrics.embed_items
 
     def failing(*args):
         made.append(1)
@@ -178,7 +179,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
             raise OSError("the power went")
         return embed_items(*args)
 
-    monkeypatch.setattr(ranking, "embed_items", failing)
+    monkeypatch.setattr(retrieval_metrics, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
     assert (
         main(command) == 0 and len(made) == 5
@@ -194,7 +195,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
         arrays["skipped"]
     )
     assert not out.with_name("items.npz.parts").exists()
-    assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--views", "text"]) == 0 and "image" not in np.load(out)
     with pytest.raises(SystemExit):
         main(["embed"])
@@ -229,7 +230,7 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
     ]
     assert main([*command, str(tmp_path / "whole.npz")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
+        patch.setattr(embed, "_join_parts", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main([*command, str(out)])
     if name == "cut short":
@@ -260,7 +261,7 @@ def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypa
     ]
     command += ["--out", str(tmp_path / "items.npz")]
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "join_parts", lambda *args: 1 / 0)
+        patch.setattr(embed, "_join_parts", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(command)
     if changed == "picture":
@@ -548,7 +549,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, c
     stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
     assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
     assert (
-        "val: takes rows that have a product of their label to find; got none"
+        "val: got no row with a product of its label, expected at least one"
         in capsys.readouterr().err
     )
     assert (
@@ -585,5 +586,5 @@ def test_fluid_is_no_retrieval_model(folders, tmp_path, capsys):
     ]
     assert (
         main(embed) == 2
-        and "holds fluid, a classifier; embed takes a retrieval model" in capsys.readouterr().err
+        and "holds fluid, a classifier, expected a retrieval model" in capsys.readouterr().err
     )

@@ -157,7 +157,7 @@ def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
     ],
 )
 def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tmp_path):
-    """Its tokenizer_config.json names neither class nor tokens, which follow from the model's type."""
+    """Its tokenizer_config.json names neither class nor tokens; the model's type gives them."""
     KINDS[kind]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -274,16 +274,14 @@ SETTINGS = [
 @pytest.mark.parametrize(("changes", "match"), SETTINGS, ids=[match for _, match in SETTINGS])
 def test_hostile_settings(changes, match, folder, outside):
     change(folder, "tokenizer_config.json", **changes)
-    outside.refuses(
-        lambda: load_tokenizer(folder), f"folder without a readable tokenizer .*{match}"
-    )
+    outside.refuses(lambda: load_tokenizer(folder), f"folder has no readable tokenizer .*{match}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a', b"\xff\xfe", b"[]", b"", b'"x"'])
 def test_files_that_are_no_objects(name, content, folder, outside):
     (folder / name).write_bytes(content)
-    outside.refuses(lambda: load_tokenizer(folder), "folder without a readable tokenizer")
+    outside.refuses(lambda: load_tokenizer(folder), "folder has no readable tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -299,11 +297,11 @@ def test_files_that_are_no_objects(name, content, folder, outside):
 )
 def test_a_tokenizer_json_of_no_tokenizer(model, folder, outside):
     change(folder, "tokenizer.json", model=model)
-    outside.refuses(lambda: load_tokenizer(folder), "folder without a readable tokenizer")
+    outside.refuses(lambda: load_tokenizer(folder), "folder has no readable tokenizer")
 
 
 def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):
-    monkeypatch.setattr(text, "MOST_BYTES", 1000)
+    monkeypatch.setattr(text, "MAX_BYTES", 1000)
     outside.refuses(
         lambda: load_tokenizer(folder),
         "tokenizer.json is larger than 1000 bytes, the most that is read",
@@ -314,7 +312,7 @@ def test_a_tokenizer_json_that_is_a_pickle(folder, outside):
     (folder / "tokenizer.json").write_bytes(pickle.dumps(Payload(outside.marker)))
     outside.refuses(
         lambda: load_tokenizer(folder),
-        "tokenizer.json is truncated or corrupt|folder without a readable",
+        "tokenizer.json is truncated or corrupt|folder has no readable",
     )
 
 
@@ -351,6 +349,6 @@ def test_a_hub_name_never_brings_code(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
-    with pytest.raises(ValueError, match="no folder and not to be had from the hub"):
+    with pytest.raises(ValueError, match="no folder and not available from the hub"):
         load_tokenizer("some/name")
     assert asked == {"name": "some/name", "trust_remote_code": False}

@@ -8,13 +8,16 @@ from PIL import Image
 
 import mmfused.library
 import mmfused.training.loop
+import mmfused.training.tasks
 from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
+from mmfused.training.datasets import load_data
+from mmfused.training.folder_lock import MARK
 from mmfused.training.gradients import add_gradients
-from mmfused.training.loop import TrainConfig, load_run, train
 from mmfused.training.metrics import class_scores, count, evaluate, scores
-from mmfused.training.ownership import MARK
-from mmfused.training.setup import build_model, load_data, make_batches
-from mmfused.training.steps import drop_modalities, learning_rate
+from mmfused.training.optimizer import learning_rate
+from mmfused.training.run import TrainConfig, load_run, train
+from mmfused.training.setup import build_model, make_batches
+from mmfused.training.tasks import drop_modalities
 
 FILES = {
     "checkpoints",
@@ -440,7 +443,7 @@ def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeyp
 
 
 def test_weights_that_are_not_finite_are_not_saved(products, tmp_path, monkeypatch):
-    update = mmfused.training.update
+    update = mmfused.training.loop.update
 
     def poisoned(model, *args):
         result = update(model, *args)

@@ -13,8 +13,8 @@ from training_runs import (
 )
 
 from mmfused.cli import main
-from mmfused.training.loop import TrainConfig, train
-from mmfused.training.run_folder import read_json
+from mmfused.training.files import read_json
+from mmfused.training.run import TrainConfig, train
 
 few_products = training_runs.few_products
 
@@ -98,7 +98,7 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
         (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint"),
         (
             ["--tokenizer", "./nowhere"],
-            "tokenizer takes a tokenizer folder or a hub name, got './nowhere'",
+            "tokenizer: got './nowhere', expected a tokenizer folder or a hub name",
         ),
         (["--device", "hpu"], "device: got 'hpu', expected auto, cpu"),
         (["--seed", str(2**70)], "seed: got 1180591620717411303424, expected an integer from 0"),
@@ -108,7 +108,7 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
         (["--epochs", "1e400"], "epochs: got inf"),
         (["--threads", "1000000"], "threads: got 1000000, expected an integer from 1 to 4096"),
         (["--max-length", "1"], "max_length: got 1"),
-        (["--preset", "big"], "preset: got 'big', takes"),
+        (["--preset", "big"], "preset: got 'big', expected one of"),
         (
             ["--data", "nowhere"],
             "data: got 'nowhere', expected a folder with images and metadata.csv",
@@ -123,13 +123,13 @@ def test_bad_arguments_are_named_as_they_were_given(tmp_path, capsys, given, mes
 
 
 def test_settings_of_another_type_are_refused():
-    for changes, takes in (
+    for changes, message in (
         ({"steps": 1.5}, "steps: got 1.5, expected an integer from 1 to 1000000000000 or None"),
         ({"lr": True}, "lr: got True, expected a finite number"),
         ({"betas": [0.9]}, "betas: got .0.9., expected 2 finite numbers"),
         ({"model_options": []}, "model_options: got .., expected an object"),
     ):
-        with pytest.raises(ValueError, match=takes):
+        with pytest.raises(ValueError, match=message):
             TrainConfig(out="x", **changes)
     config = TrainConfig(out="x", betas=(0.8, 0.9))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

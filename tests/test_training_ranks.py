@@ -16,7 +16,8 @@ from training_runs import records, small_run, smaller_data
 
 import mmfused.training.tasks
 from mmfused.training import loop as training
-from mmfused.training.loop import train
+from mmfused.training import run as training_run
+from mmfused.training.run import train
 
 SECONDS = 60  # with all preparation; a group that waits for a rank gives up after half an hour
 
@@ -100,13 +101,13 @@ def a_signal_in_a_validation(rank, out, folder, patch):
 
 
 def records_that_cannot_be_opened(rank, out, folder, patch):
-    begin = training.begin
+    begin = training_run.begin
 
     def spoiled(*args):
         begin(*args)
         (out / "metrics.jsonl").mkdir()
 
-    patch.setattr(training, "begin", spoiled)
+    patch.setattr(training_run, "begin", spoiled)
     return small_run(out)
 
 

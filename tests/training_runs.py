@@ -11,7 +11,7 @@ import pytest
 from mmfused.data import GeneratedProducts
 from mmfused.training import loop as training
 from mmfused.training.checkpoint import saved
-from mmfused.training.loop import TrainConfig, train
+from mmfused.training.run import TrainConfig, train
 
 SIZES = {
     "dim": 16,

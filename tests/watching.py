@@ -1,4 +1,4 @@
-"""What a hostile file must not bring about: its own code, a look outside its folder, a connection."""
+"""What a hostile file must not cause: running its code, reading elsewhere, a connection."""
 
 import os
 import pickle

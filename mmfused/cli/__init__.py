@@ -1,7 +1,8 @@
 """The ``mmfused`` command.
 
 Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args)
--> exit code``, imported only when it is asked for."""
+-> exit code``, which is imported only if that subcommand is used.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ COMMANDS = ("demo", "train", "eval", "embed", "ablate", "bench", "inspect", "env
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 a package is missing or a check failed; 2 the request cannot be served,
-    in one sentence.
+    """Run the command and return its exit code.
+
+    0: done. 1: a package is missing or a check failed. 2: the request cannot be served; the reason
+    is printed in one sentence. 128 + N: stopped by signal N.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         with from_extra("models"):
-            args = make_parser(argv).parse_args(argv)
-            refuse_empty(args)
+            args = _make_parser(argv).parse_args(argv)
+            _refuse_empty(args)
             return args.run(args)
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
@@ -39,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def refuse_empty(args: argparse.Namespace) -> None:
-    """An empty value would pass for one that was not given."""
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """Raise ValueError for an empty value, which would count as not given."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
 
 
-def make_parser(argv: list[str]) -> argparse.ArgumentParser:
+def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmfused",
         description="Fused kernels for multimodal retrieval and classification models.",
@@ -55,8 +58,8 @@ def make_parser(argv: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"
     )
-    asked = [name for name in COMMANDS if argv[:1] == [name]]
-    for name in asked or COMMANDS:
+    used = [name for name in COMMANDS if argv[:1] == [name]]
+    for name in used or COMMANDS:
         module = importlib.import_module(f"mmfused.cli.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)

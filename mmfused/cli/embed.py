@@ -1,4 +1,4 @@
-"""``mmfused embed``: the items of a folder as embeddings, in one ``.npz``."""
+"""``mmfused embed``: write the embeddings of a folder's items into one ``.npz``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmfused.data import Batches
+    from mmfused.training.folder_lock import Lock
+    from mmfused.training.load import Trained
 
 HELP = "embed a folder of products with a trained retrieval model, into one .npz"
 PART = re.compile(r"\d{8}\.safetensors|job\.json")
@@ -17,7 +26,8 @@ OWN = re.compile(rf"{PART.pattern}|{HALF_WRITTEN.pattern}")
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``mmfused embed`` to ``parser``."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -34,38 +44,49 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--out",
         required=True,
         metavar="FILE",
-        help="the .npz; a run that was stopped goes on from FILE.parts",
+        help="the .npz; if a command was stopped, the same one resumes from FILE.parts",
     )
     parser.add_argument(
-        "--views", default="image,text,both", help="some of image, text, both (default: all)"
+        "--views",
+        default="image,text,both",
+        help="some of image, text, both (default: all)",
     )
     parser.add_argument(
         "--text-column",
         default="text",
         metavar="NAME",
-        help="column of metadata.csv (default: text)",
+        help="text column of metadata.csv (default: text)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="items at a time (default: 256)"
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="items at a time (default: 256)",
     )
     parser.add_argument(
-        "--backend", default="auto", help="auto, reference, composed or fused (default: auto)"
+        "--backend",
+        default="auto",
+        help="auto, reference, composed or fused (default: auto)",
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, ... (default: cuda if available)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Embed the items, write the file and return the exit code."""
     import mmfused
+    from mmfused.training.files import remove
+    from mmfused.training.folder_lock import half_written
     from mmfused.training.load import load_trained
-    from mmfused.training.ownership import half_written
-    from mmfused.training.run_folder import remove
 
     out = Path(args.out)
-    check(args, out)
+    _check(args, out)
     parts = Parts(out.with_name(out.name + ".parts"))
     trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
     trained.must_retrieve("embed")
@@ -77,19 +98,20 @@ def run(args: argparse.Namespace) -> int:
         "views": args.views,
     }
     with parts.locked(job, args.overwrite) as lock:
-        check(args, out)  # again: another process may have made it meanwhile
+        # Checked again: another process may have made the file meanwhile.
+        _check(args, out)
         if lock.was_there:
             for path in half_written(out.parent, (out.name,)):
                 remove(path)
         with mmfused.backend(args.backend):
-            embed_parts(trained, batches, parts, tuple(args.views.split(",")))
-        count = join_parts(parts, out, data, len(batches))
+            _embed_parts(trained, batches, parts, tuple(args.views.split(",")))
+        count = _join_parts(parts, out, data, len(batches))
         parts.remove()
     print(f"{count} items embedded, {len(data.skipped)} rows skipped, written to {out}")
     return 0
 
 
-def check(args: argparse.Namespace, out: Path) -> None:
+def _check(args: argparse.Namespace, out: Path) -> None:
     from mmfused.models.fields import check_field
     from mmfused.models.retrieval import check_views
 
@@ -97,50 +119,59 @@ def check(args: argparse.Namespace, out: Path) -> None:
     check_field("threads", args.threads, int | None)
     check_views(tuple(args.views.split(",")))
     if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"out: got {args.out!r}, expected an .npz in a folder that is there")
+        raise ValueError(f"out: got {args.out!r}, expected an .npz in an existing folder")
     if out.is_dir() or (out.exists() and not args.overwrite):
-        raise FileExistsError(f"out: {out} is there already; choose another name or overwrite it")
+        raise FileExistsError(f"out: {out} exists already; choose another name or overwrite it")
 
 
 class Parts:
-    """The folder of what is done: a file for each batch, and ``job.json``, which tells what they
-    are parts of.
+    """The folder of the batches that are done: one file each, and ``job.json``.
+
+    ``job.json`` identifies checkpoint, items, batch size and views, so that only parts of the same
+    job are used.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, index: int) -> Path:
+        """Return the file of a batch."""
         return self.folder / f"{index:08d}.safetensors"
 
     @contextmanager
-    def locked(self, job: dict, overwrite: bool):
-        """Raises FileExistsError where another process writes to it or it holds other files,
-        ValueError for another job's.
-        """
-        from mmfused.training.ownership import Lock
-        from mmfused.training.run_folder import read_json, shown, whole, write_json
+    def locked(self, job: Mapping[str, Any], overwrite: bool) -> Iterator[Lock]:
+        """Lock the folder; temporary files, and with ``overwrite`` all parts, are removed.
 
-        foreign = self.foreign()
+        Raises:
+            FileExistsError: another process writes to it, or it holds other files.
+            ValueError: it holds the parts of another job.
+        """
+        from mmfused.training.files import read_json, shown, write_json, write_whole
+        from mmfused.training.folder_lock import Lock
+
+        foreign = self._foreign()
         if foreign:
             raise FileExistsError(
-                f"out: {self.folder} holds files that mmfused embed did not make ({shown(foreign)}); move them"
+                f"out: {self.folder} holds files that mmfused embed did not make "
+                f"({shown(foreign)}); move them"
             )
         with Lock(self.folder) as lock:
             for path in self.folder.glob("*"):
                 if HALF_WRITTEN.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
                     path.unlink()
             source = self.folder / "job.json"
-            if source.is_file():
-                if read_json(source) != job:
-                    held = "parts of another checkpoint, folder or batch size, or of other pictures or texts"
-                    raise ValueError(f"out: {self.folder} holds {held}; remove or overwrite them")
-            else:
-                whole(source, lambda path: write_json(path, job))
+            if not source.is_file():
+                write_whole(source, lambda path: write_json(path, job))
+            elif read_json(source) != job:
+                raise ValueError(
+                    f"out: {self.folder} holds parts of another checkpoint, folder or batch size, "
+                    "or of other pictures or texts; remove or overwrite them"
+                )
             yield lock
 
-    def foreign(self) -> list[str]:
-        from mmfused.training.ownership import MARK
+    def _foreign(self) -> list[str]:
+        """Return the names of files that ``mmfused embed`` did not make."""
+        from mmfused.training.folder_lock import MARK
 
         if not os.path.lexists(self.folder):
             return []
@@ -148,19 +179,16 @@ class Parts:
             return [self.folder.name]
         paths = sorted(self.folder.iterdir())
         marked = MARK in [path.name for path in paths]
-        known = [
-            path.is_file()
-            and not path.is_symlink()
-            and (path.name == MARK or OWN.fullmatch(path.name))
-            for path in paths
-        ]
-        return [path.name for path, own in zip(paths, known, strict=True) if not (own and marked)]
 
-    def read(self, index: int) -> dict | None:
-        """The arrays of a batch that is done. One that is damaged is said to be so, and counts as
-        not done.
-        """
-        from mmfused.training.run_folder import read_tensors
+        def is_own(path: Path) -> bool:
+            named = path.name == MARK or OWN.fullmatch(path.name)
+            return marked and bool(named) and path.is_file() and not path.is_symlink()
+
+        return [path.name for path in paths if not is_own(path)]
+
+    def read(self, index: int) -> dict[str, Tensor] | None:
+        """Return the tensors of a batch, or None if it is not done, or damaged (with a warning)."""
+        from mmfused.training.files import read_tensors
 
         if not self.path(index).is_file():
             return None
@@ -171,59 +199,61 @@ class Parts:
             return None
 
     def remove(self) -> None:
-        from mmfused.training.ownership import MARK
+        """Remove the parts, and the folder unless other files were put in it."""
+        from mmfused.training.folder_lock import MARK
 
         for path in self.folder.glob("*"):
             if PART.fullmatch(path.name):
                 path.unlink()
-        (self.folder / MARK).unlink(
-            missing_ok=True
-        )  # last: without it the rest would be taken for another program's
+        # The mark last: without it the other files would be taken for another program's.
+        (self.folder / MARK).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
-        except OSError as error:  # something else was put in meanwhile, or it is gone
+        except OSError as error:
+            # Not empty, or gone already.
             logger.warning("embed: %s is not removed: %s", self.folder, error.strerror)
 
 
-def embed_parts(trained, batches, parts: Parts, views: tuple[str, ...]) -> None:
-    """A file for each batch that has none yet."""
-    import safetensors.torch
+def _embed_parts(
+    trained: Trained,
+    batches: Batches,
+    parts: Parts,
+    views: tuple[str, ...],
+) -> None:
+    """Write a file for each batch that has none yet."""
     import torch
     from tqdm import tqdm
 
-    from mmfused.training.ranking import embed_items
-    from mmfused.training.run_folder import whole
+    from mmfused.training.files import save_tensors, write_whole
+    from mmfused.training.retrieval_metrics import embed_items
 
-    first_row = None  # what parts that are there already are compared with
+    def embed(first: int, last: int) -> dict[str, Tensor]:
+        batch = batches.items.batch(torch.arange(first, last))
+        embedded = embed_items(trained.model, [batch], views, trained.amp)
+        assert embedded is not None
+        return {name: value.contiguous() for name, value in embedded.items()}
+
+    # Existing parts are compared with this one.
+    example: dict[str, Tensor] | None = None
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
-        first, last = (
-            index * batches.batch_size,
-            min((index + 1) * batches.batch_size, len(batches.items)),
-        )
+        first = index * batches.batch_size
+        last = min(first + batches.batch_size, len(batches.items))
         done = parts.read(index)
-        if done is not None and first_row is None:
-            first_row = embed_items(
-                trained.model, [batches.items.batch(torch.arange(1))], views, trained.amp
-            )
-        if done is None or not fits(done, first_row, last - first):
-            embedded = embed_items(
-                trained.model, [batches.items.batch(torch.arange(first, last))], views, trained.amp
-            )
-            data = safetensors.torch.save(
-                {name: value.contiguous() for name, value in embedded.items()}
-            )
-            whole(parts.path(index), lambda draft, data=data: draft.write_bytes(data))
+        if done is not None:
+            example = embed(0, 1) if example is None else example
+            if _fits(done, example, last - first):
+                continue
+        embedded = embed(first, last)
+        write_whole(parts.path(index), lambda path, x=embedded: save_tensors(path, x))
 
 
-def fits(done: dict, first_row: dict, rows: int) -> bool:
-    """Whether a part has what such a part has, of which ``first_row`` is an example: another's may
-    bear its name.
-    """
-    same = done.keys() == first_row.keys() and all(
+def _fits(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
+    """Return whether a part has the tensors of ``example``, with ``rows`` rows, all finite."""
+    same = done.keys() == example.keys() and all(
         done[name].dtype == value.dtype
         and done[name].shape == (rows, *value.shape[1:])
-        and done[name].isfinite().all()
-        for name, value in first_row.items()
+        and bool(done[name].isfinite().all())
+        for name, value in example.items()
     )
     if not same:
         logger.warning(
@@ -232,25 +262,31 @@ def fits(done: dict, first_row: dict, rows: int) -> bool:
     return same
 
 
-def join_parts(parts: Parts, out: Path, data, count: int) -> int:
+def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
+    """Write all parts into one ``.npz``, and return the number of items."""
     import numpy as np
 
-    from mmfused.training.run_folder import whole
+    from mmfused.training.files import write_whole
 
-    loaded = [parts.read(index) for index in range(count)]
-    if None in loaded:
-        raise RuntimeError(
-            f"out: {parts.path(loaded.index(None))} is missing or damaged: removed meanwhile? Run the command again"
-        )
+    loaded: list[dict[str, Tensor]] = []
+    for index in range(count):
+        part = parts.read(index)
+        if part is None:
+            raise RuntimeError(
+                f"out: {parts.path(index)} is missing or damaged: removed meanwhile? "
+                "Run the command again"
+            )
+        loaded.append(part)
     arrays = {name: np.concatenate([part[name].numpy() for part in loaded]) for name in loaded[0]}
     arrays["file_names"] = np.array(getattr(data, "file_names", [""] * len(data)))
     arrays["skipped"] = np.array(json.dumps(data.skipped))
-    whole(out, lambda draft: save_npz(draft, arrays))
+    write_whole(out, lambda path: _save_npz(path, arrays))
     return len(arrays["labels"])
 
 
-def save_npz(path: Path, arrays: dict) -> None:
+def _save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     import numpy as np
 
-    with open(path, "wb") as file:  # given a name, numpy would put .npz behind it
+    # Given a name, numpy would append .npz to it.
+    with open(path, "wb") as file:
         np.savez(file, **arrays)

@@ -1,18 +1,25 @@
-"""``mmfused eval``: a trained model, of a run or a checkpoint, measured on labelled products: its
-classes, or retrieval.
-"""
+"""``mmfused eval``: measure a run or checkpoint on labelled products, as classes or retrieval."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .train import print_rows, score_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmfused.data import Batches
+    from mmfused.training.load import Trained
 
 HELP = "measure a trained model on a folder of products, or on the generated validation set"
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``mmfused eval`` to ``parser``."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -28,60 +35,70 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--products",
         metavar="DIR",
-        help="retrieval: what is looked in (default: the data themselves)",
+        help="retrieval: the catalogue to search (default: the data themselves)",
     )
     parser.add_argument(
         "--text-column",
         metavar="NAME",
-        help="of the data's metadata.csv (default: the one trained with)",
+        help="text column in the metadata.csv of --data (default: the one of training)",
     )
     parser.add_argument(
-        "--backend", default="auto", help="auto, reference, composed or fused (default: auto)"
+        "--backend",
+        default="auto",
+        help="auto, reference, composed or fused (default: auto)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help="samples at a time; the loss's contrastive part depends on it",
+        help="samples at a time; the contrastive part of the loss depends on it",
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, ... (default: cuda if available)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument(
-        "--per-class", action="store_true", help="one more table, with a line for each class"
+        "--per-class",
+        action="store_true",
+        help="also print a table with a line for each class",
     )
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="write the numbers, each class's too, as JSON; replaces the file",
+        help="write all numbers, those of each class too, as JSON; replaces the file",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables and return the exit code."""
     from mmfused.models.fields import check_field
-    from mmfused.training.run_folder import whole, write_json
+    from mmfused.training.files import write_json, write_whole
 
     for name in ("batch_size", "threads"):
         check_field(name, getattr(args, name), int | None)
     out = Path(args.out) if args.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"out: got {out}, expected a file in a folder that is there")
-    result = measure(args)
-    print_table(result)
+        raise ValueError(f"out: got {out}, expected a file in an existing folder")
+    result = _measure(args)
+    _print_table(result)
     if "pairs" in result:
-        print_pairs(result["pairs"])
+        _print_pairs(result["pairs"])
     elif args.per_class:
-        print_classes(result["classes"])
+        _print_classes(result["classes"])
     if out:
-        whole(out, lambda path: write_json(path, result))
+        write_whole(out, lambda path: write_json(path, result))
         print(f"numbers written to {out}")
     return 0
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Raises ValueError or FileNotFoundError where the checkpoint or the data cannot be used, or do
-    not fit together.
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of the JSON file.
+
+    Raises:
+        FileNotFoundError: checkpoint or data are missing.
+        ValueError: they cannot be used, or do not fit together.
     """
     import mmfused
     from mmfused.training.load import load_trained
@@ -90,22 +107,21 @@ def measure(args: argparse.Namespace) -> dict:
     retrieves = trained.task == "retrieval"
     if args.products and not retrieves:
         raise ValueError(
-            f"products: got {args.products!r} with model {trained.name!r}, expected a retrieval model"
+            f"products: got {args.products!r} with model {trained.name!r}, "
+            "expected a retrieval model"
         )
     text_column = args.text_column or trained.settings["training"].get("text_column", "text")
     num_classes = None if retrieves else trained.model.config.num_classes
     data, batches = trained.batches(args.data, args.batch_size, text_column, num_classes)
-    products, product_batches = (
-        trained.batches(args.products, args.batch_size, name="products")
-        if args.products
-        else (None, None)
-    )
+    products, product_batches = None, None
+    if args.products:
+        products, product_batches = trained.batches(args.products, args.batch_size, name="products")
     with mmfused.backend(args.backend):
-        scored = (
-            score_retrieval(trained, batches, product_batches)
-            if retrieves
-            else score_classes(trained, data, batches)
-        )
+        if retrieves:
+            scored = _score_retrieval(trained, batches, product_batches)
+        else:
+            scored = _score_classes(trained, batches, data.class_names)
+    unknown = [] if products is None else sorted({*data.labels} - {*products.labels})
     return {
         "checkpoint": args.checkpoint,
         "data": args.data,
@@ -118,31 +134,47 @@ def measure(args: argparse.Namespace) -> dict:
         "rows": len(data),
         "without_image": int((~batches.items.present).sum()),
         "without_text": sum(not text for text in data.texts),
-        "unknown_labels": [] if products is None else sorted({*data.labels} - {*products.labels}),
+        "unknown_labels": unknown,
         "skipped": data.skipped + (products.skipped if products is not None else []),
         **scored,
     }
 
 
-def score_classes(trained, data, batches) -> dict:
+def _score_classes(
+    trained: Trained,
+    batches: Batches,
+    names: Sequence[str] | None,
+) -> dict[str, Any]:
     from mmfused.training.metrics import predict, scores
 
-    loss, predictions, labels = predict(trained.model, batches, trained.amp)
+    result = predict(trained.model, batches, trained.amp)
+    assert result is not None
+    loss, predictions, labels = result
     return {
         "loss": loss,
         **scores(predictions, labels),
-        "classes": class_table(predictions, labels, data.class_names),
+        "classes": _class_table(predictions, labels, names),
     }
 
 
-def score_retrieval(trained, batches, product_batches) -> dict:
+def _score_retrieval(
+    trained: Trained,
+    batches: Batches,
+    product_batches: Batches | None,
+) -> dict[str, Any]:
     from mmfused.training.tasks import evaluate_retrieval
 
-    return evaluate_retrieval(trained.model, batches, product_batches, trained.amp)
+    result = evaluate_retrieval(trained.model, batches, product_batches, trained.amp)
+    assert result is not None
+    return result
 
 
-def class_table(predictions, labels, names) -> list[dict]:
-    """One entry for each class that occurs in predictions or labels."""
+def _class_table(
+    predictions: Tensor,
+    labels: Tensor,
+    names: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """Return one entry for each class that occurs in predictions or labels."""
     from mmfused.training.metrics import class_scores, count
 
     counts = count(predictions, labels)
@@ -159,43 +191,42 @@ def class_table(predictions, labels, names) -> list[dict]:
     ]
 
 
-def print_table(result: dict):
-    where = f", looking in {result['products']}" if result["products"] else ""
-    unknown = (
-        {"labels": f"no product has {', '.join(map(str, result['unknown_labels']))}"}
-        if result["unknown_labels"]
-        else {}
-    )
-    scored = {"loss": f"{result['loss']:.4f}", **score_rows(result)} if "loss" in result else {}
-    print_rows(
-        {
-            "model": f"{result['model']}, {result['modalities']}, from {result['checkpoint']}",
-            "data": f"{result['data']}, {result['rows']} rows, {len(result['skipped'])} skipped{where}",
-            "missing": f"{result['without_image']} rows without a picture, {result['without_text']} without a text",
-            **unknown,
-            "backend": f"{result['backend']} on {result['device']}, bf16 autocast {'on' if result['amp'] == 'bf16' else 'off'}",
-            **scored,
-        }
-    )
+def _print_table(result: Mapping[str, Any]) -> None:
+    searched = f", looking in {result['products']}" if result["products"] else ""
+    skipped = len(result["skipped"])
+    amp = "on" if result["amp"] == "bf16" else "off"
+    rows = {
+        "model": f"{result['model']}, {result['modalities']}, from {result['checkpoint']}",
+        "data": f"{result['data']}, {result['rows']} rows, {skipped} skipped{searched}",
+        "missing": f"{result['without_image']} rows without a picture, "
+        f"{result['without_text']} without a text",
+    }
+    if result["unknown_labels"]:
+        rows["labels"] = f"no product has {', '.join(map(str, result['unknown_labels']))}"
+    rows["backend"] = f"{result['backend']} on {result['device']}, bf16 autocast {amp}"
+    if "loss" in result:
+        rows |= {"loss": f"{result['loss']:.4f}", **score_rows(result)}
+    print_rows(rows)
 
 
-def print_pairs(pairs: dict[str, dict]):
-    """A line for each pair of views; what chance gives beside Recall@1."""
+def _print_pairs(pairs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a line for each pair of views, with the expected Recall@1 of a random order."""
     print(
-        f"\n{'query->candidate':<16}  queries  no answer  R@1 (chance)     R@5    R@10     MRR  macro F1"
+        f"\n{'query->candidate':<16}  queries  no answer  R@1 (chance)     R@5    R@10     MRR"
+        "  macro F1"
     )
     for name, pair in pairs.items():
         line = f"{name:<16}  {pair['queries']:>7}  {pair['unanswerable']:>9}"
         if "mrr" in pair:
-            line += f"  {pair['recall_at_1']:>5.1%} {'(' + format(pair['chance']['recall_at_1'], '.1%') + ')':>6}"
-            line += "".join(
-                f"  {pair[score]:>6.1%}" for score in ("recall_at_5", "recall_at_10", "mrr")
-            )
+            chance = f"({pair['chance']['recall_at_1']:.1%})"
+            line += f"  {pair['recall_at_1']:>5.1%} {chance:>6}"
+            for score in ("recall_at_5", "recall_at_10", "mrr"):
+                line += f"  {pair[score]:>6.1%}"
             line += f"  {pair['macro_f1']:>8.1%}"
         print(line)
 
 
-def print_classes(classes: list[dict]):
+def _print_classes(classes: Sequence[Mapping[str, Any]]) -> None:
     width = max(len("class"), *(len(entry["name"]) for entry in classes))
     print(f"\n{'class':<{width}}  {'rows':>6}  {'predicted':>9}  precision  recall      F1")
     for entry in classes:

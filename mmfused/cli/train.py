@@ -1,11 +1,13 @@
-"""``mmfused train``: one run of ``mmfused.training.train`` from the command line."""
+"""``mmfused train``: run ``mmfused.training.run.train`` from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 HELP = "train a model on a folder of products, or on the generated product set"
 MODALITIES = {
@@ -17,44 +19,81 @@ MODALITIES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``mmfused train`` to ``parser``."""
+    _add_model_arguments(parser)
+    _add_data_arguments(parser)
+    _add_run_arguments(parser)
+    _add_step_arguments(parser)
+    _add_device_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="fluid", help="fluid (default), uniecs, unica, moon2 or unite"
+        "--model",
+        default="fluid",
+        help="fluid (default), uniecs, unica, moon2 or unite",
     )
     parser.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (default), or the paper's or the public code's size: paper, code",
+        help="tiny (default), or the size in the paper or the public code: paper, code",
     )
     parser.add_argument(
         "--without",
         metavar="PART,..",
-        help="leave out components; each model's file has the list, ablate runs it",
+        help="components to leave out; the file of each model lists them, ablate tries each",
     )
     parser.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
-        help="a field of the model's config; VALUE is JSON: stage=1, or a string",
+        help="set a field of the model's config; VALUE is JSON, as in stage=1, or a string",
     )
     parser.add_argument(
         "--init",
         metavar="DIR",
-        help="begin with the weights and the tokenizer of a run, or of a checkpoint",
+        help="start with the weights and the tokenizer of a run or checkpoint",
     )
     parser.add_argument(
         "--image-encoder",
         metavar="NAME",
-        help="pretrained: a folder in timm's format, or a name timm can fetch",
+        help="pretrained image encoder: a folder in timm's format, or the name of a timm model",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="pretrained: a folder in transformers' format, or a hub name",
+        help="pretrained text encoder: a folder in transformers' format, or a hub name",
     )
     parser.add_argument(
-        "--host", metavar="NAME", help="moon2, unite: a pretrained Qwen2-VL, a folder or a hub name"
+        "--host",
+        metavar="NAME",
+        help="moon2, unite: pretrained Qwen2-VL, a folder or a hub name",
     )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="side of the model's input pictures (default: as stored)",
+    )
+    parser.add_argument(
+        "--patch-size",
+        type=int,
+        help="side of a patch (default: 8 up to 32 pixels, else 16, or the preset's)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="tokenizer folder or hub name (default: train one on the texts)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="T",
+        help="most tokens of a text (default: 64)",
+    )
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
@@ -62,92 +101,75 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="folder with images and metadata.csv, or 'generated'",
     )
     parser.add_argument(
-        "--val", metavar="DIR", help="the same, to validate on; the generated set has its own"
+        "--val",
+        metavar="DIR",
+        help="likewise, to validate on; the generated set has its own",
     )
     parser.add_argument(
         "--products",
         metavar="DIR",
-        help="retrieval: the catalogue to look in (default: the data themselves)",
+        help="retrieval: the catalogue to search (default: the data themselves)",
     )
     parser.add_argument(
         "--text-column",
         metavar="NAME",
-        help="of the data's metadata.csv, not of the products' (default: text)",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the run")
-    held = parser.add_mutually_exclusive_group()
-    held.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    held.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out; begin where there is none",
+        help="text column in the metadata.csv of --data and --val (default: text)",
     )
     parser.add_argument(
-        "--save-every",
-        type=int,
-        metavar="N",
-        help="checkpoint every N steps and at the end (default: --val-every)",
-    )
-    parser.add_argument(
-        "--keep", type=int, metavar="K", help="checkpoints to keep, the newest (default: 2)"
-    )
-    parser.add_argument(
-        "--backend", default="auto", help="auto, reference, composed or fused (default: auto)"
-    )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="number of optimiser steps")
-    length.add_argument("--epochs", type=float, help="number of passes over the data")
-    parser.add_argument(
-        "--modalities", default="image,text", help="image,text (default), image or text"
+        "--modalities",
+        default="image,text",
+        help="image,text (default), image or text",
     )
     parser.add_argument(
         "--swap-text",
         type=float,
         metavar="P",
-        help="swap this fraction of the texts to another class's",
+        help="fraction of texts to replace by a text of another class",
     )
     parser.add_argument(
         "--drop-image",
         type=float,
         metavar="P",
-        help="hide the image of this fraction of training samples",
+        help="fraction of training samples to hide the image of",
     )
     parser.add_argument(
         "--drop-text",
         type=float,
         metavar="P",
-        help="hide the text of this fraction of training samples",
+        help="fraction of training samples to hide the text of",
     )
-    parser.add_argument("--batch-size", type=int, help="samples in a forward pass (default: 64)")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--accumulate", type=int, metavar="N", help="batches in an optimiser step (default: 1)"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for the run",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in --out",
+    )
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="resume from the newest checkpoint in --out; without one, start at step 0",
     )
     parser.add_argument(
-        "--grad-cache",
+        "--save-every",
         type=int,
         metavar="N",
-        help="retrieval: encode N items of the batch at a time, exactly",
+        help="save a checkpoint every N steps and at the end (default: --val-every)",
     )
     parser.add_argument(
-        "--amp", help="auto, bf16 or off: bfloat16 autocast (default: auto, which is on for CUDA)"
+        "--keep",
+        type=int,
+        metavar="K",
+        help="keep the K newest checkpoints (default: 2)",
     )
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float)
-    parser.add_argument(
-        "--max-length", type=int, metavar="T", help="tokens a text may have (default: 64)"
-    )
-    parser.add_argument(
-        "--image-size", type=int, help="side of the pictures the model sees (default: as stored)"
-    )
-    parser.add_argument("--patch-size", type=int)
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="tokenizer folder or hub name (default: trained on the texts)",
-    )
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument(
         "--log-every",
         type=int,
@@ -162,17 +184,58 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
+def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="number of optimizer steps")
+    length.add_argument("--epochs", type=float, help="number of passes over the data")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples in a forward pass (default: 64)",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="batches in an optimizer step (default: 1)",
+    )
+    parser.add_argument(
+        "--grad-cache",
+        type=int,
+        metavar="N",
+        help="retrieval: encode N items of the batch at a time, with the same gradients",
+    )
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, help="weight decay of AdamW")
+    parser.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="auto, reference, composed or fused (default: auto)",
+    )
+    parser.add_argument(
+        "--amp",
+        help="bfloat16 autocast: auto, bf16 or off (default: auto, which is on for CUDA)",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if available)")
+
+
 def run(args: argparse.Namespace) -> int:
-    from mmfused.training.checkpoint import Stopped
-    from mmfused.training.loop import TrainConfig, train
+    """Train, print the summary and return the exit code."""
     from mmfused.training.ranks import join_ranks, leave_ranks, refused_together
+    from mmfused.training.run import TrainConfig, train
     from mmfused.training.run_folder import is_finished
     from mmfused.training.setup import pick_device
+    from mmfused.training.signals import Stopped
 
     join_ranks(pick_device(args.device or "auto"))
     with refused_together():
         config = TrainConfig(**config_options(args))
-    done = config.resume and is_finished(Path(config.out))
+    was_finished = config.resume and is_finished(Path(config.out))
     try:
         summary = train(config)
     except Stopped as stop:
@@ -180,19 +243,16 @@ def run(args: argparse.Namespace) -> int:
         return 128 + stop.signum
     if leave_ranks() > 0:
         return 0
-    print_table(summary)
-    print(
-        f"{args.out} holds this run, finished; nothing was done"
-        if done
-        else f"run written to {args.out}"
-    )
+    _print_table(summary)
+    if was_finished:
+        print(f"{args.out} holds this run, finished; nothing was done")
+    else:
+        print(f"run written to {args.out}")
     return 0
 
 
-def config_options(args) -> dict:
-    """What was given on the command line, over the preset's recipe; the other defaults live in
-    TrainConfig.
-    """
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of TrainConfig: those given, over the recipe of the preset."""
     from mmfused.training.config import RECIPES
 
     if args.modalities not in MODALITIES:
@@ -203,7 +263,7 @@ def config_options(args) -> dict:
     for name in ("command", "run"):
         options.pop(name, None)
     options["modalities"] = MODALITIES[args.modalities]
-    fields = dict(map(field_of, options.pop("option", [])))
+    fields = dict(map(_parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
@@ -211,8 +271,8 @@ def config_options(args) -> dict:
     return {**RECIPES.get((args.model, args.preset), {}), **options}
 
 
-def field_of(given: str) -> tuple[str, object]:
-    """A value that is no JSON is a string."""
+def _parse_option(given: str) -> tuple[str, object]:
+    """Split NAME=VALUE; a value that is not JSON is a string."""
     name, equals, value = given.partition("=")
     if not name or not equals:
         raise ValueError(f"option: got {given!r}, expected NAME=VALUE")
@@ -222,33 +282,42 @@ def field_of(given: str) -> tuple[str, object]:
         return name, value
 
 
-def print_table(summary: dict):
-    rows = {
-        "model": f"{summary['model']}, {summary['parameters'] / 1e6:.2f} M parameters, {summary['modalities']}",
-        "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, {len(summary['skipped'])} skipped",
-        "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {'on' if summary['amp'] == 'bf16' else 'off'}",
-        "steps": f"{summary['steps']}, {summary['step_seconds'] * 1e3:.1f} ms each, {summary['seconds']:.1f} s in all",
-        **(class_rows(summary) if "val_loss" in summary else retrieval_rows(summary)),
-        "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
-    }
-    print_rows(rows)
+def _print_table(summary: Mapping[str, Any]) -> None:
+    millions = summary["parameters"] / 1e6
+    amp = "on" if summary["amp"] == "bf16" else "off"
+    milliseconds = summary["step_seconds"] * 1e3
+    skipped = len(summary["skipped"])
+    scores = _class_rows(summary) if "val_loss" in summary else _retrieval_rows(summary)
+    print_rows(
+        {
+            "model": f"{summary['model']}, {millions:.2f} M parameters, {summary['modalities']}",
+            "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, "
+            f"{skipped} skipped",
+            "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {amp}",
+            "steps": f"{summary['steps']}, {milliseconds:.1f} ms each, "
+            f"{summary['seconds']:.1f} s in all",
+            **scores,
+            "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
+        }
+    )
 
 
-def class_rows(summary: dict) -> dict[str, str]:
+def _class_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     return {
         "loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation",
         **score_rows(summary),
     }
 
 
-def retrieval_rows(summary: dict) -> dict[str, str]:
-    """Means over the pairs of views."""
+def _retrieval_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the scores averaged over the pairs of views."""
     names = {"Recall@1": "recall_at_1", "Recall@5": "recall_at_5", "MRR": "mrr"}
     scores = {f"mean {name}": f"{summary[key]:.1%}" for name, key in names.items()}
     return {"loss": f"{summary['train_loss']:.4f} training", **scores}
 
 
-def score_rows(scores: dict) -> dict[str, str]:
+def score_rows(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rows of a table with a classifier's scores."""
     names = {
         "accuracy": "accuracy",
         "macro precision": "macro_precision",
@@ -258,7 +327,8 @@ def score_rows(scores: dict) -> dict[str, str]:
     return {name: f"{scores[key]:.1%}" for name, key in names.items()}
 
 
-def print_rows(rows: dict[str, str]):
+def print_rows(rows: Mapping[str, str]) -> None:
+    """Print a table of names and values."""
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

@@ -1,6 +1,4 @@
-"""Product image-text data: a generated set, any folder with a metadata.csv, tokenizers,
-augmentation, batches and pairs.
-"""
+"""Product images and texts: datasets, tokenizers, augmentation, batches and pairs."""
 
 from __future__ import annotations
 

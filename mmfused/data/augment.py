@@ -1,6 +1,4 @@
-"""Augmentation of a whole batch with a handful of tensor operations, so that one core keeps up with
-training.
-"""
+"""Augmentation of a whole batch with few tensor operations, so that one core keeps up."""
 
 from __future__ import annotations
 
@@ -11,22 +9,26 @@ import torch.nn.functional as F
 
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.3, 0.2
-HUE = 0.015 * 2 * math.pi  # small: the colour of a fruit often is its class
-ERASE_PROBABILITY, ERASE_AREA = 0.1, (0.02, 0.2)
+BRIGHTNESS = 0.3
+CONTRAST = 0.3
+SATURATION = 0.2
+# Small: the colour of a fruit is often its class.
+HUE = 0.015 * 2 * math.pi
+ERASE_PROBABILITY = 0.1
+ERASE_AREA = (0.02, 0.2)
 
-# RGB to YIQ (NTSC) and back: there, a turn of the colour plane is a change of hue and its length is
-# the saturation.
+# RGB to YIQ (NTSC) and back: rotating the IQ plane changes the hue, scaling it the saturation.
 RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
 
 
 def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..1.
+    """Augment uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..1.
 
-    Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) with a horizontal flip half the time;
+    Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) with a horizontal flip half of the time;
     brightness, contrast, saturation and hue; random erasing (Zhong et al. 2020) to grey for a tenth
-    of the images. Every draw comes from ``generator``."""
+    of the images. ``generator`` draws everything.
+    """
     draw = torch.rand(len(images), 14, generator=generator)
     pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
     pixels = _colour(pixels, draw[:, 5:9])
@@ -38,7 +40,7 @@ def _between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Width and height of boxes of this area and ratio, as shares of the picture's, at most 1."""
+    """Return width and height of boxes, as fractions of the picture's, at most 1."""
     ratio = log_ratio.exp()
     return (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
 
@@ -58,8 +60,9 @@ def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:
 
 
 def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """All four changes are linear in the pixel, so each image needs one 3 x 3 matrix and one
-    offset.
+    """Change brightness, contrast, saturation and hue.
+
+    All four are linear in the pixel, so each image needs one 3 x 3 matrix and one offset.
     """
     brightness = _between(draw[:, 0], 1 - BRIGHTNESS, 1 + BRIGHTNESS)[:, None, None]
     contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
@@ -72,14 +75,14 @@ def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     turn[:, 1, 2] = -turn[:, 2, 1]
     matrix = brightness * contrast * (YIQ_TO_RGB @ turn @ RGB_TO_YIQ)
     flat = pixels.flatten(2)
-    # Contrast stretches about the picture's mean grey after the brightness change.
+    # Contrast scales differences from the picture's mean grey after the brightness change.
     grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
     offset = (1 - contrast) * brightness * grey
     return torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
 
 
 def _erased(size: int, draw: torch.Tensor) -> torch.Tensor:
-    """Bool (B, 1, size, size): one rectangle in some of the images."""
+    """Return bool (B, 1, size, size): one rectangle in some of the images."""
     use, area, ratio, x, y = draw.unbind(1)
     width, height = _box(_between(area, *ERASE_AREA), _between(ratio, math.log(0.4), math.log(2.5)))
     width = torch.where(use < ERASE_PROBABILITY, width, 0.0)

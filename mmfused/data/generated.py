@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,38 +48,43 @@ TEMPLATES = (
     "{colour} {material} {noun} {size} {noise} {shape} {pattern} {brand}",
     "{shape} {noun} {brand} {pattern} {material} {colour} {noise} {size}",
 )
-# Class k is (shape, material) = divmod(k, 4). Head to tail about 9 to 1, and spread over the grid
-# so that every shape and every material has a frequent class: rank of class k in the long tail.
+# Rank of class k in the long tail, which is about 9 to 1; (shape, material) = divmod(k, 4). Every
+# shape and every material has a frequent class.
 RANKS = np.array([0, 9, 13, 6, 11, 1, 7, 14, 15, 4, 2, 10, 5, 12, 8, 3])
 CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 
 
 class GeneratedProducts(Dataset):
-    """Products of 16 classes: a shape, told by the picture, and a material, told by the title.
+    """Products of 16 classes: a shape, which the picture shows, and a material, in the title.
 
-    Each modality leaks a little of the other's half (titles often name the shape, colours lean
-    towards materials). Some titles or images are missing, and some titles contradict the picture's
-    shape and colour; the label then follows the picture. Class frequencies have a long tail.
-    Everything follows from (split, size, seed): titles and attributes do not depend on
-    ``image_size``.
+    Each modality has some information about the other's half: titles often name the shape, and
+    colours correlate with materials. Some titles or images are missing, and some titles contradict
+    the picture's shape and colour; the label then follows the picture. Class frequencies have a
+    long tail. Everything depends only on (split, size, seed); titles and attributes do not depend
+    on ``image_size``.
 
     Item: ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
 
     Args:
         split: "train" or "val", independent draws of the same distribution.
         size: number of products; None takes 4096 for train and 1024 for val.
-        missing_text, missing_image, contradicting: exact fractions of rows, disjoint.
+        image_size: side of the pictures, at least 8.
+        seed: of all draws.
+        missing_text: exact fraction of rows without a text.
+        missing_image: exact fraction of rows without an image.
+        contradicting: exact fraction of rows with a wrong title; the three are disjoint.
 
     ``.attributes`` holds integer arrays (N,) of what was drawn (shape, colour, pattern, size), what
-    the title says (material, said_shape, said_colour; -1 = nothing) and the boolean arrays
-    text_missing, image_missing, contradicts."""
+    the title names (material, said_shape, said_colour; -1 for nothing) and the boolean arrays
+    text_missing, image_missing and contradicts.
+    """
 
-    class_names = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
-    num_classes = len(class_names)
+    class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
+    num_classes: int = len(class_names)
 
     def __init__(
         self,
-        split: str = "train",
+        split: Literal["train", "val"] = "train",
         size: int | None = None,
         image_size: int = 32,
         seed: int = 0,
@@ -86,35 +92,36 @@ class GeneratedProducts(Dataset):
         missing_text: float = 0.08,
         missing_image: float = 0.08,
         contradicting: float = 0.12,
-    ):
+    ) -> None:
         if split not in ("train", "val"):
-            raise ValueError(f"split takes 'train' or 'val', got {split!r}")
+            raise ValueError(f"split: got {split!r}, expected 'train' or 'val'")
         size = check_int("size", {"train": 4096, "val": 1024}[split] if size is None else size, 1)
         check_int("image_size", image_size, 8)
         check_int("seed", seed, 0)
         fractions = [
             check_fraction("missing_text", missing_text),
             check_fraction("missing_image", missing_image),
+            check_fraction("contradicting", contradicting),
         ]
-        fractions.append(check_fraction("contradicting", contradicting))
         total = round(sum(fractions), 9)
         if total > 1:
             raise ValueError(
-                f"missing_text, missing_image and contradicting take a sum of at most 1, got {total}"
+                f"missing_text, missing_image and contradicting: got a sum of {total}, "
+                "expected at most 1"
             )
-        attributes_rng, titles_rng, pixels_rng = np.random.default_rng(
-            [seed, int(split == "val")]
-        ).spawn(3)
-        self.attributes = draw_attributes(attributes_rng, size, fractions)
-        self.texts = compose_titles(titles_rng, self.attributes)
-        self.labels = self.attributes["label"].tolist()
-        self.coarse_labels = [label // len(MATERIALS) for label in self.labels]  # the shape
+        rng = np.random.default_rng([seed, int(split == "val")])
+        attributes_rng, titles_rng, pixels_rng = rng.spawn(3)
+        self.attributes: dict[str, np.ndarray] = _draw_attributes(attributes_rng, size, fractions)
+        self.texts: list[str] = _compose_titles(titles_rng, self.attributes)
+        self.labels: list[int] = self.attributes["label"].tolist()
+        # The shapes.
+        self.coarse_labels: list[int] = [label // len(MATERIALS) for label in self.labels]
         self.skipped: list[str] = []
-        self.images = draw_pictures(pixels_rng, self.attributes, image_size)
+        self.images: torch.Tensor = _draw_pictures(pixels_rng, self.attributes, image_size)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of texts, labels and images; of other content it is another."""
+        """SHA-256 of texts, labels and images."""
         total = hashlib.sha256(json.dumps([self.texts, self.labels]).encode())
         total.update(self.images.numpy().data)
         return total.hexdigest()
@@ -122,7 +129,7 @@ class GeneratedProducts(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {
             "image": self.images[index],
             "image_present": not bool(self.attributes["image_missing"][index]),
@@ -131,17 +138,17 @@ class GeneratedProducts(Dataset):
         }
 
 
-def draw_attributes(
+def _draw_attributes(
     rng: np.random.Generator,
     count: int,
     fractions: list[float],
 ) -> dict[str, np.ndarray]:
     label = rng.choice(len(CLASS_PROBABILITIES), size=count, p=CLASS_PROBABILITIES)
     shape, material = np.divmod(label, len(MATERIALS))
-    # Colours lean towards a material: half the time one of its own two.
-    colour = np.where(
-        rng.random(count) < 0.5, 2 * material + rng.integers(0, 2, count), rng.integers(0, 8, count)
-    )
+    # Half of the time the colour is one of the two that belong to the material.
+    use_own = rng.random(count) < 0.5
+    own_colour = 2 * material + rng.integers(0, 2, count)
+    colour = np.where(use_own, own_colour, rng.integers(0, 8, count))
     out = {"label": label, "shape": shape, "material": material, "colour": colour}
     out["pattern"] = rng.integers(0, len(PATTERNS), count)
     out["size"] = rng.integers(0, len(SIZES), count)
@@ -163,7 +170,10 @@ def draw_attributes(
     return out
 
 
-def compose_titles(rng: np.random.Generator, attributes: dict[str, np.ndarray]) -> list[str]:
+def _compose_titles(
+    rng: np.random.Generator,
+    attributes: dict[str, np.ndarray],
+) -> list[str]:
     colours = tuple(COLOURS)
     titles = []
     for row in range(len(attributes["label"])):
@@ -185,13 +195,14 @@ def compose_titles(rng: np.random.Generator, attributes: dict[str, np.ndarray]) 
     return titles
 
 
-def draw_pictures(
+def _draw_pictures(
     rng: np.random.Generator,
     attributes: dict[str, np.ndarray],
     side: int,
 ) -> torch.Tensor:
-    """uint8 (N, 3, side, side): one patterned shape on a pale ground, turned and shifted a little,
-    with noise.
+    """Draw uint8 (N, 3, side, side): one patterned shape on a pale ground, with noise.
+
+    The shape is rotated and shifted a little.
     """
     count = len(attributes["label"])
     images = np.zeros((count, 3, side, side), dtype=np.uint8)
@@ -228,7 +239,7 @@ def _coordinates(
     size: np.ndarray,
     side: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(count, side, side) coordinates in the product's own frame, -1 to 1 across the picture."""
+    """Return coordinates (count, side, side) in the product's frame, -1 to 1 over the picture."""
     count = len(size)
     line = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
     shift = rng.uniform(-0.1, 0.1, (2, count, 1, 1)).astype(np.float32)
@@ -244,8 +255,9 @@ def _coverage(
     size: np.ndarray,
     side: int,
 ) -> np.ndarray:
-    """How much of each pixel the shape covers: its distance to the outline, clipped to half a pixel
-    either way.
+    """Return the fraction of each pixel that the shape covers.
+
+    It is the distance to the outline, clipped at half a pixel on either side.
     """
     radius = np.array([0.55, 0.65, 0.75], dtype=np.float32)[size][:, None, None]
     distance = np.empty_like(x)
@@ -272,7 +284,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _pattern(x: np.ndarray, y: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-    """0 where the product has its colour, 1 where it is darkened."""
+    """Return 0 where the product has its colour, 1 where it is darkened."""
     striped = np.sin(y * 14) > 0.2
     dotted = np.sin(x * 12) * np.sin(y * 12) > 0.45
     checked = (np.sin(x * 9) > 0) ^ (np.sin(y * 9) > 0)

@@ -1,4 +1,4 @@
-"""One loader for all pictures: as a person sees them, or one sentence that says why not."""
+"""One loader for all pictures: as a person sees them, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,10 +30,13 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImagePlugin = None
 
-MAX_PIXELS = 100_000_000  # that are decoded at once, 286 MiB of RGB
-MAX_BYTES = 256 * 2**20  # of a picture file
-LARGE = 2**24  # pixels; of pictures that have more, one is decoded at a time, lest threads add up
-one_at_a_time = threading.Lock()
+# Decoded at once: 286 MiB of RGB.
+MAX_PIXELS = 100_000_000
+# Of a picture file.
+MAX_BYTES = 256 * 2**20
+# Pixels. Larger pictures are decoded one at a time, which bounds the memory of all threads.
+LARGE = 2**24
+_one_at_a_time = threading.Lock()
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,112 +47,117 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # EXIF and TIFF tags
+# EXIF and TIFF tags.
+ORIENTATION = 0x0112
+BITS_PER_SAMPLE = 0x0102
+PHOTOMETRIC = 0x0106
 WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 
 
 class BrokenPicture(ValueError):
-    """A picture that cannot be used; its message is the reason, in one sentence."""
+    """A picture that cannot be used; the message is the reason, in one sentence."""
 
 
 def load_picture(
-    source: str | os.PathLike | bytes | BinaryIO,
+    source: str | os.PathLike[str] | bytes | BinaryIO,
     size: int | None = None,
 ) -> torch.Tensor:
-    """The picture as uint8 (3, H, W), as a person sees it; a path, a file's bytes, or an open file.
+    """Load a picture as uint8 (3, H, W), as a person sees it.
 
-    JPEG (MPO: its first picture), PNG, WEBP, GIF, BMP and TIFF, and AVIF where Pillow has it; the
-    content decides, not the name. With ``size`` the short side is resized to it (bicubic,
-    antialiased) and the centre (size, size) kept; a JPEG is decoded near that size, so that a large
-    photo takes little memory.
+    Formats are JPEG (of MPO the first picture), PNG, WEBP, GIF, BMP and TIFF, and AVIF if Pillow
+    has it; the content decides, not the name. EXIF rotation is applied (unreadable EXIF data are
+    ignored), transparent parts become white, and of animations the first frame is taken. 16-bit
+    grey and floats from 0 to 1 are scaled to 8 bits. Other floats, and integers of more bits, have
+    no defined white and are refused. ICC profiles are not applied.
 
-    Turned as EXIF says (EXIF data that cannot be read say nothing); transparent parts are white;
-    of animations, the first frame. 16-bit grey is scaled to 8 bits, so are floats from 0 to 1.
-    Other floats and integers of more bits have no defined white and are refused. ICC profiles are
-    not applied.
+    A file may have ``MAX_BYTES``, and a picture ``MAX_PIXELS`` to decode, whatever
+    ``Image.MAX_IMAGE_PIXELS`` is; a lower one also bounds WEBP. Truncated files are refused even if
+    ``ImageFile.LOAD_TRUNCATED_IMAGES`` is set; data damaged in the middle then load as far as
+    Pillow can. Pillow gives no warnings, but libtiff writes problems of a TIFF to stderr.
 
-    At most ``MAX_BYTES`` of file and ``MAX_PIXELS`` that are decoded, whatever Pillow's own
-    ``Image.MAX_IMAGE_PIXELS`` is, but one that is set lower also bounds WEBP. A file that is cut
-    short is refused also where ``ImageFile.LOAD_TRUNCATED_IMAGES`` is set; data damaged in the
-    middle then load as far as Pillow lets them. Pillow does not warn, but libtiff writes what it
-    finds wrong with a TIFF to the process's stderr.
+    Args:
+        source: a path, the bytes of a file, or an open file.
+        size: resize the short side to it (bicubic, antialiased) and crop the centre (size, size). A
+            JPEG is decoded near that size, which saves memory.
 
     Raises:
-        BrokenPicture: anything else than such a picture; the message says why.
+        BrokenPicture: the source is no such picture; the message is the reason.
     """
     with quiet():
         return decode(read_picture(source), size)
 
 
-def read_picture(source: str | os.PathLike | bytes | BinaryIO) -> bytes:
+def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
+    """Return the bytes of a picture file, at most ``MAX_BYTES``."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        data = read_file(source, MAX_BYTES)
+        data = _read_file(source, MAX_BYTES)
     else:
         try:
             data = source.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:
-            raise BrokenPicture(sentence(error)) from error
+            raise BrokenPicture(_sentence(error)) from error
     if len(data) > MAX_BYTES:
         raise BrokenPicture(f"it has more than {MAX_BYTES} bytes")
     return data
 
 
-def read_file(path: str | os.PathLike, limit: int) -> bytes:
-    """The bytes of a regular file, at most ``limit``; a pipe or a device is not even opened."""
+def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the bytes of a regular file, at most ``limit``; pipes and devices are not opened."""
     try:
-        check_regular(os.stat(path))
+        _check_regular(os.stat(path))
         # Not blocking, and checked again: the file may have been replaced since.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
-            check_regular(found)
+            _check_regular(found)
             data = b"" if found.st_size > limit else file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BrokenPicture("the file does not exist") from error
     except BrokenPicture:
         raise
     except (OSError, ValueError) as error:
-        raise BrokenPicture(getattr(error, "strerror", None) or sentence(error)) from error
+        raise BrokenPicture(getattr(error, "strerror", None) or _sentence(error)) from error
     if found.st_size > limit or len(data) > limit:
         raise BrokenPicture(f"it has more than {limit} bytes")
     return data
 
 
-def check_regular(found: os.stat_result) -> None:
+def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise BrokenPicture("it is no regular file")
 
 
 def decode(data: bytes, size: int | None) -> torch.Tensor:
-    """:func:`load_picture` of a file's bytes, for callers that are :func:`quiet` already."""
+    """Return as :func:`load_picture`, from a file's bytes; call it within :func:`quiet`."""
     try:
-        with opened(data) as image:
+        with _opened(data) as image:
             return load_rgb(image, size)
     except BrokenPicture:
         raise
-    # Whatever Pillow's decoders meet in hostile bytes: OSError, SyntaxError, struct.error,
-    # MemoryError, KeyError, AssertionError ... their number grows with every format.
+    # Pillow's decoders raise many kinds for damaged data: OSError, SyntaxError, struct.error,
+    # MemoryError, KeyError, AssertionError and more, depending on the format.
     except Exception as error:
-        raise BrokenPicture(sentence(error)) from error
+        raise BrokenPicture(_sentence(error)) from error
 
 
-def opened(data: bytes) -> Image.Image:
-    """Pillow's picture, nothing decoded yet. ``Image.open`` would consult the program's settings."""
-    plugin = plugin_of(data[:16])
+def _opened(data: bytes) -> Image.Image:
+    """Return Pillow's picture, not decoded yet; `Image.open` would depend on global settings."""
+    plugin = _plugin_of(data[:16])
     if plugin is None:
-        known = "JPEG, PNG, WEBP, GIF, BMP, TIFF" + (", AVIF" if has_avif() else "")
+        known = "JPEG, PNG, WEBP, GIF, BMP, TIFF" + (", AVIF" if _has_avif() else "")
         raise BrokenPicture(f"it is no picture in a format that is read ({known})")
     if plugin is WebPImagePlugin.WebPImageFile:
-        check_pixels(*webp_size(data))  # its decoder takes memory as soon as it is opened
-    file = Whole(data)
+        _check_pixels(*_webp_size(data))  # opening allocates the memory
+    file = _WholeFile(data)
     image = plugin(file, "")
     file.cut_short_is_an_error = True
     return image
 
 
-def plugin_of(prefix: bytes) -> type | None:
+def _plugin_of(prefix: bytes) -> Any:
+    """Return the class of Pillow for a file that begins with ``prefix``, or None."""
     if prefix.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile
     if prefix.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -162,20 +170,24 @@ def plugin_of(prefix: bytes) -> type | None:
         return TiffImagePlugin.TiffImageFile
     if prefix[:4] == b"RIFF" and prefix[8:12] == b"WEBP" and WebPImagePlugin.SUPPORTED:
         return WebPImagePlugin.WebPImageFile
-    if has_avif() and prefix[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
+    if (
+        AvifImagePlugin is not None
+        and _has_avif()
+        and prefix[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
+    ):
         return AvifImagePlugin.AvifImageFile
     return None
 
 
-def has_avif() -> bool:
+def _has_avif() -> bool:
     return AvifImagePlugin is not None and AvifImagePlugin.SUPPORTED
 
 
-class Whole(io.BytesIO):
-    """A file that may not end while pixels are read from it.
+class _WholeFile(io.BytesIO):
+    """A file that raises OSError if pixels are read beyond its end.
 
-    With ``ImageFile.LOAD_TRUNCATED_IMAGES``, a setting of the whole program, Pillow would fill up
-    what is missing. A picture that is whole is never read to its end.
+    With ``ImageFile.LOAD_TRUNCATED_IMAGES``, a global setting, Pillow would fill in the missing
+    part. Of a complete picture no byte after the end is read.
     """
 
     cut_short_is_an_error = False
@@ -187,23 +199,26 @@ class Whole(io.BytesIO):
         return data
 
 
-def load_rgb(image: Image.Image, size: int | None) -> torch.Tensor:
+def load_rgb(image: Any, size: int | None) -> torch.Tensor:
+    """Return a picture of Pillow as uint8 (3, H, W); see :func:`load_picture`."""
     if image.format == "JPEG":
-        width, height = draft(image, size)
+        width, height = _draft(image, size)
     elif image.format == "TIFF":
-        # Memory made here: Pillow's own would be bounded by a setting of the whole program.
+        # Allocated here: in Pillow, a global setting would bound it.
         stored = getattr(image, "_tile_size", image.size)
-        check_pixels(*stored)
+        _check_pixels(*stored)
         image.im = Image.new(image.mode, stored).im
     else:
-        check_pixels(*image.size)
-    with one_at_a_time if image.size[0] * image.size[1] > LARGE else contextlib.nullcontext():
-        transparency = transparency_of(image)
+        _check_pixels(*image.size)
+    is_large = image.size[0] * image.size[1] > LARGE
+    with _one_at_a_time if is_large else contextlib.nullcontext():
+        transparency = _transparency_of(image)
         image.load()
         if image.format != "JPEG":
-            width, height = image.size  # of a TIFF, turned by now
-        turn = TRANSPOSE.get(orientation_of(image))
-        image = to_rgb(image, transparency)
+            # A TIFF has been rotated by now.
+            width, height = image.size
+        turn = TRANSPOSE.get(_orientation_of(image))
+        image = _to_rgb(image, transparency)
         if size is not None:
             side = min(width, height)
             left, top = (width - side) / 2, (height - side) / 2
@@ -214,36 +229,38 @@ def load_rgb(image: Image.Image, size: int | None) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def draft(image: Image.Image, size: int | None) -> tuple[float, float]:
-    """Has a JPEG decoded near ``size``; its width and height then, fractions of a pixel included."""
-    whole, width, height = image.size, *image.size
-    in_one_scan = is_one_scan(image)
+def _draft(image: Any, size: int | None) -> tuple[float, float]:
+    """Let a JPEG be decoded near ``size``; return its width and height then, as floats."""
+    whole = image.size
+    width, height = whole
+    in_one_scan = _is_one_scan(image)
     if size is not None:
-        # At least twice the size is left for the resize, as Pillow's reducing_gap has it.
+        # Twice the size at least remains for the resize, as with Pillow's reducing_gap.
         drafted = image.draft(None, (2 * size, 2 * size))
         width, height = drafted[1][2:] if drafted else whole
-    # libjpeg keeps all coefficients of a picture that comes in several scans.
-    check_pixels(*(image.size if in_one_scan else whole))
+    # For a picture in several scans, libjpeg keeps all coefficients in memory.
+    _check_pixels(*(image.size if in_one_scan else whole))
     return width, height
 
 
-def is_one_scan(image: Image.Image) -> bool:
+def _is_one_scan(image: Any) -> bool:
     if image.info.get("progressive"):
         return False
-    # The header of the first scan has just been read; it names all components, or others follow.
+    # The header of the first scan has just been read. If it names all components, it is the only
+    # one.
     count = image.layers
     scan = image.fp.getvalue()[image.fp.tell() - 6 - 2 * count :][:3]
     return scan == bytes((0, 6 + 2 * count, count))
 
 
-def check_pixels(width: int, height: int) -> None:
+def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BrokenPicture(
-            f"it has {width} x {height} pixels to decode, at most {MAX_PIXELS} are taken"
+            f"it has {width} x {height} pixels to decode, expected at most {MAX_PIXELS}"
         )
 
 
-def webp_size(data: bytes) -> tuple[int, int]:
+def _webp_size(data: bytes) -> tuple[int, int]:
     kind, head = data[12:16], data[20:30]
     if kind == b"VP8X":
         return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
@@ -254,17 +271,20 @@ def webp_size(data: bytes) -> tuple[int, int]:
     return width & 0x3FFF, height & 0x3FFF
 
 
-def orientation_of(image: Image.Image) -> int | None:
+def _orientation_of(image: Any) -> int:
+    """Return the EXIF orientation; 1 means upright."""
+    # Pillow rotates a TIFF when it loads it.
     if image.format == "TIFF":
-        return None  # turned by Pillow as it loads
+        return 1
+    # Broken EXIF data raise as many kinds of errors as broken pictures.
     try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # of broken EXIF data, as many kinds as of broken pictures
-        return None
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
 
 
-def transparency_of(image: Image.Image) -> bytes | int | tuple | None:
-    """The transparent colour in the values that the decoded picture has."""
+def _transparency_of(image: Any) -> bytes | int | tuple | None:
+    """Return the transparent colour, in the values of the decoded picture."""
     found = image.info.get("transparency")
     if found is None or image.format != "PNG" or not image.tile:
         return found
@@ -275,10 +295,11 @@ def transparency_of(image: Image.Image) -> bytes | int | tuple | None:
     return min(found * factor, 255) if isinstance(found, int) and factor > 1 else found
 
 
-def to_rgb(image: Image.Image, transparency: bytes | int | tuple | None) -> Image.Image:
+def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return wide_grey(image, transparency)
-    if image.mode == "La":  # has no way to RGBA of its own
+        return _wide_grey(image, transparency)
+    # Pillow cannot convert it to RGBA directly.
+    if image.mode == "La":
         image = image.convert("LA")
     if transparency is not None and image.mode in ("1", "L", "P", "RGB"):
         image.info["transparency"] = transparency
@@ -287,17 +308,18 @@ def to_rgb(image: Image.Image, transparency: bytes | int | tuple | None) -> Imag
         return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    # Before any resize, which would mix in the colours that transparent pixels hide.
+    # Before any resize, which would mix in the hidden colours of transparent pixels.
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def wide_grey(image: Image.Image, transparency: bytes | int | tuple | None) -> Image.Image:
-    """Grey of 16 bits or floats, which Pillow would cut off at 255 instead of scaling it."""
+def _wide_grey(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
+    """Scale grey of 16 bits or floats to 8 bits; Pillow would clip it at 255."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     inverted = tags.get(PHOTOMETRIC) == 0
     values = np.asarray(image)
     if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused as well
+        # In this form, NaN is refused as well.
+        if not (values.min() >= 0 and values.max() <= 1):
             raise BrokenPicture("its floats are not all from 0 to 1, which leaves white undefined")
         grey = np.rint(values * 255).astype(np.uint8)
     elif image.mode == "I" and image.format == "TIFF":
@@ -315,66 +337,72 @@ def wide_grey(image: Image.Image, transparency: bytes | int | tuple | None) -> I
     return Image.fromarray(grey).convert("RGB")
 
 
-def sentence(error: BaseException, most: int = 200) -> str:
+def _sentence(error: BaseException, most: int = 200) -> str:
+    """Return an error of Pillow as one printable sentence."""
     text = " ".join(str(error).split())[:most].rstrip(".")
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    # The others carry no sentence but a missing key or an index, also as what Pillow then raised.
-    told = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
-    if told and text and not isinstance(error.__cause__, (LookupError, TypeError, struct.error)):
+    # Messages of other kinds are a missing key or an index, also as the cause of these.
+    readable = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
+    if (
+        readable
+        and text
+        and not isinstance(error.__cause__, (LookupError, TypeError, struct.error))
+    ):
         return text
     return f"Pillow cannot read it ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def short_side(path: str | os.PathLike) -> int:
-    """Of the picture in a file, from its header alone. Raises as :func:`load_picture`."""
+def short_side(path: str | os.PathLike[str]) -> int:
+    """Return the short side from a picture's header; raises as :func:`load_picture`."""
     try:
-        with quiet(), opened(read_file(path, MAX_BYTES)) as image:
+        with quiet(), _opened(_read_file(path, MAX_BYTES)) as image:
             return min(image.size)
     except BrokenPicture:
         raise
     except Exception as error:
-        raise BrokenPicture(sentence(error)) from error
+        raise BrokenPicture(_sentence(error)) from error
 
 
 def inside(root: Path, name: str) -> Path:
-    """``root / name``. Raises BrokenPicture where that is not below ``root``, be it by a link."""
+    """Return ``root / name``; raise BrokenPicture if that leads outside, by a link too."""
     try:
         path = (root / name).resolve()
         if path.is_relative_to(root.resolve()):
             return path
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, links in a circle
-        raise BrokenPicture(f"it is no name of a file ({sentence(error)})") from error
+    # A zero byte in the name, or a cycle of links.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BrokenPicture(f"it is no name of a file ({_sentence(error)})") from error
     raise BrokenPicture("it leads outside of the folder")
 
 
-class Quiet:
-    """While any thread is inside, Pillow neither warns nor logs; what others warn of is shown.
+class _Quiet:
+    """A context in which Pillow neither warns nor logs; other warnings are shown.
 
-    Filters of warnings belong to the whole program: the first to come sets them and the last to
-    leave puts them back, since threads that restore what they found leave with each other's.
+    Warning filters are global: the first thread that enters sets them, and the last that leaves
+    restores them. If each thread restored what it found, one could restore another's.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
         self.undo: Callable[[], None] | None = None
 
     @contextlib.contextmanager
-    def __call__(self):
+    def __call__(self) -> Iterator[None]:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
-                self.undo = self.silence()
+                self.undo = self._silence()
         try:
             yield
         finally:
             with self.lock:
                 self.inside -= 1
-                if self.inside == 0:
+                if self.inside == 0 and self.undo is not None:
                     self.undo()
 
     @staticmethod
-    def silence() -> Callable[[], None]:
+    def _silence() -> Callable[[], None]:
         stack = contextlib.ExitStack()
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -383,4 +411,4 @@ class Quiet:
         return stack.close
 
 
-quiet = Quiet()
+quiet = _Quiet()

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the texts at hand, or loaded from a folder or the hub."""
+"""Tokenizers: trained on given texts, or loaded from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 from tokenizers import (
     AddedToken,
@@ -30,9 +31,11 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 
-MOST_BYTES = 256 << 20  # of tokenizer.json; those of vocabularies of 256,000 tokens have 30 MB
+# Of tokenizer.json; with 256,000 tokens it has about 30 MB.
+MAX_BYTES = 256 << 20
 TOKENS = ("bos_token", "eos_token", *SPECIAL)
-SETTINGS = {  # what else of tokenizer_config.json is heeded, and of which type
+# Other settings of tokenizer_config.json that are used, and their types.
+SETTINGS: dict[str, tuple[type, ...]] = {
     "model_max_length": (int, float),
     "padding_side": (str,),
     "truncation_side": (str,),
@@ -42,23 +45,35 @@ SETTINGS = {  # what else of tokenizer_config.json is heeded, and of which type
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000, kind: str = "wordpiece"):
-    """Trains a lower-casing tokenizer on ``texts`` and returns a ``PreTrainedTokenizerFast``.
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int = 4000,
+    kind: Literal["wordpiece", "bpe"] = "wordpiece",
+) -> Any:
+    """Train a lower-casing tokenizer on ``texts`` and return a ``PreTrainedTokenizerFast``.
 
-    ``kind`` "wordpiece" (BERT's) or "bpe" (byte level, GPT-2's). A text becomes ``[CLS] ...
-    [SEP]``; ``[PAD]`` has id 0. The vocabulary can be smaller than ``vocab_size`` where the texts
-    hold no more. The same texts give the same tokenizer. ``save_pretrained(folder)`` writes it,
-    ``load_tokenizer(folder)`` reads it back."""
+    A text becomes ``[CLS] ... [SEP]``; ``[PAD]`` has id 0. The same texts give the same tokenizer.
+    ``save_pretrained(folder)`` writes it, ``load_tokenizer(folder)`` loads it.
+
+    Args:
+        texts: empty ones are ignored.
+        vocab_size: the largest vocabulary; few texts give a smaller one.
+        kind: "wordpiece" (BERT's) or "bpe" (byte level, GPT-2's).
+
+    Raises:
+        TypeError: ``texts`` is one string.
+        ValueError: an argument is out of range, or all texts are empty.
+    """
     from transformers import PreTrainedTokenizerFast
 
     if kind not in ("wordpiece", "bpe"):
-        raise ValueError(f"kind takes 'wordpiece' or 'bpe', got {kind!r}")
+        raise ValueError(f"kind: got {kind!r}, expected 'wordpiece' or 'bpe'")
     check_int("vocab_size", vocab_size, len(SPECIAL) + 1)
     if isinstance(texts, str):
-        raise TypeError("texts takes a list of strings, got one string")
+        raise TypeError("texts: got one string, expected a list of strings")
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError("texts takes at least one text that is not empty, got none")
+        raise ValueError("texts: got none, expected at least one text that is not empty")
     tokenizer = _wordpiece(texts, vocab_size) if kind == "wordpiece" else _bpe(texts, vocab_size)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -69,8 +84,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000, kind: str = "w
 
 def _wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
     # The trainer numbers the inner letters ("##a") in the order of a randomly seeded hash table,
-    # and ties between merges go by number. Numbered beforehand, as special tokens of a tokenizer
-    # that is then thrown away, they make the vocabulary the same in every run.
+    # and breaks ties between merges by number. Here they are numbered beforehand, as special tokens
+    # of a temporary tokenizer, so that every run gives the same vocabulary.
     draft = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalize, split = draft.normalizer.normalize_str, draft.pre_tokenizer.pre_tokenize_str
     inner = sorted(
@@ -107,21 +122,29 @@ def _bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(folder_or_hub_name: str | os.PathLike, argument: str = "folder_or_hub_name"):
-    """Loads a tokenizer from a local folder, or by its name on the Hugging Face hub.
+def load_tokenizer(
+    folder_or_hub_name: str | os.PathLike[str],
+    argument: str = "folder_or_hub_name",
+) -> Any:
+    """Load a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
-    Of a folder with tokenizer.json that and the `SETTINGS` of tokenizer_config.json make the
-    tokenizer, whatever class or code it names. Code is never loaded. ``argument`` is its name in
-    errors. Raises ValueError with one sentence where the folder holds no readable tokenizer, or the
-    name is neither a folder nor something the hub (or its local cache, when offline) gives."""
+    From a folder with tokenizer.json, only that file and the `SETTINGS` and tokens in
+    tokenizer_config.json are used, whatever class or code they name. Code is never loaded.
+
+    Args:
+        folder_or_hub_name: a folder, or a name on the hub.
+        argument: the name of that argument in errors.
+
+    Raises:
+        ValueError: the folder has no readable tokenizer, or the name is neither a folder nor known
+            to the hub (or its local cache, when offline).
+    """
     from transformers import AutoTokenizer
 
     name = os.fspath(folder_or_hub_name)
     folder = Path(name)
     if not folder.is_dir() and not _could_be_hub_name(name):
-        raise ValueError(
-            f"{argument} takes a tokenizer folder or a hub name, got {name!r}, which is neither"
-        )
+        raise ValueError(f"{argument}: got {name!r}, expected a tokenizer folder or a hub name")
     try:
         if (folder / "tokenizer.json").is_file():
             return _read_folder(folder)
@@ -130,32 +153,46 @@ def load_tokenizer(folder_or_hub_name: str | os.PathLike, argument: str = "folde
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the tokenizers library raises a bare Exception, and its panics are not even one
-        what = (
-            "a folder without a readable tokenizer"
-            if folder.is_dir()
-            else "no folder and not to be had from the hub"
-        )
-        takes = f"{argument} takes a tokenizer folder or a hub name"
-        raise ValueError(f"{takes}, got {name!r}: {what} ({one_line(error)})") from error
+    # The tokenizers library raises a bare Exception, and its panics derive from BaseException only.
+    except BaseException as error:
+        reason = "the folder has no readable tokenizer"
+        if not folder.is_dir():
+            reason = "it is no folder and not available from the hub"
+        raise ValueError(
+            f"{argument}: got {name!r}, expected a tokenizer folder or a hub name: "
+            f"{reason} ({one_line(error)})"
+        ) from error
 
 
-def _read_folder(folder: Path):
+def _read_folder(folder: Path) -> Any:
+    """Return the tokenizer of a folder with tokenizer.json."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", MOST_BYTES))
+    tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", MAX_BYTES))
     written = _read_settings(folder, "tokenizer_config.json")
-    # As transformers does: what earlier versions of it wrote beside the config counts where the
-    # config lists no added tokens.
-    older = (
-        {}
-        if "added_tokens_decoder" in written
-        else _read_settings(folder, "special_tokens_map.json")
-    )
+    # As in transformers: the special_tokens_map.json of earlier versions is used if the config
+    # lists no added tokens.
+    older: dict[str, Any] = {}
+    if "added_tokens_decoder" not in written:
+        older = _read_settings(folder, "special_tokens_map.json")
     given = {**_usual_settings(folder, written), **written, **older}
     settings = {key: given[key] for key in SETTINGS if key in given}
+    _check_types(settings)
+    # Descriptions of a token in tokenizer.json take precedence over those in the settings.
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for key in TOKENS:
+        if given.get(key) is not None:
+            settings[key] = _token(key, given[key], known)
+    settings |= _extra_tokens(given, known)
+    added = _object(given, "added_tokens_decoder")
+    settings["added_tokens_decoder"] = {
+        int(key): _token("added_tokens_decoder", token, known) for key, token in added.items()
+    }
+    _decode_word_ends(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+def _check_types(settings: dict[str, Any]) -> None:
     for key, kinds in SETTINGS.items():
         if key in settings and (
             not isinstance(settings[key], kinds)
@@ -171,11 +208,10 @@ def _read_folder(folder: Path):
         raise ValueError(
             f"model_input_names: got {one_line(settings['model_input_names'])}, expected strings"
         )
-    # What tokenizer.json says of a token goes before how the settings describe it.
-    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for key in TOKENS:
-        if given.get(key) is not None:
-            settings[key] = _token(key, given[key], known)
+
+
+def _extra_tokens(given: dict[str, Any], known: dict[str, AddedToken]) -> dict[str, Any]:
+    """Return the settings for special tokens other than ``TOKENS``."""
     extra = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
     named = {
         key: token
@@ -185,8 +221,10 @@ def _read_folder(folder: Path):
     named |= _object(given, "model_specific_special_tokens") | (
         extra if isinstance(extra, dict) else {}
     )
-    settings["model_specific_special_tokens"] = {
-        key: _token(key, token, known) for key, token in named.items()
+    settings: dict[str, Any] = {
+        "model_specific_special_tokens": {
+            key: _token(key, token, known) for key, token in named.items()
+        }
     }
     if not isinstance(extra, (dict, list)):
         raise ValueError(
@@ -196,29 +234,22 @@ def _read_folder(folder: Path):
         settings["extra_special_tokens"] = [
             _token("extra_special_tokens", token, known) for token in extra
         ]
-    added = _object(given, "added_tokens_decoder")
-    settings["added_tokens_decoder"] = {
-        int(key): _token("added_tokens_decoder", token, known) for key, token in added.items()
-    }
-    _decode_word_ends(tokenizer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+    return settings
 
 
-def _read_settings(folder: Path, name: str) -> dict:
-    return read_object(folder / name, MOST_BYTES) if (folder / name).is_file() else {}
+def _read_settings(folder: Path, name: str) -> dict[str, Any]:
+    return read_object(folder / name, MAX_BYTES) if (folder / name).is_file() else {}
 
 
-def _object(given: dict, key: str) -> dict:
+def _object(given: dict[str, Any], key: str) -> dict[str, Any]:
     value = given.get(key) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{key}: got {type(value).__name__}, expected an object")
     return value
 
 
-def _usual_settings(folder: Path, written: dict) -> dict:
-    """What the class of transformers that the folder names takes where nothing is written: its
-    tokens and what it returns.
-    """
+def _usual_settings(folder: Path, written: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the class of transformers that the folder names."""
     import transformers
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -234,15 +265,12 @@ def _usual_settings(folder: Path, written: dict) -> dict:
         return {}
     parameters = inspect.signature(kind.__init__).parameters
     tokens = {key: parameters[key].default for key in TOKENS if key in parameters}
-    usual = {
-        key: getattr(kind, key) for key in ("model_input_names", "padding_side", "truncation_side")
-    }
-    return {
-        **usual,
-        **{
-            key: str(token) for key, token in tokens.items() if isinstance(token, (str, AddedToken))
-        },
-    }
+    names = ("model_input_names", "padding_side", "truncation_side")
+    usual = {key: getattr(kind, key) for key in names}
+    for key, token in tokens.items():
+        if isinstance(token, (str, AddedToken)):
+            usual[key] = str(token)
+    return usual
 
 
 def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken | str:
@@ -262,9 +290,7 @@ def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken 
 
 
 def _decode_word_ends(tokenizer: Tokenizer) -> None:
-    """CLIP's marks of a word's end are spaces, which its class in transformers sees to, and not its
-    tokenizer.json.
-    """
+    """Decode CLIP's word ends as spaces, which tokenizer.json alone does not do."""
     suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
     if suffix and isinstance(tokenizer.decoder, decoders.ByteLevel):
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(suffix, " ")])
@@ -280,9 +306,7 @@ def _could_be_hub_name(name: str) -> bool:
 
 
 def _check_vocabulary_folder(folder: Path) -> None:
-    """ValueError where a folder that a class of transformers reads names code, or files for that
-    class to open.
-    """
+    """Raise ValueError if a folder without tokenizer.json names code, or files to open."""
     for name in (
         "tokenizer_config.json",
         "special_tokens_map.json",

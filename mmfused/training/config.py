@@ -1,47 +1,42 @@
-"""What a training run can be told."""
+"""Training configuration."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import get_type_hints
+from os import PathLike
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from mmfused.models.fields import check_field
 
-MODELS = ("fluid", "uniecs", "unica", "moon2", "unite")
-MODALITIES = ("both", "image", "text")
-PRECISIONS = ("auto", "bf16", "off")
-# The papers' own settings, where a preset has any; what is given on the command line goes before
-# them.
-RECIPES = {
-    **{
-        ("fluid", name): {
-            "lr": 2e-5,
-            "weight_decay": 0.01,
-            "epochs": 15,
-            "batch_size": 128,
-            "max_length": 512,
-        }
-        for name in ("paper", "code")
-    },
-    **{
-        ("uniecs", name): {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
-        for name in ("paper", "code")
-    },
-    ("unica", "paper"): {
-        "lr": 2e-5,
-        "epochs": 5,
-        "batch_size": 640,
-        "max_length": 109,
-    },  # of VISTA, its host
-    ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
-    **{
-        ("unite", name): {"lr": 2e-5, "epochs": 1, "batch_size": 1024, "max_length": 2048}
-        for name in ("paper", "code")
-    },
+ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
+Modalities: TypeAlias = Literal["both", "image", "text"]
+Precision: TypeAlias = Literal["auto", "bf16", "off"]
+
+# The papers' own settings, by model and preset. Options of the command line override them.
+_FLUID = {
+    "lr": 2e-5,
+    "weight_decay": 0.01,
+    "epochs": 15,
+    "batch_size": 128,
+    "max_length": 512,
 }
-# What may differ when a run goes on: where it runs and how much of it is shown or kept, not what it
-# computes. Data are known by their content, wherever they lie.
+_UNIECS = {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
+_UNITE = {"lr": 2e-5, "epochs": 1, "batch_size": 1024, "max_length": 2048}
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("fluid", "paper"): _FLUID,
+    ("fluid", "code"): _FLUID,
+    ("uniecs", "paper"): _UNIECS,
+    ("uniecs", "code"): _UNIECS,
+    # max_length is that of VISTA, its host.
+    ("unica", "paper"): {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109},
+    ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
+    ("unite", "paper"): _UNITE,
+    ("unite", "code"): _UNITE,
+}
+# Settings that may change when a run is resumed: they decide where it runs, and what is shown or
+# kept, but not the results. Data are compared by content, not by path.
 FREE = {
     "out",
     "data",
@@ -55,30 +50,66 @@ FREE = {
     "save_every",
     "keep",
 }
+_NAMES = (
+    "out",
+    "data",
+    "val",
+    "products",
+    "text_column",
+    "image_encoder",
+    "text_encoder",
+    "host",
+    "init",
+    "tokenizer",
+)
 
 
 @dataclass
 class TrainConfig:
-    """What one run needs; ``out`` is its folder. Lengths of training: ``steps``, or else
-    ``epochs``.
+    """The settings of one training run.
 
-    A step is one update of the weights, from ``accumulate`` batches of ``batch_size``. ``amp``:
-    "bf16" computes under autocast, "auto" does so on CUDA cards that have bf16. A checkpoint every
-    ``save_every`` steps (None: at every validation) and at the end; the ``keep`` newest stay.
-    ``resume`` goes on from the newest one, if there is any. ``image_encoder``, ``text_encoder``
-    and, for MOON2.0 and UNITE, ``host``: pretrained ones to begin with, folders or names. ``init``:
-    a run or checkpoint of the same model whose weights and tokenizer to begin with, as for UNITE's
-    second stage. ``products``: the catalogue that retrieval models look in, else the data
-    themselves. ``text_column``: of the data, not of the products. ``grad_cache``: items of a batch
-    encoded at a time. Over several ranks (``torchrun``) ``batch_size`` is of all. Raises ValueError
-    for values out of range."""
+    A step is one update of the weights, from ``accumulate`` batches of ``batch_size`` items; over
+    several ranks (``torchrun``) ``batch_size`` counts the items of all ranks. A checkpoint is
+    written every ``save_every`` steps and at the end.
+
+    Args:
+        out: the folder of the run.
+        data: folder with images and metadata.csv, or "generated".
+        val: folder to validate on; None for the generated set, which has its own.
+        products: the catalogue that retrieval models search; None searches the data themselves.
+        text_column: column of ``data`` and ``val``, not of ``products``.
+        model: name of the model.
+        preset: "tiny", or "paper" or "code" for published sizes.
+        model_options: fields of the model's config.
+        image_encoder: pretrained part, a folder or a name.
+        text_encoder: pretrained part, a folder or a name.
+        host: pretrained Qwen2-VL for MOON2.0 and UNITE, a folder or a name.
+        init: run or checkpoint of the same model to start from, with its weights and tokenizer, as
+            for UNITE's second stage.
+        backend: of the ops.
+        amp: "bf16" computes under autocast; "auto" does so on CUDA devices with bfloat16.
+        modalities: the modalities that FLUID sees.
+        steps: length of the training; None takes ``epochs``.
+        epochs: length of the training in passes over the data.
+        grad_cache: number of items of a batch that are encoded at a time; None encodes all.
+        augment: augment pictures; None does so for all but the generated ones.
+        tokenizer: folder or name; None trains one on the texts.
+        val_every: steps between validations; None takes a tenth of the training.
+        save_every: steps between checkpoints; None takes ``val_every``.
+        keep: number of checkpoints to keep, the newest ones.
+        overwrite: replace the run in ``out``.
+        resume: continue from the newest checkpoint in ``out``, if there is any.
+
+    Raises:
+        ValueError: a value is out of range, or two of them exclude each other.
+    """
 
     out: str
     data: str = "generated"
     val: str | None = None
     products: str | None = None
     text_column: str = "text"
-    model: str = "fluid"
+    model: ModelName = "fluid"
     preset: str = "tiny"
     model_options: dict = field(default_factory=dict)
     image_encoder: str | None = None
@@ -86,8 +117,8 @@ class TrainConfig:
     host: str | None = None
     init: str | None = None
     backend: str = "auto"
-    amp: str = "auto"
-    modalities: str = "both"
+    amp: Precision = "auto"
+    modalities: Modalities = "both"
     steps: int | None = None
     epochs: float = 60
     batch_size: int = 64
@@ -118,105 +149,131 @@ class TrainConfig:
     overwrite: bool = False
     resume: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._check_types()
+        first, second = self.betas
+        self.betas = (first, second)
+        self._check_texts()
+        self._check_ranges()
+        self._check_pretrained()
+        self._check_model()
+        if self.overwrite and self.resume:
+            raise ValueError(
+                "overwrite and resume: got both, expected one: a run is replaced or continued"
+            )
+
+    def _check_types(self) -> None:
         kinds = get_type_hints(type(self))
         for entry in fields(self):
-            check_field(entry.name, getattr(self, entry.name), kinds[entry.name])
-        self.betas = tuple(self.betas)
+            value, kind = getattr(self, entry.name), kinds[entry.name]
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            if not choices:
+                check_field(entry.name, value, kind)
+            elif value not in choices:
+                raise ValueError(
+                    f"{entry.name}: got {value!r:.80}, expected one of {', '.join(choices)}"
+                )
+
+    def _check_texts(self) -> None:
         if "\0" in self.out:
             raise ValueError(f"out: got {self.out!r}, expected a folder")
-        for name in "out data val products text_column image_encoder text_encoder host init tokenizer".split():
+        for name in _NAMES:
             value = getattr(self, name)
             if value is not None and not value.strip():
                 raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
-        for name, choices in (("model", MODELS), ("modalities", MODALITIES), ("amp", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-                )
+
+    def _check_ranges(self) -> None:
         for name in ("epochs", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0")
-        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
-            got = f"{self.weight_decay} and {self.betas}"
+        if self.weight_decay < 0:
             raise ValueError(
-                f"weight_decay and betas: got {got}, take a number of at least 0, and two from 0 to below 1"
+                f"weight_decay: got {self.weight_decay}, expected a number of at least 0"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, expected two numbers from 0 to below 1")
         for name in ("swap_text", "drop_image", "drop_text", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, expected a fraction from 0 to 1"
-                )
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value}, expected a fraction from 0 to 1")
         if self.drop_image + self.drop_text > 1:
             raise ValueError(
-                f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, take a sum of at most 1"
+                f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, "
+                "expected a sum of at most 1"
             )
+
+    def _check_pretrained(self) -> None:
         for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
             if getattr(self, name) and self.modalities == absent:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, expected modalities that use it"
+                    f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, "
+                    "expected modalities that use it"
                 )
         for name in ("image_encoder", "text_encoder", "host", "tokenizer"):
             if self.init and getattr(self, name):
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with init, expected none: the run has its own"
+                    f"{name}: got {getattr(self, name)!r} with init, "
+                    "expected none: the run has its own"
                 )
         for name in ("image_encoder", "host"):
             if getattr(self, name) and self.patch_size:
                 raise ValueError(
                     f"patch_size: got {self.patch_size} with {name}, expected none: it has its own"
                 )
-        self.check_task()
-        if self.overwrite and self.resume:
-            raise ValueError(
-                "overwrite and resume: got both, take one: a run is begun anew or gone on with"
-            )
 
-    def check_task(self):
-        """Raises ValueError for what the model has no use for."""
+    def _check_model(self) -> None:
+        """Raise ValueError for settings that the model does not use."""
         hosted = self.model in ("moon2", "unite")
-        for name, fits, takes in (
+        encoders = "fluid, uniecs or unica; moon2 and unite take a host"
+        for name, fits, expected in (
             ("products", self.model != "fluid", "a retrieval model"),
             ("grad_cache", self.model != "fluid", "a retrieval model"),
             ("host", hosted, "moon2 or unite"),
-            ("image_encoder", not hosted, "fluid, uniecs or unica; moon2 and unite take a host"),
-            ("text_encoder", not hosted, "fluid, uniecs or unica; moon2 and unite take a host"),
+            ("image_encoder", not hosted, encoders),
+            ("text_encoder", not hosted, encoders),
         ):
-            if getattr(self, name) is not None and not fits:
+            value = getattr(self, name)
+            if value is not None and not fits:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with model {self.model!r}, expected {takes}"
+                    f"{name}: got {value!r} with model {self.model!r}, expected {expected}"
                 )
         if self.model != "fluid" and self.modalities != "both":
             raise ValueError(
-                f"modalities: got {self.modalities!r} with model {self.model!r}, expected 'both': it embeds each view"
+                f"modalities: got {self.modalities!r} with model {self.model!r}, "
+                "expected 'both': it embeds each view"
             )
         if self.grad_cache and self.accumulate > 1:
             raise ValueError(
-                f"accumulate: got {self.accumulate} with grad_cache, expected 1: the batch is one, in chunks"
+                f"accumulate: got {self.accumulate} with grad_cache, "
+                "expected 1: grad_cache splits one batch into chunks"
             )
 
-    def to_dict(self) -> dict:
-        """Plain values that JSON holds and gives back the same."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that survive a round trip through JSON."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
-        """The inverse of :meth:`to_dict`. Raises ValueError for an unknown name, and as the class."""
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a name is unknown, "out" is missing, or a value is out of range.
+        """
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
-        if unknown or "out" not in values:
-            raise ValueError(
-                f"{', '.join(unknown)}: a training has no such setting"
-                if unknown
-                else "out is missing"
-            )
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: a training has no such setting")
+        if "out" not in values:
+            raise ValueError("out is missing")
         return cls(**values)
 
-    def check_same(self, saved: dict, where) -> None:
-        """Raises ValueError naming the first value that differs from ``saved``, the ``to_dict`` of
-        the run in ``where``.
+    def check_same(self, saved: Mapping[str, Any], where: str | PathLike[str]) -> None:
+        """Raise ValueError naming the first setting that differs from those ``saved`` in ``where``.
+
+        Settings in ``FREE`` may differ.
         """
         for name, value in self.to_dict().items():
             if name in saved and name not in FREE and saved[name] != value:
                 raise ValueError(
-                    f"resume: {name} is {value!r}, but {where} was trained with {saved[name]!r}; take that one"
+                    f"resume: {name} is {value!r}, but {where} was trained with {saved[name]!r}; "
+                    "use that one"
                 )

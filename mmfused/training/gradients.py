@@ -1,26 +1,41 @@
-"""Gradients of one step: of batches one after the other, of one contrastive batch in chunks
-(GradCache), and over ranks.
-"""
+"""Gradients of a step: from several batches, from one batch in chunks (GradCache), over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfused.distributed import in_group
 
+Items: TypeAlias = dict[str, Tensor]
 
-def add_gradients(model, batches: Iterable[dict], count: int, amp: bool = False):
-    """Adds the gradient of the mean loss of ``count`` batches, one after the other in memory; (mean
-    loss, mean terms), detached.
 
-    A batch holds the arguments of ``model``. For losses that are means over samples, and batches of
-    one size, that is the gradient of the one big batch. It is not for what couples samples: a
-    contrastive loss takes its negatives, a balance loss its shares, and BatchNorm its statistics
-    from one micro-batch; for the first there is :func:`add_cached_gradients`."""
+def add_gradients(
+    model: Any,
+    batches: Iterable[dict[str, Any]],
+    count: int,
+    amp: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradient of the mean loss of ``count`` batches, with one at a time in memory.
+
+    For losses that are means over samples, and batches of one size, that is the gradient of the one
+    large batch. Losses that couple samples differ: a contrastive loss takes its negatives, a
+    balance loss its shares, and BatchNorm its statistics from one batch only. For contrastive
+    losses there is :func:`add_cached_gradients`.
+
+    Args:
+        model: called with each batch as keyword arguments.
+        batches: on any device.
+        count: number of batches.
+        amp: compute under bfloat16 autocast.
+
+    Returns:
+        The mean loss, and the means of its terms by name, detached.
+    """
     sums: dict[str, Tensor] = {}
     device = next(model.parameters()).device
     for batch in batches:
@@ -32,97 +47,117 @@ def add_gradients(model, batches: Iterable[dict], count: int, amp: bool = False)
     return sums.pop(""), sums
 
 
-def add_cached_gradients(model, batch: dict[str, dict], chunk: int, amp: bool = False):
-    """As :func:`add_gradients` of one batch of a retrieval model, whose items are encoded ``chunk``
-    at a time: GradCache.
+def add_cached_gradients(
+    model: Any,
+    batch: dict[str, Items],
+    chunk: int,
+    amp: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradient of one batch of a retrieval model, encoding ``chunk`` items at a time.
 
-    Gao et al. 2021 (arXiv 2101.06983): encode without a graph, take the loss's gradient with
-    respect to the encoded rows, encode each chunk again and go on backwards from there. Exact, for
-    twice the forward passes and the memory of one chunk; each chunk draws the same dropout again.
-    What a model averages over items (MOON2.0's balance loss) becomes the mean of the chunks'."""
+    GradCache (Gao et al. 2021, arXiv 2101.06983): encode without a graph, take the loss's gradient
+    with respect to the encoded rows, then encode each chunk again and backpropagate from there. The
+    result is exact, for twice the forward passes and the memory of one chunk: the second encoding
+    draws the same dropout. Means over items (MOON2.0's balance loss) become means over chunks.
+
+    Returns:
+        The loss, and its terms by name, detached.
+    """
     device = next(model.parameters()).device
     batch = to_device(batch, device)
-    cached: dict[str, list] = {role: [] for role in batch}
-    states: dict[str, list] = {role: [] for role in batch}
+    cached: dict[str, list[Items]] = {role: [] for role in batch}
+    states: dict[str, list[list[Tensor]]] = {role: [] for role in batch}
     for role, items in batch.items():
-        for part in chunks(items, chunk):
-            states[role].append(random_state(device))
+        for part in _chunks(items, chunk):
+            states[role].append(_random_state(device))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 cached[role].append(model.encode_part(role, part))
-    leaves = {role: joined(parts, batch[role]["labels"], chunk) for role, parts in cached.items()}
+    leaves = {role: _join(parts, batch[role]["labels"], chunk) for role, parts in cached.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         output = model.compare(**leaves)
     output.loss.backward()
-    after = random_state(device)
+    after = _random_state(device)
     for role, items in batch.items():
-        total = len(items["labels"])
-        for i, part in enumerate(chunks(items, chunk)):
-            set_random_state(states[role][i], device)
+        for index, part in enumerate(_chunks(items, chunk)):
+            _set_random_state(states[role][index], device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                again = model.encode_part(role, part)
-            pairs = []
-            for name, leaf in leaves[role].items():
-                if leaf.requires_grad and leaf.grad is not None and again[name].requires_grad:
-                    share = len(part["labels"]) / max(total, 1)
-                    rows = slice(i * chunk, (i + 1) * chunk)
-                    pairs.append(
-                        (again[name], leaf.grad[rows] if leaf.dim() else leaf.grad * share)
-                    )
-            if pairs:
-                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-    set_random_state(after, device)
+                encoded = model.encode_part(role, part)
+            rows = slice(index * chunk, (index + 1) * chunk)
+            share = len(part["labels"]) / max(len(items["labels"]), 1)
+            _backward(encoded, leaves[role], rows, share)
+    _set_random_state(after, device)
     return output.loss.detach(), {name: value.detach() for name, value in output.losses.items()}
 
 
-def chunks(items: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    count = len(items["labels"])
-    starts = range(0, max(count, 1), size)  # of no rows, one chunk of none
+def _backward(
+    encoded: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
+    rows: slice,
+    share: float,
+) -> None:
+    """Backpropagate the gradients of ``leaves`` through one chunk's encoding.
+
+    ``rows`` are the chunk's; a scalar leaf gives it ``share`` of its gradient.
+    """
+    tensors: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for name, leaf in leaves.items():
+        if leaf.requires_grad and leaf.grad is not None and encoded[name].requires_grad:
+            tensors.append(encoded[name])
+            gradients.append(leaf.grad[rows] if leaf.dim() else leaf.grad * share)
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
+
+
+def _chunks(items: Items, size: int) -> list[Items]:
+    """Split items into chunks; without items there is one empty chunk."""
+    starts = range(0, max(len(items["labels"]), 1), size)
     return [
         {name: value[first : first + size] for name, value in items.items()} for first in starts
     ]
 
 
-def joined(parts: list[dict[str, Tensor]], labels: Tensor, chunk: int) -> dict[str, Tensor]:
-    """The chunks' rows one below the other and the weighted means of what is a mean, as leaves."""
+def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
+    """Concatenate the rows of the chunks, and average scalars over items; return leaves."""
     shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
-    leaves = {}
+    leaves: Items = {}
     for name, first in parts[0].items():
         values = [part[name] for part in parts]
-        value = (
-            torch.cat(values)
-            if first.dim()
-            else sum(v * share for v, share in zip(values, shares, strict=True))
-        )
+        if first.dim():
+            value = torch.cat(values)
+        else:
+            weighted = [v * share for v, share in zip(values, shares, strict=True)]
+            value = sum(weighted[1:], start=weighted[0])
         leaves[name] = value.requires_grad_() if value.is_floating_point() else value
     return leaves
 
 
-def to_device(batch, device: torch.device):
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a tensor, or a nested dict of tensors, on ``device``."""
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device, non_blocking=True)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    )
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
 
 
 @torch.no_grad()
-def average_gradients(model) -> None:
-    """The mean of each gradient over the ranks, in one message per dtype; a rank without one counts
-    as zeros.
-    """
+def average_gradients(model: nn.Module) -> None:
+    """Average each gradient over ranks, in one message per dtype; a missing one counts as zeros."""
     if not in_group():
         return
-    groups: dict[torch.dtype, list] = {}
+    groups: dict[torch.dtype, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
@@ -132,7 +167,6 @@ def average_gradients(model) -> None:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))

@@ -1,18 +1,20 @@
-"""A trained model with all that measuring it needs: its tokenizer, its batches, how it computes."""
+"""A trained model with everything needed to measure it: tokenizer, batches, device, precision."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS
-from mmfused.training.run_folder import load_saved, read_settings, sha256
+from mmfused.training.datasets import load_folder
+from mmfused.training.files import sha256
+from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
     check_backend,
-    load_folder,
     make_collate,
     make_val_batches,
     pick_device,
@@ -21,30 +23,44 @@ from mmfused.training.setup import (
 
 
 class Trained:
-    """``settings`` as the run has them; ``model`` on its device, in evaluation mode."""
+    """A trained model in evaluation mode, on ``device``.
 
-    def __init__(self, folder: Path, model, tokenizer, settings: dict, device: torch.device):
-        self.name, self.task = (
-            settings["training"]["model"],
-            MODELS[settings["training"]["model"]].task,
-        )
-        self.folder, self.tokenizer, self.settings, self.device = (
-            folder,
-            tokenizer,
-            settings,
-            device,
-        )
+    Args:
+        folder: of the run or checkpoint.
+        model: the model.
+        tokenizer: its tokenizer.
+        settings: those saved in the folder.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        settings: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.device = device
         self.model = model.to(device)
+        self.name: str = settings["training"]["model"]
+        self.task: str = MODELS[self.name].task
         self.amp = use_amp(settings["training"].get("amp", "off"), device)
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the weights."""
         return sha256(self.folder / "model.safetensors")
 
     def must_retrieve(self, command: str) -> None:
+        """Raise ValueError unless it is a retrieval model."""
         if self.task != "retrieval":
             raise ValueError(
-                f"checkpoint: {self.folder} holds {self.name}, a classifier; {command} takes a retrieval model"
+                f"{command}: checkpoint: got {self.folder}, which holds {self.name}, a classifier, "
+                "expected a retrieval model"
             )
 
     def batches(
@@ -54,26 +70,23 @@ class Trained:
         text_column: str = "text",
         num_classes: int | None = None,
         name: str = "data",
-    ) -> tuple[object, product_data.Batches]:
-        """The items of a folder, or of the generated validation set, and batches of them in order.
+    ) -> tuple[Any, product_data.Batches]:
+        """Return the items of a folder, or of the generated validation set, and their batches.
 
-        ``name`` is the argument's in errors. With ``num_classes``, rows of a label that is not
-        below it are among the skipped ones."""
+        Args:
+            data: the folder, or "generated".
+            batch_size: None takes the one of training's validation.
+            text_column: column of metadata.csv.
+            num_classes: rows with a label that is not below it are skipped.
+            name: the argument that named the folder, for errors.
+        """
+        size = self.model.picture_size
         if data == "generated":
             rows = product_data.GeneratedProducts("val")
         else:
-            options = {
-                "image_size": self.model.picture_size,
-                "text_column": text_column,
-                "num_classes": num_classes,
-            }
-            rows = load_folder(name, data, **options)
-        collate = make_collate(
-            self.tokenizer,
-            self.model.picture_size,
-            self.settings["training"]["max_length"],
-            self.model.config,
-        )
+            rows = load_folder(name, data, size, text_column, num_classes)
+        max_length = self.settings["training"]["max_length"]
+        collate = make_collate(self.tokenizer, size, max_length, self.model.config)
         return rows, make_val_batches(rows, collate, batch_size or VAL_BATCH_SIZE)
 
 
@@ -83,8 +96,12 @@ def load_trained(
     device: str = "auto",
     threads: int | None = None,
 ) -> Trained:
-    """Raises as :func:`mmfused.training.run_folder.load_run`, and ValueError for a backend or
-    device that is not to be had.
+    """Load the run or checkpoint in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file is damaged, as :func:`mmfused.training.run_folder.load_run` describes, or
+            backend or device are not available.
     """
     where = pick_device(device)
     settings = read_settings(Path(folder))

@@ -1,292 +1,170 @@
-"""Training on product data: one loop, used by ``mmfused train`` and ``mmfused demo``.
-
-A run is a folder: ``metrics.jsonl`` and ``checkpoints/`` grow while training;
-``model.safetensors``, ``config.json``, ``tokenizer/``, ``summary.json`` and ``curves.png`` are
-there, whole, when it ends. ``load_run`` reads it back. A run that was stopped or killed goes on
-from its newest checkpoint, on a CPU bit for bit as if nothing had happened."""
+"""The training loop: steps, validation, records and checkpoints."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import statistics
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import mmfused
-from mmfused.data._common import torch_generator
 from mmfused.extras import from_extra
 from mmfused.models import MODELS
 from mmfused.models.retrieval import RetrievalModel
+from mmfused.training import checkpoint as checkpoints
 from mmfused.training.config import TrainConfig
+from mmfused.training.folder_lock import Lock
 from mmfused.training.gradients import average_gradients
 from mmfused.training.metrics import peak_memory
-from mmfused.training.ownership import MARK, Lock, is_mark, same_file
-from mmfused.training.ranks import check_agreement, join_ranks, refused_together, stop_together
-from mmfused.training.run_folder import (
-    SCORE_OF_TASK,
-    build_saved,
-    check_whole,
-    is_finished,
-    load_own_tokenizer,
-    load_run,
-    save_run,
-)
-from mmfused.training.setup import (
-    SPLITS,
-    build_model,
-    check_backend,
-    check_init,
-    check_rows,
-    image_sizes,
-    load_catalogue,
-    load_data,
-    load_or_train_tokenizer,
-    load_pretrained,
-    pick_device,
-    picture_size,
-    use_amp,
-)
-from mmfused.training.start import (
-    FINISHED,
-    SCORES,
-    as_line,
-    begin,
-    check_history,
-    find_start,
-    finished_summary,
-    is_due,
-    read_history,
-)
-from mmfused.training.steps import drop_modalities, learning_rate, make_optimizer
-from mmfused.training.tasks import TASKS
-
-from . import checkpoint as checkpoints
+from mmfused.training.optimizer import learning_rate, make_optimizer
+from mmfused.training.ranks import refused_together, stop_together
+from mmfused.training.records import Records, check_history, is_due, read_history
+from mmfused.training.resume import SCORES, Checkpoint
+from mmfused.training.run_folder import SCORE_OF_TASK, check_complete, save_run
+from mmfused.training.signals import Stopped, StopRequest, stop_on_signals
+from mmfused.training.tasks import Task, drop_modalities
 
 with from_extra("models"):
     from tqdm import tqdm
 
-__all__ = ["TrainConfig", "load_run", "train"]
-logger = logging.getLogger(__name__)
-MOST_STEPS = 10**12
-
-
-def train(config: TrainConfig) -> dict:
-    """Trains the model of ``config`` and returns the summary that is also written to
-    ``summary.json``.
-
-    With ``config.resume`` it goes on from the newest checkpoint in ``out``; where the run there is
-    finished, its summary is returned and nothing touched; where there is nothing yet, it begins.
-
-    Raises ValueError for unusable data, a backend that cannot run, or a checkpoint of other
-    settings or data, FileNotFoundError for a missing data folder, and FileExistsError where ``out``
-    holds another run and neither ``overwrite`` nor ``resume`` is set, files that no run made, or a
-    run that another process writes: all before a file is touched. Raises ``checkpoint.Stopped``
-    when SIGTERM or SIGINT asked it to stop (in the main thread), after saving a checkpoint, and
-    RuntimeError where the loss is not finite, or where at the end a file is missing that it wrote.
-
-    Over ranks, all raise where one does: that one its own error, the others
-    ``ranks.OtherRankError``, which quotes it; and ValueError where their settings, rows or numbers
-    of steps differ."""
-    out = Path(config.out)
-    rank, world = join_ranks(pick_device(config.device))
-    shared = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("threads", "device", "progress")
-    }
-    check_agreement({**shared, "mmfused": mmfused.__version__})
-    with ExitStack() as stack:
-        with refused_together():
-            lock = (
-                stack.enter_context(Lock(out))
-                if rank == 0 and is_mark(out / MARK) and not is_finished(out)
-                else None
-            )
-            found = find_start(config, out)
-        check_agreement({"finished": found is FINISHED})
-        if found is FINISHED:
-            with refused_together():
-                return finished_summary(config, out)
-        with refused_together():
-            training = prepare(config, found, rank, world)
-        check_agreement(training.agreed())
-        with refused_together():
-            if rank == 0:
-                training.lock = lock or stack.enter_context(Lock(out))
-                begin(config, out, found, training.step, training.lock.was_there)
-        with mmfused.backend(config.backend):
-            return training.run()
-
-
-def prepare(config, found: tuple[Path, dict] | None, rank: int = 0, world: int = 1) -> Training:
-    """Everything up to the first step, or up to the step of the checkpoint that was ``found``;
-    writes nothing.
-    """
-    device = pick_device(config.device)
-    amp = use_amp(config.amp, device)
-    check_backend(config.backend, device, torch.bfloat16 if amp else torch.float32)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kind = MODELS[config.model]
-    if found:
-        model = build_saved(found[1]["settings"], found[0])
-        size = model.picture_size
-    else:
-        check_init(config)
-        pretrained, sizes = load_pretrained(config), image_sizes(config)
-        size = picture_size(config, pretrained, *sizes)
-    train_set, val_set = load_data(config, size)
-    products = load_catalogue(config, size)
-    data = (train_set, val_set, products)
-    torch.manual_seed(config.seed)
-    if found:
-        check_rows(config, found[1]["settings"]["rows"], *data)
-        tokenizer = kind.config.prepare_tokenizer(load_own_tokenizer(found[0]))
-    else:
-        tokenizer = load_or_train_tokenizer(config, train_set, products)
-        model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained)
-    model = model.to(device)
-    task = TASKS[kind.task](config, tokenizer, model.picture_size, model.config, *data, rank, world)
-    given = [split for split in data if split is not None]
-    about = {
-        "settings": {
-            "model": model.config.to_dict(),
-            "training": config.to_dict(),
-            "image_size": model.picture_size,
-            "rows": {
-                name: split.digest
-                for name, split in zip(SPLITS, data, strict=True)
-                if split is not None
-            },
-        },
-        "facts": {
-            "train_rows": len(train_set),
-            "val_rows": len(val_set),
-            "skipped": [s for split in given for s in split.skipped],
-        },
-    }
-    training = Training(config, model, tokenizer, task, amp, rank, **about)
-    if found:
-        training.go_on_from(*found)
-    if rank > 0:  # dropout of its own; the first rank's is the one that a checkpoint holds
-        torch.manual_seed(torch_generator(config.seed, training.step, rank).initial_seed())
-    return training
+MAX_STEPS = 10**12
 
 
 class Training:
-    """The loop, and all that changes while it runs.
+    """The loop, and all of its state that changes.
 
-    ``settings`` rebuild the model and tell the data apart from others, ``facts`` belong to the
-    summary."""
+    Args:
+        config: the settings.
+        model: on its device.
+        tokenizer: saved with the model; hidden texts are made of its tokens.
+        task: batches, gradients and scores.
+        amp: compute under bfloat16 autocast.
+        rank: of this process.
+        settings: saved with each checkpoint and with the run.
+        facts: about the data, for the summary.
+    """
 
     def __init__(
         self,
-        config,
-        model,
-        tokenizer,
-        task,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
         amp: bool,
         rank: int,
-        settings: dict,
-        facts: dict,
-    ):
-        self.config, self.model, self.tokenizer, self.amp = config, model, tokenizer, amp
-        self.task, self.batches, self.main = task, task.batches, rank == 0
-        self.task_name = MODELS[config.model].task
-        self.score = SCORE_OF_TASK[self.task_name]
-        self.settings = {"mmfused": mmfused.__version__, **settings}
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.batches = task.batches
+        self.amp = amp
+        self.main = rank == 0
+        self.settings = settings
         self.facts = facts
         self.out = Path(config.out)
-        self.device = next(model.parameters()).device
-        self.steps = config.steps or max(
-            1, round(config.epochs * len(self.batches) / config.accumulate)
-        )
-        if self.steps > MOST_STEPS:
-            raise ValueError(
-                f"epochs: got {config.epochs}, which are {self.steps} steps, expected at most {MOST_STEPS} of them"
-            )
+        self.device: torch.device = next(model.parameters()).device
+        self.steps = self._number_of_steps()
         self.val_every = config.val_every or max(1, math.ceil(self.steps / 10))
         self.save_every = config.save_every or self.val_every
         self.optimizer = make_optimizer(model, config)
         self.generators = {"drop": torch.Generator().manual_seed(config.seed)}
+        self.records = Records(self.out / "metrics.jsonl", self.main)
         self.step = 0
-        self.saved: tuple[int, Path] | None = None  # step and folder of the newest checkpoint
-        self.lock: Lock | None = None  # on the folder, of the first rank
-        self.log: BinaryIO | None = None
-        self.history = {"train": [], "val": []}
-        self.metrics_bytes = 0
-        self.seconds_before = 0.0  # of the processes that this one goes on from
-        self.window = 0  # steps since the last record
+        # Step and folder of the newest checkpoint.
+        self.saved: tuple[int, Path] | None = None
+        # The first rank's lock on the folder.
+        self.lock: Lock | None = None
+        # Time of the processes before this one.
+        self.seconds_before = 0.0
+        self.steps_since_record = 0
 
-    def go_on_from(self, path: Path, state: dict):
-        """Raises ValueError where the checkpoint does not fit the model, or ``metrics.jsonl`` lacks
-        records it had.
+    def _number_of_steps(self) -> int:
+        config = self.config
+        epochs = round(config.epochs * len(self.batches) / config.accumulate)
+        steps = config.steps or max(1, epochs)
+        if steps > MAX_STEPS:
+            raise ValueError(
+                f"epochs: got {config.epochs}, which are {steps} steps, "
+                f"expected at most {MAX_STEPS} of them"
+            )
+        return steps
+
+    def restore(self, found: Checkpoint) -> None:
+        """Load a checkpoint and the records up to it.
+
+        Raises:
+            ValueError: it does not fit the model, or ``metrics.jsonl`` lacks records.
         """
+        path, state = found
         if state["step"] > self.steps:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, expected at most {self.steps}, the last one"
+                f"resume: {path} is of step {state['step']}, expected at most {self.steps}, "
+                "the last one"
             )
-        self.history = read_history(
-            self.out / "metrics.jsonl", state["metrics_bytes"], SCORES[self.task_name]
-        )
+        records = self.records
+        scores = SCORES[MODELS[self.config.model].task]
+        records.history = read_history(records.path, state["metrics_bytes"], scores)
+        records.size = state["metrics_bytes"]
         check_history(
-            self.history,
+            records.history,
             state["step"],
             self.steps,
             self.config.log_every,
             self.val_every,
-            self.out / "metrics.jsonl",
+            records.path,
         )
         checkpoints.restore(path, self.model, self.optimizer, self.generators)
-        self.step, self.saved = state["step"], (state["step"], path)
-        self.metrics_bytes, self.seconds_before = state["metrics_bytes"], state["seconds"]
+        self.step = state["step"]
+        self.saved = (state["step"], path)
+        self.seconds_before = state["seconds"]
 
-    def run(self) -> dict:
-        """Up to the last step, and the summary; or to a signal: then it saves a checkpoint and
-        raises ``Stopped``.
+    def shared(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, so that all make the same steps."""
+        rows = {f"{name}'s rows": digest for name, digest in self.settings["rows"].items()}
+        return {**rows, "steps": self.steps, "step": self.step, "batches": len(self.batches)}
+
+    def run(self) -> dict[str, Any]:
+        """Train up to the last step, write the result and return the summary.
+
+        Raises:
+            Stopped: a signal came; a checkpoint was saved.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.begun = self.since = time.perf_counter()
-        title = f"{self.config.model} {self.config.backend}"
-        shown = {
-            "disable": not (self.config.progress and self.main),
-            "unit": "step",
-            "initial": self.step,
-        }
+        progress = tqdm(
+            total=self.steps,
+            desc=f"{self.config.model} {self.config.backend}",
+            disable=not (self.config.progress and self.main),
+            unit="step",
+            initial=self.step,
+        )
         try:
             with refused_together():
-                self.log = open(self.out / "metrics.jsonl" if self.main else os.devnull, "ab")
-                if self.main:
-                    self.log.truncate(
-                        self.metrics_bytes
-                    )  # steps after the checkpoint are made again
-            with (
-                tqdm(total=self.steps, desc=title, **shown) as self.bar,
-                checkpoints.stop_on_signals() as stop,
-            ):
+                self.records.open()
+            with progress as self.bar, stop_on_signals() as stop:
                 self.loop(stop)
             with refused_together():
                 return self.finish()
         finally:
-            if self.log is not None:
-                self.log.close()
+            self.records.close()
 
-    def loop(self, stop: checkpoints.StopRequest):
+    def loop(self, stop: StopRequest) -> None:
+        """Make steps until the last one; validate and save when due."""
         self.model.train()
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
             signum = stop_together(stop)
-            # A signal does not wait for a validation; the run that goes on makes up for it here.
+            # A signal interrupts a validation; the resumed run makes up for it here.
             if self.is_due(self.val_every) and self.validated_step() < self.step:
                 with refused_together():
                     self.validate(stop)
@@ -295,7 +173,8 @@ class Training:
                 if (self.is_due(self.save_every) or signum) and not self.is_saved():
                     self.save()
             if signum:
-                raise checkpoints.Stopped(signum, self.step, str(self.saved[1]))
+                assert self.saved is not None
+                raise Stopped(signum, self.step, str(self.saved[1]))
             if self.step == self.steps:
                 return
             loss, terms, rate = self.advance(stream)
@@ -303,153 +182,155 @@ class Training:
                 self.report(loss, terms, rate)
 
     def is_due(self, every: int) -> bool:
+        """Return whether something done ``every`` so many steps is due now."""
         return is_due(self.step, every, self.steps)
 
     def validated_step(self) -> int:
-        return self.history["val"][-1]["step"] if self.history["val"] else 0
-
-    def finish(self) -> dict:
-        summary = self.summary()
-        if self.main:
-            self.keep_folder()
-            save_run(self.out, self.settings, self.model, self.tokenizer, summary, self.history)
-            check_whole(self.out, self.metrics_bytes)
-        return summary
+        """Return the step of the newest validation."""
+        last = self.records.last_val
+        return last["step"] if last else 0
 
     def is_saved(self) -> bool:
-        return (
-            self.saved is not None
-            and self.saved[0] == self.step
-            and (self.saved[1].is_dir() or not self.main)
-        )
+        """Return whether this step has a checkpoint."""
+        if self.saved is None or self.saved[0] != self.step:
+            return False
+        return self.saved[1].is_dir() or not self.main
 
-    def advance(self, stream) -> tuple:
-        """One step from the next batches of ``stream``: its loss, the loss's terms, its learning
-        rate.
-        """
-        c = self.config
-        rate = learning_rate(self.step, self.steps, c.lr, c.warmup)
+    def advance(
+        self,
+        stream: Iterator[dict[str, Any]],
+    ) -> tuple[Tensor, dict[str, Tensor], float]:
+        """Make one step from the next batches; return its loss, the loss's terms and its rate."""
+        config = self.config
+        rate = learning_rate(self.step, self.steps, config.lr, config.warmup)
         if isinstance(self.model, RetrievalModel):
             self.model.set_progress(self.step / self.steps)
-        batches = map(self.hide, islice(stream, c.accumulate))
+        count = config.accumulate
+        batches = map(self.drop, islice(stream, count))
         loss, terms = update(
-            self.model, self.optimizer, self.task, batches, c.accumulate, rate, c.clip, self.amp
+            self.model, self.optimizer, self.task, batches, count, rate, config.clip, self.amp
         )
         self.step += 1
-        self.window += 1
+        self.steps_since_record += 1
         return loss, terms, rate
 
-    def report(self, loss, terms: dict, rate: float):
-        """Where that is due, a line of ``metrics.jsonl``. Raises RuntimeError where the loss is not
-        finite.
+    def drop(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with some images and texts hidden, as ``drop_image`` and so on tell."""
+        config = self.config
+        if config.modalities != "both" or config.drop_image + config.drop_text == 0:
+            return batch
+        drop = partial(
+            drop_modalities,
+            image=config.drop_image,
+            text=config.drop_text,
+            generator=self.generators["drop"],
+            tokenizer=self.tokenizer,
+        )
+        return self.task.map_items(batch, drop)
+
+    def report(self, loss: Tensor, terms: dict[str, Tensor], rate: float) -> None:
+        """Record the step if that is due.
+
+        Raises:
+            RuntimeError: the loss is not finite.
         """
-        c = self.config
-        if self.is_due(c.log_every):
-            if not math.isfinite(loss):
+        config = self.config
+        if self.is_due(config.log_every):
+            value = float(loss)
+            if not math.isfinite(value):
                 raise RuntimeError(
-                    f"the loss is {float(loss)} at step {self.step}: lower lr ({c.lr}) or clip ({c.clip})"
+                    f"the loss is {value} at step {self.step}: "
+                    f"lower lr ({config.lr}) or clip ({config.clip})"
                 )
-            seconds = (time.perf_counter() - self.since) / self.window
-            terms = {name: float(value) for name, value in terms.items()}
-            self.record(
-                "train",
-                {"step": self.step, "loss": float(loss), **terms, "lr": rate, "seconds": seconds},
-            )
-            score = (
-                f", {self.score} {self.history['val'][-1][self.score]:.1%}"
-                if self.history["val"]
-                else ""
-            )
-            self.bar.set_postfix_str(f"loss {loss:.3f}{score}, {seconds:.3f} s/step", refresh=False)
+            seconds = (time.perf_counter() - self.since) / self.steps_since_record
+            numbers = {name: float(term) for name, term in terms.items()}
+            record = {"step": self.step, "loss": value, **numbers, "lr": rate, "seconds": seconds}
+            self.records.add("train", record)
+            text = f"loss {value:.3f}{self._shown_score()}, {seconds:.3f} s/step"
+            self.bar.set_postfix_str(text, refresh=False)
             self.restart_clock()
         self.bar.update()
 
-    def hide(self, batch: dict) -> dict:
-        c = self.config
-        if c.modalities != "both" or c.drop_image + c.drop_text == 0:
-            return batch
-        hidden = partial(
-            drop_modalities, generator=self.generators["drop"], tokenizer=self.tokenizer
-        )
-        return self.task.hide(batch, partial(hidden, image=c.drop_image, text=c.drop_text))
+    def _shown_score(self) -> str:
+        score = SCORE_OF_TASK[MODELS[self.config.model].task]
+        last = self.records.last_val
+        return f", {score} {last[score]:.1%}" if last else ""
 
-    def validate(self, stop):
+    def validate(self, stop: StopRequest) -> None:
+        """Record the scores of the validation set, unless a signal comes."""
         result = self.task.evaluate(self.model, self.amp, stop)
         if result is not None:
-            self.record("val", {"step": self.step, **result})
+            self.records.add("val", {"step": self.step, **result})
         self.restart_clock()
 
-    def save(self):
-        """The records first: a checkpoint says how many bytes of them are its own, so they must be
-        on the disk.
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Its ``metrics_bytes`` counts the records up to it, which must be on the disk first.
         """
+        folder = self.out / "checkpoints"
         if not self.main:
-            self.saved = self.step, self.out / "checkpoints"
+            self.saved = (self.step, folder)
             return
         self.keep_folder()
-        os.fsync(self.log.fileno())
+        self.records.sync()
         epoch, batch = divmod(self.step * self.config.accumulate, len(self.batches))
         state = {
             "step": self.step,
             "next_batch": {"epoch": epoch, "batch": batch},
-            "metrics_bytes": self.metrics_bytes,
+            "metrics_bytes": self.records.size,
             "seconds": self.seconds(),
             "settings": self.settings,
         }
-        parts = (self.model, self.optimizer, self.generators, self.tokenizer)
-        self.saved = (
-            self.step,
-            checkpoints.write(self.out / "checkpoints", state, *parts, self.config.keep),
+        path = checkpoints.write(
+            folder,
+            state,
+            self.model,
+            self.optimizer,
+            self.generators,
+            self.tokenizer,
+            self.config.keep,
         )
+        self.saved = (self.step, path)
         self.restart_clock()
 
-    def keep_folder(self):
-        """Makes the folder, its mark and the records again where they were removed while the
-        training ran.
+    def keep_folder(self) -> None:
+        """Make the folder, its mark and the records again if they were removed during training.
 
-        Raises FileExistsError where another process has taken the folder since, or wrote records of
-        its own."""
+        Raises:
+            FileExistsError: another process has taken the folder, or wrote records of its own.
+        """
+        assert self.lock is not None
         if not self.lock.is_in_place():
             self.lock.take()
-        path = self.out / "metrics.jsonl"
-        if same_file(path, self.log):
-            return
-        records = sorted(
-            [*self.history["train"], *self.history["val"]], key=lambda record: record["step"]
-        )
-        if path.exists():
-            raise FileExistsError(
-                f"out: {path} was replaced while the run wrote it; it is left as it is"
-            )
-        logger.warning(
-            "out: %s was removed while the run wrote it; it is made again with all its records",
-            path,
-        )
-        self.log.close()
-        self.log = open(path, "xb")
-        self.log.write(b"".join(map(as_line, records)))
-        self.log.flush()
+        self.records.write_again()
 
-    def agreed(self) -> dict:
-        """What must be the same on all ranks, so that all make the same steps."""
-        rows = {f"{name}'s rows": digest for name, digest in self.settings["rows"].items()}
-        return {**rows, "steps": self.steps, "step": self.step, "batches": len(self.batches)}
-
-    def record(self, kind: str, entry: dict):
-        self.history[kind].append(entry)
-        line = as_line(entry)
-        self.log.write(line)
-        self.log.flush()
-        self.metrics_bytes += len(line)
-
-    def restart_clock(self):
-        self.since, self.window = time.perf_counter(), 0
+    def restart_clock(self) -> None:
+        """Start measuring the time of a step anew."""
+        self.since = time.perf_counter()
+        self.steps_since_record = 0
 
     def seconds(self) -> float:
+        """Return the time of training, earlier processes included."""
         return self.seconds_before + time.perf_counter() - self.begun
 
-    def summary(self) -> dict:
-        config, training, last = self.config, self.history["train"], self.history["val"][-1]
+    def finish(self) -> dict[str, Any]:
+        """Write the result and return the summary."""
+        summary = self.summary()
+        if self.main:
+            self.keep_folder()
+            history = self.records.history
+            save_run(self.out, self.settings, self.model, self.tokenizer, summary, history)
+            check_complete(self.out, self.records.size)
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``."""
+        config = self.config
+        train_records = self.records.history["train"]
+        last_val = self.records.history["val"][-1]
+        # The first record includes warm-up, such as compilation.
+        timed = train_records[1:] or train_records
         return {
             "model": config.model,
             "backend": config.backend,
@@ -459,30 +340,28 @@ class Training:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             **self.facts,
             "steps": self.steps,
-            "train_loss": training[-1]["loss"],
-            **{name: value for name, value in last.items() if name != "step"},
-            "step_seconds": statistics.median(
-                record["seconds"] for record in training[1:] or training
-            ),
+            "train_loss": train_records[-1]["loss"],
+            **{name: value for name, value in last_val.items() if name != "step"},
+            "step_seconds": statistics.median(record["seconds"] for record in timed),
             "seconds": self.seconds(),
             "peak_memory": peak_memory(self.device),
         }
 
 
 def update(
-    model,
-    optimizer,
-    task,
-    batches: Iterable[dict],
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    batches: Iterable[dict[str, Any]],
     count: int,
     rate: float,
     clip: float,
     amp: bool = False,
-):
-    """One optimiser step at learning rate ``rate`` from ``count`` batches, gradients averaged over
-    ranks, then clipped to ``clip``.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make one optimizer step from ``count`` batches at learning rate ``rate``.
 
-    Returns what :func:`mmfused.training.gradients.add_gradients` does.
+    Gradients are averaged over ranks, then clipped to the norm ``clip``. Returns the mean loss and
+    its terms, as :func:`mmfused.training.gradients.add_gradients`.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,39 +1,41 @@
-"""How good a classifier is: loss, accuracy, and precision, recall and F1 of each class and in the
-mean over classes.
-"""
+"""Scores of classifiers: loss, accuracy, and precision, recall and F1 by class and averaged."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Counts(NamedTuple):
-    """Rows by class, (C,) int64 each."""
+    """Numbers of rows by class, (C,) int64 each."""
 
-    hits: Tensor  # of this class and recognised as such
-    predicted: Tensor  # taken for this class
+    hits: Tensor  # of this class and predicted as such
+    predicted: Tensor  # predicted as this class
     actual: Tensor  # of this class
 
 
 def count(predictions: Tensor, labels: Tensor) -> Counts:
-    """``predictions`` and ``labels`` (N,) int64, N at least 1, classes counted from 0."""
+    """Count rows by class.
+
+    Args:
+        predictions: (N,) int64, N at least 1, classes counted from 0.
+        labels: (N,) int64.
+    """
     size = int(max(predictions.max(), labels.max())) + 1
-    hits = torch.bincount(labels[predictions == labels], minlength=size)
     return Counts(
-        hits, torch.bincount(predictions, minlength=size), torch.bincount(labels, minlength=size)
+        hits=torch.bincount(labels[predictions == labels], minlength=size),
+        predicted=torch.bincount(predictions, minlength=size),
+        actual=torch.bincount(labels, minlength=size),
     )
 
 
 def class_scores(counts: Counts) -> dict[str, Tensor]:
-    """precision = hits / predicted, recall = hits / actual, f1 = their harmonic mean, (C,) float64;
-    0 / 0 counts as 0.
-    """
+    """Return precision, recall and F1 of each class, (C,) float64; 0 / 0 counts as 0."""
     hits = counts.hits.double()
     return {
         "precision": hits / counts.predicted.clamp(min=1),
@@ -43,43 +45,49 @@ def class_scores(counts: Counts) -> dict[str, Tensor]:
 
 
 def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, and the means of :func:`class_scores` over the classes that occur in predictions or
-    labels.
-    """
-    # Numbered anew: labels may be product numbers, and counting goes up to the largest.
+    """Return accuracy, and :func:`class_scores` averaged over the classes that occur in either."""
+    # Renumbered: labels may be product numbers, and `count` allocates up to the largest.
     numbers = torch.cat([predictions, labels]).unique(return_inverse=True)[1]
     counts = count(*numbers.split(len(labels)))
     macro = {f"macro_{name}": float(value.mean()) for name, value in class_scores(counts).items()}
     return {"accuracy": float((predictions == labels).double().mean()), **macro}
 
 
-def model_inputs(model, batch: dict) -> dict:
-    """The part of ``batch`` that the model's modalities need, on the model's device."""
-    names = {"image": ("pixel_values", "image_present"), "text": ("input_ids", "attention_mask")}
-    wanted = [
-        key
-        for kind, keys in names.items()
-        if model.config.modalities in (kind, "both")
-        for key in keys
-    ]
+def model_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of ``batch`` that the model's modalities need, on the model's device."""
+    modalities = model.config.modalities
+    names = ["labels"]
+    if modalities in ("image", "both"):
+        names += ["pixel_values", "image_present"]
+    if modalities in ("text", "both"):
+        names += ["input_ids", "attention_mask"]
     device = next(model.parameters()).device
-    return {key: batch[key].to(device, non_blocking=True) for key in (*wanted, "labels")}
+    return {name: batch[name].to(device, non_blocking=True) for name in names}
 
 
 @torch.no_grad()
 def predict(
-    model,
-    batches: Iterable[dict],
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
-):
-    """(mean loss, predictions (N,), labels (N,)) in evaluation mode, under bf16 autocast where
-    ``amp``.
+) -> tuple[float, Tensor, Tensor] | None:
+    """Return the mean loss, predictions (N,) and labels (N,), computed in evaluation mode.
 
-    None as soon as ``stopped()`` is true. Raises RuntimeError where the loss is not a finite
-    number."""
-    was_training, device = model.training, next(model.parameters()).device
-    losses, predictions, labels = [], [], []
+    Args:
+        model: a classifier.
+        batches: at least one.
+        amp: compute under bfloat16 autocast.
+        stopped: called before each batch; once it is true, None is returned.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    predictions: list[Tensor] = []
+    labels: list[Tensor] = []
     model.eval()
     try:
         for batch in batches:
@@ -92,32 +100,31 @@ def predict(
             labels.append(batch["labels"])
     finally:
         model.train(was_training)
-    predictions, labels = torch.cat(predictions), torch.cat(labels)
-    loss = float(sum(losses)) / len(labels)
+    all_labels = torch.cat(labels)
+    loss = float(sum(losses)) / len(all_labels)
     if not math.isfinite(loss):
         raise RuntimeError(
             f"the validation loss is {loss}: the weights give numbers that are not finite"
         )
-    return loss, predictions, labels
+    return loss, torch.cat(predictions), all_labels
 
 
 def evaluate(
-    model,
-    batches: Iterable[dict],
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
-) -> dict | None:
-    """val_loss and :func:`scores` of ``model`` over ``batches``; arguments, None and errors as in
-    :func:`predict`.
-    """
+) -> dict[str, float] | None:
+    """Return ``val_loss`` and :func:`scores`; arguments, None and errors as in :func:`predict`."""
     result = predict(model, batches, amp, stopped)
-    return None if result is None else {"val_loss": result[0], **scores(*result[1:])}
+    if result is None:
+        return None
+    loss, predictions, labels = result
+    return {"val_loss": loss, **scores(predictions, labels)}
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the CUDA allocator held, or on the CPU the most resident memory of this
-    process.
-    """
+    """Return peak memory in bytes: of the CUDA allocator, or resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -1,12 +1,10 @@
-"""What the processes of one training say to each other beside gradients: joining, waiting,
-agreeing, refusing.
-"""
+"""Agreement between the processes of one training: they join, stop and fail together."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,17 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfused.distributed import in_group
+from mmfused.training.signals import StopRequest
 
 
 class OtherRankError(RuntimeError):
-    """Another rank refused what this one would have done; the message names it and quotes it."""
+    """Another rank failed; the message names it and quotes its error."""
 
 
 def join_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world); within ``torchrun`` the process group is made first: NCCL for CUDA, and gloo.
+    """Return (rank, world); under ``torchrun`` the process group is made first.
 
-    What ranks say to each other then goes over the CPU, and no step waits for the device because of
-    it."""
+    It has gloo, and NCCL for CUDA: small messages go over the CPU, and need no device sync.
+    """
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -33,7 +32,7 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
 
 
 def leave_ranks() -> int:
-    """This process's rank; its process group, if any, is closed."""
+    """Close the process group, if there is one, and return the rank that this process had."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     rank = dist.get_rank()
@@ -41,11 +40,11 @@ def leave_ranks() -> int:
     return rank
 
 
-def stop_together(stop) -> int | None:
-    """The signal that has reached any rank, on all of them; ``stop`` is a
-    ``checkpoint.StopRequest``.
+def stop_together(stop: StopRequest) -> int | None:
+    """Return, on all ranks, the signal that has reached any of them.
 
-    Ranks go by what it returns: a signal may come at any time after, and then counts the next time.
+    Ranks act on the returned value, not on ``stop``: a signal may come at any time after, and
+    counts at the next call.
     """
     if not in_group():
         return stop.signum
@@ -54,11 +53,12 @@ def stop_together(stop) -> int | None:
     return int(signum) or None
 
 
-def gather_texts(text: str) -> list[str]:
-    """The texts of all ranks, in their order."""
+def _gather_texts(text: str) -> list[str]:
+    """Return the texts of all ranks, in rank order."""
     if not in_group():
         return [text]
-    encoded = text.encode(errors="backslashreplace")  # a file's name may be no text
+    # A file's name may have lone surrogates.
+    encoded = text.encode(errors="backslashreplace")
     data = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8).to(_device())
     sizes = _gather(torch.tensor([len(encoded)], device=data.device)).tolist()
     padded = data.new_zeros(max(1, *sizes))
@@ -69,43 +69,39 @@ def gather_texts(text: str) -> list[str]:
 
 @contextmanager
 def refused_together() -> Iterator[None]:
-    """What raises on one rank raises on all, so that none waits for it: there its own error,
-    elsewhere OtherRankError.
+    """Raise on all ranks what is raised on one, so that none waits for it forever.
 
-    All ranks must enter it, and exchange nothing within that an error could keep one of them from.
+    The failing rank raises its own error, the others :class:`OtherRankError`. All ranks must enter
+    the block, and an error in it must not keep a rank from an exchange that others wait for.
     """
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
+    refusals: list[str] = []
     if in_group():
         refused = torch.tensor(int(error is not None), device=_device())
         dist.all_reduce(refused, dist.ReduceOp.MAX)
-        refusals = (
-            gather_texts("" if error is None else f"{error}" or type(error).__name__)
-            if refused
-            else []
-        )
+        if refused:
+            refusals = _gather_texts("" if error is None else f"{error}" or type(error).__name__)
     if error is not None:
         raise error
-    if in_group():
-        for rank, refusal in enumerate(refusals):
-            if refusal:
-                raise OtherRankError(f"rank {rank} of {len(refusals)}: {refusal}")
+    for rank, refusal in enumerate(refusals):
+        if refusal:
+            raise OtherRankError(f"rank {rank} of {len(refusals)}: {refusal}")
 
 
-def check_agreement(values: dict[str, object]) -> None:
-    """Raises ValueError on all ranks, naming the first of the JSON ``values`` in which a rank
-    differs from the first.
-    """
-    all_values = [json.loads(text) for text in gather_texts(json.dumps(values))]
+def check_agreement(values: Mapping[str, object]) -> None:
+    """Raise ValueError on all ranks, naming the first of the JSON ``values`` that differs."""
+    all_values = [json.loads(text) for text in _gather_texts(json.dumps(values))]
     for name in values:
         first, *others = (theirs.get(name) for theirs in all_values)
         for rank, other in enumerate(others, 1):
             if other != first:
                 raise ValueError(
-                    f"{name}: got {first!r} on rank 0 and {other!r} on rank {rank}, expected one value"
+                    f"{name}: got {first!r} on rank 0 and {other!r} on rank {rank}, "
+                    "expected one value"
                 )
 
 

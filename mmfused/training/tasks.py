@@ -1,135 +1,227 @@
-"""What differs between training a classifier (FLUID) and the retrieval models: batches, gradients
-and scores.
-"""
+"""What differs between the classifier (FLUID) and the retrieval models."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 from mmfused.data import Batches, PairBatches
 from mmfused.models import MODELS
+from mmfused.training.config import TrainConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 from mmfused.training.metrics import evaluate, model_inputs
-from mmfused.training.ranking import embed_items, mean_scores, retrieval_scores
 from mmfused.training.ranks import refused_together
-from mmfused.training.setup import batch_size_of, make_batches, make_collate, make_val_batches
+from mmfused.training.retrieval_metrics import embed_items, mean_scores, retrieval_scores
+from mmfused.training.setup import (
+    augments,
+    batch_size_of,
+    make_batches,
+    make_collate,
+    make_val_batches,
+)
+
+Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+Items: TypeAlias = dict[str, Any]
 
 
 class Classification:
-    """Batches of labelled items; loss and scores of the predicted classes."""
+    """Batches of labelled items; loss and scores of the predicted classes.
+
+    Args:
+        config: the settings.
+        tokenizer: of the model.
+        size: side of the pictures that the model takes.
+        model_config: tells how pixels are normalised.
+        train_set: the items to train on.
+        val_set: the items to validate on.
+        products: None; a classifier has no catalogue.
+        rank: of this process.
+        world: number of ranks.
+    """
 
     def __init__(
         self,
-        config,
-        tokenizer,
+        config: TrainConfig,
+        tokenizer: Any,
         size: int,
-        model_config,
-        train_set,
-        val_set,
-        products,
+        model_config: Any,
+        train_set: Any,
+        val_set: Any,
+        products: None,
         rank: int,
         world: int,
-    ):
-        made = make_batches(config, train_set, val_set, tokenizer, size, model_config, rank, world)
-        self.batches, self.val_batches = made
+    ) -> None:
+        self.batches, self.val_batches = make_batches(
+            config, train_set, val_set, tokenizer, size, model_config, rank, world
+        )
 
-    def gradients(self, model, batches, count: int, amp: bool):
-        with refused_together():  # nothing is exchanged within
-            return add_gradients(
-                model, (model_inputs(model, batch) for batch in batches), count, amp
-            )
+    def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
+        """Add the gradients of ``count`` batches; return the mean loss and its terms."""
+        # Nothing is exchanged within, so an error on one rank can be raised on all.
+        with refused_together():
+            inputs = (model_inputs(model, batch) for batch in batches)
+            return add_gradients(model, inputs, count, amp)
 
-    def hide(self, batch: dict, hidden: Callable[[dict], dict]) -> dict:
-        return hidden(batch)
+    def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
+        """Apply ``function`` to the items of a batch."""
+        return function(batch)
 
-    def evaluate(self, model, amp: bool, stopped) -> dict | None:
+    def evaluate(
+        self,
+        model: Any,
+        amp: bool,
+        stopped: Callable[[], bool],
+    ) -> dict[str, Any] | None:
+        """Return the scores of the validation set, or None as soon as ``stopped()``."""
         return evaluate(model, self.val_batches, amp, stopped)
 
 
 class Retrieval:
-    """Batches of pairs with hard negatives; scores of every query view against every candidate
-    view.
+    """Batches of pairs with hard negatives; scores of each query view against each candidate view.
 
-    Validation asks with the items of ``val`` for the product of their label, or without products
-    for each other."""
+    Validation searches with the items of ``val_set``: in ``products`` for the product of their
+    label, or without products among each other. Arguments as in :class:`Classification`.
+
+    Raises:
+        ValueError: no item of ``val_set`` has anything to find.
+    """
 
     def __init__(
         self,
-        config,
-        tokenizer,
+        config: TrainConfig,
+        tokenizer: Any,
         size: int,
-        model_config,
-        train_set,
-        val_set,
-        products,
+        model_config: Any,
+        train_set: Any,
+        val_set: Any,
+        products: Any,
         rank: int,
         world: int,
-    ):
-        check_answers(val_set, products)
+    ) -> None:
+        _check_findable(val_set, products)
         self.chunk = config.grad_cache
-        augment = config.data != "generated" if config.augment is None else config.augment
         collate = make_collate(
-            tokenizer, size, config.max_length, model_config, augment=augment, seed=config.seed
+            tokenizer,
+            size,
+            config.max_length,
+            model_config,
+            augment=augments(config),
+            seed=config.seed,
         )
-        batch_size = batch_size_of(config, len(train_set), world)
-        options = {
-            "negatives": MODELS[config.model].model.takes_negatives,
-            "seed": config.seed,
-            "rank": rank,
-            "world": world,
-        }
-        self.batches = PairBatches(train_set, collate, batch_size, products=products, **options)
+        self.batches = PairBatches(
+            train_set,
+            collate,
+            batch_size_of(config, len(train_set), world),
+            products=products,
+            negatives=MODELS[config.model].model.takes_negatives,
+            seed=config.seed,
+            rank=rank,
+            world=world,
+        )
         plain = make_collate(tokenizer, size, config.max_length, model_config)
         self.val_batches = make_val_batches(val_set, plain)
         self.product_batches = None if products is None else make_val_batches(products, plain)
 
-    def gradients(self, model, batches, count: int, amp: bool):
+    def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
+        """Add the gradients of ``count`` batches; return the mean loss and its terms."""
         if self.chunk is None:
             return add_gradients(model, batches, count, amp)
         (batch,) = batches
         return add_cached_gradients(model, batch, self.chunk, amp)
 
-    def hide(self, batch: dict, hidden: Callable[[dict], dict]) -> dict:
-        return {role: hidden(items) for role, items in batch.items()}
+    def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
+        """Apply ``function`` to the items of each role in a batch."""
+        return {role: function(items) for role, items in batch.items()}
 
-    def evaluate(self, model, amp: bool, stopped) -> dict | None:
+    def evaluate(
+        self,
+        model: Any,
+        amp: bool,
+        stopped: Callable[[], bool],
+    ) -> dict[str, Any] | None:
+        """Return the scores of the validation set, or None as soon as ``stopped()``."""
         return evaluate_retrieval(model, self.val_batches, self.product_batches, amp, stopped)
 
 
-def check_answers(val_set, products) -> None:
-    """Raises ValueError where no item to validate on has anything to find."""
+Task: TypeAlias = "Classification | Retrieval"
+TASKS: dict[str, type[Classification] | type[Retrieval]] = {
+    "classification": Classification,
+    "retrieval": Retrieval,
+}
+
+
+def _check_findable(val_set: Any, products: Any) -> None:
+    """Raise ValueError if no item of ``val_set`` has another item or product of its label."""
     counts = Counter(val_set.labels)
-    found = (
-        {label for label, count in counts.items() if count > 1}
-        if products is None
-        else counts.keys() & {*products.labels}
-    )
+    if products is None:
+        found = {label for label, count in counts.items() if count > 1}
+    else:
+        found = counts.keys() & {*products.labels}
     if not found:
         where = "another row" if products is None else "a product"
-        raise ValueError(f"val: takes rows that have {where} of their label to find; got none")
-
-
-TASKS = {"classification": Classification, "retrieval": Retrieval}
+        raise ValueError(f"val: got no row with {where} of its label, expected at least one")
 
 
 def evaluate_retrieval(
-    model,
+    model: Any,
     batches: Batches,
     products: Batches | None,
     amp: bool = False,
-    stopped=lambda: False,
-) -> dict | None:
-    """Means over the pairs of views, and ``pairs`` with each one's scores; None as soon as
-    ``stopped()``.
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Return scores averaged over the pairs of views, and ``pairs`` with the scores of each pair.
+
+    None as soon as ``stopped()``.
     """
     queries = embed_items(model, batches, amp=amp, stopped=stopped)
-    candidates = (
-        None
-        if products is None or queries is None
-        else embed_items(model, products, amp=amp, stopped=stopped)
-    )
-    if queries is None or (products is not None and candidates is None):
+    if queries is None:
         return None
+    candidates = None
+    if products is not None:
+        candidates = embed_items(model, products, amp=amp, stopped=stopped)
+        if candidates is None:
+            return None
     pairs = retrieval_scores(queries, candidates)
     return {**mean_scores(pairs), "pairs": pairs}
+
+
+def drop_modalities(
+    batch: Items,
+    image: float,
+    text: float,
+    generator: torch.Generator,
+    tokenizer: Any,
+) -> Items:
+    """Return the batch with the image or the text of some items hidden.
+
+    Only items that have both lose one, and never both. A hidden text becomes an empty one: [CLS]
+    [SEP].
+
+    Args:
+        batch: as :class:`mmfused.data.Collate` makes it.
+        image: probability that an item's image is hidden.
+        text: probability that an item's text is hidden.
+        generator: draws the items.
+        tokenizer: has the tokens of an empty text.
+    """
+    draw = torch.rand(len(batch["labels"]), generator=generator)
+    has_both = batch["image_present"] & (batch["attention_mask"].sum(1) > 2)
+    no_image = has_both & (draw < image)
+    no_text = has_both & (draw >= image) & (draw < image + text)
+    ids = batch["input_ids"].clone()
+    ids[no_text] = tokenizer.pad_token_id
+    ids[no_text, 0] = tokenizer.cls_token_id
+    ids[no_text, 1] = tokenizer.sep_token_id
+    mask = batch["attention_mask"].clone()
+    mask[no_text, 2:] = 0
+    return {
+        **batch,
+        "pixel_values": batch["pixel_values"].masked_fill(no_image[:, None, None, None], 0.0),
+        "image_present": batch["image_present"] & ~no_image,
+        "input_ids": ids,
+        "attention_mask": mask,
+    }

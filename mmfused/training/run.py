@@ -1,0 +1,178 @@
+"""From a configuration to a finished run: the function behind ``mmfused train``.
+
+A run is a folder. ``metrics.jsonl`` and ``checkpoints/`` grow during training;
+``model.safetensors``, ``config.json``, ``tokenizer/``, ``summary.json`` and ``curves.png`` are
+written at the end. ``load_run`` loads the result. A run that was stopped or killed resumes from its
+newest checkpoint, on a CPU with bitwise the same results as without the interruption.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmfused
+from mmfused.data._common import torch_generator
+from mmfused.models import MODELS
+from mmfused.training.config import TrainConfig
+from mmfused.training.datasets import SPLITS, check_rows, load_catalogue, load_data
+from mmfused.training.folder_lock import MARK, Lock, is_mark
+from mmfused.training.loop import Training
+from mmfused.training.ranks import check_agreement, join_ranks, refused_together
+from mmfused.training.resume import FINISHED, Checkpoint, begin, find_start, finished_summary
+from mmfused.training.run_folder import build_saved, is_finished, load_own_tokenizer, load_run
+from mmfused.training.setup import (
+    build_model,
+    check_backend,
+    check_init,
+    image_sizes,
+    load_or_train_tokenizer,
+    load_pretrained,
+    pick_device,
+    picture_size,
+    use_amp,
+)
+from mmfused.training.tasks import TASKS
+
+__all__ = ["TrainConfig", "load_run", "train"]
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train the model of ``config`` and return the summary, which is written to ``summary.json``.
+
+    With ``config.resume`` it resumes from the newest checkpoint in ``out``. If the run there is
+    finished, its summary is returned and nothing is written; if there is no run, it starts one.
+
+    Over several ranks, an error on one is raised on all: on the others as
+    ``ranks.OtherRankError``, which quotes it.
+
+    Raises:
+        ValueError: the data cannot be used, the backend cannot run, a checkpoint is of other
+            settings or data, or ranks differ in settings, rows or numbers of steps.
+        FileNotFoundError: a data folder is missing.
+        FileExistsError: ``out`` holds another run and neither ``overwrite`` nor ``resume`` is set,
+            files that no run made, or a run that another process writes to. All of the above are
+            raised before a file is changed.
+        RuntimeError: the loss is not finite, or files that the run wrote are missing at the end.
+        Stopped: SIGTERM or SIGINT came (in the main thread); a checkpoint was saved.
+    """
+    out = Path(config.out)
+    rank, world = join_ranks(pick_device(config.device))
+    check_agreement(_shared_settings(config))
+    with ExitStack() as stack:
+        with refused_together():
+            lock = None
+            if rank == 0 and is_mark(out / MARK) and not is_finished(out):
+                lock = stack.enter_context(Lock(out))
+            found = find_start(config, out)
+        check_agreement({"finished": found == FINISHED})
+        if found == FINISHED:
+            with refused_together():
+                return finished_summary(config, out)
+        assert not isinstance(found, str)
+        with refused_together():
+            training = prepare(config, found, rank, world)
+        check_agreement(training.shared())
+        with refused_together():
+            if rank == 0:
+                training.lock = lock or stack.enter_context(Lock(out))
+                begin(config, out, found, training.step, training.lock.was_there)
+        with mmfused.backend(config.backend):
+            return training.run()
+
+
+def _shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that must be the same on all ranks."""
+    own = ("threads", "device", "progress")
+    settings = {name: value for name, value in config.to_dict().items() if name not in own}
+    return {**settings, "mmfused": mmfused.__version__}
+
+
+def prepare(
+    config: TrainConfig,
+    found: Checkpoint | None,
+    rank: int = 0,
+    world: int = 1,
+) -> Training:
+    """Return a training that is ready for its next step; nothing is written.
+
+    Args:
+        config: the settings.
+        found: the checkpoint to resume from; None starts at step 0.
+        rank: of this process.
+        world: number of ranks.
+    """
+    device = pick_device(config.device)
+    amp = use_amp(config.amp, device)
+    check_backend(config.backend, device, torch.bfloat16 if amp else torch.float32)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model, tokenizer, data = _load_parts(config, found)
+    model = model.to(device)
+    make_task = TASKS[MODELS[config.model].task]
+    size = model.picture_size
+    task = make_task(config, tokenizer, size, model.config, *data, rank=rank, world=world)
+    training = Training(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        amp=amp,
+        rank=rank,
+        settings=_saved_settings(config, model, data),
+        facts=_data_facts(data),
+    )
+    if found:
+        training.restore(found)
+    if rank > 0:
+        # Dropout differs between ranks; checkpoints hold the generator of rank 0.
+        torch.manual_seed(torch_generator(config.seed, training.step, rank).initial_seed())
+    return training
+
+
+def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any, tuple]:
+    """Return the model, the tokenizer and the (training, validation, product) sets."""
+    if found:
+        model = build_saved(found.state["settings"], found.path)
+        data = _load_sets(config, model.picture_size)
+        torch.manual_seed(config.seed)
+        check_rows(config, found.state["settings"]["rows"], *data)
+        prepare_tokenizer = MODELS[config.model].config.prepare_tokenizer
+        return model, prepare_tokenizer(load_own_tokenizer(found.path)), data
+    check_init(config)
+    pretrained = load_pretrained(config)
+    sizes = image_sizes(config)
+    data = _load_sets(config, picture_size(config, pretrained, *sizes))
+    torch.manual_seed(config.seed)
+    train_set, _, products = data
+    tokenizer = load_or_train_tokenizer(config, train_set, products)
+    model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained)
+    return model, tokenizer, data
+
+
+def _load_sets(config: TrainConfig, image_size: int) -> tuple:
+    return (*load_data(config, image_size), load_catalogue(config, image_size))
+
+
+def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, Any]:
+    """Return what rebuilds the model, and identifies the data by their digests."""
+    splits = zip(SPLITS, data, strict=True)
+    return {
+        "mmfused": mmfused.__version__,
+        "model": model.config.to_dict(),
+        "training": config.to_dict(),
+        "image_size": model.picture_size,
+        "rows": {name: split.digest for name, split in splits if split is not None},
+    }
+
+
+def _data_facts(data: tuple) -> dict[str, Any]:
+    train_set, val_set, _ = data
+    return {
+        "train_rows": len(train_set),
+        "val_rows": len(val_set),
+        "skipped": [row for split in data if split is not None for row in split.skipped],
+    }
