@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfused
-from mmfused.library import choose
+from mmfused.library import Backend, choose
 from mmfused.models.fields import check_field
 
 HELP = "train FLUID with and without this library's ops, time query pooling, and compare"
@@ -100,7 +100,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def _train_in_process(backend: str, steps: int, out: Path) -> dict[str, Any]:
+def _train_in_process(backend: Backend, steps: int, out: Path) -> dict[str, Any]:
     """Return summary and history of a training in a process of its own.
 
     Peak memory is measured for the process, so two trainings cannot share one.
@@ -116,7 +116,7 @@ def _train_in_process(backend: str, steps: int, out: Path) -> dict[str, Any]:
     return {"summary": summary, "history": history}
 
 
-def _train(backend: str, steps: int, out: str) -> dict[str, Any]:
+def _train(backend: Backend, steps: int, out: str) -> dict[str, Any]:
     from mmfused.training.run import TrainConfig, train
 
     config = TrainConfig(out=out, backend=backend, steps=steps, val_every=steps, overwrite=True)
@@ -126,7 +126,7 @@ def _train(backend: str, steps: int, out: str) -> dict[str, Any]:
 # ---- the op alone --------------------------------------------------------------------------------
 
 
-def _measure_op(device: torch.device, backend: str, repeats: int) -> dict[str, Any]:
+def _measure_op(device: torch.device, backend: Backend, repeats: int) -> dict[str, Any]:
     """Measure query pooling against nn.MultiheadAttention with the same weights.
 
     Returns the seconds of forward and backward with all gradients, and the bytes that forward saves

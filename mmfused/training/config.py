@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from mmfused.library import Backend
 from mmfused.models.fields import check_field
 
 ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
@@ -116,7 +117,7 @@ class TrainConfig:
     text_encoder: str | None = None
     host: str | None = None
     init: str | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     amp: Precision = "auto"
     modalities: Modalities = "both"
     steps: int | None = None
