@@ -1,5 +1,6 @@
-"""What the tests of compilation share: processes without Triton's interpreter, and the table of
-``mmfused inspect``.
+"""Helpers of the tests of compilation.
+
+They start processes without Triton's interpreter, and read the table of ``mmfused inspect``.
 """
 
 import json
@@ -56,9 +57,7 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """The oldest supported Triton unpacked beside the installed one; kept in .venv for the next
-    run.
-    """
+    """The oldest supported Triton, unpacked into .venv, where it stays for the next run."""
     import triton
 
     oldest = TRITONS[0]

@@ -1,5 +1,7 @@
-"""Without a GPU, kernels run under Triton's interpreter; memory that mmfused allocates and does not
-write is NaN.
+"""Settings of all tests.
+
+Without a GPU, kernels run under Triton's interpreter. Memory that mmfused allocates is filled with
+NaN.
 """
 
 import functools
@@ -42,9 +44,8 @@ def _hasten(interpreter):
 
     def get_np_dtype(dtype):
         scalar = dtype.scalar
-        return (
-            find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
-        )  # a pointer has no hash
+        # A pointer has no hash.
+        return find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
 

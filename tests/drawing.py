@@ -1,4 +1,4 @@
-"""Random choices and tensors of one seed: what the makers of inputs draw from."""
+"""Random choices and tensors from one seed, for the makers of inputs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Inputs of every public function: random shapes and options, or all tensor arguments that may be
-given together.
+"""Inputs of every public function.
 
-MAKERS: name of the function -> a maker of its arguments. VARIANTS: the choices that between them
-give every tensor argument."""
+Shapes and options are random, or all tensor arguments that go together are given. MAKERS: name of
+the function -> a maker of its arguments. VARIANTS: choices that together give every tensor
+argument.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from mmfused.ops import OPS
 def _padding(
     draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True
 ) -> tuple[dict, Tensor]:
-    """Mask or lengths (and who is present), and which tokens these leave out."""
+    """Draw a mask or lengths, and the samples that are present; return also the ignored tokens."""
     kind, given = draw.pick(f"{prefix}padding", "none", "mask", "lengths"), {}
     ignore = torch.zeros(batch, tokens, dtype=torch.bool)
     if kind == "mask":
@@ -244,7 +245,7 @@ KEYS = ("query_key", "candidate_key", "query_id", "candidate_id")
 def _seen(
     query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id
 ) -> Tensor:
-    """(B, C): the pairs that the documentation allows."""
+    """Return the pairs (B, C) that the documentation allows."""
     target = torch.arange(len(query)) if target is None else target
     own = target[:, None] == torch.arange(len(candidate))
     seen = torch.ones_like(own)
@@ -276,9 +277,8 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
             if "segments" in options
             else available[:1].expand(tokens, experts)
         )
-        usable = (
-            available.all(0).expand(tokens, experts) if draw.full else usable
-        )  # whatever the segments become
+        if draw.full:  # for any segments
+            usable = available.all(0).expand(tokens, experts)
     if draw.given("selection_bias", 0.3):
         options["selection_bias"] = draw.normal(
             experts, std=draw.pick("", 0.01, 1.0), dtype=draw.wide
@@ -344,9 +344,8 @@ def routing_from_indices(draw: Draw) -> dict:
 def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
-    bias = draw.place(
-        torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=()
-    )  # written in place
+    # It is written in place, so it is not expanded.
+    bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())
     return dict(
         bias=bias,
         counts=draw.integers(0, 9, *shape, experts),

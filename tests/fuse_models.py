@@ -1,5 +1,6 @@
-"""Models for tests/test_fuse.py: real classes of torch, timm, open_clip and transformers, small,
-with their inputs.
+"""Models for test_fuse.py, with their inputs.
+
+They are small instances of real classes of torch, timm, open_clip and transformers.
 """
 
 import pytest
@@ -27,7 +28,7 @@ class Pool(nn.Module):
 
 
 def library(path, *args, **options):
-    """An object of that class, or skip the test where its library is not installed."""
+    """Make an object of that class; skip the test where its library is not installed."""
     module, _, name = path.rpartition(".")
     return getattr(pytest.importorskip(module), name)(*args, **options)
 
@@ -149,43 +150,91 @@ CROSS, SELF = (
 )
 
 # name -> (make a model, its inputs, call it, names swapped, names left)
-# fmt: off
 CASES = {
     "torch, root": (
-        lambda: torch_attention(kdim=K, vdim=K), "q, k",
+        lambda: torch_attention(kdim=K, vdim=K),
+        "q, k",
         lambda m, q, x: m(q, x, x, need_weights=False)[0],
     ),
-    "torch, sequence first": (lambda: Pool((5, D), kdim=K, vdim=K), "k, mask", plain_call, {"attention"}),
+    "torch, sequence first": (
+        lambda: Pool((5, D), kdim=K, vdim=K),
+        "k, mask",
+        plain_call,
+        {"attention"},
+    ),
     "torch, one query": (lambda: Pool((1, D), bias=False), "x", plain_call, {"attention"}),
-    "torch, batch first": (lambda: Pool((1, 5, D), batch_first=True), "x, mask", plain_call, {"attention"}),
+    "torch, batch first": (
+        lambda: Pool((1, 5, D), batch_first=True),
+        "x, mask",
+        plain_call,
+        {"attention"},
+    ),
     "timm": (latent, "x"),
-    "timm, bare": (lambda: latent(latent_len=3, q_proj=False, qkv_bias=False, out_features=0, pool_type=""), "x"),
+    "timm, bare": (
+        lambda: latent(latent_len=3, q_proj=False, qkv_bias=False, out_features=0, pool_type=""),
+        "x",
+    ),
     "timm, masked": (
-        lambda: latent(latent_len=3, pos_embed="abs", feat_size=N, norm_layer=nn.LayerNorm, pool_type="avg", latent_dim=16),
-        "x, mask", lambda m, x, mask: m(x, attend_to(mask)),
+        lambda: latent(
+            latent_len=3,
+            pos_embed="abs",
+            feat_size=N,
+            norm_layer=nn.LayerNorm,
+            pool_type="avg",
+            latent_dim=16,
+        ),
+        "x, mask",
+        lambda m, x, mask: m(x, attend_to(mask)),
     ),
     "timm, q_norm": (lambda: after(latent(), setting("q_norm", nn.LayerNorm(D // H))), "x"),
     "timm, a ViT": (timm_vit, "image", plain_call, {"attn_pool"}),
     "open_clip": (clip, "k"),
     "open_clip, another norm": (lambda: clip(norm_layer=nn.RMSNorm), "k"),
-    "open_clip, a tower": (clip_tower, "image", plain_call, {"attn_pool"}, {"transformer.resblocks.0.attn"}),
+    "open_clip, a tower": (
+        clip_tower,
+        "image",
+        plain_call,
+        {"attn_pool"},
+        {"transformer.resblocks.0.attn"},
+    ),
     "siglip": (siglip, "image", lambda m, x: m(x).pooler_output, {"head"}),
     "siglip2": (siglip2, "x, mask", lambda m, x, mask: m(x, (~mask).long())),
-    "siglip2, eager": (lambda: siglip2(implementation="eager"), "x, mask", lambda m, x, mask: m(x, ~mask)),
+    "siglip2, eager": (
+        lambda: siglip2(implementation="eager"),
+        "x, mask",
+        lambda m, x, mask: m(x, ~mask),
+    ),
     "idefics2": (lambda: head("idefics2", "Idefics2"), "x"),
     "phi4": (
-        lambda: hugging_face("phi4_multimodal", *(f"Phi4MultimodalVision{n}" for n in ("MultiheadAttentionPoolingHead", "Config"))),
-        "x, mask", lambda m, x, mask: m(x, ~mask),
+        lambda: hugging_face(
+            "phi4_multimodal",
+            *(f"Phi4MultimodalVision{n}" for n in ("MultiheadAttentionPoolingHead", "Config")),
+        ),
+        "x, mask",
+        lambda m, x, mask: m(x, ~mask),
     ),
-    "blip2": (q_former, "q, k", lambda m, q, x: m(q, encoder_hidden_states=x).last_hidden_state, CROSS, SELF),
+    "blip2": (
+        q_former,
+        "q, k",
+        lambda m, q, x: m(q, encoder_hidden_states=x).last_hidden_state,
+        CROSS,
+        SELF,
+    ),
     "blip2, padded": (
-        q_former, "q, k, mask", lambda m, q, x, mask: m(q, 5, None, x, attend_to(mask)).last_hidden_state, CROSS, SELF,
+        q_former,
+        "q, k, mask",
+        lambda m, q, x, mask: m(q, 5, None, x, attend_to(mask)).last_hidden_state,
+        CROSS,
+        SELF,
     ),
     "instructblip": (
-        lambda: cross(model="instructblip", prefix="InstructBlip"), "one q, k", lambda m, q, x: m(q, encoder_hidden_states=x)[0],
+        lambda: cross(model="instructblip", prefix="InstructBlip"),
+        "one q, k",
+        lambda m, q, x: m(q, encoder_hidden_states=x)[0],
     ),
     "instructblipvideo": (
-        lambda: cross(model="instructblipvideo", prefix="InstructBlipVideo"), "q, k", lambda m, q, x: m(q, None, x)[0],
+        lambda: cross(model="instructblipvideo", prefix="InstructBlipVideo"),
+        "q, k",
+        lambda m, q, x: m(q, None, x)[0],
     ),
 }
-# fmt: on

@@ -1,4 +1,4 @@
-"""Mixtures of experts for tests/test_fuse_moe.py: real classes of transformers, tiny, from configs."""
+"""Mixtures of experts for test_fuse_moe.py: real classes of transformers, tiny, from configs."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ SIZES = dict(
     router_aux_loss_coef=0.5,
     max_position_embeddings=64,
     pad_token_id=0,
-    experts_implementation="eager",  # grouped_mm, transformers' own choice, expected no float64
+    experts_implementation="eager",  # grouped_mm, transformers' own choice, takes no float64
 )
 
 
@@ -70,7 +70,7 @@ BLOCKS = {
 
 
 def filled(model, dtype=torch.float64):
-    """Parameters of a size that lets every one of them be seen in the results."""
+    """Set parameters large enough that each one changes the results."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(
@@ -87,7 +87,7 @@ def block(model, dtype=torch.float64):
 
 
 def experts(path, dtype=torch.float64, **options):
-    """An experts class that no swap knows, from just what it reads of its config."""
+    """An experts class of no kind of swap, from only the settings that it reads."""
     sizes = dict(
         hidden_size=D,
         intermediate_size=24,
@@ -146,7 +146,7 @@ def run_block(module, dtype=torch.float64):
 
 
 def choices(k=2, tokens=19, dtype=torch.float64, experts=E):
-    """Tokens, chosen experts and weights: what an experts module gets."""
+    """Tokens, chosen experts and weights: the inputs of an experts module."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k].to(DEVICE)

@@ -1,5 +1,6 @@
-"""What every public function must refuse: one argument of a good call is broken, and the error must
-name it.
+"""Invalid arguments of every public function.
+
+One argument of a valid call is made invalid, and the error must name it.
 """
 
 from __future__ import annotations

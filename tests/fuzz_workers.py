@@ -1,5 +1,6 @@
-"""Fuzzing for some minutes in several processes: a line a minute, every fault with the command that
-repeats it.
+"""Fuzzing for some minutes in several processes.
+
+It prints a line each minute, and every fault with the command that repeats it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) -> int:
-    """All functions in turn with seeds from ``first`` on, new ones for None; 1 where a case failed."""
+    """Run all functions with seeds from ``first`` on (None: new seeds); 1 where a case failed."""
     first = int.from_bytes(os.urandom(5), "big") if first is None else first
     print(f"seeds from {first} on, {workers} processes, {minutes:g} minutes", flush=True)
     cases: Iterator = (
@@ -79,10 +80,8 @@ def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) 
             done[function] += 1
             if fault:
                 failed += 1
-                print(
-                    f"FAULT: python tests/fuzzing.py --function {function} --seed {seed}\n    {fault}",
-                    flush=True,
-                )
+                command = f"python tests/fuzzing.py --function {function} --seed {seed}"
+                print(f"FAULT: {command}\n    {fault}", flush=True)
             if time.monotonic() - start < 60 * minutes:
                 worker.give(next(cases))
             else:

@@ -1,14 +1,17 @@
-"""Random calls of every public function against the float64 reference. A case is fully told by
-function and seed.
+"""Random calls of every public function against the float64 reference.
 
-    python tests/fuzzing.py --function masked_info_nce --seed 123        one case: what its inputs
-    are, and its fault python tests/fuzzing.py --minutes 60                                 new
-    seeds, in several processes; 1 where one fails
+A case is determined by function and seed.
 
-Shapes, dtypes, layouts in memory and options are drawn (function_inputs.py), NaN is put where
-nobody reads, memory that is allocated holds garbage. Most cases compare values and gradients within
-the error budget, on the composed path or the kernels; some put NaN into one row, which must leave
-the others alone, some break one argument, which must be refused by name."""
+    # One case: its inputs and its fault.
+    python tests/fuzzing.py --function masked_info_nce --seed 123
+    # New seeds, in several processes; exits 1 where one fails.
+    python tests/fuzzing.py --minutes 60
+
+Shapes, dtypes, memory layouts and options are drawn (function_inputs.py). Values that no op reads
+are NaN, and allocated memory holds garbage. Most cases compare values and gradients within the
+error budget, on the composed path or the kernels. Some put NaN into one row, which must not change
+the others; some make one argument invalid, and the error must name it.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault(
-    "TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1"
-)  # before anything imports triton
+# Before triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -109,15 +111,14 @@ class Case:
         )
 
     def describe(self) -> str:
-        how = f"{self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}, attention {self.attention}"
-        lines = [f"{self.function}, seed {self.seed}: {how}"]
+        how = f"{self.kind} on {self.backend}, {self.dtype}, upstream {self.layout}"
+        lines = [f"{self.function}, seed {self.seed}: {how}, attention {self.attention}"]
         for path, x in leaves(self.inputs).items():
             finite = "" if not x.is_floating_point() or x.isfinite().all() else ", not finite"
             name = str(x.dtype).removeprefix("torch.")
             grad = ", wanted" if path in self.wanted else ""
-            lines.append(
-                f"  {path}: {name} {tuple(x.shape)}, strides {x.stride()} at {x.storage_offset()}{finite}{grad}"
-            )
+            place = f"strides {x.stride()} at {x.storage_offset()}"
+            lines.append(f"  {path}: {name} {tuple(x.shape)}, {place}{finite}{grad}")
         options = {
             name: value
             for name, value in self.inputs.items()
@@ -282,22 +283,25 @@ def judge(
     dtype: torch.dtype,
     delta_rounds: bool,
 ) -> list[str]:
-    """:func:`over_budget`, and where it finds a fault, again without luck.
+    """Return the faults of :func:`over_budget`, confirmed at neighbouring inputs.
 
-    At one input plain's error may be small by luck, and the other large, which is likely where a
-    tensor has few elements. So both are taken at this input and its neighbours, one rounding away
-    (``near`` runs all three there): the mean error may be three times plain's (not two, as inputs
-    are drawn whose roundings are not independent), and the error here 12 times plain's largest. In
-    plain's place stands how far the exact result moves to the neighbours, where that is more: the
-    order in which plain adds the terms of a sum may be a lucky one at all of them, and no formula
-    is asked to err less than one rounding of its input. A gradient that is 0 but for rounding has
-    no scale of its own: ``sizes``, the norms of the inputs, tell what it would be if it changed the
-    loss as much as the input that changes it most, or by 1; of that it may err by a few roundings
-    of ``dtype``. So may every gradient that a fused attention's rowsum(dO O) had a part in
-    (``delta_rounds``), and by 16 times plain's mean: torch's, pooling's kernel at large logits,
-    cross-attention's in 16 bits. Rounded by itself, it does not make dS sum to 0 as softmax's
-    backward does, which plain PyTorch goes through. Half of the cases of attention run on "math",
-    which is held to the budget."""
+    At one input plain's error may be small by chance and the other large, which is likely where a
+    tensor has few elements. So both errors are measured at this input and its neighbours, one
+    rounding away (``near`` runs all three there). The mean error may be three times plain's (not
+    two, as the roundings of drawn inputs are not independent), and the error here 12 times plain's
+    largest. Where the exact result moves more between the neighbours than plain errs, that distance
+    replaces plain's error: the order in which plain adds the terms of a sum may be a good one at
+    all of them, and no formula needs to err less than one rounding of its input.
+
+    A gradient that is 0 except for rounding has no scale of its own. ``sizes``, the norms of the
+    inputs, give the gradient that would change the loss as much as the input that changes it most,
+    or by 1; it may err by a few roundings of ``dtype`` relative to that.
+
+    So may every gradient that depends on a fused attention's rowsum(dO O) (``delta_rounds``), and
+    by 16 times plain's mean: torch's, pooling's kernel at large logits, cross-attention's in 16
+    bits. Rounded by itself, that sum does not make dS sum to 0, as softmax's backward in plain
+    PyTorch does. Half of the cases of attention run on "math", which must keep the budget.
+    """
     if not over_budget(actual, exact, plain):
         return []
     points, faults = [(actual, exact, plain)], []
@@ -323,22 +327,19 @@ def _over_budget_of_means(
             (_distance(got[name], there[name]), _distance(formula[name], there[name]))
             for got, there, formula in points
         ]
-        errors = [
-            pair for pair in errors if math.isfinite(pair[1])
-        ]  # at a neighbour plain may overflow
+        # At a neighbour plain may overflow.
+        errors = [pair for pair in errors if math.isfinite(pair[1])]
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        rounding *= (
-            4 if rounding < 1e-3 else 1
-        )  # more products in a row than plain; those of 16 bits are in float32
+        # More products in a row than plain has; those of 16 bits are in float32.
+        rounding *= 4 if rounding < 1e-3 else 1
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = few * torch.finfo(dtype).eps
         scale = scale or 1.0
-        if sizes.get(name) and (
-            delta_rounds or dtype == torch.float64
-        ):  # float64: the oracle's own roundings
+        # In float64 the oracle rounds too.
+        if sizes.get(name) and (delta_rounds or dtype == torch.float64):
             rounding += few * torch.finfo(dtype).eps * effect / sizes[name] / scale
         factor = 16 if delta_rounds else 3
         mean, largest = max(_mean(theirs), _mean(moves)), max(*theirs, *moves)
@@ -346,10 +347,9 @@ def _over_budget_of_means(
             (_mean(ours), factor * mean, "mean"),
             (ours[0], 4 * factor * largest, "single"),
         ):
-            if not error / scale <= allowed / scale + rounding:
-                faults.append(
-                    f"{name}: {what} relative error {error / scale:.3e}, allowed {allowed / scale + rounding:.3e}."
-                )
+            relative, most = error / scale, allowed / scale + rounding
+            if not relative <= most:
+                faults.append(f"{name}: {what} relative error {relative:.3e}, allowed {most:.3e}.")
                 break
     return faults
 
@@ -365,9 +365,7 @@ def _distance(a: Tensor, exact: Tensor) -> float:
 
 
 def _small_blocks(choice: random.Random):
-    """The small losses go over the pairs in blocks, which a small case fills only where they are
-    small too.
-    """
+    """In half of the cases, make the blocks of the small losses smaller than a case."""
     return (
         mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20)
         if choice.random() < 0.5
@@ -383,7 +381,7 @@ def _same(a: dict, b: dict) -> bool:
 
 
 def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
-    """Each number up or down by one rounding; in float64, which has no better oracle, by up to 64."""
+    """Move each number by one rounding; in float64, which has no better oracle, by up to 64."""
     new = {}
     for path, x in leaves(inputs).items():
         if x.is_floating_point():
@@ -394,11 +392,11 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 
 
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
-    """The three without what the oracle says is not finite, where ``actual`` must say the same, and
-    faults of that kind.
+    """Return the three with 0 where the oracle is not finite, and where ``actual`` is finite there.
 
-    Tokens that stay as they are may hold NaN. A gradient that the oracle cannot tell, and one that
-    overflows for plain PyTorch in that dtype, is not judged."""
+    Tokens that are returned unchanged may hold NaN. A gradient is not compared where the oracle's
+    is not finite, or where plain PyTorch overflows in that dtype.
+    """
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():
         got, formula = actual[name], plain[name]
@@ -420,8 +418,9 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
 
 
 def _choice_faults(case: Case, indices: Tensor) -> list[str]:
-    """Whether these are the k largest: to the letter where logits alone decide, elsewhere within
-    rounding of the scores.
+    """Check that these are the k largest, within rounding of the scores.
+
+    Where the logits alone decide, the indices must be exactly those.
     """
     given = in_float64(case.inputs)
     if given.get("indices") is not None:

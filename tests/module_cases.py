@@ -1,4 +1,4 @@
-"""Every module, with the options that matter to what takes a call apart: torch.func, export, ONNX.
+"""Every module, with the options that matter for torch.func, torch.export and ONNX.
 
 A case is a name, a module in float64 and a maker of its arguments: ``make(batch, tokens)`` gives
 positional and named ones.
@@ -22,7 +22,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def some(*shape: int) -> Tensor:
-    """True for about half; the first row, if there are several, all of it."""
+    """Flags of which about half are True; where there are several rows, all of the first one."""
     flags = torch.rand(shape) < 0.5
     if len(shape) == 2:
         flags[0] = True
@@ -146,7 +146,7 @@ def case(name: str) -> tuple[nn.Module, Callable[[int, int], tuple[tuple, dict]]
 
 
 def outputs(out) -> list[Tensor]:
-    """Those that may have gradients."""
+    """Return the outputs that may have gradients."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out[1], mmfused.Routing):

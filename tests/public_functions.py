@@ -1,8 +1,10 @@
-"""Every public function of mmfused that takes tensors, found by signature: its arguments, and a run
-with all gradients.
+"""Every public function of mmfused that takes tensors, found by signature.
+
+For each: its arguments, and a run with all gradients.
 
 Tensors inside arguments have paths: ``x``, ``weights.w_q`` (a NamedTuple's field), ``norm_x.0`` (of
-a tuple)."""
+a tuple).
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mmfused
 
-# f(**options) takes also the options of what it hands them to.
+# A function with **options -> the function that these are passed to.
 FORWARDS = {"topk_routing_from_input": "topk_routing"}
-# Those that do the same on every backend.
+# Functions with one implementation for all backends.
 ONE_BACKEND = ("pack_passes", "update_selection_bias")
-# Floats that get no gradient: constants, and what a routing carries for its caller.
+# Floats without a gradient: constants, and the losses that a routing carries for its caller.
 CONSTANTS = (
     "row_weight",
     "selection_bias",
@@ -62,17 +64,17 @@ def arguments(function: Callable) -> dict[str, object]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind == inspect.Parameter.VAR_KEYWORD:
             assert function.__name__ in FORWARDS, (
-                f"{function.__name__} takes **{name}: say in FORWARDS of {__name__} which function has these options."
+                f"{function.__name__} takes **{name}: FORWARDS of {__name__} must name the "
+                "function that has these options."
             )
-            forwarded = arguments(getattr(mmfused, FORWARDS[function.__name__]))
-            positional = list(
-                inspect.signature(getattr(mmfused, FORWARDS[function.__name__])).parameters.values()
-            )
-            only = {p.name for p in positional if p.kind == inspect.Parameter.KEYWORD_ONLY}
+            target = getattr(mmfused, FORWARDS[function.__name__])
+            forwarded = arguments(target)
+            parameters = inspect.signature(target).parameters.values()
+            only = {p.name for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY}
             found |= {key: hint for key, hint in forwarded.items() if key in only}
         else:
             assert name in hints, (
-                f"{function.__name__}: {name} has no type, so nobody can know whether it takes a tensor."
+                f"{function.__name__}: {name} has no type, so it is unknown whether it is a tensor."
             )
             found[name] = hints[name]
     return found
@@ -83,7 +85,7 @@ def tensor_arguments(function: Callable) -> list[str]:
     try:
         found = arguments(function)
     except AssertionError:
-        return ["?"]  # it is tested, and fails there with that sentence
+        return ["?"]  # so that its test runs and fails with that message
     return [path for name, hint in found.items() for path in _paths(hint, name)]
 
 
@@ -163,12 +165,12 @@ def run(
     layout: str = "contiguous",
     checkpointed: bool = False,
 ) -> dict[str, Tensor]:
-    """What a call returns, by name, and "d <path>" for the ``wanted`` inputs; all zeros where no
-    gradient arrives. The call is made on the card where there is one, inputs and results are on the
-    CPU.
+    """Return a call's outputs by name, and "d <path>" for the ``wanted`` inputs.
 
-    ``upstream(name, output)``: the gradient of an output, float64 is fine, None for none; it comes
-    in that ``layout``."""
+    A missing gradient is all zeros. The call runs on the GPU where there is one; inputs and results
+    are on the CPU. ``upstream(name, output)``: the gradient of an output, also in float64, or None;
+    it is passed in that ``layout``.
+    """
     inputs = replaced(
         inputs,
         {
@@ -206,9 +208,8 @@ def run(
 
 
 def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
-    if (
-        function == "update_selection_bias"
-    ):  # the one that writes into its argument, which stays as it was for the next call
+    if function == "update_selection_bias":
+        # It writes into its argument, which is restored for the next call.
         before = inputs["bias"].clone()
         mmfused.update_selection_bias(**inputs)
         after = inputs["bias"].clone()
@@ -222,14 +223,13 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
         if hasattr(out, "_fields")
         else {f"out{i}": part for i, part in enumerate(out)}
     )
-    return {
-        name: part for name, part in named.items() if name != "tiles"
-    }  # the map of a kernel: not every backend makes one
+    # "tiles" is a kernel's tile map, which not every backend makes.
+    return {name: part for name, part in named.items() if name != "tiles"}
 
 
 @contextlib.contextmanager
 def garbage_in_new_memory():
-    """What mmfused allocates and nobody writes holds NaN, or an integer that is no index."""
+    """Fill new memory of mmfused with NaN, or with integers that are no valid index."""
 
     def filled(allocate):
         def wrapper(*args, **kwargs):

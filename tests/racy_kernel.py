@@ -1,5 +1,6 @@
-"""A product whose second operand is summed on the way, in the loop (a race on sm_90) or not: run as
-a script by test_races.py.
+"""A product with sums of its second operand, in the same loop (a race on sm_90) or not.
+
+test_races.py runs it as a script.
 """
 
 import json
@@ -13,9 +14,18 @@ from mmfused.cli.races import pipelined_register_reads
 
 
 @triton.jit
-def product_kernel(a_ptr, b_ptr, out_ptr, sum_ptr, K, SUM: tl.constexpr, WAIT: tl.constexpr):
-    """out (64, 64) = a (64, K) b (K, 64). SUM: the columns' sums of b too. WAIT: each product is
-    used within the loop.
+def product_kernel(
+    a_ptr,  # (64, K)
+    b_ptr,  # (K, 64)
+    out_ptr,  # (64, 64)
+    sum_ptr,  # (64,)
+    K,
+    SUM: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """out (64, 64) = a (64, K) b (K, 64).
+
+    SUM: also the columns' sums of b. WAIT: each product is used within the loop.
     """
     i = tl.arange(0, 64)
     acc = tl.zeros([64, 64], tl.float32)

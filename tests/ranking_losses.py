@@ -1,6 +1,4 @@
-"""Losses of open_clip and sentence-transformers, without a SentenceTransformer, for the tests of
-fuse.
-"""
+"""Losses of open_clip and sentence-transformers for the tests of fuse."""
 
 import pytest
 from torch import nn
@@ -11,9 +9,7 @@ B, D = 61, 24
 
 
 class Encoder(nn.Sequential):
-    """Takes the place of a SentenceTransformer: features of one text column to
-    {"sentence_embedding": (B, D)}.
-    """
+    """Replaces a SentenceTransformer; returns {"sentence_embedding": (B, D)} for a text column."""
 
     def __init__(self):
         super().__init__(nn.Linear(7, D))

@@ -1,8 +1,8 @@
-"""The same values in other memory: views with strides and offsets, with garbage before, between and
-after them.
+"""The same values in other memory layouts: strided views with garbage around them.
 
-A kernel that ignores a stride or an offset, or reads beyond a row, meets NaN, or an integer that is
-no index."""
+A kernel that ignores a stride or an offset, or reads beyond a row, reads NaN, or an integer that is
+not a valid index.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 
 
 def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
-    """``order``: the dimensions, the densest first; ``step`` is the stride of that one, ``gap``
-    what is left after each.
+    """Copy values into strided memory.
+
+    ``order``: the dimensions, the densest first. ``step``: the stride of that one. ``gap``: unused
+    elements after each dimension.
     """
     strides, stride = [0] * values.dim(), step
     for dim in order:
@@ -66,7 +68,7 @@ def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
 
 
 def _expanded(values: Tensor, dim: int) -> Tensor:
-    """The last along ``dim`` in place of all."""
+    """Replace all values along ``dim`` by the last one, expanded."""
     if not values.dim() or not values.shape[dim]:
         return _placed(values, list(reversed(range(values.dim()))), 1, 0)
     last = values.narrow(dim, values.shape[dim] - 1, 1)

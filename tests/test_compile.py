@@ -1,11 +1,12 @@
-"""torch.compile and compilation for cards that are not there: in processes of their own, without
-Triton's interpreter.
+"""torch.compile, and compilation for GPUs that are absent.
+
+Both run in separate processes, without Triton's interpreter.
 """
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Between them these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
+# Together these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
 CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
@@ -23,17 +24,25 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         torch._dynamo.reset()
         torch.manual_seed(0)
         mmfused.set_backend(name)
-        model = mmfused.QueryPooling(64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(device)
+        model = mmfused.QueryPooling(
+            64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True
+        ).to(device)
         counters.clear()
-        backend = "eager" if name == "reference" or padding is None else "aot_eager"  # tracing the gradients too takes long
+        # Tracing also the gradients takes long.
+        backend = "eager" if name == "reference" or padding is None else "aot_eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for length in (17, 40, 33):
             x = torch.randn(5, length, 64, device=device, requires_grad=True)
             ignore = torch.rand(5, length, device=device) < 0.3
-            kwargs = {"mask": dict(key_padding_mask=ignore), "lengths": dict(lengths=(~ignore).sum(1))}.get(padding, {})
+            kwargs = {
+                "mask": dict(key_padding_mask=ignore),
+                "lengths": dict(lengths=(~ignore).sum(1)),
+            }.get(padding, {})
             want, got = model(x, **kwargs), compiled(x, **kwargs)
             upstream = torch.randn_like(want)
-            wants, gots = (torch.autograd.grad(o, [x, *model.parameters()], upstream) for o in (want, got))
+            wants, gots = (
+                torch.autograd.grad(o, [x, *model.parameters()], upstream) for o in (want, got)
+            )
             for a, b in zip([want, *wants], [got, *gots], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert counters["stats"]["unique_graphs"] == 1, (name, padding, counters["stats"])
@@ -53,31 +62,55 @@ import torch, mmfused
 from torch._dynamo.utils import counters
 from mmfused.models import FLUID, FLUIDConfig
 
+
 def check(model, compiled, batch):
     parameters = list(model.parameters())
     want, got = model(**batch), compiled(**batch)
     torch.testing.assert_close(want.loss, got.loss)
-    for a, b in zip(*(torch.autograd.grad(o.loss, parameters, materialize_grads=True, allow_unused=True) for o in (want, got))):
+    for a, b in zip(
+        *(
+            torch.autograd.grad(o.loss, parameters, materialize_grads=True, allow_unused=True)
+            for o in (want, got)
+        )
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not counters["graph_break"], counters["graph_break"]
 
+
 labels, there = torch.randint(0, 7, (5,)), torch.tensor([True, True, False, True, True])
 bare = ("q_transform", "gate", "bottleneck", "moe")
-for without, backend in (((), "aot_eager"), (bare, "eager")):  # tracing the gradients too takes long
+# Tracing also the gradients takes long.
+for without, backend in (
+    ((), "aot_eager"),
+    (bare, "eager"),
+):
     torch._dynamo.reset(), counters.clear(), torch.manual_seed(0)
-    model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, image=None, text=None, balance="gshard", without=without))
+    model = FLUID(
+        FLUIDConfig.preset(
+            "tiny", num_classes=7, image=None, text=None, balance="gshard", without=without
+        )
+    )
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for length in (9, 21, 14):
-        tokens = {"image_tokens": torch.randn(5, 17, 128), "text_tokens": torch.randn(5, length, 128)}
+        tokens = {
+            "image_tokens": torch.randn(5, 17, 128),
+            "text_tokens": torch.randn(5, length, 128),
+        }
         masks = {"text_padding_mask": torch.rand(5, length) < 0.3, "image_present": there}
         check(model, compiled, {**tokens, **masks, "labels": labels})
     assert counters["stats"]["unique_graphs"] == 1, without
 
 counters.clear()
-model = FLUID(FLUIDConfig.preset("tiny", num_classes=7, vocab_size=50, text={"hidden_dropout_prob": 0.0}))
+model = FLUID(
+    FLUIDConfig.preset("tiny", num_classes=7, vocab_size=50, text={"hidden_dropout_prob": 0.0})
+)
 compiled = torch.compile(model, fullgraph=True, backend="eager")
 ids = torch.randint(5, 50, (5, 11))
-batch = {"pixel_values": torch.randn(5, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+batch = {
+    "pixel_values": torch.randn(5, 3, 32, 32),
+    "input_ids": ids,
+    "attention_mask": torch.ones_like(ids),
+}
 check(model.eval(), compiled, {**batch, "image_present": there, "labels": labels})
 print("done")
 """
@@ -98,8 +131,13 @@ import mmfused.ops.query_pooling.functional as function
 function.choose = lambda *args: "fused"
 with FakeTensorMode():
     x = torch.empty(3, 17, 64, device="meta", requires_grad=True)
-    q, w = torch.empty(4, 64, device="meta", requires_grad=True), torch.empty(64, 64, device="meta", requires_grad=True)
-    out = mmfused.query_pooling(x, q, w, w, form="absorbed", lengths=torch.empty(3, dtype=torch.int64, device="meta"))
+    q, w = (
+        torch.empty(4, 64, device="meta", requires_grad=True),
+        torch.empty(64, 64, device="meta", requires_grad=True),
+    )
+    out = mmfused.query_pooling(
+        x, q, w, w, form="absorbed", lengths=torch.empty(3, dtype=torch.int64, device="meta")
+    )
     grads = torch.autograd.grad(out, [x, q, w], torch.empty_like(out))
     assert out.shape == (3, 4, 64) and [g.shape for g in grads] == [x.shape, q.shape, w.shape]
 print("done")

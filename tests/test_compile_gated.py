@@ -1,6 +1,4 @@
-"""As test_compile.py, for gated cross-attention: its graph, and its kernels for cards that are not
-there.
-"""
+"""Gated cross-attention compiled: its graph, and its kernels for GPUs that are absent."""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
@@ -18,7 +16,10 @@ import torch, mmfused
 from torch._dynamo.utils import counters
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-every = (dict(missing="skip", dropout=0.2, gate="none", pre_norm=False), dict(missing="zero", gate="token"))
+every = (
+    dict(missing="skip", dropout=0.2, gate="none", pre_norm=False),
+    dict(missing="zero", gate="token"),
+)
 for name in ["composed"] + (["fused"] if device == "cuda" else []):
     for options in every:
         torch._dynamo.reset()
@@ -26,18 +27,28 @@ for name in ["composed"] + (["fused"] if device == "cuda" else []):
         torch.manual_seed(0)
         mmfused.set_backend(name)
         model = mmfused.BidirectionalGatedCrossAttention(32, 4, **options).to(device)
-        backend = "aot_eager" if "dropout" in options else "eager"  # tracing the gradients too takes long
+        # Tracing also the gradients takes long.
+        backend = "aot_eager" if "dropout" in options else "eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for n, m in ((17, 9), (40, 21), (33, 14)):
-            a, b = (torch.randn(5, length, 32, device=device, requires_grad=True) for length in (n, m))
+            a, b = (
+                torch.randn(5, length, 32, device=device, requires_grad=True) for length in (n, m)
+            )
             present = torch.tensor([True, True, False, True, True], device=device)
-            kwargs = dict(b_key_padding_mask=torch.rand(5, m, device=device) < 0.3, a_present=present)
+            kwargs = dict(
+                b_key_padding_mask=torch.rand(5, m, device=device) < 0.3, a_present=present
+            )
             results = []
             for step in (model, compiled):
                 torch.manual_seed(1)
                 outs = step(a, b, **kwargs)
                 total = sum((out * torch.arange(32, device=device)).sum() for out in outs)
-                results.append([*outs, *torch.autograd.grad(total, [a, b, *model.parameters()], allow_unused=True)])
+                results.append(
+                    [
+                        *outs,
+                        *torch.autograd.grad(total, [a, b, *model.parameters()], allow_unused=True),
+                    ]
+                )
             for x, y in zip(*results, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
         assert counters["stats"]["unique_graphs"] == 1, (name, options, counters["stats"])
@@ -64,7 +75,9 @@ with FakeTensorMode():
     outs = model(a, b, a_present=torch.empty(3, dtype=torch.bool, device="meta"))
     inputs = [a, b, *model.parameters()]
     grads = torch.autograd.grad(sum(out.sum() for out in outs), inputs)
-    assert [out.shape for out in outs] == [a.shape, b.shape] and [g.shape for g in grads] == [x.shape for x in inputs]
+    assert [out.shape for out in outs] == [a.shape, b.shape] and [g.shape for g in grads] == [
+        x.shape for x in inputs
+    ]
 print("done")
 """
     done = run_python("-c", code)

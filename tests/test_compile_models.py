@@ -1,15 +1,17 @@
-"""A training step of UniECS and of UniCA as one graph, from precomputed tokens; for the hosted
-models see their own tests.
+"""A training step of UniECS and of UniCA as one graph, from precomputed tokens.
+
+The hosted models are compiled in their own tests.
 """
 
 from compiling import run_python
 
-# In a process of its own, without Triton's interpreter, and one for both: most of the time is in
-# the imports.
+# In one process for both, without Triton's interpreter: the imports take most of the time.
 COMPILED = """
 import sys, torch
+
 sys.path.insert(0, "tests")
 import test_uniecs, unica_equations
+
 torch.set_num_threads(1)
 
 
@@ -19,7 +21,9 @@ def check(model, *args, **options):
         model.zero_grad()
         output = call(*args, **options)
         output.loss.backward()
-        results.append([output.loss.detach(), *output.losses.values(), *(p.grad for p in model.parameters())])
+        results.append(
+            [output.loss.detach(), *output.losses.values(), *(p.grad for p in model.parameters())]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

@@ -1,6 +1,4 @@
-"""As test_compile.py, for the mixture of experts: its graph, and its kernels for cards that are not
-there.
-"""
+"""The mixture of experts compiled: its graph, and its kernels for GPUs that are absent."""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
@@ -10,8 +8,9 @@ CASES = ("logits 5", "route exact", "moe fluid 512")
 
 
 def test_moe_is_one_graph_for_three_lengths():
-    """Router and experts, with masks, segments, a selection bias and jitter: nothing in them asks
-    how many tokens an expert got.
+    """Router and experts, with masks, segments, a selection bias and jitter.
+
+    Nothing in them reads the number of tokens of an expert on the host.
     """
     code = """
 import torch, mmfused
@@ -19,13 +18,19 @@ from torch._dynamo.utils import counters
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
-    for activation, options in (("gelu", {}), ("swiglu", dict(score="sigmoid", num_segments=2, selection_bias=True))):
+    for activation, options in (
+        ("gelu", {}),
+        ("swiglu", dict(score="sigmoid", num_segments=2, selection_bias=True)),
+    ):
         torch._dynamo.reset()
         counters.clear()
         torch.manual_seed(0)
         mmfused.set_backend(name)
-        model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(device)
-        backend = "eager" if name == "reference" else "aot_eager"  # tracing the gradients too takes long
+        model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(
+            device
+        )
+        # Tracing also the gradients takes long.
+        backend = "eager" if name == "reference" else "aot_eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for length in (17, 40, 33):
             x = torch.randn(3, length, 32, device=device, requires_grad=True)
@@ -37,7 +42,9 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
             for step in (model, compiled):
                 torch.manual_seed(1)
                 out, routing = step(x, **kwargs)
-                total = (out * upstream).sum() + routing.balance_loss + routing.z_loss + routing.entropy
+                total = (
+                    (out * upstream).sum() + routing.balance_loss + routing.z_loss + routing.entropy
+                )
                 results.append([out, *torch.autograd.grad(total, [x, *model.parameters()])])
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -64,10 +71,12 @@ import mmfused.ops.topk_routing.functional as router
 router.choose = experts.choose = lambda *args: "fused"
 called = []
 
+
 class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         called.append(str(function))
         return function(*args, **(kwargs or {}))
+
 
 with FakeTensorMode(), Watch():
     with torch.device("meta"):
@@ -77,10 +86,21 @@ with FakeTensorMode(), Watch():
     out, routing = moe(x)
     total = out.sum() + routing.balance_loss + routing.z_loss
     grads = torch.autograd.grad(total, [x, *moe.parameters()])
-    assert out.shape == x.shape and [g.shape for g in grads] == [x.shape, *(p.shape for p in moe.parameters())]
-    assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [(51, 2), (1, 5), (102,), (6,)]
+    assert out.shape == x.shape and [g.shape for g in grads] == [
+        x.shape,
+        *(p.shape for p in moe.parameters()),
+    ]
+    assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [
+        (51, 2),
+        (1, 5),
+        (102,),
+        (6,),
+    ]
 names = sorted(name.split(".")[1] for name in called if name.startswith("mmfused"))
-experts, route = ["grouped_mlp_bwd", "grouped_mlp_fwd"], ["topk_routing_bwd", "topk_routing_fwd", "topk_routing_input_bwd"]
+experts, route = (
+    ["grouped_mlp_bwd", "grouped_mlp_fwd"],
+    ["topk_routing_bwd", "topk_routing_fwd", "topk_routing_input_bwd"],
+)
 assert names == experts + route, names
 print("done")
 """

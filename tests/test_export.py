@@ -1,5 +1,7 @@
-"""torch.export and ONNX: what is exported equals the module at other sizes, and has its gradients
-or says that it has none."""
+"""torch.export and ONNX: the exported program equals the module, also at other sizes.
+
+It has the module's gradients, or raises where it has none.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def flat(name: str):
 
 def dynamic(args: tuple, named: dict, tokens: bool) -> tuple:
     """The first dimension is the batch, or (candidates) the batch and two; the second, where
-    ``tokens``, the length of the first argument, or (the context) that and one."""
+    ``tokens``, the length of the first argument, or (the context) that and one.
+    """
     batch, length = Dim("batch", min=2, max=64), Dim("tokens", min=2, max=32)
     sizes = {args[0].shape[0]: batch, args[0].shape[0] + 2: batch + 2}
     lengths = {args[0].shape[1]: length, args[0].shape[1] + 1: length + 1} if tokens else {}

@@ -1,5 +1,6 @@
-"""fuse(model): real classes of torch, timm, open_clip and transformers, small and random, give the
-same numbers as before.
+"""fuse(model) gives the same numbers as the original modules.
+
+The models are real classes of torch, timm, open_clip and transformers, small and random.
 """
 
 import copy
@@ -43,7 +44,7 @@ from mmfused.testing import over_budget
 
 @pytest.fixture
 def pooled(monkeypatch):
-    """One entry for each call that is swapped: the shape of its queries."""
+    """The shapes of the queries, one for each call that the library computes."""
     calls = []
     for module, name in (
         (attention_swaps, "attend"),
@@ -65,9 +66,7 @@ def build(case, dtype=torch.float64):
     )
     model = make().to(DEVICE)
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # none is left at 0, where a wrong one would not be seen
+        for parameter in model.parameters():  # at 0 a wrong gradient would not be seen
             parameter.copy_(
                 torch.randn(parameter.shape)
                 * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
@@ -111,8 +110,9 @@ def test_same_numbers_in_float64(case, training, pooled):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
 def test_float32_within_the_budget(case, pooled):
-    """Not the whole Q-Former: its later self-attention enlarges any rounding a thousandfold. Its
-    module alone is instructblip's.
+    """Without the whole Q-Former, where later self-attention enlarges any rounding a thousandfold.
+
+    Its module alone is tested as instructblip's.
     """
     model, inputs, call, swapped, _ = build(case)
     inputs = {k: v.float().double() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -123,9 +123,8 @@ def test_float32_within_the_budget(case, pooled):
     fuse(model)
     actual = results(model, call, inputs, torch.float32)
     assert len(pooled) == len(swapped)
-    noise = {
-        name for name, value in exact.items() if value.norm() < 1e-10
-    }  # gradients that are 0: key biases
+    # Gradients that are 0: key biases.
+    noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
         *({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain))
@@ -186,9 +185,9 @@ def test_report_reads_well():
         model
     )
     assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
-    assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention and "Fused" not in repr(
-        clip()
-    )  # no class was patched
+    # No class was patched.
+    assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention
+    assert "Fused" not in repr(clip())
     assert (
         fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
         and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
@@ -209,7 +208,6 @@ def hook(model):
     model.kv.register_forward_hook(lambda *args: None)
 
 
-# fmt: off
 LEFT = {
     "OwnAttention is a subclass of MultiheadAttention": lambda: OwnAttention(D, H),
     "dropout is 1.0: query_pooling takes": lambda: nn.MultiheadAttention(D, H, dropout=1.0),
@@ -221,15 +219,18 @@ LEFT = {
     "k_norm is a LayerNorm": lambda: latent(qk_norm=True),
     "q_norm is a BatchNorm1d": lambda: after(latent(), setting("q_norm", nn.BatchNorm1d(D // H))),
     "scale is 1.0": lambda: after(latent(), setting("scale", 1.0)),
-    "kv is a torch.nn.modules.container.Sequential": lambda: after(latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))),
+    "kv is a torch.nn.modules.container.Sequential": lambda: after(
+        latent(), setting("kv", nn.Sequential(nn.Linear(D, 2 * D)))
+    ),
     "kv has hooks": lambda: after(latent(), hook),
     "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
     "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
-    "attention inside is a OwnAttention": lambda: after(siglip2(), setting("attention", OwnAttention(D, H))),
+    "attention inside is a OwnAttention": lambda: after(
+        siglip2(), setting("attention", OwnAttention(D, H))
+    ),
     "attention_probs_dropout_prob is 1.0: query_pooling takes": lambda: cross(dropout=1.0),
     "attention implementation is 'eager'": lambda: cross(implementation="eager"),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("words", LEFT)
@@ -277,29 +278,54 @@ STRANGE_MASK[..., 0] = True
 KEY_MASK = STRANGE_MASK[:, :, :1]
 
 
-# fmt: off
 FALLBACKS = {
     "need_weights": (torch_attention, lambda m, q, x: m(q, x, x)),
-    "weights of each head": (torch_attention, lambda m, q, x: m(q, x, x, average_attn_weights=False)),
-    "attn_mask": (torch_attention, lambda m, q, x: m(q, x, x, need_weights=False, attn_mask=STRANGE_MASK[0, 0].to(x.device))),
+    "weights of each head": (
+        torch_attention,
+        lambda m, q, x: m(q, x, x, average_attn_weights=False),
+    ),
+    "attn_mask": (
+        torch_attention,
+        lambda m, q, x: m(q, x, x, need_weights=False, attn_mask=STRANGE_MASK[0, 0].to(x.device)),
+    ),
     "float padding": (torch_attention, lambda m, q, x: m(q, x, x, x[..., 0], need_weights=False)),
     "other values": (torch_attention, lambda m, q, x: m(q, x, x + 1, need_weights=False)),
     "self-attention": (torch_attention, lambda m, q, x: m(x, x, x, need_weights=False)),
     "unbatched": (torch_attention, lambda m, q, x: m(q[0], x[0], x[0], need_weights=False)),
-    "dropout set later": (torch_attention, lambda m, q, x: after(m.eval(), setting("dropout", 1.0))(q, x, x, need_weights=False)),
+    "dropout set later": (
+        torch_attention,
+        lambda m, q, x: after(m.eval(), setting("dropout", 1.0))(q, x, x, need_weights=False),
+    ),
     "timm, float mask": (latent, lambda m, q, x: m(x, x[:, None, None, :, 0])),
-    "timm, a mask for each query": (lambda: latent(latent_len=5), lambda m, q, x: m(x, STRANGE_MASK.to(x.device))),
-    "timm, unfused bool mask": (lambda: after(latent(), setting("fused_attn", False)), lambda m, q, x: m(x, KEY_MASK.to(x.device))),
+    "timm, a mask for each query": (
+        lambda: latent(latent_len=5),
+        lambda m, q, x: m(x, STRANGE_MASK.to(x.device)),
+    ),
+    "timm, unfused bool mask": (
+        lambda: after(latent(), setting("fused_attn", False)),
+        lambda m, q, x: m(x, KEY_MASK.to(x.device)),
+    ),
     "timm, hook set later": (latent, lambda m, q, x: after(m, hook)(x)),
     "siglip2, 4-D mask": (siglip2, lambda m, q, x: m(x, KEY_MASK.to(x.device))),
-    "blip2, mask repeated": (q_former, lambda m, q, x: m(q, 5, None, x[..., :K], KEY_MASK[:, 0, 0].to(x.device))[0]),
-    "blip2, mask for each query": (cross, lambda m, q, x: m(q, None, x[..., :K], STRANGE_MASK.to(x.device))[0]),
+    "blip2, mask repeated": (
+        q_former,
+        lambda m, q, x: m(q, 5, None, x[..., :K], KEY_MASK[:, 0, 0].to(x.device))[0],
+    ),
+    "blip2, mask for each query": (
+        cross,
+        lambda m, q, x: m(q, None, x[..., :K], STRANGE_MASK.to(x.device))[0],
+    ),
     "blip2, float mask": (cross, lambda m, q, x: m(q, None, x[..., :K], x[:, None, None, :, 0])[0]),
     "blip2, eager set later": (cross, lambda m, q, x: after(m, go_eager)(q, None, x[..., :K])),
-    "blip2, output_attentions": (cross, lambda m, q, x: m(q, None, x[..., :K], output_attentions=True)[0]),
-    "blip2, position bias": (cross, lambda m, q, x: m(q, None, x[..., :K], position_bias=x[:, None, :5, :N])[0]),
+    "blip2, output_attentions": (
+        cross,
+        lambda m, q, x: m(q, None, x[..., :K], output_attentions=True)[0],
+    ),
+    "blip2, position bias": (
+        cross,
+        lambda m, q, x: m(q, None, x[..., :K], position_bias=x[:, None, :5, :N])[0],
+    ),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
@@ -429,11 +455,13 @@ for case in test_fuse.CASES:
     if case == "timm":
         call(compiled, *inputs.values())
     assert mmfused.fuse(model).swapped
-    want, got = test_fuse.results(model, call, inputs), test_fuse.results(model, lambda m, *i: call(compiled, *i), inputs)
+    want = test_fuse.results(model, call, inputs)
+    got = test_fuse.results(model, lambda m, *i: call(compiled, *i), inputs)
     assert counters["stats"]["unique_graphs"] == 1 + (case == "timm"), (case, counters["stats"])
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m: f"{case}, {name}: {m}")
+        message = lambda m: f"{case}, {name}: {m}"
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=message)
 print("done")
 """)
 

@@ -1,6 +1,8 @@
-"""fuse(model): cross-attention between inputs, in blocks written plainly with nn.MultiheadAttention
-and in torch's own layers; and the layers of UniECS and UniCA, written plainly, give the numbers of
-the modules that their weights are loaded into."""
+"""fuse(model) on cross-attention between inputs.
+
+The blocks are written with nn.MultiheadAttention, or are torch's own layers. The layers of UniECS
+and UniCA, written this way, give the numbers of our modules with the same weights.
+"""
 
 import copy
 import subprocess
@@ -23,14 +25,8 @@ from mmfused import (
 from mmfused.fuse import attention
 from mmfused.testing import over_budget
 
-B, N, M, D, E, H = (
-    3,
-    11,
-    7,
-    36,
-    20,
-    3,
-)  # samples, tokens of a and b, their widths (b's is E in some), heads
+B, N, M = 3, 11, 7  # samples, tokens of a and of b
+D, E, H = 36, 20, 3  # widths of a and of b (E in some cases), heads
 
 
 class Exchange(nn.Module):
@@ -102,8 +98,8 @@ def plain_call(model, *inputs):
     return model(*inputs)
 
 
-# name -> (make a model, width of b, call it, what is swapped, what is left, calls served, those by
-# query pooling)
+# name -> (make a model, width of b, call it, names swapped, names left, calls computed by the
+# library, those by query pooling)
 CASES = {
     "exchange": (
         lambda: Exchange(batch_first=True),
@@ -131,9 +127,7 @@ CASES = {
 
 @pytest.fixture
 def served(monkeypatch):
-    """What was called for each call of attention that the library serves: "attend", "query_pooling"
-    or both.
-    """
+    """The functions called for attention that the library computes: "attend", "query_pooling"."""
     calls = []
     for module, name in (
         (attention, "attend"),
@@ -219,7 +213,7 @@ def test_same_numbers_in_float64(case, masked, training, served):
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_forced_backends(backend, served):
-    """They leave torch's attention aside."""
+    """They do not use torch's attention."""
     model, inputs = filled(Exchange(batch_first=True), torch.float32), data(D, dtype=torch.float32)
     want = results(model, plain_call, inputs)
     fuse(model)
@@ -238,9 +232,8 @@ def test_float32_within_the_budget(case):
     plain = results(model.float(), call, inputs)
     fuse(model)
     actual = results(model, call, inputs)
-    noise = {
-        name for name, value in exact.items() if value.norm() < 1e-10
-    }  # gradients that are 0: key biases
+    # Gradients that are 0: key biases.
+    noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
         *({k: v for k, v in d.items() if k not in noise} for d in (actual, exact, plain))
@@ -284,18 +277,18 @@ def test_nan_stays_behind_the_padding():
 ATTN_MASK = torch.rand(N, M, generator=torch.Generator().manual_seed(0)) < 0.3
 ATTN_MASK[:, 0] = False
 
-# fmt: off
 OTHER_CALLS = {
     "self-attention": lambda m, a, b: m(a, a, a, need_weights=False),
     "weights asked for": lambda m, a, b: m(a, b, b),
     "weights of each head": lambda m, a, b: m(a, b, b, average_attn_weights=False),
     "attn_mask": lambda m, a, b: m(a, b, b, need_weights=False, attn_mask=ATTN_MASK.to(a.device)),
-    "is_causal": lambda m, a, b: m(a, b, b, need_weights=False, attn_mask=ATTN_MASK.to(a.device), is_causal=True),
+    "is_causal": lambda m, a, b: m(
+        a, b, b, need_weights=False, attn_mask=ATTN_MASK.to(a.device), is_causal=True
+    ),
     "float mask": lambda m, a, b: m(a, b, b, b[..., 0], need_weights=False),
     "other values": lambda m, a, b: m(a, b, b + 1, need_weights=False),
     "unbatched": lambda m, a, b: m(a[0], b[0], b[0], need_weights=False),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("name", OTHER_CALLS)
@@ -370,7 +363,9 @@ for case, (make, width, call, *_) in t.CASES.items():
     assert mmfused.fuse(model).swapped
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     counters.clear()
-    t.same(t.results(model, lambda m, *i: call(compiled, *i), inputs), t.results(model, call, inputs))
+    t.same(
+        t.results(model, lambda m, *i: call(compiled, *i), inputs), t.results(model, call, inputs)
+    )
     assert counters["stats"]["unique_graphs"] == 1, (case, counters["stats"])
 print("done")
 """
@@ -388,7 +383,8 @@ class SharedLogits(nn.Module):
     side.
 
     Text queries over vision keys are vision queries over text keys, transposed: each projection
-    serves as queries and as keys."""
+    serves as queries and as keys.
+    """
 
     def __init__(self, dim, embed_dim, num_heads):
         super().__init__()

@@ -1,6 +1,4 @@
-"""fuse(model) on the losses of open_clip and sentence-transformers: the real classes give the same
-loss and gradients.
-"""
+"""fuse(model) on losses of open_clip and sentence-transformers: the same loss and gradients."""
 
 import copy
 import pickle
@@ -117,27 +115,35 @@ def test_a_swapped_loss_gives_the_same_numbers(case, dtype, swept):
     assert all(torch.equal(after[key], plain[key]) for key in plain) and len(swept) == sweeps
 
 
-# fmt: off
 LEFT_ALONE = {
     "world_size is 2": lambda: clip_loss(world_size=2),
     "The get_logits of this module was replaced": lambda: edited(clip_loss(), get_logits=len),
-    "hardness_mode is 'all_negatives'": lambda: ranking_loss(hardness_mode="all_negatives", hardness_strength=2.0),
-    "directions are ('query_to_doc', 'query_to_query')": lambda: ranking_loss(directions=("query_to_doc", "query_to_query")),
+    "hardness_mode is 'all_negatives'": lambda: ranking_loss(
+        hardness_mode="all_negatives", hardness_strength=2.0
+    ),
+    "directions are ('query_to_doc', 'query_to_query')": lambda: ranking_loss(
+        directions=("query_to_doc", "query_to_query")
+    ),
     "doc_to_query'), joint": lambda: ranking_loss(directions=BOTH["directions"]),
     "ranking_losses.dot_score: the sweep supports": lambda: ranking_loss(similarity_fct=dot_score),
-    "The compute_loss_from_embeddings of this module was":
-        lambda: edited(ranking_loss(), compute_loss_from_embeddings=len),
-    "The calculate_loss of this module was replaced": lambda: edited(cached_loss(), calculate_loss=len),
+    "The compute_loss_from_embeddings of this module was": lambda: edited(
+        ranking_loss(), compute_loss_from_embeddings=len
+    ),
+    "The calculate_loss of this module was replaced": lambda: edited(
+        cached_loss(), calculate_loss=len
+    ),
     "The calculate_loss of this module was":  # bound to another loss
-        lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
-    "calculate_loss of this module was replaced on": lambda: bound_anew(cached_loss(), lambda self, reps, labels=None: None),
+    lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
+    "calculate_loss of this module was replaced on": lambda: bound_anew(
+        cached_loss(), lambda self, reps, labels=None: None
+    ),
     "of this module was replaced on the instance.": lambda: bound_anew(cached_loss(), None),
     "mini_batch_size is 0": lambda: edited(cached_loss(), mini_batch_size=0),
-    "hardness_mode is 'hard_negatives'":
-        lambda: cached_loss(hardness_mode="hard_negatives", hardness_strength=2.0),
+    "hardness_mode is 'hard_negatives'": lambda: cached_loss(
+        hardness_mode="hard_negatives", hardness_strength=2.0
+    ),
     "doc_to_doc'), joint": lambda: cached_loss(directions=("query_to_doc", "doc_to_doc")),
 }
-# fmt: on
 
 
 def wrapping(function):
@@ -366,9 +372,8 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
         ]
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "random.sample", lambda population, k: list(population)[:k]
-            )  # which layers and widths
+            # The choice of layers and widths.
+            patch.setattr("random.sample", lambda population, k: list(population)[:k])
             try:
                 value = loss(texts, None)
                 value.backward()

@@ -1,6 +1,4 @@
-"""Swapped losses return the dtype that the original returns, of any inputs and scale, with and
-without autocast.
-"""
+"""Swapped losses return the original's dtype, for any inputs and scale, also under autocast."""
 
 import itertools
 
@@ -126,17 +124,12 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
         assert len(sweeps) == SEEDS, case  # where the original has a loss, it is swapped
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}, case
         exact = outcome(name, kind, dtype, False, None, exact=True)
-        if (
-            dtype == torch.float64
-        ):  # plain is exact itself, but for the rounding of a gradient of the scale
+        # Plain is exact itself, except for the rounding of a gradient of the scale.
+        if dtype == torch.float64:
             for key in [k for k, v in got.items() if v.dtype == dtype]:
                 assert (got.pop(key) - exact.pop(key)).norm() <= 1e-10 * plain.pop(key).norm(), case
-        for (
-            key,
-            value,
-        ) in (
-            exact.items()
-        ):  # a few scalars: plain's error may be nearly 0 by luck, hence two roundings
+        # A few scalars: plain's error may be nearly 0 by chance, hence two roundings.
+        for key, value in exact.items():
             error, allowed = relative_error(got[key], value), 2 * relative_error(plain[key], value)
             assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (
                 case,

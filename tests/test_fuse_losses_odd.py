@@ -1,6 +1,4 @@
-"""fuse on losses with odd parts: no foreign object makes it raise, nor a call of a loss that was
-swapped.
-"""
+"""fuse on losses with unusual attributes: neither it nor a swapped loss's call raises."""
 
 import functools
 
@@ -87,22 +85,29 @@ class Raising(nn.Module):
 
 Raising.__module__, Raising.__qualname__ = "open_clip.loss", "ClipLoss"
 
-# fmt: off
 ODDITIES = {
     "RuntimeError: not before the first step": Raising,
     "'>' not supported": lambda: edited(clip_loss(), world_size=None),
     "has no world_size": lambda: without(clip_loss(), "world_size"),
     "directions is a NoneType": lambda: edited(ranking_loss(), directions=None),
-    "directions is a generator": lambda: edited(ranking_loss(), directions=(x for x in ("query_to_doc",))),
-    "It cannot be inspected: TypeError: unhashable": lambda: edited(ranking_loss(), directions=(["query_to_doc"],)),
+    "directions is a generator": lambda: edited(
+        ranking_loss(), directions=(x for x in ("query_to_doc",))
+    ),
+    "It cannot be inspected: TypeError: unhashable": lambda: edited(
+        ranking_loss(), directions=(["query_to_doc"],)
+    ),
     "It cannot be inspected: RuntimeError: Boolean": lambda: edited(
-        ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)),
+        ranking_loss(), hardness_mode="all_negatives", hardness_strength=torch.ones(2)
+    ),
     "mini_batch_size is 'all'": lambda: edited(cached_loss(), mini_batch_size="all"),
     "has no scale": lambda: without(cached_loss(), "loss"),
-    "It cannot be inspected: TypeError: '<='": lambda: edited(nn.MultiheadAttention(D, 2), dropout="half"),
-    "It cannot be inspected: AttributeError": lambda: edited(nn.MultiheadAttention(D, 2), out_proj=None),
+    "It cannot be inspected: TypeError: '<='": lambda: edited(
+        nn.MultiheadAttention(D, 2), dropout="half"
+    ),
+    "It cannot be inspected: AttributeError": lambda: edited(
+        nn.MultiheadAttention(D, 2), out_proj=None
+    ),
 }
-# fmt: on
 
 
 def without(module, name):
@@ -145,9 +150,8 @@ def test_a_swapped_loss_takes_odd_attributes_later(swept):
                 loss(a, b, 2.0)
     assert not swept
     ranking, embeddings = ranking_loss(), [a, b]
-    odd = dict(
-        hardness_mode="of its own", hardness_strength=torch.ones(2)
-    )  # which the original never compares
+    # The original never compares this strength.
+    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))
     want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
     assert "It cannot be inspected: RuntimeError: Boolean" in fuse(ranking).left[""]
     assert fuse(edited(ranking, hardness_mode=None)).swapped

@@ -1,5 +1,6 @@
-"""fuse(model) on transformers' mixtures of experts, and "mmfused" as an experts implementation: the
-numbers of the originals.
+"""fuse(model) on transformers' mixtures of experts, and "mmfused" as an experts implementation.
+
+Both give the numbers of the originals.
 """
 
 import copy
@@ -143,9 +144,8 @@ def test_there_and_back(case, grouped):
     fresh.load_state_dict(fused_state)
     same(run(fresh), want, 0.0)
     assert not grouped
-    other = filled(
-        CASES[case]()
-    )  # fused before transformers hangs its recorders on the routers: those cannot be pickled
+    # Fused before transformers puts its recorders on the routers, as these cannot be pickled.
+    other = filled(CASES[case]())
     fuse(other)
     other.load_state_dict(state)
     for twin in (pickle.loads(pickle.dumps(other)), other, copy.deepcopy(model)):
@@ -221,7 +221,6 @@ def derive(module):
     module.__class__ = type("MyExperts", (type(module),), {})
 
 
-# fmt: off
 LEFT = {
     "One expert for each token and renormalised weights": lambda: mixtral(num_experts_per_tok=1),
     "its router learns nothing": lambda: qwen3(num_experts_per_tok=1, norm_topk_prob=True),
@@ -231,8 +230,10 @@ LEFT = {
     "is_concatenated is False": changed(lambda m: setattr(m, "is_concatenated", False)),
     "have no gate, or a custom one": changed(lambda m: setattr(m, "_apply_gate", len)),
     "distributed over ranks": changed(lambda m: setattr(m, "_is_expert_parallel", True)),
-    "'deepgemm_megamoe', which changes": lambda: after(mixtral(), lambda m: setattr(
-        m.config, "_experts_implementation_internal", "deepgemm_megamoe")),
+    "'deepgemm_megamoe', which changes": lambda: after(
+        mixtral(),
+        lambda m: setattr(m.config, "_experts_implementation_internal", "deepgemm_megamoe"),
+    ),
     "down_proj is a Strange of torch.float32": changed(quantise),
     "down_proj is a Parameter of torch.float8_e4m3fn": changed(eight_bits),
     "act_fn has hooks": changed(hook),
@@ -240,7 +241,6 @@ LEFT = {
     "has no gate_up_proj": changed(lambda m: delattr(m, "gate_up_proj")),
     "MyExperts is a subclass of MixtralExperts": changed(derive),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("words", LEFT)
@@ -259,9 +259,8 @@ def test_left_with_the_reason(words):
 def test_one_expert_with_its_own_probability_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    assert fuse(
-        inner(mixtral(num_experts_per_tok=1))
-    ).swapped  # alone: nobody knows what weights it will get
+    # Alone: it is unknown which weights it will get.
+    assert fuse(inner(mixtral(num_experts_per_tok=1))).swapped
 
 
 @pytest.mark.parametrize(
@@ -330,13 +329,15 @@ def test_by_name_from_a_config_and_from_a_folder(tmp_path, grouped):
     assert len(grouped) == 4
 
 
-# fmt: off
 OTHERS = {
     "mixtral.modeling_mixtral.MixtralExperts": dict(hidden_act="gelu"),
-    "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": dict(swiglu_limit=0.7, swiglu_alpha=1.702),
-    "nemotron_h.modeling_nemotron_h.NemotronHExperts": dict(moe_latent_size=None, mlp_hidden_act="relu2"),
+    "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": dict(
+        swiglu_limit=0.7, swiglu_alpha=1.702
+    ),
+    "nemotron_h.modeling_nemotron_h.NemotronHExperts": dict(
+        moe_latent_size=None, mlp_hidden_act="relu2"
+    ),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("path", OTHERS)
@@ -376,23 +377,19 @@ def test_by_name_refuses_what_it_cannot_run():
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_experts_of_other_ranks(act, backend):
-    """Expert parallelism: numbers from E on are experts of another rank; they count for nothing and
-    get no gradient.
-    """
+    """Expert parallelism: indices from E on are experts of another rank, without effect here."""
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
-    x, index, weights = choices(
-        3, dtype=torch.float32, experts=E + 4
-    )  # nearly half of them elsewhere
+    # Nearly half of them are on another rank.
+    x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
-    want["weights"] = want["weights"].masked_fill(
-        index == E, 0.0
-    )  # older releases leave what would be added, times 0, there
+    # In older releases the gradient there is not 0, though it is multiplied by 0.
+    want["weights"] = want["weights"].masked_fill(index == E, 0.0)
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):
         got = run_experts(module, x, index, weights)
@@ -451,7 +448,7 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
 
 
 def test_no_graph_break():
-    """A fused block, forward and backward; the same block with the implementation chosen by name."""
+    """A fused block, forward and backward, and the block with the implementation set by name."""
     code = """
 import torch, mmfused, fuse_moe_models as models
 from torch._dynamo.utils import counters

@@ -1,6 +1,4 @@
-"""fuse(model): what is chosen by `only` and `skip`, what the report says and expects, and how it is
-printed.
-"""
+"""fuse(model): the choice by `only` and `skip`, the report's texts and its printed table."""
 
 import copy
 import re
@@ -57,7 +55,6 @@ def chosen(model, **options):
     return report
 
 
-# fmt: off
 CHOICES = [
     (dict(), ALL),
     (dict(only="pooling"), POOLING),
@@ -69,7 +66,11 @@ CHOICES = [
     (dict(only="vision.blocks"), BLOCKS),
     (dict(skip="vision"), {"text.head", "text.cross", "experts", "losses"}),
     (dict(skip="vision.blocks.1"), ALL - {"vision.blocks.1.attn"}),
-    (dict(only="vision.*.attn"), {*BLOCKS, "vision.pool.attn"}),  # * goes across dots, and names no head
+    # * also matches dots; the pattern does not name the head.
+    (
+        dict(only="vision.*.attn"),
+        {*BLOCKS, "vision.pool.attn"},
+    ),
     (dict(only="vision.blocks.*.attn"), BLOCKS),
     (dict(only="vision.blocks.[02]"), BLOCKS - {"vision.blocks.1.attn"}),
     (dict(only="vision", skip="attention"), {"vision.pool"}),
@@ -87,7 +88,6 @@ CHOICES = [
     (dict(only=["vision.pool.attn", "vision.pool"]), {"vision.pool"}),
     (dict(only="text.head.attention", skip="attention"), set()),
 ]
-# fmt: on
 
 
 # Without addresses, which differ between processes.
@@ -121,7 +121,7 @@ def test_the_root_may_be_chosen():
 
 
 def test_what_a_head_holds_is_left_with_it(model):
-    """Its attention would pool all the same."""
+    """Otherwise its attention would be swapped."""
     report = chosen(model, only=["attention", "experts"])
     assert "vision.pool.attn" not in report.swapped and "vision.pool.attn" not in report.left
     assert report.left["vision.pool"] == "Not chosen: only names other modules."
@@ -136,17 +136,17 @@ def test_an_entry_that_names_nothing_raises(argument, entry, model):
     with pytest.raises(ValueError) as error:
         fuse(model, **{argument: ["pooling", entry]})
     assert str(error.value) == (
-        f"fuse: {argument}: got {entry!r}, expected 'pooling', 'attention', 'experts', 'losses', or the name of a module in this "
-        "model or a pattern of names"
+        f"fuse: {argument}: got {entry!r}, expected 'pooling', 'attention', 'experts', 'losses', "
+        "or the name of a module in this model or a pattern of names"
     )
     assert [type(module) for module in model.modules()] == types
-    for wrong, said in (
+    for wrong, message in (
         (3, "fuse: {}: got a int, expected a str or several"),
         ([3], "fuse: {}: got a int in it, expected a str or several"),
     ):
         with pytest.raises(TypeError) as error:
             fuse(model, **{argument: wrong})
-        assert str(error.value) == said.format(argument)
+        assert str(error.value) == message.format(argument)
 
 
 def test_what_is_swapped_stays():
@@ -190,9 +190,9 @@ def test_known_queries_are_counted(make, sizes):
 def test_nothing_is_expected_where_keys_and_values_cost_less():
     text = fuse(library("open_clip.transformer.AttentionalPooler", 64, 64, 8, 256)).expected[""]
     times = f"{1 / by_hand(64, 256, 64, 8):.3g} times as much without keys and values"
-    assert (
-        text
-        == f"no benefit by count: with 256 queries of 8 heads a token would cost {times}, so they are computed as before"
+    assert text == (
+        f"no benefit by count: with 256 queries of 8 heads a token would cost {times}, so they are "
+        "computed as before"
     )
 
 
@@ -224,7 +224,7 @@ def test_what_attention_experts_and_losses_expect():
 
 
 def test_a_size_that_is_not_found_is_no_reason():
-    """The swap does not need it."""
+    """The swap does not need the size."""
 
     class Unmeasured(KINDS["timm.layers.attention_pool.AttentionPoolLatent"]):
         sizes = staticmethod(lambda module: module.not_there)
@@ -267,9 +267,8 @@ def test_printed_as_a_table(model):
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    assert (
-        sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
-    )  # one for the three blocks
+    # One for the three blocks.
+    assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
 
 
 def test_long_names_are_broken_at_their_dots():
@@ -281,6 +280,5 @@ def test_long_names_are_broken_at_their_dots():
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("a_name_that_is_rather_long. ") for line in lines)
     column = lines[1].index("class")
-    assert any(
-        line[column:].startswith("Attention ") for line in lines
-    )  # Blip2QFormerMultiHead, Attention
+    # The name is broken into Blip2QFormerMultiHead and Attention.
+    assert any(line[column:].startswith("Attention ") for line in lines)

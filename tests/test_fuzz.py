@@ -1,5 +1,6 @@
-"""A little of the fuzz with fixed seeds, and that it sees what it is there to see. `make fuzz
-MINUTES=60` draws new ones.
+"""Some fuzzing with fixed seeds, and checks that it finds faults.
+
+`make fuzz MINUTES=60` draws new seeds.
 """
 
 import functools
@@ -40,7 +41,7 @@ def test_every_option_is_broken_or_takes_anything(function):
     tensors = {path.split(".")[0] for path in tensor_arguments(FUNCTIONS[function])}
     unknown = set(arguments(FUNCTIONS[function])) - tensors - set(BAD_OPTIONS) - set(ANYTHING_GOES)
     assert not unknown, (
-        f"{function} takes {sorted(unknown)}: say in fuzz_refusals.py what these never take."
+        f"{function} takes {sorted(unknown)}: add to fuzz_refusals.py what is invalid for them."
     )
 
 

@@ -1,5 +1,5 @@
-"""Every module as torch's own: copied, saved whole, built on the meta device, loaded by assignment,
-begun anew.
+"""Every module, like torch's own, can be copied, saved whole, built on the meta device, loaded by
+assignment and reset.
 """
 
 import copy

@@ -1,6 +1,4 @@
-"""The package as users get it: wheel, sdist, editable install, plain clone; and beside Hugging
-Face's own "kernels".
-"""
+"""The package as wheel, sdist, editable install and clone, also beside Hugging Face's "kernels"."""
 
 from __future__ import annotations
 
@@ -100,7 +98,10 @@ def wheels(clone, tmp_path_factory) -> dict[str, Path]:
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         pytest.skip("pyproject.toml needs setuptools 77 or newer")
     out = {mode: tmp_path_factory.mktemp(mode) for mode in INSTALLED}
-    build = "import sys; from setuptools import build_meta as hooks; getattr(hooks, sys.argv[1])(sys.argv[2])"
+    build = (
+        "import sys; from setuptools import build_meta as hooks; "
+        "getattr(hooks, sys.argv[1])(sys.argv[2])"
+    )
     for mode in ("sdist", "editable"):
         run("-c", build, f"build_{mode}", out[mode], cwd=clone)
     (sdist,) = out["sdist"].iterdir()
@@ -214,7 +215,10 @@ def test_an_installed_package_finds_the_sources_of_its_extension(
 
 
 def test_import_is_light():
-    probe = "import sys, torch; before = set(sys.modules); import mmfused; print(*set(sys.modules) - before)"
+    probe = (
+        "import sys, torch; before = set(sys.modules); import mmfused; "
+        "print(*set(sys.modules) - before)"
+    )
     loaded = {name.split(".")[0] for name in run("-c", probe, cwd=ROOT).split()}
     assert "mmfused" in loaded
     assert sorted(loaded & set(OPTIONAL)) == []
@@ -234,7 +238,10 @@ assert x.grad.abs().sum() > 0
 
 def test_kernels_folder_is_no_package_of_its_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    probe = 'import importlib.util; spec = importlib.util.find_spec("kernels"); print(spec and spec.origin)'
+    probe = (
+        'import importlib.util; spec = importlib.util.find_spec("kernels"); '
+        "print(spec and spec.origin)"
+    )
     origin = run("-c", probe, cwd=ROOT).strip()
     assert not Path(origin).is_relative_to(ROOT / "kernels")
 
@@ -277,7 +284,8 @@ def test_a_missing_extra_is_named_with_its_command_in_the_library_too():
     probe = """
 import importlib, sys, mmfused
 for module, package in %r:
-    for name in [name for name in sys.modules if name.startswith(("mmfused.data", "mmfused.training"))]:
+    loaded = ("mmfused.data", "mmfused.training")
+    for name in [name for name in sys.modules if name.startswith(loaded)]:
         del sys.modules[name]
     held, sys.modules[package] = sys.modules.pop(package, None), None
     try:

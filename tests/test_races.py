@@ -1,6 +1,4 @@
-"""The race that Triton's pipeliner leaves where a tile is both multiplied and read into registers,
-found in compiled kernels.
-"""
+"""The race of Triton's pipeliner, with a tile both multiplied and loaded, in compiled kernels."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What runs on torch's attention differentiates twice as well: its fused backwards alone do not."""
+"""Second derivatives where torch's attention is used, whose fused backwards have none."""
 
 import pytest
 import torch
@@ -65,9 +65,8 @@ def test_one_input_alone_has_second_derivatives(wanted):
     fixed = [y.detach() for y in inputs]
 
     def call(y):
-        return (
-            attention(*fixed[:wanted], y, *fixed[wanted + 1 :]).square().sum()
-        )  # the upstream gradient has a graph too
+        # The upstream gradient has a graph too.
+        return attention(*fixed[:wanted], y, *fixed[wanted + 1 :]).square().sum()
 
     assert torch.autograd.gradgradcheck(call, inputs[wanted])
 

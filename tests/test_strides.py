@@ -1,5 +1,6 @@
-"""Every tensor argument of every public function may be a strided, expanded or offset view, and so
-may upstream gradients.
+"""Every tensor argument of every public function may be a strided, expanded or offset view.
+
+Upstream gradients may be one too.
 """
 
 import pytest
@@ -161,8 +162,8 @@ def test_every_tensor_argument_has_inputs_here(function):
     }
     missing = set(tensor_arguments(FUNCTIONS[function])) - given
     assert not missing, (
-        f"{function} takes the tensors {sorted(missing)} and no test gives them: add them to its maker in function_inputs.py, "
-        f"and a choice that excludes others to VARIANTS of test_strides.py."
+        f"{function} takes the tensors {sorted(missing)} and no test gives them: add them to its "
+        "maker in function_inputs.py, and a choice that excludes others to its VARIANTS."
     )
     assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), (
         "the maker gives what is no argument"
@@ -199,7 +200,7 @@ def test_every_tensor_may_be_a_view(function, variant, backend):
 
 
 def compare(function, inputs, backend, layout, cache, only=None):
-    """The views against the same values in dense memory: as near to the oracle, and integers equal."""
+    """Compare views with the same values in dense memory: as near to the oracle, integers equal."""
     views = in_layout(function, inputs, layout, only)
     wanted = differentiable(function, inputs)
     options = dict(wanted=wanted, upstream=upstream_of("contiguous" if only else layout))

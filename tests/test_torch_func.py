@@ -1,4 +1,4 @@
-"""torch.func takes every op and module apart: grad, vmap, jvp, jacrev and what is made of them.
+"""torch.func on every op and module: grad, vmap, jvp, jacrev and combinations of them.
 
 The oracle is the reference in float64 under plain autograd.
 """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..children import dense, why_called
 from . import counts
-from .base import Swap
+from .base import Family, Swap
 
 Sizes = tuple[int, int | None, int, int, int]
 
@@ -17,7 +17,7 @@ Sizes = tuple[int, int | None, int, int, int]
 class Pooling(Swap):
     """A module that pools tokens with queries."""
 
-    family = "pooling"
+    family: ClassVar[Family] = "pooling"
 
     @staticmethod
     def sizes(module: Any) -> Sizes:

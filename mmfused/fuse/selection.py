@@ -19,8 +19,8 @@ class Selection:
         only: str | Iterable[str] | None,
         skip: str | Iterable[str] | None,
     ) -> None:
-        self.only = None if only is None else _entries("only", only)
-        self.skip = () if skip is None else _entries("skip", skip)
+        self.only: tuple[str, ...] | None = None if only is None else _entries("only", only)
+        self.skip: tuple[str, ...] = () if skip is None else _entries("skip", skip)
         # By id of a module: its names and those of the modules around it.
         self._names: dict[int, set[str]] = {}
         if self.only is None and not self.skip:
