@@ -1,5 +1,5 @@
-# Every target makes .venv by itself. PYTHON=/path/to/python uses that interpreter as it is instead: nothing is installed,
-# no network is touched, and the package runs from this checkout.
+# Every target creates .venv. PYTHON=/path/to/python uses that interpreter as it is instead: nothing
+# is installed, the network is not used, and the package runs from this checkout.
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -10,7 +10,7 @@ PY := .venv/bin/python
 READY := .venv/installed
 endif
 
-# A file of tests to a worker, a thread to each, where pytest-xdist is there: the suite is mostly Python.
+# A file of tests a worker, one thread each, if pytest-xdist is installed: the suite is mostly Python.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
 .PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz peers
 
@@ -25,7 +25,7 @@ demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (O
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS)
 
-bench: $(READY) ## gate and time every op on this machine
+bench: $(READY) ## check and time every op on this machine
 	set -e; for op in $$($(PY) -c 'from mmfused.ops import OPS; print(*OPS)'); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
 
 readme: $(READY) ## make README's numbers and pictures from benchmarks/results
@@ -38,7 +38,7 @@ lint: $(READY) ## check style and formatting
 fuzz: $(READY) ## random calls of every public function against the float64 reference, for MINUTES (default 10), with new seeds
 	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
 
-compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; goes on where it was stopped
+compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; resumes
 	$(PY) tools/compile_matrix.py
 
 newest: $(READY) ## compile a few kernels on the newest Triton of the package index
@@ -47,7 +47,7 @@ newest: $(READY) ## compile a few kernels on the newest Triton of the package in
 peers: $(READY) ## run suites of sentence-transformers, open_clip and transformers plain and fused, from their clones in CHECKOUTS
 	$(PY) tools/peers.py $(if $(CHECKOUTS),--checkouts $(CHECKOUTS)) $(SUITES)
 
-gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; goes on where it was stopped (BUDGET, SLICES, DRY)
+gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; resumes (BUDGET, SLICES, DRY)
 	$(PY) tools/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
 
 .venv/installed: pyproject.toml setup.py

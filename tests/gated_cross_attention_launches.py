@@ -12,7 +12,7 @@ from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choos
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Widths that are even, odd and above 256: they differ in loads and in the number of launches."""
+    """Widths: even, odd, above 256, which differ in loads and in the number of launches."""
     yield lambda: attend(24, 3, dropout=0.2)
     yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
     yield lambda: attend(

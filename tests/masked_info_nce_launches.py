@@ -49,7 +49,7 @@ def contrast(
     smoothing=0.0,
     dtype=HALF,
 ) -> None:
-    """Some candidates are excluded from all rows, some from none; one excluded from all holds NaN."""
+    """Exclude some candidates from all rows and some from none; one of the former holds NaN."""
     query, candidate = (randn(n, dim, dtype=dtype, std=dim**-0.5).detach() for n in (rows, columns))
     masks = {}
     if keys:

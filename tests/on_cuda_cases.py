@@ -1,5 +1,6 @@
-"""Every op and public module as tests/test_on_cuda.py calls it: at a real size on a card, and at a
-tiny one in the interpreter.
+"""The cases of tests/test_on_cuda.py: every op and public module.
+
+At a real size on a card, at a tiny one in the interpreter.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ SEED = 1234567890123
 
 @dataclass
 class Problem:
-    """A module with float inputs that get gradients, and what else it is given. It returns what
-    gradients are asked of.
+    """A module, its float inputs, which get gradients, and its other arguments.
+
+    The module returns the outputs to differentiate.
     """
 
     module: nn.Module
@@ -45,7 +47,7 @@ class Problem:
         )
 
     def leaves(self) -> dict[str, Tensor]:
-        """Everything that a value can be copied into, and a gradient asked of."""
+        """Return the inputs and parameters that get gradients."""
         return self.inputs | {
             name: p for name, p in self.module.named_parameters() if p.requires_grad
         }
@@ -63,7 +65,7 @@ class Problem:
 
 
 def upstream_for(outs: list[Tensor]) -> list[Tensor]:
-    """The same numbers for the same shapes, without a generator and without waiting for the device."""
+    """Return the same numbers for the same shapes, without a generator and without a sync."""
     waves = [
         torch.arange(1, out.numel() + 1, device=out.device).sin().to(torch.bfloat16) for out in outs
     ]
@@ -76,7 +78,8 @@ class Case:
 
     ``fused``: there is a kernel. ``composed``: False where that backend is no path of its own.
     ``waits``: it reads sizes or bounds on the host, by design (see the op's composed.py).
-    ``around``: a context for each call."""
+    ``around``: a context for each call.
+    """
 
     make: Callable[[bool], Problem]
     fused: bool = True
@@ -99,7 +102,7 @@ class Call(nn.Module):
 
 
 class Routed(nn.Module):
-    """Of a Routing, and of what comes with one, what has gradients."""
+    """Return the differentiable parts of a module's Routing, after its other outputs."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -116,14 +119,14 @@ def randn(*shape: int, std: float = 1.0) -> Tensor:
 
 
 def rounded(module: nn.Module) -> nn.Module:
-    """In float64, its parameters as 16 bits hold them."""
+    """Return the module in float64, its parameters rounded to bfloat16."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).double()
     return module.double().to(DEVICE)
 
 
 def ignored(batch: int, length: int) -> Tensor:
-    """One sample without tokens, one padded on the left."""
+    """Return a mask with one sample without tokens and one padded on the left."""
     ignore = torch.rand(batch, length) < 0.3
     ignore[0], ignore[-1, : length // 2] = True, True
     return ignore.to(DEVICE)
@@ -216,7 +219,7 @@ def token_gate(tiny: bool) -> Problem:
 
 
 def routing(from_input: bool, everything=False, router="triton", **options):
-    """From x the choice is given: products in 16 bits choose other experts where two are near."""
+    """With x, the experts are given: products in 16 bits may choose others where two are near."""
 
     def make(tiny: bool) -> Problem:
         tokens, experts, k, dim = (37, 5, 2, 24) if tiny else (8192, 128, 8, 512)

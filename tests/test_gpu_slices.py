@@ -1,6 +1,4 @@
-"""``make gpu``: what it runs, in which order, what it does not run again, and how it ends what does
-not end.
-"""
+"""``make gpu``: what it runs, in which order, what it skips, and how it ends what hangs."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ def part(name, text, source="one"):
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """begin(slices, *arguments) -> exit code and the journal; slices are Python texts, each of
-    which leaves a line in "ran".
-    """
+    """begin(slices, *arguments) -> exit code and the journal; each slice writes into "ran"."""
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "slices", lambda out, dry: parts)
@@ -94,13 +90,14 @@ def test_other_versions_count_as_nothing(begin, tmp_path, monkeypatch):
 
 def test_a_spent_budget_begins_nothing(begin, tmp_path, capsys):
     code, journal = begin([part("build", leaves(tmp_path / "ran", "a"))], "--budget-seconds", "0")
-    assert code == run.UNFINISHED and journal == {} and "waits" in capsys.readouterr().out
+    assert code == run.UNFINISHED and journal == {} and "left" in capsys.readouterr().out
 
 
 def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LIMIT", 2.0)
     child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
-    text = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
+    text = f"import subprocess, sys, time; {start}; time.sleep(60)"
     begun = time.monotonic()
     code, journal = begin([part("bench-x", text), part("report", leaves(tmp_path / "ran", "r"))])
     assert (
@@ -154,7 +151,7 @@ def test_slices_hold_the_whole_suite_and_all_benchmarks():
         ),
         (
             [],
-            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 goes through it all on a CPU.",
+            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU",
         ),
     ],
 )

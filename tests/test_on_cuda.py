@@ -1,8 +1,8 @@
-"""What only a card can show: nothing waits for the host, CUDA graphs, streams, repeats, real tile
-sizes, compiled, memory.
+"""What only a card can show: host syncs, CUDA graphs, streams, repeats, tile sizes, memory.
 
 The cases are in on_cuda_cases.py. Without a GPU each runs once in the interpreter, at a tiny size,
-so that the table is known to be right when the first card comes."""
+which keeps the table correct.
+"""
 
 import contextlib
 
@@ -47,7 +47,7 @@ def path(name, backend):
 
 
 def values(problem) -> dict[str, torch.Tensor]:
-    """Everything a call reads, and that may be written to."""
+    """Return all tensors that a call reads; they may be overwritten."""
     return problem.leaves() | {name: x for name, x in problem.given.items()}
 
 
@@ -58,7 +58,7 @@ def write(problem, given: dict[str, torch.Tensor]) -> None:
 
 
 def on_other_values(problem) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Other values that the call takes as well, and what it makes of them; the problem's own stay."""
+    """Return other valid values and their results; the problem keeps its own values."""
     given = {name: x.detach().clone() for name, x in values(problem).items()}
     new = {name: x.flip(0) if x.dim() else x + 1 for name, x in given.items()}
     write(problem, new)
@@ -74,9 +74,11 @@ def assert_same(actual, expected) -> None:
 
 
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
-    """What is not as exact as plain PyTorch in ``dtype``. Where the error is a matter of luck it
-    may be larger: of one number, and of what is 0 but for rounding (the gradient of the keys' bias,
-    which a softmax forgets)."""
+    """Return what is less accurate than plain PyTorch in ``dtype``.
+
+    Single numbers, and results that are 0 except for rounding (the gradient of the keys' bias,
+    which softmax cancels), may be further off: their error is a matter of luck.
+    """
     with path(name, "reference"):
         exact, plain = problem.run(), problem.to(dtype).run()
     tested = problem.to(dtype)
@@ -196,9 +198,7 @@ def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
 @needs_cuda
 @pytest.mark.parametrize("name", FUSED)
 def test_a_side_stream_keeps_the_order_of_its_work(name):
-    """The values arrive late, on the stream that then runs the call: a launch on any other stream
-    would be too early.
-    """
+    """The values arrive late on the stream of the call: a launch on another would be too early."""
     problem = make(name).to(HALF)
     with path(name, "fused"):
         new, wanted = on_other_values(problem)

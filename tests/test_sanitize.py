@@ -1,6 +1,4 @@
-"""tools/sanitize.py: its launches reach every kernel, and what it makes of what compute-sanitizer
-says.
-"""
+"""tools/sanitize.py: its launches reach every kernel, and it judges compute-sanitizer's output."""
 
 import contextlib
 import json
@@ -44,8 +42,9 @@ OUT_OF_BOUNDS = """\
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """``fake(op, tool, text, code=0, seconds=0)`` sets what a compute-sanitizer on PATH does for
-    one run; else it is green.
+    """``fake(op, tool, text, code=0, seconds=0)`` sets the output of a run of compute-sanitizer.
+
+    The fake program is on PATH; other runs are green.
     """
     folder, answers = tmp_path / "bin", tmp_path / "answers"
     folder.mkdir()
@@ -58,7 +57,9 @@ assert sys.argv[-2] == "--launch" and os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING
 with open({str(tmp_path / "calls")!r}, "a") as calls:
     print(op, tool, file=calls)
 answer = pathlib.Path({str(answers)!r}) / f"{{op}}-{{tool}}"
-text, code, seconds = json.loads(answer.read_text()) if answer.exists() else ("========= ERROR SUMMARY: 0 errors", 0, 0)
+text, code, seconds = "========= ERROR SUMMARY: 0 errors", 0, 0
+if answer.exists():
+    text, code, seconds = json.loads(answer.read_text())
 print("========= COMPUTE-SANITIZER")
 if code in (0, 86):
     print({LAUNCHED!r})
@@ -98,9 +99,7 @@ def sanitized(tmp_path, *words) -> tuple[int, dict]:
     reason="here the kernels run on the GPU; the interpreter's launches are those of a CPU",
 )
 def test_launches_reach_every_kernel():
-    """All that the launchers launch in any case of ``mmfused inspect``, and all kernels that there
-    are.
-    """
+    """Every launch of any case of ``mmfused inspect``, and every kernel in the sources."""
     wanted = {}
     for job in recorded_launches("sm_90"):
         wanted.setdefault(job.op, set()).add(
@@ -119,7 +118,7 @@ def test_launches_reach_every_kernel():
 
 
 def test_launching_is_for_the_tools(monkeypatch, capsys):
-    """One line of JSON at the end, which tells a run that finished."""
+    """One line of JSON at the end shows that a run finished."""
     done = Counter({"forward.sweep_kernel": 2})
     monkeypatch.setattr(sanitize_launches, "launches_of", lambda op: iter(()))
     monkeypatch.setattr(sanitize_launches, "counted", lambda: contextlib.nullcontext(done))

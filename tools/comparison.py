@@ -1,6 +1,4 @@
-"""Each case beside the best baseline that passed the gate: the rows of README's picture, and the
-picture.
-"""
+"""Compare each case with the best accurate baseline, and draw README's picture of it."""
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ OURS, SLOWER = "#3b6ea5", "#b5503c"  # colours: ours, and ours where it is slowe
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of the longest pass, both with one launch; ``best`` is None where no baseline was
-    timed.
+    """The longest pass of a case: seconds and provider, all timed with the same launch.
 
-    ``faster``: who is faster than ours, the composed path included where the kernels ran; None
-    where nobody is."""
+    ``best``: the best baseline, None where none was timed. ``faster``: the fastest provider that is
+    faster than ours, None if there is none; the composed path counts where the kernels ran.
+    """
 
     record: dict
     launch: str
@@ -32,7 +30,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        return self.best and self.best[0] / self.ours[0]
+        return None if self.best is None else self.best[0] / self.ours[0]
 
     @property
     def key(self) -> str:
@@ -40,13 +38,13 @@ class Comparison:
 
     @property
     def memory(self) -> tuple[int | None, int | None]:
-        """Bytes of the best baseline and ours: peak above the inputs on a GPU, else what is saved
-        for backward.
+        """Return bytes of the best baseline and of ours.
+
+        Peak above the inputs on a GPU; else what is saved for the backward.
         """
-        return tuple(
-            side and self.record["providers"][side[1]][memory_key(self.record)]
-            for side in (self.best, self.ours)
-        )
+        providers, key = self.record["providers"], memory_key(self.record)
+        best = None if self.best is None else providers[self.best[1]][key]
+        return best, providers[self.ours[1]][key]
 
 
 def memory_key(record: dict) -> str:
@@ -54,9 +52,7 @@ def memory_key(record: dict) -> str:
 
 
 def compare(record: dict) -> Comparison | None:
-    """None where nothing of ours was timed. Ours are the kernels, in whichever form, and composed
-    where they do not run.
-    """
+    """Compare the kernels, or composed where they did not run; None where neither was timed."""
     which, own = report.longest_pass(record), ours_of(record["op"])
     kernels = compiled_too(name for name in own if name != "composed")
     composed = compiled_too(["composed"])
@@ -88,7 +84,7 @@ def comparisons(records: list[dict]) -> list[Comparison]:
 
 
 def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]]:
-    """By file: a fingerprint of what is drawn, and the function that draws it on a figure."""
+    """Return, by file, a fingerprint of the content and the function that draws it."""
     rows = [row for row in comparisons(records) if row.best is not None]
     shown = [
         [
@@ -115,7 +111,7 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]
             for stages in record["work"].values()
             for stage in stages
         ):
-            continue  # all memory traffic: no place on a roofline
+            continue  # only memory traffic: it has no place on a roofline
 
         def roofline(figure, op=op, of_op=of_op):
             figure.set_size_inches(8, 6)
@@ -126,10 +122,8 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]
 
 
 def fingerprint(shown: object) -> str:
-    return (
-        "mmfused results "
-        + hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
-    )
+    text = json.dumps(shown, sort_keys=True)
+    return f"mmfused results {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def is_current(path: Path, mark: str) -> bool:
@@ -137,7 +131,7 @@ def is_current(path: Path, mark: str) -> bool:
 
 
 def draw(path: Path, mark: str, fill) -> None:
-    """Leaves the picture as it is where it shows the same numbers already."""
+    """Draw the picture, unless the file already shows the same numbers."""
     from matplotlib.figure import Figure
 
     if not is_current(path, mark):
@@ -158,13 +152,13 @@ def said_once(values) -> str:
 
 
 def label(record: dict) -> str:
-    """A case as a row calls it: a shape of the user's own is named by its sizes."""
+    """Return the name of a case in a row: custom shapes are named by their sizes."""
     name = record["case"]["name"]
     return report.sizes(record) if name.startswith("custom-") else f"{name}: {report.sizes(record)}"
 
 
 def speedups(rows: list[Comparison], figure) -> None:
-    """Left the speed-up, a bar from 1; right the memory of both, joined by a line."""
+    """Draw the speed-up on the left, a bar from 1, and the memory of both sides on the right."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     records = [row.record for row in rows]
@@ -185,14 +179,14 @@ def speedups(rows: list[Comparison], figure) -> None:
         if all(sizes):
             right.plot(sizes, [place] * 2, color="0.8", linewidth=1.2, zorder=1)
         for size, face in zip(sizes, ("white", OURS), strict=True):
-            if size:  # none kept: no place on a logarithmic axis
+            if size:  # 0 has no place on a logarithmic axis
                 right.scatter(size, place, s=26, facecolor=face, edgecolor=OURS, zorder=2)
     speeds = [row.speedup for row in rows]
     low, high = min(0.5, 0.8 * min(speeds)), 5 * max(2.0, *speeds)
     left.set(
         xscale="log",
         xlim=(low, high),
-        xlabel=f"times as fast as the best baseline, which is named; {passes(records[0])}",
+        xlabel=f"speed-up over the best baseline, which is named; {passes(records[0])}",
     )
     left.axvline(1, color="black", linewidth=1)
     new = [
@@ -220,7 +214,7 @@ def speedups(rows: list[Comparison], figure) -> None:
 
 
 def plain_ticks(axes) -> None:
-    """1, 2, 5, 10 ... on a logarithmic axis, or powers of ten where those are many."""
+    """Set ticks 1, 2, 5, 10 ... on a logarithmic axis, or powers of ten where it is long."""
     low, high = axes.get_xlim()
     inside = [
         (step, 10.0**power)

@@ -1,13 +1,14 @@
-"""Compile every case of ``mmfused inspect`` for every supported GPU architecture on every supported
-Triton.
+"""Compile every case of ``mmfused inspect`` for every supported architecture and Triton.
 
-    python tools/compile_matrix.py             all of it, and the table
-    benchmarks/results/compile_matrix.md python tools/compile_matrix.py --newest    a few cases on
-    the newest Triton of the package index
+    python tools/compile_matrix.py             everything; writes the table
+    python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
 
-Each Triton lies unpacked in .venv/triton-<version>, fetched where it is not there yet, and comes
-first on the path of a process of its own. What is compiled is stored (see mmfused/cli/inspect.py):
-a run that was stopped goes on. Exit status 1 where a kernel has a fault."""
+The table is benchmarks/results/compile_matrix.md.
+
+Each Triton is unpacked in .venv/triton-<version>, downloaded if missing, and put first on the path
+of a separate process. Results of compilation are stored (see mmfused/cli/inspect.py), so a stopped
+run resumes. The exit status is 1 where a kernel has a fault.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "compile_matrix.md"
-# One of each op, among them all that a supported version once spilled or raced in.
+# At least one of each op, and every case in which a supported version once spilled or raced.
 NEWEST_CASES = (
     "fluid",
     "fluid text",
@@ -39,7 +40,7 @@ NEWEST_CASES = (
 
 
 def supported():
-    """mmfused/supported.py by its path: importing the package would load torch."""
+    """Load mmfused/supported.py by its path: importing the package would load torch."""
     spec = importlib.util.spec_from_file_location("supported", ROOT / "mmfused" / "supported.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,28 +48,21 @@ def supported():
 
 
 def unpacked(version: str) -> Path:
-    """The folder of that Triton, fetched if it is not there."""
+    """Return the folder of that Triton; download it if it is missing."""
     home = ROOT / ".venv" / f"triton-{version}"
     if not (home / "triton").is_dir():
         home.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent) as folder:
             target = Path(folder) / "triton"
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--only-binary=:all:",
-            ]
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            command += ["--only-binary=:all:"]
             subprocess.run([*command, "--target", target, f"triton=={version}"], check=True)
             shutil.move(target, home)
     return home
 
 
 def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: int) -> list[dict]:
-    """The rows of ``mmfused inspect`` under that Triton."""
+    """Return the rows of ``mmfused inspect`` under that Triton."""
     path = os.pathsep.join((str(unpacked(version)), str(ROOT)))
     words = [word for arch in archs for word in ("--arch", arch)]
     words += [word for case in cases for word in ("--case", case)]
@@ -98,23 +92,26 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
 
 
 def commit() -> str:
-    """Of the sources that were compiled, with a + where they differ from it."""
+    """Return the commit of the compiled sources, with a + where they differ from it."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
 def written(rows: list[dict], archs: tuple[str, ...]) -> str:
-    """The table: a line for each op and Triton, a column for each architecture."""
+    """Return the table: a line for each op and Triton, a column for each architecture."""
     cells = defaultdict(list)
     for row in rows:
         cells[row["op"], row["triton"], row["arch"]].append(row)
     lines = [
         "# Kernels compiled without a GPU",
         "",
-        "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture and Triton. In a cell:",
-        "kernels, the most registers of a thread, the most shared memory of a block. A fault is a spill, a race, more",
-        f"shared memory than the card has, or a matrix instruction missing. Made at commit {commit()}.",
+        "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture "
+        "and Triton. In a cell:",
+        "kernels, the most registers of a thread, the most shared memory of a block. A fault is a "
+        "spill, a race, more",
+        "shared memory than the card has, or a matrix instruction missing. "
+        f"Made at commit {commit()}.",
         "",
         f"| op | Triton | {' | '.join(archs)} | faults |",
         "|---|---|" + "---|" * len(archs) + "---|",
@@ -137,7 +134,7 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
 
 
 def newest_version() -> str:
-    """What the package index has; pip knows where that is."""
+    """Return the newest version of the package index that pip uses."""
     command = [sys.executable, "-m", "pip", "index", "versions", "triton"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.match(r"triton \((.+?)\)", listing)[1]

@@ -1,9 +1,9 @@
-"""What a results file says of a target: whose time counts, in which launch, and the conditions that
-rows of targets.py are made of.
+"""The conditions of tools/targets.py, and which time of a results file they use.
 
 Speeds are ratios of medians of one run on one card. A record whose floor is under 100 us in either
 pass is judged by CUDA-graph replay on both sides; any other by the launch that is the faster one
-for the baseline (for the op itself where there is none), again on both sides."""
+for the baseline (for the op itself where there is none), again on both sides.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ SIGNS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 
 
 class NotMeasured(Exception):
-    """The files do not hold what a condition asks for; the message says why."""
+    """The files lack what a condition needs; the message gives the reason."""
 
 
 class Failed(Exception):
-    """The op failed the accuracy gate: no condition on it is met."""
+    """The op failed the accuracy check: no condition on it is met."""
 
 
 # ---- records -------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> list[dict]:
-    """All records of a device's folder but those of quick runs, each with the ``file`` it came
-    from.
-    """
+    """Return all records of a device's folder with their ``file``, except those of quick runs."""
     records = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +42,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def folders(results: Path) -> list[Path]:
-    """Those under ``results``, or itself, that hold records."""
+    """Return the folders under ``results``, itself included, that hold records."""
     return [folder for folder in (results, *sorted(results.glob("*/"))) if read(folder)]
 
 
@@ -53,7 +51,7 @@ def kind(record: dict) -> str:
 
 
 def ours_of(op: str) -> tuple[str, ...]:
-    """The providers of an op that are the library's."""
+    """Return the providers of an op that are the library's."""
     return importlib.import_module(f"mmfused.benchmarks.{op}").OURS
 
 
@@ -66,8 +64,9 @@ def is_compiled(label: str) -> bool:
 
 
 def fastest(record: dict, labels: Iterable[str], which: str) -> dict[str, tuple[float, str]]:
-    """By launch: the least median of a pass among those of ``labels`` that passed the gate and were
-    timed, and whose it is.
+    """Return, by launch, the least median of a pass among ``labels``, and its label.
+
+    Only accurate providers that were timed count.
     """
     best: dict[str, tuple[float, str]] = {}
     for label in labels:
@@ -92,8 +91,9 @@ def common_launch(
     rivals: dict | None = None,
     strict: bool = True,
 ) -> str | None:
-    """The launch that both sides are judged by; None where there is none. Not ``strict``: eager
-    where graphs are missing.
+    """Return the launch that both sides are judged by; None where there is none.
+
+    Not ``strict``: eager where graphs are missing.
     """
     rivals = ours if rivals is None else rivals
     shared = [launch for launch in rivals if launch in ours]
@@ -107,7 +107,7 @@ def common_launch(
 
 @dataclass(frozen=True)
 class Bench:
-    """The record of a row, and those of the other cases beside it."""
+    """The record of a row, and those of the op's other cases."""
 
     record: dict
     ours: str
@@ -119,9 +119,7 @@ class Bench:
             raise Failed("; ".join(provider["reasons"]))
         if "seconds" not in provider:
             raise NotMeasured(
-                "; ".join(
-                    [f"{self.ours}: gate {provider['gate']}, not timed", *provider["reasons"]]
-                )
+                "; ".join([f"{self.ours}: {provider['gate']}, not timed", *provider["reasons"]])
             )
         return provider
 
@@ -142,7 +140,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Condition:
-    """``measure`` gives the number to hold against ``bound`` and a remark, or raises NotMeasured."""
+    """A bound on a number that ``measure`` returns with a remark, or raises NotMeasured."""
 
     what: str
     sign: str
@@ -182,18 +180,19 @@ def faster_than(
     form: str = "either",
     ours: str | None = None,
 ) -> Condition:
-    """Than the fastest of ``names``; "*" is all that are not the library's. ``ours``: another
-    provider than the row's.
+    """Require a speed-up over the fastest of ``names``; "*": all that are not the library's.
 
+    ``ours``: a provider other than the row's.
     ``which``: a pass; "step" is the whole training step where there are parameters to train, else
     forward + backward.
     ``form``: the fastest of what is timed, eager or compiled ("either"); the same, but compiled
-    ones must be there ("both"); or "compiled" ones alone; or "eager" ones alone, on both sides."""
+    ones must be there ("both"); only "compiled" ones; or only "eager" ones, on both sides.
+    """
     asked = " or ".join(name.replace("*", "all baselines") for name in names)
 
     def measure(bench):
         bench = bench if ours is None else Bench(bench.record, ours, bench.others)
-        bench.provider()  # first: whoever fails has failed, with or without rivals
+        bench.provider()  # raises where ours failed, with or without rivals
         record, over = bench.record, timed_pass(bench.record, which)
         own = compiled_too(ours_of(record["op"]))
         labels = (
@@ -234,12 +233,12 @@ def timed_pass(record: dict, which: str) -> str:
 
 
 def why_not_timed(record: dict, labels: list[str]) -> str:
-    told = []
+    reasons = []
     for label in labels:
         provider = record["providers"].get(label)
         if provider is not None and "seconds" not in provider:
-            told.append(f"{label}: {'; '.join([provider['gate'], *provider['reasons']])}")
-    return "; ".join(told) or f"no {' or '.join(labels)} was timed"
+            reasons.append(f"{label}: {'; '.join([provider['gate'], *provider['reasons']])}")
+    return "; ".join(reasons) or f"no {' or '.join(labels)} was timed"
 
 
 def faster_than_case(other: str, at_least: float) -> Condition:
@@ -256,7 +255,7 @@ def faster_than_case(other: str, at_least: float) -> Condition:
 
 
 def memory(key: str, sign: str, gigabytes: float) -> Condition:
-    """``key``: "peak" above the inputs, or "saved" for backward."""
+    """Bound the memory; ``key``: "peak" above the inputs, or "saved" for the backward."""
 
     def measure(bench):
         count = bench.provider().get(f"{key}_bytes")
@@ -268,7 +267,7 @@ def memory(key: str, sign: str, gigabytes: float) -> Condition:
 
 
 def launches(which: str, at_most: int, beside: int = 0) -> Condition:
-    """Kernels of a pass; ``beside``: those of the benchmark itself."""
+    """Bound the kernels of a pass; ``beside``: kernels of the benchmark itself."""
 
     def measure(bench):
         provider = bench.provider()
@@ -282,11 +281,11 @@ def launches(which: str, at_most: int, beside: int = 0) -> Condition:
     return Condition(f"launches {which}", "<=", at_most, measure, "")
 
 
-def waits_for_nobody() -> Condition:
-    """Whoever can be captured in a CUDA graph does not wait for the host."""
+def captured_in_graph() -> Condition:
+    """Require that a CUDA graph captures the call, hence that it never waits for the host."""
 
     def measure(bench):
         graph = "graph" in bench.provider()["seconds"]
         return float(graph), "captured" if graph else "; ".join(bench.provider()["reasons"])
 
-    return Condition("CUDA graph: no wait for the host", ">=", 1, measure, "")
+    return Condition("CUDA graph: no host sync", ">=", 1, measure, "")

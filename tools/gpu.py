@@ -1,17 +1,19 @@
-"""All that is asked of a CUDA GPU, in slices, and on from where it was stopped: ``make gpu``, or
-``python tools/gpu.py``.
+"""Run the full GPU validation in slices, resuming where it stopped.
+
+    make gpu        or        python tools/gpu.py
 
     build      the CUDA C++ kernels
-    test-*     the suite on the card, an op at a time
+    test-*     the suite on the card, one op at a time
     sanitize   compute-sanitizer on small launches of every kernel
-    bench-*    gate, clock and memory of each op, and of the models
-    choices    each mechanism beside those it was preferred to
-    test-rest  what of the suite a card changes least
+    bench-*    accuracy, time and memory of each op, and of the models
+    choices    each choice of the library beside its alternatives
+    test-rest  the rest of the suite, which depends least on the card
     report     which targets are met
 
 A slice that was green with the same sources and versions is not run again, unless it is named. A
-red one keeps no other from running. Output and state lie beside the results, in the folder with the
-card's name."""
+red slice does not stop the others. Output and state are written beside the results, in the folder
+named after the card.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+if not __package__:  # run as a file: import this checkout, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
@@ -43,8 +45,8 @@ from mmfused.ops import OPS
 
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT = 540.0  # seconds of a slice
-LAST = 120.0  # of them, those in which it should begin nothing more; with less left no slice begins
-# The suite's files, an op at a time; those of no pattern are "rest".
+LAST = 120.0  # the last of them, in which nothing new begins; no slice begins with less left
+# The suite's files by slice; those that match no pattern are "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
     "csrc": ("csrc*",),
@@ -55,8 +57,10 @@ TESTS = {op: (f"{op}*",) for op in OPS} | {
 
 @dataclass(frozen=True)
 class Slice:
-    """``command``: what this interpreter runs, "{budget}" in it the seconds left; ``source``: what
-    a green run is good for.
+    """One step of the validation.
+
+    ``command``: arguments of this interpreter; "{budget}" stands for the seconds left. ``source``:
+    a hash of the sources for which a green run is valid.
     """
 
     name: str
@@ -66,7 +70,7 @@ class Slice:
 
 
 def slices(out: Path, dry: bool) -> list[Slice]:
-    """In the order of what is learned: whether it is right, then how fast."""
+    """Return all slices: correctness first, then speed."""
     everything, files = source_hash(), test_files()
     where, interpreted = ("--out", str(out)), (("TRITON_INTERPRET", "1"),) if dry else ()
 
@@ -80,7 +84,7 @@ def slices(out: Path, dry: bool) -> list[Slice]:
             f"bench-{op}", ("benchmarks/run.py", op, "--resume", *where, *how), source_hash(op)
         )
 
-    if dry:  # the launches themselves, which compute-sanitizer would watch
+    if dry:  # the launches, without compute-sanitizer
         sanitize = [
             Slice(f"sanitize-{op}", ("tools/sanitize.py", "--launch", op), everything, interpreted)
             for op in OPS
@@ -108,7 +112,7 @@ def slices(out: Path, dry: bool) -> list[Slice]:
 
 
 def test_files() -> dict[str, list[str]]:
-    """The suite's files by the part they belong to, each in one."""
+    """Return the suite's files by slice, each in exactly one."""
     found: dict[str, list[str]] = {name: [] for name in (*TESTS, "rest")}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         parts = (
@@ -121,8 +125,9 @@ def test_files() -> dict[str, list[str]]:
 
 
 def workers() -> tuple[str, ...]:
-    """A file to a worker where pytest-xdist is there: compiling kernels takes longer than running
-    them.
+    """Return options for a file a worker, if pytest-xdist is installed.
+
+    Compiling kernels takes longer than running them, so workers share one card well.
     """
     count = min(8, os.cpu_count() or 1)
     return (
@@ -136,14 +141,12 @@ def workers() -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: all green; 1: one is red; 3: none is red, and some wait for another run."""
+    """Return 0 if all are green, 1 if one is red, 3 if none is red and some are left."""
     if not (ROOT / "tests").is_dir():
-        raise ValueError(
-            f"{ROOT} holds no tests; make gpu takes a checkout, not an installed package."
-        )
+        raise ValueError(f"make gpu needs a checkout with tests, not an installed package ({ROOT})")
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError(
-            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 goes through it all on a CPU."
+            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU"
         )
     device = torch.device("cpu" if args.dry_run else "cuda")
     facts = report.environment(device)
@@ -159,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.slices and green(states.get(part.name), part, facts):
             shown[part.name] = "green before"
         elif left < LAST:
-            shown[part.name] = "waits"
+            shown[part.name] = "left"
         else:
             print(f"==== {part.name}", flush=True)
             code, seconds = start(part, out / "logs" / f"{part.name}.log", min(left, LIMIT))
@@ -179,15 +182,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:32}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
     print(f"Results, logs and this table's make-gpu.json are in {out}.")
     wrong = {"RED", "ended by its limit"} & set(shown.values())
-    return 1 if wrong else UNFINISHED if {"waits", "unfinished"} & set(shown.values()) else 0
+    return 1 if wrong else UNFINISHED if {"left", "unfinished"} & set(shown.values()) else 0
 
 
 def named(every: list[Slice], patterns: list[str]) -> list[Slice]:
     for pattern in patterns:
         if not fnmatch.filter([part.name for part in every], pattern):
-            raise ValueError(
-                f"slice: got {pattern!r}, expected one of {', '.join(part.name for part in every)}, or a pattern"
-            )
+            known = ", ".join(part.name for part in every)
+            raise ValueError(f"slice: got {pattern!r}, expected one of {known}, or a pattern")
     return [
         part
         for part in every
@@ -202,8 +204,9 @@ def green(state: dict | None, part: Slice, facts: dict) -> bool:
 
 
 def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
-    """The exit code and the seconds it took; None where it was ended. Its output goes to the
-    terminal and to ``log``.
+    """Run a slice; return the exit code, None where the limit ended it, and the seconds.
+
+    Its output goes to the terminal and to ``log``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     budget = min(max(1.0, limit - LAST), BUDGET_SECONDS)
@@ -233,14 +236,15 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
             child.wait()
         finally:
             alarm.cancel()
-            if child.poll() is None:  # Ctrl-C: what is begun must not go on alone
+            if child.poll() is None:  # Ctrl-C: do not leave the child running
                 end(child)
     return None if over.is_set() else child.returncode, time.monotonic() - begun
 
 
 def end(child: subprocess.Popen) -> None:
-    """It and all that it started; first it is asked, so that it ends what runs in sessions of their
-    own.
+    """End the process and its children.
+
+    SIGTERM first, so that it can end children in sessions of their own.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -258,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         "slices",
         nargs="*",
         metavar="SLICE",
-        help="only these, green before or not; patterns such as 'bench-*' serve",
+        help="only these, even if green before; patterns such as 'bench-*' work",
     )
     option(
         "--budget-seconds",
@@ -270,12 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     option(
         "--out",
         metavar="DIR",
-        help=f"folder for the results (default: benchmarks/results/<device>; {DRY_OUT} if --dry-run)",
+        help=f"folder for results (default: benchmarks/results/<device>; {DRY_OUT} if --dry-run)",
     )
     option(
         "--dry-run",
         action="store_true",
-        help="on a CPU: every slice at a small size; shows that all works",
+        help="on a CPU: every slice at a small size; shows that everything works",
     )
     try:
         return run(parser.parse_args(argv))

@@ -10,8 +10,7 @@ from ..benchmarks import tables
 
 RETRIEVAL = {"uniecs": "UniECS", "unica": "UniCA", "moon2": "MOON2.0", "unite": "UNITE"}
 SCORES = ("recall_at_1", "recall_at_5", "mrr")
-# Those that fusion changes: a photo alone, or a title alone against titles, is embedded by one
-# encoder either way.
+# The pairs that fusion changes: a photo alone, or titles alone, need one encoder either way.
 FUSED_PAIRS = ("image->both", "text->image", "text->both", "both->both")
 VIEWS = {"image": "photo", "text": "text", "both": "photo + text"}
 PARTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
@@ -21,7 +20,9 @@ def blocks(folder: Path) -> dict[str, str]:
     runs = {name: _load(folder, name) for name in RETRIEVAL}
     fluid = _load(folder, "fluid")
     found = {
-        "retrieval": f"{retrieval(runs, 'whole')}\n\n{retrieval(runs, 'without fusion', FUSED_PAIRS)}",
+        "retrieval": "\n\n".join(
+            (retrieval(runs, "whole"), retrieval(runs, "without fusion", FUSED_PAIRS))
+        ),
         "retrieval-runs": seconds_said(
             run for model in runs.values() for run in model["runs"].values()
         ),
@@ -47,7 +48,10 @@ def origin(measured: dict) -> str:
 
 def seconds_said(runs) -> str:
     minutes = [run["seconds"] / 60 for run in runs]
-    return f"each run takes {min(minutes):.0f} to {max(minutes):.0f} minutes on one core of a machine with other work"
+    return (
+        f"each run takes {min(minutes):.0f} to {max(minutes):.0f} minutes "
+        "on one core of a machine with other work"
+    )
 
 
 def retrieval(models: dict[str, dict], run: str, pairs: tuple[str, ...] = ()) -> str:
@@ -57,7 +61,7 @@ def retrieval(models: dict[str, dict], run: str, pairs: tuple[str, ...] = ()) ->
         chances = [_scores(found[pair]["chance"]) for found in of_model]
         if len(set(chances)) > 1:
             raise ValueError(
-                f"The models' chances of {pair} differ ({', '.join(chances)}): README's table has one for all."
+                f"chance of {pair}: got {', '.join(chances)}, expected the same for all models"
             )
         lines.append(
             [pair.replace("->", " → "), chances[0], *(_scores(found[pair]) for found in of_model)]
@@ -74,8 +78,9 @@ def _scores(scores: dict) -> str:
 
 
 def classification(runs: dict[str, dict]) -> str:
-    """A row for each modality that all parts of the model were trained on: a run is named after it,
-    or "full".
+    """Return the accuracy by the modalities that all parts of the model were trained on.
+
+    A run is named after its modality, or "full".
     """
     whole = {
         run["modalities"]: _name(key) for key, run in runs.items() if not key.startswith("no_")
@@ -128,6 +133,6 @@ def _of_all_seeds(runs: dict[str, dict], name: str) -> list[dict]:
     missing = [key for seed in _seeds(runs) if (key := f"{name}_{seed}") not in runs]
     if missing:
         raise ValueError(
-            f"fluid_tiny.json has no run {', '.join(missing)}; README's rows take the same seeds."
+            f"fluid_tiny.json: got no run {', '.join(missing)}, expected the same seeds for all"
         )
     return [runs[f"{name}_{seed}"] for seed in _seeds(runs)]

@@ -30,7 +30,7 @@ def replaced(package: str, original: Callable, replacement: Callable) -> Iterato
 
 @contextlib.contextmanager
 def replaced_plan(op: str, change: Callable) -> Iterator[None]:
-    """Run the kernels of ``op`` with ``change(plan, *arguments of plan())`` in place of their plan."""
+    """Run the kernels of ``op`` with ``change(plan, *arguments of plan())`` as their plan."""
     original = importlib.import_module(f"mmfused.kernels.{op}.plans").plan
 
     def changed(*args, **kwargs):

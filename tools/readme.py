@@ -1,9 +1,11 @@
-"""Everything README says that was measured: ``python tools/readme.py`` makes it from the files
-under benchmarks/results.
+"""Write the measured numbers of README, and its pictures, from benchmarks/results.
 
-Text between ``<!-- results: begin NAME -->`` and ``<!-- results: end NAME -->`` is replaced,
-pictures are drawn beside the results. With ``--check`` nothing is written: exit code 1 where README
-or a picture differs from what the files give."""
+    python tools/readme.py [--check]
+
+Text between ``<!-- results: begin NAME -->`` and ``<!-- results: end NAME -->`` is replaced;
+pictures are drawn beside the results. With ``--check`` nothing is written: the exit code is 1 where
+README or a picture differs from the files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+if not __package__:  # run as a file: import this checkout, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report, tables
@@ -29,15 +31,15 @@ NOTHING_ON_A_GPU = (
 NOT_ON_A_CPU = "Not timed on a CPU."  # a block that README need not have
 
 _EXPERTS_ON_A_CPU = (
-    "on a CPU both run one product for each expert, and there is nothing to gain. Where torch's grouped_mm serves a model on a CPU "
-    "already, keep it."
+    "on a CPU both run one product for each expert, and there is nothing to gain. Where torch's "
+    "grouped_mm serves a model on a CPU already, keep it."
 )
 _PRODUCTS_ON_A_CPU = (
-    "on a CPU the layer is its matrix products, which a layer written by hand has too, and there is little to gain. Who trains on "
-    "a CPU and has such a layer should keep it."
+    "on a CPU the layer is its matrix products, which a layer written by hand has too, and there "
+    "is little to gain. Who trains on a CPU and has such a layer should keep it."
 )
-# Why a case is slower than the best baseline, and when not to use the op: "device/op/case", device
-# being cuda or cpu.
+# Why a case is slower than the best baseline, and when not to use the op, by "device/op/case",
+# where device is cuda or cpu.
 SLOWER = {
     "cpu/gated_cross_attention/uniecs": _PRODUCTS_ON_A_CPU,
     "cpu/gated_cross_attention/uniecs-missing": _PRODUCTS_ON_A_CPU,
@@ -45,8 +47,8 @@ SLOWER = {
     "cpu/grouped_mlp/swiglu-e8": _EXPERTS_ON_A_CPU,
     "cpu/grouped_mlp/swiglu-e8-hot": _EXPERTS_ON_A_CPU,
     "cpu/topk_routing/custom-T16384-E16-k2-D0-S1": (
-        "routing is a few passes over a small matrix, and `composed` adds what makes it name the same experts on every backend, "
-        "also of equals. On a CPU take it for that, not for speed."
+        "routing is a few passes over a small matrix, and `composed` adds what makes it name the "
+        "same experts on every backend, also of equals. On a CPU take it for that, not for speed."
     ),
 }
 
@@ -69,7 +71,10 @@ def mebibytes(count: int | None) -> str:
 
 
 def how_measured(records: list[dict]) -> str:
-    """Device, passes, samples, versions and commits of some records, each said once."""
+    """Return device, passes, samples, versions and commits of the records, each once.
+
+    Results made with older sources keep their commit, so several may be listed.
+    """
     facts = [record["environment"] for record in records]
     threads = (
         ""
@@ -98,12 +103,13 @@ def sample_count(record: dict) -> int:
 
 
 def reasons(rows: list[Comparison]) -> str:
-    """One line for each sentence: the cases it is about, and who is how much faster."""
+    """Return a line for each sentence, with its cases and the provider that is faster."""
     slower = [row for row in rows if row.faster is not None]
     unsaid = [row.key for row in slower if row.key not in SLOWER]
     if unsaid:
         raise ValueError(
-            f"SLOWER in tools/readme.py has no sentence for {', '.join(unsaid)}, slower than another way."
+            f"SLOWER in tools/readme.py has no sentence for {', '.join(unsaid)}, "
+            "slower than another provider"
         )
     lines: dict[str, list[str]] = {}
     for row in slower:
@@ -132,7 +138,8 @@ def gpu_block(results: Path) -> str:
             verdicts = [
                 verdict for verdict in targets.judge(records) if verdict.row.device == "cuda"
             ]
-            judged = f"{targets.count(verdicts)}; `python tools/targets.py` lists them. {rooflines(folder, records)}"
+            met = f"{targets.count(verdicts)}; `python tools/targets.py` lists them."
+            judged = f"{met} {rooflines(folder, records)}"
             measured = f"{how_measured([row.record for row in rows])}."
             found.append(
                 paragraphs(
@@ -181,7 +188,8 @@ def gpu_table(rows: list[Comparison]) -> str:
 
 
 def picture(folder: Path, name: str) -> str:
-    return f"![{name} of each case over its best baseline, {folder.name}]({path_in_readme(folder / f'{name}.png')})"
+    text = f"{name} of each case over its best baseline, {folder.name}"
+    return f"![{text}]({path_in_readme(folder / f'{name}.png')})"
 
 
 def rooflines(folder: Path, records: list[dict]) -> str:
@@ -227,28 +235,26 @@ def cpu_op_block(op: str, results: Path) -> str:
 
 
 def cpu_table(rows: list[Comparison]) -> str:
-    """Time and memory of each provider that was timed in a row, in the benchmark's order, ours
-    last.
-    """
+    """Return time and memory of each timed provider, in the benchmark's order, ours last."""
     records = [row.record for row in rows]
     own = compiled_too(ours_of(records[0]["op"]))
-    gates = {
+    checked = {
         name: found["gate"]
-        for r in records
-        for name, found in r["providers"].items()
-        if "seconds" in found
+        for record in records
+        for name, found in record["providers"].items()
+        if "seconds" in found and name not in own
     }
-    gates = {name: gate for name, gate in gates.items() if name not in own} | {
-        row.ours[1]: "passed" for row in rows
-    }
+    checked |= {row.ours[1]: "passed" for row in rows}
     lines = []
     for row in rows:
         cells = [
             cpu_cell(row.record["providers"].get(name, {}), report.longest_pass(row.record))
-            for name in gates
+            for name in checked
         ]
         lines.append([label(row.record), *cells, "" if row.best is None else f"{row.speedup:.2f}"])
-    heads = [name if gate == "passed" else f"{name} (a ceiling)" for name, gate in gates.items()]
+    heads = [
+        name if result == "passed" else f"{name} (a ceiling)" for name, result in checked.items()
+    ]
     return tables.markdown(["case", *heads, "speed-up"], lines)
 
 
@@ -256,7 +262,8 @@ def cpu_cell(provider: dict, which: str) -> str:
     samples = provider.get("seconds", {}).get("eager", {}).get(which)
     if not samples:
         return ""
-    return f"{milliseconds(report.summary(samples)['median'])}, {mebibytes(provider['saved_bytes'])} MiB"
+    median = report.summary(samples)["median"]
+    return f"{milliseconds(median)}, {mebibytes(provider['saved_bytes'])} MiB"
 
 
 # ---- README --------------------------------------------------------------------------------------
@@ -269,8 +276,9 @@ def blocks(results: Path) -> dict[str, str]:
 
 
 def fill(text: str, made: dict[str, str]) -> str:
-    """``text`` with each block's content put between its markers; a block of one line stays in the
-    line it is marked in.
+    """Return ``text`` with each block's content between its markers.
+
+    A block of one line stays in the line of its markers.
     """
     marked = [name for _, name, _, _ in MARKED.findall(text)]
     needed = [name for name, block in made.items() if block != NOT_ON_A_CPU or name in marked]
@@ -313,10 +321,10 @@ def draw_all(drawings: dict[Path, tuple[str, object]]) -> None:
 
 
 def run(check: bool) -> int:
-    """0: README and pictures are up to date, or were made so; 1: they are not."""
+    """Return 0 where README and pictures are up to date, or were made so, else 1."""
     readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     before, drawings = readme.read_text(encoding="utf-8"), all_pictures(results)
-    if not check:  # first, so that they are there whatever README lacks
+    if not check:  # first: pictures are drawn even where README's blocks are wrong
         draw_all(drawings)
     after = fill(before, blocks(results))
     if check:

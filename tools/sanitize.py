@@ -4,8 +4,8 @@
 
 Each tool runs each op in a process of its own, without torch's caching allocator, which would hide
 accesses beyond a tensor. Only this library's kernels are judged: torch's own read uninitialised
-padding, for instance. A kernel that is wrong on purpose ("control") runs first: a tool that does not
-report it sees none of these kernels.
+padding, for instance. A kernel that is wrong on purpose ("control") runs first: a tool that does
+not report it sees none of these kernels.
 """
 
 from __future__ import annotations

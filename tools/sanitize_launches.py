@@ -1,6 +1,6 @@
 """Run the small launches of an op, or of a faulty kernel, for ``tools/sanitize.py``.
 
-``launches()`` in tests/<op>_launches.py yields calls that between them launch every kernel of the op,
+``launches()`` in tests/<op>_launches.py yields calls that together launch every kernel of the op,
 forward and backward. Sizes are odd, so that every mask of a load is needed; options are those that
 select another kernel or another branch in one. On a GPU they run in bfloat16, and in float32 where
 that has kernels of its own; under ``TRITON_INTERPRET=1`` on the CPU float16 replaces bfloat16.

@@ -1,7 +1,8 @@
-"""What each op must reach, and whether it did: ``python tools/targets.py`` judges the results files
-and prints a table.
+"""The performance targets of each op, and whether the results files meet them.
 
-Whose time counts, and in which launch, is said in conditions.py.
+    python tools/targets.py
+
+Which time of a file counts, and with which launch, is decided in conditions.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first, whatever is installed
+if not __package__:  # run as a file: import this checkout, whatever is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import tables
@@ -22,6 +23,7 @@ from mmfused.tools.conditions import (
     Condition,
     Failed,
     NotMeasured,
+    captured_in_graph,
     faster_than,
     faster_than_case,
     folders,
@@ -31,7 +33,6 @@ from mmfused.tools.conditions import (
     of_floor,
     read,
     share_of_floor,
-    waits_for_nobody,
 )
 
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # what targets are judged in
@@ -92,7 +93,7 @@ def mixture_rows() -> list[Row]:
     from_logits = (
         launches("forward", 3, beside=1),  # the cat that makes one tensor of the results
         launches("backward", 1),
-        waits_for_nobody(),
+        captured_in_graph(),
         faster_than("eager", at_least=5, which="forward", form="eager"),
         faster_than("eager", at_least=2, which="forward", form="compiled"),
     )
@@ -141,9 +142,7 @@ ROWS = pooling_rows() + attention_rows() + mixture_rows() + contrastive_rows() +
 
 @dataclass(frozen=True)
 class Verdict:
-    """``met``: None where it is not measured; ``file``: under the results, None where there is
-    none.
-    """
+    """Whether a condition is ``met``, None if not measured, and the ``file`` that shows it."""
 
     row: Row
     condition: Condition
@@ -153,7 +152,7 @@ class Verdict:
 
 
 def judge(records: list[dict]) -> list[Verdict]:
-    """A verdict for each condition of each row, from the records of one card (and of CPUs)."""
+    """Judge each condition of each row by the records of one card (and of CPUs)."""
     found = []
     for row in ROWS:
         of_op = [
@@ -174,14 +173,17 @@ def verdict(row: Row, condition: Condition, record: dict | None, of_op: list[dic
     except NotMeasured as why:
         return Verdict(row, condition, f"not measured: {why}", None, record["file"])
     except Failed as why:
-        return Verdict(row, condition, f"failed the accuracy gate: {why}", False, record["file"])
+        return Verdict(row, condition, f"failed the accuracy check: {why}", False, record["file"])
     met = SIGNS[condition.sign](value, condition.bound)
     return Verdict(row, condition, condition.shown(value, remark), met, record["file"])
 
 
 def count(verdicts: list[Verdict]) -> str:
     met = [verdict.met for verdict in verdicts]
-    return f"{met.count(True)} of {len(met)} targets met, {met.count(False)} missed, {met.count(None)} not measured"
+    return (
+        f"{met.count(True)} of {len(met)} targets met, {met.count(False)} missed, "
+        f"{met.count(None)} not measured"
+    )
 
 
 def markdown(verdicts: list[Verdict]) -> str:
@@ -202,8 +204,9 @@ def markdown(verdicts: list[Verdict]) -> str:
 
 
 def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
-    """(name of the card, its records and those of CPUs) for each card; (None, those of CPUs) where
-    there is none.
+    """Return for each card its name, and its records with those of CPUs.
+
+    Without a card, that is None and the records of CPUs.
     """
     each = [read(folder) for folder in folders(results)]
     on_cpu = [record for records in each for record in records if kind(record) == "cpu"]
@@ -228,10 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if not args.results.is_dir():
-        print(
-            f"tools/targets.py: error: results: got {str(args.results)!r}, expected a folder that exists",
-            file=sys.stderr,
-        )
+        fault = f"results: got {str(args.results)!r}, expected a folder that exists"
+        print(f"tools/targets.py: error: {fault}", file=sys.stderr)
         return 2
     for card, records in by_card(args.results):
         verdicts = judge(records)
