@@ -370,13 +370,13 @@ BAD = {
     "x: got shape (19, 10), expected (38, dim): the sorted rows": lambda v, r: grouped_linear(
         v["x"], r, v["w_up"], gather=False
     ),
-    "routing is a Tensor": lambda v, r: grouped_linear(v["x"], r.indices, v["w_up"]),
-    "weight has dtype torch.float16": lambda v, r: grouped_linear(v["x"], r, v["w_up"].half()),
-    "x has dtype torch.int64": lambda v, r: grouped_linear(v["x"].long(), r, v["w_up"]),
+    "routing: got a Tensor": lambda v, r: grouped_linear(v["x"], r.indices, v["w_up"]),
+    "weight: got dtype torch.float16": lambda v, r: grouped_linear(v["x"], r, v["w_up"].half()),
+    "x: got dtype torch.int64": lambda v, r: grouped_linear(v["x"].long(), r, v["w_up"]),
     "activation: got 'tanh', expected one of gelu, relu, swiglu": lambda v, r: grouped_mlp(
         **v, routing=r, activation="tanh"
     ),
-    "w_gate is given with activation 'gelu'": lambda v, r: grouped_mlp(
+    "w_gate: got a tensor with activation 'gelu'": lambda v, r: grouped_mlp(
         **v, routing=r, w_gate=v["w_up"]
     ),
     "w_up: got shape (5, 13, 10), expected (5, 14, 10)": lambda v, r: grouped_mlp(
@@ -392,8 +392,8 @@ BAD = {
         **{**v, "b_down": v["b_down"][:, 1:]}, routing=r
     ),
     "top_k: got 6, expected 1 to 5": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, 6),
-    "activation is 'silu'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, activation="silu"),
-    "it takes no option capacity": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, capacity=1.25),
+    "activation: got 'silu'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, activation="silu"),
+    "unexpected keyword argument 'capacity'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, capacity=1.25),
     "x: got shape (19, 9), expected (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
         v["x"][:, :9].float()
     ),

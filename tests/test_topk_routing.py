@@ -433,69 +433,69 @@ def test_a_routing_made_elsewhere():
 BAD = {
     "k: got 0, expected 1 to 7": lambda x, o: topk_routing(x, 0),
     "k: got 8, expected 1 to 7": lambda x, o: topk_routing(x, 8),
-    "logits has shape (7,)": lambda x, o: topk_routing(x[0], 2),
-    "logits has shape (23, 7) and dtype torch.int64": lambda x, o: topk_routing(x.long(), 2),
-    "logits is a list": lambda x, o: topk_routing([1.0], 1),
+    "logits: got shape (7,)": lambda x, o: topk_routing(x[0], 2),
+    "logits: got shape (23, 7) and dtype torch.int64": lambda x, o: topk_routing(x.long(), 2),
+    "logits: got a list": lambda x, o: topk_routing([1.0], 1),
     "score: got 'relu', expected one of softmax, sigmoid": lambda x, o: topk_routing(
         x, 2, score="relu"
     ),
     "balance: got 'none', expected one of switch, gshard, mse": lambda x, o: topk_routing(
         x, 2, balance="none"
     ),
-    "token_padding_mask has dtype torch.int64": lambda x, o: topk_routing(
+    "token_padding_mask: got dtype torch.int64": lambda x, o: topk_routing(
         x, 2, token_padding_mask=torch.zeros(TOKENS).long()
     ),
     "token_padding_mask: got shape (22,), expected (23,)": lambda x, o: topk_routing(
         x, 2, token_padding_mask=o[1:]
     ),
-    "segments has dtype torch.int32": lambda x, o: topk_routing(
+    "segments: got dtype torch.int32": lambda x, o: topk_routing(
         x, 2, segments=torch.zeros(TOKENS).int()
     ),
-    "segments has shape (22,)": lambda x, o: topk_routing(x, 2, segments=torch.zeros(22).long()),
-    "segments holds a value outside [0, 2)": lambda x, o: topk_routing(
+    "segments: got shape (22,)": lambda x, o: topk_routing(x, 2, segments=torch.zeros(22).long()),
+    "segments: got a value outside [0, 2)": lambda x, o: topk_routing(
         x, 2, segments=torch.full((TOKENS,), 2), num_segments=2
     ),
-    "num_segments is 2 and segments is None": lambda x, o: topk_routing(x, 2, num_segments=2),
-    "num_segments is 0": lambda x, o: topk_routing(x, 2, num_segments=0),
-    "available has dtype torch.float32": lambda x, o: topk_routing(
+    "segments: got None with num_segments 2": lambda x, o: topk_routing(x, 2, num_segments=2),
+    "num_segments: got 0": lambda x, o: topk_routing(x, 2, num_segments=0),
+    "available: got dtype torch.float32": lambda x, o: topk_routing(
         x, 2, available=torch.ones(1, EXPERTS)
     ),
     "available: got shape (7,), expected (1, 7)": lambda x, o: topk_routing(
         x, 2, available=torch.ones(EXPERTS).bool()
     ),
-    "available has a segment with fewer than k = 2 experts": lambda x, o: topk_routing(
+    "available: got a segment with too few experts, expected at least k = 2": lambda x, o: topk_routing(
         x, 2, available=torch.eye(EXPERTS)[:1].bool()
     ),
     "indices: got shape (23, 2), expected (23, 3)": lambda x, o: topk_routing(
         x, 3, indices=torch.zeros(TOKENS, 2).long()
     ),
-    "indices has dtype torch.int32": lambda x, o: topk_routing(
+    "indices: got dtype torch.int32": lambda x, o: topk_routing(
         x, 2, indices=torch.zeros(TOKENS, 2).int()
     ),
-    "indices holds a value outside [0, 7)": lambda x, o: topk_routing(
+    "indices: got a value outside [0, 7)": lambda x, o: topk_routing(
         x, 2, indices=torch.full((TOKENS, 2), 7)
     ),
-    "selection_bias has shape (6,)": lambda x, o: topk_routing(x, 2, selection_bias=torch.zeros(6)),
-    "selection_bias has dtype torch.bfloat16": lambda x, o: topk_routing(
+    "selection_bias: got shape (6,)": lambda x, o: topk_routing(x, 2, selection_bias=torch.zeros(6)),
+    "selection_bias: got dtype torch.bfloat16": lambda x, o: topk_routing(
         x, 2, selection_bias=torch.zeros(EXPERTS).bfloat16()
     ),
     "jitter: got 1, expected a number from 0 to below 1": lambda x, o: topk_routing(x, 2, jitter=1),
-    "jitter_seed has dtype torch.float32": lambda x, o: topk_routing(
+    "jitter_seed: got dtype torch.float32": lambda x, o: topk_routing(
         x, 2, jitter=0.1, jitter_seed=torch.tensor(1.0)
     ),
     "router_weight: got shape (7, 4), expected (experts, 7)": lambda x, o: topk_routing_from_input(
         x, x.detach()[:7, :4], 2
     ),
-    "router_weight has dtype torch.float16": lambda x, o: topk_routing_from_input(
+    "router_weight: got dtype torch.float16": lambda x, o: topk_routing_from_input(
         x, x.detach().half(), 2
     ),
-    "router_bias has shape (3,)": lambda x, o: topk_routing_from_input(
+    "router_bias: got shape (3,)": lambda x, o: topk_routing_from_input(
         x, x.detach(), 2, x.detach()[0, :3]
     ),
-    "indices and weights have shapes (2, 2) and (2, 1)": lambda x, o: mmfused.routing_from_indices(
+    "weights: got shape (2, 1), expected (2, 2)": lambda x, o: mmfused.routing_from_indices(
         torch.zeros(2, 2).long(), torch.ones(2, 1), 3
     ),
-    "weights has dtype torch.int64": lambda x, o: mmfused.routing_from_indices(
+    "weights: got dtype torch.int64": lambda x, o: mmfused.routing_from_indices(
         *[torch.zeros(2, 2).long()] * 2, 3
     ),
 }

@@ -1,35 +1,84 @@
-"""The composed path of the experts: rows sorted by expert, one product for each expert's segment of
-them.
+"""The composed path of experts: rows sorted by expert, one product for each expert's segment.
 
-On CUDA in bfloat16 torch's grouped_mm does all segments at once. It leaves what is beyond the last
-segment, and in some releases the weight gradient of an empty one, as they come, wants dense rows of
-16 bytes that begin at a multiple of those, and knows no bias; here each is made good. Elsewhere a
-loop over the segments, which on CUDA waits for their sizes."""
+On CUDA in bfloat16, torch's grouped_mm computes all segments at once. It leaves the rows beyond the
+last segment uninitialised, in some releases also the weight gradient of an empty segment. It needs
+dense rows of a multiple of 16 bytes, aligned to 16 bytes, and takes no bias. The code below works
+around each of these. Elsewhere a loop runs over the segments, which on CUDA waits for their sizes.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...library import once_differentiable, register_composed
+from ..topk_routing import Routing
+from .checks import Activation, Parameters
+from .reference import activated
 
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
     torch, "_grouped_mm", None
 )
 
 
+def linear_composed(
+    x: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gather: bool,
+    combines: bool,
+) -> Tensor:
+    """Compute grouped_linear."""
+    rows = _gathered(x, routing) if gather else x
+    out = torch.ops.mmfused.segment_linear(rows, weight, bias, routing.offsets)
+    return _combined(out, routing) if combines else out
+
+
+def mlp_composed(
+    x: Tensor,
+    routing: Routing,
+    parameters: Parameters,
+    activation: Activation,
+) -> Tensor:
+    """Compute grouped_mlp."""
+    segment_linear, offsets = torch.ops.mmfused.segment_linear, routing.offsets
+    w_up, w_gate, w_down, b_up, b_down = parameters
+    rows = _gathered(x, routing)
+    packed = parameters.packed(activation)
+    if packed and b_up is not None:
+        b_up = F.pad(b_up, (b_up.shape[1], 0))  # the gate has no bias
+    hidden = segment_linear(rows, w_up, b_up, offsets)
+    gate = None if w_gate is None else segment_linear(rows, w_gate, None, offsets)
+    if packed:
+        gate, hidden = hidden.chunk(2, -1)
+    out = segment_linear(activated(hidden, gate, activation), w_down, b_down, offsets)
+    return _combined(out, routing)
+
+
+# ---- products over segments ----------------------------------------------------------------------
+
+
 def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """x (R, I) sorted, weight (E, O, I), bias (E, O), offsets (E+1,) -> (R, O); rows beyond
-    offsets[E] are 0.
+    """Multiply sorted rows x (R, I) by the weights (E, O, I) of their experts: (R, O).
+
+    bias (E, O), offsets (E+1,). Rows beyond offsets[E] are 0.
     """
     if _has_grouped_mm(x, weight):
-        expert, live = _experts(x, offsets)
-        out = _grouped_mm(_dense(x), _in_rows(weight).mT, offs=offsets[1:])
-        return (out if bias is None else out + bias[expert]).masked_fill(~live, 0.0)
-    x = x.contiguous()  # torch 2.14's product in bfloat16 on a CPU reads beyond the end of a row that is followed by a gap
-    out, ends = x.new_empty(x.shape[0], weight.shape[1]), offsets.tolist()
+        assert _grouped_mm is not None
+        expert, valid = _experts(x, offsets)
+        out = _grouped_mm(_dense(x), _aligned(weight).mT, offs=offsets[1:])
+        out = out if bias is None else out + bias[expert]
+        return out.masked_fill(~valid, 0.0)
+    # In torch 2.14 a product in bfloat16 on a CPU reads beyond the end of a row before a gap.
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    ends = offsets.tolist()
     for e, (first, end) in enumerate(pairwise(ends)):
         if bias is None:
             torch.mm(x[first:end], weight[e].T, out=out[first:end])
@@ -48,37 +97,19 @@ def segment_linear_backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, weight and bias, each (0,) where it is not needed; an expert without rows
-    gets zeros.
+    """Return the gradients of rows, weight and bias, each (0,) where it is not needed.
+
+    An expert without rows gets zeros.
     """
-    dx = dw = db = x.new_empty(0)
     if _has_grouped_mm(x, weight):
-        expert, live = _experts(x, offsets)
-        dy, x = _dense(dy), _dense(x)
-        if need_dx:
-            dx = _grouped_mm(dy, _dense(weight), offs=offsets[1:]).masked_fill(~live, 0.0)
-        if need_dw:
-            empty = (offsets.diff() == 0)[:, None, None]
-            dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
-        if (
-            need_db
-        ):  # a product with ones, in a fixed order; 0 times NaN would be NaN for every expert
-            mine = ((expert == torch.arange(len(weight), device=x.device)[:, None]) & live.T).to(
-                dy.dtype
-            )
-            void = ~dy.isfinite() & live
-            db = mine @ dy.masked_fill(void | ~live, 0.0)
-            db = db.masked_fill(mine @ void.to(dy.dtype) > 0, float("nan"))
-        return dx, dw, db
+        return _grouped_mm_backward(dy, x, weight, offsets, need_dx, need_dw, need_db)
     dy, x = dy.contiguous(), x.contiguous()
     ends = offsets.tolist()
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dw = weight.new_empty(weight.shape if need_dw else 0)
+    db = x.new_empty(weight.shape[:2] if need_db else 0)
     if need_dx:
-        dx = x.new_empty(x.shape)
         dx[ends[-1] :] = 0
-    if need_dw:
-        dw = weight.new_empty(weight.shape)
-    if need_db:
-        db = x.new_empty(weight.shape[:2])
     for e, (first, end) in enumerate(pairwise(ends)):
         rows = dy[first:end]
         if need_dx:
@@ -90,9 +121,39 @@ def segment_linear_backward(
     return dx, dw, db
 
 
+def _grouped_mm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert _grouped_mm is not None
+    dx = dw = db = x.new_empty(0)
+    expert, valid = _experts(x, offsets)
+    dy, x = _dense(dy), _dense(x)
+    if need_dx:
+        dx = _grouped_mm(dy, _dense(weight), offs=offsets[1:]).masked_fill(~valid, 0.0)
+    if need_dw:
+        empty = (offsets.diff() == 0)[:, None, None]
+        dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
+    if need_db:
+        # A product with ones, in a fixed order. 0 times NaN would be NaN for every expert, so
+        # values that are not finite are taken out, and their experts get NaN.
+        experts = torch.arange(len(weight), device=x.device)[:, None]
+        member = ((expert == experts) & valid.T).to(dy.dtype)
+        broken = ~dy.isfinite() & valid
+        db = member @ dy.masked_fill(broken | ~valid, 0.0)
+        db = db.masked_fill(member @ broken.to(dy.dtype) > 0, float("nan"))
+    return dx, dw, db
+
+
 def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The expert of each row (of those beyond the last segment, any), and which rows have one (R,
-    1).
+    """Return the expert of each row (R,), and whether it has one (R, 1).
+
+    Beyond the last segment the expert is arbitrary.
     """
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=offsets.shape[0] - 2)
@@ -104,8 +165,8 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _in_rows(weight: Tensor) -> Tensor:
-    """As grouped_mm takes it: the halves of a packed weight do as they are."""
+def _aligned(weight: Tensor) -> Tensor:
+    """Return the weight in a layout for grouped_mm; halves of a packed weight need no copy."""
     experts, rows, columns = weight.stride()
     fits = (
         columns == 1
@@ -128,89 +189,121 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _fake_linear(x, weight, bias, offsets):
+def _segment_shape(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _fake_linear_backward(dy, x, weight, offsets, need_dx, need_dw, need_db):
-    dx, dw = (
-        x.new_empty(x.shape if need_dx else (0,)),
-        weight.new_empty(weight.shape if need_dw else (0,)),
-    )
+def _segment_backward_shapes(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dw = weight.new_empty(weight.shape if need_dw else (0,))
     return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
 
 
-def _forward_flops(x, weight, *rest, out_shape):
+def _segment_flops(x: Any, weight: Any, *rest: Any, out_shape: object) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
-def _backward_flops(dy, x, weight, offsets, need_dx, need_dw, need_db, *, out_shape):
-    return _forward_flops(x, weight, out_shape=None) * (need_dx + need_dw)
+def _segment_backward_flops(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    offsets: Any,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+    *,
+    out_shape: object,
+) -> int:
+    return _segment_flops(x, weight, out_shape=None) * (need_dx + need_dw)
 
 
 register_composed(
     "segment_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
     segment_linear,
-    _fake_linear,
-    _forward_flops,
+    _segment_shape,
+    _segment_flops,
 )
 register_composed(
     "segment_linear_bwd",
     "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, bool need_dx, bool need_dw, bool need_db)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     segment_linear_backward,
-    _fake_linear_backward,
-    _backward_flops,
+    _segment_backward_shapes,
+    _segment_backward_flops,
 )
 
 
-def _keep(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, offsets = inputs
     ctx.save_for_backward(x, weight, offsets)
 
 
 @once_differentiable
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.mmfused.segment_linear_bwd(dy, x, weight, offsets, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
 
 
-# Of the operator, not of a Function around it: an exported graph keeps the operator alone.
-torch.library.register_autograd("mmfused::segment_linear", _backward, setup_context=_keep)
+# Registered for the operator, not for a Function around it: an exported graph keeps only operators.
+torch.library.register_autograd("mmfused::segment_linear", _backward, setup_context=_save)
 
 
-class Gather(torch.autograd.Function):
-    """Rows sorted by expert of x (T, D): row r is x[order[r] // k]; masked tokens' are 0. Backward
-    sums a token's k rows.
+# ---- rows of tokens ------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """Rows sorted by expert of x (T, D): row r is x[order[r] // k], 0 for masked tokens.
+
+    Backward sums the k rows of a token.
     """
 
     @staticmethod
-    def forward(ctx, x, order, position, live, k):
-        ctx.save_for_backward(position, live)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        order: Tensor,
+        position: Tensor,
+        valid: Tensor,
+        k: int,
+    ) -> Tensor:
+        ctx.save_for_backward(position, valid)
         ctx.k = k
-        return x.index_select(0, order // k).masked_fill(~live, 0.0)
+        return x.index_select(0, order // k).masked_fill(~valid, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_rows):
-        position, live = ctx.saved_tensors
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        position, valid = ctx.saved_tensors
         wide = torch.promote_types(d_rows.dtype, torch.float32)
-        rows = (
-            d_rows.masked_fill(~live, 0.0)
-            .index_select(0, position)
-            .view(-1, ctx.k, d_rows.shape[1])
-        )
+        rows = d_rows.masked_fill(~valid, 0.0).index_select(0, position)
+        rows = rows.view(-1, ctx.k, d_rows.shape[1])
         return rows.sum(1, dtype=wide).to(d_rows.dtype), None, None, None, None
 
 
-def combine(y: Tensor, weights: Tensor, position: Tensor) -> Tensor:
-    """out_t = sum_j w_tj y[position of (t, j)], summed at least in float32; y (R, O) is 0 where it
-    belongs to nobody.
+def _gathered(x: Tensor, routing: Routing) -> Tensor:
+    """Return the rows (T*k, D) of the tokens, sorted by expert."""
+    order, k = routing.order, routing.indices.shape[1]
+    valid = (torch.arange(order.shape[0], device=x.device) < routing.offsets[-1])[:, None]
+    return _Gather.apply(x, order, routing.position, valid, k)
+
+
+def _combined(y: Tensor, routing: Routing) -> Tensor:
+    """Return out_t = sum_j w_tj y[position of (t, j)], summed at least in float32.
+
+    y (T*k, O) is 0 in the rows of masked tokens.
     """
-    rows = y.index_select(0, position).unflatten(
-        0, weights.shape
-    )  # a permutation: the backward meets no row twice
+    weights = routing.weights
+    # A permutation, so no row is added to twice in the backward.
+    rows = y.index_select(0, routing.position).unflatten(0, weights.shape)
     return (rows.to(weights.dtype) * weights[:, :, None]).sum(1).to(y.dtype)

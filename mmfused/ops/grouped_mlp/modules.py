@@ -1,97 +1,111 @@
-"""The layer of a transformer that a mixture of experts takes the place of: router, experts and
-their parameters.
-"""
+"""The layer of a transformer that holds a mixture of experts: router, experts, parameters."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ...children import Called, read
-from ..topk_routing import Routing, topk_routing, topk_routing_from_input, update_selection_bias
-from .checks import ACTIVATIONS
+from ..topk_routing import (
+    Balance,
+    Routing,
+    RoutingOptions,
+    Score,
+    topk_routing,
+    topk_routing_from_input,
+    update_selection_bias,
+)
+from .checks import Activation, check_activation
 from .functional import grouped_mlp
-
-ROUTING_OPTIONS = ("score", "renormalize", "num_segments", "balance", "jitter")
 
 
 class TopKMoE(nn.Module):
-    """A mixture of MLPs: :func:`topk_routing_from_input`, :func:`grouped_mlp` and their parameters.
+    """A mixture of MLPs: :func:`topk_routing_from_input`, :func:`grouped_mlp`, their parameters.
 
-    Args: dim, hidden_dim, out_dim: widths of tokens, of an expert's hidden layer and of the output
-        (default ``dim``). num_experts, top_k: E experts, of which a token uses k. activation:
-        "gelu", "relu" or "swiglu".  bias: of the experts; a "swiglu" gate has none. selection_bias:
-        hold a buffer ``selection_bias`` (E,) for balance without a loss: after each optimizer step
-        call
-            :meth:`update_selection_bias`. It stays in float32 when the module is cast to 16 bits.
-        available: (num_segments, E) bool, the experts each segment may use; kept as a buffer.
-        score, renormalize, num_segments, balance, jitter: as :func:`topk_routing`; jitter acts in
-        training.
+    Args:
+        dim: width of the tokens.
+        hidden_dim: width of an expert's hidden layer.
+        num_experts: E.
+        top_k: experts of a token.
+        out_dim: width of the output, ``dim`` by default.
+        activation: "gelu", "relu" or "swiglu".
+        bias: of the experts; the gate of "swiglu" has none.
+        selection_bias: hold a buffer ``selection_bias`` (E,) for balance without a loss: after each
+            optimizer step call :meth:`update_selection_bias`. It stays in float32 when the module
+            is cast to 16 bits.
+        available: (num_segments, E) bool, the experts that each segment may use; kept as a buffer.
+        score, renormalize, num_segments, balance, jitter: as in :func:`topk_routing`; jitter acts
+            in training only.
 
     Parameters: router (nn.Linear without bias), w_up and with "swiglu" w_gate (E, hidden_dim, dim),
     w_down (E, out_dim, hidden_dim), b_up, b_down. The losses are in the Routing that forward
-    returns: add ``coefficient * routing.balance_loss``."""
+    returns: add ``coefficient * routing.balance_loss``.
+    """
+
+    selection_bias: Tensor | None
+    available: Tensor | None
 
     def __init__(
         self,
-        dim,
-        hidden_dim,
-        num_experts,
-        top_k=2,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 2,
         *,
-        out_dim=None,
-        activation="gelu",
-        bias=True,
-        selection_bias=False,
-        available=None,
-        **routing,
-    ):
+        out_dim: int | None = None,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        selection_bias: bool = False,
+        available: Tensor | None = None,
+        score: Score = "softmax",
+        renormalize: bool = True,
+        num_segments: int = 1,
+        balance: Balance = "switch",
+        jitter: float = 0.0,
+    ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(
                 f"TopKMoE: top_k: got {top_k}, expected 1 to {num_experts}, the number of experts"
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"TopKMoE: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
-            )
-        unknown = sorted(routing.keys() - set(ROUTING_OPTIONS))
-        if unknown:
-            raise TypeError(
-                f"TopKMoE: it takes no option {', '.join(unknown)}; of routing it takes {', '.join(ROUTING_OPTIONS)}."
-            )
+        check_activation("TopKMoE", activation)
         out_dim = dim if out_dim is None else out_dim
-        self.dim, self.num_experts, self.top_k, self.activation, self.routing = (
-            dim,
-            num_experts,
-            top_k,
-            activation,
-            routing,
-        )
+        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        self.activation: Activation = activation
+        self.routing: RoutingOptions = {
+            "score": score,
+            "renormalize": renormalize,
+            "num_segments": num_segments,
+            "balance": balance,
+            "jitter": jitter,
+        }
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape))
+
         self.router = nn.Linear(dim, num_experts, bias=False)
-        self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.w_gate = (
-            nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-            if activation == "swiglu"
-            else None
-        )
-        self.w_down = nn.Parameter(torch.empty(num_experts, out_dim, hidden_dim))
-        self.b_up = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
-        self.b_down = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
-        self.register_buffer(
-            "selection_bias",
-            torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None,
-        )
+        self.w_up = parameter(hidden_dim, dim)
+        self.w_gate = parameter(hidden_dim, dim) if activation == "swiglu" else None
+        self.w_down = parameter(out_dim, hidden_dim)
+        self.b_up = parameter(hidden_dim) if bias else None
+        self.b_down = parameter(out_dim) if bias else None
+        zeros = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("selection_bias", zeros)
         self.register_buffer("available", available)
-        # What to_empty would lose; None of a meta tensor, which has no values.
+        # to_empty would lose these values. A meta tensor has none.
         self._available = None if available is None or available.is_meta else available.tolist()
-        self.register_load_state_dict_pre_hook(_keep_bias_wide)
+        self.register_load_state_dict_pre_hook(_widen_selection_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.Linear's: uniform within one over the square root of the inputs. The buffers begin
-        anew too.
+        """Reset parameters and buffers.
+
+        Parameters as nn.Linear's: uniform within one over the square root of the inputs.
         """
         self.router.reset_parameters()
         for weight, bias in (
@@ -100,19 +114,21 @@ class TopKMoE(nn.Module):
             (self.w_down, self.b_down),
         ):
             for parameter in (weight, bias):
-                if parameter is not None:
-                    nn.init.uniform_(parameter, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
+                if parameter is not None and weight is not None:
+                    bound = weight.shape[2] ** -0.5
+                    nn.init.uniform_(parameter, -bound, bound)
         if self.selection_bias is not None:
             self.selection_bias.zero_()
-        if self._available is not None:
+        if self.available is not None and self._available is not None:
             self.available.copy_(torch.tensor(self._available, device="cpu"))
 
-    def _apply(self, fn, recurse=True):
-        """The selection bias stays in float32 when the module is cast: 16 bits lose its steps."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the selection bias in float32 when the module is cast: 16 bits lose its steps."""
         bias = self.selection_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.selection_bias.dtype in (torch.float16, torch.bfloat16):
-            self.selection_bias = bias.to(self.selection_bias.device)
+        cast = self.selection_bias
+        if bias is not None and cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
+            self.selection_bias = bias.to(cast.device)
         return self
 
     def forward(
@@ -123,35 +139,26 @@ class TopKMoE(nn.Module):
         segments: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """x (..., dim) -> (..., out_dim) and the :class:`Routing` of its T tokens, first dimensions
-        flattened.
+        """Return (..., out_dim), and the :class:`Routing` of the T tokens.
 
-        token_padding_mask (...) bool, True = ignore: such a token gives 0. segments (...) int64.
-        indices (T, k): replay a routing."""
+        Args:
+            x: (..., dim); the first dimensions are flattened to T tokens.
+            token_padding_mask: (...) bool, True = ignore: the output of such a token is 0.
+            segments: (...) int64.
+            indices: (T, k), replay a routing.
+        """
         if x.shape[-1] != self.dim:
             raise ValueError(f"TopKMoE: x: got shape {tuple(x.shape)}, expected (..., {self.dim})")
         for name, tensor in (("token_padding_mask", token_padding_mask), ("segments", segments)):
             if tensor is not None and tensor.shape != x.shape[:-1]:
                 raise ValueError(
-                    f"TopKMoE: {name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:-1])}"
+                    f"TopKMoE: {name}: got shape {tuple(tensor.shape)}, "
+                    f"expected {tuple(x.shape[:-1])}"
                 )
         tokens = x.reshape(-1, self.dim)
-        options = self.routing if self.training else {**self.routing, "jitter": 0.0}
         mask = None if token_padding_mask is None else token_padding_mask.reshape(-1)
-        options = dict(
-            options,
-            selection_bias=self.selection_bias,
-            available=self.available,
-            token_padding_mask=mask,
-            segments=None if segments is None else segments.reshape(-1),
-            indices=indices,
-        )
-        weight, bias = read(self.router, "TopKMoE.router", self.num_experts, x.device.type)
-        if isinstance(weight, Called):  # masked tokens may hold NaN
-            logits = weight(tokens if mask is None else tokens.masked_fill(mask[:, None], 0.0))
-            routing = topk_routing(logits, self.top_k, **options)
-        else:
-            routing = topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
+        segments = None if segments is None else segments.reshape(-1)
+        routing = self._routed(tokens, mask, segments, indices)
         out = grouped_mlp(
             tokens,
             routing,
@@ -164,6 +171,32 @@ class TopKMoE(nn.Module):
         )
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out, routing
 
+    def _routed(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        indices: Tensor | None,
+    ) -> Routing:
+        """Route tokens (T, dim); a router with an adapter or hooks is called."""
+        options = self.routing
+        if not self.training:
+            options = {**options, "jitter": 0.0}
+        options = {
+            **options,
+            "selection_bias": self.selection_bias,
+            "available": self.available,
+            "token_padding_mask": mask,
+            "segments": segments,
+            "indices": indices,
+        }
+        weight, bias = read(self.router, "TopKMoE.router", self.num_experts, tokens.device.type)
+        if not isinstance(weight, Called):
+            return topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
+        if mask is not None:  # masked tokens may hold NaN
+            tokens = tokens.masked_fill(mask[:, None], 0.0)
+        return topk_routing(weight(tokens), self.top_k, **options)
+
     def update_selection_bias(
         self,
         counts: Tensor,
@@ -171,27 +204,33 @@ class TopKMoE(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """:func:`mmfused.update_selection_bias` of this layer:
-        ``moe.update_selection_bias(routing.counts)``.
+        """Apply :func:`mmfused.update_selection_bias` to this layer.
 
-        Once after each optimizer step, on every rank with its own counts, which are summed over the
-        ranks of ``group`` (None: all); under DDP too (call it on the module inside). With gradient
-        accumulation ``counts`` is the sum over the micro-batches."""
+        ``moe.update_selection_bias(routing.counts)``, once after each optimizer step, on every rank
+        with its own counts, which are summed over the ranks of ``group`` (None: all); under DDP
+        too, on the module inside. With gradient accumulation ``counts`` is the sum over the
+        micro-batches.
+        """
         if self.selection_bias is None:
             raise ValueError(
-                "TopKMoE: selection_bias is False; update_selection_bias takes a module that has one."
+                "TopKMoE: selection_bias: got False, expected True for update_selection_bias"
             )
         update_selection_bias(self.selection_bias, counts, rate, group=group)
 
     def extra_repr(self) -> str:
+        """Return the sizes that the parameters of a printed module do not show."""
         experts, _, hidden = self.w_down.shape
-        return f"{self.dim}, hidden_dim={hidden}, num_experts={experts}, top_k={self.top_k}, activation={self.activation!r}"
+        return (
+            f"{self.dim}, hidden_dim={hidden}, num_experts={experts}, top_k={self.top_k}, "
+            f"activation={self.activation!r}"
+        )
 
 
-def _keep_bias_wide(module, state_dict, prefix, *_) -> None:
-    """A state that was cast to 16 bits would else bring such a bias, with ``assign=True``."""
+def _widen_selection_bias(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Widen the bias of a state that was cast to 16 bits, which ``assign=True`` would keep."""
     bias = state_dict.get(prefix + "selection_bias")
     if bias is not None:
-        state_dict[prefix + "selection_bias"] = bias.to(
-            torch.promote_types(bias.dtype, torch.float32)
-        )
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        state_dict[prefix + "selection_bias"] = bias.to(wide)

@@ -1,16 +1,19 @@
-"""Top-k routing: which experts a token goes to, with what weights, and how evenly."""
+"""Top-k routing: the experts of each token, their weights, and how evenly they are used.
 
-from .functional import (
-    Routing,
-    topk_routing,
-    topk_routing_from_input,
-    topk_routing_reference,
-    update_selection_bias,
-)
-from .order import routing_from_indices
+There is no Module of routing alone: ``TopKMoE`` in :mod:`mmfused.ops.grouped_mlp` is the router
+together with its experts.
+"""
+
+from .arguments import Balance, RoutingOptions, Score
+from .functional import topk_routing, topk_routing_from_input, update_selection_bias
+from .order import Routing, routing_from_indices
+from .reference import topk_routing_reference
 
 __all__ = [
+    "Balance",
     "Routing",
+    "RoutingOptions",
+    "Score",
     "routing_from_indices",
     "topk_routing",
     "topk_routing_from_input",

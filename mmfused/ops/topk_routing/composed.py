@@ -1,8 +1,11 @@
-"""The composed path of routing: what the kernels do, in plain PyTorch; one softmax, and a gradient
-written by hand.
+"""The composed path of routing: the algebra of the kernels in plain PyTorch.
+
+One softmax, and a gradient written by hand.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,206 +13,203 @@ from torch import Tensor
 
 from ...library import once_differentiable
 from ...random import uniform
+from .arguments import Inputs, Options, Score
 from .order import Routing
-from .values import largest, spoil, take
+from .reference import into_range, largest, nan_where
 
 
-def routing_composed(
-    logits,
-    k,
-    *,
-    score,
-    renormalize,
-    selection_bias,
-    token_padding_mask,
-    segments,
-    num_segments,
-    available,
-    balance,
-    indices,
-    jitter,
-    jitter_seed,
-) -> Routing:
-    noise = 1 + jitter * (2 * uniform(jitter_seed, *logits.shape) - 1) if jitter else None
-    segments, indices, usable, void = take(
-        k, logits.shape[1], segments, num_segments, available, indices
-    )
+def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routing:
+    """Compute routing from logits of float32 or float64."""
+    experts, mask = logits.shape[1], inputs.token_padding_mask
+    noise = None
+    if options.jitter:
+        assert inputs.jitter_seed is not None
+        noise = 1 + options.jitter * (2 * uniform(inputs.jitter_seed, *logits.shape) - 1)
+    known = into_range(experts, inputs, options)
+    indices, bias = known.indices, inputs.selection_bias
     if indices is None:
         with torch.no_grad():
-            scores = _scores(logits, noise, token_padding_mask, usable, void, score)
-            key = scores[0] if selection_bias is None else scores[2].exp() + selection_bias
-            indices = largest(key, usable, k)
+            scored = _scored(logits, noise, mask, known.usable, known.broken, options.score)
+            key = scored[0] if bias is None else scored[2].exp() + bias
+            indices = largest(key, known.usable, options.k)
     order, position, offsets, tiles = torch.ops.mmfused.expert_order_composed(
-        indices, token_padding_mask, logits.shape[1]
+        indices, mask, experts
     )
-    counts = (
-        _counts(indices, token_padding_mask, segments, num_segments, logits.shape[1])
-        if segments is not None
-        else None
-    )
-    counts = offsets.diff().long()[None] if counts is None else counts
-    renormalize = renormalize and (k > 1 or score == "sigmoid")
-    losses = _Scores.apply(
+    if known.segments is None:
+        counts = offsets.diff().long()[None]
+    else:
+        counts = _counts(indices, mask, known.segments, options.num_segments, experts)
+    weights, balance, z, entropy = _WeightsAndLosses.apply(
         logits,
         indices,
         counts,
         noise,
-        token_padding_mask,
-        segments,
-        available,
-        usable,
-        void,
-        score,
-        renormalize,
-        balance,
+        mask,
+        known.segments,
+        inputs.available,
+        known.usable,
+        known.broken,
+        options,
     )
-    return Routing(indices, losses[0], counts, *losses[1:], order, position, offsets, tiles)
+    return Routing(indices, weights, counts, balance, z, entropy, order, position, offsets, tiles)
 
 
-def _scores(logits, noise, mask, usable, void, score) -> tuple[Tensor, Tensor, Tensor]:
-    """l, u and log s of every token and expert: s is the score, softmax(u) the probabilities."""
+def _scored(
+    logits: Tensor,
+    noise: Tensor | None,
+    mask: Tensor | None,
+    usable: Tensor | None,
+    broken: Tensor | None,
+    score: Score,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return l, u and log s of every token and expert.
+
+    s is the score, softmax(u) the probabilities.
+    """
     logits = logits if noise is None else logits * noise
     logits = logits if mask is None else logits.masked_fill(mask[:, None], 0.0)
     logits = logits if usable is None else logits.masked_fill(~usable, float("-inf"))
-    logits = spoil(logits, void, mask)
+    logits = nan_where(logits, broken, mask)
     if score == "sigmoid":
         u = F.logsigmoid(logits)
         return logits, u, u
     return logits, logits, logits.log_softmax(-1)
 
 
-def _counts(indices, mask, segments, num_segments, experts) -> Tensor:
-    """(S, E) int64; what masked tokens chose goes into a place of its own."""
+def _counts(
+    indices: Tensor,
+    mask: Tensor | None,
+    segments: Tensor,
+    num_segments: int,
+    experts: int,
+) -> Tensor:
+    """Count assignments by segment and expert: (S, E) int64."""
     place = segments[:, None] * experts + indices
-    if mask is not None:
+    if mask is not None:  # choices of masked tokens are counted in a last place, which is dropped
         place = place.masked_fill(mask[:, None], num_segments * experts)
-    sums = place.new_zeros(num_segments * experts + 1).scatter_add_(
-        0, place.flatten(), torch.ones_like(place).flatten()
-    )
+    sums = place.new_zeros(num_segments * experts + 1)
+    sums.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
     return sums[:-1].view(num_segments, experts)
 
 
-class _Scores(torch.autograd.Function):
-    """Weights, balance, z and entropy of chosen experts; the gradients are those of the module
-    docstring of function.py.
+class _WeightsAndLosses(torch.autograd.Function):
+    """Weights, balance, z and entropy of chosen experts.
+
+    The gradients are those of the docstring of reference.py.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        logits,
-        indices,
-        counts,
-        noise,
-        mask,
-        segments,
-        available,
-        usable,
-        void,
-        score,
-        renormalize,
-        balance,
-    ):
-        logit, u, log_score = _scores(logits, noise, mask, usable, void, score)
-        probs = log_score.exp() if score == "softmax" else u.softmax(-1)
+        ctx: Any,
+        logits: Tensor,
+        indices: Tensor,
+        counts: Tensor,
+        noise: Tensor | None,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        available: Tensor | None,
+        usable: Tensor | None,
+        broken: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logit, u, log_score = _scored(logits, noise, mask, usable, broken, options.score)
+        probs = log_score.exp() if options.score == "softmax" else u.softmax(-1)
         chosen = log_score.gather(1, indices)
-        weights = chosen.softmax(-1) if renormalize else chosen.exp()
+        weights = chosen.softmax(-1) if options.renormalizes else chosen.exp()
         lse = logit.logsumexp(-1)
         weights = weights.masked_fill(lse.isnan()[:, None], float("nan"))
         weights = weights if mask is None else weights.masked_fill(mask[:, None], 0.0)
-        live = torch.ones_like(lse) if mask is None else (~mask).to(lse.dtype)
-        total = live.sum().clamp(min=1)
-        z, entropy = (
-            (lse.square() * live).sum() / total,
-            (torch.special.entr(probs).sum(-1) * live).sum() / total,
-        )
-        loss, slope = _balance(balance, probs, weights, indices, counts, live, segments, available)
+        valid = torch.ones_like(lse) if mask is None else (~mask).to(lse.dtype)
+        total = valid.sum().clamp(min=1)
+        z = (lse.square() * valid).sum() / total
+        entropy = (torch.special.entr(probs).sum(-1) * valid).sum() / total
+        loss, slope = _balance(probs, weights, indices, counts, valid, segments, available, options)
         ctx.save_for_backward(
-            logit, probs, weights, indices, lse, live, total, slope, noise, segments
+            logit, probs, weights, indices, lse, valid, total, slope, noise, segments
         )
-        ctx.score, ctx.renormalize, ctx.balance, ctx.dtype = (
-            score,
-            renormalize,
-            balance,
-            logits.dtype,
-        )
+        ctx.options, ctx.dtype = options, logits.dtype
         ctx.set_materialize_grads(False)
         return weights, loss, z, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_weights, d_balance, d_z, d_entropy):
-        logit, probs, weights, indices, lse, live, total, slope, noise, segments = ctx.saved_tensors
-        d_weights = torch.zeros_like(weights) if d_weights is None else d_weights
+    def backward(
+        ctx: Any,
+        d_weights: Tensor | None,
+        d_balance: Tensor | None,
+        d_z: Tensor | None,
+        d_entropy: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        logit, probs, weights, indices, lse, valid, total, slope, noise, segments = saved
+        options = ctx.options
+        upstream: Tensor = torch.zeros_like(weights) if d_weights is None else d_weights
         d_probs = torch.zeros_like(probs)
         if d_balance is not None:
-            mine = slope[0] if segments is None else slope[segments]  # (E,) or (T, E)
-            if ctx.balance == "mse":
-                d_weights = d_weights + d_balance * mine.expand_as(probs).gather(1, indices)
+            by_expert = slope[0] if segments is None else slope[segments]  # (E,) or (T, E)
+            if options.balance == "mse":
+                chosen = by_expert.expand_as(probs).gather(1, indices)
+                upstream = upstream + d_balance * chosen
             else:
-                d_probs = d_probs + d_balance * mine
+                d_probs = d_probs + d_balance * by_expert
         if d_entropy is not None:
             d_probs = d_probs - d_entropy / total * torch.where(probs > 0, probs.log() + 1, 0.0)
         du = torch.zeros_like(probs)
-        if ctx.renormalize:
-            away = d_weights - (d_weights * weights).sum(-1, keepdim=True)
-            du = du.scatter_add(
-                1, indices, weights * (away - (away * weights).sum(-1, keepdim=True))
-            )
-        elif ctx.score == "softmax":
-            d_probs = d_probs.scatter_add(1, indices, d_weights)
+        if options.renormalizes:
+            away = upstream - (upstream * weights).sum(-1, keepdim=True)
+            away = weights * (away - (away * weights).sum(-1, keepdim=True))
+            du = du.scatter_add(1, indices, away)
+        elif options.score == "softmax":
+            d_probs = d_probs.scatter_add(1, indices, upstream)
         else:
-            du = du.scatter_add(1, indices, weights * d_weights)
+            du = du.scatter_add(1, indices, weights * upstream)
         d_probs = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
-        # A softmax's gradient sums to 0: what rounding leaves of 1 - P near 1, where the others
-        # know better, is taken off here too.
+        # The gradient of a softmax sums to 0. Its rounding error, which is largest where a P is
+        # near 1, is subtracted.
         du = du + d_probs - probs * d_probs.sum(-1, keepdim=True)
-        if ctx.score == "sigmoid":
+        if options.score == "sigmoid":
             du = du * torch.sigmoid(-logit)
         if d_z is not None:
-            softmax = probs if ctx.score == "softmax" else logit.softmax(-1)
+            softmax = probs if options.score == "softmax" else logit.softmax(-1)
             du = du + (2 * d_z / total * lse)[:, None] * softmax
-        du = torch.where(live[:, None] > 0, du, 0.0)
-        return (du if noise is None else du * noise).to(ctx.dtype), *[None] * 11
+        du = torch.where(valid[:, None] > 0, du, 0.0)
+        return (du if noise is None else du * noise).to(ctx.dtype), *[None] * 9
 
 
 def _balance(
-    form,
-    probs,
-    weights,
-    indices,
-    counts,
-    live,
-    segments,
-    available,
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    valid: Tensor,
+    segments: Tensor | None,
+    available: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and (S, E): its derivative to each P_te, or each w_te for "mse", the same for all
-    tokens of a segment.
+    """Return the balance loss and its derivative (S, E).
+
+    The derivative is by each P_te, for "mse" by each w_te: the same for all tokens of a segment.
     """
     num_segments, experts = counts.shape
-    sizes = (
-        live.new_full((num_segments,), experts)
-        if available is None
-        else available.sum(1).to(live.dtype)
-    )
-    if segments is None:
-        member = live[:, None]
+    if available is None:
+        sizes = valid.new_full((num_segments,), experts)
     else:
-        member = (segments[:, None] == torch.arange(num_segments, device=live.device)) * live[
-            :, None
-        ]  # (T, S)
+        sizes = available.sum(1).to(valid.dtype)
+    if segments is None:
+        member = valid[:, None]
+    else:  # (T, S)
+        member = segments[:, None] == torch.arange(num_segments, device=valid.device)
+        member = member * valid[:, None]
     number = member.sum(0)
     clamped, nonempty = number.clamp(min=1)[:, None], (number > 0).sum().clamp(min=1)
-    if form == "mse":
+    if options.balance == "mse":
         dense = torch.zeros_like(probs).scatter_add(1, indices, weights)
         target = (number > 0)[:, None] / sizes.clamp(min=1)[:, None]
-        away = _sums(member, dense) / clamped - (
-            target if available is None else target * available
-        )
+        target = target if available is None else target * available
+        away = _sums(member, dense) / clamped - target
         return away.square().sum() / nonempty, 2 * away / clamped / nonempty
-    k = indices.shape[1]
-    share = counts.to(live.dtype) / (k * clamped)
-    if form == "gshard":
+    share = counts.to(valid.dtype) / (options.k * clamped)
+    if options.balance == "gshard":
         first = torch.zeros_like(probs).scatter(1, indices[:, :1], 1.0)
         share = (member.mT @ first) / clamped
     slope = sizes[:, None] * share / clamped / nonempty
@@ -217,9 +217,10 @@ def _balance(
 
 
 def _sums(member: Tensor, values: Tensor) -> Tensor:
-    """(S, E): the values (T, E) added up by segment. NaN stays in its own, where a product would
-    have 0 times NaN elsewhere.
+    """Add up the values (T, E) by segment: (S, E).
+
+    NaN stays in its own segment; a product alone would have 0 times NaN in the others.
     """
-    void = values.isnan()
-    sums = member.mT @ values.masked_fill(void, 0.0)
-    return sums.masked_fill(member.mT @ void.to(values.dtype) > 0, float("nan"))
+    nan = values.isnan()
+    sums = member.mT @ values.masked_fill(nan, 0.0)
+    return sums.masked_fill(member.mT @ nan.to(values.dtype) > 0, float("nan"))

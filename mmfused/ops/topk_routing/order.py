@@ -1,36 +1,51 @@
-"""Tokens by expert: the permutation that :func:`mmfused.grouped_linear` works through, and routings
-that were made elsewhere.
+"""The permutation that sorts tokens by expert, and routings that were made elsewhere.
+
+A file of its own because :func:`mmfused.grouped_linear` needs the permutation of any routing,
+whichever router made the choice.
 
 An assignment is one choice of one token, numbered t * k + j. Sorted by expert, then by number, the
-assignments are the rows of the grouped products; those of masked tokens come last and belong to
-nobody."""
+assignments are the rows of the grouped products. Those of masked tokens come last and belong to no
+expert.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...flops import no_products
-from ...library import check_tensors, check_value, choose, graph_made, register, register_composed
+from ...library import check_tensors, choose, graph_made, register, register_composed
+from .checks import check_indices, check_mask
 
 
 class Routing(NamedTuple):
-    """Where T tokens go: what :func:`topk_routing` returns and the grouped products take. S
-    segments, E experts, k choices.
+    """The experts of T tokens: what :func:`topk_routing` returns and the grouped products take.
+
+    S segments, E experts, k choices.
     """
 
-    indices: Tensor  # (T, k) int64, the chosen experts, best first; of a masked token valid too, but without effect
-    weights: Tensor  # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
-    counts: Tensor  # (S, E) int64, how many assignments of a segment went to an expert
-    balance_loss: Tensor  # () of the weights' dtype; no coefficient inside
-    z_loss: Tensor  # ()
-    entropy: Tensor  # ()
-    order: Tensor  # (T*k,) int32, the assignment in each sorted row
-    position: Tensor  # (T*k,) int32, the sorted row of each assignment: the inverse of order
-    offsets: Tensor  # (E+1,) int32, the first sorted row of each expert; the last: how many rows there are without masked ones
-    tiles: Tensor  # (T*k // 16 + E, 2) int32, expert and first row of each tile of the kernels; (0, 2) where no kernel made it
+    # (T, k) int64, the chosen experts, best first; valid but without effect for masked tokens
+    indices: Tensor
+    # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
+    weights: Tensor
+    # (S, E) int64, how many assignments of a segment went to an expert
+    counts: Tensor
+    # () in the dtype of weights, without a coefficient
+    balance_loss: Tensor
+    # ()
+    z_loss: Tensor
+    # ()
+    entropy: Tensor
+    # (T*k,) int32, the assignment in each sorted row
+    order: Tensor
+    # (T*k,) int32, the sorted row of each assignment: the inverse of order
+    position: Tensor
+    # (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
+    offsets: Tensor
+    # (T*k // 16 + E, 2) int32, expert and first row of each tile of the kernels; (0, 2) if composed
+    tiles: Tensor
 
 
 def sort_by_expert(
@@ -38,16 +53,16 @@ def sort_by_expert(
     mask: Tensor | None,
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """order, position, offsets and no tiles, in plain PyTorch: no shape depends on what the indices
-    are.
+    """Return order, position, offsets and no tiles, in plain PyTorch.
+
+    No shape depends on the values of the indices.
     """
     expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
-    rows, experts = (
-        torch.arange(n, device=expert.device) for n in (expert.shape[0], num_experts + 1)
-    )
-    if graph_made() == "onnx":  # it knows no stable sort and no searchsorted
+    rows = torch.arange(expert.shape[0], device=expert.device)
+    experts = torch.arange(num_experts + 1, device=expert.device)
+    if graph_made() == "onnx":  # ONNX has no stable sort and no searchsorted
         order = (expert * rows.shape[0] + rows).argsort()
         offsets = (expert < experts[:, None]).sum(1, dtype=torch.int32)
     else:
@@ -57,29 +72,29 @@ def sort_by_expert(
     return order.int(), position.int(), offsets, offsets.new_empty(0, 2)
 
 
-def _fake_order(indices, mask, num_experts):
+def _order_shapes(indices: Tensor, mask: Tensor | None, num_experts: int) -> tuple[Tensor, ...]:
     rows = indices.shape[0] * indices.shape[1]
     shapes = (rows,), (rows,), (num_experts + 1,), (rows // 16 + num_experts, 2)
     return tuple(indices.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-def _fake_sort(indices, mask, num_experts):
-    return *_fake_order(indices, mask, num_experts)[:3], indices.new_empty(
-        (0, 2), dtype=torch.int32
-    )
+def _sort_shapes(indices: Tensor, mask: Tensor | None, num_experts: int) -> tuple[Tensor, ...]:
+    order, position, offsets, _ = _order_shapes(indices, mask, num_experts)
+    return order, position, offsets, indices.new_empty((0, 2), dtype=torch.int32)
 
 
-_SCHEMA = "(Tensor indices, Tensor? mask, int num_experts) -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
-
-
-def _launch_order(*args):
+def _launch_order(*args: Any) -> tuple[Tensor, ...]:
     from ...kernels import topk_routing as kernels
 
     return kernels.order(*args)
 
 
-register("expert_order", _SCHEMA, _launch_order, _fake_order, no_products)
-register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _fake_sort, no_products)
+_SCHEMA = (
+    "(Tensor indices, Tensor? mask, int num_experts)"
+    " -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
+)
+register("expert_order", _SCHEMA, _launch_order, _order_shapes, no_products)
+register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _sort_shapes, no_products)
 
 
 def routing_from_indices(
@@ -89,18 +104,30 @@ def routing_from_indices(
     *,
     token_padding_mask: Tensor | None = None,
 ) -> Routing:
-    """The :class:`Routing` of choices that another router made: indices (T, k) int64 in [0, E),
-    weights (T, k) floats.
+    """Make a :class:`Routing` from the choices of another router.
 
-    Weights of padded tokens (token_padding_mask (T,) bool, True = ignore) count as 0. ``counts``
-    has one segment; the losses are 0. An index may stand in a row twice. One out of range raises on
-    a CPU; on CUDA, where nothing may wait, its weight becomes NaN, and so does what its token gets.
+    Args:
+        indices: (T, k) int64 in [0, E). A row may name an expert twice.
+        weights: (T, k) floats; those of padded tokens count as 0.
+        num_experts: E.
+        token_padding_mask: (T,) bool, True = ignore.
+
+    Returns:
+        The routing; ``counts`` has one segment and the losses are 0.
+
+    Raises:
+        TypeError: bad input.
+        ValueError: bad input. An index out of range raises on a CPU. On CUDA, where nothing may
+            wait for the host, its weight becomes NaN, and so does the output of its token.
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)
-    if indices.dim() != 2 or weights.shape != indices.shape:
+    if indices.dim() != 2:
+        raise ValueError(f"{op}: indices: got shape {tuple(indices.shape)}, expected (tokens, k)")
+    if weights.shape != indices.shape:
         raise ValueError(
-            f"{op}: indices and weights have shapes {tuple(indices.shape)} and {tuple(weights.shape)}; they take (T, k)."
+            f"{op}: weights: got shape {tuple(weights.shape)}, "
+            f"expected {tuple(indices.shape)}, as indices has"
         )
     if not weights.is_floating_point():
         raise TypeError(f"{op}: weights: got dtype {weights.dtype}, expected a floating dtype")
@@ -111,32 +138,13 @@ def routing_from_indices(
     weights = weights.masked_fill(inside != indices, float("nan"))
     if token_padding_mask is not None:
         weights = weights.masked_fill(token_padding_mask[:, None], 0.0)
-    indices = inside
     ops = torch.ops.mmfused
-    sort = dict(
-        reference=sort_by_expert, composed=ops.expert_order_composed, fused=ops.expert_order
-    )
+    sort = {
+        "reference": sort_by_expert,
+        "composed": ops.expert_order_composed,
+        "fused": ops.expert_order,
+    }
     chosen = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
-    order, position, offsets, tiles = sort[chosen](indices, token_padding_mask, num_experts)
+    order, position, offsets, tiles = sort[chosen](inside, token_padding_mask, num_experts)
     counts, zero = offsets.diff().long()[None], weights.new_zeros(())
-    return Routing(indices, weights, counts, zero, zero, zero, order, position, offsets, tiles)
-
-
-def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{op}: indices: got dtype {indices.dtype}, expected torch.int64")
-    check_value(
-        lambda: ((indices >= 0) & (indices < num_experts)).all(),
-        f"{op}: indices holds a value outside [0, {num_experts}); it takes numbers of experts.",
-    )
-
-
-def check_mask(op: str, mask: Tensor | None, tokens: int) -> None:
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"{op}: token_padding_mask: got dtype {mask.dtype}, expected torch.bool, True = ignore the token"
-        )
-    if mask is not None and mask.shape != (tokens,):
-        raise ValueError(
-            f"{op}: token_padding_mask: got shape {tuple(mask.shape)}, expected ({tokens},)"
-        )
+    return Routing(inside, weights, counts, zero, zero, zero, order, position, offsets, tiles)

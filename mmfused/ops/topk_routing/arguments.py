@@ -1,0 +1,71 @@
+"""Arguments of routing beside the logits, in groups.
+
+A file of its own because the functions, the checks, all three backends and TopKMoE share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+Score = Literal["softmax", "sigmoid"]
+Balance = Literal["switch", "gshard", "mse"]
+
+
+class Inputs(NamedTuple):
+    """Tensors beside the logits, each of them optional; see :func:`topk_routing`."""
+
+    selection_bias: Tensor | None = None  # (E,)
+    token_padding_mask: Tensor | None = None  # (T,) bool
+    segments: Tensor | None = None  # (T,) int64
+    available: Tensor | None = None  # (S, E) bool
+    indices: Tensor | None = None  # (T, k) int64
+    jitter_seed: Tensor | None = None  # () int64
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers and switches of routing; see :func:`topk_routing`."""
+
+    k: int
+    score: Score = "softmax"
+    renormalize: bool = True
+    num_segments: int = 1
+    balance: Balance = "switch"
+    jitter: float = 0.0
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether weights are divided by their sum; one softmax weight would always become 1."""
+        return self.renormalize and (self.k > 1 or self.score == "sigmoid")
+
+
+class RoutingOptions(TypedDict, total=False):
+    """The keywords of :class:`Options`."""
+
+    score: Score
+    renormalize: bool
+    num_segments: int
+    balance: Balance
+    jitter: float
+
+
+class RoutingArguments(RoutingOptions, total=False):
+    """The keywords of :func:`topk_routing`."""
+
+    selection_bias: Tensor | None
+    token_padding_mask: Tensor | None
+    segments: Tensor | None
+    available: Tensor | None
+    indices: Tensor | None
+    jitter_seed: Tensor | None
+
+
+def grouped(k: int, **arguments: Unpack[RoutingArguments]) -> tuple[Inputs, Options]:
+    """Sort the keywords of routing into groups; ``TypeError`` for an unknown one."""
+    rest: dict = dict(arguments)
+    tensors = {name: rest.pop(name) for name in Inputs._fields if name in rest}
+    return Inputs(**tensors), Options(k, **rest)

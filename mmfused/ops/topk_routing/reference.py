@@ -1,0 +1,246 @@
+"""Top-k routing of a mixture of experts: scores, choice, weights, balance and order, in one pass.
+
+    l = x W_r^T + b_r
+    P = softmax(l)                          s = P
+        or, with score "sigmoid"
+    P = s / sum of s                        s = sigmoid(l)
+
+    S_t  = the k experts with the largest l (or s + selection bias)
+    w_te = s_te / sum over S_t of s         (without renormalisation: s_te)
+
+    balance  "switch"  E sum_e f_e P_e      f_e: share of all assignments, P_e: mean of P
+                                            (Switch Transformer, eq. 4)
+             "gshard"  the same             f_e: share of the first choices (GShard, algorithm 1)
+             "mse"     sum_e (mean_t w_te - 1/E)^2                     (FLUID's public code)
+    z        = mean_t (log sum_e exp l_te)^2                           (ST-MoE, eq. 5)
+    entropy  = mean_t -sum_e P_te log P_te                             (LIMoE)
+
+With u = l or log sigmoid(l), P = softmax(u), and the renormalised weights are softmax(u) over S_t
+for both scores: neither needs an epsilon. Counts are constants, so each term of the balance has one
+gradient per expert and segment, c_se, the same for all tokens. The gradient of the logits is
+
+    du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>) on S_t
+    dl = du (or du sigmoid(-l)) + 2 g_z / n lse P_l
+
+which one kernel computes from the logits. Forward, three launches without a host sync: route, scan
+over blocks of tokens, write the order.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...random import uniform
+from .arguments import Balance, Inputs, Options, Score
+from .order import Routing, sort_by_expert
+
+
+def topk_routing_reference(
+    logits: Tensor,
+    k: int,
+    *,
+    score: Score = "softmax",
+    renormalize: bool = True,
+    selection_bias: Tensor | None = None,
+    token_padding_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    num_segments: int = 1,
+    available: Tensor | None = None,
+    balance: Balance = "switch",
+    indices: Tensor | None = None,
+    jitter: float = 0.0,
+    jitter_seed: Tensor | None = None,
+) -> Routing:
+    """Compute :func:`topk_routing` in plain PyTorch, a line for each equation.
+
+    This is the specification: any floating dtype, any device, differentiable any number of times.
+    """
+    inputs = Inputs(
+        selection_bias=selection_bias,
+        token_padding_mask=token_padding_mask,
+        segments=segments,
+        available=available,
+        indices=indices,
+        jitter_seed=jitter_seed,
+    )
+    options = Options(
+        k,
+        score=score,
+        renormalize=renormalize,
+        num_segments=num_segments,
+        balance=balance,
+        jitter=jitter,
+    )
+    return routing_by_equations(logits, inputs, options)
+
+
+def routing_by_equations(logits: Tensor, inputs: Inputs, options: Options) -> Routing:
+    """Compute the reference from grouped arguments."""
+    tokens, experts = logits.shape
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    mask = inputs.token_padding_mask
+    if mask is None:
+        valid = torch.ones(tokens, dtype=torch.bool, device=logits.device)
+    else:
+        valid = ~mask
+    known = into_range(experts, inputs, options)
+    logits, usable = _allowed_logits(logits, valid, known, inputs, options)
+
+    log_score = logits.log_softmax(-1) if options.score == "softmax" else F.logsigmoid(logits)
+    probs = log_score.softmax(-1)
+    indices, bias = known.indices, inputs.selection_bias
+    if indices is None:
+        key = logits if bias is None else log_score.exp() + bias
+        indices = largest(key, usable, options.k)
+    chosen = log_score.gather(1, indices)
+    weights = chosen.softmax(-1) if options.renormalizes else chosen.exp()
+    weights = weights.masked_fill(logits.isnan().any(1, keepdim=True), float("nan"))
+    weights = weights.masked_fill(~valid[:, None], 0.0)
+    counts, balance = _balance(probs, weights, indices, valid, known.segments, inputs, options)
+
+    def mean_of_all(per_token: Tensor) -> Tensor:
+        return per_token.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+    log_probs = log_score.log_softmax(-1).masked_fill(probs == 0, 0.0)  # 0 log 0 = 0
+    return Routing(
+        indices,
+        weights,
+        counts,
+        balance,
+        mean_of_all(logits.logsumexp(-1).square()),
+        mean_of_all(-(probs * log_probs).sum(-1)),
+        *sort_by_expert(indices, mask, experts),
+    )
+
+
+def _allowed_logits(
+    logits: Tensor,
+    valid: Tensor,
+    known: InRange,
+    inputs: Inputs,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits with jitter, -inf for unavailable experts, and which are available."""
+    tokens, experts = logits.shape
+    usable = known.usable
+    if usable is None:
+        usable = torch.ones(experts, dtype=torch.bool, device=logits.device)
+    usable = usable.expand(tokens, experts)
+    if options.jitter:
+        assert inputs.jitter_seed is not None
+        noise = uniform(inputs.jitter_seed, tokens, experts)
+        logits = logits * (1 + options.jitter * (2 * noise - 1))
+    logits = logits.masked_fill(~valid[:, None], 0.0)  # a masked token may hold NaN
+    logits = logits.masked_fill(~usable, float("-inf"))
+    return nan_where(logits, known.broken, inputs.token_padding_mask), usable
+
+
+def _balance(
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    segments: Tensor | None,
+    inputs: Inputs,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Return the counts (S, E), and the balance loss: the mean over segments that have tokens."""
+    tokens, experts = probs.shape
+    if segments is None:
+        segments = torch.zeros(tokens, dtype=torch.int64, device=probs.device)
+    available = inputs.available
+    if available is None:
+        shape = options.num_segments, experts
+        available = torch.ones(shape, dtype=torch.bool, device=probs.device)
+
+    def by_expert(choice: Tensor, value: Tensor) -> Tensor:  # (T, any) -> (T, E)
+        return value.new_zeros(tokens, experts).scatter_add(1, choice, value)
+
+    dense, times = by_expert(indices, weights), by_expert(indices, torch.ones_like(indices))
+    first = by_expert(indices[:, :1], torch.ones_like(indices[:, :1]))
+    counts, losses = [], []
+    for s in range(options.num_segments):
+        member = (valid & (segments == s))[:, None]
+        counts.append((times * member).sum(0))
+        number, size = (x.sum().clamp(min=1).to(probs.dtype) for x in (member, available[s]))
+
+        # The mean over the segment: NaN of other segments must not reach it.
+        def mean(of: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
+            return of.masked_fill(~member, 0.0).sum(0) / number
+
+        if options.balance == "mse":
+            loss = (mean(dense) - available[s] / size).square().sum()
+        else:
+            share = mean(first) if options.balance == "gshard" else counts[s] / (options.k * number)
+            loss = size * (share * mean(probs)).sum()
+        losses.append(torch.where(member.any(), loss, 0.0))
+    nonempty = (torch.stack(counts).sum(1) > 0).sum().clamp(min=1)
+    return torch.stack(counts), torch.stack(losses).sum() / nonempty
+
+
+# ---- values out of range -------------------------------------------------------------------------
+#
+# On CUDA and in compiled graphs nothing can raise: there they make their tokens NaN. The composed
+# path uses the same functions.
+
+
+class InRange(NamedTuple):
+    """Arguments forced into the range of valid indices, and the tokens that had others."""
+
+    segments: Tensor | None  # (T,) in [0, S)
+    indices: Tensor | None  # (T, k) in [0, E)
+    usable: Tensor | None  # (E,) or (T, E) bool, the experts a token may use, at least k
+    broken: Tensor | None  # (T,) or () bool, the tokens that become NaN
+
+
+def into_range(num_experts: int, inputs: Inputs, options: Options) -> InRange:
+    """Force segments and indices into range.
+
+    A broken token may use every expert, so that k different ones can be chosen for it too.
+    """
+    segments, indices, available = inputs.segments, inputs.indices, inputs.available
+    broken: list[Tensor] = []
+    usable = None
+    if segments is not None:
+        given, segments = segments, segments.clamp(0, options.num_segments - 1)
+        broken.append(given != segments)
+    if available is not None:
+        too_few = available.sum(1) < options.k
+        row = 0 if segments is None else segments
+        broken.append(too_few[row])
+        usable = available[row] | reduce(torch.logical_or, broken)[..., None]
+    if indices is not None:
+        given, indices = indices, indices.clamp(0, num_experts - 1)
+        broken.append((given != indices).any(1))
+    any_broken = reduce(torch.logical_or, broken) if broken else None
+    return InRange(segments, indices, usable, any_broken)
+
+
+def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
+    """Return (T, k), the columns of the k largest of each row; ties go to the lower column.
+
+    k rounds of argmax, which returns the first of equal numbers. NaN counts as the least, but
+    before experts that are not usable.
+    """
+    limits = torch.finfo(key.dtype)
+    key = key.detach().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    key = key if usable is None else key.masked_fill(~usable, float("-inf"))
+    chosen: list[Tensor] = []
+    for _ in range(k):
+        chosen.append(key.argmax(-1, keepdim=True))
+        key = key.scatter(1, chosen[-1], float("-inf"))
+    return torch.cat(chosen, 1)
+
+
+def nan_where(logits: Tensor, broken: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return logits with NaN, also as gradients, in the rows of broken tokens not masked."""
+    if broken is None:
+        return logits
+    broken = broken if mask is None else broken & ~mask
+    nan = torch.zeros_like(broken, dtype=logits.dtype).masked_fill(broken, float("nan"))
+    return logits + nan[..., None]
