@@ -15,7 +15,7 @@ Global hooks (``register_module_forward_hook``) run for the module itself and fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: Tensor | Called, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def layer_norm(x: Tensor, norm: tuple[Tensor, Tensor] | Called, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm: Sequence[Tensor] | Called, eps: float) -> Tensor:
     """``F.layer_norm`` over the features in the dtype of ``x``, or a call of the child."""
     if isinstance(norm, Called):
         return norm(x).to(x.dtype)

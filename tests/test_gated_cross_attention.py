@@ -472,28 +472,28 @@ def call(**changes):
 
 
 BAD = {
-    "num_heads is 5; it must be positive and divide dim = 12": lambda: GatedCrossAttention(D, 5),
-    "num_heads is 7; it must be positive": lambda: call(num_heads=7),
+    "num_heads: got 5, expected a divisor of dim = 12": lambda: GatedCrossAttention(D, 5),
+    "num_heads: got 7, expected a divisor": lambda: call(num_heads=7),
     "gate: got 'soft', expected one of channel, token, none": lambda: GatedCrossAttention(
         D, HEADS, gate="soft"
     ),
     "missing: got 'drop', expected one of skip, zero, attend, constant": lambda: (
         GatedCrossAttention(D, HEADS, missing="drop")
     ),
-    "indicator is 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
-    "pre_norm is False and gate is 'channel'": lambda: GatedCrossAttention(
+    "indicator: got 'sample'": lambda: GatedCrossAttention(D, HEADS, indicator="sample"),
+    "gate: got 'channel' with pre_norm=False": lambda: GatedCrossAttention(
         D, HEADS, pre_norm=False
     ),
     "dropout: got 1.0, expected a number from 0 to below 1": lambda: GatedCrossAttention(
         D, HEADS, dropout=1.0
     ),
     "dropout_p: got -0.1, expected a number from 0 to below 1": lambda: call(dropout_p=-0.1),
-    "context has shape (4, 12)": lambda: call(context=randn(B, D)),
+    "context: got shape (4, 12)": lambda: call(context=randn(B, D)),
     "context: got shape (3, 5, 12), expected (4, tokens, dim)": lambda: call(
         context=randn(3, M, D)
     ),
-    "x has dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
-    "context has dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
+    "x: got dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
+    "context: got dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
     "weights: got a tuple, expected CrossAttentionWeights": lambda: call(weights=(1,)),
     "context: got width 7, expected 12, as weights.w_k has columns": lambda: call(
         context=randn(B, M, 7)
@@ -502,31 +502,29 @@ BAD = {
     "a: got width 10, expected 12, as to_a.w_q has columns": lambda: module()(
         randn(B, N, 10), randn(B, M, D)
     ),
-    "weights.w_g has shape (12, 25); with gate 'channel' it takes (12, 24)": lambda: call(
+    "weights.w_g: got shape (12, 25) with gate 'channel', expected (12, 24)": lambda: call(
         indicator=False
     ),
-    "weights.w_g has shape (12, 25); with gate 'none' it takes None": lambda: call(gate="none"),
+    "weights.w_g: got shape (12, 25) with gate 'none', expected None": lambda: call(gate="none"),
     "norm_context: got None, expected a LayerNorm's weight and bias": lambda: call(
         norm_context=None
     ),
-    "norm_context is given with pre_norm=False": lambda: call(
+    "norm_context: got a norm with pre_norm=False": lambda: call(
         gate="none", pre_norm=False, weights=module(GatedCrossAttention, gate="none").weights()
     ),
-    "context_key_padding_mask and context_lengths are both given": lambda: call(
+    "context_key_padding_mask: got context_lengths too": lambda: call(
         context_key_padding_mask=torch.zeros(B, M).bool(), context_lengths=torch.ones(B).long()
     ),
     "context_key_padding_mask: got shape (4, 6), expected (4, 5)": lambda: call(
         context_key_padding_mask=torch.zeros(B, N).bool()
     ),
-    "context_lengths has dtype torch.float32": lambda: call(context_lengths=torch.ones(B)),
-    "context_lengths holds a value outside [0, 5]": lambda: call(
-        context_lengths=torch.full((B,), 6)
-    ),
+    "context_lengths: got dtype torch.float32": lambda: call(context_lengths=torch.ones(B)),
+    "context_lengths: got a value out of range": lambda: call(context_lengths=torch.full((B,), 6)),
     "context_present: got shape (3,), expected (4,)": lambda: call(
         context_present=torch.ones(3).bool()
     ),
-    "context_present has dtype torch.float32": lambda: call(context_present=torch.ones(B)),
-    "dropout_seed has dtype torch.float32": lambda: call(
+    "context_present: got dtype torch.float32": lambda: call(context_present=torch.ones(B)),
+    "dropout_seed: got dtype torch.float32": lambda: call(
         dropout_p=0.1, dropout_seed=torch.tensor(1.0)
     ),
     "b: got width 7, expected 12, as to_a.w_k has columns": lambda: module()(

@@ -1,6 +1,4 @@
-"""Gated cross-attention: two modalities read each other, a gate decides how much stays, a missing
-one costs nothing.
-"""
+"""Gated cross-attention: modalities attend to each other, and a gate blends in the result."""
 
 from .functional import bidirectional_gated_cross_attention, gated_cross_attention
 from .modules import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, pack_passes

@@ -1,42 +1,55 @@
-"""Gated cross-attention with its parameters, one direction or both, and FLUID's gate between two
-equally long sequences.
-"""
+"""The modules of gated cross-attention, and FLUID's gate between two sequences of equal length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ...children import read, read_norm, reset_children
-from .checks import check_options
+from .checks import check_num_heads, check_options
 from .functional import bidirectional_gated_cross_attention, gated_cross_attention
-from .reference import CrossAttentionWeights
+from .reference import CrossAttentionWeights, Gate, Indicator, Missing
+
+
+class ModuleOptions(TypedDict):
+    """The options that both modules pass to their functions."""
+
+    num_heads: int
+    gate: Gate
+    indicator: Indicator
+    missing: Missing
+    pre_norm: bool
+    norm_eps: float
 
 
 class _Direction(nn.Module):
-    """The parameters of one direction: q_proj, k_proj, v_proj, out_proj and, with a gate,
-    gate_proj.
-    """
+    """The parameters of one direction: q_proj, k_proj, v_proj, out_proj, and gate_proj if gated."""
 
-    def __init__(self, dim: int, context_dim: int, gate: str, indicator: bool | str, bias: bool):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        gate: Gate,
+        indicator: Indicator,
+        bias: bool,
+    ) -> None:
         super().__init__()
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(context_dim, dim, bias=bias)
         self.v_proj = nn.Linear(context_dim, dim, bias=bias)
         self.out_proj = nn.Linear(dim, dim, bias=bias)
         width = 2 * dim + (1 if indicator else 0)
-        self.dim, self.context_dim, self.gate_width = (
-            dim,
-            context_dim,
-            dim if gate == "channel" else 1,
-        )
+        self.dim = dim
+        self.context_dim = context_dim
+        self.gate_width = dim if gate == "channel" else 1
         self.gate_proj = None if gate == "none" else nn.Linear(width, self.gate_width, bias=bias)
 
     def reset_parameters(self) -> None:
-        """As torch begins the projections and norms."""
+        """Reset projections and norms as torch does."""
         reset_children(self)
 
     def weights(
@@ -44,8 +57,11 @@ class _Direction(nn.Module):
         name: str = "GatedCrossAttention",
         device_type: str = "cpu",
     ) -> CrossAttentionWeights:
-        """What the function takes, for a call on such a device; ``name`` of this direction, for
-        errors.
+        """Return the weights for a call of the function.
+
+        Args:
+            name: of this direction, for errors.
+            device_type: of the tokens, for autocast.
         """
         weights, biases = [], []
         for part in ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"):
@@ -61,37 +77,48 @@ class _Direction(nn.Module):
 
 
 class GatedCrossAttention(_Direction):
-    """x reads context and a gate blends what it read into it: :func:`gated_cross_attention` and its
-    parameters.
+    """Let x attend to a context, and blend in the result by a gate.
 
-    Args: dim, context_dim: widths of x and of the context (default ``dim``); ``dim`` divides by
-        ``num_heads``. gate: "channel", "token" or "none".  indicator: True, False or "batch".
-        missing: "skip", "zero", "attend" or "constant". pre_norm: LayerNorms before the
-        projections; False: one over ``x + A``, only with ``gate="none"`` (UniCA). bias: of all
-        projections.  dropout: of probabilities and of what is read, in training. norm_eps: of the
-        LayerNorms.
+    :func:`gated_cross_attention` with its parameters.
 
-    Parameters: norm_x, norm_context (with pre_norm), q_proj, k_proj, v_proj, out_proj, gate_proj:
-    columns for x, A, indicator."""
+    Args:
+        dim: width of x and of the output; a multiple of ``num_heads``.
+        num_heads: attention heads.
+        context_dim: width of the context, default ``dim``.
+        gate: "channel", "token" or "none".
+        indicator: whether the gate sees if the context is present: True, False or "batch".
+        missing: the result without a context: "skip", "zero", "attend" or "constant".
+        pre_norm: LayerNorms before the projections. False: one over ``x + A`` (UniCA), which needs
+            ``gate="none"``.
+        bias: biases of all projections.
+        dropout: of the probabilities and of A in training, in [0, 1).
+        norm_eps: of the LayerNorms.
+
+    Parameters: norm_x, norm_context (with pre_norm), q_proj, k_proj, v_proj, out_proj, and
+    gate_proj, whose columns are for x, A and the indicator.
+
+    Raises ``ValueError`` or ``TypeError`` on bad arguments. Sources: see the function.
+    """
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        context_dim=None,
-        gate="channel",
-        indicator=True,
-        missing="skip",
-        pre_norm=True,
-        bias=True,
-        dropout=0.0,
-        norm_eps=1e-5,
-    ):
-        _check(type(self).__name__, dim, num_heads, gate, indicator, missing, pre_norm, dropout)
+        context_dim: int | None = None,
+        gate: Gate = "channel",
+        indicator: Indicator = True,
+        missing: Missing = "skip",
+        pre_norm: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        check_num_heads(type(self).__name__, num_heads, dim)
+        check_options(type(self).__name__, gate, indicator, missing, pre_norm, dropout=dropout)
         context_dim = dim if context_dim is None else context_dim
         super().__init__(dim, context_dim, gate, indicator, bias)
-        self.options = dict(
+        self.options = ModuleOptions(
             num_heads=num_heads,
             gate=gate,
             indicator=indicator,
@@ -113,20 +140,32 @@ class GatedCrossAttention(_Direction):
         context_present: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, dim), context (B, M, context_dim) -> (B, N, dim); the masks as in
-        :func:`gated_cross_attention`.
+        """Return x' (B, N, dim).
+
+        Args:
+            x: (B, N, dim).
+            context: (B, M, context_dim).
+            context_key_padding_mask: (B, M) bool, True = ignore.
+            context_lengths: (B,) int, the number of tokens to keep, instead of the mask.
+            context_present: (B,) bool, default all True.
+            dropout_seed: see :func:`gated_cross_attention`.
         """
         device = _device_type(x)
         name, eps = "GatedCrossAttention", self.options["norm_eps"]
+        norm_context = read_norm(
+            self.norm_context,
+            f"{name}.norm_context",
+            self.context_dim,
+            device,
+            eps,
+        )
         return gated_cross_attention(
             x,
             context,
             self.weights(name, device),
             **self.options,
             norm_x=read_norm(self.norm_x, f"{name}.norm_x", self.dim, device, eps),
-            norm_context=read_norm(
-                self.norm_context, f"{name}.norm_context", self.context_dim, device, eps
-            ),
+            norm_context=norm_context,
             dropout_p=self.dropout if self.training else 0.0,
             dropout_seed=dropout_seed,
             context_key_padding_mask=context_key_padding_mask,
@@ -135,37 +174,44 @@ class GatedCrossAttention(_Direction):
         )
 
     def extra_repr(self) -> str:
-        return (
-            ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-            + f", dropout={self.dropout}"
-        )
+        """Return the options for ``repr``."""
+        return _repr(self.options, self.dropout)
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """a reads b and b reads a, in the same launches: :func:`bidirectional_gated_cross_attention`
-    and its parameters.
+    """Let a attend to b and b to a, in the same launches.
 
-    Options as :class:`GatedCrossAttention`'s; both sides are ``dim`` wide. ``share_weights``: one
-    set of projections for both directions (LXMERT). Parameters: norm_a, norm_b, and to_a and to_b,
-    each with q_proj, k_proj, v_proj, out_proj, gate_proj."""
+    :func:`bidirectional_gated_cross_attention` with its parameters.
+
+    Args:
+        dim: width of both sides; a multiple of ``num_heads``.
+        num_heads: attention heads.
+        share_weights: one set of projections for both directions (LXMERT).
+        gate, indicator, missing, pre_norm, bias, dropout, norm_eps: as in
+            :class:`GatedCrossAttention`.
+
+    Parameters: norm_a, norm_b, and to_a and to_b, each with q_proj, k_proj, v_proj, out_proj and
+    gate_proj.
+    """
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        share_weights=False,
-        gate="channel",
-        indicator=True,
-        missing="skip",
-        pre_norm=True,
-        bias=True,
-        dropout=0.0,
-        norm_eps=1e-5,
-    ):
+        share_weights: bool = False,
+        gate: Gate = "channel",
+        indicator: Indicator = True,
+        missing: Missing = "skip",
+        pre_norm: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        _check(type(self).__name__, dim, num_heads, gate, indicator, missing, pre_norm, dropout)
-        self.options = dict(
+        check_num_heads(type(self).__name__, num_heads, dim)
+        check_options(type(self).__name__, gate, indicator, missing, pre_norm, dropout=dropout)
+        self.options = ModuleOptions(
             num_heads=num_heads,
             gate=gate,
             indicator=indicator,
@@ -174,12 +220,13 @@ class BidirectionalGatedCrossAttention(nn.Module):
             norm_eps=norm_eps,
         )
         self.dropout = dropout
-        self.norm_a, self.norm_b = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
+        self.norm_a = nn.LayerNorm(dim, norm_eps)
+        self.norm_b = nn.LayerNorm(dim, norm_eps)
         self.to_a = _Direction(dim, dim, gate, indicator, bias)
         self.to_b = self.to_a if share_weights else _Direction(dim, dim, gate, indicator, bias)
 
     def reset_parameters(self) -> None:
-        """As torch begins the projections and norms."""
+        """Reset projections and norms as torch does."""
         reset_children(self)
 
     def forward(
@@ -195,8 +242,14 @@ class BidirectionalGatedCrossAttention(nn.Module):
         b_present: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """a (B, N, dim), b (B, M, dim) -> a', b'; the masks as in
-        :func:`bidirectional_gated_cross_attention`.
+        """Return a' (B, N, dim) and b' (B, M, dim).
+
+        Args:
+            a, b: (B, N, dim) and (B, M, dim).
+            a_key_padding_mask, b_key_padding_mask: (B, N) and (B, M) bool, True = ignore.
+            a_lengths, b_lengths: (B,) int, the number of tokens to keep, instead of the mask.
+            a_present, b_present: (B,) bool, default all True.
+            dropout_seed: see :func:`gated_cross_attention`.
         """
         name, device = "BidirectionalGatedCrossAttention", _device_type(a)
         dim, eps = self.to_a.dim, self.options["norm_eps"]
@@ -218,30 +271,43 @@ class BidirectionalGatedCrossAttention(nn.Module):
             b_present=b_present,
         )
 
-    def _weights(self, direction: str, device_type: str) -> CrossAttentionWeights:
-        """By a call, so that what is on the direction itself acts."""
-        child, name = getattr(self, direction), f"BidirectionalGatedCrossAttention.{direction}"
+    def _weights(
+        self, direction: Literal["to_a", "to_b"], device_type: str
+    ) -> CrossAttentionWeights:
+        # By calling the direction, so that hooks on it run.
+        child = getattr(self, direction)
+        name = f"BidirectionalGatedCrossAttention.{direction}"
         if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
             raise TypeError(
-                f"{name} is sharded by itself; fully_shard takes the whole module, or its projections."
+                f"{name}: got a sharded module, expected fully_shard on the whole "
+                "BidirectionalGatedCrossAttention, or on its projections"
             )
         return CrossAttentionWeights(*child(name, device_type))
 
     def extra_repr(self) -> str:
-        return (
-            ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-            + f", dropout={self.dropout}"
-        )
+        """Return the options for ``repr``."""
+        return _repr(self.options, self.dropout)
 
 
 class TokenGate(nn.Module):
-    """FLUID's gate (arXiv 2508.07264, section 4.4): ``s a + (1 - s) b``, ``s = sigmoid(MLP([a ;
-    b]))`` one scalar a token.
+    """FLUID's gate between two sequences: ``s a + (1 - s) b`` with one scalar s per token.
 
-    a, b (B, l, dim) -> (B, l, dim); the MLP has ReLU and dropout after each of its ``hidden``
-    layers. :meth:`share` gives s (B, l)."""
+    ``s = sigmoid(MLP([a ; b]))``, where the MLP has ReLU and dropout after each hidden layer.
 
-    def __init__(self, dim: int, hidden: Sequence[int] | None = None, dropout: float = 0.0):
+    Args:
+        dim: width of the tokens.
+        hidden: widths of the hidden layers, default ``(dim,)``.
+        dropout: after each hidden layer, in training.
+
+    Source: FLUID (arXiv 2508.07264), section 4.4.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         widths = (2 * dim, *((dim,) if hidden is None else hidden))
         layers: list[nn.Module] = []
@@ -250,11 +316,11 @@ class TokenGate(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def reset_parameters(self) -> None:
-        """As torch begins its layers."""
+        """Reset the layers as torch does."""
         reset_children(self)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:
-        """s (B, l), the share of a."""
+        """Return s (B, l), the share of a."""
         if a.shape != b.shape:
             raise ValueError(
                 f"TokenGate: b: got shape {tuple(b.shape)}, expected {tuple(a.shape)}, as a has"
@@ -262,6 +328,7 @@ class TokenGate(nn.Module):
         return self.mlp(torch.cat((a, b), -1)).sigmoid().squeeze(-1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Blend a and b (B, l, dim)."""
         s = self.share(a, b)[..., None]
         return s * a + (1 - s) * b
 
@@ -269,14 +336,20 @@ class TokenGate(nn.Module):
 def pack_passes(
     a: Tensor,
     b: Tensor,
-    passes: Sequence[str] = ("both", "a", "b"),
+    passes: Sequence[Literal["both", "a", "b"]] = ("both", "a", "b"),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Several passes over the same pairs as one batch: (a, b, a_present, b_present), each
-    ``len(passes)`` times as long.
+    """Pack several passes over the same pairs into one batch.
 
-    A pass "a" lacks b, "b" lacks a; what it lacks are zeros. UniECS encodes every item as "both",
-    "a" and "b": give the packed batch to a :class:`BidirectionalGatedCrossAttention` and
-    ``chunk(len(passes))`` what it returns: equal to one call a pass."""
+    A pass "a" lacks b, a pass "b" lacks a; the missing side is zeros. UniECS encodes every item as
+    "both", "a" and "b". Give the packed batch to a :class:`BidirectionalGatedCrossAttention` and
+    split its outputs with ``chunk(len(passes))``: they equal those of one call per pass.
+
+    Args:
+        a, b: (B, N, dim) and (B, M, dim).
+        passes: some of "both", "a" and "b".
+
+    Returns: a, b, a_present and b_present, each with ``len(passes) * B`` samples.
+    """
     unknown = [name for name in passes if name not in ("both", "a", "b")]
     if unknown or not passes:
         raise ValueError(f"pack_passes: passes: got {tuple(passes)}, expected some of both, a, b")
@@ -290,12 +363,9 @@ def pack_passes(
 
 
 def _device_type(x: object) -> str:
-    return x.device.type if isinstance(x, Tensor) else "cpu"  # what is no tensor is refused later
+    return x.device.type if isinstance(x, Tensor) else "cpu"  # the function refuses other objects
 
 
-def _check(name, dim, num_heads, gate, indicator, missing, pre_norm, dropout) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(
-            f"{name}: num_heads is {num_heads}; it must be positive and divide dim = {dim}."
-        )
-    check_options(name, gate, indicator, missing, pre_norm, dropout=dropout)
+def _repr(options: ModuleOptions, dropout: float) -> str:
+    named = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"{named}, dropout={dropout}"

@@ -1,52 +1,97 @@
-"""Gated cross-attention: the equations, and what each missing mode means. One line per rule, any
-floating dtype, any device.
+"""Gated cross-attention: one modality attends to another, and a gate blends in the result.
+
+    A = Drop(MHA(q = LN_x(x), k = v = LN_c(context)) W_o^T + b_o)
+    g = sigmoid([x ; A ; e] W_g^T + b_g)
+    out = g * A + (1 - g) * x
+
+x is not normalised in the last two equations. e, the indicator, is 1 where the context is present,
+else 0. There is a gate for each channel or for each token. Dropout also acts on the attention
+probabilities. UniECS uses this block (arXiv 2508.13843); UniCA uses it without the gate, with one
+norm after the sum (arXiv 2606.28350).
+
+The kernels run both directions of a pair in the same launches: a attends to b, b attends to a, both
+unchanged. They normalise tokens as they load them for the projections (one product per modality:
+queries of its own direction, keys and values of the other), attend only where there is a context,
+and end with output projection, dropout, gate and blend in one kernel. [x ; A ; e] is never formed:
+[x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e.
+
+FLOPs per sample, both directions: 12 (N_a + N_b) D^2 + 8 N_a N_b D forward, twice that backward.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...children import Called, layer_norm, linear
 from ...random import draw_seed, keep_mask
-from .._common import masked_softmax
+from .._common import masked_softmax, padding_mask
+
+Gate = Literal["channel", "token", "none"]
+Indicator = Literal[True, False, "batch"]
+Missing = Literal["skip", "zero", "attend", "constant"]
+Norm = Sequence[Tensor]  # weight and bias
 
 
 class CrossAttentionWeights(NamedTuple):
-    """One direction's parameters, laid out as ``nn.Linear``'s; every bias may be None."""
+    """The parameters of one direction, laid out as in ``nn.Linear``; every bias may be None."""
 
-    w_q: Tensor  # (D, D), of the tokens that ask
-    w_k: Tensor  # (D, Dc), of the context
-    w_v: Tensor  # (D, Dc)
-    w_o: Tensor  # (D, D)
-    w_g: Tensor | None = (
-        None  # (D or 1, 2D or 2D + 1): columns for x, for A and for the indicator; None without a gate
-    )
+    w_q: Tensor | Called  # (D, D), for x
+    w_k: Tensor | Called  # (D, Dc), for the context
+    w_v: Tensor | Called  # (D, Dc)
+    w_o: Tensor | Called  # (D, D)
+    # (D or 1, 2D or 2D + 1): columns for x, A and the indicator; None without a gate
+    w_g: Tensor | Called | None = None
     b_q: Tensor | None = None  # (D,)
-    b_k: Tensor | None = None
-    b_v: Tensor | None = None
-    b_o: Tensor | None = None
+    b_k: Tensor | None = None  # (D,)
+    b_v: Tensor | None = None  # (D,)
+    b_o: Tensor | None = None  # (D,)
     b_g: Tensor | None = None  # (D,) or (1,)
 
 
-class Side(NamedTuple):
-    """Tokens of one modality: (B, N, D), its norm's weight and bias (None without), what to ignore
-    (B, N), who is absent (B,).
-    """
+class SideInput(NamedTuple):
+    """What a caller passes for one modality."""
 
-    tokens: Tensor
-    norm: tuple[Tensor, Tensor] | None
-    ignore: Tensor | None
-    absent: Tensor | None  # present flags and masks taken together; None: nobody
-    normed: Tensor | None = None  # (B, N, D), where a norm has been called
+    tokens: Tensor  # (B, N, D)
+    norm: Norm | Called | None = None
+    key_padding_mask: Tensor | None = None  # (B, N) bool, True = ignore
+    lengths: Tensor | None = None  # (B,)
+    present: Tensor | None = None  # (B,) bool
+
+
+class Side(NamedTuple):
+    """One modality, with its masks combined."""
+
+    tokens: Tensor  # (B, N, D)
+    norm: Norm | Called | None
+    ignore: Tensor | None  # (B, N): tokens that are not attended to
+    absent: Tensor | None  # (B,): not present, or fully masked; None: all are present
+    normed: Tensor | None = None  # (B, N, D), where the norm had to be called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
-        """The LayerNorm of these tokens, which are the side's own but for some that count for
-        nothing.
-        """
-        return layer_norm(tokens, self.norm, eps) if self.normed is None else self.normed
+        """Normalise ``tokens``, the side's own with masked ones replaced."""
+        if self.normed is not None:
+            return self.normed
+        assert self.norm is not None
+        return layer_norm(tokens, self.norm, eps)
+
+
+@dataclass(frozen=True)
+class CrossAttentionOptions:
+    """The options of :func:`gated_cross_attention`, which documents them."""
+
+    num_heads: int
+    gate: Gate = "channel"
+    indicator: Indicator = True
+    missing: Missing = "skip"
+    pre_norm: bool = True
+    norm_eps: float = 1e-5
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
 
 
 def gated_cross_attention_reference(
@@ -55,11 +100,11 @@ def gated_cross_attention_reference(
     weights: CrossAttentionWeights,
     *,
     num_heads: int,
-    norm_x: tuple[Tensor, Tensor] | None = None,
-    norm_context: tuple[Tensor, Tensor] | None = None,
-    gate: str = "channel",
-    indicator: bool | str = True,
-    missing: str = "skip",
+    norm_x: Norm | Called | None = None,
+    norm_context: Norm | Called | None = None,
+    gate: Gate = "channel",
+    indicator: Indicator = True,
+    missing: Missing = "skip",
     pre_norm: bool = True,
     norm_eps: float = 1e-5,
     dropout_p: float = 0.0,
@@ -68,14 +113,11 @@ def gated_cross_attention_reference(
     context_lengths: Tensor | None = None,
     context_present: Tensor | None = None,
 ) -> Tensor:
-    """The specification of :func:`gated_cross_attention`: any floating dtype, any device."""
-    sides = (
-        side_of(x, norm_x),
-        side_of(context, norm_context, context_key_padding_mask, context_lengths, context_present),
-    )
-    return attend_reference(
-        *sides,
-        weights,
+    """Compute :func:`gated_cross_attention`, one line per equation.
+
+    This is the specification: plain PyTorch for any floating dtype on any device.
+    """
+    options = CrossAttentionOptions(
         num_heads=num_heads,
         gate=gate,
         indicator=indicator,
@@ -84,7 +126,11 @@ def gated_cross_attention_reference(
         norm_eps=norm_eps,
         dropout_p=dropout_p,
         dropout_seed=_seed(dropout_p, dropout_seed, x),
-        stream=0,
+    )
+    masks = (context_key_padding_mask, context_lengths, context_present)
+    side = side_of(SideInput(x, norm_x))
+    return attend_reference(
+        side, side_of(SideInput(context, norm_context, *masks)), weights, options
     )
 
 
@@ -95,11 +141,11 @@ def bidirectional_gated_cross_attention_reference(
     to_b: CrossAttentionWeights,
     *,
     num_heads: int,
-    norm_a: tuple[Tensor, Tensor] | None = None,
-    norm_b: tuple[Tensor, Tensor] | None = None,
-    gate: str = "channel",
-    indicator: bool | str = True,
-    missing: str = "skip",
+    norm_a: Norm | Called | None = None,
+    norm_b: Norm | Called | None = None,
+    gate: Gate = "channel",
+    indicator: Indicator = True,
+    missing: Missing = "skip",
     pre_norm: bool = True,
     norm_eps: float = 1e-5,
     dropout_p: float = 0.0,
@@ -111,10 +157,8 @@ def bidirectional_gated_cross_attention_reference(
     b_lengths: Tensor | None = None,
     b_present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of :func:`bidirectional_gated_cross_attention`: each side reads the other
-    as it was.
-    """
-    options = dict(
+    """Compute :func:`bidirectional_gated_cross_attention` as two calls of one direction."""
+    options = CrossAttentionOptions(
         num_heads=num_heads,
         gate=gate,
         indicator=indicator,
@@ -124,10 +168,11 @@ def bidirectional_gated_cross_attention_reference(
         dropout_p=dropout_p,
         dropout_seed=_seed(dropout_p, dropout_seed, a),
     )
-    a = side_of(a, norm_a, a_key_padding_mask, a_lengths, a_present)
-    b = side_of(b, norm_b, b_key_padding_mask, b_lengths, b_present)
-    return attend_reference(a, b, to_a, **options, stream=0), attend_reference(
-        b, a, to_b, **options, stream=1
+    side_a = side_of(SideInput(a, norm_a, a_key_padding_mask, a_lengths, a_present))
+    side_b = side_of(SideInput(b, norm_b, b_key_padding_mask, b_lengths, b_present))
+    return (
+        attend_reference(side_a, side_b, to_a, options, stream=0),
+        attend_reference(side_b, side_a, to_b, options, stream=1),
     )
 
 
@@ -135,91 +180,69 @@ def _seed(dropout_p: float, dropout_seed: Tensor | None, like: Tensor) -> Tensor
     return draw_seed(like.device) if dropout_p and dropout_seed is None else dropout_seed
 
 
-def side_of(
-    tokens: Tensor,
-    norm=None,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    present: Tensor | None = None,
-) -> Side:
-    """Mask and lengths as one mask; absent where the flag says so or nothing may be read."""
-    ignore = mask
-    if lengths is not None:
-        ignore = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+def side_of(given: SideInput) -> Side:
+    """Combine mask and lengths, and present flags with fully masked samples."""
+    tokens, norm, mask, lengths, present = given
+    ignore = padding_mask(tokens, mask, lengths)
     absents = [] if present is None else [~present]
-    if not tokens.shape[1]:  # no token that may be read, mask or no mask
+    if not tokens.shape[1]:
         absents.append(torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device))
     elif ignore is not None:
         absents.append(ignore.all(1))
     absent = torch.stack(absents).any(0) if absents else None
     if not (norm is None or isinstance(norm, Called)):
-        norm = tuple(part.to(tokens.dtype) for part in norm)
+        norm = [part.to(tokens.dtype) for part in norm]
     return Side(tokens, norm, ignore, absent)
 
 
 def attend_reference(
     x: Side,
     context: Side,
-    weights: CrossAttentionWeights,
-    *,
-    num_heads: int,
-    gate: str,
-    indicator,
-    missing: str,
-    pre_norm: bool,
-    norm_eps: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    stream: int,
+    w: CrossAttentionWeights,
+    options: CrossAttentionOptions,
+    stream: int = 0,
 ) -> Tensor:
-    """x' of one direction. ``stream``: 0 or 1, so that two directions of one seed drop different
-    elements.
+    """Compute one direction: x' (B, N, D).
+
+    ``stream``: 0 or 1, so that both directions of one seed drop different elements.
     """
-    w = weights
-    batch, length, dim = x.tokens.shape
-    keys, ignore = read_keys(context, missing, collapse=dropout_p == 0)
-    unchanged = stays(x, context, missing)
-    # A token that stays as it is may hold NaN.
+    num_heads, dropout_p, seed = options.num_heads, options.dropout_p, options.dropout_seed
+    keys, ignore = read_keys(context, options.missing, collapse=dropout_p == 0)
+    unchanged = unchanged_tokens(x, context, options.missing)
+    # Tokens that stay unchanged may be NaN.
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
 
     def normed(y, side):
-        return side.norm_tokens(y, norm_eps) if pre_norm else y
+        return side.norm_tokens(y, options.norm_eps) if options.pre_norm else y
 
     def heads(y, weight, bias):
-        return (
-            linear(y, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        )  # (B, h, tokens, d)
+        y = linear(y, weight, bias)
+        return y.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
 
     keys = normed(keys, context)
-    q, k, v = (
-        heads(normed(tokens, x), w.w_q, w.b_q),
-        heads(keys, w.w_k, w.b_k),
-        heads(keys, w.w_v, w.b_v),
-    )
-    probs = masked_softmax(
-        q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5,
-        None if ignore is None else ignore[:, None, None],
-        -1,
-    )
-    if dropout_p:
-        probs = (
-            probs * keep_mask(dropout_seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
-        )
-    attended = linear((probs.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.w_o, w.b_o)
-    if ignore is not None:  # nothing to attend to: 0, without the bias
+    q = heads(normed(tokens, x), w.w_q, w.b_q)
+    k = heads(keys, w.w_k, w.b_k)
+    v = heads(keys, w.w_v, w.b_v)
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None], -1)
+    if seed is not None and dropout_p:
+        probs = probs * keep_mask(seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
+    attended = (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    attended = linear(attended, w.w_o, w.b_o)
+    if ignore is not None:  # a fully masked context gives 0, without the bias
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
-    if dropout_p:
-        attended = (
-            attended
-            * keep_mask(dropout_seed, attended.shape, dropout_p, 2 * stream + 1)
-            / (1 - dropout_p)
-        )
+    if seed is not None and dropout_p:
+        kept = keep_mask(seed, attended.shape, dropout_p, 2 * stream + 1)
+        attended = attended * kept / (1 - dropout_p)
 
-    if gate == "none":
+    if options.gate == "none":
         out = tokens + attended
-        out = out if pre_norm else layer_norm(out, x.norm, norm_eps)
+        if not options.pre_norm:
+            assert x.norm is not None
+            out = layer_norm(out, x.norm, options.norm_eps)
     else:
-        g = gate_logits(tokens, attended, context, w, indicator).sigmoid()  # (B, N, D) or (B, N, 1)
+        # (B, N, D) or (B, N, 1)
+        g = gate_logits(tokens, attended, context, w, options.indicator).sigmoid()
         out = g * attended + (1 - g) * tokens
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
@@ -229,27 +252,34 @@ def gate_logits(
     attended: Tensor,
     context: Side,
     w: CrossAttentionWeights,
-    indicator: bool | str,
+    indicator: Indicator,
 ) -> Tensor:
-    """``[x ; A ; e] W_g^T + b_g``."""
+    """Return ``[x ; A ; e] W_g^T + b_g``."""
+    assert w.w_g is not None
     parts = [x, attended]
     if indicator:
-        e = flag_of(context, x.shape[0], indicator, x)
+        e = indicator_of(context, x.shape[0], indicator, x)
         parts.append(e[:, None, None].expand(*x.shape[:2], 1))
     return linear(torch.cat(parts, -1), w.w_g, w.b_g)
 
 
-def flag_of(context: Side, batch: int, indicator: bool | str, like: Tensor) -> Tensor:
-    """e (B,): 1 where the context is there; "batch": where any sample's is."""
+def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) -> Tensor:
+    """Return e (B,) in the dtype of ``like``: 1 where the context is present.
+
+    With "batch" it is 1 for all samples if any has a context.
+    """
     if context.absent is None:
         return like.new_ones(batch)
-    there = ~context.absent
-    return (there.any().expand(batch) if indicator == "batch" else there).to(like.dtype)
+    present = ~context.absent
+    if indicator == "batch":
+        present = present.any().expand(batch)
+    return present.to(like.dtype)
 
 
-def stays(x: Side, context: Side, missing: str) -> Tensor | None:
-    """(B, N): tokens that come back unchanged: what their own mask ignores, and with "skip" samples
-    that lack either side.
+def unchanged_tokens(x: Side, context: Side, missing: Missing) -> Tensor | None:
+    """Return the tokens (B, N) that come back unchanged, or None for none.
+
+    Those that their own mask ignores, and with "skip" all of a sample that lacks either side.
     """
     batch, length = x.tokens.shape[:2]
     masks = [] if x.ignore is None else [x.ignore]
@@ -262,9 +292,15 @@ def stays(x: Side, context: Side, missing: str) -> Tensor | None:
     return torch.stack(masks).any(0) if masks else None
 
 
-def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tensor | None]:
-    """The context's tokens with 0 in place of those that nobody may read, and which these are (B,
-    M); None: there are none such.
+def read_keys(
+    context: Side,
+    missing: Missing,
+    collapse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the context's tokens and which of them (B, M) are not attended to, None for none.
+
+    Those tokens are set to 0, since they may be NaN. ``collapse``: with "constant", attend to one
+    token of an absent sample.
     """
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore
@@ -276,9 +312,8 @@ def read_keys(context: Side, missing: str, collapse: bool) -> tuple[Tensor, Tens
         absent = context.absent[:, None]
         if missing in ("skip", "zero"):
             ignore = ignore | absent
-        if (
-            missing == "constant" and collapse
-        ):  # all tokens of an absent sample are equal: the first that may be read says it all
+        if missing == "constant" and collapse:
+            # All tokens of an absent sample are equal: the first one stands for all.
             first = (~ignore).to(torch.int32).cumsum(1) == 1
             ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore

@@ -1,0 +1,230 @@
+"""Gated cross-attention: the registered operators, and the autograd function of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...children import Called
+from ...library import distinct, once_differentiable, register
+from .reference import CrossAttentionOptions, CrossAttentionWeights, Side, indicator_of
+
+FIELDS = len(CrossAttentionWeights._fields)
+
+
+def attend_fused(
+    sides: list[Side],
+    directions: list[CrossAttentionWeights],
+    options: CrossAttentionOptions,
+) -> tuple[Tensor, ...]:
+    """Compute one direction or both with the kernels: x', or a' and b'."""
+    tokens = [_rows_contiguous(side.tokens) for side in sides]
+    none = tokens[0].new_empty(0)
+    no_mask = none.bool()
+    norms = []
+    for side in sides:
+        assert not isinstance(side.norm, Called)
+        norms += [part.contiguous() for part in side.norm or (none, none)]
+    ignores = [no_mask if side.ignore is None else side.ignore.contiguous() for side in sides]
+    absents = [no_mask if side.absent is None else side.absent for side in sides]
+    weights = [none if part is None else part.contiguous() for w in directions for part in w]  # type: ignore[union-attr]
+    flags = _flags(sides, len(directions), options)
+    constants = (
+        options.num_heads,
+        options.gate,
+        options.missing,
+        options.pre_norm,
+        options.norm_eps,
+        options.dropout_p,
+    )
+    flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
+    if torch.compiler.is_compiling():  # `none` repeats, and both directions may share weights
+        flat = distinct(*flat)
+    return _CrossAttention.apply(constants, len(directions), *flat)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -> list[Tensor]:
+    """Return the indicator e (B,) of each direction's context, or empty tensors."""
+    like = sides[0].tokens.new_empty(0, dtype=torch.float32)
+    if not options.indicator:
+        return [like] * directions
+    batch = sides[0].tokens.shape[0]
+    contexts = (sides[1], sides[0])[:directions]
+    return [indicator_of(context, batch, options.indicator, like) for context in contexts]
+
+
+class _CrossAttention(torch.autograd.Function):
+    """Saves tokens, projections, and the attention's output before and after W_o and dropout.
+
+    Probabilities and gates are recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, options, directions, *flat):
+        ctx.options = options
+        ctx.directions = directions
+        lists = _split(flat, directions)
+        seed = flat[-1]
+        results = torch.ops.mmfused.gated_cross_attention_fwd(*lists, *options, seed)
+        ctx.save_for_backward(*flat, *results[directions:])
+        ctx.inputs = len(flat)
+        return tuple(results[:directions])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outs):
+        tensors = ctx.saved_tensors  # read once: a checkpoint allows no more
+        flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
+        lists, seed = _split(flat, ctx.directions), flat[-1]
+        gradients = torch.ops.mmfused.gated_cross_attention_bwd(
+            [d.contiguous() for d in d_outs], *lists, list(saved), *ctx.options, seed
+        )
+        tokens, rest = gradients[:2], gradients[2:]
+        norms, weights = rest[:4], rest[4:]
+        full = [*tokens, *norms, *[None] * 4, *weights, *[None] * ctx.directions, None]
+        needed = zip(full, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(g if need else None for g, need in needed)
+
+
+def _split(flat, directions):
+    """Split into tokens (2), norms (4), ignores (2), absents (2), weights and flags."""
+    ends = [2, 6, 8, 10, 10 + FIELDS * directions, 10 + (FIELDS + 1) * directions]
+    return [list(flat[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+# Schemas have no optional tensors in lists: an empty tensor stands for None. Of two directions, the
+# first side's queries belong to the first. `weights` holds FIELDS tensors of each direction.
+_LISTS = (
+    "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] absents, Tensor[] weights,"
+    " Tensor[] flags"
+)
+_OPTIONS = (
+    "int num_heads, str gate, str missing, bool pre_norm, float norm_eps, float dropout_p,"
+    " Tensor? dropout_seed"
+)
+
+
+def _widths(directions: int, dim: int) -> tuple[int, int]:
+    """Return the width of each side's projections.
+
+    Queries for the first side, keys and values for the second; with two directions all three.
+    """
+    return (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
+
+
+def _fake_forward(
+    tokens,
+    norms,
+    ignores,
+    absents,
+    weights,
+    flags,
+    num_heads,
+    gate,
+    missing,
+    pre_norm,
+    norm_eps,
+    dropout_p,
+    seed,
+):
+    directions = len(weights) // FIELDS
+    dim = tokens[0].shape[-1]
+    queries_from = tokens[:directions]
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in queries_from]
+    projected = [
+        x.new_empty(*x.shape[:2], width)
+        for x, width in zip(tokens, _widths(directions, dim), strict=True)
+    ]
+    moments = [x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in tokens]
+    attended = [x.new_empty(x.shape) for x in queries_from]
+    lse = [
+        x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in queries_from
+    ]
+    projected_out = [x.new_empty(x.shape) for x in queries_from]
+    return [*outs, *projected, *moments, *attended, *lse, *projected_out]
+
+
+def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, saved, *options):
+    inputs = (*tokens, *norms, *weights)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _products(tokens, weights, gate) -> tuple[int, int, int, int]:
+    """Return the forward FLOPs of projections, attention, output projections and gates."""
+    directions, (batch, _, dim) = len(weights) // FIELDS, tokens[0]
+    rows = batch * sum(x[1] for x in tokens[:directions])
+    widths = _widths(directions, dim)
+    project = sum(2 * batch * x[1] * x[2] * width for x, width in zip(tokens, widths, strict=True))
+    attend = 4 * directions * batch * tokens[0][1] * tokens[1][1] * dim
+    gates = 0 if gate == "none" else weights[CrossAttentionWeights._fields.index("w_g")][0]
+    return project, attend, 2 * rows * dim * dim, 4 * rows * dim * gates
+
+
+def _forward_flops(
+    tokens,
+    norms,
+    ignores,
+    absents,
+    weights,
+    flags,
+    num_heads,
+    gate,
+    *rest,
+    out_shape,
+):
+    return sum(_products(tokens, weights, gate))
+
+
+def _backward_flops(
+    d_outs,
+    tokens,
+    norms,
+    ignores,
+    absents,
+    weights,
+    flags,
+    saved,
+    num_heads,
+    gate,
+    *rest,
+    out_shape,
+):
+    """Count each product twice, and the scores and the gate once more."""
+    project, attend, output, gates = _products(tokens, weights, gate)
+    return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
+
+
+def _launch_forward(*args: Any) -> list[Tensor]:
+    from ...kernels import gated_cross_attention as kernels
+
+    return kernels.forward(*args)
+
+
+def _launch_backward(*args: Any) -> list[Tensor]:
+    from ...kernels import gated_cross_attention as kernels
+
+    return kernels.backward(*args)
+
+
+register(
+    "gated_cross_attention_fwd",
+    f"({_LISTS}, {_OPTIONS}) -> Tensor[]",
+    _launch_forward,
+    _fake_forward,
+    _forward_flops,
+)
+register(
+    "gated_cross_attention_bwd",
+    f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
+    _launch_backward,
+    _fake_backward,
+    _backward_flops,
+)
