@@ -388,6 +388,6 @@ def test_a_direction_that_is_sharded_by_itself(one_rank):
     module = mmfused.BidirectionalGatedCrossAttention(16, 2)
     fully_shard(module.to_a, mesh=one_rank)
     with pytest.raises(
-        TypeError, match="Attention.to_a is sharded by itself; fully_shard takes the whole module"
+        TypeError, match="Attention.to_a: got a sharded module, expected fully_shard on the whole"
     ):
         module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))
