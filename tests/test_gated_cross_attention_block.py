@@ -8,7 +8,7 @@ from gated_cross_attention_cases import CUDA, DEVICE, DTYPES, SHAPES, make, run
 from test_gated_cross_attention_fused import BOTH, ONE, check_budget, check_skip
 
 import mmfused
-from mmfused.kernels import gated_cross_attention as kernels
+from mmfused.kernels.gated_cross_attention import call as launcher
 from mmfused.kernels.gated_cross_attention import plans
 
 
@@ -19,10 +19,10 @@ def block(monkeypatch):
 
 def launches(monkeypatch, call):
     """Names of the kernels that a call launches, and what it gives."""
-    launched, real = [], kernels.launch
+    launched, real = [], launcher.launch
     with monkeypatch.context() as patch:
         patch.setattr(
-            kernels,
+            launcher,
             "launch",
             lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
         )
@@ -77,9 +77,9 @@ def test_half_precision_plans_in_float32(monkeypatch, case):
     """The tiles of 16 bits, whose faults would drown in 16-bit rounding."""
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    real = kernels.plan
+    real = launcher.plan
     monkeypatch.setattr(
-        kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
+        launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
     )
     check_budget(*make(case, **PLANNED[case], dtype=torch.float32))
 
@@ -164,7 +164,7 @@ def test_plans_are_powers_of_two(arch):
         (264, 8, 0),
     ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            tile = kernels.plan(dim, 300, dim // heads, dtype, arch).block
+            tile = launcher.plan(dim, 300, dim // heads, dtype, arch).block
             assert (tile is None) == (limit == 0 or (dtype == torch.float32 and limit > 32))
             assert tile is None or all(
                 size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK)

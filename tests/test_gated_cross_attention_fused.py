@@ -95,11 +95,11 @@ def test_half_precision_plans_in_float32(monkeypatch, case):
     """
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    from mmfused.kernels import gated_cross_attention as kernels
+    from mmfused.kernels.gated_cross_attention import call as launcher
 
-    real = kernels.plan
+    real = launcher.plan
     monkeypatch.setattr(
-        kernels, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
+        launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
     )
     check_budget(
         *make("wide" if case.startswith("wide") else case, **PLANNED[case], dtype=torch.float32)
@@ -295,12 +295,12 @@ def test_opcheck(monkeypatch, options):
 
 
 def test_forward_takes_five_launches_at_most(monkeypatch):
-    from mmfused.kernels import gated_cross_attention as kernels
+    from mmfused.kernels.gated_cross_attention import call as launcher
 
     launched = []
-    real = kernels.launch
+    real = launcher.launch
     monkeypatch.setattr(
-        kernels,
+        launcher,
         "launch",
         lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
     )

@@ -3,7 +3,8 @@
 
 lse is the row's logarithm of the sum, in units of q . k: backward subtracts before it scales. It is
 +inf where nothing may be read, by which later kernels know dead rows. What is attended to by nobody
-is exactly 0 and finite, never unwritten."""
+is exactly 0 and finite, never unwritten.
+"""
 
 from __future__ import annotations
 

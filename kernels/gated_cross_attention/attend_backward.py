@@ -4,7 +4,8 @@
     delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (K P)^T dO
 
 No atomics: one program owns BM queries of a head, in another launch one owns BN keys, and goes
-through all that meet them."""
+through all that meet them.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def d_query_kernel(
     nothing to read. EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 /
     sum P behind it, so that dS sums to 0 and P to 1 to the last digit; with 16 bits the rounding of
     dS hides what O and lse have lost, unless the keys are so few that one of them may take all,
-    when the difference is all rounding: one tile of keys costs little to go through twice."""
+    when the difference is all rounding: one tile of keys costs little to go through twice.
+    """
     direction, b, head, tile = place(tiles, H, B)
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1

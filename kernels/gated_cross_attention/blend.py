@@ -379,7 +379,8 @@ def blend_kernel(
 ):
     """grid (rows / BM, directions) where READ makes A and BLEND the output, BN columns at a time;
     for one of the two alone (rows / BM * D / BN, directions). A comes through memory in both cases,
-    so that it is rounded alike."""
+    so that it is rounded alike.
+    """
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)

@@ -3,7 +3,8 @@ on its way through W_o.
 
 Every head of a block adds its share of the out-projection, in float32; then A goes through memory,
 as in blend.py, and through the same gate. It writes what attention and blend write, so that one
-backward serves both."""
+backward serves both.
+"""
 
 from __future__ import annotations
 

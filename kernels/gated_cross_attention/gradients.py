@@ -6,7 +6,8 @@ dropout' its replay:
 
 and dx = dout where a token came back as it was. g is computed again. dz, dy and the projections'
 gradients are exactly 0 in rows that nobody read, so that plain products over all rows give the
-weights' gradients."""
+weights' gradients.
+"""
 
 from __future__ import annotations
 
@@ -248,7 +249,8 @@ def d_rows_kernel(
 ):
     """grid (P, directions). One gate a row, or none, or a norm after the sum: dz, dy and dx at
     once, BM whole rows at a time. Program i takes the blocks i, i + P, ...; partial (2, P, D): its
-    sums for the norm's weight and bias."""
+    sums for the norm's weight and bias.
+    """
     direction = tl.program_id(1)
     back = direction == 1
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -516,7 +518,8 @@ def d_tokens_kernel(
 ):
     """grid (P,). Of one side: through the norm, added to what dx holds where the side ASKS. For the
     weights' gradients, what was projected once more, and with CLEAN what the gate saw of x; both 0
-    in rows that were not. ``partial`` as in d_rows_kernel."""
+    in rows that were not. ``partial`` as in d_rows_kernel.
+    """
     who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     cols = tl.arange(0, BN)
     d_gamma = tl.zeros([BN], tl.float32)

@@ -17,7 +17,8 @@ def d_linear(
 ) -> None:
     """d_out (R, O), given (R, I) -> d_weight (O, I), d_bias (O,) or (0,), written in place. A bias
     that ``shifts`` nothing, as that of the keys, which a softmax forgets, gets an exact 0 instead
-    of what rounding has left of it."""
+    of what rounding has left of it.
+    """
     torch.mm(d_out.t(), given, out=d_weight)
     if d_bias.numel():
         torch.sum(d_out, 0, out=d_bias) if shifts else d_bias.zero_()

@@ -8,7 +8,8 @@ run that says so.
 Forward has two forms behind the projections, which write the same: "epilogue", attention by head
 and then out-projection, gate and blend; "block", one launch for all of it, a block of queries at a
 time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, read at every call; backward is the same
-after both."""
+after both.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def project_kernel(
 ):
     """grid (R / BM * PARTS [+ rows of W_g to pack],). One of the PARTS weights (C, D), for BM rows
     of x; the first is the queries' if the side ASKS. Rows that this part does not use are neither
-    read nor multiplied; they become 0 if their sample attends."""
+    read nor multiplied; they become 0 if their sample attends.
+    """
     pid = tl.program_id(0)
     if pid >= blocks:
         _pack_row(gate_ptr, packed_ptr, pid - blocks, C, BN)

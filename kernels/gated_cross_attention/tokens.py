@@ -135,7 +135,8 @@ def add_product(
 ):
     """acc + a w over K for the columns ``cols`` of COLS: a's rows begin at ``a_at`` and are read
     where a_ok; w[k, c] lies at k SK + c SC. ``limit``: K, or 0 where the product is known to be of
-    no use."""
+    no use.
+    """
     for start in range(0, limit, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(

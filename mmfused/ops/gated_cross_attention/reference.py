@@ -32,7 +32,7 @@ from ...random import draw_seed, keep_mask
 from .._common import masked_softmax, padding_mask
 
 Gate = Literal["channel", "token", "none"]
-Indicator = Literal[True, False, "batch"]
+Indicator = bool | Literal["batch"]
 Missing = Literal["skip", "zero", "attend", "constant"]
 Norm = Sequence[Tensor]  # weight and bias
 

@@ -1,0 +1,338 @@
+"""Gated cross-attention: the backward launcher.
+
+Shapes and maths: mmfused/ops/gated_cross_attention/reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attend_backward, gradients
+from .call import B_G, B_O, B_Q, FIELDS, W_G, W_K, W_O, W_Q, Call, bits, both, launch_tile
+from .parameters import d_gate_weight, d_linear, d_norm
+from .plans import power
+
+
+def backward(
+    d_outs,
+    tokens,
+    norms,
+    ignores,
+    absents,
+    weights,
+    flags,
+    saved,
+    num_heads,
+    gate,
+    missing,
+    pre_norm,
+    norm_eps,
+    dropout_p,
+    dropout_seed,
+) -> list[Tensor]:
+    """What forward took, and gave after the outs -> d_tokens by side, d_norms, d_weights."""
+    call = Call(
+        tokens,
+        norms,
+        ignores,
+        absents,
+        weights,
+        flags,
+        num_heads,
+        gate,
+        missing,
+        pre_norm,
+        norm_eps,
+        dropout_p,
+        dropout_seed,
+    )
+    n = call.directions
+    projected, moments, attended, lse, kept = (
+        saved[first:last]
+        for first, last in ((0, 2), (2, 4), (4, 4 + n), (4 + n, 4 + 2 * n), (4 + 2 * n, None))
+    )
+    d_tokens, d_norms, d_weights = (
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+        for given in (tokens, norms, weights)
+    )
+    dz, dy = _d_blend(call, d_outs, kept, moments, lse, d_tokens, d_norms)
+    d_projected = _d_attend(call, projected, attended, lse, dy)
+    for side in (0, 1):
+        clean = _d_side(
+            call,
+            side,
+            d_projected[side],
+            moments[side],
+            d_tokens[side],
+            d_norms[2 * side : 2 * side + 2],
+            d_weights,
+        )
+        if side < n:
+            d_w = d_weights[FIELDS * side : FIELDS * (side + 1)]
+            rows = call.rows[side]
+            d_linear(
+                dy[side].view(rows, call.dim),
+                attended[side].view(rows, call.dim),
+                d_w[W_O],
+                d_w[B_O],
+            )
+            if gate != "none":
+                d_gate_weight(
+                    dz[side].flatten(0, 1),
+                    clean,
+                    kept[side].view(rows, call.dim),
+                    flags[side],
+                    call.batch,
+                    d_w[W_G],
+                    d_w[B_G],
+                )
+    return [*d_tokens, *d_norms, *d_weights]
+
+
+def _d_blend(
+    call: Call,
+    d_outs,
+    kept,
+    moments,
+    lse,
+    d_tokens,
+    d_norms,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dz and dy of each direction; writes what reaches x past the attention into d_tokens."""
+    dy = [torch.empty_like(d) for d in d_outs]
+    dz = [
+        d.new_empty(
+            *d.shape[:2], call.dim if call.gate == "channel" else 1 if call.gate == "token" else 0
+        )
+        for d in d_outs
+    ]
+    dx = d_tokens[: call.directions]
+    biased = bits(call.weights[B_G::FIELDS])
+    if call.gate != "channel":
+        tile = call.plan.rows
+        partials = call.partials(max(call.rows[: call.directions]))
+        shape = (2, partials, call.dim) if not call.pre_norm else (0,)
+        sums = [dy[0].new_empty(shape, dtype=torch.float32) for _ in d_outs]
+        launch_tile(
+            gradients.d_rows_kernel,
+            tile,
+            (partials, call.directions),
+            *both(d_outs),
+            *call.tokens,
+            *both(kept),
+            *call.of(W_G),
+            *call.of(B_G),
+            *both(call.flags),
+            *call.norm(0),
+            *moments,
+            *both(lse),
+            *both(dz),
+            *both(dy),
+            *both(dx),
+            *both(sums),
+            *call.who,
+            call.seed,
+            call.batch,
+            *call.lengths,
+            *call.strides,
+            call.p,
+            H=call.heads,
+            D=call.dim,
+            BIAS_G=biased,
+            **call.masks,
+            GATE=call.gate,
+            INDICATOR=call.indicator,
+            POSTNORM=not call.pre_norm,
+            DROPOUT=call.p > 0,
+        )
+        if not call.pre_norm:
+            for side, partial in enumerate(sums):
+                d_norm(partial, *d_norms[2 * side : 2 * side + 2])
+        return dz, dy
+    packed = [w[:, : 2 * call.dim].contiguous() for w in call.weights[W_G::FIELDS]]
+    tile = call.plan.product
+    launch_tile(
+        gradients.d_gate_kernel,
+        tile,
+        (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions),
+        *both(d_outs),
+        *call.tokens,
+        *both(kept),
+        *both(packed),
+        *call.of(W_G),
+        *call.of(B_G),
+        *both(call.flags),
+        *both(dz),
+        *both(dy),
+        *both(dx),
+        *call.who,
+        call.batch,
+        *call.lengths,
+        *call.strides,
+        D=call.dim,
+        BIAS_G=biased,
+        INDICATOR=call.indicator,
+        **call.given,
+    )
+    tile = call.plan.product
+    launch_tile(
+        gradients.through_gate_kernel,
+        tile,
+        (call.row_blocks(tile.BM) * 2 * triton.cdiv(call.dim, tile.BN), call.directions),
+        *both(dz),
+        *both(packed),
+        *both(dy),
+        *both(dx),
+        *both(lse),
+        *call.who,
+        call.seed,
+        call.batch,
+        *call.lengths,
+        call.p,
+        H=call.heads,
+        D=call.dim,
+        DROPOUT=call.p > 0,
+        **call.given,
+    )
+    return dz, dy
+
+
+def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
+    """dy -> the gradients of the projections."""
+    d_attended, d_projected = (
+        [torch.empty_like(x) for x in like] for like in (attended, projected)
+    )
+    exact = projected[0].dtype == torch.float32
+    delta = [x.new_empty(2 if exact else 1, *x.shape) for x in lse]
+    tile = call.plan.product
+    launch_tile(
+        gradients.d_attended_kernel,
+        tile,
+        (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions),
+        *both(dy),
+        *call.of(W_O),
+        *both(d_attended),
+        *call.who,
+        call.batch,
+        *call.lengths,
+        D=call.dim,
+        **call.given,
+    )
+    lines = call.directions * call.batch * call.heads
+    options = dict(
+        H=call.heads,
+        DH=call.head_dim,
+        WQ=call.widths[0],
+        WK=call.widths[1],
+        FIRST_KEY=call.first_key,
+        BH=power(call.head_dim),
+        COLLAPSE=call.collapse,
+        DROPOUT=call.p > 0,
+        EXACT=exact,
+        **call.given,
+    )
+
+    def rest(tiles):
+        return (*call.who, call.seed, call.batch, *call.lengths, tiles, call.head_dim**-0.5, call.p)
+
+    results = (*both(lse), *both(delta), *d_projected)
+    tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
+    launch_tile(
+        attend_backward.d_query_kernel,
+        call.plan.d_query,
+        (lines * tiles,),
+        *projected,
+        *both(attended),
+        *both(d_attended),
+        *results,
+        *rest(tiles),
+        **options,
+    )
+    tiles = triton.cdiv(max(call.lengths[-call.directions :]), call.plan.d_key.BN)
+    launch_tile(
+        attend_backward.d_key_kernel,
+        call.plan.d_key,
+        (lines * tiles,),
+        *projected,
+        *both(d_attended),
+        *results,
+        *rest(tiles),
+        **options,
+    )
+    return d_projected
+
+
+def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights) -> Tensor | None:
+    """From one side's projections to its tokens, its norm and the weights that projected it; what
+    the gate saw of it, (rows, D).
+    """
+    x, rows = call.tokens[side], call.rows[side]
+    parts, width = call.parts(side), x.shape[-1]
+    asks, read = side < call.directions, 1 - side < call.directions
+    weights = [call.parameter(*part) for part in parts]
+    d_normed = x.new_empty(rows, width)
+    sizes = dict(SIDE=side, ASKS=asks, READ=read)
+    tile = call.plan.product
+    launch_tile(
+        gradients.d_normed_kernel,
+        tile,
+        (triton.cdiv(rows, tile.BM) * triton.cdiv(width, tile.BN),),
+        d_projected,
+        *weights,
+        *weights[:1] * (3 - len(parts)),
+        d_normed,
+        *call.who,
+        rows,
+        call.lengths[side],
+        **sizes,
+        PARTS=len(parts),
+        C=call.dim,
+        D=width,
+        **call.given,
+    )
+    plain = x.is_contiguous() and not (
+        call.given["IGNORE"] or call.given["ABSENT"]
+    )  # every row is changed and may be read
+    cleans = asks and call.gate != "none" and not plain
+    normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if cleans else (0,))
+    partials = call.partials(rows)
+    sums = x.new_empty((2, partials, width) if call.pre_norm else (0,), dtype=torch.float32)
+    launch_tile(
+        gradients.d_tokens_kernel,
+        call.plan.rows,
+        (partials,),
+        d_normed,
+        x,
+        *call.norms[2 * side : 2 * side + 2],
+        moments,
+        dx,
+        normed,
+        clean,
+        sums,
+        *call.who,
+        rows,
+        call.lengths[side],
+        x.stride(0),
+        x.stride(1),
+        **sizes,
+        CLEAN=cleans,
+        NORM=call.pre_norm,
+        COLLAPSE=call.collapse,
+        D=width,
+        **call.masks,
+    )
+    if call.pre_norm:
+        d_norm(sums, *d_norms)
+    by_row = d_projected.view(rows, len(parts) * call.dim)
+    for i, (direction, field) in enumerate(parts):
+        d_weight, d_bias = (d_weights[FIELDS * direction + f] for f in (field, field - W_Q + B_Q))
+        d_linear(
+            by_row[:, i * call.dim : (i + 1) * call.dim],
+            normed,
+            d_weight,
+            d_bias,
+            shifts=field != W_K,
+        )
+    return clean if cleans else x.reshape(rows, width) if asks and call.gate != "none" else None

@@ -1,0 +1,108 @@
+"""The arguments of gated cross-attention, as its launchers pass them around."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tiles import arch_of, launch, upcasts
+from .plans import Tile, plan
+
+FIELDS = 10  # w_q, w_k, w_v, w_o, w_g, b_q, b_k, b_v, b_o, b_g of each direction
+W_Q, W_K, W_V, W_O, W_G, B_Q, B_K, B_V, B_O, B_G = range(FIELDS)
+
+
+def both(tensors: list[Tensor]) -> list[Tensor]:
+    """Return two tensors; with one direction, the same one twice."""
+    return tensors if len(tensors) == 2 else tensors * 2
+
+
+def bits(tensors: list[Tensor]) -> int:
+    """Return a number whose bit i says whether tensor i has elements."""
+    return sum((tensor.numel() > 0) << i for i, tensor in enumerate(tensors))
+
+
+def launch_tile(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None:
+    """Launch a kernel with those sizes of the tile that it takes."""
+    sizes = asdict(tile)
+    taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    launch(
+        kernel,
+        grid,
+        *args,
+        **taken,
+        **constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
+    )
+
+
+@dataclass
+class Call:
+    """The arguments of the operator by name, and what follows from them."""
+
+    tokens: list[Tensor]
+    norms: list[Tensor]
+    ignores: list[Tensor]
+    absents: list[Tensor]
+    weights: list[Tensor]
+    flags: list[Tensor]
+    heads: int
+    gate: str
+    missing: str
+    pre_norm: bool
+    eps: float
+    p: float
+    seed: Tensor | None
+
+    def __post_init__(self):
+        self.directions = len(self.weights) // FIELDS
+        self.batch, _, self.dim = self.tokens[0].shape
+        self.lengths = [x.shape[1] for x in self.tokens]
+        self.rows = [self.batch * n for n in self.lengths]
+        self.head_dim = self.dim // self.heads
+        self.widths = (
+            (3 * self.dim, 3 * self.dim) if self.directions == 2 else (self.dim, 2 * self.dim)
+        )
+        self.first_key = self.dim if self.directions == 2 else 0
+        self.who = [x.view(torch.uint8) for x in (*self.ignores, *self.absents)]
+        self.strides = [x.stride(i) for i in (0, 1) for x in self.tokens]
+        x = self.tokens[0]
+        self.plan = plan(self.dim, self.tokens[1].shape[-1], self.head_dim, x.dtype, arch_of(x))
+        absent = bits(self.absents)
+        self.masks = dict(IGNORE=bits(self.ignores), ABSENT=absent, MISSING=self.missing)
+        self.given = dict(**self.masks, UPCAST=upcasts(x.dtype))
+        self.collapse = self.missing == "constant" and self.p == 0 and absent != 0
+        self.indicator = self.gate != "none" and self.weights[W_G].shape[1] > 2 * self.dim
+
+    def of(self, field: int) -> list[Tensor]:
+        """Return one weight or bias of both directions."""
+        return both(self.weights[field::FIELDS])
+
+    def norm(self, part: int) -> list[Tensor]:
+        """Return the norms' weights (0) or biases (1) of both sides."""
+        return self.norms[part::2]
+
+    def parts(self, side: int) -> list[tuple[int, int]]:
+        """Return (direction, weight) of each projection of a side.
+
+        These are its queries, then keys and values for the other direction.
+        """
+        asked = [(side, W_Q)] if side < self.directions else []
+        return asked + ([(1 - side, W_K), (1 - side, W_V)] if 1 - side < self.directions else [])
+
+    def parameter(self, direction: int, field: int) -> Tensor:
+        """Return one weight or bias of a direction."""
+        return self.weights[FIELDS * direction + field]
+
+    def partials(self, rows: int) -> int:
+        """Return the number of programs that share the rows: at least 1, which writes empty sums."""
+        return max(1, min(self.plan.partials, triton.cdiv(rows, self.plan.rows.BM)))
+
+    def row_blocks(self, height: int) -> int:
+        """Return the number of blocks of ``height`` rows of the larger side of queries."""
+        return triton.cdiv(max(self.rows[: self.directions]), height)
