@@ -135,7 +135,7 @@ def test_without_the_variable_the_default_runs(monkeypatch, form):
 def test_an_unknown_form_is_one_sentence(monkeypatch):
     monkeypatch.setenv("MMFUSED_CROSS_ATTENTION", "whole")
     with pytest.raises(
-        ValueError, match="^MMFUSED_CROSS_ATTENTION: got 'whole', expected one of epilogue, block.$"
+        ValueError, match="^MMFUSED_CROSS_ATTENTION: got 'whole', expected one of epilogue, block$"
     ):
         forward(*make(dtype=torch.float32))
 

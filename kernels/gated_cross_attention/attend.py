@@ -1,9 +1,8 @@
-"""Attention of both directions: softmax(Q K^T / sqrt(d)) V by head, online over the keys, in base
-2.
+"""Attention of both directions: softmax(Q K^T / sqrt(d)) V for each head, online over the keys.
 
-lse is the row's logarithm of the sum, in units of q . k: backward subtracts before it scales. It is
-+inf where nothing may be read, by which later kernels know dead rows. What is attended to by nobody
-is exactly 0 and finite, never unwritten.
+Exponentials are in base 2. lse is the logarithm of each row's sum of exponentials, in units of
+q . k: the backward pass subtracts it before scaling. It is +inf for a fully masked row, by which
+later kernels recognise such rows. Tiles of keys that are masked for every query are skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import LOG2E, dot, philox_keep
-from .tokens import key_span, listened, listened_span, pick, tile_at
+from .tokens import key_span, pick, tile_at, valid_keys, valid_span
 
 
 @triton.jit
@@ -34,6 +33,7 @@ def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.const
 
 @triton.jit
 def store_head(ptr, value, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
+    """Store rows of one head, whose columns begin at ``first`` of a matrix W wide."""
     cols = tl.arange(0, BH)
     tl.store(ptr + tile_at(r, first + cols, W), value, mask=ok[:, None] & (cols[None, :] < DH))
 
@@ -55,7 +55,7 @@ def attend_head(
     hi,
     scale,
     p,
-    who,
+    masks,
     H: tl.constexpr,
     DH: tl.constexpr,
     WQ: tl.constexpr,
@@ -68,8 +68,9 @@ def attend_head(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """What one head of the queries n reads of the keys lo .. hi, stored with its lse and given back
-    as it was stored.
+    """Attend from one head of the queries n to the keys lo .. hi; store and return the result.
+
+    The result is returned as rounded by the store.
     """
     lse_at = (b * H + head) * N + n
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -83,7 +84,7 @@ def attend_head(
             j = start + tl.arange(0, BN)
             k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
             v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-            keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+            keep = valid_keys(1 - direction, b * M + j, j < hi, masks, IGNORE)
             s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
             s = tl.where(keep[None, :], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -91,13 +92,13 @@ def attend_head(
             weight = tl.exp2(
                 (s - shift[:, None]) * (scale * LOG2E)
             )  # subtract first: large logits differ exactly
-            fade = tl.exp2((m - shift) * (scale * LOG2E))
-            total = total * fade + tl.sum(weight, 1)
+            alpha = tl.exp2((m - shift) * (scale * LOG2E))
+            total = total * alpha + tl.sum(weight, 1)
             if DROPOUT:
                 weight = tl.where(
                     philox_keep(seed, lse_at, start, p, 2 * direction, BN), weight, 0.0
                 )
-            acc = dot(weight.to(v.dtype), v, acc * fade[:, None], UPCAST)
+            acc = dot(weight.to(v.dtype), v, acc * alpha[:, None], UPCAST)
             m = m_new
     inverse = tl.where(total == 0, 0.0, 1.0 / total)  # NaN stays NaN
     if DROPOUT:
@@ -116,20 +117,21 @@ def spans(
     first,
     N,
     M,
-    who,
+    masks,
     BM: tl.constexpr,
     IGNORE: tl.constexpr,
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
     COLLAPSE: tl.constexpr,
 ):
-    """[lo, hi) around the keys that the queries from ``first`` read; empty if their own mask
-    ignores them all.
+    """Return [lo, hi) around the keys that the queries from ``first`` attend to.
+
+    It is empty if their own mask ignores all of these queries.
     """
-    lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+    lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
     if IGNORE != 0:
-        asks, past = listened_span(direction, b, N, who, IGNORE)
-        hi = tl.where((first < past) & (first + BM > asks), hi, lo)
+        first_query, past = valid_span(direction, b, N, masks, IGNORE)
+        hi = tl.where((first < past) & (first + BM > first_query), hi, lo)
     return lo, hi
 
 
@@ -167,17 +169,18 @@ def attend_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (directions * B * H * tiles,). BM queries of one head. Projections are WQ and WK wide;
-    keys begin at FIRST_KEY.
+    """Compute BM queries of one head; grid (directions * B * H * tiles,).
+
+    Projections are WQ and WK columns wide; keys begin at column FIRST_KEY.
     """
     direction, b, head, tile = place(tiles, H, B)
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
     N = pick(back, N0, N1)
     M = pick(back, N1, N0)
     first = tile * BM
     if first < N:
-        lo, hi = spans(direction, b, first, N, M, who, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
+        lo, hi = spans(direction, b, first, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         attend_head(
             pick(back, projected0_ptr, projected1_ptr),
             pick(back, projected1_ptr, projected0_ptr),
@@ -194,7 +197,7 @@ def attend_kernel(
             hi,
             scale,
             p,
-            who,
+            masks,
             H,
             DH,
             WQ,

@@ -1,10 +1,11 @@
-"""Backward of the attention of both directions. With P the probabilities, K the dropout's mask over
-1 - p (or 1), dP = K (dO V^T):
+"""Backward of the attention of both directions.
+
+With P the probabilities, K the dropout mask divided by 1 - p (or 1), and dP = K (dO V^T):
 
     delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (K P)^T dO
 
-No atomics: one program owns BM queries of a head, in another launch one owns BN keys, and goes
-through all that meet them.
+Without atomics: one launch has a program for each BM queries of a head, another one for each BN
+keys.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from ..tiles import LOG2E, dot, philox_keep
 from .attend import load_head, place, store_head
-from .tokens import key_span, listened, listened_span, pick
+from .tokens import key_span, pick, valid_keys, valid_span
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _tile(
     hi,
     scale,
     p,
-    who,
+    masks,
     H: tl.constexpr,
     DH: tl.constexpr,
     WK: tl.constexpr,
@@ -49,7 +50,7 @@ def _tile(
     j = start + tl.arange(0, BN)
     k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
     v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-    keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+    keep = valid_keys(1 - direction, b * M + j, j < hi, masks, IGNORE)
     s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
     weight = tl.where(keep[None, :], tl.exp2((s - lse[:, None]) * (scale * LOG2E)), 0.0)
     d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
@@ -103,24 +104,27 @@ def d_query_kernel(
     EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (directions * B * H * tiles,). dQ of BM queries, and their delta; 0 where there is
-    nothing to read. EXACT, for float32: delta from the very P and dP it is subtracted from, and 1 /
-    sum P behind it, so that dS sums to 0 and P to 1 to the last digit; with 16 bits the rounding of
-    dS hides what O and lse have lost, unless the keys are so few that one of them may take all,
-    when the difference is all rounding: one tile of keys costs little to go through twice.
+    """Compute dQ and delta of BM queries; grid (directions * B * H * tiles,).
+
+    Both are 0 for fully masked rows.
+
+    EXACT, for float32 and for few keys: delta and 1 / sum(P) are computed from the same P and dP
+    that are used afterwards, so that dS sums to 0 and P to 1 up to the last digit. In 16 bits the
+    rounding of dS hides such errors, unless one tile of keys is all there is and one key may take
+    all the probability.
     """
     direction, b, head, tile = place(tiles, H, B)
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
     N = pick(back, N0, N1)
     M = pick(back, N1, N0)
     first = tile * BM
     n = first + tl.arange(0, BM)
     if first < N:
-        lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+        lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
         if IGNORE != 0:
-            asks, past = listened_span(direction, b, N, who, IGNORE)
-            hi = tl.where((first < past) & (first + BM > asks), hi, lo)
+            first_query, past = valid_span(direction, b, N, masks, IGNORE)
+            hi = tl.where((first < past) & (first + BM > first_query), hi, lo)
         acc = tl.zeros([BM, BH], tl.float32)
         if lo < hi:
             k_ptr = pick(back, projected1_ptr, projected0_ptr)
@@ -155,7 +159,7 @@ def d_query_kernel(
                         hi,
                         scale,
                         p,
-                        who,
+                        masks,
                         H,
                         DH,
                         WK,
@@ -193,7 +197,7 @@ def d_query_kernel(
                         hi,
                         scale,
                         p,
-                        who,
+                        masks,
                         H,
                         DH,
                         WK,
@@ -223,7 +227,7 @@ def d_query_kernel(
                     hi,
                     scale,
                     p,
-                    who,
+                    masks,
                     H,
                     DH,
                     WK,
@@ -282,22 +286,23 @@ def d_key_kernel(
     EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (directions * B * H * tiles,). dK and dV of BN keys; 0 for keys that nobody reads. Tiles
-    are kept keys first.
+    """Compute dK and dV of BN keys, 0 for masked keys; grid (directions * B * H * tiles,).
+
+    Tiles are stored with the keys first.
     """
     direction, b, head, tile = place(tiles, H, B)
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
     N = pick(back, N0, N1)
     M = pick(back, N1, N0)
     start = tile * BN
     j = start + tl.arange(0, BN)
     if start < M:
-        lo, hi = key_span(direction, b, M, who, IGNORE, ABSENT, MISSING, COLLAPSE)
+        lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
         dk = tl.zeros([BN, BH], tl.float32)
         dv = tl.zeros([BN, BH], tl.float32)
         if (start < hi) & (start + BN > lo):
-            asks, past = listened_span(direction, b, N, who, IGNORE)
+            first_query, past = valid_span(direction, b, N, masks, IGNORE)
             q_ptr = pick(back, projected0_ptr, projected1_ptr)
             k_ptr = pick(back, projected1_ptr, projected0_ptr)
             do_ptr = pick(back, d_attended0_ptr, d_attended1_ptr)
@@ -305,12 +310,12 @@ def d_key_kernel(
             delta_ptr = pick(back, delta0_ptr, delta1_ptr)
             k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
             v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-            keep = listened(1 - direction, b * M + j, j < hi, who, IGNORE)
+            keep = valid_keys(1 - direction, b * M + j, j < hi, masks, IGNORE)
             if DROPOUT:
                 seed = tl.load(seed_ptr)
-            for first in range(asks // BM * BM, past, BM):
+            for first in range(first_query // BM * BM, past, BM):
                 n = first + tl.arange(0, BM)
-                ok = (n >= asks) & (n < past)
+                ok = (n >= first_query) & (n < past)
                 lse_at = (b * H + head) * N + n
                 q = load_head(q_ptr, b * N + n, ok, head * DH, WQ, DH, BH)
                 do = load_head(do_ptr, b * N + n, ok, head * DH, H * DH, DH, BH)
@@ -325,12 +330,12 @@ def d_key_kernel(
                 d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)
                 ds = weight
                 if DROPOUT:
-                    kept = (
+                    attn_out = (
                         tl.trans(philox_keep(seed, lse_at, start, p, 2 * direction, BN).to(tl.int8))
                         != 0
                     )
-                    d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
-                    weight = tl.where(kept, weight / (1.0 - p), 0.0)
+                    d_weight = tl.where(attn_out, d_weight / (1.0 - p), 0.0)
+                    weight = tl.where(attn_out, weight / (1.0 - p), 0.0)
                 ds = ds * (d_weight - delta[None, :])
                 dv = dot(weight.to(do.dtype), do, dv, UPCAST)
                 dk = dot(ds.to(q.dtype), q, dk, UPCAST)

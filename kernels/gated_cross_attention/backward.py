@@ -49,7 +49,7 @@ def backward(
         dropout_seed,
     )
     n = call.directions
-    projected, moments, attended, lse, kept = (
+    projected, moments, attended, lse, attn_out = (
         saved[first:last]
         for first, last in ((0, 2), (2, 4), (4, 4 + n), (4 + n, 4 + 2 * n), (4 + 2 * n, None))
     )
@@ -57,7 +57,7 @@ def backward(
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
         for given in (tokens, norms, weights)
     )
-    dz, dy = _d_blend(call, d_outs, kept, moments, lse, d_tokens, d_norms)
+    dz, dy = _d_blend(call, d_outs, attn_out, moments, lse, d_tokens, d_norms)
     d_projected = _d_attend(call, projected, attended, lse, dy)
     for side in (0, 1):
         clean = _d_side(
@@ -82,7 +82,7 @@ def backward(
                 d_gate_weight(
                     dz[side].flatten(0, 1),
                     clean,
-                    kept[side].view(rows, call.dim),
+                    attn_out[side].view(rows, call.dim),
                     flags[side],
                     call.batch,
                     d_w[W_G],
@@ -94,7 +94,7 @@ def backward(
 def _d_blend(
     call: Call,
     d_outs,
-    kept,
+    attn_out,
     moments,
     lse,
     d_tokens,
@@ -121,7 +121,7 @@ def _d_blend(
             (partials, call.directions),
             *both(d_outs),
             *call.tokens,
-            *both(kept),
+            *both(attn_out),
             *call.of(W_G),
             *call.of(B_G),
             *both(call.flags),
@@ -132,7 +132,7 @@ def _d_blend(
             *both(dy),
             *both(dx),
             *both(sums),
-            *call.who,
+            *call.mask_bytes,
             call.seed,
             call.batch,
             *call.lengths,
@@ -159,7 +159,7 @@ def _d_blend(
         (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions),
         *both(d_outs),
         *call.tokens,
-        *both(kept),
+        *both(attn_out),
         *both(packed),
         *call.of(W_G),
         *call.of(B_G),
@@ -167,7 +167,7 @@ def _d_blend(
         *both(dz),
         *both(dy),
         *both(dx),
-        *call.who,
+        *call.mask_bytes,
         call.batch,
         *call.lengths,
         *call.strides,
@@ -186,7 +186,7 @@ def _d_blend(
         *both(dy),
         *both(dx),
         *both(lse),
-        *call.who,
+        *call.mask_bytes,
         call.seed,
         call.batch,
         *call.lengths,
@@ -214,7 +214,7 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
         *both(dy),
         *call.of(W_O),
         *both(d_attended),
-        *call.who,
+        *call.mask_bytes,
         call.batch,
         *call.lengths,
         D=call.dim,
@@ -235,7 +235,15 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
     )
 
     def rest(tiles):
-        return (*call.who, call.seed, call.batch, *call.lengths, tiles, call.head_dim**-0.5, call.p)
+        return (
+            *call.mask_bytes,
+            call.seed,
+            call.batch,
+            *call.lengths,
+            tiles,
+            call.head_dim**-0.5,
+            call.p,
+        )
 
     results = (*both(lse), *both(delta), *d_projected)
     tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
@@ -265,15 +273,16 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
 
 
 def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights) -> Tensor | None:
-    """From one side's projections to its tokens, its norm and the weights that projected it; what
-    the gate saw of it, (rows, D).
+    """Compute the gradients of one side's tokens, norm and projections.
+
+    Return what the gate read of its tokens, (rows, D).
     """
     x, rows = call.tokens[side], call.rows[side]
     parts, width = call.parts(side), x.shape[-1]
     asks, read = side < call.directions, 1 - side < call.directions
     weights = [call.parameter(*part) for part in parts]
     d_normed = x.new_empty(rows, width)
-    sizes = dict(SIDE=side, ASKS=asks, READ=read)
+    sizes = dict(SIDE=side, IS_QUERY_SIDE=asks, READ=read)
     tile = call.plan.product
     launch_tile(
         gradients.d_normed_kernel,
@@ -283,7 +292,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
         *weights,
         *weights[:1] * (3 - len(parts)),
         d_normed,
-        *call.who,
+        *call.mask_bytes,
         rows,
         call.lengths[side],
         **sizes,
@@ -311,7 +320,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
         normed,
         clean,
         sums,
-        *call.who,
+        *call.mask_bytes,
         rows,
         call.lengths[side],
         x.stride(0),

@@ -1,9 +1,10 @@
-"""What was attended to becomes the output: out-projection and dropout give A, the gate sees [x ; A
-; e] and blends A into x.
+"""Epilogue: output projection, dropout, gate, and blend with x.
 
-The gate is never rounded: both g and 1 - g = sigmoid(-z) come from the float32 logit z. A is, to
-the dtype of the tokens, and is
-what the gate and backward read: ``kept``. Tokens that are not changed are copied, and their A is 0.
+The output projection and dropout give A; the gate reads [x ; A ; e] and blends A into x.
+
+The gate is not rounded: g and 1 - g = sigmoid(-z) both come from the float32 logit z. A is rounded
+to the dtype of the tokens, and that is what gate and backward read: ``attn_out``. Unchanged tokens
+are copied, and their A is 0.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .tokens import add_product, any_of, changed, pick, tile_at
 
 
 @triton.jit
-def alive(lse_ptr, r, N, ok, H: tl.constexpr):
-    """Rows that had something to read: by the lse of their first head."""
+def has_keys(lse_ptr, r, N, ok, H: tl.constexpr):
+    """Return the rows with at least one unmasked key, by the lse of their first head."""
     return ok & (
         tl.load(lse_ptr + (r // N).to(tl.int64) * (H * N) + r % N, mask=ok, other=float("inf"))
         != float("inf")
@@ -26,7 +27,7 @@ def alive(lse_ptr, r, N, ok, H: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, at, cols, ok, D: tl.constexpr):
-    """float32 (rows, columns); the rows begin at ``at``."""
+    """Load (rows, columns) as float32; the rows begin at ``at``."""
     return tl.load(
         ptr + at[:, None] + cols[None, :], mask=ok[:, None] & (cols[None, :] < D), other=0.0
     ).to(tl.float32)
@@ -34,12 +35,13 @@ def load_tile(ptr, at, cols, ok, D: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, cols, width):
-    """float32, 0 beyond the width: that of a bias which is not given is 0."""
+    """Load a vector as float32, 0 beyond the width; a bias that is None has width 0."""
     return tl.load(ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def dropped(value, seed_ptr, r, first, p, stream, BN: tl.constexpr):
+    """Apply dropout to the rows r and the columns from ``first``."""
     keep = philox_keep(tl.load(seed_ptr), r, first, p, stream, BN)
     return tl.where(keep, value, 0.0) / (1.0 - p)
 
@@ -47,8 +49,8 @@ def dropped(value, seed_ptr, r, first, p, stream, BN: tl.constexpr):
 @triton.jit
 def store_kept(
     acc,
-    live,
-    kept_ptr,
+    has_keys_rows,
+    attn_out_ptr,
     b_ptr,
     biased,
     seed_ptr,
@@ -61,19 +63,19 @@ def store_kept(
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """A of the rows r and the columns first .. first + BN, from the product with W_o."""
+    """Store A of the rows r and the columns first .. first + BN, from the product with W_o."""
     cols = first + tl.arange(0, BN)
-    acc = tl.where(live[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
+    acc = tl.where(has_keys_rows[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
     if DROPOUT:
         acc = dropped(acc, seed_ptr, r, first, p, 2 * direction + 1, BN)
-    tl.store(kept_ptr + tile_at(r, cols, D), acc, mask=(r < R)[:, None] & (cols[None, :] < D))
+    tl.store(attn_out_ptr + tile_at(r, cols, D), acc, mask=(r < R)[:, None] & (cols[None, :] < D))
 
 
 @triton.jit
 def gate_logits(
     x_ptr,
     x_at,
-    kept_ptr,
+    attn_out_ptr,
     w_ptr,
     w_whole_ptr,
     b_ptr,
@@ -90,14 +92,15 @@ def gate_logits(
     INDICATOR: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """z of the channels ``cols``. W_g (D, 2 D) without the indicator's column, which is taken from
-    the whole W_g (D, 2 D + 1).
+    """Return the gate logits z of the channels ``cols``.
+
+    W_g (D, 2 D) has no column for the indicator, which comes from the whole W_g (D, 2 D + 1).
     """
     limit = tl.where(any_of(ok), D, 0)
     z = tl.zeros([BM, BN], tl.float32)
     z = add_product(z, x_ptr, x_at, ok, limit, w_ptr, cols, D, 1, 2 * D, D, BK, UPCAST)
     z = add_product(
-        z, kept_ptr, r.to(tl.int64) * D, ok, limit, w_ptr + D, cols, D, 1, 2 * D, D, BK, UPCAST
+        z, attn_out_ptr, r.to(tl.int64) * D, ok, limit, w_ptr + D, cols, D, 1, 2 * D, D, BK, UPCAST
     )
     z += load_vector(b_ptr, cols, biased * D)[None, :]
     if INDICATOR:
@@ -113,7 +116,7 @@ def gate_logits(
 def token_logit(
     x_ptr,
     x_at,
-    kept_ptr,
+    attn_out_ptr,
     w_ptr,
     b_ptr,
     biased,
@@ -126,12 +129,12 @@ def token_logit(
     BN: tl.constexpr,
     INDICATOR: tl.constexpr,
 ):
-    """z of the rows r, one number each."""
+    """Return z of the rows r, one number each."""
     z = tl.zeros([BM], tl.float32)
     for first in range(0, D, BN):
         cols = first + tl.arange(0, BN)
         x = load_tile(x_ptr, x_at, cols, ok, D)
-        a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
+        a = load_tile(attn_out_ptr, r.to(tl.int64) * D, cols, ok, D)
         z += tl.sum(
             x * load_vector(w_ptr, cols, D)[None, :] + a * load_vector(w_ptr + D, cols, D)[None, :],
             1,
@@ -153,7 +156,7 @@ def _load_x(x_ptr, x_at, r, R, cols, D: tl.constexpr):
 
 @triton.jit
 def _store_out(out_ptr, value, x, r, R, cols, ok, D: tl.constexpr):
-    """value where ok, x elsewhere, whatever it holds."""
+    """Store ``value`` where ok, else x, which may be NaN."""
     inside = (r < R)[:, None] & (cols[None, :] < D)
     tl.store(
         out_ptr + tile_at(r, cols, D), tl.where(ok[:, None], value.to(x.dtype), x), mask=inside
@@ -164,7 +167,7 @@ def _store_out(out_ptr, value, x, r, R, cols, ok, D: tl.constexpr):
 def _blend_rows(
     x_ptr,
     x_at,
-    kept_ptr,
+    attn_out_ptr,
     out_ptr,
     w_ptr,
     b_ptr,
@@ -185,11 +188,24 @@ def _blend_rows(
     INDICATOR: tl.constexpr,
     POSTNORM: tl.constexpr,
 ):
-    """One gate a row, or none: whole rows, BN columns at a time."""
+    """Blend with one gate per row, or without: whole rows, BN columns at a time."""
     at = r.to(tl.int64) * D
     if GATE == "token":
         z = token_logit(
-            x_ptr, x_at, kept_ptr, w_ptr, b_ptr, biased, flag_ptr, r, N, ok, D, BM, BN, INDICATOR
+            x_ptr,
+            x_at,
+            attn_out_ptr,
+            w_ptr,
+            b_ptr,
+            biased,
+            flag_ptr,
+            r,
+            N,
+            ok,
+            D,
+            BM,
+            BN,
+            INDICATOR,
         )
     if POSTNORM:
         mean = tl.zeros([BM], tl.float32)
@@ -197,7 +213,8 @@ def _blend_rows(
             cols = first + tl.arange(0, BN)
             mean += (
                 tl.sum(
-                    load_tile(x_ptr, x_at, cols, ok, D) + load_tile(kept_ptr, at, cols, ok, D), 1
+                    load_tile(x_ptr, x_at, cols, ok, D) + load_tile(attn_out_ptr, at, cols, ok, D),
+                    1,
                 )
                 / D
             )
@@ -206,7 +223,7 @@ def _blend_rows(
             cols = first + tl.arange(0, BN)
             centred = (
                 load_tile(x_ptr, x_at, cols, ok, D)
-                + load_tile(kept_ptr, at, cols, ok, D)
+                + load_tile(attn_out_ptr, at, cols, ok, D)
                 - mean[:, None]
             )
             variance += tl.sum(tl.where(cols[None, :] < D, centred * centred, 0.0), 1) / D
@@ -216,7 +233,7 @@ def _blend_rows(
     for first in range(0, D, BN):
         cols = first + tl.arange(0, BN)
         x = _load_x(x_ptr, x_at, r, R, cols, D)
-        a = load_tile(kept_ptr, at, cols, ok, D)
+        a = load_tile(attn_out_ptr, at, cols, ok, D)
         if GATE == "token":
             value = tl.sigmoid(z)[:, None] * a + tl.sigmoid(-z)[:, None] * x.to(tl.float32)
         else:
@@ -233,7 +250,7 @@ def _blend_rows(
 def blend_tokens(
     x_ptr,
     x_at,
-    kept_ptr,
+    attn_out_ptr,
     out_ptr,
     w_ptr,
     w_whole_ptr,
@@ -259,14 +276,14 @@ def blend_tokens(
     POSTNORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """From A to the output: the columns begin .. end with a gate per channel, whole rows else."""
+    """Compute the output from A: columns begin .. end with a gate per channel, else whole rows."""
     if GATE == "channel":
         for first in range(begin, end, BN):
             cols = first + tl.arange(0, BN)
             z = gate_logits(
                 x_ptr,
                 x_at,
-                kept_ptr,
+                attn_out_ptr,
                 w_ptr,
                 w_whole_ptr,
                 b_ptr,
@@ -283,7 +300,7 @@ def blend_tokens(
                 INDICATOR,
                 UPCAST,
             )
-            a = load_tile(kept_ptr, r.to(tl.int64) * D, cols, ok, D)
+            a = load_tile(attn_out_ptr, r.to(tl.int64) * D, cols, ok, D)
             x = _load_x(x_ptr, x_at, r, R, cols, D)
             _store_out(
                 out_ptr, tl.sigmoid(z) * a + tl.sigmoid(-z) * x.to(tl.float32), x, r, R, cols, ok, D
@@ -292,7 +309,7 @@ def blend_tokens(
         _blend_rows(
             x_ptr,
             x_at,
-            kept_ptr,
+            attn_out_ptr,
             out_ptr,
             w_ptr,
             b_ptr,
@@ -321,8 +338,8 @@ def blend_kernel(
     x1_ptr,
     attended0_ptr,
     attended1_ptr,
-    kept0_ptr,
-    kept1_ptr,
+    attn_out0_ptr,
+    attn_out1_ptr,
     out0_ptr,
     out1_ptr,
     lse0_ptr,
@@ -377,13 +394,14 @@ def blend_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (rows / BM, directions) where READ makes A and BLEND the output, BN columns at a time;
-    for one of the two alone (rows / BM * D / BN, directions). A comes through memory in both cases,
-    so that it is rounded alike.
+    """Compute A (READ), the output (BLEND), or both; grid (rows / BM [* D / BN], directions).
+
+    With both, a program computes whole rows, BN columns at a time. A goes through memory in every
+    case, so that it is rounded alike.
     """
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     R = B * N
     blocks: tl.constexpr = 1 if READ and BLEND else (D + BN - 1) // BN
@@ -391,24 +409,24 @@ def blend_kernel(
     end = begin + (D if READ and BLEND else 1)
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     if tl.program_id(0) // blocks * BM < R:
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         x_ptr = pick(back, x0_ptr, x1_ptr)
         x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
             back, sn0, sn1
         )
-        kept_ptr = pick(back, kept0_ptr, kept1_ptr)
+        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
         out_ptr = pick(back, out0_ptr, out1_ptr)
         b_ptr = pick(back, bg0_ptr, bg1_ptr)
         flag_ptr = pick(back, flag0_ptr, flag1_ptr)
         if READ:
-            live = alive(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
-            limit = tl.where(any_of(live), D, 0)
+            has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+            limit = tl.where(any_of(has_keys_rows), D, 0)
             for first in range(begin, end, BN):
                 acc = add_product(
                     tl.zeros([BM, BN], tl.float32),
                     pick(back, attended0_ptr, attended1_ptr),
                     r.to(tl.int64) * D,
-                    live,
+                    has_keys_rows,
                     limit,
                     pick(back, wo0_ptr, wo1_ptr),
                     first + tl.arange(0, BN),
@@ -421,8 +439,8 @@ def blend_kernel(
                 )
                 store_kept(
                     acc,
-                    live,
-                    kept_ptr,
+                    has_keys_rows,
+                    attn_out_ptr,
                     pick(back, bo0_ptr, bo1_ptr),
                     (BIAS_O >> direction) & 1,
                     seed_ptr,
@@ -436,12 +454,12 @@ def blend_kernel(
                     DROPOUT,
                 )
         if READ and BLEND:
-            tl.debug_barrier()  # what follows reads A as other threads of this program have written it
+            tl.debug_barrier()  # other threads of this program wrote A
         if BLEND:
             blend_tokens(
                 x_ptr,
                 x_at,
-                kept_ptr,
+                attn_out_ptr,
                 out_ptr,
                 pick(back, wg0_ptr, wg1_ptr),
                 pick(back, whole0_ptr, whole1_ptr),
@@ -473,8 +491,8 @@ def blend_kernel(
 def blend_rows_kernel(
     x0_ptr,
     x1_ptr,
-    kept0_ptr,
-    kept1_ptr,
+    attn_out0_ptr,
+    attn_out1_ptr,
     out0_ptr,
     out1_ptr,
     wg0_ptr,
@@ -512,22 +530,22 @@ def blend_rows_kernel(
     INDICATOR: tl.constexpr,
     POSTNORM: tl.constexpr,
 ):
-    """grid (rows / BM, directions). The second launch where there is no gate per channel."""
+    """Blend in a second launch, without a gate per channel; grid (rows / BM, directions)."""
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     R = B * N
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM < R:
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
             back, sn0, sn1
         )
         _blend_rows(
             pick(back, x0_ptr, x1_ptr),
             x_at,
-            pick(back, kept0_ptr, kept1_ptr),
+            pick(back, attn_out0_ptr, attn_out1_ptr),
             pick(back, out0_ptr, out1_ptr),
             pick(back, wg0_ptr, wg1_ptr),
             pick(back, bg0_ptr, bg1_ptr),

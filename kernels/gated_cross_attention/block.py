@@ -1,9 +1,8 @@
-"""Attention and all that follows it in one kernel: what a block of queries has read stays on chip
-on its way through W_o.
+"""Attention and its epilogue in one kernel.
 
-Every head of a block adds its share of the out-projection, in float32; then A goes through memory,
-as in blend.py, and through the same gate. It writes what attention and blend write, so that one
-backward serves both.
+Each head of a block of queries adds its part of the output projection in float32. A then goes
+through memory, as in blend.py, and through the same gate. The results are those of attention and
+epilogue as two launches, so both have the same backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import triton.language as tl
 
 from ..tiles import dot
 from .attend import attend_head, place, spans
-from .blend import alive, blend_tokens, store_kept
+from .blend import blend_tokens, has_keys, store_kept
 from .tokens import changed, pick
 
 
@@ -25,8 +24,8 @@ def block_kernel(
     x1_ptr,
     attended0_ptr,
     attended1_ptr,
-    kept0_ptr,
-    kept1_ptr,
+    attn_out0_ptr,
+    attn_out1_ptr,
     out0_ptr,
     out1_ptr,
     lse0_ptr,
@@ -88,11 +87,12 @@ def block_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (directions * B * tiles,). BM queries of one sample, all heads; BN keys at a time, then
-    BN columns of the output.
+    """Compute BM queries of one sample with all heads; grid (directions * B * tiles,).
+
+    It reads BN keys at a time, then writes BN columns of the output at a time.
     """
     direction, b, _, tile = place(tiles, 1, B)
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     back = direction == 1
     N = pick(back, N0, N1)
     M = pick(back, N1, N0)
@@ -100,10 +100,10 @@ def block_kernel(
     n = tile * BM + tl.arange(0, BM)
     if tile * BM < N:
         lse_ptr = pick(back, lse0_ptr, lse1_ptr)
-        lo, hi = spans(direction, b, tile * BM, N, M, who, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
+        lo, hi = spans(direction, b, tile * BM, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         cols = tl.arange(0, BD)
         acc = tl.zeros([BM, BD], tl.float32)
-        # Without licm the addresses of W_o are worked out for each head; kept for the next one they
+        # Without licm the addresses of W_o are computed for each head. Kept across heads they would
         # fill the registers, and spill on sm_100 and sm_120.
         for head in tl.range(0, H, disable_licm=True):
             attended = attend_head(
@@ -122,7 +122,7 @@ def block_kernel(
                 hi,
                 scale,
                 p,
-                who,
+                masks,
                 H,
                 DH,
                 WQ,
@@ -144,16 +144,16 @@ def block_kernel(
                     other=0.0,
                 )
                 acc = dot(attended, w, acc, UPCAST)
-        tl.debug_barrier()  # what follows reads lse as other threads of this program have written it
+        tl.debug_barrier()  # other threads of this program wrote lse
         r = tl.where(n < N, b * N + n, R).to(
             tl.int32
         )  # what is beyond the sample counts as beyond all of them
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
-        kept_ptr = pick(back, kept0_ptr, kept1_ptr)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
+        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
         store_kept(
             acc,
-            alive(lse_ptr, r, N, ok, H),
-            kept_ptr,
+            has_keys(lse_ptr, r, N, ok, H),
+            attn_out_ptr,
             pick(back, bo0_ptr, bo1_ptr),
             (BIAS_O >> direction) & 1,
             seed_ptr,
@@ -173,7 +173,7 @@ def block_kernel(
         blend_tokens(
             pick(back, x0_ptr, x1_ptr),
             x_at,
-            kept_ptr,
+            attn_out_ptr,
             pick(back, out0_ptr, out1_ptr),
             pick(back, wg0_ptr, wg1_ptr),
             pick(back, whole0_ptr, whole1_ptr),

@@ -69,7 +69,7 @@ class Call:
             (3 * self.dim, 3 * self.dim) if self.directions == 2 else (self.dim, 2 * self.dim)
         )
         self.first_key = self.dim if self.directions == 2 else 0
-        self.who = [x.view(torch.uint8) for x in (*self.ignores, *self.absents)]
+        self.mask_bytes = [x.view(torch.uint8) for x in (*self.ignores, *self.absents)]
         self.strides = [x.stride(i) for i in (0, 1) for x in self.tokens]
         x = self.tokens[0]
         self.plan = plan(self.dim, self.tokens[1].shape[-1], self.head_dim, x.dtype, arch_of(x))
@@ -100,7 +100,7 @@ class Call:
         return self.weights[FIELDS * direction + field]
 
     def partials(self, rows: int) -> int:
-        """Return the number of programs that share the rows: at least 1, which writes empty sums."""
+        """Return how many programs share the rows: at least 1, which then writes empty sums."""
         return max(1, min(self.plan.partials, triton.cdiv(rows, self.plan.rows.BM)))
 
     def row_blocks(self, height: int) -> int:

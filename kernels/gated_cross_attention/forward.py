@@ -29,7 +29,7 @@ def forward(
     dropout_p,
     dropout_seed,
 ) -> list[Tensor]:
-    """Lists as the op's schema has them -> outs, projected, moments, attended, lse, kept."""
+    """Lists as the op's schema has them -> outs, projected, moments, attended, lse, attn_out."""
     call = Call(
         tokens,
         norms,
@@ -47,7 +47,7 @@ def forward(
     )
     whole = asked_block(call.plan, call.dim, call.heads)
     asking = tokens[: call.directions]
-    outs, attended, kept = ([x.new_empty(x.shape) for x in asking] for _ in range(3))
+    outs, attended, attn_out = ([x.new_empty(x.shape) for x in asking] for _ in range(3))
     projected = [
         x.new_empty(*x.shape[:2], width) for x, width in zip(tokens, call.widths, strict=True)
     ]
@@ -69,10 +69,10 @@ def forward(
         )
     if whole is None:
         _attend(call, projected, attended, lse)
-        _blend(call, attended, lse, packed, kept, outs, moments)
+        _blend(call, attended, lse, packed, attn_out, outs, moments)
     else:
-        _block(call, whole, projected, attended, lse, packed, kept, outs, moments)
-    return [*outs, *projected, *moments, *attended, *lse, *kept]
+        _block(call, whole, projected, attended, lse, packed, attn_out, outs, moments)
+    return [*outs, *projected, *moments, *attended, *lse, *attn_out]
 
 
 def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor | None) -> None:
@@ -98,7 +98,7 @@ def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor
         moments,
         gate,
         out if packed is None else packed,
-        *call.who,
+        *call.mask_bytes,
         call.rows[side],
         call.lengths[side],
         blocks,
@@ -107,7 +107,7 @@ def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor
         call.eps,
         SIDE=side,
         PARTS=len(parts),
-        ASKS=side < call.directions,
+        IS_QUERY_SIDE=side < call.directions,
         BIAS=bits(biases),
         NORM=call.pre_norm,
         C=call.dim,
@@ -131,7 +131,7 @@ def _attend(
         *projected,
         *both(attended),
         *both(lse),
-        *call.who,
+        *call.mask_bytes,
         call.seed,
         call.batch,
         *call.lengths,
@@ -169,7 +169,9 @@ def _gates(call: Call) -> dict:
     )
 
 
-def _block(call: Call, tile: Tile, projected, attended, lse, packed, kept, outs, moments) -> None:
+def _block(
+    call: Call, tile: Tile, projected, attended, lse, packed, attn_out, outs, moments
+) -> None:
     tiles = triton.cdiv(max(call.lengths[: call.directions]), tile.BM)
     launch_tile(
         block.block_kernel,
@@ -178,7 +180,7 @@ def _block(call: Call, tile: Tile, projected, attended, lse, packed, kept, outs,
         *projected,
         *call.tokens,
         *both(attended),
-        *both(kept),
+        *both(attn_out),
         *both(outs),
         *both(lse),
         *call.of(W_O),
@@ -190,7 +192,7 @@ def _block(call: Call, tile: Tile, projected, attended, lse, packed, kept, outs,
         *call.norm(0),
         *call.norm(1),
         *moments,
-        *call.who,
+        *call.mask_bytes,
         call.seed,
         call.batch,
         *call.lengths,
@@ -207,7 +209,7 @@ def _block(call: Call, tile: Tile, projected, attended, lse, packed, kept, outs,
     )
 
 
-def _blend(call: Call, attended, lse, packed, kept, outs, moments) -> None:
+def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
     norms = (*call.norm(0), *call.norm(1), *moments)
     sizes = (call.batch, *call.lengths, *call.strides, call.eps)
 
@@ -219,7 +221,7 @@ def _blend(call: Call, attended, lse, packed, kept, outs, moments) -> None:
             (call.row_blocks(tile.BM) * columns, call.directions),
             *call.tokens,
             *both(attended),
-            *both(kept),
+            *both(attn_out),
             *both(outs),
             *both(lse),
             *call.of(W_O),
@@ -229,7 +231,7 @@ def _blend(call: Call, attended, lse, packed, kept, outs, moments) -> None:
             *call.of(B_G),
             *both(call.flags),
             *norms,
-            *call.who,
+            *call.mask_bytes,
             call.seed,
             *sizes,
             call.p,
@@ -253,13 +255,13 @@ def _blend(call: Call, attended, lse, packed, kept, outs, moments) -> None:
         tile,
         (call.row_blocks(tile.BM), call.directions),
         *call.tokens,
-        *both(kept),
+        *both(attn_out),
         *both(outs),
         *call.of(W_G),
         *call.of(B_G),
         *both(call.flags),
         *norms,
-        *call.who,
+        *call.mask_bytes,
         *sizes,
         **_gates(call),
         **call.masks,

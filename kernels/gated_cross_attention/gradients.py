@@ -1,12 +1,13 @@
-"""Backward of everything but the attention. With g = sigmoid(z), A the ``kept`` of forward and
-dropout' its replay:
+"""Backward of everything but the attention.
+
+With g = sigmoid(z), A the ``attn_out`` of the forward pass, and dropout' its replayed mask:
 
     dz = dout (A - x) g (1 - g)     dy = dropout'(g dout + dz W_ga)     d attended = dy W_o
     dx = (1 - g) dout + dz W_gx + LN'(dQ W_q + dK W_k + dV W_v)
 
-and dx = dout where a token came back as it was. g is computed again. dz, dy and the projections'
-gradients are exactly 0 in rows that nobody read, so that plain products over all rows give the
-weights' gradients.
+and dx = dout where a token came back unchanged. g is recomputed. dz, dy and the gradients of the
+projections are exactly 0 in rows that do not count, so that plain products over all rows give the
+gradients of the weights.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blend import alive, dropped, gate_logits, load_tile, load_vector, token_logit
-from .tokens import add_product, any_of, attends, changed, listened, pick, tile_at
+from .blend import dropped, gate_logits, has_keys, load_tile, load_vector, token_logit
+from .tokens import add_product, any_of, attends, changed, pick, tile_at, valid_keys
 
 
 @triton.jit
@@ -24,8 +25,8 @@ def d_gate_kernel(
     d_out1_ptr,
     x0_ptr,
     x1_ptr,
-    kept0_ptr,
-    kept1_ptr,
+    attn_out0_ptr,
+    attn_out1_ptr,
     wg0_ptr,
     wg1_ptr,
     whole0_ptr,
@@ -62,29 +63,30 @@ def d_gate_kernel(
     INDICATOR: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (rows / BM * D / BN, directions). A gate per channel: dz, and what reaches A and x past
-    the gate.
+    """Gate per channel: dz, and the gradients of A and x past the gate.
+
+    Grid (rows / BM * D / BN, directions).
     """
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     R = B * N
     blocks: tl.constexpr = (D + BN - 1) // BN
     cols = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     if tl.program_id(0) // blocks * BM < R:
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
         x_ptr = pick(back, x0_ptr, x1_ptr)
         x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
             back, sn0, sn1
         )
-        kept_ptr = pick(back, kept0_ptr, kept1_ptr)
+        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
         z = gate_logits(
             x_ptr,
             x_at,
-            kept_ptr,
+            attn_out_ptr,
             pick(back, wg0_ptr, wg1_ptr),
             pick(back, whole0_ptr, whole1_ptr),
             pick(back, bg0_ptr, bg1_ptr),
@@ -108,7 +110,7 @@ def d_gate_kernel(
             d_out
             * g
             * rest
-            * (load_tile(kept_ptr, at, cols, ok, D) - load_tile(x_ptr, x_at, cols, ok, D))
+            * (load_tile(attn_out_ptr, at, cols, ok, D) - load_tile(x_ptr, x_at, cols, ok, D))
         )
         inside = (r < R)[:, None] & (cols[None, :] < D)
         tl.store(
@@ -160,12 +162,13 @@ def through_gate_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (rows / BM * 2 D / BN, directions). dz W_g: its first half is added to dx, its second to
-    dy, each in place.
+    """Add dz W_g in place: its first half to dx, its second half to dy.
+
+    Grid (rows / BM * 2 D / BN, directions).
     """
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     R = B * N
     blocks: tl.constexpr = (D + BN - 1) // BN
@@ -174,7 +177,7 @@ def through_gate_kernel(
     cols = first + tl.arange(0, BN)
     r = tl.program_id(0) // (2 * blocks) * BM + tl.arange(0, BM)
     if tl.program_id(0) // (2 * blocks) * BM < R:
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         if any_of(ok):
             at = tile_at(r, cols, D)
             inside = ok[:, None] & (cols[None, :] < D)
@@ -186,8 +189,8 @@ def through_gate_kernel(
                 acc, dz_ptr, r.to(tl.int64) * D, ok, D, w_ptr, cols, D, 2 * D, 1, D, BK, UPCAST
             )
             if half == 1:
-                live = alive(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
-                acc = tl.where(live[:, None], acc, 0.0)
+                has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+                acc = tl.where(has_keys_rows[:, None], acc, 0.0)
                 if DROPOUT:
                     acc = dropped(acc, seed_ptr, r, first, p, 2 * direction + 1, BN)
             tl.store(target + at, acc, mask=inside)
@@ -199,8 +202,8 @@ def d_rows_kernel(
     d_out1_ptr,
     x0_ptr,
     x1_ptr,
-    kept0_ptr,
-    kept1_ptr,
+    attn_out0_ptr,
+    attn_out1_ptr,
     wg0_ptr,
     wg1_ptr,
     bg0_ptr,
@@ -247,37 +250,38 @@ def d_rows_kernel(
     POSTNORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """grid (P, directions). One gate a row, or none, or a norm after the sum: dz, dy and dx at
-    once, BM whole rows at a time. Program i takes the blocks i, i + P, ...; partial (2, P, D): its
-    sums for the norm's weight and bias.
+    """Gate per token, no gate, or a norm after the sum: dz, dy and dx, BM whole rows at a time.
+
+    Grid (P, directions). Program i takes the blocks i, i + P, ...; partial (2, P, D) gets its sums
+    for the norm's weight and bias.
     """
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     R = B * N
     cols = tl.arange(0, BN)
     x_ptr = pick(back, x0_ptr, x1_ptr)
-    kept_ptr = pick(back, kept0_ptr, kept1_ptr)
+    attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
     w_ptr = pick(back, wg0_ptr, wg1_ptr)
     moments_ptr = pick(back, moments0_ptr, moments1_ptr)
     d_gamma = tl.zeros([BN], tl.float32)
     d_beta = tl.zeros([BN], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(R, BM), tl.num_programs(0)):
         r = block * BM + tl.arange(0, BM)
-        ok = changed(direction, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+        ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
         x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
             back, sn0, sn1
         )
         d_out = load_tile(pick(back, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
         x = load_tile(x_ptr, x_at, cols, ok, D)
-        a = load_tile(kept_ptr, at, cols, ok, D)
+        a = load_tile(attn_out_ptr, at, cols, ok, D)
         if GATE == "token":
             z = token_logit(
                 x_ptr,
                 x_at,
-                kept_ptr,
+                attn_out_ptr,
                 w_ptr,
                 pick(back, bg0_ptr, bg1_ptr),
                 (BIAS_G >> direction) & 1,
@@ -309,8 +313,8 @@ def d_rows_kernel(
                 d_beta += tl.sum(tl.where(ok[:, None], d_out, 0.0), 0)
                 dx = norm_backward(d_out, normed, rstd, pick(back, gamma0_ptr, gamma1_ptr), cols, D)
             dy = dx
-        live = alive(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
-        dy = tl.where(live[:, None], dy, 0.0)
+        has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+        dy = tl.where(has_keys_rows[:, None], dy, 0.0)
         if DROPOUT:
             dy = dropped(dy, seed_ptr, r, 0, p, 2 * direction + 1, BN)
         inside = (r < R)[:, None] & (cols[None, :] < D)
@@ -326,8 +330,9 @@ def d_rows_kernel(
 
 @triton.jit
 def norm_backward(d_out, normed, rstd, gamma_ptr, cols, D: tl.constexpr):
-    """Through a LayerNorm; ``normed``: before weight and bias, 0 beyond the width. Rows whose rstd
-    is 0 give 0.
+    """Return the gradient through a LayerNorm; rows whose rstd is 0 give 0.
+
+    ``normed``: the rows before weight and bias, 0 beyond the width.
     """
     d = d_out * load_vector(gamma_ptr, cols, D)[None, :]
     mean = tl.sum(d, 1) / D
@@ -369,15 +374,15 @@ def d_attended_kernel(
     """grid (rows / BM * D / BN, directions). dy W_o."""
     direction = tl.program_id(1)
     back = direction == 1
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     N = pick(back, N0, N1)
     blocks: tl.constexpr = (D + BN - 1) // BN
     cols = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     if tl.program_id(0) // blocks * BM < B * N:
         inside = r < B * N
-        ok = listened(
-            direction, r, attends(direction, r // N, inside, who, ABSENT, MISSING), who, IGNORE
+        ok = valid_keys(
+            direction, r, attends(direction, r // N, inside, masks, ABSENT, MISSING), masks, IGNORE
         )
         limit = tl.where(any_of(ok), D, 0)
         acc = tl.zeros([BM, BN], tl.float32)
@@ -396,23 +401,21 @@ def used(
     r,
     N,
     ok,
-    who,
-    ASKS: tl.constexpr,
+    masks,
+    IS_QUERY_SIDE: tl.constexpr,
     READ: tl.constexpr,
     IGNORE: tl.constexpr,
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Rows of a side that were projected, in the direction where it asks or in the one where it is
-    read.
-    """
-    ok = listened(side, r, ok, who, IGNORE)
-    if ASKS and READ:
-        return attends(side, r // N, ok, who, ABSENT, MISSING) | attends(
-            1 - side, r // N, ok, who, ABSENT, MISSING
+    """Return the rows of a side that were projected, as queries or as keys and values."""
+    ok = valid_keys(side, r, ok, masks, IGNORE)
+    if IS_QUERY_SIDE and READ:
+        return attends(side, r // N, ok, masks, ABSENT, MISSING) | attends(
+            1 - side, r // N, ok, masks, ABSENT, MISSING
         )
     else:
-        return attends(side if ASKS else 1 - side, r // N, ok, who, ABSENT, MISSING)
+        return attends(side if IS_QUERY_SIDE else 1 - side, r // N, ok, masks, ABSENT, MISSING)
 
 
 @triton.jit
@@ -430,7 +433,7 @@ def d_normed_kernel(
     N,
     SIDE: tl.constexpr,
     PARTS: tl.constexpr,
-    ASKS: tl.constexpr,
+    IS_QUERY_SIDE: tl.constexpr,
     READ: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -442,12 +445,12 @@ def d_normed_kernel(
     MISSING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (rows / BM * D / BN,). Of one side, the gradient of what its projections were made of."""
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    """Compute the gradient of one side's normalised tokens; grid (rows / BM * D / BN,)."""
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     blocks: tl.constexpr = (D + BN - 1) // BN
     cols = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
-    ok = used(SIDE, r, N, r < R, who, ASKS, READ, IGNORE, ABSENT, MISSING)
+    ok = used(SIDE, r, N, r < R, masks, IS_QUERY_SIDE, READ, IGNORE, ABSENT, MISSING)
     limit = tl.where(any_of(ok), C, 0)
     acc = tl.zeros([BM, BN], tl.float32)
     at = r.to(tl.int64) * (PARTS * C)
@@ -464,20 +467,23 @@ def d_normed_kernel(
 
 
 @triton.jit
-def _first_alone(side, r, N, ok, who, IGNORE: tl.constexpr, ABSENT: tl.constexpr):
-    """ok, of absent samples the first token listened to alone."""
+def _first_alone(side, r, N, ok, masks, IGNORE: tl.constexpr, ABSENT: tl.constexpr):
+    """Return ``ok`` with only the first valid token of absent samples."""
     b = r // N
     gone = ok & (r >= 0)
     if ABSENT != 0:
         given = (ok.to(tl.int32) & (ABSENT >> side)) == 1
-        gone = tl.load(tl.where(side == 1, who[3], who[2]) + b, mask=given, other=0) != 0
+        gone = tl.load(tl.where(side == 1, masks[3], masks[2]) + b, mask=given, other=0) != 0
     before = tl.zeros(r.shape, tl.int32)
     if IGNORE != 0:
         for start in range(0, tl.where(any_of(gone), N, 0), 64):
             n = start + tl.arange(0, 64)
             earlier = gone[:, None] & (n[None, :] < (r % N)[:, None])
             before += tl.sum(
-                listened(side, (b * N)[:, None] + n[None, :], earlier, who, IGNORE).to(tl.int32), 1
+                valid_keys(side, (b * N)[:, None] + n[None, :], earlier, masks, IGNORE).to(
+                    tl.int32
+                ),
+                1,
             )
     else:
         before = r % N
@@ -504,7 +510,7 @@ def d_tokens_kernel(
     stride_b,
     stride_n,
     SIDE: tl.constexpr,
-    ASKS: tl.constexpr,
+    IS_QUERY_SIDE: tl.constexpr,
     READ: tl.constexpr,
     CLEAN: tl.constexpr,
     NORM: tl.constexpr,
@@ -516,24 +522,26 @@ def d_tokens_kernel(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """grid (P,). Of one side: through the norm, added to what dx holds where the side ASKS. For the
-    weights' gradients, what was projected once more, and with CLEAN what the gate saw of x; both 0
-    in rows that were not. ``partial`` as in d_rows_kernel.
+    """Continue the gradient of one side through its norm; grid (P,).
+
+    The result is added to dx where the side IS_QUERY_SIDE. For the gradients of weights it also
+    writes what was projected and, with CLEAN, what the gate read of x; both are 0 in other rows.
+    ``partial`` as in d_rows_kernel.
     """
-    who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     cols = tl.arange(0, BN)
     d_gamma = tl.zeros([BN], tl.float32)
     d_beta = tl.zeros([BN], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(R, BM), tl.num_programs(0)):
         r = block * BM + tl.arange(0, BM)
         inside = (r < R)[:, None] & (cols[None, :] < D)
-        ok = used(SIDE, r, N, r < R, who, ASKS, READ, IGNORE, ABSENT, MISSING)
-        if COLLAPSE and not ASKS:
-            ok = _first_alone(SIDE, r, N, ok, who, IGNORE, ABSENT)
+        ok = used(SIDE, r, N, r < R, masks, IS_QUERY_SIDE, READ, IGNORE, ABSENT, MISSING)
+        if COLLAPSE and not IS_QUERY_SIDE:
+            ok = _first_alone(SIDE, r, N, ok, masks, IGNORE, ABSENT)
         x_at = (r // N).to(tl.int64) * stride_b + (r % N).to(tl.int64) * stride_n
         at = tile_at(r, cols, D)
         if CLEAN:
-            seen = changed(SIDE, r, N, r < R, who, IGNORE, ABSENT, MISSING)
+            seen = changed(SIDE, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
             tl.store(clean_ptr + at, load_tile(x_ptr, x_at, cols, seen, D), mask=inside)
         x = load_tile(x_ptr, x_at, cols, ok, D)
         dx = load_tile(d_normed_ptr, r.to(tl.int64) * D, cols, ok, D)
@@ -548,7 +556,7 @@ def d_tokens_kernel(
                 normed * load_vector(gamma_ptr, cols, D)[None, :]
                 + load_vector(beta_ptr, cols, D)[None, :]
             )
-        if ASKS:
+        if IS_QUERY_SIDE:
             dx += tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=inside)
         tl.store(normed_ptr + at, tl.where(ok[:, None], x, 0.0), mask=inside)

@@ -12,6 +12,8 @@ from .. import gated_cross_attention as kernels
 
 @dataclass(frozen=True)
 class Case:
+    """The sizes and options of one case."""
+
     dim: int
     heads: int
     context_dim: int | None = None  # None: both directions

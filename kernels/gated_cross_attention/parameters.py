@@ -1,5 +1,6 @@
-"""Gradients of weights, biases and norms: plain products and sums over all rows, whose unread ones
-the kernels have made 0.
+"""Gradients of weights, biases and norms, as plain products and sums over all rows.
+
+The kernels have written 0 in rows that do not count.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ def d_linear(
     d_bias: Tensor,
     shifts: bool = True,
 ) -> None:
-    """d_out (R, O), given (R, I) -> d_weight (O, I), d_bias (O,) or (0,), written in place. A bias
-    that ``shifts`` nothing, as that of the keys, which a softmax forgets, gets an exact 0 instead
-    of what rounding has left of it.
+    """Write d_weight (O, I) and d_bias (O,) or (0,) from d_out (R, O) and the input given (R, I).
+
+    ``shifts``: False for the bias of the keys, which the softmax cancels; its gradient is exactly
+    0, not a rounding error.
     """
     torch.mm(d_out.t(), given, out=d_weight)
     if d_bias.numel():
@@ -27,18 +29,19 @@ def d_linear(
 def d_gate_weight(
     dz: Tensor,
     x: Tensor,
-    kept: Tensor,
+    attn_out: Tensor,
     flag: Tensor,
     batch: int,
     d_weight: Tensor,
     d_bias: Tensor,
 ) -> None:
-    """dz (R, G), x and kept (R, D), flag (B,) -> d_weight (G, 2 D) or with the indicator (G, 2 D +
-    1), d_bias (G,) or (0,).
+    """Write d_weight (G, 2 D), or (G, 2 D + 1) with the indicator, and d_bias (G,) or (0,).
+
+    From dz (R, G), x and attn_out (R, D), and the indicator flag (B,).
     """
     dim = x.shape[1]
     torch.mm(dz.t(), x, out=d_weight[:, :dim])
-    torch.mm(dz.t(), kept, out=d_weight[:, dim : 2 * dim])
+    torch.mm(dz.t(), attn_out, out=d_weight[:, dim : 2 * dim])
     indicator = d_weight.shape[1] > 2 * dim
     if not (d_bias.numel() or indicator):
         return
@@ -50,6 +53,6 @@ def d_gate_weight(
 
 
 def d_norm(partial: Tensor, d_gamma: Tensor, d_beta: Tensor) -> None:
-    """partial (2, P, D) float32: the sums of each program, added up in order."""
+    """Add up the partial sums (2, P, D), float32, in order."""
     d_gamma.copy_(partial[0].sum(0))
     d_beta.copy_(partial[1].sum(0))

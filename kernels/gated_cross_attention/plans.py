@@ -1,14 +1,13 @@
-"""Which tiles gated cross-attention runs with: fixed data by dtype, widths and architecture, no
-benchmarking at training time.
+"""Tile sizes of gated cross-attention: fixed data by dtype, widths and architecture.
 
-``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture.
-Which of two clean entries is faster was reasoned, not measured, until benchmarks/results holds a
-run that says so.
+Nothing is benchmarked at training time. ``make compile-matrix`` checks every entry for spills, on
+every supported Triton and architecture. Which of two clean entries is faster was reasoned, not
+measured, until benchmarks/results has a run that shows it.
 
-Forward has two forms behind the projections, which write the same: "epilogue", attention by head
-and then out-projection, gate and blend; "block", one launch for all of it, a block of queries at a
-time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, read at every call; backward is the same
-after both.
+After the projections the forward pass has two forms with equal results: "epilogue", attention by
+head, then output projection, gate and blend; and "block", one launch for all of that, one block of
+queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, and is read at every call.
+The backward pass is the same for both.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """``product``: with any weight but the projections' own. ``together``: out-projection and
-    blend, as one launch (else None).
+    """The tiles of each kernel.
+
+    ``product``: products with weights other than the projections. ``together``: output projection
+    and blend in one launch, None for two launches.
     """
 
     project: Tile
@@ -50,20 +51,20 @@ class Plan:
     product: Tile
     rows: Tile  # whole rows of BN columns
     together: Tile | None
-    block: (
-        Tile | None
-    )  # all heads of BM queries, BN keys and then BN columns of the output at a time
-    partials: int = 256  # partial sums of the norms' gradients: fixed, so that the sum does not depend on the card
+    # All heads of BM queries, BN keys, and then BN columns of the output at a time.
+    block: Tile | None
+    # Partial sums of the norms' gradients: fixed, so that the sum does not depend on the card.
+    partials: int = 256
 
 
 def power(n: int) -> int:
-    """Columns of a tile that holds n: a power of two, 16 at least for the matrix instructions."""
+    """Return the columns of a tile that holds n: a power of two, at least 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 @contextmanager
 def form(name: str):
-    """As MMFUSED_CROSS_ATTENTION, inside ``with``, for this thread and context alone."""
+    """Set MMFUSED_CROSS_ATTENTION inside ``with``, for this thread and context."""
     before = _asked.set(name)
     try:
         yield
@@ -72,8 +73,9 @@ def form(name: str):
 
 
 def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
-    """The tile of the form "block" if that is to run, else None. What it does not take is an error
-    only where it was asked for.
+    """Return the tile of the form "block" if it is to run, else None.
+
+    Sizes it does not support are an error only where it was asked for.
     """
     asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
     if asked not in (None, *FORMS):
@@ -82,15 +84,16 @@ def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
         )
     if asked == "block" and chosen.block is None:
         raise ValueError(
-            f"MMFUSED_CROSS_ATTENTION is 'block', but dim is {dim} with {heads} heads; block takes dim <= 256 and heads of at most "
-            "64 channels, 32 in float32."
+            f"MMFUSED_CROSS_ATTENTION: got 'block' with dim {dim} and {heads} heads, expected "
+            "dim <= 256 and heads of at most 64 channels, 32 in float32"
         )
     return chosen.block if (asked or FORM) == "block" else None
 
 
 def block_takes(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """False where its out-projection would spill: the weights of one head lie in registers on their
-    way to the product.
+    """Return whether the form "block" supports these sizes.
+
+    Beyond them its output projection would spill: the weights of one head pass through registers.
     """
     return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
 
@@ -108,6 +111,7 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
 
 
 def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
+    """Return the tiles for these widths, this dtype and this architecture."""
     widest = power(max(dim, context_dim))
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
     block = _block(dim, head_dim, dtype, arch)
@@ -117,23 +121,18 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    hopper = arch in (
-        90,
-        100,
-        103,
-    )  # others multiply out of registers, and some have 99 KB of shared memory
+    # Others multiply out of registers, and some have 99 KB of shared memory.
+    hopper = arch in (90, 100, 103)
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
     wide = head_dim > (64 if hopper else 32)
     # Under Triton 3.8 wide heads spill 80 bytes with 32 queries at a time in d_key, and on sm_120 8
     # with four warps in attend; there a product of 128 columns spills 8.
     attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
-    d_query = (
-        Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)
-    )  # four warps spill under Triton 3.8
+    # Four warps spill under Triton 3.8.
+    d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)
     d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
     product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
-    # Rows and heads that begin at odd places are loaded number by number, and each takes an
-    # address.
+    # Unaligned rows and heads are loaded one number at a time, each with its own address.
     if head_dim % 8:
         attend = d_query = Tile(32, 32, 0, warps, 1)
         d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120

@@ -1,5 +1,6 @@
-"""Projections of one side: LN(x) W^T + b for the queries of its own direction and the keys and
-values that the other reads.
+"""Projections of one side: LN(x) W^T + b.
+
+These are queries of its own direction, and keys and values of the other direction.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot
-from .tokens import any_of, attends, listened, pick, tile_at
+from .tokens import any_of, attends, pick, tile_at, valid_keys
 
 
 @triton.jit
 def _moments(x_ptr, at, ok, eps, D: tl.constexpr, BK: tl.constexpr):
-    """Mean and 1 / standard deviation of each row, in two passes: the second finds the row in the
-    cache.
+    """Return mean and 1 / standard deviation of each row.
+
+    In two passes over the row: the second one finds it in the cache.
     """
     total = tl.zeros([at.shape[0]], tl.float32)
     for start in range(0, D, BK):
@@ -70,8 +72,9 @@ def _load_weight(w_ptr, cols, k, COLS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _pack_row(w_ptr, packed_ptr, row, D: tl.constexpr, BN: tl.constexpr):
-    """W_g without its last column: rows of 2 D + 1 numbers begin at odd places, and no load of more
-    than one of them would do.
+    """Copy a row of W_g without its last column.
+
+    Rows of 2 D + 1 numbers are unaligned, and could only be loaded one number at a time.
     """
     for start in range(0, 2 * D, BN):
         cols = start + tl.arange(0, BN)
@@ -106,7 +109,7 @@ def project_kernel(
     eps,
     SIDE: tl.constexpr,
     PARTS: tl.constexpr,
-    ASKS: tl.constexpr,
+    IS_QUERY_SIDE: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     C: tl.constexpr,
@@ -119,21 +122,23 @@ def project_kernel(
     MISSING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (R / BM * PARTS [+ rows of W_g to pack],). One of the PARTS weights (C, D), for BM rows
-    of x; the first is the queries' if the side ASKS. Rows that this part does not use are neither
-    read nor multiplied; they become 0 if their sample attends.
+    """Project BM rows of x by one of PARTS weights (C, D); grid (R / BM * PARTS [+ rows of W_g],).
+
+    The first weight is that of the queries if the side IS_QUERY_SIDE. Rows that this part does not
+    need are neither read nor multiplied; they become 0 if their sample attends. The last programs
+    pack W_g.
     """
     pid = tl.program_id(0)
     if pid >= blocks:
         _pack_row(gate_ptr, packed_ptr, pid - blocks, C, BN)
     else:
-        who = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
+        masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
         part = pid % PARTS
-        queries = (part == 0) & ASKS
+        queries = (part == 0) & IS_QUERY_SIDE
         r = pid // PARTS * BM + tl.arange(0, BM)
         b = r // N
-        stored = attends(pick(queries, 1 - SIDE, SIDE), b, r < R, who, ABSENT, MISSING)
-        ok = listened(SIDE, r, stored, who, IGNORE)
+        stored = attends(pick(queries, 1 - SIDE, SIDE), b, r < R, masks, ABSENT, MISSING)
+        ok = valid_keys(SIDE, r, stored, masks, IGNORE)
         if any_of(stored):
             at = b.to(tl.int64) * stride_b + (r % N).to(tl.int64) * stride_n
             limit = D

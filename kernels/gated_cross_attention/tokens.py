@@ -1,10 +1,10 @@
-"""Which tokens ask, which are read, and the products all kernels here share.
+"""Which tokens count, and the products shared by the kernels here.
 
-Sides and directions are numbered alike: side i asks in direction i and reads the other side.
-``who`` is the tuple (ignore of side 0 and 1 (B, N_i) bytes, absent of side 0 and 1 (B,) bytes);
-IGNORE and ABSENT are two bits, which of them are given. Rows are tokens of all samples in one line,
-r = b N + n. A token is *listened to* if its mask does not ignore it; a sample *attends* if the
-missing mode and the absent flags let it; a token is *changed* if it does not come back as it was.
+Sides and directions have the same numbers: in direction i, side i attends to the other side.
+``masks`` is the tuple (ignore of side 0 and 1 (B, N_i) bytes, absent of side 0 and 1 (B,) bytes);
+the bits of IGNORE and ABSENT say which of them are given. Rows are the tokens of all samples, r = b
+N + n. A token is *valid* if its mask does not ignore it. A sample *attends* if the missing mode and
+the absent flags let it. A token is *changed* if it does not come back unchanged.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ def pick(second, a, b):
 
 
 @triton.jit
-def listened(side, at, ok, who, IGNORE: tl.constexpr):
-    """ok, without the tokens that the side's own mask ignores; ``at``: their rows."""
+def valid_keys(side, at, ok, masks, IGNORE: tl.constexpr):
+    """Return ``ok`` without the tokens (rows ``at``) that the side's own mask ignores."""
     if IGNORE != 0:
         given = (ok.to(tl.int32) & (IGNORE >> side)) == 1
-        ok = ok & (tl.load(pick(side == 1, who[0], who[1]) + at, mask=given, other=0) == 0)
+        ok = ok & (tl.load(pick(side == 1, masks[0], masks[1]) + at, mask=given, other=0) == 0)
     return ok
 
 
 @triton.jit
-def present(side, b, ok, who, ABSENT: tl.constexpr):
+def present(side, b, ok, masks, ABSENT: tl.constexpr):
+    """Return ``ok`` without the samples where this side is absent."""
     if ABSENT != 0:
         given = (ok.to(tl.int32) & (ABSENT >> side)) == 1
-        ok = ok & (tl.load(pick(side == 1, who[2], who[3]) + b, mask=given, other=0) == 0)
+        ok = ok & (tl.load(pick(side == 1, masks[2], masks[3]) + b, mask=given, other=0) == 0)
     return ok
 
 
 @triton.jit
-def attends(direction, b, ok, who, ABSENT: tl.constexpr, MISSING: tl.constexpr):
-    """ok, without the samples that read nothing in this direction because a side is absent."""
+def attends(direction, b, ok, masks, ABSENT: tl.constexpr, MISSING: tl.constexpr):
+    """Return ``ok`` without the samples that do not attend in this direction."""
     if MISSING == "skip" or MISSING == "zero":
-        ok = present(1 - direction, b, ok, who, ABSENT)
+        ok = present(1 - direction, b, ok, masks, ABSENT)
     if MISSING == "skip":
-        ok = present(direction, b, ok, who, ABSENT)
+        ok = present(direction, b, ok, masks, ABSENT)
     return ok
 
 
@@ -54,23 +55,21 @@ def changed(
     r,
     N,
     ok,
-    who,
+    masks,
     IGNORE: tl.constexpr,
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """ok, without the asking tokens that come back as they are."""
-    ok = listened(direction, r, ok, who, IGNORE)
+    """Return ``ok`` without the queries that come back unchanged."""
+    ok = valid_keys(direction, r, ok, masks, IGNORE)
     if MISSING == "skip":
-        ok = attends(direction, r // N, ok, who, ABSENT, MISSING)
+        ok = attends(direction, r // N, ok, masks, ABSENT, MISSING)
     return ok
 
 
 @triton.jit
-def listened_span(side, b, N, who, IGNORE: tl.constexpr):
-    """[lo, hi) around the tokens of sample b that its mask does not ignore; lo = hi if there are
-    none.
-    """
+def valid_span(side, b, N, masks, IGNORE: tl.constexpr):
+    """Return [lo, hi) around the valid tokens of sample b; lo = hi if there are none."""
     lo = 0
     hi = N
     if IGNORE != 0:
@@ -78,7 +77,7 @@ def listened_span(side, b, N, who, IGNORE: tl.constexpr):
         last = 0
         for start in range(0, N, 512):
             n = start + tl.arange(0, 512)
-            keep = listened(side, b * N + n, n < N, who, IGNORE)
+            keep = valid_keys(side, b * N + n, n < N, masks, IGNORE)
             first = tl.minimum(first, tl.min(tl.where(keep, n, N), 0))
             last = tl.maximum(last, tl.max(tl.where(keep, n + 1, 0), 0))
         lo = tl.minimum(first, last)
@@ -91,22 +90,23 @@ def key_span(
     direction,
     b,
     M,
-    who,
+    masks,
     IGNORE: tl.constexpr,
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
     COLLAPSE: tl.constexpr,
 ):
-    """[lo, hi) around the tokens that sample b reads in this direction; COLLAPSE: an absent sample
-    reads the first one alone.
+    """Return [lo, hi) around the tokens that sample b attends to in this direction.
+
+    COLLAPSE: an absent sample attends to its first valid token only.
     """
-    there = attends(direction, b, M > 0, who, ABSENT, MISSING)
+    there = attends(direction, b, M > 0, masks, ABSENT, MISSING)
     lo = 0
     hi = 0
     if there:
-        lo, hi = listened_span(1 - direction, b, M, who, IGNORE)
+        lo, hi = valid_span(1 - direction, b, M, masks, IGNORE)
     if COLLAPSE:
-        if not present(1 - direction, b, there, who, ABSENT):
+        if not present(1 - direction, b, there, masks, ABSENT):
             hi = tl.minimum(hi, lo + 1)
     return lo, hi
 
@@ -133,9 +133,10 @@ def add_product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc + a w over K for the columns ``cols`` of COLS: a's rows begin at ``a_at`` and are read
-    where a_ok; w[k, c] lies at k SK + c SC. ``limit``: K, or 0 where the product is known to be of
-    no use.
+    """Return acc + a w over K, for the columns ``cols`` of COLS.
+
+    Rows of a begin at ``a_at`` and are read where a_ok; w[k, c] is at k SK + c SC. ``limit``: K, or
+    0 where the product is not needed.
     """
     for start in range(0, limit, BK):
         k = start + tl.arange(0, BK)
@@ -153,4 +154,5 @@ def add_product(
 
 @triton.jit
 def any_of(ok):
+    """Return whether any element is true."""
     return tl.max(ok.to(tl.int32), 0) > 0

@@ -12,6 +12,8 @@ from .. import grouped_mlp as kernels
 
 @dataclass(frozen=True)
 class Case:
+    """The sizes and options of one case."""
+
     tokens: int
     dim: int
     width: int

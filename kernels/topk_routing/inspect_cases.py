@@ -12,6 +12,8 @@ from .. import topk_routing as kernels
 
 @dataclass(frozen=True)
 class Case:
+    """The sizes and options of one case."""
+
     experts: int
     k: int
     dim: int | None  # None: from logits
