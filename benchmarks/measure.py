@@ -1,4 +1,4 @@
-"""Check the accuracy of a provider, and measure its time, memory and kernels.
+"""Check the accuracy of a provider and measure its time.
 
 An op's benchmark (query_pooling.py, for instance) defines
 
@@ -19,13 +19,10 @@ in which ``faults`` lists what is wrong.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 import mmfused
-from mmfused.library import why_not_fused
-from mmfused.testing import interleaved_seconds, over_budget, relative_error, saved_bytes
+from mmfused.library import Backend, why_not_fused
+from mmfused.testing import interleaved_seconds, over_budget, relative_error
 
 MAX_COPIES = 64
 
@@ -97,7 +94,7 @@ class Provider:
 
     module: nn.Module
     layout: dict[str, tuple[str, ...]]
-    backend: str | None = None
+    backend: Backend | None = None
     run: Callable[..., Tensor] | None = None
     ceiling: str | None = None
     uncompiled: str | None = None
@@ -339,45 +336,6 @@ def capture(
     return graph
 
 
-# ---- memory and launches -------------------------------------------------------------------------
-
-
-def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
-    """Measure the memory and kernels of one forward + backward.
-
-    Peak bytes above inputs and parameters, bytes saved for the backward, kernels of both passes and
-    of the forward alone. All but the saved bytes are None without CUDA.
-    """
-    inputs = tuple(problem.inputs.values())
-    saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))
-    if problem.device.type != "cuda":
-        return {"peak_bytes": None, "saved_bytes": saved, "kernels": None, "forward_kernels": None}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    provider.both(inputs, problem.upstream)
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return {
-        "peak_bytes": peak,
-        "saved_bytes": saved,
-        "kernels": kernel_count(lambda: provider.both(inputs, problem.upstream)),
-        "forward_kernels": kernel_count(lambda: provider(*inputs)),
-    }
-
-
-def kernel_count(call: Callable) -> int | None:
-    """Count the CUDA kernels of one call; None where the profiler sees none."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return sum(event.get("cat") == "kernel" for event in events) or None
-
-
 # ---- the roofline --------------------------------------------------------------------------------
 
 
@@ -408,7 +366,7 @@ def floor_seconds(work: dict[str, list[dict]], rates: dict[str, float]) -> dict[
     whichever is longer.
     """
     peak, bandwidth = rates["flops_per_second"], rates["bytes_per_second"]
-    floors = {
+    floors: dict[str, float] = {
         which: sum(max(s["flops"] / peak, s["bytes"] / bandwidth) for s in stages)
         for which, stages in work.items()
     }

@@ -29,7 +29,10 @@ PACKAGES = ("torch", "triton", "timm", "transformers", "liger-kernel", "numpy")
 
 def environment(device: torch.device) -> dict:
     """Return versions, device and commit; None for what cannot be read here."""
-    versions = {"mmfused": mmfused.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "mmfused": mmfused.__version__,
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

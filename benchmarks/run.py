@@ -26,6 +26,7 @@ if not __package__:  # run as a file: import this checkout, whatever is installe
 
 from mmfused import ops
 from mmfused.benchmarks import charts, measure, report, tables
+from mmfused.benchmarks.footprint import footprint
 from mmfused.benchmarks.sources import ROOT, source_hash
 
 OPS = (*ops.OPS, "models")
@@ -240,7 +241,7 @@ def clock(
 ) -> None:
     """Add memory, kernels and times to what is ``found`` about each provider."""
     for label, provider in providers.items():
-        found[label] |= measure.footprint(provider, problem) | {"seconds": {}}
+        found[label] |= footprint(provider, problem) | {"seconds": {}}
     how = (providers, problem, settings.repeats, settings.backward)
     launches = {"eager": measure.eager_seconds(*how)}
     if settings.device.type == "cuda":

@@ -62,7 +62,7 @@ def serves(name: Path, op: str) -> bool:
     if "models" in folders:
         return op == "models"
     if "benchmarks" in folders:
-        shared = ("measure", "run")
+        shared = ("measure", "footprint", "run")
         if op == "models":
             shared += ("model_steps", "torch_modules", "torch_functions")
         return stem in shared or stem.startswith((op, *used))

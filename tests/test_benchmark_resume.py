@@ -12,6 +12,7 @@ import torch
 from mmfused.benchmarks import measure, query_pooling, run, sources
 
 SHARED = {
+    "benchmarks/footprint.py",
     "benchmarks/measure.py",
     "benchmarks/run.py",
     "kernels/tiles.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -267,3 +268,15 @@ def test_choices_refuse(capsys):
     assert choices.main(["--op", "query_pooling", "--tiles", "no"]) == 2
     assert "query_pooling: tiles: got 'no', expected one of fluid" in capsys.readouterr().err
     assert choices.main(["--op", "pool"]) == 2 and "op: got 'pool'" in capsys.readouterr().err
+
+
+def test_no_shipped_file_imports_the_tools():
+    """The wheel has no tools/."""
+    shipped = [
+        path
+        for folder in ("mmfused", "kernels", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    lines = [line for path in shipped for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(shipped) > 50
+    assert not [line for line in lines if re.match(r"\s*(from|import) \S*\btools\b", line)]

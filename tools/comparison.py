@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..benchmarks import charts, report
 from ..benchmarks.run import OPS
 from .conditions import common_launch, compiled_too, fastest, kind, ours_of
 
 OURS, SLOWER = "#3b6ea5", "#b5503c"  # colours: ours, and ours where it is slower
+Fill = Callable[[Any], None]  # draws on a figure of matplotlib
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def comparisons(records: list[dict]) -> list[Comparison]:
 # ---- what the pictures show ----------------------------------------------------------------------
 
 
-def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, object]]:
+def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
     """Return, by file, a fingerprint of the content and the function that draws it."""
     rows = [row for row in comparisons(records) if row.best is not None]
     shown = [
@@ -130,7 +133,7 @@ def is_current(path: Path, mark: str) -> bool:
     return path.is_file() and mark.encode() in path.read_bytes()
 
 
-def draw(path: Path, mark: str, fill) -> None:
+def draw(path: Path, mark: str, fill: Fill) -> None:
     """Draw the picture, unless the file already shows the same numbers."""
     from matplotlib.figure import Figure
 
@@ -147,7 +150,7 @@ def versions(record: dict) -> str:
     return ", ".join(f"{name} {found[name]}" for name in shown if found.get(name))
 
 
-def said_once(values) -> str:
+def each_once(values: Iterable[object]) -> str:
     return " / ".join(dict.fromkeys(str(value) for value in values))
 
 
@@ -157,7 +160,7 @@ def label(record: dict) -> str:
     return report.sizes(record) if name.startswith("custom-") else f"{name}: {report.sizes(record)}"
 
 
-def speedups(rows: list[Comparison], figure) -> None:
+def speedups(rows: list[Comparison], figure: Any) -> None:
     """Draw the speed-up on the left, a bar from 1, and the memory of both sides on the right."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
@@ -207,13 +210,13 @@ def speedups(rows: list[Comparison], figure) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     title = [
-        said_once(r["environment"]["device"] for r in records),
-        said_once(r["dtype"] for r in records),
+        each_once(r["environment"]["device"] for r in records),
+        each_once(r["dtype"] for r in records),
     ]
-    figure.suptitle(f"{', '.join(title)}; {said_once(map(versions, records))}", fontsize=10)
+    figure.suptitle(f"{', '.join(title)}; {each_once(map(versions, records))}", fontsize=10)
 
 
-def plain_ticks(axes) -> None:
+def plain_ticks(axes: Any) -> None:
     """Set ticks 1, 2, 5, 10 ... on a logarithmic axis, or powers of ten where it is long."""
     low, high = axes.get_xlim()
     inside = [

@@ -79,15 +79,15 @@ def how_measured(records: list[dict]) -> str:
     threads = (
         ""
         if kind(records[0]) == "cuda"
-        else comparison.said_once(f", {fact['threads']} threads" for fact in facts)
+        else comparison.each_once(f", {fact['threads']} threads" for fact in facts)
     )
-    samples = comparison.said_once(sample_count(record) for record in records)
-    source = comparison.said_once(
+    samples = comparison.each_once(sample_count(record) for record in records)
+    source = comparison.each_once(
         str(fact["commit"])[:7] + (" with changes" if fact["dirty"] else "") for fact in facts
     )
-    machine = comparison.said_once(fact["device"] for fact in facts) + threads
-    dtypes = comparison.said_once(record["dtype"] for record in records)
-    made_with = comparison.said_once(map(comparison.versions, records))
+    machine = comparison.each_once(fact["device"] for fact in facts) + threads
+    dtypes = comparison.each_once(record["dtype"] for record in records)
+    made_with = comparison.each_once(map(comparison.versions, records))
     timed = f"{dtypes}, {comparison.passes(records[0])}, medians of {samples} interleaved samples"
     return f"{machine}; {timed}; {made_with}; commit {source}"
 
@@ -305,14 +305,14 @@ def differing(before: str, after: str) -> list[str]:
     return [name for (_, name, old, _), (_, _, new, _) in pairs if old != new]
 
 
-def all_pictures(results: Path) -> dict[Path, tuple[str, object]]:
+def all_pictures(results: Path) -> dict[Path, tuple[str, comparison.Fill]]:
     found = {}
     for folder in folders(results):
         found |= comparison.pictures(read(folder), folder)
     return found
 
 
-def draw_all(drawings: dict[Path, tuple[str, object]]) -> None:
+def draw_all(drawings: dict[Path, tuple[str, comparison.Fill]]) -> None:
     try:
         for path, (mark, draw) in drawings.items():
             comparison.draw(path, mark, draw)
