@@ -1,14 +1,15 @@
-"""Gated cross-attention, both directions: the layers of UniECS and UniCA, their baselines, and the
-least work they take.
+"""Benchmark of gated cross-attention in both directions: baselines, and the least work it needs.
 
-All providers of a case compute one function of one set of parameters: a reads b, b reads a, both as
-they were; what is timed is one tensor (a ``cat``: one kernel more for everybody). Where samples
-lack a modality they come back unchanged: providers that cannot skip compute them and choose, and
-one gathers the samples that have both.
+The cases are the layers of UniECS and UniCA. All providers of a case compute the same function of
+the same parameters: a attends to b and b attends to a, each to the input of the layer. The outputs
+are concatenated to one tensor, which costs every provider one kernel more. Samples that lack a
+modality are returned unchanged: one provider gathers the samples that have both, the others compute
+all and select with torch.where, or skip these samples.
 
-Dropout draws elements of its own in every provider: it acts when timed, and the gate judges without
-it. Torch's own attention may give wrong gradients at these lengths (cuDNN: NaN with 64 keys and a
-mask, pytorch #196678): the gate looks."""
+Each provider drops different elements, so dropout is on when timed and off in the accuracy check.
+Torch's own attention can return wrong gradients at these lengths (cuDNN returns NaN with 64 keys
+and a mask, pytorch #196678), which the accuracy check finds.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +17,21 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import mmfused
-
-from .gated_cross_attention_cases import Case, cases, custom, make, present
+from .gated_cross_attention_cases import Case, cases, custom, make
+from .gated_cross_attention_modules import Merged, Ours, Plain, WithMultiheadAttention
 from .measure import Problem, Provider, Unavailable, need_kernels
 
 __all__ = [
     "OURS",
     "PROVIDERS",
+    "SIZES",
     "Case",
     "cases",
     "comparable",
@@ -42,88 +44,18 @@ __all__ = [
 
 SIZES = "B, N, M, D, H"
 OURS = ("composed", "fused", "fused, one block kernel")
-EXACT_CHUNK = 48  # samples in float64 at a time: a multiple of 3, as what samples lack repeats
-ONCE = "compiled in the headline case alone: a run has minutes"
+EXACT_CHUNK = 48  # samples in float64 at a time; the pattern of absent modalities has period 3
+ONCE = "compiled only in the headline case, to keep a run short"
 
 
 # ---- providers: plain layers ---------------------------------------------------------------------
 
 
-class Plain(nn.Module):
-    """UniECS's released layer, or UniCA's: each projection a Linear, softmax of all logits, a
-    concatenation for the gate.
-    """
-
-    def __init__(self, case: Case, device: torch.device):
-        super().__init__()
-        self.case, dim = case, case.D
-        for side, here in zip("ab", present(case, device), strict=True):
-            self.register_buffer(f"present_{side}", here)
-            self.add_module(f"norm_{side}", nn.LayerNorm(dim))
-            self.add_module(f"attention_{side}", self.attention())
-            if not case.post_norm:
-                self.add_module(f"gate_{side}", nn.Linear(2 * dim + 1, dim))
-        self.drop = nn.Dropout(case.p)
-
-    def attention(self) -> nn.Module:
-        return Softmax(self.case.D, self.case.H, self.case.p)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        sides = {"a": a, "b": b}
-        normed = (
-            sides
-            if self.case.post_norm
-            else {side: getattr(self, f"norm_{side}")(x) for side, x in sides.items()}
-        )
-        outs = []
-        for side, other in ("ab", "ba"):
-            x, here = sides[side], getattr(self, f"present_{other}")
-            read = self.drop(
-                self.read(getattr(self, f"attention_{side}"), normed[side], normed[other])
-            )
-            if self.case.post_norm:
-                out = getattr(self, f"norm_{side}")(x + read)
-            else:
-                flag = x.new_ones(len(x)) if here is None else here.to(x)
-                parts = [x, read, flag[:, None, None].expand(-1, x.shape[1], 1)]
-                g = torch.sigmoid(getattr(self, f"gate_{side}")(torch.cat(parts, -1)))
-                out = g * read + (1 - g) * x
-            outs.append(
-                out
-                if here is None
-                else torch.where((self.present_a & self.present_b)[:, None, None], out, x)
-            )
-        return torch.cat(outs, 1)
-
-    def read(self, attention: nn.Module, x: Tensor, context: Tensor) -> Tensor:
-        return attention(x, context)
-
-
-class Softmax(nn.Module):
-    def __init__(self, dim: int, num_heads: int, p: float):
-        super().__init__()
-        self.num_heads, self.drop = num_heads, nn.Dropout(p)
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        parts = (self.q(x), self.k(context), self.v(context))
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in parts)
-        probs = self.drop((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1))
-        return self.o((probs @ v).transpose(1, 2).flatten(2))
-
-
-class WithMultiheadAttention(Plain):
-    def attention(self) -> nn.Module:
-        return nn.MultiheadAttention(
-            self.case.D, self.case.H, dropout=self.case.p, batch_first=True
-        )
-
-    def read(self, attention: nn.Module, x: Tensor, context: Tensor) -> Tensor:
-        return attention(x, context, context, need_weights=False)[0]
-
-
 def _stacked(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
-    """A layout: for each side, Linears and norms and the letters of what is stacked in them."""
+    """Return the layout of both sides' Linears and norms.
+
+    ``qkv_{}="qkv"`` stacks w_q, w_k and w_v of a side in its qkv weight, and their biases likewise.
+    """
     return {
         f"{name.format(side)}.{kind}": tuple(f"{side}.{kind[0]}_{part}" for part in parts)
         for side in "ab"
@@ -163,85 +95,16 @@ def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) ->
 # ---- providers: written well ---------------------------------------------------------------------
 
 
-class Merged(nn.Module):
-    """Torch at its best: one product a modality (its own queries, the other direction's keys and
-    values), no concatenation.
-
-    ``attend(q, k, v, p)`` takes and gives (B, tokens, H, D / H).  ``gathered``: the samples that
-    have both alone are computed. ``blend(x, read, logits)``: the end of the gate."""
-
-    def __init__(
-        self,
-        case: Case,
-        device: torch.device,
-        attend,
-        gathered: bool = False,
-        blend=None,
-    ):
-        super().__init__()
-        self.case, self.attend, self.gathered, dim = case, attend, gathered, case.D
-        self.blend = blend or (lambda x, read, logits: torch.lerp(x, read, logits.sigmoid()))
-        for side in "ab":
-            self.add_module(f"norm_{side}", nn.LayerNorm(dim))
-            self.add_module(f"qkv_{side}", nn.Linear(dim, 3 * dim))
-            self.add_module(f"out_{side}", nn.Linear(dim, dim))
-            if not case.post_norm:
-                self.add_module(f"gate_{side}", nn.Linear(dim, dim))
-                self.add_module(f"gate_read_{side}", nn.Linear(dim, dim, bias=False))
-                self.add_module(f"gate_flag_{side}", nn.Linear(1, dim, bias=False))
-        there = present(case, device)
-        self.register_buffer("both", there[0] & there[1] if case.missing else None)
-        self.drop = nn.Dropout(case.p)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self.gathered:
-            outs = self.layer(a, b)
-            if self.both is not None:
-                outs = [
-                    torch.where(self.both[:, None, None], out, x)
-                    for out, x in zip(outs, (a, b), strict=True)
-                ]
-            return torch.cat(outs, 1)
-        index = self.both.nonzero().squeeze(1)
-        outs = self.layer(a.index_select(0, index), b.index_select(0, index))
-        return torch.cat(
-            [x.index_copy(0, index, out) for x, out in zip((a, b), outs, strict=True)], 1
-        )
-
-    def layer(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        heads, post_norm = self.case.H, self.case.post_norm
-        parts = []
-        for x, norm, qkv in ((a, self.norm_a, self.qkv_a), (b, self.norm_b, self.qkv_b)):
-            parts.append(qkv(x if post_norm else norm(x)).unflatten(-1, (3, heads, -1)).unbind(2))
-        (q_a, k_a, v_a), (q_b, k_b, v_b) = parts
-        p = self.case.p if self.training else 0.0
-        reads = self.attend(q_a, k_b, v_b, p), self.attend(q_b, k_a, v_a, p)
-        return [
-            self.end(side, x, read.flatten(2))
-            for side, x, read in zip("ab", (a, b), reads, strict=True)
-        ]
-
-    def end(self, side: str, x: Tensor, read: Tensor) -> Tensor:
-        read = self.drop(getattr(self, f"out_{side}")(read))
-        if self.case.post_norm:
-            return getattr(self, f"norm_{side}")(x + read)
-        gate = getattr(self, f"gate_{side}")
-        bias = (
-            gate.bias + getattr(self, f"gate_flag_{side}").weight[:, 0]
-        )  # whoever is computed has both
-        logits = F.linear(x, gate.weight, bias) + getattr(self, f"gate_read_{side}")(read)
-        return self.blend(x, read, logits)
-
-
 def merged(
     case: Case,
-    device,
-    dtype,
+    device: torch.device,
+    dtype: torch.dtype,
     attend: Callable[..., Tensor],
-    gathered=False,
-    uncompiled=None,
-    blend=None,
+    gathered: bool = False,
+    uncompiled: str | None = None,
+    blend: Callable[..., Tensor] | None = None,
 ) -> Provider:
+    """Build the provider of a ``Merged`` layer, which stacks parameters of both directions."""
     layout = _stacked(case, **{"out_{}": "o", "norm_{}": "n"})
     for side, other in ("ab", "ba"):
         for kind in ("weight", "bias"):
@@ -255,8 +118,6 @@ def merged(
             layout |= {
                 f"gate_{side}.weight": (f"{side}.w_gx",),
                 f"gate_{side}.bias": (f"{side}.b_g",),
-            }
-            layout |= {
                 f"gate_read_{side}.weight": (f"{side}.w_ga",),
                 f"gate_flag_{side}.weight": (f"{side}.w_ge",),
             }
@@ -271,31 +132,31 @@ def attend_sdpa(
     p: float,
     backend: SDPBackend | None = None,
 ) -> Tensor:
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     with nullcontext() if backend is None else sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(
-            *(y.transpose(1, 2) for y in (q, k, v)), dropout_p=p
-        ).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
 
 
 def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if not case.missing:
-        raise Unavailable("no sample lacks a modality")
+        raise Unavailable("every sample has both modalities")
     return merged(
         case,
         device,
         dtype,
         attend_sdpa,
         gathered=True,
-        uncompiled="how many samples have both is data",
+        uncompiled="the number of samples with both modalities depends on the data",
     )
 
 
 def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """SDPA, and what many would then write: sigmoid and blend as one elementwise kernel, forward
-    and backward.
+    """SDPA, with the sigmoid and the blend as one elementwise Triton kernel in each direction.
+
+    This is the kernel that a user would most likely write.
     """
     if case.post_norm:
-        raise Unavailable("there is no gate")
+        raise Unavailable("there is no gate in this case")
     need_kernels(device, dtype)
     from .gated_cross_attention_gate import blend
 
@@ -305,20 +166,23 @@ def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provide
         dtype,
         attend_sdpa,
         blend=blend,
-        uncompiled="compiled, torch writes such a kernel itself",
+        uncompiled="torch.compile generates an equivalent kernel itself",
     )
 
 
-def forced(name: str) -> Callable[..., Provider]:
-    """SDPA on one of its backends, whatever torch would choose."""
+def forced(name: Literal["FLASH", "EFFICIENT", "CUDNN"]) -> Callable[..., Provider]:
+    """Return a builder of SDPA with this backend, instead of the one that torch chooses."""
     backend = getattr(SDPBackend, f"{name}_ATTENTION")
 
     def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         if device.type != "cuda" and name != "FLASH":
-            raise Unavailable("torch has it for CUDA alone")
-        why = "SDPA is compiled with the backend that torch chooses"
+            raise Unavailable("torch has this backend only on CUDA")
         return merged(
-            case, device, dtype, functools.partial(attend_sdpa, backend=backend), uncompiled=why
+            case,
+            device,
+            dtype,
+            functools.partial(attend_sdpa, backend=backend),
+            uncompiled="SDPA is compiled only with the backend that torch chooses",
         )
 
     return build
@@ -327,16 +191,17 @@ def forced(name: str) -> Callable[..., Provider]:
 def flex_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if device.type != "cuda" or not case.headline:
         raise Unavailable(
-            "timed on CUDA in the headline case alone: it compiles for each shape, and has no dropout"
+            "it compiles for each shape and has no dropout, so only the headline case is timed, "
+            "on CUDA"
         )
     from torch.nn.attention import flex_attention as flex
 
-    compiled = torch.compile(
-        flex.flex_attention, dynamic=False
-    )  # not compiled it writes all logits
+    # Without compilation it writes all logits to memory.
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
 
-    def attend(q, k, v, p):
-        return compiled(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
+    def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return compiled(q, k, v).transpose(1, 2)
 
     return merged(case, device, dtype, attend)
 
@@ -345,36 +210,23 @@ def varlen(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
-        raise Unavailable("this torch has no varlen_attn") from error
+        raise Unavailable("this version of torch has no varlen_attn") from error
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or case.p:
-        raise Unavailable("varlen_attn takes 16-bit tensors on CUDA, and has no dropout")
+        raise Unavailable("varlen_attn needs 16-bit tensors on CUDA and has no dropout")
     starts = {
         n: torch.arange(case.B + 1, device=device, dtype=torch.int32) * n for n in (case.N, case.M)
     }
 
-    def attend(q, k, v, p):
+    def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
         n, m = q.shape[1], k.shape[1]
-        packed = (y.flatten(0, 1) for y in (q, k, v))
-        return varlen_attn(*packed, starts[n], starts[m], n, m).unflatten(0, (-1, n))
+        q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+        out: Any = varlen_attn(q, k, v, starts[n], starts[m], n, m)
+        return out.unflatten(0, (-1, n))
 
     return merged(case, device, dtype, attend, uncompiled=None if case.headline else ONCE)
 
 
 # ---- providers: ours -----------------------------------------------------------------------------
-
-
-class Ours(nn.Module):
-    def __init__(self, case: Case, device: torch.device):
-        super().__init__()
-        options = dict(gate="none", pre_norm=False) if case.post_norm else {}
-        self.layer = mmfused.BidirectionalGatedCrossAttention(
-            case.D, case.H, dropout=case.p, **options
-        )
-        for side, here in zip("ab", present(case, device), strict=True):
-            self.register_buffer(f"present_{side}", here)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat(self.layer(a, b, a_present=self.present_a, b_present=self.present_b), 1)
 
 
 def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -388,29 +240,38 @@ def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) ->
     return Provider(Ours(case, device).to(device, dtype), layout, backend, drops=case.p > 0)
 
 
-reference, composed, fused = (
-    functools.partial(_ours, backend) for backend in ("reference", "composed", "fused")
-)
+def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("reference", case, device, dtype)
+
+
+def composed(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("composed", case, device, dtype)
+
+
+def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    return _ours("fused", case, device, dtype)
 
 
 def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Forward in 3 launches, not 4, which read T D elements less (see ``work``): what attention has
-    written for backward alone. The FLOPs are those of fused, but for rows: the tiles of each sample
-    are filled up by themselves."""
+    """Build "fused" with attention and everything after it as one kernel in the forward.
+
+    The forward then has 3 launches instead of 4. It does not read the attention output, T D
+    elements (see ``work``), and writes it only for backward. The FLOPs are those of "fused", except
+    that the tiles of each sample are padded separately.
+    """
     provider = fused(case, device, dtype)
     from mmfused.kernels.gated_cross_attention import plans
 
     if not plans.block_takes(case.D, case.D // case.H, dtype):
         raise Unavailable(
-            "the block kernel takes D <= 256 and heads of at most 64 channels, 32 in float32"
+            "the block kernel needs D <= 256 and heads of at most 64 channels, or 32 in float32"
         )
     return replace(provider, within=functools.partial(plans.form, "block"))
 
 
-PROVIDERS = {
-    "SDPA": functools.partial(
-        merged, attend=attend_sdpa
-    ),  # first, as the baseline that must be compiled
+PROVIDERS: dict[str, Callable[..., Provider]] = {
+    # The first is the baseline that must be compiled.
+    "SDPA": functools.partial(merged, attend=attend_sdpa),
     "eager": eager,
     "nn.MultiheadAttention": multihead_attention,
     "SDPA, samples with both gathered": sdpa_gathered,
@@ -430,39 +291,35 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The reference in float64, a few samples at a time: samples are independent, gradients of
-    parameters add up.
+    """Return the results of the reference in float64.
+
+    It runs a few samples at a time: samples are independent, and gradients of parameters add up.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
-    chunks = zip(
-        *(x.detach().split(EXACT_CHUNK) for x in (*problem.inputs.values(), problem.upstream)),
-        strict=True,
-    )
-    parts, sums = [], {}
-    for a, b, upstream in chunks:
-        provider = reference(replace(case, B=len(a)), problem.device, torch.float64).load(
-            parameters
-        )
+    tensors = (problem.inputs["a"].detach(), problem.inputs["b"].detach(), problem.upstream)
+    parts: list[dict[str, Tensor]] = []
+    sums: dict[str, Tensor] = {}
+    for a, b, upstream in zip(*(x.split(EXACT_CHUNK) for x in tensors), strict=True):
+        small = replace(case, B=len(a))
+        provider = reference(small, problem.device, torch.float64).load(parameters)
         inputs = {"a": a.double().requires_grad_(), "b": b.double().requires_grad_()}
         chunk = provider.results(Problem(inputs, parameters, upstream.double()))
         parts.append({name: chunk.pop(name) for name in ("out", "da", "db")})
-        sums = {
-            name: gradient + sums[name] if sums else gradient for name, gradient in chunk.items()
-        }
+        sums = {name: d + sums[name] if sums else d for name, d in chunk.items()}
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | sums
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of the gate as one; weight and bias of an affine map side by side.
+    """Join the gate's columns, and the gradients of weight and bias of each affine map.
 
-    The gradient of the key bias is exactly zero: what rounding leaves of it has no scale of its
-    own, only its map's."""
+    The gradient of the key bias is exactly zero, so its rounding error can only be compared with
+    the gradient of its weight.
+    """
     joined = dict(results)
     for side in "ab":
         if f"d{side}.w_gx" in joined:
-            joined[f"d{side}.w_g"] = torch.cat(
-                [joined.pop(f"d{side}.w_g{part}") for part in "xae"], 1
-            )
+            columns = [joined.pop(f"d{side}.w_g{part}") for part in "xae"]
+            joined[f"d{side}.w_g"] = torch.cat(columns, 1)
         for part in "qkvog":
             if f"d{side}.b_{part}" in joined:
                 bias = joined.pop(f"d{side}.b_{part}")[:, None]
@@ -473,29 +330,36 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: tokens are read once and
-    written once, all else stays on chip.
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
+    """Return FLOPs and bytes of each stage of the best known algorithm.
 
-    T = B (N + M) tokens, twice the samples' pairs P = B N M for the two directions; a multiply-add
-    is 2 FLOPs.
+    It reads the tokens X once and writes the outputs Y once; everything else stays on chip. X has
+    T = B (N + M) tokens, and each of the two directions has P = B N M pairs. A multiply-add is
+    2 FLOPs.
 
-        forward   project    q of its own direction, k and v of the other   6 T D^2    reads the
-                  tokens and 6 D^2 weights attend     S = Q K^T, O = P V, both directions
-                  8 P D output     A = O W_o^T                                    2 T D^2    reads 2
-                  D^2 weights gate       [x ; A] W_g^T, blend (none post-norm)          4 T D^2
-                  reads 4 D^2 weights, writes the tokens
-        backward  each product twice, with respect to either factor: 24 T D^2 and, with S again, 20
-                             P D reads the tokens and their gradients, writes gradients of tokens
-                             and weights
+        forward
+          project  q of its own direction, k and v of the other  6 T D^2   reads X, 6 D^2
+          attend   S = Q K^T, O = P V, both directions           8 P D
+          output   A = O W_o^T                                   2 T D^2   reads 2 D^2
+          gate     [x ; A] W_g^T, blend (not with post-norm)     4 T D^2   reads 4 D^2, writes Y
+        backward
+          each GEMM twice, once for each of its factors          24 T D^2
+          attention, with S again                                20 P D
+          reads X and dY, writes dX and the gradients of the weights
 
-    Samples that lack a modality come back as they are: read and written, no FLOPs. The 2 P H
-    exponentials run beside the products. Biases, norms and flags are small beside the rest."""
-    B, D = (case.B + 2) // 3 if case.missing else case.B, case.D
-    tokens, pairs, square = B * (case.N + case.M) * D, B * case.N * case.M * D, D * D
-    idle = (case.B - B) * (case.N + case.M) * D
+    Samples that lack a modality are read and written unchanged, without FLOPs. The 2 P H
+    exponentials overlap with the GEMMs. Biases, norms and flags are negligible.
+    """
+    B, N, M, D = case.B, case.N, case.M, case.D
+    if case.missing:
+        B = (case.B + 2) // 3  # samples with both modalities
+    # Elements of the tokens, of a weight, and of the tokens of the other samples.
+    tokens = B * (N + M) * D
+    square = D * D
+    idle = (case.B - B) * (N + M) * D
+    pairs = B * N * M * D
 
-    def stage(name, flops, elements):
+    def stage(name: str, flops: int, elements: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": elements * itemsize}
 
     forward = [

@@ -1,8 +1,9 @@
-"""The shapes of gated cross-attention's benchmark, and their inputs."""
+"""The shapes and inputs of gated cross-attention's benchmark."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from .measure import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, ``H`` heads: UniECS's layer (norms
-    first, a gate a channel, a flag).
+    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, with ``H`` heads.
 
-    ``post_norm``: UniCA's, without a gate, LN(x + A).  ``missing``: a third of the samples lacks a,
-    another third b.  ``p``: of the probabilities and of what is read, dropped."""
+    By default the layer of UniECS: pre-norm, a gate for each channel, and a presence flag.
+
+    ``post_norm``: the layer of UniCA, LN(x + A) without a gate.
+    ``missing``: a third of the samples lacks a, another third lacks b.
+    ``p``: dropout of the probabilities and of the attention output.
+    """
 
     name: str
     B: int
@@ -28,7 +32,7 @@ class Case:
     missing: bool = False
     p: float = 0.0
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = None  # None: nothing new on a CPU
+    cpu_B: int | None = None  # None: not run on a CPU, where it would show nothing new
 
 
 CASES = (
@@ -43,34 +47,40 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its batch sizes; a ``quick`` run keeps the shapes and at most 3
-    samples (63 on CUDA).
+    """Return the cases with the batch sizes of a device.
+
+    A ``quick`` run keeps the shapes, with at most 3 samples (63 on CUDA).
     """
-    chosen = (
-        CASES
-        if device_type == "cuda"
-        else [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
-    )
+    chosen = list(CASES)
+    if device_type != "cuda":
+        chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
     limit = 63 if device_type == "cuda" else 3
-    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else list(chosen)
+    return [replace(case, B=min(case.B, limit)) for case in chosen] if quick else chosen
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """UniECS's layer at the user's own sizes; what is left out is as there."""
+    """Return UniECS's layer with the user's sizes, by default UniECS's own at B = 8."""
     defaults = {"B": 8, "N": 197, "M": 64, "D": 256, "H": 8}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"shape has {', '.join(unknown)}; gated_cross_attention takes {', '.join(defaults)}."
+            f"gated_cross_attention: shape: got {', '.join(unknown)}, "
+            f"expected {', '.join(defaults)}"
         )
-    sizes = defaults | shape
+    sizes: dict[str, Any] = defaults | shape
     if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
-        raise ValueError(f"shape is {sizes}; all sizes must be positive and H must divide D.")
-    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
+        raise ValueError(
+            f"gated_cross_attention: shape: got {sizes}, expected positive sizes where H divides D"
+        )
+    name = "-".join(f"{name}{size}" for name, size in sizes.items())
+    return Case(f"custom-{name}", **sizes)
 
 
 def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Who has a, who has b: both, b alone, a alone, in turn."""
+    """Return which samples have a, and which have b; (None, None) where all have both.
+
+    Samples repeat the pattern both, only b, only a.
+    """
     if not case.missing:
         return None, None
     kind = torch.arange(case.B, device=device) % 3
@@ -78,17 +88,17 @@ def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | N
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens, parameters and upstream gradient: logits and gates of variance 1 or so, as at
-    initialisation.
+    """Draw tokens, parameters and upstream gradient; logits and gates have variance near 1.
 
-    The gate's weight is there whole and by its columns: those of x, of what was read and of the
-    flag."""
+    ``parameters`` has the gate's weight as a whole and split by columns: those of x, of the
+    attention output and of the flag.
+    """
     generator, dim = torch.Generator(device).manual_seed(0), case.D
 
-    def randn(*shape, std=1.0):
+    def randn(*shape: int, std: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     for side in "ab":
         parameters |= {f"{side}.w_n": 1 + randn(dim, std=0.1), f"{side}.b_n": randn(dim, std=0.1)}
         for part in "qkvo":
@@ -99,10 +109,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         if not case.post_norm:
             gate = randn(dim, 2 * dim + 1, std=(2 * dim) ** -0.5)
             parameters |= {f"{side}.w_g": gate, f"{side}.b_g": randn(dim, std=0.1)}
-            parameters |= {
-                f"{side}.w_g{part}": piece
-                for part, piece in zip("xae", gate.split([dim, dim, 1], 1), strict=True)
-            }
+            pieces = gate.split([dim, dim, 1], 1)
+            for part, piece in zip("xae", pieces, strict=True):
+                parameters[f"{side}.w_g{part}"] = piece
     inputs = {
         "a": randn(case.B, case.N, dim).requires_grad_(),
         "b": randn(case.B, case.M, dim).requires_grad_(),

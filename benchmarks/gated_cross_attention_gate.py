@@ -1,8 +1,11 @@
-"""A baseline: the end of a gate, sigmoid(z) read + sigmoid(-z) x, as one elementwise Triton kernel
-each way.
+"""A baseline: the blend of the model's gate, as one elementwise Triton kernel in each direction.
+
+It computes sigmoid(z) attn_out + sigmoid(-z) x, where z are the gate's logits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,23 +16,30 @@ BLOCK = 2048
 
 
 @triton.jit
-def _forward(x_ptr, read_ptr, z_ptr, out_ptr, total, BLOCK: tl.constexpr):
+def _forward(
+    x_ptr,  # (total,), as all tensors here
+    attn_ptr,
+    z_ptr,
+    out_ptr,
+    total,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
-    read = tl.load(read_ptr + at, mask=inside).to(tl.float32)
+    attn = tl.load(attn_ptr + at, mask=inside).to(tl.float32)
     z = tl.load(z_ptr + at, mask=inside).to(tl.float32)
-    tl.store(out_ptr + at, tl.sigmoid(z) * read + tl.sigmoid(-z) * x, mask=inside)
+    tl.store(out_ptr + at, tl.sigmoid(z) * attn + tl.sigmoid(-z) * x, mask=inside)
 
 
 @triton.jit
 def _backward(
-    d_ptr,
+    d_ptr,  # (total,), as all tensors here
     x_ptr,
-    read_ptr,
+    attn_ptr,
     z_ptr,
     dx_ptr,
-    d_read_ptr,
+    d_attn_ptr,
     dz_ptr,
     total,
     BLOCK: tl.constexpr,
@@ -38,25 +48,25 @@ def _backward(
     inside = at < total
     d = tl.load(d_ptr + at, mask=inside).to(tl.float32)
     x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
-    read = tl.load(read_ptr + at, mask=inside).to(tl.float32)
+    attn = tl.load(attn_ptr + at, mask=inside).to(tl.float32)
     z = tl.load(z_ptr + at, mask=inside).to(tl.float32)
     g, rest = tl.sigmoid(z), tl.sigmoid(-z)
     tl.store(dx_ptr + at, d * rest, mask=inside)
-    tl.store(d_read_ptr + at, d * g, mask=inside)
-    tl.store(dz_ptr + at, d * (read - x) * g * rest, mask=inside)
+    tl.store(d_attn_ptr + at, d * g, mask=inside)
+    tl.store(dz_ptr + at, d * (attn - x) * g * rest, mask=inside)
 
 
 class _Blend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, read, z):
-        x, read, z = (y.contiguous() for y in (x, read, z))
-        ctx.save_for_backward(x, read, z)
-        out = torch.empty_like(x)
-        _forward[(triton.cdiv(x.numel(), BLOCK),)](x, read, z, out, x.numel(), BLOCK)
+    def forward(ctx: Any, x: Tensor, attn_out: Tensor, logits: Tensor) -> Tensor:
+        saved = [y.contiguous() for y in (x, attn_out, logits)]
+        ctx.save_for_backward(*saved)
+        out = torch.empty_like(saved[0])
+        _forward[(triton.cdiv(x.numel(), BLOCK),)](*saved, out, x.numel(), BLOCK)
         return out
 
     @staticmethod
-    def backward(ctx, d):
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         gradients = [torch.empty_like(y) for y in saved]
         _backward[(triton.cdiv(d.numel(), BLOCK),)](
@@ -65,6 +75,6 @@ class _Blend(torch.autograd.Function):
         return tuple(gradients)
 
 
-def blend(x: Tensor, read: Tensor, logits: Tensor) -> Tensor:
-    """All of one shape and dtype; float32 within."""
-    return _Blend.apply(x, read, logits)
+def blend(x: Tensor, attn_out: Tensor, logits: Tensor) -> Tensor:
+    """Return the blend of tensors of one shape and dtype, computed in float32."""
+    return _Blend.apply(x, attn_out, logits)
