@@ -166,54 +166,55 @@ def speedups(rows: list[Comparison], figure: Any) -> None:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     records = [row.record for row in rows]
     for place, row in enumerate(rows):
-        color = OURS if row.speedup >= 1 else SLOWER
-        left.barh(place, row.speedup - 1, 0.6, left=1, color=color)
-        text = f"{row.speedup:.2f} x, {row.best[1]}" + (" (graph)" if row.launch == "graph" else "")
-        left.annotate(
-            text,
-            (max(row.speedup, 1), place),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-            color=color,
-        )
-        sizes = [count and count / 2**20 for count in row.memory]
-        if all(sizes):
-            right.plot(sizes, [place] * 2, color="0.8", linewidth=1.2, zorder=1)
-        for size, face in zip(sizes, ("white", OURS), strict=True):
-            if size:  # 0 has no place on a logarithmic axis
-                right.scatter(size, place, s=26, facecolor=face, edgecolor=OURS, zorder=2)
-    speeds = [row.speedup for row in rows]
+        draw_speed(row, place, left)
+        draw_memory(row, place, right)
+    speeds = [row.speedup for row in rows if row.speedup is not None]
     low, high = min(0.5, 0.8 * min(speeds)), 5 * max(2.0, *speeds)
-    left.set(
-        xscale="log",
-        xlim=(low, high),
-        xlabel=f"speed-up over the best baseline, which is named; {passes(records[0])}",
-    )
+    what = f"speed-up over the best baseline, which is named; {passes(records[0])}"
+    left.set(xscale="log", xlim=(low, high), xlabel=what)
     left.axvline(1, color="black", linewidth=1)
-    new = [
-        not place or records[place - 1]["op"] != record["op"]
-        for place, record in enumerate(records)
-    ]
-    names = [
-        f"{record['op']}\n{label(record)}" if first else label(record)
-        for record, first in zip(records, new, strict=True)
-    ]
-    left.set_yticks(range(len(rows)), names, fontsize=7.5)
+    left.set_yticks(range(len(rows)), row_names(records), fontsize=7.5)
     left.set_ylim(len(rows) - 0.4, -0.9)
-    kept = "peak above the inputs" if kind(records[0]) == "cuda" else "kept for backward"
-    right.set(xscale="log", xlabel=f"MiB {kept}\n(hollow: baseline, filled: ours)")
+    memory = "peak above the inputs" if kind(records[0]) == "cuda" else "kept for backward"
+    right.set(xscale="log", xlabel=f"MiB {memory}\n(hollow: baseline, filled: ours)")
     for axes in (left, right):
         plain_ticks(axes)
         axes.grid(axis="x", color="0.93")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    title = [
-        each_once(r["environment"]["device"] for r in records),
-        each_once(r["dtype"] for r in records),
-    ]
-    figure.suptitle(f"{', '.join(title)}; {each_once(map(versions, records))}", fontsize=10)
+    device = each_once(record["environment"]["device"] for record in records)
+    dtypes = each_once(record["dtype"] for record in records)
+    made_with = each_once(map(versions, records))
+    figure.suptitle(f"{device}, {dtypes}; {made_with}", fontsize=10)
+
+
+def draw_speed(row: Comparison, place: int, axes: Any) -> None:
+    assert row.best is not None and row.speedup is not None  # only rows with a baseline are drawn
+    color = OURS if row.speedup >= 1 else SLOWER
+    axes.barh(place, row.speedup - 1, 0.6, left=1, color=color)
+    text = f"{row.speedup:.2f} x, {row.best[1]}" + (" (graph)" if row.launch == "graph" else "")
+    style = {"va": "center", "fontsize": 7.5, "color": color}
+    end = max(row.speedup, 1), place
+    axes.annotate(text, end, (4, 0), textcoords="offset points", **style)
+
+
+def draw_memory(row: Comparison, place: int, axes: Any) -> None:
+    sizes = [count and count / 2**20 for count in row.memory]
+    if all(sizes):
+        axes.plot(sizes, [place] * 2, color="0.8", linewidth=1.2, zorder=1)
+    for size, face in zip(sizes, ("white", OURS), strict=True):
+        if size:  # 0 has no place on a logarithmic axis
+            axes.scatter(size, place, s=26, facecolor=face, edgecolor=OURS, zorder=2)
+
+
+def row_names(records: list[dict]) -> list[str]:
+    """Return the name of each case, the first of an op below the op's name."""
+    names, before = [], None
+    for record in records:
+        first = record["op"] != before
+        names.append(f"{record['op']}\n{label(record)}" if first else label(record))
+        before = record["op"]
+    return names
 
 
 def plain_ticks(axes: Any) -> None:

@@ -188,24 +188,12 @@ def faster_than(
     ``form``: the fastest of what is timed, eager or compiled ("either"); the same, but compiled
     ones must be there ("both"); only "compiled" ones; or only "eager" ones, on both sides.
     """
-    asked = " or ".join(name.replace("*", "all baselines") for name in names)
 
     def measure(bench):
         bench = bench if ours is None else Bench(bench.record, ours, bench.others)
         bench.provider()  # raises where ours failed, with or without rivals
-        record, over = bench.record, timed_pass(bench.record, which)
-        own = compiled_too(ours_of(record["op"]))
-        labels = (
-            [label for label in record["providers"] if label not in own]
-            if names == ("*",)
-            else compiled_too(names)
-        )
-        compiled = [label for label in labels if is_compiled(label)]
-        eager = [label for label in labels if not is_compiled(label)]
-        labels = {"compiled": compiled, "eager": eager}.get(form, labels)
-        rivals = fastest(record, labels, over)
-        if not rivals or (form == "both" and not fastest(record, compiled, over)):
-            raise NotMeasured(why_not_timed(record, compiled if form == "both" else labels))
+        over = timed_pass(bench.record, which)
+        rivals = fastest_rivals(bench.record, names, form, over)
         mine = bench.times(over, eager=form == "eager")
         launch = bench.launch(mine, rivals)
         ratios = {each: rivals[each][0] / mine[each][0] for each in rivals if each in mine}
@@ -214,13 +202,31 @@ def faster_than(
             [f"{mine[launch][1]} against {rivals[launch][1]}", launch, *beside]
         )
 
-    form_said = {"both": ", compiled", "compiled": ", compiled", "eager": ", eager", "either": ""}[
-        form
-    ]
-    pass_said = {"both": "forward + backward", "step": "training step"}.get(which, which)
-    return Condition(
-        f"{ours or 'speed'} against {asked}{form_said}: {pass_said}", ">=", at_least, measure
-    )
+    rivals = " or ".join(name.replace("*", "all baselines") for name in names)
+    forms = {"both": ", compiled", "compiled": ", compiled", "eager": ", eager", "either": ""}
+    what = {"both": "forward + backward", "step": "training step"}.get(which, which)
+    title = f"{ours or 'speed'} against {rivals}{forms[form]}: {what}"
+    return Condition(title, ">=", at_least, measure)
+
+
+def fastest_rivals(
+    record: dict,
+    names: tuple[str, ...],
+    form: str,
+    which: str,
+) -> dict[str, tuple[float, str]]:
+    """Return the fastest baseline by launch; names and form are those of :func:`faster_than`."""
+    own = compiled_too(ours_of(record["op"]))
+    labels = compiled_too(names)
+    if names == ("*",):
+        labels = [label for label in record["providers"] if label not in own]
+    compiled = [label for label in labels if is_compiled(label)]
+    eager = [label for label in labels if not is_compiled(label)]
+    labels = {"compiled": compiled, "eager": eager}.get(form, labels)
+    rivals = fastest(record, labels, which)
+    if not rivals or (form == "both" and not fastest(record, compiled, which)):
+        raise NotMeasured(why_not_timed(record, compiled if form == "both" else labels))
+    return rivals
 
 
 def timed_pass(record: dict, which: str) -> str:

@@ -142,17 +142,11 @@ def workers() -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Return 0 if all are green, 1 if one is red, 3 if none is red and some are left."""
-    if not (ROOT / "tests").is_dir():
-        raise ValueError(f"make gpu needs a checkout with tests, not an installed package ({ROOT})")
-    if not args.dry_run and not torch.cuda.is_available():
-        raise ValueError(
-            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU"
-        )
+    check_machine(args.dry_run)
     device = torch.device("cpu" if args.dry_run else "cuda")
     facts = report.environment(device)
-    out = Path(
-        args.out or (DRY_OUT if args.dry_run else RESULTS / report.slug(facts["device"]))
-    ).resolve()
+    usual = DRY_OUT if args.dry_run else RESULTS / report.slug(facts["device"])
+    out = Path(args.out or usual).resolve()
     chosen = named(slices(out, args.dry_run), args.slices)
     journal, begun = out / "make-gpu.json", time.monotonic()
     states = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
@@ -183,6 +177,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"Results, logs and this table's make-gpu.json are in {out}.")
     wrong = {"RED", "ended by its limit"} & set(shown.values())
     return 1 if wrong else UNFINISHED if {"left", "unfinished"} & set(shown.values()) else 0
+
+
+def check_machine(dry: bool) -> None:
+    if not (ROOT / "tests").is_dir():
+        raise ValueError(f"make gpu needs a checkout with tests, not an installed package ({ROOT})")
+    if not dry and not torch.cuda.is_available():
+        raise ValueError(
+            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU"
+        )
 
 
 def named(every: list[Slice], patterns: list[str]) -> list[Slice]:

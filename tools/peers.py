@@ -1,4 +1,4 @@
-"""Run other libraries' tests plain and with this library inserted; what passes plain has to pass.
+"""Run other libraries' tests plain and with this library inserted: what passes plain must pass.
 
     python tools/peers.py --checkouts FOLDER [SUITE ...]     suites whose names contain such a word
 
@@ -52,8 +52,8 @@ class Suite:
     inserts: tuple[str, ...] = ("fuse",)
 
 
-# Of transformers' tests not those that start processes of their own, into which nothing is
-# inserted, not those of its attention functions, and not the slowest of its compiled generations.
+# Leave out transformers' tests that start processes, into which nothing is inserted, those of its
+# attention functions, and the slowest of its compiled generations.
 SELECT = (
     "not fsdp2 and not tensor_parallel and not eager_matches_sdpa and not bc_torch_dtype"
     " and not no_recompile and not compilation_all_outputs"
@@ -112,7 +112,7 @@ def run(
     workers: int,
     only: tuple[str, ...] = (),
 ) -> dict[str, dict]:
-    """The suite, or only these tests of it: node id -> what tools/peers_plugin.py notes."""
+    """Run the suite, or only these tests: node id -> what tools/peers_plugin.py records."""
     started, out = time.monotonic(), scratch / "tests.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -160,7 +160,7 @@ def environment(source: Path, scratch: Path) -> dict[str, str]:
 
 
 def differing(plain: dict[str, dict], inserted: dict[str, dict]) -> dict[str, str]:
-    """Tests that pass plain and not with the library -> what happened instead."""
+    """Return the tests that pass plain but not with the library, and how they ended."""
     lost = {"outcome": "did not run", "failure": ""}
     found = {}
     for name, test in plain.items():
@@ -180,7 +180,7 @@ def compare(
     scratch: Path,
     workers: int,
 ) -> tuple[list[tuple], list[str], set[str]]:
-    """Rows of the table, faults, and the exceptions met."""
+    """Return rows of the table, faults, and the exceptions that occurred."""
     rows, faults, met = [], [], set()
     plain = run(suite, checkout, "nothing", scratch, workers)
     for insert in suite.inserts:
@@ -205,7 +205,7 @@ def compare(
 
 
 def make_models(checkout: Path, scratch: Path) -> None:
-    """What sentence-transformers' tests load by name."""
+    """Make the models that sentence-transformers' tests load by name."""
     command = [sys.executable, TOOLS / "peers_models.py", scratch / "hf"]
     env = environment(checkout, scratch)
     made = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -251,6 +251,11 @@ def main(argv: list[str] | None = None) -> int:
                 faults += parts[1]
                 met |= parts[2]
 
+    print_results(rows, faults, met)
+    return 1 if faults else 0
+
+
+def print_results(rows: list[tuple], faults: list[str], met: set[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:
@@ -259,7 +264,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"exception{'' if pattern in met else ' without a case here'} {pattern}: {reason}")
     for fault in faults:
         print(f"FAULT {fault}")
-    return 1 if faults else 0
 
 
 if __name__ == "__main__":
