@@ -12,8 +12,9 @@ INFINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 class Draw:
-    """Random choices, all of one seed. ``fixed`` decides some by name; with ``full`` every optional
-    argument is given.
+    """Random choices from one seed.
+
+    ``fixed`` decides some by name; with ``full`` every optional argument is given.
     """
 
     def __init__(

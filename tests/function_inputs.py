@@ -355,8 +355,9 @@ def update_selection_bias(draw: Draw) -> dict:
 
 
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
-    """A routing of T tokens, sorted by a kernel or without one, each of its tensors in a layout of
-    its own; and its mask.
+    """Return a routing of T tokens and its mask.
+
+    It is sorted by a kernel or without one; each of its tensors has a layout of its own.
     """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)

@@ -69,8 +69,9 @@ UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
 def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
-    """Faults of one refusal: no error, another kind of error, or one that does not say which
-    argument is wrong.
+    """Return the faults of one refusal.
+
+    These are no error, another type of error, or one that does not name the argument.
     """
     broken = list(_breaks(function, inputs))
     if function in UNCHECKED or not broken:

@@ -175,8 +175,9 @@ class Case:
         return found + self._compare(actual, self._replayed(actual))
 
     def _replayed(self, actual: dict) -> dict:
-        """The oracle chooses the same experts: near a tie either choice is right, and
-        :func:`_choice_faults` judges it.
+        """Make the oracle choose the same experts.
+
+        Near a tie either choice is right; :func:`_choice_faults` checks it.
         """
         return (
             self.inputs | dict(indices=actual["indices"])
@@ -215,9 +216,7 @@ class Case:
         return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
 
     def _other_rows(self, clean: dict) -> list[str]:
-        """One row of one input is not finite: the other rows come out as before, and so do their
-        gradients.
-        """
+        """One row of one input is not finite: other rows and their gradients must not change."""
         path = ROWS[self.function]
         x = leaves(self.inputs)[path]
         if len(x) < 2 or not x[0].numel():

@@ -25,8 +25,9 @@ def garbage(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """Drawn on the CPU, for the same seed is then the same case everywhere: with all the memory it
-    is a view into.
+    """Copy a view to the device with all the memory behind it.
+
+    Values are drawn on the CPU, so that a seed gives the same case on every device.
     """
     if DEVICE == "cpu":
         return x
@@ -35,8 +36,9 @@ def on_device(x: Tensor) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """``values`` as a view of that layout into memory of its own. Where it is applied again,
-    nothing changes any more.
+    """Return ``values`` as a view of that layout into new memory.
+
+    A second application changes nothing.
     """
     values = values.detach()
     if layout in EXPANDED:

@@ -11,9 +11,7 @@ CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
 def test_one_graph_for_three_lengths():
-    """fullgraph and dynamic, forward and backward, for each backend that runs here, with and
-    without padding.
-    """
+    """fullgraph and dynamic, with gradients, for each backend that runs here, padded and not."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -54,9 +52,7 @@ print("done")
 
 
 def test_fluid_is_one_graph():
-    """Loss and gradients of the whole model, over three text lengths from tokens, and once with its
-    encoders.
-    """
+    """Loss and gradients of the whole model: from tokens of three lengths, and with encoders."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters

@@ -8,9 +8,7 @@ CASES = ("cross 768", "block")
 
 
 def test_gated_cross_attention_is_one_graph_for_three_lengths():
-    """Both directions, with masks, flags and dropout; one graph for each of three lengths of both
-    sides.
-    """
+    """Both directions with masks, flags and dropout: one graph for three lengths of both sides."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters

@@ -57,8 +57,9 @@ print("done")
 
 
 def test_fused_moe_is_five_nodes_of_the_graph():
-    """Traced on fake CUDA tensors: router and experts are one opaque call each, forward and
-    backward, plus the router's input.
+    """Router and experts are one opaque call each, forward and backward, plus the router's input.
+
+    They are traced on fake CUDA tensors.
     """
     code = """
 import torch, mmfused

@@ -31,8 +31,10 @@ def flat(name: str):
 
 
 def dynamic(args: tuple, named: dict, tokens: bool) -> tuple:
-    """The first dimension is the batch, or (candidates) the batch and two; the second, where
-    ``tokens``, the length of the first argument, or (the context) that and one.
+    """Return the dynamic dimensions of the arguments.
+
+    The first dimension is the batch, or (candidates) the batch and two. The second, where
+    ``tokens``, is the length of the first argument, or (the context) that and one.
     """
     batch, length = Dim("batch", min=2, max=64), Dim("tokens", min=2, max=32)
     sizes = {args[0].shape[0]: batch, args[0].shape[0] + 2: batch + 2}

@@ -407,9 +407,7 @@ DROPS = {  # name -> (make a model, call it)
 
 @pytest.mark.parametrize("name", DROPS)
 def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
-    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same
-    numbers.
-    """
+    """Over 4000 equal samples: the same mean and variance; in evaluation the same numbers."""
     make, call = DROPS[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
@@ -438,8 +436,9 @@ def run_python(code):
 
 
 def test_no_graph_break():
-    """Whole models too; the compiled fused model equals the eager one, and a model fused after
-    compiling is compiled again.
+    """The compiled fused model equals the eager one, also for whole models.
+
+    A model fused after compilation is compiled again.
     """
     for module in ("timm", "open_clip", "transformers"):
         pytest.importorskip(module)

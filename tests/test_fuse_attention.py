@@ -49,8 +49,9 @@ class Exchange(nn.Module):
 
 
 class BiAttention(nn.Module):
-    """GroundingDINO's fusion layer with attention of torch: norms first, widths that differ, scaled
-    residuals.
+    """GroundingDINO's fusion layer with torch's attention.
+
+    Norms come first, widths differ, residuals are scaled.
     """
 
     def __init__(self, **options):
@@ -332,9 +333,7 @@ def test_open_clip_normalises_keys_and_values_apart():
 
 
 def test_dropout_is_distributed_as_before(served):
-    """Over 4000 equal samples: the same mean and spread of every output, in evaluation the same
-    numbers.
-    """
+    """Over 4000 equal samples: the same mean and variance; in evaluation the same numbers."""
     model = filled(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
     a, b = (t[:1].repeat(4000, 1, 1) for t in data(D, False).values())
 
@@ -379,8 +378,7 @@ print("done")
 
 
 class SharedLogits(nn.Module):
-    """GroundingDINO's bi-attention without its weights: one set of logits, softmax over either
-    side.
+    """GroundingDINO's bi-attention: one set of logits, softmax over either side.
 
     Text queries over vision keys are vision queries over text keys, transposed: each projection
     serves as queries and as keys.
@@ -492,9 +490,7 @@ def renamed(state, names):
 
 @pytest.mark.parametrize("missing", [None, "a", "b"])
 def test_uniecs_weights_load_into_the_module(missing):
-    """Its three passes: a missing modality is all zeros, which it reads, and one flag serves the
-    batch.
-    """
+    """Its three passes: a missing modality is all zeros, which it reads; one flag for the batch."""
     plain = filled(PlainUniECS())
     if missing:  # a norm's bias would make the normalised zeros count as there
         nn.init.zeros_(plain.ln_v.bias), nn.init.zeros_(plain.ln_t.bias)

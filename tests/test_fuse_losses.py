@@ -154,9 +154,7 @@ def wrapping(function):
 
 
 def bound_anew(loss, function):
-    """Bound to the instance itself: another function inside MatryoshkaLoss's wrapper, or its own
-    without one.
-    """
+    """Bind a method to the instance: another function in MatryoshkaLoss's wrapper, or its own."""
     own = loss.calculate_loss
     return edited(
         loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own
@@ -248,9 +246,7 @@ def chunks(grad=True):
 
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
-    """With it, no graph is left and the chunks hold their gradients; without, the graph is the
-    caller's.
-    """
+    """With it, no graph remains and the chunks hold their gradients; without, the caller has it."""
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):
@@ -293,9 +289,7 @@ def test_the_cached_loss_leaves_other_columns_to_the_original(swept):
 
 @pytest.mark.parametrize("first", ["wrapped", "fused"])
 def test_matryoshka_and_fuse_in_either_order(first, swept):
-    """MatryoshkaLoss wraps the method bound at its construction; whichever is first, the sweep runs
-    and comes off again.
-    """
+    """MatryoshkaLoss wraps the method bound at its construction; both orders of wrapping work."""
     make, shapes, call, *_ = CASES["cached matryoshka"]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]

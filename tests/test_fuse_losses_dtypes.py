@@ -75,8 +75,9 @@ def embeddings(seed, dtype):
 
 
 def outcome(name, kind, dtype, swap, autocast, exact=False):
-    """Loss and gradients of several seeds, stacked: one scalar's rounding is luck. Or what it
-    raises.
+    """Return loss and gradients of several seeds, stacked, or the error.
+
+    One scalar's rounding error is random.
     """
     found = []
     for seed in range(SEEDS):
@@ -143,8 +144,9 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_scale_is_not_inverted(dtype):
-    """1 / scale rounded to 16 bits would err as much again: over 60 seeds the gradient of the scale
-    is no worse than plain's.
+    """1 / scale rounded to 16 bits would double the error.
+
+    Over 60 seeds the gradient of the scale is no worse than plain's.
     """
     clip = pytest.importorskip("open_clip.loss").ClipLoss
     errors = {"plain": [], "fused": []}

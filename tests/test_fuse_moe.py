@@ -75,9 +75,7 @@ def blocks(case):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers_in_float64(case, training, grouped):
-    """Logits, loss with its aux loss, router logits, all gradients; the attention mask leaves
-    tokens out.
-    """
+    """Logits, loss with its aux loss, router logits and all gradients, with a padding mask."""
     model = filled(CASES[case]()).train(training)
     want, seen = run(model), []
     for name, module in model.named_modules():
@@ -100,9 +98,7 @@ def test_float32_within_the_budget(case):
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2"])
 def test_the_kernels_give_the_same_numbers(case, grouped):
-    """Where the choice of kernels is explicit no other path serves the call; in the interpreter
-    without a GPU.
-    """
+    """With explicitly chosen kernels no other path is used; in the interpreter without a GPU."""
     model = filled(CASES[case]()).float().double()
     exact = run(model.eval())
     plain = run(model.float())

@@ -98,9 +98,7 @@ def test_loaded_by_assignment_into_the_meta_device(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_begun_anew(name, dtype):
-    """to_empty and reset_parameters give a module like a new one: the same numbers of the same
-    seed.
-    """
+    """to_empty and reset_parameters give the same numbers as a new module of the same seed."""
     make, inputs, call = ALL[name]
     new = make()
     with torch.device("meta"):

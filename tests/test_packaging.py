@@ -57,9 +57,7 @@ def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **vari
 
 @pytest.fixture(scope="module")
 def dependencies(tmp_path_factory) -> Path:
-    """Links to all that is installed here except mmfused, so that a test's own copy of it is the
-    only one there is.
-    """
+    """Links to all installed packages except mmfused, so that only a test's own copy is found."""
     folder = tmp_path_factory.mktemp("dependencies")
     for site in (
         Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
@@ -90,9 +88,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(clone, tmp_path_factory) -> dict[str, Path]:
-    """The wheel of the clone, the wheel of its sdist, and its editable wheel, all built without a
-    network.
-    """
+    """The clone's wheel, its sdist's wheel and its editable wheel, built without a network."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools installed")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
@@ -142,9 +138,7 @@ print(json.dumps([mmfused.__path__[0], mmfused.kernels.__path__[0], *mmfused.ben
 
 
 def imported_from(cwd: Path, site: Path, dependencies: Path) -> list[Path]:
-    """Where mmfused, its kernels and its benchmarks come from if `site` and the dependencies are
-    all there is.
-    """
+    """Return the folders of mmfused, its kernels and benchmarks, with only `site` on the path."""
     output = run("-S", "-c", PROBE, site, cwd=cwd, pythonpath=(dependencies,))
     return [Path(folder).resolve() for folder in json.loads(output)]
 
