@@ -7,7 +7,7 @@ from query_pooling_cases import DEVICE, PADDINGS, make
 
 import mmfused
 from mmfused import query_pooling
-from mmfused.ops._attention import attention
+from mmfused.ops._sdpa import attention
 from mmfused.testing import saved_bytes
 
 SMALL = (2, 4, 5, 3, 2, 4, 4)

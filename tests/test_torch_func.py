@@ -147,7 +147,7 @@ def test_kernels_say_why_they_cannot():
     args, _ = make(2, 5)
     with (
         mmfused.backend("fused"),
-        pytest.raises(RuntimeError, match="torch.func transforms the call, and takes plain"),
+        pytest.raises(RuntimeError, match="torch.func transforms need plain formulas"),
     ):
         grad(lambda x: module.float()(x).sum())(args[0].float())
 
@@ -169,7 +169,7 @@ def test_values_that_are_none_give_nan_to_their_sample_alone():
     module, make = case("pool lengths")
     args, named = stacked(make, 2, 5)
     named["lengths"][1, 0] = 6
-    with pytest.raises(ValueError, match="lengths holds a value outside"):
+    with pytest.raises(ValueError, match="lengths: got a value out of range"):
         module(args[0][1], lengths=named["lengths"][1])
     out = vmap(lambda x, lengths: module(x, lengths=lengths))(args[0], named["lengths"])
     assert out[1, 0].isnan().all() and out[1, 1].isfinite().all() and out[0].isfinite().all()
