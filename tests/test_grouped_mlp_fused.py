@@ -22,20 +22,27 @@ from grouped_mlp_cases import (
 
 import mmfused
 from mmfused import routing_from_indices
-from mmfused.kernels import grouped_mlp as kernels
+from mmfused.kernels.grouped_mlp import backward, forward, weight_gradients
+from mmfused.kernels.grouped_mlp import combine as combining
 from mmfused.kernels.grouped_mlp.plans import KINDS, plan
 from mmfused.kernels.tiles import tile_rows
 
 NARROW = (3, 48, 80, 32)  # E, D, I, Dout of the tests that run many tiles
 
 
+def replace_plan(monkeypatch, function):
+    for module in (forward, backward, weight_gradients):
+        monkeypatch.setattr(module, "plan", function)
+
+
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """The interpreter's time goes with the number of steps: more than float32's registers would
-    hold go into one.
+    """Fewer and longer steps, which the registers could not hold in float32.
+
+    The interpreter's time is proportional to their number.
     """
     if not CUDA:
-        monkeypatch.setattr(kernels, "plan", lambda *args: dataclasses.replace(plan(*args), BK=64))
+        replace_plan(monkeypatch, lambda *args: dataclasses.replace(plan(*args), BK=64))
 
 
 # ---- 1: forward and every gradient ---------------------------------------------------------------
@@ -58,7 +65,7 @@ def test_mlp_stays_within_the_budget(variant, shape, bias, dtype):
 
 
 def test_the_tiles_of_float32(monkeypatch):
-    monkeypatch.setattr(kernels, "plan", plan)
+    replace_plan(monkeypatch, plan)
     options = dict(variant="swiglu", upstream=torch.randn(37, 36, device=DEVICE))
     check(run_mlp, make_mlp("odd", "swiglu"), choose_experts(37, 5, 2), **options)
 
@@ -140,7 +147,7 @@ def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
         assert kind.endswith("weights") or tile.BM == (128 if height == "long" else height)
         return tile
 
-    monkeypatch.setattr(kernels, "plan", half)
+    replace_plan(monkeypatch, half)
     experts, dim, width, out = NARROW
     tokens = (128 if height == "long" else height) * experts // 2
     leaves = make_mlp((tokens, experts, 2, dim, width, out), variant)
@@ -387,28 +394,30 @@ def test_partial_gradients_of_a_linear_layer(only, combine):
 
 def test_launches(monkeypatch):
     """Three kernels forward, five backward, and none for what is frozen."""
-    heard = []
-    real = kernels.launch
-    monkeypatch.setattr(
-        kernels,
-        "launch",
-        lambda kernel, *a, **c: (heard.append(kernel.fn.__name__), real(kernel, *a, **c)),
-    )
+    launched = []
+    real = forward.launch
+
+    def launch(kernel, *args, **options):
+        launched.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
+    for module in (forward, backward, weight_gradients, combining):
+        monkeypatch.setattr(module, "launch", launch)
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused")
-    forward = ["rows_kernel", "rows_kernel", "combine_kernel"]
-    assert heard == [
-        *forward,
+    products = ["rows_kernel", "rows_kernel", "combine_kernel"]
+    assert launched == [
+        *products,
         "hidden_kernel",
         "weights_kernel",
         "weights_kernel",
         "rows_kernel",
         "combine_kernel",
     ]
-    heard.clear()
+    launched.clear()
     frozen = ("w_up", "w_gate", "w_down", "b_up", "b_down")
     run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused", frozen=frozen)
-    assert heard == [*forward, "hidden_kernel", "rows_kernel", "combine_kernel"]
+    assert launched == [*products, "hidden_kernel", "rows_kernel", "combine_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -439,13 +448,12 @@ def test_offsets_are_64_bit(far):
     """
     if CUDA:
         pytest.skip("the interpreter probes the kernel; the same source runs on the card")
-    from mmfused.kernels.grouped_mlp.rows import rows_kernel
+    from mmfused.kernels.grouped_mlp.forward import rows_kernel
 
     width = 32768
     rows = 2**31 // width + 20
-    place = torch.from_numpy(
-        numpy.zeros(rows * width, numpy.float16)
-    )  # 4.3 GB of which only what is touched takes memory
+    # 4.3 GB, of which only the pages that are touched take memory.
+    place = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))
     first, stride_e, x, n = 0, 16 * width, torch.randn(4, width).half(), 16
     order, weight = torch.tensor([3, 0, 2, 1], dtype=torch.int32), torch.zeros(1)
     out = torch.full((4, n), math.nan, dtype=torch.float16)

@@ -4,6 +4,7 @@ a GPU as they are.
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -27,12 +28,18 @@ import mmfused
 from mmfused import routing_from_indices, topk_routing, topk_routing_reference
 from mmfused.kernels import tiles as shared
 from mmfused.kernels import topk_routing as kernels
-from mmfused.kernels.topk_routing import scores
+from mmfused.kernels.topk_routing import router_gradients, scores
+from mmfused.kernels.topk_routing.plans import plan
 from mmfused.random import uniform
 from mmfused.testing import over_budget
 
 # T, E, k: odd, with one token, several blocks of tokens, and more experts than a warp has lanes
 SHAPES = [(1, 5, 1), (3, 16, 3), (257, 13, 2), (257, 16, 1), (130, 70, 3), (65, 6, 5), (9, 1, 1)]
+
+
+def module_of(function):
+    """Return the module of a launcher, which has the name of another attribute of its package."""
+    return sys.modules[function.__module__]
 
 
 # ---- 1: values and gradients ---------------------------------------------------------------------
@@ -113,9 +120,8 @@ def test_few_programs_for_the_products(monkeypatch, dtype):
     """Each goes through several blocks of tokens, or of columns; gradients grow from block to
     block.
     """
-    planned = kernels.plan
     monkeypatch.setattr(
-        kernels, "plan", lambda *args: dataclasses.replace(planned(*args), programs=1)
+        router_gradients, "plan", lambda *args: dataclasses.replace(plan(*args), programs=1)
     )
     leaves = make_inputs(150, 13, 150, dtype, torch.float32)
     growing = 10.0 ** (torch.arange(150, device=DEVICE) // 20 - 6)
@@ -340,7 +346,7 @@ def test_order_of_a_routing_made_elsewhere(monkeypatch, masked, rows):
     """Over several blocks of tokens, scanned at once and one after the other; an expert may be
     named twice and may get nothing.
     """
-    monkeypatch.setattr(kernels, "SCAN_ROWS", rows)
+    monkeypatch.setattr(module_of(kernels.order), "SCAN_ROWS", rows)
     indices = torch.randint(0, 7, (333, 3), device=DEVICE) * 3
     mask = torch.rand(333, device=DEVICE) < masked
     weights = torch.rand(333, 3, device=DEVICE)
@@ -357,8 +363,8 @@ def test_order_of_a_routing_made_elsewhere(monkeypatch, masked, rows):
 
 @pytest.mark.parametrize("experts, k", [(16, 2), (300, 4)])
 def test_scan_over_many_blocks(monkeypatch, experts, k):
-    monkeypatch.setattr(kernels, "SCAN_ROWS", 2)
-    monkeypatch.setattr(kernels, "SCAN_COLUMNS", 32)
+    monkeypatch.setattr(module_of(kernels.order), "SCAN_ROWS", 2)
+    monkeypatch.setattr(module_of(kernels.order), "SCAN_COLUMNS", 32)
     check(make_logits(40, experts), k, make_options("gshard", 40, experts, k))
     check(make_inputs(9, experts, 40, torch.float16), k, {})
 
@@ -469,12 +475,14 @@ def test_launches(monkeypatch):
     """Three forward, one backward, two more for x and the router's weights, none of them for what
     is constant.
     """
-    launched, real = [], kernels.launch
-    monkeypatch.setattr(
-        kernels,
-        "launch",
-        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
-    )
+    launched, real = [], router_gradients.launch
+
+    def launch(kernel, *args, **options):
+        launched.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
+    for name in kernels.__all__:
+        monkeypatch.setattr(module_of(getattr(kernels, name)), "launch", launch)
 
     def names(leaves, wanted):
         launched.clear()
@@ -527,9 +535,8 @@ def test_offsets_are_64_bit():
         tl.store(out_ptr + at, load(ptr, first + i, i, i < 1, stride, 1, E))
         tl.store(out_ptr + 256 + at, load(ptr, i, i, i < 2, 1, stride, E))
 
-    memory = torch.zeros(
-        2_200_000_000, dtype=torch.int8
-    )  # zero pages: only what is written takes memory
+    # Zero pages: only the ones that are written take memory.
+    memory = torch.zeros(2_200_000_000, dtype=torch.int8)
     memory[9 * 240_000_000 : 9 * 240_000_000 + 2] = 7  # 9 rows down, or 9 columns along
     out = torch.full((2, 16, 16), -1.0)
     probe[(1,)](scores.load_logits, memory, out, 9, 240_000_000, E=10)

@@ -12,14 +12,15 @@ from .. import grouped_mlp as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and options of one case."""
+    """Sizes and options of one experts' layer."""
 
     tokens: int
     dim: int
     width: int
     experts: int
     k: int
-    activation: Literal["gelu", "relu", "swiglu"] | None = "gelu"  # None: the linear layer alone
+    # None: the linear layer alone
+    activation: Literal["gelu", "relu", "swiglu"] | None = "gelu"
     biases: bool = True
     packed: bool = False  # w_up holds the gate's rows too
     dtype: str = "bfloat16"
@@ -86,7 +87,7 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Call the launchers on meta tensors of the shapes of this case."""
+    """Run the launchers on meta tensors with the shapes of this case."""
     compute = getattr(torch, case.dtype)
 
     def empty(*shape, dtype=compute):
@@ -95,51 +96,51 @@ def launch(case: Case) -> None:
     def bias(n):
         return empty(case.experts, n) if case.biases else None
 
-    rows, integer = case.tokens * case.k, torch.int32
-    order = (
-        empty(rows, dtype=integer),
-        empty(rows, dtype=integer),
-        empty(case.experts + 1, dtype=integer),
-    )
-    order += (empty(rows // 16 + case.experts, 2, dtype=integer),)
-    x, weights, w_down = (
-        empty(case.tokens, case.dim),
-        empty(case.tokens, case.k, dtype=torch.float32),
-        empty(case.experts, case.dim, case.width),
-    )
+    rows = case.tokens * case.k
+    order = {
+        "order": empty(rows, dtype=torch.int32),
+        "position": empty(rows, dtype=torch.int32),
+        "offsets": empty(case.experts + 1, dtype=torch.int32),
+        "tiles": empty(rows // 16 + case.experts, 2, dtype=torch.int32),
+    }
+    x = empty(case.tokens, case.dim)
+    weights = empty(case.tokens, case.k, dtype=torch.float32)
     if case.activation is None:
-        w_up, wants = empty(case.experts, case.width, case.dim), (True, True, True)
+        w_up = empty(case.experts, case.width, case.dim)
         for combine, gather in ((None, True), (weights, True), (None, False), (weights, False)):
-            source, d_out = (
-                (x if gather else empty(rows, case.dim)),
-                empty(rows if combine is None else case.tokens, case.width),
-            )
-            args = (source, w_up, bias(case.width), combine, *order, case.k, gather)
-            kernels.linear_forward(*args)
-            kernels.linear_backward(d_out, *args, *wants)
+            inputs = {
+                "x": x if gather else empty(rows, case.dim),
+                "weight": w_up,
+                "bias": bias(case.width),
+                "combine_weights": combine,
+                **order,
+                "k": case.k,
+                "gather": gather,
+            }
+            kernels.linear_forward(**inputs)
+            d_out = empty(rows if combine is None else case.tokens, case.width)
+            needs = {"need_dx": True, "need_dw": True, "need_db": True}
+            kernels.linear_backward(d_out=d_out, **inputs, **needs)
         return
-    w_up = empty(case.experts, 2 * case.width if case.packed else case.width, case.dim)
-    w_gate = (
-        empty(case.experts, case.width, case.dim)
-        if case.activation == "swiglu" and not case.packed
-        else None
-    )
-    up = (w_up, w_gate, w_down)
-    kernels.mlp_forward(
-        x, *up, bias(case.width), bias(case.dim), weights, *order, case.activation, case.packed
-    )
-    hidden = empty(2 if case.activation == "swiglu" else 1, rows, case.width)
+    gated = case.activation == "swiglu"
+    shape = (case.experts, case.width, case.dim)
+    both = {
+        "x": x,
+        "w_up": empty(case.experts, 2 * case.width if case.packed else case.width, case.dim),
+        "w_gate": empty(*shape) if gated and not case.packed else None,
+        "w_down": empty(case.experts, case.dim, case.width),
+        "b_down": bias(case.dim),
+        "combine_weights": weights,
+        **order,
+        "activation": case.activation,
+        "packed": case.packed,
+    }
+    kernels.mlp_forward(**both, b_up=bias(case.width))
     kernels.mlp_backward(
-        empty(case.tokens, case.dim),
-        x,
-        hidden,
-        *up,
-        bias(case.dim),
-        weights,
-        *order,
-        case.activation,
-        case.packed,
-        True,
-        True,
-        case.biases,
+        **both,
+        d_out=empty(case.tokens, case.dim),
+        hidden=empty(2 if gated else 1, rows, case.width),
+        need_dx=True,
+        need_dw=True,
+        need_db_up=case.biases,
     )

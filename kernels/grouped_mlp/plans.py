@@ -1,8 +1,9 @@
 """Tiles of the grouped products: fixed data by architecture, no benchmarking at training time.
 
 ``make compile-matrix`` looks for spills in every entry, on every supported Triton and architecture.
-Which of two clean entries is faster was reasoned, not measured, until benchmarks/results holds a
-run that says so."""
+Which of two entries without spills is faster was reasoned, not measured, until benchmarks/results
+holds a run that shows it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ import torch
 from ..tiles import tile_rows
 
 KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
-PROGRAMS = (
-    2 * 132
-)  # two for each multiprocessor of an H200; fixed, so that results do not depend on the card
+# Two for each multiprocessor of an H200; fixed, so that results do not depend on the GPU.
+PROGRAMS = 2 * 132
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM by BN of the result, BK of what is summed over; the launch; and how often the epilogue's
-    columns are halved.
+    """BM by BN elements of the result, BK terms of the sum, and options of the launch.
+
+    ``halvings``: how often the columns of the epilogue are halved.
     """
 
     BM: int
@@ -32,11 +33,22 @@ class Tile:
     halvings: int = 0
 
 
-def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile:
-    """``kind``: "rows", a product (R, k) x (k, n); "gated", two of the same rows; "hidden" and
-    "gated hidden", a product with an epilogue that reads pre-activations: all of these with BM =
-    tile_rows. "weights": an expert's (n, k), summed over its rows; "gathered weights": and the
-    pipeline has to wait for where they are."""
+def plan(
+    kind: str,
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    arch: int,
+) -> Tile:
+    """Return the tile of a product.
+
+    ``kind``: "rows", a product (R, k) x (k, n); "gated", two products of the same rows; "hidden"
+    and "gated hidden", a product with an epilogue that reads pre-activations: all of these with BM
+    = tile_rows. "weights": (n, k) for each expert, summed over its rows; "gathered weights": the
+    same with rows that are looked up first.
+    """
     height = tile_rows(rows, experts)
     large = arch in (90, 100, 103)  # 228 KB of shared memory; others run what fits into 99 KB
     odd = n % 16 != 0 or k % 16 != 0  # loads of single numbers, which take registers
@@ -44,9 +56,8 @@ def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype,
         return _weights(kind, height, rows // experts, dtype, large, odd)
     both = 2 if kind == "gated" else 1
     if dtype == torch.float32:
-        return Tile(
-            height, 64 // both, 16, 8 if height >= 64 else 4, 2, 2 if kind.endswith("hidden") else 0
-        )
+        warps = 8 if height >= 64 else 4
+        return Tile(height, 64 // both, 16, warps, 2, 2 if kind.endswith("hidden") else 0)
     if odd:
         # A whole epilogue of 128 rows spills 8 bytes on sm_120 under Triton 3.6.
         halvings = 1 if kind.endswith("hidden") or (kind == "rows" and height == 128) else 0
@@ -61,14 +72,15 @@ def plan(kind: str, rows: int, experts: int, n: int, k: int, dtype: torch.dtype,
         return Tile(64, wide // both, 64, 4, 4 if large else 3, 1 if wide == 128 else 0)
     # At 16 rows a whole epilogue spills 8 bytes: on sm_90 under Triton 3.8, with eight warps on
     # sm_100 under 3.9.
-    return Tile(
-        height, wide // both, 64, 4, 4, 1 if height == 16 and kind.endswith("hidden") else 0
-    )
+    halvings = 1 if height == 16 and kind.endswith("hidden") else 0
+    return Tile(height, wide // both, 64, 4, 4, halvings)
 
 
 def _tall(kind: str, rows: int, n: int, k: int) -> Tile:
-    """Long sums hide an epilogue, and want the fewest bytes a FLOP; else two programs share a
-    multiprocessor to hide it.
+    """Return a tile of 128 rows for 228 KB of shared memory.
+
+    Long sums hide an epilogue, and need the fewest bytes a FLOP. For short ones two programs share
+    a multiprocessor, and one hides the epilogue of the other.
     """
     long = k >= 1024 and (rows // 128) * (n // 128) >= PROGRAMS
     if kind == "gated":
@@ -84,12 +96,19 @@ def _tall_small(kind: str) -> Tile:
     return Tile(128, 128, 32, 8, 4, 1 if kind == "rows" else 2)
 
 
-def _weights(kind: str, height: int, each: int, dtype: torch.dtype, large: bool, odd: bool) -> Tile:
+def _weights(
+    kind: str,
+    height: int,
+    each: int,
+    dtype: torch.dtype,
+    large: bool,
+    odd: bool,
+) -> Tile:
     if dtype == torch.float32:
         return Tile(64, 64, 16, 8, 2)
     if odd:
         return Tile(64, 32, 32, 4, 2)
-    # Where rows have to be looked up first, half of the stages are spent on that.
+    # Where rows are looked up first, that takes half of the stages.
     stages = 5 if kind == "gathered weights" else 3 if large else 4
     if height <= 32:
         return Tile(64, 128, 32, 4, stages)
@@ -99,8 +118,9 @@ def _weights(kind: str, height: int, each: int, dtype: torch.dtype, large: bool,
 
 
 def combine_block(n: int) -> tuple[int, int]:
-    """Tokens by columns that one program adds up: 4096 sums, so that a small batch too has a
-    program for each multiprocessor.
+    """Return the tokens and columns that one program adds up.
+
+    4096 sums, so that a small batch too has a program for each multiprocessor.
     """
     width = min(512, 1 << (max(16, n) - 1).bit_length())
     return min(64, 4096 // width), width

@@ -1,21 +1,82 @@
-"""Products of sorted rows with their experts' matrices: one program for each tile of rows of one
-expert and block of columns.
+"""Sorted rows and their tiles, for the kernels of both directions.
 
-A tile never spans two experts, so its product is an ordinary one; a tile's last rows may be
-missing. Which tiles there are only the device knows: the grid has as many as there can be, and
-those without rows end at once."""
+A tile never spans two experts, so its product is an ordinary one; the last rows of a tile may be
+missing. Only the device knows which tiles there are: a grid has as many as there can be, and those
+without rows end at once.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import dot
+from ..tiles import dot, tile_map
+from .plans import Tile
+
+
+class Rows(NamedTuple):
+    """R = T k sorted rows of E experts; see Routing in mmfused/ops/topk_routing/order.py."""
+
+    order: Tensor  # (R,) int32
+    position: Tensor  # (R,) int32
+    offsets: Tensor  # (E + 1,) int32
+    tiles: Tensor  # (R // 16 + E, 2) int32
+    k: int
+
+    @property
+    def number(self) -> int:
+        """R."""
+        return len(self.order)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.offsets) - 1
+
+    def slots(self, height: int) -> int:
+        """Return an upper bound of the number of tiles: the host does not wait for the number."""
+        return min(self.number, triton.cdiv(self.number, height) + self.experts - 1)
+
+
+def sorted_rows(
+    order: Tensor,
+    position: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    k: int,
+) -> Rows:
+    """Make the tensors of a routing dense, and the map of tiles if there is none yet."""
+    offsets = offsets.contiguous()
+    if not len(tiles):
+        tiles = tile_map(offsets, len(order), len(offsets) - 1)
+    return Rows(
+        order=order.contiguous(),
+        position=position.contiguous(),
+        offsets=offsets,
+        tiles=tiles.contiguous(),
+        k=k,
+    )
+
+
+def tile_options(tile: Tile) -> dict[str, int]:
+    """Return the keywords of a launch that a tile determines."""
+    return {
+        "BM": tile.BM,
+        "BN": tile.BN,
+        "BK": tile.BK,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 @triton.jit
 def tile_and_block(slots, blocks, GROUP: tl.constexpr):
-    """GROUP tiles share each block of columns while L2 has it; tiles of one expert, which read the
+    """Return the tile of rows and the block of columns of this program.
+
+    GROUP tiles share each block of columns while it is in L2. Tiles of one expert, which read the
     same weights, are neighbours.
     """
     pid = tl.program_id(0)
@@ -23,8 +84,13 @@ def tile_and_block(slots, blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_span(tiles_ptr, offsets_ptr, tile, BM: tl.constexpr):
-    """(expert, first row, end) of a tile; expert is -1 where there is none."""
+def tile_span(
+    tiles_ptr,  # (R // 16 + E, 2)
+    offsets_ptr,  # (E + 1,)
+    tile,
+    BM: tl.constexpr,
+):
+    """Return (expert, first row, end) of a tile; expert is -1 where there is no tile."""
     expert = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
     end = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)
@@ -33,7 +99,7 @@ def tile_span(tiles_ptr, offsets_ptr, tile, BM: tl.constexpr):
 
 @triton.jit
 def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
-    """Where the sorted rows are to be read: their tokens, or themselves."""
+    """Return the rows to read for the sorted rows: their tokens, or the same rows."""
     if GATHER:
         rows = tl.load(order_ptr + rows) // k
     return rows.to(tl.int64)
@@ -41,8 +107,9 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 
 @triton.jit
 def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
-    """A tile of which the given rows and columns exist; ALL_0, ALL_1: every one does, and no mask
-    is needed.
+    """Load a tile, 0 outside the given rows and columns.
+
+    ALL_0, ALL_1: all rows, all columns are inside, so no mask is needed.
     """
     if ALL_0 and ALL_1:
         tile = tl.load(ptr)
@@ -58,11 +125,11 @@ def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexp
 @triton.jit
 def product(
     acc,
-    a_ptr,
+    a_ptr,  # (rows, K), with b2 (rows, 2 K)
     a_rows,
     stride_a,
-    b_ptr,
-    b2_ptr,
+    b_ptr,  # (K, N)
+    b2_ptr,  # (K, N) or None
     cols,
     stride_bn,
     stride_bk,
@@ -72,8 +139,9 @@ def product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc + A[a_rows] B of K steps; where there is a second B, A has K more columns that go with
-    it. B (K, N) of any strides.
+    """Return acc + A[a_rows] B, summed over K; B (K, N) of any strides.
+
+    With a second B, A has K more columns that are multiplied by it.
     """
     STEPS: tl.constexpr = (K + BK - 1) // BK
     ks = tl.arange(0, BK)
@@ -83,7 +151,7 @@ def product(
         start = step * BK
         a_start = start
         b = b_ptr
-        if b2_ptr is not None:  # one loop over both, so that its pipeline is filled once
+        if b2_ptr is not None:  # one loop over both, to fill its pipeline once
             second = step >= STEPS
             start = tl.where(second, start - STEPS * BK, start)
             a_start = tl.where(second, start + K, start)
@@ -102,50 +170,17 @@ def product(
 
 
 @triton.jit
-def gated_product(
-    acc,
-    gate,
-    a_ptr,
-    a_rows,
-    stride_a,
-    b_ptr,
-    gate_ptr,
-    cols,
-    stride_bn,
-    stride_bk,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """acc + A[a_rows] B and gate + A[a_rows] G, each step of A read once; G has the strides of B."""
-    ks = tl.arange(0, BK)
-    a_ptrs = a_ptr + a_rows[:, None] * stride_a + ks[None, :]
-    b_at = ks[:, None].to(tl.int64) * stride_bk + cols[None, :].to(tl.int64) * stride_bn
-    for start in range(0, K, BK):
-        inside = start + ks < K
-        a = load_inside(a_ptrs + start, inside, inside, True, K % BK == 0)
-        at = tl.cast(start, tl.int64) * stride_bk + b_at
-        g = load_inside(gate_ptr + at, inside, cols < N, K % BK == 0, N % BN == 0)
-        gate = dot(a, g, gate, UPCAST)
-        b = load_inside(b_ptr + at, inside, cols < N, K % BK == 0, N % BN == 0)
-        acc = dot(a, b, acc, UPCAST)
-    return acc, gate
-
-
-@triton.jit
 def column_pieces(x, BM: tl.constexpr, BN: tl.constexpr, HALVINGS: tl.constexpr):
-    """A tile in 2^HALVINGS pieces of columns: an epilogue that takes all of them at a time runs out
-    of registers.
+    """Split a tile into 2^HALVINGS pieces of columns.
+
+    An epilogue over all columns at once would run out of registers.
     """
     pieces = (x,)
     for level in tl.static_range(HALVINGS):
         finer = ()
         for i in tl.static_range(2**level):
-            low, high = tl.split(
-                tl.permute(tl.reshape(pieces[i], [BM, 2, BN // 2 ** (level + 1)]), [0, 2, 1])
-            )
+            halves = tl.reshape(pieces[i], [BM, 2, BN // 2 ** (level + 1)])
+            low, high = tl.split(tl.permute(halves, [0, 2, 1]))
             finer += (low, high)
         pieces = finer
     return pieces
@@ -153,7 +188,7 @@ def column_pieces(x, BM: tl.constexpr, BN: tl.constexpr, HALVINGS: tl.constexpr)
 
 @triton.jit
 def activate(h, g, ACTIVATION: tl.constexpr):
-    """The activation and its slopes by h and, of "swiglu", by the gate g."""
+    """Return the activation and its derivatives by h and, for "swiglu", by the gate g."""
     a = h
     by_h = 1.0
     by_g = 0.0
@@ -173,166 +208,23 @@ def activate(h, g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def zero_tail(out_ptr, tile, live, R, cols, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Zeros in the rows that belong to nobody, counted from the end: tile i of any expert sees to
-    the i-th BM of them.
+def zero_tail(
+    out_ptr,  # (R, N)
+    tile,
+    valid,
+    R,
+    cols,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Write zeros to the rows of masked tokens, the last R - valid rows.
+
+    Tile i, of whatever expert, writes the i-th BM of them from the end.
     """
     last = R - tile * BM
-    if last > live:
+    if last > valid:
         rows = last - 1 - tl.arange(0, BM)
         at = rows[:, None].to(tl.int64) * N + cols[None, :]
         zero = tl.zeros([BM, BN], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, zero, mask=(rows >= live)[:, None] & (cols < N)[None, :])
-
-
-@triton.jit
-def rows_kernel(
-    a_ptr,
-    b_ptr,
-    b2_ptr,
-    bias_ptr,
-    order_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    hidden_ptr,
-    out_ptr,
-    R,
-    E,
-    slots,
-    stride_a,
-    stride_be,
-    stride_bn,
-    stride_bk,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    k: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HALVINGS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GATHER: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TAIL: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """grid (slots * N / BN,). out (R, N) = act(A B + bias); pre-activations go to hidden (1 or 2,
-    R, N), the gate's first.
-
-    With "swiglu" b2 is the gate's B; with "none" a second part of K (see product), and nothing goes
-    to hidden."""
-    tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
-    cols = block * BN + tl.arange(0, BN)
-    if TAIL:
-        zero_tail(out_ptr, tile, tl.load(offsets_ptr + E), R, cols, N, BM, BN)
-    expert, first, end = tile_span(tiles_ptr, offsets_ptr, tile, BM)
-    if expert < 0:
-        return
-    rows = first + tl.arange(0, BM)
-    a_rows = source_rows(
-        order_ptr, tl.minimum(rows, end - 1), k, GATHER
-    )  # the last row again, never somebody else's
-    weights = expert.to(tl.int64) * stride_be
-    acc = tl.zeros([BM, BN], tl.float32)
-    gate = acc
-    if ACTIVATION == "swiglu":
-        acc, gate = gated_product(
-            acc,
-            gate,
-            a_ptr,
-            a_rows,
-            stride_a,
-            b_ptr + weights,
-            b2_ptr + weights,
-            cols,
-            stride_bn,
-            stride_bk,
-            N,
-            K,
-            BN,
-            BK,
-            UPCAST,
-        )
-    elif b2_ptr is not None:
-        acc = product(
-            acc,
-            a_ptr,
-            a_rows,
-            stride_a,
-            b_ptr + weights,
-            b2_ptr + weights,
-            cols,
-            stride_bn,
-            stride_bk,
-            N,
-            K,
-            BN,
-            BK,
-            UPCAST,
-        )
-    else:
-        acc = product(
-            acc,
-            a_ptr,
-            a_rows,
-            stride_a,
-            b_ptr + weights,
-            None,
-            cols,
-            stride_bn,
-            stride_bk,
-            N,
-            K,
-            BN,
-            BK,
-            UPCAST,
-        )
-    bias_at = expert.to(tl.int64) * N
-    accs = column_pieces(acc, BM, BN, HALVINGS)
-    gates = column_pieces(gate, BM, BN, HALVINGS)
-    WIDTH: tl.constexpr = BN // 2**HALVINGS
-    for i in tl.static_range(2**HALVINGS):
-        piece = block * BN + i * WIDTH + tl.arange(0, WIDTH)
-        _finish(
-            accs[i],
-            gates[i],
-            bias_ptr,
-            bias_at,
-            rows,
-            piece,
-            end,
-            R,
-            hidden_ptr,
-            out_ptr,
-            N,
-            ACTIVATION,
-        )
-
-
-@triton.jit
-def _finish(
-    acc,
-    gate,
-    bias_ptr,
-    bias_at,
-    rows,
-    cols,
-    end,
-    R,
-    hidden_ptr,
-    out_ptr,
-    N: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Bias, activation and stores of these columns."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + bias_at + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    inside = (rows < end)[:, None] & (cols < N)[None, :]
-    if ACTIVATION == "swiglu":
-        tl.store(hidden_ptr + at, gate, mask=inside)
-        hidden_ptr += tl.cast(R, tl.int64) * N
-    if ACTIVATION != "none":
-        tl.store(hidden_ptr + at, acc, mask=inside)
-        acc, _, _ = activate(acc, gate, ACTIVATION)
-    tl.store(out_ptr + at, acc, mask=inside)
+        tl.store(out_ptr + at, zero, mask=(rows >= valid)[:, None] & (cols < N)[None, :])

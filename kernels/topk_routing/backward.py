@@ -1,18 +1,21 @@
-"""Backward kernels of top-k routing: one from the logits, and for x and the router's weights the
-two products with what it wrote.
+"""Backward of top-k routing: the gradient of the logits.
 
-Everything is recomputed from the logits; the balance asks for one number an expert and segment
-(coefficients). Of float32 numbers beside ones of 16 bits no digit is lost: they are split as in
-forward, for float16 after a power of two brought the largest near 1. No atomics: dx of a token has
-one owner, dw goes into a fixed number of partial sums, added up in order."""
+Everything is recomputed from the logits. The balance needs one number for each expert and segment
+(coefficients). The gradients of x and the router's weight follow in router_gradients.py.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import dot, load_tokens, store_rows_t
+from ..tiles import arch_of, dense, launch
+from .plans import plan, width
 from .scores import (
+    as_bytes,
     choices_outside,
     jitter_factor,
     load_allowed,
@@ -24,47 +27,77 @@ from .scores import (
 )
 
 
-@triton.jit
-def _upstream(
-    d_weights_ptr,
-    d_balance_ptr,
-    indices_ptr,
-    weights_ptr,
-    coefficients_ptr,
-    n,
-    j,
-    keep,
-    segment,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BALANCE: tl.constexpr,
-):
-    """The expert in slot j, its weight and the gradient of that, of "mse" too."""
-    at, _ = load_choice(indices_ptr, n, j, keep, E, K)
-    w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
-    g = tl.zeros_like(w)
-    if d_weights_ptr is not None:
-        g += tl.load(d_weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
-    if d_balance_ptr is not None and BALANCE == "mse":
-        g += tl.load(d_balance_ptr) * tl.load(coefficients_ptr + segment * E + at)
-    return at, w, g
+def backward(
+    d_weights: Tensor | None,  # (T, k)
+    d_balance: Tensor | None,  # ()
+    d_z: Tensor | None,  # ()
+    d_entropy: Tensor | None,  # ()
+    logits: Tensor,  # (T, E)
+    indices: Tensor,  # (T, k)
+    weights: Tensor,  # (T, k)
+    coefficients: Tensor,  # (S * E + 1,)
+    sigmoid: bool,
+    renormalize: bool,
+    mask: Tensor | None,  # (T,) bool
+    segments: Tensor | None,  # (T,) int64
+    num_segments: int,
+    available: Tensor | None,  # (S, E) bool
+    balance: str,
+    jitter: float,
+    jitter_seed: Tensor | None,  # () int64
+) -> Tensor:
+    """Compute d_logits (T, E), contiguous. One launch."""
+    tokens, experts = logits.shape
+    rows = plan(experts, logits.dtype, arch_of(logits), False).rows
+    d_logits = logits.new_empty(logits.shape)
+    launch(
+        logits_kernel,
+        (triton.cdiv(tokens, rows.BR),),
+        d_weights_ptr=dense(d_weights),
+        d_balance_ptr=d_balance,
+        d_z_ptr=d_z,
+        d_entropy_ptr=d_entropy,
+        logits_ptr=logits,
+        indices_ptr=indices.contiguous(),
+        weights_ptr=weights,
+        coefficients_ptr=coefficients,
+        mask_ptr=as_bytes(mask),
+        segments_ptr=dense(segments),
+        available_ptr=as_bytes(available),
+        seed_ptr=jitter_seed if jitter else None,
+        d_logits_ptr=d_logits,
+        T=tokens,
+        stride_n=logits.stride(0),
+        stride_e=logits.stride(1),
+        jitter=jitter,
+        E=experts,
+        K=indices.shape[1],
+        S=num_segments,
+        SIGMOID=sigmoid,
+        RENORMALIZE=renormalize,
+        BALANCE=balance,
+        BE=width(experts),
+        **asdict(rows),
+        num_stages=1,
+    )
+    return d_logits
 
 
 @triton.jit
 def logits_kernel(
-    d_weights_ptr,
-    d_balance_ptr,
-    d_z_ptr,
-    d_entropy_ptr,
-    logits_ptr,
-    indices_ptr,
-    weights_ptr,
-    coefficients_ptr,
-    mask_ptr,
-    segments_ptr,
-    available_ptr,
-    seed_ptr,
-    d_logits_ptr,
+    d_weights_ptr,  # (T, K) or None
+    d_balance_ptr,  # () or None
+    d_z_ptr,  # () or None
+    d_entropy_ptr,  # () or None
+    logits_ptr,  # (T, E)
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    coefficients_ptr,  # (S * E + 1,)
+    mask_ptr,  # (T,) or None
+    segments_ptr,  # (T,) or None
+    available_ptr,  # (S, E) or None
+    seed_ptr,  # () or None
+    d_logits_ptr,  # (T, E)
     T,
     stride_n,
     stride_e,
@@ -78,9 +111,11 @@ def logits_kernel(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """grid (T / BR,). The gradient of the logits from those of weights, balance, z and entropy;
-    None = it has none. That of a softmax sums to 0. What rounding leaves instead (1 - P of a P near
-    1, where the others know better) is taken off."""
+    """Compute d_logits from the gradients of weights, balance, z and entropy (None: no gradient).
+
+    grid (T / BR,). The gradient of a softmax sums to 0; its rounding error, which is largest where
+    a P is near 1, is subtracted.
+    """
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -175,142 +210,26 @@ def logits_kernel(
 
 
 @triton.jit
-def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """PARTS numbers of ``dtype`` that add up to x, the largest first."""
-    parts = ()
-    for _ in tl.static_range(PARTS):
-        part = x.to(dtype)
-        parts += (part,)
-        x -= part.to(tl.float32)
-    return parts
-
-
-@triton.jit
-def _power_below(x):
-    """The power of two not above x >= 0, such that its inverse is a normal number too; NaN and inf
-    have one as well.
-    """
-    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(tl.maximum(bits, 1 << 23), 252 << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _inverse(power):
-    """1 / power, exactly: a division is allowed to err."""
-    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_parts(
-    g_ptr,
+def _upstream(
+    d_weights_ptr,  # (T, K) or None
+    d_balance_ptr,  # () or None
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    coefficients_ptr,  # (S * E + 1,)
     n,
-    experts,
+    j,
     keep,
-    power,
-    dtype: tl.constexpr,
+    segment,
     E: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    BALANCE: tl.constexpr,
 ):
-    g = load_tokens(g_ptr, n, experts, keep, E, E)
-    if SCALE:
-        g *= _inverse(power)[:, None]
-    return _split(g, dtype, PARTS)
-
-
-@triton.jit
-def dx_kernel(
-    g_ptr,
-    w_ptr,
-    mask_ptr,
-    dx_ptr,
-    T,
-    span,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    PARTS: tl.constexpr,
-    W_PARTS: tl.constexpr,
-    SCALE: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    BD: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """grid (T / BN, parts of D). dx = g w, ``span`` chunks of BD columns a program; g stays on chip
-    where BE holds all experts.
-    """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    keep = tokens_kept(n, mask_ptr, T)
-    power = tl.zeros([BN], tl.float32)
-    if SCALE:
-        for e in range(0, E, BE):
-            power = tl.maximum(
-                power, tl.max(tl.abs(load_tokens(g_ptr, n, e + tl.arange(0, BE), keep, E, E)), 1)
-            )
-        power = _power_below(power)
-    if E <= BE:
-        g = _load_parts(g_ptr, n, tl.arange(0, BE), keep, power, dtype, E, PARTS, SCALE)
-    first = tl.program_id(1) * span * BD
-    for start in range(first, tl.minimum(first + span * BD, D), BD):
-        cols = start + tl.arange(0, BD)
-        acc = tl.zeros([BN, BD], tl.float32)
-        for e in range(0, E, BE):
-            experts = e + tl.arange(0, BE)
-            if E > BE:
-                g = _load_parts(g_ptr, n, experts, keep, power, dtype, E, PARTS, SCALE)
-            w = load_tokens(w_ptr, experts, cols, experts < E, D, D)
-            part = w.to(dtype)
-            for i in tl.static_range(PARTS):
-                acc = dot(g[i], part, acc, UPCAST)
-            if W_PARTS == 2:
-                acc = dot(g[0], (w - part.to(tl.float32)).to(dtype), acc, UPCAST)
-        if SCALE:
-            acc *= power[:, None]
-        at = n[:, None].to(tl.int64) * D + cols[None, :]
-        tl.store(dx_ptr + at, acc, mask=(n[:, None] < T) & (cols[None, :] < D))
-
-
-@triton.jit
-def dw_kernel(
-    g_ptr,
-    x_ptr,
-    mask_ptr,
-    dw_ptr,
-    T,
-    span,
-    stride_n,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALE: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    BD: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """grid (D / BD, parts of T, E / BE). A chunk of dw^T = x^T g over ``span`` tokens, a multiple
-    of BN: matrix instructions want 64 rows on their first side. The power of two grows with the
-    largest g of an expert, as the maximum of an online softmax."""
-    cols = tl.program_id(0) * BD + tl.arange(0, BD)
-    experts = tl.program_id(2) * BE + tl.arange(0, BE)
-    acc = tl.zeros([BD, BE], tl.float32)
-    power = tl.full([BE], 0.0, tl.float32)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, T), BN):
-        n = start + tl.arange(0, BN)
-        keep = tokens_kept(n, mask_ptr, T)
-        x = load_tokens(x_ptr, n, cols, keep, stride_n, D)
-        g = load_tokens(g_ptr, n, experts, keep, E, E)
-        if SCALE:
-            grown = tl.maximum(power, _power_below(tl.max(tl.abs(g), 0)))
-            acc *= (power * _inverse(grown))[None, :]
-            power = grown
-            g *= _inverse(power)[None, :]
-        for _part in tl.static_range(PARTS):
-            rounded = g.to(x.dtype)
-            acc = dot(tl.trans(x), rounded, acc, UPCAST)
-            g -= rounded.to(tl.float32)
-    if SCALE:
-        acc *= power[None, :]
-    store_rows_t(dw_ptr + tl.program_id(1).to(tl.int64) * E * D, acc, experts, cols, E, D)
+    """Return the expert in slot j, its weight and the gradient of that, with that of "mse"."""
+    at, _ = load_choice(indices_ptr, n, j, keep, E, K)
+    w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
+    g = tl.zeros_like(w)
+    if d_weights_ptr is not None:
+        g += tl.load(d_weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
+    if d_balance_ptr is not None and BALANCE == "mse":
+        g += tl.load(d_balance_ptr) * tl.load(coefficients_ptr + segment * E + at)
+    return at, w, g

@@ -1,28 +1,28 @@
-"""Forward kernels of top-k routing: from logits, or from x W^T in one pass over x, to choice,
-weights and partial statistics.
+"""Forward of top-k routing: from logits, or from x W^T in one pass over x.
 
-A block of BR tokens writes one row of integers and one of floats, which order.py adds up in a fixed
-order (no atomics):
-
-    integers (W)   E assignments to each expert, 1 masked tokens, S valid tokens of each segment,
-                   then, with several segments, S x E assignments, then, for "gshard", S x E first
-                   choices
-    floats (V)     S x E sums of P (of w for "mse"), 1 sum of lse^2, 1 sum of the tokens' entropies
-
-Float32 weights beside x of 16 bits lose no digit: they are split into parts of 16 bits that add up
-to them, one product each."""
+The kernels write choice, weights and partial statistics of blocks of tokens (choice.py). Float32
+weights beside x of 16 bits lose no digit: they are split into parts of 16 bits that add up to them,
+with one product each.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import dot, load_tokens
+from ..tiles import arch_of, dense, dot, launch, load_tokens, upcasts
+from .choice import by_expert, choice_key, choose_experts, store_statistics
+from .order import Statistics, sort
+from .plans import parts_of, plan, width
 from .scores import (
+    as_bytes,
     choices_outside,
     jitter_factor,
     load_allowed,
-    load_choice,
     load_logits,
     load_segment,
     scores,
@@ -30,132 +30,128 @@ from .scores import (
     tokens_kept,
 )
 
-LEAST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32
-LOW_GAIN = tl.constexpr(2048.0)  # what float16 rounds off is brought back into its range
+LOW_GAIN = tl.constexpr(2048.0)  # scales the rounding error of float16 into the range of float16
 
 
-@triton.jit
-def _key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
-    """What the choice goes by. NaN and -inf are the least, but before experts that are not allowed."""
-    key = logits
-    if bias_ptr is not None:
-        key = (
-            score + tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
+def forward(
+    source: Tensor,  # (T, E) of any strides, or (T, D) with last stride 1 beside router_weight
+    router_weight: Tensor | None,  # (E, D)
+    router_bias: Tensor | None,  # (E,)
+    k: int,
+    sigmoid: bool,
+    renormalize: bool,
+    selection_bias: Tensor | None,  # (E,)
+    mask: Tensor | None,  # (T,) bool
+    segments: Tensor | None,  # (T,) int64
+    num_segments: int,
+    available: Tensor | None,  # (S, E) bool
+    balance: str,
+    indices: Tensor | None,  # (T, k) int64
+    jitter: float,
+    jitter_seed: Tensor | None,  # () int64
+) -> tuple[Tensor, ...]:
+    """Compute the outputs of topk_routing_fwd, in the order of its schema. Three launches."""
+    tokens = len(source)
+    from_input = router_weight is not None
+    experts = len(router_weight) if from_input else source.shape[1]
+    exact = from_input and router_weight.dtype != source.dtype
+    tiles = plan(experts, source.dtype, arch_of(source), from_input, exact)
+    block = tiles.rows.BR
+    programs = triton.cdiv(tokens, tiles.route.BN if from_input else block)
+    blocks = programs * (tiles.route.BN // block if from_input else 1)
+    cells = num_segments * experts
+    ints = experts + 1 + num_segments
+    ints += cells if num_segments > 1 else 0
+    ints += cells if balance == "gshard" else 0
+    floats = cells + 2
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return source.new_empty(shape, dtype=dtype)
+
+    mask, available = as_bytes(mask), as_bytes(available)
+    given = dense(indices)
+    chosen = empty(*((tokens, k) if given is None else (0,)), dtype=torch.int64)
+    weights = empty(tokens, k)
+    logits = empty(*((tokens, experts) if from_input else (0,)))
+    partial_ints = empty(blocks, ints, dtype=torch.int32)
+    partial_floats = empty(blocks, floats)
+    common = {
+        "logits_ptr": logits if from_input else source,
+        "selection_bias_ptr": dense(selection_bias),
+        "mask_ptr": mask,
+        "segments_ptr": dense(segments),
+        "available_ptr": available,
+        "given_ptr": given,
+        "seed_ptr": jitter_seed if jitter else None,
+        "indices_ptr": chosen,
+        "weights_ptr": weights,
+        "ints_ptr": partial_ints,
+        "floats_ptr": partial_floats,
+        "T": tokens,
+        "W": ints,
+        "V": floats,
+        "jitter": jitter,
+        "E": experts,
+        "K": k,
+        "S": num_segments,
+        "SIGMOID": sigmoid,
+        "RENORMALIZE": renormalize,
+        "BALANCE": balance,
+        "BR": block,
+        "BE": width(experts, from_input),
+        "BS": triton.next_power_of_2(k),
+    }
+    if from_input:
+        launch(
+            route_x_kernel,
+            (programs,),
+            **common,
+            x_ptr=source,
+            w_ptr=router_weight.contiguous(),
+            b_ptr=dense(router_bias),
+            stride_n=source.stride(0),
+            D=source.shape[1],
+            PARTS=parts_of(source.dtype) if exact else 1,
+            UPCAST=upcasts(source.dtype),
+            **asdict(tiles.route),
         )
-    key = tl.where(key == key, key, LEAST)
-    return tl.where(allowed, tl.maximum(key, LEAST), float("-inf"))
-
-
-@triton.jit
-def _choose(
-    key,
-    value,
-    n,
-    T,
-    given_ptr,
-    indices_ptr,
-    experts,
-    slots,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BR: tl.constexpr,
-    BE: tl.constexpr,
-    BS: tl.constexpr,
-):
-    """The k largest keys, or the choice given: by slot the expert and its value, and by expert how
-    often chosen.
-    """
-    choice = tl.zeros([BR, BS], tl.int32)
-    chosen = tl.full([BR, BS], float("-inf"), tl.float32)
-    times = tl.zeros([BR, BE], tl.int32)
-    for j in range(K):
-        if given_ptr is not None:
-            at, _ = load_choice(given_ptr, n, j, n < T, E, K)
-        else:
-            _, at = tl.max(key, 1, return_indices=True, return_indices_tie_break_left=True)
-        here = experts[None, :] == at[:, None]
-        if given_ptr is None:
-            key = tl.where(here, float("-inf"), key)
-        times += here.to(tl.int32)
-        mine = slots[None, :] == j
-        choice = tl.where(mine, at[:, None], choice)
-        chosen = tl.where(mine, tl.sum(tl.where(here, value, 0.0), 1)[:, None], chosen)
-    if given_ptr is None:
-        at = n[:, None].to(tl.int64) * K + slots[None, :]
-        tl.store(
-            indices_ptr + at, choice.to(tl.int64), mask=(n[:, None] < T) & (slots[None, :] < K)
+    else:
+        launch(
+            route_kernel,
+            (programs,),
+            **common,
+            stride_n=source.stride(0),
+            stride_e=source.stride(1),
+            num_warps=tiles.rows.num_warps,
+            num_stages=1,
+            maxnreg=tiles.rows.maxnreg,
         )
-    return choice, chosen, times
+    statistics = Statistics(
+        available=available,
+        floats=partial_floats,
+        counts=empty(num_segments, experts, dtype=torch.int64),
+        losses=empty(3),
+        coefficients=empty(cells + 1),
+    )
+    choice = chosen if given is None else given
+    order = sort(choice, mask, experts, num_segments, balance, block, partial_ints, statistics)
+    counts, losses, coefficients = statistics[2:]
+    return logits, chosen, weights, counts, losses, *order, coefficients
 
 
 @triton.jit
-def _spread(choice, weights, experts, slots, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """Weights by expert instead of by slot."""
-    dense = tl.zeros([BR, BE], tl.float32)
-    for j in range(K):
-        mine = slots[None, :] == j
-        at = tl.sum(tl.where(mine, choice, 0), 1)
-        dense += tl.where(
-            experts[None, :] == at[:, None], tl.sum(tl.where(mine, weights, 0.0), 1)[:, None], 0.0
-        )
-    return dense
-
-
-@triton.jit
-def _statistics(
-    ints_ptr,
-    floats_ptr,
-    keep,
-    n,
-    T,
-    segment,
-    times,
-    first,
-    mass,
-    lse,
-    entropy,
-    experts,
-    E: tl.constexpr,
-    S: tl.constexpr,
-    BALANCE: tl.constexpr,
-    BE: tl.constexpr,
-):
-    SEGMENTS_AT: tl.constexpr = E + 1 + S
-    FIRST_AT: tl.constexpr = SEGMENTS_AT + (S * E if S > 1 else 0)
-    exists = experts < E
-    total = tl.zeros([BE], tl.int32)
-    for s in range(S):
-        here = keep & (segment == s)
-        count = tl.sum(tl.where(here[:, None], times, 0), 0)
-        total += count
-        tl.store(ints_ptr + E + 1 + s, tl.sum(here.to(tl.int32), 0))
-        if S > 1:
-            tl.store(ints_ptr + SEGMENTS_AT + s * E + experts, count, mask=exists)
-        if BALANCE == "gshard":
-            led = tl.sum((here[:, None] & (experts[None, :] == first[:, None])).to(tl.int32), 0)
-            tl.store(ints_ptr + FIRST_AT + s * E + experts, led, mask=exists)
-        tl.store(
-            floats_ptr + s * E + experts, tl.sum(tl.where(here[:, None], mass, 0.0), 0), mask=exists
-        )
-    tl.store(ints_ptr + experts, total, mask=exists)
-    tl.store(ints_ptr + E, tl.sum(((n < T) & (keep == 0)).to(tl.int32), 0))
-    tl.store(floats_ptr + S * E, tl.sum(tl.where(keep, lse * lse, 0.0), 0))
-    tl.store(floats_ptr + S * E + 1, tl.sum(tl.where(keep, entropy, 0.0), 0))
-
-
-@triton.jit
-def _route(
-    logits_ptr,
-    selection_bias_ptr,
-    mask_ptr,
-    segments_ptr,
-    available_ptr,
-    given_ptr,
-    seed_ptr,
-    indices_ptr,
-    weights_ptr,
-    ints_ptr,
-    floats_ptr,
+def _route_block(
+    logits_ptr,  # (T, E)
+    selection_bias_ptr,  # (E,) or None
+    mask_ptr,  # (T,) or None
+    segments_ptr,  # (T,) or None
+    available_ptr,  # (S, E) or None
+    given_ptr,  # (T, K) or None
+    seed_ptr,  # () or None
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    ints_ptr,  # (blocks, W)
+    floats_ptr,  # (blocks, V)
     block,
     T,
     W,
@@ -173,7 +169,7 @@ def _route(
     BE: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """A block of BR tokens, from logits to all that is returned of them."""
+    """Route a block of BR tokens, from the logits."""
     n = block * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     slots = tl.arange(0, BS)
@@ -191,9 +187,9 @@ def _route(
     score = p
     if SIGMOID:
         score = tl.where(allowed, tl.sigmoid(logits), 0.0)
-    key = _key(logits, score, selection_bias_ptr, experts, allowed, E)
+    key = choice_key(logits, score, selection_bias_ptr, experts, allowed, E)
     value = u if RENORMALIZE else score
-    choice, weights, times = _choose(
+    choice, weights, times = choose_experts(
         key, value, n, T, given_ptr, indices_ptr, experts, slots, E, K, BR, BE, BS
     )
     if RENORMALIZE:
@@ -204,10 +200,10 @@ def _route(
     tl.store(weights_ptr + at, weights, mask=(n[:, None] < T) & (slots[None, :] < K))
     mass = p
     if BALANCE == "mse":
-        mass = _spread(choice, weights, experts, slots, K, BR, BE)
+        mass = by_expert(choice, weights, experts, slots, K, BR, BE)
     first = tl.sum(tl.where(slots[None, :] == 0, choice, 0), 1)
     row = block.to(tl.int64)
-    _statistics(
+    store_statistics(
         ints_ptr + row * W,
         floats_ptr + row * V,
         keep,
@@ -229,17 +225,17 @@ def _route(
 
 @triton.jit
 def route_kernel(
-    logits_ptr,
-    selection_bias_ptr,
-    mask_ptr,
-    segments_ptr,
-    available_ptr,
-    given_ptr,
-    seed_ptr,
-    indices_ptr,
-    weights_ptr,
-    ints_ptr,
-    floats_ptr,
+    logits_ptr,  # (T, E)
+    selection_bias_ptr,  # (E,) or None
+    mask_ptr,  # (T,) or None
+    segments_ptr,  # (T,) or None
+    available_ptr,  # (S, E) or None
+    given_ptr,  # (T, K) or None
+    seed_ptr,  # () or None
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    ints_ptr,  # (blocks, W)
+    floats_ptr,  # (blocks, V)
     T,
     W,
     V,
@@ -256,8 +252,8 @@ def route_kernel(
     BE: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """grid (T / BR,). From logits of any dtype and strides."""
-    _route(
+    """Route from logits of any dtype and strides; grid (T / BR,)."""
+    _route_block(
         logits_ptr,
         selection_bias_ptr,
         mask_ptr,
@@ -290,24 +286,24 @@ def route_kernel(
 
 @triton.jit
 def route_x_kernel(
-    logits_ptr,
-    selection_bias_ptr,
-    mask_ptr,
-    segments_ptr,
-    available_ptr,
-    given_ptr,
-    seed_ptr,
-    indices_ptr,
-    weights_ptr,
-    ints_ptr,
-    floats_ptr,
+    logits_ptr,  # (T, E)
+    selection_bias_ptr,  # (E,) or None
+    mask_ptr,  # (T,) or None
+    segments_ptr,  # (T,) or None
+    available_ptr,  # (S, E) or None
+    given_ptr,  # (T, K) or None
+    seed_ptr,  # () or None
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    ints_ptr,  # (blocks, W)
+    floats_ptr,  # (blocks, V)
     T,
     W,
     V,
     jitter,
-    x_ptr,
-    w_ptr,
-    b_ptr,
+    x_ptr,  # (T, D)
+    w_ptr,  # (E, D)
+    b_ptr,  # (E,) or None
     stride_n,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -324,12 +320,13 @@ def route_x_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (T / BN,). From x (T, D) and w (E, D): logits in float32, written before jitter and
-    masks, then BR tokens at a time.
+    """Route from x and w: logits in float32, then the choice for BR tokens at a time.
 
-    They are read back, from a cache, because the choice has more to hold in registers than the
-    product, which wants more tokens. PARTS of 16 bits stand for a weight: 1 where it has no more
-    digits, 3 of bfloat16, 2 of float16, the second times LOW_GAIN."""
+    grid (T / BN,). The logits are written before jitter and masks, and read back from a cache: the
+    choice needs more registers for a token than the product, which needs more tokens. A weight is
+    split into PARTS of 16 bits: 1 where it has no more digits, 3 of bfloat16, 2 of float16, the
+    second times LOW_GAIN.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -358,7 +355,7 @@ def route_x_kernel(
     tl.store(logits_ptr + at, acc, mask=(n[:, None] < T) & (experts[None, :] < E))
     tl.debug_barrier()  # other threads of this program read them
     for r in tl.range(0, BN // BR, num_stages=1):
-        _route(
+        _route_block(
             logits_ptr,
             selection_bias_ptr,
             mask_ptr,

@@ -12,7 +12,7 @@ from .. import topk_routing as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and options of one case."""
+    """Sizes and options of one routing."""
 
     experts: int
     k: int
@@ -22,7 +22,8 @@ class Case:
     sigmoid: bool = False
     renormalize: bool = True
     balance: Literal["switch", "gshard", "mse"] = "switch"
-    everything: bool = False  # padding, segments with their own experts, a selection bias, jitter; replayed indices
+    # Padding, segments with their own experts, a selection bias, jitter, replayed indices.
+    everything: bool = False
 
 
 CASES = {
@@ -95,55 +96,58 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Call the launchers on meta tensors of the shapes of this case."""
+    """Run the launchers on meta tensors with the shapes of this case."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     tokens, segments = 8192, 3 if case.everything else 1
-    source = empty(
-        tokens, case.experts if case.dim is None else case.dim, dtype=getattr(torch, case.dtype)
-    )
-    router = (None, None)
-    if case.dim is not None:
-        router = (
-            empty(case.experts, case.dim, dtype=getattr(torch, case.router_dtype)),
-            empty(case.experts, dtype=getattr(torch, case.router_dtype)),
-        )
-    bias = mask = segment = available = seed = None
+    columns = case.experts if case.dim is None else case.dim
+    source = empty(tokens, columns, dtype=getattr(torch, case.dtype))
+    weight = bias = None
+    if case.router_dtype is not None:
+        router_dtype = getattr(torch, case.router_dtype)
+        weight = empty(case.experts, columns, dtype=router_dtype)
+        bias = empty(case.experts, dtype=router_dtype)
+    common = {
+        "sigmoid": case.sigmoid,
+        "renormalize": case.renormalize,
+        "mask": empty(tokens, dtype=torch.bool) if case.everything else None,
+        "segments": empty(tokens, dtype=torch.int64) if case.everything else None,
+        "num_segments": segments,
+        "available": None,
+        "balance": case.balance,
+        "jitter": 0.1 if case.everything else 0.0,
+        "jitter_seed": empty(dtype=torch.int64) if case.everything else None,
+    }
     if case.everything:
-        bias, mask, available = (
-            empty(case.experts),
-            empty(tokens, dtype=torch.bool),
-            empty(segments, case.experts, dtype=torch.bool),
-        )
-        segment, seed = empty(tokens, dtype=torch.int64), empty(dtype=torch.int64)
-    masked, noise = (
-        (mask, segment, segments, available, case.balance),
-        (0.1 if case.everything else 0.0, seed),
-    )
+        common["available"] = empty(segments, case.experts, dtype=torch.bool)
 
-    def forward(given):
+    def forward(given: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         return kernels.forward(
-            source, *router, case.k, case.sigmoid, case.renormalize, bias, *masked, given, *noise
+            source=source,
+            router_weight=weight,
+            router_bias=bias,
+            k=case.k,
+            selection_bias=empty(case.experts) if case.everything else None,
+            indices=given,
+            **common,
         )
 
     logits, indices, weights, *_, coefficients = forward(None)
-    logits = source if case.dim is None else logits
-    upstream = (empty(tokens, case.k), empty(), empty(), empty())
     d_logits = kernels.backward(
-        *upstream,
-        logits,
-        indices,
-        weights,
-        coefficients,
-        case.sigmoid,
-        case.renormalize,
-        *masked,
-        *noise,
+        d_weights=empty(tokens, case.k),
+        d_balance=empty(),
+        d_z=empty(),
+        d_entropy=empty(),
+        logits=source if weight is None else logits,
+        indices=indices,
+        weights=weights,
+        coefficients=coefficients,
+        **common,
     )
-    if case.dim is not None:
-        kernels.input_backward(d_logits, source, router[0], mask, True, True)
+    if weight is not None:
+        kernels.input_backward(d_logits, source, weight, common["mask"], True, True)
     if case.everything:
         forward(indices)
-        kernels.order(indices, mask, case.experts)
+        kernels.order(indices, common["mask"], case.experts)

@@ -1,33 +1,159 @@
-"""From choices to the order the experts work in: two launches of the forward, and three for a
-routing made elsewhere.
+"""Order by expert: two launches of the forward, and three for a routing made elsewhere.
 
-Expert by expert, the assignments of a block of tokens go behind those of all blocks before it: a
-scan over the blocks' counts, in a fixed order, and a rank within the block. Rows of the partial
-counts: forward.py."""
+The assignments of a block of tokens come, expert by expert, after those of all blocks before it:
+their place is a scan over the counts of the blocks, in a fixed order, plus a rank within the block.
+For the columns of the partial counts see choice.py.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import tile_entries
-from .scores import load_choice, tokens_kept
+from ..tiles import arch_of, launch, tile_block, tile_entries, tile_rows
+from .plans import plan, width
+from .scores import as_bytes, load_choice, tokens_kept
+
+SCAN_ROWS = 512
+SCAN_COLUMNS = 8
+
+
+class Statistics(NamedTuple):
+    """Tensors of the statistics of a routing: inputs and outputs of finish_kernel."""
+
+    available: Tensor | None  # (S, E) bytes
+    floats: Tensor  # (blocks, V) float32, the partial sums
+    counts: Tensor  # (S, E) int64, output
+    losses: Tensor  # (3,), output: balance, z, entropy
+    coefficients: Tensor  # (S * E + 1,), output
+
+
+def order(
+    indices: Tensor,  # (T, k) int64
+    mask: Tensor | None,  # (T,) bool
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute order, position, offsets and tiles; indices are clamped to [0, E). Three launches."""
+    tokens, k = indices.shape
+    indices, mask = indices.contiguous(), as_bytes(mask)
+    rows = plan(num_experts, torch.float32, arch_of(indices), False).rows
+    blocks = triton.cdiv(tokens, rows.BR)
+    partial = indices.new_empty(blocks, num_experts + 1, dtype=torch.int32)
+    launch(
+        count_kernel,
+        (blocks,),
+        indices_ptr=indices,
+        mask_ptr=mask,
+        ints_ptr=partial,
+        T=tokens,
+        E=num_experts,
+        K=k,
+        BE=width(num_experts),
+        **asdict(rows),
+        num_stages=1,
+    )
+    return sort(indices, mask, num_experts, 1, "none", rows.BR, partial)
+
+
+def sort(
+    indices: Tensor,
+    mask: Tensor | None,
+    experts: int,
+    segments: int,
+    balance: str,
+    block: int,
+    ints: Tensor,
+    statistics: Statistics | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the permutation and, with ``statistics``, their outputs. Two launches.
+
+    ``ints`` (blocks, W): the partial counts of blocks of ``block`` tokens.
+    """
+    tokens, k = indices.shape
+    rows, blocks, columns = tokens * k, *ints.shape
+    stats = statistics or (None, None, None, None, None)
+    available, partial_floats, counts, losses, coefficients = stats
+    floats = 0 if partial_floats is None else partial_floats.shape[1]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return indices.new_empty(shape, dtype=dtype)
+
+    prefix, totals = empty(blocks, experts + 1), empty(columns)
+    sums = None if partial_floats is None else empty(floats, dtype=torch.float64)
+    int_blocks = triton.cdiv(columns, SCAN_COLUMNS)
+    launch(
+        scan_kernel,
+        (int_blocks + triton.cdiv(floats, SCAN_COLUMNS),),
+        ints_ptr=ints,
+        floats_ptr=partial_floats,
+        prefix_ptr=prefix,
+        totals_ptr=totals,
+        sums_ptr=sums,
+        G=blocks,
+        W=columns,
+        V=floats,
+        int_blocks=int_blocks,
+        E=experts,
+        BG=SCAN_ROWS,
+        BC=SCAN_COLUMNS,
+        num_warps=4,
+        num_stages=3,
+    )
+    sorted_rows, position = empty(rows), empty(rows)
+    offsets, tiles = empty(experts + 1), empty(rows // 16 + experts, 2)
+    tile_blocks = triton.cdiv(len(tiles), tile_block(experts))
+    launch(
+        finish_kernel,
+        (blocks + tile_blocks + 1,),
+        indices_ptr=indices,
+        mask_ptr=mask,
+        available_ptr=available,
+        prefix_ptr=prefix,
+        totals_ptr=totals,
+        sums_ptr=sums,
+        order_ptr=sorted_rows,
+        position_ptr=position,
+        offsets_ptr=offsets,
+        tiles_ptr=tiles,
+        counts_ptr=counts,
+        losses_ptr=losses,
+        coefficients_ptr=coefficients,
+        T=tokens,
+        G=blocks,
+        num_tiles=len(tiles),
+        tile_blocks=tile_blocks,
+        H=tile_rows(rows, experts),
+        E=experts,
+        K=k,
+        S=segments,
+        BALANCE=balance,
+        BE=width(experts),
+        BI=tile_block(experts),
+        BR=block,
+        num_warps=8 if experts > 256 else 4,
+        num_stages=1,
+        maxnreg=128,
+    )
+    return sorted_rows, position, offsets, tiles
 
 
 @triton.jit
 def count_kernel(
-    indices_ptr,
-    mask_ptr,
-    ints_ptr,
+    indices_ptr,  # (T, K)
+    mask_ptr,  # (T,) or None
+    ints_ptr,  # (G, E + 1)
     T,
     E: tl.constexpr,
     K: tl.constexpr,
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """grid (T / BR,). E assignments to each expert and 1 count of masked tokens, for choices that
-    come without logits.
-    """
+    """Count the assignments to each expert, and the masked tokens; grid (T / BR,)."""
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     keep = tokens_kept(n, mask_ptr, T)
@@ -48,7 +174,7 @@ def _times(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """How often each kept token chose each expert."""
+    """Return how often each kept token chose each expert."""
     times = tl.zeros([BR, BE], tl.int32)
     for j in range(K):
         at, _ = load_choice(indices_ptr, n, j, keep, E, K)
@@ -58,11 +184,11 @@ def _times(
 
 @triton.jit
 def scan_kernel(
-    ints_ptr,
-    floats_ptr,
-    prefix_ptr,
-    totals_ptr,
-    sums_ptr,
+    ints_ptr,  # (G, W)
+    floats_ptr,  # (G, V) or None
+    prefix_ptr,  # (G, E + 1)
+    totals_ptr,  # (W,)
+    sums_ptr,  # (V,) float64, or None
     G,
     W,
     V,
@@ -71,8 +197,10 @@ def scan_kernel(
     BG: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """grid (W / BC + V / BC,). Column sums over the G blocks: integers, with what comes before each
-    block in the first E + 1 columns, then floats, in float64."""
+    """Sum the columns of the partial statistics over the G blocks; grid (W / BC + V / BC,).
+
+    Of the first E + 1 columns of integers, also the sums before each block. Floats in float64.
+    """
     program = tl.program_id(0)
     if program < int_blocks:
         c = program * BC + tl.arange(0, BC)
@@ -92,28 +220,27 @@ def scan_kernel(
         for start in range(0, G, BG):
             g = start + tl.arange(0, BG)
             inside = (g[:, None] < G) & (c[None, :] < V)
-            x = tl.load(
-                floats_ptr + g[:, None].to(tl.int64) * V + c[None, :], mask=inside, other=0.0
-            )
+            at = g[:, None].to(tl.int64) * V + c[None, :]
+            x = tl.load(floats_ptr + at, mask=inside, other=0.0)
             total += tl.sum(x.to(tl.float64), 0)
         tl.store(sums_ptr + c, total, mask=c < V)
 
 
 @triton.jit
 def finish_kernel(
-    indices_ptr,
-    mask_ptr,
-    available_ptr,
-    prefix_ptr,
-    totals_ptr,
-    sums_ptr,
-    order_ptr,
-    position_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    counts_ptr,
-    losses_ptr,
-    coefficients_ptr,
+    indices_ptr,  # (T, K)
+    mask_ptr,  # (T,) or None
+    available_ptr,  # (S, E) or None
+    prefix_ptr,  # (G, E + 1)
+    totals_ptr,  # (W,)
+    sums_ptr,  # (V,) or None
+    order_ptr,  # (T * K,)
+    position_ptr,  # (T * K,)
+    offsets_ptr,  # (E + 1,)
+    tiles_ptr,  # (num_tiles, 2)
+    counts_ptr,  # (S, E) or None
+    losses_ptr,  # (3,) or None
+    coefficients_ptr,  # (S * E + 1,) or None
     T,
     G,
     num_tiles,
@@ -127,8 +254,9 @@ def finish_kernel(
     BE: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """grid (G + tile blocks + 1,). Order and position of a block of tokens; BI tiles of H rows;
-    offsets, losses and the like.
+    """Write order and position of a block of tokens, BI tiles of H rows, or offsets and losses.
+
+    grid (G + tile blocks + 1,).
     """
     program = tl.program_id(0)
     experts = tl.arange(0, BE)
@@ -192,8 +320,9 @@ def _place(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Assignment t * K + j goes behind those of its expert that come before it: in other blocks, in
-    other tokens, in slots < j.
+    """Place assignment t * K + j after the earlier ones of its expert.
+
+    Earlier are those of earlier blocks, of earlier tokens, and in slots < j.
     """
     n = program * BR + tl.arange(0, BR)
     keep = tokens_kept(n, mask_ptr, T)
@@ -226,8 +355,9 @@ def _losses(
     S: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """In float64 from sums in float64, which costs nothing here: "mse" is a difference of like
-    numbers. Without tokens all is 0.
+    """Compute losses and coefficients in float64, which costs nothing here; 0 without tokens.
+
+    "mse" is a difference of nearly equal numbers.
     """
     SEGMENTS_AT: tl.constexpr = E + 1 + S if S > 1 else 0
     FIRST_AT: tl.constexpr = E + 1 + S + (S * E if S > 1 else 0)
@@ -241,21 +371,19 @@ def _losses(
     balance = tl.full((), 0.0, tl.float64)
     for s in range(S):
         number = tl.load(totals_ptr + E + 1 + s)
-        share_of = 1.0 / (
-            tl.maximum(number, 1).to(tl.float64) * tl.maximum(segments, 1).to(tl.float64)
-        )
+        each_segment = tl.maximum(segments, 1).to(tl.float64)
+        share_of = 1.0 / (tl.maximum(number, 1).to(tl.float64) * each_segment)
         times = tl.load(totals_ptr + SEGMENTS_AT + s * E + experts, mask=exists, other=0)
         tl.store(counts_ptr + s * E + experts, times.to(tl.int64), mask=exists)
         usable = exists
         if available_ptr is not None:
             usable = tl.load(available_ptr + s * E + experts, mask=exists, other=0) != 0
         size = tl.sum(usable.to(tl.int32), 0).to(tl.float64)
-        mean = tl.load(sums_ptr + s * E + experts, mask=exists, other=0.0) / tl.maximum(
-            number, 1
-        ).to(tl.float64)
+        mean = tl.load(sums_ptr + s * E + experts, mask=exists, other=0.0)
+        mean = mean / tl.maximum(number, 1).to(tl.float64)
         if BALANCE == "mse":
             target = tl.where(usable & (number > 0), 1.0 / tl.maximum(size, 1.0), 0.0)
-            off = mean - target  # what nobody may use has a mean of 0, or NaN
+            off = mean - target  # an expert that is not available has a mean of 0, or NaN
             slope = 2.0 * off
             loss = tl.sum(off * off, 0)
         else:

@@ -1,16 +1,24 @@
-"""What forward and backward both make of logits, BR tokens by BE experts: a power of two, of which
-columns beyond E are void.
+"""Scores from logits, and what they depend on, for the kernels of both directions.
+
+A tile has BR tokens and BE experts: a power of two, of which columns from E on are padding.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def as_bytes(flags: Tensor | None) -> Tensor | None:
+    """View bools as bytes, densely."""
+    return None if flags is None else flags.contiguous().view(torch.uint8)
 
 
 @triton.jit
 def tokens_kept(n, mask_ptr, T):
-    """Which of the tokens n exist and are not masked (1 = ignore)."""
+    """Return which of the tokens n exist and are not masked (1 = ignore)."""
     keep = n < T
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + n, mask=n < T, other=1) == 0)
@@ -19,37 +27,40 @@ def tokens_kept(n, mask_ptr, T):
 
 @triton.jit
 def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
-    """(tokens, experts) in float32, 0 for tokens that are not kept: they may hold NaN."""
+    """Load (tokens, experts) in float32, 0 for tokens not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + experts[None, :].to(tl.int64) * stride_e
     return tl.load(ptr + at, mask=keep[:, None] & (experts[None, :] < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
-    """The expert chosen in these slots, forced into [0, E), and what was given."""
+    """Return the expert chosen in these slots, clamped to [0, E), and the given number."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
 
 @triton.jit
 def load_segment(segments_ptr, n, T, S: tl.constexpr):
-    """The segment of each token, forced into [0, S), and whether it lay outside; all are of the
-    first where none are given.
+    """Return the segment of each token, clamped to [0, S), and whether it was outside.
+
+    Without segments every token is in the first.
     """
     segment = tl.zeros_like(n)
-    void = n < 0
+    broken = n < 0
     if segments_ptr is not None:
         given = tl.load(segments_ptr + n, mask=n < T, other=0)
         segment = tl.minimum(tl.maximum(given, 0), S - 1).to(tl.int32)
-        void = given != segment
-    return segment, void
+        broken = given != segment
+    return segment, broken
 
 
 @triton.jit
-def load_allowed(available_ptr, segment, void, experts, E: tl.constexpr, K: tl.constexpr):
-    """Which experts a token may use: (tokens, experts), or one row for all tokens; and the void
-    tokens, with those whose segment has fewer than K. They may use all experts, so that their
-    choice is of K different ones like any other."""
+def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl.constexpr):
+    """Return which experts a token may use, and the broken tokens.
+
+    (tokens, experts), or one row for all tokens. Broken are also the tokens whose segment has fewer
+    than K experts. They may use all experts, so that K different ones can be chosen.
+    """
     exists = (experts < E)[None, :]
     allowed = exists
     if available_ptr is not None:
@@ -57,24 +68,24 @@ def load_allowed(available_ptr, segment, void, experts, E: tl.constexpr, K: tl.c
             tl.load(available_ptr + segment[:, None] * E + experts[None, :], mask=exists, other=0)
             != 0
         )
-        void = void | (tl.sum(allowed.to(tl.int32), 1) < K)
-        allowed = allowed | (void[:, None] & exists)
-    return allowed, void
+        broken = broken | (tl.sum(allowed.to(tl.int32), 1) < K)
+        allowed = allowed | (broken[:, None] & exists)
+    return allowed, broken
 
 
 @triton.jit
 def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
-    """The tokens of which a choice is no expert."""
-    void = n < 0
+    """Return the tokens that have a choice outside [0, E)."""
+    broken = n < 0
     for j in range(K):
         at, given = load_choice(indices_ptr, n, j, keep, E, K)
-        void = void | (given != at)
-    return void
+        broken = broken | (given != at)
+    return broken
 
 
 @triton.jit
 def jitter_factor(seed_ptr, jitter, n, experts):
-    """1 - jitter .. 1 + jitter by token and expert: mmfused.random.uniform, whatever the tiles."""
+    """Return factors from 1 - jitter to 1 + jitter: mmfused.random.uniform, whatever the tiles."""
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
     word, _, _, _ = tl.philox(
         tl.load(seed_ptr),
@@ -88,10 +99,10 @@ def jitter_factor(seed_ptr, jitter, n, experts):
 
 @triton.jit
 def softmax(x):
-    """P over the second axis, its logarithm, and the log-sum-exp. As in PyTorch P is NaN where a
-    row holds NaN, inf or only -inf; the log-sum-exp is NaN, inf and -inf there.
+    """Return P over the second axis, log P and the log-sum-exp.
 
-    The logarithm does not come from the log-sum-exp, which large logits leave few digits.
+    As in PyTorch P is NaN where a row holds NaN, inf or only -inf; the log-sum-exp is NaN, inf and
+    -inf there. log P is not computed from the log-sum-exp, which has few digits at large logits.
     """
     top = tl.max(x, 1)
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
@@ -105,8 +116,9 @@ def softmax(x):
 
 @triton.jit
 def scores(logits, allowed, SIGMOID: tl.constexpr):
-    """u, P = softmax(u), log P, and softmax and log-sum-exp of the logits; u and P of an expert not
-    allowed are -inf and 0.
+    """Return u, P = softmax(u), log P, and softmax and log-sum-exp of the logits.
+
+    u and P of an expert that is not allowed are -inf and 0.
     """
     u = logits
     if SIGMOID:

@@ -1,0 +1,246 @@
+"""Gradients of the experts' weights and biases: outer products summed over the rows of an expert.
+
+dW = Y^T X. The rows A' carry the routing weight already, so nothing has to be scaled on its way
+into the matrix units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import arch_of, dense, dot, launch, upcasts
+from .plans import plan
+from .rows import Rows, load_inside, tile_options
+
+
+def weight_gradients(
+    rows: Rows,
+    y: Tensor | None,
+    x: Tensor | None,
+    combine_weights: Tensor | None,
+    weights: list[Tensor],
+    need_dw: bool,
+    need_db: bool,
+    *,
+    packed: bool = False,
+    gather_y: bool = False,
+    gather_x: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Launch weights_kernel: dW of each of the weights (E, O, I), and db (E, O) of the last.
+
+    y (R, O times the number of weights) holds O columns for each of the weights, one after the
+    other. What is not needed is (0,). ``packed``: the weights are halves of one tensor, and so are
+    their gradients. Without need_dw and need_db, y and x may be None.
+    """
+    experts, n, width = weights[0].shape
+    db = weights[0].new_empty((experts, n) if need_db else (0,))
+    if not (need_dw or need_db):
+        return [db.new_empty(0) for _ in weights[packed:]], db
+    assert y is not None and x is not None
+    if not need_dw:  # the sums are by-products of a product: compute the narrowest one
+        x, width = x[:, :16], min(width, 16)
+    joint = None
+    if packed:
+        joint = y.new_empty(experts, len(weights) * n, width)
+        dw = list(joint.chunk(2, 1))
+    else:
+        dw = [y.new_empty(experts, n, width) for _ in weights]
+    kind = "gathered weights" if gather_y or gather_x else "weights"
+    tile = plan(kind, rows.number, rows.experts, n, width, y.dtype, arch_of(y))
+    blocks = len(weights) * triton.cdiv(n, tile.BM) * triton.cdiv(width, tile.BN)
+    launch(
+        weights_kernel,
+        (experts * blocks,),
+        y_ptr=y,
+        x_ptr=x,
+        routing_ptr=dense(combine_weights),
+        order_ptr=rows.order,
+        offsets_ptr=rows.offsets,
+        dw_ptr=dw[0],
+        dw2_ptr=dw[1] if len(dw) == 2 else None,
+        db_ptr=db if need_db else None,
+        stride_y=y.stride(0),
+        stride_x=x.stride(0),
+        stride_e=dw[0].stride(0),
+        N=n,
+        K=width,
+        k=rows.k,
+        **tile_options(tile),
+        GROUP=8,
+        GATHER_Y=gather_y,
+        GATHER_X=gather_x,
+        UPCAST=upcasts(y.dtype),
+    )
+    wanted = dw if joint is None else [joint]
+    return wanted if need_dw else [y.new_empty(0) for _ in wanted], db
+
+
+@triton.jit
+def weights_kernel(
+    y_ptr,  # (R, N), with GATHER_Y (T, N); with dw2 2 N columns
+    x_ptr,  # (R, K), with GATHER_X (T, K)
+    routing_ptr,  # (T, k) or None
+    order_ptr,  # (R,)
+    offsets_ptr,  # (E + 1,)
+    dw_ptr,  # (E, N, K)
+    dw2_ptr,  # (E, N, K) or None
+    db_ptr,  # (E, N) or None
+    stride_y,
+    stride_x,
+    stride_e,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Compute dw = Y^T X over the rows of each expert, and db, the sums of the columns of Y.
+
+    With dw2, dw2 = Y2^T X where Y2 is the second half of the columns of y, and db are the sums of
+    Y2. The sums are weighted by the routing where that is given. grid (E * N / BM * K / BN,), twice
+    that with dw2.
+    """
+    PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
+    high: tl.constexpr = (N + BM - 1) // BM
+    wide: tl.constexpr = (K + BN - 1) // BN
+    pid = tl.program_id(0)
+    expert = (pid // (PARTS * high * wide)).to(tl.int64)
+    pid = pid % (PARTS * high * wide)
+    block_y, block_x = tl.swizzle2d(pid // wide, pid % wide, PARTS * high, wide, GROUP)
+    part = block_y // high
+    y_column = part * N
+    if dw2_ptr is not None:
+        dw_ptr = tl.where(part == 1, dw2_ptr, dw_ptr)
+    dw_ptr += expert * stride_e
+    ys = (block_y % high) * BM + tl.arange(0, BM)
+    xs = block_x * BN + tl.arange(0, BN)
+    sums_too = False
+    if db_ptr is not None:
+        sums_too = (block_x == 0) & (part == PARTS - 1)
+    if sums_too:  # two loops: most programs have no sums
+        _outer_products(
+            y_ptr,
+            x_ptr,
+            routing_ptr,
+            order_ptr,
+            offsets_ptr,
+            dw_ptr,
+            db_ptr,
+            expert,
+            ys,
+            xs,
+            y_column,
+            stride_y,
+            stride_x,
+            N,
+            K,
+            k,
+            BM,
+            BN,
+            BK,
+            GATHER_Y,
+            GATHER_X,
+            UPCAST,
+        )
+    else:
+        _outer_products(
+            y_ptr,
+            x_ptr,
+            None,
+            order_ptr,
+            offsets_ptr,
+            dw_ptr,
+            None,
+            expert,
+            ys,
+            xs,
+            y_column,
+            stride_y,
+            stride_x,
+            N,
+            K,
+            k,
+            BM,
+            BN,
+            BK,
+            GATHER_Y,
+            GATHER_X,
+            UPCAST,
+        )
+
+
+@triton.jit
+def _outer_products(
+    y_ptr,  # as in weights_kernel
+    x_ptr,
+    routing_ptr,  # (T, k) or None
+    order_ptr,  # (R,)
+    offsets_ptr,  # (E + 1,)
+    dw_ptr,  # (N, K) of this expert
+    db_ptr,  # (E, N) or None
+    expert,
+    ys,
+    xs,
+    y_column,
+    stride_y,
+    stride_x,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    k: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Compute one block of an expert's dW and, if given, db; zeros without rows."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros([BM, BN], tl.float32)
+    sums = tl.zeros([BM, 16], tl.float32)
+    for start in range(begin, end, BK):
+        rows = start + tl.arange(0, BK)
+        inside = rows < end
+        assignments = rows
+        if GATHER_Y or GATHER_X or (db_ptr is not None and routing_ptr is not None):
+            assignments = tl.load(order_ptr + rows, mask=inside, other=0)
+        y_rows = (assignments // k if GATHER_Y else rows).to(tl.int64)
+        x_rows = (assignments // k if GATHER_X else rows).to(tl.int64)
+        # Transposed here: on Ampere tl.trans would stop the pipeline.
+        y_at = y_rows[None, :] * stride_y + (y_column + ys)[:, None]
+        y = load_inside(y_ptr + y_at, ys < N, inside, N % BM == 0, False)
+        x_at = x_rows[:, None] * stride_x + xs[None, :]
+        x = load_inside(x_ptr + x_at, inside, xs < K, False, K % BN == 0)
+        acc = dot(y, x, acc, UPCAST)
+        if db_ptr is not None:
+            sums = dot(y, _row_factors(routing_ptr, assignments, inside, BK, dtype), sums, UPCAST)
+    at = ys[:, None].to(tl.int64) * K + xs[None, :]
+    tl.store(dw_ptr + at, acc, mask=(ys < N)[:, None] & (xs < K)[None, :])
+    if db_ptr is not None:
+        tl.store(db_ptr + expert * N + ys, tl.sum(sums, 1), mask=ys < N)
+
+
+@triton.jit
+def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
+    """Return the weights (rows, 16) of rows in the sum for a bias, in two columns.
+
+    The second column holds what 16 bits round off of the first.
+    """
+    column = tl.arange(0, 16)[None, :]
+    if routing_ptr is None:
+        factors = tl.where(column == 0, tl.full([BK, 16], 1.0, dtype), 0.0)
+    else:
+        w = tl.load(routing_ptr + assignments, mask=inside, other=0.0)
+        high = w.to(dtype)
+        low = (w - high.to(tl.float32)).to(dtype)
+        factors = tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0))
+    return factors.to(dtype)
