@@ -1,6 +1,4 @@
-"""Autocast as nn.Linear has it: whatever dtype weights and activations have, results are in its
-dtype.
-"""
+"""Autocast: results have its dtype for any dtypes of weights and activations, as with nn.Linear."""
 
 import itertools
 
@@ -52,7 +50,7 @@ def both(a, w):
     norms = [(w(torch.ones(D)), w(torch.zeros(D))) for _ in range(2)]
     outs = mmfused.bidirectional_gated_cross_attention(
         a(torch.randn(B, N, D)),
-        w(torch.randn(B, N, D)),  # another dtype than the other side's
+        w(torch.randn(B, N, D)),  # may have another dtype than the first side
         attention_weights(w),
         attention_weights(a),
         num_heads=2,
@@ -62,7 +60,7 @@ def both(a, w):
     return torch.cat(outs, 1)
 
 
-# name -> f(cast of activations, cast of weights); losses and routing stay in float32 at least
+# name -> f(cast of activations, cast of weights)
 OPS = {
     "query_pooling": lambda a, w: mmfused.query_pooling(
         a(torch.randn(B, N, D)), w(weights(2, D)), w(weights(D, D)), w(weights(D, D)), w(weights(D))
@@ -96,6 +94,7 @@ OPS = {
         symmetric=True,
     ),
 }
+# Losses and routing compute and return float32.
 WIDE = ("topk_routing", "topk_routing_from_input", "masked_info_nce")
 GRID = [(c, w, a) for c, w, a in itertools.product(HALVES, FLOATS, FLOATS)]
 
@@ -110,15 +109,14 @@ def test_ops(op, case):
     with torch.autocast(DEVICE, autocast):
         out = OPS[op](lambda x: x.to(activation), lambda x: x.to(weight))
     assert out.dtype == (torch.float32 if op in WIDE else autocast)
-    torch.testing.assert_close(
-        out.float(), want, rtol=0.1, atol=0.1
-    )  # of 16-bit numbers; the budget is tested elsewhere
+    # Loose bounds for 16-bit numbers; the error budget is tested elsewhere.
+    torch.testing.assert_close(out.float(), want, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, backend):
-    """And every gradient comes in the dtype of what it belongs to."""
+    """The output has autocast's dtype, and every gradient the dtype of its parameter."""
     for autocast, weight, activation in GRID:
         torch.manual_seed(0)
         module = MODULES[name].make().to(weight)
@@ -133,7 +131,7 @@ def test_modules(name, backend):
 @pytest.mark.parametrize("attachment", ["forward hook", "norm: forward hook", "LoRA", "DoRA"])
 @pytest.mark.parametrize("name", MODULES)
 def test_children_that_are_called(name, attachment):
-    """Under the autocast that the module was called under; without it in their own dtype."""
+    """Children run under the autocast of the module's call; without autocast in their own dtype."""
     if ATTACHMENTS[attachment].needs:
         pytest.importorskip(ATTACHMENTS[attachment].needs)
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
@@ -143,7 +141,7 @@ def test_children_that_are_called(name, attachment):
         (None, torch.bfloat16),
     ):
         if autocast == torch.float16 and "post-norm" in name and kind is nn.LayerNorm:
-            continue  # a norm in bfloat16 of a sum with float16 in it: torch has none
+            continue  # torch has no norm in bfloat16 of a float32 sum of float16 and bfloat16
         torch.manual_seed(0)
         module = MODULES[name].make()
         ATTACHMENTS[attachment].attach(module, children(module, kind))
@@ -153,7 +151,8 @@ def test_children_that_are_called(name, attachment):
         with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
             out = MODULES[name].call(module.to(dtype), *inputs)
         assert out.dtype == (autocast or torch.bfloat16)
-        assert (out - want).abs().median() < 0.02  # a token may go to another expert
+        # The median, as rounding may route a token to another expert.
+        assert (out - want).abs().median() < 0.02
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -190,17 +189,15 @@ def test_a_cast_mixture_keeps_its_selection_bias(dtype):
     mmfused.update_selection_bias(moe.selection_bias, route.counts, rate=0.0)
     assert out.dtype == dtype and moe.selection_bias.dtype == torch.float32
     assert torch.equal(moe.selection_bias, bias)
-    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # as DeepSpeed saves it
+    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # as saved by DeepSpeed
     moe.load_state_dict(state, assign=True)
     assert moe.selection_bias.dtype == torch.float32 and moe.w_up.dtype == dtype
     moe(torch.randn(3, 8, dtype=dtype))
 
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
-def test_attention_that_was_fused(weight):
-    """nn.MultiheadAttention over another input, whose weights alone are of another dtype than
-    autocast's.
-    """
+def test_fused_attention(weight):
+    """A swapped nn.MultiheadAttention with weights and activations in any dtypes."""
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)
         module = nn.MultiheadAttention(64, 1, batch_first=True).to(weight)
@@ -214,7 +211,7 @@ def test_attention_that_was_fused(weight):
 
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
-def test_a_pool_of_timm_that_was_fused(weight):
+def test_a_fused_pool_of_timm(weight):
     timm = pytest.importorskip("timm")
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)

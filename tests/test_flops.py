@@ -1,6 +1,6 @@
-"""FlopCounterMode sees every product of matrices of an op, forward and backward, on every backend.
+"""FlopCounterMode counts every matrix product of an op, forward and backward, on every backend.
 
-The sums are made by hand here.
+The expected sums are written out by hand.
 """
 
 import pytest
@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import mmfused
 from mmfused.library import register_composed
 
-# Samples, tokens, tokens of the context, width, queries, heads: no two products of them alike.
+# Samples, tokens, tokens of the context, width, queries, heads, chosen so that products differ.
 B, N, M, D, L, H = 3, 20, 7, 32, 3, 2
 
 
 def count(call, *inputs, backend="composed") -> tuple[int, int]:
-    """Of the forward and of the backward of everything that requires grad."""
+    """Return the FLOPs of the forward and of the backward."""
     with mmfused.backend(backend):
         with FlopCounterMode(display=False) as forward:
             out = call(*inputs)
@@ -40,19 +40,15 @@ def test_every_operator_has_a_formula():
 
 def test_pooling():
     module = mmfused.QueryPooling(D, L, H, bias=True, q_proj=True, out_proj=True)
-    queries, pool, values, output = (
-        2 * (2 * L * D * D),
-        4 * B * H * L * N * D,
-        2 * B * L * D * D,
-        2 * B * L * D * D,
-    )
+    queries = 2 * (2 * L * D * D)
+    pool = 4 * B * H * L * N * D
+    values = 2 * B * L * D * D
+    output = 2 * B * L * D * D
     once = queries + pool + values + output
     assert count(module, leaf(B, N, D)) == (once, 2 * once)
-    assert count(module, leaf(B, N, D), backend="fused") == (
-        once,
-        2 * once + pool // 2,
-    )  # the logits again
-    # Tokens without a gradient: of the two products with them, two gradients instead of four.
+    # The kernels recompute the logits.
+    assert count(module, leaf(B, N, D), backend="fused") == (once, 2 * once + pool // 2)
+    # Tokens without a gradient: each of the two products with them has one gradient, not two.
     assert count(module, leaf(B, N, D, grad=False)) == (once, 2 * once - pool)
     assert count(module, leaf(B, N, D, grad=False), backend="fused") == (once, 2 * once - pool // 2)
     projected = 2 * L * D * D + 2 * (2 * B * N * D * D) + 4 * B * L * N * D + output
@@ -73,15 +69,11 @@ def test_gated_cross_attention(gate):
     project = 2 * B * N * D * D + 2 * B * M * (D // 2) * 2 * D
     attend, output, blend = 4 * B * N * M * D, 2 * B * N * D * D, 2 * B * N * 2 * D * gates
     once, inputs = project + attend + output + blend, (leaf(B, N, D), leaf(B, M, D // 2))
-    assert count(module, *inputs) == (
-        once,
-        2 * once + attend // 2,
-    )  # torch's attention has its scores again, too
-    assert count(module, *inputs, backend="fused") == (
-        once,
-        2 * once + attend // 2 + blend,
-    )  # and the kernels the gate
-    indicator = 2 * B * N * gates  # here a column like the others
+    # Torch's attention recomputes its logits too; the kernels recompute the gate as well.
+    backward = 2 * once + attend // 2
+    assert count(module, *inputs) == (once, backward)
+    assert count(module, *inputs, backend="fused") == (once, backward + blend)
+    indicator = 2 * B * N * gates  # the reference multiplies it as one more column
     assert count(module, *inputs, backend="reference") == (once + indicator, 2 * (once + indicator))
 
 
@@ -105,13 +97,11 @@ def test_experts(activation):
     module = mmfused.TopKMoE(D, hidden, experts, k, activation=activation)
     router, layer = 2 * tokens * D * experts, 2 * tokens * k * D * hidden
     layers = layer * (3 if activation == "swiglu" else 2)
-    sums = 2 * (2 * tokens * experts)  # the composed balance adds up by products, forward alone
+    sums = 2 * (2 * tokens * experts)  # composed sums by matrix products, in the forward only
     assert count(module, leaf(tokens, D)) == (router + layers + sums, 2 * (router + layers))
-    assert count(module, leaf(tokens, D), backend="fused") == (
-        router + layers,
-        2 * (router + layers),
-    )
-    everything = router + layers * experts  # every expert on every row
+    once = router + layers
+    assert count(module, leaf(tokens, D), backend="fused") == (once, 2 * once)
+    everything = router + layers * experts  # the reference runs every expert on every row
     assert count(module, leaf(tokens, D), backend="reference") == (everything, 2 * everything)
     logits = leaf(tokens, experts)
     assert count(lambda x: mmfused.topk_routing(x, k), logits) == (sums, 0)
@@ -131,11 +121,9 @@ def test_experts_without_some_gradients(backend):
     fixed = x.detach(), weight.detach()
     assert count(linear, x, weight, scores, True, backend=backend) == (layer, 2 * layer)
     assert count(linear, x, fixed[1], scores, False, backend=backend) == (layer, layer)
-    assert count(linear, fixed[0], weight, scores.detach(), False, backend=backend) == (
-        layer,
-        layer,
-    )
-    # The kernels, which keep no expert's output, have the gradient of the scores from dO W.
+    only_weight = (fixed[0], weight, scores.detach(), False)
+    assert count(linear, *only_weight, backend=backend) == (layer, layer)
+    # The kernels do not save the experts' outputs; they compute the scores' gradient from dO W.
     only = layer if backend == "fused" else 0
     assert count(linear, *fixed, scores, True, backend=backend) == (layer, only)
 
@@ -147,23 +135,21 @@ def test_contrastive_loss(backend):
     module = mmfused.MaskedInfoNCE(symmetric=True, learnable_temperature=True)
     assert count(module, query, candidate, backend=backend) == (pairs, 3 * pairs)
     assert count(module, query, candidate.detach(), backend=backend) == (pairs, 2 * pairs)
-    # Keys hide pairs, which only their values tell: all count.
+    # Keys exclude pairs, but which ones depends on their values, so all pairs count.
     keys = dict(query_key=torch.arange(rows) % 2, candidate_key=torch.arange(columns) % 2)
-    assert count(lambda q, c: module(q, c, **keys), query, candidate, backend=backend) == (
-        pairs,
-        3 * pairs,
-    )
+    found = count(lambda q, c: module(q, c, **keys), query, candidate, backend=backend)
+    assert found == (pairs, 3 * pairs)
     assert count(module, query, candidate, backend="reference") == (pairs, 2 * pairs)
 
 
 def test_compiled_router():
-    """No device here runs it; of logits alone it multiplies nothing."""
+    """The CUDA router runs on no device here; from logits it computes no matrix product."""
     for name in ("topk_routing_cuda_fwd", "topk_routing_cuda_bwd"):
         formula = flop_registry[getattr(torch.ops.mmfused, name)]
         assert formula(leaf(N, 4), None, out_val=leaf(N, 4)) == 0
 
 
-def test_an_operator_that_comes_later():
+def test_an_operator_registered_later():
     register_composed(
         "a_later_one",
         "(Tensor x) -> Tensor",
@@ -176,7 +162,7 @@ def test_an_operator_that_comes_later():
     assert counter.get_total_flops() == 15
 
 
-def test_the_counter_comes_only_when_it_is_asked_for():
+def test_the_counter_is_imported_only_on_demand():
     code = """
 import sys, mmfused, torch
 assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules

@@ -1,5 +1,6 @@
-"""Gated cross-attention: the specification against a literal transcription, composed path and
-modules. Kernels: *_fused.py.
+"""Gated cross-attention: reference, composed backend and modules against a literal transcription.
+
+Tests of the kernels: test_gated_cross_attention_fused.py.
 """
 
 import itertools
@@ -36,15 +37,13 @@ def randn(*shape):
 
 
 def linear(layer, x):
-    return torch.stack([(layer.weight[o] * x).sum() for o in range(len(layer.weight))]) + (
-        0 if layer.bias is None else layer.bias
-    )
+    out = torch.stack([(row * x).sum() for row in layer.weight])
+    return out if layer.bias is None else out + layer.bias
 
 
 def normed(norm, x):
-    return (x - x.mean()) / torch.sqrt(
-        ((x - x.mean()) ** 2).mean() + norm.eps
-    ) * norm.weight + norm.bias
+    centred = x - x.mean()
+    return centred / torch.sqrt((centred**2).mean() + norm.eps) * norm.weight + norm.bias
 
 
 def literal(
@@ -60,8 +59,9 @@ def literal(
     options,
     keep,
 ):
-    """One sample, one token, one head at a time: models.md section 1b, and architecture.md section
-    3 for what is missing.
+    """Compute one direction one sample, one token and one head at a time.
+
+    The equations are those of models.md, section 1b; ``missing`` is in architecture.md, section 3.
     """
     missing, gate, pre_norm = options["missing"], options["gate"], options["pre_norm"]
     readable = [[j for j in range(context.shape[1]) if not ignored[s][j]] for s in range(len(x))]
@@ -87,26 +87,25 @@ def literal(
                     )
                     values.append(linear(direction.v_proj, c)[part])
                 total = sum(torch.exp(logit) for logit in logits)
-                kept = [keep[0][s, h, i, j] for j in keys]
+                factors = [keep[0][s, h, i, j] for j in keys]
                 terms = [
                     torch.exp(a) / total * v * k
-                    for a, v, k in zip(logits, values, kept, strict=True)
+                    for a, v, k in zip(logits, values, factors, strict=True)
                 ]
                 heads.append(sum(terms) if keys else torch.zeros(width, dtype=torch.float64))
-            read = (
-                linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i]
-                if keys
-                else torch.zeros(D, dtype=torch.float64)
-            )
+            attn_out = torch.zeros(D, dtype=torch.float64)
+            if keys:
+                attn_out = linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i]
             if gate == "none":
-                rows.append(x[s, i] + read if pre_norm else normed(norm_x, x[s, i] + read))
+                total = x[s, i] + attn_out
+                rows.append(total if pre_norm else normed(norm_x, total))
                 continue
-            parts = [x[s, i], read]
+            parts = [x[s, i], attn_out]
             if options["indicator"]:
                 flag = any(there) if options["indicator"] == "batch" else there[s]
                 parts.append(torch.tensor([float(flag)], dtype=torch.float64))
             g = 1 / (1 + torch.exp(-linear(direction.gate_proj, torch.cat(parts))))
-            rows.append(g * read + (1 - g) * x[s, i])
+            rows.append(g * attn_out + (1 - g) * x[s, i])
         out.append(torch.stack(rows))
     return torch.stack(out)
 
@@ -119,8 +118,8 @@ def both_ways(built, a, b, masks, options, p, seed):
     present = {side: masks.get(f"{side}_present", torch.ones(B).bool()) for side in "ab"}
     there = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
 
-    def keep(stream, asks, reads):
-        shapes = (B, HEADS, asks, reads), (B, asks, D)
+    def keep(stream, queries, keys):
+        shapes = (B, HEADS, queries, keys), (B, queries, D)
         return [
             dropout_mask(seed, shape, p, 2 * stream + i).double() / (1 - p)
             for i, shape in enumerate(shapes)
@@ -157,7 +156,7 @@ def both_ways(built, a, b, masks, options, p, seed):
 
 def padding():
     ignore_a, ignore_b = torch.rand(B, N) < 0.3, torch.rand(B, M) < 0.3
-    ignore_b[3] = True  # nothing to read
+    ignore_b[3] = True  # fully masked
     ignore_a[0, 0] = False
     return dict(a_key_padding_mask=ignore_a, b_key_padding_mask=ignore_b)
 
@@ -200,22 +199,18 @@ BACKENDS = ("reference", "composed")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_direction_is_half_of_both(backend):
-    """And a context of another width, with lengths for a mask."""
+    """Also with lengths instead of a mask, and with a context of another width."""
     both = module(missing="zero")
     one = module(GatedCrossAttention, missing="zero")
-    one.load_state_dict(
-        {
-            **{
-                k.removeprefix("to_a."): v
-                for k, v in both.state_dict().items()
-                if k.startswith("to_a.")
-            },
-            "norm_x.weight": both.norm_a.weight,
-            "norm_x.bias": both.norm_a.bias,
-            "norm_context.weight": both.norm_b.weight,
-            "norm_context.bias": both.norm_b.bias,
-        }
-    )
+    state = both.state_dict()
+    norms = {
+        "norm_x.weight": both.norm_a.weight,
+        "norm_x.bias": both.norm_a.bias,
+        "norm_context.weight": both.norm_b.weight,
+        "norm_context.bias": both.norm_b.bias,
+    }
+    to_a = {k.removeprefix("to_a."): v for k, v in state.items() if k.startswith("to_a.")}
+    one.load_state_dict(to_a | norms)
     a, b, lengths = randn(B, N, D), randn(B, M, D), torch.tensor([5, 0, 2, 1])
     ignore = torch.arange(M) >= lengths[:, None]
     with mmfused.backend(backend):
@@ -231,14 +226,15 @@ def test_one_direction_is_half_of_both(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_constant_context_collapses(backend, p):
-    """Absent samples hold equal tokens: reading one of them, or all, is the same; under dropout all
-    are read.
+    """Absent samples hold equal tokens, so attending to one equals attending to all.
+
+    Under dropout the kernels and the reference attend to all.
     """
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
     ignore = torch.arange(M) >= torch.tensor([5, 5, 2, 1])[:, None]
-    ignore[1, ::2] = True  # the first that may be read stands between two that may not
+    ignore[1, ::2] = True  # the first valid token stands between two ignored ones
     context[ignore] = math.nan
     results = []
     for missing in ("constant", "attend"):
@@ -248,12 +244,10 @@ def test_a_constant_context_collapses(backend, p):
             out = built(
                 x, leaf, context_present=PRESENT, context_key_padding_mask=ignore, dropout_seed=seed
             )
-        gradients = torch.autograd.grad(
-            out, [x, leaf, *built.parameters()], torch.linspace(-1, 1, out.numel()).view(out.shape)
-        )
-        results.append(
-            [out, gradients[0], gradients[1].sum(1), *gradients[2:]]
-        )  # equal tokens share their gradient
+        upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        dx, d_context, *others = torch.autograd.grad(out, [x, leaf, *built.parameters()], upstream)
+        # Equal tokens share their gradient, so only the sum over tokens is defined.
+        results.append([out, dx, d_context.sum(1), *others])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -261,8 +255,9 @@ def test_a_constant_context_collapses(backend, p):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_passes_are_separate_calls(backend):
     built, a, b = module(missing="constant"), randn(B, N, D), randn(B, M, D)
+    packed_a, packed_b, a_present, b_present = pack_passes(a, b)
     with mmfused.backend(backend):
-        packed = built(*(packs := pack_passes(a, b))[:2], a_present=packs[2], b_present=packs[3])
+        packed = built(packed_a, packed_b, a_present=a_present, b_present=b_present)
         flags = torch.ones(B).bool()
         zero_a, zero_b = torch.zeros_like(a), torch.zeros_like(b)
         calls = [
@@ -272,36 +267,33 @@ def test_packed_passes_are_separate_calls(backend):
         ]
     for got, want in zip(packed, zip(*calls, strict=True), strict=True):
         torch.testing.assert_close(got, torch.cat(want), rtol=1e-12, atol=1e-12)
-    assert [flag.tolist() for flag in packs[2:]] == [
-        [True] * 8 + [False] * 4,
-        [True] * 4 + [False] * 4 + [True] * 4,
-    ]
-    with pytest.raises(
-        ValueError, match=r"pack_passes: passes: got \('c',\), expected some of both, a, b"
-    ):
+    assert a_present.tolist() == [True] * 8 + [False] * 4
+    assert b_present.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    message = r"pack_passes: passes: got \('c',\), expected some of both, a, b"
+    with pytest.raises(ValueError, match=message):
         pack_passes(a, b, ("c",))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_skipped_samples_come_back_and_keep_their_nan(backend):
+def test_skipped_samples_are_returned_unchanged_with_their_nan(backend):
     built, a, b = module(), randn(B, N, D), randn(B, M, D)
-    masks = dict(b_present=PRESENT, a_key_padding_mask=torch.rand(B, N) < 0.3)
-    masks["a_key_padding_mask"][:, 0] = False
+    ignored = torch.rand(B, N) < 0.3
+    ignored[:, 0] = False
+    masks = dict(b_present=PRESENT, a_key_padding_mask=ignored)
 
     def run(a, b):
         with mmfused.backend(backend):
             outs = built(a, b, **masks)
-        total = (
-            sum((out[PRESENT] * torch.arange(1, D + 1)).sum() for out in outs[1:])
-            + (outs[0][PRESENT] * ~masks["a_key_padding_mask"][PRESENT, :, None]).sum()
-        )
+        total = (outs[1][PRESENT] * torch.arange(1, D + 1)).sum()
+        total = total + (outs[0][PRESENT] * ~ignored[PRESENT, :, None]).sum()
         return outs, torch.autograd.grad(total, [a, b, *built.parameters()])
 
     outs, want = run(a, b)
     assert torch.equal(outs[0][1], a[1]) and torch.equal(outs[1][1], b[1])
-    assert torch.equal(outs[0][masks["a_key_padding_mask"]], a[masks["a_key_padding_mask"]])
+    assert torch.equal(outs[0][ignored], a[ignored])
     poisoned_a, poisoned_b = a.detach().clone(), b.detach().clone()
-    poisoned_a[masks["a_key_padding_mask"]], poisoned_b[~PRESENT] = math.nan, math.nan
+    poisoned_a[ignored] = math.nan
+    poisoned_b[~PRESENT] = math.nan
     _, got = run(poisoned_a.requires_grad_(), poisoned_b.requires_grad_())
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
@@ -309,47 +301,33 @@ def test_skipped_samples_come_back_and_keep_their_nan(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero"])
-def test_all_missing_trains_without_none(backend, missing):
-    built, x, context = (
-        module(GatedCrossAttention, missing=missing),
-        randn(B, N, D),
-        torch.full((B, M, D), math.nan).double(),
-    )
-    context.requires_grad_()
+def test_every_parameter_has_a_gradient_where_all_samples_are_missing(backend, missing):
+    built, x = module(GatedCrossAttention, missing=missing), randn(B, N, D)
+    context = torch.full((B, M, D), math.nan).double().requires_grad_()
     with mmfused.backend(backend):
         out = built(x, context, context_present=torch.zeros(B).bool())
-    gradients = dict(
-        zip(
-            dict(built.named_parameters()),
-            torch.autograd.grad(out.sum(), [*built.parameters()]),
-            strict=True,
-        )
-    )
+    named = dict(built.named_parameters())
+    gradients = torch.autograd.grad(out.sum(), list(named.values()))
+    gradients = dict(zip(named, gradients, strict=True))
     assert all(g.isfinite().all() for g in gradients.values())
     assert not gradients["k_proj.weight"].any() and not gradients["out_proj.bias"].any()
-    assert torch.equal(out, x) == (missing == "skip") and gradients["gate_proj.weight"].any() == (
-        missing == "zero"
-    )
+    assert torch.equal(out, x) == (missing == "skip")
+    assert gradients["gate_proj.weight"].any() == (missing == "zero")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch, length, width", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_empty_inputs(batch, length, width, backend):
-    built, x, context = (
-        module(GatedCrossAttention, missing="zero"),
-        randn(batch, length, D),
-        randn(batch, width, D),
-    )
+    built = module(GatedCrossAttention, missing="zero")
+    x, context = randn(batch, length, D), randn(batch, width, D)
     with mmfused.backend(backend):
         out = built(x, context)
     assert out.shape == x.shape and out.isfinite().all()
-    assert all(
-        g.isfinite().all()
-        for g in torch.autograd.grad(out.sum(), [x, context, *built.parameters()])
-    )
+    gradients = torch.autograd.grad(out.sum(), [x, context, *built.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_dropout_is_drawn_replayed_and_off_in_evaluation():
+def test_dropout_is_random_repeatable_and_off_in_evaluation():
     built, a, b = module(dropout=0.5), randn(B, N, D), randn(B, M, D)
     assert not torch.equal(built(a, b)[0], built(a, b)[0])
     torch.manual_seed(1)
@@ -358,9 +336,8 @@ def test_dropout_is_drawn_replayed_and_off_in_evaluation():
     again = checkpoint(built, a, b, use_reentrant=False)
     assert torch.equal(first[0], again[0])
     upstream = torch.randn_like(first[0])
-    for x, y in zip(
-        *(torch.autograd.grad(outs[0], [a, b], upstream) for outs in (first, again)), strict=True
-    ):
+    gradients = (torch.autograd.grad(outs[0], [a, b], upstream) for outs in (first, again))
+    for x, y in zip(*gradients, strict=True):
         assert torch.equal(x, y)
     plain = module(dropout=0.0)
     plain.load_state_dict(built.state_dict())
@@ -378,20 +355,15 @@ def test_dropout_masks_have_the_right_frequencies_and_are_independent():
         for dim in (1, 2, 3):
             assert abs((centred * centred.roll(shift, dim)).mean()) < 0.002, (shift, dim)
     assert dropout_mask(seed, (3, 0), 0.3).shape == (3, 0) and dropout_mask(seed, shape, 0.0).all()
-    assert torch.equal(
-        dropout_mask(seed, (6, 9), 0.3), dropout_mask(seed, (6, 70), 0.3)[:, :9]
-    )  # by position, not by shape
+    # Elements are drawn by position, not by shape.
+    wide = dropout_mask(seed, (6, 70), 0.3)
+    assert torch.equal(dropout_mask(seed, (6, 9), 0.3), wide[:, :9])
 
 
 def test_mean_over_seeds_is_the_result_without_dropout():
-    """Of the attention alone (gate none, one head's worth of values is linear in the
-    probabilities).
-    """
-    built, x, context = (
-        module(GatedCrossAttention, gate="none", dropout=0.2),
-        randn(2, 3, D),
-        randn(2, 4, D),
-    )
+    """Without a gate, as the attention output is linear in the dropped probabilities."""
+    built = module(GatedCrossAttention, gate="none", dropout=0.2)
+    x, context = randn(2, 3, D), randn(2, 4, D)
     with torch.no_grad():
         outs = torch.stack([built(x, context, dropout_seed=torch.tensor(s)) for s in range(3000)])
         want = built.eval()(x, context)
@@ -414,14 +386,11 @@ def test_shared_weights_and_state_dicts():
         for name in ("q", "k", "v", "out", "gate")
         for part in ("weight", "bias")
     }
-    assert names == linears | {
-        f"norm_{side}.{part}" for side in ("x", "context") for part in ("weight", "bias")
-    }
+    norms = {f"norm_{side}.{part}" for side in ("x", "context") for part in ("weight", "bias")}
+    assert names == linears | norms
     assert GatedCrossAttention(D, HEADS).gate_proj.weight.shape == (D, 2 * D + 1)
-    assert GatedCrossAttention(D, HEADS, gate="token", indicator=False).gate_proj.weight.shape == (
-        1,
-        2 * D,
-    )
+    token = GatedCrossAttention(D, HEADS, gate="token", indicator=False)
+    assert token.gate_proj.weight.shape == (1, 2 * D)
     assert GatedCrossAttention(D, HEADS, gate="none", pre_norm=False, bias=False).gate_proj is None
 
 
@@ -445,15 +414,13 @@ def test_token_gate():
     gate, a, b = TokenGate(D, hidden=(7,)).double(), randn(B, N, D), randn(B, N, D)
     first, last = gate.mlp[0], gate.mlp[3]
     for s, i in ((0, 0), (3, 5)):
-        share = 1 / (
-            1 + torch.exp(-linear(last, linear(first, torch.cat([a[s, i], b[s, i]])).clamp(min=0)))
-        )
+        hidden = linear(first, torch.cat([a[s, i], b[s, i]])).clamp(min=0)
+        share = 1 / (1 + torch.exp(-linear(last, hidden)))
         torch.testing.assert_close(gate.share(a, b)[s, i], share[0])
         torch.testing.assert_close(gate(a, b)[s, i], share * a[s, i] + (1 - share) * b[s, i])
     assert TokenGate(D).mlp[0].weight.shape == (D, 2 * D)
-    with pytest.raises(
-        ValueError, match=r"b: got shape \(4, 5, 12\), expected \(4, 6, 12\), as a has"
-    ):
+    message = r"b: got shape \(4, 5, 12\), expected \(4, 6, 12\), as a has"
+    with pytest.raises(ValueError, match=message):
         gate(a, randn(B, M, D))
 
 
@@ -533,8 +500,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("sentence", BAD)
-def test_bad_input(sentence):
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
     with pytest.raises((ValueError, TypeError)) as caught:
-        BAD[sentence]()
-    assert sentence in str(caught.value)
+        BAD[message]()
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""The switch, the checks and the registration that all ops share."""
+"""The backend switch and the input checks that all ops share."""
 
 import subprocess
 import sys
@@ -60,12 +60,13 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_an_option_that_is_a_number_is_no_tensor_whose_gradient_would_be_lost(name):
+def test_a_number_may_not_be_a_tensor(name):
+    """Its gradient would be lost."""
     with pytest.raises(TypeError, match=f"{name}: got a Tensor, expected a number$"):
         NUMBERS[name](torch.tensor(0.1, requires_grad=True))
 
 
-def test_auto_takes_composed_on_a_cpu_and_fused_says_why_not():
+def test_auto_is_composed_on_a_cpu_and_fused_reports_why_not():
     code = """
 import torch, mmfused
 from mmfused.library import choose
@@ -101,9 +102,8 @@ def test_tensors_are_checked_by_name():
 
 
 def test_dtensors_are_refused():
-    class DTensor(
-        torch.Tensor
-    ):  # the check goes by the type's name, so that it needs no process group
+    # The check compares the type's name, so this test needs no process group.
+    class DTensor(torch.Tensor):
         pass
 
     with pytest.raises(TypeError, match="op: x: got a DTensor, .* FSDP"):
@@ -116,16 +116,16 @@ def test_values_are_checked_on_cpu():
         library.check_value(lambda: torch.tensor(False), "wrong value")
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_values_elsewhere_are_asserted_only_if_asked_for(asked, monkeypatch):
+@pytest.mark.parametrize("enabled", [False, True])
+def test_values_on_a_device_are_asserted_only_if_enabled(enabled, monkeypatch):
     asserted = []
     monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append(message))
-    monkeypatch.setattr(library, "CHECK_ON_DEVICE", asked)
+    monkeypatch.setattr(library, "CHECK_ON_DEVICE", enabled)
     library.check_value(lambda: torch.tensor(False, device="meta"), "wrong value")
-    assert asserted == ["wrong value"] * asked
+    assert asserted == ["wrong value"] * enabled
 
 
-def test_a_compiled_graph_asserts_only_if_asked_for():
+def test_a_compiled_graph_asserts_only_if_enabled():
     code = """
 import torch, mmfused
 
@@ -135,12 +135,22 @@ def look(graph, inputs):
     found.extend(node for node in graph.graph.nodes if "assert" in str(node.target))
     return graph
 
-target, key, there = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.tensor([3, 4])
-calls = [
-    lambda x: mmfused.masked_info_nce(x, x, temperature=x.abs().mean(), target=target, candidate_key=key),
-    lambda x: mmfused.topk_routing(x, 2, segments=target % 2, num_segments=2, indices=target[:, None] % 2 + target[:2]).weights,
-    lambda x: mmfused.query_pooling(x[None].expand(2, -1, -1), x, x, x, lengths=there),
-]
+target, key, lengths = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.tensor([3, 4])
+
+def loss(x):
+    return mmfused.masked_info_nce(
+        x, x, temperature=x.abs().mean(), target=target, candidate_key=key
+    )
+
+def route(x):
+    return mmfused.topk_routing(
+        x, 2, segments=target % 2, num_segments=2, indices=target[:, None] % 2 + target[:2]
+    ).weights
+
+def pool(x):
+    return mmfused.query_pooling(x[None].expand(2, -1, -1), x, x, x, lengths=lengths)
+
+calls = [loss, route, pool]
 for call in calls:
     torch.compile(call, backend=look)(torch.rand(4, 4))
 print(len(found))
@@ -150,7 +160,7 @@ print(len(found))
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_a_budget_that_is_not_finite_allows_nothing(number):
+def test_a_budget_that_is_not_finite_fails(number):
     exact, plain = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 1.0, number])
     wanted = ["x: plain PyTorch's is not finite, which would allow anything."]
     assert over_budget({"x": torch.ones(3)}, {"x": exact}, {"x": plain}) == wanted

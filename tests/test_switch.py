@@ -1,4 +1,4 @@
-"""The backend and the router: a default of the process, and ``with`` for one thread and context."""
+"""The backend and the router: a default per process, overridden by ``with`` per thread and task."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("choice", "set_default", "current", "names"), SWITCHES)
-def test_a_choice_holds_inside_with_alone_and_nests(choice, set_default, current, names):
+def test_a_choice_holds_only_inside_with_and_nests(choice, set_default, current, names):
     first, second, third = names
     assert current() == first
     choice(second)
@@ -80,7 +80,7 @@ def in_thread(function):
 
 
 def test_threads_do_not_disturb_each_other():
-    """Two that overlap: each sees its own, and the process's default is what it was."""
+    """Overlapping contexts of two threads: each sees its own; the process's default stays."""
     entered, left, seen = threading.Event(), threading.Event(), []
 
     def first():
@@ -100,13 +100,13 @@ def test_threads_do_not_disturb_each_other():
     assert current_backend() == "auto" and seen == ["reference"]
 
 
-def test_a_default_is_every_threads_and_a_with_its_own():
+def test_a_default_holds_in_every_thread_and_a_with_in_one():
     mmfused.set_backend("composed")
     with mmfused.backend("reference"):
         assert in_thread(current_backend) == "composed"
 
 
-def test_tasks_that_take_turns_each_keep_their_own():
+def test_interleaved_tasks_keep_their_own_choice():
     seen = []
 
     async def task(name):
@@ -122,7 +122,7 @@ def test_tasks_that_take_turns_each_keep_their_own():
     assert len(seen) == 6 and all(name == got for name, got in seen)
 
 
-def test_generators_that_end_out_of_order_leave_nothing_behind():
+def test_generators_that_end_out_of_order_restore_the_default():
     def holding(name):
         with mmfused.backend(name):
             yield
@@ -164,9 +164,8 @@ def mixed(x):
 def read(x):
     torch.manual_seed(0)
     layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1).to(DEVICE)
-    return torch.cat(
-        layer(x[None, :5], x[None, 5:], dropout_seed=torch.tensor(3, device=DEVICE)), 1
-    )
+    seed = torch.tensor(3, device=DEVICE)
+    return torch.cat(layer(x[None, :5], x[None, 5:], dropout_seed=seed), 1)
 
 
 OPS = {
@@ -178,10 +177,10 @@ OPS = {
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What the ops were told to run as, and by which router, call by call."""
+def chosen(monkeypatch):
+    """Record the backend that each call of an op chooses."""
     calls = []
-    # In every operator's module that picks a backend.
+    # Every module of an op that chooses a backend imports ``choose``.
     for name, module in list(sys.modules.items()):
         if not name.startswith("mmfused.ops.") or not hasattr(module, "choose"):
             continue
@@ -195,15 +194,16 @@ def asked(monkeypatch):
 
 
 def tokens():
-    return (
-        torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1))
-        .to(DEVICE)
-        .requires_grad_()
-    )
+    drawn = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1))
+    return drawn.to(DEVICE).requires_grad_()
 
 
 def gradient(op, backend, around=lambda function, x: function(x), backward=None):
-    """By ``backward``, outside ``with``; None, within it, is what the others are compared with."""
+    """Return the gradient of the tokens.
+
+    ``backward`` runs outside ``with``; None: the backward runs inside, which gives the expected
+    values.
+    """
     x = tokens()
     with mmfused.backend(backend):
         loss = around(op, x).square().sum()
@@ -215,7 +215,7 @@ def gradient(op, backend, around=lambda function, x: function(x), backward=None)
 
 
 def elsewhere(loss):
-    """In another thread, which another backend is the default of."""
+    """Run the backward in another thread, under another default backend."""
     mmfused.set_backend("composed")
     in_thread(lambda: loss.backward() or True)
 
@@ -231,13 +231,15 @@ BACKWARDS = pytest.mark.parametrize("backward", [torch.Tensor.backward, elsewher
 @BACKWARDS
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 @pytest.mark.parametrize("op", OPS)
-def test_a_backward_is_its_forwards_wherever_it_runs(op, backend, backward, asked):
+def test_a_backward_keeps_the_backend_of_its_forward(op, backend, backward, chosen):
     want = gradient(OPS[op], backend)
-    calls = len(asked)
+    calls = len(chosen)
     got = gradient(OPS[op], backend, backward=backward)
     assert torch.equal(got, want)
-    assert set(asked) == {backend} and len(asked) == 2 * calls  # no backward has asked
-    assert not torch.equal(want, gradient(OPS[op], "composed"))  # or the bits would tell nothing
+    # Two forwards chose a backend, and no backward did.
+    assert set(chosen) == {backend} and len(chosen) == 2 * calls
+    # Backends differ in their bits; otherwise the comparison above would show nothing.
+    assert not torch.equal(want, gradient(OPS[op], "composed"))
 
 
 def checkpointed(depth):
@@ -252,24 +254,24 @@ def checkpointed(depth):
 @BACKWARDS
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("op", OPS)
-def test_a_recomputation_is_its_forwards_wherever_it_runs(op, depth, backward, asked):
-    backend = "reference"  # the bits of the others differ
+def test_a_recomputation_keeps_the_backend_of_its_forward(op, depth, backward, chosen):
+    backend = "reference"  # other backends give other bits
     want = gradient(OPS[op], backend)
-    asked.clear()
+    chosen.clear()
     got = gradient(OPS[op], backend, checkpointed(depth), backward)
     assert torch.equal(got, want)
-    assert len(asked) > 1 and set(asked) == {backend}
+    assert len(chosen) > 1 and set(chosen) == {backend}
 
 
-def test_a_recomputation_keeps_the_default_of_its_forward(asked):
+def test_a_recomputation_keeps_the_default_of_its_forward(chosen):
     mmfused.set_backend("reference")
     x = tokens()
     loss = checkpoint(pooled, x, use_reentrant=False).sum()
     elsewhere(loss)
-    assert asked == ["reference"] * 2
+    assert chosen == ["reference"] * 2
 
 
-def test_a_recomputation_keeps_its_forwards_router():
+def test_a_recomputation_keeps_the_router_of_its_forward():
     seen = []
 
     def layer(x):
@@ -302,7 +304,7 @@ def test_a_with_inside_a_checkpoint_wins(reentrant, backward):
 
 
 @BACKWARDS
-def test_before_and_after_a_with_inside_a_checkpoint_its_forwards_holds(backward):
+def test_the_forwards_choice_holds_around_a_with_inside_a_checkpoint(backward):
     seen = []
 
     def inner(x):
@@ -313,7 +315,7 @@ def test_before_and_after_a_with_inside_a_checkpoint_its_forwards_holds(backward
         seen.append(current_backend())
         with mmfused.backend("reference"):
             x = checkpoint(inner, x.sin(), use_reentrant=False)
-        with torch.autograd.graph.save_on_cpu():  # its hooks hide the checkpoint's
+        with torch.autograd.graph.save_on_cpu():  # its hooks hide those of the checkpoint
             seen.append(current_backend())
         return x.sin().cos()
 
@@ -323,10 +325,11 @@ def test_before_and_after_a_with_inside_a_checkpoint_its_forwards_holds(backward
     assert seen == ["fused", "reference", "fused"]
     seen.clear()
     backward(loss)
-    assert seen == ["fused", "reference", "fused", "reference"]  # the last: inner, recomputed
+    # The last comes from the recomputation of ``inner``.
+    assert seen == ["fused", "reference", "fused", "reference"]
 
 
-def test_hooks_on_saved_tensors_stay_as_they_were():
+def test_hooks_on_saved_tensors_stay_in_place():
     packed = []
 
     def hooks(name):
@@ -343,7 +346,7 @@ def test_hooks_on_saved_tensors_stay_as_they_were():
     assert packed == ["inner", "outer"]
 
 
-def test_a_torch_that_hides_its_hooks_is_one_without_checkpoints(monkeypatch):
+def test_checkpoints_work_in_a_torch_that_hides_its_hooks(monkeypatch):
     monkeypatch.setattr(mmfused.switch, "_top_hooks", lambda ignore_tracing: None)
     x = tokens()
     with mmfused.backend("reference"):
