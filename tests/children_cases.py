@@ -1,14 +1,15 @@
 """What users attach to the children of a module, as data: module x attachment x backend.
 
-``MODULES``: each module that reads the weights of its children, its inputs, and the same forward
-written plainly, with every child called. ``ATTACHMENTS``: name -> how it is attached to children,
-to the projections ("linear") or to the norms. ``outcome`` says what a user gets: "equal" to calling
-the children, or "refused" in one sentence."""
+``MODULES``: each module that reads the weights of its children, its inputs, and its forward written
+in plain PyTorch, which calls every child. ``ATTACHMENTS``: how something is attached to children,
+either to the projections ("linear") or to the norms. ``outcome``: "equal" where the result equals
+that of calling the children, "refused" where the call is an error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ B, N, M, D, HEADS, EXPERTS = 2, 5, 3, 16, 2, 4
 BACKENDS = ("reference", "composed", "fused")
 
 
-# ---- the modules, and their forwards with every child called ------------------------------------
+# ---- the modules, and their forwards with every child called -------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -44,9 +45,9 @@ def plain_one_head(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def plain_direction(m: nn.Module, x: Tensor, normed: Tensor, context: Tensor) -> Tensor:
-    read = m.out_proj(attend(m.q_proj(normed), m.k_proj(context), m.v_proj(context)))
-    g = m.gate_proj(torch.cat([x, read, torch.ones_like(x[..., :1])], -1)).sigmoid()
-    return g * read + (1 - g) * x
+    attn_out = m.out_proj(attend(m.q_proj(normed), m.k_proj(context), m.v_proj(context)))
+    g = m.gate_proj(torch.cat([x, attn_out, torch.ones_like(x[..., :1])], -1)).sigmoid()
+    return g * attn_out + (1 - g) * x
 
 
 def plain_cross(m: nn.Module, x: Tensor, context: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ MODULES = {
         lambda m, x, ignore: m(x, ignore),
         plain_pooling,
     ),
-    "QueryPooling, one head": Module(  # so many rows that out_proj would be folded into v_proj
+    # So many queries that out_proj would be folded into v_proj.
+    "QueryPooling, one head": Module(
         lambda: mmfused.QueryPooling(D, 9, 1, out_proj=True),
         lambda: (tokens(B, N),),
         lambda m, x: m(x),
@@ -126,17 +128,19 @@ MODULES = {
 }
 
 
-# ---- what is attached ---------------------------------------------------------------------------
+# ---- attachments ---------------------------------------------------------------------------------
 
 
 class Attachment(NamedTuple):
-    """``attach(module, names)``: to the children of these names; returns the module to be called.
+    """Something that a user attaches to children of a module.
 
-    ``to``: "linear" or "norm".  ``reads``: its effective weight is formed, so that kernels serve
-    it.
-    ``gradients``: whether there are any.  ``training``: in training mode (None: as
-    attached).  ``neutral``: the numbers
-    are those without it.
+    ``attach(module, names)``: attach it to the children of these names; returns the module to call.
+    ``to``: attach it to "linear" or "norm" children.
+    ``reads``: the effective weight is computed and read, so the kernels support it.
+    ``gradients``: the module can be differentiated.
+    ``training``: run in training mode; None: in the mode that ``attach`` sets.
+    ``neutral``: it does not change the results.
+    ``needs``: a package that it needs.
     """
 
     attach: Callable[[nn.Module, list[str]], nn.Module]
@@ -166,15 +170,18 @@ def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
 
 
 def adapted(
-    config: str, after: Callable[[nn.Module], object] = lambda m: None, **options
+    config: str, after: Callable[[nn.Module], object] = lambda m: None, **options: Any
 ) -> Callable:
+    """Attach an adapter of peft, then call ``after`` on the module."""
+
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         import peft
 
         cls = getattr(peft, config)
         peft.inject_adapter_in_model(cls(target_modules=names, **options), module)
         for name, parameter in module.named_parameters():
-            if "default" in name:  # none is at its neutral value, where it would not be seen
+            if "default" in name:
+                # With its initial values, an adapter would have no effect.
                 parameter.data += 0.2 * torch.randn_like(parameter)
         after(module)
         return module
@@ -199,13 +206,13 @@ def disable(module: nn.Module) -> None:
 
 
 def dropouts_in_training(module: nn.Module) -> None:
-    """Monte Carlo dropout: all else in evaluation."""
+    """Set Monte Carlo dropout: only Dropout modules are in training mode."""
     for part in module.eval().modules():
         part.train(type(part) is nn.Dropout)
 
 
 def empty_until_called(child: nn.Module) -> None:
-    """As DeepSpeed's ZeRO-3: the weights are there while the child's own forward runs."""
+    """Hold the weights only while the child's own forward runs, as DeepSpeed's ZeRO-3 does."""
     for parameter in child.parameters(recurse=False):
         parameter.whole, parameter.data = parameter.data, torch.empty(0)
 
@@ -367,10 +374,10 @@ ATTACHMENTS = {
 
 
 def outcome(module: str, attachment: str, backend: str) -> str:
-    """ "equal" or "refused"; "none" where the module has no such child."""
+    """Return "equal" or "refused", or "none" where the module has no such child."""
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"
-    # The kernels of cross-attention take weights alone.
+    # The kernels of cross-attention need weights and cannot use the outputs of called children.
     called = not ATTACHMENTS[attachment].reads
     return "refused" if called and backend == "fused" and "Cross" in module else "equal"

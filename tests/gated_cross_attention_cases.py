@@ -1,4 +1,4 @@
-"""Inputs for the tests of the kernels of gated cross-attention, and how a case is run."""
+"""Inputs for the tests of the kernels of gated cross-attention, and a function that runs a case."""
 
 import torch
 from torch import nn
@@ -8,11 +8,10 @@ from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
-# only.
+# The interpreter truncates to bfloat16 where hardware rounds, so it is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, M, D, heads, width of the context where one direction is run): odd on purpose
+# name -> (B, N, M, D, heads, width of the context of GatedCrossAttention); odd on purpose
 SHAPES = {
     "odd": (4, 9, 11, 70, 2, 70),
     "narrow": (4, 6, 7, 20, 2, 36),
@@ -25,8 +24,9 @@ SHAPES = {
 
 
 def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **options):
-    """A module with every parameter random, and its inputs; ``masks``: "mixed", "present" or
-    "none".
+    """Return a module with random parameters, its tokens, and the masks as keywords.
+
+    ``masks``: "mixed", "present" or "none".
     """
     batch, n, m, dim, heads, context = SHAPES[shape]
     if both:
@@ -46,7 +46,7 @@ def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **opt
     if masks == "mixed":
         ignore = torch.rand(batch, m) < 0.3
         ignore[-1, : m - m // 3] = True  # padded on the left
-        ignore[0, 0] = True  # the first token that an absent context still offers is its second
+        ignore[0, 0] = True  # the first valid token of an absent context is its second
         extra[f"{second}_key_padding_mask"] = ignore
         if both:
             extra["a_lengths"] = torch.randint(1, n + 1, (batch,))
@@ -55,27 +55,22 @@ def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **opt
 
 
 def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
-    """Outputs and the gradients of tokens and parameters, by name."""
+    """Return outputs and the gradients of tokens and parameters, by name."""
     dtype = dtype or inputs[0].dtype
     module = module.to(dtype)
-    leaves = [
-        x.detach().to(dtype).requires_grad_() if x.dtype != dtype else x.detach().requires_grad_()
-        for x in inputs
-    ]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     with mmfused.backend(backend):
         outs = module(*leaves, **extra, dropout_seed=torch.tensor(seed, device=DEVICE))
     outs = outs if isinstance(outs, tuple) else (outs,)
     named = {"x0": leaves[0], "x1": leaves[1]} | dict(module.named_parameters())
-    upstream = (
-        [torch.ones_like(out) for out in outs]
-        if upstream is None
-        else [u.to(dtype) for u in upstream]
-    )
-    gradients = torch.autograd.grad(outs, list(named.values()), upstream[: len(outs)])
+    if upstream is None:
+        upstream = [torch.ones_like(out) for out in outs]
+    upstream = [u.to(dtype) for u in upstream[: len(outs)]]
+    gradients = torch.autograd.grad(outs, list(named.values()), upstream)
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
-    # One number's error is a matter of luck: a token gate's bias is measured as a column of its
-    # weight.
+    # The error of a single number is too random to judge, so the bias of a token gate is joined to
+    # its weight.
     for name in [name for name, gradient in results.items() if gradient.shape == (1,)]:
         weight = name.replace("bias", "weight")
         results[weight] = torch.cat([results[weight], results.pop(name)[None]], 1)

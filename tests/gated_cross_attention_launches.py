@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -28,24 +29,26 @@ def launches() -> Iterator[Callable[[], None]]:
 
 
 def attend(
-    dim,
-    heads,
+    dim: int,
+    heads: int,
     *,
-    lengths=(9, 37),
-    context=None,
-    form="epilogue",
-    dtype=HALF,
-    **options,
+    lengths: tuple[int, int] = (9, 37),
+    context: int | None = None,
+    form: str = "epilogue",
+    dtype: torch.dtype = HALF,
+    **options: Any,
 ) -> None:
-    """Call a module; one sample lacks a side, one is only padding, the others have some.
+    """Call a module forward and backward.
+
+    One sample lacks a side, the second side of one is fully masked, the others are partly masked.
 
     ``context``: the width of the context of ``GatedCrossAttention``; None: both directions.
     """
     both, batch = context is None, 4
     kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention
-    module = kind(dim, heads, **({} if both else dict(context_dim=context)), **options).to(
-        DEVICE, dtype
-    )
+    if not both:
+        options["context_dim"] = context
+    module = kind(dim, heads, **options).to(DEVICE, dtype)
     sides = [
         randn(batch, length, width, dtype=dtype)
         for length, width in zip(lengths, (dim, context or dim), strict=True)

@@ -1,5 +1,6 @@
-"""Modules and what users attach to their children: as calling the children, on every backend, or
-refused in one sentence.
+"""Hooks, adapters and parametrizations on a module's children act as if each child were called.
+
+On every backend, or the call is an error.
 """
 
 import itertools
@@ -13,8 +14,8 @@ import mmfused
 from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The kernels get the same weights from most of them: one of each kind for all modules, the others
-# for one.
+# On "fused", most attachments lead to the same kernel calls: one of each kind is tested in all
+# modules, the others in one.
 KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
 
 
@@ -30,7 +31,8 @@ CASES = [case for case in itertools.product(MODULES, ATTACHMENTS, BACKENDS) if i
 def build(name, attachment, attach=True):
     torch.manual_seed(0)
     module = MODULES[name].make()
-    for parameter in module.parameters():  # none is 0 or 1, where a wrong one would not be seen
+    for parameter in module.parameters():
+        # With biases of 0 and norms of 1, a wrong parameter would go unnoticed.
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
         parameter.data += scale * torch.randn_like(parameter)
     attached = ATTACHMENTS[attachment]
@@ -42,13 +44,12 @@ def build(name, attachment, attach=True):
 
 def results(call, module, inputs, dtype):
     inputs = [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
-    torch.manual_seed(2)  # of an adapter's dropout
+    torch.manual_seed(2)  # for the dropout of adapters
     out = call(module, *inputs)
     leaves = {f"d{i}": x for i, x in enumerate(inputs) if x.requires_grad}
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    upstream = torch.randn(
-        out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(3)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True)
     zeros = (
         torch.zeros_like(x) if g is None else g
@@ -58,7 +59,7 @@ def results(call, module, inputs, dtype):
 
 
 @pytest.mark.parametrize(("name", "attachment", "backend"), CASES, ids=map(" | ".join, CASES))
-def test_as_calling_the_children(name, attachment, backend):
+def test_attachments_act_as_if_children_were_called(name, attachment, backend):
     attached, case = ATTACHMENTS[attachment], MODULES[name]
     if attached.needs:
         pytest.importorskip(attached.needs)
@@ -67,10 +68,8 @@ def test_as_calling_the_children(name, attachment, backend):
     inputs = case.inputs()
     with mmfused.backend(backend):
         if outcome(name, attachment, backend) == "refused":
-            with pytest.raises(
-                RuntimeError,
-                match="must be called.*: undo that .* or use backend 'auto' or 'composed'",
-            ):
+            message = "must be called.*: undo that .* or use backend 'auto' or 'composed'"
+            with pytest.raises(RuntimeError, match=message):
                 case.call(module, *inputs)
         elif not attached.gradients:
             with torch.no_grad():
@@ -79,21 +78,18 @@ def test_as_calling_the_children(name, attachment, backend):
             exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
             actual = results(case.call, module, inputs, torch.float32)
             plain = results(case.plain, plain, inputs, torch.float32)
-            # The key biases have no gradient: 0 here, what rounding leaves there.
+            # Key biases have a gradient of exactly 0 here, and of rounding errors there.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)
             budget = [
                 {n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)
             ]
-            # Of the meaning: each op's own tests keep to twice the error of plain PyTorch, over
-            # larger shapes.
+            # Loose, as this tests the meaning; the tests of each op use a factor of 2.
             assert not over_budget(*budget, factor=8)
 
 
-def test_every_outcome_is_met():
-    """The table has each of them, and no attachment whose meaning no module tests."""
-    met = {outcome(*case) for case in CASES}
-    assert met == {"equal", "refused"}
+def test_the_cases_cover_every_outcome_and_attachment():
+    assert {outcome(*case) for case in CASES} == {"equal", "refused"}
     assert {attachment for _, attachment, _ in CASES} == set(ATTACHMENTS)
 
 
@@ -128,20 +124,18 @@ def test_lora_acts_learns_and_merges(name, backend):
         assert (out - base).abs().max() > 1e-2
         out.sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
-        assert len(gradients) == 2 * len(names) and all(
-            g.abs().max() > 0 for g in gradients.values()
-        )
+        assert len(gradients) == 2 * len(names)
+        assert all(g.abs().max() > 0 for g in gradients.values())
         with model.disable_adapter():
-            torch.testing.assert_close(
-                call(model.base_model.model[0], *inputs), base, rtol=0, atol=1e-6
-            )
+            disabled = call(model.base_model.model[0], *inputs)
+        torch.testing.assert_close(disabled, base, rtol=0, atol=1e-6)
         merged = call(model.merge_and_unload()[0], *inputs)
         torch.testing.assert_close(merged, out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lora_on_the_experts_themselves(backend):
-    """peft's target_parameters: a parametrization of the module, whose parameters the op reads."""
+    """peft's target_parameters: a parametrization of parameters that the module itself holds."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2,
@@ -180,7 +174,7 @@ def test_an_adapter_for_each_item_of_a_batch():
 
 @pytest.mark.parametrize("attach", [True, False], ids=["hooked", "plain"])
 def test_an_item_alone_and_in_a_batch(attach):
-    """One head: out_proj is folded into v_proj once that saves work, unless something is on it."""
+    """With one head, out_proj is folded into v_proj where that saves work, unless it has a hook."""
     module, calls = mmfused.QueryPooling(8, 4, 1, out_proj=True), []
     if attach:
         module.out_proj.register_forward_hook(lambda m, args, out: calls.append(1) or out.square())
@@ -202,7 +196,7 @@ def test_pruning_follows_training():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_spectral_norm_iterates_once_a_forward(name):
-    """In training mode each use of the weight is a step of the power iteration."""
+    """In training mode, each access of the weight is a step of the power iteration."""
     module, plain = build(name, "old spectral_norm"), build(name, "old spectral_norm")
     inputs = MODULES[name].inputs()
     MODULES[name].call(module, *inputs)
@@ -214,15 +208,13 @@ def test_spectral_norm_iterates_once_a_forward(name):
 def test_a_child_of_another_width():
     module = mmfused.TopKMoE(8, 8, 4)
     module.router = nn.Sequential(nn.Linear(8, 5))
-    with pytest.raises(
-        ValueError, match=r"TopKMoE.router: got shape \(3, 5\) as output, expected \(3, 4\)"
-    ):
+    message = r"TopKMoE.router: got shape \(3, 5\) as output, expected \(3, 4\)"
+    with pytest.raises(ValueError, match=message):
         module(torch.randn(3, 8))
     module = mmfused.GatedCrossAttention(8, 2)
     module.k_proj.register_forward_hook(lambda m, args, out: None if out is None else (out,))
-    with pytest.raises(
-        ValueError, match="GatedCrossAttention.k_proj: got a tuple as output, expected"
-    ):
+    message = "GatedCrossAttention.k_proj: got a tuple as output, expected"
+    with pytest.raises(ValueError, match=message):
         module(torch.randn(1, 3, 8), torch.randn(1, 3, 8))
 
 
@@ -239,7 +231,7 @@ def test_called_children_see_no_nan_of_ignored_tokens():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_tensor_on_both_sides(backend):
-    """Each side has a norm of its own."""
+    """Each side has its own norm."""
     for name in ("GatedCrossAttention", "BidirectionalGatedCrossAttention"):
         module, y = build(name, "LoRA", attach=False), torch.randn(2, 5, 16)
         with mmfused.backend(backend):
@@ -264,19 +256,15 @@ def test_the_same_tensor_on_both_sides(backend):
 def test_a_child_that_is_none(name, child, backend):
     module = MODULES[name].make()
     setattr(module, child, None)
-    with (
-        mmfused.backend(backend),
-        pytest.raises(
-            (TypeError, ValueError),
-            match=f"{child}: got None, expected|w_g: got shape None|w_g has shape None",
-        ),
-    ):
+    message = f"{child}: got None, expected|w_g: got shape None|w_g has shape None"
+    error = pytest.raises((TypeError, ValueError), match=message)
+    with mmfused.backend(backend), error:
         MODULES[name].call(module, *MODULES[name].inputs())
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_called_children_get_the_whole_batch_once(backend):
-    """A sample without context, which missing="skip" skips where nothing must be called."""
+    """Also a sample without context, which missing="skip" skips where no child must be called."""
     module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
     for child in (module.norm_a, module.to_a.k_proj):
         child.register_forward_hook(
@@ -303,8 +291,8 @@ def test_hooks_on_a_direction():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_weights_that_are_cast_by_their_own_forward(dtype):
-    """Tokens are not rounded to the dtype that such a weight is stored in."""
+def test_weights_that_their_own_forward_casts(dtype):
+    """Tokens are not rounded to the dtype in which a weight is stored."""
 
     class Stored(nn.Linear):
         def forward(self, x):
@@ -344,7 +332,7 @@ def one_rank(tmp_path):
     import torch.distributed as dist
 
     if dist.is_initialized():
-        pytest.skip("a process group is there")
+        pytest.skip("a process group is already initialized")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -352,13 +340,13 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True], ids=["child", "inside"])
 @pytest.mark.parametrize("name", MODULES)
-def test_children_that_fully_shard_gathers(name, inside, one_rank):
+def test_children_under_fully_shard(name, inside, one_rank):
     from torch.distributed.fsdp import fully_shard
 
     module, plain = (build(name, "LoRA", attach=False) for _ in range(2))
     for child in children(module, nn.Linear):
         inner = module.get_submodule(child)
-        if inside:  # an adapter's way: what is sharded lies inside of what is called
+        if inside:  # as with an adapter: the sharded module is inside the called one
             module.set_submodule(child, nn.Sequential(inner))
         fully_shard(inner, mesh=one_rank)
     inputs = MODULES[name].inputs()
@@ -382,12 +370,11 @@ def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
         MODULES[name].call(module, *MODULES[name].inputs())
 
 
-def test_a_direction_that_is_sharded_by_itself(one_rank):
+def test_a_direction_that_is_sharded_separately(one_rank):
     from torch.distributed.fsdp import fully_shard
 
     module = mmfused.BidirectionalGatedCrossAttention(16, 2)
     fully_shard(module.to_a, mesh=one_rank)
-    with pytest.raises(
-        TypeError, match="Attention.to_a: got a sharded module, expected fully_shard on the whole"
-    ):
+    message = "Attention.to_a: got a sharded module, expected fully_shard on the whole"
+    with pytest.raises(TypeError, match=message):
         module(torch.randn(1, 2, 16), torch.randn(1, 3, 16))

@@ -1,6 +1,4 @@
-"""The form "block" of gated cross-attention: attention and all that follows it as one launch,
-through the modules.
-"""
+"""The form "block" of gated cross-attention: attention and everything after it in one launch."""
 
 import pytest
 import torch
@@ -18,14 +16,15 @@ def block(monkeypatch):
 
 
 def launches(monkeypatch, call):
-    """Names of the kernels that a call launches, and what it gives."""
+    """Return the names of the kernels that a call launches, and its result."""
     launched, real = [], launcher.launch
+
+    def record(kernel, *args, **options):
+        launched.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            launcher,
-            "launch",
-            lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
-        )
+        patch.setattr(launcher, "launch", record)
         result = call()
     return launched, result
 
@@ -35,7 +34,7 @@ def forward(module, inputs, extra):
         return module(*inputs, **extra)
 
 
-# ---- the same as the form "epilogue", whose backward serves both ---------------------------------
+# ---- the form "epilogue" as the expected result; its backward serves both ------------------------
 
 
 FORMS_OF = [("narrow", options) for options in (*BOTH, *({**one, "both": False} for one in ONE))]
@@ -45,8 +44,9 @@ FORMS_OF = [("narrow", options) for options in (*BOTH, *({**one, "both": False} 
     "shape, options", [*FORMS_OF, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str
 )
 def test_both_forms_write_the_same(monkeypatch, shape, options):
-    """Outputs to rounding; and where dropout, a missing sample or a mask leaves nothing of A,
-    exactly.
+    """Outputs agree up to rounding.
+
+    They agree exactly where A is zero: dropped, masked, or of a missing sample.
     """
     module, inputs, extra = make(shape, **options, dtype=torch.float32)
     extra["dropout_seed"] = torch.tensor(3, device=DEVICE)
@@ -74,9 +74,9 @@ PLANNED = {"several tiles": BOTH[0], "many keys": BOTH[3], "four heads of 48": B
 
 @pytest.mark.parametrize("case", PLANNED)
 def test_half_precision_plans_in_float32(monkeypatch, case):
-    """The tiles of 16 bits, whose faults would drown in 16-bit rounding."""
+    """Run the 16-bit tiles in float32, as 16-bit rounding would hide their faults."""
     if CUDA:
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+        pytest.skip("16-bit plans may not fit a GPU in float32; only the interpreter runs them")
     real = launcher.plan
     monkeypatch.setattr(
         launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
@@ -91,7 +91,7 @@ def test_repeats_are_bitwise():
         assert torch.equal(value, want[name]), name
 
 
-# ---- what is missing -----------------------------------------------------------------------------
+# ---- missing samples and empty inputs ------------------------------------------------------------
 
 
 def test_skip_does_no_work(monkeypatch):
@@ -123,7 +123,7 @@ def test_forward_takes_three_launches(monkeypatch, gate):
 
 @pytest.mark.parametrize("form", plans.FORMS)
 def test_without_the_variable_the_default_runs(monkeypatch, form):
-    """Shapes that the block does not take run all the same where nobody has asked for it."""
+    """By default, shapes that the block does not support run in another form."""
     monkeypatch.delenv("MMFUSED_CROSS_ATTENTION")
     monkeypatch.setattr(plans, "FORM", form)
     launched, _ = launches(monkeypatch, lambda: forward(*make(dtype=torch.float32)))
@@ -132,11 +132,10 @@ def test_without_the_variable_the_default_runs(monkeypatch, form):
     assert "block_kernel" not in launched
 
 
-def test_an_unknown_form_is_one_sentence(monkeypatch):
+def test_an_unknown_form_is_an_error(monkeypatch):
     monkeypatch.setenv("MMFUSED_CROSS_ATTENTION", "whole")
-    with pytest.raises(
-        ValueError, match="^MMFUSED_CROSS_ATTENTION: got 'whole', expected one of epilogue, block$"
-    ):
+    message = "^MMFUSED_CROSS_ATTENTION: got 'whole', expected one of epilogue, block$"
+    with pytest.raises(ValueError, match=message):
         forward(*make(dtype=torch.float32))
 
 
@@ -145,11 +144,14 @@ def test_an_unknown_form_is_one_sentence(monkeypatch):
     [("wide", torch.float16), ("head dim 96", torch.float16), ("odd", torch.float32)],
     ids=str,
 )
-def test_what_the_block_does_not_take_is_one_sentence(shape, dtype):
-    """Before any launch; nothing falls back in silence."""
+def test_a_shape_that_the_block_does_not_support_is_an_error(shape, dtype):
+    """The error is raised before any launch; the form never changes silently."""
     dim, heads = SHAPES[shape][3:5]
-    sentence = f"^MMFUSED_CROSS_ATTENTION is 'block', but dim is {dim} with {heads} heads; block takes dim <= 256 and heads of"
-    with pytest.raises(ValueError, match=sentence):
+    message = (
+        f"^MMFUSED_CROSS_ATTENTION: got 'block' with dim {dim} and {heads} heads, "
+        "expected dim <= 256 and heads of"
+    )
+    with pytest.raises(ValueError, match=message):
         forward(*make(shape, dtype=dtype))
 
 

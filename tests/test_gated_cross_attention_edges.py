@@ -1,5 +1,6 @@
-"""Gated cross-attention at its edges: nothing to read, gradients asked for in part, odd layouts,
-far offsets. Every backend.
+"""Edge cases of gated cross-attention, on every backend.
+
+Absent contexts, gradients of some inputs only, unusual layouts, and offsets beyond 2^31.
 """
 
 import itertools
@@ -21,12 +22,12 @@ BACKENDS = ("reference", "composed", "fused")
 
 
 def close(got, want, tolerance=2e-5):
-    """By name, relative to the norm."""
+    """Assert that results of the same name agree, relative to their norm."""
     for name, value in got.items():
         assert (value - want[name]).norm() <= tolerance * (1 + want[name].norm()), name
 
 
-# ---- nothing to read -----------------------------------------------------------------------------
+# ---- absent contexts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,31 +36,28 @@ def close(got, want, tolerance=2e-5):
     "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero"])]
 )
 def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, backend):
-    """Of every parameter that the context would have reached, and of the context, which holds NaN
-    if it does not ask; none is None."""
+    """Every parameter that the context would have reached has a gradient of zeros, not None.
+
+    So has the context. It holds NaN, unless it is the query side of the other direction.
+    """
     module, inputs, _ = make(
         gate=gate, missing=missing, both=both, dropout=0.3, dtype=torch.float32
     )
     side = "b" if both else "context"
-    asks = both and missing == "zero"
-    inputs[1] = torch.full_like(inputs[1], 0.5 if asks else torch.nan)
-    got = run(
-        module,
-        inputs,
-        {f"{side}_present": torch.zeros(len(inputs[0]), dtype=torch.bool, device=DEVICE)},
-        backend,
-    )
-    names = [
-        name for name in got if not name.startswith(("out", "d x")) and (not asks or "to_a" in name)
-    ]
+    is_query_side = both and missing == "zero"
+    inputs[1] = torch.full_like(inputs[1], 0.5 if is_query_side else torch.nan)
+    absent = torch.zeros(len(inputs[0]), dtype=torch.bool, device=DEVICE)
+    got = run(module, inputs, {f"{side}_present": absent}, backend)
+    names = [name for name in got if not name.startswith(("out", "d x"))]
+    if is_query_side:
+        names = [name for name in names if "to_a" in name]
     for name in names:
-        acts = missing == "zero" and "gate_proj" in name
-        assert got[name].isfinite().all() and bool(got[name].any()) == acts, name
+        has_gradient = missing == "zero" and "gate_proj" in name
+        assert got[name].isfinite().all() and bool(got[name].any()) == has_gradient, name
     assert len(names) >= 8
     if missing == "skip":
-        assert torch.equal(got["out0"], inputs[0]) and torch.equal(
-            got["d x0"], torch.ones_like(inputs[0])
-        )
+        assert torch.equal(got["out0"], inputs[0])
+        assert torch.equal(got["d x0"], torch.ones_like(inputs[0]))
     if not both:
         assert not got["d x1"].any()
 
@@ -67,9 +65,7 @@ def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, bac
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero", "attend", "constant"])
 def test_a_context_without_tokens_is_absent(missing, backend):
-    """With a mask or without; "skip" changes nothing then, and otherwise the gate sees no
-    indicator.
-    """
+    """With or without a mask: "skip" returns x, and the other modes set the indicator to 0."""
     module, inputs, _ = make(both=False, missing=missing, dtype=torch.float32)
     batch, width = len(inputs[0]), inputs[1].shape[-1]
     none = inputs[1].detach()[:, :0]
@@ -86,7 +82,9 @@ def test_a_context_without_tokens_is_absent(missing, backend):
         assert not plain["d gate_proj.weight"][:, -2:].any()
 
 
-# ---- with the cases of test_gated_cross_attention_fused.py, every pair of gate, missing mode and masks
+# ---- pairs of options ----------------------------------------------------------------------------
+
+# With test_gated_cross_attention_fused.py: every pair of values of gate, missing and masks.
 
 PAIRS = [
     (True, dict(gate="token", masks="present")),
@@ -113,9 +111,7 @@ def test_more_pairs_stay_within_the_budget(both, options):
     [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
 def test_composed_equals_reference(gate, missing, both, dropout):
-    """The first sample and another lack a side, so that what is gathered lies elsewhere than it
-    came from.
-    """
+    """The first sample and another lack a side, so gathered samples have other indices."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
         gone = ~extra["b_present" if both else "context_present"]
@@ -159,13 +155,11 @@ def test_packed_passes_are_separate_calls_in_the_kernels():
         assert torch.equal(got, torch.cat(want))
 
 
-# ---- what is given, and what is asked for --------------------------------------------------------
+# ---- absent parameters, gradients of some inputs, strides ----------------------------------------
 
 
 def functional(backend, module, inputs, wanted=None, **changes):
-    """Output and gradients of gated_cross_attention by name, of the tensors ``wanted`` alone (None:
-    all).
-    """
+    """Return the output of gated_cross_attention and the gradients of ``wanted`` (None: all)."""
     weights = module.weights()
     named = dict(zip(("x", "context"), inputs, strict=True))
     named |= {field: weight for field, weight in weights._asdict().items() if weight is not None}
@@ -191,16 +185,14 @@ def functional(backend, module, inputs, wanted=None, **changes):
             dropout_p=0.3,
             dropout_seed=torch.tensor(7, device=DEVICE),
         )
-    asked = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    gradients = torch.autograd.grad(
-        out, asked, torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype)
-    )
-    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    upstream = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_asked_for_in_part(backend):
+def test_gradients_of_some_inputs(backend):
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional(backend, module, inputs)
     for wanted in (["x"], ["context"], ["w_v", "b_g"], ["norm_context_weight"], ["w_g", "context"]):
@@ -231,7 +223,7 @@ def test_one_direction_without_biases(lacking, gate):
 
 
 def test_strided_parameters():
-    """As cut out of packed ones: norms and weights, of which each second number counts."""
+    """Norms and weights with strides, as slices of packed parameters have."""
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional("fused", module, inputs)
     weights = module.weights()._asdict() | {
@@ -239,11 +231,11 @@ def test_strided_parameters():
         for side in ("x", "context")
         for part in ("weight", "bias")
     }
-    spread = {
+    strided = {
         name: torch.stack([w, torch.full_like(w, torch.nan)], -1)[..., 0]
         for name, w in weights.items()
     }
-    for name, value in functional("fused", module, inputs, **spread).items():
+    for name, value in functional("fused", module, inputs, **strided).items():
         assert torch.equal(value, want[name]), name
 
 
@@ -256,13 +248,9 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
             return module(*tokens, **extra)
 
     def gradients(outs, leaves):
-        torch.rand(3)  # what follows moves the generator on
-        return [
-            *outs,
-            *torch.autograd.grad(
-                [out.square().sum() for out in outs], [*leaves, *module.parameters()]
-            ),
-        ]
+        torch.rand(3)  # the generator advances before backward recomputes the call
+        losses = [out.square().sum() for out in outs]
+        return [*outs, *torch.autograd.grad(losses, [*leaves, *module.parameters()])]
 
     results = []
     for call in (attend, lambda *tokens: checkpoint(attend, *tokens, use_reentrant=False)):
@@ -278,7 +266,7 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
 
 
 def test_directions_and_samples_drop_different_elements():
-    """Both directions of equal sides and equal weights differ by nothing but their dropout."""
+    """With equal sides and equal weights, the directions differ only in their dropout."""
     module, inputs, _ = make(
         gate="none", share_weights=True, dropout=0.5, masks="none", dtype=torch.float32
     )
@@ -308,17 +296,16 @@ def _offsets_kernel(out_ptr, first, width):
 
 
 def test_offsets_are_64_bit():
-    """Tokens of which the last lie behind the first 2^31 numbers (virtual memory, hardly touched),
-    and rows of a far result.
+    """Inputs with strides such that the last tokens lie beyond element 2^31, and far output rows.
+
+    The memory is virtual, and only few of its pages are touched.
     """
     if CUDA:
-        pytest.skip("the interpreter probes the kernel; the same source runs on the card")
+        pytest.skip("only the interpreter runs this; the same source runs on a GPU")
     got, first, width = torch.zeros(4, 16, dtype=torch.int64), 2**31 // 768 - 1, 768
     _offsets_kernel[(1,)](got, first, width)
-    assert (
-        torch.equal(got, (first + torch.arange(4))[:, None] * width + torch.arange(16))
-        and got.max() > 2**31
-    )
+    assert torch.equal(got, (first + torch.arange(4))[:, None] * width + torch.arange(16))
+    assert got.max() > 2**31
 
     stride = 2**30 + 8
     place = torch.from_numpy(numpy.zeros(2 * stride + 2**12, numpy.float16))
@@ -333,9 +320,7 @@ def test_offsets_are_64_bit():
             assert torch.equal(value, want[name]), name
 
 
-def test_modules_name_what_they_refuse():
-    with pytest.raises(
-        ValueError,
-        match=r"GatedCrossAttention: dropout: got nan, expected a number from 0 to below 1",
-    ):
+def test_errors_of_modules_name_the_module():
+    message = "GatedCrossAttention: dropout: got nan, expected a number from 0 to below 1"
+    with pytest.raises(ValueError, match=message):
         GatedCrossAttention(8, 2, dropout=float("nan"))

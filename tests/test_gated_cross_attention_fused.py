@@ -1,4 +1,4 @@
-"""The kernels of gated cross-attention, through the modules: on a CPU in Triton's interpreter."""
+"""The kernels of gated cross-attention, through the modules; on a CPU in Triton's interpreter."""
 
 import math
 
@@ -23,8 +23,8 @@ def check_budget(module, inputs, extra):
             ("fused", dtype),
         )
     )
-    # Queries and keys of a single key have gradients of 0: what rounding leaves is judged by the
-    # other gradients.
+    # With a single key, the gradients of queries and keys are exactly 0. Their rounding error is
+    # compared with the norm of the other gradients.
     size = max(want.norm() for want in exact.values())
     for name in [name for name, want in exact.items() if not want.any()]:
         rounding = fused[name].double().norm()
@@ -90,35 +90,32 @@ PLANNED = {
 
 @pytest.mark.parametrize("case", PLANNED)
 def test_half_precision_plans_in_float32(monkeypatch, case):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
-    16-bit rounding.
-    """
+    """Run the 16-bit plans in float32, as 16-bit rounding would hide their faults."""
     if CUDA:
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+        pytest.skip("16-bit plans may not fit a GPU in float32; only the interpreter runs them")
     from mmfused.kernels.gated_cross_attention import call as launcher
 
     real = launcher.plan
     monkeypatch.setattr(
         launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
     )
-    check_budget(
-        *make("wide" if case.startswith("wide") else case, **PLANNED[case], dtype=torch.float32)
-    )
+    shape = "wide" if case.startswith("wide") else case
+    check_budget(*make(shape, **PLANNED[case], dtype=torch.float32))
 
 
-def test_dropout_drops_what_it_says():
+def test_dropout_drops_the_elements_of_its_mask():
     module, inputs, extra = make(gate="none", dropout=0.4, masks="none", dtype=torch.float32)
     got = run(module, inputs, extra, "fused", seed=5)
     for i, x in enumerate(inputs):
-        kept = dropout_mask(torch.tensor(5, device=DEVICE), x.shape, 0.4, 2 * i + 1)
-        assert torch.equal(got[f"out{i}"] != x, kept)
+        keep = dropout_mask(torch.tensor(5, device=DEVICE), x.shape, 0.4, 2 * i + 1)
+        assert torch.equal(got[f"out{i}"] != x, keep)
 
 
-# ---- what is missing -----------------------------------------------------------------------------
+# ---- missing samples, masks and empty inputs -----------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_nan_that_nobody_may_read_stays_where_it_is(dropout):
+def test_nan_in_ignored_tokens_does_not_spread(dropout):
     module, inputs, extra = make(dropout=dropout, dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     lacking = ~extra["a_present"] | ~extra["b_present"] | extra["b_key_padding_mask"].all(1)
@@ -132,16 +129,15 @@ def test_nan_that_nobody_may_read_stays_where_it_is(dropout):
             x[gone] = math.nan
     got = run(module, inputs, extra, "fused")
     for i, gone in enumerate(hidden):
-        assert got[f"out{i}"][gone].isnan().all() and torch.equal(
-            got[f"out{i}"][~gone], want[f"out{i}"][~gone]
-        )
+        assert got[f"out{i}"][gone].isnan().all()
+        assert torch.equal(got[f"out{i}"][~gone], want[f"out{i}"][~gone])
         assert torch.equal(want[f"d x{i}"][gone], torch.ones_like(want[f"d x{i}"][gone]))
     for name, value in got.items():
         assert name.startswith("out") or torch.equal(value, want[name]), name
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero", "constant"])
-def test_an_absent_context_is_read_as_far_as_it_says(missing):
+def test_an_absent_context_is_read_only_as_its_mode_requires(missing):
     module, inputs, extra = make(both=False, missing=missing, dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     ignore = extra["context_key_padding_mask"].clone()
@@ -179,11 +175,12 @@ def test_skip_does_no_work(monkeypatch):
 
 
 def check_skip(monkeypatch):
-    """Nothing is multiplied, forward or backward; samples come back as they were, and gradients are
-    zeros, not None.
+    """Where no sample has both sides, no product is computed, forward or backward.
+
+    Samples are returned unchanged, and gradients are zeros, not None.
     """
     if CUDA:
-        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+        pytest.skip("only the interpreter counts products; on a GPU see the benchmarks")
     module, inputs, extra = make(dtype=torch.float32, dropout=0.3, masks="present")
     some, _ = count_products(monkeypatch, lambda: run(module, inputs, extra, "fused"))
     extra["a_present"][:], extra["b_present"][:2], extra["b_present"][2:] = True, False, False
@@ -191,40 +188,39 @@ def check_skip(monkeypatch):
     assert none == 0 < some
     for name, value in got.items():
         want = torch.ones_like(value) if name.startswith("d x") else torch.zeros_like(value)
-        assert torch.equal(value, inputs[int(name[-1])] if name.startswith("out") else want), name
+        if name.startswith("out"):
+            want = inputs[int(name[-1])]
+        assert torch.equal(value, want), name
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero"])
-def test_attention_follows_the_samples_there(monkeypatch, missing):
-    """Attention tiles are worked for the samples that are there, and for no key beyond the last
-    that may be read.
-    """
+def test_attention_computes_only_tiles_with_valid_keys(monkeypatch, missing):
+    """Tiles are computed only for present samples, and only up to the last valid key."""
     if CUDA:
-        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+        pytest.skip("only the interpreter counts tiles; on a GPU see the benchmarks")
     from mmfused.kernels.gated_cross_attention import attend, attend_backward
 
     module, inputs, _ = make(
         "many keys", both=False, missing=missing, dtype=torch.float32, masks="none"
     )
-    worked = []
+    computed = []
     for owner in (attend, attend_backward):
         real = owner.dot
         monkeypatch.setattr(
-            owner, "dot", lambda *args, real=real: (worked.append(1), real(*args))[1]
+            owner, "dot", lambda *args, real=real: (computed.append(1), real(*args))[1]
         )
 
     def tiles(**extra):
-        worked.clear()
+        computed.clear()
         run(module, inputs, extra, "fused")
-        return len(worked)
+        return len(computed)
 
-    full, half = tiles(), tiles(context_present=torch.tensor([True, False]))
-    short, none = (
-        tiles(context_lengths=torch.tensor([32, 64])),
-        tiles(context_present=torch.tensor([False, False])),
-    )
+    full = tiles()
+    half = tiles(context_present=torch.tensor([True, False]))
+    none = tiles(context_present=torch.tensor([False, False]))
+    padded = tiles(context_lengths=torch.tensor([32, 64]))
     assert none == 0 < half == full // 2
-    assert short == full * 3 // 10  # 1 and 2 tiles of the 5 and 5 that hold 131 keys
+    assert padded == full * 3 // 10  # 1 and 2 of the 5 tiles that each sample's 131 keys need
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero", "attend"])
@@ -285,25 +281,24 @@ def test_opcheck(monkeypatch, options):
         args = torch.utils._pytree.tree_map(
             lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args
         )
-        # What nobody will read is not written: where there is such, two runs need not agree in it.
-        more = (
-            ("test_autograd_registration", "test_aot_dispatch_dynamic")
-            if options.get("masks") == "none"
-            else ()
-        )
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", *more))
+        # With masks, saved elements that are never read stay uninitialized, so that two runs may
+        # differ in them.
+        utils = ["test_schema", "test_faketensor"]
+        if options.get("masks") == "none":
+            utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+        torch.library.opcheck(op, args, test_utils=utils)
 
 
 def test_forward_takes_five_launches_at_most(monkeypatch):
     from mmfused.kernels.gated_cross_attention import call as launcher
 
-    launched = []
-    real = launcher.launch
-    monkeypatch.setattr(
-        launcher,
-        "launch",
-        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), real(kernel, *a, **k)),
-    )
+    launched, real = [], launcher.launch
+
+    def record(kernel, *args, **options):
+        launched.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
+    monkeypatch.setattr(launcher, "launch", record)
     for shape, most in (("narrow", 4), ("wide", 5)):
         launched.clear()
         module, inputs, extra = make(shape, dtype=torch.float16)
@@ -325,18 +320,11 @@ def test_plans_are_powers_of_two(arch):
     ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tiles = plan(dim, context, dim // heads, dtype, arch)
-            for tile in (
-                tiles.project,
-                tiles.attend,
-                tiles.d_query,
-                tiles.d_key,
-                tiles.product,
-                tiles.rows,
-            ):
+            for name in ("project", "attend", "d_query", "d_key", "product", "rows"):
+                tile = getattr(tiles, name)
                 assert all(size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK))
-            assert tiles.rows.BN >= max(dim, context) and (tiles.together is not None) == (
-                dim <= 256
-            )
+            assert tiles.rows.BN >= max(dim, context)
+            assert (tiles.together is not None) == (dim <= 256)
 
 
 # ---- 4: behaviour --------------------------------------------------------------------------------
@@ -351,9 +339,8 @@ def test_checkpoint_and_bitwise_repeats():
     seed = torch.tensor(11, device=DEVICE)
 
     def attend(*tokens):
-        with mmfused.backend(
-            "fused"
-        ):  # inside: the recomputation runs in backward, after a context around the call has ended
+        # The context is inside, as the recomputation runs in backward, after the call has returned.
+        with mmfused.backend("fused"):
             return module(*tokens, **extra, dropout_seed=seed)
 
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -373,8 +360,7 @@ def test_double_backward_raises():
         gradient.sum().backward()
 
 
-def test_shapes_are_what_their_names_say():
-    assert (
-        SHAPES["wide"][3] > 256 >= SHAPES["head dim 96"][3]
-        and SHAPES["head dim 96"][3] == 96 * SHAPES["head dim 96"][4]
-    )
+def test_shapes_match_their_names():
+    *_, dim, heads, _ = SHAPES["head dim 96"]
+    assert SHAPES["wide"][3] > 256 >= dim
+    assert dim == 96 * heads

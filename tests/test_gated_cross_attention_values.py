@@ -1,5 +1,7 @@
-"""Gated cross-attention: tokens with a mean, a single key, lengths that nothing checks on CUDA,
-tokens that are not finite.
+"""Gated cross-attention with unusual values.
+
+Tokens with a large mean, a single key, lengths out of range (not checked on CUDA), and tokens that
+are not finite.
 """
 
 import math
@@ -17,7 +19,7 @@ WAYS = [("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=s
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
 @pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
-def test_a_mean_costs_no_accuracy(backend, dtype, mean):
+def test_a_large_mean_costs_no_accuracy(backend, dtype, mean):
     module, inputs, extra = make("odd", masks="present")
     module = module.to(dtype)
     inputs = [(x.detach() + mean).to(dtype).requires_grad_() for x in inputs]
@@ -29,8 +31,10 @@ def test_a_mean_costs_no_accuracy(backend, dtype, mean):
 
 
 def with_biases_as_columns(results):
-    """The gradient of k_proj.bias is 0, that of q_proj.bias a sum that nearly cancels: measured as
-    columns of the weights'.
+    """Join the gradients of query and key biases to those of their weights.
+
+    The gradient of k_proj.bias is 0 and the sum for q_proj.bias nearly cancels, so their error can
+    only be compared with the gradient of the weight.
     """
     for name in [name for name in results if name.endswith(("q_proj.bias", "k_proj.bias"))]:
         weight = name.replace("bias", "weight")
@@ -39,9 +43,10 @@ def with_biases_as_columns(results):
 
 
 @pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
-def test_of_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
-    """Softmax is 1 whatever they are: not a rounding of the value's gradient, which Adam would blow
-    up to a step.
+def test_with_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
+    """The softmax of one logit is always 1, so the gradient must be exactly 0.
+
+    Adam would scale a rounding error up to a full step.
     """
     for dropout in (0.0, 0.3):
         module, inputs, _ = make(both=False, masks="none", dtype=dtype, dropout=dropout)
@@ -57,7 +62,7 @@ def test_of_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
 )
 @pytest.mark.parametrize("both", [True, False], ids=["both", "one way"])
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
-def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(
+def test_a_length_out_of_range_gives_nan_for_its_sample_only(
     monkeypatch, backend, both, missing, bad
 ):
     monkeypatch.setattr("mmfused.ops._common.check_value", lambda *_: None)
@@ -71,9 +76,10 @@ def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(
         assert got[key][1].isnan().all()
         torch.testing.assert_close(got[key][[0, 2, 3]], want[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
     assert got["d x0"][[0, 2, 3]].isfinite().all() and got["d x1"][[0, 2, 3]].isfinite().all()
-    assert bad < 0 or all(
-        got[name].isnan().any() for name in got if name.endswith("v_proj.weight")
-    )  # no step is made with it
+    if bad > 0:
+        # The gradients of the weights are NaN too, so the error cannot pass unnoticed.
+        values = [name for name in got if name.endswith("v_proj.weight")]
+        assert all(got[name].isnan().any() for name in values)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -89,19 +95,18 @@ def test_a_broken_token_touches_only_its_own_sample(backend, value):
             torch.testing.assert_close(
                 got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5
             )
-        asking, reading = ("out0", "out1") if side == 0 else ("out1", "out0")
-        assert got[reading][1].isnan().all()  # every token of the other side reads it
+        own, other = ("out0", "out1") if side == 0 else ("out1", "out0")
+        assert got[other][1].isnan().all()  # every token of the other side attends to it
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
-        torch.testing.assert_close(
-            got[asking][1, rows], want[asking][1, rows], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(got[own][1, rows], want[own][1, rows], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("logit", [100, 10_000])
-def test_what_all_logits_have_in_common_costs_the_kernel_no_accuracy(logit):
-    """Queries and keys are whole numbers, so that plain PyTorch's logits are exact, and what its
-    softmax subtracts. (Torch's fused attention, which the composed path takes, is off by 2e-4 at
-    10,000.)"""
+def test_a_large_mean_of_the_logits_costs_the_kernel_no_accuracy(logit):
+    """Queries and keys are integers, so that the reference's logits and their maximum are exact.
+
+    Torch's fused attention, which the composed backend uses, has an error of 2e-4 at 10,000.
+    """
     module, _, _ = make(
         "several tiles",
         both=False,
@@ -111,13 +116,10 @@ def test_what_all_logits_have_in_common_costs_the_kernel_no_accuracy(logit):
         pre_norm=False,
     )
     for projection in (module.q_proj, module.k_proj):
-        projection.weight.data, projection.bias.data = (
-            torch.eye(16, device=DEVICE),
-            torch.zeros(16, device=DEVICE),
-        )
-        projection.weight.data[0, 0] = (
-            4 * logit
-        ) ** 0.5  # of tokens whose first feature is 1; the scale is 1/4
+        projection.weight.data = torch.eye(16, device=DEVICE)
+        projection.bias.data = torch.zeros(16, device=DEVICE)
+        # The first feature of all tokens is 1, and the scale is 1/4: it adds ``logit`` to each.
+        projection.weight.data[0, 0] = (4 * logit) ** 0.5
     inputs = [torch.randint(-1, 2, (2, count, 16), device=DEVICE).float() for count in (67, 35)]
     for tokens in inputs:
         tokens[..., 0] = 1
