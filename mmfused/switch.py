@@ -64,7 +64,9 @@ class Switch(Generic[Name]):
         variable: str,
         default: Name,
     ) -> None:
-        self.what, self.names, self.variable = what, names, variable
+        self.what: str = what
+        self.names: tuple[Name, ...] = names
+        self.variable: str = variable
         self.default: Name = self.checked(os.environ.get(variable, default), variable)
         # Pairs of a choice and the hook on saved tensors that was topmost when it was entered.
         self.entered: ContextVar[tuple[Any, ...]] = ContextVar(variable, default=())
@@ -128,7 +130,7 @@ class Choice(Generic[Name]):
     switch: ClassVar[Switch[Any]]
 
     def __init__(self, name: Name) -> None:
-        self.name = self.switch.checked(name)
+        self.name: Name = self.switch.checked(name)
 
     def __enter__(self) -> Choice[Name]:
         if is_dynamo_compiling():

@@ -23,7 +23,7 @@ HELP = "embed a folder of products with a trained retrieval model, into one .npz
 PART = re.compile(r"\d{8}\.safetensors|job\.json")
 HALF_WRITTEN = re.compile(rf"\.({PART.pattern})\.\d+\.tmp")
 OWN = re.compile(rf"{PART.pattern}|{HALF_WRITTEN.pattern}")
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

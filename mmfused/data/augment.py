@@ -19,7 +19,7 @@ ERASE_AREA = (0.02, 0.2)
 
 # RGB to YIQ (NTSC) and back: rotating the IQ plane changes the hue, scaling it the saturation.
 RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
+YIQ_TO_RGB: torch.Tensor = torch.linalg.inv(RGB_TO_YIQ)
 
 
 def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:

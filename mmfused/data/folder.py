@@ -34,7 +34,7 @@ class Item(NamedTuple):
     digest: str | None  # SHA-256 of the picture's file
 
 
-class ProductFolder(Dataset):
+class ProductFolder(Dataset[dict[str, Any]]):
     """Images, texts and labels of ``root``, read from ``root/metadata.csv`` (UTF-8).
 
     The columns are ``file_name`` (below root), ``text`` and ``label`` (integer of at least 0), and

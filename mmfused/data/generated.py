@@ -54,7 +54,7 @@ RANKS = np.array([0, 9, 13, 6, 11, 1, 7, 14, 15, 4, 2, 10, 5, 12, 8, 3])
 CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 
 
-class GeneratedProducts(Dataset):
+class GeneratedProducts(Dataset[dict[str, Any]]):
     """Products of 16 classes: a shape, which the picture shows, and a material, in the title.
 
     Each modality has some information about the other's half: titles often name the shape, and

@@ -383,8 +383,8 @@ class _Quiet:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
+        self.lock: Any = threading.Lock()
+        self.inside: int = 0
         self.undo: Callable[[], None] | None = None
 
     @contextlib.contextmanager
@@ -411,4 +411,4 @@ class _Quiet:
         return stack.close
 
 
-quiet = _Quiet()
+quiet: _Quiet = _Quiet()

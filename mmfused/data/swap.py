@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ._common import Products, check_fraction, check_int
 
 
-class SwappedTexts(Dataset):
+class SwappedTexts(Dataset[dict[str, Any]]):
     """A dataset with some texts replaced; everything else is the wrapped dataset's.
 
     Args:

@@ -20,7 +20,7 @@ else:
 # fields, or None.
 Kinds: TypeAlias = Mapping[str, object]
 
-NoneType = type(None)
+NoneType: type = type(None)
 LONGEST = 1000  # of lists and strings
 LAYERS = (1, 1000)
 TOKEN = (0, 10**8)

@@ -146,8 +146,8 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(num_experts, outputs))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs, inputs))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs))
         self.norm_weight = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
         self.reset_parameters()
@@ -198,15 +198,15 @@ class MoEClassifier(nn.Module):
         self.balance: Literal["mse", "gshard"] = c.balance
         output = nn.Linear(dim, c.num_experts)
         hidden = [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(drop)]
-        self.router = nn.Sequential(*hidden, output) if c.router == "mlp" else output
+        self.router: nn.Module = nn.Sequential(*hidden, output) if c.router == "mlp" else output
         widths = (dim, *c.expert_hidden)
         layers = [
             ExpertLinear(c.num_experts, width, out, norm=True)
             for width, out in itertools.pairwise(widths)
         ]
         layers.append(ExpertLinear(c.num_experts, widths[-1], c.num_classes))
-        self.experts = nn.ModuleList(layers)
-        self.drop = nn.Dropout(drop)
+        self.experts: nn.ModuleList = nn.ModuleList(layers)
+        self.drop: nn.Dropout = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """(B, R, D) -> logits (B, C), and the routing."""
@@ -277,23 +277,25 @@ class FLUID(nn.Module):
 
         distil = "q_transform" not in c.without
         if self.uses_image:
-            self.image_encoder = (
+            self.image_encoder: nn.Module | None = (
                 None if c.image is None else build_vit(c.image_dim, c.image_stem, c.image)
             )
-            self.image_map = width_map(c.image_dim)
-            self.image_transform = pool(c.num_queries) if distil else FirstToken()
+            self.image_map: nn.Module = width_map(c.image_dim)
+            self.image_transform: nn.Module = pool(c.num_queries) if distil else FirstToken()
         if self.uses_text:
-            self.text_encoder = None if c.text is None else build_text(c.text_dim, c.text)
-            self.text_map = width_map(c.text_dim)
-            self.text_transform = pool(c.num_queries) if distil else FirstToken()
+            self.text_encoder: nn.Module | None = (
+                None if c.text is None else build_text(c.text_dim, c.text)
+            )
+            self.text_map: nn.Module = width_map(c.text_dim)
+            self.text_transform: nn.Module = pool(c.num_queries) if distil else FirstToken()
         if c.modalities == "both" and "gate" not in c.without:
-            self.gate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
+            self.gate: TokenGate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
         no_bottleneck = "bottleneck" in c.without
-        self.bottleneck = nn.Identity() if no_bottleneck else pool(c.bottleneck_queries)
+        self.bottleneck: nn.Module = nn.Identity() if no_bottleneck else pool(c.bottleneck_queries)
         if "moe" in c.without:
-            self.classifier = DenseClassifier(c)
+            self.classifier: DenseClassifier = DenseClassifier(c)
         else:
-            self.moe = MoEClassifier(c)
+            self.moe: MoEClassifier = MoEClassifier(c)
         for module in self.modules():
             if isinstance(module, QTransform):
                 nn.init.normal_(module.queries, std=c.query_std)

@@ -201,7 +201,7 @@ class MOON2(RetrievalModel):
             self.alignment = nn.Parameter(start)
         # D. A tensor, so that its decay does not recompile; no buffer, as a cast would round it and
         # to_empty lose it.
-        self.margin = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
+        self.margin: Tensor = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
         self.register_load_state_dict_pre_hook(_without_margin)
 
     @property

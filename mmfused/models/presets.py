@@ -12,7 +12,7 @@ Presets = dict[str, dict[str, Any]]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_B_224 = {"img_size": 224, "depth": 12, "num_heads": 12}
-TINY_VIT_64 = {
+TINY_VIT_64: dict[str, Any] = {
     "img_size": 64,
     "patch_size": 16,
     "depth": 2,

@@ -132,10 +132,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
         self.pre_norm: bool = pre_norm
         expand, contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.layers = nn.Sequential(expand, nn.GELU(), contract, nn.Dropout(dropout))
+        self.layers: nn.Sequential = nn.Sequential(expand, nn.GELU(), contract, nn.Dropout(dropout))
         if pre_norm:
             _start_at_zero(contract)
 
@@ -153,7 +153,7 @@ class BiCA(nn.Module):
     def __init__(self, c: UniCAConfig) -> None:
         super().__init__()
         pre = c.bica_norm == "pre"
-        self.attention = BidirectionalGatedCrossAttention(
+        self.attention: BidirectionalGatedCrossAttention = BidirectionalGatedCrossAttention(
             c.text_dim,
             c.num_heads,
             share_weights=c.share_weights,
@@ -203,18 +203,20 @@ class UniCA(RetrievalModel):
         super().__init__()
         self.config = c = config
         image = c.image
-        self.image_encoder = None if image is None else build_vit(c.image_dim, c.image_stem, image)
-        self.visual_proj = nn.Linear(c.image_dim, c.text_dim)
+        self.image_encoder: nn.Module | None = (
+            None if image is None else build_vit(c.image_dim, c.image_stem, image)
+        )
+        self.visual_proj: nn.Linear = nn.Linear(c.image_dim, c.text_dim)
         self.text_encoder: Any = build_text(c.text_dim, c.text)
         vocabulary = self.text_encoder.config.vocab_size
         if max(c.empty_text) >= vocabulary:
             expected = f"ids below the host's vocab_size={vocabulary}"
             raise ValueError(f"empty_text: got {c.empty_text}, expected {expected}")
         blocks = 0 if {"bica", "fusion"} & set(c.without) else c.blocks
-        self.bica = nn.ModuleList(BiCA(c) for _ in range(blocks))
+        self.bica: nn.ModuleList = nn.ModuleList(BiCA(c) for _ in range(blocks))
         weighted = "positive_similarity" not in c.without
         self.positive_weight: float = c.positive_weight if weighted else 0.0
-        self.info_nce = MaskedInfoNCE(
+        self.info_nce: MaskedInfoNCE = MaskedInfoNCE(
             c.temperature,
             normalize=False,
             gather=c.gather,

@@ -157,16 +157,18 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads: int = num_heads
         self.dropout: float = dropout
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(
+        self.norm1: nn.LayerNorm = nn.LayerNorm(dim)
+        self.norm2: nn.LayerNorm = nn.LayerNorm(dim)
+        self.q_proj: nn.Linear = nn.Linear(dim, dim)
+        self.k_proj: nn.Linear = nn.Linear(dim, dim)
+        self.v_proj: nn.Linear = nn.Linear(dim, dim)
+        self.out_proj: nn.Linear = nn.Linear(dim, dim)
+        self.ffn: nn.Sequential = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
         )
-        self.gamma1, self.gamma2 = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
-        self.drop = nn.Dropout(dropout)
+        self.gamma1: nn.Parameter = nn.Parameter(torch.ones(()))
+        self.gamma2: nn.Parameter = nn.Parameter(torch.ones(()))
+        self.drop: nn.Dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
         """(B, N, D), ignore (B, N) bool -> (B, N, D)."""
@@ -200,8 +202,8 @@ class Stage(nn.Module):
                 dropout=c.dropout,
             )
         sizes = (c.dim, c.num_heads, c.dropout)
-        self.image_blocks = nn.ModuleList(Block(*sizes) for _ in range(blocks))
-        self.text_blocks = nn.ModuleList(Block(*sizes) for _ in range(blocks))
+        self.image_blocks: nn.ModuleList = nn.ModuleList(Block(*sizes) for _ in range(blocks))
+        self.text_blocks: nn.ModuleList = nn.ModuleList(Block(*sizes) for _ in range(blocks))
 
     def forward(
         self,
@@ -223,7 +225,8 @@ class Pool(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(dim), nn.Linear(dim, dim)
+        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
+        self.linear: nn.Linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
         """(B, N, D), ignore (B, N) bool -> (B, D)."""
@@ -243,24 +246,28 @@ class UniECS(RetrievalModel):
         super().__init__()
         self.config = c = config
         image, text = c.image, c.text
-        self.image_encoder = None if image is None else build_vit(c.image_dim, c.image_stem, image)
-        self.text_encoder = None if text is None else build_text(c.text_dim, text)
-        self.image_map = nn.Linear(c.image_dim, c.dim, bias=False)
-        self.text_map = nn.Linear(c.text_dim, c.dim, bias=False)
-        self.image_proj, self.text_proj = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, c.dim)
-        self.image_pool, self.text_pool = Pool(c.dim), Pool(c.dim)
+        self.image_encoder: nn.Module | None = (
+            None if image is None else build_vit(c.image_dim, c.image_stem, image)
+        )
+        self.text_encoder: nn.Module | None = None if text is None else build_text(c.text_dim, text)
+        self.image_map: nn.Linear = nn.Linear(c.image_dim, c.dim, bias=False)
+        self.text_map: nn.Linear = nn.Linear(c.text_dim, c.dim, bias=False)
+        self.image_proj: nn.Linear = nn.Linear(c.dim, c.dim)
+        self.text_proj: nn.Linear = nn.Linear(c.dim, c.dim)
+        self.image_pool: Pool = Pool(c.dim)
+        self.text_pool: Pool = Pool(c.dim)
         if "fusion" not in c.without:
             last = c.cross_layers - 1
-            self.stages = nn.ModuleList(
+            self.stages: nn.ModuleList = nn.ModuleList(
                 Stage(c, c.self_blocks if c.placement == "interleaved" or i == last else 0)
                 for i in range(c.cross_layers)
             )
-            self.fusion_proj = nn.Linear(2 * c.dim, c.dim)
-            self.fusion_blocks = nn.ModuleList(
+            self.fusion_proj: nn.Linear = nn.Linear(2 * c.dim, c.dim)
+            self.fusion_blocks: nn.ModuleList = nn.ModuleList(
                 Block(c.dim, c.num_heads, c.dropout) for _ in range(c.fusion_blocks)
             )
-            self.fusion_norm = nn.LayerNorm(c.dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(c.initial_scale)))
+            self.fusion_norm: nn.LayerNorm = nn.LayerNorm(c.dim)
+        self.log_scale: nn.Parameter = nn.Parameter(torch.tensor(math.log(c.initial_scale)))
         self._initialise()
         for name in c.freeze:
             freeze(getattr(self, f"{name}_encoder"))

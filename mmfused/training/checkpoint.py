@@ -35,7 +35,7 @@ from mmfused.training.files import (
 from mmfused.training.folder_lock import STEP, TEMPORARY, strangers_in_step, temporary
 from mmfused.training.run_folder import read_checkpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class TrainConfig:
     text_column: str = "text"
     model: ModelName = "fluid"
     preset: str = "tiny"
-    model_options: dict = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
     image_encoder: str | None = None
     text_encoder: str | None = None
     host: str | None = None

@@ -17,7 +17,7 @@ NO_SIZE = 16
 # The settings that name product folders.
 SPLITS = ("data", "val", "products")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def load_data(config: TrainConfig, image_size: int | None = None) -> tuple[Any, Any]:

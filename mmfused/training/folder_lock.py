@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 MARK = ".mmfused-run"
 TEXT = "The files of an mmfused run are in this folder; a run that writes them locks this one.\n"
@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 # ---- the lock ------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / MARK
+        self.path: Path = folder / MARK
         self.file: TextIO | None = None
         self.was_there: bool = is_mark(self.path)
         self.take()
@@ -135,7 +135,7 @@ def is_mark(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def same_file(path: Path, file: IO) -> bool:
+def same_file(path: Path, file: IO[Any]) -> bool:
     """Return whether the open ``file`` is the one at ``path``."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file.fileno()))

@@ -45,10 +45,10 @@ class Trained:
         self.tokenizer = tokenizer
         self.settings = settings
         self.device = device
-        self.model = model.to(device)
+        self.model: Any = model.to(device)
         self.name: str = settings["training"]["model"]
         self.task: str = MODELS[self.name].task
-        self.amp = use_amp(settings["training"].get("amp", "off"), device)
+        self.amp: bool = use_amp(settings["training"].get("amp", "off"), device)
 
     @property
     def digest(self) -> str:

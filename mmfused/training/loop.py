@@ -65,19 +65,21 @@ class Training:
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
-        self.batches = task.batches
+        self.batches: Any = task.batches
         self.amp = amp
-        self.main = rank == 0
+        self.main: bool = rank == 0
         self.settings = settings
         self.facts = facts
-        self.out = Path(config.out)
+        self.out: Path = Path(config.out)
         self.device: torch.device = next(model.parameters()).device
-        self.steps = self._number_of_steps()
-        self.val_every = config.val_every or max(1, math.ceil(self.steps / 10))
-        self.save_every = config.save_every or self.val_every
-        self.optimizer = make_optimizer(model, config)
-        self.generators = {"drop": torch.Generator().manual_seed(config.seed)}
-        self.records = Records(self.out / "metrics.jsonl", self.main)
+        self.steps: int = self._number_of_steps()
+        self.val_every: int = config.val_every or max(1, math.ceil(self.steps / 10))
+        self.save_every: int = config.save_every or self.val_every
+        self.optimizer: torch.optim.AdamW = make_optimizer(model, config)
+        self.generators: dict[str, torch.Generator] = {
+            "drop": torch.Generator().manual_seed(config.seed)
+        }
+        self.records: Records = Records(self.out / "metrics.jsonl", self.main)
         self.step = 0
         # Step and folder of the newest checkpoint.
         self.saved: tuple[int, Path] | None = None
@@ -125,7 +127,7 @@ class Training:
         checkpoints.restore(path, self.model, self.optimizer, self.generators)
         self.step = state["step"]
         self.saved = (state["step"], path)
-        self.seconds_before = state["seconds"]
+        self.seconds_before: float = state["seconds"]
 
     def shared(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, so that all make the same steps."""
@@ -151,7 +153,8 @@ class Training:
         try:
             with refused_together():
                 self.records.open()
-            with progress as self.bar, stop_on_signals() as stop:
+            with progress as bar, stop_on_signals() as stop:
+                self.bar: Any = bar
                 self.loop(stop)
             with refused_together():
                 return self.finish()
@@ -307,8 +310,8 @@ class Training:
 
     def restart_clock(self) -> None:
         """Start measuring the time of a step anew."""
-        self.since = time.perf_counter()
-        self.steps_since_record = 0
+        self.since: float = time.perf_counter()
+        self.steps_since_record: int = 0
 
     def seconds(self) -> float:
         """Return the time of training, earlier processes included."""

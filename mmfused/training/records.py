@@ -16,7 +16,7 @@ Record: TypeAlias = dict[str, Any]
 Kind: TypeAlias = Literal["train", "val"]
 History: TypeAlias = dict[Kind, list[Record]]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Records:

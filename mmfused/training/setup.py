@@ -20,7 +20,7 @@ from mmfused.training.run_folder import load_own_tokenizer, read_settings
 
 # The contrastive loss depends on the batch size; the scores do not.
 VAL_BATCH_SIZE = 256
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 # ---- device and backend --------------------------------------------------------------------------

@@ -55,9 +55,11 @@ class Classification:
         rank: int,
         world: int,
     ) -> None:
-        self.batches, self.val_batches = make_batches(
+        batches = make_batches(
             config, train_set, val_set, tokenizer, size, model_config, rank, world
         )
+        self.batches: Any = batches[0]
+        self.val_batches: Any = batches[1]
 
     def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""
@@ -103,7 +105,7 @@ class Retrieval:
         world: int,
     ) -> None:
         _check_findable(val_set, products)
-        self.chunk = config.grad_cache
+        self.chunk: int | None = config.grad_cache
         collate = make_collate(
             tokenizer,
             size,
@@ -112,7 +114,7 @@ class Retrieval:
             augment=augments(config),
             seed=config.seed,
         )
-        self.batches = PairBatches(
+        self.batches: PairBatches = PairBatches(
             train_set,
             collate,
             batch_size_of(config, len(train_set), world),
@@ -123,8 +125,10 @@ class Retrieval:
             world=world,
         )
         plain = make_collate(tokenizer, size, config.max_length, model_config)
-        self.val_batches = make_val_batches(val_set, plain)
-        self.product_batches = None if products is None else make_val_batches(products, plain)
+        self.val_batches: Any = make_val_batches(val_set, plain)
+        self.product_batches: Any = None
+        if products is not None:
+            self.product_batches = make_val_batches(products, plain)
 
     def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""

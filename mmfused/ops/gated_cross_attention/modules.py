@@ -38,15 +38,17 @@ class _Direction(nn.Module):
         bias: bool,
     ) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(dim, dim, bias=bias)
-        self.k_proj = nn.Linear(context_dim, dim, bias=bias)
-        self.v_proj = nn.Linear(context_dim, dim, bias=bias)
-        self.out_proj = nn.Linear(dim, dim, bias=bias)
+        self.q_proj: nn.Linear = nn.Linear(dim, dim, bias=bias)
+        self.k_proj: nn.Linear = nn.Linear(context_dim, dim, bias=bias)
+        self.v_proj: nn.Linear = nn.Linear(context_dim, dim, bias=bias)
+        self.out_proj: nn.Linear = nn.Linear(dim, dim, bias=bias)
         width = 2 * dim + (1 if indicator else 0)
         self.dim = dim
         self.context_dim = context_dim
-        self.gate_width = dim if gate == "channel" else 1
-        self.gate_proj = None if gate == "none" else nn.Linear(width, self.gate_width, bias=bias)
+        self.gate_width: int = dim if gate == "channel" else 1
+        self.gate_proj: nn.Linear | None = (
+            None if gate == "none" else nn.Linear(width, self.gate_width, bias=bias)
+        )
 
     def reset_parameters(self) -> None:
         """Reset projections and norms as torch does."""
@@ -118,7 +120,7 @@ class GatedCrossAttention(_Direction):
         check_options(type(self).__name__, gate, indicator, missing, pre_norm, dropout=dropout)
         context_dim = dim if context_dim is None else context_dim
         super().__init__(dim, context_dim, gate, indicator, bias)
-        self.options = ModuleOptions(
+        self.options: ModuleOptions = ModuleOptions(
             num_heads=num_heads,
             gate=gate,
             indicator=indicator,
@@ -127,8 +129,10 @@ class GatedCrossAttention(_Direction):
             norm_eps=norm_eps,
         )
         self.dropout = dropout
-        self.norm_x = nn.LayerNorm(dim, norm_eps)
-        self.norm_context = nn.LayerNorm(context_dim, norm_eps) if pre_norm else None
+        self.norm_x: nn.LayerNorm = nn.LayerNorm(dim, norm_eps)
+        self.norm_context: nn.LayerNorm | None = (
+            nn.LayerNorm(context_dim, norm_eps) if pre_norm else None
+        )
 
     def forward(
         self,
@@ -211,7 +215,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
         super().__init__()
         check_num_heads(type(self).__name__, num_heads, dim)
         check_options(type(self).__name__, gate, indicator, missing, pre_norm, dropout=dropout)
-        self.options = ModuleOptions(
+        self.options: ModuleOptions = ModuleOptions(
             num_heads=num_heads,
             gate=gate,
             indicator=indicator,
@@ -220,10 +224,12 @@ class BidirectionalGatedCrossAttention(nn.Module):
             norm_eps=norm_eps,
         )
         self.dropout = dropout
-        self.norm_a = nn.LayerNorm(dim, norm_eps)
-        self.norm_b = nn.LayerNorm(dim, norm_eps)
-        self.to_a = _Direction(dim, dim, gate, indicator, bias)
-        self.to_b = self.to_a if share_weights else _Direction(dim, dim, gate, indicator, bias)
+        self.norm_a: nn.LayerNorm = nn.LayerNorm(dim, norm_eps)
+        self.norm_b: nn.LayerNorm = nn.LayerNorm(dim, norm_eps)
+        self.to_a: _Direction = _Direction(dim, dim, gate, indicator, bias)
+        self.to_b: _Direction = (
+            self.to_a if share_weights else _Direction(dim, dim, gate, indicator, bias)
+        )
 
     def reset_parameters(self) -> None:
         """Reset projections and norms as torch does."""
@@ -313,7 +319,7 @@ class TokenGate(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.mlp: nn.Sequential = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def reset_parameters(self) -> None:
         """Reset the layers as torch does."""

@@ -75,7 +75,9 @@ class TopKMoE(nn.Module):
             )
         check_activation("TopKMoE", activation)
         out_dim = dim if out_dim is None else out_dim
-        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        self.dim: int = dim
+        self.num_experts: int = num_experts
+        self.top_k: int = top_k
         self.activation: Activation = activation
         self.routing: RoutingOptions = {
             "score": score,
@@ -88,12 +90,14 @@ class TopKMoE(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape))
 
-        self.router = nn.Linear(dim, num_experts, bias=False)
-        self.w_up = parameter(hidden_dim, dim)
-        self.w_gate = parameter(hidden_dim, dim) if activation == "swiglu" else None
-        self.w_down = parameter(out_dim, hidden_dim)
-        self.b_up = parameter(hidden_dim) if bias else None
-        self.b_down = parameter(out_dim) if bias else None
+        self.router: nn.Linear = nn.Linear(dim, num_experts, bias=False)
+        self.w_up: nn.Parameter = parameter(hidden_dim, dim)
+        self.w_gate: nn.Parameter | None = (
+            parameter(hidden_dim, dim) if activation == "swiglu" else None
+        )
+        self.w_down: nn.Parameter = parameter(out_dim, hidden_dim)
+        self.b_up: nn.Parameter | None = parameter(hidden_dim) if bias else None
+        self.b_down: nn.Parameter | None = parameter(out_dim) if bias else None
         zeros = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.register_buffer("available", available)

@@ -65,14 +65,16 @@ class QueryPooling(nn.Module):
         self.dim = dim
         self.num_queries = num_queries
         self.num_heads = num_heads
-        self.kv_dim = dim if kv_dim is None else kv_dim
+        self.kv_dim: int = dim if kv_dim is None else kv_dim
         self.dropout = dropout
-        self.queries = None if num_queries is None else nn.Parameter(torch.randn(num_queries, dim))
-        self.q_proj = nn.Linear(dim, dim, bias=bias) if q_proj else None
-        self.k_proj = nn.Linear(self.kv_dim, dim, bias=bias)
-        self.v_proj = nn.Linear(self.kv_dim, dim, bias=bias)
-        self.out_proj = nn.Linear(dim, dim, bias=bias) if out_proj else None
-        self.norm_kv = nn.LayerNorm(self.kv_dim) if norm_kv else None
+        self.queries: nn.Parameter | None = (
+            None if num_queries is None else nn.Parameter(torch.randn(num_queries, dim))
+        )
+        self.q_proj: nn.Linear | None = nn.Linear(dim, dim, bias=bias) if q_proj else None
+        self.k_proj: nn.Linear = nn.Linear(self.kv_dim, dim, bias=bias)
+        self.v_proj: nn.Linear = nn.Linear(self.kv_dim, dim, bias=bias)
+        self.out_proj: nn.Linear | None = nn.Linear(dim, dim, bias=bias) if out_proj else None
+        self.norm_kv: nn.LayerNorm | None = nn.LayerNorm(self.kv_dim) if norm_kv else None
 
     def reset_parameters(self) -> None:
         """Draw the queries from a standard normal distribution; reset the rest as torch does."""
@@ -232,8 +234,8 @@ class QTransform(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(num_queries, dim))
-        self.blocks = nn.ModuleList(
+        self.queries: nn.Parameter = nn.Parameter(torch.randn(num_queries, dim))
+        self.blocks: nn.ModuleList = nn.ModuleList(
             _QTransformBlock(dim, num_heads, 4 * dim if ffn is None else ffn, dropout)
             for _ in range(depth)
         )

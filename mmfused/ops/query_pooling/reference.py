@@ -40,6 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class PoolingWeights(NamedTuple):
     b_v: Tensor | None
     b_k: Tensor | None
 
-    def to(self, dtype) -> PoolingWeights:
+    def to(self, dtype: torch.dtype) -> PoolingWeights:
         """Return the weights in another dtype."""
         return PoolingWeights(*(None if t is None else t.to(dtype) for t in self))  # type: ignore
 
