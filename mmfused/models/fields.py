@@ -144,7 +144,9 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
         return len(value) == len(parts) and all(
             fits(one, part, least, most) for one, part in zip(value, parts, strict=True)
         )
-    return (kind is bool and isinstance(value, bool)) or (kind is dict and isinstance(value, dict))
+    if dict in (kind, origin):
+        return isinstance(value, dict)
+    return kind is bool and isinstance(value, bool)
 
 
 def _options(kind: object) -> tuple[object, ...]:
@@ -172,6 +174,8 @@ def described(kind: object, least: int, most: int) -> str:
         return f"{len(parts)} {plural(parts[0], least, most)}"
     if kind is int:
         return f"an integer from {least} to {most}"
+    if origin is dict:
+        return "an object"
     names = {float: "a finite number", bool: "True or False", str: "a string", dict: "an object"}
     return names[kind] if kind in names else "None"  # type: ignore[index]
 
