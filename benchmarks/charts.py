@@ -8,7 +8,9 @@ from typing import Any
 from . import report
 
 
-def draw(op: str, fresh: list[dict], records: list[dict], folder: Path) -> str | None:
+def draw(
+    op: str, fresh: list[dict[str, Any]], records: list[dict[str, Any]], folder: Path
+) -> str | None:
     """Draw bars of each ``fresh`` record and the roofline of all ``records``.
 
     Returns a note where matplotlib is missing.
@@ -31,7 +33,7 @@ def _save(figure: Any, path: Path) -> None:
     report.write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def bars(record: dict, axes: Any) -> None:
+def bars(record: dict[str, Any], axes: Any) -> None:
     """Draw the median of the longest pass, p10 to p90 as whiskers, the floor as a line."""
     timed = {
         name: provider["seconds"]
@@ -69,7 +71,7 @@ def bars(record: dict, axes: Any) -> None:
     axes.legend()
 
 
-def roofline(op: str, records: list[dict], axes: Any) -> None:
+def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
     """Draw useful FLOP/s (those of the best algorithm) over its FLOPs per byte.
 
     Each run has its own pair of measured ceilings.
@@ -108,7 +110,7 @@ def roofline(op: str, records: list[dict], axes: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def _longest_work(record: dict) -> tuple[float, float]:
+def _longest_work(record: dict[str, Any]) -> tuple[float, float]:
     """Return the FLOPs and bytes of the longest pass."""
     which = report.longest_pass(record)
     stages = [

@@ -7,12 +7,14 @@ sorted tokens gets them: the grouped_mm pattern does; the loop looks for its tok
 sorts, since they have no other interface.
 
 Left out: the experts of st-moe-pytorch take (E, capacity) slots, which is another function where a
-token finds none left."""
+token finds none left.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,8 @@ class Case:
     biases, or ``gated`` SwiGLU.
 
     ``routed``: "uniform"; "zipf", popularity falls as rank**-1.2; "hot", 90 % of tokens have expert
-    0 among theirs; "one-hot", all do; "half", no token goes to the second half."""
+    0 among theirs; "one-hot", all do; "half", no token goes to the second half.
+    """
 
     name: str
     T: int
@@ -357,7 +360,8 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Biases by indexing, as the grouped_mm pattern has them, are rounded to 16 bits at every addition
     of their gradient: judged by themselves they would leave the cases with biases without that
-    baseline."""
+    baseline.
+    """
     joined = dict(results)
     for part in ("up", "down"):
         if f"db_{part}" in results:
@@ -370,7 +374,7 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """FLOPs and bytes, stage by stage, of the best algorithm known: two grouped products forward,
     four backward.
 
@@ -386,7 +390,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
                   reads X and W_up, writes dX and dW_up
 
     A = act(H), dH and the rows of Y before they are summed move no bytes here, though no kernels
-    keep them all on chip. Biases, routing weights and indices are small beside the rest."""
+    keep them all on chip. Biases, routing weights and indices are small beside the rest.
+    """
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())
 

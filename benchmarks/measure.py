@@ -101,7 +101,7 @@ class Provider:
     drops: bool = False
     within: Callable[[], AbstractContextManager] = nullcontext
 
-    def setting(self) -> AbstractContextManager:
+    def setting(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
         if self.backend is not None:
             stack.enter_context(mmfused.backend(self.backend))
@@ -167,7 +167,7 @@ class AccuracyCheck:
             self.problem.parameters
         )
 
-    def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict]:
+    def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict[str, Any]]:
         """Build a provider, compile it in ``mode`` unless None, and check it.
 
         Returns the provider if it may be timed, else None, and its entry for the record.
@@ -226,7 +226,7 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
     return [inputs, *map(tuple, copies)]
 
 
-def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable]:
+def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable[..., Any]]:
     """Return what is timed, by pass.
 
     ``forward`` builds the autograd graph, ``both`` computes all gradients too, ``step`` is a whole
@@ -265,7 +265,7 @@ def eager_seconds(
     problem: Problem,
     repeats: int,
     backward: bool,
-) -> dict:
+) -> dict[str, Any]:
     """Time calls from Python, one for each copy of the inputs between two synchronisations."""
     copies = rotation(problem)
 
@@ -286,7 +286,7 @@ def graph_seconds(
     problem: Problem,
     repeats: int,
     backward: bool,
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time replays of CUDA graphs, each with one call for each copy of the inputs.
 
     Returns the seconds and, by name, the reason why a provider has no graph.
@@ -359,7 +359,9 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def floor_seconds(work: dict[str, list[dict]], rates: dict[str, float]) -> dict[str, float]:
+def floor_seconds(
+    work: dict[str, list[dict[str, Any]]], rates: dict[str, float]
+) -> dict[str, float]:
     """Return the least time of each pass.
 
     That is the sum over its stages of the time of their FLOPs or of their bytes at the ceilings,

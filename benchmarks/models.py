@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Count the FLOPs of the baseline's matrix products and the bytes it must move, in one run.
 
     Each pass reads the parameters and the inputs once, and the backward writes their gradients. So
@@ -270,7 +271,7 @@ class Flops(TorchDispatchMode):
 # ---- the same loss curve -------------------------------------------------------------------------
 
 
-def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
+def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Compare the losses of training steps with AdamW on one batch.
 
     Returns:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ PACKAGES = ("torch", "triton", "timm", "transformers", "liger-kernel", "numpy")
 # ---- the machine and the source ------------------------------------------------------------------
 
 
-def environment(device: torch.device) -> dict:
+def environment(device: torch.device) -> dict[str, Any]:
     """Return versions, device and commit; None for what cannot be read here."""
     versions: dict[str, str | None] = {
         "mmfused": mmfused.__version__,
@@ -56,7 +57,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU {platform.processor() or platform.machine()}"
 
 
-def cuda_facts(device: torch.device) -> dict:
+def cuda_facts(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     try:
@@ -91,22 +92,22 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def stem(record: dict) -> str:
+def stem(record: dict[str, Any]) -> str:
     return f"{record['op']}-{record['case']['name']}-{record['dtype']}"
 
 
-def write_record(record: dict, folder: Path) -> None:
+def write_record(record: dict[str, Any], folder: Path) -> None:
     write_json(record, folder / f"{stem(record)}.json")
 
 
-def write_json(record: dict, path: Path) -> None:
+def write_json(record: dict[str, Any], path: Path) -> None:
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     # Write a list of numbers on one line: there are many raw samples.
     text = re.sub(r"\[[\s\d.,e+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     write(path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def read_records(op: str, folder: Path) -> list[dict]:
+def read_records(op: str, folder: Path) -> list[dict[str, Any]]:
     paths = sorted(folder.glob(f"{op}-*.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [record for record in records if record["op"] == op]
@@ -123,7 +124,7 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p10": quantile(0.1), "p90": quantile(0.9)}
 
 
-def rows(record: dict) -> list[dict]:
+def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the record as flat rows, one for each timed provider, launch and pass."""
     facts = record["environment"]
     common = {
@@ -149,7 +150,7 @@ def rows(record: dict) -> list[dict]:
     return found
 
 
-def measured(record: dict, which: str, samples: list[float]) -> dict[str, float]:
+def measured(record: dict[str, Any], which: str, samples: list[float]) -> dict[str, float]:
     times = summary(samples)
     floor = record["floor_seconds"]["both" if which == "step" else which]
     return {f"{key}_seconds": value for key, value in times.items()} | {
@@ -159,7 +160,7 @@ def measured(record: dict, which: str, samples: list[float]) -> dict[str, float]
     }
 
 
-def write_csv(op: str, records: list[dict], folder: Path) -> None:
+def write_csv(op: str, records: list[dict[str, Any]], folder: Path) -> None:
     table = [row for record in records for row in rows(record)]
 
     def fill(path):
@@ -179,15 +180,15 @@ def eager_name(label: str) -> str:
     return label.removesuffix(", compiled")
 
 
-def longest_pass(record: dict) -> str:
+def longest_pass(record: dict[str, Any]) -> str:
     return "both" if record["backward"] else "forward"
 
 
-def headline(record: dict) -> str:
+def headline(record: dict[str, Any]) -> str:
     return f"{record['op']} {record['case']['name']}: {sizes(record)} {record['dtype']}"
 
 
-def sizes(record: dict) -> str:
+def sizes(record: dict[str, Any]) -> str:
     return " ".join(
         f"{key}={value}"
         for key, value in record["case"].items()

@@ -85,7 +85,7 @@ class Settings:
     quick: bool
     budget: measure.Budget
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """Return what two records of one measurement share, beside the case and the machine."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -144,7 +144,7 @@ def measured_record(
     case: Any,
     settings: Settings,
     rates: dict[str, float],
-) -> dict:
+) -> dict[str, Any]:
     begun = time.monotonic()
     record = describe(name, op, case, settings, rates)
     record["providers"] = measure_case(op, case, settings)
@@ -154,7 +154,7 @@ def measured_record(
     return record
 
 
-def measured(case: Any, settings: Settings, facts: dict, record: dict) -> bool:
+def measured(case: Any, settings: Settings, facts: dict[str, Any], record: dict[str, Any]) -> bool:
     """Return whether ``record`` is complete, accurate, and of this case, sources and settings."""
     op, here = load_op(record["op"]), ("device", "versions", "source")
     return (
@@ -167,7 +167,7 @@ def measured(case: Any, settings: Settings, facts: dict, record: dict) -> bool:
     )
 
 
-def faults_of(op: ModuleType, record: dict) -> list[str]:
+def faults_of(op: ModuleType, record: dict[str, Any]) -> list[str]:
     """Return what is wrong with the library's own providers and with the extras of this case."""
     case, faults = record["case"]["name"], list(record.get("faults", []))
     for label, found in record["providers"].items():
@@ -182,7 +182,7 @@ def describe(
     case: Any,
     settings: Settings,
     rates: dict[str, float],
-) -> dict:
+) -> dict[str, Any]:
     work = op.work(case, settings.dtype.itemsize)
     return {
         "op": name,
@@ -198,7 +198,7 @@ def describe(
     }
 
 
-def measure_case(op: ModuleType, case: Any, settings: Settings) -> dict[str, dict]:
+def measure_case(op: ModuleType, case: Any, settings: Settings) -> dict[str, dict[str, Any]]:
     """Check and time each provider; return its entry for the record by label."""
     if settings.compiled:
         torch._dynamo.reset()  # each case has its own limit of recompilations
@@ -235,7 +235,7 @@ def variants(op: ModuleType, case: Any, settings: Settings) -> list[tuple[str, s
 
 def clock(
     providers: dict[str, measure.Provider],
-    found: dict[str, dict],
+    found: dict[str, dict[str, Any]],
     problem: measure.Problem,
     settings: Settings,
 ) -> None:
@@ -253,7 +253,7 @@ def clock(
             found[label]["seconds"][launch] = passes
 
 
-def finish(name: str, op: ModuleType, records: list[dict], folder: Path) -> None:
+def finish(name: str, op: ModuleType, records: list[dict[str, Any]], folder: Path) -> None:
     everything = report.read_records(name, folder)
     report.write_csv(name, everything, folder)
     note = charts.draw(name, records, everything, folder)

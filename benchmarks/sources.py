@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mmfused.ops import OPS
 
@@ -15,7 +16,7 @@ SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
 UNUSED = {"tests", "tools", "cli", "data", "fuse", "training"}
 
 
-def source_facts() -> dict:
+def source_facts() -> dict[str, Any]:
     """Return the checkout's commit, and whether any file but results differs from it.
 
     A copy without .git reports the commit in MMFUSED_COMMIT, if set; the hash can confirm it.

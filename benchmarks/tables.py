@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import report
 
 
-def table(record: dict, ours: tuple[str, ...]) -> str:
+def table(record: dict[str, Any], ours: tuple[str, ...]) -> str:
     """Return a case's table: times, memory, and speed-ups of the library's best eager provider."""
     columns = _columns(record)
     best = {
@@ -28,7 +30,7 @@ def table(record: dict, ours: tuple[str, ...]) -> str:
     return "\n".join([title, *align(lines)])
 
 
-def _columns(record: dict) -> list[tuple[str, str]]:
+def _columns(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the timed pairs of launch and pass."""
     found = {
         (launch, which)
@@ -42,8 +44,8 @@ def _columns(record: dict) -> list[tuple[str, str]]:
 
 
 def cells(
-    provider: dict,
-    record: dict,
+    provider: dict[str, Any],
+    record: dict[str, Any],
     columns: list[tuple[str, str]],
     best: dict[str, float],
 ) -> list[str]:
@@ -66,7 +68,9 @@ def cells(
     return [*times, fraction, *memory, kernels, *ratios]
 
 
-def best_of_ours(record: dict, ours: tuple[str, ...], launch: str) -> tuple[str, float] | None:
+def best_of_ours(
+    record: dict[str, Any], ours: tuple[str, ...], launch: str
+) -> tuple[str, float] | None:
     """Return the last of ``ours`` that was timed with this launch, and its median."""
     for name in reversed(ours):
         passes = record["providers"].get(name, {}).get("seconds", {}).get(launch)

@@ -8,12 +8,14 @@ Logits are float32 whatever dtype is asked for, which is that of x and its route
 Left out, as they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and drops
 tokens beyond the capacity; as large as T, to drop none, one takes 17 GB at T=16384. Transformer
 Engine's fused router gives a (T, E) map of probabilities, but no ranked choices, no z-loss, no
-entropy and no order."""
+entropy and no order.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +159,8 @@ class Eager(Router):
     """Switch Transformer's router in plain PyTorch, and the sort that grouped experts need.
 
     ``wide``: the product reads 16-bit factors and leaves float32; without it they are made float32
-    before."""
+    before.
+    """
 
     def __init__(self, case, device, dtype, wide: bool = False):
         super().__init__(case, device, dtype)
@@ -329,7 +332,7 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
+def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """FLOPs and bytes, stage by stage, of the best algorithm known: x read once each way, no
     probabilities in memory.
 
@@ -345,7 +348,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict]]:
                   weights  reads the choices and the gradient of their weights
 
     Logits kept from the forward are written there as well; made again in the backward, which reads
-    x anyway, they are not."""
+    x anyway, they are not.
+    """
     T, E, D, R = case.T, case.E, case.D, case.T * case.k
     logits, product = 4 * T * E, 2 * T * E * D
 
