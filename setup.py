@@ -1,5 +1,6 @@
-"""Where the packages lie, and the CUDA extension for those who ask for it; all other metadata is in
-pyproject.toml.
+"""The folders of the packages, and the optional CUDA extension.
+
+All other metadata is in pyproject.toml.
 """
 
 import contextlib
@@ -11,14 +12,15 @@ from setuptools import setup
 
 
 def folders(root: str) -> list[Path]:
-    """All folders below `root` that hold Python sources, `root` included."""
+    """Return the folders below `root` that hold Python sources, `root` included."""
     return sorted({source.parent for source in Path(root).rglob("*.py")})
 
 
 @contextlib.contextmanager
 def extension():
-    """With MMFUSED_CUDA=1, csrc/ compiled as mmfused._C, or the reason why not, printed. Without, a
-    wheel of Python alone.
+    """Yield the arguments of setup() for csrc/ as mmfused._C, with MMFUSED_CUDA=1.
+
+    Where it cannot be built, print why; without the variable the wheel is pure Python.
     """
     if os.environ.get("MMFUSED_CUDA") != "1":
         yield {}

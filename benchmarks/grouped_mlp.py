@@ -1,13 +1,11 @@
-"""Experts of a mixture: FLUID's small head and the SwiGLU layers of large models, their baselines,
-and the least work they take.
+"""Experts: FLUID's small head and SwiGLU layers of large models, and their baselines.
 
-The choice of experts is made once and is the same for all; its weights are an input, so that their
-gradient is in the gate. Sorting by expert belongs to the router (topk_routing.py), so whoever takes
-sorted tokens gets them: the grouped_mm pattern does; the loop looks for its tokens, and Liger
-sorts, since they have no other interface.
+The choice of experts is made once and is the same for all providers. Its weights are an input, so
+the accuracy check covers their gradient. Sorting by expert is the router's work (topk_routing.py):
+a provider that takes sorted tokens gets them. The grouped_mm pattern does; the loop and Liger have
+no such interface and sort or search themselves.
 
-Left out: the experts of st-moe-pytorch take (E, capacity) slots, which is another function where a
-token finds none left.
+Not compared: the experts of st-moe-pytorch take (E, capacity) slots, and drop tokens beyond them.
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ DENSE_HIDDEN = (
 
 @dataclass(frozen=True)
 class Case:
-    """``T`` tokens of width ``D``, each to ``k`` of ``E`` experts with hidden width ``I``: GELU and
-    biases, or ``gated`` SwiGLU.
+    """``T`` tokens of width ``D``, each routed to ``k`` of ``E`` experts of hidden width ``I``.
 
-    ``routed``: "uniform"; "zipf", popularity falls as rank**-1.2; "hot", 90 % of tokens have expert
-    0 among theirs; "one-hot", all do; "half", no token goes to the second half.
+    The experts are GELU with biases, or ``gated`` SwiGLU without. ``routed``: "uniform"; "zipf",
+    popularity falls as rank**-1.2; "hot", 90 % of the tokens choose expert 0 among others;
+    "one-hot", all do; "half", no token chooses an expert of the second half.
     """
 
     name: str
@@ -69,8 +67,9 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its numbers of tokens; a ``quick`` run keeps at most 512, on a CPU 32
-    and a quarter of the widths.
+    """Return the cases for a device.
+
+    A ``quick`` run has at most 512 tokens, on a CPU 32 and a quarter of the widths.
     """
     if device_type == "cuda":
         return [replace(case, T=min(case.T, 512)) for case in CASES] if quick else list(CASES)
@@ -81,7 +80,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Uniform routing to GELU experts of the user's own sizes; what is left out is as in FLUID."""
+    """Return a case of the user's sizes: uniform routing, GELU experts, the rest as in FLUID."""
     defaults = {"T": 512, "D": 768, "I": 3072, "E": 16, "k": 2}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
@@ -96,9 +95,7 @@ def custom(shape: dict[str, int]) -> Case:
 
 @functools.cache
 def choices(case: Case) -> Tensor:
-    """(T, k) int64 on the CPU: different experts, drawn without replacement as ``case.routed``
-    says.
-    """
+    """Return (T, k) int64 on the CPU: experts drawn without replacement as ``case.routed`` says."""
     generator = torch.Generator().manual_seed(1)
 
     def rand(*shape):
@@ -118,8 +115,9 @@ def choices(case: Case) -> Tensor:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random tokens and experts, with variance 1 kept by each layer; routing weights in float32, as
-    routers give them.
+    """Make random tokens and experts that keep a variance of 1 through each layer.
+
+    Routing weights are float32, as routers give them.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -150,8 +148,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 class Experts(nn.Module):
-    """The parameters all providers share; those of SwiGLU as transformers keeps them: one w_up,
-    gate rows first.
+    """The parameters that all providers share.
+
+    Those of SwiGLU are stored as in transformers: one w_up, the gate's rows first.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
@@ -175,7 +174,7 @@ class Experts(nn.Module):
 
 
 class Loop(Experts):
-    """An expert at a time on the tokens that chose it, added to the output: Mixtral's first code."""
+    """Run one expert at a time on its tokens and add to the output: Mixtral's first code."""
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         none = [None] * self.E
@@ -195,7 +194,7 @@ class Loop(Experts):
 
 
 class Dense(Experts):
-    """Every expert on every token: the batched product that needs no sorting."""
+    """Run every expert on every token in one batched product, without sorting."""
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         hidden = self.product(x.expand(self.E, -1, -1), self.w_up, self.b_up)
@@ -213,8 +212,9 @@ class Dense(Experts):
 
 
 class GroupedMM(Experts):
-    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, biases by
-    indexing, and back in order.
+    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, rows put back.
+
+    Biases are indexed by expert.
     """
 
     def __init__(self, case, device, dtype, grouped_mm):
@@ -251,8 +251,9 @@ class Liger(Experts):
 
 
 class Ours(Experts):
-    """The routing as the router leaves it, in the form ``backend`` makes; only its weights are new
-    in each call.
+    """The library's experts, with the routing in the form that ``backend`` makes.
+
+    Only the routing weights are new in each call.
     """
 
     def __init__(self, case, device, dtype, backend: str):
@@ -346,8 +347,9 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The composed path in float64, which the tests hold to the reference; that computes every
-    expert on every row.
+    """Compute the composed path in float64.
+
+    Tests compare it with the reference, which would run every expert on every row here.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
@@ -356,11 +358,10 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of an affine map side by side.
+    """Join weight and bias of an affine map.
 
-    Biases by indexing, as the grouped_mm pattern has them, are rounded to 16 bits at every addition
-    of their gradient: judged by themselves they would leave the cases with biases without that
-    baseline.
+    The grouped_mm pattern indexes biases, so their gradient is rounded to 16 bits at every
+    addition. Checked on their own, biases would exclude that baseline.
     """
     joined = dict(results)
     for part in ("up", "down"):
@@ -375,22 +376,23 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: two grouped products forward,
-    four backward.
+    """Return FLOPs and bytes of each stage of the best known algorithm.
 
-    R = T k rows, n = 2 (3 with a gate) matrices of I D values; H, the R rows before the activation,
-    is what the backward keeps. A multiply-add is 2 FLOPs, a tensor moves once in a stage; of W only
-    experts that some token chose are read.
+    It has two grouped products forward and four backward. R = T k rows, n = 2 (3 with a gate)
+    matrices of I D values each. H, the R rows before the activation, is kept for the backward. A
+    multiply-add is 2 FLOPs, and a tensor moves once in a stage. Of W only chosen experts are read.
 
-        forward   up     H = X W_up^T                      2 (n - 1) R I D    reads X and W_up,
-                  writes H down   Y = act(H) W_down^T, summed       2 R I D            reads W_down,
-                  writes the output
-        backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D            reads dO, W_down and
-                  H, writes dW_down up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D
-                  reads X and W_up, writes dX and dW_up
+        forward   up     H = X W_up^T                      2 (n - 1) R I D
+                         reads X and W_up, writes H
+                  down   Y = act(H) W_down^T, summed       2 R I D
+                         reads W_down, writes the output
+        backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D
+                         reads dO, W_down and H, writes dW_down
+                  up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D
+                         reads X and W_up, writes dX and dW_up
 
-    A = act(H), dH and the rows of Y before they are summed move no bytes here, though no kernels
-    keep them all on chip. Biases, routing weights and indices are small beside the rest.
+    A = act(H), dH and the rows of Y before their sum count as no bytes, though no kernels keep all
+    of them on chip. Biases, routing weights and indices are small beside the rest.
     """
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())

@@ -1,14 +1,13 @@
-"""Top-k routing: the routers of FLUID and of larger mixtures, from logits and from x, their
-baselines, and the least work it takes.
+"""Top-k routing from logits and from x, as in FLUID and in larger mixtures, with its baselines.
 
-What is timed gives the routing weights and the three losses as one tensor (a ``cat``: one kernel
-more for everybody) and leaves the order by expert on the module, so that no compiler drops it.
-Logits are float32 whatever dtype is asked for, which is that of x and its router.
+Each provider returns the routing weights and the three losses as one tensor (a ``cat``, one more
+kernel for all of them), and leaves the order by expert on the module, so that no compiler drops it.
+Logits are always float32; the requested dtype is that of x and of the router's weight.
 
-Left out, as they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and drops
-tokens beyond the capacity; as large as T, to drop none, one takes 17 GB at T=16384. Transformer
-Engine's fused router gives a (T, E) map of probabilities, but no ranked choices, no z-loss, no
-entropy and no order.
+Not compared, since they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and
+drops tokens beyond the capacity; with a capacity of T one such tensor takes 17 GB at T=16384.
+Transformer Engine's fused router returns a (T, E) map of probabilities, but no ranked choices, no
+z-loss, no entropy and no order.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 
 SIZES = "T, E, k, D, S"
 OURS = ("composed", "fused C++", "fused")
-MARGIN = 1e-4  # between logits that decide a choice: far beyond what a float32 product of any order loses
+# Between logits that decide a choice: far beyond the rounding of a float32 product in any order.
+MARGIN = 1e-4
 LOSS_GRADIENTS = (
     1.0,
     0.1,
@@ -38,9 +38,9 @@ LOSS_GRADIENTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """``T`` tokens to ``k`` of ``E`` experts each: from logits, or with ``D`` from x of that width.
+    """``T`` tokens, each routed to ``k`` of ``E`` experts; from logits, or from x of width ``D``.
 
-    With ``S`` segments, of which the balance is the mean, a tenth of the tokens is padding.
+    With ``S`` segments, over which the balance loss is averaged, a tenth of the tokens is padding.
     """
 
     name: str
@@ -66,8 +66,9 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """The cases for a device: its numbers of tokens; a ``quick`` run keeps the rest and at most 64
-    tokens (1024 on CUDA).
+    """Return the cases for a device.
+
+    A ``quick`` run has at most 64 tokens (1024 on CUDA).
     """
     chosen = (
         CASES
@@ -79,7 +80,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """The user's own sizes; D=0, the default, starts from logits."""
+    """Return a case of the user's sizes; D=0, the default, starts from logits."""
     defaults = {"T": 16384, "E": 16, "k": 2, "D": 0, "S": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
@@ -93,8 +94,9 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Logits of variance 1, no two of those that decide a choice closer than MARGIN: all who
-    compute them choose alike.
+    """Make logits of variance 1.
+
+    Logits that decide a choice differ by at least MARGIN, so that all providers choose alike.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -120,9 +122,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """(T,) the segment of each token, (T,) True where it is padding; None and None with one
-    segment.
-    """
+    """Return each token's segment (T,) and the padding mask (T,); None for one segment."""
     if case.S == 1:
         return None, None
     generator = torch.Generator().manual_seed(1)
@@ -134,8 +134,9 @@ def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | No
 
 
 class Router(nn.Module):
-    """Weights and losses in one tensor; ``route`` gives them, and order, position and offsets of
-    the assignments by expert.
+    """Return weights and losses in one tensor.
+
+    ``route`` computes them, and the order, position and offsets of the assignments by expert.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
@@ -156,10 +157,10 @@ class Router(nn.Module):
 
 
 class Eager(Router):
-    """Switch Transformer's router in plain PyTorch, and the sort that grouped experts need.
+    """Switch Transformer's router in plain PyTorch, with the sort that grouped experts need.
 
-    ``wide``: the product reads 16-bit factors and leaves float32; without it they are made float32
-    before.
+    ``wide``: the product takes 16-bit factors and returns float32; otherwise they are cast to
+    float32 first.
     """
 
     def __init__(self, case, device, dtype, wide: bool = False):
@@ -214,8 +215,9 @@ class Eager(Router):
 
 
 class WideProduct(torch.autograd.Function):
-    """x W^T in float32 of 16-bit factors, for which torch has a product but no derivative; backward
-    in 16 bits throughout.
+    """x W^T in float32 of 16-bit factors, which torch computes but cannot differentiate.
+
+    The backward pass is in 16 bits.
     """
 
     @staticmethod
@@ -268,8 +270,9 @@ def eager_wide(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
 
 
 def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """What the error budget is taken from: with 16-bit factors the product that reads them so, else
-    the specification.
+    """Return the provider that sets the error budget.
+
+    With 16-bit factors that is the product in float32 of them, else the specification.
     """
     if case.D and has_wide_product(device, dtype):
         return eager_wide(case, device, dtype)
@@ -316,7 +319,7 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The specification in float64."""
+    """Compute the specification in float64."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
     provider = Provider(Ours(case, problem.device, torch.float64), layout(case), "reference").load(
@@ -333,22 +336,23 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """FLOPs and bytes, stage by stage, of the best algorithm known: x read once each way, no
-    probabilities in memory.
+    """Return FLOPs and bytes of each stage of the best known algorithm.
 
-    A choice is 4 bytes of index and 4 of weight; logits are float32; a multiply-add is 2 FLOPs, a
-    tensor moves once in a stage.
+    It reads x once in each pass and stores no probabilities. A choice is 4 bytes of index and 4 of
+    weight; logits are float32; a multiply-add is 2 FLOPs, and a tensor moves once in a stage.
 
         forward   route    from logits                 reads l, writes the choices
-                           from x      l = x W^T       2 T E D     reads x and W, writes the choices
+                           from x      l = x W^T       2 T E D
+                           reads x and W, writes the choices
                   order    order and position          writes 8 bytes for each choice
-        backward  route    from logits                 reads l, writes dl from x      dx = dl W
-                           2 T E D     reads x, W and l, writes dx and dW
+        backward  route    from logits                 reads l, writes dl
+                           from x      dx = dl W       2 T E D
+                           reads x, W and l, writes dx and dW
                                        dW = dl^T x     2 T E D
                   weights  reads the choices and the gradient of their weights
 
-    Logits kept from the forward are written there as well; made again in the backward, which reads
-    x anyway, they are not.
+    Logits that the forward pass keeps are written there too. Recomputed in the backward pass, which
+    reads x anyway, they are not.
     """
     T, E, D, R = case.T, case.E, case.D, case.T * case.k
     logits, product = 4 * T * E, 2 * T * E * D

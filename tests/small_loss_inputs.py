@@ -23,19 +23,17 @@ def positive_similarity(draw: Draw) -> dict:
 
 
 def hard_negative_margin(draw: Draw) -> dict:
-    options = dict(
-        margin=draw.pick("margin", 0.0, 0.2, 2.0), fraction=draw.pick("fraction", 0.0, 0.3, 1.0)
-    )
-    return (
-        _pair(draw)
-        | options
-        | dict(temperature=_scalar(draw, "temperature", draw.pick("", 0.1, 1.0)))
+    return _pair(draw) | dict(
+        margin=_scalar(draw, "margin", draw.pick("", 0.0, 0.2, 2.0)),
+        fraction=draw.pick("fraction", 0.0, 0.3, 1.0),
+        temperature=_scalar(draw, "temperature", draw.pick("", 0.1, 1.0)),
     )
 
 
 def product_hinge(draw: Draw) -> dict:
     inputs = _pair(draw, more=False) | dict(
-        margin=draw.pick("margin", 0.0, 0.3), diagonal=draw.pick("diagonal", True, False)
+        margin=_scalar(draw, "margin", draw.pick("", 0.0, 0.3)),
+        diagonal=draw.pick("diagonal", True, False),
     )
     inputs["scale"] = _scalar(draw, "scale", draw.pick("", 0.5, 10.0))
     if draw.given("positive"):
@@ -51,8 +49,11 @@ def product_consistency(draw: Draw) -> dict:
         name: (draw.normal(rows, dim), draw.normal(rows, dim))
         for name in ("product", "image", "text")
     }
-    options = dict(tolerance=draw.pick("tolerance", 0.0, 0.05), top=draw.pick("top", 1, 3, 10))
-    return pairs | options | dict(scale=_scalar(draw, "scale", draw.pick("", 0.5, 2.0)))
+    return pairs | dict(
+        tolerance=_scalar(draw, "tolerance", draw.pick("", 0.0, 0.05)),
+        top=draw.pick("top", 1, 3, 10),
+        scale=_scalar(draw, "scale", draw.pick("", 0.5, 2.0)),
+    )
 
 
 def sigmoid_contrastive(draw: Draw) -> dict:

@@ -434,7 +434,9 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
         reasons
     )
     assert ("no CUDA GPU is visible" in reasons) == (torch.version.cuda is not None and not CUDA)
-    with pytest.raises(RuntimeError, match="cannot be built here: .*nvcc not found; ninja not found"):
+    with pytest.raises(
+        RuntimeError, match="cannot be built here: .*nvcc not found; ninja not found"
+    ):
         extension.load()
     unbuilt.setenv("CUDA_HOME", "/nowhere")
     assert "CUDA_HOME is '/nowhere' and holds no bin/nvcc" in extension.why_not()

@@ -393,7 +393,9 @@ BAD = {
     ),
     "top_k: got 6, expected 1 to 5": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, 6),
     "activation: got 'silu'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, activation="silu"),
-    "unexpected keyword argument 'capacity'": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS, capacity=1.25),
+    "unexpected keyword argument 'capacity'": lambda v, r: TopKMoE(
+        DIM, HIDDEN, EXPERTS, capacity=1.25
+    ),
     "x: got shape (19, 9), expected (..., 10)": lambda v, r: TopKMoE(DIM, HIDDEN, EXPERTS)(
         v["x"][:, :9].float()
     ),

@@ -255,7 +255,9 @@ def test_the_programs_own_limit_of_pixels_changes_nothing(monkeypatch, limit):
     for format in set(FORMATS) - {"WEBP"} | ({"WEBP"} if limit is None else set()):
         assert load_picture(saved(NOISE, format)).shape == (3, 24, 32)
     large = saved(Image.new("L", (10000, 10001)), "PNG")
-    with pytest.raises(BrokenPicture, match="^it has 10000 x 10001 pixels to decode, expected at most 1000"):
+    with pytest.raises(
+        BrokenPicture, match="^it has 10000 x 10001 pixels to decode, expected at most 1000"
+    ):
         load_picture(large)
 
 

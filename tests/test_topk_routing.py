@@ -463,8 +463,8 @@ BAD = {
     "available: got shape (7,), expected (1, 7)": lambda x, o: topk_routing(
         x, 2, available=torch.ones(EXPERTS).bool()
     ),
-    "available: got a segment with too few experts, expected at least k = 2": lambda x, o: topk_routing(
-        x, 2, available=torch.eye(EXPERTS)[:1].bool()
+    "available: got a segment with too few experts, expected at least k = 2": lambda x, o: (
+        topk_routing(x, 2, available=torch.eye(EXPERTS)[:1].bool())
     ),
     "indices: got shape (23, 2), expected (23, 3)": lambda x, o: topk_routing(
         x, 3, indices=torch.zeros(TOKENS, 2).long()
@@ -475,7 +475,9 @@ BAD = {
     "indices: got a value outside [0, 7)": lambda x, o: topk_routing(
         x, 2, indices=torch.full((TOKENS, 2), 7)
     ),
-    "selection_bias: got shape (6,)": lambda x, o: topk_routing(x, 2, selection_bias=torch.zeros(6)),
+    "selection_bias: got shape (6,)": lambda x, o: topk_routing(
+        x, 2, selection_bias=torch.zeros(6)
+    ),
     "selection_bias: got dtype torch.bfloat16": lambda x, o: topk_routing(
         x, 2, selection_bias=torch.zeros(EXPERTS).bfloat16()
     ),

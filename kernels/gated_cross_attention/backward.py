@@ -16,21 +16,21 @@ from .plans import power
 
 
 def backward(
-    d_outs,
-    tokens,
-    norms,
-    ignores,
-    absents,
-    weights,
-    flags,
-    saved,
-    num_heads,
-    gate,
-    missing,
-    pre_norm,
-    norm_eps,
-    dropout_p,
-    dropout_seed,
+    d_outs: list[Tensor],
+    tokens: list[Tensor],
+    norms: list[Tensor],
+    ignores: list[Tensor],
+    absents: list[Tensor],
+    weights: list[Tensor],
+    flags: list[Tensor],
+    saved: list[Tensor],
+    num_heads: int,
+    gate: str,
+    missing: str,
+    pre_norm: bool,
+    norm_eps: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> list[Tensor]:
     """What forward took, and gave after the outs -> d_tokens by side, d_norms, d_weights."""
     call = Call(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..tiles import arch_of, launch, upcasts
-from .plans import Tile, plan
+from .plans import Plan, Tile, plan
 
 FIELDS = 10  # w_q, w_k, w_v, w_o, w_g, b_q, b_k, b_v, b_o, b_g of each direction
 W_Q, W_K, W_V, W_O, W_G, B_Q, B_K, B_V, B_O, B_G = range(FIELDS)
@@ -25,7 +26,13 @@ def bits(tensors: list[Tensor]) -> int:
     return sum((tensor.numel() > 0) << i for i, tensor in enumerate(tensors))
 
 
-def launch_tile(kernel, tile: Tile, grid: tuple[int, ...], *args, **constexprs) -> None:
+def launch_tile(
+    kernel: Any,
+    tile: Tile,
+    grid: tuple[int, ...],
+    *args: Any,
+    **constexprs: Any,
+) -> None:
     """Launch a kernel with those sizes of the tile that it takes."""
     sizes = asdict(tile)
     taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
@@ -59,25 +66,32 @@ class Call:
     p: float
     seed: Tensor | None
 
-    def __post_init__(self):
-        self.directions = len(self.weights) // FIELDS
-        self.batch, _, self.dim = self.tokens[0].shape
-        self.lengths = [x.shape[1] for x in self.tokens]
-        self.rows = [self.batch * n for n in self.lengths]
-        self.head_dim = self.dim // self.heads
-        self.widths = (
+    def __post_init__(self) -> None:
+        self.directions: int = len(self.weights) // FIELDS
+        self.batch: int = self.tokens[0].shape[0]
+        self.dim: int = self.tokens[0].shape[2]
+        self.lengths: list[int] = [x.shape[1] for x in self.tokens]
+        self.rows: list[int] = [self.batch * n for n in self.lengths]
+        self.head_dim: int = self.dim // self.heads
+        self.widths: tuple[int, int] = (
             (3 * self.dim, 3 * self.dim) if self.directions == 2 else (self.dim, 2 * self.dim)
         )
-        self.first_key = self.dim if self.directions == 2 else 0
-        self.mask_bytes = [x.view(torch.uint8) for x in (*self.ignores, *self.absents)]
-        self.strides = [x.stride(i) for i in (0, 1) for x in self.tokens]
+        self.first_key: int = self.dim if self.directions == 2 else 0
+        self.mask_bytes: list[Tensor] = [
+            x.view(torch.uint8) for x in (*self.ignores, *self.absents)
+        ]
+        self.strides: list[int] = [x.stride(i) for i in (0, 1) for x in self.tokens]
         x = self.tokens[0]
-        self.plan = plan(self.dim, self.tokens[1].shape[-1], self.head_dim, x.dtype, arch_of(x))
+        self.plan: Plan = plan(
+            self.dim, self.tokens[1].shape[-1], self.head_dim, x.dtype, arch_of(x)
+        )
         absent = bits(self.absents)
-        self.masks = dict(IGNORE=bits(self.ignores), ABSENT=absent, MISSING=self.missing)
-        self.given = dict(**self.masks, UPCAST=upcasts(x.dtype))
-        self.collapse = self.missing == "constant" and self.p == 0 and absent != 0
-        self.indicator = self.gate != "none" and self.weights[W_G].shape[1] > 2 * self.dim
+        self.masks: dict[str, Any] = dict(
+            IGNORE=bits(self.ignores), ABSENT=absent, MISSING=self.missing
+        )
+        self.given: dict[str, Any] = dict(**self.masks, UPCAST=upcasts(x.dtype))
+        self.collapse: bool = self.missing == "constant" and self.p == 0 and absent != 0
+        self.indicator: bool = self.gate != "none" and self.weights[W_G].shape[1] > 2 * self.dim
 
     def of(self, field: int) -> list[Tensor]:
         """Return one weight or bias of both directions."""

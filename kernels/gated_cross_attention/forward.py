@@ -15,19 +15,19 @@ from .plans import Tile, asked_block, power
 
 
 def forward(
-    tokens,
-    norms,
-    ignores,
-    absents,
-    weights,
-    flags,
-    num_heads,
-    gate,
-    missing,
-    pre_norm,
-    norm_eps,
-    dropout_p,
-    dropout_seed,
+    tokens: list[Tensor],
+    norms: list[Tensor],
+    ignores: list[Tensor],
+    absents: list[Tensor],
+    weights: list[Tensor],
+    flags: list[Tensor],
+    num_heads: int,
+    gate: str,
+    missing: str,
+    pre_norm: bool,
+    norm_eps: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> list[Tensor]:
     """Lists as the op's schema has them -> outs, projected, moments, attended, lse, attn_out."""
     call = Call(

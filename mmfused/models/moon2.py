@@ -189,7 +189,8 @@ class MOON2(RetrievalModel):
 
     def __init__(self, config: MOON2Config) -> None:
         super().__init__()
-        c = self.config = config
+        self.config: MOON2Config = config
+        c = config
         self.host: Any = qwen.build_qwen2_vl(c.host)
         if "moe" not in c.without:
             for layer in self.host.language_model.layers[c.moe_every - 1 :: c.moe_every]:

@@ -142,7 +142,8 @@ class Training:
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.begun = self.since = time.perf_counter()
+        self.begun: float = time.perf_counter()
+        self.since: float = self.begun
         progress = tqdm(
             total=self.steps,
             desc=f"{self.config.model} {self.config.backend}",
