@@ -31,9 +31,11 @@ bench: $(READY) ## check and time every op on this machine
 readme: $(READY) ## make README's numbers and pictures from benchmarks/results
 	$(PY) tools/readme.py
 
-lint: $(READY) ## check style and formatting
+lint: $(READY) ## check style, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) tools/check_types.py
 
 fuzz: $(READY) ## random calls of every public function against the float64 reference, for MINUTES (default 10), with new seeds
 	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))

@@ -361,7 +361,10 @@ def test_loading_twice_gives_the_same_module(module):
 
 
 def test_a_second_process_imports_what_the_first_one_built(module):
-    probe = "import mmfused.extension as e; e.why_not_build = lambda: ['it must not build']; print(e.load().__file__)"
+    probe = (
+        "import mmfused.extension as e; e.why_not_build = lambda: ['it must not build'];"
+        "print(e.load().__file__)"
+    )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == module.__file__, done.stderr
 
@@ -447,7 +450,7 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
 def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_path):
     if extension.built() or extension.why_not_build():
         pytest.skip(
-            "a build can only fail where nvcc, ninja and a C++ compiler are there and mmfused._C is not installed"
+            "a build can only fail with nvcc, ninja and a C++ compiler, and without mmfused._C"
         )
     sources = tmp_path / "csrc"
     sources.mkdir()

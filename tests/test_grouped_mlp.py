@@ -175,7 +175,7 @@ def test_linear_layers_make_an_mlp(gather, combine):
 
 
 def test_grouped_mm_serves_where_it_is_right(monkeypatch):
-    """On CUDA in bfloat16 torch's grouped_mm replaces the loop; its CPU form stands in for it here."""
+    """On CUDA, torch's grouped_mm replaces the loop in bfloat16; here its CPU form is tested."""
     leaves, routing, activation = make(
         "swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0)
     )

@@ -37,7 +37,8 @@ def agree(got, exact, plain):
     """NaN and inf where the reference in float64 has them; what is finite there within the error
     budget.
 
-    A token whose gradient holds NaN in the reference may have NaN in more of its logits."""
+    A token whose gradient holds NaN in the reference may have NaN in more of its logits.
+    """
     tables = [dict(table) for table in (got, exact, plain)]
     for name, want in exact.items():
         free = torch.zeros_like(want, dtype=torch.bool)
@@ -74,7 +75,7 @@ class Tables:
 
 
 def check_rows(together, options, leaves, k, backend, own):
-    """Against the reference, but for the gradients of the tokens ``own``, which are what they are."""
+    """Compare with the reference, apart from the gradients of the tokens ``own``."""
     upstream = torch.randn(len(next(iter(leaves.values()))), k, dtype=torch.float64, device=DEVICE)
     results = [run(leaves, k, options, backend, upstream)]
     replay = dict(indices=options.get("indices", results[0][1].indices))
