@@ -1,7 +1,7 @@
 """Every module, with the options that matter for torch.func, torch.export and ONNX.
 
-A case is a name, a module in float64 and a maker of its arguments: ``make(batch, tokens)`` gives
-positional and named ones.
+A case is a name, a module in float64 and a function ``make(batch, tokens)``, which returns its
+positional and its keyword arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def some(*shape: int) -> Tensor:
-    """Flags of which about half are True; where there are several rows, all of the first one."""
+    """Return flags, about half of them True; with several rows, the first row is all True."""
     flags = torch.rand(shape) < 0.5
     if len(shape) == 2:
         flags[0] = True

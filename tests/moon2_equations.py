@@ -1,7 +1,6 @@
-"""MOON2.0's equations, literally, in float64: the decoder token by token, losses in loops; of the
-host only its vision tower.
+"""Transcribe MOON2.0's equations literally, in float64: a decoder run token by token, loss loops.
 
-Below them a small model and its batches.
+Only the vision tower comes from the host. A small model and its batches follow.
 """
 
 import math
@@ -34,8 +33,9 @@ def silu(x):
 
 
 def sequence(batch, i, view, c):
-    """What item i shows: its tokens (an int is a word, ("picture", k) one of the picture's), and
-    their positions on three axes.
+    """Return the tokens of item i and their positions on three axes.
+
+    A token is an int (a word) or ("picture", k), the k-th token of the picture.
     """
     t = c.tokens
     words = [
@@ -65,8 +65,9 @@ def rms(p, name, x, eps):
 
 
 def turned(x, position, text):
-    """M-RoPE of one head's vector x: pair (j, j + d/2) turns by its axis's position times its
-    frequency.
+    """Apply M-RoPE to the vector x of one head.
+
+    Rotate the pair (j, j + d/2) by its frequency times the position on its axis.
     """
     half = len(x) // 2
     axes = [
@@ -109,8 +110,9 @@ def attention(p, name, x, positions, text):
 
 
 def mixture(p, name, x, c):
-    """Outputs of the tokens, and for each token the router's probabilities, and the weight of every
-    expert, chosen or not.
+    """Return each token's output, router probabilities and the weights of all experts.
+
+    The weight of an expert that is not chosen is 0.
     """
     outputs, probabilities, weights = [], [], []
     for token in x:
@@ -132,7 +134,7 @@ def mixture(p, name, x, c):
 
 
 def decoder(p, text, x, positions, empty, c):
-    """Last hidden states of one sequence, and what each mixture reports of its tokens."""
+    """Return the last hidden states of one sequence and the routing of each mixture, by token."""
     reports = []
     for n in range(text.num_hidden_layers):
         name = f"host.language_model.layers.{n}"
@@ -149,7 +151,7 @@ def decoder(p, text, x, positions, empty, c):
                 p[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
             )
             x = x + (silu(h @ gate.T) * (h @ up.T)) @ down.T
-        elif empty:  # experts are not asked about an item of nothing
+        elif empty:  # an empty item is not routed
             reports.append(([], []))
         else:
             out, *report = mixture(p, name + ".mlp", h, c)
@@ -169,7 +171,7 @@ def balance_loss(probabilities, weights, c):
 
 
 def encoded(model, batch) -> dict:
-    """What `MOON2.encode` returns, of a part in which at least one item shows something."""
+    """Return the result of `MOON2.encode` for a part with at least one item that is not empty."""
     c, p, text = model.config, dict(model.named_parameters()), model.host.config.text_config
     table, size = p["host.language_model.embed_tokens.weight"], len(batch["labels"])
     has_image = batch["image_present"].tolist()
@@ -295,7 +297,7 @@ def intra(part, c):
 
 
 def losses(query, candidate, negative, alignment, margin, c) -> dict:
-    """Every term, and "loss"; ``alignment``: W* (Z, 5), or None."""
+    """Return every term and "loss"; ``alignment``: W* (Z, 5), or None."""
     terms, served = {}, {}
     if "inter" not in c.without:
         for view in VIEWS:
@@ -363,7 +365,7 @@ def tiny(**options) -> MOON2:
 
 
 def random_model(**options) -> MOON2:
-    """Float64, and every parameter random, also those that start as zeros or ones."""
+    """Return a float64 model with random parameters, also where they start as zeros or ones."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in (
         *model.host.parameters(),
@@ -375,7 +377,7 @@ def random_model(**options) -> MOON2:
 
 
 def items(seed: int, labels) -> dict:
-    """Item 1 has no picture, 2 no text, 3 neither."""
+    """Return a batch in which item 1 has no picture, item 2 no text and item 3 neither."""
     generator, batch = torch.Generator().manual_seed(seed), len(labels)
     lengths = torch.randint(4, 7, (batch,), generator=generator)
     lengths[2:4] = 2
@@ -392,8 +394,9 @@ def items(seed: int, labels) -> dict:
 
 
 def batch(negatives=True) -> dict:
-    """Queries 0 and 4 ask for one product, and negative 5 is query 1's; the candidates lack other
-    things than the queries.
+    """Return a batch in which queries 0 and 4 share a product and negative 5 has query 1's product.
+
+    The candidates lack modalities at other places than the queries.
     """
     parts = {"query": items(1, [7, 1, 2, 3, 7, 5])}
     for seed, role, labels in (
@@ -409,9 +412,7 @@ def batch(negatives=True) -> dict:
 
 
 def exact(model: MOON2) -> MOON2:
-    """The host has its norms and turning angles in float32 whatever it is in; here they are in
-    float64.
-    """
+    """Replace the host's norms and rotary angles, which are always in float32, by float64 ones."""
     turning = model.host.language_model.rotary_emb
     rope = model.host.config.text_config.rope_parameters
     axis = torch.tensor(

@@ -1,6 +1,6 @@
 """The cases of tests/test_on_cuda.py: every op and public module.
 
-At a real size on a card, at a tiny one in the interpreter.
+Their sizes are realistic on a GPU and tiny in the interpreter.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Problem:
         }
 
     def run(self, step: Callable | None = None) -> dict[str, Tensor]:
-        """Outputs and gradients by name; ``step``: the module, compiled."""
+        """Return outputs and gradients by name; ``step``: the compiled module."""
         outs = (self.module if step is None else step)(**self.inputs, **self.given)
         outs = list(outs) if isinstance(outs, tuple) else [outs]
         leaves = self.leaves()
@@ -74,10 +74,10 @@ def upstream_for(outs: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """``make(tiny)`` -> a float64 Problem on DEVICE, of numbers that 16 bits hold.
+    """``make(tiny)`` returns a float64 Problem on DEVICE whose numbers are exact in 16 bits.
 
-    ``fused``: there is a kernel. ``composed``: False where that backend is no path of its own.
-    ``waits``: it reads sizes or bounds on the host, by design (see the op's composed.py).
+    ``fused``: there is a kernel. ``composed``: False if that backend has no implementation of its
+    own. ``waits``: it reads sizes or bounds on the host, by design (see the op's composed.py).
     ``around``: a context for each call.
     """
 
@@ -86,8 +86,8 @@ class Case:
     composed: bool = True
     waits: bool = False
     around: Callable = contextlib.nullcontext
-    dtypes: bool = False  # accuracy in every dtype
-    module: bool = False  # one of the public modules
+    dtypes: bool = False  # test the accuracy in every dtype
+    module: bool = False  # it is a public module
 
 
 class Call(nn.Module):
@@ -219,7 +219,10 @@ def token_gate(tiny: bool) -> Problem:
 
 
 def routing(from_input: bool, everything=False, router="triton", **options):
-    """With x, the experts are given: products in 16 bits may choose others where two are near."""
+    """Return a maker of routing cases.
+
+    With x, the experts are given: products in 16 bits may choose another one where two are close.
+    """
 
     def make(tiny: bool) -> Problem:
         tokens, experts, k, dim = (37, 5, 2, 24) if tiny else (8192, 128, 8, 512)

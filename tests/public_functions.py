@@ -1,9 +1,7 @@
-"""Every public function of mmfused that takes tensors, found by signature.
+"""Every public function of mmfused that takes tensors, found by its signature.
 
-For each: its arguments, and a run with all gradients.
-
-Tensors inside arguments have paths: ``x``, ``weights.w_q`` (a NamedTuple's field), ``norm_x.0`` (of
-a tuple).
+Each has arguments and can be run with all gradients. Tensors inside arguments have paths: ``x``,
+``weights.w_q`` (a field of a NamedTuple), ``norm_x.0`` (an item of a tuple).
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mmfused
 
-# A function with **options -> the function that these are passed to.
+# Each function with **options and the function that receives them.
 FORWARDS = {"topk_routing_from_input": "topk_routing"}
 # Functions with one implementation for all backends.
 ONE_BACKEND = ("pack_passes", "update_selection_bias")
-# Floats without a gradient: constants, and the losses that a routing carries for its caller.
+# Floats without a gradient: constants, and the losses that a routing holds.
 CONSTANTS = (
     "row_weight",
     "selection_bias",
@@ -37,7 +35,10 @@ CONSTANTS = (
 
 
 def public_functions() -> dict[str, Callable]:
-    """By name, without the ``*_reference``: these are reached through ``backend("reference")``."""
+    """Return the public functions by name, without ``*_reference``.
+
+    ``backend("reference")`` runs those.
+    """
     named = {name: getattr(mmfused, name) for name in mmfused.__all__}
     own = {
         k: v
@@ -58,7 +59,7 @@ def has_kernels(function: str) -> bool:
 
 
 def arguments(function: Callable) -> dict[str, object]:
-    """Name and type of every argument, those that ``**options`` forwards too."""
+    """Return the name and type of every argument, including those that ``**options`` forwards."""
     hints = typing.get_type_hints(function)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -81,7 +82,7 @@ def arguments(function: Callable) -> dict[str, object]:
 
 
 def tensor_arguments(function: Callable) -> list[str]:
-    """The paths of all tensors that a call may be given."""
+    """Return the paths of all tensors that a call may get."""
     try:
         found = arguments(function)
     except AssertionError:
@@ -107,7 +108,7 @@ def _paths(hint: object, path: str) -> list[str]:
 
 
 def leaves(value: object, path: str = "") -> dict[str, Tensor]:
-    """The tensors inside arguments, by path."""
+    """Return the tensors inside arguments, by path."""
     if isinstance(value, Tensor):
         return {path: value}
     found = {}
@@ -117,7 +118,7 @@ def leaves(value: object, path: str = "") -> dict[str, Tensor]:
 
 
 def replaced(value: object, new: dict[str, object], path: str = "") -> object:
-    """The same arguments with other tensors at some paths."""
+    """Return the same arguments with other tensors at some paths."""
     if path in new:
         return new[path]
     items = _items(value)
@@ -150,7 +151,7 @@ def differentiable(function: str, inputs: dict) -> list[str]:
 
 
 def in_float64(inputs: dict) -> dict:
-    """The same values for the oracle."""
+    """Return the same values in float64, for the reference results."""
     floats = {path: x for path, x in leaves(inputs).items() if x.is_floating_point()}
     return replaced(inputs, {path: x.detach().double() for path, x in floats.items()})
 
@@ -167,9 +168,9 @@ def run(
 ) -> dict[str, Tensor]:
     """Return a call's outputs by name, and "d <path>" for the ``wanted`` inputs.
 
-    A missing gradient is all zeros. The call runs on the GPU where there is one; inputs and results
-    are on the CPU. ``upstream(name, output)``: the gradient of an output, also in float64, or None;
-    it is passed in that ``layout``.
+    A missing gradient is all zeros. The call runs on the GPU if there is one; inputs and results
+    are on the CPU. ``upstream(name, output)`` returns the gradient of an output, also in float64,
+    or None; it is passed in that ``layout``.
     """
     inputs = replaced(
         inputs,
@@ -209,7 +210,7 @@ def run(
 
 def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
     if function == "update_selection_bias":
-        # It writes into its argument, which is restored for the next call.
+        # The function writes into its argument, which is restored for the next call.
         before = inputs["bias"].clone()
         mmfused.update_selection_bias(**inputs)
         after = inputs["bias"].clone()
@@ -223,7 +224,7 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
         if hasattr(out, "_fields")
         else {f"out{i}": part for i, part in enumerate(out)}
     )
-    # "tiles" is a kernel's tile map, which not every backend makes.
+    # "tiles" is a kernel's tile map, which some backends do not make.
     return {name: part for name, part in named.items() if name != "tiles"}
 
 

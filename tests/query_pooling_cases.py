@@ -12,7 +12,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 # only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, D, L, heads, Dk, Dv): odd on purpose; together they reach every kernel
+# name -> (B, N, D, L, heads, Dk, Dv). The sizes are odd on purpose; together they reach every
+# kernel.
 SHAPES = {
     "one pass": (3, 37, 70, 5, 1, 24, 20),
     "row blocks": (2, 65, 96, 9, 4, 32, 48),
@@ -51,7 +52,7 @@ def make(
     if padding == "mask":
         ignore = torch.rand(batch, length) < 0.4
         ignore[0] = True  # a sample without tokens
-        ignore[1, : length // 2] = True  # one padded on the left
+        ignore[1, : length // 2] = True  # one sample padded on the left
         inputs["key_padding_mask"] = ignore.to(device)
     if padding == "lengths":
         inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)

@@ -1,6 +1,6 @@
-"""A product with sums of its second operand, in the same loop (a race on sm_90) or not.
+"""A matrix product that also sums its second operand in the same loop, which races on sm_90.
 
-test_races.py runs it as a script.
+test_races.py runs it as a script, with and without the race.
 """
 
 import json
@@ -23,9 +23,9 @@ def product_kernel(
     SUM: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """out (64, 64) = a (64, K) b (K, 64).
+    """Compute out (64, 64) = a (64, K) @ b (K, 64).
 
-    SUM: also the columns' sums of b. WAIT: each product is used within the loop.
+    SUM: also sum the columns of b. WAIT: use each product inside the loop.
     """
     i = tl.arange(0, 64)
     acc = tl.zeros([64, 64], tl.float32)

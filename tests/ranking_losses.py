@@ -9,7 +9,7 @@ B, D = 61, 24
 
 
 class Encoder(nn.Sequential):
-    """Replaces a SentenceTransformer; returns {"sentence_embedding": (B, D)} for a text column."""
+    """A stand-in for SentenceTransformer: {"sentence_embedding": (B, D)} for a column of texts."""
 
     def __init__(self):
         super().__init__(nn.Linear(7, D))

@@ -1,4 +1,4 @@
-"""The four retrieval models, as small as they come, and batches of products for them."""
+"""The four retrieval models at their smallest sizes, and product batches for them."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ SMALL = {
     "uniecs": {**ENCODERS, "dim": 8, "num_heads": 2, "cross_layers": 1},
     "unica": {**ENCODERS, "num_heads": 2, "ffn": 16, "dropout": 0.0},
     "moon2": {"host": HOST, "num_experts": 3, "image_size": 32},
-    # One view alone: which one an item shows is drawn, and ranks draw apart.
+    # Use one view only: views are drawn at random, and each rank draws its own.
     "unite": {
         "host": HOST,
         "image_size": 32,
@@ -56,7 +56,7 @@ def tokenizer_of(name):
 
 
 def small_model(name, **changes):
-    """In float64, without dropout."""
+    """Return the model in float64, without dropout."""
     kind = MODELS[name]
     known = kind.config.of_tokenizer(tokenizer_of(name))
     torch.manual_seed(0)
@@ -64,8 +64,9 @@ def small_model(name, **changes):
 
 
 def batch(name, count=6, side=32):
-    """Query, candidate and negative items; some lack their picture, some their text, and none
-    repeats a label.
+    """Return query, candidate and negative items with unique labels.
+
+    Some lack a picture, some a text.
     """
     tokenizer, generator = tokenizer_of(name), torch.Generator().manual_seed(1)
     parts = {}
@@ -93,8 +94,9 @@ def batch(name, count=6, side=32):
 
 
 def home(dtype) -> torch.device:
-    """Where a training of the parity tests runs: in float32 on the card, if there is one, which the
-    fused kernels need.
+    """Return the device of a parity test: a GPU for float32 if there is one, else the CPU.
+
+    The fused kernels need float32.
     """
     return torch.device("cuda" if torch.cuda.is_available() and dtype == torch.float32 else "cpu")
 
@@ -119,8 +121,9 @@ def gradients(model):
 
 
 def check_given_tokens(model, parts):
-    """A hosted model gives the same from its pictures' tokens as from their pixels, and refuses
-    what is neither or both.
+    """Check that a hosted model returns the same from picture tokens as from pixels.
+
+    Malformed tokens, and neither of the two, are errors.
     """
     given = {role: dict(items) for role, items in parts.items()}
     for items in given.values():

@@ -1,4 +1,4 @@
-"""Inputs of the small losses, as function_inputs.py has those of the ops."""
+"""Inputs of the small losses, like those of the ops in function_inputs.py."""
 
 from __future__ import annotations
 

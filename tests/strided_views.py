@@ -1,7 +1,6 @@
 """The same values in other memory layouts: strided views with garbage around them.
 
-A kernel that ignores a stride or an offset, or reads beyond a row, reads NaN, or an integer that is
-not a valid index.
+A kernel that ignores a stride or an offset, or reads beyond a row, reads NaN or an invalid index.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The last two change the values: what lies along that dimension is all alike, its stride is 0.
+# The last two change the values: all values along that dimension are equal and its stride is 0.
 SAME_VALUES = ("contiguous", "offset", "sliced", "strided", "transposed")
 EXPANDED = ("expanded first", "expanded last")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 19  # elements of garbage before and after: odd, so that an offset is aligned to nothing
+GUARD = 19  # garbage elements before and after; odd, so that the offset is not aligned
 
 
 def garbage(size: int, dtype: torch.dtype) -> Tensor:
@@ -36,9 +35,9 @@ def on_device(x: Tensor) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """Return ``values`` as a view of that layout into new memory.
+    """Return ``values`` as a view with that layout in new memory.
 
-    A second application changes nothing.
+    Applying it twice changes nothing.
     """
     values = values.detach()
     if layout in EXPANDED:
@@ -55,8 +54,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
     """Copy values into strided memory.
 
-    ``order``: the dimensions, the densest first. ``step``: the stride of that one. ``gap``: unused
-    elements after each dimension.
+    ``order``: the dimensions, densest first. ``step``: the stride of the densest one. ``gap``:
+    unused elements after each dimension.
     """
     strides, stride = [0] * values.dim(), step
     for dim in order:

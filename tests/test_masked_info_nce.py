@@ -1,7 +1,7 @@
 """Masked InfoNCE without kernels: reference against definition, composed against reference.
 
-Properties and the module: test_masked_info_nce_properties.py; values: ..._values.py; kernels:
-..._fused.py; ranks: test_distributed.py.
+Other tests: properties and the module in test_masked_info_nce_properties.py, special values in
+..._values.py, kernels in ..._fused.py, ranks in test_distributed.py.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def test_reference_is_the_definition(case):
 # ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
-# At 0.2 composed uses one shift for all logits, at 0.002 a maximum for each row and column.
+# At 0.2, composed uses one shift for all logits; at 0.002, a maximum for each row and column.
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("way", ["target", "symmetric"])
 @pytest.mark.parametrize("same_id", IDS)
@@ -131,8 +131,8 @@ def extreme(case, dtype):
 def test_extreme_values(case, scale, dtype):
     """Large and degenerate logits, also of candidates beyond the B-th in a symmetric loss.
 
-    Those have a logit, perhaps a large one, but no column. Four batches together: where few logits
-    decide, the error of one batch is a matter of luck.
+    These have a logit, perhaps a large one, but no column. Four batches are compared together:
+    where few logits dominate, the error of a single batch is random.
     """
     for options in (
         dict(symmetric=True),
@@ -147,7 +147,7 @@ def test_extreme_values(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Where a gradient cancels, errors are relative to one rounding of a row's.
+            # Where a gradient cancels, errors are relative to the rounding error of one row.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
@@ -159,7 +159,8 @@ def test_extreme_values(case, scale, dtype):
                     results[k] = torch.cat(
                         [results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]]
                     )
-        # The rounding of 1 / temperature shows at logits of 10^4 only, with few digits anyway.
+        # The rounding of 1 / temperature only shows at logits of 10^4, which have few digits
+        # anyway.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
@@ -169,9 +170,9 @@ def test_extreme_values(case, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("same_id", [None, "mean", "sum"])
 def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
-    """One positive at S = s, others at 0: log(1 + (n - 1) exp(-s)).
+    """One positive has logit S = s, the others 0: the loss is log(1 + (n - 1) exp(-s)).
 
-    float64's log_softmax gives only four digits of it.
+    The log_softmax of float64 gives only four digits of it.
     """
     s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
     inputs = dict(
@@ -214,9 +215,9 @@ def test_identical_embeddings_cost_log_n(n):
     ],
 )
 def test_rows_without_negatives(options, backend):
-    """Exactly 0, still counted in the mean, and with their positive term.
+    """The loss is exactly 0, counts in the mean and keeps its positive term.
 
-    Every other row is alone with its key.
+    Every other row has a key of its own.
     """
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
@@ -343,7 +344,7 @@ print("done")
 
 
 def run_python(code):
-    """Run in a process of its own, without Triton's interpreter and this process's backend."""
+    """Run in a separate process, without Triton's interpreter and this process's backend."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
     env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -355,7 +356,7 @@ def test_one_graph_for_three_batch_sizes():
 
 
 def test_differentiating_twice():
-    """The reference supports it; the composed sweep raises rather than return wrong gradients."""
+    """The reference supports it; composed raises an error instead of returning wrong gradients."""
     inputs = make(5, 7, 3, symmetric=True, positive_weight=0.3)
     rest = {k: v for k, v in inputs.items() if k != "query"}
     assert torch.autograd.gradgradcheck(
@@ -371,7 +372,7 @@ def test_differentiating_twice():
     "options", [dict(target=True), dict(target=True, keys="three", same_id="mean")]
 )
 def test_equal_bits(options):
-    """In two runs and in two backwards of one, with two threads and targets that rows share."""
+    """Repeated forwards and backwards are bitwise equal, with two threads and shared targets."""
     inputs = make(1024, 100, 64, torch.float32, temperature=0.07, **options)
     inputs["target"] %= 3
     leaves, threads = (
@@ -410,7 +411,7 @@ def test_partial_gradients(only, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_autocast(backend):
-    """The embeddings are rounded, nothing else is: the loss and the gradients stay float32."""
+    """Only the embeddings are rounded: the loss and the gradients stay float32."""
     inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
     low = {
         k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")
@@ -454,13 +455,13 @@ def test_nothing_of_size_b_times_c_is_saved():
         with mmfused.backend(name):
             saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
     assert saved["reference"] > 4 * n * n
-    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # the candidates without NaN, and vectors
+    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # finite candidates, and vectors
 
 
 def test_peak_memory():
-    """B = 16384 against itself, both directions: eager stores five matrices of 1 GiB.
+    """B = 16384 against itself, symmetric: eager stores five matrices of 1 GiB.
 
-    Full size, since it is a claim about size.
+    It runs at full size, since it checks memory at that size.
     """
     code = """
 import torch, mmfused

@@ -1,7 +1,7 @@
-"""The kernels of masked InfoNCE, through the public function.
+"""The kernels of masked InfoNCE, called through the public function.
 
 On a CPU they run in Triton's interpreter with small tiles, so that little data has several tiles on
-each side; on a GPU with the tiles of the plan.
+each side. On a GPU they use the planned tiles.
 """
 
 import pytest
@@ -56,7 +56,7 @@ def test_value_and_gradients(tiles, option):
 @pytest.mark.parametrize("option", ["symmetric", "keys and ids", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision(tiles, option, dtype):
-    """Weights below the range of float16, as in a large batch, and candidates beyond B."""
+    """Row weights below the range of float16, as in a large batch, and candidates beyond B."""
     check(
         make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype
     )
@@ -79,7 +79,7 @@ def test_shapes(monkeypatch, rows, candidates, dim):
 
 
 def test_planned_tiles():
-    """The tiles of the plan, which run on a GPU."""
+    """The planned tiles, which a GPU uses."""
     check(make(33, 70, 20), OPTIONS["symmetric"] | dict(candidate_key=torch.arange(70) % 3 - 1))
     check(make(20, 70, 20), dict(symmetric=True), torch.float16)
     check(make(20, 40, 300), dict(symmetric=True), torch.float16)
@@ -87,10 +87,10 @@ def test_planned_tiles():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """Below and beyond the bound up to which 16-bit inputs need no maximum.
+    """Scales below and above the bound up to which 16-bit inputs need no maximum.
 
-    float32 has few digits there. Not float32 for owner-computes: the interpreter sums its dot
-    products in another order than the forward's, which would show.
+    float32 has few digits there. The owner-computes backward is not tested in float32: the
+    interpreter sums its dot products in another order than those of the forward.
     """
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):
@@ -99,7 +99,7 @@ def test_large_scales(tiles, scale):
 
 
 def test_rows_without_negatives(tiles):
-    """Exactly 0, and no gradient, in both directions: a row whose key no other row has."""
+    """Losses and gradients are exactly 0 in both directions for a row with a key of its own."""
     key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
     options = dict(candidate_key=key, symmetric=True, reduction="none")
     got = check(make(), options)
@@ -121,7 +121,7 @@ def test_nan_in_an_unseen_candidate_has_no_effect(tiles):
         all(value.isfinite().all() for value in got.values())
         and not got["dcandidate"][unseen.to(DEVICE)].any()
     )
-    inputs["candidate"][3] = float("nan")  # seen by the rows of key 0
+    inputs["candidate"][3] = float("nan")  # visible to the rows with key 0
     with torch.no_grad():
         out = masked_info_nce_fused(inputs, options | dict(reduction="none"))
     assert torch.equal(out.isnan(), (torch.arange(37) % 2 == 0).to(DEVICE))
@@ -149,10 +149,10 @@ def test_not_contiguous():
 
 @pytest.mark.skipif(CUDA, reason="counts calls of the interpreter")
 def test_tiles_without_pairs_are_not_visited(monkeypatch):
-    """Four keys, sorted: of 8 x 4 tiles a quarter is multiplied in each sweep.
+    """With four sorted keys, each sweep multiplies a quarter of 8 x 4 tiles.
 
-    With the first column of tiles shared by all rows, the two row blocks of the first key multiply
-    only that, and the other six blocks two tiles each.
+    If all rows share the first column of tiles, the two row blocks of the first key multiply only
+    that column, and the other six blocks two tiles each.
     """
     small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
     calls = []
@@ -227,7 +227,7 @@ def test_opcheck(monkeypatch, symmetric, everything, with_keys):
 
 
 def test_plans_stay_within_their_memory():
-    """As designed: below 1 GB above the inputs at B = 65536, D = 768, below 4 GB at B = 262144."""
+    """Scratch memory at D = 768 is below 1 GB for B = 65536 and below 4 GB for B = 262144."""
     for rows, most in ((65536, 1e9), (262144, 4e9)):
         plan = plans.plan(768, torch.bfloat16, 90, True, False)
         splits, length, groups, each = plans.sweep_grid(
@@ -249,7 +249,7 @@ def test_plans_stay_within_their_memory():
 @pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
-    """The product for the other side is left out, and the gradient is the same to the bit."""
+    """The product for the constant side is skipped; the other gradient is bitwise equal."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
     results, operate = [], autograd._operate
@@ -276,7 +276,7 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
 def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(
     tiles, query_key, candidate_key
 ):
-    """In each row only the target counts; new memory is NaN."""
+    """Only the target counts in each row; new memory holds NaN."""
     options = dict(
         query_key=torch.tensor(query_key),
         candidate_key=torch.tensor(candidate_key),

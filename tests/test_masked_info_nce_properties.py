@@ -30,7 +30,7 @@ def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
             candidate_id=torch.arange(100, 100 + C, device=DEVICE),
         )
     hidden = torch.arange(C, device=DEVICE) % 5 == 1
-    hidden[:B] = False  # their rows see them
+    hidden[:B] = False  # their rows can see them
     mark = {"key": ("candidate_key", 9), "id": ("candidate_id", 7)}[by[:3].strip(",")]
     inputs[mark[0]][hidden] = mark[1]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_blocks_do_not_matter(keys, monkeypatch):
 def test_gradient_sums(symmetric, temperature):
     """A constant dimension shows sum_j dS_ij.
 
-    It is 0 in each row of one direction, and over all rows of a symmetric loss.
+    It is 0 in each row of a one-way loss, and over all rows of a symmetric loss.
     """
     inputs = make(
         keys="three",
@@ -135,19 +135,19 @@ def test_gradient_sums(symmetric, temperature):
     want = run(inputs)
     assert want["out"] >= 0
     scale = 1 / temperature
-    # = scale * dscale, dscale = -temperature^2 dtemperature
+    # This equals scale * dscale, where dscale = -temperature^2 dtemperature.
     product = (inputs["query"] * want["dquery"]).sum()
     torch.testing.assert_close(product, -want["dtemperature"] / scale, rtol=1e-10, atol=1e-12)
     for name in ("query", "candidate"):
         inputs[name] = torch.cat(
             [inputs[name].detach(), torch.full((len(inputs[name]), 1), 0.5, device=DEVICE)], 1
         ).requires_grad_()
-    got = run(inputs)  # each logit is larger by 0.25 * scale
+    got = run(inputs)  # each logit grows by 0.25 * scale
     sums = got["dquery"][:, -1].sum() if symmetric else got["dquery"][:, -1]
     assert sums.abs().max() < 1e-12 * scale
     for name in ("dquery", "dcandidate"):
         got[name] = got[name][:, :-1]
-    del got["dtemperature"], want["dtemperature"]  # <q, dq> over all dimensions
+    del got["dtemperature"], want["dtemperature"]  # it sums <q, dq> over all dimensions
     assert_close(got, want, 1e-11)
 
 
@@ -155,7 +155,7 @@ def test_gradient_sums(symmetric, temperature):
 
 
 def test_gradient_cache():
-    """Embeddings without a graph, the loss on leaves, its gradients through chunks of towers."""
+    """Embed without a graph, differentiate the loss, pass its gradients to the towers in chunks."""
     data = [torch.randn(n, 7, dtype=torch.float64) for n in (12, 20)]
     towers = [nn.Linear(7, 5).double() for _ in data]
     loss_of = MaskedInfoNCE(0.2, learnable_temperature=True, symmetric=True).double()
@@ -186,12 +186,12 @@ def test_module():
     torch.testing.assert_close(MaskedInfoNCE(0.2, **options)(q, c, candidate_key=key), want)
     raw = MaskedInfoNCE(0.2, normalize=False)(q, c)
     torch.testing.assert_close(raw, masked_info_nce(q, c, temperature=0.2))
-    for gather in ("global", "local"):  # without a process group, as without gather
+    for gather in ("global", "local"):  # without a process group, like gather=None
         assert torch.equal(MaskedInfoNCE(0.2, normalize=False, gather=gather)(q, c), raw)
 
 
 def test_temperature_of_the_module():
-    """Learned: a parameter, held at max_scale in training only. Fixed: a number, in no state."""
+    """A learned temperature is a parameter, clamped in training; a fixed one is in no state."""
     q, c = torch.randn(6, 4), torch.randn(6, 4)
     learned, fixed = (
         MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0),
@@ -212,7 +212,7 @@ def test_temperature_of_the_module():
         torch.testing.assert_close((above - learned(q, c)) / 2e-3, slope, rtol=1e-2, atol=1e-4)
         learned.log_scale.fill_(5.0)
     assert learned.eval()(q, c) != MaskedInfoNCE(1 / 20)(q, c) and learned.log_scale == 5
-    # No graph saves what is clamped in place.
+    # The parameter is clamped in place, so no graph may have saved it.
     losses_of_two = learned.train()(q, c) + learned(c, q)
     losses_of_two.backward()
     assert (
@@ -234,7 +234,7 @@ def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
     loaded = MaskedInfoNCE(0.03)
     loaded.load_state_dict(old)
     loaded.load_state_dict(MaskedInfoNCE(0.07).state_dict())
-    assert "log_scale" in old  # the caller's state is not changed
+    assert "log_scale" in old  # the caller's state is unchanged
     for module in (MaskedInfoNCE(0.03).bfloat16(), meta.to_empty(device="cpu"), loaded):
         assert not module.state_dict()
         assert torch.equal(module(q, c), want)
@@ -253,7 +253,7 @@ def test_a_learned_temperature_begins_anew_after_to_empty():
 def test_a_module_gives_an_ignored_candidate_that_is_not_finite_gradient_zero(backend, value, mask):
     q, c = torch.randn(2, 4, requires_grad=True), torch.randn(4, 4)
     c[2, 1] = value
-    # No query has key 7; by id, candidate 2 is the item of both queries and the target of neither.
+    # No query has key 7. By id, candidate 2 is the item of both queries and no query's target.
     vector = torch.tensor([0, 0, 7, 0]) if mask == "candidate_key" else None
     keys = {"candidate_key": vector}
     if mask == "candidate_id":
@@ -268,7 +268,7 @@ def test_a_module_gives_an_ignored_candidate_that_is_not_finite_gradient_zero(ba
         assert got.isfinite().all()
         torch.testing.assert_close(got, want)
     assert not gradients[0][2][2].any()
-    assert MaskedInfoNCE(0.2)(q, c).isnan()  # nothing masks it
+    assert MaskedInfoNCE(0.2)(q, c).isnan()  # without a mask
 
 
 def test_gather_in_one_process(tmp_path):
@@ -280,7 +280,7 @@ def test_gather_in_one_process(tmp_path):
         for gather in ("global", "local"):
             loss = MaskedInfoNCE(0.2, gather=gather, normalize=False)
             torch.testing.assert_close(loss(q, c), masked_info_nce(q, c, temperature=0.2))
-            # As where one side comes from a Linear and the other does not.
+            # One side comes from a Linear and the other does not.
             with torch.autocast("cpu", torch.bfloat16):
                 assert torch.equal(loss(q.bfloat16(), c), loss(q.bfloat16(), c.bfloat16()))
             with (
@@ -361,7 +361,7 @@ def test_a_fixed_temperature_is_changed_by_nothing():
     for holder, prefix in (
         (fixed, ""),
         (nn.Sequential(fixed), "0."),
-    ):  # a state of before, when it was a buffer
+    ):  # an older state, where it was a buffer
         with pytest.warns(
             UserWarning, match="the state's temperature is 0.3679; the module keeps its own, 0.03"
         ):

@@ -1,6 +1,6 @@
 """Masked InfoNCE at extreme and invalid values, composed and fused.
 
-Unwritten memory, logits of 10^4, rows that are not finite, invalid integers and numbers.
+These are unwritten memory, logits of 10^4, non-finite rows, and invalid integers and numbers.
 """
 
 import math
@@ -53,7 +53,7 @@ def test_every_option_set_reads_only_what_was_written(
 
 
 def large(kind, seed):
-    """Logits of up to 10^4; ``kind``: how close the nearest of a row are to its target."""
+    """Return inputs with logits up to 10^4; ``kind``: how close the largest are to the target's."""
     inputs = make(33, 41, 24, scale=1e4, seed=seed)
     query, candidate = inputs["query"], inputs["candidate"]
     if kind == "long rows":
@@ -84,10 +84,10 @@ def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
 
 
 def test_equal_candidates_are_equally_likely():
-    """The target's logit equals, to the bit, that of a candidate equal to the target.
+    """The target's logit is bitwise equal to the logit of a candidate equal to the target.
 
-    At 10^4 another order of summation would make a difference, also for a margin of 0, above which
-    no equal candidate lies.
+    At 10^4, another order of summation would show, also with a margin of 0, which excludes no equal
+    candidate.
     """
     query, candidate = (normalize(torch.randn(n, 24), dim=-1).to(DEVICE) for n in (20, 1))
     candidate = candidate.expand(45, 24)
@@ -102,11 +102,11 @@ def test_equal_candidates_are_equally_likely():
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(45)))
 
 
-# ---- rows that are not finite --------------------------------------------------------------------
+# ---- non-finite rows -----------------------------------------------------------------------------
 
 
 def gradients(backend, query, candidate, *, upstream=None, function=masked_info_nce, **options):
-    """Return losses of the rows, d query and d candidate."""
+    """Return the losses by row, d query and d candidate."""
     leaves = [x.detach().clone().requires_grad_() for x in (query, candidate)]
     with mmfused.backend(backend):
         out = function(*leaves, **dict(temperature=0.3, reduction="none") | options)
@@ -123,7 +123,7 @@ def gradients(backend, query, candidate, *, upstream=None, function=masked_info_
 def test_a_broken_row_reaches_only_what_sees_it(
     symmetric, side, value, backend, backward, monkeypatch
 ):
-    """Two keys in one tile: rows of the other key are the same as without the broken row."""
+    """With two keys in one tile, rows of the other key are unaffected by the broken row."""
     small_tiles(monkeypatch, backward)
     sides = [torch.randn(n, 8, device=DEVICE) for n in (20, 24)]
     key = torch.arange(24, device=DEVICE) % 2
@@ -136,7 +136,7 @@ def test_a_broken_row_reaches_only_what_sees_it(
         assert actual.flatten(1).isnan().any(1)[4] if actual.dim() > 1 else actual[4].isnan()
 
 
-# ---- invalid values: on a GPU, which must not wait for a check, they give NaN --------------------
+# ---- invalid values: on a GPU they give NaN, since a check would need a sync --------------------
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    # Candidates of the other key, but for the last, which stands in for a target beyond it.
+    # Check candidates of the other key, except the last, which replaces an out-of-range target.
     torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])
@@ -193,7 +193,7 @@ def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [-0.05, -0.3, math.nan, 0.0, 1e-39, -0.0])
 def test_temperatures_that_are_none(temperature, backend, unchecked):
-    """A temperature not above 0, or without a finite reciprocal, gives NaN."""
+    """A temperature that is not positive, or has no finite reciprocal, gives NaN."""
     query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.float16) for n in (5, 6))
     temperature = torch.tensor([temperature], device=DEVICE)
     for result in gradients(backend, query, candidate, temperature=temperature):
@@ -209,7 +209,8 @@ def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(
 ):
     """An infinite logit must not give a finite loss.
 
-    An infinite target would outweigh all others, and another candidate at -inf would drop out.
+    An infinite target would dominate all other logits, and another candidate at -inf would have no
+    effect.
     """
     query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     query[2] = -1
@@ -279,7 +280,7 @@ def test_a_temperature_without_a_reciprocal_is_refused():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_every_argument_may_be_a_view(backend, masked):
-    """Every second number of a longer tensor, with an offset; and one number expanded."""
+    """Every second element of a longer tensor, with an offset; or one element, expanded."""
     rows = dict(
         target=torch.randint(0, 24, (20,)),
         query_id=torch.randint(0, 5, (20,)),
@@ -328,7 +329,7 @@ def test_every_argument_may_be_a_view(backend, masked):
 def test_the_layout_of_the_embeddings_changes_no_bit(backend):
     """Forward and backward need the same logits.
 
-    At 10^2 two orders of summation differ by 10^-5 in a probability.
+    At 10^2, two orders of summation change a probability by 10^-5.
     """
     dense = torch.randn(5, 8, device=DEVICE), torch.randn(37, 8, device=DEVICE)
     turned = [x.T.contiguous().T for x in dense]

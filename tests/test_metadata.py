@@ -1,4 +1,4 @@
-"""metadata.csv as people write it: every row is there, or named with its line."""
+"""metadata.csv in the forms that people write: every row is read, or reported with its line."""
 
 import time
 
@@ -37,8 +37,8 @@ def test_an_unclosed_quote_costs_its_own_row_alone(tmp_path):
 @pytest.mark.parametrize(
     "closing",
     [
-        '5.png,"mug, red",5',  # strictly, a quote in the middle of a field
-        '5.png,mug 5",5',  # well-formed as a whole: three fields, the text four lines long
+        '5.png,"mug, red",5',  # read strictly, a quote in the middle of a field
+        '5.png,mug 5",5',  # well-formed if read as one row: three fields, with a text of four lines
         ',mug 5",5',
     ],
 )

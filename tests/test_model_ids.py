@@ -1,6 +1,7 @@
-"""Ids and labels outside their table, where nothing may raise: NaN for their item alone.
+"""Ids and labels out of range give NaN for their item only, where errors cannot be raised.
 
-That is on CUDA and in compiled graphs; here on a CPU, whose lookups raise, without the check.
+This applies on CUDA and in compiled graphs. These tests run on a CPU without the check; CPU lookups
+would raise an error.
 """
 
 import pytest

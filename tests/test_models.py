@@ -1,6 +1,4 @@
-"""FLUID against an independent float64 transcription of its equations, and what the model promises
-around them.
-"""
+"""FLUID against an independent float64 transcription of its equations, and its other guarantees."""
 
 import json
 import sys
@@ -30,8 +28,9 @@ SMALL = {
 
 
 def random_model(**options) -> FLUID:
-    """A float64 model without encoders whose parameters are all random, also those that start as
-    zeros or ones.
+    """Return a float64 model without encoders.
+
+    All parameters are random, also where they start as zeros or ones.
     """
     model = FLUID(FLUIDConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
@@ -41,8 +40,9 @@ def random_model(**options) -> FLUID:
 
 
 def token_batch(batch=6, image_tokens=9, text_tokens=7) -> dict:
-    """Precomputed tokens; sample 1 has no image, sample 2 no text, the others have text of unequal
-    lengths.
+    """Return precomputed tokens with texts of unequal lengths.
+
+    Sample 1 has no image and sample 2 no text.
     """
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([7, 3, 0, 5, 1, 6])[:batch]
@@ -104,8 +104,9 @@ def test_agrees_with_the_equations(options, backend):
 
 
 def test_q_transform_agrees_with_multihead_attention():
-    """The transcription above reads the projections by name; nn.MultiheadAttention with the same
-    weights decides.
+    """nn.MultiheadAttention with the same weights gives the same output.
+
+    The transcription above reads the projections by name, so it cannot find an error in them.
     """
     model, x = random_model(), token_batch()["text_tokens"]
     pool = model.text_transform.blocks[0].pool
@@ -148,7 +149,7 @@ def tiny(**options) -> FLUID:
 
 
 def pixel_batch(batch=8, length=10) -> dict:
-    """Pixels and ids; sample 1 has no image, sample 2 no text but [CLS][SEP]."""
+    """Return pixels and ids; sample 1 has no image, and the text of sample 2 is [CLS][SEP]."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -168,7 +169,7 @@ def test_every_parameter_gets_a_gradient(modalities):
     output.loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # A key bias moves all logits of a query alike: the softmax does not see it.
+        # A key bias shifts all logits of a query equally, so softmax cancels it.
         assert parameter.grad.any() or name.endswith(("k_proj.bias", "key.bias")), name
     assert (output.gate is None) == (modalities != "both")
     assert (output.image_embedding is None) == (modalities == "text")
@@ -239,8 +240,9 @@ def test_absent_pixels_do_not_leak():
 
 
 def test_a_missing_text_is_masked_as_a_whole():
-    """[CLS][SEP] alone, no real token at all, and text_present=False give one and the same text
-    embedding.
+    """All missing texts have the same embedding.
+
+    A text is missing if it is [CLS][SEP], has no real token, or has text_present=False.
     """
     model, batch = tiny().eval(), pixel_batch()
     batch["attention_mask"][3] = 0
@@ -259,7 +261,7 @@ def test_a_missing_text_is_masked_as_a_whole():
 
 def test_absent_samples_are_left_out_of_the_contrastive_loss():
     model, batch = random_model(), token_batch()
-    keep = torch.tensor([0, 3, 4, 5])  # 1 has no image, 2 no text
+    keep = torch.tensor([0, 3, 4, 5])  # 1 has no image and 2 has no text
     expected = model(**{name: value[keep] for name, value in batch.items()}).losses["contrastive"]
     assert error(model(**batch).losses["contrastive"], expected) < 1e-12
     batch["image_present"] = torch.arange(6) == 0
@@ -278,7 +280,7 @@ def test_padded_text_is_attended_to_only_without_the_text_mask():
         model = random_model(text_mask=text_mask)
         a, b = model(**batch).text_embedding, model(**changed).text_embedding
         same = (a == b).all(1)
-        # 0 has no padding, and 2 has nothing but padding: absent in either case.
+        # 0 has no padding and 2 has only padding, so it is absent in either case.
         assert same.tolist() == (
             [True] * 6 if text_mask else [True, False, True, False, False, False]
         )
@@ -334,9 +336,7 @@ def test_training_lowers_the_loss_and_repeats(modalities):
 
 
 def test_queries_start_small():
-    """Queries of size 1 would drown what they read: the text variant then learns several times
-    slower.
-    """
+    """Queries of size 1 would outweigh the attention output, and the text variant learn slowly."""
     model = tiny(query_std=0.05)
     for transform in (model.image_transform, model.text_transform, model.bottleneck):
         assert 0.03 < transform.queries.std() < 0.07
@@ -505,6 +505,5 @@ def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
         ImportError, match=rf"{package} is not installed: pip install 'mmfused\[models\]'"
     ):
         tiny()
-    assert (
-        FLUID(FLUIDConfig(**SMALL)).image_encoder is None
-    )  # without encoders neither package is needed
+    # Without encoders, neither package is needed.
+    assert FLUID(FLUIDConfig(**SMALL)).image_encoder is None

@@ -1,6 +1,4 @@
-"""Every module, like torch's own, can be copied, saved whole, built on the meta device, loaded by
-assignment and reset.
-"""
+"""Modules can be copied, pickled, built on the meta device, loaded by assignment and reset."""
 
 import copy
 import io
@@ -77,7 +75,7 @@ def test_copies(name, copied):
     module, inputs = make(), inputs()
     out = call(module, *inputs)
     if out.requires_grad:
-        out.sum().backward()  # a module in use
+        out.sum().backward()  # a module that has been used
     twin = copied(module)
     assert torch.equal(call(twin, *inputs), call(module, *inputs))
     for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
@@ -98,13 +96,16 @@ def test_loaded_by_assignment_into_the_meta_device(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_begun_anew(name, dtype):
-    """to_empty and reset_parameters give the same numbers as a new module of the same seed."""
+    """to_empty and reset_parameters give the same numbers as a new module with the same seed."""
     make, inputs, call = ALL[name]
     new = make()
     with torch.device("meta"):
         empty = make()
     empty.to(dtype).to_empty(device="cpu")
-    for tensor in (*empty.parameters(), *empty.buffers()):  # what memory may hold
+    for tensor in (
+        *empty.parameters(),
+        *empty.buffers(),
+    ):  # uninitialised memory may hold these values
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else False)
     for module in (new.to(dtype), empty):
         torch.manual_seed(5)
@@ -133,7 +134,7 @@ def test_reset_draws_what_the_constructor_draws(name):
 
 
 def test_each_module_inside_may_be_reset_by_itself():
-    """As FSDP does it, for all that have the method, in any order."""
+    """FSDP resets each submodule that has the method, in any order."""
     module = nn.ModuleList(make() for make, *_ in ALL.values())
     module.append(ExpertLinear(4, D, 8, norm=True))
     own = {part for part in module.modules() if any(True for _ in part.parameters(recurse=False))}

@@ -1,6 +1,4 @@
-"""MOON2.0 against an independent float64 transcription of its equations, and what the model
-promises around them.
-"""
+"""MOON2.0 against an independent float64 transcription of its equations, and other guarantees."""
 
 import json
 
@@ -21,7 +19,7 @@ SHALLOW = {**HOST, "text_config": {**HOST["text_config"], "num_hidden_layers": 1
 
 
 def plain(parts: dict) -> dict:
-    """In float32, as the trainer's."""
+    """Return the parts in float32, as the trainer passes them."""
     return {
         role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
     }
@@ -83,8 +81,9 @@ def test_agrees_with_the_equations(options):
 
 
 def random_rows(model) -> dict:
-    """What encode could have returned, as leaves: close pairs and confusable ones, so that some
-    triplets are filtered.
+    """Return possible results of encode as leaves.
+
+    They contain close and confusable pairs, so that some triplets are filtered.
     """
     generator, rows = torch.Generator().manual_seed(5), {}
     base = torch.randn(6, 8, generator=generator, dtype=x64)
@@ -164,7 +163,7 @@ def test_triplets_are_filtered_as_training_goes_on():
     )
 
 
-# --- the mixture in the host ---
+# --- the mixture of experts in the host ---
 
 
 def test_no_cast_and_no_older_state_changes_the_margin():
@@ -177,8 +176,9 @@ def test_no_cast_and_no_older_state_changes_the_margin():
 
 
 def test_starts_as_the_host():
-    """Without noise the same function; with it nearly; and a pretrained host's own state loads into
-    it.
+    """A new model without expert noise computes the same function as its host.
+
+    With noise it is close to it. The state of a pretrained host can be loaded.
     """
     dense = tiny(without=("moe",)).double()
     part, rows = without_labels(batch()["query"]), []
@@ -233,7 +233,7 @@ def test_checkpointing_changes_nothing():
 
 
 def test_chunks_have_the_gradient_of_the_whole():
-    """But for the balance, which each chunk has of its own."""
+    """GradCache changes only the balance loss, which is computed in each chunk."""
     losses, gradients = [], []
     for chunked in (False, True):
         model = random_model(without=("balance",))
@@ -253,10 +253,8 @@ def test_chunks_have_the_gradient_of_the_whole():
 
 
 def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """But for the vision tower, whose loop over pictures is the host's: its tokens come from
-    outside.
-    """
-    monkeypatch.undo()  # conftest's poison is not to be traced
+    """Without the vision tower, whose loop over pictures breaks the graph: its tokens are given."""
+    monkeypatch.undo()  # the poison of conftest must not be traced
     model, parts = random_model(host=SHALLOW), batch()
     pictures = qwen.picture_tokens(
         model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
@@ -327,7 +325,7 @@ def test_views_hide_what_they_must():
         True,
         True,
     ]
-    for item, alone in ((1, "text"), (2, "image")):  # "both" of one modality is what that one is
+    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the only modality
         assert error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
@@ -388,7 +386,8 @@ def test_backends_train_alike():
         {"sparsity_weight": 0.0101},
     ):
         perturbed = train("composed", 3, **changed)[0]
-        assert error(perturbed, expected[0][:3]) > 1e-6, changed  # 1 % in one term is seen
+        # A change of 1 % in one term is detected.
+        assert error(perturbed, expected[0][:3]) > 1e-6, changed
 
 
 def test_the_kernels_train_alike():
@@ -453,7 +452,7 @@ def test_full_size_builds():
         - 36 * (7 * expert + 8 * 2048)
         - 8 * 5
     )
-    assert 3.7e9 < dense < 3.8e9  # Qwen2.5-VL-3B, its head tied
+    assert 3.7e9 < dense < 3.8e9  # Qwen2.5-VL-3B with a tied head
     assert (
         model.picture_size == 224
         and config.temperature == 0.05

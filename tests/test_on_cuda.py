@@ -1,7 +1,7 @@
-"""What only a card can show: host syncs, CUDA graphs, streams, repeats, tile sizes, memory.
+"""Tests that need a GPU: host syncs, CUDA graphs, streams, repeats, tile sizes, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU each runs once in the interpreter, at a tiny size,
-which keeps the table correct.
+The cases are in on_cuda_cases.py. Without a GPU, each one runs once in the interpreter at a tiny
+size, so that errors in the table are found.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def path(name, backend):
 
 
 def values(problem) -> dict[str, torch.Tensor]:
-    """Return all tensors that a call reads; they may be overwritten."""
+    """Return all tensors that a call reads and that may be overwritten."""
     return problem.leaves() | {name: x for name, x in problem.given.items()}
 
 
@@ -74,10 +74,10 @@ def assert_same(actual, expected) -> None:
 
 
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
-    """Return what is less accurate than plain PyTorch in ``dtype``.
+    """Return the results that are less accurate than plain PyTorch in ``dtype``.
 
     Single numbers, and results that are 0 except for rounding (the gradient of the keys' bias,
-    which softmax cancels), may be further off: their error is a matter of luck.
+    which softmax cancels), have a larger tolerance because their error is random.
     """
     with path(name, "reference"):
         exact, plain = problem.run(), problem.to(dtype).run()
@@ -93,7 +93,8 @@ def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
         {key: x for key, x in results.items() if key not in lucky}
         for results in (actual, exact, plain)
     )
-    found = over_budget(*judged, factor=2.0 if CUDA else 4.0)  # a tiny size is a matter of luck too
+    # Errors at a tiny size are random too.
+    found = over_budget(*judged, factor=2.0 if CUDA else 4.0)
     for key in lucky:
         want = exact[key].where(exact[key].abs() > 1e-9, 0.0)
         allowed = 8 * relative_error(plain[key], want) + 64 * torch.finfo(actual[key].dtype).eps
@@ -104,7 +105,7 @@ def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
     return found
 
 
-# ---- at real sizes; without a GPU, that the cases run --------------------------------------------
+# ---- at real sizes; without a GPU, a check that the cases run ------------------------------------
 
 
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
@@ -130,7 +131,7 @@ def test_composed_paths_are_as_exact_as_plain_pytorch(name):
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", MODULES)
 def test_compiled_modules_are_as_exact_as_plain_pytorch(name, monkeypatch):
-    """In one graph. Without a GPU that is made and not compiled further."""
+    """Modules compile in one graph, which is only traced where there is no GPU."""
     monkeypatch.undo()  # the compiler would trace into the poisoned torch.empty
     torch._dynamo.reset()
     dtype, compiler = (HALF, "inductor") if CUDA else (torch.float32, "aot_eager")
@@ -162,7 +163,7 @@ def test_nothing_waits_for_the_host(name, backend):
 @pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
 def test_a_cuda_graph_replays_on_new_values(name, backend):
     problem = make(name).to(HALF)
-    # torch's fused attention, on the composed paths, adds up its gradients in any order
+    # The fused attention of torch, on the composed paths, sums gradients in a random order.
     with path(name, backend), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         new, wanted = on_other_values(problem)
         side = torch.cuda.Stream()
@@ -198,14 +199,14 @@ def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
 @needs_cuda
 @pytest.mark.parametrize("name", FUSED)
 def test_a_side_stream_keeps_the_order_of_its_work(name):
-    """The values arrive late on the stream of the call: a launch on another would be too early."""
+    """A launch on another stream than the call's would read the values too early."""
     problem = make(name).to(HALF)
     with path(name, "fused"):
         new, wanted = on_other_values(problem)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            torch.cuda._sleep(100_000_000)  # cycles: long after all launches
+            torch.cuda._sleep(100_000_000)  # cycles, far longer than all launches
             write(problem, new)
             results = problem.run()
         torch.cuda.current_stream().wait_stream(side)
@@ -240,7 +241,7 @@ def peak_bytes(call) -> int:
 
 @needs_cuda
 def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
-    """Its matrix of logits alone would be 2 GB in 16 bits."""
+    """The matrix of logits alone would take 2 GB in 16 bits."""
     inputs = {
         name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_()
         for name in ("query", "candidate")
@@ -253,7 +254,7 @@ def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
 
 @needs_cuda
 def test_pooling_never_holds_keys_or_values():
-    """Either would be as large as x."""
+    """The keys, or the values, would be as large as x."""
     problem = pooling()(False).to(HALF)
     with mmfused.backend("fused"):
         assert peak_bytes(lambda: problem.module(**problem.inputs)) < problem.inputs["x"].nbytes / 2

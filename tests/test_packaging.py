@@ -1,4 +1,4 @@
-"""The package as wheel, sdist, editable install and clone, also beside Hugging Face's "kernels"."""
+"""The package as a wheel, sdist, editable install and clone, also with the package "kernels"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ INSTALLED = ("wheel", "sdist", "editable")
 
 
 def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
-    """Standard output of `python *arguments` in `cwd`; fails with what it printed otherwise."""
+    """Return the standard output of `python *arguments` in `cwd`; fail with its output on error."""
     settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
     environment = {
         name: value
@@ -57,7 +57,7 @@ def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **vari
 
 @pytest.fixture(scope="module")
 def dependencies(tmp_path_factory) -> Path:
-    """Links to all installed packages except mmfused, so that only a test's own copy is found."""
+    """Link all installed packages except mmfused, so that only the copy under test is found."""
     folder = tmp_path_factory.mktemp("dependencies")
     for site in (
         Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
@@ -70,7 +70,7 @@ def dependencies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of the checkout, so that no build leaves anything in the checkout itself."""
+    """Copy the checkout, so that builds leave nothing in it."""
     folder = tmp_path_factory.mktemp("clone") / "mmfused"
     folder.mkdir()
     for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
@@ -88,7 +88,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(clone, tmp_path_factory) -> dict[str, Path]:
-    """The clone's wheel, its sdist's wheel and its editable wheel, built without a network."""
+    """Build the clone's wheel, its sdist's wheel and its editable wheel, without a network."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools installed")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
@@ -109,7 +109,7 @@ def wheels(clone, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
-    """One folder per wheel, as site-packages holds it after the installation."""
+    """Return one folder per wheel, with its contents after installation."""
     folders = {mode: tmp_path_factory.mktemp(f"site_{mode}") for mode in wheels}
     for mode, wheel in wheels.items():
         run(
@@ -151,7 +151,7 @@ def test_installed_package_imports(mode, site_folders, clone, dependencies, tmp_
     assert imported_from(tmp_path, site, dependencies) == (
         from_clone if mode == "editable" else from_site
     )
-    # The working folder comes first, whatever is installed.
+    # The working directory takes precedence over installed packages.
     assert imported_from(clone, site, dependencies) == from_clone
 
 
