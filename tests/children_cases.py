@@ -1,9 +1,9 @@
-"""What users attach to the children of a module, as data: module x attachment x backend.
+"""The test matrix of module x attachment x backend for children that users modify.
 
-``MODULES``: each module that reads the weights of its children, its inputs, and its forward written
-in plain PyTorch, which calls every child. ``ATTACHMENTS``: how something is attached to children,
-either to the projections ("linear") or to the norms. ``outcome``: "equal" where the result equals
-that of calling the children, "refused" where the call is an error.
+``MODULES``: each module that reads the weights of its children, its inputs, and a plain PyTorch
+version of its forward that calls every child. ``ATTACHMENTS``: ways to attach something to
+children, either to the projections ("linear") or to the norms. ``outcome``: "equal" if the result
+must equal that of calling the children, "refused" if the call is an error.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ MODULES = {
         lambda m, x, ignore: m(x, ignore),
         plain_pooling,
     ),
-    # So many queries that out_proj would be folded into v_proj.
+    # Enough queries that out_proj would be folded into v_proj.
     "QueryPooling, one head": Module(
         lambda: mmfused.QueryPooling(D, 9, 1, out_proj=True),
         lambda: (tokens(B, N),),
@@ -132,15 +132,13 @@ MODULES = {
 
 
 class Attachment(NamedTuple):
-    """Something that a user attaches to children of a module.
+    """Something that a user attaches to the children of a module.
 
-    ``attach(module, names)``: attach it to the children of these names; returns the module to call.
-    ``to``: attach it to "linear" or "norm" children.
-    ``reads``: the effective weight is computed and read, so the kernels support it.
-    ``gradients``: the module can be differentiated.
-    ``training``: run in training mode; None: in the mode that ``attach`` sets.
-    ``neutral``: it does not change the results.
-    ``needs``: a package that it needs.
+    ``attach(module, names)``: attaches it to the named children and returns the module to call.
+    ``to``: the kind of children, "linear" or "norm". ``reads``: the effective weight is computed
+    and read, so the kernels support it. ``gradients``: the module can be differentiated.
+    ``training``: run in training mode; None: in the mode that ``attach`` sets. ``neutral``: it does
+    not change the results. ``needs``: the package that it requires.
     """
 
     attach: Callable[[nn.Module, list[str]], nn.Module]
@@ -157,7 +155,7 @@ def children(module: nn.Module, kind: type) -> list[str]:
 
 
 def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
-    """Change each child, in place or into what ``change`` returns."""
+    """Change each child in place, or replace it by the result of ``change``."""
 
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         for name in names:
@@ -172,7 +170,7 @@ def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
 def adapted(
     config: str, after: Callable[[nn.Module], object] = lambda m: None, **options: Any
 ) -> Callable:
-    """Attach an adapter of peft, then call ``after`` on the module."""
+    """Attach a peft adapter, then call ``after`` on the module."""
 
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         import peft
@@ -374,7 +372,7 @@ ATTACHMENTS = {
 
 
 def outcome(module: str, attachment: str, backend: str) -> str:
-    """Return "equal" or "refused", or "none" where the module has no such child."""
+    """Return "equal" or "refused", or "none" if the module has no such child."""
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"

@@ -1,6 +1,6 @@
-"""Helpers of the tests of compilation.
+"""Helpers for the compilation tests.
 
-They start processes without Triton's interpreter, and read the table of ``mmfused inspect``.
+They start processes without Triton's interpreter and parse the table of ``mmfused inspect``.
 """
 
 import json
@@ -57,7 +57,7 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """The oldest supported Triton, unpacked into .venv, where it stays for the next run."""
+    """Unpack the oldest supported Triton into .venv, where later runs find it."""
     import triton
 
     oldest = TRITONS[0]

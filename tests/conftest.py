@@ -1,4 +1,4 @@
-"""Settings of all tests.
+"""Settings for all tests.
 
 Without a GPU, kernels run under Triton's interpreter. Memory that mmfused allocates is filled with
 NaN.
@@ -13,25 +13,25 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports triton; compile tests run in processes of their own
+        "1"  # before anything imports triton; compile tests use separate processes
     )
 
-# What torch, and its compiler, note once of torch's functions: the patched ones below would not be
-# found.
+# torch and its compiler cache references to torch's functions on first use, so they would not see
+# the patched functions below.
 with torch.device("meta"):
     torch.empty(0)
 torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 def _hasten(interpreter):
-    """Cache two steps that the interpreter repeats in every call: a third less time."""
+    """Cache two steps that the interpreter repeats in every call, saving a third of the time."""
     patch, done = interpreter._patch_lang, set()
 
     def patch_lang(function):
         if function.__module__ in done:  # within a launch, which has patched `triton.language`
             return None
         scope = patch(function)
-        if not done:  # the launch itself: only its patches are taken back
+        if not done:  # the launch itself: only its patches are undone
             restore = scope.restore
             scope.restore = lambda: (done.clear(), restore())
         done.add(function.__module__)
@@ -42,7 +42,7 @@ def _hasten(interpreter):
 
     def get_np_dtype(dtype):
         scalar = dtype.scalar
-        # A pointer has no hash.
+        # A pointer is not hashable.
         return find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
@@ -69,7 +69,7 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
-    """A kernel that reads what nobody wrote must not pass by luck."""
+    """Fill empty memory with NaN, so that kernels which read unwritten memory fail."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

@@ -1,5 +1,6 @@
-"""Calls of the C++ router for its tests: inputs, what plain PyTorch makes of them, and the kernels
-run on a CPU (tests/simt).
+"""Test cases for the C++ router.
+
+Inputs, the expected results from plain PyTorch, and the kernels run on a CPU (tests/simt).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SIMT = Path(__file__).parent / "simt"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BALANCES = ("switch", "gshard", "mse")
 
-# Every number of lanes and slots, both scores, every loss, every option, alone and together.
+# All numbers of lanes and slots, both scores, and every loss and option, alone and combined.
 CASES = {
     "one expert": dict(tokens=3, experts=1, k=1),
     "all experts": dict(tokens=33, experts=8, k=8, sigmoid=True),
@@ -60,7 +61,10 @@ def make(
     dtype=torch.float32,
     strided=False,
 ) -> dict:
-    """Arguments of the op by name. A masked token holds NaN; one segment of several is empty."""
+    """Return the arguments of the op by name.
+
+    Masked tokens hold NaN; if there are several segments, one is empty.
+    """
     logits = (
         torch.randn(experts, tokens).to(dtype).T
         if strided
@@ -102,13 +106,14 @@ def make(
 
 
 def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weights, balance, z, entropy."""
+    """Draw the upstream gradients of weights, balance, z and entropy."""
     return torch.randn(len(case["source"]), case["k"]), *torch.randn(3).unbind(0)
 
 
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
-    """What plain PyTorch makes of a case in ``dtype``: every output of the op but its coefficients,
-    and the gradient.
+    """Compute a case with plain PyTorch in ``dtype``.
+
+    Returns every output of the op except its coefficients, and the gradient.
     """
     logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():
@@ -168,8 +173,9 @@ def why_no_simt() -> str | None:
 
 
 class Simt:
-    """The kernels of csrc/topk_routing.cu, thread by thread on the CPU; calls look like those of
-    the ops.
+    """Run the kernels of csrc/topk_routing.cu thread by thread on the CPU.
+
+    The methods have the signatures of the ops.
     """
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""Random choices and tensors from one seed, for the makers of inputs."""
+"""Random choices and tensors from one seed, for generating test inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INFINITE = (float("nan"), float("inf"), float("-inf"))
 class Draw:
     """Random choices from one seed.
 
-    ``fixed`` decides some by name; with ``full`` every optional argument is given.
+    ``fixed`` sets some choices by name; with ``full`` every optional argument is passed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Draw:
         return self.place(values.to(dtype or self.dtype), expand)
 
     def weight(self, *shape: int, std=1.0) -> Tensor:
-        """A parameter: in the dtype of the activations, or a master copy in float32."""
+        """Draw a parameter, in the dtype of the activations or as a float32 master copy."""
         return self.normal(
             *shape, std=std, dtype=self.random.choice((self.dtype, self.dtype, self.wide))
         )
@@ -76,7 +76,7 @@ class Draw:
         return lay_out(values, layout)
 
     def poison(self, x: Tensor, where: Tensor) -> None:
-        """NaN or infinity in rows of x that nobody reads; not where rows share their memory."""
+        """Write NaN or infinity into unread rows of x, unless its rows share memory."""
         if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
             x.masked_fill_(
                 where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE)

@@ -1,5 +1,6 @@
-"""FLUID's equations, literally, in float64: loops over samples, heads, tokens and experts,
-parameters by name.
+"""FLUID's equations transcribed literally, in float64.
+
+They loop over samples, heads, tokens and experts, and take parameters by name.
 """
 
 import math
@@ -28,8 +29,9 @@ def softmax(x):
 
 
 def attention(p, name, q, x, heads):
-    """Multi-head attention of one sample's queries q (L, D) over its tokens x (N, D); nothing to
-    attend to gives 0.
+    """Compute multi-head attention of one sample's queries q (L, D) over its tokens x (N, D).
+
+    The result is 0 if no token can be attended to.
     """
     if len(x) == 0:
         return torch.zeros_like(q)
@@ -63,7 +65,7 @@ def q_transform(p, name, x, c):
 
 
 def pooled(p, name, x, c):
-    """The l query tokens of one sample, or without the Q-Transform its first token."""
+    """Return the l query tokens of one sample, or its first token without the Q-Transform."""
     if "q_transform" not in c.without:
         return q_transform(p, name, x, c)
     return x[:1] if len(x) else torch.zeros(1, c.dim, dtype=x64)
@@ -101,7 +103,7 @@ def expert(p, e, x, c):
 
 
 def moe(p, samples, c):
-    """Class logits (B, C), and for each token router logits and the weight of every expert."""
+    """Return class logits (B, C), and router logits and all expert weights for each token."""
     logits, scores, weights = [], [], []
     for tokens in samples:
         outputs = []
@@ -111,7 +113,7 @@ def moe(p, samples, c):
             chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
             total = (
                 sum(probability[e] for e in chosen) if c.top_k > 1 else 1
-            )  # renormalised to 1, one weight would teach nothing
+            )  # renormalised to 1, a single weight would get no gradient
             weight = {e: probability[e] / total for e in chosen}
             outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
             scores.append(score)
@@ -125,7 +127,7 @@ def moe(p, samples, c):
 
 
 def dense(p, samples, c):
-    """Class logits (B, C) of the one classifier that stands in for router and experts."""
+    """Return class logits (B, C) of the single classifier used without router and experts."""
     logits = []
     for tokens in samples:
         outputs = []

@@ -1,8 +1,8 @@
-"""Inputs of every public function.
+"""Inputs for every public function.
 
-Shapes and options are random, or all tensor arguments that go together are given. MAKERS: name of
-the function -> a maker of its arguments. VARIANTS: choices that together give every tensor
-argument.
+Shapes and options are random; on request, all tensor arguments that can be combined are passed.
+MAKERS maps the name of a function to a maker of its arguments. VARIANTS lists choices that together
+cover every tensor argument.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmfused.ops import OPS
 def _padding(
     draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True
 ) -> tuple[dict, Tensor]:
-    """Draw a mask or lengths, and the samples that are present; return also the ignored tokens."""
+    """Draw a mask or lengths and the present samples; return also which tokens are ignored."""
     kind, given = draw.pick(f"{prefix}padding", "none", "mask", "lengths"), {}
     ignore = torch.zeros(batch, tokens, dtype=torch.bool)
     if kind == "mask":
@@ -87,7 +87,7 @@ def query_pooling(draw: Draw) -> dict:
 
 
 def _attention(draw: Draw) -> tuple[dict, int, int]:
-    """Options that both forms of cross-attention share, and the sizes of batch and tokens."""
+    """Draw the options shared by both forms of cross-attention, and the batch and token sizes."""
     heads = draw.pick("heads", 1, 1, 2, 3)
     dim = heads * draw.pick("head_dim", 1, 3, 8, 16, 17)
     gate = draw.pick("gate", "channel", "token", "none")
@@ -186,8 +186,8 @@ def masked_info_nce(draw: Draw) -> dict:
         if with_target
         else rows + draw.pick("more", 0, 0, 1, 13, 32)
     )
-    # None expanded, nor all of length 1 in one dimension: among equal candidates gradients are
-    # rounding errors alone.
+    # Not expanded, and not normalised in one dimension: the gradients of equal candidates would
+    # consist of rounding errors.
     query, candidate = (
         torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns)
     )
@@ -245,7 +245,7 @@ KEYS = ("query_key", "candidate_key", "query_id", "candidate_id")
 def _seen(
     query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id
 ) -> Tensor:
-    """Return the pairs (B, C) that the documentation allows."""
+    """Return which pairs (B, C) are valid according to the documentation."""
     target = torch.arange(len(query)) if target is None else target
     own = target[:, None] == torch.arange(len(candidate))
     seen = torch.ones_like(own)
@@ -277,7 +277,7 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
             if "segments" in options
             else available[:1].expand(tokens, experts)
         )
-        if draw.full:  # for any segments
+        if draw.full:  # valid for any segments
             usable = available.all(0).expand(tokens, experts)
     if draw.given("selection_bias", 0.3):
         options["selection_bias"] = draw.normal(
@@ -285,7 +285,7 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
         )
     if draw.given("mask", 0.4):
         options["token_padding_mask"] = draw.flags(draw.pick("", 0.3, 1.0), tokens)
-    if draw.given("indices", 0.2):  # of experts that may be used
+    if draw.given("indices", 0.2):  # only experts that may be used
         noise = torch.rand(tokens, experts, generator=draw.generator).masked_fill(~usable, -1)
         options["indices"] = draw.place(noise.argsort(1, descending=True)[:, :k].contiguous())
         if not options.get("available", usable).all() and 0 in options["indices"].stride():
@@ -344,7 +344,7 @@ def routing_from_indices(draw: Draw) -> dict:
 def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
-    # It is written in place, so it is not expanded.
+    # Not expanded, because it is written in place.
     bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())
     return dict(
         bias=bias,
@@ -357,7 +357,7 @@ def update_selection_bias(draw: Draw) -> dict:
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
     """Return a routing of T tokens and its mask.
 
-    It is sorted by a kernel or without one; each of its tensors has a layout of its own.
+    It is sorted with or without a kernel; each of its tensors has its own memory layout.
     """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)
@@ -450,7 +450,7 @@ MAKERS = {
     )
 }
 MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}
-# An op may have its makers in tests/<op>_inputs.py, and then edits no file that all ops share.
+# An op may define its makers in tests/<op>_inputs.py, so that no shared file changes.
 for op in OPS:
     if importlib.util.find_spec(f"{op}_inputs"):
         MAKERS |= importlib.import_module(f"{op}_inputs").MAKERS

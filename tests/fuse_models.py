@@ -13,7 +13,7 @@ B, N, D, K, H = 3, 11, 36, 20, 3  # samples, tokens, width, width of an encoder'
 
 
 class Pool(nn.Module):
-    """Learned queries beside torch's own attention, as users write it."""
+    """Learned queries with torch's own attention, as users write it."""
 
     def __init__(self, shape, **options):
         super().__init__()
@@ -28,7 +28,7 @@ class Pool(nn.Module):
 
 
 def library(path, *args, **options):
-    """Make an object of that class; skip the test where its library is not installed."""
+    """Create an object of that class; skip the test if its library is not installed."""
     module, _, name = path.rpartition(".")
     return getattr(pytest.importorskip(module), name)(*args, **options)
 
@@ -132,7 +132,7 @@ def data(names):
     }
     if "mask" in names:
         inputs["mask"] = (torch.arange(N) >= torch.tensor([N, 4, 7])[:, None]).to(DEVICE)
-        inputs["mask"][1, 0] = True  # padded on the left too
+        inputs["mask"][1, 0] = True  # also padded on the left
     return inputs
 
 
@@ -149,7 +149,7 @@ CROSS, SELF = (
     {f"encoder.layer.{i}.attention.attention" for i in (0, 1)},
 )
 
-# name -> (make a model, its inputs, call it, names swapped, names left)
+# name -> (make a model, its inputs, call it, names that are swapped, names that are left)
 CASES = {
     "torch, root": (
         lambda: torch_attention(kdim=K, vdim=K),

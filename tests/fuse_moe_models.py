@@ -1,4 +1,4 @@
-"""Mixtures of experts for test_fuse_moe.py: real classes of transformers, tiny, from configs."""
+"""Mixtures of experts for test_fuse_moe.py: real transformers classes, tiny, from configs."""
 
 from types import SimpleNamespace
 
@@ -23,12 +23,12 @@ SIZES = dict(
     router_aux_loss_coef=0.5,
     max_position_embeddings=64,
     pad_token_id=0,
-    experts_implementation="eager",  # grouped_mm, transformers' own choice, takes no float64
+    experts_implementation="eager",  # the default, grouped_mm, does not support float64
 )
 
 
 def made(model, prefix, name, config="Config", **options):
-    """``name`` of transformers' ``model``, from its own config."""
+    """Create transformers' ``model`` from its own config."""
     package = f"transformers.models.{model}"
     config = getattr(pytest.importorskip(f"{package}.configuration_{model}"), f"{prefix}{config}")
     config = config(**{**SIZES, **options})
@@ -60,7 +60,7 @@ CASES = {
     "qwen3": causal("qwen3_moe", "Qwen3Moe", norm_topk_prob=True, num_experts_per_tok=3),
 }
 
-# Other models with the same experts: their sparse block alone.
+# Other models with the same experts; only their sparse block is used.
 BLOCKS = {
     "olmoe": ("Olmoe", "Config"),
     "qwen3_next": ("Qwen3Next", "Config"),
@@ -70,7 +70,7 @@ BLOCKS = {
 
 
 def filled(model, dtype=torch.float64):
-    """Set parameters large enough that each one changes the results."""
+    """Fill the parameters with values large enough that each one changes the results."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(
@@ -87,7 +87,7 @@ def block(model, dtype=torch.float64):
 
 
 def experts(path, dtype=torch.float64, **options):
-    """An experts class of no kind of swap, from only the settings that it reads."""
+    """Create an experts class that no swap knows, from only the settings that it reads."""
     sizes = dict(
         hidden_size=D,
         intermediate_size=24,
@@ -114,8 +114,8 @@ def batch():
 
 
 def run(model, seed=3, **more):
-    """Logits, loss with the aux loss, router logits, and the gradient of every parameter."""
-    torch.manual_seed(seed)  # the router's jitter
+    """Return logits, loss with the aux loss, router logits, and all parameter gradients."""
+    torch.manual_seed(seed)  # for the router's jitter
     out = model(**batch(), output_router_logits=True, **more)
     results = {"logits": out.logits, "loss": out.loss, "aux": out.aux_loss}
     results |= {f"router {i}": logits for i, logits in enumerate(out.router_logits)}
@@ -146,7 +146,7 @@ def run_block(module, dtype=torch.float64):
 
 
 def choices(k=2, tokens=19, dtype=torch.float64, experts=E):
-    """Tokens, chosen experts and weights: the inputs of an experts module."""
+    """Return tokens, chosen experts and weights: the inputs of an experts module."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k].to(DEVICE)
