@@ -15,7 +15,7 @@ from torch import Tensor
 import mmfused
 
 NAN, LEARNED = float("nan"), torch.tensor(0.1, requires_grad=True)
-# Values that an option never takes. None of these: anything goes.
+# Values that each option rejects. Options missing here accept any value.
 BAD_OPTIONS = {
     "num_heads": (0, -1, 10**6),
     "form": ("nonsense",),
@@ -54,7 +54,7 @@ ANYTHING_GOES = (
     "margin",
 )
 ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing", "group")
-# Integers that are out of range somewhere, so that a CPU, which checks values, refuses them.
+# Integers out of range for some argument; a CPU checks values and must reject them.
 BAD_VALUES = {
     "target": (-1, 10**6),
     "query_key": (-1,),
@@ -64,14 +64,15 @@ BAD_VALUES = {
 }
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
 BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
-# What these take is not checked, only their kind.
+# For these arguments only the type is checked, not the content.
 UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
 def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
     """Return the faults of one refusal.
 
-    These are no error, another type of error, or one that does not name the argument.
+    A fault is a call without an error, the wrong type of error, or an error that does not name the
+    argument.
     """
     broken = list(_breaks(function, inputs))
     if function in UNCHECKED or not broken:
@@ -97,7 +98,7 @@ def refused(function: str, inputs: dict, backend: str, choice: random.Random) ->
 
 
 def _breaks(function: str, inputs: dict):
-    """(argument, what is wrong, arguments of the call)."""
+    """Yield (argument, what is wrong, arguments of the call)."""
     known = arguments(public_functions()[function])
     for name in known:
         if name in inputs and not isinstance(inputs[name], Tensor):
@@ -106,7 +107,7 @@ def _breaks(function: str, inputs: dict):
     if "routing" in inputs:
         yield "routing", "a tuple", inputs | dict(routing=tuple(inputs["routing"]))
     for path, x in leaves(inputs).items():
-        if path.startswith("routing."):  # is what the library made of it
+        if path.startswith("routing."):  # was created by the library
             continue
         yield path, "a list", replaced(inputs, {path: [x.tolist()]})
         if x.is_floating_point() and path not in ("row_weight", "scale"):
@@ -125,7 +126,7 @@ def _breaks(function: str, inputs: dict):
 
 
 def _holding(x: Tensor, value: object) -> Tensor:
-    """``value`` in the first row, in all of it."""
+    """Return copies of a tensor with ``value`` in the first row and everywhere."""
     x = x.clone()
     x[0] = value
     return x

@@ -1,6 +1,6 @@
-"""Fuzzing for some minutes in several processes.
+"""Fuzz for some minutes in several processes.
 
-It prints a line each minute, and every fault with the command that repeats it.
+Prints one line per minute, and every fault with the command that reproduces it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 
-TOO_LONG = 600.0  # seconds of one case
+TOO_LONG = 600.0  # seconds per case
 
 
 class Worker:
-    """A process that tries one case after another; it may die of one, or hang."""
+    """A process that tries one case after another; a case may crash or hang it."""
 
     def __init__(self):
         self.start()
@@ -34,7 +34,7 @@ class Worker:
         self.pipe.send(case)
 
     def result(self) -> str | None:
-        """The fault of its case, "" for none; None while it works."""
+        """Return the fault of its case, "" if there is none, None while it still runs."""
         if self.pipe.poll():
             try:
                 return self.pipe.recv()
@@ -52,7 +52,7 @@ class Worker:
 
 def _serve(pipe: Connection) -> None:
     import torch
-    from fuzzing import attempt  # here, so that the parent need not import torch
+    from fuzzing import attempt  # imported here, so that the parent need not import torch
 
     torch.set_num_threads(1)
     while (case := pipe.recv()) is not None:
@@ -60,7 +60,10 @@ def _serve(pipe: Connection) -> None:
 
 
 def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) -> int:
-    """Run all functions with seeds from ``first`` on (None: new seeds); 1 where a case failed."""
+    """Run all functions with seeds starting at ``first`` (None: new seeds).
+
+    Returns 1 if a case failed.
+    """
     first = int.from_bytes(os.urandom(5), "big") if first is None else first
     print(f"seeds from {first} on, {workers} processes, {minutes:g} minutes", flush=True)
     cases: Iterator = (

@@ -1,16 +1,16 @@
-"""Random calls of every public function against the float64 reference.
+"""Random calls of every public function, compared with the float64 reference.
 
-A case is determined by function and seed.
+A case is determined by its function and seed.
 
     # One case: its inputs and its fault.
     python tests/fuzzing.py --function masked_info_nce --seed 123
-    # New seeds, in several processes; exits 1 where one fails.
+    # New seeds, in several processes; exits with 1 if one fails.
     python tests/fuzzing.py --minutes 60
 
-Shapes, dtypes, memory layouts and options are drawn (function_inputs.py). Values that no op reads
-are NaN, and allocated memory holds garbage. Most cases compare values and gradients within the
-error budget, on the composed path or the kernels. Some put NaN into one row, which must not change
-the others; some make one argument invalid, and the error must name it.
+Shapes, dtypes, memory layouts and options are drawn (function_inputs.py). Values that no op may
+read are NaN, and allocated memory holds garbage. Most cases check that values and gradients stay
+within the error budget, on the composed path or the kernels. Some put NaN into one row, which must
+not change the other rows; some make one argument invalid, and the error must name it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-# Before triton is imported.
+# Must be set before triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -53,13 +53,13 @@ from mmfused.random import uniform
 from mmfused.testing import over_budget
 
 ROUTERS = ("topk_routing", "topk_routing_from_input")
-# The interpreter truncates where hardware rounds to bfloat16: the kernels meet that dtype on a GPU
-# only.
+# The interpreter truncates where hardware rounds to bfloat16, so the kernels are tested with
+# bfloat16 only on a GPU.
 DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
     "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
 }
-# Functions whose output has a row for each row of an input, and that input.
+# Functions whose output has one row per row of an input, and the name of that input.
 ROWS = {
     "query_pooling": "x",
     "gated_cross_attention": "context",
@@ -70,7 +70,7 @@ ROWS = {
     "grouped_mlp": "x",
 }
 ROW_OUTPUTS = ("out", "out0", "out1", "indices", "weights")
-NEIGHBOURS = (6, 40)  # more where the first leave a fault
+NEIGHBOURS = (6, 40)  # more if the first ones leave a fault
 
 
 class Case:
@@ -127,7 +127,7 @@ class Case:
         return "\n".join([*lines, f"  {options}"])
 
     def upstream(self, name: str, out: Tensor) -> Tensor | None:
-        """The same for each run of the case, whatever the dtype of the output."""
+        """Draw upstream gradients, the same for all runs of the case and all output dtypes."""
         drawn = random.Random(f"{self.function} {self.seed} {name}")
         if self.silent and drawn.random() < 0.5:
             return None
@@ -145,13 +145,13 @@ class Case:
         layout: str | None = None,
         **options,
     ) -> dict:
-        torch.manual_seed(self.seed)  # a seed that nobody gives is drawn from here
+        torch.manual_seed(self.seed)  # used when a dropout seed is drawn because none is passed
         options = dict(wanted=self.wanted, upstream=self.upstream, layout=self.layout) | options
         with sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext():
             return run(self.function, inputs, backend, checkpointed=checkpointed, **options)
 
     def faults(self) -> list[str]:
-        """A sentence for each; empty where all is well."""
+        """Return one sentence per fault, empty if there is none."""
         if self.kind == "refusal":
             return refused(
                 self.function,
@@ -175,7 +175,7 @@ class Case:
         return found + self._compare(actual, self._replayed(actual))
 
     def _replayed(self, actual: dict) -> dict:
-        """Make the oracle choose the same experts.
+        """Make the float64 oracle choose the same experts.
 
         Near a tie either choice is right; :func:`_choice_faults` checks it.
         """
@@ -207,7 +207,7 @@ class Case:
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
-            # In float64 the oracle knows no better: what its result at this input misses there.
+            # float64 has no better oracle: compare with its result at the unchanged input.
             exact_there = (
                 exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
             )
@@ -216,7 +216,7 @@ class Case:
         return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
 
     def _other_rows(self, clean: dict) -> list[str]:
-        """One row of one input is not finite: other rows and their gradients must not change."""
+        """Check that a non-finite row of one input does not change other rows and gradients."""
         path = ROWS[self.function]
         x = leaves(self.inputs)[path]
         if len(x) < 2 or not x[0].numel():
@@ -282,24 +282,27 @@ def judge(
     dtype: torch.dtype,
     delta_rounds: bool,
 ) -> list[str]:
-    """Return the faults of :func:`over_budget`, confirmed at neighbouring inputs.
+    """Return the faults of :func:`over_budget` that neighbouring inputs confirm.
 
-    At one input plain's error may be small by chance and the other large, which is likely where a
-    tensor has few elements. So both errors are measured at this input and its neighbours, one
-    rounding away (``near`` runs all three there). The mean error may be three times plain's (not
-    two, as the roundings of drawn inputs are not independent), and the error here 12 times plain's
-    largest. Where the exact result moves more between the neighbours than plain errs, that distance
-    replaces plain's error: the order in which plain adds the terms of a sum may be a good one at
-    all of them, and no formula needs to err less than one rounding of its input.
+    At a single input, plain PyTorch's error may happen to be small and the other error large,
+    especially if a tensor has few elements. So both errors are measured at this input and at its
+    neighbours, which differ by one rounding (``near`` runs all three there). The mean error may be
+    three times plain's (not two, as the roundings of drawn inputs are not independent), and the
+    error at this input 12 times plain's largest. If the exact result differs between the neighbours
+    by more than plain's error, that difference replaces plain's error: plain may happen to add the
+    terms of a sum in a favourable order at all of them, and no formula needs to be more exact than
+    one rounding of its input.
 
     A gradient that is 0 except for rounding has no scale of its own. ``sizes``, the norms of the
-    inputs, give the gradient that would change the loss as much as the input that changes it most,
-    or by 1; it may err by a few roundings of ``dtype`` relative to that.
+    inputs, yield a reference scale: the size of a gradient that would change the loss by as much as
+    the most influential input does, or by 1. The gradient may differ by a few roundings of
+    ``dtype`` relative to that scale.
 
-    So may every gradient that depends on a fused attention's rowsum(dO O) (``delta_rounds``), and
-    by 16 times plain's mean: torch's, pooling's kernel at large logits, cross-attention's in 16
-    bits. Rounded by itself, that sum does not make dS sum to 0, as softmax's backward in plain
-    PyTorch does. Half of the cases of attention run on "math", which must keep the budget.
+    The same tolerance applies to every gradient that depends on rowsum(dO O) of a fused attention
+    (``delta_rounds``), and it may have 16 times plain's mean error: torch's attention, the pooling
+    kernel at large logits, cross-attention in 16 bits. As that sum is rounded separately, dS does
+    not sum to 0 as it does in the softmax backward of plain PyTorch. Half of the attention cases
+    run on "math", which must stay within the budget.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -326,12 +329,12 @@ def _over_budget_of_means(
             (_distance(got[name], there[name]), _distance(formula[name], there[name]))
             for got, there, formula in points
         ]
-        # At a neighbour plain may overflow.
+        # Plain PyTorch may overflow at a neighbour.
         errors = [pair for pair in errors if math.isfinite(pair[1])]
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        # More products in a row than plain has; those of 16 bits are in float32.
+        # More consecutive products than plain PyTorch has; those of 16-bit numbers are in float32.
         rounding *= 4 if rounding < 1e-3 else 1
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
@@ -380,7 +383,7 @@ def _same(a: dict, b: dict) -> bool:
 
 
 def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
-    """Move each number by one rounding; in float64, which has no better oracle, by up to 64."""
+    """Change each number by one rounding; in float64, which has no better oracle, by up to 64."""
     new = {}
     for path, x in leaves(inputs).items():
         if x.is_floating_point():
@@ -391,10 +394,10 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 
 
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
-    """Return the three with 0 where the oracle is not finite, and where ``actual`` is finite there.
+    """Set all three to 0 where the oracle is not finite; return them, and the faults found.
 
-    Tokens that are returned unchanged may hold NaN. A gradient is not compared where the oracle's
-    is not finite, or where plain PyTorch overflows in that dtype.
+    Tokens that are returned unchanged may hold NaN. A gradient is not compared if the oracle's is
+    not finite, or if plain PyTorch overflows in that dtype.
     """
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():
@@ -417,9 +420,9 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
 
 
 def _choice_faults(case: Case, indices: Tensor) -> list[str]:
-    """Check that these are the k largest, within rounding of the scores.
+    """Check that the chosen experts have the k largest scores, within rounding.
 
-    Where the logits alone decide, the indices must be exactly those.
+    If the logits alone decide, the indices must match exactly.
     """
     given = in_float64(case.inputs)
     if given.get("indices") is not None:
@@ -483,7 +486,7 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
 
 
 def attempt(function: str, seed: int) -> tuple[str, str]:
-    """("", kind of the case) or (the fault, ...)."""
+    """Return ("", kind of the case) if it passes, otherwise (the fault, ...)."""
     case = None
     try:
         with warnings.catch_warnings():

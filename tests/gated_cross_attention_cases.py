@@ -11,7 +11,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 # The interpreter truncates to bfloat16 where hardware rounds, so it is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, M, D, heads, width of the context of GatedCrossAttention); odd on purpose
+# name -> (B, N, M, D, heads, context width of GatedCrossAttention), unusual sizes on purpose
 SHAPES = {
     "odd": (4, 9, 11, 70, 2, 70),
     "narrow": (4, 6, 7, 20, 2, 36),

@@ -13,7 +13,7 @@ from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choos
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Widths: even, odd, above 256, which differ in loads and in the number of launches."""
+    """Cover even widths, odd widths and widths above 256, with different loads and launches."""
     yield lambda: attend(24, 3, dropout=0.2)
     yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
     yield lambda: attend(
@@ -40,9 +40,9 @@ def attend(
 ) -> None:
     """Call a module forward and backward.
 
-    One sample lacks a side, the second side of one is fully masked, the others are partly masked.
+    One sample lacks a side, another has a fully masked second side, the others are partly masked.
 
-    ``context``: the width of the context of ``GatedCrossAttention``; None: both directions.
+    ``context``: the context width of ``GatedCrossAttention``; None: both directions.
     """
     both, batch = context is None, 4
     kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention

@@ -1,5 +1,6 @@
-"""Inputs for the tests of the experts' kernels: shapes that between them reach every kernel, and
-how a case is run.
+"""Inputs for the tests of the experts' kernels.
+
+Together the shapes reach every kernel; ``run_mlp`` runs a case.
 """
 
 import torch
@@ -10,14 +11,14 @@ from mmfused.testing import over_budget, value_and_gradients
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
-# only.
+# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested only on a
+# GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (T, E, k, D, I, Dout): odd on purpose
+# name -> (T, E, k, D, I, Dout), with unusual sizes on purpose
 SHAPES = {
     "odd": (37, 5, 2, 70, 50, 36),
-    "even": (29, 5, 3, 80, 80, 48),  # rows of 16 bytes: the plans of 16 bits for well-behaved sizes
+    "even": (29, 5, 3, 80, 80, 48),  # rows of 16 bytes: uses the 16-bit plans for aligned sizes
     "wide": (11, 3, 1, 300, 70, 90),
     "many tiles": (257, 16, 2, 12, 70, 9),
     "top 1": (257, 13, 1, 6, 10, 7),
@@ -29,13 +30,14 @@ VARIANTS = ("gelu", "relu", "swiglu", "packed")
 
 
 def randn(*shape):
-    """Values that every dtype holds exactly."""
+    """Draw values that every dtype represents exactly."""
     return torch.randn(*shape).to(torch.bfloat16).double()
 
 
 def choose_experts(tokens, experts, k, choice="random"):
-    """(T, k) int64: "one": everybody's first choice is expert 1; "half": the even experts get
-    nothing.
+    """Return indices (T, k) int64.
+
+    "one": expert 1 is the first choice of every token; "half": the even experts get no tokens.
     """
     score = torch.rand(tokens, experts)
     if choice == "one":
@@ -46,7 +48,10 @@ def choose_experts(tokens, experts, k, choice="random"):
 
 
 def make_mlp(shape="odd", variant="gelu", bias=True):
-    """Leaves of :func:`run_mlp` in float64; "packed" is swiglu with gate and up in one tensor."""
+    """Return the leaves for :func:`run_mlp` in float64.
+
+    "packed" is swiglu with gate and up in one tensor.
+    """
     tokens, experts, k, dim, width, out = SHAPES[shape] if isinstance(shape, str) else shape
     leaves = dict(
         x=randn(tokens, dim),
@@ -73,8 +78,10 @@ def run_mlp(
     frozen=(),
     sort="composed",
 ):
-    """Output and gradients. ``sort``: which backend sorts the rows; the composed one leaves the map
-    of tiles to the launcher.
+    """Return output and gradients.
+
+    ``sort``: the backend that sorts the rows; the composed one leaves the map of tiles to the
+    launcher.
     """
     experts, activation = len(leaves["w_down"]), "swiglu" if variant == "packed" else variant
 
@@ -104,14 +111,14 @@ def run_linear(
 
 
 def cast(leaves, dtype, frozen=()):
-    """In ``dtype`` with the strides they have; routing weights at least in float32."""
+    """Cast to ``dtype`` and keep the strides; routing weights stay at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     cast = {k: v.to(DEVICE, wide if k == "weights" else dtype) for k, v in leaves.items()}
     return {k: v.requires_grad_(k not in frozen) for k, v in cast.items()}
 
 
 def check(run, *args, dtype=torch.float32, **options):
-    """Fused within the error budget of the reference; returns what fused gave."""
+    """Check that fused is within the error budget of the reference; return the fused results."""
     exact, plain = (run(*args, kind, "reference", **options) for kind in (torch.float64, dtype))
     fused = run(*args, dtype, "fused", **options)
     assert not over_budget(fused, exact, plain)

@@ -1,4 +1,4 @@
-"""Shared by the tests of masked InfoNCE: inputs, a run, and the definition in loops."""
+"""Shared by the tests of masked InfoNCE: inputs, a run, and the definition as loops."""
 
 import torch
 from torch.nn.functional import normalize
@@ -39,7 +39,7 @@ def make(
     if keys != "none":
         high = {"one": 1, "three": 3, "many": 2 * c}[keys]
         inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: shared by all rows
-        if keys != "three":  # else the key of a row is that of its target, which may be -1
+        if keys != "three":  # otherwise a row has the key of its target, which may be -1
             inputs["query_key"] = integers(0, high, b)
     if same_id is not None:
         inputs |= dict(candidate_id=integers(0, c // 3 + 1, c), same_id=same_id)
@@ -93,7 +93,7 @@ def in_loops(
     false_negative_margin=None,
     reduction="mean",
 ):
-    """The documented definition, one pair at a time."""
+    """Compute the documented definition, one pair at a time."""
     b, c = len(query), len(candidate)
     target = list(range(b)) if target is None else target.tolist()
     if candidate_key is not None:

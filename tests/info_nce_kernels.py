@@ -17,7 +17,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
     """Use 16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows.
 
-    On a GPU only the backward is forced.
+    On a GPU only the backward is forced to use them.
     """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
@@ -55,7 +55,7 @@ def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
 
 
 def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
-    """Return value and gradients; the embeddings are rounded to 16 bits first in any dtype."""
+    """Return value and gradients; in any dtype the embeddings are first rounded to 16 bits."""
     rounded = {
         k: v.to(torch.float16 if dtype == torch.float64 else dtype)
         for k, v in inputs.items()
@@ -70,7 +70,7 @@ def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream
 
 
 def compare(inputs, options, dtype=torch.float32, name="fused"):
-    """Return the results of a backend, of the reference in float64, and of it in the same dtype."""
+    """Return results of a backend, of the reference in float64, and of it in the same dtype."""
     inputs = {
         k: v.to(dtype).double() if k != "temperature" else v.float().double()
         for k, v in inputs.items()
@@ -87,7 +87,8 @@ def compare(inputs, options, dtype=torch.float32, name="fused"):
     )
     plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
     got = run(inputs, options, dtype, name=name, upstream=upstream)
-    # One number, a sum over rows: its error is relative to the sum of their absolute values.
+    # A single number that is a sum over rows: its error is relative to the sum of the absolute
+    # values.
     rows = (exact["query"] * want["dquery"]).detach().sum(1) / exact["temperature"].detach()
     for results in (got, want, plain):
         slope = results["dtemperature"]
@@ -102,9 +103,9 @@ def check(inputs, options, dtype=torch.float32, name="fused"):
 
 
 def check_together(cases, dtype=torch.float32, name="fused"):
-    """Check the budget of many small cases as one.
+    """Check the budget of many small cases together.
 
-    Where few numbers decide, the error of a single case is a matter of luck.
+    With few numbers, the error of a single case is too random.
     """
     together = ({}, {}, {})
     for inputs, options in cases:

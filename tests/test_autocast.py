@@ -1,4 +1,7 @@
-"""Autocast: results have its dtype for any dtypes of weights and activations, as with nn.Linear."""
+"""Under autocast, results have its dtype whatever the dtypes of weights and activations.
+
+The behaviour is that of nn.Linear.
+"""
 
 import itertools
 
@@ -50,7 +53,7 @@ def both(a, w):
     norms = [(w(torch.ones(D)), w(torch.zeros(D))) for _ in range(2)]
     outs = mmfused.bidirectional_gated_cross_attention(
         a(torch.randn(B, N, D)),
-        w(torch.randn(B, N, D)),  # may have another dtype than the first side
+        w(torch.randn(B, N, D)),  # its dtype may differ from that of the first side
         attention_weights(w),
         attention_weights(a),
         num_heads=2,
@@ -109,14 +112,14 @@ def test_ops(op, case):
     with torch.autocast(DEVICE, autocast):
         out = OPS[op](lambda x: x.to(activation), lambda x: x.to(weight))
     assert out.dtype == (torch.float32 if op in WIDE else autocast)
-    # Loose bounds for 16-bit numbers; the error budget is tested elsewhere.
+    # Loose bounds for 16-bit numbers; other tests check the error budget.
     torch.testing.assert_close(out.float(), want, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, backend):
-    """The output has autocast's dtype, and every gradient the dtype of its parameter."""
+    """The output has autocast's dtype, every gradient the dtype of its parameter."""
     for autocast, weight, activation in GRID:
         torch.manual_seed(0)
         module = MODULES[name].make().to(weight)
@@ -141,7 +144,7 @@ def test_children_that_are_called(name, attachment):
         (None, torch.bfloat16),
     ):
         if autocast == torch.float16 and "post-norm" in name and kind is nn.LayerNorm:
-            continue  # torch has no norm in bfloat16 of a float32 sum of float16 and bfloat16
+            continue  # torch has no bfloat16 norm of the float32 sum of float16 and bfloat16
         torch.manual_seed(0)
         module = MODULES[name].make()
         ATTACHMENTS[attachment].attach(module, children(module, kind))
@@ -197,7 +200,7 @@ def test_a_cast_mixture_keeps_its_selection_bias(dtype):
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
 def test_fused_attention(weight):
-    """A swapped nn.MultiheadAttention with weights and activations in any dtypes."""
+    """Test a swapped nn.MultiheadAttention with weights and activations of any dtypes."""
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)
         module = nn.MultiheadAttention(64, 1, batch_first=True).to(weight)

@@ -1,5 +1,6 @@
-"""The models' benchmark: its baselines compute the models and use none of the ops, and a run leaves
-loss curves.
+"""Tests of the benchmark of the models.
+
+Its baselines compute the models without any of the ops, and a run leaves loss curves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mmfused.benchmarks import measure, models, run, torch_modules
 from mmfused.benchmarks.model_steps import STEPS, Case, cases
 
 CPU = torch.device("cpu")
-# What is in the ops' files and plain torch: checks, UniECS's packing, FLUID's gate.
+# Functions in the ops' files that are plain torch: checks, UniECS's packing, FLUID's gate.
 PLAIN = {"pack_passes", "unit_rows", "<listcomp>", "check_temperature", "valid_or_nan", "share"}
 
 
@@ -26,7 +27,7 @@ def tiny(name: str) -> Case:
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """On a CPU and without minutes for ceilings, wherever the suite runs."""
+    """Act as on a CPU and skip the slow ceilings, on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
@@ -35,7 +36,7 @@ def small_machine(monkeypatch):
 
 @pytest.fixture(scope="module", params=STEPS)
 def check(request):
-    """In float64, where every provider computes the same to rounding."""
+    """Check in float64, where all providers agree up to rounding."""
     case = tiny(request.param)
     return measure.AccuracyCheck(models, case, models.make(case, CPU, torch.float64))
 
@@ -46,10 +47,10 @@ def test_every_provider_computes_the_model(check):
         torch.testing.assert_close(models.comparable(results), check.exact, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
         check.plain, check.exact, rtol=1e-9, atol=1e-12
-    )  # float64's composed path is the reference
+    )  # float64 uses the composed path as reference
     parameters = {f"d{name}" for name in (*check.problem.inputs, *check.problem.parameters)}
-    assert results.keys() == {"out"} | parameters  # every gradient is judged
-    assert all(tensor.count_nonzero() for tensor in check.exact.values())  # and says something
+    assert results.keys() == {"out"} | parameters  # every gradient is compared
+    assert all(tensor.count_nonzero() for tensor in check.exact.values())  # and is not all zeros
 
 
 class Operators(TorchDispatchMode):
@@ -63,7 +64,7 @@ class Operators(TorchDispatchMode):
 
 
 def used(check, name: str) -> tuple[set[str], set[str]]:
-    """Of a forward and backward: operators, and functions of the ops' files."""
+    """Return operators, and functions of the ops' files, that a forward and backward use."""
     provider, functions = check.build(models.PROVIDERS[name]), set()
 
     def note(frame, event, _):
@@ -86,7 +87,7 @@ def test_the_baseline_uses_no_op(check):
     assert functions <= PLAIN, functions - PLAIN
     assert (
         not used(check, "composed")[1] <= PLAIN
-    )  # the library's model does use them, and this sees it
+    )  # the library's model uses them, so this test can detect it
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
@@ -123,7 +124,7 @@ def result_of(check, provider) -> str:
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """All cases through the script, and what it said."""
+    """Run all cases through the script and return its output."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -196,7 +197,7 @@ def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
 
 
 def test_work_is_counted():
-    """UNITE by hand: products of all pairs, one forward and two backward; bytes of the rows."""
+    """Count UNITE by hand: products of all pairs, one forward and two backward; bytes of rows."""
     (case,) = [case for case in cases("cpu", quick=True) if case.name == "unite"]
     work, rows = models.work(case, itemsize=4), 3 * case.B * 24 * 4
     assert work["forward"] == [

@@ -66,7 +66,7 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
     assert (
         "all cases are measured already" in capsys.readouterr().out and first.read_bytes() == before
     )
-    assert run.main([*command, "--repeats", "2"]) == 0  # others settings: all of them again
+    assert run.main([*command, "--repeats", "2"]) == 0  # other settings: all cases run again
     assert json.loads(third.read_text())["settings"]["repeats"] == 2
 
     found = json.loads(second.read_text())
@@ -86,7 +86,7 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
 
 
 def folders_of(op: str) -> set[str]:
-    """Return all sources of an op: the product's, the kernels', the benchmark's."""
+    """Return all sources of an op: in the product, the kernels and the benchmark."""
     patterns = (
         f"mmfused/ops/{op}/*.py",
         f"kernels/{op}/*.py",
