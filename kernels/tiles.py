@@ -26,8 +26,8 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Set at every launch and inspection because the compiler's defaults differ by version (3.10 does
-# not fuse).
+# Set at every launch and inspection, because the compiler's default differs by version (Triton 3.10
+# does not fuse).
 OPTIONS = {"enable_fp_fusion": True}
 
 # mmfused.cli.inspect sets these two and runs the launchers on meta tensors: each launch then goes
@@ -43,7 +43,7 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def arch_of(tensor: torch.Tensor) -> int:
-    """Return the compute capability as one number (90 for sm_90), from which plans are made."""
+    """Return the compute capability as one number (90 for sm_90), by which plans are chosen."""
     if pretended_arch is not None:
         return pretended_arch
     if INTERPRETED:
@@ -69,8 +69,8 @@ def launch(
         args, named: arguments of the kernel; its constants by name.
         num_warps, num_stages: options of Triton.
         maxnreg: limit of the registers a thread may use. Without it ptxas aims at an occupancy of
-            its own choice and often spills a word or two in light kernels; with it, kernels near
-            the limit of 255 may spill.
+            its own choice and often spills a word or two even in small kernels; with it, kernels
+            near the limit of 255 may spill.
     """
     launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if launch_recorder is not None:
@@ -86,7 +86,7 @@ def launch(
 def upcasts(dtype: torch.dtype) -> bool:
     """Return whether ``dot`` must widen its operands.
 
-    The interpreter multiplies the bit patterns of bfloat16.
+    Triton's interpreter would multiply the bit patterns of bfloat16 instead of its values.
     """
     return INTERPRETED and dtype == torch.bfloat16
 
@@ -122,7 +122,7 @@ def pack_padding(
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
-    """Return the height of a tile: a power of two from 16 to 128, at most the mean of an expert."""
+    """Return the rows of a tile: 32, 64 or 128, at most the mean rows of an expert, or else 16."""
     return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
 
 
@@ -280,7 +280,7 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 
 @triton.jit
 def tile_entries(i, begin, end, H):
-    """(expert, first row) of the tiles i; (-1, 0) beyond the last.
+    """(expert, first row) of the tiles with numbers i; (-1, 0) beyond the last tile.
 
     ``begin`` and ``end`` are the first sorted row of each expert and one past its last. Their
     length is a power of two; the entries beyond E have no rows.

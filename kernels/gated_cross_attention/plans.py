@@ -4,10 +4,10 @@ Nothing is benchmarked at training time. ``make compile-matrix`` checks every en
 every supported Triton and architecture. Which of two clean entries is faster was reasoned, not
 measured, until benchmarks/results has a run that shows it.
 
-After the projections the forward pass has two forms with equal results: "epilogue", attention by
-head, then output projection, gate and blend; and "block", one launch for all of that, one block of
-queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses, and is read at every call.
-The backward pass is the same for both.
+After the projections, the forward pass has two forms with equal results. "epilogue" computes
+attention for each head, then the output projection, gate and blend. "block" does all of that in one
+launch, for one block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses the
+form, and is read at every call. The backward pass is the same for both.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from dataclasses import dataclass
 import torch
 
 FORMS = ("epilogue", "block")
-FORM = "epilogue"  # where MMFUSED_CROSS_ATTENTION says nothing
+FORM = "epilogue"  # the default, where MMFUSED_CROSS_ATTENTION is not set
 _asked: ContextVar[str | None] = ContextVar("form", default=None)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's BM rows by BN columns, BK at a time; in attention BM queries by BN keys."""
+    """The tile of a matrix product, BM rows by BN columns, and the options of its launch.
+
+    A product sums BK terms at a time. In attention a tile is BM queries by BN keys.
+    """
 
     BM: int
     BN: int
@@ -40,8 +43,8 @@ class Tile:
 class Plan:
     """The tiles of each kernel.
 
-    ``product``: products with weights other than the projections. ``together``: output projection
-    and blend in one launch, None for two launches.
+    ``product``: matrix products with weights, other than the projections. ``together``: output
+    projection and blend in one launch, None for two launches.
     """
 
     project: Tile
@@ -51,9 +54,9 @@ class Plan:
     product: Tile
     rows: Tile  # whole rows of BN columns
     together: Tile | None
-    # All heads of BM queries, BN keys, and then BN columns of the output at a time.
+    # All heads of BM queries: BN keys at a time, and then BN columns of the output at a time.
     block: Tile | None
-    # Partial sums of the norms' gradients: fixed, so that the sum does not depend on the card.
+    # Number of partial sums of the norms' gradients: fixed, so that no sum depends on the GPU.
     partials: int = 256
 
 
@@ -75,7 +78,7 @@ def form(name: str):
 def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
     """Return the tile of the form "block" if it is to run, else None.
 
-    Sizes it does not support are an error only where it was asked for.
+    Sizes that "block" does not support are an error only if it was requested.
     """
     asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
     if asked not in (None, *FORMS):
@@ -93,7 +96,8 @@ def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
 def block_takes(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether the form "block" supports these sizes.
 
-    Beyond them its output projection would spill: the weights of one head pass through registers.
+    With larger ones its output projection would spill, because the weights of one head pass through
+    registers.
     """
     return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
 
@@ -121,18 +125,19 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    # Others multiply out of registers, and some have 99 KB of shared memory.
+    # Other GPUs take the operands of matrix instructions from registers, and some have only 99 KB
+    # of shared memory.
     hopper = arch in (90, 100, 103)
     project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
     wide = head_dim > (64 if hopper else 32)
-    # Under Triton 3.8 wide heads spill 80 bytes with 32 queries at a time in d_key, and on sm_120 8
-    # with four warps in attend; there a product of 128 columns spills 8.
+    # Under Triton 3.8 wide heads spill 80 bytes in d_key with 32 queries at a time. On sm_120 they
+    # spill 8 bytes in attend with four warps, and a product of 128 columns spills 8 bytes.
     attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
     # Four warps spill under Triton 3.8.
     d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)
     d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
     product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
-    # Unaligned rows and heads are loaded one number at a time, each with its own address.
+    # Unaligned rows and heads are loaded one element at a time, each with its own address.
     if head_dim % 8:
         attend = d_query = Tile(32, 32, 0, warps, 1)
         d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120

@@ -1,4 +1,4 @@
-"""Which kernels and tiles masked InfoNCE runs with: fixed data for each architecture.
+"""The kernels and tiles that masked InfoNCE runs with: fixed for each architecture.
 
 Nothing is benchmarked at training time. ``make compile-matrix`` looks for spills in every entry, on
 every supported Triton and architecture. Which of two clean entries is faster was reasoned, not
@@ -22,9 +22,9 @@ PROGRAMS = 264
 class Tile:
     """Sizes of a kernel's tiles, and its launch.
 
-    BM rows by BN columns of logits, BK columns of D at a time; BD columns of D for which one
-    program computes sums. In ``apply_ds``, BM queries or BN candidates by BD columns, reading dS in
-    tiles of BM x BN, which those of ``pairs`` divide.
+    A tile is BM rows by BN columns of logits, computed from BK columns of D at a time. BD: the
+    columns of D for which one program computes sums. In ``apply_ds`` a program owns BM queries or
+    BN candidates by BD columns, and reads dS in tiles of BM x BN. Tiles of ``pairs`` divide these.
     """
 
     BM: int
@@ -55,7 +55,7 @@ class Plan:
     apply_ds: Tile
     owner: Tile
     partial_bytes: int = 512 * MIB  # of the forward's column partials
-    # Of dS: at B = C = 65536 and D = 768, 939 MB with both float32 gradients.
+    # Of a chunk of dS. With both float32 gradients this is 939 MB at B = C = 65536 and D = 768.
     chunk_bytes: int = 512 * MIB
     merge: tuple[int, int] = (16, 128)  # partials by rows at a time
 
@@ -68,15 +68,16 @@ def plan(
     everything: bool,
     logits: bool = False,
 ) -> Plan:
-    """Choose the tiles, and the backward, of a loss over rows or, with ``columns``, over both.
+    """Choose the tiles and the backward of a loss over rows, or over rows and ``columns``.
 
-    ``everything``: numbers and sums of pairs too. ``logits``: the backward needs logits beside dS,
-    for masks or for the temperature's gradient.
+    ``everything``: the number and sum of the logits are needed too. ``logits``: the backward needs
+    logits beside dS, for masks or for the temperature's gradient.
 
-    On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes spends 2 B C D FLOPs more than chunked, 2 D /
-    790e12 s a pair, and chunked 6 bytes a pair more, 6 / 4.3e12 s: owner-computes wins below
-    D = 550. But its sums of all of D fit into registers, beside a tile of logits, up to D = 256
-    only. float32 has no matrix instructions here and only FLOPs cost: chunked.
+    On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes needs 2 B C D FLOPs more than chunked, or
+    2 D / 790e12 s per pair. Chunked moves 6 bytes more per pair, or 6 / 4.3e12 s. So owner-computes
+    is faster below D = 550. But its sums over all D columns fit into registers, beside a tile of
+    logits, only up to D = 256. float32 uses no matrix instructions here, so that only FLOPs count:
+    always chunked.
     """
     if dtype == torch.float32:
         return _float32_plan(dim)
@@ -97,7 +98,8 @@ def plan(
 
 
 def _float32_plan(dim: int) -> Plan:
-    # Forward and backward add up the same logits, which at 10^4 have no digit to spare: one tile.
+    # Logits near 10^4 have no digits to spare in float32. With one tile for forward and backward,
+    # both compute the same logits.
     sweep = Tile(32, 64, 16, num_warps=8, num_stages=2, maxnreg=255)
     return Plan(
         sweep=sweep,
@@ -116,8 +118,8 @@ def _large_plan(
     everything: bool,
     logits: bool,
 ) -> Plan:
-    """Choose tiles of 16-bit inputs for a GPU with much shared memory."""
-    small = everything or dim % 64 != 0  # sums, and masks of D, take registers
+    """Choose tiles of 16-bit inputs for a GPU with 228 KB of shared memory."""
+    small = everything or dim % 64 != 0  # additional sums, and masks of D, take registers
     if small:
         height, width = (64, 64) if hopper else (128, 32)
         sweep = Tile(height, width, 64, num_warps=8, num_stages=3)
@@ -146,9 +148,9 @@ def _power(dim: int) -> int:
 
 
 def splits(blocks: int, most: int) -> int:
-    """Return into how many parts to cut the work of ``blocks`` programs, to reach PROGRAMS.
+    """Return how many parts to split the work of ``blocks`` programs into, to reach PROGRAMS.
 
-    ``most``: each part has at least a tile.
+    At most ``most``, so that each part has at least one tile.
     """
     return 1 if blocks >= PROGRAMS else max(1, min(most, -(-PROGRAMS // blocks)))
 
@@ -169,10 +171,10 @@ def sweep_grid(
     partial_bytes: int,
     stats: int,
 ) -> Grid:
-    """Choose 4 waves of programs, or more of 64 tiles each.
+    """Choose the grid: 4 waves of programs, or more programs of 64 tiles each.
 
-    The partial results of the columns of all groups (``stats`` floats each, none if 0) stay within
-    ``partial_bytes``.
+    Each group writes ``stats`` floats per column (none if 0); those of all groups together stay
+    within ``partial_bytes``.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
@@ -185,8 +187,8 @@ def sweep_grid(
 def chunk(rows: int, columns: int, tile: Tile, chunk_bytes: int, itemsize: int) -> tuple[int, int]:
     """Return (rows, columns) of a chunk of dS, multiples of the tile.
 
-    Nearly square: float32 sums are read and written once for each chunk, (rows / chunk rows +
-    columns / chunk columns) times D.
+    It is nearly square to keep traffic low: the float32 sums are read and written once per chunk.
+    Those of a row pass columns / chunk columns times, those of a column rows / chunk rows times.
     """
     most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
     side = int(most**0.5)
@@ -199,6 +201,6 @@ def _padded(length: int, unit: int) -> int:
 
 
 def _even(length: int, most: int, unit: int) -> int:
-    """Return the length of equal parts, a multiple of ``unit`` and at most ``most`` (or a unit)."""
+    """Return the length of equal parts: a multiple of ``unit``, at most ``most`` or one unit."""
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

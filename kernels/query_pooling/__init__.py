@@ -31,7 +31,7 @@ def forward(
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pool x (B, N, D), last stride 1, with contiguous queries q (R, D) or (B, R, D).
+    """Pool x (B, N, D), whose last stride is 1, with contiguous queries q (R, D) or (B, R, D).
 
     Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N) or (0,), ksum (B, R) or (0,).
     """

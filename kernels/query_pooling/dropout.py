@@ -1,8 +1,8 @@
 """Dropout of query pooling: which probabilities are kept, one bit each.
 
-Forward and backward both compute these bits, in a kernel of its own. Within the pooling kernels
-Philox would need registers that are all in use, and every kernel and column chunk that needs the
-probabilities would compute it again. There a tile now loads one word for each row.
+Forward and backward both compute these bits, in a separate kernel. In the pooling kernels, which
+load one word for each row of a tile, no registers are free for Philox, and every kernel and column
+chunk that needs the probabilities would have to compute it again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tiles import launch, philox_keep
 
 STREAM = 0
-BLOCK = 32  # words of one program
+BLOCK = 32  # words that one program writes
 
 
 def keep_words(

@@ -1,4 +1,4 @@
-"""Forward kernels of query pooling: z = softmax(q x^T) x, online over the tokens.
+"""Forward kernels of query pooling: z = softmax(q x^T) x, an online softmax over the tokens.
 
 There are R rows of absorbed queries. Tiles are stored transposed, tokens first: S^T = X Q'^T and
 Z^T = X^T P^T. Matrix instructions need 64 rows in their first operand; there are always enough
@@ -6,16 +6,17 @@ tokens for that, seldom enough queries. D is split into NC chunks of BD columns,
 3 x 256.
 
 With NORM the kernels use (x - mean) rstd in place of x. It is computed in float32 as x is loaded,
-and rounded as LayerNorm's output would be. Subtracting a large mean after the products instead
-would leave the rounding error of its square.
+and rounded as LayerNorm's output would be. If a large mean were subtracted only after the products,
+the rounding error of its square would remain.
 
-Each row stores its largest logit and the logarithm of its sum as two numbers: their sum would lose
-the digits of a probability at a large logit. The largest logit is +inf for a row without tokens,
-so that its probabilities are zero in backward.
+For each row, the largest logit and the logarithm of the softmax's sum are stored as two numbers.
+Where the logit is large, adding them up would lose the digits of the probabilities. The largest
+logit is +inf for a row without tokens, so that its probabilities are zero in backward.
 
 With DROPOUT the kept probabilities are pooled, and ksum is their sum in each row; the stored sums
-are those before dropout. The output is divided by 1 - p, not Z: where one token has all the weight,
-Z equals this token, and backward relies on that; a division would round Z differently.
+are those before dropout. Z is stored without the division by 1 - p, which is left to the output.
+Where one token has all the weight, Z thus equals this token exactly, and backward relies on that;
+after a division it would be rounded differently.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def moments_kernel(
 ):
     """Compute mean and rstd of each token. Grid (B, N / BN).
 
-    Within the pooling kernels the statistics would move X from shared memory into registers, and
-    all registers are in use there. Chunks merge by Chan's update, which has no cancellation.
+    In the pooling kernels these statistics would move X from shared memory into registers, of which
+    none are free there. Chunks are merged with Chan's update, which has no cancellation.
     """
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
@@ -64,7 +65,7 @@ def moments_kernel(
         delta = chunk_mean - mean
         m2 += tl.sum(centred * centred, 1) + delta * delta * (start * width / (start + width))
         mean += delta * (width / (start + width))
-    # Ignored tokens too, because an operator writes all of its outputs.
+    # Stored for ignored tokens too, because an operator writes all of its outputs.
     tl.store(mean_ptr + b * N + n, mean, mask=n < N)
     tl.store(rstd_ptr + b * N + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < N)
 
@@ -73,7 +74,7 @@ def moments_kernel(
 def _softmax_step(s, m, total, keep):
     """One tile of the online softmax over the first axis.
 
-    Return unnormalised p, the new maximum and sum, and the factor alpha of the old state.
+    Return unnormalised p, the new maximum and sum, and alpha, the factor that rescales the old sum.
     """
     s = tl.where(keep[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 0))

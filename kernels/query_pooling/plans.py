@@ -43,7 +43,8 @@ class Plan:
 
     forward: dict[str, Tile]
     backward: dict[str, Tile]
-    # Partial sums of the gradient of shared queries: fixed, so that no sum depends on the GPU.
+    # Number of partial sums of the gradient of shared queries: fixed, so that no sum depends on
+    # the GPU.
     partials: int = 128
 
 
@@ -55,9 +56,10 @@ def plan(
     norm: bool,
     dropout: bool = False,
 ) -> Plan:
-    """Plan one pass where all of Z^T (forward) or dQ'^T (backward) fits into registers.
+    """Plan the kernels of forward and backward, and their tiles.
 
-    Elsewhere X is read twice.
+    X is read once where all of Z^T (forward) or dQ'^T (backward) fits into registers, and twice
+    elsewhere.
     """
     hopper = arch in (90, 100, 103)  # 228 KB of shared memory; the others get 99 KB
     # float32 is multiplied without matrix instructions, which costs registers.
@@ -93,7 +95,7 @@ def _onepass_forward(
     small = small or (dropout and blackwell and chunk < 256)
     if not small:
         return Tile(32, 32, chunk, 8, 2 if blackwell or norm else 3)
-    # Both together leave too few registers for the largest tiles.
+    # Norm and dropout together leave too few registers for the largest tiles.
     crowded = norm and dropout and not hopper
     tokens = 16 if crowded or (_OLDEST and dim > 768) else 32
     stages = 1 if crowded else 2
@@ -128,6 +130,6 @@ def _two_reads(
 def column_chunk(dim: int) -> int:
     """Return the power of two from 64 to 256 that wastes the fewest columns.
 
-    Of equals the largest: 768 is 3 x 256, 192 is 3 x 64.
+    The largest of these if several do: 768 is 3 x 256, 192 is 3 x 64.
     """
     return min((256, 128, 64), key=lambda chunk: -(-dim // chunk) * chunk)

@@ -1,4 +1,4 @@
-"""Loading tokens: with NORM as (x - mean) rstd, computed in float32 and rounded once."""
+"""Loading of tokens: with NORM as (x - mean) rstd, computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.cons
     """Normalise a tile whose columns are ``cols``; without NORM return x."""
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd
-        # If D is no multiple of BD, the columns beyond D must stay 0: -mean rstd may overflow 16
-        # bits there, and inf * 0 is NaN.
+        # If D is not a multiple of BD, the columns beyond D must stay 0: there y is -mean rstd,
+        # which may overflow in 16 bits, and inf * 0 is NaN.
         if (BD - 1) & D:
             y = tl.where(cols < D, y, 0.0)
         x = y.to(x.dtype)

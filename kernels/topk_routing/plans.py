@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rows:
-    """BR tokens with all experts: a block of the choice, the order and the logits' gradient."""
+    """BR tokens by all experts: the block of the choice, the order and the logits' gradient."""
 
     BR: int
     num_warps: int
@@ -37,15 +37,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of a routing; ``route``, ``dx`` and ``dw`` only where the logits come from x."""
+    """Tiles of a routing; those of ``route``, ``dx`` and ``dw`` only if logits come from x."""
 
     rows: Rows
     route: Tile | None = None
     dx: Tile | None = None
     dw: Tile | None = None
-    experts: int = 0  # of one step of dx and dw
-    # dx and dw are divided into so many where tokens or columns are few: a fixed number, so that no
-    # sum depends on the GPU.
+    experts: int = 0  # in one step of dx and dw
+    # Where tokens or columns are few, dx and dw are split to reach this number of programs. It is
+    # fixed, so that no sum depends on the GPU.
     programs: int = 256
 
 
@@ -61,7 +61,7 @@ def plan(
     from_input: bool,
     exact: bool = False,
 ) -> Plan:
-    """Return the tiles of a routing; ``exact``: weights in float32 beside an x of 16 bits."""
+    """Return the tiles of a routing; ``exact``: float32 weights with x in 16 bits."""
     experts = width(num_experts, from_input)
     warps = 8 if experts > 16 else 4
     rows = Rows(min(64, max(1, 2048 // experts)), warps)
@@ -73,10 +73,10 @@ def plan(
         height = 32 if experts <= 64 else 16
         rows = Rows(max(1, 1024 // experts) if wide else 16, warps)
         return Plan(rows, *[Tile(height, 32, warps, 2)] * 3, experts=together)
-    # These have 163 KB of shared memory or more; others run what fits into 99 KB.
+    # These have at least 163 KB of shared memory; the tiles of the others fit into 99 KB.
     stages = 3 if arch in (80, 87, 90, 100, 103) else 2
     if experts > 32 and arch not in (90, 100, 103):
-        # Operands are in registers, so they have to be short.
+        # Operands are in registers, so tiles have to be small.
         route = Tile(64, 32 if exact else 64, 8, stages)
         dx, dw = Tile(64, 32, 8, 2), Tile(32, 64, 8, stages)
         together = 64
@@ -90,5 +90,5 @@ def plan(
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """Return how many numbers of this dtype add up to any float32."""
+    """Return how many numbers of this dtype it takes to write any float32 as their sum."""
     return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
