@@ -1,4 +1,4 @@
-"""The benchmarks: what a run writes, that nothing inaccurate is timed, and refused requests."""
+"""The benchmarks: the files of a run, the accuracy check before timing, and refused requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEM = "query_pooling-custom-B2-N16-D32-L4-H2"
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """On a CPU and without minutes for ceilings, wherever the suite runs."""
+    """Act as on a CPU and skip the slow ceilings, on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
@@ -41,7 +41,7 @@ def small_machine(monkeypatch):
 
 
 def broken(error):
-    """A provider whose weights are off by ``error``: everything else about it is right."""
+    """A provider that is correct except that its weights are off by ``error``."""
 
     def build(case, device, dtype):
         provider = query_pooling.composed(case, device, dtype)
@@ -110,7 +110,7 @@ def test_run_leaves_samples_table_and_pictures(tmp_path, capsys):
     }
     for name in (f"{STEM}-float32.png", "query_pooling-roofline.png"):
         assert not MATPLOTLIB or (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".*"))  # no half-written file stays
+    assert not list(tmp_path.glob(".*"))  # no half-written file is left
     assert "composed is faster" in capsys.readouterr().out
 
 
@@ -187,8 +187,9 @@ def test_spent_budget_skips_compiling(tmp_path):
     "case", query_pooling.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_every_provider_computes_the_same_function(case):
-    """All cases in float64, smaller: the providers that express a case agree in the output and in
-    all gradients.
+    """Providers that support a case agree in output and gradients.
+
+    All cases, smaller and in float64.
     """
     small = query_pooling.Case(case.name, 2, 5, 24, min(case.L, 3), case.H, case.block)
     problem = query_pooling.make(small, torch.device("cpu"), torch.float64)
@@ -208,8 +209,9 @@ def test_every_provider_computes_the_same_function(case):
 
 
 def test_work_counts_the_formulas():
-    """The pooling alone as the derivation has it: 4 R N D + 2 L D^2 forward, 10 R N D + 4 L D^2
-    backward, by sample.
+    """Count the pooling alone, as derived.
+
+    Per sample 4 R N D + 2 L D^2 forward and 10 R N D + 4 L D^2 backward.
     """
     case = query_pooling.Case("", 1024, 197, 768, 32, 1, block=False)
     work = query_pooling.work(case, itemsize=2)
@@ -346,7 +348,7 @@ def test_grouped_mlp(tmp_path):
         "passed",
         "failed",
         "unavailable",
-    )  # on a CPU since torch 2.11
+    )  # available on a CPU since torch 2.11
     assert results["Liger fused_moe"] == results["fused"] == "unavailable"
 
 
@@ -381,8 +383,9 @@ def results_of_run(op, shape, folder) -> dict[str, str]:
     "case", topk_routing.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_routers_compute_the_same_function(case):
-    """All cases in float64, smaller: outputs and gradients, and the order that the output does not
-    show.
+    """Compare outputs and gradients of all cases, smaller and in float64.
+
+    The order is compared as well, as the output does not depend on it.
     """
     small = replace(case, T=50, D=case.D and 24)
     problem = topk_routing.make(small, torch.device("cpu"), torch.float64)
@@ -400,7 +403,7 @@ def test_routers_compute_the_same_function(case):
 
 @pytest.mark.parametrize("case", grouped_mlp.cases("cuda", quick=False), ids=lambda case: case.name)
 def test_experts_compute_the_same_function(case):
-    """All cases, smaller: in float64 but for grouped_mm, which takes none."""
+    """Compare all cases, smaller and in float64, except grouped_mm, which does not support it."""
     small = replace(case, T=30, D=16, I=24)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         problem = grouped_mlp.make(small, torch.device("cpu"), dtype)
@@ -411,7 +414,7 @@ def test_experts_compute_the_same_function(case):
             except (
                 measure.Unavailable,
                 NotImplementedError,
-            ):  # the second: torch's grouped_mm, of float64
+            ):  # NotImplementedError: torch's grouped_mm rejects float64
                 continue
             results = {
                 part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()
@@ -425,7 +428,7 @@ def test_experts_compute_the_same_function(case):
     "case", gated_cross_attention.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_cross_attentions_compute_the_same_function(case, monkeypatch):
-    """All cases in float64, smaller; the exact results are put together from chunks."""
+    """Compare all cases, smaller and in float64; the exact results are computed in chunks."""
     monkeypatch.setattr(gated_cross_attention, "EXACT_CHUNK", 3)
     small = replace(case, B=7, N=9, M=6, D=24, H=3)
     problem = gated_cross_attention.make(small, torch.device("cpu"), torch.float64)
@@ -444,7 +447,7 @@ def test_cross_attentions_compute_the_same_function(case, monkeypatch):
 
 
 def test_the_gate_in_triton_is_the_gate(monkeypatch):
-    """The baseline through its provider: on a CPU interpreted, which is never timed."""
+    """Run the baseline through its provider; on a CPU it is interpreted, which is never timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(gated_cross_attention, "need_kernels", lambda device, dtype: None)
     case = gated_cross_attention.Case("", B=3, N=9, M=6, D=24, H=3)
@@ -501,7 +504,7 @@ def test_a_loop_over_data_is_not_compiled():
     )
 
 
-# Microseconds forward and backward at 790 TFLOP/s and 4.3 TB/s, computed apart from work().
+# Microseconds forward and backward at 790 TFLOP/s and 4.3 TB/s, computed without work().
 FLOORS = {
     grouped_mlp: {
         "fluid-512": (36.9, 72.2),
@@ -534,7 +537,7 @@ def test_floors(op, name):
     work = op.work(case, itemsize=2)
     if (
         op is topk_routing
-    ):  # the table has neither the order nor the gradient of the weights, which are small
+    ):  # FLOORS omits the order and the gradient of the weights, which are small
         work = {
             which: [stage for stage in stages if stage["stage"] == "route"]
             for which, stages in work.items()
@@ -546,7 +549,7 @@ def test_floors(op, name):
 
 
 def test_bytes_of_cross_attention_are_the_tokens():
-    """64 us to read and write them once, who lacks a modality too."""
+    """Reading and writing the tokens once takes 64 us, also if samples lack a modality."""
     for case, expected in (("uniecs", 64), ("uniecs-missing", 64)):
         (case,) = [
             found

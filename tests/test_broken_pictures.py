@@ -69,14 +69,14 @@ def damaged(rng, data):
     kind = rng.integers(3)
     if kind == 0:
         return bytes(data[: rng.integers(len(data))])
-    reach = len(data) if kind == 1 else min(len(data), 120)  # headers, sizes
+    reach = len(data) if kind == 1 else min(len(data), 120)  # headers and sizes
     for place in rng.integers(0, reach, rng.integers(1, 8)):
         data[place] = rng.choice([0, 127, 128, 255, rng.integers(256)])
     return bytes(data)
 
 
 def test_damaged_files_load_or_are_named_and_nothing_else(recwarn, caplog, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 10**6)  # for the time that it takes
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10**6)  # to save time
     rng = np.random.default_rng(16)
     named = loaded = 0
     for data in seeds():
@@ -121,7 +121,7 @@ def test_pillows_warnings_are_kept_back_and_those_of_others_are_not():
     with pictures.quiet():
         thread.start()
         inside.wait(10)
-    # The first has left before the second: filters are put back when both have.
+    # The first context ends before the second; the filters are restored after both have ended.
     with warnings.catch_warnings(record=True) as caught:
         warnings.warn_explicit("pillow's", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
         warnings.warn_explicit("another's", UserWarning, "x.py", 1, module="program")

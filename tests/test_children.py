@@ -1,6 +1,6 @@
 """Hooks, adapters and parametrizations on a module's children act as if each child were called.
 
-On every backend, or the call is an error.
+This holds on every backend; otherwise the call is an error.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On "fused", most attachments lead to the same kernel calls: one of each kind is tested in all
-# modules, the others in one.
+# modules, the others in a single module.
 KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
 
 
@@ -78,13 +78,13 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
             exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
             actual = results(case.call, module, inputs, torch.float32)
             plain = results(case.plain, plain, inputs, torch.float32)
-            # Key biases have a gradient of exactly 0 here, and of rounding errors there.
+            # Key biases have a gradient of exactly 0 in float64, of rounding errors in float32.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)
             budget = [
                 {n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)
             ]
-            # Loose, as this tests the meaning; the tests of each op use a factor of 2.
+            # A loose bound, as this tests the meaning; the tests of each op use a factor of 2.
             assert not over_budget(*budget, factor=8)
 
 
@@ -135,7 +135,7 @@ def test_lora_acts_learns_and_merges(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lora_on_the_experts_themselves(backend):
-    """peft's target_parameters: a parametrization of parameters that the module itself holds."""
+    """Test peft's target_parameters, a parametrization of the module's own parameters."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2,
@@ -174,7 +174,7 @@ def test_an_adapter_for_each_item_of_a_batch():
 
 @pytest.mark.parametrize("attach", [True, False], ids=["hooked", "plain"])
 def test_an_item_alone_and_in_a_batch(attach):
-    """With one head, out_proj is folded into v_proj where that saves work, unless it has a hook."""
+    """With one head, out_proj is folded into v_proj if that saves work, unless it has a hook."""
     module, calls = mmfused.QueryPooling(8, 4, 1, out_proj=True), []
     if attach:
         module.out_proj.register_forward_hook(lambda m, args, out: calls.append(1) or out.square())
@@ -264,7 +264,7 @@ def test_a_child_that_is_none(name, child, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_called_children_get_the_whole_batch_once(backend):
-    """Also a sample without context, which missing="skip" skips where no child must be called."""
+    """The batch includes a sample without context; it is not skipped if children are called."""
     module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
     for child in (module.norm_a, module.to_a.k_proj):
         child.register_forward_hook(

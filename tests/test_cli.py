@@ -21,11 +21,11 @@ ROOT = Path(mmfused.__file__).parent.parent
 def python_m(*arguments, cwd=ROOT):
     environment = {
         k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
-    }  # users have no interpreter
+    }  # without the interpreter, as for users
     environment |= {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-    }  # spinning threads crawl on a busy machine
+    }  # spinning threads are slow on a busy machine
     return subprocess.run(
         [sys.executable, "-m", "mmfused", *map(str, arguments)],
         cwd=cwd,
@@ -320,7 +320,7 @@ def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
     other = json.loads((tmp_path / "numbers.json").read_text())
     assert (
         other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]
-    )  # the contrastive part sees fewer pairs
+    )  # the contrastive loss has fewer pairs
 
 
 def reshape_weights(run):

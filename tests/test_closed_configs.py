@@ -1,5 +1,6 @@
-"""What a model's config and a pretrained folder say runs no code, opens nothing outside and
-allocates nothing at will.
+"""Loading a model's config or a pretrained folder is safe.
+
+It runs no code, opens no files outside and allocates no unbounded memory.
 """
 
 import json
@@ -188,9 +189,7 @@ def test_a_config_that_says_more_than_it_may_is_refused(name, changes, match, ou
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_field_refuses_what_it_does_not_take(name):
-    """An object in a list is of no field's type, and what JSON has in a wrong place is one
-    sentence.
-    """
+    """No field accepts an object in a list; misplaced JSON values give a one-line error."""
     config = config_of(name)
     for field in config.to_dict():
         with pytest.raises(ValueError, match=f"^{field}: got ") as caught:

@@ -6,12 +6,15 @@ Both run in separate processes, without Triton's interpreter.
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Together these reach every kernel; the other cases of `mmfused inspect` differ in sizes.
+# Together these reach every kernel; the other cases of `mmfused inspect` differ only in sizes.
 CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
 def test_one_graph_for_three_lengths():
-    """fullgraph and dynamic, with gradients, for each backend that runs here, padded and not."""
+    """Compile with fullgraph and dynamic, with gradients, for each backend available here.
+
+    With and without padding.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -52,7 +55,7 @@ print("done")
 
 
 def test_fluid_is_one_graph():
-    """Loss and gradients of the whole model: from tokens of three lengths, and with encoders."""
+    """Compile the whole model with gradients, for tokens of three lengths and with encoders."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -115,7 +118,7 @@ print("done")
 
 
 def test_fused_op_is_one_node_of_the_graph():
-    """The kernels stay opaque to the compiler: one call forward, one backward, no graph break.
+    """The kernels are opaque to the compiler: one call forward, one backward, no graph break.
 
     They are traced on fake CUDA tensors.
     """
@@ -143,7 +146,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])  # `make compile-matrix` does all
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])  # `make compile-matrix` tests all
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}

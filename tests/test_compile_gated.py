@@ -3,7 +3,7 @@
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Every kernel; the other cases of `mmfused inspect` differ in sizes.
+# Every kernel; the other cases of `mmfused inspect` differ only in sizes.
 CASES = ("cross 768", "block")
 
 
@@ -82,7 +82,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` does all
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` tests all
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     assert not any(row["spilled"] or row["fault"] for row in rows)

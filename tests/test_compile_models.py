@@ -1,11 +1,11 @@
-"""A training step of UniECS and of UniCA as one graph, from precomputed tokens.
+"""A training step of UniECS and of UniCA compiles to one graph, from precomputed tokens.
 
 The hosted models are compiled in their own tests.
 """
 
 from compiling import run_python
 
-# In one process for both, without Triton's interpreter: the imports take most of the time.
+# One process for both, without Triton's interpreter, because imports take most of the time.
 COMPILED = """
 import sys, torch
 

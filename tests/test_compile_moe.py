@@ -3,14 +3,14 @@
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Every kernel of routing and of the experts; the other cases of `mmfused inspect` differ in sizes.
+# All kernels of routing and experts; the other cases of `mmfused inspect` differ only in sizes.
 CASES = ("logits 5", "route exact", "moe fluid 512")
 
 
 def test_moe_is_one_graph_for_three_lengths():
-    """Router and experts, with masks, segments, a selection bias and jitter.
+    """Compile router and experts with masks, segments, a selection bias and jitter.
 
-    Nothing in them reads the number of tokens of an expert on the host.
+    The number of tokens per expert is never read on the host.
     """
     code = """
 import torch, mmfused
@@ -109,7 +109,7 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` does all
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` tests all
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}

@@ -50,12 +50,12 @@ def cosine(a, b):
 
 
 def cross_entropy(logits, target):
-    """Of one row, by the definition."""
+    """Return the cross-entropy of one row by its definition."""
     return -(logits[target].exp() / logits.exp().sum()).log()
 
 
 def info_nce(q, c, tau):
-    """-1/B sum_i log( exp(q_i . c_i / tau) / sum_j exp(q_i . c_j / tau) )"""
+    """Compute -1/B sum_i log( exp(q_i . c_i / tau) / sum_j exp(q_i . c_j / tau) )."""
     return mean(cross_entropy(row / tau, i) for i, row in enumerate(q @ c.T))
 
 
@@ -64,9 +64,9 @@ def info_nce(q, c, tau):
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):
-    """Mean over i and its hardest negatives of max(0, a4 + logit_ij - logit_ii).
+    """Return the mean of max(0, a4 + logit_ij - logit_ii) over all i and their hardest negatives j.
 
-    The hardest are the floor(B/2) largest off-diagonal logits.
+    The hardest negatives are the floor(B/2) largest off-diagonal logits.
     """
     logits, n = v1 @ v2.T / tau, len(v1) // 2
     largest = [
@@ -167,9 +167,10 @@ def test_uniecs(term, blocks):
 
 
 def unite(q, c, tau, code=None, negatives=None, item=None):
-    """MAMCL as in its code.
+    """Compute MAMCL as UNITE's code does.
 
-    Masked logits are -1e9, explicit negatives are appended unmasked, positives of one id summed.
+    Masked logits are -1e9, explicit negatives are appended unmasked, positives with the same id are
+    summed.
     """
     logits = q @ c.T / tau
     if code is not None:
@@ -183,7 +184,7 @@ def unite(q, c, tau, code=None, negatives=None, item=None):
 
 
 def test_unite():
-    # 4, 5 and 7 are alone: their rows give 0.
+    # 4, 5 and 7 occur once: their rows give 0.
     code = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
     negatives = inputs | dict(negatives=unit(B, D))
@@ -225,7 +226,7 @@ def test_unite():
 
 
 def test_unica():
-    """G candidates for each query, its positive first; tau 0.02, and its distance."""
+    """G candidates per query, the positive first; tau 0.02; plus the distance to the positive."""
     groups, weight = 3, 0.7
     inputs, target = (
         dict(q=unit(B, D), c=unit(B * groups, D)),
@@ -247,7 +248,7 @@ def test_unica():
 def test_moon_inter(own_negative_only):
     """Three views of a query against p and n.
 
-    omega weighs the views, phi the triplets (0.6 and more count fully).
+    omega weights the views, phi the triplets (0.6 and above count fully).
     """
     inputs = dict(
         t=unit(B, D),
@@ -286,9 +287,9 @@ def test_moon_inter(own_negative_only):
 
 @pytest.mark.parametrize("roll", [False, True])
 def test_moon_intra(roll):
-    """Image to caption.
+    """Contrast images with captions.
 
-    Negatives are the captions of all other products, or ("roll") that of the previous one.
+    The negatives are the captions of all other products, or ("roll") of the previous one.
     """
     inputs = dict(image=unit(B, D), text=unit(B, D), tau=scalar(0.07))
 
@@ -320,7 +321,7 @@ def test_moon_intra(roll):
 
 
 def test_fluid():
-    """The normalised mean of the query tokens of each modality, both directions, tau 0.07."""
+    """Contrast the normalised mean query tokens of each modality, both directions, tau 0.07."""
     inputs = {
         name: torch.randn(B, 5, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for name in ("image", "text")
@@ -343,7 +344,7 @@ def test_fluid():
 
 
 def sigmoid_loss(q, c, temperature, bias):
-    """SigLIP: -1/B sum_ij log 1 / (1 + exp(-z_ij (q_i . c_j / temperature + bias)))"""
+    """Compute SigLIP: -1/B sum_ij log 1 / (1 + exp(-z_ij (q_i . c_j / temperature + bias)))."""
     z = 2 * torch.eye(len(q), len(c), dtype=q.dtype, device=q.device) - 1
     return torch.log1p((-z * (q @ c.T / temperature + bias)).exp()).sum() / len(q)
 
@@ -397,7 +398,7 @@ ALL = {
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_row(name):
-    """No other row: 0 where only other rows count, and a gradient everywhere."""
+    """A single row gives 0 if the loss compares it only with other rows; gradients are finite."""
     got = value_and_gradients(ALL[name], dict(q=unit(1, D), c=unit(1, D)))
     assert all(value.isfinite().all() for value in got.values())
     assert (got["out"] == 0) == (
@@ -407,7 +408,7 @@ def test_one_row(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_bfloat16_and_autocast(name, blocks):
-    """Computed in float32 for any inputs, also under autocast."""
+    """The losses compute in float32 for any inputs, also under autocast."""
     low = {k: unit(B, D).detach().bfloat16().requires_grad_() for k in ("q", "c")}
     plain = {k: v.detach().float().requires_grad_() for k, v in low.items()}
     exact = value_and_gradients(

@@ -1,5 +1,7 @@
-"""The C++ router: its kernels thread by thread on a CPU, its arithmetic on the host, its build; on
-a GPU, against Triton.
+"""Tests of the C++ router.
+
+Its kernels run thread by thread on a CPU, its arithmetic on the host; its build is tested too. On a
+GPU it is compared with Triton.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ def test_host_loop_matches_the_reference(name, module):
         == []
     )
     valid = torch.ones(len(out["lse"]), dtype=torch.bool) if case["mask"] is None else ~case["mask"]
-    if valid.any():  # the losses are means of what the loop gives for each token
+    if valid.any():  # the losses are means of the loop's values per token
         means = torch.stack([out["lse"][valid].square().mean(), out["entropy"][valid].mean()])
         torch.testing.assert_close(means.double(), exact["losses"][1:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(out["P"][valid].sum(1), torch.ones(int(valid.sum())))
@@ -159,9 +161,7 @@ def test_host_loop_matches_the_reference(name, module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
-    """Of losses that are written out here: P, the weights and the statistics of each token, with
-    random coefficients.
-    """
+    """Losses written out here: P, weights and token statistics with random coefficients."""
     case = make(12, 10, 3, sigmoid=sigmoid, renormalize=renormalize, segments=2, available=True)
     case["segments"] = torch.arange(12) % 2
     routed = route_on_host(module, case)
@@ -214,7 +214,7 @@ def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
 
 
 def test_the_binding_takes_views_of_everything(module):
-    """Every second element of a wider tensor, as a slice of it."""
+    """Every tensor is a slice of a wider one, with every second element."""
     case = make(12, 10, 3, segments=2, available=True, biased=True, masked=True, jitter=0.2)
     case["source"] = torch.randn(12, 10)
     gradients, coefficients = upstream(case), torch.randn(21)
@@ -257,7 +257,7 @@ def test_the_binding_takes_views_of_everything(module):
 def test_ties_go_to_the_lower_expert(module):
     case = make(4, 40, 5)
     case["source"] = torch.zeros(4, 40)
-    case["source"][1, ::2] = -0.0  # ties with zero
+    case["source"][1, ::2] = -0.0  # equal to zero
     case["source"][2, 33] = case["source"][2, 35] = 1.0
     case["source"][3] = torch.randint(0, 3, (40,)).float()
     out = route_on_host(module, case)
@@ -268,16 +268,14 @@ def test_ties_go_to_the_lower_expert(module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_nan_and_infinite_logits(sigmoid, renormalize, module):
-    """NaN reaches all weights of its token; its choice is of different experts that are available,
-    like any other.
-    """
+    """NaN makes all weights of its token NaN; it still chooses distinct available experts."""
     case = make(5, 6, 3, sigmoid=sigmoid, renormalize=renormalize, available=True, segments=1)
     case["available"] = torch.tensor([[True, True, False, True, True, True]])
     case["source"][1, 4] = case["source"][2, :] = float("nan")
     case["source"][3, 1:4] = float("-inf")
     case["source"][4, :] = float("-inf")
     out = route_on_host(module, case)
-    # Scores of minus infinity: no distribution, but sigmoid(-inf) by itself is 0.
+    # If all scores are minus infinity there is no distribution, but sigmoid(-inf) alone is 0.
     assert out["weights"].isnan().all(1).tolist() == [
         False,
         True,
@@ -286,7 +284,7 @@ def test_nan_and_infinite_logits(sigmoid, renormalize, module):
         renormalize or not sigmoid,
     ]
     assert all(len(set(row)) == 3 and 2 not in row for row in out["indices"].tolist())
-    assert out["indices"][2].tolist() == out["indices"][4].tolist() == [0, 1, 3]  # all tie
+    assert out["indices"][2].tolist() == out["indices"][4].tolist() == [0, 1, 3]  # all scores tie
     exact = topk_routing_reference(
         case["source"][3:4].double(),
         3,
@@ -298,8 +296,9 @@ def test_nan_and_infinite_logits(sigmoid, renormalize, module):
 
 
 def test_jitter_has_the_same_bits_everywhere(module):
-    """One expert scores sigmoid(0 + noise) = sigmoid(noise): every bit of the noise shows in the
-    raw logits' logsumexp.
+    """One expert scores sigmoid(0 + noise) = sigmoid(noise).
+
+    Every bit of the noise then affects the logsumexp of the raw logits.
     """
     case = make(64, 1, 1, sigmoid=True, jitter=0.37)
     case["source"] = torch.full((64, 1), 3.0)
@@ -331,7 +330,7 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
     recipe = hashlib.sha256(repr((command, os.path.realpath(command[0]))).encode())
     for path in sorted(source.parent.glob("topk_routing*")):
         recipe.update(path.read_bytes())
-    # ptxas says the same of the same sources: kept, so that only who changes them waits.
+    # The output of ptxas depends only on the sources, so it is cached until they change.
     kept = getattr(pytestconfig, "cache", None)
     log = (
         Path(kept.mkdir("csrc")) if kept else tmp_path
@@ -417,7 +416,7 @@ def test_shapes_beyond_the_kernels_name_the_router_that_takes_them(changes, sent
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """As on a machine where nothing is built and no toolkit is in its usual place."""
+    """Simulate a machine without a build and without a toolkit in the usual places."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
     monkeypatch.setattr(extension, "_module", None)
     monkeypatch.setattr(extension, "USUAL_CUDA", tmp_path / "no_cuda")
@@ -541,12 +540,12 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
         run_ops(on_device(case), gradients, "_cuda"),
         run_ops(on_device(case), gradients, ""),
     )
-    # A bias is added to scores, whose last bit is each implementation's own: then a near tie may
-    # fall either way.
+    # A bias is added to scores whose last bit depends on the implementation, so near ties may be
+    # resolved differently.
     if case["selection_bias"] is None:
         for key in EXACT:
             a, b = cpp[key], triton[key]
-            if key == "tiles":  # of those that are not used, the row is nobody's
+            if key == "tiles":  # the row of an unused tile is undefined
                 a, b = (tiles.masked_fill(tiles[:, :1] < 0, -1) for tiles in (a, b))
             assert torch.equal(a, b), key
     case["indices"] = cpp["indices"].cpu()
@@ -556,7 +555,7 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
     )
     plain["d_logits"] = plain["d_logits"].to(dtype)
     assert over_budget({k: v.cpu() for k, v in pick(cpp).items()}, pick(exact), pick(plain)) == []
-    again = run_ops(on_device(case), gradients, "_cuda")  # a replay now, of the same choice
+    again = run_ops(on_device(case), gradients, "_cuda")  # now a replay of the same choice
     assert all(torch.equal(cpp[key], again[key]) for key in (*EXACT, *CLOSE))
 
 

@@ -1,6 +1,4 @@
-"""Whatever a checkpoint or a finished run holds that no training wrote, one sentence tells, and it
-stays as it is.
-"""
+"""Loading a damaged checkpoint or finished run raises a one-sentence error and changes no file."""
 
 import os
 import shutil
@@ -27,7 +25,7 @@ def change(source, **values):
 
 
 def resummed(step):
-    """The checkpoint as if it had been written so: the sums fit again."""
+    """Rewrite the checkpoint's checksums, as if it had been saved with these contents."""
     files = [path for path in step.rglob("*") if path.is_file() and path.name != "state.json"]
     change(
         step / "state.json",

@@ -23,7 +23,7 @@ def products():
 
 
 def write_folder(root, rows, header=("file_name", "text", "label")):
-    """A folder with photo 0.png to 3.png of different sizes and the given metadata rows."""
+    """Write a folder with photos 0.png to 3.png of different sizes and the given metadata rows."""
     for index, size in enumerate([(20, 10), (10, 20), (16, 16), (8, 8)]):
         Image.new("RGB", size, (60 * index, 10, 200)).save(root / f"{index}.png")
     with (root / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
@@ -96,8 +96,9 @@ def test_generated_classes_have_a_long_tail():
 
 
 def best_accuracy(labels, *columns):
-    """Accuracy of the best possible rule from these columns to the label, fitted on the very rows
-    it is judged on.
+    """Return the accuracy of the best possible rule from these columns to the label.
+
+    It is fitted on the same rows on which it is evaluated.
     """
     seen = defaultdict(Counter)
     for label, *key in zip(labels, *columns, strict=True):
@@ -108,23 +109,24 @@ def best_accuracy(labels, *columns):
 def test_image_and_text_together_beat_either_alone_by_fifteen_points():
     data = GeneratedProducts("train", size=20000, image_size=8)
     a = data.attributes
-    # All that is informative: pattern, size, brand and the rest are drawn independently of the
-    # label.
+    # These are all informative attributes: pattern, size, brand and the others are independent of
+    # the label.
     shown = [np.where(a["image_missing"], -1, a[name]) for name in ("shape", "colour")]
     said = [np.where(a["text_missing"], -1, a["material"]), a["said_shape"], a["said_colour"]]
     image_only, text_only = best_accuracy(data.labels, *shown), best_accuracy(data.labels, *said)
-    # The rule that reads both: the picture's shape, or without picture the title's; the title's
-    # material.
+    # The rule that uses both: the shape from the picture, or from the title if there is no picture,
+    # and the material from the title.
     shape = np.where(a["image_missing"], a["said_shape"], a["shape"])
     both = best_accuracy(data.labels, shape, said[0])
     assert both >= max(image_only, text_only) + 0.15
-    # Each alone gets part of the way, well above the largest class.
+    # Image or text alone is informative too, well above always guessing the largest class.
     assert min(image_only, text_only) > max(Counter(data.labels).values()) / len(data) + 0.15
 
 
 def test_shape_is_visible_in_the_picture():
-    """Nearest class mean on the foreground mask of unpatterned products of one size: far above one
-    in four.
+    """Classify unpatterned products of one size by the nearest class mean of the foreground mask.
+
+    The accuracy is far above one in four.
     """
     train, val = (
         GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val")
@@ -133,7 +135,7 @@ def test_shape_is_visible_in_the_picture():
     def masks(data):
         keep = np.flatnonzero((data.attributes["size"] == 1) & (data.attributes["pattern"] == 0))
         images = torch.stack([data[row]["image"] for row in keep]).float()
-        # Saturation sets the coloured product off from the pale ground.
+        # Saturation distinguishes the coloured product from the pale background.
         return (images.amax(1) - images.amin(1) > 80).float().flatten(1), torch.tensor(
             data.attributes["shape"][keep]
         )
@@ -201,8 +203,8 @@ def test_folder_resizes_the_short_side_and_crops_the_centre(tmp_path):
     picture[:, 10:20] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
     image = ProductFolder(tmp_path, image_size=5)[0]["image"]
-    # The filter reaches a little over the border of the crop, hence the mean; the whole picture's
-    # would be 85.
+    # The resize filter reaches slightly across the border of the crop, so the mean is tested; the
+    # mean of the whole picture would be 85.
     assert image.shape == (3, 5, 5) and image.float().mean() > 235
 
 

@@ -195,7 +195,7 @@ def test_augmentation_crops_flips_recolours_and_erases():
     slope = whole[..., -1].mean((1, 2)) - whole[..., 0].mean((1, 2))
     assert 0.4 < (slope < 0).float().mean() < 0.6
     assert slope.abs().min() < 0.5 < slope.abs().max()
-    # A grey picture stays grey under hue and saturation, a red one does not stay the same red.
+    # A grey picture stays grey after changes of hue and saturation; a red one changes its colour.
     assert torch.allclose(whole[:, 0], whole[:, 1], atol=1e-3)
     red = torch.zeros(50, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 150
@@ -223,10 +223,10 @@ def test_augmentation_keeps_up_with_training():
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(7):
-        start = time.process_time()  # of all threads, and not of what else the machine does
+        start = time.process_time()  # counts only this process, with all its threads
         augment(images, 96, generator)
         samples.append(time.process_time() - start)
-    # About 25 ms on one core.
+    # Usually about 25 ms on one core.
     assert min(samples) < 0.15
 
 

@@ -1,6 +1,6 @@
-"""Losses over 1, 2 and 3 processes (gloo) against one process with the whole batch.
+"""Losses over 1, 2 and 3 processes (gloo) equal one process with the whole batch.
 
-Bad inputs of one rank, and settings that differ: test_distributed_refusals.py.
+Invalid inputs on one rank, and settings that differ: test_distributed_refusals.py.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mmfused
 from mmfused import MaskedInfoNCE
 
-# (queries, candidates) of each rank, by the number of ranks
+# number of ranks -> splits; a split is the (queries, candidates) of each rank
 SPLITS = {
     1: [[(11, 14)]],
     2: [[(7, 8), (4, 6)], [(0, 0), (5, 6)], [(5, 6), (0, 2)]],
@@ -31,12 +31,12 @@ CASES = {
 }
 BACKENDS = {"composed": (torch.float64, 1e-11), "fused": (torch.float32, 1e-5)}
 RUNS = [(case, "composed") for case in CASES]
-if not torch.cuda.is_available():  # on a CPU kernels run interpreted, which takes its time
+if not torch.cuda.is_available():  # on a CPU interpreted kernels are slow
     RUNS += [("keys", "fused"), ("ids", "fused")]
 
 
 class Towers(nn.Module):
-    """Two linear towers and the loss: DDP averages gradients of weights and temperature."""
+    """Two linear towers and the loss; DDP averages the gradients of weights and temperature."""
 
     def __init__(self, gather, options):
         super().__init__()
@@ -71,7 +71,7 @@ def batch_of_rank(case: str, split: list, rank: int) -> tuple:
 
 
 def whole_batch(case: str, split: list) -> tuple:
-    """Return the batch of all ranks with the positives first, as one process needs it."""
+    """Return the batch of all ranks, positives first, for a single process."""
     parts = [batch_of_rank(case, split, rank) for rank in range(len(split))]
     sizes = [queries for queries, _ in split]
 

@@ -1,7 +1,7 @@
-"""Where one of several processes (gloo) fails, all raise, and can continue together afterwards.
+"""If one of several processes (gloo) fails, all raise, and all can continue afterwards.
 
-Also the selection bias over ranks. One start of the processes runs all cases in turn: starting
-takes longer than all cases.
+Also tests the selection bias over ranks. The processes are started once for all cases, as starting
+takes longer than all of them.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from mmfused.distributed import gather_rows, refused
 from mmfused.ops.masked_info_nce import loss_over_ranks
 
 WORLDS = (2, 3)
-SECONDS = 20  # within which all ranks raise
-HANGS = 120  # seconds after which the processes are ended
-UMLAUTS = "ü" * 3000  # more bytes than a message holds
+SECONDS = 20  # time limit for all ranks to raise
+HANGS = 120  # seconds until the processes are killed
+UMLAUTS = "ü" * 3000  # more bytes than fit into a message
 
 
 def batch(rank: int) -> dict:
@@ -34,7 +34,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-# By message: the arguments that the last rank changes, and the type of its error.
+# message -> (the arguments that the last rank changes, the type of its error)
 REFUSED = {
     "query: got None, expected a torch.Tensor": ({"query": None}, TypeError),
     "candidate: got a list, expected a torch.Tensor": ({"candidate": [1.0]}, TypeError),
@@ -92,8 +92,8 @@ REFUSED = {
     "gather: got backend 'reference'": ({"backend": "reference"}, RuntimeError),
     "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
 }
-# By setting: arguments of all ranks, those that the last one changes, its value on rank 0 and on
-# the last one.
+# setting -> (arguments of all ranks, those that the last rank changes, the setting's value on rank
+# 0 and on the last rank)
 KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
 NEEDED, NOT = "needed", "not needed (no_grad, or frozen)"
 DIFFERENT = {
@@ -134,7 +134,7 @@ DIFFERENT = {
         "gather_rows",
     ),
 }
-# Rows of the first ranks and of the last one in gather_rows, and the message of all.
+# case -> (rows of the first ranks in gather_rows, rows of the last, the message on all ranks)
 GATHERED = {
     "shape": (
         torch.zeros(2, 3),
@@ -180,7 +180,7 @@ def run_rank(rank: int, world: int, folder: str):
     bad, results = rank == world - 1, {}
 
     def outcome(name, call):
-        """Store type and message of the call's error, and the good loss after it.
+        """Store type and message of the call's error, and a valid loss computed after it.
 
         The group must still work.
         """
@@ -226,7 +226,7 @@ def run_rank(rank: int, world: int, folder: str):
 
 
 def compare_of_a_model(bad: bool):
-    """A model's loss fails on one rank before an exchange that the others begin."""
+    """Raise in a model's loss on one rank, before an exchange that the other ranks begin."""
     if bad:
         raise refused("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
@@ -248,9 +248,10 @@ def results(request, tmp_path_factory):
 
 
 def errors(results: list, name: str) -> list[tuple[str, str]]:
-    """Return the error of each rank, after checks that hold in all cases.
+    """Return the error of each rank.
 
-    The ranks raised soon, and then computed the good loss as before.
+    Also checks what holds in all cases: each rank raised within the time limit, and then computed
+    the valid loss as before.
     """
     for rank in results:
         _, seconds, loss, gradient = rank[name]
@@ -260,7 +261,7 @@ def errors(results: list, name: str) -> list[tuple[str, str]]:
 
 
 def check_refusal(found: list, op: str, kind: str, sentence: str):
-    """The last rank raises its own error, the others one that names it and quotes the message."""
+    """Check the error of the last rank; the others must name that rank and quote its message."""
     *others, (own_kind, own) = found
     assert own_kind == kind and sentence in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
@@ -346,7 +347,7 @@ def mixture() -> TopKMoE:
 
 
 def tokens(rank: int, step: int) -> torch.Tensor:
-    """The tokens of each rank have another mean, so that its own counts would move the bias."""
+    """Draw tokens with a different mean on each rank, so that local counts give another bias."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     return torch.randn(30 + 20 * rank, 6, generator=generator) + torch.randn(6, generator=generator)
 
@@ -354,7 +355,7 @@ def tokens(rank: int, step: int) -> torch.Tensor:
 def biases(rank: int, world: int) -> dict:
     """Return the biases after some steps.
 
-    With the counts of all ranks, of a group of two, of this rank alone, and under DDP.
+    The counts are those of all ranks, of a group of two, of this rank alone, and under DDP.
     """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}

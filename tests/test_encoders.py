@@ -1,5 +1,6 @@
-"""Encoders at their authors' sizes and from local checkpoints: what is loaded is what was saved,
-and no pickle is opened.
+"""Encoders at their published sizes and from local checkpoints.
+
+The loaded weights equal the saved ones, and no pickle is opened.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks a file"):
         pretrained_vit(str(tmp_path))  # pytorch_model.bin is a pickle
-    (tmp_path / "another.safetensors").touch()  # timm would still open the pickle first
+    (tmp_path / "another.safetensors").touch()  # timm alone would still open the pickle first
     with pytest.raises(
         FileNotFoundError,
         match=r"image encoder: .* lacks a file, expected config.json and model.safetensors",
@@ -167,7 +168,7 @@ def test_bad_image_encoders():
 
 @pytest.fixture
 def encoders(tmp_path):
-    """A small ViT and a small BERT with its tokenizer, saved as their libraries save them."""
+    """Save a small ViT and a small BERT with its tokenizer, using their own libraries."""
     args = {"img_size": 32, "patch_size": 16, "depth": 1}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     timm.models.save_for_hf(vit, tmp_path / "vit", model_args=args, safe_serialization=True)
@@ -209,7 +210,7 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
         "--backend",
         "composed",
     ]
-    # A learning rate of next to nothing: what the run saves is what it was given.
+    # With a tiny learning rate, the run saves the weights that it was given.
     assert (
         main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"])
         == 0
@@ -224,7 +225,7 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
     for encoder, given in ((model.image_encoder, vit), (model.text_encoder, bert)):
         for name, tensor in encoder.state_dict().items():
             assert torch.allclose(tensor, given.state_dict()[name], atol=1e-9), name
-    # The encoders' folders are not needed any more, to go on or to evaluate.
+    # The encoders' folders are no longer needed to resume or to evaluate.
     for name in ("vit", "bert"):
         (folder / name / "config.json").rename(folder / name / "gone")
     assert main(["eval", "--checkpoint", str(folder / "run"), "--data", "generated"]) == 0

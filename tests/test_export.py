@@ -1,6 +1,6 @@
 """torch.export and ONNX: the exported program equals the module, also at other sizes.
 
-It has the module's gradients, or raises where it has none.
+It has the module's gradients, or raises if it has none.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from mmfused.library import graph_made
 
 
 class Flat(nn.Module):
-    """A module's outputs that may have gradients, of arguments in a tuple and a dict."""
+    """Return the module's outputs that may have gradients, from arguments in a tuple and a dict."""
 
     def __init__(self, module):
         super().__init__()
@@ -33,8 +33,9 @@ def flat(name: str):
 def dynamic(args: tuple, named: dict, tokens: bool) -> tuple:
     """Return the dynamic dimensions of the arguments.
 
-    The first dimension is the batch, or (candidates) the batch and two. The second, where
-    ``tokens``, is the length of the first argument, or (the context) that and one.
+    The first dimension is the batch size, or for candidates the batch size plus two. With
+    ``tokens``, the second is the length of the first argument, or for the context that length plus
+    one.
     """
     batch, length = Dim("batch", min=2, max=64), Dim("tokens", min=2, max=32)
     sizes = {args[0].shape[0]: batch, args[0].shape[0] + 2: batch + 2}
@@ -48,7 +49,7 @@ def dynamic(args: tuple, named: dict, tokens: bool) -> tuple:
 
 
 def with_gradients(module, args, named) -> dict[str, Tensor]:
-    """Outputs, and gradients to the parameters and the floats among the arguments."""
+    """Return outputs, and gradients of the parameters and of floating-point arguments."""
     args = tuple(x.detach().clone().requires_grad_(x.is_floating_point()) for x in args)
     leaves = dict(module.named_parameters())
     leaves |= {str(i): x for i, x in enumerate(args) if x.is_floating_point()}
@@ -69,7 +70,7 @@ def compare(exported, module, make, sizes) -> None:
         want, got = (with_gradients(f, args, named) for f in (module, exported))
         assert want.keys() == got.keys()
         for name, value in want.items():
-            if value is None:  # used in no output: no eager gradient either
+            if value is None:  # no output uses it, so eager mode has no gradient either
                 assert got[name] is None
             else:
                 close(got[name], value, name)
@@ -97,7 +98,7 @@ def test_any_batch_and_number_of_tokens(name):
     exported = export(module, (args, named), dynamic_shapes=dynamic(args, named, tokens))
     compare(exported.module(), module, make, SIZES)
     own = {str(node.target) for node in exported.graph.nodes if "mmfused" in str(node.target)}
-    # All else is torch's own.
+    # All other nodes are torch's.
     assert own == ({"mmfused.segment_linear.default"} if "experts" in name else set())
 
 
@@ -173,8 +174,8 @@ def test_small_losses_of_any_batch(monkeypatch):
         return (floats(batch, D), floats(batch, D), floats(D, 3)), {}
 
     module = Flat(Losses())
-    batch = Dim("batch", min=3, max=64)  # from as many rows as product_consistency looks at
-    # Several blocks: what recomputes them is no part of a graph.
+    batch = Dim("batch", min=3, max=64)  # product_consistency needs at least three rows
+    # Several blocks: an exported graph does not recompute them.
     monkeypatch.setattr(losses, "BLOCK_PAIRS", 64)
     shapes = (({0: batch}, {0: batch}, None), {})
     exported = export(module, make(6, None), dynamic_shapes=shapes)
@@ -195,14 +196,14 @@ class Positional(nn.Module):
 
 
 def small(name: str):
-    """The exporter takes its time: a case, or the least that has all of its kind."""
+    """Return a case, or the smallest one with all its features, as the exporter is slow."""
     if name == "experts":
         module = mmfused.TopKMoE(D, 12, 2, 2, selection_bias=True)
         return module, lambda batch, tokens: (
             (floats(batch, tokens, D),),
             dict(token_padding_mask=some(batch, tokens)),
         )
-    if name == "as many samples as heads":  # which the exporter's optimizer takes one for the other
+    if name == "as many samples as heads":  # the exporter's optimizer confuses the two
         return mmfused.QueryPooling(32, 3, 4), lambda batch, tokens: ((floats(batch, 20, 32),), {})
     return case(name)
 

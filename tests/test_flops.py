@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import mmfused
 from mmfused.library import register_composed
 
-# Samples, tokens, tokens of the context, width, queries, heads, chosen so that products differ.
+# Samples, tokens, tokens of the context, width, queries, heads; their products all differ.
 B, N, M, D, L, H = 3, 20, 7, 32, 3, 2
 
 
 def count(call, *inputs, backend="composed") -> tuple[int, int]:
-    """Return the FLOPs of the forward and of the backward."""
+    """Return the FLOPs of the forward and the backward."""
     with mmfused.backend(backend):
         with FlopCounterMode(display=False) as forward:
             out = call(*inputs)
@@ -48,7 +48,7 @@ def test_pooling():
     assert count(module, leaf(B, N, D)) == (once, 2 * once)
     # The kernels recompute the logits.
     assert count(module, leaf(B, N, D), backend="fused") == (once, 2 * once + pool // 2)
-    # Tokens without a gradient: each of the two products with them has one gradient, not two.
+    # Tokens without a gradient: each of the two products with them has one gradient instead of two.
     assert count(module, leaf(B, N, D, grad=False)) == (once, 2 * once - pool)
     assert count(module, leaf(B, N, D, grad=False), backend="fused") == (once, 2 * once - pool // 2)
     projected = 2 * L * D * D + 2 * (2 * B * N * D * D) + 4 * B * L * N * D + output
@@ -69,11 +69,11 @@ def test_gated_cross_attention(gate):
     project = 2 * B * N * D * D + 2 * B * M * (D // 2) * 2 * D
     attend, output, blend = 4 * B * N * M * D, 2 * B * N * D * D, 2 * B * N * 2 * D * gates
     once, inputs = project + attend + output + blend, (leaf(B, N, D), leaf(B, M, D // 2))
-    # Torch's attention recomputes its logits too; the kernels recompute the gate as well.
+    # torch's attention recomputes its logits too; the kernels also recompute the gate.
     backward = 2 * once + attend // 2
     assert count(module, *inputs) == (once, backward)
     assert count(module, *inputs, backend="fused") == (once, backward + blend)
-    indicator = 2 * B * N * gates  # the reference multiplies it as one more column
+    indicator = 2 * B * N * gates  # in the reference it is one more column of the product
     assert count(module, *inputs, backend="reference") == (once + indicator, 2 * (once + indicator))
 
 
@@ -97,7 +97,7 @@ def test_experts(activation):
     module = mmfused.TopKMoE(D, hidden, experts, k, activation=activation)
     router, layer = 2 * tokens * D * experts, 2 * tokens * k * D * hidden
     layers = layer * (3 if activation == "swiglu" else 2)
-    sums = 2 * (2 * tokens * experts)  # composed sums by matrix products, in the forward only
+    sums = 2 * (2 * tokens * experts)  # composed sums by matrix products, only in the forward
     assert count(module, leaf(tokens, D)) == (router + layers + sums, 2 * (router + layers))
     once = router + layers
     assert count(module, leaf(tokens, D), backend="fused") == (once, 2 * once)
@@ -143,7 +143,7 @@ def test_contrastive_loss(backend):
 
 
 def test_compiled_router():
-    """The CUDA router runs on no device here; from logits it computes no matrix product."""
+    """The CUDA router does not run here; given logits, it computes no matrix product."""
     for name in ("topk_routing_cuda_fwd", "topk_routing_cuda_bwd"):
         formula = flop_registry[getattr(torch.ops.mmfused, name)]
         assert formula(leaf(N, 4), None, out_val=leaf(N, 4)) == 0

@@ -1,5 +1,6 @@
-"""A training writes and removes only what it made, one at a time, and ends well only where all of
-it is there.
+"""Training writes and removes only its own files, one run at a time.
+
+It succeeds only if all its files are there in the end.
 """
 
 import errno
@@ -26,7 +27,7 @@ few_products = training_runs.few_products
 stopped_run = training_runs.stopped_run
 whole_run = training_runs.whole_run
 
-# Whose files they are
+# Which files belong to a run
 
 FOREIGN = {
     "another trainer's checkpoints": {
@@ -129,9 +130,7 @@ def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
     (out / ".tokenizer.77.tmp" / "notes.txt").write_text("mine")
     (out / ".config.json.77.tmp").write_text("mine")
     train(small_run(out))
-    assert (
-        out / ".config.json.77.tmp"
-    ).read_text() == "mine"  # it was there before the folder was a run's
+    assert (out / ".config.json.77.tmp").read_text() == "mine"  # older than the run in this folder
     train(small_run(out, overwrite=True))
     assert (out / ".tokenizer.77.tmp" / "notes.txt").read_text() == "mine"
 
@@ -174,7 +173,7 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
         train(small_run(tmp_path / "file", overwrite=True))
 
 
-# One at a time
+# One run at a time
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_a_file_system_without_locks_is_said_and_trained_on(
 def test_what_came_between_the_first_look_and_the_first_step_is_seen(
     tmp_path, monkeypatch, whole_run
 ):
-    """The folder is empty when the second looks; then the first starts, and may finish, in it."""
+    """The folder is empty when the second run checks; then the first starts, and may finish."""
     prepare, out = training_run.prepare, tmp_path / "run"
 
     def prepared_while(act):
@@ -234,7 +233,7 @@ def test_what_came_between_the_first_look_and_the_first_step_is_seen(
     assert_same_run(out, whole_run)
 
 
-# Removed meanwhile
+# Files removed during a run
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 9])
