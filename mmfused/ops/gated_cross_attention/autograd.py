@@ -14,12 +14,12 @@ from .reference import CrossAttentionOptions, CrossAttentionWeights, Side, indic
 FIELDS = len(CrossAttentionWeights._fields)
 
 
-def attend_fused(
+def kernel_arguments(
     sides: list[Side],
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
-) -> tuple[Tensor, ...]:
-    """Compute one direction or both with the kernels: x', or a' and b'."""
+) -> tuple[Any, ...]:
+    """Return the arguments of :class:`CrossAttention` for one direction or both."""
     tokens = [_rows_contiguous(side.tokens) for side in sides]
     none = tokens[0].new_empty(0)
     no_mask = none.bool()
@@ -42,7 +42,7 @@ def attend_fused(
     flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
     if torch.compiler.is_compiling():  # `none` repeats, and both directions may share weights
         flat = distinct(*flat)
-    return _CrossAttention.apply(constants, len(directions), *flat)
+    return constants, len(directions), *flat
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -59,14 +59,17 @@ def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -
     return [indicator_of(context, batch, options.indicator, like) for context in contexts]
 
 
-class _CrossAttention(torch.autograd.Function):
-    """Saves tokens, projections, and the attention's output before and after W_o and dropout.
+class CrossAttention(torch.autograd.Function):
+    """Compute x', or a' and b', with the kernels.
+
+    Saves tokens, projections, and the attention's output before and after W_o and dropout.
 
     Probabilities and gates are recomputed.
     """
 
     @staticmethod
-    def forward(ctx, options, directions, *flat):
+    def forward(ctx: Any, options: Any, directions: int, *flat: Any) -> tuple[Tensor, ...]:
+        """Run the forward kernels."""
         ctx.options = options
         ctx.directions = directions
         lists = _split(flat, directions)
@@ -78,7 +81,8 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *d_outs):
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Any, ...]:
+        """Run the backward kernels."""
         tensors = ctx.saved_tensors  # read once: a checkpoint allows no more
         flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
         lists, seed = _split(flat, ctx.directions), flat[-1]

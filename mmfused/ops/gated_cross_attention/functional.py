@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ...children import Called, no_weights
 from ...library import choose, nan_unless, no_autocast, to_autocast
 from ...random import draw_seed
-from .autograd import attend_fused
+from .autograd import CrossAttention, kernel_arguments
 from .checks import check
 from .composed import attend_composed, samples_to_compute, shared_norms
 from .reference import (
@@ -171,21 +171,6 @@ def _attend(
     given = [_autocast(side) for side in inputs]
     directions = [_autocast_parts(w) for w in directions]
     check(op, names, given, directions, options)
-    outs = _outputs(op, given, uncast, directions, options)
-    for side in given:
-        if side.lengths is not None:
-            length = side.tokens.shape[1]
-            outs = [nan_unless(side.lengths, length, out) for out in outs]
-    return outs
-
-
-def _outputs(
-    op: str,
-    given: list[SideInput],
-    uncast: list[Tensor],
-    directions: list[CrossAttentionWeights],
-    options: CrossAttentionOptions,
-) -> list[Tensor]:
     device, dtype = given[0].tokens.device, given[0].tokens.dtype
     sides = [side_of(side) for side in given]
     if options.dropout_p and options.dropout_seed is None:
@@ -196,20 +181,36 @@ def _outputs(
         parts = (*norms, *(part for w in directions for part in w))
         backend = choose(op, device, dtype, no_weights(parts))
         if backend == "fused":
-            return list(attend_fused(sides, directions, options))
-        if options.pre_norm:
-            sides = _call_norms(sides, uncast, len(directions), options)
-        if backend == "reference":
-            return _each(attend_reference, sides, directions, options)
-        attend = functools.partial(attend_composed, normed=shared_norms(options))
-        if any(isinstance(part, Called) for part in parts):  # they get the whole batch
-            return _each(attend, sides, directions, options)
-        keep = samples_to_compute(sides, options)
-        if keep is None:
-            return _each(attend, sides, directions, options)
-        outs = _each(attend, [_samples(side, keep) for side in sides], directions, options)
-        pairs = zip(sides, outs, strict=False)
-        return [side.tokens.index_copy(0, keep, out) for side, out in pairs]
+            outs = list(CrossAttention.apply(*kernel_arguments(sides, directions, options)))
+        else:
+            if options.pre_norm:
+                sides = _call_norms(sides, uncast, len(directions), options)
+            must_call = any(isinstance(part, Called) for part in parts)
+            outs = _attend_in_pytorch(backend, sides, directions, options, must_call)
+    for side in given:
+        if side.lengths is not None:
+            length = side.tokens.shape[1]
+            outs = [nan_unless(side.lengths, length, out) for out in outs]
+    return outs
+
+
+def _attend_in_pytorch(
+    backend: Literal["reference", "composed"],
+    sides: list[Side],
+    directions: list[CrossAttentionWeights],
+    options: CrossAttentionOptions,
+    must_call: bool,
+) -> list[Tensor]:
+    """Compute each direction; children that must be called get the whole batch."""
+    if backend == "reference":
+        return _each(attend_reference, sides, directions, options)
+    attend = functools.partial(attend_composed, normed=shared_norms(options))
+    keep = None if must_call else samples_to_compute(sides, options)
+    if keep is None:
+        return _each(attend, sides, directions, options)
+    outs = _each(attend, [_samples(side, keep) for side in sides], directions, options)
+    pairs = zip(sides, outs, strict=False)
+    return [side.tokens.index_copy(0, keep, out) for side, out in pairs]
 
 
 def _each(

@@ -8,32 +8,26 @@ import torch
 from torch import Tensor
 
 from ...library import graph_made, once_differentiable, register
-from .reference import PoolingOptions
 
 
-def pool_fused(
-    x: Tensor,
-    q: Tensor,
-    options: PoolingOptions,
-    eps: float | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute what :func:`.composed.pool_composed` does, with the kernels."""
-    return _Pool.apply(
-        x,
-        q,
-        options.key_padding_mask,
-        options.lengths,
-        eps,
-        options.dropout_p,
-        options.dropout_seed,
-    )
+class Pool(torch.autograd.Function):
+    """Compute what :func:`.composed.pool_composed` does, with the kernels.
 
-
-class _Pool(torch.autograd.Function):
-    """Saves x, q, z and one or two numbers a row; never K, V, logits, probabilities or masks."""
+    Saves x, q, z and one or two numbers a row; never K, V, logits, probabilities or masks.
+    """
 
     @staticmethod
-    def forward(ctx, x, q, mask, lengths, eps, dropout_p, seed):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        eps: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the forward kernels."""
         ctx.q_dtype = q.dtype
         ctx.dropout_p = dropout_p
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -47,7 +41,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dz, dksum=None):
+    def backward(ctx: Any, dz: Tensor, dksum: Tensor | None = None) -> tuple[Any, ...]:
+        """Run the backward kernels."""
         *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
         dx, dq = torch.ops.mmfused.query_pooling_bwd(

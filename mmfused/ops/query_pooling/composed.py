@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,6 @@ Form = Literal["absorbed", "projected"]
 # product, and nothing has been measured. With dropout the projected form cannot use torch's
 # attention, and fewer FLOPs are enough.
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
-
-# (x, q, options, eps) -> z (B, R, D), and under dropout also ksum (B, R)
-Pool = Callable[[Tensor, Tensor, PoolingOptions, "float | None"], Any]
 
 
 def form_flops(
@@ -67,29 +63,36 @@ def cheaper_form(
     return "absorbed" if flops["absorbed"] * margin <= flops["projected"] else "projected"
 
 
-def absorbed(
-    pool: Pool,
+def absorb(
     x: Tensor,
     queries: Tensor,
     weights: PoolingWeights,
     options: PoolingOptions,
-) -> Tensor:
-    """Pool in the absorbed form, where ``pool`` computes z = softmax(q x^T) x."""
-    num_heads = options.num_heads
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fold LayerNorm, scale and w_k; return q' (R, D) or (B, R, D), w_v and b_v."""
     w_k, w_v, b_v = _folded_norm(x, weights, options)
-    q = _absorbed_queries(x, queries, w_k, options)
-    eps = None if options.norm_weight is None else options.norm_eps
-    pooled = pool(x, q, options, eps)
-    z, ksum = pooled if options.dropout_p else (pooled, None)
+    return _absorbed_queries(x, queries, w_k, options), w_v, b_v
 
+
+def project_values(
+    x: Tensor,
+    z: Tensor,
+    ksum: Tensor | None,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    options: PoolingOptions,
+) -> Tensor:
+    """Return (B, L, Dv) from the pooled tokens z (B, R, D); ksum (B, R) under dropout."""
+    num_heads = options.num_heads
+    queries = z.shape[1] // num_heads
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
-    z = z.unflatten(1, (num_heads, queries.shape[-2]))  # (B, h, L, D)
+    z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
     if graph_made() == "onnx":
         # ONNX's optimizer confuses samples and heads of equal number in the product below.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-        out = out.unflatten(1, (x.shape[0], queries.shape[-2])).permute(1, 2, 0, 3).flatten(2)
+        out = out.unflatten(1, (x.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
 
     if ksum is not None:
         if b_v is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,17 @@ from ...library import (
     wide_unless,
 )
 from ...random import draw_seed
-from .autograd import pool_fused, with_zero_gradient
+from .autograd import Pool, with_zero_gradient
 from .checks import check
-from .composed import Form, absorbed, attend, cheaper_form, pool_composed, projected
+from .composed import (
+    Form,
+    absorb,
+    attend,
+    cheaper_form,
+    pool_composed,
+    project_values,
+    projected,
+)
 from .reference import (
     PoolingOptions,
     PoolingWeights,
@@ -125,8 +133,16 @@ def _pool(
         if form == "projected":
             out = projected(x, queries, weights, options)
         else:
-            pool = pool_fused if backend == "fused" else pool_composed
-            out = absorbed(pool, x, queries, weights, options)
+            q, w_v, b_v = absorb(x, queries, weights, options)
+            eps = None if options.norm_weight is None else options.norm_eps
+            pooled: Any
+            if backend == "fused":
+                masks = (options.key_padding_mask, options.lengths)
+                pooled = Pool.apply(x, q, *masks, eps, options.dropout_p, options.dropout_seed)
+            else:
+                pooled = pool_composed(x, q, options, eps)
+            z, ksum = pooled if options.dropout_p else (pooled, None)
+            out = project_values(x, z, ksum, w_v, b_v, options)
             out = out if weights.b_k is None else with_zero_gradient(out, weights.b_k)
     return out if options.lengths is None else nan_unless(options.lengths, x.shape[1], out)
 
