@@ -1,4 +1,4 @@
-"""Pairs and hard negatives: what a batch for retrieval holds."""
+"""Batches of pairs and hard negatives for retrieval."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from mmfused.data.pairs import hard_negatives, rows_by_label
 
 
 class Rows:
-    """Labelled rows whose picture tells the row's number."""
+    """Labelled rows; each picture encodes the number of its row."""
 
     def __init__(self, labels, coarse=None, first=0):
         self.labels, self.coarse_labels, self.first = labels, coarse, first
@@ -45,12 +45,12 @@ def rows_of(items):
 
 def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collate):
     batches = PairBatches(Rows(LABELS, COARSE), collate, 4)
-    assert len(batches) == 2  # label 2 has one row: no pair, so ten rows fill two batches
+    assert len(batches) == 2  # label 2 has one row, hence no pair: ten rows fill two batches
     stream, seen = batches.stream(), set()
     for _ in range(60):
         batch = next(stream)
         labels = batch["query"]["labels"]
-        assert labels.unique().numel() == 4 and 2 not in labels  # no label twice
+        assert labels.unique().numel() == 4 and 2 not in labels  # labels are unique
         assert torch.equal(batch["candidate"]["labels"], labels)
         assert (rows_of(batch["query"]) != rows_of(batch["candidate"])).all()
         assert (batch["negative"]["labels"] != labels).all()

@@ -1,4 +1,4 @@
-"""tools/peers.py on a made-up checkout: differences and what is missing are named."""
+"""tools/peers.py on a made-up checkout reports differences and missing checkouts."""
 
 import importlib.util
 import sys
@@ -55,7 +55,7 @@ def test_fails_plain():
 def peers(monkeypatch):
     spec = importlib.util.spec_from_file_location("peers", TOOLS / "peers.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peers", module)  # its dataclass looks itself up there
+    monkeypatch.setitem(sys.modules, "peers", module)  # its dataclass looks up its module there
     spec.loader.exec_module(module)
     return module
 
@@ -86,7 +86,7 @@ def test_a_difference_is_named_and_an_exception_is_honoured(peers, checkouts, mo
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-    # Passed plain, passed with the library, ran an op, differ, differ with exceptions.
+    # The columns: passed plain, passed with the library, ran an op, differ, differ with exceptions.
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]

@@ -1,4 +1,4 @@
-"""Folders of pictures: decoded once, in threads, and known again by their content."""
+"""Folders of pictures: decoded once, in threads, and recognised by their content."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +84,7 @@ def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monk
 def test_a_digest_is_of_texts_labels_and_pictures(tmp_path):
     write_folder(tmp_path)
     digests = {ProductFolder(tmp_path, image_size=8).digest, ProductFolder(tmp_path).digest}
-    assert len(digests) == 1  # not of how they are read
+    assert len(digests) == 1  # the digest does not depend on the size at which they are read
     swapped = swap_texts(ProductFolder(tmp_path), 0.5, 0).digest
     assert (
         swapped

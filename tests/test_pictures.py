@@ -25,7 +25,7 @@ def corner(data):
     return load_picture(data)[:, 0, 0].tolist()
 
 
-# What is seen
+# Colours
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -45,7 +45,7 @@ def test_every_format_loads_from_a_path_bytes_and_an_open_file(tmp_path, format)
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"GIF", "BMP"}))
 def test_a_picture_is_turned_as_its_exif_orientation_says(format):
     stored = np.zeros((40, 60, 3), np.uint8)
-    stored[:20, :30] = 255  # the quarter at the top left
+    stored[:20, :30] = 255  # the top left quarter
     places = {
         1: (0, 0),
         2: (0, 1),
@@ -62,7 +62,7 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(format):
         data = saved(stored, format, exif=exif)
         picture = load_picture(data)
         assert picture.shape[1:] == ((40, 60) if orientation < 5 else (60, 40))
-        # Of 20 x 20, the middle third of the long side is what the crop keeps.
+        # The crop keeps the middle third of the long side, here 20 x 20.
         for shown in (picture, load_picture(data, 20)):
             bright = [shown[:, y, x].float().mean() > 128 for y in (2, -3) for x in (1, -2)]
             assert bright.index(True) == 2 * row + column and sum(bright) == 1
@@ -85,7 +85,8 @@ def test_sixteen_bit_grey_is_scaled(format):
     if format == "TIFF":
         assert grey(saved(RAMP, format, compression="tiff_lzw")) == expected
         assert grey(saved(RAMP.astype(">u2"), format)) == expected
-        assert grey(tiff(RAMP[0], 0, 16)) == [255 - value for value in expected]  # 0 is white
+        # In this format, 0 is white.
+        assert grey(tiff(RAMP[0], 0, 16)) == [255 - value for value in expected]
 
 
 def test_sixteen_bit_pictures_of_other_kinds():
@@ -97,7 +98,7 @@ def test_sixteen_bit_pictures_of_other_kinds():
     row = struct.pack(">3H", 65535, 0x4001, 0)
     assert grey(png(3, 16, 0, row, chunk(b"tRNS", struct.pack(">H", 0x4001)))) == [255, 255, 0]
     assert grey(png(2, 16, 4, struct.pack(">4H", 0, 65535, 0, 0))) == [0, 255]
-    # 12 bits: 4095 is white.
+    # The values have 12 bits, so 4095 is white.
     assert grey(tiff([b"\xff\xf0\x00"] + [b""], 1, 12)) == [255, 0]
 
 
@@ -152,7 +153,7 @@ def test_the_transparent_grey_of_a_few_bits_is_found():
 
 def test_a_resize_does_not_mix_in_what_transparent_pixels_hide():
     pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[..., 0] = 255  # red, all of it transparent but for a white column
+    pixels[..., 0] = 255  # red and transparent, except for a white column
     pixels[:, ::2] = 255
     assert load_picture(saved(pixels, "PNG"), 8).unique().tolist() == [255]
 
@@ -219,12 +220,12 @@ def test_pixels_are_bounded_before_any_is_decoded(monkeypatch):
     large = [saved(Image.new("L", (1500, 1000)), format) for format in FORMATS]
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
-        webp = pictures.WebPImagePlugin.WebPImageFile  # takes memory as it is opened
+        webp = pictures.WebPImagePlugin.WebPImageFile  # opening it allocates memory
         patch.setattr(webp, "_open", lambda image: pytest.fail("it was opened"))
         for data in large:
             with pytest.raises(BrokenPicture, match=takes):
                 load_picture(data)
-    # A JPEG counts as it is decoded, but not where libjpeg must keep all of it.
+    # A JPEG is measured at its decoded size, unless libjpeg must hold all of it.
     assert load_picture(blank_jpeg(1500, 1000), 100).shape == (3, 100, 100)
     with pytest.raises(BrokenPicture, match=takes):
         load_picture(blank_jpeg(1500, 1000, progressive=True), 100)

@@ -1,5 +1,6 @@
-"""A pretrained folder gives the weights that lie in it, and nothing that it says runs code, opens
-other files or memory.
+"""A pretrained folder gives its own weights; it cannot run code or open other files.
+
+Nor can it make the loader allocate much memory.
 """
 
 import json
@@ -48,8 +49,9 @@ def bert(tmp_path):
 
 
 def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
-    """Code, adapters, quantisers, other weights and other configs: what is loaded is the folder's
-    own safetensors.
+    """Only the folder's own safetensors are loaded.
+
+    References to code, adapters, quantisers, other weights and other configs are ignored.
     """
     expected = safetensors.torch.load_file(bert / "model.safetensors")[
         "bert.embeddings.word_embeddings.weight"

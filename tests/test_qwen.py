@@ -1,4 +1,4 @@
-"""What surrounds Qwen2-VL, against transformers' own processors and the host's own forward pass."""
+"""The code around Qwen2-VL, against the processors of transformers and the host's own forward."""
 
 import json
 
@@ -57,8 +57,9 @@ def host(kind="qwen2_vl", **given) -> torch.nn.Module:
 
 
 def items(*shape) -> dict:
-    """Item 2 has no picture and NaN for its pixels, 3 no text, 4 neither; texts stand between [CLS]
-    = 2 and [SEP] = 3.
+    """Return items of which 2 has no picture and NaN pixels, 3 no text, 4 neither.
+
+    Texts stand between [CLS] = 2 and [SEP] = 3.
     """
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(5, *(shape or (3, 16, 24)), generator=generator, dtype=x64)
@@ -86,7 +87,7 @@ def read(model, batch, view="both", **given):
 
 
 def literal(batch, i, view, count, prompt=True) -> list[int]:
-    """Item i's sequence without padding, token after token."""
+    """Return the sequence of item i without padding, token by token."""
     image = bool(batch["image_present"][i]) and view != "text"
     words = (
         [] if view == "image" else batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
@@ -192,8 +193,9 @@ def test_without_masks_all_is_real():
     ],
 )
 def test_agrees_with_the_hosts_own_forward(kind, shape, view):
-    """Item by item, without padding, with the host's own positions and its own way to put pictures
-    in.
+    """Each unpadded item agrees with the host's own forward.
+
+    The host computes the positions and inserts the pictures itself.
     """
     model, batch = host(kind), items(*shape)
     sequence, states = read(model, batch, view)
@@ -237,8 +239,9 @@ def test_only_present_pictures_have_gradients():
 
 
 def test_sequences_and_the_language_model_compile_without_a_break():
-    """The vision tower is the host's own loop over pictures, which breaks the graph: its tokens
-    come from outside.
+    """The vision tower is left out: its loop over pictures breaks the graph.
+
+    Its tokens are given instead.
     """
     model, batch = host(), items()
     pictures, grid = qwen.picture_tokens(model, batch["pixel_values"], batch["image_present"])

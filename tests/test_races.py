@@ -1,4 +1,4 @@
-"""The race of Triton's pipeliner, with a tile both multiplied and loaded, in compiled kernels."""
+"""The race of Triton's pipeliner on a tile that is multiplied and summed, in compiled kernels."""
 
 import json
 import sys

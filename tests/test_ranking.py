@@ -1,4 +1,4 @@
-"""Retrieval scores against literal counts, and what chance gives against many random orders."""
+"""Retrieval scores against a literal count, and chance levels against many random orders."""
 
 import random
 
@@ -23,7 +23,7 @@ def literal_ranks(query, candidate, labels, theirs, alone):
                 found.append(
                     (-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j)
                 )
-        found.sort()  # of equal scores the irrelevant ones first
+        found.sort()  # irrelevant ones come first among equal scores
         ranks.append(
             next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None)
         )

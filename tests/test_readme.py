@@ -1,4 +1,4 @@
-"""README has the numbers of the results files, and targets follow their rules.
+"""README shows the numbers of the results files, and targets are judged by their rules.
 
 GPU records are made up here.
 """
@@ -29,7 +29,7 @@ def passes(both: float, forward: float | None = None) -> dict[str, list[float]]:
 
 
 def timed(gate: str = "passed", **launches) -> dict:
-    """A provider with the time of both passes, or (both, forward), by launch."""
+    """Return a provider with the time of both passes, or (both, forward), by launch."""
     seconds = {
         name: passes(*time) if isinstance(time, tuple) else passes(time)
         for name, time in launches.items()
@@ -123,7 +123,7 @@ def test_floor_at_and_beyond_the_bound():
         return met(record)[:2]
 
     assert judged(1.6, 3.1) == [True, True]
-    assert judged(1.7, 3.1) == [False, True]  # forward and backward apart
+    assert judged(1.7, 3.1) == [False, True]  # forward and backward are judged separately
     assert judged(1.6, 3.3) == [True, False]
 
 
@@ -154,20 +154,18 @@ def test_small_floors_are_judged_by_graphs_on_both_sides():
         return verdict.met, verdict.measured
 
     small, large = (99e-6, 200e-6), (101e-6, 200e-6)
-    # 5 times as fast by eager launch, 3 times by graph.
+    # Ours is 5 times as fast by eager launch, 3 times by graph.
     slow_graph = timed(eager=1.0, graph=0.5), timed(eager=5.0, graph=1.5)
     verdict, said = judged(*slow_graph, small)
     assert verdict is False and "graph, eager 5 x" in said
-    assert judged(*slow_graph, large)[0] is False  # the baseline is faster by graph
-    assert (
-        judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True
-    )  # and here by eager launch: 4
+    assert judged(*slow_graph, large)[0] is False  # by graph, the baseline is faster
+    # By eager launch, ours is 4 times as fast.
+    assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=3.0), small)[0] is False
     verdict, said = judged(timed(eager=1.0, graph=0.1), timed(eager=9.0), small)
     assert verdict is None and "no CUDA graph of both sides" in said
-    assert (
-        judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True
-    )  # both by eager launch
+    # Both are timed by eager launch.
+    assert judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True
 
 
 def test_a_compiled_baseline_must_be_there_and_the_faster_form_counts():
@@ -205,7 +203,7 @@ def test_routing_counts_launches_and_asks_for_a_graph():
             )
         )
 
-    # 4 launches forward with the benchmark's cat, 1 backward; 5 x, and 1.9 x.
+    # 4 launches forward with the benchmark's cat, 1 backward; 5 and 1.9 times as fast.
     assert judged() == [True, True, True, True, False]
     assert judged(kernels=7, forward_kernels=5)[:2] == [False, False]
     assert judged(kernels=None, forward_kernels=None)[:2] == [None, None]
@@ -230,9 +228,8 @@ def test_failed_checks_and_other_records():
         "nn.MultiheadAttention, compiled": timed(eager=9.0),
     }
     red = {"compiled": None, "gate": "failed", "reasons": ["out: relative error 1"]}
-    unclocked = {
-        name: {"compiled": None, "gate": "passed", "reasons": []} for name in row
-    }  # nothing is timed where ours fails
+    # Nothing is timed if ours fails.
+    unclocked = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in row}
     failed = verdicts(gpu_record("query_pooling", "fluid-h8-b128", unclocked | {"fused": red}))
     assert [verdict.met for verdict in failed] == [False] and "relative error" in failed[0].measured
     fused = row | {"fused": timed(eager=1.0)}
@@ -269,7 +266,7 @@ def test_targets_of_the_committed_results(checkout, capsys):
 
 
 def test_a_training_step_is_judged_whole():
-    """Where one was timed; a loss without parameters has none."""
+    """The step is judged where it was timed; a loss without parameters has no step."""
     row = next(row for row in targets.ROWS if row.op == "models")
 
     def judged(ours, theirs):
@@ -291,9 +288,7 @@ def test_a_training_step_is_judged_whole():
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """A copy of README and its results in which a run may write, without what benchmarks left here
-    that is not committed.
-    """
+    """Copy README and its committed results to a folder in which a run may write."""
     listed = subprocess.run(
         ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
@@ -310,7 +305,7 @@ def committed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkout(committed, capsys):
-    """The same before any GPU was timed."""
+    """Return such a copy without GPU results."""
     for folder in conditions.folders(committed / "benchmarks" / "results"):
         if any(conditions.kind(record) == "cuda" for record in conditions.read(folder)):
             shutil.rmtree(folder)
@@ -386,7 +381,7 @@ def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
 
 
 def test_results_of_older_sources_are_shown_with_their_commit(checkout):
-    """A record stays valid when sources change; README lists the commit of each."""
+    """A record stays valid when sources change; README lists its commit."""
     providers = {"eager": timed(eager=9.0), "fused": timed(eager=1.0)}
     for case, commit, dirty in (
         ("clip-65536", "0123456789", False),
@@ -411,14 +406,14 @@ def compared(**more) -> comparison.Comparison:
 def test_best_baseline_is_accurate():
     assert compared().best == (4.0, "eager") and compared().speedup == 4.0
     assert compared(**{"Inf-CL": timed(eager=0.5, gate="failed")}).best == (4.0, "eager")
-    for unchecked in ("not checked", "no gate"):  # the second: in older records
+    for unchecked in ("not checked", "no gate"):  # older records have the second
         ceiling = {"bare GEMMs": timed(eager=0.5, gate=unchecked)}
         assert compared(**ceiling).best == (4.0, "eager")
     assert compared(**{"eager, compiled": timed(eager=2.0)}).best == (2.0, "eager, compiled")
     assert compared(composed=timed(eager=2.0)).best == (
         4.0,
         "eager",
-    )  # ours, but no reason to be silent where it is faster:
+    )
     assert compared(composed=timed(eager=0.5)).faster == (0.5, "composed")
     assert compared(fused=timed(gate="failed", eager=1.0)) is None
     both_launches = compared(eager=timed(eager=4.0, graph=3.0), fused=timed(eager=1.0, graph=2.0))
@@ -450,7 +445,7 @@ def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
 
 
 def test_sentences_belong_to_rows(committed):
-    """No sentence stays when its row is gone or its name changes."""
+    """A sentence is removed when its row is removed or renamed."""
     folders = conditions.folders(committed / "benchmarks" / "results")
     rows = [row for folder in folders for row in comparison.comparisons(conditions.read(folder))]
     assert set(readme.SLOWER) == {row.key for row in rows if row.faster is not None}
