@@ -1,4 +1,4 @@
-"""A run that is stopped goes on as if nothing had happened."""
+"""A stopped run that is resumed gives the same results as an uninterrupted run."""
 
 import json
 import os
@@ -35,12 +35,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# Stopped
+# Stop
 
 
 @pytest.fixture(autouse=True)
 def heard_interrupts():
-    """A shell's background job is born with SIGINT ignored, and the suite may run in one."""
+    """Install the default SIGINT handler; a shell starts background jobs with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -123,10 +123,11 @@ def test_only_the_newest_are_kept_and_each_is_whole(tmp_path):
         weights | {"state.json", "tokenizer/tokenizer.json"} <= files
         and files - {"state.json"} == state["sha256"].keys()
     )
+    # 18 batches of 8; an epoch of 60 rows has 7.
     assert (state["step"], state["next_batch"]) == (
         9,
         {"epoch": 2, "batch": 4},
-    )  # 18 batches of 8, 7 an epoch of 60 rows
+    )
     assert (path / "model.safetensors").read_bytes() == (
         tmp_path / "run" / "model.safetensors"
     ).read_bytes()
@@ -187,7 +188,7 @@ def test_nothing_but_damage_is_said_and_left_alone(tmp_path, monkeypatch):
     assert steps_saved(out) == [4] and len(records(out)) == 5
 
 
-# Resuming
+# Resume
 
 
 def test_resume_without_anything_to_resume_begins(tmp_path, monkeypatch, whole_run):

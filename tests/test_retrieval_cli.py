@@ -1,6 +1,4 @@
-"""Train, measure, embed and ablate a retrieval model from the command line, on a folder as users
-have them.
-"""
+"""Train, measure, embed and ablate a retrieval model from the command line."""
 
 import csv
 import json
@@ -30,7 +28,10 @@ COLOURS = ("red", "green", "blue", "white", "black", "brown")
 
 
 def write(folder, rows):
-    """Rows (colour's number, text) as pictures of that colour; text None is a broken picture."""
+    """Write rows (label, text) with pictures in the label's colour.
+
+    If the text is None, the picture is broken.
+    """
     (folder / "images").mkdir(parents=True)
     with open(folder / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -148,7 +149,8 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
     )
     assert found["pairs"]["text->image"]["queries"] == 8
     assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(1 / 6)
-    assert main([*measured, "--data", folders["data"]]) == 0  # among each other
+    # The items are ranked among each other.
+    assert main([*measured, "--data", folders["data"]]) == 0
     found = read_json(tmp_path / "n.json")
     assert found["pairs"]["image->image"]["candidates"] == 18
     assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(2 / 17)
@@ -181,9 +183,8 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
 
     monkeypatch.setattr(retrieval_metrics, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
-    assert (
-        main(command) == 0 and len(made) == 5
-    )  # of three batches two were there already, which are compared with one row
+    # Two of three batches existed already; one row is embedded again to compare them.
+    assert main(command) == 0 and len(made) == 5
     arrays = np.load(out)
     assert (
         arrays["image"].shape == arrays["both"].shape == (10, 128)
@@ -429,7 +430,7 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
 
 
 def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
-    """It puts nothing around a text, so that an empty one would be nothing at all."""
+    """Qwen's tokenizer adds no special tokens, so an empty text would have no tokens."""
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = {
@@ -473,9 +474,8 @@ def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
     ]
     assert main([*evaluated, "--out", str(tmp_path / "n.json"), "--device", "cpu"]) == 0
     pairs = read_json(tmp_path / "n.json")["pairs"]
-    assert (
-        pairs["text->image"]["queries"] == 8 and pairs["image->image"]["queries"] == 9
-    )  # one text is empty, one label unknown
+    # One text is empty and one label is unknown.
+    assert pairs["text->image"]["queries"] == 8 and pairs["image->image"]["queries"] == 9
     _, loaded = load_run(tmp_path / "run")
     ids = loaded("red", add_special_tokens=True)["input_ids"]
     assert (ids[0], ids[-1]) == (loaded.cls_token_id, loaded.sep_token_id) and loaded.decode(

@@ -1,5 +1,7 @@
-"""What all four retrieval models promise: GradCache and ranks change nothing, missing modalities
-train, one command each.
+"""Common guarantees of the four retrieval models.
+
+GradCache and the number of ranks do not change results, models train with missing modalities, and
+each has a command.
 """
 
 import os
@@ -16,8 +18,7 @@ import mmfused
 from mmfused.models.retrieval import VIEWS
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 
-# MOON2.0's balance loss is of each pass by itself, by its definition: without it GradCache and
-# ranks are exact.
+# MOON2.0 defines its balance loss for each forward pass. Without it, GradCache and ranks are exact.
 EXACT = {"moon2": {"without": ("balance",)}}
 
 
@@ -47,8 +48,9 @@ def test_cached_gradients_are_the_whole_batch_s(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
-    """Its numbers are parameters or of its configuration; the buffers that no state dict holds are
-    the encoders'.
+    """All numbers of a model are parameters or come from its configuration.
+
+    Only the encoders have buffers that are not in the state dict.
     """
     model = small_model(name)
     with torch.device("meta"):
@@ -71,7 +73,7 @@ def changes(name, case):
 
 
 def steps_of_rank(rank, world, path, folder):
-    """A step of each model in each case, in one process, as starting takes longer than steps."""
+    """Run a step of each model in each case in one process, since starting processes is slow."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
@@ -103,8 +105,10 @@ def two_ranks(tmp_path_factory):
 
 
 def whole_batch(name, case):
-    """ "lacking": the second rank has no picture, which the first one has; "one rank": the first
-    rank has no rows; "previous": the same, with the previous product's caption as a negative.
+    """Return the batch of both ranks.
+
+    "lacking": only the first rank has pictures. "one rank": the first rank has no rows. "previous":
+    likewise, with the previous product's caption as a negative.
     """
     parts = batch(name)
     if case == "lacking":

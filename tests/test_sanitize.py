@@ -79,7 +79,7 @@ sys.exit(code)
 
 
 def calls(tmp_path) -> list[str]:
-    """Which runs there were since the last time, sorted: several go at a time."""
+    """Return the runs since the last call, sorted, since several run in parallel."""
     file = tmp_path / "calls"
     rows = sorted(file.read_text().splitlines()) if file.exists() else []
     file.unlink(missing_ok=True)
@@ -96,10 +96,10 @@ def sanitized(tmp_path, *words) -> tuple[int, dict]:
 
 @pytest.mark.skipif(
     not INTERPRETED,
-    reason="here the kernels run on the GPU; the interpreter's launches are those of a CPU",
+    reason="the kernels run on the GPU here; the interpreter records the launches of a CPU",
 )
 def test_launches_reach_every_kernel():
-    """Every launch of any case of ``mmfused inspect``, and every kernel in the sources."""
+    """The launches reach every kernel of ``mmfused inspect`` and every kernel in the sources."""
     wanted = {}
     for job in recorded_launches("sm_90"):
         wanted.setdefault(job.op, set()).add(
@@ -118,7 +118,7 @@ def test_launches_reach_every_kernel():
 
 
 def test_launching_is_for_the_tools(monkeypatch, capsys):
-    """One line of JSON at the end shows that a run finished."""
+    """One line of JSON at the end shows that a run has finished."""
     done = Counter({"forward.sweep_kernel": 2})
     monkeypatch.setattr(sanitize_launches, "launches_of", lambda op: iter(()))
     monkeypatch.setattr(sanitize_launches, "counted", lambda: contextlib.nullcontext(done))
@@ -147,7 +147,7 @@ def test_launching_needs_a_gpu_or_the_interpreter():
     assert done.returncode == 2 and "needs a CUDA GPU, or TRITON_INTERPRET=1" in done.stderr
 
 
-# ---- what is made of them ------------------------------------------------------------------------
+# ---- their results -------------------------------------------------------------------------------
 
 
 def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, monkeypatch, capsys):
@@ -168,9 +168,8 @@ def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, mo
     assert sanitized(tmp_path, *words, "--tool", "synccheck")[0] == 0
     assert calls(tmp_path) == ["grouped_mlp synccheck", "query_pooling synccheck"]
     monkeypatch.setattr(sanitize, "source_hash", lambda op: "0123456789abcdef")
-    assert sanitized(tmp_path, *words)[0] == 0 and calls(tmp_path) == sorted(
-        expected[1:]
-    )  # what is wrong on purpose stays so
+    # The control, which is wrong on purpose, is not repeated.
+    assert sanitized(tmp_path, *words)[0] == 0 and calls(tmp_path) == sorted(expected[1:])
 
 
 def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Second derivatives where torch's attention is used, whose fused backwards have none."""
+"""Second derivatives of torch's attention, whose fused backwards have none."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_one_input_alone_has_second_derivatives(wanted):
     fixed = [y.detach() for y in inputs]
 
     def call(y):
-        # The upstream gradient has a graph too.
+        # The upstream gradient depends on the input too.
         return attention(*fixed[:wanted], y, *fixed[wanted + 1 :]).square().sum()
 
     assert torch.autograd.gradgradcheck(call, inputs[wanted])

@@ -1,6 +1,6 @@
 """Every tensor argument of every public function may be a strided, expanded or offset view.
 
-Upstream gradients may be one too.
+So may upstream gradients.
 """
 
 import pytest
@@ -51,7 +51,7 @@ SMALL |= dict(
     objectives=3,
 )
 SMALL |= {"one expert": False, "large": 1.0, "sorted by a kernel": True}
-# What gives all tensor arguments between them: those that exclude each other come in turn.
+# Options that together use all tensor arguments; arguments that exclude each other alternate.
 VARIANTS = {
     "query_pooling": [
         dict(padding="mask", form="absorbed", per_sample=True),
@@ -108,7 +108,7 @@ VARIANTS = {
         dict(activation="gelu"),
     ],
 }
-# These have one meaning only as they are: a permutation and what goes with it, a tensor that is
+# Expanding these changes their meaning: a permutation and its counterparts, or a tensor that is
 # written in place.
 NOT_EXPANDED = (
     "routing.indices",
@@ -118,7 +118,7 @@ NOT_EXPANDED = (
     "routing.tiles",
     "bias in place",
 )
-# A LayerNorm over equal numbers divides rounding errors by nearly nothing.
+# A LayerNorm over equal numbers divides rounding errors by a value near 0.
 NOT_EXPANDED_LAST = ("x", "context", "a", "b")
 
 
@@ -130,7 +130,7 @@ def make(function, variant):
 
 
 def in_layout(function, inputs, layout, only=None):
-    """All tensors of the arguments in that layout, or ``only`` one."""
+    """Return the arguments with all their tensors, or ``only`` one, in that layout."""
     views = {}
     for path, tensor in leaves(inputs).items():
         kept = path in NOT_EXPANDED or (function == "update_selection_bias" and path == "bias")
@@ -141,7 +141,7 @@ def in_layout(function, inputs, layout, only=None):
 
 
 def upstream_of(layout):
-    """Random gradients, the same for every run of a case; in that layout's values."""
+    """Return random gradients in that layout's values, the same in every run of a case."""
 
     def upstream(name, out):
         values = torch.randn(
@@ -166,7 +166,7 @@ def test_every_tensor_argument_has_inputs_here(function):
         "maker in function_inputs.py, and a choice that excludes others to its VARIANTS."
     )
     assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), (
-        "the maker gives what is no argument"
+        "the maker passes unknown arguments"
     )
 
 
@@ -200,11 +200,14 @@ def test_every_tensor_may_be_a_view(function, variant, backend):
 
 
 def compare(function, inputs, backend, layout, cache, only=None):
-    """Compare views with the same values in dense memory: as near to the oracle, integers equal."""
+    """Compare views with dense tensors of the same values.
+
+    Floats are compared by their error, integers exactly.
+    """
     views = in_layout(function, inputs, layout, only)
     wanted = differentiable(function, inputs)
     options = dict(wanted=wanted, upstream=upstream_of("contiguous" if only else layout))
-    if layout in EXPANDED:  # other values than the dense ones
+    if layout in EXPANDED:  # the values differ from those of the dense tensors
         dense = in_layout(function, views, "contiguous")
         exact, plain = both(function, dense, backend, **options)
     else:

@@ -1,6 +1,4 @@
-"""A tokenizer folder gives the tokenizer that was saved in it, and nothing that it says runs code
-or opens other files.
-"""
+"""A folder gives the tokenizer that was saved in it; it cannot run code or open other files."""
 
 import json
 import os
@@ -125,7 +123,7 @@ def facts(tokenizer) -> dict:
     found["vocabulary"] = tokenizer.get_vocab()
     for written in TEXTS:
         found[written] = dict(tokenizer(written)), dict(tokenizer(written, "red hello"))
-        for skip in (True, False):  # but for a space at the end, which CLIP's class cuts off
+        for skip in (True, False):  # except for a space at the end, which CLIP's class removes
             found[written, skip] = tokenizer.decode(
                 tokenizer(written)["input_ids"], skip_special_tokens=skip
             ).strip()
@@ -157,7 +155,7 @@ def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
     ],
 )
 def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tmp_path):
-    """Its tokenizer_config.json names neither class nor tokens; the model's type gives them."""
+    """If tokenizer_config.json names neither class nor tokens, the model's type gives them."""
     KINDS[kind]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -185,7 +183,7 @@ def test_a_vocabulary_without_tokenizer_json(tmp_path):
 
 
 def test_links_of_a_cache_are_followed(tmp_path):
-    """Snapshots of the hub's cache are folders of links to files elsewhere."""
+    """Snapshots in the hub's cache are folders of links to files elsewhere."""
     bert().save_pretrained(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
@@ -236,9 +234,8 @@ def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, out
     with outside.untouched():
         loaded = load_tokenizer(folder)
         found = facts(loaded)
-    found["model_input_names"] = expected[
-        "model_input_names"
-    ]  # of the class, which is another here
+    # These come from the class, which is another one here.
+    found["model_input_names"] = expected["model_input_names"]
     assert {key: found[key] for key in TOKENS} == {key: expected[key] for key in TOKENS}
     assert (
         loaded(TEXTS)["input_ids"] == load_tokenizer(folder)(TEXTS)["input_ids"]

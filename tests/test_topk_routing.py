@@ -1,5 +1,6 @@
-"""Top-k routing: the specification against a literal transcription, and what every backend
-promises. Kernels: *_fused.py.
+"""Top-k routing: the reference against a literal transcription, and guarantees of every backend.
+
+The kernels are tested in test_topk_routing_fused.py.
 """
 
 import itertools
@@ -46,7 +47,7 @@ def literal(
     available,
     balance,
 ):
-    """One token, one expert, one number at a time."""
+    """Compute a routing by token, expert and number."""
     weights, probabilities, chosen, lses = {}, {}, {}, {}
     valid = [t for t in range(len(logits)) if not token_padding_mask[t]]
     for t in valid:
@@ -135,7 +136,7 @@ def test_the_equations(score, biased, renormalize, balance):
     [*itertools.product(["softmax", "sigmoid"], [1, 3], [0.0, 0.2], [False, True])],
 )
 def test_composed_equals_reference(score, k, jitter, bias):
-    """With and without each option, every field and the gradient of everything."""
+    """Every field and every gradient agree, with and without each option."""
     given = dict(
         score=score,
         jitter=jitter,
@@ -166,8 +167,10 @@ def test_composed_equals_reference(score, k, jitter, bias):
 
 
 def test_balanced_is_one_and_the_losses_are_what_others_compute():
-    """Switch's form is 1 where all experts get the same; transformers' load_balancing_loss_func is
-    k times it.
+    """Balance losses of a uniform routing, and the relation to transformers.
+
+    Switch's form is 1 if all experts get the same; transformers' load_balancing_loss_func is k
+    times ours.
     """
     logits = torch.eye(4, dtype=torch.float64).repeat(3, 1) * 5
     for balance, want in (("switch", 1.0), ("gshard", 1.0), ("mse", 0.0)):
@@ -193,9 +196,8 @@ def test_one_choice_trains_the_router():
     for score in ("softmax", "sigmoid"):
         routing = topk_routing(logits, 1, score=score)
         d_logits = torch.autograd.grad(routing.weights.sum(), logits)[0]
-        assert d_logits.any() == (score == "softmax"), (
-            score
-        )  # a lone renormalised sigmoid is 1, as asked for
+        # A renormalised sigmoid on its own is 1.
+        assert d_logits.any() == (score == "softmax"), score
     routing = topk_routing(logits, 1, score="sigmoid", renormalize=False)
     assert torch.autograd.grad(routing.weights.sum(), logits)[0].any()
 
@@ -213,9 +215,8 @@ def check_ties(inf=math.inf):
     torch.testing.assert_close(
         routing.weights, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
     )
-    available = torch.tensor(
-        [[False, True, True, True]]
-    )  # an expert that may not be used, before one that has no probability
+    # An unavailable expert with a lower index than one with probability 0.
+    available = torch.tensor([[False, True, True, True]])
     assert topk_routing(logits, 3, available=available).indices.tolist() == [
         [1, 2, 3],
         [1, 2, 3],
@@ -293,9 +294,8 @@ def test_replay():
     for name in mmfused.Routing._fields:
         assert torch.equal(getattr(again, name), getattr(first, name)), name
     free = {**options, "available": None, "token_padding_mask": None}
-    other = topk_routing(
-        logits, 2, **free, indices=first.indices.flip(1)
-    )  # least first: only "first choice" changes
+    # In ascending order, only "first choice" changes.
+    other = topk_routing(logits, 2, **free, indices=first.indices.flip(1))
     assert torch.equal(other.indices, first.indices.flip(1))
     torch.testing.assert_close(
         other.weights, topk_routing(logits, 2, **free, indices=first.indices).weights.flip(1)
@@ -335,8 +335,9 @@ def test_jitter_is_replayed_by_its_seed_and_by_the_generator():
 
 
 def test_random_numbers_are_uniform_and_known():
-    """Philox4x32-10: in the published test vectors a counter and a key of zeros give 6627e8d5
-    first.
+    """Philox4x32-10 of a counter and a key of zeros begins with 6627e8d5.
+
+    This value is from the published test vectors.
     """
     word = 0x6627E8D5
     assert (
@@ -405,12 +406,11 @@ def test_selection_bias_moves_towards_balance():
     after = topk_routing(logits, 2, score="sigmoid", selection_bias=bias)
     assert before.float().std() > 100 and after.counts.float().std() < 10
     scores = logits.sigmoid().gather(1, after.indices)
-    torch.testing.assert_close(
-        after.weights, scores / scores.sum(1, keepdim=True)
-    )  # the bias is in no weight
+    # The bias does not change the weights.
+    torch.testing.assert_close(after.weights, scores / scores.sum(1, keepdim=True))
     counts, bias = torch.tensor([[3, 1], [1, 3]]), torch.zeros(2)
     update_selection_bias(bias, counts)
-    assert not bias.any()  # over the segments both got four
+    assert not bias.any()  # summed over the segments, both experts got four
     with pytest.raises(
         TypeError,
         match="bias: got dtype torch.bfloat16, expected float32: 16 bits lose steps of 0.001",

@@ -1,5 +1,6 @@
-"""The kernels of top-k routing, through the public functions: on a CPU in Triton's interpreter, on
-a GPU as they are.
+"""The kernels of top-k routing, through the public functions.
+
+They run in Triton's interpreter on a CPU, and compiled on a GPU.
 """
 
 import dataclasses
@@ -33,12 +34,12 @@ from mmfused.kernels.topk_routing.plans import plan
 from mmfused.random import uniform
 from mmfused.testing import over_budget
 
-# T, E, k: odd, with one token, several blocks of tokens, and more experts than a warp has lanes
+# T, E, k: odd sizes, one token, several blocks of tokens, and more experts than a warp has lanes.
 SHAPES = [(1, 5, 1), (3, 16, 3), (257, 13, 2), (257, 16, 1), (130, 70, 3), (65, 6, 5), (9, 1, 1)]
 
 
 def module_of(function):
-    """Return the module of a launcher, which has the name of another attribute of its package."""
+    """Return the module of a launcher; its package has a function of the same name."""
     return sys.modules[function.__module__]
 
 
@@ -46,8 +47,9 @@ def module_of(function):
 
 
 def check(leaves, k, options, upstream=None):
-    """Within twice the error of plain PyTorch in that dtype, on the choice that the kernels made;
-    the order by its definition.
+    """Compare with twice the error of plain PyTorch in that dtype, on the choice of the kernels.
+
+    The order is compared with its definition.
     """
     tokens = len(next(iter(leaves.values())))
     upstream = (
@@ -95,9 +97,7 @@ def test_from_input(dtype, option):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_float32_router_beside_half_precision(dtype):
-    """No digit of the weights is lost, nor of the gradients where they are far below what a half
-    holds.
-    """
+    """Weights keep all digits, and so do gradients far below the range of 16 bits."""
     leaves = make_inputs(140, 16, 150, dtype, torch.float32)
     check(leaves, 2, {})
     with torch.no_grad():
@@ -117,8 +117,9 @@ def test_float32_router_beside_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_programs_for_the_products(monkeypatch, dtype):
-    """Each goes through several blocks of tokens, or of columns; gradients grow from block to
-    block.
+    """Each program handles several blocks of tokens or columns.
+
+    Gradients grow from block to block.
     """
     monkeypatch.setattr(
         router_gradients, "plan", lambda *args: dataclasses.replace(plan(*args), programs=1)
@@ -184,11 +185,12 @@ def test_all_tokens_to_one_expert():
 
 @pytest.mark.parametrize("option", ["softmax", "available", "bias"])
 def test_choice_value_descending_index_ascending(option):
-    """Logits of few values: nearly all rows have ties, and those of the reference are the same to
-    the bit.
+    """Logits with few distinct values: nearly all rows have ties.
+
+    The logits are bitwise equal to those of the reference.
     """
     options = make_options(option, 257, 21, 4)
-    if "selection_bias" in options:  # sigmoid of these is exact in any arithmetic
+    if "selection_bias" in options:  # the sigmoid of these values is exact in any arithmetic
         options["selection_bias"] = torch.randint(-2, 3, (21,), device=DEVICE).float()
         logits = torch.where(torch.rand(257, 21, device=DEVICE) < 0.5, 0.0, -200.0)
     else:
@@ -201,8 +203,9 @@ def test_choice_value_descending_index_ascending(option):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_nan_logits(renormalize, score):
-    """Their token's weights and the losses are NaN, the choice is valid: NaN after all else but
-    before what may not be used.
+    """A NaN logit makes the losses and its token's weights NaN; the choice stays valid.
+
+    NaN is ordered after all other values, but before unavailable experts.
     """
     available = torch.ones(2, 13, dtype=torch.bool, device=DEVICE)
     available[1, :9] = False
@@ -212,7 +215,7 @@ def test_nan_logits(renormalize, score):
     )
     logits = torch.randn(70, 13, device=DEVICE)
     want = route(dict(logits=logits), 3, options, "fused")
-    logits[5, :9] = math.nan  # of segment 1, to which these are not available
+    logits[5, :9] = math.nan  # in segment 1, where these experts are unavailable
     got = route(dict(logits=logits), 3, options, "fused")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     logits[4, 2], logits[6], logits[7] = math.nan, math.nan, math.nan
@@ -232,7 +235,7 @@ def test_nan_logits(renormalize, score):
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_infinite_logits(score):
-    """-inf is a probability of 0, chosen before experts that may not be used only."""
+    """An expert at -inf has probability 0 and precedes only unavailable experts."""
     logits = torch.randn(70, 5, device=DEVICE)
     logits[:, 1], logits[3, 2:] = -math.inf, -math.inf
     available = torch.tensor([[True, True, True, False, True]], device=DEVICE)
@@ -273,8 +276,9 @@ def test_nan_behind_the_mask_stays_there(source):
 
 
 def test_replayed_indices_out_of_range():
-    """A CPU refuses them; a card cannot wait to look. Their tokens and the losses are NaN, all else
-    is as if they were clamped.
+    """Indices out of range are an error on a CPU, where a check needs no sync, but not on a GPU.
+
+    There, their tokens and the losses are NaN, and everything else is as if they were clamped.
     """
     logits, options = (
         torch.randn(70, 5, device=DEVICE),
@@ -322,8 +326,9 @@ def test_replayed_indices_out_of_range():
 
 
 def test_segments_have_gradients_of_their_own():
-    """Two segments that prefer different experts: the balance pushes each away from its own, and
-    the empty third takes no part.
+    """Each segment is balanced by itself.
+
+    Two segments prefer different experts; the third is empty and takes no part.
     """
     logits = torch.randn(130, 5, device=DEVICE) / 10
     segments = torch.arange(130, device=DEVICE) % 2
@@ -343,8 +348,9 @@ def test_segments_have_gradients_of_their_own():
 @pytest.mark.parametrize("rows", [128, 1], ids=["one step", "a step each"])
 @pytest.mark.parametrize("masked", [0.0, 0.3, 1.0])
 def test_order_of_a_routing_made_elsewhere(monkeypatch, masked, rows):
-    """Over several blocks of tokens, scanned at once and one after the other; an expert may be
-    named twice and may get nothing.
+    """The order over several blocks of tokens, scanned together or one after the other.
+
+    A token may name an expert twice, and some experts get no tokens.
     """
     monkeypatch.setattr(module_of(kernels.order), "SCAN_ROWS", rows)
     indices = torch.randint(0, 7, (333, 3), device=DEVICE) * 3
@@ -472,8 +478,9 @@ def test_opcheck(from_input, option):
 
 
 def test_launches(monkeypatch):
-    """Three forward, one backward, two more for x and the router's weights, none of them for what
-    is constant.
+    """Launches: three forward, one backward, and one each for x and the router's weights.
+
+    Constants need no launches.
     """
     launched, real = [], router_gradients.launch
 
@@ -503,7 +510,10 @@ def test_launches(monkeypatch):
 
 
 def test_jitter_is_that_of_plain_pytorch():
-    """Bit for bit, beyond one block of tokens, for seeds of more than 32 bits and negative ones."""
+    """The jitter is bitwise equal to plain PyTorch's, also in the second block of tokens.
+
+    The seeds include negative ones and ones with more than 32 bits.
+    """
     for seed in (0, 1, 2**40 + 17, 2**63 - 1, -5):
         seed = torch.tensor(seed, device=DEVICE)
         want = 1 + 0.5 * (2 * uniform(seed, 150, 13) - 1)  # 0.5 keeps all digits
@@ -520,8 +530,9 @@ def test_jitter_is_that_of_plain_pytorch():
 
 
 def test_offsets_are_64_bit():
-    """The helper through which logits are read, far behind the first 2^31 elements (virtual memory,
-    never touched).
+    """The helper that loads logits uses 64-bit offsets.
+
+    It reads far behind the first 2^31 elements of virtual memory.
     """
     if CUDA:
         pytest.skip("the interpreter probes the helper; the same source runs on the card")
@@ -535,9 +546,9 @@ def test_offsets_are_64_bit():
         tl.store(out_ptr + at, load(ptr, first + i, i, i < 1, stride, 1, E))
         tl.store(out_ptr + 256 + at, load(ptr, i, i, i < 2, 1, stride, E))
 
-    # Zero pages: only the ones that are written take memory.
+    # Only written pages take memory; the others are shared zero pages.
     memory = torch.zeros(2_200_000_000, dtype=torch.int8)
-    memory[9 * 240_000_000 : 9 * 240_000_000 + 2] = 7  # 9 rows down, or 9 columns along
+    memory[9 * 240_000_000 : 9 * 240_000_000 + 2] = 7  # 9 rows down, or 9 columns to the right
     out = torch.full((2, 16, 16), -1.0)
     probe[(1,)](scores.load_logits, memory, out, 9, 240_000_000, E=10)
     assert (

@@ -1,5 +1,6 @@
-"""Routing with values that are not numbers, out of range, very large, or never written: on every
-backend, and in the C++ router.
+"""Routing with values that are not finite, out of range, very large or uninitialised.
+
+It runs on every backend, and in the C++ router.
 """
 
 import itertools
@@ -29,13 +30,12 @@ def simt(tmp_path_factory):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """What is computed where nobody may raise: on CUDA and in compiled graphs."""
+    """Switch off checks of values, as on CUDA and in compiled graphs."""
     monkeypatch.setattr(checks, "check_value", lambda condition, message: None)
 
 
 def agree(got, exact, plain):
-    """NaN and inf where the reference in float64 has them; what is finite there within the error
-    budget.
+    """Check NaN and inf against the float64 reference; return the tables without them.
 
     A token whose gradient holds NaN in the reference may have NaN in more of its logits.
     """
@@ -53,9 +53,7 @@ def agree(got, exact, plain):
 
 
 class Tables:
-    """What several cases gave, compared as one: of a single number plain PyTorch may be right by
-    luck.
-    """
+    """Results of several cases, compared together: on a single number, the error is random."""
 
     def __init__(self):
         self.seen = [{}, {}, {}]
@@ -109,8 +107,9 @@ ROWS = {
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, backend):
-    """Of its own segment the losses, and with "mse" their gradients, as in the reference; the other
-    segment's stay finite.
+    """A non-finite row affects only the outputs of its token, and the losses of its segment.
+
+    With "mse" it also affects the gradients of these losses, as in the reference.
     """
     segments, together = (torch.arange(20) % 3 == 0).long().to(DEVICE), Tables()
     for row, renormalize in itertools.product(ROWS.values(), (True, False)):
@@ -183,7 +182,7 @@ def test_a_token_of_x_that_is_not_finite_stays_in_its_outputs(value, backend):
 
 
 def bad_values(tokens, experts, k):
-    """Options with one fault each, and the tokens that have it."""
+    """Yield options with one invalid value each, and the tokens that have it."""
     segments = (torch.arange(tokens) % 3).to(DEVICE)
     for s in (-1, 2**40):
         given = segments.clone()
@@ -262,7 +261,7 @@ def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, si
 
 
 def test_an_expert_named_twice_counts_twice():
-    """A replayed choice may do that, as one of experts on other ranks, which all go to the last."""
+    """A replayed choice may name an expert twice, like one that maps remote experts to the last."""
     indices, together = torch.tensor([[1, 1], [0, 2], [3, 3]], device=DEVICE), Tables()
     for backend, score, renormalize in itertools.product(
         BACKENDS[1:], ("softmax", "sigmoid"), (True, False)
@@ -280,8 +279,9 @@ def test_an_expert_named_twice_counts_twice():
 
 @pytest.mark.parametrize("sort", BACKENDS)
 def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
-    """Every backend of the experts on every backend's routing: the void tokens are NaN, the others
-    as without them.
+    """Every backend of the experts handles every backend's routing of invalid values.
+
+    Invalid tokens give NaN; the others are unaffected.
     """
     indices = torch.randint(0, 4, (9, 2), device=DEVICE)
     bad = indices.clone()
@@ -310,8 +310,9 @@ def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
 
 
 def large(size):
-    """Logits up to ``size``: far apart, close to one another far from zero on either side, all
-    equal, and small ones.
+    """Return logits up to ``size`` in absolute value.
+
+    Rows are far apart, close together and far from zero on either side, all equal, or small.
     """
     logits = torch.randn(64, 13, dtype=torch.float64)
     near = torch.rand(64, 13, dtype=torch.float64) * 4
@@ -365,9 +366,7 @@ def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormaliz
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, score):
-    """Renormalised weights know nothing of the experts that are not chosen, and sum to 1: where one
-    is near 1, too.
-    """
+    """Renormalised weights do not depend on unchosen experts, also where one weight is near 1."""
     logits = (
         (10 ** torch.linspace(-1, 4, 60)[:, None] * torch.randn(60, 11)).to(DEVICE).requires_grad_()
     )
@@ -387,8 +386,9 @@ def near_1():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
-    """It is what the other experts leave: in float32 P - P ** 2 has no digit of it, their sum has
-    all.
+    """The gradient near 1 is computed from the other experts' probabilities.
+
+    In float32, P - P ** 2 has no correct digits; their sum has all.
     """
     logits, upstream, gradients = near_1(), torch.randn(40, k), []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
