@@ -1,12 +1,14 @@
 """Backward of the experts.
 
-``hidden_kernel``, for a tile of rows of one expert and a block of I, with dO gathered by token:
+``hidden_kernel`` computes, for a tile of rows of one expert and a block of I, with dO gathered by
+token:
 
     dA = dO W_down      dS = <dA, A>      dH = w dA act'(H)      A' = w A
 
-Each block writes its own part of the dS of a row, and combine_kernel adds the parts up in order: no
-atomics, and no output of an expert is needed. With activation "none" and x for H these are the
-gradients of a linear layer with combine. The weights follow from dH and A': weight_gradients.py.
+Each block writes its own part of the dS of a row, and combine_kernel adds the parts up in order.
+There are no atomics, and the outputs of the experts are not needed. With activation "none" and x in
+place of H, these are the gradients of a linear layer with combine. The gradients of the weights are
+computed from dH and A' in weight_gradients.py.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def hidden_gradients(
 ) -> Tensor:
     """Launch hidden_kernel: write dh and scaled, and return d_combine in parts (N / BN, R).
 
-    weight (E, O, I) is that of the last product.
+    weight (E, O, I) is that of the last matrix product of the forward.
     """
     _, k, n = weight.shape
     kind = "gated hidden" if activation == "swiglu" else "hidden"
@@ -266,7 +268,7 @@ def hidden_kernel(
     if expert < 0:
         return
     rows = first + tl.arange(0, BM)
-    # Beyond the end the last row again, never a row of another expert.
+    # Beyond the end, read the last row again, never a row of another expert.
     there = tl.minimum(rows, end - 1)
     tokens = source_rows(order_ptr, there, k, True)
     b_ptr += expert.to(tl.int64) * stride_be

@@ -1,6 +1,6 @@
-"""Sums over a token's k rows: outputs forward, gradients of tokens and routing weights backward.
+"""Sums over a token's k rows: outputs in forward, gradients of x and routing weights in backward.
 
-Rows are gathered through position: no scatter, no atomics, and the same order on every run.
+Rows are gathered through ``position``: no scatter, no atomics, and the same order on every run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .rows import Rows
 
 
 class RoutingGradient(NamedTuple):
-    """What the gradient of the routing weights is made from, and where it goes."""
+    """Inputs and output of the gradient of the routing weights."""
 
     partial: Tensor  # (parts, R) float32, from hidden_kernel
     d_out: Tensor  # (T, D)
     bias: Tensor | None  # (E, D)
-    d_combine: Tensor  # (T, k) float32
+    d_combine: Tensor  # (T, k) float32, output
 
 
 def combine_rows(
@@ -33,7 +33,7 @@ def combine_rows(
 ) -> Tensor:
     """Launch combine_kernel: sum y (R, N) over the rows of each token, to (T, N).
 
-    Without y the result is (0,). ``gradient``: compute its d_combine too.
+    Without y the result is (0,). With ``gradient``, its d_combine is computed too.
     """
     partial, d_out, bias, d_combine = gradient or (None, None, None, None)
     tokens = rows.number // rows.k
@@ -97,8 +97,8 @@ def combine_kernel(
 ):
     """Compute out_t = sum over j of w_tj y[position of (t, j)]; without weights, w = 1.
 
-    grid (T / BT, N / BN). Where dS is wanted there is one more column of programs, without y only
-    that one.
+    grid (T / BT, N / BN). Where dS is wanted, the second dimension has one more program, which
+    computes it; without y it has only that one.
     """
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     valid = tl.load(offsets_ptr + E)
@@ -162,7 +162,7 @@ def _routing_gradient(
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Compute dS: the parts of hidden_kernel added up in order, plus <dO, bias of the expert>.
+    """Compute dS: the sum, in order, of the parts of hidden_kernel, plus <dO, bias of the expert>.
 
     It is 0 for masked tokens.
     """

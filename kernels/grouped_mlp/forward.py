@@ -1,7 +1,7 @@
 """Forward of the experts: products of sorted rows with the matrices of their experts.
 
-``rows_kernel`` has one program for each tile of rows of one expert and block of columns. The
-backward launches it too.
+``rows_kernel`` runs one program for each tile of rows, all of one expert, and each block of
+columns. The backward launches it too.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def up_and_gate(
     w_gate: Tensor | None,
     packed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return both weights (E, I, D), with the same strides."""
+    """Return the weights of up and gate (E, I, D), with the same strides; no gate: None."""
     if packed:
         gate, up = w_up.chunk(2, 1)
         return up, gate
@@ -121,7 +121,7 @@ def multiply_rows(
 ) -> None:
     """Launch rows_kernel: out (R, N) = act(a weight^T + bias).
 
-    weight (E, N, K) of any strides; ``second`` with the same strides. ``tail``: write zeros to the
+    weight (E, N, K) has any strides, and ``second`` the same ones. ``tail``: write zeros to the
     rows of masked tokens.
     """
     _, n, k = weight.shape
@@ -195,8 +195,8 @@ def rows_kernel(
 ):
     """Compute out = act(A B + bias); grid (slots * N / BN,).
 
-    With "swiglu" b2 is the B of the gate, and hidden gets the gate's pre-activations first. With
-    "none" b2 belongs to a second part of K (see product), and hidden is not written.
+    With "swiglu", b2 is the B of the gate, and hidden gets the gate's pre-activations first. With
+    "none", b2 is multiplied by K further columns of A (see product), and hidden is not written.
     """
     tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
     cols = block * BN + tl.arange(0, BN)
@@ -206,7 +206,7 @@ def rows_kernel(
     if expert < 0:
         return
     rows = first + tl.arange(0, BM)
-    # Beyond the end the last row again, never a row of another expert.
+    # Beyond the end, read the last row again, never a row of another expert.
     a_rows = source_rows(order_ptr, tl.minimum(rows, end - 1), k, GATHER)
     weights = expert.to(tl.int64) * stride_be
     acc = tl.zeros([BM, BN], tl.float32)

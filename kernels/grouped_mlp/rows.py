@@ -1,8 +1,8 @@
-"""Sorted rows and their tiles, for the kernels of both directions.
+"""Sorted rows and their tiles, for the kernels of forward and backward.
 
-A tile never spans two experts, so its product is an ordinary one; the last rows of a tile may be
-missing. Only the device knows which tiles there are: a grid has as many as there can be, and those
-without rows end at once.
+A tile never spans two experts, so its product is an ordinary matrix product; the last rows of a
+tile may be missing. Only the device knows which tiles there are: a grid has programs for as many as
+there can be, and programs without a tile end at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def sorted_rows(
     tiles: Tensor,
     k: int,
 ) -> Rows:
-    """Make the tensors of a routing dense, and the map of tiles if there is none yet."""
+    """Make the tensors of a routing contiguous, and compute the tiles if there are none yet."""
     offsets = offsets.contiguous()
     if not len(tiles):
         tiles = tile_map(offsets, len(order), len(offsets) - 1)
@@ -62,7 +62,7 @@ def sorted_rows(
 
 
 def tile_options(tile: Tile) -> dict[str, int]:
-    """Return the keywords of a launch that a tile determines."""
+    """Return the keyword arguments of a launch that follow from a tile."""
     return {
         "BM": tile.BM,
         "BN": tile.BN,
@@ -109,7 +109,7 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
     """Load a tile, 0 outside the given rows and columns.
 
-    ALL_0, ALL_1: all rows, all columns are inside, so no mask is needed.
+    ALL_0: all rows are inside, ALL_1: all columns are. These need no mask.
     """
     if ALL_0 and ALL_1:
         tile = tl.load(ptr)
@@ -139,9 +139,9 @@ def product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return acc + A[a_rows] B, summed over K; B (K, N) of any strides.
+    """Return acc + A[a_rows] B, summed over K; B (K, N) has any strides.
 
-    With a second B, A has K more columns that are multiplied by it.
+    With a second B, A has K further columns, which are multiplied by it.
     """
     STEPS: tl.constexpr = (K + BK - 1) // BK
     ks = tl.arange(0, BK)
@@ -188,7 +188,7 @@ def column_pieces(x, BM: tl.constexpr, BN: tl.constexpr, HALVINGS: tl.constexpr)
 
 @triton.jit
 def activate(h, g, ACTIVATION: tl.constexpr):
-    """Return the activation and its derivatives by h and, for "swiglu", by the gate g."""
+    """Return the activation and its derivatives with respect to h and, for "swiglu", the gate g."""
     a = h
     by_h = 1.0
     by_g = 0.0
@@ -220,7 +220,7 @@ def zero_tail(
 ):
     """Write zeros to the rows of masked tokens, the last R - valid rows.
 
-    Tile i, of whatever expert, writes the i-th BM of them from the end.
+    Tile i, whichever its expert, writes BM of them: the i-th group from the end.
     """
     last = R - tile * BM
     if last > valid:

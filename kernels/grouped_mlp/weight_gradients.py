@@ -1,7 +1,7 @@
 """Gradients of the experts' weights and biases: outer products summed over the rows of an expert.
 
-dW = Y^T X. The rows A' carry the routing weight already, so nothing has to be scaled on its way
-into the matrix units.
+dW = Y^T X. The rows A' are already multiplied by the routing weight, so nothing has to be scaled on
+its way into the matrix units.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def weight_gradients(
     """Launch weights_kernel: dW of each of the weights (E, O, I), and db (E, O) of the last.
 
     y (R, O times the number of weights) holds O columns for each of the weights, one after the
-    other. What is not needed is (0,). ``packed``: the weights are halves of one tensor, and so are
-    their gradients. Without need_dw and need_db, y and x may be None.
+    other. A result that is not needed is (0,). ``packed``: the weights are halves of one tensor,
+    and so are their gradients. Without need_dw and need_db, y and x may be None.
     """
     experts, n, width = weights[0].shape
     db = weights[0].new_empty((experts, n) if need_db else (0,))
     if not (need_dw or need_db):
         return [db.new_empty(0) for _ in weights[packed:]], db
     assert y is not None and x is not None
-    if not need_dw:  # the sums are by-products of a product: compute the narrowest one
+    if not need_dw:  # the kernel computes db along with dw: compute the narrowest dw
         x, width = x[:, :16], min(width, 16)
     joint = None
     if packed:
@@ -103,9 +103,9 @@ def weights_kernel(
 ):
     """Compute dw = Y^T X over the rows of each expert, and db, the sums of the columns of Y.
 
-    With dw2, dw2 = Y2^T X where Y2 is the second half of the columns of y, and db are the sums of
-    Y2. The sums are weighted by the routing where that is given. grid (E * N / BM * K / BN,), twice
-    that with dw2.
+    grid (E * N / BM * K / BN,), twice that with dw2. Then Y is the first half of the columns of y
+    and Y2 the second, dw2 = Y2^T X, and db are the sums of the columns of Y2. The sums are weighted
+    by the routing weights where these are given.
     """
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
     high: tl.constexpr = (N + BM - 1) // BM
@@ -124,7 +124,7 @@ def weights_kernel(
     sums_too = False
     if db_ptr is not None:
         sums_too = (block_x == 0) & (part == PARTS - 1)
-    if sums_too:  # two loops: most programs have no sums
+    if sums_too:  # a loop of its own, because most programs compute no sums
         _outer_products(
             y_ptr,
             x_ptr,
@@ -201,7 +201,7 @@ def _outer_products(
     GATHER_X: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one block of an expert's dW and, if given, db; zeros without rows."""
+    """Compute one block of an expert's dW and, if given, db; zeros for an expert without rows."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
@@ -215,7 +215,7 @@ def _outer_products(
             assignments = tl.load(order_ptr + rows, mask=inside, other=0)
         y_rows = (assignments // k if GATHER_Y else rows).to(tl.int64)
         x_rows = (assignments // k if GATHER_X else rows).to(tl.int64)
-        # Transposed here: on Ampere tl.trans would stop the pipeline.
+        # Loaded transposed, because on Ampere tl.trans would prevent pipelining.
         y_at = y_rows[None, :] * stride_y + (y_column + ys)[:, None]
         y = load_inside(y_ptr + y_at, ys < N, inside, N % BM == 0, False)
         x_at = x_rows[:, None] * stride_x + xs[None, :]
@@ -231,9 +231,9 @@ def _outer_products(
 
 @triton.jit
 def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
-    """Return the weights (rows, 16) of rows in the sum for a bias, in two columns.
+    """Return the weights (rows, 16) of the rows in the sum for db, in the first two columns.
 
-    The second column holds what 16 bits round off of the first.
+    The second column holds the error of rounding the first to 16 bits.
     """
     column = tl.arange(0, 16)[None, :]
     if routing_ptr is None:

@@ -40,7 +40,7 @@ def sweep(
     columns: bool,
     everything: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute statistics over all pairs but the targets, and the products of the targets.
+    """Compute statistics over all pairs except the targets, and the products of the targets.
 
     q (B, D) and c (C, D) are sorted by key. The statistics of the rows are (5, B) and, with
     ``columns``, of the columns (5, C), float64; the targets' products q . c are (B,) float32.
@@ -58,7 +58,7 @@ def sweep(
         column[:, 0] = float("-inf")
         column[:, 1:] = 0
     elif everything and ids != "same":
-        # No further positives, whose sums the kernel would write.
+        # There are no further positives, so the kernel does not write their sums.
         column[:, 2:4] = 0
     q_rank, c_rank = id_ranks(q_id, c_id)
     launch(
@@ -118,10 +118,10 @@ def _merge_partials(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
 
 
 def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
-    """Return q . c_target (B,) float32, to the bit what a sweep with these tiles has there.
+    """Return q . c_target (B,) float32, bitwise equal to what a sweep with these tiles computes.
 
-    Of two equal candidates neither may be the likelier, and at logits of 10^4 another order of
-    summation would be an error of 10^-3.
+    Two equal candidates must get the same probability, and with logits of 10^4 another order of
+    summation would make a difference of 10^-3.
     """
     out = q.new_empty(len(q), dtype=torch.float32)
     launch(
@@ -161,7 +161,7 @@ def sweep_backward(
     need_dc: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dq (B, D) and dc (C, D) over scale, float32, and the gradient of the scale.
+    """Compute dq (B, D) and dc (C, D), float32, both divided by scale, and the scale's gradient.
 
     ``row`` (4, B), ``column`` (4, C): coefficients; the other inputs are those of :func:`sweep`.
     The gradient of the scale, () float64, is the sum of dS_ij q_i . c_j. A gradient that is not

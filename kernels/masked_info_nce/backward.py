@@ -4,18 +4,20 @@ The targets are left out:
 
     dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
 
-with the terms of j if symmetric, ``positive`` in further positives only, and ``every`` in every
-pair.
+The terms of j occur only if the loss is symmetric, ``positive`` only in further positives, and
+``every`` in every pair. There are two forms.
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and
-``apply_ds_kernel`` multiplies it by c and, transposed, by q, adding to float32 sums: 6 B C D FLOPs,
-and HBM traffic of 6 bytes a pair (16-bit) and of 8 bytes for each sum and chunk.
-Owner-computes: ``owner_kernel`` recomputes S once for each side and keeps dS and sums on chip:
-8 B C D FLOPs and no traffic.
+``apply_ds_kernel`` multiplies it by c and, transposed, by q, adding to float32 sums. This takes
+6 B C D FLOPs, and HBM traffic of 6 bytes per pair (16-bit) and 8 bytes per sum and chunk.
 
-``moment``: sums of dS S, from which comes the scale's gradient. Its terms nearly cancel, so no
-rounded dS may enter it. ``gain``: a power of two that makes the largest weight about 2^13, as
-float16 would lose 1 / (B C). Results are divided by it.
+Owner-computes: ``owner_kernel`` recomputes S once for each side, and keeps dS and sums on chip.
+This takes 8 B C D FLOPs and no traffic.
+
+``moment``: sums of dS S, from which the scale's gradient is computed. Its terms nearly cancel, so
+they must be computed from dS before rounding. ``gain``: a power of two that makes the largest
+weight about 2^13, because weights near 1 / (B C) are too small for float16. Results are divided
+by it.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _gradient(
 ):
     """dS of a tile: the softmax less the terms of further positives and of every pair.
 
-    It is 0 in invalid pairs (s is -inf), also where the coefficients of a row or column are NaN.
+    It is 0 in invalid pairs (s is -inf), even where the coefficients of a row or column are NaN.
     """
     ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, HAS_X, HAS_Y)
     if EVERYTHING:
@@ -118,8 +120,9 @@ def pairs_kernel(
 ):
     """Write a tile of dS, 0 in invalid pairs, and its sum of dS S.
 
-    grid (row blocks, column tiles) of the chunk at (row0, col0). All of a BX x BY tile that
-    apply_ds_kernel will read is written, and no other. BX and BY are multiples of BM and BN.
+    grid (row blocks, column tiles) of the chunk at (row0, col0). The BX x BY tiles that
+    apply_ds_kernel will read are written completely, and no others. BX and BY are multiples of BM
+    and BN.
     """
     i, j = tl.swizzle2d(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP
@@ -142,7 +145,7 @@ def pairs_kernel(
         x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, q_id_ptr, x, B, KEYS, IDS)
         y_id = y if IDS == "none" else tl.load(c_id_ptr + y, mask=y < C, other=-2)
         ok = valid_pairs(x, y, B, C, target, x_low, x_high, shared, x_id, y_id, False, KEYS, IDS)
-        # Here already: the mask's registers are free before the softmax takes some.
+        # Masked here, not later, so that the mask's registers are free before the softmax.
         s = tl.where(ok, s, float("-inf"))
         gain = _load_gain(gain_ptr)
         x_side = load_coefficients(row_ptr, x, B, gain, EVERYTHING)
@@ -153,8 +156,8 @@ def pairs_kernel(
         at = (i * BM + tl.arange(0, BM))[:, None] * width + (j * BN + tl.arange(0, BN))[None, :]
         tl.store(ds_ptr + at, ds)
         if moment_ptr is not None:
-            # As one vector: Triton 3.6 cannot sum rows or columns of the product's layout for
-            # sm_100.
+            # Summed as one vector: for sm_100, Triton 3.6 cannot sum over rows or columns in the
+            # layout of the product.
             moment = tl.sum(tl.reshape(_moment(ds, s), [BM * BN]), 0)
     if moment_ptr is not None:
         tl.store(moment_ptr + i * tl.num_programs(1) + j, moment)
@@ -189,9 +192,9 @@ def apply_ds_kernel(
     """out = or, unless FIRST, += dS y over the chunk's y0 .. y1 - 1.
 
     grid (D / BD, blocks of x in the chunk, S). x = q and y = c, or, with dS transposed by its
-    strides, x = c and y = q. It reads the tiles that pairs_kernel wrote and no others: those with
-    an allowed pair, and those between the keys of a block on the one side and of a tile on the
-    other, which both visit. Blocks and tiles start at multiples of BX and BY on either side.
+    strides, x = c and y = q. Only tiles that pairs_kernel wrote are read: those with an allowed
+    pair, and those that lie between the keys of a block of x and those of a tile of y, which both
+    kernels visit. Blocks and tiles start at multiples of BX and BY in both kernels.
     """
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -213,7 +216,8 @@ def apply_ds_kernel(
     gain = _load_gain(gain_ptr)
     acc = tl.zeros([BX, BD], tl.float32)
     if not FIRST:
-        # Here, not at the end: earlier sums and accumulator would not fit into registers.
+        # Loaded here, not at the end, where earlier sums and accumulator would not both fit into
+        # registers.
         acc = tl.load(out_ptr + at, mask=inside, other=0.0) * gain
     for step in range(begin, end):
         start = nth_tile(step // STEPS, head, own, first) * BY + step % STEPS * BK
@@ -259,10 +263,10 @@ def owner_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write split s's share of dS y for a block of x, and of the sums of dS S.
+    """Write the share of one split in dS y, for a block of x, and in the sums of dS S.
 
-    grid (S, X / BM). BD >= D columns of sums stay in registers. x = q and y = c, or with SWAP x = c
-    and y = q: S and dS are then transposed, bias belongs to x and target to y.
+    grid (S, X / BM). BD >= D columns of sums stay in registers. x = q and y = c; with SWAP, x = c
+    and y = q. S and dS are then transposed, bias belongs to x and target to y.
     """
     split, block = tl.program_id(0), tl.program_id(1)
     x = block * BM + tl.arange(0, BM)

@@ -1,12 +1,13 @@
-"""Forward kernels of masked InfoNCE: statistics of rows and columns over all pairs but the targets.
+"""Forward kernels of masked InfoNCE: statistics over all pairs except the targets.
 
-The statistics are logsumexp and, for label smoothing and further positives, number and sum of both;
-the columns' come from the same tiles as the rows'. A row or column without a valid pair gets
-logsumexp -inf.
+The statistics of each row and column are the logsumexp of its logits and, for label smoothing and
+further positives, the number and sum of the logits of all pairs and of the further positives.
+Those of the columns come from the same tiles as those of the rows. A row or column without a valid
+pair gets logsumexp -inf.
 
-Every program owns its partial results, and a second kernel merges them in a fixed order: no
-atomics, bitwise repeatable. FLOPs: 2 B C D. Tiles of q and c come from L2, and B C / BM floats of
-column partials go through HBM.
+Every program has its own partial results, and a second kernel merges them in a fixed order: there
+are no atomics, and results are bitwise repeatable. FLOPs: 2 B C D. Tiles of q and c come from L2,
+and B C / BM floats of column partials go through HBM.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def _finite(m):
 
 @triton.jit
 def _number_and_sum(s, AXIS: tl.constexpr):
-    """Number and sum, over an axis, of what is not -inf.
+    """Number and sum, over an axis, of the elements that are not -inf.
 
-    Reducing the mask itself would give it another layout than s: ten times the registers.
+    A reduction of the mask itself would give it another layout than s, at ten times the registers.
     """
     there = s != float("-inf")
     return tl.sum(tl.where(there, 1.0, 0.0), AXIS), tl.sum(tl.where(there, s, 0.0), AXIS)
@@ -58,7 +59,7 @@ def _add_sums(
     COLUMNS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Numbers and sums of the rows after a tile; those of its columns are stored."""
+    """The rows' numbers and sums with a tile added; those of the tile's columns are stored."""
     more = _number_and_sum(s, 1)
     if COLUMNS:
         _store_sums(ptr, N, at, _number_and_sum(s, 0), MERGE)
@@ -82,7 +83,7 @@ def _store_softmax(
     total,
     MERGE: tl.constexpr,
 ):
-    """Store a program's maximum and sum; with MERGE on top of those of its earlier row blocks."""
+    """Store a program's maximum and sum; MERGE: merged with those of its earlier row blocks."""
     if MERGE:
         old = tl.load(ptr + at, mask=at < N, other=float("-inf"))
         old_total = tl.load(ptr + N + at, mask=at < N, other=0.0)
@@ -108,9 +109,9 @@ def _store_sums(
 
 @triton.jit
 def _softmax_step(s, m, total, safe, COLUMNS: tl.constexpr):
-    """One tile of the rows' online softmax, and maximum and sum of its columns.
+    """One tile of the rows' online softmax, and the maxima and sums of the tile's columns.
 
-    Maxima are 0 where the logits are safely small.
+    With ``safe``, logits are small enough for all maxima to be taken as 0.
     """
     column_m = tl.zeros([s.shape[1]], tl.float32)
     column = tl.zeros([s.shape[1]], tl.float32)
@@ -145,7 +146,10 @@ def _is_whole(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Whether every pair of a tile is valid, without ids: most tiles, told by their corners."""
+    """Whether every pair of a tile is valid, apart from ids; true of most tiles.
+
+    It is decided from the corners of the tile.
+    """
     whole = (x0 + BM <= B) & (y0 + BN <= C) & ((y0 > last_target) | (y0 + BN <= first_target))
     if KEYS:
         whole = whole & ((y0 + BN <= shared) | ((full_low <= y0) & (y0 + BN <= full_high)))
@@ -185,8 +189,8 @@ def sweep_kernel(
     """Write maximum and sum of the softmax, and with EVERYTHING the four numbers and sums.
 
     grid (S, G): program (s, g) owns ``blocks`` row blocks and ``tiles`` column tiles, and visits
-    the tiles that hold pairs. Splits vary fastest: programs at work then share few row blocks,
-    which stay in L2.
+    the tiles that hold pairs. Splits are the fastest dimension of the grid, so that the programs
+    that run at the same time share few row blocks, which stay in L2.
     """
     split, group = tl.program_id(0), tl.program_id(1)
     STATS: tl.constexpr = 6 if EVERYTHING else 2
@@ -258,7 +262,7 @@ def target_kernel(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write q_i . c_target(i): the diagonal of a tile, multiplied as the sweep's tiles are.
+    """Write q_i . c_target(i), the diagonal of a tile that is computed like the sweep's tiles.
 
     grid (B / min(BM, BN),).
     """
@@ -287,10 +291,10 @@ def merge_kernel(
     BN: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """Merge partial results into statistics: logsumexp, and the sums, 0 without EVERYTHING.
+    """Merge partial results into statistics: logsumexp, then the sums, 0 without EVERYTHING.
 
-    grid (N / BN,). float64, as a logsumexp of 20 in float32 would put an error of 1e-6 on a whole
-    row of probabilities.
+    grid (N / BN,). The results are float64, because in float32 the rounding error of a logsumexp
+    near 20 would put an error of 1e-6 on all probabilities of a row.
     """
     STATS: tl.constexpr = 6 if EVERYTHING else 2
     at = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -1,6 +1,7 @@
 """Launches of the backward of masked InfoNCE: owner-computes, or dS in chunks.
 
-Both return dq and dc over scale and, where the scale needs a gradient, parts of the sum of dS S.
+Both return dq and dc, divided by scale, and, where the scale needs a gradient, parts of the sum of
+dS S.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from . import backward as bwd
 from .plans import Plan, chunk, splits
 from .vectors import Ranges
 
-SWIZZLE = 16  # row blocks that share the columns in L2
+SWIZZLE = 16  # row blocks that share columns while these are in L2
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Gradients:
     need_scale: bool
 
     def scalars(self) -> dict[str, Tensor | None]:
-        """Return what both kernels that compute dS read, whichever side owns the rows."""
+        """Return the arguments of both kernels that compute dS, whichever side x is."""
         return dict(
             bias_ptr=self.bias,
             scale_ptr=self.scale,
@@ -200,8 +201,8 @@ def _apply_ds(
 ) -> None:
     """out[x_span] = or += dS y over a chunk; = in the first chunk of y.
 
-    x = q and y = c, or, ``transposed``, the reverse. Where the chunk has few blocks, programs sum
-    up parts, which are added here.
+    x = q and y = c, or, ``transposed``, the reverse. Where the chunk has few blocks, the sum over y
+    is split into parts, which are added here.
     """
     tile = tiles.apply_ds
     y = given.q if transposed else given.c

@@ -1,13 +1,13 @@
 """Device functions that the kernels of masked InfoNCE share: tiles, pairs, logits and dS.
 
-One side is x (a program owns a block of BM rows), the other y (walked in tiles of BN). With keys
-both are sorted by key. A row of x then sees [0, shared) and [low, high) of y, and a block of rows
-sees tiles at the start and one range. Masks are comparisons of column numbers with vectors of the
-rows, and tiles outside are never read.
+One side is x (a program owns a block of BM rows), the other is y (visited in tiles of BN). With
+keys, both are sorted by key. A row of x then sees [0, shared) and [low, high) of y, and a block of
+rows sees tiles at the start and one further range. Masks are comparisons of column numbers with
+vectors of the rows, and tiles outside these ranges are never read.
 
-Logits s = (x . y) scale stay natural, p = exp2((s - lse) log2(e)). With log2(e) in the scale, as in
-flash attention, there would be one product a pair less, but logits of 100 would give float32
-gradients three times less exact than plain PyTorch's.
+Logits s = (x . y) scale are kept to base e, p = exp2((s - lse) log2(e)). Including log2(e) in the
+scale, as flash attention does, would save one multiplication per pair, but with logits of 100 the
+float32 gradients would be three times less exact than those of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import triton.language as tl
 
 from ..tiles import LOG2E, dot
 
-# Up to this bound of |logits| exp needs no maximum: exp(32) times 2^31 pairs stays far below
-# float32's largest number, exp(-32) is a normal number, and so are exp(s) and exp(-lse). One
-# exponential then serves a row and a column. 64 would do too, but a product of exponentials has the
-# rounding errors of both logits, which the temperature's gradient, a float32, would show.
+# If |logits| are at most this, exp needs no subtraction of a maximum: exp(32) times 2^31 pairs
+# stays far below float32's largest number, exp(-32) is a normal number, and so are exp(s) and
+# exp(-lse). One exponential then serves a row and a column. A bound of 64 would be possible too,
+# but a product of exponentials has the rounding errors of both exponents, which would show in the
+# temperature's gradient, a float32.
 SAFE_BOUND = tl.constexpr(32.0)
 
 
@@ -37,8 +38,9 @@ def block_range(
 ):
     """(low, high, full_low, full_high, shared) of the rows start .. start + BM - 1.
 
-    The rows see parts of [low, high), and each row all of [full_low, full_high). The latter holds
-    for queries only: among candidates those with key -1 come first, where keys start anew.
+    Each row sees a part of [low, high), and all of [full_low, full_high). The latter holds only
+    where the rows are queries. If they are candidates, those with key -1 come first and see all
+    queries, and only after them do the ranges ascend.
     """
     low = 0
     high = Y
@@ -67,8 +69,9 @@ def visited_tiles(
 ):
     """(head, own, count): which of the tiles first .. last - 1 a block visits.
 
-    ``count`` tiles: ``head`` shared ones from ``first`` on, the others from ``own`` on. A block
-    without own candidates may visit the tile that holds the empty range [low, low).
+    It visits ``count`` tiles: ``head`` tiles with shared columns, from ``first`` on, and the others
+    from ``own`` on. A block without columns of its own may visit the tile that holds its empty
+    range [low, low).
     """
     head = last - first
     own = last
@@ -127,9 +130,10 @@ def valid_pairs(
 ):
     """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id.
 
-    ``target`` belongs to x; with SWAP x are candidates and it belongs to y.
+    ``target`` holds the candidate of each query: x are the queries, or y with SWAP.
     """
-    # Vectors of the rows suffice: rows from X on have an empty range, and no range exceeds Y.
+    # Comparisons with vectors of the rows are enough: rows from X on have an empty range, and no
+    # range exceeds Y.
     ok = y[None, :] < tl.where(x < X, shared if KEYS else Y, 0)[:, None]
     if KEYS:
         ok = ok | ((y[None, :] >= low[:, None]) & (y[None, :] < high[:, None]))
@@ -198,7 +202,10 @@ def load_coefficients(
     gain,
     EVERYTHING: tl.constexpr,
 ):
-    """(lse, weight, off further positives, off every pair) of a side at ``at``, times ``gain``."""
+    """(lse, weight, positive, every) of a side at ``at``; all but lse are multiplied by ``gain``.
+
+    ``positive`` is subtracted from dS of further positives, ``every`` from dS of every pair.
+    """
     lse = tl.full(at.shape, float("inf"), tl.float32)
     weight = tl.zeros(at.shape, tl.float32)
     positive = tl.zeros(at.shape, tl.float32)

@@ -1,7 +1,6 @@
 """Vectors that the kernels of masked InfoNCE read beside the embeddings, made with torch.
 
-A file of its own because forward and backward launchers share them. Nothing here waits for the
-device.
+The launchers of forward and backward share them. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def id_ranks(q_id: Tensor | None, c_id: Tensor | None) -> tuple[Tensor | None, T
 
 
 def id_rule(c_id: Tensor | None, drop: bool) -> str:
-    """Return the kernels' constant IDS: "none", "drop", or "same" where equal ids are positives."""
+    """Return the kernels' constant IDS: "none", "drop", or "same" if equal ids are positives."""
     if c_id is None:
         return "none"
     return "drop" if drop else "same"
@@ -71,8 +70,8 @@ def id_rule(c_id: Tensor | None, drop: bool) -> str:
 def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
     """Return a bound of |logits| on the device, NaN where an embedding holds NaN.
 
-    Infinite for float32: exp(S) exp(-lse) rounds twice as often as exp(S - lse), and saving an
-    exponential gains nothing where only FLOPs cost.
+    For float32 it is infinite, so that exp(S - lse) is computed: exp(S) exp(-lse) is rounded twice
+    as often, and saves an exponential, which gains nothing where only FLOPs count.
     """
     if q.dtype == torch.float32:
         return q.new_full((), float("inf"))
@@ -83,8 +82,8 @@ def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
 def rounded_coefficients(side: Tensor) -> Tensor:
     """Return coefficients (4, N) in float32.
 
-    The rounding error of lse goes into the weight: it would be an error common to a whole row.
-    Where the weight is 0 (candidates beyond the B-th in a symmetric loss) lse becomes inf, so that
+    The weight is corrected for the rounding error of lse, which would be common to a whole row.
+    Where the weight is 0 (candidates beyond the B-th in a symmetric loss), lse becomes inf, so that
     exp(s - lse) is 0 for any s.
     """
     rounded = side.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -11,7 +11,7 @@ With NORM, x^ = (x - mean) rstd replaces x, and with G = P^T dZ + dS^T Q'
 
 LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 over D.
 
-With DROPOUT the kept P replace P everywhere but in
+With DROPOUT the kept P replace P everywhere except in
 
     dS = kept(P) (dP + dksum) - P delta        delta = rowsum(dZ Z) + dksum ksum
 
@@ -32,7 +32,7 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
-    """The rows of Z in a tile of tokens (BN, columns), which has at least as many rows."""
+    """The given rows of Z, in the first rows of a tile (BN, columns); there are at most BN."""
     tl.static_assert(rows.shape[0] <= BN)
     n = tl.arange(0, BN)
     first = tl.min(rows, 0)
@@ -44,9 +44,9 @@ def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
 def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
     """delta and dksum, from the diagonal of zdz = Z dZ^T.
 
-    A matrix product, like dP, because both must round alike: where one token has all the weight of
-    a row, Z is that token and dS must be 0. A sum over dZ's tile beside its product would also race
-    (cli/races.py).
+    It comes from a matrix product, as dP does, so that both are rounded alike: where one token has
+    all the weight of a row, Z is that token and dS must be 0. Also, a sum over the tile of dZ that
+    a product reads would be a race (cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)

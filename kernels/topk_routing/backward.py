@@ -1,7 +1,8 @@
 """Backward of top-k routing: the gradient of the logits.
 
-Everything is recomputed from the logits. The balance needs one number for each expert and segment
-(coefficients). The gradients of x and the router's weight follow in router_gradients.py.
+Everything is recomputed from the logits, except one number for each expert and segment for the
+balance loss (coefficients). The gradients of x and of the router's weight follow in
+router_gradients.py.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def logits_kernel(
 ):
     """Compute d_logits from the gradients of weights, balance, z and entropy (None: no gradient).
 
-    grid (T / BR,). The gradient of a softmax sums to 0; its rounding error, which is largest where
-    a P is near 1, is subtracted.
+    grid (T / BR,). The gradient of a softmax sums to 0. What it does sum to is a rounding error,
+    largest where a P is near 1, and is subtracted.
     """
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
@@ -224,7 +225,7 @@ def _upstream(
     K: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Return the expert in slot j, its weight and the gradient of that, with that of "mse"."""
+    """Return the expert in slot j, its weight, and the weight's gradient with that of "mse"."""
     at, _ = load_choice(indices_ptr, n, j, keep, E, K)
     w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
     g = tl.zeros_like(w)

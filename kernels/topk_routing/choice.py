@@ -1,12 +1,16 @@
 """Choice of the experts of a block of tokens, and partial statistics: helpers of forward.py.
 
-A block of BR tokens writes one row of integers and one of floats, which order.py adds up in a fixed
-order, without atomics:
+A block of BR tokens writes one row of W integers and one of V floats, which order.py adds up in a
+fixed order, without atomics. The columns are:
 
-    integers (W)   E assignments to each expert, 1 masked tokens, S valid tokens of each segment,
-                   then, with several segments, S x E assignments, then, for "gshard", S x E first
-                   choices
-    floats (V)     S x E sums of P (of w for "mse"), 1 sum of lse^2, 1 sum of the tokens' entropies
+    integers   E: assignments to each expert
+               1: masked tokens
+               S: valid tokens of each segment
+               S x E: assignments by segment, only with several segments
+               S x E: first choices, only for "gshard"
+    floats     S x E: sums of P (of w for "mse")
+               1: sum of lse^2
+               1: sum of the tokens' entropies
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ LEAST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 
 @triton.jit
 def choice_key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
-    """Return the keys of the choice. NaN and -inf count as the least of the allowed experts."""
+    """Return the keys by which experts are chosen.
+
+    NaN and -inf rank lowest among the allowed experts.
+    """
     key = logits
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
@@ -48,7 +55,7 @@ def choose_experts(
 ):
     """Choose the k largest keys, or take the given choice.
 
-    Return by slot the expert and its value, and by expert how often it was chosen.
+    Return the expert and its value for each slot, and how often each expert was chosen.
     """
     choice = tl.zeros([BR, BS], tl.int32)
     chosen = tl.full([BR, BS], float("-inf"), tl.float32)

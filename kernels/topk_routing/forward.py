@@ -1,8 +1,8 @@
 """Forward of top-k routing: from logits, or from x W^T in one pass over x.
 
-The kernels write choice, weights and partial statistics of blocks of tokens (choice.py). Float32
-weights beside x of 16 bits lose no digit: they are split into parts of 16 bits that add up to them,
-with one product each.
+The kernels write choice, weights and partial statistics of blocks of tokens (choice.py). With x in
+16 bits, float32 weights of the router keep all their digits: they are split into 16-bit parts that
+add up to them, and each part has its own product with x.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .scores import (
     tokens_kept,
 )
 
-LOW_GAIN = tl.constexpr(2048.0)  # scales the rounding error of float16 into the range of float16
+LOW_GAIN = tl.constexpr(2048.0)  # brings float16's rounding errors into the range of float16
 
 
 def forward(
@@ -322,10 +322,10 @@ def route_x_kernel(
 ):
     """Route from x and w: logits in float32, then the choice for BR tokens at a time.
 
-    grid (T / BN,). The logits are written before jitter and masks, and read back from a cache: the
-    choice needs more registers for a token than the product, which needs more tokens. A weight is
-    split into PARTS of 16 bits: 1 where it has no more digits, 3 of bfloat16, 2 of float16, the
-    second times LOW_GAIN.
+    grid (T / BN,). The logits are written before jitter and masks, and read back from the cache,
+    because the choice needs more registers per token than the product, and the product needs more
+    tokens at a time. A weight is split into PARTS numbers of 16 bits: 1 where it has no more
+    digits, 3 for bfloat16, and 2 for float16, of which the second is multiplied by LOW_GAIN.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)
@@ -353,7 +353,7 @@ def route_x_kernel(
         acc += tl.load(b_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
     at = n[:, None].to(tl.int64) * E + experts[None, :]
     tl.store(logits_ptr + at, acc, mask=(n[:, None] < T) & (experts[None, :] < E))
-    tl.debug_barrier()  # other threads of this program read them
+    tl.debug_barrier()  # other threads of this program read the logits
     for r in tl.range(0, BN // BR, num_stages=1):
         _route_block(
             logits_ptr,

@@ -1,8 +1,8 @@
 """Order by expert: two launches of the forward, and three for a routing made elsewhere.
 
-The assignments of a block of tokens come, expert by expert, after those of all blocks before it:
-their place is a scan over the counts of the blocks, in a fixed order, plus a rank within the block.
-For the columns of the partial counts see choice.py.
+Within each expert, the assignments of a block of tokens come after those of all earlier blocks.
+Their place is a prefix sum over the counts of the blocks, in a fixed order, plus a rank within the
+block. For the columns of the partial counts see choice.py.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def sort(
     ints: Tensor,
     statistics: Statistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the permutation and, with ``statistics``, their outputs. Two launches.
+    """Compute the permutation and, with ``statistics``, the outputs in it. Two launches.
 
-    ``ints`` (blocks, W): the partial counts of blocks of ``block`` tokens.
+    ``ints`` (blocks, W): the partial counts, one row for each block of ``block`` tokens.
     """
     tokens, k = indices.shape
     rows, blocks, columns = tokens * k, *ints.shape
@@ -199,7 +199,8 @@ def scan_kernel(
 ):
     """Sum the columns of the partial statistics over the G blocks; grid (W / BC + V / BC,).
 
-    Of the first E + 1 columns of integers, also the sums before each block. Floats in float64.
+    For the first E + 1 columns of integers, also write the sums of the blocks before each block.
+    Floats are summed in float64.
     """
     program = tl.program_id(0)
     if program < int_blocks:
@@ -254,9 +255,10 @@ def finish_kernel(
     BE: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """Write order and position of a block of tokens, BI tiles of H rows, or offsets and losses.
+    """Write order and position, tiles, offsets and losses.
 
-    grid (G + tile blocks + 1,).
+    grid (G + tile blocks + 1,). Of the programs, G write order and position of a block of tokens
+    each, the next ones BI tiles of H rows each, and the last one offsets and losses.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, BE)
@@ -322,7 +324,7 @@ def _place(
 ):
     """Place assignment t * K + j after the earlier ones of its expert.
 
-    Earlier are those of earlier blocks, of earlier tokens, and in slots < j.
+    Earlier ones are those of earlier blocks, of earlier tokens, and of the same token in slots < j.
     """
     n = program * BR + tl.arange(0, BR)
     keep = tokens_kept(n, mask_ptr, T)
@@ -336,7 +338,7 @@ def _place(
         at, _ = load_choice(indices_ptr, n, j, keep, E, K)
         here = experts[None, :] == at[:, None]
         mine = tl.where(keep, tl.sum(tl.where(here, row, 0), 1), masked_row + j)
-        row += here.to(tl.int32)  # a replayed choice may name an expert twice
+        row += here.to(tl.int32)  # a given choice may name an expert twice
         tl.store(position_ptr + n * K + j, mine, mask=n < T)
         tl.store(order_ptr + mine, n * K + j, mask=n < T)
 
@@ -355,9 +357,9 @@ def _losses(
     S: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Compute losses and coefficients in float64, which costs nothing here; 0 without tokens.
+    """Compute losses and coefficients; 0 without tokens.
 
-    "mse" is a difference of nearly equal numbers.
+    In float64, because "mse" is a difference of nearly equal numbers; it costs nothing here.
     """
     SEGMENTS_AT: tl.constexpr = E + 1 + S if S > 1 else 0
     FIRST_AT: tl.constexpr = E + 1 + S + (S * E if S > 1 else 0)

@@ -1,8 +1,9 @@
 """Gradients of x and of the router's weight, from the gradient of the logits.
 
-Float32 numbers beside ones of 16 bits lose no digit: they are split into parts as in forward.py,
-for float16 after a power of two has scaled the largest to near 1. No atomics: one program computes
-dx of a token, and dw is written in a fixed number of partial sums, which are added up in order.
+Float32 factors of 16-bit ones keep their digits: they are split into parts as in forward.py. For
+float16, a power of two first scales the largest to near 1. There are no atomics: one program
+computes dx of a token, and dw is written as a fixed number of partial sums, which are added up in
+order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def input_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx and dw, (0,) for one that is not needed."""
+    """Compute dx and dw; one that is not needed is (0,)."""
     exact = router_weight.dtype != x.dtype
     tiles = plan(len(router_weight), x.dtype, arch_of(x), True, exact)
     mask = as_bytes(mask)
@@ -127,9 +128,9 @@ def dx_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dx = g w, ``span`` chunks of BD columns a program; grid (T / BN, parts of D).
+    """Compute dx = g w, with ``span`` chunks of BD columns per program.
 
-    g stays on chip where BE holds all experts.
+    grid (T / BN, parts of D). g stays on chip if BE holds all experts.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
@@ -182,9 +183,9 @@ def dw_kernel(
 ):
     """Compute a chunk of dw^T = x^T g over ``span`` tokens, a multiple of BN.
 
-    grid (D / BD, parts of T, E / BE). Transposed, as matrix instructions need 64 rows in their
-    first operand. The power of two grows with the largest g of an expert, like the maximum of an
-    online softmax.
+    grid (D / BD, parts of T, E / BE). dw is computed transposed, because matrix instructions need
+    64 rows in their first operand. The power of two that scales g (see above) grows with the
+    largest g of an expert, like the maximum in an online softmax.
     """
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     experts = tl.program_id(2) * BE + tl.arange(0, BE)
@@ -241,9 +242,9 @@ def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _power_below(x):
-    """Return the largest power of two not above x >= 0 that has a normal inverse.
+    """Return the largest power of two not above x >= 0, limited to those with a normal inverse.
 
-    NaN and inf have one as well.
+    The result for NaN and inf is such a power too.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(bits, 1 << 23), 252 << 23).to(tl.float32, bitcast=True)

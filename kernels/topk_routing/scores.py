@@ -1,6 +1,6 @@
-"""Scores from logits, and what they depend on, for the kernels of both directions.
+"""Scores from logits, and what they depend on, for the kernels of forward and backward.
 
-A tile has BR tokens and BE experts: a power of two, of which columns from E on are padding.
+A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
-    """View bools as bytes, densely."""
+    """View bools as bytes, in contiguous form."""
     return None if flags is None else flags.contiguous().view(torch.uint8)
 
 
@@ -27,14 +27,14 @@ def tokens_kept(n, mask_ptr, T):
 
 @triton.jit
 def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
-    """Load (tokens, experts) in float32, 0 for tokens not kept, which may hold NaN."""
+    """Load (tokens, experts) in float32; 0 for tokens that are not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + experts[None, :].to(tl.int64) * stride_e
     return tl.load(ptr + at, mask=keep[:, None] & (experts[None, :] < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
-    """Return the expert chosen in these slots, clamped to [0, E), and the given number."""
+    """Return the experts chosen in these slots, clamped to [0, E), and as given."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
@@ -58,8 +58,9 @@ def load_segment(segments_ptr, n, T, S: tl.constexpr):
 def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl.constexpr):
     """Return which experts a token may use, and the broken tokens.
 
-    (tokens, experts), or one row for all tokens. Broken are also the tokens whose segment has fewer
-    than K experts. They may use all experts, so that K different ones can be chosen.
+    The former is (tokens, experts), or one row for all tokens. Tokens whose segment has fewer than
+    K experts are broken too. Broken tokens may use all experts, so that K different ones can be
+    chosen.
     """
     exists = (experts < E)[None, :]
     allowed = exists
@@ -85,7 +86,10 @@ def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def jitter_factor(seed_ptr, jitter, n, experts):
-    """Return factors from 1 - jitter to 1 + jitter: mmfused.random.uniform, whatever the tiles."""
+    """Return factors from 1 - jitter to 1 + jitter.
+
+    They are those of mmfused.random.uniform, whatever the tiles.
+    """
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
     word, _, _, _ = tl.philox(
         tl.load(seed_ptr),
@@ -101,8 +105,9 @@ def jitter_factor(seed_ptr, jitter, n, experts):
 def softmax(x):
     """Return P over the second axis, log P and the log-sum-exp.
 
-    As in PyTorch P is NaN where a row holds NaN, inf or only -inf; the log-sum-exp is NaN, inf and
-    -inf there. log P is not computed from the log-sum-exp, which has few digits at large logits.
+    As in PyTorch, P is NaN where a row holds NaN, inf or only -inf; there the log-sum-exp is NaN,
+    inf or -inf, respectively. log P is not computed from the log-sum-exp, which has too few digits
+    at large logits.
     """
     top = tl.max(x, 1)
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
@@ -118,7 +123,7 @@ def softmax(x):
 def scores(logits, allowed, SIGMOID: tl.constexpr):
     """Return u, P = softmax(u), log P, and softmax and log-sum-exp of the logits.
 
-    u and P of an expert that is not allowed are -inf and 0.
+    For an expert that is not allowed, u is -inf and P is 0.
     """
     u = logits
     if SIGMOID:
