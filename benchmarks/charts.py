@@ -72,18 +72,18 @@ def bars(record: dict[str, Any], axes: Any) -> None:
 
 
 def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
-    """Draw useful FLOP/s (those of the best algorithm) over its FLOPs per byte.
+    """Draw the useful FLOP/s, counting the best algorithm's FLOPs, over its FLOPs per byte.
 
     Each run has its own pair of measured ceilings.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for index, record in enumerate(records):
         flops, moved = _longest_work(record)
-        if not flops:  # only memory traffic: it has no place on logarithmic axes
+        if not flops:  # only memory traffic, which has no place on logarithmic axes
             continue
         dense = flops / moved
         axes.axvline(dense, color="0.9", zorder=0)
-        height = 0.01 + 0.15 * (index % 4)  # neighbours may have the same density
+        height = 0.01 + 0.15 * (index % 4)  # neighbours may have the same FLOPs per byte
         text = {"rotation": 90, "fontsize": 7, "ha": "right"}
         where = axes.get_xaxis_transform()
         axes.text(dense, height, record["case"]["name"], transform=where, **text)

@@ -17,8 +17,9 @@ from .measure import Problem, Provider
 def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
     """Measure the memory and kernels of one forward + backward.
 
-    Peak bytes above inputs and parameters, bytes saved for the backward, kernels of both passes and
-    of the forward alone. All but the saved bytes are None without CUDA.
+    That is the peak bytes above inputs and parameters, the bytes saved for the backward, and the
+    number of kernels of both passes and of the forward alone. All but the saved bytes are None
+    without CUDA.
     """
     inputs = tuple(problem.inputs.values())
     saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))

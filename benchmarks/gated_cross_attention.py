@@ -1,10 +1,10 @@
 """Benchmark of gated cross-attention in both directions: baselines, and the least work it needs.
 
 The cases are the layers of UniECS and UniCA. All providers of a case compute the same function of
-the same parameters: a attends to b and b attends to a, each to the input of the layer. The outputs
-are concatenated to one tensor, which costs every provider one kernel more. Samples that lack a
-modality are returned unchanged: one provider gathers the samples that have both, the others compute
-all and select with torch.where, or skip these samples.
+the same parameters: modality a attends to b, and b to a, where both are the inputs of the layer.
+The outputs are concatenated into one tensor, which costs every provider one more kernel. Samples
+that lack a modality are returned unchanged: one provider gathers the samples that have both, the
+others compute all and select with torch.where, or skip these samples.
 
 Each provider drops different elements, so dropout is on when timed and off in the accuracy check.
 Torch's own attention can return wrong gradients at these lengths (cuDNN returns NaN with 64 keys

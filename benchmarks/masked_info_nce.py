@@ -1,11 +1,11 @@
 """Benchmark of masked InfoNCE: batches of CLIP and UNITE training, baselines, and minimal work.
 
 All providers of a case compute the same loss of the same embeddings and temperature. Most baselines
-support neither masks nor a second direction: those without masks run the unmasked cases only; those
-of one direction are called twice in a symmetric case, as their users do. Gradient filtering (the
-default of Cut Cross-Entropy) drops most negatives of a large batch, so only its exact mode is
-compared. "bare GEMMs" is no loss: it runs the matrix products alone, the upper bound on the speed
-of anything built on them.
+support neither masks nor a second direction. Those without masks run only the unmasked cases; those
+with one direction are called twice in a symmetric case, as their users do. Cut Cross-Entropy by
+default filters gradients, which drops most negatives of a large batch, so only its exact mode is
+compared. "bare GEMMs" is not a loss: it runs the matrix products alone, the upper bound on the
+speed of anything built on them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 SIZES = "B, D, K"
 OURS = ("composed", "fused")
-ROWS = 4096  # of a checkpointed chunk
+ROWS = 4096  # in a checkpointed chunk
 WHOLE_PAIRS = 2**31  # a matrix of more pairs, with its copies, does not fit
 
 
@@ -104,7 +104,7 @@ class Eager(Loss):
 
 
 class Chunked(Loss):
-    """A block of rows at a time, computed again in backward; each direction by itself."""
+    """The loss of a block of rows at a time, recomputed in backward; each direction separately."""
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
         total: Any = 0.0
@@ -241,8 +241,8 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
         from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    # The release 25.1.1 of the package index lacks this mode; there, without a threshold, nothing
-    # is dropped.
+    # Release 25.1.1, the one on the package index, lacks this mode; there, without a threshold,
+    # nothing is dropped.
     exact = {"impl": "cce", "filter_eps": None}
     if hasattr(LinearCrossEntropyImpl, "CCE_EXACT"):
         exact = {"impl": "cce_exact"}
@@ -346,15 +346,15 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
 
     Its logits are never in memory, and both directions share each tile of them.
 
-    A share f = 1 / K of the B x B pairs is allowed; a multiply-add is 2 FLOPs, a tensor moves once
-    in a stage.
+    A share f = 1 / K of the B x B pairs is allowed. A multiply-add is 2 FLOPs, and a tensor moves
+    once in a stage.
 
         forward   S = Q C^T                        2 f B B D     reads Q and C
         backward  S again                          2 f B B D     reads Q and C
                   dQ = dS C, dC = dS^T Q           4 f B B D     reads Q and C, writes dQ and dC
 
-    One direction could keep a chunk of S from the forward to the backward; no such form exists
-    here, so its minimum is the same 8.
+    With one direction, a chunk of S could be kept from the forward to the backward. No such form
+    exists here, so the minimum is the same: 8 f B B D FLOPs in all.
     """
     pairs = case.B * case.B / case.K
     both = 2 * case.B * case.D * itemsize

@@ -26,7 +26,7 @@ class Case:
     K: int = 1
     symmetric: bool = True
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = 2048  # None: nothing new on a CPU
+    cpu_B: int | None = 2048  # None: not run on a CPU, where it would show nothing new
 
 
 CASES: tuple[Case, ...] = (
@@ -40,9 +40,9 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases for a device, in its batch sizes.
+    """Return the cases with the batch sizes of a device.
 
-    A ``quick`` run keeps the widths, and at most 64 pairs (1024 on CUDA).
+    A ``quick`` run keeps the widths, with at most 64 pairs (1024 on CUDA).
     """
     on_gpu = device_type == "cuda"
     chosen = list(CASES)

@@ -33,7 +33,7 @@ LANGUAGE = {
 SMALL_LANGUAGE = {
     **LANGUAGE,
     "vocab_size": 64,
-    "initializer_range": 0.2,  # narrow layers with the usual 0.02 do nothing
+    "initializer_range": 0.2,  # with the usual 0.02 narrow layers would do almost nothing
     "bos_token_id": None,
     "eos_token_id": None,
     "hidden_size": 32,
@@ -117,7 +117,7 @@ class Step(nn.Module, ABC):
         return torch.randint(low, high, shape, generator=self.generator)
 
     def padding(self, length: int) -> Tensor:
-        """(B, length) bool: texts of a quarter of the length and more, the rest True."""
+        """(B, length) bool, True behind the texts, which fill at least a quarter of the length."""
         return torch.arange(length) >= self.randint(length // 4, length + 1, self.batch, 1)
 
 
@@ -178,7 +178,7 @@ class FluidStep(Step):
                 router[-1].bias -= logits.mean(0)
                 continue
             top = logits.topk(self.model.config.top_k + 1).values
-            # Differences of all neighbours: the balance loss depends on the first expert.
+            # Differences of all neighbours, because the balance loss depends on the first expert.
             clear = (top[:, :-1] - top[:, 1:]).view(self.batch, -1).amin(1)
             if best is None:
                 best, margin = drawn, clear
@@ -202,13 +202,14 @@ class FluidStep(Step):
 class UniecsStep(Step):
     """UniECS of queries and candidates: three embeddings each, all losses, adaptive weights.
 
-    One item in five lacks a picture, another one a text. Some initial weights are changed, so that
-    rounding does not decide the results:
-    * biases, as a view of an absent modality would be zeros in all layers, and a dozen norms of
-      zeros, which multiply gradients by 300 each, exceed float32;
-    * scales, so that tokens stay distinct up to the last layer: attention over equal tokens has
-      gradients of queries and keys that are nothing but rounding.
-    All negatives of a row are hard and near, as rounding would select the hardest of equal ones.
+    One item in five lacks a picture, and another one in five a text. Some initial weights are
+    changed, so that rounding does not decide the results:
+    * biases: without them a view of an absent modality would be zeros in all layers. Each norm of
+      zeros multiplies gradients by 300, and a dozen of them exceed float32;
+    * scales, so that tokens stay distinct up to the last layer: with attention over equal tokens,
+      the gradients of queries and keys are nothing but rounding errors.
+    All negatives of a row count as near and hard, because otherwise rounding would select the
+    hardest of equal ones.
     """
 
     def build(self, models: Any) -> Any:
@@ -263,7 +264,7 @@ class UniecsStep(Step):
 
 
 class UnicaStep(Step):
-    """UniCA's Bi-CA in its host of BERT-base's width with 2 layers.
+    """UniCA's Bi-CA in its host model, with the width of BERT-base and 2 layers.
 
     Queries, positives and hard negatives. Some items lack a picture or a text.
     """
@@ -319,7 +320,7 @@ class UnicaStep(Step):
 
 
 class Moon2Step(Step):
-    """MOON2.0 on a Qwen2-VL of 2B's width with 2 layers and 8 experts; triplets in three views.
+    """MOON2.0 on a Qwen2-VL of the 2B model's width, 2 layers, 8 experts; triplets in three views.
 
     The experts' hidden width is 2048. The first E channels of a token say how much each expert
     suits it. The routers read little else, and the layers do not change them, so that no rounding
@@ -435,7 +436,7 @@ class Case:
     name: str
     B: int
     small: bool = False
-    # No case is compiled with autotuning: a model has many products, and a run has minutes.
+    # No case is compiled with autotuning: a model has many matrix products, and a run only minutes.
     headline: bool = False
 
 
@@ -453,7 +454,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
     """Return the cases for a device.
 
     A ``quick`` run has at most 16 samples (512 of UNITE's) on CUDA, and 6 (64) on a CPU. Without
-    transformers, models with its hosts are left out.
+    the package transformers, models hosted in its models are left out.
     """
     known = [
         case

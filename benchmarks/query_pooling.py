@@ -283,7 +283,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """
     B, N, D, L, block = case.B, case.N, case.D, case.L, case.block
     R = case.H * L
-    # Elements of X, Z, O and of a weight.
+    # Numbers of elements of X, Z, O and of a weight.
     x, z, o, w = B * N * D, B * R * D, B * L * D, D * D
     small = (2 if block else 1) * L * w  # W_K into the queries, and q_proj
 

@@ -82,7 +82,7 @@ def slug(name: str) -> str:
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Replace ``path`` at once: ``fill`` writes a temporary file beside it first."""
+    """Replace ``path`` atomically: ``fill`` first writes a temporary file beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -17,7 +17,7 @@ UNUSED = {"tests", "tools", "cli", "data", "fuse", "training"}
 
 
 def source_facts() -> dict[str, Any]:
-    """Return the checkout's commit, and whether any file but results differs from it.
+    """Return the checkout's commit, and whether any file other than results differs from it.
 
     A copy without .git reports the commit in MMFUSED_COMMIT, if set; the hash can confirm it.
     """

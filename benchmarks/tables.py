@@ -49,7 +49,7 @@ def cells(
     columns: list[tuple[str, str]],
     best: dict[str, float],
 ) -> list[str]:
-    """Return one provider's line; ``best``: our median by launch."""
+    """Return one provider's line; ``best``: our median for each launch."""
     which, none = report.longest_pass(record), "-"
     medians = {
         (launch, name): report.summary(samples)["median"]

@@ -1,7 +1,8 @@
 """The functions of the library's ops written with torch alone, for benchmarks/torch_modules.py.
 
-They do what a good torch programmer would: sorted rows in F.grouped_mm without those of padding,
-rows moved by index_select, F.cross_entropy over masked logits. Only what the models use is here.
+They are written as a good PyTorch programmer would: F.grouped_mm over sorted rows, without those of
+padding, rows moved with index_select, and F.cross_entropy over masked logits. Only the functions
+that the models use are here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def topk_routing(
     balance: str = "switch",
     mask: Tensor | None = None,
 ) -> Routing:
-    """Route tokens to their k best experts; those in mask (T,) get weight 0 and the last rows."""
+    """Route tokens to their k best experts; tokens in mask (T,) get weight 0 and the last rows."""
     tokens, experts = logits.shape
     probs = logits.softmax(-1)
     weights, indices = probs.topk(k)
@@ -56,9 +57,9 @@ def topk_routing(
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows (R, I), sorted by expert, with weight (E, O, I): (R, O).
+    """Multiply rows (R, I), sorted by expert, by weight (E, O, I): (R, O).
 
-    Rows behind those of the last expert are undefined.
+    Rows after those of the last expert are undefined.
     """
     weight = weight.to(rows.dtype)
     if rows.dtype != torch.float64:
@@ -94,7 +95,7 @@ def grouped_linear(
 ) -> Tensor:
     x = x.to(compute_dtype(x))
     rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
-    # A product with one-hot rows: unlike an index_select, its backward sums in float32.
+    # A product with one-hot rows, because unlike that of index_select its backward sums in float32.
     expert = F.one_hot(routing.indices.flatten()[routing.order], len(weight))
     out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
     return _combine(out, routing) if combine else out
@@ -120,7 +121,7 @@ def masked_info_nce(
     positive_weight=0.0,
     row_weight=None,
 ) -> Tensor:
-    """F.cross_entropy over the matrix of logits, at least float32, -inf where a pair is masked."""
+    """F.cross_entropy over the matrix of logits, in at least float32; masked pairs are -inf."""
     if same_id != "drop":
         raise ValueError(f"same_id: got {same_id!r}, expected 'drop'")
     wide = torch.promote_types(query.dtype, torch.float32)
