@@ -3,9 +3,9 @@
     python tools/choices.py [--op OP [--tiles CASE]]
 
 The library chooses by fixed rules and tables (``form="auto"``, kernels/*/plans.py). Here every
-variant (tools/variants.py) passes the accuracy check of its op's benchmark and is then timed in
-turn with the others, as run.py times providers. The results are for a person to read and to write
-into the tables; benchmarks/NOTES.md keeps what was expected.
+variant (tools/variants.py) must pass the accuracy check of its op's benchmark, and is then timed in
+turn with the others, as run.py times providers. A person reads the results and updates the tables;
+benchmarks/NOTES.md records what was expected.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def medians(variants: dict[str, dict]) -> dict[str, float]:
 def measure_choices(args: argparse.Namespace) -> int:
     """Return 0, or 3 where variants are left for another run.
 
-    A variant that fails the accuracy check is reported in the table; it is no error.
+    A variant that fails the accuracy check is reported in the table, and is not an error.
     """
     chosen = chosen_choices(args)
     settings = chosen_settings(args)

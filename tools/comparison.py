@@ -21,8 +21,9 @@ Fill = Callable[[Any], None]  # draws on a figure of matplotlib
 class Comparison:
     """The longest pass of a case: seconds and provider, all timed with the same launch.
 
-    ``best``: the best baseline, None where none was timed. ``faster``: the fastest provider that is
-    faster than ours, None if there is none; the composed path counts where the kernels ran.
+    ``best``: the best baseline, None if none was timed. ``faster``: the fastest of the providers
+    that are faster than ours, None if there is none. Where the kernels ran, the library's composed
+    path is among them.
     """
 
     record: dict
@@ -43,7 +44,7 @@ class Comparison:
     def memory(self) -> tuple[int | None, int | None]:
         """Return bytes of the best baseline and of ours.
 
-        Peak above the inputs on a GPU; else what is saved for the backward.
+        On a GPU that is the peak above the inputs, elsewhere what is saved for the backward.
         """
         providers, key = self.record["providers"], memory_key(self.record)
         best = None if self.best is None else providers[self.best[1]][key]
@@ -55,7 +56,10 @@ def memory_key(record: dict) -> str:
 
 
 def compare(record: dict) -> Comparison | None:
-    """Compare the kernels, or composed where they did not run; None where neither was timed."""
+    """Compare the kernels, or the composed path where they did not run.
+
+    Return None if neither was timed.
+    """
     which, own = report.longest_pass(record), ours_of(record["op"])
     kernels = compiled_too(name for name in own if name != "composed")
     composed = compiled_too(["composed"])
@@ -114,7 +118,7 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
             for stages in record["work"].values()
             for stage in stages
         ):
-            continue  # only memory traffic: it has no place on a roofline
+            continue  # only memory traffic, which has no place on a roofline
 
         def roofline(figure, op=op, of_op=of_op):
             figure.set_size_inches(8, 6)
@@ -208,7 +212,7 @@ def draw_memory(row: Comparison, place: int, axes: Any) -> None:
 
 
 def row_names(records: list[dict]) -> list[str]:
-    """Return the name of each case, the first of an op below the op's name."""
+    """Return the name of each case; above the first case of an op stands the op's name."""
     names, before = [], None
     for record in records:
         first = record["op"] != before

@@ -1,8 +1,8 @@
 """The conditions of tools/targets.py, and which time of a results file they use.
 
-Speeds are ratios of medians of one run on one card. A record whose floor is under 100 us in either
-pass is judged by CUDA-graph replay on both sides; any other by the launch that is the faster one
-for the baseline (for the op itself where there is none), again on both sides.
+Speeds are ratios of medians of one run on one GPU. If the floor of a record is under 100 us in
+either pass, both sides are judged by CUDA-graph replay. Otherwise both are judged by the launch
+that is faster for the baseline, or for the op itself if there is no baseline.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def is_compiled(label: str) -> bool:
 def fastest(record: dict, labels: Iterable[str], which: str) -> dict[str, tuple[float, str]]:
     """Return, by launch, the least median of a pass among ``labels``, and its label.
 
-    Only accurate providers that were timed count.
+    Only providers that passed the accuracy check and were timed count.
     """
     best: dict[str, tuple[float, str]] = {}
     for label in labels:
@@ -93,7 +93,7 @@ def common_launch(
 ) -> str | None:
     """Return the launch that both sides are judged by; None where there is none.
 
-    Not ``strict``: eager where graphs are missing.
+    Without ``strict``, a small case for which graphs are missing is judged by another launch.
     """
     rivals = ours if rivals is None else rivals
     shared = [launch for launch in rivals if launch in ours]
@@ -140,7 +140,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Condition:
-    """A bound on a number that ``measure`` returns with a remark, or raises NotMeasured."""
+    """A bound on a number; ``measure`` returns it with a remark, or raises NotMeasured."""
 
     what: str
     sign: str
@@ -185,8 +185,8 @@ def faster_than(
     ``ours``: a provider other than the row's.
     ``which``: a pass; "step" is the whole training step where there are parameters to train, else
     forward + backward.
-    ``form``: the fastest of what is timed, eager or compiled ("either"); the same, but compiled
-    ones must be there ("both"); only "compiled" ones; or only "eager" ones, on both sides.
+    ``form``: which rivals count. "either": the fastest, eager or compiled; "both": the same, but
+    compiled ones must have been timed; "compiled": only these; "eager": only these, on both sides.
     """
 
     def measure(bench):
@@ -261,7 +261,7 @@ def faster_than_case(other: str, at_least: float) -> Condition:
 
 
 def memory(key: str, sign: str, gigabytes: float) -> Condition:
-    """Bound the memory; ``key``: "peak" above the inputs, or "saved" for the backward."""
+    """Bound the memory; ``key``: "peak", above the inputs, or "saved", for the backward."""
 
     def measure(bench):
         count = bench.provider().get(f"{key}_bytes")
@@ -273,7 +273,7 @@ def memory(key: str, sign: str, gigabytes: float) -> Condition:
 
 
 def launches(which: str, at_most: int, beside: int = 0) -> Condition:
-    """Bound the kernels of a pass; ``beside``: kernels of the benchmark itself."""
+    """Bound the number of kernels of a pass, without ``beside`` kernels of the benchmark itself."""
 
     def measure(bench):
         provider = bench.provider()

@@ -44,8 +44,8 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
 
 DRY_OUT = "runs/gpu-dry-run"
-LIMIT = 540.0  # seconds of a slice
-LAST = 120.0  # the last of them, in which nothing new begins; no slice begins with less left
+LIMIT = 540.0  # seconds that a slice may take
+LAST = 120.0  # the last seconds, in which nothing new begins; no slice begins with less left
 # The suite's files by slice; those that match no pattern are "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
@@ -125,9 +125,10 @@ def test_files() -> dict[str, list[str]]:
 
 
 def workers() -> tuple[str, ...]:
-    """Return options for a file a worker, if pytest-xdist is installed.
+    """Return pytest's options for parallel workers, if pytest-xdist is installed.
 
-    Compiling kernels takes longer than running them, so workers share one card well.
+    Each test file runs in one worker. Compiling kernels takes longer than running them, so several
+    workers can share one GPU.
     """
     count = min(8, os.cpu_count() or 1)
     return (
@@ -207,7 +208,7 @@ def green(state: dict | None, part: Slice, facts: dict) -> bool:
 
 
 def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
-    """Run a slice; return the exit code, None where the limit ended it, and the seconds.
+    """Run a slice; return the exit code (None where the limit ended it) and the seconds.
 
     Its output goes to the terminal and to ``log``.
     """
@@ -247,7 +248,7 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
 def end(child: subprocess.Popen) -> None:
     """End the process and its children.
 
-    SIGTERM first, so that it can end children in sessions of their own.
+    SIGTERM comes first, so that the process can end those children that have their own session.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

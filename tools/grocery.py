@@ -10,7 +10,8 @@ from ..benchmarks import tables
 
 RETRIEVAL = {"uniecs": "UniECS", "unica": "UniCA", "moon2": "MOON2.0", "unite": "UNITE"}
 SCORES = ("recall_at_1", "recall_at_5", "mrr")
-# The pairs that fusion changes: a photo alone, or titles alone, need one encoder either way.
+# The pairs that fusion changes. A photo alone, or titles alone, need only one encoder, with fusion
+# or without.
 FUSED_PAIRS = ("image->both", "text->image", "text->both", "both->both")
 VIEWS = {"image": "photo", "text": "text", "both": "photo + text"}
 PARTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
@@ -78,9 +79,9 @@ def _scores(scores: dict) -> str:
 
 
 def classification(runs: dict[str, dict]) -> str:
-    """Return the accuracy by the modalities that all parts of the model were trained on.
+    """Return the accuracy by the modalities of training, for runs with all parts of the model.
 
-    A run is named after its modality, or "full".
+    Such a run is named after its modality, or "full".
     """
     whole = {
         run["modalities"]: _name(key) for key, run in runs.items() if not key.startswith("no_")

@@ -41,7 +41,7 @@ TOOLS = ROOT / "tools"
 class Suite:
     """``tests`` and ``select`` (-k) go to pytest; ``source`` is the folder to import from.
 
-    ``inserts``: the ways of inserting the library that tools/peers_plugin.py has.
+    ``inserts``: the ways of inserting the library, as named in tools/peers_plugin.py.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Suite:
     inserts: tuple[str, ...] = ("fuse",)
 
 
-# Leave out transformers' tests that start processes, into which nothing is inserted, those of its
-# attention functions, and the slowest of its compiled generations.
+# Of transformers' tests, leave out those that start processes (into which nothing is inserted),
+# those of its attention functions, and the slowest ones of compiled generation.
 SELECT = (
     "not fsdp2 and not tensor_parallel and not eager_matches_sdpa and not bc_torch_dtype"
     " and not no_recompile and not compilation_all_outputs"
@@ -96,7 +96,7 @@ SUITES = (
     ),
 )
 
-# Patterns of tests that may fail with the library -> why that is no fault of it.
+# Patterns of tests that may fail with the library -> why that is not the library's fault.
 EXCEPTIONS = {
     "*::test_eager_matches_batched_and_grouped_inference*": (
         "asserts that transformers' own grouped_mm and batched_mm functions are called"
@@ -189,7 +189,7 @@ def compare(
         excepted = {name: exception(name) for name in found}
         met |= set(filter(None, excepted.values()))
         mine = {name: what for name, what in found.items() if not excepted[name]}
-        if mine:  # some tests fail now and then by themselves
+        if mine:  # some tests fail now and then without any cause here
             again = run(suite, checkout, insert, scratch, workers, tuple(mine))
             for name in [name for name in mine if again.get(name, {}).get("outcome") == "passed"]:
                 print(f"{label}: {name} failed once, not when repeated: {mine.pop(name)}")

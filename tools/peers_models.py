@@ -2,7 +2,7 @@
 
     python tools/peers_models.py FOLDER      FOLDER is an HF_HOME
 
-What those tests of losses compare holds for any weights, so they run without a network.
+What these tests of losses check holds for any weights, so random ones do, without a network.
 """
 
 import string
@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertCon
 
 
 def snapshot(home: Path, name: str) -> str:
-    """A new folder in which Hugging Face's cache finds the repository of that name."""
+    """A new folder in which Hugging Face's libraries find the cached repository of that name."""
     repo, commit = home / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)

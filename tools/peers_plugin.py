@@ -1,4 +1,4 @@
-"""Insert this library into other suites and record each test: tools/peers.py's pytest plugin.
+"""The pytest plugin of tools/peers.py: insert this library into other suites, record each test.
 
 ``--peers-insert fuse`` fuses every module before its first call, and every loss when it is made,
 because methods of a loss are called without the module being called. ``experts`` sets
@@ -31,14 +31,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     how = config.getoption("--peers-insert")
     if how != "nothing":
-        import mmfused  # only now: a plain run must not import it
+        import mmfused  # here, because a plain run must not import it
 
         count_ops()
         at_first_call(mmfused.fuse if how == "fuse" else choose_experts(mmfused))
 
 
 def count_ops():
-    """Count the calls from the swapped forwards to functions in mmfused.ops."""
+    """Count the calls of functions in mmfused.ops by the forwards that fuse inserts."""
 
     def counted(op):
         @functools.wraps(op)
@@ -58,7 +58,7 @@ def count_ops():
 
 
 def at_first_call(insert):
-    """Call ``insert(module)`` before the first call of a module that no seen module contains."""
+    """Call ``insert(module)`` before a module's first call, unless a module seen before has it."""
     seen, original = weakref.WeakSet(), nn.Module.__call__
 
     def call(self, *args, **kwargs):
@@ -83,7 +83,7 @@ def choose_experts(mmfused):
 
 
 def fuse_new_losses():
-    """Fuse losses of the classes imported by now as soon as they are made; not of subclasses."""
+    """Fuse losses of the classes imported so far as soon as they are created, but no subclasses."""
     import mmfused
     from mmfused.fuse.base import KINDS
 
@@ -106,7 +106,7 @@ def fuse_new_losses():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Seed: the same random numbers with and without the library, in any order of the tests."""
+    """Seed each test: the same random numbers with and without the library, in any test order."""
     if item.config.getoption("--peers-insert") == "fuse":
         fuse_new_losses()
     random.seed(0)

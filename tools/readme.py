@@ -28,7 +28,7 @@ NOTHING_ON_A_GPU = (
     "Nothing has been timed on a GPU yet: the numbers below are a CPU's. "
     "`make gpu` times every op on a CUDA card."
 )
-NOT_ON_A_CPU = "Not timed on a CPU."  # a block that README need not have
+NOT_ON_A_CPU = "Not timed on a CPU."  # README may omit a block with this content
 
 _EXPERTS_ON_A_CPU = (
     "on a CPU both run one product for each expert, and there is nothing to gain. Where torch's "
@@ -71,7 +71,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def how_measured(records: list[dict]) -> str:
-    """Return device, passes, samples, versions and commits of the records, each once.
+    """Return the devices, passes, samples, versions and commits of the records, each once.
 
     Results made with older sources keep their commit, so several may be listed.
     """
@@ -278,7 +278,7 @@ def blocks(results: Path) -> dict[str, str]:
 def fill(text: str, made: dict[str, str]) -> str:
     """Return ``text`` with each block's content between its markers.
 
-    A block of one line stays in the line of its markers.
+    A block of one line stays on the line of its markers.
     """
     marked = [name for _, name, _, _ in MARKED.findall(text)]
     needed = [name for name, block in made.items() if block != NOT_ON_A_CPU or name in marked]
@@ -300,7 +300,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def differing(before: str, after: str) -> list[str]:
-    """The blocks whose content differs."""
+    """Return the names of the blocks whose content differs."""
     pairs = zip(MARKED.findall(before), MARKED.findall(after), strict=True)
     return [name for (_, name, old, _), (_, _, new, _) in pairs if old != new]
 
@@ -324,7 +324,7 @@ def run(check: bool) -> int:
     """Return 0 where README and pictures are up to date, or were made so, else 1."""
     readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     before, drawings = readme.read_text(encoding="utf-8"), all_pictures(results)
-    if not check:  # first: pictures are drawn even where README's blocks are wrong
+    if not check:  # before fill, so that pictures are drawn even if README's blocks are wrong
         draw_all(drawings)
     after = fill(before, blocks(results))
     if check:

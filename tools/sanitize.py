@@ -2,10 +2,10 @@
 
     python tools/sanitize.py [OP ...]
 
-Each tool runs each op in a process of its own, without torch's caching allocator, which would hide
-accesses beyond a tensor. Only this library's kernels are judged: torch's own read uninitialised
-padding, for instance. A kernel that is wrong on purpose ("control") runs first: a tool that does
-not report it sees none of these kernels.
+Each tool runs each op in a separate process, without torch's caching allocator, which would hide
+accesses beyond a tensor. Only this library's kernels are judged, since torch's own, for instance,
+read uninitialised padding. A kernel with a deliberate fault ("control") runs first: a tool that
+does not report it sees none of these kernels.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
 
 CONTROL = "control"
-# memcheck: out of bounds, misaligned. racecheck: hazards in shared memory. synccheck: barriers.
-# initcheck: reads of unwritten memory; it must see every kernel, torch's too, and is the slowest.
+# memcheck: accesses out of bounds or misaligned. racecheck: hazards in shared memory. synccheck:
+# barriers. initcheck: reads of unwritten memory; for these it must see every kernel, torch's too,
+# and it is the slowest.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Parts of names of torch's and the vendor's kernels, which some tools can skip.
 ELSEWHERE = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
 OPTIONS = {
-    # torch handles the driver's refusals, so calls that return an error are no fault
+    # torch handles errors that the driver returns, so such calls are not faults.
     "memcheck": ["--report-api-errors", "no"],
     "racecheck": ["--kernel-name-exclude", ELSEWHERE],
     "synccheck": ["--kernel-name-exclude", ELSEWHERE],
     "initcheck": [],
 }
-PLACES = ("bin", "compute-sanitizer")  # in a CUDA toolkit
+PLACES = ("bin", "compute-sanitizer")  # where it may be in a CUDA toolkit
 USUAL_CUDA = "/usr/local/cuda"
 ERRORS_FOUND = 86  # exit code of compute-sanitizer when its tool found something
 LIMIT_SECONDS = 240.0
 OUT = "runs/sanitize"
-JOBS = 4  # at a time: most of a run is Python, compilation and instrumentation, not the GPU
+JOBS = 4  # at a time, as most of a run is Python, compilation and instrumentation, not GPU work
 MARK = "launched "
 running: set[subprocess.Popen] = set()
 
@@ -252,7 +253,7 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
 
 
 def reports(text: str) -> list[str]:
-    """Return the tool's reports, a title and its details each, without banner and summary."""
+    """Return the tool's reports, each a title with its details, without banner and summary."""
     found: list[str] = []
     for row in text.splitlines():
         matched = re.match(r"={9}( *)(.*)", row)
@@ -325,6 +326,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # exit through the finally blocks, which end the children
+    # On SIGTERM, exit through the finally blocks, which end the children.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

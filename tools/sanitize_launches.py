@@ -2,8 +2,9 @@
 
 ``launches()`` in tests/<op>_launches.py yields calls that together launch every kernel of the op,
 forward and backward. Sizes are odd, so that every mask of a load is needed; options are those that
-select another kernel or another branch in one. On a GPU they run in bfloat16, and in float32 where
-that has kernels of its own; under ``TRITON_INTERPRET=1`` on the CPU float16 replaces bfloat16.
+select another kernel or another branch within one. On a GPU they run in bfloat16, and also in
+float32 where it has its own kernels; under ``TRITON_INTERPRET=1`` on the CPU, float16 replaces
+bfloat16.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def control_kernel(ptr):
 def control() -> Iterator[Callable[[], None]]:
     """Write past the end of a buffer, which compute-sanitizer has to report.
 
-    Never in the interpreter, which would write into the memory of this process.
+    It never runs in the interpreter, where it would write into the memory of this process.
     """
     if DEVICE != "cuda":
         raise ValueError("--launch control needs a CUDA GPU: it writes past the end of a buffer")

@@ -35,7 +35,7 @@ from mmfused.tools.conditions import (
     share_of_floor,
 )
 
-DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # what targets are judged in
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # the dtype in which targets are judged
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ def attention_rows() -> list[Row]:
 
     whole = sdpa(1.8, ours="fused, one block kernel")
     return [
-        row("uniecs", sdpa(1.5), whole, launches("forward", 5, beside=1)),  # the cat of both sides
+        # The kernel beside is the concatenation of both sides.
+        row("uniecs", sdpa(1.5), whole, launches("forward", 5, beside=1)),
         row("uniecs-missing", sdpa(3)),
         row("wide", sdpa(1.25)),
     ]
@@ -91,7 +92,7 @@ def attention_rows() -> list[Row]:
 
 def mixture_rows() -> list[Row]:
     from_logits = (
-        launches("forward", 3, beside=1),  # the cat that makes one tensor of the results
+        launches("forward", 3, beside=1),  # a concatenation of the results into one tensor
         launches("backward", 1),
         captured_in_graph(),
         faster_than("eager", at_least=5, which="forward", form="eager"),
@@ -119,7 +120,7 @@ def contrastive_rows() -> list[Row]:
         return Row("masked_info_nce", case, conditions)
 
     mamcl = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
-    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # a byte for each pair
+    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # one byte per pair
     return [
         row("clip-65536", share_of_floor("both", 0.7), memory("peak", "<=", 1)),
         row("clip-65536-k4", faster_than_case("clip-65536", 3)),
@@ -152,7 +153,7 @@ class Verdict:
 
 
 def judge(records: list[dict]) -> list[Verdict]:
-    """Judge each condition of each row by the records of one card (and of CPUs)."""
+    """Judge each condition of each row by the records of one GPU (and of CPUs)."""
     found = []
     for row in ROWS:
         of_op = [
@@ -204,9 +205,9 @@ def markdown(verdicts: list[Verdict]) -> str:
 
 
 def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
-    """Return for each card its name, and its records with those of CPUs.
+    """Return the name of each GPU, and its records together with those of CPUs.
 
-    Without a card, that is None and the records of CPUs.
+    Without any GPU, return None and the records of CPUs.
     """
     each = [read(folder) for folder in folders(results)]
     on_cpu = [record for records in each for record in records if kind(record) == "cpu"]

@@ -147,7 +147,7 @@ def choices() -> list[Choice]:
 
 
 def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) -> Variants:
-    """Vary one field of one tile at a time, of the tiles that this case's launches use."""
+    """Return variants that each change one field of one tile that this case's launches use."""
     problem, seen = op.make(case, settings.device, settings.dtype), {}
 
     def note(plan, *arguments):
@@ -170,7 +170,7 @@ def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) 
 def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
     """Return (path, tile) of all tiles of a plan.
 
-    A plan that is a tile itself (grouped_mlp) has its kind, the first argument of plan(), as path.
+    If a plan is itself a tile (grouped_mlp), its path is its kind, the first argument of plan().
     """
     if hasattr(plan, "num_warps"):
         return [((str(arguments[0]),), plan)]
@@ -185,7 +185,7 @@ def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def neighbours(tile: Any) -> list[tuple[str, int]]:
-    """Return half and twice of each size and of the warps, and one stage more or less."""
+    """Return half and double each size and the number of warps, and one stage more or less."""
     found = []
     for name, value in asdict(tile).items():
         if name == "num_stages":
