@@ -394,7 +394,7 @@ def items(seed: int, labels) -> dict:
 
 
 def batch(negatives=True) -> dict:
-    """Return a batch in which queries 0 and 4 share a product and negative 5 has query 1's product.
+    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product.
 
     The candidates lack modalities at other places than the queries.
     """

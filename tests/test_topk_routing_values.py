@@ -348,7 +348,8 @@ def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormaliz
         case = csrc_cases.make(64, 13, 3, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
         case["source"].copy_(large(size) if size > 30 else size * torch.randn(64, 13))
         gradients = csrc_cases.upstream(case)
-        for only in (slice(1), slice(1, 4)):  # of the weights alone, and of the losses alone
+        # The gradients of the weights only, then of the losses only.
+        for only in (slice(1), slice(1, 4)):
             given = [
                 x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)
             ]

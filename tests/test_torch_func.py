@@ -16,7 +16,7 @@ SAMPLES = 3
 
 
 def stacked(make, *sizes):
-    """Arguments of ``SAMPLES`` calls, as vmap takes them."""
+    """Return the arguments of ``SAMPLES`` calls, stacked for vmap."""
     args, named = zip(*(make(*sizes) for _ in range(SAMPLES)), strict=True)
     positional = tuple(torch.stack(parts) for parts in zip(*args, strict=True))
     return positional, {key: torch.stack([each[key] for each in named]) for key in named[0]}
@@ -27,7 +27,7 @@ def one(args, named, i):
 
 
 def wanted(module, args, named):
-    """The reference's gradients of ``total``: to the parameters by name, to the first argument."""
+    """Return the reference's gradients of ``total`` for each parameter and the first argument."""
     first = args[0].detach().clone().requires_grad_()
     leaves = dict(module.named_parameters())
     with mmfused.backend("reference"):
@@ -100,7 +100,7 @@ def test_experts_of_a_routing_made_elsewhere():
 
 
 def test_backwards_for_many_upstream_gradients_at_once():
-    """Here autograd maps the backwards of the composed paths, whose forwards know of nothing."""
+    """Here vmap is applied to the backwards of the composed paths only, not to their forwards."""
     module, make = case("experts")
     (x,), _ = make(2, 3)
     jacobian = torch.autograd.functional.jacobian

@@ -216,9 +216,8 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
 )
 def test_bad_settings_are_refused_before_a_file_is_touched(products, tmp_path, changes, message):
     if message is None:
-        train(
-            TrainConfig(**options(products, tmp_path / "run", steps=1, **changes))
-        )  # fewer rows than a batch: one smaller batch
+        # There are fewer rows than a batch has: one smaller batch.
+        train(TrainConfig(**options(products, tmp_path / "run", steps=1, **changes)))
         return
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(**options(products, tmp_path / "run", **changes)))
@@ -227,7 +226,7 @@ def test_bad_settings_are_refused_before_a_file_is_touched(products, tmp_path, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fused runs on this machine's GPU")
 def test_fused_is_refused_at_once_without_a_gpu(products, tmp_path, monkeypatch):
-    monkeypatch.setattr(mmfused.library, "INTERPRETED", False)  # conftest turns the interpreter on
+    monkeypatch.setattr(mmfused.library, "INTERPRETED", False)  # conftest enables the interpreter
     with pytest.raises(ValueError, match="backend: 'fused' cannot run on cpu"):
         train(TrainConfig(**options(products, tmp_path / "run", backend="fused")))
     with pytest.raises(ValueError, match="device: got 'cuda'"):
@@ -263,7 +262,7 @@ def test_learning_rate_warms_up_and_comes_down():
 
 
 def literal_scores(predictions, labels):
-    """scikit-learn's definitions, one row and one class at a time; a quotient by 0 counts as 0."""
+    """Compute scikit-learn's definitions by row and class; a quotient by 0 counts as 0."""
     per_class = []
     for label in sorted({*predictions, *labels}):
         pairs = list(zip(predictions, labels, strict=True))
@@ -322,7 +321,7 @@ def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_equal_a_literal_count(seed):
     generator = torch.Generator().manual_seed(seed)
-    # Among 12 classes, of which 3 never occur, some are never predicted and some never true.
+    # Of 12 classes, 3 never occur, some are never predicted and some are never true.
     labels = torch.randint(0, 9, (40,), generator=generator) + 3
     predictions = torch.where(
         torch.rand(40, generator=generator) < 0.5,
@@ -335,8 +334,9 @@ def test_scores_equal_a_literal_count(seed):
 
 
 def text_model_and_batches(products, tmp_path, batch_size):
-    """Without what couples samples: one modality, cross-entropy alone, no BatchNorm; and without
-    dropout.
+    """Return a model without dropout in which samples are independent.
+
+    It has one modality, cross-entropy alone and no BatchNorm.
     """
     still = {"hidden_dropout_prob": 0.0}
     options_ = {"loss_weights": (1, 0, 0), "text": still}
@@ -380,7 +380,7 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
         )
     )
     assert summary["steps"] == 8 and len(losses(tmp_path / "run")) == 8
-    # 6 batches an epoch: every two steps the same 48 labels, in another order.
+    # 6 batches per epoch: the same 48 labels every two steps, in another order.
     epochs = [sum(seen[start : start + 6], []) for start in range(0, 24, 6)]
     assert (
         len(seen) == 24

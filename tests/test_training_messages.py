@@ -1,4 +1,4 @@
-"""What train, ablate, eval and embed say of arguments that they cannot use."""
+"""Error messages of train, ablate, eval and embed for invalid arguments."""
 
 import json
 import logging

@@ -1,6 +1,4 @@
-"""Two ranks that were started differently, or of which one cannot go on, both end, within seconds,
-and say which.
-"""
+"""If two ranks start differently or one fails, both stop within seconds and report the rank."""
 
 import csv
 import json
@@ -19,7 +17,7 @@ from mmfused.training import loop as training
 from mmfused.training import run as training_run
 from mmfused.training.run import train
 
-SECONDS = 60  # with all preparation; a group that waits for a rank gives up after half an hour
+SECONDS = 60  # including preparation; a group that waits for a rank gives up after half an hour
 
 
 def different(rank, out, folder, patch):
@@ -39,7 +37,7 @@ def other_data(rank, out, folder, patch):
 
 
 def other_rows(rank, out, folder, patch):
-    """The same folder's name, and on the other rank's machine other texts in it."""
+    """Use a folder of the same name, with other texts on the other rank's machine."""
     os.chdir(folder / ("data", "val")[rank])
     return small_run(out, data=".", val=str(folder / "val"))
 
@@ -130,7 +128,7 @@ def at_the_end(rank, out, folder, patch):
     return small_run(out, steps=1)
 
 
-# What the first rank says, and the second.
+# The expected errors of the first rank and of the second.
 CASES = {
     different: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, expected one value",) * 2,
     other_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, expected one value",) * 2,
@@ -166,7 +164,7 @@ CASES = {
 
 
 def run_rank(rank, port, folder):
-    """All cases one after the other in one group: it must be of use after each refusal."""
+    """Run all cases one after the other in one group, which must be usable after each error."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,6 +1,4 @@
-"""UniCA against an independent float64 transcription of its equations, and what the model promises
-around them.
-"""
+"""UniCA against an independent float64 transcription of its equations, and other guarantees."""
 
 import json
 
@@ -87,9 +85,8 @@ def test_a_text_alone_is_what_plain_bert_makes_of_it():
     items["image_present"] = torch.arange(6) == 0
     views = model.embed(("text", "both"), **shown(items))
     assert error(views["text"], plain) < 1e-12
-    assert (
-        error(views["both"][1:], plain[1:]) < 1e-12
-    )  # beside an image that is there, in slots of its own
+    # An image in another item does not change the positions of these texts.
+    assert error(views["both"][1:], plain[1:]) < 1e-12
     assert error(views["both"][0], plain[0]) > 1e-3
 
 
@@ -110,9 +107,10 @@ def test_pre_norm_starts_as_the_host_alone():
 
 
 def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options):
-    """(losses and terms of each step, parameters, embeddings) after some steps."""
-    torch.manual_seed(5)  # of dropout
-    model = random_model(**options).to(home(dtype), dtype)  # a fresh one sees little of its items
+    """Return (losses and terms of each step, parameters, embeddings) after some steps."""
+    torch.manual_seed(5)  # for dropout
+    # A new model's output depends little on its items.
+    model = random_model(**options).to(home(dtype), dtype)
     model.info_nce.options["positive_weight"] *= perturb
     batch = {
         role: {name: value[:items] for name, value in part.items()}
@@ -145,7 +143,7 @@ def test_training_is_the_same_on_both_backends_and_the_test_sees_one_perturbed_t
     expected = trained("reference", 30, x64)
     assert apart(trained("composed", 30, x64), expected) < 1e-9
     assert apart(trained("composed", 30, x64, perturb=1.01), expected) > 1e-4
-    assert expected[0][-3] < 0.8 * expected[0][0]  # and it learns
+    assert expected[0][-3] < 0.8 * expected[0][0]  # and the model learns
 
 
 def test_training_with_dropout_is_the_same_on_both_backends():
@@ -162,14 +160,14 @@ def test_training_with_dropout_is_the_same_on_both_backends():
 
 
 def test_the_kernels_train_alike():
-    """By SGD: Adam's first steps turn the rounding of a gradient that is zero into a step."""
+    """Train with SGD: Adam's first steps turn the rounding of a zero gradient into a step."""
     options = {"optimizer": torch.optim.SGD, "items": 3, "text_dim": 32, "num_heads": 2, "ffn": 32}
     fused = trained("fused", 2, torch.float32, **options)
     assert apart(trained("reference", 2, torch.float32, **options), fused) < 1e-5
     assert apart(trained("reference", 2, torch.float32, perturb=1.01, **options), fused) > 1e-4
 
 
-# --- what is missing ---
+# --- missing modalities ---
 
 CASES = {
     "no image": {"image_present": torch.zeros(6, dtype=torch.bool)},
@@ -213,7 +211,7 @@ def test_what_is_absent_does_not_leak():
 
 
 def test_a_missing_text_is_cls_and_sep():
-    """As [CLS][SEP] alone, no real token at all, or text_present=False."""
+    """A missing text is [CLS][SEP] alone, without a real token, or with text_present=False."""
     model, items = random_model(), token_part()
     items["image_present"] = None
     items["image_tokens"] = items["image_tokens"][:1].expand(6, -1, -1)
@@ -261,7 +259,7 @@ def test_views_hide_the_other_modality():
     for view in VIEWS:
         assert expected[view].shape == (6, 12)
         assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
-    assert error(expected["both"][2], expected["image"][2]) < 1e-12  # no text
+    assert error(expected["both"][2], expected["image"][2]) < 1e-12  # without text
     with pytest.raises(ValueError, match="views: got video, expected some of"):
         model.embed(("video",), **items)
 
@@ -328,7 +326,7 @@ def test_every_parameter_gets_a_gradient():
     model(**pixel_batch()).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # A key bias moves all logits of a query alike: the softmax does not see it.
+        # A key bias shifts all logits of a query equally, so softmax cancels it.
         assert parameter.grad.any() or name.endswith(("k_proj.bias", "key.bias")), name
 
 

@@ -1,6 +1,4 @@
-"""UniECS against an independent float64 transcription of its equations, and what the model promises
-around them.
-"""
+"""UniECS against an independent float64 transcription of its equations, and other guarantees."""
 
 import json
 import math
@@ -28,8 +26,9 @@ SMALL = {"dim": 8, "num_heads": 2, "cross_layers": 1, "image_dim": 6, "text_dim"
 
 
 def random_model(**options) -> UniECS:
-    """A float64 model without encoders whose parameters are all random, also those that start as
-    zeros or ones.
+    """Return a float64 model without encoders.
+
+    All parameters are random, also where they start as zeros or ones.
     """
     model = UniECS(UniECSConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +39,7 @@ def random_model(**options) -> UniECS:
 
 
 def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
-    """Precomputed tokens, texts of unequal lengths; items 0 and 3 are one product."""
+    """Return precomputed tokens, with texts of unequal lengths; items 0 and 3 are one product."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, rows + 1, (batch,), generator=generator)
     lengths[list(no_text)] = 0
@@ -54,8 +53,10 @@ def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
 
 
 def token_pair() -> tuple[dict, dict]:
-    """A query lacks both, one its text, a candidate its image, one its text. Two empty embeddings
-    of a side would tie in top k.
+    """Return items of which one query lacks both modalities, one its text.
+
+    One candidate lacks its image and one its text. Two empty embeddings on one side would tie in
+    top k.
     """
     return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(
         3, no_image=(3,), no_text=(0,)
@@ -141,8 +142,9 @@ def test_agrees_with_the_equations(options):
 
 
 def test_self_attention_agrees_with_multihead_attention():
-    """The transcription reads the projections by name; nn.MultiheadAttention with the same weights
-    decides.
+    """nn.MultiheadAttention with the same weights gives the same output.
+
+    The transcription reads the projections by name, so it cannot find an error in them.
     """
     block = random_model().stages[0].text_blocks[0]
     x, ignore = torch.randn(3, 4, 8, dtype=x64), torch.arange(4) >= torch.tensor([4, 2, 1])[:, None]
@@ -207,10 +209,10 @@ def test_adaptive_weights():
         adaptive_weights(norms, options_of(beta=beta, epsilon=eps)) for beta in (0.0, 0.5, 1.0)
     )
     torch.testing.assert_close(equal, torch.full((3,), 1 / 3))
-    torch.testing.assert_close(
-        half, torch.tensor([2.0, 1.0, 4.0]) / 7
-    )  # a smaller gradient, a larger weight
-    torch.testing.assert_close(full * norms, (full * norms)[:1].expand(3))  # all pull alike
+    # The smaller a gradient, the larger its weight.
+    torch.testing.assert_close(half, torch.tensor([2.0, 1.0, 4.0]) / 7)
+    # At beta = 1, all weighted norms are equal.
+    torch.testing.assert_close(full * norms, (full * norms)[:1].expand(3))
     idle = adaptive_weights(torch.tensor([0.0, 1.0, 1.0]), options_of())
     torch.testing.assert_close(idle, torch.tensor([0.0, 0.5, 0.5]))
 
@@ -293,7 +295,7 @@ def test_views_hide_what_they_must():
     assert torch.equal(before["image"], other["image"]) and not torch.allclose(
         before["text"], other["text"]
     )
-    # With one modality, or none, both is what the model makes of that.
+    # With one modality or none, "both" is the model's output for that input.
     assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(
         before["both"][1], before["text"][1]
     )
@@ -311,9 +313,8 @@ def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
         for part in token_pair()
     ]
     parts = [to_device(part, home(dtype)) for part in parts]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, eps=1e-4
-    )  # eps: a key's bias has no gradient but rounding
+    # A large eps, since the gradient of a key bias is only rounding.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     trace = []
     with mmfused.backend(backend):
         for _ in range(steps):
@@ -334,12 +335,13 @@ def test_thirty_steps_agree_and_a_perturbation_shows():
     expected = train("reference", 30)
     assert apart(train("composed", 30), expected) < 1e-9
     assert expected[0][-1, 0] < expected[0][0, 0]
-    weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # 1 % more of V2F
+    weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # V2F changes by 1 %
     assert apart(train("composed", 3, loss_weights=weights), train("reference", 3)) > 1e-5
 
 
 def test_interpreted_kernels_agree():
-    sizes = {"dim": 16, "num_heads": 1, "items": slice(2, 4)}  # one lacks its text, one its image
+    # One item lacks its text and one its image.
+    sizes = {"dim": 16, "num_heads": 1, "items": slice(2, 4)}
     assert (
         apart(
             train("fused", 2, torch.float32, **sizes), train("reference", 2, torch.float32, **sizes)
@@ -369,7 +371,7 @@ def tiny(**options) -> UniECS:
 
 
 def pixel_items(seed=3, batch=4, length=8) -> dict:
-    """Pixels and ids; item 1 has no image, item 2 no text but [CLS][SEP]."""
+    """Return pixels and ids; item 1 has no image, and the text of item 2 is [CLS][SEP]."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -387,8 +389,7 @@ def test_every_parameter_gets_a_gradient():
     model(*parts).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # A key bias moves all logits of a query alike; over one token attention has nothing to
-        # choose.
+        # A key bias shifts all logits of a query equally; over one token, attention is constant.
         single = "fusion_blocks" in name and ("q_proj" in name or "k_proj" in name)
         assert parameter.grad.any() or single or name.endswith(("k_proj.bias", "key.bias")), name
 
@@ -466,7 +467,7 @@ def test_components_act(name):
         }
     )
     a, b = (view_of(model.encode("query", **parts[0])) for model in (whole, less))
-    embeds = name in ("gate", "cross", "fusion")  # the others change the loss alone
+    embeds = name in ("gate", "cross", "fusion")  # the other options only change the loss
     assert torch.allclose(a, b) != embeds
     first, second = whole(*parts), less(*parts)
     assert abs(first.loss.item() - second.loss.item()) > 1e-6
@@ -492,8 +493,9 @@ def test_presets_build_and_survive_json(name):
 @pytest.mark.parametrize("preset", ["tiny", "paper", "code"])
 @pytest.mark.parametrize("lacks", [None, "image", "text"])
 def test_first_gradients_are_moderate(preset, lacks):
-    """Also where an item lacks a modality: tokens of zeros would pass every LayerNorm on the way
-    back, times 316 each.
+    """First gradients are moderate, also where an item lacks a modality.
+
+    Otherwise tokens of zeros would multiply gradients by 316 in every LayerNorm.
     """
     torch.manual_seed(0)
     model = UniECS(

@@ -1,6 +1,4 @@
-"""UNITE against an independent float64 transcription of its equations, and what the model promises
-around them.
-"""
+"""UNITE against an independent float64 transcription of its equations, and other guarantees."""
 
 import json
 import sys
@@ -52,7 +50,7 @@ def tiny(**options) -> UNITE:
 
 
 def random_model(**options) -> UNITE:
-    """Float64, and every parameter random, also those that start as zeros or ones."""
+    """Return a float64 model with random parameters, also where they start as zeros or ones."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.2
@@ -60,7 +58,7 @@ def random_model(**options) -> UNITE:
 
 
 def items(seed: int, labels, frames=()) -> dict:
-    """Item 1 has no picture, 2 no text, 3 neither."""
+    """Return items of which 1 has no picture, 2 no text and 3 neither."""
     generator, batch = torch.Generator().manual_seed(seed), len(labels)
     lengths = torch.randint(4, 8, (batch,), generator=generator)
     lengths[2:4] = 2
@@ -78,7 +76,7 @@ def items(seed: int, labels, frames=()) -> dict:
 
 
 def batch(frames=(), negatives=True) -> dict:
-    """Queries 0 and 4 ask for one product, and negative 5 is query 1's."""
+    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product."""
     parts = {
         "query": items(1, [7, 1, 2, 3, 7, 5], frames),
         "candidate": items(2, [7, 1, 2, 3, 7, 5], frames),
@@ -87,7 +85,7 @@ def batch(frames=(), negatives=True) -> dict:
 
 
 def plain(parts: dict) -> dict:
-    """In float32, as the trainer's."""
+    """Return the parts in float32, as the trainer passes them."""
     return {
         role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
     }
@@ -161,8 +159,9 @@ def check_equations(model, parts, backend):
 
 
 def test_a_lone_modality_has_no_loss():
-    """Its row of the mask holds nothing but its positive: loss 0 and gradient 0 (stage 2 without
-    hard negatives).
+    """In stage 2 without hard negatives, loss and gradient are 0.
+
+    The only candidate allowed in that row of the mask is its positive.
     """
     model, rows = (
         random_model(without=("negatives",)),
@@ -219,7 +218,7 @@ def test_views_hide_what_they_must():
         True,
         True,
     ]
-    for item, alone in ((1, "text"), (2, "image")):  # "both" of one modality is what that one is
+    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the only modality
         assert error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
@@ -266,7 +265,7 @@ def test_chunks_draw_the_views_of_the_whole():
 
 
 def train(backend, steps, dtype=x64, **options) -> list[torch.Tensor]:
-    """Losses, parameters and embeddings after some steps."""
+    """Return losses, parameters and embeddings after some steps."""
     model, parts, losses = tiny(**options, host=ONE_LAYER).to(home(dtype), dtype), batch(), []
     parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
@@ -296,7 +295,7 @@ def test_backends_train_alike(stage):
     assert distance(train("composed", 30, stage=stage), expected) < 1e-8
     assert expected[0][-5:].mean() < 0.9 * expected[0][:5].mean()
     perturbed = train("composed", 3, stage=stage, temperature=0.303)[0]
-    assert error(perturbed, expected[0][:3]) > 1e-4  # 1 % in the one term is seen
+    assert error(perturbed, expected[0][:3]) > 1e-4  # a change of 1 % in the term is detected
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -322,10 +321,8 @@ def test_autocast_keeps_the_loss_in_float32():
 
 
 def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """But for the vision tower, whose loop over pictures is the host's: its tokens come from
-    outside.
-    """
-    monkeypatch.undo()  # conftest's poison is not to be traced
+    """Without the vision tower, whose loop over pictures breaks the graph: its tokens are given."""
+    monkeypatch.undo()  # the poison of conftest must not be traced
     model, parts = random_model(host=ONE_LAYER), batch(negatives=False)
     pictures = qwen.picture_tokens(
         model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
@@ -375,9 +372,8 @@ def test_full_sizes_build(name):
     config = UNITEConfig.preset(name, tokens=TOKENS)
     with torch.device("meta"):
         model = UNITE(config)
-    assert (
-        2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9
-    )  # Qwen2-VL-2B, its head tied
+    # Qwen2-VL-2B with a tied head.
+    assert 2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9
     assert model.picture_size == 448 and config.temperature == 0.03 and config.stage == 2
     assert config.same_id == ("sum" if name == "code" else "drop")
     assert {parameter.requires_grad for parameter in model.host.visual.parameters()} == {False}
@@ -483,7 +479,7 @@ def test_lora_trains_only_its_own_weights():
     model(**parts).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name and ".visual." not in name for name in trained)
-    assert len(trained) == 2 * 2 * len(LINEAR)  # A and B, two layers
+    assert len(trained) == 2 * 2 * len(LINEAR)  # A and B in two layers
     assert all(
         (parameter.grad is not None) == (name in trained)
         for name, parameter in model.named_parameters()

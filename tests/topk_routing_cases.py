@@ -1,5 +1,6 @@
-"""Inputs for the tests of top-k routing, and how a case is run: everything that is returned, and
-the gradients from each of it.
+"""Inputs for the tests of top-k routing, and a function that runs a case.
+
+It returns all outputs, and the gradients of each of them.
 """
 
 import torch
@@ -14,8 +15,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 LOSSES = ("balance_loss", "z_loss", "entropy")
 
-# Arguments as they are; mask, bias and replay ask for a random one, segments for so many, available
-# for most experts of each.
+# Arguments of topk_routing. mask, bias and replay ask for random ones; segments is a number of
+# segments; available allows most experts in each segment.
 OPTIONS = {
     "softmax": dict(),
     "sigmoid": dict(score="sigmoid"),
@@ -38,7 +39,7 @@ OPTIONS = {
 
 
 def make_options(name, tokens, experts, k, device=DEVICE):
-    """The keyword arguments an entry of OPTIONS stands for."""
+    """Return the keyword arguments for an entry of OPTIONS."""
     options = dict(OPTIONS[name])
     if options.pop("mask", False):
         options["token_padding_mask"] = torch.rand(tokens) < 0.3
@@ -51,7 +52,8 @@ def make_options(name, tokens, experts, k, device=DEVICE):
     if options.pop("bias", False):
         options["selection_bias"] = torch.randn(experts)
     if options.pop("replay", False):
-        options["indices"] = torch.randint(0, experts, (tokens, k))  # an expert may be named twice
+        # A token may name an expert twice.
+        options["indices"] = torch.randint(0, experts, (tokens, k))
     if "jitter" in options:
         options["jitter_seed"] = torch.tensor(2**62 + 12345678901)
     return {
@@ -94,8 +96,9 @@ def route(leaves, k, options, backend):
 
 
 def run(leaves, k, options, backend, upstream=None, indices=None):
-    """Weights, losses, and "d<leaf> from <what>": random gradients of the weights, 1 of each loss,
-    and all of them together.
+    """Return weights, losses, and "d<leaf> from <output>".
+
+    The weights have random gradients and the losses gradients of 1; "all" combines them.
     """
     if indices is not None:
         options = options | dict(indices=indices)
@@ -118,7 +121,7 @@ def _gradients(scalar, leaves, name):
 
 
 def plain_order(indices, mask, experts):
-    """order, position and offsets by the definition, in lists."""
+    """Compute order, position and offsets by their definition, as lists."""
     tokens, k = indices.shape
     masked = [False] * tokens if mask is None else mask.tolist()
     key = [

@@ -56,7 +56,10 @@ def route(
     ties=False,
     **options,
 ) -> None:
-    """Route; ``everything``: padding, segments with their own experts, selection bias, jitter."""
+    """Call the routing.
+
+    ``everything``: with padding, segments with their own experts, selection bias and jitter.
+    """
     if everything:
         segments, usable = 3, torch.rand(3, experts, device=DEVICE) < 0.7
         usable[:, -k:] = True

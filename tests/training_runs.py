@@ -1,4 +1,4 @@
-"""The smallest training with every source of chance in it, and what makes two runs the same."""
+"""The smallest training that uses all sources of randomness, and comparisons of two runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ENCODERS = {
     "image": {"depth": 1, "num_heads": 1},
     "text": {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16},
 }
-SMALL_RUN = {  # shuffling, augmentation, hidden modalities, dropout; several epochs, too
+SMALL_RUN = {  # shuffling, augmentation, hidden modalities, dropout, several epochs
     "model_options": {**SIZES, **ENCODERS},
     "steps": 9,
     "batch_size": 8,
@@ -74,7 +74,7 @@ def steps_saved(out):
 
 
 def in_step(monkeypatch, number, act):
-    """Calls ``act`` before step ``number`` of this process is made."""
+    """Call ``act`` before this process makes step ``number``."""
     made, update = [], training.update
 
     def acting(*args):
@@ -106,7 +106,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory):
-    """After the checkpoint of step 4 of 9."""
+    """Return a run that was stopped after the checkpoint of step 4 of 9."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         fail_in_step(patch, 6)

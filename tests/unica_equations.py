@@ -1,7 +1,6 @@
-"""UniCA's equations, literally, in float64: loops over items, heads and tokens, parameters by name,
-no padding anywhere.
+"""Transcribe UniCA's equations literally, in float64, without padding.
 
-Below them a small model and batches to compare with.
+Items, heads and tokens are loops; parameters are read by name. A small model and batches follow.
 """
 
 import math
@@ -35,7 +34,7 @@ def gelu(x):
 
 
 def heads_read(query, key, value, heads):
-    """(L, D) queries over (N, D) keys and values, head by head, query by query."""
+    """Attend with (L, D) queries to (N, D) keys and values, by head and query."""
     size, rows = query.shape[1] // heads, []
     for q in query:
         parts = [slice(h * size, (h + 1) * size) for h in range(heads)]
@@ -51,7 +50,7 @@ def heads_read(query, key, value, heads):
 
 
 def embedded(p, x, position):
-    """BERT's embedding of one token that has vector x: position, token type 0, LayerNorm."""
+    """Embed one token with vector x as BERT does: position, token type 0, LayerNorm."""
     x = x + p[HOST + "embeddings.position_embeddings.weight"][position]
     x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
     return norm(p, HOST + "embeddings.LayerNorm", x, 1e-12)
@@ -66,7 +65,7 @@ def bert_layer(p, name, x, heads):
 
 
 def direction(p, name, to, x, context, c):
-    """What x reads from the context; both may be normalised already."""
+    """Attend from x to the context; both may be normalised already."""
     name = f"{name}.attention.{'to_a' if c.share_weights else to}."
     read = heads_read(
         linear(p, name + "q_proj", x),
@@ -113,9 +112,7 @@ def unit(x):
 
 
 def read(p, image, ids, c):
-    """Embedding of one item: image (N, image_dim) or None, ids of a text with [CLS] and [SEP], or
-    None.
-    """
+    """Embed one item: image (N, image_dim) or None; ids of a text with [CLS] and [SEP], or None."""
     start = 0 if image is None else len(image)
     word = p[HOST + "embeddings.word_embeddings.weight"]
     first, *rest = c.empty_text if ids is None else ids
@@ -137,7 +134,7 @@ def read(p, image, ids, c):
 
 
 def embeddings(p, items, c):
-    """{view: (B, D)} of a part."""
+    """Return {view: (B, D)} of a part."""
     views = {"image": [], "text": [], "both": []}
     for row in range(len(items["labels"])):
         image = items["image_tokens"][row] if items["image_present"][row] else None
@@ -155,8 +152,9 @@ def embeddings(p, items, c):
 
 
 def losses(query, candidate, labels, c):
-    """labels of (queries, candidates); candidate i < B is query i's positive, hard negatives
-    follow.
+    """Compute the losses; ``labels``: of (queries, candidates).
+
+    Candidate i < B is the positive of query i; hard negatives follow.
     """
     info_nce = apart = 0
     for i, q in enumerate(query):
@@ -172,7 +170,7 @@ def losses(query, candidate, labels, c):
 
 
 def transcription(p, parts, c):
-    """Loss, its terms, and the embeddings of the queries."""
+    """Return the loss, its terms, and the embeddings of the queries."""
     encoded = {role: embeddings(p, items, c) for role, items in parts.items()}
     roles = (
         ["candidate"]
@@ -210,8 +208,9 @@ SMALL = {
 
 
 def random_model(**options) -> UniCA:
-    """A float64 model without image encoder whose parameters are all random, also those that start
-    as zeros or ones.
+    """Return a float64 model without image encoder.
+
+    All parameters are random, also where they start as zeros or ones.
     """
     model = UniCA(UniCAConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
@@ -221,8 +220,9 @@ def random_model(**options) -> UniCA:
 
 
 def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
-    """Precomputed patch tokens and ids; item 1 has no image, item 2 no text, item 3 neither, the
-    texts' lengths differ.
+    """Return precomputed patch tokens and ids, with texts of unequal lengths.
+
+    Item 1 has no image, item 2 no text, item 3 neither.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([6, 4, 2, 2, 3, 5])[:batch]
@@ -238,7 +238,7 @@ def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
 
 
 def token_batch() -> dict:
-    """Queries 0 and 4 show one product, and the negative of query 5 is query 1's."""
+    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product."""
     return {
         "query": token_part(2, labels=[0, 1, 2, 3, 0, 5]),
         "candidate": token_part(3, labels=[0, 1, 2, 3, 0, 5]),

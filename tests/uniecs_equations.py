@@ -1,5 +1,6 @@
-"""UniECS's equations, literally, in float64: loops over items, passes, heads, tokens and pairs,
-parameters by name.
+"""Transcribe UniECS's equations literally, in float64.
+
+Items, passes, heads, tokens and pairs are loops; parameters are read by name.
 """
 
 import math
@@ -51,7 +52,7 @@ def relu(x):
 
 
 def attention(p, name, asking, read, heads):
-    """Multi-head attention of tokens (N, D) over tokens (M, D), with the output projection."""
+    """Attend from tokens (N, D) to tokens (M, D) with several heads and an output projection."""
     q, k, v = (
         linear(p, name + ".q_proj", asking),
         linear(p, name + ".k_proj", read),
@@ -111,8 +112,9 @@ def pooled(p, name, x):
 
 
 def encoder(p, image, text, c):
-    """One item, one pass: tokens (N, .) and (M, .), each with whether it is there; else it is
-    zeros.
+    """Encode one item in one pass: tokens (N, .) and (M, .), each with a flag.
+
+    If the flag is False, the tokens are zeros.
     """
     e_v, e_t = int(image[0]), int(text[0])
     image, text = (x if there else torch.zeros_like(x) for there, x in (image, text))
@@ -136,7 +138,7 @@ def encoder(p, image, text, c):
 
 
 def separate(p, image, text):
-    """Without the fusion: v, t, f of one item."""
+    """Return v, t, f of one item without the fusion."""
     v, t = (
         unit(
             pooled(
@@ -149,7 +151,7 @@ def separate(p, image, text):
 
 
 def embeddings(p, items, c):
-    """(B, 3, D): v, t, f of each item, and its flags (image, text)."""
+    """Return (B, 3, D), which is v, t, f of each item, and its flags (image, text)."""
     rows, flags = [], []
     for i in range(len(items["labels"])):
         image, text = items["image_tokens"][i], items["text_tokens"][i]
@@ -159,9 +161,8 @@ def embeddings(p, items, c):
         text = [unit(linear(p, "text_map", x)) for x in text[real]]
         if c.text_length is not None:
             text = text[: c.text_length]
-        if (
-            not has_text or not c.text_mask
-        ):  # zeros up to the fixed length, or as many as one likes where nothing else is read
+        # Zeros up to the fixed length. Without one, any number of zeros gives the same result.
+        if not has_text or not c.text_mask:
             text = text + [torch.zeros(c.dim, dtype=x64)] * ((c.text_length or 3) - len(text))
         text = torch.stack(text)
         shown, hidden = ((has_image, image), (has_text, text)), ((False, image), (False, text))
@@ -241,8 +242,9 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
 
 
 def transcription(p, query, candidate, c):
-    """Embeddings of both sides, the terms, the loss; the adaptive weights are constants, from one
-    gradient for each group.
+    """Return embeddings of both sides, the terms and the loss.
+
+    The adaptive weights are constants, computed from one gradient for each group.
     """
     (rows1, flags1), (rows2, flags2) = embeddings(p, query, c), embeddings(p, candidate, c)
     terms = loss_terms(

@@ -1,5 +1,6 @@
-"""UNITE's equations, literally, in float64: item by item through the host's own forward pass,
-losses in loops.
+"""Transcribe UNITE's equations literally, in float64.
+
+Each item runs alone through the host's own forward pass; losses are loops.
 """
 
 import torch
@@ -13,7 +14,7 @@ CODES = {"text": 1, "image": 2, "video": 4}
 
 
 def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
-    """Token after token what item i shows in a view, and its modality code."""
+    """Return the tokens of item i in a view, and its modality code."""
     image = bool(batch["image_present"][i]) and view != "text"
     real = batch["attention_mask"][i] == 1
     words = (
@@ -36,8 +37,9 @@ def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
 
 
 def forward(host, ids, pixels, tokens):
-    """The last token's state over its length; the host finds positions and places for the picture's
-    tokens itself.
+    """Return the normalised last hidden state of one sequence.
+
+    The host computes positions and inserts the picture's tokens itself.
     """
     ids, given = torch.tensor([ids]), {}
     if tokens["image"] in ids:
@@ -61,7 +63,7 @@ def forward(host, ids, pixels, tokens):
 
 
 def embeddings(host, batch, views, config):
-    """(B, D) and codes (list); `views` names one for each item."""
+    """Return (B, D) and a list of codes; `views` has one entry per item."""
     pixels = batch["pixel_values"]
     count = (
         pixels.shape[-1]
@@ -86,12 +88,12 @@ def embeddings(host, batch, views, config):
 
 
 def log_share(scores, allowed, i):
-    """log of candidate i's probability among the allowed ones."""
+    """Return the log of candidate i's probability among the allowed candidates."""
     return scores[i] - torch.log(sum(torch.exp(scores[j]) for j in allowed))
 
 
 def loss(query, candidate, negative, codes, labels, config):
-    """L of the config's stage; `labels`: the products of query, candidate and negative."""
+    """Return L of the config's stage; `labels`: the products of query, candidate and negative."""
     size, total = len(query), torch.zeros((), dtype=x64)
     dual = config.stage == 1 and "dual" not in config.without
     masked = config.stage == 2 and "mamcl" not in config.without

@@ -1,4 +1,4 @@
-"""What a hostile file must not cause: running its code, reading elsewhere, a connection."""
+"""Actions that a hostile file must not cause: run code, open other files, connect."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 CODE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
-_watched = []  # of the one who watches now: a folder, and what was seen; a hook stays for good
+_watched = []  # the folder and the events of the active watcher; a hook cannot be removed
 
 
 def _hook(event, arguments):
@@ -35,12 +35,10 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(outside: Path):
-    """A list that grows by what is opened below ``outside``, by connections, and by code that is
-    started.
-    """
+    """Yield a list of the files opened below ``outside``, connections and code started."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        # They open files without telling Python.
+        # These open files without an audit event of Python.
         for owner, name in ((safetensors, "safe_open"), (safetensors.torch, "load_file")):
             patch.setattr(owner, name, _noting(getattr(owner, name)))
         _watched.append((outside, seen))
@@ -60,7 +58,7 @@ def _noting(call):
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -70,8 +68,9 @@ class Payload:
 
 
 class Outside:
-    """A folder beside the hostile one, which holds a pickle, a module and a file, and gets a marker
-    where one of them ran.
+    """A folder beside the hostile one.
+
+    It holds a pickle, a module and a file, and a marker is written there if one of them runs.
     """
 
     def __init__(self, folder: Path):
@@ -93,7 +92,7 @@ class Outside:
         assert not seen and not self.marker.exists()
 
     def refuses(self, call, match: str):
-        """One sentence, and nothing done."""
+        """Expect an error of one sentence, without side effects."""
         with (
             self.untouched(),
             pytest.raises((ValueError, FileNotFoundError), match=match) as caught,
