@@ -327,7 +327,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """Compute the formula in float64, a block of rows at a time."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
-    # Equal to the reference to 1e-10 in float64, as the tests check.
+    # In float64 the composed path agrees with the reference to 1e-10, as the tests check.
     with mmfused.backend("composed"):
         provider = composed(case, problem.device, torch.float64).load(parameters)
         return provider.results(Problem(inputs, parameters, problem.upstream.double()))

@@ -122,7 +122,11 @@ def pack_padding(
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
-    """Return the rows of a tile: 32, 64 or 128, at most the mean rows of an expert, or else 16."""
+    """Return the number of rows of a tile.
+
+    It is the largest of 32, 64 and 128 that is at most the mean number of rows per expert, or 16 if
+    none is.
+    """
     return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
 
 

@@ -92,7 +92,7 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
 
 
 def commit() -> str:
-    """Return the commit of the compiled sources, with a + where they differ from it."""
+    """Return the commit of the compiled sources, with a + if the sources differ from it."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

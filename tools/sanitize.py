@@ -230,7 +230,7 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
         "device": launched and launched["device"],
         "errors": len(errors),
         "warnings": len(warnings),
-        "elsewhere": len(records) - len(ours),  # in kernels that are not this library's
+        "elsewhere": len(records) - len(ours),  # reports on kernels that are not this library's
         "reports": list(dict.fromkeys([*errors, *warnings]))[:8],
     }
     verdict, note = "green", ""

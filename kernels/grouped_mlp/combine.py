@@ -97,8 +97,8 @@ def combine_kernel(
 ):
     """Compute out_t = sum over j of w_tj y[position of (t, j)]; without weights, w = 1.
 
-    grid (T / BT, N / BN). Where dS is wanted, the second dimension has one more program, which
-    computes it; without y it has only that one.
+    grid (T / BT, N / BN). Where dS is wanted, one more column of programs computes it; without y
+    there is only that column.
     """
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     valid = tl.load(offsets_ptr + E)

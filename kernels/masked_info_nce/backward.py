@@ -193,8 +193,8 @@ def apply_ds_kernel(
 
     grid (D / BD, blocks of x in the chunk, S). x = q and y = c, or, with dS transposed by its
     strides, x = c and y = q. Only tiles that pairs_kernel wrote are read: those with an allowed
-    pair, and those that lie between the keys of a block of x and those of a tile of y, which both
-    kernels visit. Blocks and tiles start at multiples of BX and BY in both kernels.
+    pair, and those where the keys of one side lie between keys of the other, which both kernels
+    visit. Blocks and tiles start at multiples of BX and BY in both kernels.
     """
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
