@@ -358,10 +358,8 @@ def test_a_fixed_temperature_is_changed_by_nothing():
     with torch.device("meta"):
         moved = MaskedInfoNCE(0.03)
     assert moved.to_empty(device="cpu").temperature == 0.03
-    for holder, prefix in (
-        (fixed, ""),
-        (nn.Sequential(fixed), "0."),
-    ):  # an older state, where it was a buffer
+    # In an older state, the temperature was a buffer.
+    for holder, prefix in ((fixed, ""), (nn.Sequential(fixed), "0.")):
         with pytest.warns(
             UserWarning, match="the state's temperature is 0.3679; the module keeps its own, 0.03"
         ):

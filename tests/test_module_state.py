@@ -102,10 +102,8 @@ def test_begun_anew(name, dtype):
     with torch.device("meta"):
         empty = make()
     empty.to(dtype).to_empty(device="cpu")
-    for tensor in (
-        *empty.parameters(),
-        *empty.buffers(),
-    ):  # uninitialised memory may hold these values
+    # Uninitialised memory may hold these values.
+    for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else False)
     for module in (new.to(dtype), empty):
         torch.manual_seed(5)

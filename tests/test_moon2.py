@@ -348,7 +348,7 @@ def test_more_padding_changes_nothing():
 
 
 def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[torch.Tensor]:
-    """Losses, parameters and embeddings after some steps."""
+    """Return losses, parameters and embeddings after some steps."""
     model, losses = tiny(host=SHALLOW, **options).to(home(dtype), dtype), []
     parts = {
         role: {name: value[:rows] for name, value in part.items()}

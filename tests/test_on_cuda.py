@@ -163,7 +163,7 @@ def test_nothing_waits_for_the_host(name, backend):
 @pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
 def test_a_cuda_graph_replays_on_new_values(name, backend):
     problem = make(name).to(HALF)
-    # The fused attention of torch, on the composed paths, sums gradients in a random order.
+    # The fused attention of torch, on the composed paths, sums gradients in no fixed order.
     with path(name, backend), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         new, wanted = on_other_values(problem)
         side = torch.cuda.Stream()

@@ -1,6 +1,6 @@
 """A pretrained folder gives its own weights; it cannot run code or open other files.
 
-Nor can it make the loader allocate much memory.
+It cannot make the loader allocate much memory either.
 """
 
 import json

@@ -12,9 +12,8 @@ from mmfused.models import qwen
 
 x64 = torch.float64
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
-TOKENS["prompts"] = {
-    kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)
-}  # of unequal lengths
+# The prompts have unequal lengths.
+TOKENS["prompts"] = {kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)}
 VIDEO_PAD = 94
 TEXT = {
     "vocab_size": 100,
@@ -57,7 +56,7 @@ def host(kind="qwen2_vl", **given) -> torch.nn.Module:
 
 
 def items(*shape) -> dict:
-    """Return items of which 2 has no picture and NaN pixels, 3 no text, 4 neither.
+    """Return items; item 2 has no picture and NaN pixels, item 3 no text, item 4 neither.
 
     Texts stand between [CLS] = 2 and [SEP] = 3.
     """

@@ -94,7 +94,7 @@ def met(*records: dict, case: str | None = None) -> list[bool | None]:
 @pytest.mark.parametrize("row", targets.ROWS, ids=lambda row: f"{row.op}-{row.case}")
 def test_every_row_is_a_case_and_names_its_providers(row):
     if row.op == "models" and not HAS_MODELS:
-        pytest.skip("the benchmark of whole models is not there")
+        pytest.skip("the benchmark of whole models is missing")
     op = importlib.import_module(f"mmfused.benchmarks.{row.op}")
     if row.device == "cpu":
         sizes = row.case.removeprefix("custom-").split("-")

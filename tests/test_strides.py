@@ -162,8 +162,8 @@ def test_every_tensor_argument_has_inputs_here(function):
     }
     missing = set(tensor_arguments(FUNCTIONS[function])) - given
     assert not missing, (
-        f"{function} takes the tensors {sorted(missing)} and no test gives them: add them to its "
-        "maker in function_inputs.py, and a choice that excludes others to its VARIANTS."
+        f"no test passes the tensors {sorted(missing)} to {function}: add them to its maker in "
+        "function_inputs.py, and exclusive choices to its VARIANTS."
     )
     assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), (
         "the maker passes unknown arguments"

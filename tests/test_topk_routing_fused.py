@@ -185,9 +185,10 @@ def test_all_tokens_to_one_expert():
 
 @pytest.mark.parametrize("option", ["softmax", "available", "bias"])
 def test_choice_value_descending_index_ascending(option):
-    """Logits with few distinct values: nearly all rows have ties.
+    """Ties go to the lower index, as in the reference.
 
-    The logits are bitwise equal to those of the reference.
+    The logits have few distinct values, so nearly all rows have ties, and both compute the same
+    bits.
     """
     options = make_options(option, 257, 21, 4)
     if "selection_bias" in options:  # the sigmoid of these values is exact in any arithmetic
@@ -276,9 +277,10 @@ def test_nan_behind_the_mask_stays_there(source):
 
 
 def test_replayed_indices_out_of_range():
-    """Indices out of range are an error on a CPU, where a check needs no sync, but not on a GPU.
+    """Replayed indices out of range are an error on a CPU and give NaN on a GPU.
 
-    There, their tokens and the losses are NaN, and everything else is as if they were clamped.
+    On a GPU, a check would need a sync. Their tokens and the losses are NaN; everything else is
+    as if the indices were clamped.
     """
     logits, options = (
         torch.randn(70, 5, device=DEVICE),
@@ -535,7 +537,7 @@ def test_offsets_are_64_bit():
     It reads far behind the first 2^31 elements of virtual memory.
     """
     if CUDA:
-        pytest.skip("the interpreter probes the helper; the same source runs on the card")
+        pytest.skip("the interpreter probes the helper; the same source runs on the GPU")
     import triton
     import triton.language as tl
 

@@ -211,7 +211,7 @@ def heard(tmp_path_factory) -> tuple[Path, list[dict]]:
         if time.monotonic() > deadline:
             for process in ranks.processes:
                 process.kill()
-            pytest.fail("a rank waits for the other")
+            pytest.fail("one rank is still waiting for the other")
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

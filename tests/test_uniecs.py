@@ -53,7 +53,7 @@ def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
 
 
 def token_pair() -> tuple[dict, dict]:
-    """Return items of which one query lacks both modalities, one its text.
+    """Return queries, one without both modalities, one without a text, and candidates.
 
     One candidate lacks its image and one its text. Two empty embeddings on one side would tie in
     top k.
@@ -495,7 +495,8 @@ def test_presets_build_and_survive_json(name):
 def test_first_gradients_are_moderate(preset, lacks):
     """First gradients are moderate, also where an item lacks a modality.
 
-    Otherwise tokens of zeros would multiply gradients by 316 in every LayerNorm.
+    A LayerNorm over tokens of zeros multiplies gradients by 316, so tokens of zeros must not pass
+    many.
     """
     torch.manual_seed(0)
     model = UniECS(

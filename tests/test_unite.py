@@ -58,7 +58,7 @@ def random_model(**options) -> UNITE:
 
 
 def items(seed: int, labels, frames=()) -> dict:
-    """Return items of which 1 has no picture, 2 no text and 3 neither."""
+    """Return items; item 1 has no picture, item 2 no text and item 3 neither."""
     generator, batch = torch.Generator().manual_seed(seed), len(labels)
     lengths = torch.randint(4, 8, (batch,), generator=generator)
     lengths[2:4] = 2
