@@ -1,4 +1,4 @@
-"""fuse(model) gives the same numbers as the original modules.
+"""A model gives the same numbers after fuse(model).
 
 The models are real classes of torch, timm, open_clip and transformers, small and random.
 """
@@ -44,7 +44,7 @@ from mmfused.testing import over_budget
 
 @pytest.fixture
 def pooled(monkeypatch):
-    """The shapes of the queries, one for each call that the library computes."""
+    """Return the query shapes of the calls that the library computes, one per call."""
     calls = []
     for module, name in (
         (attention_swaps, "attend"),
@@ -66,7 +66,7 @@ def build(case, dtype=torch.float64):
     )
     model = make().to(DEVICE)
     with torch.no_grad():
-        for parameter in model.parameters():  # at 0 a wrong gradient would not be seen
+        for parameter in model.parameters():  # parameters of 0 would hide a wrong gradient
             parameter.copy_(
                 torch.randn(parameter.shape)
                 * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
@@ -75,7 +75,7 @@ def build(case, dtype=torch.float64):
 
 
 def results(model, call, inputs, dtype=torch.float64):
-    """Output, and the gradient of every parameter and floating input."""
+    """Return the output, and the gradient of every parameter and floating input."""
     inputs = {
         k: v.to(dtype).detach().requires_grad_() if v.is_floating_point() else v
         for k, v in inputs.items()
@@ -101,7 +101,7 @@ def test_same_numbers_in_float64(case, training, pooled):
     assert set(report.swapped) == swapped and set(report.left) == left, report
     got = results(model, call, inputs)
     assert len(pooled) == len(swapped)
-    for name in want:  # atol: the key bias has no gradient, which is 0 here and rounding there
+    for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
         torch.testing.assert_close(
             got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -110,7 +110,7 @@ def test_same_numbers_in_float64(case, training, pooled):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
 def test_float32_within_the_budget(case, pooled):
-    """Without the whole Q-Former, where later self-attention enlarges any rounding a thousandfold.
+    """The whole Q-Former is left out: its later self-attention magnifies rounding a thousandfold.
 
     Its module alone is tested as instructblip's.
     """
@@ -123,7 +123,7 @@ def test_float32_within_the_budget(case, pooled):
     fuse(model)
     actual = results(model, call, inputs, torch.float32)
     assert len(pooled) == len(swapped)
-    # Gradients that are 0: key biases.
+    # Gradients that are exactly 0: key biases.
     noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
@@ -407,7 +407,7 @@ DROPS = {  # name -> (make a model, call it)
 
 @pytest.mark.parametrize("name", DROPS)
 def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
-    """Over 4000 equal samples: the same mean and variance; in evaluation the same numbers."""
+    """4000 equal samples have the same mean and variance; evaluation gives the same numbers."""
     make, call = DROPS[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
@@ -489,7 +489,7 @@ print("done")
 """)
 
 
-# ---- what is attached to the children of a swapped module ----------------------------------------
+# ---- modifications of the children of a swapped module -------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ print("done")
 )
 @pytest.mark.parametrize("case", ["timm", "blip2"])
 def test_children_that_are_read(case, attachment, pooled):
-    """Their effective weight serves; one that must be called runs the original."""
+    """The children's effective weight is used; a child that must be called runs the original."""
     attached = ATTACHMENTS[attachment]
     if attached.needs:
         pytest.importorskip(attached.needs)

@@ -1,7 +1,7 @@
 """fuse(model) on cross-attention between inputs.
 
-The blocks are written with nn.MultiheadAttention, or are torch's own layers. The layers of UniECS
-and UniCA, written this way, give the numbers of our modules with the same weights.
+The blocks use nn.MultiheadAttention or are torch's own layers. The layers of UniECS and UniCA,
+written this way, agree with the library's modules with the same weights.
 """
 
 import copy
@@ -30,7 +30,7 @@ D, E, H = 36, 20, 3  # widths of a and of b (E in some cases), heads
 
 
 class Exchange(nn.Module):
-    """a reads b, b reads a, both old; residual, norm (LXMERT, UniCA)."""
+    """a attends to b and b to a, each as it was before; residual, norm (LXMERT, UniCA)."""
 
     def __init__(self, **options):
         super().__init__()
@@ -51,7 +51,7 @@ class Exchange(nn.Module):
 class BiAttention(nn.Module):
     """GroundingDINO's fusion layer with torch's attention.
 
-    Norms come first, widths differ, residuals are scaled.
+    The norms come first, the widths differ and the residuals are scaled.
     """
 
     def __init__(self, **options):
@@ -77,7 +77,7 @@ class BiAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Few queries, each sample's own, read many tokens."""
+    """A few queries, different for each sample, attend to many tokens."""
 
     def __init__(self):
         super().__init__()
@@ -99,8 +99,8 @@ def plain_call(model, *inputs):
     return model(*inputs)
 
 
-# name -> (make a model, width of b, call it, names swapped, names left, calls computed by the
-# library, those by query pooling)
+# name -> (make a model, width of b, call it, names that are swapped, names that are left, number of
+# calls computed by the library, number of those by query pooling)
 CASES = {
     "exchange": (
         lambda: Exchange(batch_first=True),
@@ -128,7 +128,7 @@ CASES = {
 
 @pytest.fixture
 def served(monkeypatch):
-    """The functions called for attention that the library computes: "attend", "query_pooling"."""
+    """Return the names of the library functions that compute attention, one per call."""
     calls = []
     for module, name in (
         (attention, "attend"),
@@ -165,7 +165,7 @@ def data(width, masked=True, dtype=torch.float64):
 
 
 def results(model, call, inputs):
-    """Output, and the gradient of every parameter and floating input."""
+    """Return the output, and the gradient of every parameter and floating input."""
     inputs = {
         k: v.detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()
     }
@@ -182,7 +182,7 @@ def results(model, call, inputs):
 
 def same(got, want, rtol=1e-10, atol=1e-11):
     assert got.keys() == want.keys()
-    for name in want:  # atol: the key bias has no gradient, which is 0 here and rounding there
+    for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
         torch.testing.assert_close(
             got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -214,7 +214,7 @@ def test_same_numbers_in_float64(case, masked, training, served):
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_forced_backends(backend, served):
-    """They do not use torch's attention."""
+    """Forced backends do not use torch's attention."""
     model, inputs = filled(Exchange(batch_first=True), torch.float32), data(D, dtype=torch.float32)
     want = results(model, plain_call, inputs)
     fuse(model)
@@ -233,7 +233,7 @@ def test_float32_within_the_budget(case):
     plain = results(model.float(), call, inputs)
     fuse(model)
     actual = results(model, call, inputs)
-    # Gradients that are 0: key biases.
+    # Gradients that are exactly 0: key biases.
     noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
@@ -333,7 +333,7 @@ def test_open_clip_normalises_keys_and_values_apart():
 
 
 def test_dropout_is_distributed_as_before(served):
-    """Over 4000 equal samples: the same mean and variance; in evaluation the same numbers."""
+    """4000 equal samples have the same mean and variance; evaluation gives the same numbers."""
     model = filled(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
     a, b = (t[:1].repeat(4000, 1, 1) for t in data(D, False).values())
 
@@ -378,10 +378,10 @@ print("done")
 
 
 class SharedLogits(nn.Module):
-    """GroundingDINO's bi-attention: one set of logits, softmax over either side.
+    """GroundingDINO's bi-attention: one set of logits, with a softmax over either side.
 
-    Text queries over vision keys are vision queries over text keys, transposed: each projection
-    serves as queries and as keys.
+    The logits of text queries with vision keys are those of vision queries with text keys,
+    transposed, so each projection gives both queries and keys.
     """
 
     def __init__(self, dim, embed_dim, num_heads):
@@ -437,11 +437,11 @@ def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix)
     same(results(ours, plain_call, inputs), results(layer.attn, original, inputs))
 
 
-# ---- layers of the papers, written plainly -------------------------------------------------------
+# ---- layers of the papers in plain PyTorch -------------------------------------------------------
 
 
 class PlainUniECS(nn.Module):
-    """UniECS's gated layer as its released code computes it, with names of its own."""
+    """UniECS's gated layer as in its released code, with different names."""
 
     def __init__(self):
         super().__init__()
@@ -490,9 +490,12 @@ def renamed(state, names):
 
 @pytest.mark.parametrize("missing", [None, "a", "b"])
 def test_uniecs_weights_load_into_the_module(missing):
-    """Its three passes: a missing modality is all zeros, which it reads; one flag for the batch."""
+    """Compare the three passes of UniECS.
+
+    A missing modality consists of zeros, which are still attended to; one flag holds for the batch.
+    """
     plain = filled(PlainUniECS())
-    if missing:  # a norm's bias would make the normalised zeros count as there
+    if missing:  # a norm's bias would make normalised zeros count as present
         nn.init.zeros_(plain.ln_v.bias), nn.init.zeros_(plain.ln_t.bias)
     ours = BidirectionalGatedCrossAttention(D, H, missing="attend", indicator="batch").to(
         DEVICE, torch.float64
@@ -508,14 +511,14 @@ def test_uniecs_weights_load_into_the_module(missing):
 
 
 def renamed_gradients(found):
-    """Those of the parameters by our names, those of the inputs as they are."""
+    """Rename the gradients of the parameters to our names; keep those of the inputs."""
     parameters = {name[1:]: value for name, value in found.items() if "." in name}
     inputs = {name: value for name, value in found.items() if name in ("da", "db")}
     return inputs | {f"d{name}": value for name, value in renamed(parameters, UNIECS).items()}
 
 
 def test_unica_weights_load_into_the_module():
-    """nn.MultiheadAttention, residual and norm after it: gate "none" and pre_norm=False."""
+    """nn.MultiheadAttention, then residual and norm: gate "none" and pre_norm=False."""
     attention, norm = (
         filled(nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True)),
         filled(nn.LayerNorm(D)),

@@ -60,7 +60,7 @@ def ranked(columns, name="", matryoshka=(), **options):
 BOTH = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
 TWICE = BOTH | dict(directions=("doc_to_query", "query_to_doc", "doc_to_query"))
 PLAIN, CACHED = "MultipleNegatives", "CachedMultipleNegatives"
-CASES = {  # name -> (make a model, shapes of its inputs, call it, the name that is swapped, sweeps)
+CASES = {  # name -> (make a model, shapes of its inputs, call it, the swapped name, sweeps)
     "clip": (Clip, [(B, D)] * 2, lambda model, *x: model(*x), "loss", 1),
     "clip, root": (clip_loss, [(B, D)] * 2, lambda model, a, b: model(a, b, 3.0), "", 1),
     "pairs": ranked(2, PLAIN),
@@ -87,7 +87,7 @@ def results(model, inputs, call, dtype):
     for leaf in leaves:
         leaf.grad = None
     loss = call(model, *inputs)
-    (loss * 1.7).backward()  # gradient caching backs up by itself: autograd.grad would not see it
+    (loss * 1.7).backward()  # autograd.grad would miss the backward of gradient caching
     return {"loss": loss.detach()} | {i: leaf.grad for i, leaf in enumerate(leaves)}
 
 
@@ -132,7 +132,7 @@ LEFT_ALONE = {
     "The calculate_loss of this module was replaced": lambda: edited(
         cached_loss(), calculate_loss=len
     ),
-    "The calculate_loss of this module was":  # bound to another loss
+    "The calculate_loss of this module was":  # belongs to another loss
     lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
     "calculate_loss of this module was replaced on": lambda: bound_anew(
         cached_loss(), lambda self, reps, labels=None: None
@@ -154,7 +154,10 @@ def wrapping(function):
 
 
 def bound_anew(loss, function):
-    """Bind a method to the instance: another function in MatryoshkaLoss's wrapper, or its own."""
+    """Bind a method to the instance.
+
+    It is another function in MatryoshkaLoss's wrapper, or the loss's own method.
+    """
     own = loss.calculate_loss
     return edited(
         loss, calculate_loss=wrapping(types.MethodType(function, loss)) if function else own
@@ -180,7 +183,7 @@ def test_calls_that_do_not_fit_run_the_original(swept):
 
 
 def test_what_a_ranking_loss_trains_is_fused_too():
-    """The model inside is no part of the loss: its own modules are swapped as well."""
+    """The model is not a part of the loss, so its own modules are swapped as well."""
     loss = ranking_loss()
     loss.model.queries = nn.Parameter(torch.randn(3, D))
     loss.model.attention = nn.MultiheadAttention(D, 2, batch_first=True)
@@ -198,7 +201,7 @@ def test_any_scale_gives_what_the_original_gives(scale, tensor, swept):
     x, y = torch.randn(2, B, 7)
     given = torch.tensor(float(scale)) if tensor else scale
     clip, ranking = clip_loss(), ranking_loss()
-    ranking.scale = given  # it takes any number after its construction
+    ranking.scale = given  # after construction, any number is accepted
     want = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
     fuse(clip), fuse(ranking)
     got = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
@@ -246,7 +249,7 @@ def chunks(grad=True):
 
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
-    """With it, no graph remains and the chunks hold their gradients; without, the caller has it."""
+    """With it, no graph remains and the chunks hold gradients; without, the loss has a graph."""
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):
@@ -319,7 +322,7 @@ def test_matryoshka_and_fuse_in_either_order(first, swept):
 
 @pytest.fixture(scope="module")
 def sentence_transformer(tmp_path_factory):
-    """A real one, small and random."""
+    """Create a real SentenceTransformer, small and random."""
     transformers, losses = (
         pytest.importorskip("transformers"),
         pytest.importorskip("sentence_transformers"),
@@ -346,7 +349,7 @@ def sentence_transformer(tmp_path_factory):
 
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("around", ["", "MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"])
-@pytest.mark.filterwarnings("ignore")  # layers and caching do not go together
+@pytest.mark.filterwarnings("ignore")  # combining layers and caching warns
 def test_around_a_sentence_transformer(around, cached, sentence_transformer, swept):
     model, dims = sentence_transformer, [[D, 10]] if "Matryoshka" in around else []
     name = f"{CACHED if cached else PLAIN}RankingLoss"
@@ -366,12 +369,12 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
         ]
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
-            # The choice of layers and widths.
+            # Makes the choice of layers and widths deterministic.
             patch.setattr("random.sample", lambda population, k: list(population)[:k])
             try:
                 value = loss(texts, None)
                 value.backward()
-            except KeyError as error:  # layers and caching
+            except KeyError as error:  # for layers with caching
                 return str(error)
         return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -387,12 +390,12 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
         assert (a - b).norm() <= 1e-10 * max(b.norm(), 1)
 
 
-# ---- other releases, and what is known but left --------------------------------------------------
+# ---- other releases, and known modules that are left ---------------------------------------------
 
 
 def test_another_structure_is_left(monkeypatch):
     cls = text_losses().CachedMultipleNegativesRankingLoss
-    with monkeypatch.context() as patch:  # of sentence-transformers 5
+    with monkeypatch.context() as patch:  # as in sentence-transformers 5
         patch.setattr(cls, "calculate_loss", lambda self, reps, with_backward=False: None)
         assert (
             "has a different calculate_loss: its structure is different"

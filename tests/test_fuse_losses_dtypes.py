@@ -1,4 +1,4 @@
-"""Swapped losses return the original's dtype, for any inputs and scale, also under autocast."""
+"""Swapped losses return the original's dtype for any inputs and scale, also under autocast."""
 
 import itertools
 
@@ -77,7 +77,7 @@ def embeddings(seed, dtype):
 def outcome(name, kind, dtype, swap, autocast, exact=False):
     """Return loss and gradients of several seeds, stacked, or the error.
 
-    One scalar's rounding error is random.
+    Several seeds, because the rounding error of one scalar is random.
     """
     found = []
     for seed in range(SEEDS):
@@ -122,14 +122,14 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
             assert got == plain and not sweeps, case
             raised += 1
             continue
-        assert len(sweeps) == SEEDS, case  # where the original has a loss, it is swapped
+        assert len(sweeps) == SEEDS, case  # swapped whenever the original gives a loss
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}, case
         exact = outcome(name, kind, dtype, False, None, exact=True)
-        # Plain is exact itself, except for the rounding of a gradient of the scale.
+        # Plain PyTorch is exact itself, except for rounding a gradient of the scale.
         if dtype == torch.float64:
             for key in [k for k, v in got.items() if v.dtype == dtype]:
                 assert (got.pop(key) - exact.pop(key)).norm() <= 1e-10 * plain.pop(key).norm(), case
-        # A few scalars: plain's error may be nearly 0 by chance, hence two roundings.
+        # For a few scalars, plain's error may happen to be nearly 0, so two roundings are added.
         for key, value in exact.items():
             error, allowed = relative_error(got[key], value), 2 * relative_error(plain[key], value)
             assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (
@@ -144,9 +144,9 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_scale_is_not_inverted(dtype):
-    """1 / scale rounded to 16 bits would double the error.
+    """Rounding 1 / scale to 16 bits would double the error.
 
-    Over 60 seeds the gradient of the scale is no worse than plain's.
+    Over 60 seeds, the gradient of the scale is about as accurate as plain's.
     """
     clip = pytest.importorskip("open_clip.loss").ClipLoss
     errors = {"plain": [], "fused": []}
@@ -188,7 +188,7 @@ CASES = list(
 
 @pytest.mark.parametrize(("name", "dtype", "autocast"), CASES)
 def test_no_graph_break(name, dtype, autocast):
-    """The dtypes are constants to the compiler, also where one row tells them."""
+    """The compiler treats dtypes as constants, including those found from a single row."""
     torch._dynamo.reset()
     call, found = build(name, 7.3, True), []
     for function in (call, torch.compile(call, fullgraph=True, backend="eager")):

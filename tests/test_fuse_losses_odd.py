@@ -1,4 +1,4 @@
-"""fuse on losses with unusual attributes: neither it nor a swapped loss's call raises."""
+"""fuse handles losses with unusual attributes: neither fuse nor the swapped loss raises."""
 
 import functools
 
@@ -21,7 +21,7 @@ class Scaled:
 
 class Hostile(Scaled):
     def __getattribute__(self, name):
-        if name != "__class__":  # which nn.Module reads where it is set
+        if name != "__class__":  # nn.Module reads __class__ when it is assigned
             raise RuntimeError("no attributes here")
         return super().__getattribute__(name)
 
@@ -74,7 +74,7 @@ def test_any_similarity_is_judged(name, cached, swept):
 
 
 class Raising(nn.Module):
-    """Its properties raise."""
+    """A class whose properties raise."""
 
     @property
     def world_size(self):
@@ -150,7 +150,7 @@ def test_a_swapped_loss_takes_odd_attributes_later(swept):
                 loss(a, b, 2.0)
     assert not swept
     ranking, embeddings = ranking_loss(), [a, b]
-    # The original never compares this strength.
+    # In this mode the original does not compare the strength.
     odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))
     want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
     assert "It cannot be inspected: RuntimeError: Boolean" in fuse(ranking).left[""]

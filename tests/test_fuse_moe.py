@@ -43,7 +43,7 @@ pytest.importorskip("transformers.integrations.moe")
 
 @pytest.fixture
 def grouped(monkeypatch):
-    """One entry for each call that reaches grouped_mlp or grouped_linear: its name."""
+    """Return the names of the calls that reach grouped_mlp or grouped_linear, one per call."""
     module, calls = swap, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
@@ -60,7 +60,7 @@ def same(got, want, tolerance=1e-10):
 
 
 def inner(model):
-    """The experts of the last layer."""
+    """Return the experts of the last layer."""
     return model.model.layers[-1].mlp.experts
 
 
@@ -75,7 +75,7 @@ def blocks(case):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers_in_float64(case, training, grouped):
-    """Logits, loss with its aux loss, router logits and all gradients, with a padding mask."""
+    """Compare logits, loss with aux loss, router logits and all gradients, with a padding mask."""
     model = filled(CASES[case]()).train(training)
     want, seen = run(model), []
     for name, module in model.named_modules():
@@ -98,7 +98,7 @@ def test_float32_within_the_budget(case):
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2"])
 def test_the_kernels_give_the_same_numbers(case, grouped):
-    """With explicitly chosen kernels no other path is used; in the interpreter without a GPU."""
+    """Explicitly chosen kernels are used and no other path; without a GPU they are interpreted."""
     model = filled(CASES[case]()).float().double()
     exact = run(model.eval())
     plain = run(model.float())
@@ -140,7 +140,8 @@ def test_there_and_back(case, grouped):
     fresh.load_state_dict(fused_state)
     same(run(fresh), want, 0.0)
     assert not grouped
-    # Fused before transformers puts its recorders on the routers, as these cannot be pickled.
+    # Fuse before transformers puts its recorders on the routers, because recorders cannot be
+    # pickled.
     other = filled(CASES[case]())
     fuse(other)
     other.load_state_dict(state)
@@ -163,7 +164,7 @@ def test_gradient_checkpointing_and_autocast(grouped):
     fuse(model)
     model.gradient_checkpointing_enable()
     same(run(model), want)
-    assert len(grouped) == 4  # each layer again in the backward
+    assert len(grouped) == 4  # the backward computes each layer again
     model.gradient_checkpointing_disable()
 
     exact = run(unfuse(model) and model.float().double())
@@ -196,7 +197,7 @@ def changed(change, make=mixtral):
 
 
 class Strange(nn.Parameter):
-    """Takes the place of a quantised parameter."""
+    """A parameter type that stands for a quantised parameter."""
 
 
 def quantise(module):
@@ -255,7 +256,7 @@ def test_left_with_the_reason(words):
 def test_one_expert_with_its_own_probability_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    # Alone: it is unknown which weights it will get.
+    # For experts alone it is unknown which weights they will get.
     assert fuse(inner(mixtral(num_experts_per_tok=1))).swapped
 
 
@@ -269,7 +270,7 @@ def test_what_changes_later_runs_the_original(change, grouped):
     fuse(model)
     change(inner(model))
     got = run(model)
-    assert grouped == ["grouped_mlp"]  # the other layer
+    assert grouped == ["grouped_mlp"]  # only the other layer
     unfuse(model)
     same(got, run(model))
 
@@ -284,7 +285,7 @@ def test_a_model_with_another_implementation(implementation, grouped):
     assert called == (2 if implementation == "mmfused" else 0)
     fuse(model)
     same(run(model), want, 1e-4)
-    model.set_experts_implementation("eager")  # fuse stays until unfuse
+    model.set_experts_implementation("eager")  # the swap stays until unfuse
     same(run(model), want, 1e-4)
     assert len(grouped) == called + 4 and unfuse(model)
     same(run(model), want, 1e-4)
@@ -373,18 +374,18 @@ def test_by_name_refuses_what_it_cannot_run():
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_experts_of_other_ranks(act, backend):
-    """Expert parallelism: indices from E on are experts of another rank, without effect here."""
+    """In expert parallelism, indices from E on are experts of other ranks, without effect here."""
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
-    # Nearly half of them are on another rank.
+    # Nearly half of the indices are on another rank.
     x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
-    # In older releases the gradient there is not 0, though it is multiplied by 0.
+    # In older releases this gradient is not 0, though the weight is multiplied by 0.
     want["weights"] = want["weights"].masked_fill(index == E, 0.0)
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):
@@ -428,7 +429,7 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
         )
         torch.testing.assert_close(da, db, rtol=1e-4, atol=1e-7)
 
-    together = theirs(*layers)  # all layers as one batch, which is not the mean of the layers
+    together = theirs(*layers)  # all layers as one batch, unlike the mean of the layers
     torch.testing.assert_close(together, k * ours(torch.cat(layers), 3).balance_loss)
     routings = [ours(logits) for logits in layers]
     live = torch.ones(B * N, dtype=torch.bool, device=DEVICE) if ignore is None else ~ignore
@@ -444,7 +445,7 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
 
 
 def test_no_graph_break():
-    """A fused block, forward and backward, and the block with the implementation set by name."""
+    """Compile a fused block, forward and backward, and a block with "mmfused" set by name."""
     code = """
 import torch, mmfused, fuse_moe_models as models
 from torch._dynamo.utils import counters

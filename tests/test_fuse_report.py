@@ -1,4 +1,4 @@
-"""fuse(model): the choice by `only` and `skip`, the report's texts and its printed table."""
+"""Tests of fuse(model): `only` and `skip`, the texts of the report and its printed table."""
 
 import copy
 import re
@@ -13,14 +13,14 @@ from mmfused.fuse.base import FAMILIES, KINDS
 
 
 def experts():
-    """Those of Mixtral, with 2 of 4 for each token of width 32."""
+    """Create Mixtral's experts, of which each token of width 32 uses 2 of 4."""
     sizes = dict(hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
     config = library("transformers.models.mixtral.configuration_mixtral.MixtralConfig", **sizes)
     return library("transformers.models.mixtral.modeling_mixtral.MixtralExperts", config)
 
 
 class Model(nn.Module):
-    """One of each family, a head around an attention, and one module under two names."""
+    """A model with each family, a head that contains an attention, and a module with two names."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ CHOICES = [
     (dict(only="vision.blocks"), BLOCKS),
     (dict(skip="vision"), {"text.head", "text.cross", "experts", "losses"}),
     (dict(skip="vision.blocks.1"), ALL - {"vision.blocks.1.attn"}),
-    # * also matches dots; the pattern does not name the head.
+    # * also matches dots; the pattern does not match the name of the head.
     (
         dict(only="vision.*.attn"),
         {*BLOCKS, "vision.pool.attn"},
@@ -81,16 +81,16 @@ CHOICES = [
     (dict(only=[]), set()),
     (dict(skip=[]), ALL),
     (dict(only=(name for name in ("text.cross", "experts"))), {"text.cross", "experts"}),
-    (dict(only="other.shared"), {"text.cross"}),  # its other name
+    (dict(only="other.shared"), {"text.cross"}),  # its second name
     (dict(skip="other"), ALL - {"text.cross"}),
     (dict(only="[l]osses"), {"losses"}),
-    (dict(only="vision.pool.attn"), {"vision.pool.attn"}),  # what a head holds, by its own name
+    (dict(only="vision.pool.attn"), {"vision.pool.attn"}),  # inside a head, by its own name
     (dict(only=["vision.pool.attn", "vision.pool"]), {"vision.pool"}),
     (dict(only="text.head.attention", skip="attention"), set()),
 ]
 
 
-# Without addresses, which differ between processes.
+# Remove addresses, which differ between processes.
 CHOICE_IDS = [re.sub(" at 0x[0-9a-f]+", "", str(list(options.items()))) for options, _ in CHOICES]
 
 
@@ -101,7 +101,7 @@ def test_what_is_chosen(options, names, model):
     }
     report = chosen(model, **options)
     assert set(report.swapped) == names, report
-    assert set(report.left) >= ALL - names, "what is known and not chosen is named"
+    assert set(report.left) >= ALL - names, "every known module that is not chosen is reported"
     assert set(report.left) <= (ALL - names) | {"vision.pool.attn", "text.head.attention"}
     assert all(
         re.fullmatch(r"Not chosen: (skip has '.*'|only names other modules)\.", text)
@@ -121,7 +121,7 @@ def test_the_root_may_be_chosen():
 
 
 def test_what_a_head_holds_is_left_with_it(model):
-    """Otherwise its attention would be swapped."""
+    """A module inside a head that is not chosen stays unchanged."""
     report = chosen(model, only=["attention", "experts"])
     assert "vision.pool.attn" not in report.swapped and "vision.pool.attn" not in report.left
     assert report.left["vision.pool"] == "Not chosen: only names other modules."
@@ -162,11 +162,11 @@ def test_every_kind_has_its_family():
     assert {kind.family for kind in KINDS.values()} == set(FAMILIES)
 
 
-# ---- what is expected ----------------------------------------------------------------------------
+# ---- expected benefits ---------------------------------------------------------------------------
 
 
 def by_hand(dim, queries, width, heads):
-    """14 h L D against 6 D (D + D) + 7 L (D + D), a token."""
+    """Return the ratio of 6 D (D + D) + 7 L (D + D) to 14 h L D, per token."""
     return (12 * dim * width + 14 * queries * width) / (14 * heads * queries * dim)
 
 
@@ -224,7 +224,7 @@ def test_what_attention_experts_and_losses_expect():
 
 
 def test_a_size_that_is_not_found_is_no_reason():
-    """The swap does not need the size."""
+    """A missing size does not prevent the swap, which does not need it."""
 
     class Unmeasured(KINDS["timm.layers.attention_pool.AttentionPoolLatent"]):
         sizes = staticmethod(lambda module: module.not_there)
@@ -267,7 +267,7 @@ def test_printed_as_a_table(model):
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    # One for the three blocks.
+    # One line for the three blocks together.
     assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
 
 
@@ -280,5 +280,5 @@ def test_long_names_are_broken_at_their_dots():
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("a_name_that_is_rather_long. ") for line in lines)
     column = lines[1].index("class")
-    # The name is broken into Blip2QFormerMultiHead and Attention.
+    # The class name is split into Blip2QFormerMultiHead and Attention.
     assert any(line[column:].startswith("Attention ") for line in lines)

@@ -1,4 +1,4 @@
-"""Some fuzzing with fixed seeds, and checks that it finds faults.
+"""A short fuzzing run with fixed seeds, and checks that fuzzing finds faults.
 
 `make fuzz MINUTES=60` draws new seeds.
 """
@@ -32,7 +32,7 @@ def test_every_argument_is_drawn_by_some_seed(function):
         missing -= set(MAKERS[function](Draw(seed, fixed={"sorted by a kernel": False})))
         seed += 1
     assert not missing, (
-        f"{function} takes {sorted(missing)}, which the fuzz never gives: add them to its maker."
+        f"{function} takes {sorted(missing)}, which fuzzing never passes: add them to its maker."
     )
 
 
@@ -41,7 +41,7 @@ def test_every_option_is_broken_or_takes_anything(function):
     tensors = {path.split(".")[0] for path in tensor_arguments(FUNCTIONS[function])}
     unknown = set(arguments(FUNCTIONS[function])) - tensors - set(BAD_OPTIONS) - set(ANYTHING_GOES)
     assert not unknown, (
-        f"{function} takes {sorted(unknown)}: add to fuzz_refusals.py what is invalid for them."
+        f"{function} takes {sorted(unknown)}: add invalid values for them to fuzz_refusals.py."
     )
 
 
@@ -74,4 +74,4 @@ def test_an_error_of_one_in_a_hundred_thousand_is_a_fault(monkeypatch):
         if float(case.inputs["temperature"]) > 0.1 and len(case.inputs["candidate"]) > 2
     ]
     assert len(large) > 3
-    assert sum(bool(case.faults()) for case in large) > len(large) / 2  # a loss of 0 stays 0
+    assert sum(bool(case.faults()) for case in large) > len(large) / 2  # a loss of 0 is not changed

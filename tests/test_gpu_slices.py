@@ -1,4 +1,4 @@
-"""``make gpu``: what it runs, in which order, what it skips, and how it ends what hangs."""
+"""``make gpu``: what it runs, in which order, what it skips, and how it stops what hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def part(name, text, source="one"):
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """begin(slices, *arguments) -> exit code and the journal; each slice writes into "ran"."""
+    """Return begin(slices, *arguments) -> exit code and journal; each slice appends to "ran"."""
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "slices", lambda out, dry: parts)
@@ -57,13 +57,14 @@ def test_what_is_green_is_not_run_again(begin, tmp_path, capsys):
     parts[1] = part("bench-x", leaves(ran, "c"))
     assert (
         begin(parts)[0] == 0 and ran.read_text() == "abrcr"
-    )  # the report always is of what is there now
+    )  # the report always runs, as it describes the current results
     assert begin(parts)[0] == 0 and ran.read_text() == "abrcrr"
     assert (
         begin([replace(parts[0], source="another"), *parts[1:]])[0] == 0
         and ran.read_text() == "abrcrrar"
     )
-    assert begin(parts, "bench-*")[0] == 0 and ran.read_text() == "abrcrrarc"  # named: run again
+    # A slice that is named runs again.
+    assert begin(parts, "bench-*")[0] == 0 and ran.read_text() == "abrcrrarc"
 
 
 def test_red_is_told_and_keeps_nothing_from_running(begin, tmp_path, capsys):
@@ -114,11 +115,11 @@ def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeyp
 def test_budgets_reach_the_commands(begin, tmp_path):
     text = f"import sys; open({str(tmp_path / 'ran')!r}, 'w').write(sys.argv[1])"
     begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "100")
-    assert not (tmp_path / "ran").exists()  # too little is left to begin
+    assert not (tmp_path / "ran").exists()  # too little time is left to begin
     begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "250")
     assert 125 <= int((tmp_path / "ran").read_text()) <= 130
     begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")])
-    assert (tmp_path / "ran").read_text() != "300"  # green before
+    assert (tmp_path / "ran").read_text() != "300"  # it was already green
     begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "two")])
     assert (tmp_path / "ran").read_text() == "300"
 
@@ -167,7 +168,7 @@ def test_refusals_are_one_sentence(arguments, sentence, monkeypatch, capsys):
 
 @pytest.fixture
 def tiny_loss(monkeypatch):
-    """On a CPU, with one case that takes no time."""
+    """Act as on a CPU, with a single fast case."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = choices.Choice(
         "masked_info_nce",
@@ -260,7 +261,8 @@ def test_a_changed_tile_is_in_the_plan():
     assert variants.with_field(("rows",), "num_warps", 8, tile, *asked) == replace(
         tile, num_warps=8
     )
-    assert variants.with_field(("gated",), "num_warps", 8, tile, *asked) == tile  # another launch's
+    # The field of another launch changes nothing.
+    assert variants.with_field(("gated",), "num_warps", 8, tile, *asked) == tile
 
 
 def test_choices_refuse(capsys):
@@ -271,7 +273,7 @@ def test_choices_refuse(capsys):
 
 
 def test_no_shipped_file_imports_the_tools():
-    """The wheel has no tools/."""
+    """The wheel does not contain tools/."""
     shipped = [
         path
         for folder in ("mmfused", "kernels", "benchmarks")

@@ -1,6 +1,4 @@
-"""GradCache gives the gradient of the whole batch; ranks that average theirs give the gradient of
-one process.
-"""
+"""GradCache and averaging over ranks give the gradient of the whole batch in one process."""
 
 import os
 import tempfile
@@ -93,7 +91,7 @@ def test_chunks_draw_the_same_dropout_again():
     after = torch.rand(3)
     torch.manual_seed(5)
     parts = {}
-    for role, items in batch().items():  # the same chunks, with one graph
+    for role, items in batch().items():  # the same chunks, in one graph
         found = [
             literal.encode(role, x=x, labels=y)
             for x, y in zip(items["x"].split(4), items["labels"].split(4), strict=True)
@@ -106,7 +104,7 @@ def test_chunks_draw_the_same_dropout_again():
         )
     literal.compare(**parts).loss.backward()
     torch.testing.assert_close(gradients(model), gradients(literal), rtol=1e-10, atol=1e-12)
-    assert torch.equal(after, torch.rand(3))  # what is drawn next is what would have been
+    assert torch.equal(after, torch.rand(3))  # the random state afterwards is as expected
 
 
 def rank_main(rank, world, path, chunk, folder):
@@ -122,7 +120,7 @@ def rank_main(rank, world, path, chunk, folder):
     else:
         add_gradients(model, [mine], 1)
     if rank == 1:
-        model.layers[3].bias.grad = None  # a rank may lack a gradient that others have
+        model.layers[3].bias.grad = None  # a rank may lack a gradient that the others have
     average_gradients(model)
     torch.save(gradients(model), f"{folder}/{rank}.pt")
     dist.barrier()

@@ -1,5 +1,6 @@
-"""Grouped experts: the specification against a literal transcription, the composed path and the
-module. Kernels: *_fused.py.
+"""Grouped experts: the reference against a literal transcription, the composed path, the module.
+
+The kernels are tested in test_grouped_mlp_fused.py.
 """
 
 import math
@@ -23,8 +24,9 @@ def randn(*shape):
 
 
 def make(activation="gelu", tokens=19, k=2, bias=True, masked=0.2, logits=None):
-    """Arguments of grouped_mlp, and the leaves that get gradients. "packed": swiglu with gate and
-    up in one tensor.
+    """Return arguments of grouped_mlp, with leaves that get gradients.
+
+    "packed" is swiglu with gate and up in one tensor.
     """
     logits = torch.randn(tokens, EXPERTS, dtype=torch.float64) if logits is None else logits
     routing = topk_routing(logits, k, token_padding_mask=torch.rand(tokens) < masked)
@@ -47,7 +49,7 @@ def run(leaves, routing, activation, backend, upstream=None):
 
 
 def literal(leaves, routing, activation):
-    """One token and one expert at a time."""
+    """Compute the output for one token and one expert at a time."""
     x, out = leaves["x"], []
     w_up, w_gate = leaves["w_up"], leaves.get("w_gate")
     if activation == "swiglu" and w_gate is None:
@@ -138,8 +140,9 @@ def test_masked_tokens_may_be_nan(backend):
 @pytest.mark.parametrize("combine", [False, True])
 @pytest.mark.parametrize("gather", [False, True])
 def test_linear_layers_make_an_mlp(gather, combine):
-    """grouped_linear against the rows it names itself, and two of them with an activation between
-    as grouped_mlp.
+    """grouped_linear agrees with a gather written by hand.
+
+    Two of them with an activation in between agree with grouped_mlp.
     """
     leaves, routing, _ = make()
     x = leaves["x"] if gather else randn(38, DIM)
@@ -349,8 +352,9 @@ def test_two_runs_agree_and_a_checkpoint_routes_alike():
 
 
 def test_what_is_saved():
-    """Rows sorted by expert, pre-activations and outputs, but nothing of size tokens x experts x
-    hidden.
+    """The rows sorted by expert, pre-activations and outputs are saved.
+
+    Nothing of size tokens x experts x hidden is saved.
     """
     moe, x = TopKMoE(32, 64, 16, 2, bias=False), torch.randn(256, 32)
     routed = 4 * 512 * (32 + 64 + 64 + 32 + 32)

@@ -1,4 +1,4 @@
-"""The kernels of the experts, through the public functions: on a CPU in Triton's interpreter."""
+"""The kernels of the experts, through the public functions; on a CPU in Triton's interpreter."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from mmfused.kernels.grouped_mlp import combine as combining
 from mmfused.kernels.grouped_mlp.plans import KINDS, plan
 from mmfused.kernels.tiles import tile_rows
 
-NARROW = (3, 48, 80, 32)  # E, D, I, Dout of the tests that run many tiles
+NARROW = (3, 48, 80, 32)  # E, D, I, Dout of the tests with many tiles
 
 
 def replace_plan(monkeypatch, function):
@@ -37,9 +37,9 @@ def replace_plan(monkeypatch, function):
 
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """Fewer and longer steps, which the registers could not hold in float32.
+    """Use fewer and longer steps, which would not fit into the registers in float32.
 
-    The interpreter's time is proportional to their number.
+    The interpreter's time is proportional to the number of steps.
     """
     if not CUDA:
         replace_plan(monkeypatch, lambda *args: dataclasses.replace(plan(*args), BK=64))
@@ -121,7 +121,7 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
             **options,
         )
         live = int((~mask).sum())
-        if not combine:  # nobody's rows
+        if not combine:  # the rows of masked tokens
             assert not got["out"][live * k :].any() and got["out"][: live * k].all(1).any()
         if not gather:
             assert not got["dx"][live * k :].any() and got["dx"][: live * k].any(1).all()
@@ -132,15 +132,16 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
 )
 @pytest.mark.parametrize("variant", ["gelu", "swiglu"])
 def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
-    """float32 has plans of its own; here it runs those of 16 bits, whose faults would drown in
-    16-bit rounding.
+    """Run the 16-bit plans in float32, as 16-bit rounding would hide their faults.
+
+    Otherwise float32 uses plans of its own.
     """
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     heard = set()
 
     def half(kind, rows, experts, n, k, dtype, _):
-        if height == "long":  # the tiles of large batches and widths
+        if height == "long":  # uses the tiles of large batches and widths
             rows, n, k = 64 * rows, 4096, 4096
         heard.add(kind)
         tile = plan(kind, rows, experts, n, k, torch.float16, arch)
@@ -164,7 +165,7 @@ def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", ["one", "half"])
 def test_uneven_and_empty_experts(choice, dtype):
-    """An expert without tokens gets gradients of exact zeros."""
+    """An expert without tokens gets gradients of exactly 0."""
     tokens, experts, k = 41, 6, 1 if choice == "one" else 2
     leaves = make_mlp((tokens, experts, k, 24, 20, 12), "packed")
     indices = choose_experts(tokens, experts, k, choice)
@@ -393,7 +394,7 @@ def test_partial_gradients_of_a_linear_layer(only, combine):
 
 
 def test_launches(monkeypatch):
-    """Three kernels forward, five backward, and none for what is frozen."""
+    """Three kernels run forward and five backward, and none for frozen parameters."""
     launched = []
     real = forward.launch
 
@@ -423,9 +424,7 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_plans(arch, dtype):
-    """Tiles are as high as the map of tiles says, and what is loaded ahead fits beside it into
-    shared memory.
-    """
+    """Tiles have the height in the map of tiles; with prefetched data they fit in shared memory."""
     for rows, experts in ((0, 5), (100, 16), (512, 16), (1024, 16), (1 << 20, 8)):
         for n, k in ((768, 3072), (5504, 2048), (70, 300)):
             for kind in KINDS:
@@ -435,7 +434,7 @@ def test_plans(arch, dtype):
                 if tile.BM >= 64 and dtype != torch.float32:
                     assert (
                         tile.BM * tile.num_warps >= 256
-                    )  # whole warp groups: the large matrix instructions
+                    )  # whole warp groups, for the large matrix instructions
 
 
 # ---- 5: offsets past 2^31 ------------------------------------------------------------------------
@@ -443,8 +442,9 @@ def test_plans(arch, dtype):
 
 @pytest.mark.parametrize("far", ["x", "weight", "out"])
 def test_offsets_are_64_bit(far):
-    """A product whose tokens, weights or rows lie behind the first 2^31 elements (virtual memory,
-    hardly touched).
+    """Compute a product with tokens, weights or rows behind the first 2^31 elements.
+
+    They lie in virtual memory that is hardly touched.
     """
     if CUDA:
         pytest.skip("the interpreter probes the kernel; the same source runs on the card")
@@ -452,7 +452,7 @@ def test_offsets_are_64_bit(far):
 
     width = 32768
     rows = 2**31 // width + 20
-    # 4.3 GB, of which only the pages that are touched take memory.
+    # 4.3 GB; only the touched pages take memory.
     place = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))
     first, stride_e, x, n = 0, 16 * width, torch.randn(4, width).half(), 16
     order, weight = torch.tensor([3, 0, 2, 1], dtype=torch.int32), torch.zeros(1)

@@ -1,6 +1,4 @@
-"""Routing and experts on memory nobody wrote, on views of any strides, without tokens, and the
-experts on NaN.
-"""
+"""Routing and experts with unwritten memory, views of any strides, no tokens; experts with NaN."""
 
 import math
 import sys
@@ -29,8 +27,9 @@ GARBAGE = 2**20 + 7
 
 
 def strict_grouped_mm(x, weight, *, offs):
-    """torch's grouped_mm in bfloat16 as a card takes it: dense rows of 16 bytes from a multiple of
-    those on.
+    """Emulate torch's bfloat16 grouped_mm with the requirements of a GPU.
+
+    Rows must be dense, have a multiple of 16 bytes and start at a multiple of 16 bytes.
     """
     for matrix in (x, weight):
         row, column = matrix.stride()[-2:]
@@ -42,7 +41,7 @@ def strict_grouped_mm(x, weight, *, offs):
         )
         assert matrix.data_ptr() % 16 == 0
     bounds = [0, *offs.tolist()]
-    if weight.dim() == 2:  # a weight's gradient
+    if weight.dim() == 2:  # the gradient of a weight
         return torch.stack(
             [x[:, a:b] @ weight[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
         )
@@ -65,8 +64,9 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("where", ["x", "upstream", "weights"])
 @pytest.mark.parametrize("variant", ["gelu", "relu", "swiglu"])
 def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, backend):
-    """Its own output and gradients, and those of its experts' parameters; all others are the same
-    bits.
+    """Only the token's output and gradients, and its experts' parameter gradients, may change.
+
+    All others must be bitwise equal.
     """
     leaves = make_mlp((19, 5, 2, 16, 24, 8), variant)
     indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[
@@ -97,7 +97,7 @@ VIEWS = ("every second", "shifted", "transposed", "wider rows")
 
 
 def view(tensor, how):
-    """The same values in every other second, a transposed and a shifted place, between garbage."""
+    """Return the same values in another memory layout, with garbage in between."""
     garbage = (
         torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
     )
@@ -175,7 +175,7 @@ def test_every_tensor_of_routing_may_be_a_view(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_arguments_of_routing_are_read_in_place(backend):
-    """Stride 0: as if each were copied to its full size."""
+    """With stride 0, the results are those of a copy of the full size."""
     one = torch.ones((), device=DEVICE)
     expanded = dict(
         x=torch.randn(12, device=DEVICE).expand(9, 12),
@@ -239,7 +239,7 @@ def test_bias_and_counts_of_an_update_may_be_views():
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "packed"])
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
     leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
-    with mmfused.backend("fused"):  # with the map of tiles
+    with mmfused.backend("fused"):  # so that the routing has the map of tiles
         routing = topk_routing(
             torch.randn(5, 3, device=DEVICE),
             2,
@@ -277,7 +277,7 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
 
     views = (
         ("every second", "wider rows") if backend == "fused" else VIEWS
-    )  # the interpreter is slow; test_strides.py has the rest
+    )  # the interpreter is slow; test_strides.py tests the others
     check_views(mlp, leaves, fields, False, views)
     if variant == "gelu":
         check_views(
@@ -293,8 +293,9 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
 
 
 def test_gaps_between_rows_are_not_read():
-    """NaN behind each row, of an odd number of bfloat16: a CPU's product of matrices may read two
-    at a time.
+    """NaN lies behind each row, which has an odd number of bfloat16 values.
+
+    A CPU's matrix product may read two values at a time.
     """
     routing = topk_routing(torch.randn(33, 3), 1)
     x, weight = (
@@ -310,12 +311,12 @@ def test_gaps_between_rows_are_not_read():
     assert torch.equal(got, want)
 
 
-# ---- memory nobody wrote, and nobody's rows ------------------------------------------------------
+# ---- unwritten memory, and rows of masked tokens -------------------------------------------------
 
 
 @pytest.fixture
 def garbage(monkeypatch):
-    """Integers that nobody wrote are garbage, floats NaN."""
+    """Fill unwritten integers with garbage and unwritten floats with NaN."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
@@ -341,8 +342,9 @@ def garbage(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
-    """Routing from logits and from x, of one, two or no blocks of tokens, all masked too: as the
-    composed path.
+    """Routing from logits and from x equals the composed path.
+
+    With no, one or two blocks of tokens, and with all tokens masked.
     """
     for tokens, all_masked in ((0, False), (21, True), (70, False)):
         options = make_options(option, tokens, 13, 2)
@@ -376,7 +378,7 @@ def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
     for tokens, experts, k in ((0, 5, 2), (1, 1, 1), (40, 5, 2)):
         indices = (
             torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2
-        )  # odd experts get nothing, and some two
+        )  # odd experts get no tokens, and some even ones get two
         indices = indices.clamp(max=experts - 1)
         for share in (0.0, 0.4, 1.0):
             mask = (torch.rand(tokens) < share).to(DEVICE)
@@ -425,7 +427,7 @@ def test_a_module_without_tokens(shape, activation, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_module_cast_to_16_bits_keeps_its_selection_bias_in_float32(dtype):
     moe = TopKMoE(12, 8, 5, selection_bias=True)
-    moe.selection_bias.copy_(1 + torch.arange(5) * 2**-20)  # more digits than 16 bits hold
+    moe.selection_bias.copy_(1 + torch.arange(5) * 2**-20)  # more digits than 16 bits can hold
     want = moe.selection_bias.clone()
     moe = torch.nn.Sequential(moe).to(dtype)[0]
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,5 +1,6 @@
-"""Folders that somebody else made: whatever their files say, no code runs, nothing outside is read,
-one sentence tells.
+"""Folders with malicious files: no code runs and nothing outside them is read.
+
+The command ends with a one-sentence error.
 """
 
 import csv
@@ -25,7 +26,7 @@ from mmfused.training.folder_lock import MARK
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder of products, and a retrieval model trained for a step on them."""
+    """Make a folder of products, and a retrieval model trained on them for one step."""
     root = tmp_path_factory.mktemp("made")
     write_products(root / "data")
     sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --save-every 1"
@@ -60,7 +61,7 @@ def write_rows(folder, rows):
 
 
 class Place:
-    """A copy of the folder for one case to damage; nothing in it may lead to `outside`."""
+    """A copy of the folder that one case damages; nothing in it may lead to `outside`."""
 
     def __init__(self, root, made, options):
         self.root, self.options = root, options
@@ -81,7 +82,7 @@ class Place:
         return self.run / "checkpoints" / "step-00000001"
 
     def change(self, *names, file="config.json", **values):
-        """Puts values at a place in a JSON file of the run."""
+        """Set values in a JSON file of the run, at the place given by the keys ``names``."""
         content = read_json(self.run / file)
         inner = content
         for name in names:
@@ -99,7 +100,7 @@ def evaluated(place):
 
 
 def resumed(place):
-    """The last checkpoint is what there is of the run; the data are where they were."""
+    """Leave only the last checkpoint of the run, and resume it with the same data."""
     for name in ("config.json", "summary.json", "model.safetensors"):
         (place.run / name).unlink(missing_ok=True)
     return ["train", *place.options, "--out", str(place.run), "--resume"]
@@ -180,7 +181,7 @@ def sums_outside(place):
     )
 
 
-# What is done to the folder, the command that then reads it, and what its sentence says.
+# name -> (how the folder is damaged, the command that reads it, a pattern of the error)
 RUNS = {
     "a checkpoint path for timm": (
         image(checkpoint_path="OUTSIDE/weights.pt"),
@@ -344,15 +345,16 @@ def place(tmp_path, made):
 
 
 def commanded(place, arguments, capsys):
-    """(exit code, what was said in the end) of the command, of which nothing outside is read and no
-    code runs.
+    """Run the command and return (exit code, errors, output).
+
+    Checks that it reads nothing outside and runs no code.
     """
     capsys.readouterr()
     with watched(place.outside) as seen:
         code = main(arguments)
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("mmfused: ")]
-    assert not place.marker.exists(), "code has run"
+    assert not place.marker.exists(), "code from the folder has run"
     assert seen == []
     return code, errors, said.out + said.err
 
@@ -370,7 +372,7 @@ def test_a_hostile_run_is_one_sentence(place, capsys, name):
 
 
 def png(width, height, *chunks):
-    """A PNG that promises this size, and has the chunks."""
+    """Return a PNG with this size in its header and these chunks."""
 
     def chunk(kind, data):
         return (
@@ -412,7 +414,7 @@ def tiff(place):
 
 
 def row(name):
-    """The first row's picture is another file."""
+    """Replace the picture's name in the first row."""
 
     def spoil(place):
         content = (
@@ -500,7 +502,7 @@ def test_there_are_forty_and_more():
 
 
 def test_the_watch_would_see_it(place):
-    """What the tests above rest on: reading outside and unpickling are noticed."""
+    """The tests above depend on this: reading outside and unpickling are detected."""
     with watched(place.outside) as seen:
         Path(place.outside / "secret.json").read_bytes()
         (place.outside / "link").symlink_to("secret.json")

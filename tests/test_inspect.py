@@ -1,4 +1,4 @@
-"""``mmfused inspect`` without a GPU: its cache, messages about damage, every launch's options."""
+"""``mmfused inspect`` without a GPU: its cache, damaged results, the options of every launch."""
 
 import json
 
@@ -32,11 +32,11 @@ def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_a
     first = run_python(*COMMAND, **env)
     results = sorted((tmp_path / "store").iterdir())
     assert first.returncode == 0 and len(results) == 4, first.stderr
-    assert not (tmp_path / "users").exists()  # the cache that training uses
+    assert not (tmp_path / "users").exists()  # the cache that training uses is not touched
     marked = json.loads(results[0].read_text())
     results[0].write_text(json.dumps({**marked, "registers": 77}))
     second = run_python(*COMMAND, **env)
-    assert " 77 " in second.stdout  # read, not measured
+    assert " 77 " in second.stdout  # read from the cache, not measured
     results[0].write_text("{")
     third = run_python(*COMMAND, **env)
     message = f"{results[0]} is damaged: its launch is compiled again."

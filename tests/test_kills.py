@@ -1,5 +1,6 @@
-"""Killed at any moment, train and embed go on as if nothing had happened. As a script, this file is
-the one that kills.
+"""If train and embed are killed at any moment, they resume as if nothing had happened.
+
+As a script, this file starts and kills them.
 """
 
 import csv
@@ -33,7 +34,10 @@ FOREIGN = {
 
 @pytest.fixture
 def killer(tmp_path):
-    """Runs one of the functions below in a process of its own and gives what it prints."""
+    """Return a function that runs one of the functions below in a separate process.
+
+    It returns the JSON that the process prints.
+    """
 
     def run(name):
         environment = {
@@ -73,8 +77,10 @@ def test_a_killed_embed_ends_as_if_never_killed(killer, tmp_path):
 
 
 def kill_training(folder: Path):
-    """Children are forked from here, where torch is imported and no gradient was ever computed:
-    that cannot be forked.
+    """Kill training at random moments.
+
+    The children are forked from this process, which has imported torch but has never computed a
+    gradient: after that, it could not be forked.
     """
     import timm.models.vision_transformer  # noqa: F401 (so that no child has to import it)
     from transformers import BertModel  # noqa: F401
@@ -98,7 +104,7 @@ def kill_training(folder: Path):
     while told["killed"] < KILLS:
         child, before = fork(go_on), steps_saved(out)
         if told["killed"] % 4 == 3:
-            time.sleep(chance.uniform(0, 0.3))  # maybe before the first step
+            time.sleep(chance.uniform(0, 0.3))  # possibly before the first step
         else:
             wait_for(child, lambda before=before: steps_saved(out)[-1:] > before[-1:])
             if told["killed"] % 2:
@@ -161,7 +167,7 @@ def kill_embedding(folder: Path):
         child = fork(command(*embed, folder / "killed.npz"))
         before = len(list(parts.glob("*.safetensors")))
         if told["killed"] % 4 == 3:
-            time.sleep(chance.uniform(0, 0.5))  # maybe before the first part
+            time.sleep(chance.uniform(0, 0.5))  # possibly before the first part
         else:
             wait_for(child, lambda before=before: len(list(parts.glob("*.safetensors"))) > before)
             time.sleep(chance.uniform(0, 0.003))
@@ -188,7 +194,7 @@ def write_products(folder: Path):
 
 
 def command_line(out, options):
-    """What ``mmfused train`` makes of the signal, for a model that only Python can ask for."""
+    """Run ``mmfused train`` until the signal, with a model that only Python can configure."""
     from mmfused.cli import main
 
     config = small_run(out, save_every=1, **options)
@@ -205,7 +211,7 @@ def fork(work) -> int:
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code)
-    # Nothing may return from the fork into the parent's tests; the parent sees the exit code.
+    # The child must never return into the parent's tests; the parent sees the exit code.
     except BaseException:
         import traceback
 
@@ -214,7 +220,7 @@ def fork(work) -> int:
 
 
 def kill(child: int) -> bool:
-    """Whether it was still running."""
+    """Kill the child; return whether it was still running."""
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -232,7 +238,7 @@ def wait_for(child: int, condition):
             "the child ended by itself"
         )
         time.sleep(0.0003)
-    raise AssertionError("waited in vain")
+    raise AssertionError("the condition was never met")
 
 
 if __name__ == "__main__":

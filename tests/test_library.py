@@ -61,7 +61,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_may_not_be_a_tensor(name):
-    """Its gradient would be lost."""
+    """The gradient of such a tensor would be lost."""
     with pytest.raises(TypeError, match=f"{name}: got a Tensor, expected a number$"):
         NUMBERS[name](torch.tensor(0.1, requires_grad=True))
 
