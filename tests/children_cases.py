@@ -3,7 +3,7 @@
 ``MODULES``: each module that reads the weights of its children, its inputs, and a plain PyTorch
 version of its forward that calls every child. ``ATTACHMENTS``: ways to attach something to
 children, either to the projections ("linear") or to the norms. ``outcome``: "equal" if the result
-must equal that of calling the children, "refused" if the call is an error.
+must be the same as with called children, "refused" if the call is an error.
 """
 
 from __future__ import annotations
@@ -135,10 +135,12 @@ class Attachment(NamedTuple):
     """Something that a user attaches to the children of a module.
 
     ``attach(module, names)``: attaches it to the named children and returns the module to call.
-    ``to``: the kind of children, "linear" or "norm". ``reads``: the effective weight is computed
-    and read, so the kernels support it. ``gradients``: the module can be differentiated.
-    ``training``: run in training mode; None: in the mode that ``attach`` sets. ``neutral``: it does
-    not change the results. ``needs``: the package that it requires.
+    ``to``: the kind of children, "linear" or "norm".
+    ``reads``: the effective weight is computed and read, so the kernels support it.
+    ``gradients``: the module can be differentiated.
+    ``training``: run in training mode; None: in the mode that ``attach`` sets.
+    ``neutral``: it does not change the results.
+    ``needs``: the package that it requires.
     """
 
     attach: Callable[[nn.Module, list[str]], nn.Module]

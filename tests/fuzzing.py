@@ -74,7 +74,7 @@ NEIGHBOURS = (6, 40)  # more if the first ones leave a fault
 
 
 class Case:
-    """What one seed draws for one function."""
+    """Everything that one seed draws for one function."""
 
     def __init__(self, function: str, seed: int):
         self.function, self.seed = function, seed

@@ -53,7 +53,7 @@ def both(a, w):
     norms = [(w(torch.ones(D)), w(torch.zeros(D))) for _ in range(2)]
     outs = mmfused.bidirectional_gated_cross_attention(
         a(torch.randn(B, N, D)),
-        w(torch.randn(B, N, D)),  # its dtype may differ from that of the first side
+        w(torch.randn(B, N, D)),  # its dtype may differ from the first side
         attention_weights(w),
         attention_weights(a),
         num_heads=2,

@@ -13,7 +13,7 @@ from mmfused.fuse.base import FAMILIES, KINDS
 
 
 def experts():
-    """Create Mixtral's experts, of which each token of width 32 uses 2 of 4."""
+    """Create Mixtral's experts: 4 experts, 2 for each token, width 32."""
     sizes = dict(hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
     config = library("transformers.models.mixtral.configuration_mixtral.MixtralConfig", **sizes)
     return library("transformers.models.mixtral.modeling_mixtral.MixtralExperts", config)

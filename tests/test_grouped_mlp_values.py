@@ -175,7 +175,7 @@ def test_every_tensor_of_routing_may_be_a_view(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_arguments_of_routing_are_read_in_place(backend):
-    """With stride 0, the results are those of a copy of the full size."""
+    """With stride 0, the results equal those of contiguous copies."""
     one = torch.ones((), device=DEVICE)
     expanded = dict(
         x=torch.randn(12, device=DEVICE).expand(9, 12),
