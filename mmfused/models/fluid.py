@@ -358,7 +358,9 @@ class FLUID(nn.Module):
             return output
         losses = self._losses(output, labels, moe_loss, image_present, text_present)
         loss = sum(w * value for w, value in zip(c.loss_weights, losses.values(), strict=True))
-        return output._replace(loss=loss, losses=losses)
+        # Not output._replace: torch.compile of torch 2.11 cannot return what that makes.
+        parts = (routing, gate, image_embedding, text_embedding)
+        return FLUIDOutput(logits, loss, losses, *parts)
 
     def _fuse(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Blend the modalities by the gate; with one of them, return its tokens."""

@@ -167,9 +167,20 @@ def _pool_reference(
 ) -> Tensor:
     norm = (options.norm_weight, options.norm_bias)
     norm_weight, norm_bias = (None if t is None else t.to(x.dtype) for t in norm)
-    options = replace(options, norm_weight=norm_weight, norm_bias=norm_bias)
-    weights = weights.to(x.dtype)
-    return query_pooling_reference(x, queries.to(x.dtype), *weights, **vars(options))
+    return query_pooling_reference(
+        x,
+        queries.to(x.dtype),
+        *weights.to(x.dtype),
+        num_heads=options.num_heads,
+        scale=options.scale,
+        key_padding_mask=options.key_padding_mask,
+        lengths=options.lengths,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm_eps=options.norm_eps,
+        dropout_p=options.dropout_p,
+        dropout_seed=options.dropout_seed,
+    )
 
 
 def pool_projected(
