@@ -1,13 +1,13 @@
-"""Tile sizes of gated cross-attention: fixed data by dtype, widths and architecture.
+"""Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
-Nothing is benchmarked at training time. ``make compile-matrix`` checks every entry for spills, on
-every supported Triton and architecture. Which of two clean entries is faster was reasoned, not
-measured, until benchmarks/results has a run that shows it.
+There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
+supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
+variants of it.
 
 After the projections, the forward pass has two forms with equal results. "epilogue" computes
-attention for each head, then the output projection, gate and blend. "block" does all of that in one
+attention for each head, then the output projection, gate and blend. "block" does the same in one
 launch, for one block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses the
-form, and is read at every call. The backward pass is the same for both.
+form, and is read at every call. The backward pass does not depend on the form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 FORMS = ("epilogue", "block")
-FORM = "epilogue"  # the default, where MMFUSED_CROSS_ATTENTION is not set
+FORM = "epilogue"  # the default if MMFUSED_CROSS_ATTENTION is not set
 _asked: ContextVar[str | None] = ContextVar("form", default=None)
 
 
@@ -43,8 +43,8 @@ class Tile:
 class Plan:
     """The tiles of each kernel.
 
-    ``product``: matrix products with weights, other than the projections. ``together``: output
-    projection and blend in one launch, None for two launches.
+    ``product``: matrix products with weights, except the projections. ``together``: output
+    projection and blend in one launch; None if they run in two launches.
     """
 
     project: Tile
@@ -54,20 +54,20 @@ class Plan:
     product: Tile
     rows: Tile  # whole rows of BN columns
     together: Tile | None
-    # All heads of BM queries: BN keys at a time, and then BN columns of the output at a time.
+    # All heads of BM queries, first by BN keys at a time, then by BN columns of the output.
     block: Tile | None
-    # Number of partial sums of the norms' gradients: fixed, so that no sum depends on the GPU.
+    # Number of partial sums for the norms' gradients. Fixed, so that no sum depends on the GPU.
     partials: int = 256
 
 
 def power(n: int) -> int:
-    """Return the columns of a tile that holds n: a power of two, at least 16."""
+    """Return the smallest power of two that is at least n, or 16 if that is larger."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 @contextmanager
 def form(name: str):
-    """Set MMFUSED_CROSS_ATTENTION inside ``with``, for this thread and context."""
+    """Use the form ``name`` inside ``with``, overriding MMFUSED_CROSS_ATTENTION in this context."""
     before = _asked.set(name)
     try:
         yield
@@ -96,7 +96,7 @@ def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
 def block_takes(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether the form "block" supports these sizes.
 
-    With larger ones its output projection would spill, because the weights of one head pass through
+    At larger sizes its output projection would spill, because the weights of one head pass through
     registers.
     """
     return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
@@ -120,24 +120,24 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
     block = _block(dim, head_dim, dtype, arch)
     warps = 4 if head_dim <= 64 else 8
-    if dtype == torch.float32:  # multiplied without matrix instructions, which costs registers
+    if dtype == torch.float32:  # without matrix instructions, products need more registers
         tile = Tile(32, 32, 16, 4, 2)
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    # Other GPUs take the operands of matrix instructions from registers, and some have only 99 KB
-    # of shared memory.
-    hopper = arch in (90, 100, 103)
-    project = Tile(64, 64, widest if widest <= 256 and hopper else 64, 4, 2)
-    wide = head_dim > (64 if hopper else 32)
-    # Under Triton 3.8 wide heads spill 80 bytes in d_key with 32 queries at a time. On sm_120 they
-    # spill 8 bytes in attend with four warps, and a product of 128 columns spills 8 bytes.
+    # 228 KB of shared memory, from which matrix instructions can read their operands. On other
+    # GPUs the operands are in registers.
+    big_shared = arch in (90, 100, 103)
+    project = Tile(64, 64, widest if widest <= 256 and big_shared else 64, 4, 2)
+    wide = head_dim > (64 if big_shared else 32)
+    # Under Triton 3.8, wide heads spill 80 bytes in d_key with 32 queries at a time. On sm_120,
+    # wide heads spill 8 bytes in attend with four warps, and a product of 128 columns spills 8.
     attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
-    # Four warps spill under Triton 3.8.
+    # In d_query, 64 queries spill with four warps under Triton 3.8.
     d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)
     d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
     product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
-    # Unaligned rows and heads are loaded one element at a time, each with its own address.
+    # Unaligned rows and heads are loaded one element at a time, which takes registers.
     if head_dim % 8:
         attend = d_query = Tile(32, 32, 0, warps, 1)
         d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120

@@ -1,8 +1,8 @@
-"""The kernels and tiles that masked InfoNCE runs with: fixed for each architecture.
+"""Kernels and tile sizes of masked InfoNCE, chosen by width, dtype and architecture.
 
-Nothing is benchmarked at training time. ``make compile-matrix`` looks for spills in every entry, on
-every supported Triton and architecture. Which of two clean entries is faster was reasoned, not
-measured, unless benchmarks/results holds a run of both.
+There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
+supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
+variants of it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 MIB = 2**20
-# A wave of two programs on each of 132 multiprocessors; fixed, so that results do not depend on the
-# GPU.
+# Two programs for each of an H200's 132 multiprocessors. Fixed, so that results do not depend on
+# the GPU.
 PROGRAMS = 264
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of a kernel's tiles, and its launch.
+    """Sizes of a kernel's tiles, and its launch options.
 
-    A tile is BM rows by BN columns of logits, computed from BK columns of D at a time. BD: the
-    columns of D for which one program computes sums. In ``apply_ds`` a program owns BM queries or
-    BN candidates by BD columns, and reads dS in tiles of BM x BN. Tiles of ``pairs`` divide these.
+    A tile is BM rows by BN columns of logits, computed from BK columns of D at a time. BD is the
+    number of columns of D for which one program computes sums. In ``apply_ds`` a program owns BM
+    queries or BN candidates by BD columns, and reads dS in tiles of BM x BN. BM and BN of
+    ``apply_ds`` are multiples of those of ``pairs``.
     """
 
     BM: int
@@ -37,7 +38,7 @@ class Tile:
 
     @property
     def launch(self) -> dict[str, Any]:
-        """The launch options."""
+        """Options of the kernel launch."""
         return dict(
             num_warps=self.num_warps,
             num_stages=self.num_stages,
@@ -47,17 +48,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of all kernels; a chunked backward runs ``pairs``, then ``apply_ds`` twice."""
+    """Tiles of all kernels. A chunked backward runs ``pairs`` and ``apply_ds``, else ``owner``."""
 
     sweep: Tile
     backward: Literal["owner", "chunked"]
     pairs: Tile
     apply_ds: Tile
     owner: Tile
-    partial_bytes: int = 512 * MIB  # of the forward's column partials
-    # Of a chunk of dS. With both float32 gradients this is 939 MB at B = C = 65536 and D = 768.
+    partial_bytes: int = 512 * MIB  # limit for the forward's partial results of the columns
+    # Limit for a chunk of dS. With both float32 gradients it takes 939 MB at B = C = 65536 and
+    # D = 768.
     chunk_bytes: int = 512 * MIB
-    merge: tuple[int, int] = (16, 128)  # partials by rows at a time
+    merge: tuple[int, int] = (16, 128)  # merge_kernel: partial results and rows at a time
 
 
 def plan(
@@ -68,16 +70,16 @@ def plan(
     everything: bool,
     logits: bool = False,
 ) -> Plan:
-    """Choose the tiles and the backward of a loss over rows, or over rows and ``columns``.
+    """Choose the tiles and the kind of backward.
 
-    ``everything``: the number and sum of the logits are needed too. ``logits``: the backward needs
-    logits beside dS, for masks or for the temperature's gradient.
+    ``columns``: the loss is symmetric, so the columns have statistics too. ``everything``: the
+    number and sum of the logits are needed. ``logits``: the backward needs logits beside dS, for
+    masks or for the temperature's gradient.
 
     On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes needs 2 B C D FLOPs more than chunked, or
     2 D / 790e12 s per pair. Chunked moves 6 bytes more per pair, or 6 / 4.3e12 s. So owner-computes
-    is faster below D = 550. But its sums over all D columns fit into registers, beside a tile of
-    logits, only up to D = 256. float32 uses no matrix instructions here, so that only FLOPs count:
-    always chunked.
+    is faster below D = 550, but its sums fit into registers only up to D = 256. In float32, which
+    uses no matrix instructions here, only FLOPs count, so the backward is always chunked.
     """
     if dtype == torch.float32:
         return _float32_plan(dim)
@@ -98,8 +100,8 @@ def plan(
 
 
 def _float32_plan(dim: int) -> Plan:
-    # Logits near 10^4 have no digits to spare in float32. With one tile for forward and backward,
-    # both compute the same logits.
+    # Logits near 10^4 have no digits to spare in float32. Forward and backward use one tile, so
+    # that their logits are bitwise equal.
     sweep = Tile(32, 64, 16, num_warps=8, num_stages=2, maxnreg=255)
     return Plan(
         sweep=sweep,
@@ -118,8 +120,8 @@ def _large_plan(
     everything: bool,
     logits: bool,
 ) -> Plan:
-    """Choose tiles of 16-bit inputs for a GPU with 228 KB of shared memory."""
-    small = everything or dim % 64 != 0  # additional sums, and masks of D, take registers
+    """Choose tiles for 16-bit inputs on a GPU with 228 KB of shared memory."""
+    small = everything or dim % 64 != 0  # additional sums and masks over D take registers
     if small:
         height, width = (64, 64) if hopper else (128, 32)
         sweep = Tile(height, width, 64, num_warps=8, num_stages=3)
@@ -143,7 +145,7 @@ def _large_plan(
 
 
 def _power(dim: int) -> int:
-    """Return the columns of a block that holds all of D."""
+    """Return the width of a block that holds all columns: a power of two, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -156,7 +158,7 @@ def splits(blocks: int, most: int) -> int:
 
 
 class Grid(NamedTuple):
-    """Programs of the forward sweep, and what each owns."""
+    """The grid of the forward sweep, (splits, groups), and the work of each program."""
 
     splits: int
     tiles: int  # column tiles of a split
@@ -171,10 +173,9 @@ def sweep_grid(
     partial_bytes: int,
     stats: int,
 ) -> Grid:
-    """Choose the grid: 4 waves of programs, or more programs of 64 tiles each.
+    """Choose a grid of about 4 * PROGRAMS programs, or more if a split would exceed 64 tiles.
 
-    Each group writes ``stats`` floats per column (none if 0); those of all groups together stay
-    within ``partial_bytes``.
+    Each group writes ``stats`` floats per column, all groups together at most ``partial_bytes``.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
@@ -187,8 +188,8 @@ def sweep_grid(
 def chunk(rows: int, columns: int, tile: Tile, chunk_bytes: int, itemsize: int) -> tuple[int, int]:
     """Return (rows, columns) of a chunk of dS, multiples of the tile.
 
-    It is nearly square to keep traffic low: the float32 sums are read and written once per chunk.
-    Those of a row pass columns / chunk columns times, those of a column rows / chunk rows times.
+    The chunk is nearly square to keep traffic low: the float32 sums of its rows and columns are
+    read and written once per chunk.
     """
     most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
     side = int(most**0.5)
@@ -201,6 +202,9 @@ def _padded(length: int, unit: int) -> int:
 
 
 def _even(length: int, most: int, unit: int) -> int:
-    """Return the length of equal parts: a multiple of ``unit``, at most ``most`` or one unit."""
+    """Return the length of nearly equal parts, a multiple of ``unit``.
+
+    It is at most ``most``, or one unit if that is more.
+    """
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

@@ -1,8 +1,8 @@
-"""The kernels and tiles of query pooling: fixed by architecture, without autotuning.
+"""Kernels and tile sizes of query pooling, chosen by shape, dtype and architecture.
 
-``make compile-matrix`` checks every entry for spills, on every supported Triton and architecture.
-The choice between two entries without spills is reasoned, not measured, unless benchmarks/results
-has a run of it.
+There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
+supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
+variants of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 
 @dataclass(frozen=True)
 class Tile:
-    """BN tokens by BR query rows by chunks of BD columns, and the options of the launch.
+    """BN tokens, BR rows of queries and BD columns at a time, and the launch options.
 
     BN is at most 64 (see tiles.tokens_kept).
     """
@@ -28,23 +28,23 @@ class Tile:
     maxnreg: int | None = None
 
 
-# Triton 3.6 spills 8 bytes on sm_90 with three chunks of normalised tokens and 32 rows, and with
-# four chunks of 32 tokens.
-_OLDEST = triton.__version__.startswith("3.6.")
+# On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows and three column chunks of
+# normalised tokens, and with four column chunks of 32 tokens.
+_TRITON_3_6 = triton.__version__.startswith("3.6.")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tile of each kernel to run.
+    """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``onepass``, or ``logits`` then ``pool``; before either ``moments`` with a norm.
-    Backward: ``onepass``, or ``dlogits``, then ``dx`` and ``dq``.
+    Forward: ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs first.
+    Backward: ``onepass``, or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
     forward: dict[str, Tile]
     backward: dict[str, Tile]
-    # Number of partial sums of the gradient of shared queries: fixed, so that no sum depends on
-    # the GPU.
+    # Number of partial sums for the gradient of shared queries. It is fixed, so that no sum depends
+    # on the GPU.
     partials: int = 128
 
 
@@ -56,27 +56,27 @@ def plan(
     norm: bool,
     dropout: bool = False,
 ) -> Plan:
-    """Plan the kernels of forward and backward, and their tiles.
+    """Choose the kernels of forward and backward, and their tiles.
 
-    X is read once where all of Z^T (forward) or dQ'^T (backward) fits into registers, and twice
-    elsewhere.
+    ``onepass`` reads X once. It runs if all of Z^T (forward) or dQ'^T (backward) fits into
+    registers. For the symbols see forward.py and backward.py.
     """
-    hopper = arch in (90, 100, 103)  # 228 KB of shared memory; the others get 99 KB
-    # float32 is multiplied without matrix instructions, which costs registers.
-    wide_type = dtype == torch.float32
+    # 228 KB of shared memory. The tiles for all other architectures fit into 99 KB.
+    big_shared = arch in (90, 100, 103)
+    # Without matrix instructions, products of float32 need more registers.
+    float32 = dtype == torch.float32
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
-    if dim > (1024 if hopper else 768) or wide_type:
-        forward |= _two_reads(("logits", "pool"), rows, hopper, wide_type, norm)
+    if dim > (1024 if big_shared else 768) or float32:
+        forward |= _two_reads(("logits", "pool"), rows, big_shared, float32, norm)
     else:
-        forward["onepass"] = _onepass_forward(rows, dim, arch, hopper, norm, dropout)
-    if rows <= 16 and hopper and dim <= 1024 and not wide_type:
-        # With more rows only 16 tokens would fit beside dQ'^T, too few to keep the matrix units
-        # busy.
+        forward["onepass"] = _onepass_forward(rows, dim, arch, big_shared, norm, dropout)
+    # With more than 16 rows, too few tokens fit beside dQ'^T to keep the matrix units busy.
+    if rows <= 16 and big_shared and dim <= 1024 and not float32:
         tokens = 16 if norm or (dropout and dim > 768) else 32
         stages = 2 if norm or dropout else 1
         backward = {"onepass": Tile(tokens, 16, column_chunk(dim), 8, stages)}
     else:
-        backward = _two_reads(("dlogits", "dx", "dq"), rows, hopper, wide_type, norm)
+        backward = _two_reads(("dlogits", "dx", "dq"), rows, big_shared, float32, norm)
     return Plan(forward, backward)
 
 
@@ -84,20 +84,20 @@ def _onepass_forward(
     rows: int,
     dim: int,
     arch: int,
-    hopper: bool,
+    big_shared: bool,
     norm: bool,
     dropout: bool,
 ) -> Tile:
     chunk = column_chunk(dim)
-    blackwell = hopper and arch > 90
-    small = rows <= 16 or not hopper
-    small = small or (norm and dim > (512 if _OLDEST else 768))
-    small = small or (dropout and blackwell and chunk < 256)
+    tcgen05 = big_shared and arch > 90  # sm_100 and sm_103
+    small = rows <= 16 or not big_shared
+    small = small or (norm and dim > (512 if _TRITON_3_6 else 768))
+    small = small or (dropout and tcgen05 and chunk < 256)
     if not small:
-        return Tile(32, 32, chunk, 8, 2 if blackwell or norm else 3)
-    # Norm and dropout together leave too few registers for the largest tiles.
-    crowded = norm and dropout and not hopper
-    tokens = 16 if crowded or (_OLDEST and dim > 768) else 32
+        return Tile(32, 32, chunk, 8, 2 if tcgen05 or norm else 3)
+    # Norm and dropout together leave too few registers for 32 tokens.
+    crowded = norm and dropout and not big_shared
+    tokens = 16 if crowded or (_TRITON_3_6 and dim > 768) else 32
     stages = 1 if crowded else 2
     return Tile(tokens, 16, chunk, 8, stages, 255 if chunk < 256 else None)
 
@@ -105,31 +105,31 @@ def _onepass_forward(
 def _two_reads(
     kernels: tuple[str, ...],
     rows: int,
-    hopper: bool,
-    wide_type: bool,
+    big_shared: bool,
+    float32: bool,
     norm: bool,
 ) -> dict[str, Tile]:
-    """Return the tiles of ``kernels``, which are those of a forward or of a backward."""
-    if wide_type:
+    """Return the tiles of the given kernels, which together read X more than once."""
+    if float32:
         columns = {kernel: 32 if "logits" in kernel else 64 for kernel in kernels}
         return {kernel: Tile(32, 16, BD, 8, 2, 255) for kernel, BD in columns.items()}
-    few_rows = 16 if rows <= 16 or not hopper else 32
-    rows_back = 64 if rows > 32 and hopper else few_rows
-    tokens = 64 if hopper else 32
+    few_rows = 16 if rows <= 16 or not big_shared else 32
+    rows_back = 64 if rows > 32 and big_shared else few_rows
+    tokens = 64 if big_shared else 32
     dlogits_warps = 8 if norm or rows_back > 32 else 4
     tiles = {
         "logits": Tile(64, few_rows, 64, 4, 3, 255),
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
         "dlogits": Tile(64, rows_back, 64, dlogits_warps, 3, 255),
         "dx": Tile(64, rows_back, 128, 4, 2, 255),
-        "dq": Tile(tokens, few_rows, 128, 4, 2 if norm and not hopper else 3, 255),
+        "dq": Tile(tokens, few_rows, 128, 4, 2 if norm and not big_shared else 3, 255),
     }
     return {kernel: tiles[kernel] for kernel in kernels}
 
 
 def column_chunk(dim: int) -> int:
-    """Return the power of two from 64 to 256 that wastes the fewest columns.
+    """Return the width of a column chunk: the one of 64, 128 and 256 that pads ``dim`` the least.
 
-    The largest of these if several do: 768 is 3 x 256, 192 is 3 x 64.
+    If several pad it equally, the widest is used: 768 is 3 x 256, 192 is 3 x 64.
     """
     return min((256, 128, 64), key=lambda chunk: -(-dim // chunk) * chunk)
