@@ -56,22 +56,22 @@ IMAGE = [
     ({"block_fn": "os.system"}, "image: got a field 'block_fn'"),
     (
         {"name": "hf-hub:some/model"},
-        "image.name: got 'hf-hub:some/model', expected the name of a model that timm has",
+        "image.name: got 'hf-hub:some/model', expected the name of a timm model",
     ),
     ({"name": "local-dir:{folder}"}, "image.name: got 'local-dir:"),
     ({"name": "../outside"}, "image.name: got '../outside'"),
     ({"name": ["vit_tiny_patch16_224"]}, "image.name: got"),
     (
         {"name": "resnet18"},
-        "image.name: got 'resnet18', a ResNet|image: got options that make no resnet18",
+        "image.name: got 'resnet18', a ResNet|image: got options that cannot build timm's resnet18",
     ),
-    ({"norm_layer": "os.system"}, "image: got options that make no VisionTransformer: "),
+    ({"norm_layer": "os.system"}, "image: got options that cannot build a VisionTransformer: "),
     ({"norm_layer": {"x": 1}}, "image.norm_layer: got {'x': 1}, expected a string or None"),
     ({"depth": "12"}, "image.depth: got '12', expected an integer from 1 to 1000"),
     ({"depth": True}, "image.depth: got True"),
     ({"depth": 10**9}, "image.depth: got 1000000000"),
     ({"num_heads": None}, "image.num_heads: got None"),
-    ({"num_heads": 7}, "image: got options that make no VisionTransformer"),
+    ({"num_heads": 7}, "image: got options that cannot build a VisionTransformer"),
     (
         {"img_size": 10**6},
         "image.img_size: got 1000000, expected an integer from 1 to 4096 or 2 integers",
@@ -106,8 +106,8 @@ TEXT = [
     ),
     ({"num_attention_heads": 0}, "text.num_attention_heads: got 0"),
     ({"num_hidden_layers": None}, "text.num_hidden_layers: got None"),
-    ({"hidden_act": "nothing"}, "text: got options that make no 'bert' of width 128"),
-    ({"num_attention_heads": 3}, "text: got options that make no 'bert' of width 128"),
+    ({"hidden_act": "nothing"}, "text: got options that cannot build a 'bert' of width 128"),
+    ({"num_attention_heads": 3}, "text: got options that cannot build a 'bert' of width 128"),
     (
         {
             "model_type": "distilbert",

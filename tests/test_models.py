@@ -397,7 +397,7 @@ def test_preset_overrides_update_its_encoders():
         ),
         (
             {"without": ("gate",), "modalities": "text"},
-            "without: got 'gate' with modalities 'text', which has none anyway, expected 'both'",
+            "without: got 'gate' with modalities 'text', which already excludes it",
         ),
     ],
 )
@@ -456,9 +456,9 @@ TOKEN_ERRORS = [
     ({"labels": torch.zeros(6)}, r"labels: got torch.float32 .*, expected int64 \(6,\)"),
     (
         {"image_tokens": None, "pixel_values": PIXELS},
-        "the config's image is None, expected image_tokens",
+        "with the config's image None, expected image_tokens",
     ),
-    ({**NO_TEXT, "input_ids": IDS}, "the config's text is None, expected text_tokens"),
+    ({**NO_TEXT, "input_ids": IDS}, "with the config's text None, expected text_tokens"),
 ]
 
 

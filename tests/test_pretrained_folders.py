@@ -107,7 +107,7 @@ VIT_FOLDERS = [
     ),
     (
         {"architecture": "hf-hub:some/model"},
-        "architecture: got 'hf-hub:some/model', expected the name of a model that timm has",
+        "architecture: got 'hf-hub:some/model', expected the name of a timm model",
     ),
     ({"architecture": "local-dir:{folder}"}, "architecture: got 'local-dir:"),
     ({"architecture": 3}, "architecture: got 3"),
@@ -138,7 +138,7 @@ TEXT_FOLDERS = [
     ({"num_hidden_layers": 2}, "lacks 16 weights of bert"),
     ({"vocab_size": 89}, "holds the weights of another model"),
     ({"hidden_size": "16"}, "config.json.hidden_size: got '16'"),
-    ({"hidden_act": "nothing"}, "makes no 'bert'"),
+    ({"hidden_act": "nothing"}, "cannot build a 'bert'"),
 ]
 
 

@@ -418,7 +418,7 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
     ]
     assert main(command) == 0
     assert (
-        "left out: without: got 'dual' with stage 2, which has none anyway, expected stage 1"
+        "left out: without: got 'dual' with stage 2, which already excludes it, expected stage 1"
         in capsys.readouterr().out
     )
     expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}

@@ -429,7 +429,7 @@ def test_preset_paper_has_its_sizes():
         ({"freeze": ("vision",)}, "freeze: got 'vision', expected some of image, text"),
         (
             {"freeze": ("image",)},
-            "freeze: got 'image' with image None, expected a config with that encoder",
+            "freeze: got 'image' with image None, expected encoders that the config has",
         ),
         ({"num_heads": 5}, "num_heads: got 5, expected a divisor of text_dim=12"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
@@ -502,7 +502,7 @@ def test_bad_config(options, message):
         ({"labels": torch.zeros(6)}, r"labels: got torch.float32 \(6,\), expected int64 \(6,\)"),
         (
             {"image_tokens": None, "pixel_values": torch.zeros(6, 3, 8, 8)},
-            "the config's image is None, expected image_tokens",
+            "with the config's image None, expected image_tokens",
         ),
     ],
 )

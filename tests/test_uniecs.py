@@ -548,7 +548,7 @@ BAD_CONFIGS = [
     ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
     (
         {"freeze": ("text",)},
-        "freeze: got 'text' with text None, expected a config with that encoder",
+        "freeze: got 'text' with text None, expected encoders that the config has",
     ),
 ]
 

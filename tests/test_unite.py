@@ -429,11 +429,11 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ),
         (
             {"without": ("dual",)},
-            "without: got 'dual' with stage 2, which has none anyway, expected stage 1",
+            "without: got 'dual' with stage 2, which already excludes it, expected stage 1",
         ),
         (
             {"without": ("mamcl",), "stage": 1},
-            "without: got 'mamcl' with stage 1, which has none anyway, expected stage 2",
+            "without: got 'mamcl' with stage 1, which already excludes it, expected stage 2",
         ),
     ],
 )

@@ -6,17 +6,17 @@
     moon2.py     MOON2.0: retrieval; its objectives in moon2_losses.py
     unite.py     UNITE: retrieval
 
-A file reads from top to bottom: configuration, modules, the model. The models share
+Each file contains the configuration, the modules and the model, in this order. The models share:
 
-    config.py, fields.py        base of the configurations; validation of their values
+    config.py, fields.py        base of the configurations; validation of field values
     presets.py                  sizes of the presets
     inputs.py                   input validation; encoding of pixels and ids
     encoders.py, pretrained.py  ViT and text encoders, from a config or from pretrained weights
     retrieval.py                base of the retrieval models
-    qwen*.py                    Qwen2-VL as the host of UNITE and MOON2.0
-    weights.py                  safetensors of a pretrained folder
+    qwen*.py                    Qwen2-VL, the backbone ("host") of UNITE and MOON2.0
+    weights.py                  reading of pretrained safetensors
 
-docs/models.md says where each equation comes from: the paper, public code, or this library.
+docs/models.md gives the source of each equation: the paper, public code, or this library.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .unite import UNITE, UNITEConfig
 
 
 class Kind(NamedTuple):
-    """A model of `mmfused train --model NAME`, and the task that it is trained for."""
+    """A model that `mmfused train --model NAME` can train, its configuration and its task."""
 
-    model: Any  # the class, built from a config
+    model: Any  # the class, whose constructor takes a config
     config: type[ModelConfig]
     task: Literal["classification", "retrieval"]
 

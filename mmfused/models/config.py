@@ -1,4 +1,4 @@
-"""Base of the models' configurations: presets, JSON values in and out, checks of the fields."""
+"""Base class of the models' configurations: presets, conversion to and from JSON, validation."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from mmfused.models.weights import on_meta
 if TYPE_CHECKING:
     from mmfused.models import Kind
 
-# The parts of a config that hold options of an encoder, and their checks.
-ENCODERS = {"image": check_image, "text": check_text}
+# The config fields that hold an encoder's options, and the functions that check the options.
+ENCODER_CHECKS = {"image": check_image, "text": check_text}
 
 
 class AbsentPart(ValueError):
-    """An ablation removes a part that the model does not have with its other settings."""
+    """Error for an ablation of a part that the model's other settings already exclude."""
 
 
 def absent_part(part: str, setting: str, expected: str) -> AbsentPart:
-    """Return the error for an ablation that these settings make meaningless."""
+    """Return the error for an ablation of ``part``, which ``setting`` already excludes."""
     return AbsentPart(
-        f"without: got {part!r} with {setting}, which has none anyway, expected {expected}"
+        f"without: got {part!r} with {setting}, which already excludes it, expected {expected}"
     )
 
 
 class ModelConfig:
     """Base of the dataclasses that configure the models.
 
-    Constructors raise ValueError for a field of another type, out of bounds, or that does not fit
-    the others.
+    The constructor raises ValueError if a field has a wrong type, is out of bounds or contradicts
+    another field.
     """
 
     PRESETS: ClassVar[Presets]
-    # Stands for what is known only with the data: the number of classes, token ids.
+    # Placeholders for fields that depend on the data: the number of classes, token ids.
     UNKNOWN: ClassVar[dict[str, Any]] = {}
 
     if TYPE_CHECKING:
@@ -56,34 +56,34 @@ class ModelConfig:
         patch_size: int | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the named preset with other values of its fields.
+        """Return the named preset with some of its fields replaced.
 
-        The dicts `image` and `text` update those of the preset, or are None. With a `name` (of a
-        timm model) or a `model_type` (of transformers) in it, a dict replaces the preset's: the
-        preset's sizes belong to another architecture.
+        The dicts `image` and `text` update the preset's dicts; None removes the encoder. A dict
+        with a `name` (of a timm model) or a `model_type` (of transformers) replaces the preset's
+        dict, because the preset's sizes belong to another architecture.
         """
-        usual = cls.values_of(name)
+        defaults = cls.values_of(name)
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
-        values = {**usual, **overrides}
-        given = {
+        values = {**defaults, **overrides}
+        sizes_of = {
             "image": {"img_size": image_size, "patch_size": patch_size},
             "text": {"vocab_size": vocab_size},
         }
-        for part, sizes in given.items():
+        for part, sizes in sizes_of.items():
             check_field(part, values.get(part), dict | None)
             if values.get(part) is None:
                 continue
-            own = overrides.get(part, {})
-            if "name" in own or "model_type" in own:
-                values[part] = own
+            options = overrides.get(part, {})
+            if "name" in options or "model_type" in options:
+                values[part] = options
             else:
                 sizes = {key: value for key, value in sizes.items() if value is not None}
-                values[part] = {**usual[part], **sizes, **own}
+                values[part] = {**defaults[part], **sizes, **options}
         return cls.from_dict(values)
 
     @classmethod
     def values_of(cls, preset: str) -> dict[str, Any]:
-        """Return a preset's values."""
+        """Return the field values of a preset."""
         if preset not in cls.PRESETS:
             names = ", ".join(cls.PRESETS)
             raise ValueError(f"preset: got {shown(preset)}, expected one of {names}")
@@ -91,12 +91,12 @@ class ModelConfig:
 
     @classmethod
     def picture_size_of(cls, preset: str = "tiny", **options: Any) -> int | None:
-        """Return `picture_size` of a preset before the data and the tokenizer are known."""
+        """Return a preset's `picture_size`, which needs neither the data nor the tokenizer."""
         return cls.preset(preset, **{**cls.UNKNOWN, **options}).picture_size
 
     @property
     def picture_size(self) -> int | None:
-        """Side of the pictures that the image encoder takes; None without an image encoder."""
+        """Side in pixels of the image encoder's pictures; None without an image encoder."""
         config: Any = self
         if config.image is None or getattr(self, "modalities", "both") == "text":
             return None
@@ -104,7 +104,7 @@ class ModelConfig:
 
     @staticmethod
     def prepare_tokenizer(tokenizer: Any) -> Any:
-        """Return the tokenizer with the special tokens that the model needs."""
+        """Add the special tokens that the model needs to the tokenizer, and return it."""
         return tokenizer
 
     @staticmethod
@@ -113,7 +113,7 @@ class ModelConfig:
         return {"vocab_size": len(tokenizer)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return the fields as a dict that JSON can store."""
         values = dataclasses.asdict(typing.cast(Any, self))
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Invert `to_dict`; ValueError for an unknown or missing field, or a wrong value."""
+        """Invert `to_dict`; raise ValueError for an unknown, missing or invalid field."""
         check_field("model", values, dict)
         fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
         for name in values:
@@ -137,14 +137,14 @@ class ModelConfig:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Check each field's type and bounds; lists, as JSON returns them, become tuples."""
+        """Check each field's type and bounds, and turn lists, which JSON returns, into tuples."""
         kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, field.name)
             check_field(field.name, value, kinds[field.name])
             if isinstance(value, list):
                 setattr(self, field.name, tuple(value))
-        for name, check in ENCODERS.items():
+        for name, check in ENCODER_CHECKS.items():
             options: Options | None = getattr(self, name, None)
             if options is not None:
                 check(options)
@@ -152,7 +152,7 @@ class ModelConfig:
             raise ValueError(f"pixel_std: got {self.pixel_std}, expected 3 numbers above 0")
 
     def check_positive(self, *names: str) -> None:
-        """Require fields above 0."""
+        """Require that these fields are above 0."""
         for name in names:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0")
@@ -164,11 +164,11 @@ class ModelConfig:
             raise ValueError(f"{name}: got {got}, expected a divisor of {of}={total}")
 
     def check_frozen(self, names: tuple[str, ...]) -> None:
-        """Require that the encoders to freeze exist."""
+        """Require that each encoder to freeze exists."""
         for name in names:
             if getattr(self, name) is None:
                 got = f"{name!r} with {name} None"
-                raise ValueError(f"freeze: got {got}, expected a config with that encoder")
+                raise ValueError(f"freeze: got {got}, expected encoders that the config has")
 
     def check_at_most(self, name: str, of: str) -> None:
         """Require that one field is no larger than another."""
@@ -178,16 +178,16 @@ class ModelConfig:
 
 
 def check_sizes(**sizes: object) -> None:
-    """Require sizes within their bounds, or None."""
+    """Require that each size is None or within the bounds of its name."""
     for name, size in sizes.items():
         check_field(name, size, int | None)
 
 
 def shapes_of(kind: Kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the state_dict of ``kind.model(config)`` without allocating it.
+    """Return the shapes in the state_dict of ``kind.model(config)`` without allocating the model.
 
-    For comparison with a file before either is in memory. ValueError where the config makes no
-    model.
+    Raises:
+        ValueError: the model cannot be built from the config.
     """
     try:
         with on_meta():
@@ -196,5 +196,5 @@ def shapes_of(kind: Kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         raise
     except Exception as error:
         name, reason = type(config).__name__, one_line(error)
-        raise ValueError(f"model: got a {name} that makes none: {reason}") from error
+        raise ValueError(f"model: got a {name} that cannot build a model: {reason}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Encoders of the models, built from a config: timm's ViT and transformers' text models."""
+"""Image and text encoders built from a config: timm's ViT and transformers' text models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mmfused.models.fields import (
 )
 from mmfused.models.weights import on_meta
 
-# How a ViT turns pixels into tokens: ConvStem with BatchNorm or GroupNorm, or the ViT's own linear
-# projection of patches.
+# How a ViT turns pixels into tokens: "conv" is ConvStem with BatchNorm, "conv_group" ConvStem with
+# GroupNorm, "patch" the ViT's linear projection of patches.
 Stem = Literal["conv", "conv_group", "patch"]
 
-# Arguments of timm's VisionTransformer that say what it computes. Its other arguments name files,
-# hubs and classes.
+# The accepted arguments of timm's VisionTransformer. Arguments that name files, hubs or classes are
+# not accepted.
 VIT_FIELDS: dict[str, object] = {
     "name": str,
     "img_size": int | tuple[int, int],
@@ -35,7 +35,7 @@ VIT_FIELDS: dict[str, object] = {
     "num_heads": int,
     "reg_tokens": int,
     "num_classes": Literal[0],
-    "embed_dim": int,  # with a name
+    "embed_dim": int,  # only with a name
     "mlp_ratio": float,
     "init_values": float | None,
     "fc_norm": bool | None,
@@ -65,9 +65,9 @@ VIT_FIELDS: dict[str, object] = {
     "norm_layer": str | None,
     "act_layer": str | None,
 }
-# Without a name these would choose another model than the config's image_dim.
+# Fields of a named timm model only. Without a name, the config's image_dim sets the width.
 NAMED_FIELDS = ("name", "embed_dim")
-# Encoders that map ids and a mask to last hidden states.
+# The accepted model types: encoders that map ids and a mask to last hidden states.
 TEXT_TYPES: tuple[str, ...] = (
     "albert",
     "bert",
@@ -100,6 +100,7 @@ UNDECLARED: dict[str, dict[str, object]] = {
         "share_att_key": bool,
     },
 }
+# Fields of `rope_parameters`.
 ROPE: dict[str, object] = {
     "rope_type": str,
     "type": str,
@@ -123,12 +124,13 @@ ROPE: dict[str, object] = {
 
 
 class ConvStem(nn.Sequential):
-    """Convolutional patch embedding; replaces ``projection``, with the same shapes in and out.
+    """Convolutional patch embedding with the input and output shapes of ``projection``.
 
-    3 x 3 convolutions of stride 2 with BatchNorm and ReLU, with widths that double up to the
-    token's, then a 1 x 1 convolution: Xiao et al. 2021, "Early Convolutions Help Transformers See
-    Better". ``group``: GroupNorm instead, so that a picture's tokens do not depend on its batch.
-    Raises ValueError unless the patch's side is a power of two.
+    It consists of 3 x 3 convolutions of stride 2 with BatchNorm and ReLU, whose widths double up to
+    the token width, and a 1 x 1 convolution (Xiao et al. 2021, "Early Convolutions Help
+    Transformers See Better"). ``group`` replaces BatchNorm by GroupNorm, so that a picture's tokens
+    do not depend on the other pictures in the batch. Raises ValueError unless the side of a patch
+    is a power of two.
     """
 
     def __init__(self, projection: nn.Conv2d, group: bool = False) -> None:
@@ -149,7 +151,7 @@ class ConvStem(nn.Sequential):
 
 
 def check_image(options: Options) -> None:
-    """Require options of :func:`build_vit`."""
+    """Check options of :func:`build_vit`."""
     named = isinstance(options, dict) and "name" in options
     check_fields("image", options, VIT_FIELDS if named else without(VIT_FIELDS, *NAMED_FIELDS))
     if named:
@@ -157,22 +159,23 @@ def check_image(options: Options) -> None:
 
 
 def check_architecture(field: str, name: object) -> None:
-    """Require the name of a model in timm, which would search a hub or a folder for other names."""
+    """Require the name of a timm model; timm would look up other names on a hub or in a folder."""
     is_name = isinstance(name, str) and set(name).isdisjoint("/:\\")
     if not is_name or not import_timm().is_model(name):
-        raise ValueError(f"{field}: got {shown(name)}, expected the name of a model that timm has")
+        raise ValueError(f"{field}: got {shown(name)}, expected the name of a timm model")
 
 
 def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
     """Build timm's VisionTransformer of width ``dim`` without a head, with random weights.
 
-    ``options``: its arguments (`VIT_FIELDS`), or with a ``name`` the arguments of that timm model.
+    ``options`` are arguments of VisionTransformer (`VIT_FIELDS`). If they have a ``name``, they are
+    arguments of the timm model of that name.
     """
     timm = import_timm()
     check_image(options)
     options = {"num_classes": 0, **options}
     if "name" in options:
-        with on_meta():  # first without memory: the name may be that of any model
+        with on_meta():  # checked before weights are allocated
             vit = create_vit(**options)
         if not isinstance(vit, timm.models.VisionTransformer) or vit.embed_dim != dim:
             found = f"a {type(vit).__name__} of width {getattr(vit, 'embed_dim', 'unknown')}"
@@ -180,7 +183,7 @@ def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
             raise ValueError(f"image.name: got {options['name']!r}, {found}, expected {expected}")
         vit = create_vit(**options)
     else:
-        with refusing("image: got options that make no VisionTransformer"):
+        with refusing("image: got options that cannot build a VisionTransformer"):
             vit = timm.models.VisionTransformer(embed_dim=dim, **options)
     if stem != "patch":
         vit.patch_embed.proj = ConvStem(vit.patch_embed.proj, group=stem == "conv_group")
@@ -189,12 +192,12 @@ def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
 
 def create_vit(name: str, **options: Any) -> Any:
     """Create a timm model without pretrained weights."""
-    with refusing(f"image: got options that make no {name} of timm"):
+    with refusing(f"image: got options that cannot build timm's {name}"):
         return import_timm().create_model(name, pretrained=False, **options)
 
 
 def picture_size(dim: int, options: Options) -> int:
-    """Return the side of the pictures that the encoder of :func:`build_vit` takes."""
+    """Return the side in pixels of the pictures that the encoder of :func:`build_vit` takes."""
     if "name" in options and "img_size" not in options:
         with on_meta():
             vit: Any = build_vit(dim, "patch", options)
@@ -204,10 +207,11 @@ def picture_size(dim: int, options: Options) -> int:
 
 
 def declared(config: Any) -> dict[str, object]:
-    """Return the fields and types that a config class of transformers declares itself.
+    """Return the names and types of the fields that a config class of transformers itself declares.
 
-    None of these names a file, a hub or a class. Fields that all configs share are left out, and so
-    is all that transformers accepts besides: it would load code or kernels for some.
+    No declared field names a file, a hub or a class. The result excludes the fields that all config
+    classes share, and arguments that transformers accepts without a declaration: some of those
+    arguments make transformers load code or kernels.
     """
     common = {field.name for field in dataclasses.fields(import_transformers().PreTrainedConfig)}
     kinds: dict[str, object] = {
@@ -222,7 +226,7 @@ def declared(config: Any) -> dict[str, object]:
 
 
 def text_fields(model_type: object) -> tuple[Any, dict[str, object]]:
-    """Return the config class of a text encoder, and its fields without the width."""
+    """Return the config class of a text encoder, and the types of its fields except the width."""
     if model_type not in TEXT_TYPES:
         expected = ", ".join(TEXT_TYPES)
         raise ValueError(f"text.model_type: got {shown(model_type)}, expected one of {expected}")
@@ -234,23 +238,23 @@ def text_fields(model_type: object) -> tuple[Any, dict[str, object]]:
 
 
 def check_text(options: Options) -> None:
-    """Require options of :func:`build_text`."""
+    """Check options of :func:`build_text`."""
     check_field("text", options, dict)
     _, kinds = text_fields(options.get("model_type", "bert"))
     check_fields("text", options, kinds)
 
 
 def build_text(dim: int, options: Options) -> nn.Module:
-    """Build transformers' encoder of width ``dim`` without a pooler, with random weights.
+    """Build a text encoder of width ``dim`` without a pooler, with random weights.
 
-    ``options``: arguments of its config. ``model_type`` chooses one of `TEXT_TYPES`, by default
-    "bert".
+    ``options`` are arguments of the encoder's config in transformers, and a ``model_type`` from
+    `TEXT_TYPES` (default "bert").
     """
     transformers = import_transformers()
     check_text(options)
     options = dict(options)
     model_type = options.pop("model_type", "bert")
-    with refusing(f"text: got options that make no {model_type!r} of width {dim}"):
+    with refusing(f"text: got options that cannot build a {model_type!r} of width {dim}"):
         config = transformers.AutoConfig.for_model(model_type, hidden_size=dim, **options)
         kind, pooler = text_class(config)
         return kind(config, **pooler)
@@ -260,7 +264,7 @@ def text_class(config: Any) -> tuple[Any, dict[str, bool]]:
     """Return the model class of a config, and the arguments that leave out its pooler."""
     if getattr(config, "sinusoidal_pos_embds", False):
         count = config.max_position_embeddings
-        if count * config.dim > 1 << 22:  # they are made one by one
+        if count * config.dim > 1 << 22:  # computed in a Python loop
             raise ValueError(f"got {count} sinusoidal positions, expected fewer")
     kind = import_transformers().MODEL_MAPPING[type(config)]
     has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
@@ -268,26 +272,26 @@ def text_class(config: Any) -> tuple[Any, dict[str, bool]]:
 
 
 def without(values: Kinds, *names: str) -> dict[str, Any]:
-    """Return the dict without some of its keys."""
+    """Return a copy of the dict without the keys ``names``."""
     return {name: value for name, value in values.items() if name not in names}
 
 
 def freeze(encoder: nn.Module) -> nn.Module:
-    """Stop its gradients, and its dropout: :meth:`train` leaves it in evaluation mode."""
+    """Turn off an encoder's gradients, and keep it in evaluation mode even after :meth:`train`."""
     encoder.requires_grad_(False).eval()
     encoder.train = lambda mode=True: encoder  # type: ignore[method-assign]
     return encoder
 
 
 def import_timm() -> Any:
-    """Import timm, or name the extra that installs it."""
+    """Return timm; if it is missing, raise an error that names the extra to install."""
     with from_extra("models"):
         import timm.models
     return timm
 
 
 def import_transformers() -> Any:
-    """Import transformers, or name the extra that installs it."""
+    """Return transformers; if it is missing, raise an error that names the extra to install."""
     with from_extra("models"):
         import transformers
     return transformers

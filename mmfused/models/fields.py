@@ -14,14 +14,14 @@ from mmfused.json_files import one_line
 if TYPE_CHECKING:
     Options: TypeAlias = dict[str, Any]
 else:
-    Options = dict  # checked as an object of any fields; build_vit and build_text check the fields
+    Options = dict  # any dict passes; build_vit and build_text check its fields
 
-# The fields of an object and their kinds; a nested mapping is the kind of an object with these
-# fields, or None.
+# The fields of an object and the kind of each: a type annotation, or a mapping of the same form if
+# the field holds a nested object or None.
 Kinds: TypeAlias = Mapping[str, object]
 
 NoneType: type = type(None)
-LONGEST = 1000  # of lists and strings
+LONGEST = 1000  # the longest list or string accepted
 LAYERS = (1, 1000)
 TOKEN = (0, 10**8)
 SIDE = (1, 4096)
@@ -29,7 +29,7 @@ SIGNED = (-(2**31), 2**31 - 1)
 FROM_ZERO = (0, 2**20)
 STEPS = (1, 10**12)
 DEFAULT = (1, 2**20)
-# The smallest and the largest value of an integer, by the name of its field.
+# The smallest and the largest integer accepted, by the name of the field.
 BOUNDS: dict[str, tuple[int, int]] = {
     "blocks": LAYERS,
     "cross_layers": LAYERS,
@@ -66,7 +66,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "num_classes": (1, 10**6),
     "num_experts": (1, 10**5),
     "vocab_size": (1, 10**8),
-    # Of a training configuration.
+    # Fields of a training configuration.
     "log_every": STEPS,
     "save_every": STEPS,
     "steps": STEPS,
@@ -85,16 +85,17 @@ def shown(value: object) -> str:
 
 
 def bounds(name: str) -> tuple[int, int]:
-    """Return the bounds of integers in the field of this dotted name."""
+    """Return the smallest and the largest integer that the field at a dotted path may hold."""
     field = name.rpartition(".")[2]
     return (-1, 10**8) if field.endswith("_token_id") else BOUNDS.get(field, DEFAULT)
 
 
 def check_field(name: str, value: object, kind: object) -> None:
-    """Require a value of the ``kind``, an annotation, with integers within the bounds of ``name``.
+    """Require that ``value`` fits the annotation ``kind``, with integers within `bounds(name)`.
 
     Raises:
-        ValueError: with what was expected; of a list of options it names the first wrong one.
+        ValueError: ``value`` does not fit. For a list of options, the message shows the first
+            wrong option.
     """
     least, most = bounds(name)
     if fits(value, kind, least, most):
@@ -106,7 +107,7 @@ def check_field(name: str, value: object, kind: object) -> None:
 
 
 def check_fields(name: str, values: object, kinds: Kinds) -> None:
-    """Check each field of an object, which may have no other fields than ``kinds``."""
+    """Check each field of an object, which may have only the fields in ``kinds``."""
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {shown(values)}, expected an object")
     for key, value in values.items():
@@ -131,7 +132,7 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
     if kind is int:
         is_int = isinstance(value, Integral) and not isinstance(value, bool)
         return is_int and least <= value <= most  # type: ignore[operator]
-    if kind is float:  # NaN and infinity are not within the bound either
+    if kind is float:  # the bound excludes NaN and infinity too
         is_real = isinstance(value, Real) and not isinstance(value, bool)
         return is_real and abs(value) <= 1e30  # type: ignore[arg-type]
     if kind is str:
@@ -150,7 +151,7 @@ def fits(value: object, kind: object, least: int, most: int) -> bool:
 
 
 def _options(kind: object) -> tuple[object, ...]:
-    """Return the options of a kind that is a list of them, else nothing."""
+    """Return the options of a kind that is a list of Literals, or () for any other kind."""
     if get_origin(kind) in (list, tuple):
         for part in get_args(kind)[:1]:
             return get_args(part) if get_origin(part) is Literal else ()
@@ -158,7 +159,7 @@ def _options(kind: object) -> tuple[object, ...]:
 
 
 def described(kind: object, least: int, most: int) -> str:
-    """Return what an error message calls the kind."""
+    """Return the description of a kind in error messages."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         names = [described(part, least, most) for part in parts if plain(part)]
@@ -181,14 +182,14 @@ def described(kind: object, least: int, most: int) -> str:
 
 
 def plural(kind: object, least: int, most: int) -> str:
-    """Return what an error message calls several values of the kind."""
+    """Return the description of several values of a kind in error messages."""
     if kind is int:
         return f"integers from {least} to {most}"
     return "finite numbers" if kind is float else "strings"
 
 
 def plain(kind: object) -> bool:
-    """Return whether JSON holds any value of the kind."""
+    """Return whether JSON can represent at least some values of a kind."""
     origin = get_origin(kind)
     if origin is Literal:
         return True
@@ -198,14 +199,14 @@ def plain(kind: object) -> bool:
 
 
 @contextmanager
-def refusing(sentence: str) -> Iterator[None]:
-    """Turn an error of another library, of whatever class, into one ValueError.
+def refusing(message: str) -> Iterator[None]:
+    """Turn any exception of another library into a ValueError that begins with ``message``.
 
-    For values that are valid each, and do not fit together.
+    The other library checks whether values that are valid by themselves fit together.
     """
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{sentence}: {one_line(error)}") from error
+        raise ValueError(f"{message}: {one_line(error)}") from error

@@ -1,13 +1,14 @@
 """FLUID: token distillation for multimodal product classification (arXiv 2508.07264).
 
     I = ViT(image), T = BERT(text)                                                (eqs 1, 2)
-    I_n = Q-Transform(Q_1, I), T_n = Q-Transform(Q_2, T)       l tokens each      (eqs 3-6)
-    F = a * I_n + (1 - a) * T_n, a = sigmoid(MLP([I_n ; T_n]))  a scalar a token  (section 4.4)
+    I_n = Q-Transform(Q_1, I), T_n = Q-Transform(Q_2, T)        l tokens each     (eqs 3-6)
+    F = a * I_n + (1 - a) * T_n, a = sigmoid(MLP([I_n ; T_n]))  one a per token   (section 4.4)
     F' = Q-bottleneck(Q_3, F)                                   2 tokens          (eqs 7, 8)
     N = sum over the top k of G_i(F') E_i(F')                                     (eq. 9)
     L = lambda_1 CE + lambda_2 contrastive + lambda_3 MoE       1/3 each          (eq. 10)
 
-docs/models.md says where each part comes from.
+Q_1, Q_2 and Q_3 are learned queries. E_i are the experts, G_i their router weights and N the class
+logits. docs/models.md gives the source of each part.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 @dataclasses.dataclass
 class FLUIDConfig(ModelConfig):
-    """Configuration of FLUID, by default "tiny" without encoders."""
+    """Configuration of FLUID; the default sizes are tiny, without encoders."""
 
     PRESETS: ClassVar[presets.Presets] = presets.FLUID
     UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}
@@ -50,36 +51,36 @@ class FLUIDConfig(ModelConfig):
     bottleneck_queries: int = 2
     depth: int = 1  # blocks in each Q-Transform and in the Q-bottleneck
     num_heads: int = 4
-    ffn: int | None = None  # hidden width of a block's feed-forward part, None: QTransform's
-    # In the Q-Transforms and the Q-bottleneck: of attention probabilities and block outputs.
+    ffn: int | None = None  # hidden width of a block's feed-forward part, None: 4 D
+    # Dropout of attention probabilities and block outputs in Q-Transforms and Q-bottleneck.
     dropout: float = 0.1
-    head_dropout: float = 0.1  # in the gate, the router and the experts
-    # Of the initial queries. The public code's 1 drowns what they read, so it learns slowly.
+    head_dropout: float = 0.1  # dropout in the gate, the router and the experts
+    # Standard deviation of the initial queries. With 1, as in the public code, they train slowly.
     query_std: float = 0.02
     gate_hidden: tuple[int, ...] = (128,)
     router: Literal["mlp", "linear"] = "mlp"
     num_experts: int = 4  # E
     top_k: int = 2
-    # The public code has two hidden layers; linear experts learn faster from few samples.
+    # The public code's experts have two hidden layers; linear ones learn faster from few samples.
     expert_hidden: tuple[int, ...] = ()
     balance: Literal["mse", "gshard"] = "mse"
     balance_weight: float = 0.1
     z_weight: float = 0.1
     temperature: float = 0.07
-    # Of cross-entropy, contrastive loss and MoE loss.
+    # Weights of cross-entropy, contrastive loss and MoE loss.
     loss_weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
-    text_mask: bool = True  # False: padded text tokens are attended to
+    text_mask: bool = True  # whether padded text tokens are masked
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
     image_stem: Stem = "conv"
-    # How pixel_values were normalised; training and evaluation prepare their batches with it.
+    # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    image: Options | None = None  # build_vit(image_dim, image_stem, image); None: image_tokens only
-    text: Options | None = None  # build_text(text_dim, text); None: text_tokens only
-    # Ablations, alone or together: "contrastive" (no such term), "q_transform" (the encoders'
-    # [CLS] tokens replace the l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
-    # are classified, their logits averaged), "moe" (one expert for every token, no router).
+    image: Options | None = None  # options of build_vit; None: the input is image_tokens
+    text: Options | None = None  # options of build_text; None: the input is text_tokens
+    # Ablations, alone or together: "contrastive" (no contrastive loss), "q_transform" (an encoder's
+    # [CLS] token replaces its l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
+    # are classified and their logits averaged), "moe" (one expert for all tokens, no router).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class FLUIDConfig(ModelConfig):
         self.check_at_most("top_k", "num_experts")
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
-                raise absent_part(name, f"modalities {self.modalities!r}", "'both'")
+                raise absent_part(name, f"modalities {self.modalities!r}", "modalities 'both'")
 
     @classmethod
     def preset(
@@ -99,7 +100,7 @@ class FLUIDConfig(ModelConfig):
         num_classes: int | None = None,
         **options: Any,
     ) -> Self:
-        """Extend :meth:`ModelConfig.preset`: "tiny" needs `num_classes`, the others have 191."""
+        """Extend :meth:`ModelConfig.preset`: "tiny" needs `num_classes`; other presets have 191."""
         if num_classes is not None:
             options["num_classes"] = num_classes
         elif name == "tiny":
@@ -115,9 +116,9 @@ class FLUIDOutput(NamedTuple):
     logits: Tensor  # (B, C)
     loss: Tensor | None  # scalar, the weighted sum; None without labels
     losses: dict[str, Tensor]  # "ce", "contrastive", "moe", unweighted; empty without labels
-    # Expert indices (B, R, k) int64 and weights (B, R, k), largest first; None without "moe".
+    # Expert indices (B, R, k) int64 and weights (B, R, k), largest first; None without a router.
     routing: tuple[Tensor, Tensor] | None
-    gate: Tensor | None  # (B, l), the image's share; None without a gate
+    gate: Tensor | None  # (B, l): a, the share of the image; None without a gate
     image_embedding: Tensor | None  # (B, D), unit length: the normalised mean of the query tokens
     text_embedding: Tensor | None  # (B, D)
 
@@ -131,15 +132,15 @@ def _mean_direction(tokens: Tensor) -> Tensor:  # (B, l, D) -> (B, D)
 
 
 class FirstToken(nn.Module):
-    """Replace a Q-Transform by the encoder's first token, [CLS]; 0 where it is ignored."""
+    """Ablation of a Q-Transform: select the encoder's [CLS] token."""
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        """(B, N, D), ignore (B, N) bool -> (B, 1, D)."""
+        """Return the first token (B, 1, D) of x (B, N, D); 0 if ``ignore`` (B, N) marks it."""
         return x[:, :1] if ignore is None else x[:, :1].masked_fill(ignore[:, :1, None], 0)
 
 
 class ExpertLinear(nn.Module):
-    """A Linear layer for each of E experts, with `norm` each followed by its own LayerNorm."""
+    """One Linear layer for each of E experts; with ``norm``, one LayerNorm for each follows."""
 
     norm_weight: nn.Parameter | None
     norm_bias: nn.Parameter | None
@@ -153,7 +154,7 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights uniformly within 1 / sqrt(inputs); biases 0, norms 1 and 0."""
+        """Draw weights uniformly within 1 / sqrt(inputs); set biases to 0 and norm weights to 1."""
         bound = self.weight.shape[2] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
@@ -169,17 +170,17 @@ class ExpertLinear(nn.Module):
         first: bool,
         last: bool,
     ) -> Tensor:
-        """Apply each row's expert; rows (T*k, I) -> (T*k, O), sorted by expert.
+        """Apply each row's expert: return rows (T*k, O) of rows x (T*k, I), sorted by expert.
 
-        The `first` layer takes tokens (T, I), the `last` returns tokens (T, O). expert: (T*k, E)
-        int64, one-hot.
+        With ``first``, x is the tokens (T, I) instead; with ``last``, the result is the tokens
+        (T, O). ``expert`` (T*k, E) int64 is each row's expert, one-hot.
         """
         x = grouped_linear(x, routing, self.weight, self.bias, gather=first, combine=last)
         if self.norm_weight is None or self.norm_bias is None:
             return x
         with no_autocast(x.device.type):
-            # A product with one-hot rows selects each row's scale and shift; its gradient is summed
-            # in a fixed order.
+            # Products with one-hot rows select each row's scale and shift. Their gradients, unlike
+            # those of indexing, are summed in a fixed order.
             scale = expert.to(self.norm_weight.dtype) @ self.norm_weight
             shift = expert.to(self.norm_bias.dtype) @ self.norm_bias
         return F.layer_norm(x, x.shape[-1:]) * scale + shift
@@ -188,7 +189,7 @@ class ExpertLinear(nn.Module):
 class MoEClassifier(nn.Module):
     """Router and experts (eq. 9): sum over the top k of G_i(x) E_i(x).
 
-    Each expert is an MLP that gives class logits; they are averaged over the tokens.
+    Each expert is an MLP that returns class logits. The weighted sums are averaged over the tokens.
     """
 
     def __init__(self, config: FLUIDConfig) -> None:
@@ -209,7 +210,7 @@ class MoEClassifier(nn.Module):
         self.drop: nn.Dropout = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """(B, R, D) -> logits (B, C), and the routing."""
+        """Return the logits (B, C) of tokens x (B, R, D), and the routing."""
         tokens = x.flatten(0, 1)  # (T, D), T = B*R
         scores = _at_least_float32(self.router(tokens))
         routing = topk_routing(scores, self.top_k, balance=self.balance)
@@ -223,7 +224,7 @@ class MoEClassifier(nn.Module):
 
 
 class DenseClassifier(nn.Sequential):
-    """One expert for every token, without a mixture."""
+    """Ablation of the mixture: one expert for all tokens."""
 
     def __init__(self, config: FLUIDConfig) -> None:
         layers: list[nn.Module] = []
@@ -233,20 +234,20 @@ class DenseClassifier(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], config.num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, R, D) -> logits (B, C), averaged over the tokens."""
+        """Return the logits (B, C), averaged over the tokens x (B, R, D)."""
         return _at_least_float32(super().forward(x)).mean(1)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE on unit embeddings (B, D); `pair` (B,) bool: samples with both modalities.
+def contrastive_loss(image: Tensor, text: Tensor, paired: Tensor, temperature: float) -> Tensor:
+    """Return the symmetric InfoNCE of the unit embeddings (B, D) of ``paired`` samples (B,) bool.
 
-    A sample without a pair is excluded as a negative and adds nothing to the mean; fewer than two
-    pairs give 0.
+    Paired samples have both modalities. Other samples are not negatives and do not count in the
+    mean. With fewer than two paired samples the loss is 0.
     """
-    # A sample without a pair gets a key of its own, and so matches no other sample.
-    rows = torch.arange(1, len(pair) + 1, device=pair.device)
-    key = rows.masked_fill(pair, 0)
-    with no_autocast(image.device.type):  # in float32, as unit vectors need
+    # Each unpaired sample gets a unique key, so that it is not a negative of any other sample.
+    rows = torch.arange(1, len(paired) + 1, device=paired.device)
+    key = rows.masked_fill(paired, 0)
+    with no_autocast(image.device.type):  # unit vectors need float32
         return masked_info_nce(
             image,
             text,
@@ -254,12 +255,12 @@ def contrastive_loss(image: Tensor, text: Tensor, pair: Tensor, temperature: flo
             symmetric=True,
             query_key=key,
             candidate_key=key,
-            row_weight=pair.to(image.dtype),
+            row_weight=paired.to(image.dtype),
         )
 
 
 class FLUID(nn.Module):
-    """FLUID built from a `FLUIDConfig`; encoders start random and need `mmfused[models]`."""
+    """FLUID built from a `FLUIDConfig`; encoders have random weights and need `mmfused[models]`."""
 
     def __init__(self, config: FLUIDConfig) -> None:
         super().__init__()
@@ -275,19 +276,19 @@ class FLUID(nn.Module):
         def width_map(width: int) -> nn.Module:
             return nn.Identity() if width == c.dim else nn.Linear(width, c.dim)
 
-        distil = "q_transform" not in c.without
+        pooled = "q_transform" not in c.without
         if self.uses_image:
             self.image_encoder: nn.Module | None = (
                 None if c.image is None else build_vit(c.image_dim, c.image_stem, c.image)
             )
             self.image_map: nn.Module = width_map(c.image_dim)
-            self.image_transform: nn.Module = pool(c.num_queries) if distil else FirstToken()
+            self.image_transform: nn.Module = pool(c.num_queries) if pooled else FirstToken()
         if self.uses_text:
             self.text_encoder: nn.Module | None = (
                 None if c.text is None else build_text(c.text_dim, c.text)
             )
             self.text_map: nn.Module = width_map(c.text_dim)
-            self.text_transform: nn.Module = pool(c.num_queries) if distil else FirstToken()
+            self.text_transform: nn.Module = pool(c.num_queries) if pooled else FirstToken()
         if c.modalities == "both" and "gate" not in c.without:
             self.gate: TokenGate = TokenGate(c.dim, c.gate_hidden, c.head_dropout)
         no_bottleneck = "bottleneck" in c.without
@@ -302,7 +303,7 @@ class FLUID(nn.Module):
 
     @property
     def picture_size(self) -> int:
-        """Side of the pictures it takes; without an image encoder a small one, as none are read."""
+        """Side of the input pictures in pixels; 16 if there is no image encoder to read them."""
         encoder: Any = self.image_encoder if self.uses_image else None
         return 16 if encoder is None else encoder.patch_embed.img_size[0]
 
@@ -321,16 +322,16 @@ class FLUID(nn.Module):
     ) -> FLUIDOutput:
         """Return class logits, and the losses when `labels` are given.
 
-        Inputs of a modality that the model lacks are ignored. ValueError for wrong inputs.
+        Inputs of a modality that the model lacks are ignored.
 
         Args:
-            pixel_values: (B, 3, H, W); or image_tokens (B, N, image_dim).
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real;
-                or text_tokens (B, T, text_dim), with text_padding_mask (B, T) bool, True = ignore.
-            image_present, text_present: (B,) bool, False = this sample has none: its tokens are
-                masked as a whole, and it is left out of the contrastive loss. image_present None:
-                all have one. text_present None: a text is missing where `input_ids` hold no more
-                than two real tokens ([CLS] and [SEP]), or no text token is real.
+            pixel_values: (B, 3, H, W), or else image_tokens (B, N, image_dim).
+            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real,
+                or else text_tokens (B, T, text_dim), with text_padding_mask (B, T), True = ignore.
+            image_present: (B,) bool, False = the sample has no image: its image tokens are masked,
+                and the sample is left out of the contrastive loss. None = all have an image.
+            text_present: (B,) bool, the same for texts. None = a sample has a text if more than two
+                of its input_ids are real ([CLS] and [SEP] are two), or any of its text_tokens.
             labels: (B,) int64 in [0, num_classes).
         """
         c = self.config
@@ -358,12 +359,12 @@ class FLUID(nn.Module):
             return output
         losses = self._losses(output, labels, moe_loss, image_present, text_present)
         loss = sum(w * value for w, value in zip(c.loss_weights, losses.values(), strict=True))
-        # Not output._replace: torch.compile of torch 2.11 cannot return what that makes.
+        # In torch 2.11 a compiled function cannot return the result of output._replace.
         parts = (routing, gate, image_embedding, text_embedding)
         return FLUIDOutput(logits, loss, losses, *parts)
 
     def _fuse(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Blend the modalities by the gate; with one of them, return its tokens."""
+        """Return the tokens blended by the gate, or the tokens of the only modality."""
         if image is None or text is None:
             return inputs.one_source("image and text", image, text), None
         inputs.check_batch(len(image), len(text))
@@ -373,7 +374,7 @@ class FLUID(nn.Module):
         return a[..., None] * image + (1 - a[..., None]) * text, a
 
     def _classify(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
-        """(B, R, D) -> logits (B, C), the routing as in FLUIDOutput, and the MoE loss."""
+        """Return the logits (B, C) of x (B, R, D), the routing as in FLUIDOutput, the MoE loss."""
         c = self.config
         if "moe" in c.without:
             return self.classifier(x), None, x.new_zeros(())
@@ -387,18 +388,18 @@ class FLUID(nn.Module):
         output: FLUIDOutput,
         labels: Tensor,
         moe_loss: Tensor,
-        *presents: Tensor | None,
+        *present_masks: Tensor | None,
     ) -> dict[str, Tensor]:
         c, logits = self.config, output.logits
         inputs.check_labels(labels, len(logits))
         inputs.check_range("labels", labels, c.num_classes)
-        labels, poison = inputs.contain(labels, c.num_classes)
+        labels, poison = inputs.clamp_indices(labels, c.num_classes)
         contrastive = logits.new_zeros(())
         image, text = output.image_embedding, output.text_embedding
         if image is not None and text is not None and "contrastive" not in c.without:
-            pair = torch.ones_like(labels, dtype=torch.bool)
-            for present in presents:
-                pair = pair if present is None else pair & present
-            contrastive = contrastive_loss(image, text, pair, c.temperature)
+            paired = torch.ones_like(labels, dtype=torch.bool)
+            for present in present_masks:
+                paired = paired if present is None else paired & present
+            contrastive = contrastive_loss(image, text, paired, c.temperature)
         ce = F.cross_entropy(logits + poison[:, None].to(logits.dtype), labels)
         return {"ce": ce, "contrastive": contrastive, "moe": moe_loss}

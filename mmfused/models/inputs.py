@@ -1,6 +1,6 @@
 """Input validation and encoding, shared by the models.
 
-Raw pixels and token ids are encoded, ready tokens are taken as given; both are checked.
+Pixels and token ids are encoded; precomputed tokens are used as they are. All inputs are checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mmfused.library import check_value
 
 
 def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Return the one input that is given; ValueError for neither or both."""
+    """Return the input that is not None; raise ValueError unless exactly one is given."""
     if first is not None and second is None:
         return first
     if second is not None and first is None:
@@ -57,7 +57,7 @@ def check_batch(image: int, text: int) -> None:
     """Require equal batch sizes."""
     if image != text:
         raise ValueError(
-            f"image and text: got batch sizes {image} and {text}, expected one batch size"
+            f"image and text: got batch sizes {image} and {text}, expected equal batch sizes"
         )
 
 
@@ -68,18 +68,18 @@ def check_rows(name: str, rows: int, queries: int) -> None:
 
 
 def check_range(name: str, values: Tensor, limit: int) -> None:
-    """Require values in [0, limit); checked on the CPU alone, where reading them costs nothing."""
+    """Require values in [0, limit), on the CPU only: on CUDA the check would synchronise."""
     check_value(
         lambda: ((values >= 0) & (values < limit)).all(),
         f"{name}: got a value out of range, expected values in [0, {limit - 1}]",
     )
 
 
-def contain(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Clamp indices to [0, limit), and return what to add to the values looked up with them.
+def clamp_indices(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Return the indices clamped to [0, limit), and a tensor to add to the values they look up.
 
-    That is 0, or NaN where an index was outside. On CUDA, where :func:`check_range` raises nothing,
-    torch's lookup of an index outside would end the context.
+    The tensor is NaN for each index out of range, else 0. :func:`check_range` does not raise on
+    CUDA, where torch's lookup of an index out of range would end the CUDA context.
     """
     inside = indices.clamp(0, limit - 1)
     return inside, torch.where(inside == indices, 0.0, float("nan"))
@@ -88,7 +88,7 @@ def contain(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
     """Project tokens to the model's width.
 
-    Ignored ones are zeroed first: NaN in them would reach the weight's gradient.
+    Ignored tokens are set to 0 first, because NaN in one would reach the gradient of the weight.
     """
     if isinstance(linear, nn.Linear) and ignore is not None:
         tokens = tokens.masked_fill(ignore[..., None], 0)
@@ -96,13 +96,13 @@ def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tens
 
 
 def encode_image(encoder: Any, pixels: Tensor, present: Tensor | None) -> Tensor:
-    """Pixels (B, C, H, W) -> all of the encoder's tokens (B, 1 + patches, image_dim).
+    """Return all tokens (B, N, image_dim) that the encoder computes from pixels (B, C, H, W).
 
-    encoder: timm's VisionTransformer, or None for a model without one, which is an error.
+    ``encoder`` is timm's VisionTransformer. If it is None, raise ValueError.
     """
     if encoder is None:
         raise ValueError(
-            "pixel_values: got pixels, but the config's image is None, expected image_tokens"
+            "pixel_values: got pixels with the config's image None, expected image_tokens"
         )
     expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
     if tuple(pixels.shape[1:]) != expected:
@@ -115,18 +115,19 @@ def encode_image(encoder: Any, pixels: Tensor, present: Tensor | None) -> Tensor
 
 
 def encode_text(encoder: Any, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Ids (B, T) -> last hidden states (B, T, text_dim) of transformers' encoder (None: error).
+    """Return the encoder's last hidden states (B, T, text_dim) of ids (B, T).
 
-    An id out of range makes all tokens of its text NaN: they have attended to each other.
+    ``encoder`` is a text model of transformers. If it is None, raise ValueError. An id out of range
+    makes all tokens of its text NaN, because they attend to each other.
     """
     if encoder is None:
-        raise ValueError("input_ids: got ids, but the config's text is None, expected text_tokens")
+        raise ValueError("input_ids: got ids with the config's text None, expected text_tokens")
     limit = encoder.config.max_position_embeddings
     if ids.ndim != 2 or ids.shape[1] > limit:
         got = tuple(ids.shape)
         raise ValueError(f"input_ids: got shape {got}, expected (batch, at most {limit} tokens)")
     check_range("input_ids", ids, encoder.config.vocab_size)
-    ids, poison = contain(ids, encoder.config.vocab_size)
+    ids, poison = clamp_indices(ids, encoder.config.vocab_size)
     tokens = encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
     return tokens + poison.to(tokens.dtype).sum(1)[:, None, None]
 
@@ -138,7 +139,7 @@ def read_image(
     tokens: Tensor | None,
     present: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return image tokens (B, N, width), encoded from pixels or as given, and has_image (B,)."""
+    """Return image tokens (B, N, width), encoded from pixels or given, and has_image (B,)."""
     source = one_source("pixel_values and image_tokens", pixels, tokens)
     check_flags("image_present", present, source.shape[:1])
     if tokens is None:
@@ -160,8 +161,8 @@ def read_text(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return text tokens (B, T, width), padding (B, T) and has_text (B,).
 
-    The tokens are encoded from ids, or given. Without `present`, a text is missing where no more
-    than two ids are real ([CLS] and [SEP]), or where no given token is.
+    The tokens are encoded from ids, or given. If ``present`` is None, a sample has a text if more
+    than two of its ids are real ([CLS] and [SEP] are two), or any of its given tokens.
     """
     source = one_source("input_ids and text_tokens", ids, tokens)
     shape = source.shape[:2]

@@ -1,17 +1,21 @@
 """MOON2.0: a modality-balanced mixture of experts for products (arXiv 2511.12449), on a Qwen2-VL.
 
-    r = mean over the real tokens of the last hidden states, of unit length
-    h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h), G~ renormalised: the layers' FFN
-    L_inter^theta = -log exp(q^theta . p^mm / eps) / (that + sum over N_q of
-                    exp(q^theta . n^mm / eps))
-    L_intra^w = -log exp(w^i . w^t / eps~) / (that + sum over other v of exp(w^i . v^t / eps~))
+    r = mean of the last hidden states over the real tokens, scaled to unit length
+    h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h), G~ is G renormalised over the top k
+    L_inter^theta = -log( e(q, p) / (e(q, p) + sum over n in N_q of e(q, n)) ),
+                    e(q, x) = exp(q^theta . x^mm / eps)
+    L_intra^w = -log( e(w, w) / (e(w, w) + sum over other products v of e(w, v)) ),
+                e(w, v) = exp(w^i . v^t / eps~)
     L = sum_m omega_m L_m + rho L_aux + varsigma L_sparsity
     omega_m = mean over b in B_m of sum_z p_zm G~_zb, p = softmax over m of W* (Z, M)
     L_sparsity = mean over z of the entropy of p_z
-    a triplet weighs 1 in L_inter where phi >= 0.6, else phi = sigmoid(kappa (q.p - q.n - D))
+    weight of a triplet in L_inter = 1 if phi >= 0.6, else phi
+    phi = sigmoid(kappa (q.p - q.n - D))
 
-The view theta is t (text), i (image) or mm (both), w is p or n, M = 5 objectives. These are in
-moon2_losses.py; docs/models.md says where each part comes from.
+A triplet is a query q, its positive p and its hard negative n. N_q are the negatives of q, B_m the
+samples of objective m, f_z the Z experts that replace the layers' FFN. The view theta is t (text),
+i (image) or mm (both), and w is p or n: three L_inter and two L_intra are the M = 5 objectives.
+They are in moon2_losses.py. docs/models.md gives the source of each part.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ from mmfused.models.retrieval import (
     late_fusion,
 )
 from mmfused.ops.grouped_mlp import TopKMoE
+from mmfused.ops.topk_routing import Balance
 
 Component = Literal[
     "moe", "dual_alignment", "sparsity", "balance", "filtering", "inter", "intra", "fusion"
@@ -59,35 +64,36 @@ class MOON2Config(HostedConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.MOON2
 
-    host: Options  # qwen.build_qwen2_vl(host)
-    tokens: Options | None = None  # qwen.token_ids(tokenizer), which every model needs
-    image_size: int = 64  # side of the pictures, a multiple of patch and merge
+    host: Options  # options of qwen.build_qwen2_vl
+    tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
+    image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     num_experts: int = 8  # Z
-    # With 1 the expert's output is scaled by its probability, and so does not start as the FFN's.
+    # With 1, an expert's output is scaled by its probability, and at first differs from the FFN's.
     top_k: int = 2
-    moe_every: int = 1  # every n-th layer has a mixture
-    # Noise between the experts at first, as a share of their weights' standard deviation.
+    moe_every: int = 1  # n: every n-th layer has a mixture
+    # Initial noise in the experts' weights, as a fraction of the weights' standard deviation.
     expert_noise: float = 0.01
-    balance: Literal["switch", "gshard"] = "switch"  # L_aux, see topk_routing
+    balance: Balance = "switch"  # L_aux, see topk_routing
     balance_weight: float = 0.01  # rho
     sparsity_weight: float = 0.01  # varsigma
     temperature: float = 0.05  # eps, between products
     intra_temperature: float = 0.07  # eps~, within a product
-    own_negative_only: bool = False  # N_q is the triplet's own n
-    roll: bool = False  # L_intra's only negative is the previous product's text
-    # omega gives no gradient to the routers, which otherwise favour experts of easy objectives.
+    own_negative_only: bool = False  # whether N_q is only the triplet's own n
+    roll: bool = False  # whether L_intra's only negative is the previous product's text
+    # Whether omega passes no gradient to the routers, which then cannot learn to favour the experts
+    # of easy objectives.
     detach_routing: bool = False
-    normalise: float | None = None  # sum of the omegas; None: unchanged, the paper's, about 1
+    normalise: float | None = None  # scale the omegas to this sum; None: as in the paper, about 1
     filter_threshold: float = 0.6  # delta
     filter_slope: float = 10.0  # kappa
     filter_margin: float = 0.2  # D at the start
-    freeze: tuple[qwen.Part, ...] = ()  # routers and experts belong to the language model
+    freeze: tuple[qwen.Part, ...] = ()  # "language" includes routers and experts
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    # Ablations: "moe" (the host's own FFN, so neither L_aux nor dual alignment), "dual_alignment"
-    # (every omega is 1/M, its initial value; no L_sparsity), "sparsity" (no such term), "balance"
-    # (no L_aux), "filtering" (all triplets weigh 1), "inter" and "intra" (no such losses; the
-    # omegas are the others'), "fusion" (mm is the direction between the image's and the text's).
+    # Ablations: "moe" (the host's own FFN, no L_aux and no dual alignment), "dual_alignment" (all
+    # omegas are 1/M, no L_sparsity), "sparsity" (no L_sparsity), "balance" (no L_aux), "filtering"
+    # (all triplets have weight 1), "inter" (no L_inter), "intra" (no L_intra), "fusion" (mm is the
+    # normalised sum of the embeddings of image and text).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,17 +115,17 @@ class MOON2Config(HostedConfig):
             raise ValueError(f"{got}, expected 'silu', the experts' activation")
         if {"inter", "intra"} <= set(self.without):
             raise ValueError(
-                "without: got 'inter' and 'intra', which leaves no objective, expected one of them"
+                "without: got 'inter' and 'intra', which leaves no objective, expected at most one"
             )
 
 
 class Experts(TopKMoE):
-    """The mixture in the place of a host's FFN; its experts start from the FFN's weights.
+    """The mixture that replaces the FFN of a host's layer; its experts are copies of the FFN.
 
-    A state of the FFN loads into it, too. The layer calls it with hidden states alone, so padding
-    and the list for this pass's reports come with the layer's keyword arguments and are handed over
-    at the attention, which the layer calls before. With gradient checkpointing that is inside what
-    is recomputed. Nothing of a pass remains here.
+    A state_dict of the FFN can be loaded into the mixture. The layer calls its FFN with hidden
+    states only, so the padding mask and the list of reports are passed as keyword arguments of the
+    layer. A pre-hook of the attention, which runs before the FFN, stores them here, and `forward`
+    removes them. Gradient checkpointing recomputes the hook as well.
     """
 
     padding: Tensor | None
@@ -141,20 +147,20 @@ class Experts(TopKMoE):
         self.padding = self.reports = None
         self.register_load_state_dict_pre_hook(_copy_ffn)
         self.to(weight).load_state_dict(layer.mlp.state_dict())
-        layer.self_attn.register_forward_pre_hook(self.take, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(self.take_arguments, with_kwargs=True)
 
-    def take(
+    def take_arguments(
         self,
         attention: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Take this pass's padding and reports from the attention's keyword arguments."""
+        """Move the padding mask and the reports from the attention's arguments to this module."""
         self.padding, self.reports = kwargs.pop("token_padding_mask"), kwargs.pop("reports")
         return args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D); append to the reports of this pass."""
+        """Return the mixture's output for x (B, L, D), and append a report to the stored list."""
         padding, reports = self.padding, self.reports
         self.padding = self.reports = None
         out, routing = super().forward(x, token_padding_mask=padding)
@@ -164,9 +170,9 @@ class Experts(TopKMoE):
 
 
 def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Turn an FFN's state into that of its mixture, in place.
+    """Turn the state of an FFN into a state of the mixture, in place.
 
-    The experts are copies of the FFN with a little noise; the router stays unchanged.
+    The experts become copies of the FFN with a little noise. The router keeps its weights.
     """
     if prefix + "up_proj.weight" not in state:
         return
@@ -178,12 +184,12 @@ def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> N
 
 
 def _without_margin(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Drop the margin of earlier states: it follows from the training's progress."""
+    """Drop the margin that old states contain: it follows from the progress of the training."""
     state.pop(f"{prefix}margin", None)
 
 
 class MOON2(RetrievalModel):
-    """MOON2.0 from a `MOON2Config`; the host starts random and needs `mmfused[models]`."""
+    """MOON2.0 from a `MOON2Config`; the host has random weights and needs `mmfused[models]`."""
 
     alignment: nn.Parameter | None
 
@@ -200,8 +206,8 @@ class MOON2(RetrievalModel):
         if not {"moe", "dual_alignment"} & set(c.without):
             start = 0.02 * torch.randn(c.num_experts, len(objectives(c)))
             self.alignment = nn.Parameter(start)
-        # D. A tensor, so that its decay does not recompile; no buffer, as a cast would round it and
-        # to_empty lose it.
+        # D is a tensor, so that its decay does not cause recompilation. It is not a buffer, which a
+        # cast would round and to_empty would lose.
         self.margin: Tensor = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
         self.register_load_state_dict_pre_hook(_without_margin)
 
@@ -211,7 +217,7 @@ class MOON2(RetrievalModel):
         return self.config.image_size
 
     def set_progress(self, share: float) -> None:
-        """Lower the margin D linearly to 0."""
+        """Set the margin D, which falls linearly to 0 during training."""
         self.margin.fill_(self.config.filter_margin * (1 - share))
 
     def encode(
@@ -228,16 +234,16 @@ class MOON2(RetrievalModel):
         """Encode the items in their three views.
 
         Args:
-            role: "query", "candidate" or "negative", which are encoded alike.
-            pixel_values: (B, 3, S, S); or image_tokens (B, n, D), as the vision tower returns them.
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real, None = all.
-            labels: (B,) int64, the product.
-            image_present: (B,) bool, None = all.
+            role: "query", "candidate" or "negative"; all are encoded alike.
+            pixel_values: (B, 3, S, S), or else image_tokens (B, n, D), as the vision tower returns.
+            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
+            labels: (B,) int64, the product of each item.
+            image_present: (B,) bool, False = the item has no image; None = all have an image.
 
         Returns:
-            "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool; "labels";
-            with a mixture "shares" (B, 3, Z), the experts' shares of each view, 0 where it shows
-            nothing, and "balance", a scalar.
+            "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool; "labels".
+            With a mixture also "shares" (B, 3, Z), the experts' shares of each view's tokens, 0 for
+            a view that shows nothing, and "balance", a scalar.
         """
         items = self._items(pixel_values, image_tokens, input_ids, attention_mask, image_present)
         return {"labels": labels, **self._read(VIEWS, items)}
@@ -248,11 +254,11 @@ class MOON2(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return all losses; row i of a part belongs to query i.
+        """Return the loss and its terms; row i of each part belongs to query i.
 
         Raises:
-            ValueError: where `own_negative_only` has no `negative`, or a part has another number
-                of rows.
+            ValueError: the parts differ in their number of rows, or `negative` is missing although
+                the config sets `own_negative_only`.
         """
         c = self.config
         self._check_parts(query, candidate, negative)
@@ -285,11 +291,11 @@ class MOON2(RetrievalModel):
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) in float32 of each view; arguments as `encode`'s."""
+        """Return unit embeddings (B, D) in float32 of each view; see `encode` for the arguments."""
         check_views(views)
         items = self._items(pixel_values, image_tokens, input_ids, attention_mask, image_present)
-        read = self._read(views, items)
-        return {view: read[view] for view in views}
+        encoded = self._read(views, items)
+        return {view: encoded[view] for view in views}
 
     def _items(
         self,
@@ -321,38 +327,38 @@ class MOON2(RetrievalModel):
             raise refused("MOON2", error, rows)
 
     def _read(self, views: Sequence[View], x: qwen.Items) -> dict[str, Tensor]:
-        """Return embeddings of the views, and what else `encode` returns but the labels.
+        """Return the embeddings of the views, and all else that `encode` returns except labels.
 
         The host reads all views as one batch.
         """
         fused = "fusion" not in self.config.without
-        shown = views if fused else ("image", "text")
+        host_views = views if fused else ("image", "text")
         tokens = self.config.tokens or {}
         image, text = qwen.visible(tokens, x.input_ids, x.attention_mask, x.image_present, "both")
         text = text.any(1)
-        sequence = self._sequences(shown, x)
-        states, reports = self._states(sequence, x.pictures.repeat(len(shown), 1, 1))
+        sequence = self._sequences(host_views, x)
+        states, reports = self._states(sequence, x.pictures.repeat(len(host_views), 1, 1))
         real = sequence.attention_mask[..., None]
         states = states.masked_fill(real == 0, 0)
         states = states if states.dtype == torch.float64 else states.float()
         pooled = unit_rows(states.sum(1) / real.sum(1))  # (views * B, D)
-        out: dict[str, Tensor] = dict(zip(shown, pooled.chunk(len(shown)), strict=True))
+        out: dict[str, Tensor] = dict(zip(host_views, pooled.chunk(len(host_views)), strict=True))
         if not fused:
-            only = torch.where(image[:, None], out["image"], out["text"])
+            single = torch.where(image[:, None], out["image"], out["text"])
             both = late_fusion(out["image"], out["text"])
-            out["both"] = torch.where((image == text)[:, None], both, only)
-        if reports:  # of each layer
-            shares = torch.stack([share for share, _ in reports]).mean(0).chunk(len(shown))
+            out["both"] = torch.where((image == text)[:, None], both, single)
+        if reports:  # one for each layer with a mixture
+            shares = torch.stack([share for share, _ in reports]).mean(0).chunk(len(host_views))
             if not fused:
                 shares = (*shares, (shares[0] + shares[1]) / 2)
             out["shares"] = torch.stack(shares, 1)
             out["balance"] = torch.stack([balance for _, balance in reports]).mean(0)
         return {**out, "has_image": image, "has_text": text}
 
-    def _sequences(self, shown: Sequence[View], x: qwen.Items) -> qwen.Sequence:
-        """Return the sequences of all items in the first view, then of all in the second, …"""
-        count = len(shown)
-        indices = [VIEWS.index(name) for name in shown]
+    def _sequences(self, views: Sequence[View], x: qwen.Items) -> qwen.Sequence:
+        """Return the sequences of all items, one view after the other."""
+        count = len(views)
+        indices = [VIEWS.index(name) for name in views]
         view = torch.tensor(indices, device=x.input_ids.device).repeat_interleave(len(x.input_ids))
         mask, present = (
             None if tensor is None else torch.cat([tensor] * count)
@@ -367,15 +373,15 @@ class MOON2(RetrievalModel):
         sequence: qwen.Sequence,
         pictures: Tensor,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return `qwen.hidden_states`, and each mixture's shares (B, Z) and balance loss."""
+        """Return `qwen.hidden_states`, and the shares (B, Z) and balance loss of each mixture."""
         if "moe" in self.config.without:
             return qwen.hidden_states(self.host, sequence, pictures), []
         reports: list[tuple[Tensor, Tensor]] = []
-        # A sequence that shows nothing is an end token, which no expert should learn from.
+        # A sequence that shows nothing is a lone end token, from which no expert should learn.
         shows = sequence.has_image | sequence.has_text
         padding = (sequence.attention_mask == 0) | ~shows[:, None]
-        routed = {"token_padding_mask": padding, "reports": reports}
-        return qwen.hidden_states(self.host, sequence, pictures, **routed), reports
+        options = {"token_padding_mask": padding, "reports": reports}
+        return qwen.hidden_states(self.host, sequence, pictures, **options), reports
 
     def _omega(
         self,
@@ -384,7 +390,7 @@ class MOON2(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None,
     ) -> tuple[Tensor | list[float], Tensor | None]:
-        """Return omega of the objectives in ``names``, and L_sparsity; from all ranks."""
+        """Return omega of the objectives in ``names``, and L_sparsity, over all ranks."""
         c = self.config
         if self.alignment is None:
             return [(c.normalise or 1.0) / len(names)] * len(names), None

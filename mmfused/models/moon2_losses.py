@@ -1,6 +1,6 @@
-"""Objectives of MOON2.0 (arXiv 2511.12449), see moon2.py: between products, within one, and omega.
+"""Objectives of MOON2.0 (arXiv 2511.12449) and their weights omega; the equations are in moon2.py.
 
-The parts are rows from `MOON2.encode`; all losses are over all ranks.
+A part is a result of `MOON2.encode`. The losses are computed over the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ INTER: dict[str, View] = {f"inter_{view}": view for view in VIEWS}
 INTRA: tuple[str, str] = ("intra_positive", "intra_negative")
 UNUSED_KEY = 1 << 62  # a candidate's key that no query has
 
-Part = dict[str, Tensor]
+EncodedPart = dict[str, Tensor]
 
 
 def objectives(c: MOON2Config) -> tuple[str, ...]:
-    """Return the names of a configuration's objectives."""
+    """Return the names of the objectives of a configuration."""
     inter = () if "inter" in c.without else tuple(INTER)
     return inter + (() if "intra" in c.without else INTRA)
 
 
 def inter_losses(
-    query: Part,
-    candidate: Part,
-    negative: Part | None,
+    query: EncodedPart,
+    candidate: EncodedPart,
+    negative: EncodedPart | None,
     c: MOON2Config,
     margin: Tensor,
 ) -> dict[str, Tensor]:
-    """Return L_inter of each view of the queries, against the view "both" of the candidates."""
+    """Return L_inter for each view of the queries; candidates are in the view "both"."""
     parts = [candidate] if negative is None else [candidate, negative]
     candidates, ids = (torch.cat([part[name] for part in parts]) for name in ("both", "labels"))
-    shows = [part["has_image"] | part["has_text"] for part in parts]
-    weight = shows[0]
+    not_empty = [part["has_image"] | part["has_text"] for part in parts]
+    weight = not_empty[0]
     if negative is not None and "filtering" not in c.without:
         weight = weight * reliability(
-            query["both"], candidate["both"], negative["both"], shows[1], c, margin
+            query["both"], candidate["both"], negative["both"], not_empty[1], c, margin
         )
     weight = weight.to(query["both"].dtype)
     return {
@@ -55,7 +55,7 @@ def inter_losses(
             candidates,
             temperature=c.temperature,
             weight=weight * has(query, view),
-            real=torch.cat(shows),
+            real=torch.cat(not_empty),
             query_id=query["labels"],
             candidate_id=ids,
             own=c.own_negative_only,
@@ -73,9 +73,9 @@ def reliability(
     c: MOON2Config,
     margin: Tensor,
 ) -> Tensor:
-    """Return the triplets' weights (B,): 1 where phi >= filter_threshold, phi elsewhere.
+    """Return the weights (B,) of the triplets: 1 if phi >= filter_threshold, else phi.
 
-    1 also where the negative is not ``real`` (B,), as there is nothing to compare with.
+    The weight is also 1 if the negative is an empty item, which ``real`` (B,) marks with False.
     """
     difference = (query * (positive - negative)).sum(-1)
     phi = torch.sigmoid(c.filter_slope * (difference - margin.to(query.dtype)))
@@ -83,12 +83,12 @@ def reliability(
     return torch.where(reliable, torch.ones_like(phi), phi)
 
 
-def intra_loss(part: Part, c: MOON2Config) -> Tensor:
-    """Return L_intra of a part: from the image to the text of the same product."""
+def intra_loss(part: EncodedPart, c: MOON2Config) -> Tensor:
+    """Return L_intra of a part: InfoNCE from each image to the text of the same product."""
     image, text, real, labels = part["image"], part["text"], part["has_text"], part["labels"]
     ids = labels
     if c.roll:
-        text, real, ids = (torch.cat([x, previous(x)]) for x in (text, real, labels))
+        text, real, ids = (torch.cat([x, previous_rows(x)]) for x in (text, real, labels))
     return contrast(
         image,
         text,
@@ -104,21 +104,22 @@ def intra_loss(part: Part, c: MOON2Config) -> Tensor:
 def objective_weights(
     names: list[str],
     alignment: Tensor,
-    query: Part,
-    candidate: Part,
-    negative: Part | None,
+    query: EncodedPart,
+    candidate: EncodedPart,
+    negative: EncodedPart | None,
     c: MOON2Config,
 ) -> tuple[Tensor, Tensor]:
     """Return omega (M,) of the M objectives in ``names``, and L_sparsity.
 
-    alignment: W* (Z, all objectives). The shares of the experts are those of the sequence that is
-    the objective's query: the query's views, or the image of the candidate or of the negative.
+    ``alignment`` is W*, with a column for each of `objectives(c)`. The experts' shares come from
+    the sequences on the left of an objective's dot products: a view of the query in L_inter, the
+    image of the candidate or of the negative in L_intra.
     """
-    intra: dict[str, Part | None] = dict(zip(INTRA, (candidate, negative), strict=True))
+    intra: dict[str, EncodedPart | None] = dict(zip(INTRA, (candidate, negative), strict=True))
     shares, real = [], []
     for name in names:
         part, view = (query, INTER[name]) if name in INTER else (intra[name], "image")
-        assert part is not None  # an objective without its part has no loss, and so no weight
+        assert part is not None  # ``names`` has only objectives whose parts are given
         shares.append(part["shares"][:, VIEWS.index(view)])
         real.append(has(part, view))
     eye = torch.eye(len(names), dtype=torch.bool, device=real[0].device)
@@ -135,8 +136,8 @@ def objective_weights(
     )
 
 
-def has(part: Part, view: View) -> Tensor:
-    """Return which items have what the view shows, (B,) bool."""
+def has(part: EncodedPart, view: View) -> Tensor:
+    """Return a mask (B,) of the items that have everything that the view shows."""
     image, text = part["has_image"], part["has_text"]
     return {"image": image, "text": text, "both": image & text}[view]
 
@@ -152,10 +153,10 @@ def contrast(
     candidate_id: Tensor,
     own: bool,
 ) -> Tensor:
-    """InfoNCE over all ranks; query i's positive is candidate i, and ``weight`` (B,) weighs rows.
+    """Return the InfoNCE of B queries over all ranks; candidate i is the positive of query i.
 
-    Negatives are the ``real`` candidates of another id; with ``own`` only every B-th from i on, of
-    B queries.
+    ``weight`` (B,) weighs the queries. Negatives are the ``real`` candidates with another id. With
+    ``own``, query i has only candidates i + B, i + 2 B, ... as negatives.
     """
     first = (dist.get_rank() << 32) if in_group() else 0
     rows = torch.arange(len(query), device=query.device) + first
@@ -174,8 +175,8 @@ def contrast(
     return masked_info_nce(query, candidates, **options)
 
 
-def previous(x: Tensor) -> Tensor:
-    """Return each row's previous row in the batch of all ranks, cyclically."""
+def previous_rows(x: Tensor) -> Tensor:
+    """Return the row before each row in the batch of all ranks, in cyclic order."""
     if not in_group():
         return x.roll(1, 0)
     ranks = gather_rows(torch.full((len(x),), dist.get_rank(), device=x.device))

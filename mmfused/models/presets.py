@@ -1,6 +1,6 @@
-"""Sizes of the models' presets: "paper", "code" (the public code's, where it differs) and "tiny".
+"""Sizes of the models' presets: "paper", "code" (if the public code differs) and "tiny".
 
-"tiny" holds what differs from the defaults of the model's config, which are tiny too.
+"tiny" updates the defaults of the model's config, whose sizes are tiny too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FLUID = {
     "pixel_mean": (0.5, 0.5, 0.5),
     "pixel_std": (0.5, 0.5, 0.5),
     "image": {**VIT_B_224, "patch_size": 16},
-    # bert-base-multilingual-cased; the rest is BertConfig's default.
+    # bert-base-multilingual-cased; all other sizes are BertConfig's defaults.
     "text": {"vocab_size": 119547},
 }
 FLUID: Presets = {
@@ -68,7 +68,7 @@ FLUID: Presets = {
             "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.0,
         },
-        # On a thousand photos augmentation regularises enough, and one linear map an expert learns
+        # With a thousand photos, augmentation is enough regularisation, and linear experts learn
         # fastest.
         "dropout": 0.0,
         "head_dropout": 0.0,
@@ -89,7 +89,7 @@ _UNIECS = {
     "image_stem": "patch",
     "pixel_mean": CLIP_MEAN,
     "pixel_std": CLIP_STD,
-    # chinese-roberta-wwm-ext; the rest is BertConfig's default.
+    # chinese-roberta-wwm-ext; all other sizes are BertConfig's defaults.
     "text": {"vocab_size": 21128},
 }
 UNIECS: Presets = {
@@ -114,8 +114,8 @@ UNIECS: Presets = {
 # ---- UniCA ---------------------------------------------------------------------------------------
 
 UNICA: Presets = {
-    # VISTA's second stage: ViT-B/16 with 196 tokens, and bge-base (BERT-base; sizes not given here
-    # are BertConfig's).
+    # VISTA's second stage: ViT-B/16 with 196 tokens, and bge-base, a BERT-base (all other sizes are
+    # BertConfig's defaults).
     "paper": {
         "text": {"vocab_size": 30522},
         "text_dim": 768,
@@ -133,7 +133,7 @@ UNICA: Presets = {
             **TINY_BERT,
             "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.0,
-            # Measured: with BERT's 0.02 the loss stays at log B, where this learns within 40 steps.
+            # With BERT's 0.02 the loss stays at log(batch size); with 0.1 it falls in 40 steps.
             "initializer_range": 0.1,
         },
         "image": TINY_VIT_64,
@@ -143,7 +143,7 @@ UNICA: Presets = {
 
 # ---- MOON2.0 and UNITE, on a Qwen2-VL ------------------------------------------------------------
 
-# A host for a CPU, trained in minutes.
+# A host that trains on a CPU in minutes.
 TINY_QWEN2_VL: dict[str, Any] = {
     "text_config": {
         "vocab_size": 2000,
@@ -224,7 +224,7 @@ MOON2: Presets = {
     "paper": {"host": QWEN2_5_VL_3B, "image_size": 224},
     "tiny": {"host": TINY_QWEN2_VL, "image_size": 64, "num_experts": 4},
 }
-# 448 x 448 pixels are 256 tokens, the least that UNITE takes.
+# 448 x 448 pixels are 256 tokens, the fewest that a picture has in UNITE.
 _UNITE = {"host": QWEN2_VL_2B, "image_size": 448, "freeze": ("vision",)}
 UNITE: Presets = {
     "paper": _UNITE,

@@ -147,13 +147,14 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     described = read_encoder_folder("text encoder", folder, "*.safetensors")
     config_class, kinds = text_fields(described.get("model_type"))
     kept = keep_fields(described, {**declared(config_class), **kinds})
-    with refusing(f"text encoder: {folder / 'config.json'} makes no {described['model_type']!r}"):
+    model_type = described["model_type"]
+    with refusing(f"text encoder: {folder / 'config.json'} cannot build a {model_type!r}"):
         config = config_class(**without(kept, "model_type"))
         kind, pooler = text_class(config)
         with on_meta():
             expected = kind(config, **pooler)
     options = {name: value for name, value in config.to_diff_dict().items() if name in kinds}
-    options["model_type"] = described["model_type"]
+    options["model_type"] = model_type
     check_text(options)
     weights = read_weights("text encoder", folder)
     check_size(f"text encoder: {folder}", weights, expected)

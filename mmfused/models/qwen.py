@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfused.models.inputs import check_flags, check_range, contain, one_source
+from mmfused.models.inputs import check_flags, check_range, clamp_indices, one_source
 from mmfused.models.qwen_host import (
     PARTS,
     PIXEL_MEAN,
@@ -294,7 +294,7 @@ def hidden_states(host: Any, sequence: Sequence, pictures: Tensor, **options: An
     """
     embedding = host.language_model.embed_tokens
     check_range("input_ids", sequence.input_ids, embedding.num_embeddings)
-    ids, poison = contain(sequence.input_ids, embedding.num_embeddings)
+    ids, poison = clamp_indices(sequence.input_ids, embedding.num_embeddings)
     words = embedding(ids)
     words = words + poison[..., None].to(words.dtype)
     slot = sequence.picture_slot[..., None]

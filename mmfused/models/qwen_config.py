@@ -11,14 +11,14 @@ from mmfused.models.fields import Options, check_field, check_fields
 from mmfused.models.qwen_host import check_host, token_side
 from mmfused.models.qwen_tokens import (
     KINDS,
-    VISION_TOKENS,
+    SPECIAL_TOKENS,
     add_vision_tokens,
     enclose_texts,
     token_ids,
 )
 
 TOKENS: dict[str, object] = {
-    **dict.fromkeys((*VISION_TOKENS, "pad"), int),
+    **dict.fromkeys((*SPECIAL_TOKENS, "pad"), int),
     "drop": list[int],
     "prompts": dict.fromkeys(KINDS, list[int]),
 }
@@ -34,7 +34,7 @@ class HostedConfig(ModelConfig):
 
     UNKNOWN: ClassVar[dict[str, Any]] = {
         "tokens": {
-            **dict.fromkeys(VISION_TOKENS, 0),
+            **dict.fromkeys(SPECIAL_TOKENS, 0),
             "pad": 0,
             "drop": [],
             "prompts": dict.fromkeys(KINDS, []),

@@ -72,7 +72,7 @@ def build_qwen2_vl(options: Options, frozen: Sequence[Part] = ()) -> Any:
         **without(options, "model_type"),
         "vision_config": {**options["vision_config"], output: width},
     }
-    with refusing(f"host: got options that make no {kind!r}"):
+    with refusing(f"host: got options that cannot build a {kind!r}"):
         config = transformers.AutoConfig.for_model(kind, **options)
         return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
 
@@ -100,7 +100,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
         parts[part] = keep_fields(values, kinds[part])
     ids = keep_fields(described, dict.fromkeys(IDS, int))
-    with refusing(f"host: {folder / 'config.json'} makes no {described['model_type']!r}"):
+    with refusing(f"host: {folder / 'config.json'} cannot build a {described['model_type']!r}"):
         config = config_class(**parts, **ids)
         kind = transformers.MODEL_MAPPING[config_class]
         with on_meta():

@@ -1,68 +1,71 @@
-"""Tokens of the sequences that a Qwen2-VL reads, and the tokenizer that has them."""
+"""Special tokens and prompts of Qwen2-VL's input sequences."""
 
 from __future__ import annotations
 
 from typing import Any
 
-VISION_TOKENS = {
+# The special tokens of a sequence, by their keys in a config's `tokens`.
+SPECIAL_TOKENS = {
     "vision_start": "<|vision_start|>",
     "vision_end": "<|vision_end|>",
     "image": "<|image_pad|>",
     "end": "<|endoftext|>",
 }
 PROMPT = "Summary above {} in one word:"
-# What a sequence can hold.
+# The contents that a sequence may have, as PROMPT names them.
 KINDS = ("text", "image", "image and text", "video", "video and text")
 
 
 def enclose_texts(tokenizer: Any) -> Any:
-    """Return the tokenizer, changed so that a text stands between two tokens, as in BERT.
+    """Make the tokenizer enclose each text in two special tokens, as BERT's does, and return it.
 
-    An empty text is recognised by these two tokens alone. Qwen's own tokenizer puts nothing around
-    a text; <|im_start|> and <|im_end|> are used then, which sequences leave out (`token_ids`,
-    "drop").
+    An empty text then becomes the two special tokens alone. A tokenizer that already adds special
+    tokens is left unchanged. Qwen's tokenizer adds none, so <|im_start|> and <|im_end|> are used.
+    `token_ids` lists the two tokens under "drop", and the models' sequences leave them out.
     """
     from tokenizers.processors import TemplateProcessing
 
     if tokenizer("")["input_ids"]:
         return tokenizer
     tokenizer.add_special_tokens({"cls_token": "<|im_start|>", "sep_token": "<|im_end|>"})
-    ends = ("<|im_start|>", "<|im_end|>")
+    added = ("<|im_start|>", "<|im_end|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>",
         pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ends],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in added],
     )
     return tokenizer
 
 
 def add_vision_tokens(tokenizer: Any) -> Any:
-    """Return the tokenizer with the `VISION_TOKENS` added as special tokens."""
-    missing = [token for token in VISION_TOKENS.values() if token not in tokenizer.get_vocab()]
+    """Add the `SPECIAL_TOKENS` to the tokenizer as special tokens, and return it."""
+    missing = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
 
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Return the ids that `qwen.assemble` needs, as plain values for a config's `tokens`.
+    """Return the token ids that `qwen.assemble` needs, as plain values for a config's `tokens`.
 
     Returns:
-        vision_start, vision_end, image, end, pad; "drop": ids around a text that its sequence
-        leaves out ([CLS], [SEP]); "prompts": the ids of each prompt, by what it names (KINDS).
+        A dict. "vision_start", "vision_end", "image", "end" and "pad" are ids. "drop" lists the ids
+        of [CLS] and [SEP], which sequences leave out. "prompts" maps each of KINDS to the ids of
+        its prompt.
 
     Raises:
-        ValueError: where a token is missing.
+        ValueError: the vocabulary lacks one of the `SPECIAL_TOKENS`.
     """
     vocabulary = tokenizer.get_vocab()
-    for token in VISION_TOKENS.values():
+    for token in SPECIAL_TOKENS.values():
         if token not in vocabulary:
             raise ValueError(
-                f"tokenizer: got no token {token}, expected add_vision_tokens(tokenizer)"
+                f"tokenizer: got a vocabulary without {token}, "
+                "expected the result of add_vision_tokens"
             )
-    ids: dict[str, Any] = {name: vocabulary[token] for name, token in VISION_TOKENS.items()}
+    ids: dict[str, Any] = {name: vocabulary[token] for name, token in SPECIAL_TOKENS.items()}
     ids["pad"] = ids["end"] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    ids["drop"] = [token for token in ends if token is not None]
+    enclosing = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    ids["drop"] = [token for token in enclosing if token is not None]
     ids["prompts"] = {
         kind: tokenizer(PROMPT.format(kind), add_special_tokens=False)["input_ids"]
         for kind in KINDS

@@ -1,9 +1,10 @@
-"""Base of the four retrieval models: views of an item, parts of a training batch, ranks.
+"""Base of the four retrieval models: views of an item, parts of a training batch.
 
-An item is a picture, a text, or both. The parts of a batch are `query`, `candidate` (row i is query
-i's positive) and, for models that take them, `negative` (row i is a hard negative of query i). A
-part is a dict of the arguments of `encode`, with `labels` (B,) int64 among them. Items of one label
-are the same product, and are excluded as negatives of each other.
+An item is a picture, a text, or both; a view is what `embed` shows of it. The parts of a batch are
+`query`, `candidate` (row i is the positive of query i) and, for models with hard negatives,
+`negative` (row i is a hard negative of query i). A part is a dict of the arguments of `encode`,
+`labels` (B,) int64 among them. Items with the same label are the same product, and InfoNCE does not
+use them as negatives of each other.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ class RetrievalOutput(NamedTuple):
 
 
 class RetrievalModel(nn.Module):
-    """A model that maps the parts of a batch to a loss, in two steps that GradCache can separate.
+    """Base of models that compute a loss from the parts of a batch.
 
+    The loss has two steps, `encode` and `compare`, so that GradCache can encode a part in chunks.
     A subclass defines:
-        encode: what the loss needs of one part, as tensors with a row for each item, and scalars
-            that are means over the items.
-        compare: the output, from the encoded parts.
-        embed: unit embeddings (B, D) in float32 of each view.
+        encode: returns what the loss needs of one part: tensors with a row for each item, and
+            scalars that are means over the items.
+        compare: returns the loss of the encoded parts.
+        embed: returns unit embeddings (B, D) of each view.
 
-    Over several ranks each rank returns the loss of which the mean over ranks has the gradient of
-    one process with the whole batch. A rank may have no rows.
+    On several ranks, the mean of the ranks' gradients is the gradient of one process with the whole
+    batch. A rank may have no rows.
     """
 
     takes_negatives: bool = True  # whether a batch has hard negatives
@@ -51,7 +53,7 @@ class RetrievalModel(nn.Module):
         candidate: dict[str, Any],
         negative: dict[str, Any] | None = None,
     ) -> RetrievalOutput:
-        """Encode each part, then compare them; the arguments are those of `encode`."""
+        """Return the loss of a batch, whose parts are dicts of the arguments of `encode`."""
         return self.compare(
             query=self.encode_part("query", query),
             candidate=self.encode_part("candidate", candidate),
@@ -80,8 +82,8 @@ class RetrievalModel(nn.Module):
         try:
             if len(items["labels"]) or not in_group():
                 return self.encode(role, **items)
-            # A rank without rows still takes part in exchanges, in backward too. Hosts do not
-            # accept 0 rows, so it encodes one row of zeros, which is dropped.
+            # A rank without rows still takes part in the exchanges of forward and backward.
+            # Encoders do not accept 0 rows, so it encodes one row of zeros and drops the result.
             zeros: dict[str, Any] = {
                 name: None if x is None else x.new_zeros(1, *x.shape[1:])
                 for name, x in items.items()
@@ -90,7 +92,7 @@ class RetrievalModel(nn.Module):
             return {name: x[:0] if x.dim() else 0 * x for name, x in encoded.items()}
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
-                raise  # the other ranks are inside FSDP's exchanges, not at the next one here
+                raise  # the other ranks are waiting inside FSDP, where no error can be sent
             raise refused(type(self).__name__, error, items["labels"]) from None
 
     @property
@@ -100,7 +102,7 @@ class RetrievalModel(nn.Module):
         return encoder.patch_embed.img_size[0]
 
     def set_progress(self, share: float) -> None:
-        """Set the share of training that is done, 0 to 1; for models with a schedule."""
+        """Set the share of training that is done, from 0 to 1, in a model with a schedule."""
 
 
 def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, key: str) -> None:
@@ -112,7 +114,7 @@ def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, ke
 
 
 def check_views(views: Sequence[str]) -> None:
-    """Require some of VIEWS, each once."""
+    """Require one or more of VIEWS, each at most once."""
     unknown = [view for view in views if view not in VIEWS]
     if unknown or not views or len(set(views)) < len(views):
         got = ", ".join(map(str, views)) or "none"
@@ -120,7 +122,7 @@ def check_views(views: Sequence[str]) -> None:
 
 
 def late_fusion(image: Tensor, text: Tensor) -> Tensor:
-    """Return the direction between two unit embeddings (B, D): the ablation of a fusion."""
+    """Return the normalised sum of two unit embeddings (B, D), which replaces a learned fusion."""
     return unit_rows(image + text)
 
 

@@ -295,7 +295,7 @@ class UniCA(RetrievalModel):
         slots = torch.arange(ids.shape[1], device=ids.device)
         # (B, 1): a text's positions begin after those of its picture, if any.
         offset = image.shape[1] * x.has_image[:, None]
-        ids, poison = inputs.contain(ids, self.text_encoder.config.vocab_size)
+        ids, poison = inputs.clamp_indices(ids, self.text_encoder.config.vocab_size)
         positions = slots + offset * (slots > 0)
         text = self.text_encoder.embeddings(input_ids=ids, position_ids=positions)
         text = text + poison[..., None].to(text.dtype)

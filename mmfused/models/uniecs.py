@@ -118,7 +118,7 @@ class UniECSConfig(ModelConfig):
             got = f"{self.missing!r} with indicator 'batch'"
             raise ValueError(f"missing: got {got}, expected 'constant'")
         if "adaptive" in self.without and self.weighting != "adaptive":
-            raise absent_part("adaptive", "weighting 'static'", "'adaptive'")
+            raise absent_part("adaptive", "weighting 'static'", "weighting 'adaptive'")
         if not set(TERMS) - set(self.without):
             raise ValueError(
                 "without: got all of cmal, clal, imcl, which leaves no loss, expected two at most"
