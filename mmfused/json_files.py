@@ -1,4 +1,4 @@
-"""Reading JSON objects from untrusted files: bounded in size, one sentence for each fault."""
+"""Read JSON objects from untrusted files, with a limit on their size."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 4 << 20  # of a config; the largest published ones have a hundredth of that
+MAX_CONFIG_BYTES = 4 << 20  # about a hundred times the size of the largest published configs
 
 
-def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
-    """Return the object in the file.
+def read_object(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` where the file is too large or holds no object.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a JSON object, or is larger than ``most`` bytes.
     """
     return parse_object(read_text(path, most), path)
 
 
-def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Return the text of a UTF-8 file of at most ``most`` bytes."""
+def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
+    """Return the text of a UTF-8 file; raise like `read_object`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     with open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"{path} is larger than {most} bytes, the most that is read")
+        raise ValueError(f"{path} is larger than {most} bytes, the largest size that is read")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -32,7 +34,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``text``; ``path`` is for errors."""
+    """Return the JSON object in ``text``; error messages name ``path``."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -43,6 +45,6 @@ def parse_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """Return the message of an error on one line of at most ``most`` characters."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= most else said[:most] + "..."
+    """Return the text of ``error`` on one line, cut after ``most`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + "..."

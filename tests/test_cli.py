@@ -213,7 +213,7 @@ def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch
         and "--resume" in told[0]
     )
     assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
-    assert "mmfused: error: resume: lr is 0.5, but" in capsys.readouterr().err
+    assert "mmfused: error: resume: lr: got 0.5, expected" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
     assert "run written to" in capsys.readouterr().out
     assert main([*arguments, "--resume"]) == 0
@@ -346,27 +346,30 @@ def only_a_pickle(run):
 DAMAGE = {
     "no run": (
         lambda run: (run / "config.json").unlink(),
-        "holds no finished run: config.json is missing (it is not finished",
+        "holds no finished run: config.json is missing (the run is not finished",
     ),
     "truncated": (
         cut("model.safetensors"),
-        "model.safetensors is truncated, corrupt or no safetensors file",
+        "model.safetensors is truncated, corrupt or not a safetensors file",
     ),
     "shorter": (
         cut("model.safetensors", -4),
-        "model.safetensors is truncated, corrupt or no safetensors file",
+        "model.safetensors is truncated, corrupt or not a safetensors file",
     ),
     "missing": (lambda run: (run / "model.safetensors").unlink(), "model.safetensors is missing"),
     "settings": (cut("config.json", 100), "config.json is truncated or corrupt"),
-    "shapes": (reshape_weights, "moe.router.0.weight: got (128, 5), expected (128, 128)"),
-    "model": (rename_weights, "got no such tensor, expected ("),
+    "shapes": (
+        reshape_weights,
+        "moe.router.0.weight: got shape (128, 5), expected shape (128, 128)",
+    ),
+    "model": (rename_weights, "got no tensor, expected shape ("),
     "pickle": (
         only_a_pickle,
-        "model.bin is a pickle, which can run any code when opened; only safetensors are read",
+        "model.bin is a pickle, which can run any code when it is loaded; only",
     ),
     "zip": (
         lambda run: (run / "model.safetensors").write_bytes(b"PK\x03\x04" * 99),
-        "no safetensors file",
+        "not a safetensors file",
     ),
 }
 

@@ -69,7 +69,7 @@ DAMAGE = {
     ),
     "step is beyond the last": (
         lambda s: change(s / "state.json", step=10**9),
-        "of step 1000000000, expected at most 9",
+        "got step 1000000000, expected at most 9",
     ),
     "step is negative": (lambda s: change(s / "state.json", step=-1), "out of range"),
     "step is immense": (lambda s: change(s / "state.json", step=10**30), "out of range"),
@@ -90,7 +90,7 @@ DAMAGE = {
     ),
     "a training with more": (
         lambda s: change_settings(s, training={"out": "x", "exec": 1}),
-        "exec: a training has no such setting",
+        "unknown settings: exec",
     ),
     "sums is a text": (lambda s: change(s / "state.json", sha256="x"), "sha256 is of type str"),
     "no sums": (
@@ -116,13 +116,13 @@ DAMAGE = {
     "state is cut": (lambda s: os.truncate(s / "state.json", 40), "truncated or corrupt"),
     "another shape in the optimizer": (
         lambda s: change_tensors(s / "optimizer.safetensors", other_optimizer),
-        "AdamW has no such state",
+        "which is not a state that AdamW has",
     ),
     "a stranger in the optimizer": (
         lambda s: change_tensors(
             s / "optimizer.safetensors", lambda t: {**t, "x.exp_avg": torch.zeros(1)}
         ),
-        "holds x.exp_avg, and the model has no such parameter",
+        "holds x.exp_avg, but the model has no parameter x",
     ),
     "no random state": (
         lambda s: change_tensors(s / "rng.safetensors", lambda t: {"torch.cpu": t["torch.cpu"]}),
@@ -132,7 +132,7 @@ DAMAGE = {
         lambda s: change_tensors(
             s / "rng.safetensors", lambda t: {**t, "drop": torch.zeros(3, dtype=torch.uint8)}
         ),
-        "holds no state of the random generator drop",
+        "holds an invalid state of the random generator drop",
     ),
     "another model's weights": (
         lambda s: change_tensors(s / "model.safetensors", lambda t: dict(list(t.items())[1:])),
@@ -143,15 +143,15 @@ DAMAGE = {
             (s / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "),
             resummed(s),
         ),
-        "holds the weights of another model|no safetensors file",
+        "holds the weights of another model|not a safetensors file",
     ),
     "a length that no file has": (
         lambda s: ((s / "rng.safetensors").write_bytes(b"\xff" * 8 + b"{}"), resummed(s)),
-        "truncated, corrupt or no safetensors file",
+        "truncated, corrupt or not a safetensors file",
     ),
     "records cut": (
         lambda s: os.truncate(s.parent.parent / "metrics.jsonl", 10),
-        "holds 10 bytes, but",
+        "got 10 bytes, expected",
     ),
     "records of another kind": (
         lambda s: (s.parent.parent / "metrics.jsonl").write_bytes(b"[]\n" * 10_000),
@@ -213,7 +213,9 @@ def test_an_optimizer_s_state_is_whole_or_refused(tmp_path, stopped_run, name):
     change_tensors(
         out / "checkpoints" / "step-00000004" / "optimizer.safetensors", DAMAGE_OF_OPTIMIZERS[name]
     )
-    with pytest.raises(ValueError, match="optimizer.safetensors holds no (whole )?state of AdamW"):
+    with pytest.raises(
+        ValueError, match="optimizer.safetensors holds no (complete )?state of AdamW"
+    ):
         train(small_run(out, resume=True))
 
 
@@ -226,7 +228,7 @@ def test_records_that_are_not_of_the_checkpoint_s_step_are_refused(tmp_path, sto
     change(out / "checkpoints" / "step-00000004" / "state.json", metrics_bytes=len(b"".join(kept)))
     with pytest.raises(
         ValueError,
-        match="metrics.jsonl holds [0-9] records of training and [01] of validation at step 4",
+        match="metrics.jsonl: got [0-9] training records and [01] validation records at step 4",
     ):
         train(small_run(out, resume=True))
 
@@ -244,7 +246,7 @@ def test_resume_follows_no_link_and_waits_for_no_pipe(tmp_path, stopped_run, nam
     before = everything(tmp_path)
     with pytest.raises(
         FileExistsError,
-        match=f"links or the like in the place of a run's files .{name}.; move them",
+        match=f"links, pipes or folders with the names of a run's files .{name}.; move them",
     ):
         train(small_run(out, resume=True))
     assert everything(tmp_path) == before

@@ -247,9 +247,9 @@ BROKEN_ROWS = [
     (("cut.jpg", "tea", "0"), r"line 3 \(cut.jpg\): the image cannot be read: .*truncated"),
     (
         ("0.png", "tea"),
-        r"line 3 \(0.png\): it has 2 fields and the header 3, an unquoted comma perhaps",
+        r"line 3 \(0.png\): it has 2 fields, but the header has 3; it may have an unquoted comma",
     ),
-    (("0.png", "tea", "0", "more"), r"line 3 \(0.png\): it has 4 fields and the header 3"),
+    (("0.png", "tea", "0", "more"), r"line 3 \(0.png\): it has 4 fields, but the header has 3"),
 ]
 
 
@@ -300,7 +300,7 @@ def test_folder_reads_another_text_column_and_families(tmp_path):
         "expected an integer from 0 to 2147483647"
     ]
     assert ProductFolder(root).texts == ["long", "long"]
-    with pytest.raises(ValueError, match="expected one with file_name, name and label"):
+    with pytest.raises(ValueError, match="expected a header line with file_name, name and label"):
         ProductFolder(root, text_column="name")
     (tmp_path / "plain").mkdir()
     assert (
@@ -311,7 +311,7 @@ def test_folder_reads_another_text_column_and_families(tmp_path):
 
 def test_folder_without_a_usable_row(tmp_path):
     with pytest.raises(
-        ValueError, match=r"has no usable row in metadata.csv; the first: metadata.csv line 2"
+        ValueError, match=r"has no usable row in metadata.csv; the first row: metadata.csv line 2"
     ):
         ProductFolder(write_folder(tmp_path, [("0.png", "a", "x")]))
     with pytest.raises(ValueError, match=r"has no usable row in metadata.csv$"):
@@ -319,7 +319,7 @@ def test_folder_without_a_usable_row(tmp_path):
 
 
 def test_missing_folder_and_missing_metadata(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone is no folder with a metadata.csv"):
+    with pytest.raises(FileNotFoundError, match=r"gone is not a folder with a metadata.csv"):
         ProductFolder(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r" has no metadata.csv"):
         ProductFolder(tmp_path)
@@ -330,7 +330,7 @@ def test_missing_folder_and_missing_metadata(tmp_path):
     [
         (
             b"",
-            r"got a header line without file_name, text, label: nothing, expected one with",
+            r"got a header line without file_name, text, label: nothing, expected a header",
         ),
         (b"file_name,label\n0.png,0\n", r"got a header line without text: file_name, label"),
         (

@@ -60,9 +60,7 @@ def test_train_tokenizer_arguments():
         train_tokenizer(["a"], kind="unigram")
     with pytest.raises(ValueError, match="vocab_size: got 3, expected an integer of at least 6"):
         train_tokenizer(["a"], vocab_size=3)
-    with pytest.raises(
-        ValueError, match="texts: got none, expected at least one text that is not empty"
-    ):
+    with pytest.raises(ValueError, match="texts: got none, expected at least one non-empty text"):
         train_tokenizer(["", ""])
     with pytest.raises(TypeError, match="texts: got one string, expected a list of strings"):
         train_tokenizer("tea")
@@ -275,7 +273,7 @@ def test_batches_of_photos_of_different_sizes_with_missing_ones(tmp_path, tokeni
 def test_batches_need_one_whole_batch(products, tokenizer):
     with pytest.raises(
         ValueError,
-        match="dataset: got 600 rows for a batch_size of 601, expected at least one whole batch",
+        match="dataset: got 600 rows for a batch_size of 601, expected at least one full batch",
     ):
         Batches(products, Collate(tokenizer, 32, 16), 601, shuffle=False, seed=0, drop_last=True)
     with pytest.raises(ValueError, match="batch_size: got 0, expected an integer of at least 1"):

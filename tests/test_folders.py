@@ -19,7 +19,7 @@ from training_runs import (
 from mmfused.cli import main
 from mmfused.training import loop as training
 from mmfused.training import run as training_run
-from mmfused.training.folder_lock import MARK, Lock, is_marked
+from mmfused.training.folder_lock import MARKER, Lock, is_run_folder
 from mmfused.training.run import train
 from mmfused.training.run_folder import load_run
 
@@ -118,7 +118,7 @@ def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(
     (later / "notes.txt").write_text("mine")
     with pytest.raises(
         FileExistsError,
-        match="step-00000008 is broken, and holds files that the run did not make; move it",
+        match="step-00000008 is damaged, and holds files that the run did not make; move it",
     ):
         train(small_run(out, resume=True))
     assert (later / "notes.txt").exists()
@@ -139,22 +139,22 @@ def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
 def test_a_mark_that_is_none_is_refused(tmp_path, kind):
     out, victim = tmp_path / "run", tmp_path / "victim"
     out.mkdir()
-    mark = out / MARK
+    mark = out / MARKER
     {
         "link": lambda: mark.symlink_to(victim),
         "pipe": lambda: os.mkfifo(mark),
         "folder": mark.mkdir,
     }[kind]()
-    with pytest.raises(FileExistsError, match=f"out: .*{MARK} is no file of a run; move it"):
+    with pytest.raises(FileExistsError, match=f"out: .*{MARKER} is not a file of a run; move it"):
         train(small_run(out, steps=1))
-    assert not victim.exists() and [path.name for path in out.iterdir()] == [MARK]
+    assert not victim.exists() and [path.name for path in out.iterdir()] == [MARKER]
 
 
 def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, whole_run):
     for run, changes in ((stopped_run, {"resume": True}), (whole_run, {"overwrite": True})):
         out = shutil.copytree(run, tmp_path / run.parent.name)
-        (out / MARK).unlink()
-        assert is_marked(out)
+        (out / MARKER).unlink()
+        assert is_run_folder(out)
         train(small_run(out, **changes))
         assert_same_run(out, whole_run)
 
@@ -167,7 +167,7 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
             ["demo"],
         ):
             assert main([*command, "--out", out]) == 2
-            assert f"out: got {out!r}, expected a text that is not empty" in capsys.readouterr().err
+            assert f"out: got {out!r}, expected a non-empty string" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="out: .*file is a file, expected a folder"):
         train(small_run(tmp_path / "file", overwrite=True))
@@ -277,7 +277,7 @@ def test_a_folder_that_another_run_has_taken_since_is_left_to_it(tmp_path, monke
     in_step(monkeypatch, 3, taken)
     with pytest.raises(FileExistsError, match="another process is writing"):
         train(small_run(out))
-    assert [path.name for path in out.iterdir()] == [MARK]
+    assert [path.name for path in out.iterdir()] == [MARKER]
     held[0].release()
 
 

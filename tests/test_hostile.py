@@ -21,7 +21,7 @@ from watching import Payload, watched
 
 from mmfused.cli import main
 from mmfused.training.files import read_json
-from mmfused.training.folder_lock import MARK
+from mmfused.training.folder_lock import MARKER
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ RUNS = {
     "settings without end": (
         lambda p: os.truncate(p.run / "config.json", 2**27),
         evaluated,
-        "the most that is read",
+        "the largest size that is read",
     ),
     "settings that nest": (
         lambda p: (p.run / "config.json").write_text("[" * 10**6),
@@ -256,14 +256,14 @@ RUNS = {
     "a pickle by another name": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.run / "model.safetensors"),
         evaluated,
-        "no safetensors file",
+        "not a safetensors file",
     ),
     "a header of many terabytes": (
         lambda p: (p.run / "model.safetensors").write_bytes(length(2**60) + b"{}"),
         evaluated,
-        "no safetensors file",
+        "not a safetensors file",
     ),
-    "tensors beyond the file": (shapes_beyond_the_file, evaluated, "no safetensors file"),
+    "tensors beyond the file": (shapes_beyond_the_file, evaluated, "not a safetensors file"),
     "a tokenizer from elsewhere": (
         lambda p: p.link(p.run / "tokenizer", "tokenizer"),
         evaluated,
@@ -288,7 +288,7 @@ RUNS = {
     "a checkpoint from elsewhere": (
         lambda p: p.link(p.step(), "step"),
         resumed,
-        "no run made|holds no whole checkpoint",
+        "no run made|holds only damaged checkpoints",
     ),
     "a checkpoint's weights from elsewhere": (
         lambda p: p.link(p.step() / "model.safetensors", "step/model.safetensors"),
@@ -303,7 +303,7 @@ RUNS = {
     "records from elsewhere": (
         lambda p: p.link(p.run / "metrics.jsonl", "secret.json"),
         resumed,
-        "links or the like",
+        "links, pipes or folders",
     ),
     "a random state in a pickle": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.step() / "rng.safetensors"),
@@ -316,7 +316,7 @@ RUNS = {
 def parts(place):
     folder = place.root / "items.npz.parts"
     folder.mkdir()
-    (folder / MARK).touch()
+    (folder / MARKER).touch()
     return folder
 
 

@@ -30,7 +30,9 @@ def test_an_unclosed_quote_costs_its_own_row_alone(tmp_path):
     lines = [f"{i}.png,thing {i},{i}" for i in range(900)]
     lines[1] = '1.png,"thing 1,1'
     rows = rows_of(tmp_path, "\n".join(lines) + "\n")
-    assert len(rows) == 900 and broken(rows) == {3: "a quote is opened and not closed in it"}
+    assert len(rows) == 900 and broken(rows) == {
+        3: "it has an opening quote without a closing quote"
+    }
     assert good(rows)[1] == (4, "2.png", "thing 2", "2") and good(rows)[-1][0] == 901
 
 
@@ -46,7 +48,7 @@ def test_an_unclosed_quote_that_a_later_one_closes_costs_its_own_row_alone(tmp_p
     lines = [f"{i}.png,thing {i},{i}" for i in range(8)]
     lines[2], lines[5] = '2.png,"thing 2,2', closing
     rows = rows_of(tmp_path, "\n".join(lines))
-    assert broken(rows) == {4: "a quote is opened and not closed in it"}
+    assert broken(rows) == {4: "it has an opening quote without a closing quote"}
     assert [row[0] for row in good(rows)] == [2, 3, 5, 6, 7, 8, 9] and good(rows)[4][2].startswith(
         "mug"
     )
@@ -96,7 +98,7 @@ def test_pictures_that_are_there_tell_that_a_quote_swallows_their_rows(tmp_path)
     for row in range(5):
         (tmp_path / f"{row}.png").touch()
     rows = rows_of(tmp_path, '0.png,"open,0\n1.png,a,1\nodd line\n3.png,closing 5",3\n4.png,b,4\n')
-    assert broken(rows)[2] == "a quote is opened and not closed in it" and [
+    assert broken(rows)[2] == "it has an opening quote without a closing quote" and [
         row[1] for row in good(rows)
     ] == [
         "1.png",
@@ -154,8 +156,8 @@ def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
     rows = rows_of(tmp_path, "0.png,a\0b,0\n1.png,a,b,1\n2.png,a\n3.png,a,3\n")
     assert broken(rows) == {
         2: "it holds a zero byte",
-        3: "it has 4 fields and the header 3, an unquoted comma perhaps",
-        4: "it has 2 fields and the header 3, an unquoted comma perhaps",
+        3: "it has 4 fields, but the header has 3; it may have an unquoted comma",
+        4: "it has 2 fields, but the header has 3; it may have an unquoted comma",
     }
 
 
@@ -206,7 +208,7 @@ def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
         "metadata.csv line 6 (0.png)",
         "metadata.csv line 7 (../0.png)",
     ]
-    with pytest.raises(ValueError, match="line 2 .*a quote is opened"):
+    with pytest.raises(ValueError, match="line 2 .*an opening quote"):
         ProductFolder(tmp_path, strict=True)
 
 

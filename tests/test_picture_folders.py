@@ -76,7 +76,7 @@ def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monk
     monkeypatch.setattr("mmfused.data.folder.physical_memory", lambda: 10_000)
     with pytest.raises(
         ValueError,
-        match="holds 6 images of 64 x 64 pixels, 0.0 GiB, more than this machine's memory",
+        match="holds 6 images of 64 x 64 pixels, which need 0.0 GiB, more than this machine's memory",
     ):
         ProductFolder(write_folder(tmp_path), image_size=64)
 
@@ -124,6 +124,6 @@ def test_names_stay_below_the_folder(tmp_path):
         data = ProductFolder(folder, image_size=8)
         assert data.file_names == ["near.jpg", "./1.jpg"]
         assert (
-            all("leads outside of the folder" in sentence for sentence in data.skipped)
+            all("leads outside the folder" in sentence for sentence in data.skipped)
             and len(data.skipped) == 4
         )

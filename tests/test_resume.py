@@ -182,7 +182,7 @@ def test_nothing_but_damage_is_said_and_left_alone(tmp_path, monkeypatch):
             train(small_run(out))
     (out / "checkpoints" / "step-00000004" / "rng.safetensors").unlink()
     with pytest.raises(
-        ValueError, match="holds no whole checkpoint: .*rng.safetensors is missing; overwrite"
+        ValueError, match="holds only damaged checkpoints: .*rng.safetensors is missing; overwrite"
     ):
         train(small_run(out, resume=True))
     assert steps_saved(out) == [4] and len(records(out)) == 5
@@ -211,7 +211,7 @@ def test_resume_of_a_finished_run_touches_nothing(tmp_path, whole_run):
         path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")
     }
     with pytest.raises(
-        ValueError, match="resume: lr is 0.5, but .*run was trained with 0.001; use that one"
+        ValueError, match="resume: lr: got 0.5, expected 0.001, with which .*run was trained"
     ):
         train(small_run(out, resume=True, lr=0.5))
 
@@ -229,12 +229,12 @@ def stopped_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 4}, "resume: batch_size is 4, but .*step-00000003 was trained with 8"),
-        ({"seed": 1}, "resume: seed is 1"),
-        ({"accumulate": 1}, "resume: accumulate is 1"),
-        ({"amp": "bf16"}, "resume: amp is 'bf16'"),
-        ({"steps": 20}, "resume: steps is 20"),
-        ({"model_options": {}}, "resume: model_options is {}"),
+        ({"batch_size": 4}, "resume: batch_size: got 4, expected 8, with which .*step-00000003"),
+        ({"seed": 1}, "resume: seed: got 1"),
+        ({"accumulate": 1}, "resume: accumulate: got 1"),
+        ({"amp": "bf16"}, "resume: amp: got 'bf16'"),
+        ({"steps": 20}, "resume: steps: got 20"),
+        ({"model_options": {}}, "resume: model_options: got {}"),
         ({"overwrite": True}, "overwrite and resume: got both"),
     ],
 )
@@ -262,7 +262,7 @@ def test_resume_without_its_records_is_refused(stopped_run, tmp_path):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     (out / "metrics.jsonl").write_text("")
     with pytest.raises(
-        ValueError, match="resume: .*metrics.jsonl holds 0 bytes, but [0-9]+ at the checkpoint"
+        ValueError, match="resume: .*metrics.jsonl: got 0 bytes, expected at least [0-9]+"
     ):
         train(small_run(out, resume=True))
 

@@ -20,7 +20,7 @@ from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.presets import TINY_QWEN2_VL
 from mmfused.training.files import read_json
-from mmfused.training.folder_lock import MARK
+from mmfused.training.folder_lock import MARKER
 from mmfused.training.run import TrainConfig, train
 from mmfused.training.run_folder import load_run
 
@@ -196,7 +196,7 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
         arrays["skipped"]
     )
     assert not out.with_name("items.npz.parts").exists()
-    assert main(command) == 2 and "exists already" in capsys.readouterr().err
+    assert main(command) == 2 and "already exists" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--views", "text"]) == 0 and "image" not in np.load(out)
     with pytest.raises(SystemExit):
         main(["embed"])
@@ -280,14 +280,14 @@ def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypa
 def test_a_lowered_batch_size_is_said_for_retrieval_too(folders, tmp_path, caplog):
     few = {**folders, "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
-    assert "batch_size: 64 is lowered to 18: there are 18 rows" in caplog.text
+    assert "batch_size: 64 is lowered to 18, because there are only 18 rows" in caplog.text
 
 
 def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
     parts = tmp_path / "items.npz.parts"
     parts.mkdir()
     (parts / "job.json").write_text("{}")
-    (parts / MARK).touch()
+    (parts / MARKER).touch()
     command = [
         "embed",
         "--checkpoint",
@@ -549,7 +549,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, c
     stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
     assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
     assert (
-        "val: got no row with a product of its label, expected at least one"
+        "val: got no row with a product of the same label, expected at least one"
         in capsys.readouterr().err
     )
     assert (

@@ -301,7 +301,7 @@ def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):
     monkeypatch.setattr(text, "MAX_BYTES", 1000)
     outside.refuses(
         lambda: load_tokenizer(folder),
-        "tokenizer.json is larger than 1000 bytes, the most that is read",
+        "tokenizer.json is larger than 1000 bytes, the largest size that is read",
     )
 
 

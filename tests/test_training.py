@@ -11,7 +11,7 @@ import mmfused.training.loop
 import mmfused.training.tasks
 from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
 from mmfused.training.datasets import load_data
-from mmfused.training.folder_lock import MARK
+from mmfused.training.folder_lock import MARKER
 from mmfused.training.gradients import add_gradients
 from mmfused.training.metrics import class_scores, count, evaluate, scores
 from mmfused.training.optimizer import learning_rate
@@ -27,7 +27,7 @@ FILES = {
     "summary.json",
     "curves.png",
     "tokenizer",
-    MARK,
+    MARKER,
 }
 SCORES = {"accuracy", "macro_precision", "macro_recall", "macro_f1"}
 
@@ -154,7 +154,7 @@ def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatc
         with pytest.raises(RuntimeError, match="disk full"):
             train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "metrics.jsonl", "tokenizer", "model.safetensors", MARK}
+    assert left == {"checkpoints", "metrics.jsonl", "tokenizer", "model.safetensors", MARKER}
     with pytest.raises(FileNotFoundError, match="no finished run"):
         load_run(tmp_path / "run")
     train(TrainConfig(**options(products, tmp_path / "run", steps=1, resume=True)))
@@ -198,7 +198,7 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ({"lr": -1.0}, "lr: got -1.0"),
         ({"swap_text": 1.5}, "swap_text: got 1.5"),
         ({"backend": "fast"}, "fast"),
-        ({"val": None}, "val: got nothing"),
+        ({"val": None}, "val: got None"),
         (
             {"image_encoder": "x", "modalities": "text"},
             "image_encoder: got 'x' with modalities 'text'",
@@ -209,7 +209,7 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ),
         (
             {"image_encoder": "x", "patch_size": 8},
-            "patch_size: got 8 with image_encoder, expected none",
+            "patch_size: got 8 with image_encoder, expected no patch_size",
         ),
         ({"batch_size": 64}, None),
     ],
@@ -237,9 +237,7 @@ def test_a_label_the_training_data_lack_is_out_of_range(products, tmp_path):
     metadata = tmp_path / "val" / "metadata.csv"
     metadata.parent.mkdir()
     metadata.write_text("file_name,text,label\n,a red mug,7\n")
-    with pytest.raises(
-        ValueError, match="val: label 7 is out of range, expected the labels 0 to 4"
-    ):
+    with pytest.raises(ValueError, match="val: got the label 7, expected labels from 0 to 4"):
         train(TrainConfig(**options({**products, "val": str(metadata.parent)}, tmp_path / "run")))
 
 

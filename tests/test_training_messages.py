@@ -21,7 +21,7 @@ few_products = training_runs.few_products
 
 def test_a_lowered_batch_size_is_said(tmp_path, caplog):
     train(small_run(tmp_path / "run", batch_size=64, steps=1))
-    assert "batch_size: 64 is lowered to 60: there are 60 rows" in caplog.text
+    assert "batch_size: 64 is lowered to 60, because there are only 60 rows" in caplog.text
     assert read_json(tmp_path / "run" / "config.json")["training"]["batch_size"] == 64
 
 
@@ -43,11 +43,11 @@ def test_an_empty_value_is_not_taken_for_none(capsys, command):
     assert main(command) == 2
     name = command[-2].removeprefix("--")
     assert (
-        f"mmfused: error: {name}: got {command[-1]!r}, expected a text that is not empty"
+        f"mmfused: error: {name}: got {command[-1]!r}, expected a non-empty string"
         in capsys.readouterr().err
     )
     if command[0] == "train":
-        with pytest.raises(ValueError, match=f"{name}: got '', expected a text that is not empty"):
+        with pytest.raises(ValueError, match=f"{name}: got '', expected a non-empty string"):
             TrainConfig(out="x", **{name: ""})
 
 
@@ -59,7 +59,7 @@ def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
         (tmp_path / name).write_text("mine")
         assert main([*command, "--out", str(tmp_path)]) == 2
         assert (
-            f"{name} is another program's; choose another folder, or move it"
+            f"{name} was written by another program; choose another folder, or move it"
             in capsys.readouterr().err
         )
         assert (tmp_path / name).read_text() == "mine"
@@ -94,7 +94,7 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
     ("given", "message"),
     [
         (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
-        (["--val", "x"], "val: got 'x' with the generated set, expected none"),
+        (["--val", "x"], "val: got 'x' with the generated set, expected no folder"),
         (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint"),
         (
             ["--tokenizer", "./nowhere"],

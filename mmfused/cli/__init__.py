@@ -46,7 +46,7 @@ def _refuse_empty(args: argparse.Namespace) -> None:
     """Raise ValueError for an empty value, which would count as not given."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
+            raise ValueError(f"{name}: got {value!r}, expected a non-empty string")
 
 
 def _make_parser(argv: list[str]) -> argparse.ArgumentParser:

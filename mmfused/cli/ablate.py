@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _ablate(args: argparse.Namespace, out: Path, chosen: list[str]) -> int:
     from mmfused.models.config import AbsentPart
-    from mmfused.training.files import write_json, write_whole
+    from mmfused.training.files import write_atomically, write_json
 
     summaries = {"whole": _train_without(args, out / "whole", None)}
     for part in chosen:
@@ -64,7 +64,7 @@ def _ablate(args: argparse.Namespace, out: Path, chosen: list[str]) -> int:
             if args.only:
                 raise
             print(f"left out: {error}")
-        write_whole(out / "ablation.json", lambda path: write_json(path, summaries))
+        write_atomically(out / "ablation.json", lambda path: write_json(path, summaries))
     _print_table(summaries)
     print(f"numbers written to {out / 'ablation.json'}")
     return 0

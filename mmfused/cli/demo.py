@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, time, print the table and return the exit code: 1 if the loss curves differ."""
-    from mmfused.training.files import write_json, write_whole
+    from mmfused.training.files import write_atomically, write_json
 
     out = Path(args.out)
     _check(args, out)
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     print("Timing query pooling alone.")
     op = _measure_op(device, best, args.repeats)
     result = _compare(runs["reference"], runs[best], op, best, args.steps)
-    write_whole(out / "demo.json", lambda path: write_json(path, result))
-    write_whole(out / "demo.png", lambda path: _draw(runs, op, best, path))
+    write_atomically(out / "demo.json", lambda path: write_json(path, result))
+    write_atomically(out / "demo.png", lambda path: _draw(runs, op, best, path))
     _print_table(result, best)
     print(f"\n{out / 'demo.json'} holds the table, {out / 'demo.png'} the curves and bars.")
     difference = result["curve_mean_difference"]
@@ -93,7 +93,8 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     check_replaceable(out / "demo.json", "curve_bound", replace=True)
     if (out / "demo.png").exists() and not (out / "demo.json").exists():
         raise FileExistsError(
-            f"out: {out / 'demo.png'} is another program's; choose another folder, or move it"
+            f"out: {out / 'demo.png'} was written by another program; "
+            "choose another folder, or move it"
         )
 
 

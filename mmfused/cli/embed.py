@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, out)
     parts = Parts(out.with_name(out.name + ".parts"))
     trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
-    trained.must_retrieve("embed")
+    trained.check_is_retrieval_model("embed")
     data, batches = trained.batches(args.data, args.batch_size, args.text_column)
     job = {
         "checkpoint": trained.digest,
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     with parts.locked(job, args.overwrite) as lock:
         # Checked again: another process may have made the file meanwhile.
         _check(args, out)
-        if lock.was_there:
+        if lock.had_marker:
             for path in half_written(out.parent, (out.name,)):
                 remove(path)
         with mmfused.backend(args.backend):
@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise ValueError(f"out: got {args.out!r}, expected an .npz in an existing folder")
     if out.is_dir() or (out.exists() and not args.overwrite):
-        raise FileExistsError(f"out: {out} exists already; choose another name or overwrite it")
+        raise FileExistsError(f"out: {out} already exists; choose another name or overwrite it")
 
 
 class Parts:
@@ -146,14 +146,14 @@ class Parts:
             FileExistsError: another process writes to it, or it holds other files.
             ValueError: it holds the parts of another job.
         """
-        from mmfused.training.files import read_json, shown, write_json, write_whole
+        from mmfused.training.files import join_names, read_json, write_atomically, write_json
         from mmfused.training.folder_lock import Lock
 
         foreign = self._foreign()
         if foreign:
             raise FileExistsError(
                 f"out: {self.folder} holds files that mmfused embed did not make "
-                f"({shown(foreign)}); move them"
+                f"({join_names(foreign)}); move them"
             )
         with Lock(self.folder) as lock:
             for path in self.folder.glob("*"):
@@ -161,7 +161,7 @@ class Parts:
                     path.unlink()
             source = self.folder / "job.json"
             if not source.is_file():
-                write_whole(source, lambda path: write_json(path, job))
+                write_atomically(source, lambda path: write_json(path, job))
             elif read_json(source) != job:
                 raise ValueError(
                     f"out: {self.folder} holds parts of another checkpoint, folder or batch size, "
@@ -171,17 +171,17 @@ class Parts:
 
     def _foreign(self) -> list[str]:
         """Return the names of files that ``mmfused embed`` did not make."""
-        from mmfused.training.folder_lock import MARK
+        from mmfused.training.folder_lock import MARKER
 
         if not os.path.lexists(self.folder):
             return []
         if self.folder.is_symlink() or not self.folder.is_dir():
             return [self.folder.name]
         paths = sorted(self.folder.iterdir())
-        marked = MARK in [path.name for path in paths]
+        marked = MARKER in [path.name for path in paths]
 
         def is_own(path: Path) -> bool:
-            named = path.name == MARK or OWN.fullmatch(path.name)
+            named = path.name == MARKER or OWN.fullmatch(path.name)
             return marked and bool(named) and path.is_file() and not path.is_symlink()
 
         return [path.name for path in paths if not is_own(path)]
@@ -200,13 +200,13 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the parts, and the folder unless other files were put in it."""
-        from mmfused.training.folder_lock import MARK
+        from mmfused.training.folder_lock import MARKER
 
         for path in self.folder.glob("*"):
             if PART.fullmatch(path.name):
                 path.unlink()
         # The mark last: without it the other files would be taken for another program's.
-        (self.folder / MARK).unlink(missing_ok=True)
+        (self.folder / MARKER).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
         except OSError as error:
@@ -224,7 +224,7 @@ def _embed_parts(
     import torch
     from tqdm import tqdm
 
-    from mmfused.training.files import save_tensors, write_whole
+    from mmfused.training.files import save_tensors, write_atomically
     from mmfused.training.retrieval_metrics import embed_items
 
     def embed(first: int, last: int) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ def _embed_parts(
             if _fits(done, example, last - first):
                 continue
         embedded = embed(first, last)
-        write_whole(parts.path(index), lambda path, x=embedded: save_tensors(path, x))
+        write_atomically(parts.path(index), lambda path, x=embedded: save_tensors(path, x))
 
 
 def _fits(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
@@ -266,7 +266,7 @@ def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
     """Write all parts into one ``.npz``, and return the number of items."""
     import numpy as np
 
-    from mmfused.training.files import write_whole
+    from mmfused.training.files import write_atomically
 
     loaded: list[dict[str, Tensor]] = []
     for index in range(count):
@@ -280,7 +280,7 @@ def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
     arrays = {name: np.concatenate([part[name].numpy() for part in loaded]) for name in loaded[0]}
     arrays["file_names"] = np.array(getattr(data, "file_names", [""] * len(data)))
     arrays["skipped"] = np.array(json.dumps(data.skipped))
-    write_whole(out, lambda path: _save_npz(path, arrays))
+    write_atomically(out, lambda path: _save_npz(path, arrays))
     return len(arrays["labels"])
 
 

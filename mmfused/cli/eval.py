@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables and return the exit code."""
     from mmfused.models.fields import check_field
-    from mmfused.training.files import write_json, write_whole
+    from mmfused.training.files import write_atomically, write_json
 
     for name in ("batch_size", "threads"):
         check_field(name, getattr(args, name), int | None)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.per_class:
         _print_classes(result["classes"])
     if out:
-        write_whole(out, lambda path: write_json(path, result))
+        write_atomically(out, lambda path: write_json(path, result))
         print(f"numbers written to {out}")
     return 0
 

@@ -226,14 +226,14 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the summary and return the exit code."""
-    from mmfused.training.ranks import join_ranks, leave_ranks, refused_together
+    from mmfused.training.ranks import fail_together, join_ranks, leave_ranks
     from mmfused.training.run import TrainConfig, train
     from mmfused.training.run_folder import is_finished
     from mmfused.training.setup import pick_device
     from mmfused.training.signals import Stopped
 
     join_ranks(pick_device(args.device or "auto"))
-    with refused_together():
+    with fail_together():
         config = TrainConfig(**config_options(args))
     was_finished = config.resume and is_finished(Path(config.out))
     try:

@@ -1,4 +1,4 @@
-"""Argument checks, seeding and types shared by the data modules."""
+"""Argument checks, seeding and protocols shared by the data modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Rows(Protocol):
-    """Any dataset of items, as :class:`mmfused.data.ProductFolder` describes them."""
+    """A dataset of items, whose keys :class:`mmfused.data.ProductFolder` documents."""
 
     def __len__(self) -> int: ...
 
@@ -18,7 +18,7 @@ class Rows(Protocol):
 
 
 class LabelledRows(Rows, Protocol):
-    """Items with their labels; pairs also use ``coarse_labels`` if there are any."""
+    """A dataset with labels; `PairBatches` also uses ``coarse_labels`` if the dataset has them."""
 
     @property
     def labels(self) -> Sequence[int]:
@@ -27,36 +27,36 @@ class LabelledRows(Rows, Protocol):
 
 
 class Products(LabelledRows, Protocol):
-    """What the product sets of this package have in common."""
+    """The attributes that all product sets of this package have."""
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text of each item; "" if it is missing."""
+        """The text of each item, "" if the item has no text."""
         ...
 
     @property
     def num_classes(self) -> int:
-        """All labels are below it."""
+        """The number of classes; every label is smaller."""
         ...
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names by label, if there are any."""
+        """The names of the classes in the order of the labels, or None."""
         ...
 
     @property
     def skipped(self) -> list[str]:
-        """One sentence about each row that was skipped."""
+        """For each row that was skipped, a sentence that gives the reason."""
         ...
 
     @property
     def images(self) -> Any:
-        """All images, as one tensor or a list."""
+        """All images, as one tensor or a list of tensors."""
         ...
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content."""
+        """SHA-256 of the items."""
         ...
 
 
@@ -64,8 +64,8 @@ def check_int(name: str, value: object, low: int) -> int:
     """Return ``value`` as an int.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is below ``low``.
+        TypeError: ``value`` is not an integer.
+        ValueError: ``value`` is below ``low``.
     """
     message = f"{name}: got {value!r}, expected an integer of at least {low}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -79,8 +79,8 @@ def check_fraction(name: str, value: object) -> float:
     """Return ``value`` as a float.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is not from 0 to 1.
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is not between 0 and 1.
     """
     message = f"{name}: got {value!r}, expected a number from 0 to 1"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -91,7 +91,7 @@ def check_fraction(name: str, value: object) -> float:
 
 
 def check_ranks(batch_size: int, world: int) -> None:
-    """Raise ValueError unless ``world`` ranks can share a batch equally."""
+    """Raise ValueError unless ``batch_size`` is a multiple of ``world``, the number of ranks."""
     if batch_size % world:
         raise ValueError(
             f"batch_size: got {batch_size}, expected a multiple of {world}, the number of ranks"
@@ -99,9 +99,9 @@ def check_ranks(batch_size: int, world: int) -> None:
 
 
 def torch_generator(*entropy: int) -> torch.Generator:
-    """Return a generator seeded from several integers; other integers give another seed.
+    """Return a generator whose seed is a hash of several integers.
 
-    Sums of seeds would collide.
+    A sum of the integers would give equal seeds for different integers.
     """
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch with few tensor operations, so that one core keeps up."""
+"""Image augmentation of a whole batch with few tensor operations."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ CROP_RATIO = (3 / 4, 4 / 3)
 BRIGHTNESS = 0.3
 CONTRAST = 0.3
 SATURATION = 0.2
-# Small: the colour of a fruit is often its class.
+# Largest rotation of the hue, small because colour often determines the class.
 HUE = 0.015 * 2 * math.pi
 ERASE_PROBABILITY = 0.1
 ERASE_AREA = (0.02, 0.2)
 
-# RGB to YIQ (NTSC) and back: rotating the IQ plane changes the hue, scaling it the saturation.
+# Conversion from RGB to YIQ (NTSC). Rotating the IQ plane changes the hue, and scaling it changes
+# the saturation.
 RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 YIQ_TO_RGB: torch.Tensor = torch.linalg.inv(RGB_TO_YIQ)
 
 
 def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Augment uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..1.
+    """Return randomly augmented images, (B, 3, size, size) float32 with values from 0 to 1.
 
-    Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) with a horizontal flip half of the time;
-    brightness, contrast, saturation and hue; random erasing (Zhong et al. 2020) to grey for a tenth
-    of the images. ``generator`` draws everything.
+    Each image gets a random resized crop (area 0.5 to 1, aspect ratio 3/4 to 4/3), a horizontal
+    flip with probability 0.5, and random changes of brightness, contrast, saturation and hue. In a
+    tenth of the images, a random rectangle is erased to grey (Zhong et al. 2020).
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        size: side of the result, in pixels.
+        generator: random generator for all augmentations.
     """
     draw = torch.rand(len(images), 14, generator=generator)
     pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
@@ -40,7 +46,7 @@ def _between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return width and height of boxes, as fractions of the picture's, at most 1."""
+    """Return the widths and heights of boxes, as fractions of the picture's sides, at most 1."""
     ratio = log_ratio.exp()
     return (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
 
@@ -62,7 +68,7 @@ def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:
 def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast, saturation and hue.
 
-    All four are linear in the pixel, so each image needs one 3 x 3 matrix and one offset.
+    All four changes together are one affine map of the pixels: a 3 x 3 matrix and an offset.
     """
     brightness = _between(draw[:, 0], 1 - BRIGHTNESS, 1 + BRIGHTNESS)[:, None, None]
     contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
@@ -75,14 +81,14 @@ def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     turn[:, 1, 2] = -turn[:, 2, 1]
     matrix = brightness * contrast * (YIQ_TO_RGB @ turn @ RGB_TO_YIQ)
     flat = pixels.flatten(2)
-    # Contrast scales differences from the picture's mean grey after the brightness change.
+    # Contrast scales the differences from the mean grey of the picture with its new brightness.
     grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
     offset = (1 - contrast) * brightness * grey
     return torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
 
 
 def _erased(size: int, draw: torch.Tensor) -> torch.Tensor:
-    """Return bool (B, 1, size, size): one rectangle in some of the images."""
+    """Return a (B, 1, size, size) bool mask with one random rectangle in some of the images."""
     use, area, ratio, x, y = draw.unbind(1)
     width, height = _box(_between(area, *ERASE_AREA), _between(ratio, math.log(0.4), math.log(2.5)))
     width = torch.where(use < ERASE_PROBABILITY, width, 0.0)

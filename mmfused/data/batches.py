@@ -1,4 +1,4 @@
-"""From items to model inputs: collation, augmentation of whole batches, and batches in memory."""
+"""Turn items of a dataset into batches of model inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .augment import augment as augment_batch
 
 Batch: TypeAlias = dict[str, Tensor]
 
-# Of ImageNet's training set, the usual input scaling of vision transformers.
+# Means and standard deviations of the colour channels in ImageNet's training set.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -22,23 +22,26 @@ STD = (0.229, 0.224, 0.225)
 class Collate:
     """Turn a list of items into a batch.
 
-    ``{"pixel_values": float32 (B, 3, S, S), "image_present": bool (B,), "input_ids": int64 (B, T),
-    "attention_mask": int64 (B, T), "labels": int64 (B,)}``. T is the length of the batch's longest
-    text, at most ``max_length``. Pixels are scaled to 0..1, then ``(pixel - mean) / std``; a
-    missing image is all zeros, a missing text is ``[CLS] [SEP]``. Without augmentation the short
-    side is resized to ``image_size`` and the centre cropped; with it, see :mod:`.augment`.
+    A batch is a dict: ``{"pixel_values": float32 (B, 3, S, S), "image_present": bool (B,),
+    "input_ids": int64 (B, T), "attention_mask": int64 (B, T), "labels": int64 (B,)}``. T is the
+    number of tokens of the longest text in the batch.
 
-    Augmentation draws from a generator of its own, seeded from ``(seed, epoch)``. ``set_epoch``
-    resets it, and no other random draws change it.
+    Pixels are scaled to values from 0 to 1, then normalised to ``(pixel - mean) / std``. Without
+    augmentation, an image is cropped to its central square and resized. A missing image becomes
+    zeros, and a missing text becomes the tokens of an empty text, such as ``[CLS] [SEP]``.
+
+    Random numbers for augmentation come from a separate generator, which ``set_epoch`` seeds from
+    ``(seed, epoch)``.
 
     Args:
-        tokenizer: needs a padding token, and tokens around an empty text.
-        image_size: S.
-        max_length: longer texts are truncated.
-        augment: augment the images.
-        seed: of the augmentation.
-        mean: of each colour channel.
-        std: of each colour channel, above 0.
+        tokenizer: a tokenizer with a padding token, which encodes an empty text as at least one
+            token.
+        image_size: side S of the model's input images, in pixels.
+        max_length: largest number of tokens of a text; longer texts are truncated.
+        augment: augment the images as :mod:`.augment` describes.
+        seed: seed of the augmentation.
+        mean: mean of each colour channel.
+        std: standard deviation of each colour channel, above 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,8 +68,8 @@ class Collate:
             )
         if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
             raise ValueError(
-                "tokenizer: got one without a padding token, or without tokens for an empty text, "
-                "expected one with both"
+                "tokenizer: got a tokenizer without a padding token or without tokens for an empty "
+                "text, expected a tokenizer with both"
             )
         self.tokenizer: Any = tokenizer
         self.augment = augment
@@ -75,7 +78,7 @@ class Collate:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Reset the generator of the augmentation for ``epoch``."""
+        """Seed the random generator of the augmentation for ``epoch``."""
         entropy = (self.seed, check_int("epoch", epoch, 0))
         self.generator: torch.Generator = torch_generator(*entropy)
 
@@ -93,7 +96,7 @@ class Collate:
         }
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Return (input_ids, attention_mask), int64 (B, T) each, padded to the longest."""
+        """Return ``input_ids`` and ``attention_mask``, (B, T) int64, padded to the longest text."""
         out = self.tokenizer(
             texts,
             padding=True,
@@ -109,9 +112,12 @@ class Collate:
         present: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """uint8 (B, 3, H, W) and bool (B,) -> normalised float32 (B, 3, S, S).
+        """Return the normalised images, (B, 3, S, S) float32.
 
-        ``generator`` draws the augmentation; None takes the one of the epoch.
+        Args:
+            images: (B, 3, H, W) uint8.
+            present: (B,) bool; absent images become zeros.
+            generator: random generator of the augmentation; None takes that of ``set_epoch``.
         """
         if self.augment:
             generator = self.generator if generator is None else generator
@@ -124,11 +130,11 @@ class Collate:
 
 
 class Items:
-    """The images and token ids of a dataset in memory, and batches of any of its rows.
+    """A dataset whose images and token ids are kept in memory, to make batches of any rows.
 
     Args:
-        dataset: the items.
-        collate: how batches are made.
+        dataset: the dataset.
+        collate: makes the batches.
     """
 
     def __init__(self, dataset: Rows, collate: Collate) -> None:
@@ -136,7 +142,7 @@ class Items:
         items = [dataset[row] for row in range(len(dataset))]
         side = collate.image_size
         images = getattr(dataset, "images", None)
-        # One tensor of the right size is not copied.
+        # A single tensor with images of the right size is used without a copy.
         if not isinstance(images, Tensor) or images.shape != (len(items), 3, side, side):
             images = torch.stack(_same_size([item["image"] for item in items], side))
         self.images: Tensor = images if collate.augment else _centre(images, side)
@@ -151,10 +157,15 @@ class Items:
         return len(self.labels)
 
     def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Return a batch as :class:`Collate` makes it; ``generator`` draws the augmentation."""
+        """Return the batch that :class:`Collate` would make of ``rows``.
+
+        Args:
+            rows: indices of the items.
+            generator: random generator of the augmentation.
+        """
         present = self.present[rows]
         mask = self.mask[rows]
-        # Padding may be on the left, so unused columns are dropped wherever they are.
+        # Unused columns may be on either side, because some tokenizers pad on the left.
         used = mask.any(dim=0)
         return {
             "pixel_values": self.collate.pixel_values(self.images[rows], present, generator),
@@ -166,25 +177,25 @@ class Items:
 
 
 class Batches:
-    """Iterate over ``dataset`` in batches, with images and token ids cached in memory as tensors.
+    """Iterate over ``dataset`` in batches, with images and token ids cached in memory.
 
-    The order of an epoch depends only on ``seed`` and the epoch, and the augmentation of its batch
-    i only on ``collate.seed``, the epoch and i. So an epoch always gives the same batches, and each
-    can be made without those before it. ``len`` is the number of batches.
+    Every iteration over an epoch gives the same batches: the order depends only on ``seed`` and the
+    epoch, and the augmentation of batch i only on ``collate.seed``, the epoch and i. Any batch can
+    therefore be made without the batches before it. ``len`` is the number of batches per epoch.
 
     Args:
-        dataset: the items.
-        collate: how batches are made.
-        batch_size: of all ranks together.
-        shuffle: draw a new order in each epoch.
-        seed: of the order.
-        drop_last: leave out the last batch of an epoch if it is smaller.
-        rank: of this process, which gets its own rows of every batch.
+        dataset: the dataset.
+        collate: makes the batches.
+        batch_size: number of items per batch, over all ranks.
+        shuffle: whether each epoch has another random order.
+        seed: seed of the order.
+        drop_last: leave out the last batch of an epoch if it is smaller than ``batch_size``.
+        rank: rank of this process; each rank gets its own share of every batch.
         world: number of ranks.
 
     Raises:
-        ValueError: there are fewer rows than one batch needs, or ``batch_size`` is no multiple of
-            ``world``.
+        ValueError: the dataset has too few items for one batch, or ``batch_size`` is not a multiple
+            of ``world``.
     """
 
     def __init__(
@@ -208,7 +219,7 @@ class Batches:
         if rows < (batch_size if drop_last else 1):
             raise ValueError(
                 f"dataset: got {rows} rows for a batch_size of {batch_size}, "
-                "expected at least one whole batch"
+                "expected at least one full batch"
             )
         self.collate = collate
         self.shuffle = shuffle
@@ -221,16 +232,17 @@ class Batches:
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = check_int("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._from(self.epoch, 0)
 
     def stream(self, position: int = 0) -> Iterator[Batch]:
-        """Yield batches without end, from batch ``position`` on, counted from epoch 0.
+        """Yield batches of one epoch after another, without end.
 
-        No batch before it is made.
+        Args:
+            position: index of the first batch to yield, counted from the start of epoch 0.
         """
         epoch, start = divmod(check_int("position", position, 0), len(self))
         while True:
@@ -242,8 +254,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
-            # From 1: a trailing 0 adds nothing to a seed, and batch 0 would share its draws with
-            # the order.
+            # Counted from 1: `torch_generator(seed, epoch, 0)` would equal the generator of the
+            # order, `torch_generator(seed, epoch)`.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = -(-len(rows) // self.world)
@@ -252,10 +264,10 @@ class Batches:
 
 
 def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
-    """Return images of one shape: unchanged if they have one near ``size``, else each resized.
+    """Return images of equal shape: unchanged if possible, otherwise cropped and resized.
 
-    Up to twice the size is kept, because a random crop still has pixels of its own to show. Above,
-    bilinear sampling would skip pixels and the cache would only grow.
+    Images of equal shape are kept up to twice ``size``, since random crops can use the additional
+    pixels. In larger images, the crops' bilinear sampling would skip pixels.
     """
     if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
         return images
@@ -263,7 +275,7 @@ def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
 
 
 def _centre(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> (B, 3, size, size): centre crop, short side resized, antialiased."""
+    """Return the central squares of uint8 (B, 3, H, W) images, resized to (size, size)."""
     height, width = images.shape[-2:]
     side = min(height, width)
     top = (height - side) // 2

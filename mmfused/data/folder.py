@@ -1,4 +1,4 @@
-"""Any folder of product images with a metadata.csv."""
+"""Read a folder of product images with a metadata.csv."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._common import check_int
 from .metadata import BrokenRow, Row, parse_label, read_rows
 from .pictures import BrokenPicture, decode, inside, quiet, read_picture, short_side
 
-# Importable from here as before.
+# Kept importable from this module for existing callers.
 from .pictures import load_rgb as load_rgb
 
 T = TypeVar("T")
@@ -35,31 +35,35 @@ class Item(NamedTuple):
 
 
 class ProductFolder(Dataset[dict[str, Any]]):
-    """Images, texts and labels of ``root``, read from ``root/metadata.csv`` (UTF-8).
+    """A dataset of the images, texts and labels that ``root/metadata.csv`` (UTF-8) lists.
 
-    The columns are ``file_name`` (below root), ``text`` and ``label`` (integer of at least 0), and
-    optionally ``coarse_label`` (likewise), the family of the label; others are ignored. An empty
-    file_name or text is a missing modality: a zero image with ``image_present`` False, or the text
-    ``""``. A row is skipped if both are empty, its label is bad, it is not well-formed, or its
-    image cannot be loaded by :func:`~mmfused.data.pictures.load_picture`; ``.skipped`` has one
-    sentence about each.
+    metadata.csv has the columns ``file_name`` (path below ``root``), ``text`` and ``label``
+    (integer of at least 0). The column ``coarse_label`` is optional: the number of a group of
+    labels. Other columns are ignored. If ``file_name`` is empty, the item has no image: its image
+    is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
 
-    Item: ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``. Images
-    are decoded once and kept in memory; with ``image_size`` as one tensor ``.images`` (N, 3,
-    image_size, image_size). ``.coarse_labels`` is None without that column. ``.digest`` is the
-    SHA-256 of texts, labels and picture files.
+    A row is skipped if it has neither an image nor a text, if its label is invalid, if it is not
+    well-formed, or if :func:`~mmfused.data.pictures.load_picture` cannot load its image.
+    ``.skipped`` has one sentence about each skipped row.
+
+    An item is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``.
+    Images are decoded once and kept in memory. With ``image_size``, ``.images`` is one tensor, (N,
+    3, image_size, image_size). ``.coarse_labels`` is None without the column ``coarse_label``.
+    ``.digest`` is the SHA-256 of texts, labels and picture files.
 
     Args:
         root: the folder.
-        image_size: short side resized to this, then centre crop; None keeps each image's own size.
-        num_classes: labels must be below it; None takes the largest label + 1.
-        strict: raise ValueError for the first broken row instead of skipping it.
-        text_column: the column that texts are read from in place of ``text``.
+        image_size: side of the square to which images are cropped and resized; None keeps the size
+            of each image.
+        num_classes: number of classes; labels must be smaller. None takes the largest label + 1.
+        strict: raise ValueError for the first invalid row instead of skipping it.
+        text_column: name of the column with the texts.
 
     Raises:
-        FileNotFoundError: no folder, or no metadata.csv in it.
+        FileNotFoundError: ``root`` does not exist or has no metadata.csv.
         ValueError: metadata.csv is unreadable, a column is missing or occurs twice, no row is
-            usable, the images do not fit into this machine's memory, or (strict) a row is broken.
+            usable, the images do not fit into this machine's memory, or a row is invalid with
+            ``strict``.
     """
 
     class_names: list[str] | None = None
@@ -75,8 +79,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
     ) -> None:
         if image_size is not None:
             check_int("image_size", image_size, 1)
-        # 2**31 fits every integer type used downstream, and keeps mistyped labels out of the number
-        # of classes.
+        # Labels below 2**31 fit the integer types that labels are converted to.
         label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
         self.root: Path = Path(root)
         self.image_size = image_size
@@ -92,10 +95,10 @@ class ProductFolder(Dataset[dict[str, Any]]):
         items = self._read(rows, label_limit, strict)
         self.digest: str = self._fill(items, coarse_labels)
         if not self.labels:
-            first = f"; the first: {self.skipped[0]}" if self.skipped else ""
+            first = f"; the first row: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"{self.root} has no usable row in metadata.csv{first}")
-        has_families = any("coarse_label" in row.fields for row in rows)
-        self.coarse_labels: list[int] | None = coarse_labels if has_families else None
+        has_coarse_labels = any("coarse_label" in row.fields for row in rows)
+        self.coarse_labels: list[int] | None = coarse_labels if has_coarse_labels else None
         self.num_classes: int = max(self.labels) + 1 if num_classes is None else num_classes
         if image_size is None:
             self._fill_blanks()
@@ -103,7 +106,10 @@ class ProductFolder(Dataset[dict[str, Any]]):
             self._images = self._images[: len(self.labels)]
 
     def _allocate(self, rows: int) -> torch.Tensor | list[torch.Tensor | None]:
-        """Return memory for the images of so many rows; the system commits it as it is written."""
+        """Return uninitialized memory for the images of ``rows`` rows.
+
+        The operating system commits the memory when it is written, so skipped rows use none.
+        """
         if self.image_size is None:
             return []
         size = rows * 3 * self.image_size**2
@@ -111,13 +117,13 @@ class ProductFolder(Dataset[dict[str, Any]]):
         if memory is not None and size > memory:
             raise ValueError(
                 f"{self.root} holds {rows} images of {self.image_size} x {self.image_size} pixels, "
-                f"{size / 2**30:.1f} GiB, more than this machine's memory of "
+                f"which need {size / 2**30:.1f} GiB, more than this machine's memory of "
                 f"{memory / 2**30:.1f} GiB"
             )
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     def _read(self, rows: list[Row], label_limit: int, strict: bool) -> Iterator[Item]:
-        """Yield the usable rows in order; images are decoded in several threads."""
+        """Yield the usable rows in order, and add a sentence to ``skipped`` for each other row."""
         loaded = _in_threads(lambda row: self._load(row, label_limit), rows)
         for row, found in zip(rows, loaded, strict=True):
             if isinstance(found, Item):
@@ -154,7 +160,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
             raise BrokenRow(f"the image cannot be read: {error}") from error
 
     def _fill(self, items: Iterable[Item], coarse_labels: list[int]) -> str:
-        """Store the items, and return their digest."""
+        """Store the items and return their digest."""
         total = hashlib.sha256()
         for row, item in enumerate(items):
             self.file_names.append(item.file_name)
@@ -173,9 +179,9 @@ class ProductFolder(Dataset[dict[str, Any]]):
         return total.hexdigest()
 
     def _fill_blanks(self) -> None:
-        """Give rows without an image a zero one of the first image's shape.
+        """Give each row without an image a zero image of the first image's shape.
 
-        So images that all have one shape still do.
+        If all images have the same shape, blank ones then have it too.
         """
         smallest = torch.empty(3, 1, 1, dtype=torch.uint8)
         first = next((image for image in self._images if image is not None), smallest)
@@ -184,7 +190,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
 
     @property
     def images(self) -> torch.Tensor | list[torch.Tensor]:
-        """All images, as one tensor if ``image_size`` is set; missing ones are zero."""
+        """All images, as one tensor if ``image_size`` is set; missing images are zero."""
         return self._images
 
     def __len__(self) -> int:
@@ -200,9 +206,10 @@ class ProductFolder(Dataset[dict[str, Any]]):
 
 
 def _in_threads(load: Callable[[Row], T], rows: list[Row]) -> Iterator[T]:
-    """Yield ``load(row)`` in order, from several threads: Pillow decodes without Python's lock.
+    """Yield ``load(row)`` for each row in order, computed in several threads.
 
-    Only a few results are held at a time.
+    Threads are enough, because Pillow releases the GIL while it decodes. A few results at a time
+    are in memory.
     """
     threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool, quiet():
@@ -216,7 +223,7 @@ def _in_threads(load: Callable[[Row], T], rows: list[Row]) -> Iterator[T]:
 
 
 def physical_memory() -> int | None:
-    """Return the size of this machine's memory in bytes; None if it is unknown."""
+    """Return the size of this machine's memory in bytes, or None if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -224,7 +231,7 @@ def physical_memory() -> int | None:
 
 
 def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int | None:
-    """Return the short side of the folder's first picture with a readable header, or None."""
+    """Return the short side of the first picture in a folder whose header is readable, or None."""
     for row in read_rows(Path(root), text_column):
         name = row.fields.get("file_name", "").strip()
         if row.broken is None and name:

@@ -1,4 +1,4 @@
-"""The generated product set: pictures drawn from attributes, titles composed from them."""
+"""A generated set of products, with pictures and titles made from random attributes."""
 
 from __future__ import annotations
 
@@ -48,35 +48,37 @@ TEMPLATES = (
     "{colour} {material} {noun} {size} {noise} {shape} {pattern} {brand}",
     "{shape} {noun} {brand} {pattern} {material} {colour} {noise} {size}",
 )
-# Rank of class k in the long tail, which is about 9 to 1; (shape, material) = divmod(k, 4). Every
-# shape and every material has a frequent class.
+# RANKS[k] is the frequency rank of class k, whose shape and material are divmod(k, 4). The most
+# frequent class is about 9 times as frequent as the rarest, and every shape and every material has
+# a frequent class.
 RANKS = np.array([0, 9, 13, 6, 11, 1, 7, 14, 15, 4, 2, 10, 5, 12, 8, 3])
 CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 
 
 class GeneratedProducts(Dataset[dict[str, Any]]):
-    """Products of 16 classes: a shape, which the picture shows, and a material, in the title.
+    """Generated products of 16 classes, each a pair of a shape and a material.
 
-    Each modality has some information about the other's half: titles often name the shape, and
-    colours correlate with materials. Some titles or images are missing, and some titles contradict
-    the picture's shape and colour; the label then follows the picture. Class frequencies have a
-    long tail. Everything depends only on (split, size, seed); titles and attributes do not depend
-    on ``image_size``.
+    The picture shows the shape, and the title names the material. The title also names the shape of
+    many products, and colours correlate with materials, so each modality has some information about
+    both. Some titles or images are missing. Some titles contradict the shape and the colour in the
+    picture; the label then follows the picture. Class frequencies have a long tail. The products
+    depend only on the arguments, and titles and attributes do not depend on ``image_size``.
 
-    Item: ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
+    An item is ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
+
+    ``.attributes`` holds (N,) integer arrays of the drawn attributes (label, shape, material,
+    colour, pattern, size) and of what the title names (said_shape and said_colour, -1 for nothing),
+    and the boolean arrays text_missing, image_missing and contradicts.
 
     Args:
-        split: "train" or "val", independent draws of the same distribution.
-        size: number of products; None takes 4096 for train and 1024 for val.
-        image_size: side of the pictures, at least 8.
-        seed: of all draws.
-        missing_text: exact fraction of rows without a text.
-        missing_image: exact fraction of rows without an image.
-        contradicting: exact fraction of rows with a wrong title; the three are disjoint.
-
-    ``.attributes`` holds integer arrays (N,) of what was drawn (shape, colour, pattern, size), what
-    the title names (material, said_shape, said_colour; -1 for nothing) and the boolean arrays
-    text_missing, image_missing and contradicts.
+        split: "train" or "val"; both are drawn independently from the same distribution.
+        size: number of products; None takes 4096 for "train" and 1024 for "val".
+        image_size: side S of the pictures, at least 8.
+        seed: seed of the random generator.
+        missing_text: exact fraction of the products without a text.
+        missing_image: exact fraction of the products without an image.
+        contradicting: exact fraction of the products whose title contradicts the picture. Each
+            product is in at most one of the three fractions.
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
@@ -114,7 +116,7 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
         self.attributes: dict[str, np.ndarray] = _draw_attributes(attributes_rng, size, fractions)
         self.texts: list[str] = _compose_titles(titles_rng, self.attributes)
         self.labels: list[int] = self.attributes["label"].tolist()
-        # The shapes.
+        # The coarse label is the shape.
         self.coarse_labels: list[int] = [label // len(MATERIALS) for label in self.labels]
         self.skipped: list[str] = []
         self.images: torch.Tensor = _draw_pictures(pixels_rng, self.attributes, image_size)
@@ -145,7 +147,7 @@ def _draw_attributes(
 ) -> dict[str, np.ndarray]:
     label = rng.choice(len(CLASS_PROBABILITIES), size=count, p=CLASS_PROBABILITIES)
     shape, material = np.divmod(label, len(MATERIALS))
-    # Half of the time the colour is one of the two that belong to the material.
+    # With probability 0.5, the colour is one of the two colours of the material.
     use_own = rng.random(count) < 0.5
     own_colour = 2 * material + rng.integers(0, 2, count)
     colour = np.where(use_own, own_colour, rng.integers(0, 8, count))
@@ -200,14 +202,14 @@ def _draw_pictures(
     attributes: dict[str, np.ndarray],
     side: int,
 ) -> torch.Tensor:
-    """Draw uint8 (N, 3, side, side): one patterned shape on a pale ground, with noise.
+    """Return (N, 3, side, side) uint8 pictures, each with a patterned shape on a pale background.
 
-    The shape is rotated and shifted a little.
+    The shape is rotated and shifted a little, and noise is added.
     """
     count = len(attributes["label"])
     images = np.zeros((count, 3, side, side), dtype=np.uint8)
     palette = np.array(list(COLOURS.values()), dtype=np.float32) / 255
-    # Blocks bound the memory: the float images of 256 products at a time.
+    # Drawn in blocks, because pictures take four times the memory in float32.
     for start in range(0, count, 256):
         rows = slice(start, min(start + 256, count))
         pick = {name: attributes[name][rows] for name in ("shape", "colour", "pattern", "size")}
@@ -224,13 +226,13 @@ def _draw_block(
 ) -> np.ndarray:
     count = len(pick["shape"])
     x, y = _coordinates(rng, pick["size"], side)
-    inside = _coverage(x, y, pick["shape"], pick["size"], side)[:, None]
+    coverage = _coverage(x, y, pick["shape"], pick["size"], side)[:, None]
     stripe = _pattern(x, y, pick["pattern"])[:, None]
     colour = palette[pick["colour"]] * rng.uniform(0.85, 1.1, (count, 1)).astype(np.float32)
     ink = colour[:, :, None, None] * (1 - 0.4 * stripe)
     ground = rng.uniform(0.75, 0.95, (count, 3)).astype(np.float32)[:, :, None, None]
     noise = rng.standard_normal((count, 3, side, side), dtype=np.float32) * 0.04
-    picture = ground + (ink - ground) * inside + noise
+    picture = ground + (ink - ground) * coverage + noise
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -239,7 +241,10 @@ def _coordinates(
     size: np.ndarray,
     side: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return coordinates (count, side, side) in the product's frame, -1 to 1 over the picture."""
+    """Return the x and y coordinates of the pixels, relative to the shifted and rotated shape.
+
+    Both are (count, side, side). A picture spans coordinates from -1 to 1.
+    """
     count = len(size)
     line = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
     shift = rng.uniform(-0.1, 0.1, (2, count, 1, 1)).astype(np.float32)
@@ -257,7 +262,7 @@ def _coverage(
 ) -> np.ndarray:
     """Return the fraction of each pixel that the shape covers.
 
-    It is the distance to the outline, clipped at half a pixel on either side.
+    The fraction goes from 1 to 0 over a pixel's width at the outline of the shape.
     """
     radius = np.array([0.55, 0.65, 0.75], dtype=np.float32)[size][:, None, None]
     distance = np.empty_like(x)
@@ -284,7 +289,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _pattern(x: np.ndarray, y: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-    """Return 0 where the product has its colour, 1 where it is darkened."""
+    """Return 1 at the pixels that the pattern darkens, and 0 at the others."""
     striped = np.sin(y * 14) > 0.2
     dotted = np.sin(x * 12) * np.sin(y * 12) > 0.45
     checked = (np.sin(x * 9) > 0) ^ (np.sin(y * 9) > 0)

@@ -372,7 +372,7 @@ def inside(root: Path, name: str) -> Path:
     # A zero byte in the name, or a cycle of links.
     except (OSError, ValueError, RuntimeError) as error:
         raise BrokenPicture(f"it is no name of a file ({_sentence(error)})") from error
-    raise BrokenPicture("it leads outside of the folder")
+    raise BrokenPicture("it leads outside the folder")
 
 
 class _Quiet:

@@ -73,7 +73,7 @@ def train_tokenizer(
         raise TypeError("texts: got one string, expected a list of strings")
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError("texts: got none, expected at least one text that is not empty")
+        raise ValueError("texts: got none, expected at least one non-empty text")
     tokenizer = _wordpiece(texts, vocab_size) if kind == "wordpiece" else _bpe(texts, vocab_size)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,15 +1,15 @@
-"""Training behind ``mmfused train``: from a configuration to a finished run folder.
+"""Training, as run by ``mmfused train``.
 
-The modules in the order in which to read them:
+The modules, in a good order for reading:
 
 1. ``config``: the settings of a run.
-2. ``run``: ``train(config)``, from the settings to the finished folder.
-3. ``loop``: steps, validation, records and checkpoints.
-4. ``tasks``, ``gradients``, ``optimizer``: what one step computes.
+2. ``run``: ``train(config)``, which makes a finished run from the settings.
+3. ``loop``: the training loop.
+4. ``tasks``, ``gradients``, ``optimizer``: the computation of one step.
 5. ``metrics``, ``retrieval_metrics``: scores of classifiers and of retrieval models.
-6. ``datasets``, ``setup``: data, tokenizer, batches and model from the settings.
+6. ``datasets``, ``setup``: the data, tokenizer, batches and model that the settings describe.
 7. ``checkpoint``, ``resume``, ``records``, ``signals``: stopping and resuming.
-8. ``run_folder``, ``load``: writing the result, and reading it to measure a model.
-9. ``ranks``: several processes that agree, stop and fail together.
-10. ``folder_lock``, ``files``: one writer to a folder, atomic writes, untrusted files.
+8. ``run_folder``, ``load``: writing the result, and loading a trained model.
+9. ``ranks``: several processes that stop and fail together.
+10. ``folder_lock``, ``files``: the lock on a run's folder, atomic writes, untrusted files.
 """

@@ -1,11 +1,12 @@
-"""Checkpoints: everything a training needs to resume with the same results.
+"""Write and read checkpoints, from which training resumes with the same results.
 
 ``OUT/checkpoints/step-00000123/`` holds ``model.safetensors``, ``optimizer.safetensors`` (AdamW's
 state by parameter name), ``rng.safetensors`` (states of the random generators), ``tokenizer/`` and
 ``state.json`` (step, position in the data, settings, and the SHA-256 of every other file).
 
-A checkpoint is written under a temporary name, forced to the disk and renamed, so a folder with its
-own name is complete unless the disk lost data, which the SHA-256 sums reveal. Nothing is pickled.
+A checkpoint is written to a temporary folder, which is flushed to disk and then renamed, so a
+killed process never leaves an incomplete ``step-*`` folder. The SHA-256 sums reveal later damage.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from mmfused.training.files import (
+    join_names,
     load_weights,
     model_tensors,
     read_tensors,
     remove,
     save_tensors,
     sha256,
-    shown,
     sync,
     sync_entry,
     write_json,
 )
-from mmfused.training.folder_lock import STEP, TEMPORARY, strangers_in_step, temporary
+from mmfused.training.folder_lock import (
+    STEP_NAME,
+    TEMPORARY_NAME,
+    foreign_in_checkpoint,
+    temporary_path,
+)
 from mmfused.training.run_folder import read_checkpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -50,19 +56,19 @@ def write(
     tokenizer: Any,
     keep: int,
 ) -> Path:
-    """Save a checkpoint of ``state["step"]``, and remove all but the ``keep`` newest.
+    """Write a checkpoint of ``state["step"]``, remove all but the ``keep`` newest, return its path.
 
     Args:
         root: the folder ``checkpoints`` of a run.
-        state: a JSON object, to which the SHA-256 sums are added.
+        state: contents of ``state.json``, without the SHA-256 sums.
         model: its weights are saved.
         optimizer: its state is saved.
-        generators: the states of these random generators are saved, and of torch's own.
-        tokenizer: saved with it.
-        keep: at least 1.
+        generators: random generators by name, whose states are saved with those of torch's own.
+        tokenizer: saved with ``save_pretrained``.
+        keep: number of checkpoints to keep, at least 1.
 
     Raises:
-        RuntimeError: a weight is not finite. Nothing is written: resuming would be useless.
+        RuntimeError: a weight is not finite; no checkpoint is written.
     """
     groups = {
         "model": model_tensors(model),
@@ -71,7 +77,7 @@ def write(
     }
     _check_finite(groups["model"], state["step"])
     path = root / f"step-{state['step']:08d}"
-    draft = temporary(path)
+    draft = temporary_path(path)
     try:
         draft.mkdir(parents=True)
         for name, tensors in groups.items():
@@ -116,7 +122,7 @@ def _rng_tensors(
     model: nn.Module,
     generators: Mapping[str, torch.Generator],
 ) -> dict[str, Tensor]:
-    """Return the uint8 states of ``generators`` by name, and of torch's, which draw dropout."""
+    """Return the uint8 states of ``generators`` and of torch's default generators, by name."""
     states = {name: generator.get_state() for name, generator in generators.items()}
     states["torch.cpu"] = torch.get_rng_state()
     device = next(model.parameters()).device
@@ -126,7 +132,7 @@ def _rng_tensors(
 
 
 def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the parameters' names, in the order in which the optimizer's state numbers them."""
+    """Return the names of the parameters, in the order of the indices in the optimizer's state."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]
@@ -137,23 +143,23 @@ def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest complete checkpoint under ``root`` and its state, or None without any.
+    """Return the newest intact checkpoint under ``root`` and its ``state.json``.
 
-    Broken checkpoints are skipped with a warning.
+    Damaged checkpoints are skipped with a warning. Return None if there are no checkpoints.
 
     Raises:
-        ValueError: all checkpoints are broken.
+        ValueError: all checkpoints are damaged.
     """
-    broken: list[ValueError] = []
+    damaged: list[ValueError] = []
     for path in reversed(saved(root)):
         try:
             return path, read_checkpoint(path)
         except ValueError as error:
-            broken.append(error)
+            damaged.append(error)
             logger.warning("checkpoint %s is ignored: %s", path.name, error)
-    if broken:
+    if damaged:
         raise ValueError(
-            f"resume: {root} holds no whole checkpoint: {broken[0]}; "
+            f"resume: {root} holds only damaged checkpoints: {damaged[0]}; "
             "overwrite the run to start again"
         )
     return None
@@ -165,10 +171,10 @@ def restore(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
 ) -> None:
-    """Load a checkpoint into the model, the optimizer, the generators and torch's generators.
+    """Load a checkpoint into the model, the optimizer, ``generators`` and torch's generators.
 
     Raises:
-        ValueError: a tensor does not fit; the message names the first.
+        ValueError: a tensor does not fit the model, the optimizer or a generator.
     """
     load_weights(model, path / "model.safetensors")
     state = _read_optimizer_state(path / "optimizer.safetensors", model, optimizer)
@@ -190,7 +196,7 @@ def restore(
             set_state(states[name])
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{source} holds no state of the random generator {name}: {error}"
+                f"{source} holds an invalid state of the random generator {name}: {error}"
             ) from error
 
 
@@ -199,7 +205,7 @@ def _read_optimizer_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> dict[int, dict[str, Tensor]]:
-    """Return AdamW's state by the parameters' numbers; ValueError unless it fits the model."""
+    """Return AdamW's state by parameter index; raise ValueError unless it fits the model."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = _optimized_names(model, optimizer)
     indices = {name: index for index, name in enumerate(names)}
@@ -207,18 +213,18 @@ def _read_optimizer_state(
     for key, tensor in read_tensors(path).items():
         name, _, kind = key.rpartition(".")
         if name not in indices:
-            raise ValueError(f"{path} holds {key}, and the model has no such parameter")
+            raise ValueError(f"{path} holds {key}, but the model has no parameter {name}")
         expected = () if kind == "step" else shapes[name]
         if kind not in ("step", "exp_avg", "exp_avg_sq") or tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{path} holds {key} of shape {tuple(tensor.shape)}, "
-                "and AdamW has no such state of this model"
+                "which is not a state that AdamW has for this model"
             )
         state.setdefault(indices[name], {})[kind] = tensor
     for index, entry in state.items():
         finite = all(t.is_floating_point() and t.isfinite().all() for t in entry.values())
         if not (len(entry) == 3 and finite and entry["step"] >= 1):
-            raise ValueError(f"{path} holds no whole state of AdamW for {names[index]}")
+            raise ValueError(f"{path} holds no complete state of AdamW for {names[index]}")
     if not state:
         raise ValueError(f"{path} holds no state of AdamW")
     return state
@@ -232,47 +238,50 @@ def saved(root: Path) -> list[Path]:
     found = [
         path
         for path in root.glob("step-*")
-        if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        if STEP_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(found, key=_step_of)
 
 
-def keep_until(root: Path, step: int) -> None:
-    """Remove checkpoints after ``step``, which are broken, and temporary folders.
+def remove_after(root: Path, step: int) -> None:
+    """Remove the checkpoints after ``step``, and temporary folders of killed processes.
+
+    The caller resumes from ``step``, the newest intact checkpoint, so later ones are damaged.
 
     Raises:
-        FileExistsError: one of them holds files that the run did not make, and would be in the way
-            when the run reaches its step.
+        FileExistsError: a later checkpoint holds files that the run did not make, and therefore
+            cannot be removed.
     """
     for path in saved(root):
         if _step_of(path) > step and not _discard(path):
             raise FileExistsError(
-                f"out: {path} is broken, and holds files that the run did not make; move it"
+                f"out: {path} is damaged, and holds files that the run did not make; move it"
             )
     for path in root.glob(".step-*.tmp"):
-        if TEMPORARY.fullmatch(path.name) and not strangers_in_step(path):
+        if TEMPORARY_NAME.fullmatch(path.name) and not foreign_in_checkpoint(path):
             remove(path)
 
 
 def _step_of(path: Path) -> int:
-    """Return the step of a checkpoint from its name, which matches ``STEP``."""
+    """Return the step of a checkpoint from its name, which matches ``STEP_NAME``."""
     return int(path.name.removeprefix("step-"))
 
 
 def _discard(path: Path) -> bool:
-    """Remove a checkpoint and return True, or False if it holds files that the run did not make.
+    """Remove a checkpoint and return True; return False if it contains foreign files.
 
-    It is renamed first: a process killed meanwhile leaves nothing that looks like a checkpoint.
+    The folder is renamed first, so that a process killed during the removal leaves no incomplete
+    checkpoint.
     """
-    foreign = [inner.name for inner in strangers_in_step(path)]
+    foreign = [inner.name for inner in foreign_in_checkpoint(path)]
     if foreign:
         logger.warning(
             "checkpoint %s is not removed: it holds %s, which the run did not make",
             path.name,
-            shown(foreign),
+            join_names(foreign),
         )
         return False
-    draft = temporary(path)
+    draft = temporary_path(path)
     os.rename(path, draft)
     remove(draft)
     return True

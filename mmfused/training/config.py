@@ -1,4 +1,4 @@
-"""Training configuration."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
 Modalities: TypeAlias = Literal["both", "image", "text"]
 Precision: TypeAlias = Literal["auto", "bf16", "off"]
 
-# The papers' own settings, by model and preset. Options of the command line override them.
+# The papers' settings by model and preset; command-line options override them.
 _FLUID = {
     "lr": 2e-5,
     "weight_decay": 0.01,
@@ -30,15 +30,15 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("fluid", "code"): _FLUID,
     ("uniecs", "paper"): _UNIECS,
     ("uniecs", "code"): _UNIECS,
-    # max_length is that of VISTA, its host.
+    # max_length is that of VISTA, UNICA's host model.
     ("unica", "paper"): {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109},
     ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
     ("unite", "paper"): _UNITE,
     ("unite", "code"): _UNITE,
 }
-# Settings that may change when a run is resumed: they decide where it runs, and what is shown or
-# kept, but not the results. Data are compared by content, not by path.
-FREE = {
+# Settings that may differ when a run is resumed, because they do not affect its results. The
+# contents of ``data``, ``val`` and ``products`` must not differ: `check_rows` compares them.
+FREE_ON_RESUME = {
     "out",
     "data",
     "val",
@@ -51,7 +51,7 @@ FREE = {
     "save_every",
     "keep",
 }
-_NAMES = (
+_NEVER_EMPTY = (
     "out",
     "data",
     "val",
@@ -69,40 +69,42 @@ _NAMES = (
 class TrainConfig:
     """The settings of one training run.
 
-    A step is one update of the weights, from ``accumulate`` batches of ``batch_size`` items; over
-    several ranks (``torchrun``) ``batch_size`` counts the items of all ranks. A checkpoint is
+    A step is one update of the weights, from ``accumulate`` batches of ``batch_size`` items. With
+    several ranks (``torchrun``), ``batch_size`` counts the items of all ranks. A checkpoint is
     written every ``save_every`` steps and at the end.
 
     Args:
         out: the folder of the run.
         data: folder with images and metadata.csv, or "generated".
-        val: folder to validate on; None for the generated set, which has its own.
-        products: the catalogue that retrieval models search; None searches the data themselves.
-        text_column: column of ``data`` and ``val``, not of ``products``.
+        val: folder of the validation set; None if ``data`` is "generated".
+        products: folder of the catalogue that retrieval models search; None searches ``data`` and
+            ``val`` themselves.
+        text_column: text column of the metadata.csv in ``data`` and ``val``.
         model: name of the model.
         preset: "tiny", or "paper" or "code" for published sizes.
         model_options: fields of the model's config.
-        image_encoder: pretrained part, a folder or a name.
-        text_encoder: pretrained part, a folder or a name.
-        host: pretrained Qwen2-VL for MOON2.0 and UNITE, a folder or a name.
-        init: run or checkpoint of the same model to start from, with its weights and tokenizer, as
-            for UNITE's second stage.
-        backend: of the ops.
-        amp: "bf16" computes under autocast; "auto" does so on CUDA devices with bfloat16.
+        image_encoder: folder or name of a pretrained image encoder.
+        text_encoder: folder or name of a pretrained text encoder.
+        host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
+        init: folder of a run or checkpoint of the same model; training starts from its weights and
+            uses its tokenizer, as in UNITE's second stage.
+        backend: backend of the ops.
+        amp: "bf16" trains under bfloat16 autocast, "off" in float32; "auto" is "bf16" on CUDA
+            devices that support bfloat16, otherwise "off".
         modalities: the modalities that FLUID sees.
-        steps: length of the training; None takes ``epochs``.
-        epochs: length of the training in passes over the data.
-        grad_cache: number of items of a batch that are encoded at a time; None encodes all.
-        augment: augment pictures; None does so for all but the generated ones.
-        tokenizer: folder or name; None trains one on the texts.
-        val_every: steps between validations; None takes a tenth of the training.
-        save_every: steps between checkpoints; None takes ``val_every``.
-        keep: number of checkpoints to keep, the newest ones.
+        steps: number of steps; None derives it from ``epochs``.
+        epochs: number of passes over the training set.
+        grad_cache: number of items of a batch that are encoded at a time; None encodes all at once.
+        augment: whether to augment pictures; None augments all but generated pictures.
+        tokenizer: folder or name of a tokenizer; None trains a tokenizer on the texts.
+        val_every: number of steps between validations; None takes a tenth of all steps.
+        save_every: number of steps between checkpoints; None takes ``val_every``.
+        keep: number of checkpoints to keep.
         overwrite: replace the run in ``out``.
-        resume: continue from the newest checkpoint in ``out``, if there is any.
+        resume: continue from the newest checkpoint in ``out``, if there is one.
 
     Raises:
-        ValueError: a value is out of range, or two of them exclude each other.
+        ValueError: a value is out of range, or two values exclude each other.
     """
 
     out: str
@@ -154,14 +156,12 @@ class TrainConfig:
         self._check_types()
         first, second = self.betas
         self.betas = (first, second)
-        self._check_texts()
+        self._check_strings()
         self._check_ranges()
         self._check_pretrained()
         self._check_model()
         if self.overwrite and self.resume:
-            raise ValueError(
-                "overwrite and resume: got both, expected one: a run is replaced or continued"
-            )
+            raise ValueError("overwrite and resume: got both, expected at most one of the two")
 
     def _check_types(self) -> None:
         kinds = get_type_hints(type(self))
@@ -175,13 +175,13 @@ class TrainConfig:
                     f"{entry.name}: got {value!r:.80}, expected one of {', '.join(choices)}"
                 )
 
-    def _check_texts(self) -> None:
+    def _check_strings(self) -> None:
         if "\0" in self.out:
             raise ValueError(f"out: got {self.out!r}, expected a folder")
-        for name in _NAMES:
+        for name in _NEVER_EMPTY:
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ValueError(f"{name}: got {value!r}, expected a text that is not empty")
+                raise ValueError(f"{name}: got {value!r}, expected a non-empty string")
 
     def _check_ranges(self) -> None:
         for name in ("epochs", "lr", "clip"):
@@ -214,12 +214,13 @@ class TrainConfig:
             if self.init and getattr(self, name):
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r} with init, "
-                    "expected none: the run has its own"
+                    f"expected no {name}: the run in init has its own"
                 )
         for name in ("image_encoder", "host"):
             if getattr(self, name) and self.patch_size:
                 raise ValueError(
-                    f"patch_size: got {self.patch_size} with {name}, expected none: it has its own"
+                    f"patch_size: got {self.patch_size} with {name}, "
+                    f"expected no patch_size: {name} has its own"
                 )
 
     def _check_model(self) -> None:
@@ -241,7 +242,7 @@ class TrainConfig:
         if self.model != "fluid" and self.modalities != "both":
             raise ValueError(
                 f"modalities: got {self.modalities!r} with model {self.model!r}, "
-                "expected 'both': it embeds each view"
+                "expected 'both': retrieval models embed images, texts and both"
             )
         if self.grad_cache and self.accumulate > 1:
             raise ValueError(
@@ -250,31 +251,33 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that survive a round trip through JSON."""
+        """Return the settings as values that JSON can represent."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the config of :meth:`to_dict`.
+        """Return the config with these ``values``, as from :meth:`to_dict`.
 
         Raises:
-            ValueError: a name is unknown, "out" is missing, or a value is out of range.
+            ValueError: a setting is unknown, "out" is missing, or a value is out of range.
         """
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: a training has no such setting")
+            raise ValueError(f"unknown settings: {', '.join(unknown)}")
         if "out" not in values:
             raise ValueError("out is missing")
         return cls(**values)
 
     def check_same(self, saved: Mapping[str, Any], where: str | PathLike[str]) -> None:
-        """Raise ValueError naming the first setting that differs from those ``saved`` in ``where``.
+        """Raise ValueError if a setting that is not in ``FREE_ON_RESUME`` differs from ``saved``.
 
-        Settings in ``FREE`` may differ.
+        Args:
+            saved: the settings of a run or checkpoint.
+            where: its folder, for the error message.
         """
         for name, value in self.to_dict().items():
-            if name in saved and name not in FREE and saved[name] != value:
+            if name in saved and name not in FREE_ON_RESUME and saved[name] != value:
                 raise ValueError(
-                    f"resume: {name} is {value!r}, but {where} was trained with {saved[name]!r}; "
-                    "use that one"
+                    f"resume: {name}: got {value!r}, expected {saved[name]!r}, "
+                    f"with which {where} was trained"
                 )

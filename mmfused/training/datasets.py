@@ -1,4 +1,4 @@
-"""The training, validation and product sets of a run, and checks that they fit."""
+"""Load and check the training, validation and product sets of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 
 MAX_CLASSES = 10**6
-# Side of pictures that no model sees. FLUID uses the same size.
-NO_SIZE = 16
-# The settings that name product folders.
+# Side to which pictures are resized if the model does not see them.
+UNUSED_SIDE = 16
+# The settings that are product folders.
 SPLITS = ("data", "val", "products")
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 def load_data(config: TrainConfig, image_size: int | None = None) -> tuple[Any, Any]:
-    """Return the training and the validation set, each with its own draw of swapped texts.
+    """Return the training and the validation set.
 
-    ``image_size`` is ProductFolder's.
+    Args:
+        config: the settings.
+        image_size: passed to :class:`mmfused.data.ProductFolder`.
     """
     train_set, val_set = _load_splits(config, image_size)
     if MODELS[config.model].task == "classification":
@@ -39,18 +41,19 @@ def _load_splits(config: TrainConfig, image_size: int | None) -> tuple[Any, Any]
         if config.text_column != "text":
             raise ValueError(
                 f"text_column: got {config.text_column!r} with the generated set, "
-                "expected 'text', the only one it has"
+                "expected 'text', its only text column"
             )
         if config.val is not None:
             raise ValueError(
-                f"val: got {config.val!r} with the generated set, expected none: it has its own"
+                f"val: got {config.val!r} with the generated set, "
+                "expected no folder: a validation set is generated too"
             )
         train_set = product_data.GeneratedProducts("train")
         return train_set, product_data.GeneratedProducts("val")
     check_folder("data", config.data)
     if config.val is None:
         raise ValueError(
-            "val: got nothing, expected a folder with images and metadata.csv to validate on"
+            "val: got None, expected the folder of a validation set, with images and metadata.csv"
         )
     train_set = load_folder("data", config.data, image_size, config.text_column)
     return train_set, load_folder("val", config.val, image_size, config.text_column)
@@ -60,14 +63,19 @@ def load_catalogue(
     config: TrainConfig,
     image_size: int | None = None,
 ) -> product_data.ProductFolder | None:
-    """Return the products that candidates are taken from, or None to take them from the data."""
+    """Return the products in ``config.products``, or None if the config has no such folder."""
     if config.products is None:
         return None
     return load_folder("products", config.products, image_size)
 
 
 def check_folder(name: str, folder: str) -> None:
-    """Raise FileNotFoundError unless ``folder`` has a metadata.csv; ``name`` is the argument's."""
+    """Raise FileNotFoundError unless ``folder`` has a metadata.csv.
+
+    Args:
+        name: name of the argument, for the error message.
+        folder: its value.
+    """
     if not (Path(folder) / "metadata.csv").is_file():
         raise FileNotFoundError(
             f"{name}: got {folder!r}, expected a folder with images and metadata.csv"
@@ -81,9 +89,14 @@ def load_folder(
     text_column: str = "text",
     num_classes: int | None = None,
 ) -> product_data.ProductFolder:
-    """Return the ProductFolder at ``folder``; skipped rows are logged.
+    """Return the ProductFolder at ``folder``, and log the rows that it skips.
 
-    ``name`` is the argument's, which errors begin with.
+    Args:
+        name: name of the argument, with which error messages begin.
+        folder: passed to :class:`mmfused.data.ProductFolder`, like the other arguments.
+        image_size: as there.
+        text_column: as there.
+        num_classes: as there.
     """
     check_folder(name, folder)
     try:
@@ -102,27 +115,30 @@ def load_folder(
 def _warn_of_skipped(name: str, skipped: list[str], most: int = 5) -> None:
     if skipped:
         more = [f"and {len(skipped) - most} more"] if len(skipped) > most else []
-        sentences = "\n  ".join(skipped[:most] + more)
-        logger.warning("%s: %d rows skipped\n  %s", name, len(skipped), sentences)
+        reasons = "\n  ".join(skipped[:most] + more)
+        logger.warning("%s: %d rows skipped\n  %s", name, len(skipped), reasons)
 
 
 def _check_classes(train_set: Any, val_set: Any) -> None:
-    """Raise ValueError if a classifier of these labels would be too large, or not know them all."""
+    """Raise ValueError if a label is too large.
+
+    Training labels must be below ``MAX_CLASSES``, and validation labels must not exceed them.
+    """
     last = train_set.num_classes - 1
     if last >= MAX_CLASSES:
         raise ValueError(
             f"data: got the label {last}, expected labels below {MAX_CLASSES}: "
-            "a classifier has an output for each from 0 on"
+            "a classifier has an output for each label from 0 to the largest"
         )
     if val_set.num_classes - 1 > last:
         raise ValueError(
-            f"val: label {val_set.num_classes - 1} is out of range, "
-            f"expected the labels 0 to {last} of the training data"
+            f"val: got the label {val_set.num_classes - 1}, "
+            f"expected labels from 0 to {last}, the largest label of the training data"
         )
 
 
 def stored_side(config: TrainConfig) -> int:
-    """Return the short side of the first readable picture of the training data; 32 without any."""
+    """Return the short side of the first readable training picture, or 32 if there is none."""
     if config.data == "generated":
         return product_data.GeneratedProducts("train", size=1)[0]["image"].shape[-1]
     check_folder("data", config.data)
@@ -130,11 +146,17 @@ def stored_side(config: TrainConfig) -> int:
 
 
 def check_rows(config: TrainConfig, expected: Mapping[str, str], *splits: Any) -> None:
-    """Raise ValueError unless rows and pictures have the ``expected`` digests, by split."""
+    """Raise ValueError unless each of the ``splits`` has its ``expected`` digest.
+
+    Args:
+        config: the settings.
+        expected: digests by name of the split.
+        splits: data sets in the order of ``SPLITS``; None for a split that the run does not have.
+    """
     for name, split in zip(SPLITS, splits, strict=True):
         if (None if split is None else split.digest) != expected.get(name):
             where = getattr(config, name) or config.data
             raise ValueError(
-                f"resume: {name}: the texts, labels or pictures of {where} are not those "
+                f"resume: {name}: the texts, labels or pictures of {where} are not those that "
                 "the run was trained with; restore them"
             )

@@ -1,4 +1,4 @@
-"""Files of runs: atomic writes, JSON objects, and safetensors read without trust."""
+"""Write the files of a run atomically, and read JSON and safetensors files that may be damaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmfused.extras import from_extra
 from mmfused.json_files import read_object
-from mmfused.training.folder_lock import strangers_at, temporary
+from mmfused.training.folder_lock import foreign_paths, temporary_path
 
 with from_extra("models"):
     import safetensors.torch
@@ -26,24 +26,24 @@ MAX_JSON_BYTES = 2**26
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, then rename the result to ``path``.
 
-    An existing folder at ``path`` is removed first, since no rename replaces a folder that holds
-    files; for a moment there is none.
+    An existing folder at ``path`` is removed before the rename, which cannot replace a folder that
+    holds files.
 
     Raises:
-        FileExistsError: that folder holds files that no run made.
+        FileExistsError: the folder at ``path`` holds files that no run made.
     """
-    draft = temporary(path)
+    draft = temporary_path(path)
     try:
         write(draft)
         sync(draft)
         if path.is_dir():
-            foreign = [inner.name for inner in strangers_at(path)]
+            foreign = [inner.name for inner in foreign_paths(path)]
             if foreign:
                 raise FileExistsError(
-                    f"out: {path} holds files that no run made ({shown(foreign)}); move them"
+                    f"out: {path} holds files that no run made ({join_names(foreign)}); move them"
                 )
             remove(path)
         os.replace(draft, path)
@@ -53,7 +53,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented."""
+    """Write ``value`` as an indented JSON object."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file, or the folder with everything in it, is on the disk."""
+    """Flush a file, or a folder and everything in it, to disk."""
     if path.is_dir():
         for inner in path.iterdir():
             sync(inner)
@@ -76,7 +76,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
-    """Wait until this one file or folder entry is on the disk."""
+    """Flush one file, or the list of entries of one folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +85,7 @@ def sync_entry(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it exists."""
+    """Remove the file or the folder at ``path``, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -99,25 +99,28 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object, or is larger than ``MAX_JSON_BYTES``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a JSON object, or is larger than ``MAX_JSON_BYTES``.
     """
     return read_object(path, MAX_JSON_BYTES)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in ``path``.
+    """Return the tensors in ``path`` by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a whole safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete safetensors file.
     """
     with _open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in ``path``, from its header; raises as `read_tensors`."""
+    """Return the shapes of the tensors in ``path`` by name; raise like `read_tensors`.
+
+    Only the header of the file is read.
+    """
     with _open_tensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
@@ -130,16 +133,18 @@ def _open_tensors(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(path, "pt") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is truncated, corrupt or not a safetensors file: {error}"
+        ) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights in ``path`` into ``model``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a whole safetensors file, or a tensor in it does not fit the model;
-            the message names the first one.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete safetensors file, or its tensors do not have the
+            names and shapes of the model's.
     """
     got = read_tensors(path)
     expected = model.state_dict()
@@ -156,19 +161,27 @@ def check_shapes(
     got: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise ValueError naming the first tensor whose shape in ``path`` is not the expected one."""
+    """Raise ValueError unless the tensors in ``path`` have the expected names and shapes.
+
+    Args:
+        path: the file, for the error message.
+        got: shapes of the tensors in the file, by name.
+        expected: shapes of the model's tensors, by name.
+    """
     for name in [*expected, *got]:
-        theirs, ours = (shapes.get(name, "no such tensor") for shapes in (got, expected))
-        if theirs != ours:
+        found, wanted = (
+            f"shape {shapes[name]}" if name in shapes else "no tensor" for shapes in (got, expected)
+        )
+        if found != wanted:
             raise ValueError(
-                f"{path} holds the weights of another model: {name}: got {theirs}, expected {ours}"
+                f"{path} holds the weights of another model: {name}: got {found}, expected {wanted}"
             )
 
 
 def check_fields(value: Mapping[str, Any], kinds: Mapping[str, type], path: Path) -> None:
-    """Raise ValueError unless ``value`` has all fields in ``kinds``, each of its type.
+    """Raise ValueError unless ``value`` has every field in ``kinds``, with the type given there.
 
-    An int passes for a float.
+    Where ``kinds`` has float, an int is accepted too.
     """
     for name, kind in kinds.items():
         if name not in value:
@@ -180,16 +193,16 @@ def check_fields(value: Mapping[str, Any], kinds: Mapping[str, type], path: Path
             )
 
 
-def inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``.
 
     Raises:
-        ValueError: that path leads outside the folder, by ``..`` or by a link.
+        ValueError: the path leads outside the folder, through ``..`` or a link.
     """
     path = folder / name
     if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{folder} names {name!r}, which leads outside of it; only files in the folder are read"
+            f"{folder}: {name!r} leads outside the folder; only files in the folder are read"
         )
     return path
 
@@ -203,7 +216,7 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def shown(names: Sequence[str], most: int = 3) -> str:
-    """Return the first ``most`` names as text, and the number of the others."""
+def join_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first ``most`` names and the number of further names: "a, b, c and 4 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

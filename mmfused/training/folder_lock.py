@@ -1,8 +1,9 @@
-"""Which files of a folder a run made, and the lock that lets one process at a time write them.
+"""Tell the files of a run from foreign files, and lock the folder of a run for one process.
 
-A folder with a run has a file `.mmfused-run`, its mark. Without the mark, and without settings that
-name the mmfused that wrote them, files with the names of a run's are another program's: they are
-not read, replaced or removed. Other files beside the run are left alone.
+The folder of a run contains a marker file, `.mmfused-run`. A folder without the marker is a run
+folder only if the settings in it name a version of mmfused. In any other folder, files with the
+names in ``RUN_FILES`` belong to another program, and are not read, replaced or removed. Files with
+other names are never touched.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-MARK = ".mmfused-run"
-TEXT = "The files of an mmfused run are in this folder; a run that writes them locks this one.\n"
-# Names that `temporary` gives.
-TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
-STEP = re.compile(r"step-(\d{8,18})")
-STEP_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-# Files that `save_pretrained` of the various tokenizers writes.
+MARKER = ".mmfused-run"
+MARKER_TEXT = (
+    "This folder contains an mmfused run. The process that writes the run locks this file.\n"
+)
+# Names that `temporary_path` makes.
+TEMPORARY_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
+STEP_NAME = re.compile(r"step-(\d{8,18})")
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+# Files that the tokenizers' `save_pretrained` writes.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +44,7 @@ TOKENIZER_FILES = (
     "emoji.json",
     "chat_template.jinja",
 )
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -49,28 +52,28 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """The lock on ``folder``: its mark, created if missing, and locked until :meth:`release`.
+    """A lock on the marker file of ``folder``, held until :meth:`release`.
 
-    ``was_there`` tells whether the mark existed before. The system releases the lock when the
-    process ends in any way.
+    The marker is created if it is missing; ``had_marker`` tells whether it existed before. The
+    operating system releases the lock when the process ends or is killed.
 
     Raises:
-        FileExistsError: another process holds the lock.
+        FileExistsError: another process holds the lock, or the marker is not a regular file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path: Path = folder / MARK
+        self.path: Path = folder / MARKER
         self.file: TextIO | None = None
-        self.was_there: bool = is_mark(self.path)
+        self.had_marker: bool = is_regular_file(self.path)
         self.take()
 
     def take(self) -> None:
-        """Lock the mark that is there now; if it was removed, a new one is made."""
+        """Lock the marker that is in the folder now, and create it if it is missing."""
         self.release()
-        # Once, unless the mark is removed between opening and locking it.
+        # A marker that was removed between opening and locking is created again.
         while self.file is None or not same_file(self.path, self.file):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = _open_mark(self.path)
+            self.file = _open_marker(self.path)
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,8 +83,8 @@ class Lock:
                     "wait for it, or choose another folder"
                 ) from None
             except OSError as error:
-                # Some network file systems have no locks.
-                if error.errno not in NO_LOCKS:
+                # Some network file systems do not support locks.
+                if error.errno not in LOCKS_UNSUPPORTED:
                     self.release()
                     raise
                 logger.warning(
@@ -90,11 +93,11 @@ class Lock:
                     error.strerror,
                 )
         if self.file.tell() == 0:
-            self.file.write(TEXT)
+            self.file.write(MARKER_TEXT)
             self.file.flush()
 
     def is_in_place(self) -> bool:
-        """Return whether the locked mark is still in the folder."""
+        """Return whether the locked marker is still in the folder."""
         return self.file is not None and same_file(self.path, self.file)
 
     def release(self) -> None:
@@ -110,45 +113,45 @@ class Lock:
         self.release()
 
 
-def _open_mark(path: Path) -> TextIO:
-    """Open the mark for appending; links are not followed, and pipes do not block.
+def _open_marker(path: Path) -> TextIO:
+    """Open the marker for appending, without following links or blocking on pipes.
 
     Raises:
-        FileExistsError: something other than a file has its name.
+        FileExistsError: ``path`` is not a regular file.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
-        if os.path.lexists(path) and not is_mark(path):
-            raise FileExistsError(f"out: {path} is no file of a run; move it") from error
+        if os.path.lexists(path) and not is_regular_file(path):
+            raise FileExistsError(f"out: {path} is not a file of a run; move it") from error
         raise
     file = open(descriptor, "a", encoding="utf-8")
-    if not is_mark(path):
+    if not is_regular_file(path):
         file.close()
-        raise FileExistsError(f"out: {path} is no file of a run; move it")
+        raise FileExistsError(f"out: {path} is not a file of a run; move it")
     return file
 
 
-def is_mark(path: Path) -> bool:
-    """Return whether ``path`` is a regular file."""
+def is_regular_file(path: Path) -> bool:
+    """Return whether ``path`` is a regular file, and not a link to one."""
     return path.is_file() and not path.is_symlink()
 
 
 def same_file(path: Path, file: IO[Any]) -> bool:
-    """Return whether the open ``file`` is the one at ``path``."""
+    """Return whether ``path`` is the path of the open ``file``."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file.fileno()))
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def is_marked(folder: Path) -> bool:
-    """Return whether ``folder`` has a run: its mark, or settings that name an mmfused.
+def is_run_folder(folder: Path) -> bool:
+    """Return whether ``folder`` has the marker, or settings that name a version of mmfused.
 
-    A copy of a run may lack the mark, which is a hidden file.
+    A copy of a run may lack the marker, which is a hidden file.
     """
-    if is_mark(folder / MARK):
+    if is_regular_file(folder / MARKER):
         return True
     paths = (folder / "config.json", *sorted(folder.glob("checkpoints/step-*/state.json")))
     return any(map(_names_mmfused, paths))
@@ -164,86 +167,96 @@ def _names_mmfused(path: Path) -> bool:
         return False
 
 
-# ---- files that no run made ----------------------------------------------------------------------
+# ---- foreign files: those that no run made -------------------------------------------------------
 
 
-def strangers(folder: Path, names: Collection[str]) -> list[str]:
-    """Return paths below ``folder`` that no run made, at the places ``names`` of a run's files."""
-    if not is_marked(folder):
+def foreign_files(folder: Path, names: Collection[str]) -> list[str]:
+    """Return the foreign files among ``names`` and inside them, as paths relative to ``folder``.
+
+    Args:
+        folder: the folder to search.
+        names: names of a run's files and folders, as in ``RUN_FILES``.
+    """
+    if not is_run_folder(folder):
         return [name for name in names if os.path.lexists(folder / name)]
     return [
         path.relative_to(folder).as_posix()
         for name in names
-        for path in strangers_at(folder / name)
+        for path in foreign_paths(folder / name)
     ]
 
 
-def strangers_at(path: Path) -> Iterator[Path]:
-    """Yield ``path`` if no run can have made it, else the entries in it that no run made."""
+def foreign_paths(path: Path) -> Iterator[Path]:
+    """Yield ``path`` if no run can have made it; otherwise yield the foreign files inside it."""
     if not os.path.lexists(path):
         return
     name = _final_name(path)
-    if _has_wrong_kind(path, name):
+    if _is_wrong_kind(path, name):
         yield path
     elif name == "checkpoints":
         for inner in sorted(path.iterdir()):
-            if not STEP.fullmatch(_final_name(inner)) or not inner.is_dir() or inner.is_symlink():
+            if (
+                not STEP_NAME.fullmatch(_final_name(inner))
+                or not inner.is_dir()
+                or inner.is_symlink()
+            ):
                 yield inner
             else:
-                yield from strangers_in_step(inner)
+                yield from foreign_in_checkpoint(inner)
     elif name == "tokenizer":
         for inner in sorted(path.iterdir()):
-            if _is_strange(inner, TOKENIZER_FILES):
+            if _is_foreign(inner, TOKENIZER_FILES):
                 yield inner
 
 
-def strangers_in_step(path: Path) -> list[Path]:
-    """Return the entries of a checkpoint's folder that do not belong to it."""
+def foreign_in_checkpoint(path: Path) -> list[Path]:
+    """Return the foreign files in the folder of a checkpoint."""
     found: list[Path] = []
     for inner in sorted(path.iterdir()):
         if inner.name == "tokenizer":
-            found.extend(strangers_at(inner))
-        elif _is_strange(inner, STEP_FILES):
+            found.extend(foreign_paths(inner))
+        elif _is_foreign(inner, CHECKPOINT_FILES):
             found.append(inner)
     return found
 
 
-def not_run_files(folder: Path, names: Collection[str]) -> list[str]:
-    """Return those of ``names`` that are links, pipes, or folders in the place of files.
+def wrong_kind_files(folder: Path, names: Collection[str]) -> list[str]:
+    """Return the ``names`` in ``folder`` that are not the kind of entry that a run makes.
 
-    A run makes none of these.
+    A run makes regular files, and the folders ``tokenizer`` and ``checkpoints``; it makes no links
+    or pipes.
     """
     return [
         name
         for name in names
-        if os.path.lexists(folder / name) and _has_wrong_kind(folder / name, name)
+        if os.path.lexists(folder / name) and _is_wrong_kind(folder / name, name)
     ]
 
 
-def _has_wrong_kind(path: Path, name: str) -> bool:
-    is_folder = name in ("tokenizer", "checkpoints") or STEP.fullmatch(name)
+def _is_wrong_kind(path: Path, name: str) -> bool:
+    is_folder = name in ("tokenizer", "checkpoints") or STEP_NAME.fullmatch(name)
     return path.is_symlink() or not (path.is_dir() if is_folder else path.is_file())
 
 
-def _is_strange(path: Path, names: Collection[str]) -> bool:
+def _is_foreign(path: Path, names: Collection[str]) -> bool:
     return path.name not in names or path.is_symlink() or not path.is_file()
 
 
 # ---- temporary files -----------------------------------------------------------------------------
 
 
-def temporary(path: Path) -> Path:
-    """Return the name under which this process writes ``path`` until it is complete."""
+def temporary_path(path: Path) -> Path:
+    """Return the path to which this process writes before it renames the result to ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _final_name(path: Path) -> str:
-    """Return the name that a temporary file will get, or the name of any other file."""
-    draft = TEMPORARY.fullmatch(path.name)
-    return draft[1] if draft else path.name
+    """Return the name of ``path``; for a temporary file, the name it would be renamed to."""
+    match = TEMPORARY_NAME.fullmatch(path.name)
+    return match[1] if match else path.name
 
 
 def half_written(folder: Path, names: Collection[str]) -> list[Path]:
-    """Return temporary files of ``names`` that killed processes left."""
-    found = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
-    return [path for path in found if _final_name(path) in names and not any(strangers_at(path))]
+    """Return the temporary files of ``names`` that killed processes left in ``folder``."""
+    found = [path for path in folder.glob(".*.tmp") if TEMPORARY_NAME.fullmatch(path.name)]
+    return [path for path in found if _final_name(path) in names and not any(foreign_paths(path))]

@@ -1,4 +1,4 @@
-"""Gradients of a step: from several batches, from one batch in chunks (GradCache), over ranks."""
+"""Gradients of a step: over several batches, over chunks of a batch (GradCache), over ranks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def add_gradients(
     count: int,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add the gradient of the mean loss of ``count`` batches, with one at a time in memory.
+    """Add the gradient of the mean loss of ``count`` batches to ``.grad``, one batch at a time.
 
-    For losses that are means over samples, and batches of one size, that is the gradient of the one
-    large batch. Losses that couple samples differ: a contrastive loss takes its negatives, a
-    balance loss its shares, and BatchNorm its statistics from one batch only. For contrastive
-    losses there is :func:`add_cached_gradients`.
+    If the loss is a mean over samples and all batches have the same size, the result is the
+    gradient of one large batch. If the loss couples samples, it is not: a contrastive loss takes
+    its negatives, a balance loss its shares, and BatchNorm its statistics from one batch only.
+    Contrastive losses can use :func:`add_cached_gradients` instead.
 
     Args:
         model: called with each batch as keyword arguments.
-        batches: on any device.
+        batches: ``count`` batches, on any device.
         count: number of batches.
         amp: compute under bfloat16 autocast.
 
     Returns:
-        The mean loss, and the means of its terms by name, detached.
+        The mean loss, and the means of the loss terms by name, detached.
     """
     sums: dict[str, Tensor] = {}
     device = next(model.parameters()).device
@@ -53,12 +53,19 @@ def add_cached_gradients(
     chunk: int,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add the gradient of one batch of a retrieval model, encoding ``chunk`` items at a time.
+    """Add the gradient of one batch to ``.grad``, encoding ``chunk`` items at a time (GradCache).
 
-    GradCache (Gao et al. 2021, arXiv 2101.06983): encode without a graph, take the loss's gradient
-    with respect to the encoded rows, then encode each chunk again and backpropagate from there. The
-    result is exact, for twice the forward passes and the memory of one chunk: the second encoding
-    draws the same dropout. Means over items (MOON2.0's balance loss) become means over chunks.
+    GradCache (Gao et al. 2021, arXiv 2101.06983) encodes all chunks without a graph, computes the
+    loss and its gradient with respect to the encoded rows, then encodes each chunk again and
+    backpropagates through it. The gradient is exact, since the second encoding draws the same
+    dropout. It takes twice the forward passes, and the memory of one chunk's graph. Terms that are
+    means over the items of an encoder call (MOON2.0's balance loss) become means over chunks.
+
+    Args:
+        model: a retrieval model.
+        batch: items by role (query, positive and so on).
+        chunk: number of items that are encoded at a time.
+        amp: compute under bfloat16 autocast.
 
     Returns:
         The loss, and its terms by name, detached.
@@ -95,9 +102,14 @@ def _backward(
     rows: slice,
     share: float,
 ) -> None:
-    """Backpropagate the gradients of ``leaves`` through one chunk's encoding.
+    """Backpropagate the gradients of ``leaves`` through the encoding of one chunk.
 
-    ``rows`` are the chunk's; a scalar leaf gives it ``share`` of its gradient.
+    Args:
+        encoded: what the model returned for the chunk, by name.
+        leaves: the same for all chunks, with gradients.
+        rows: rows of the chunk in the leaves.
+        share: fraction of the items that are in the chunk, by which gradients of scalar leaves
+            are multiplied.
     """
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
@@ -110,7 +122,7 @@ def _backward(
 
 
 def _chunks(items: Items, size: int) -> list[Items]:
-    """Split items into chunks; without items there is one empty chunk."""
+    """Split items into chunks; return one empty chunk if there are no items."""
     starts = range(0, max(len(items["labels"]), 1), size)
     return [
         {name: value[first : first + size] for name, value in items.items()} for first in starts
@@ -118,7 +130,7 @@ def _chunks(items: Items, size: int) -> list[Items]:
 
 
 def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
-    """Concatenate the rows of the chunks, and average scalars over items; return leaves."""
+    """Return leaf tensors: the rows of all chunks, and the scalars averaged over items."""
     shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
     leaves: Items = {}
     for name, first in parts[0].items():
@@ -133,7 +145,7 @@ def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a tensor, or a nested dict of tensors, on ``device``."""
+    """Return ``batch``, a tensor or a nested dict of tensors, on ``device``."""
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device, non_blocking=True)
@@ -154,7 +166,10 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Average each gradient over ranks, in one message per dtype; a missing one counts as zeros."""
+    """Average the gradients over ranks, with one all-reduce per dtype.
+
+    A missing gradient counts as zeros.
+    """
     if not in_group():
         return
     groups: dict[torch.dtype, list[Tensor]] = {}

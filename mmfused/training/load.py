@@ -1,4 +1,4 @@
-"""A trained model with everything needed to measure it: tokenizer, batches, device, precision."""
+"""Load a trained model, with its tokenizer and batches, to measure it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Trained:
     """A trained model in evaluation mode, on ``device``.
 
     Args:
-        folder: of the run or checkpoint.
+        folder: folder of the run or checkpoint.
         model: the model.
-        tokenizer: its tokenizer.
-        settings: those saved in the folder.
-        device: where it computes.
+        tokenizer: the model's tokenizer.
+        settings: the settings saved in ``folder``.
+        device: device to which the model is moved.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Trained:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the file of the weights."""
         return sha256(self.folder / "model.safetensors")
 
-    def must_retrieve(self, command: str) -> None:
-        """Raise ValueError unless it is a retrieval model."""
+    def check_is_retrieval_model(self, command: str) -> None:
+        """Raise ValueError unless the model is a retrieval model."""
         if self.task != "retrieval":
             raise ValueError(
                 f"{command}: checkpoint: got {self.folder}, which holds {self.name}, a classifier, "
@@ -75,10 +75,10 @@ class Trained:
 
         Args:
             data: the folder, or "generated".
-            batch_size: None takes the one of training's validation.
-            text_column: column of metadata.csv.
-            num_classes: rows with a label that is not below it are skipped.
-            name: the argument that named the folder, for errors.
+            batch_size: items per batch; None takes ``VAL_BATCH_SIZE``.
+            text_column: text column of metadata.csv.
+            num_classes: rows with a label of at least ``num_classes`` are skipped.
+            name: name of the argument ``data`` in error messages.
         """
         size = self.model.picture_size
         if data == "generated":
@@ -96,18 +96,18 @@ def load_trained(
     device: str = "auto",
     threads: int | None = None,
 ) -> Trained:
-    """Load the run or checkpoint in ``folder``.
+    """Load the model of the finished run or checkpoint in ``folder``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a file is damaged, as :func:`mmfused.training.run_folder.load_run` describes, or
-            backend or device are not available.
+        FileNotFoundError: ``folder`` holds neither a finished run nor a checkpoint.
+        ValueError: a file is damaged (see :func:`mmfused.training.run_folder.load_run`), or the
+            backend or the device is not available.
     """
-    where = pick_device(device)
+    chosen = pick_device(device)
     settings = read_settings(Path(folder))
     model, tokenizer = load_saved(Path(folder), settings)
-    trained = Trained(Path(folder), model, tokenizer, settings, where)
-    check_backend(backend, where, torch.bfloat16 if trained.amp else torch.float32)
+    trained = Trained(Path(folder), model, tokenizer, settings, chosen)
+    check_backend(backend, chosen, torch.bfloat16 if trained.amp else torch.float32)
     if threads:
         torch.set_num_threads(threads)
     return trained

@@ -23,7 +23,7 @@ from mmfused.training.folder_lock import Lock
 from mmfused.training.gradients import average_gradients
 from mmfused.training.metrics import peak_memory
 from mmfused.training.optimizer import learning_rate, make_optimizer
-from mmfused.training.ranks import refused_together, stop_together
+from mmfused.training.ranks import fail_together, stop_together
 from mmfused.training.records import Records, check_history, is_due, read_history
 from mmfused.training.resume import SCORES, Checkpoint
 from mmfused.training.run_folder import SCORE_OF_TASK, check_complete, save_run
@@ -37,17 +37,17 @@ MAX_STEPS = 10**12
 
 
 class Training:
-    """The loop, and all of its state that changes.
+    """The training loop and its state.
 
     Args:
         config: the settings.
-        model: on its device.
-        tokenizer: saved with the model; hidden texts are made of its tokens.
-        task: batches, gradients and scores.
+        model: the model, on its device.
+        tokenizer: the model's tokenizer, saved with the model.
+        task: makes the batches, gradients and scores.
         amp: compute under bfloat16 autocast.
-        rank: of this process.
-        settings: saved with each checkpoint and with the run.
-        facts: about the data, for the summary.
+        rank: rank of this process.
+        settings: saved in each checkpoint and in ``config.json``.
+        facts: numbers of rows and skipped rows, for the summary.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Training:
         self.step = 0
         # Step and folder of the newest checkpoint.
         self.saved: tuple[int, Path] | None = None
-        # The first rank's lock on the folder.
+        # The lock on the folder, held by rank 0.
         self.lock: Lock | None = None
-        # Time of the processes before this one.
+        # Training time of the earlier processes of a resumed run.
         self.seconds_before = 0.0
         self.steps_since_record = 0
 
@@ -96,21 +96,21 @@ class Training:
         if steps > MAX_STEPS:
             raise ValueError(
                 f"epochs: got {config.epochs}, which are {steps} steps, "
-                f"expected at most {MAX_STEPS} of them"
+                f"expected at most {MAX_STEPS} steps"
             )
         return steps
 
     def restore(self, found: Checkpoint) -> None:
-        """Load a checkpoint and the records up to it.
+        """Load the checkpoint ``found`` and the records up to its step.
 
         Raises:
-            ValueError: it does not fit the model, or ``metrics.jsonl`` lacks records.
+            ValueError: the checkpoint does not fit the model, or ``metrics.jsonl`` lacks records.
         """
         path, state = found
         if state["step"] > self.steps:
             raise ValueError(
-                f"resume: {path} is of step {state['step']}, expected at most {self.steps}, "
-                "the last one"
+                f"resume: {path}: got step {state['step']}, expected at most {self.steps}, "
+                "the last step of the run"
             )
         records = self.records
         scores = SCORES[MODELS[self.config.model].task]
@@ -130,7 +130,7 @@ class Training:
         self.seconds_before: float = state["seconds"]
 
     def shared(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, so that all make the same steps."""
+        """Return the values that must be equal on all ranks for them to make the same steps."""
         rows = {f"{name}'s rows": digest for name, digest in self.settings["rows"].items()}
         return {**rows, "steps": self.steps, "step": self.step, "batches": len(self.batches)}
 
@@ -138,7 +138,7 @@ class Training:
         """Train up to the last step, write the result and return the summary.
 
         Raises:
-            Stopped: a signal came; a checkpoint was saved.
+            Stopped: a signal came, and a checkpoint was saved.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -152,28 +152,28 @@ class Training:
             initial=self.step,
         )
         try:
-            with refused_together():
+            with fail_together():
                 self.records.open()
             with progress as bar, stop_on_signals() as stop:
                 self.bar: Any = bar
                 self.loop(stop)
-            with refused_together():
+            with fail_together():
                 return self.finish()
         finally:
             self.records.close()
 
     def loop(self, stop: StopRequest) -> None:
-        """Make steps until the last one; validate and save when due."""
+        """Make the remaining steps, and validate and save when due."""
         self.model.train()
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
             signum = stop_together(stop)
-            # A signal interrupts a validation; the resumed run makes up for it here.
+            # After resuming, this repeats a validation that a signal interrupted.
             if self.is_due(self.val_every) and self.validated_step() < self.step:
-                with refused_together():
+                with fail_together():
                     self.validate(stop)
                 signum = stop_together(stop)
-            with refused_together():
+            with fail_together():
                 if (self.is_due(self.save_every) or signum) and not self.is_saved():
                     self.save()
             if signum:
@@ -182,11 +182,11 @@ class Training:
             if self.step == self.steps:
                 return
             loss, terms, rate = self.advance(stream)
-            with refused_together():
+            with fail_together():
                 self.report(loss, terms, rate)
 
     def is_due(self, every: int) -> bool:
-        """Return whether something done ``every`` so many steps is due now."""
+        """Return whether an action repeated after ``every`` steps is due now."""
         return is_due(self.step, every, self.steps)
 
     def validated_step(self) -> int:
@@ -204,7 +204,7 @@ class Training:
         self,
         stream: Iterator[dict[str, Any]],
     ) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Make one step from the next batches; return its loss, the loss's terms and its rate."""
+        """Make one step from the next batches; return the loss, its terms and the learning rate."""
         config = self.config
         rate = learning_rate(self.step, self.steps, config.lr, config.warmup)
         if isinstance(self.model, RetrievalModel):
@@ -219,7 +219,7 @@ class Training:
         return loss, terms, rate
 
     def drop(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch with some images and texts hidden, as ``drop_image`` and so on tell."""
+        """Hide some images and texts of a batch, with the probabilities in the settings."""
         config = self.config
         if config.modalities != "both" or config.drop_image + config.drop_text == 0:
             return batch
@@ -233,7 +233,7 @@ class Training:
         return self.task.map_items(batch, drop)
 
     def report(self, loss: Tensor, terms: dict[str, Tensor], rate: float) -> None:
-        """Record the step if that is due.
+        """Record the step if a record is due, and update the progress bar.
 
         Raises:
             RuntimeError: the loss is not finite.
@@ -261,22 +261,20 @@ class Training:
         return f", {score} {last[score]:.1%}" if last else ""
 
     def validate(self, stop: StopRequest) -> None:
-        """Record the scores of the validation set, unless a signal comes."""
+        """Record the scores of the validation set, unless ``stop`` interrupts the validation."""
         result = self.task.evaluate(self.model, self.amp, stop)
         if result is not None:
             self.records.add("val", {"step": self.step, **result})
         self.restart_clock()
 
     def save(self) -> None:
-        """Write a checkpoint.
-
-        Its ``metrics_bytes`` counts the records up to it, which must be on the disk first.
-        """
+        """Write a checkpoint of this step."""
         folder = self.out / "checkpoints"
         if not self.main:
             self.saved = (self.step, folder)
             return
-        self.keep_folder()
+        self.restore_folder()
+        # The checkpoint refers to the records up to this step, so they are flushed first.
         self.records.sync()
         epoch, batch = divmod(self.step * self.config.accumulate, len(self.batches))
         state = {
@@ -298,11 +296,11 @@ class Training:
         self.saved = (self.step, path)
         self.restart_clock()
 
-    def keep_folder(self) -> None:
-        """Make the folder, its mark and the records again if they were removed during training.
+    def restore_folder(self) -> None:
+        """Create the folder, its marker and ``metrics.jsonl`` again if they have been removed.
 
         Raises:
-            FileExistsError: another process has taken the folder, or wrote records of its own.
+            FileExistsError: another process has locked the folder or replaced ``metrics.jsonl``.
         """
         assert self.lock is not None
         if not self.lock.is_in_place():
@@ -310,30 +308,30 @@ class Training:
         self.records.write_again()
 
     def restart_clock(self) -> None:
-        """Start measuring the time of a step anew."""
+        """Restart the measurement of the time per step."""
         self.since: float = time.perf_counter()
         self.steps_since_record: int = 0
 
     def seconds(self) -> float:
-        """Return the time of training, earlier processes included."""
+        """Return the training time, including that of earlier processes."""
         return self.seconds_before + time.perf_counter() - self.begun
 
     def finish(self) -> dict[str, Any]:
         """Write the result and return the summary."""
         summary = self.summary()
         if self.main:
-            self.keep_folder()
+            self.restore_folder()
             history = self.records.history
             save_run(self.out, self.settings, self.model, self.tokenizer, summary, history)
             check_complete(self.out, self.records.size)
         return summary
 
     def summary(self) -> dict[str, Any]:
-        """Return the content of ``summary.json``."""
+        """Return the contents of ``summary.json``."""
         config = self.config
         train_records = self.records.history["train"]
         last_val = self.records.history["val"][-1]
-        # The first record includes warm-up, such as compilation.
+        # The first record includes one-time costs such as compilation.
         timed = train_records[1:] or train_records
         return {
             "model": config.model,
@@ -362,10 +360,19 @@ def update(
     clip: float,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make one optimizer step from ``count`` batches at learning rate ``rate``.
+    """Make one optimizer step, and return the mean loss of the batches and its terms by name.
 
-    Gradients are averaged over ranks, then clipped to the norm ``clip``. Returns the mean loss and
-    its terms, as :func:`mmfused.training.gradients.add_gradients`.
+    Gradients are averaged over ranks before they are clipped.
+
+    Args:
+        model: the model to train.
+        optimizer: its optimizer.
+        task: computes the gradients.
+        batches: the batches of this step.
+        count: number of batches.
+        rate: learning rate.
+        clip: largest norm of the gradient.
+        amp: compute under bfloat16 autocast.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Scores of classifiers: loss, accuracy, and precision, recall and F1 by class and averaged."""
+"""Scores of classifiers: loss, accuracy, precision, recall and F1; and the peak memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class Counts(NamedTuple):
-    """Numbers of rows by class, (C,) int64 each."""
+    """Numbers of rows for each of C classes, as (C,) int64 tensors."""
 
-    hits: Tensor  # of this class and predicted as such
-    predicted: Tensor  # predicted as this class
-    actual: Tensor  # of this class
+    hits: Tensor  # rows of the class that are predicted correctly
+    predicted: Tensor  # rows predicted as the class
+    actual: Tensor  # rows of the class
 
 
 def count(predictions: Tensor, labels: Tensor) -> Counts:
     """Count rows by class.
 
     Args:
-        predictions: (N,) int64, N at least 1, classes counted from 0.
+        predictions: (N,) int64, at least one; classes are numbered from 0.
         labels: (N,) int64.
     """
     size = int(max(predictions.max(), labels.max())) + 1
@@ -35,7 +35,7 @@ def count(predictions: Tensor, labels: Tensor) -> Counts:
 
 
 def class_scores(counts: Counts) -> dict[str, Tensor]:
-    """Return precision, recall and F1 of each class, (C,) float64; 0 / 0 counts as 0."""
+    """Return precision, recall and F1 of each class as (C,) float64 tensors; 0 / 0 is 0."""
     hits = counts.hits.double()
     return {
         "precision": hits / counts.predicted.clamp(min=1),
@@ -45,8 +45,11 @@ def class_scores(counts: Counts) -> dict[str, Tensor]:
 
 
 def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return accuracy, and :func:`class_scores` averaged over the classes that occur in either."""
-    # Renumbered: labels may be product numbers, and `count` allocates up to the largest.
+    """Return the accuracy, and the means of :func:`class_scores` over the classes that occur.
+
+    A class occurs if it is in ``predictions`` or in ``labels``.
+    """
+    # Classes are renumbered because labels may be large numbers, and `count` allocates that many.
     numbers = torch.cat([predictions, labels]).unique(return_inverse=True)[1]
     counts = count(*numbers.split(len(labels)))
     macro = {f"macro_{name}": float(value.mean()) for name, value in class_scores(counts).items()}
@@ -54,7 +57,7 @@ def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def model_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of ``batch`` that the model's modalities need, on the model's device."""
+    """Return the tensors of ``batch`` that the model's modalities need, on the model's device."""
     modalities = model.config.modalities
     names = ["labels"]
     if modalities in ("image", "both"):
@@ -72,13 +75,13 @@ def predict(
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> tuple[float, Tensor, Tensor] | None:
-    """Return the mean loss, predictions (N,) and labels (N,), computed in evaluation mode.
+    """Return the mean loss, predictions (N,) and labels (N,) in evaluation mode.
 
     Args:
         model: a classifier.
-        batches: at least one.
+        batches: at least one batch.
         amp: compute under bfloat16 autocast.
-        stopped: called before each batch; once it is true, None is returned.
+        stopped: called before each batch; if it returns true, `predict` returns None.
 
     Raises:
         RuntimeError: the loss is not finite.
@@ -103,9 +106,7 @@ def predict(
     all_labels = torch.cat(labels)
     loss = float(sum(losses)) / len(all_labels)
     if not math.isfinite(loss):
-        raise RuntimeError(
-            f"the validation loss is {loss}: the weights give numbers that are not finite"
-        )
+        raise RuntimeError(f"the validation loss is {loss}; the weights may have diverged")
     return loss, torch.cat(predictions), all_labels
 
 
@@ -115,7 +116,10 @@ def evaluate(
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, float] | None:
-    """Return ``val_loss`` and :func:`scores`; arguments, None and errors as in :func:`predict`."""
+    """Return ``val_loss`` and :func:`scores`, or None if :func:`predict` returns None.
+
+    Arguments and errors are those of :func:`predict`.
+    """
     result = predict(model, batches, amp, stopped)
     if result is None:
         return None
@@ -124,7 +128,10 @@ def evaluate(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return peak memory in bytes: of the CUDA allocator, or resident memory of this process."""
+    """Return the peak memory in bytes.
+
+    On CUDA it is that of the allocator, otherwise the resident memory of this process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -11,9 +11,13 @@ from mmfused.training.config import TrainConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Return the rate of ``step``, counted from 0: linear warm-up, then half a cosine down to 0.
+    """Return the learning rate of one step: linear warm-up, then cosine decay to 0.
 
-    ``warmup`` is the fraction of the ``steps`` that warms up.
+    Args:
+        step: number of the step, counted from 0.
+        steps: number of all steps.
+        peak: the learning rate at the end of the warm-up.
+        warmup: fraction of the steps that belongs to the warm-up.
     """
     ramp = max(1, round(warmup * steps))
     if step < ramp:
@@ -22,7 +26,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, without decay of norms and biases."""
+    """Return AdamW over the trainable parameters, without weight decay of norms and biases."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

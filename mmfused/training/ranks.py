@@ -1,4 +1,4 @@
-"""Agreement between the processes of one training: they join, stop and fail together."""
+"""Let the ranks of one training join, stop and fail together."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from mmfused.training.signals import StopRequest
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed; the message names it and quotes its error."""
+    """Another rank failed; the message gives that rank and its error."""
 
 
 def join_ranks(device: torch.device) -> tuple[int, int]:
-    """Return (rank, world); under ``torchrun`` the process group is made first.
+    """Return the rank and the number of ranks; create the process group under ``torchrun``.
 
-    It has gloo, and NCCL for CUDA: small messages go over the CPU, and need no device sync.
+    On CUDA the group has NCCL for CUDA tensors and gloo for CPU tensors. The functions below
+    exchange CPU tensors, for which the device need not be synchronized.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
@@ -32,7 +33,7 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
 
 
 def leave_ranks() -> int:
-    """Close the process group, if there is one, and return the rank that this process had."""
+    """Destroy the process group, if there is one, and return the rank that this process had."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     rank = dist.get_rank()
@@ -41,10 +42,10 @@ def leave_ranks() -> int:
 
 
 def stop_together(stop: StopRequest) -> int | None:
-    """Return, on all ranks, the signal that has reached any of them.
+    """Return on all ranks the signal that any rank has received, or None.
 
-    Ranks act on the returned value, not on ``stop``: a signal may come at any time after, and
-    counts at the next call.
+    Ranks must act on the returned value and not on ``stop``, which may change at any time on one
+    rank only.
     """
     if not in_group():
         return stop.signum
@@ -57,7 +58,7 @@ def _gather_texts(text: str) -> list[str]:
     """Return the texts of all ranks, in rank order."""
     if not in_group():
         return [text]
-    # A file's name may have lone surrogates.
+    # An error message may contain a file name with lone surrogates.
     encoded = text.encode(errors="backslashreplace")
     data = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8).to(_device())
     sizes = _gather(torch.tensor([len(encoded)], device=data.device)).tolist()
@@ -68,32 +69,37 @@ def _gather_texts(text: str) -> list[str]:
 
 
 @contextmanager
-def refused_together() -> Iterator[None]:
-    """Raise on all ranks what is raised on one, so that none waits for it forever.
+def fail_together() -> Iterator[None]:
+    """Raise an error on all ranks if the block raises on one, so that no rank waits forever.
 
-    The failing rank raises its own error, the others :class:`OtherRankError`. All ranks must enter
-    the block, and an error in it must not keep a rank from an exchange that others wait for.
+    The failing rank raises its own error, and the other ranks raise :class:`OtherRankError`. All
+    ranks must enter the block. The block must not contain collective operations, in which other
+    ranks would wait for the failed rank.
     """
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
-    refusals: list[str] = []
+    messages: list[str] = []
     if in_group():
-        refused = torch.tensor(int(error is not None), device=_device())
-        dist.all_reduce(refused, dist.ReduceOp.MAX)
-        if refused:
-            refusals = _gather_texts("" if error is None else f"{error}" or type(error).__name__)
+        failed = torch.tensor(int(error is not None), device=_device())
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            messages = _gather_texts("" if error is None else f"{error}" or type(error).__name__)
     if error is not None:
         raise error
-    for rank, refusal in enumerate(refusals):
-        if refusal:
-            raise OtherRankError(f"rank {rank} of {len(refusals)}: {refusal}")
+    for rank, message in enumerate(messages):
+        if message:
+            raise OtherRankError(f"rank {rank} of {len(messages)}: {message}")
 
 
 def check_agreement(values: Mapping[str, object]) -> None:
-    """Raise ValueError on all ranks, naming the first of the JSON ``values`` that differs."""
+    """Raise ValueError on all ranks if one of the ``values`` differs between ranks.
+
+    Args:
+        values: JSON values by the name that the error message gives.
+    """
     all_values = [json.loads(text) for text in _gather_texts(json.dumps(values))]
     for name in values:
         first, *others = (theirs.get(name) for theirs in all_values)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the records of training and of validation, one JSON object a line."""
+"""The records of training and validation in ``metrics.jsonl``, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from mmfused.training.files import inside
+from mmfused.training.files import path_inside
 from mmfused.training.folder_lock import same_file
 
 Record: TypeAlias = dict[str, Any]
@@ -20,27 +20,27 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Records:
-    """The records of a run, and on the first rank the open ``metrics.jsonl``.
+    """The records of a run, which rank 0 also writes to ``metrics.jsonl``.
 
     Args:
-        path: the file.
-        main: whether this is the first rank; the others keep their records in memory only.
+        path: path of ``metrics.jsonl``.
+        main: whether this process is rank 0; other ranks keep the records in memory only.
     """
 
     def __init__(self, path: Path, main: bool) -> None:
         self.path = path
         self.main = main
         self.history: History = {"train": [], "val": []}
-        self.size = 0  # bytes written, those of earlier processes included
+        self.size = 0  # bytes of the file, including those that earlier processes wrote
         self._file: BinaryIO | None = None
 
     @property
     def last_val(self) -> Record | None:
-        """The newest record of validation, if there is one."""
+        """The newest validation record, or None."""
         return self.history["val"][-1] if self.history["val"] else None
 
     def open(self) -> None:
-        """Open the file for appending, without the records after the checkpoint."""
+        """Open the file for appending, and cut off the records after the checkpoint."""
         self._file = open(self.path if self.main else os.devnull, "ab")
         if self.main:
             self._file.truncate(self.size)
@@ -55,15 +55,15 @@ class Records:
         self.size += len(line)
 
     def sync(self) -> None:
-        """Wait until the records are on the disk."""
+        """Flush the records to disk."""
         assert self._file is not None
         os.fsync(self._file.fileno())
 
     def write_again(self) -> None:
-        """Write the file again if it was removed while the run wrote to it.
+        """Write all records again if the file was removed during training.
 
         Raises:
-            FileExistsError: another file has taken its place.
+            FileExistsError: the file was replaced by another.
         """
         assert self._file is not None
         if same_file(self.path, self._file):
@@ -90,7 +90,7 @@ class Records:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Return whether something done ``every`` so many steps, and at the end, is due."""
+    """Return whether an action repeated after ``every`` steps, and after the last, is due."""
     return step > 0 and (step % every == 0 or step == steps)
 
 
@@ -102,19 +102,26 @@ def check_history(
     val_every: int,
     path: Path,
 ) -> None:
-    """Raise ValueError unless ``history`` has as many records as a run up to ``step`` writes."""
+    """Raise ValueError unless ``history`` has as many records as a run writes up to ``step``.
+
+    Args:
+        history: the records in ``path``.
+        step: step of the checkpoint.
+        steps: number of all steps of the run.
+        log_every: number of steps between training records.
+        val_every: number of steps between validations.
+        path: path of ``metrics.jsonl``, for the error message.
+    """
     logged = step // log_every + (step == steps and step % log_every > 0)
     validated = step // val_every + (step == steps and step % val_every > 0)
-    # A signal may have come before the validation that was due.
+    # A signal may have interrupted a validation at ``step``, which has no record then.
     postponed = len(history["val"]) == validated - 1 and is_due(step, val_every, steps)
     val_fits = len(history["val"]) == validated or postponed
     if len(history["train"]) != logged or not val_fits:
-        found = (
-            f"{len(history['train'])} records of training and {len(history['val'])} of validation"
-        )
         raise ValueError(
-            f"resume: {path} holds {found} at step {step}, expected {logged} and {validated}; "
-            "restore the file"
+            f"resume: {path}: got {len(history['train'])} training records and "
+            f"{len(history['val'])} validation records at step {step}, "
+            f"expected {logged} and {validated}; restore the file"
         )
 
 
@@ -122,20 +129,21 @@ def read_history(path: Path, length: int, scores: tuple[str, ...]) -> History:
     """Return the records in the first ``length`` bytes of ``metrics.jsonl``.
 
     Args:
-        path: the file.
-        length: in bytes.
-        scores: the numbers that each record of validation must have.
+        path: path of ``metrics.jsonl``.
+        length: size of the file at the checkpoint, in bytes.
+        scores: names of the scores that each validation record must have.
 
     Raises:
-        ValueError: the file is shorter, or holds something other than a run's records.
+        ValueError: the file is shorter, or a line of it is not a record.
     """
     data = b""
     if path.is_file():
-        with inside(path.parent, path.name).open("rb") as file:
+        with path_inside(path.parent, path.name).open("rb") as file:
             data = file.read(length)
     if len(data) < length:
         raise ValueError(
-            f"resume: {path} holds {len(data)} bytes, but {length} at the checkpoint; "
+            f"resume: {path}: got {len(data)} bytes, "
+            f"expected at least {length}, its size at the checkpoint; "
             "restore the file or overwrite the run"
         )
     try:
@@ -155,7 +163,7 @@ def _parse_record(line: bytes, scores: tuple[str, ...]) -> Record:
     record = json.loads(line)
     numbers = ("step", "loss", "seconds") if "loss" in record else ("step", *scores)
     if not all(is_number(record[name]) for name in numbers):
-        raise TypeError(f"{' or '.join(numbers)} is no number")
+        raise TypeError(f"{' or '.join(numbers)} is not a finite number")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Where a training starts: at step 0, at a checkpoint, or, if it is finished, not at all."""
+"""Decide where training starts: at step 0, at a checkpoint, or not at all if it is finished."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Literal, NamedTuple
 from mmfused.models import MODELS
 from mmfused.training import checkpoint as checkpoints
 from mmfused.training.config import TrainConfig
-from mmfused.training.datasets import NO_SIZE, check_rows, load_catalogue, load_data
-from mmfused.training.files import check_fields, inside, read_json, shown
-from mmfused.training.folder_lock import is_marked, not_run_files
+from mmfused.training.datasets import UNUSED_SIDE, check_rows, load_catalogue, load_data
+from mmfused.training.files import check_fields, join_names, path_inside, read_json
+from mmfused.training.folder_lock import is_run_folder, wrong_kind_files
 from mmfused.training.records import is_number
 from mmfused.training.run_folder import (
     RUN_FILES,
     check_out,
-    clean_out,
     clear_out,
     is_finished,
     read_settings,
+    remove_half_written,
 )
 
 FINISHED: Literal["finished"] = "finished"
-# Fields of every summary; those of SCORES are added by task.
+# Fields of every summary and their types. A summary also has the scores of its task in SCORES.
 SUMMARY: dict[str, type] = {
     **dict.fromkeys(("model", "backend", "device", "amp", "modalities"), str),
     **dict.fromkeys(("parameters", "train_rows", "val_rows", "steps", "peak_memory"), int),
@@ -37,7 +37,7 @@ SCORES = {
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's folder and its ``state.json``."""
+    """The folder of a checkpoint and the contents of its ``state.json``."""
 
     path: Path
     state: dict[str, Any]
@@ -48,19 +48,19 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
 
     Raises:
         FileExistsError: ``out`` holds another run, or files that no run made.
-        ValueError: every checkpoint is broken, or has other settings.
+        ValueError: all checkpoints are damaged, or the newest one has other settings.
     """
     if not config.resume:
         check_out(out, config.overwrite)
         return None
     if is_finished(out):
         return FINISHED
-    marked = is_marked(out)
-    foreign = not_run_files(out, RUN_FILES) if marked else []
+    marked = is_run_folder(out)
+    foreign = wrong_kind_files(out, RUN_FILES) if marked else []
     if foreign:
         raise FileExistsError(
-            f"out: {out} holds links or the like in the place of a run's files "
-            f"({shown(foreign)}); move them"
+            f"out: {out} holds links, pipes or folders with the names of a run's files "
+            f"({join_names(foreign)}); move them"
         )
     found = checkpoints.newest(out / "checkpoints") if marked else None
     if found is None:
@@ -76,15 +76,15 @@ def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Return the summary of the finished run in ``out``.
 
     Raises:
-        ValueError: its settings or data are not those of ``config``.
+        ValueError: the run was trained with other settings or data than those in ``config``.
     """
     settings = read_settings(out)
     check_fields(settings, {"rows": dict}, out / "config.json")
     config.check_same(settings["training"], out)
-    # The digests are of the picture files, so the size of the decoded pictures does not matter.
-    train_set, val_set = load_data(config, NO_SIZE)
-    check_rows(config, settings["rows"], train_set, val_set, load_catalogue(config, NO_SIZE))
-    summary = read_json(inside(out, "summary.json"))
+    # `check_rows` compares digests of the picture files, so any size will do.
+    train_set, val_set = load_data(config, UNUSED_SIDE)
+    check_rows(config, settings["rows"], train_set, val_set, load_catalogue(config, UNUSED_SIDE))
+    summary = read_json(path_inside(out, "summary.json"))
     scores = dict.fromkeys(SCORES[MODELS[config.model].task], float)
     check_fields(summary, {**SUMMARY, **scores}, out / "summary.json")
     _check_numbers(summary, out / "summary.json")
@@ -104,13 +104,19 @@ def begin(
     step: int,
     was_marked: bool,
 ) -> None:
-    """Prepare the folder for the step after ``step``.
+    """Prepare the locked folder ``out`` for the step after ``step``.
 
-    ``out`` is checked again: another training may have written to it before it was locked.
+    Args:
+        config: the settings.
+        out: the folder of the run.
+        found: the checkpoint to resume from, or None.
+        step: step of the checkpoint, or 0.
+        was_marked: whether the folder had a marker before it was locked.
     """
+    # Checked again, because another process may have written to the folder before it was locked.
     if found is None:
         check_out(out, config.overwrite, config.resume)
         clear_out(out)
     if was_marked:
-        clean_out(out)
-    checkpoints.keep_until(out / "checkpoints", step)
+        remove_half_written(out)
+    checkpoints.remove_after(out / "checkpoints", step)

@@ -1,4 +1,4 @@
-"""Scores of embeddings for retrieval: each query view against each candidate view."""
+"""Retrieval scores of embeddings, for each pair of a query view and a candidate view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmfused.models.retrieval import VIEWS, evaluating
 from mmfused.training.metrics import scores
 
 KS = (1, 5, 10)
-# Queries that are compared at a time.
+# Number of queries that are compared with the candidates at a time.
 ROWS = 1024
 
 Items: TypeAlias = dict[str, Tensor]
@@ -25,16 +25,20 @@ def rank_of_first(
     candidate: Tensor,
     relevant: Callable[[int, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return each query's rank of its best relevant candidate, and its nearest candidate's row.
+    """Return the rank of each query's first relevant candidate, and the index of its nearest one.
 
-    Both are (Q,) int64, by dot product; ranks count from 1, and irrelevant candidates of the same
-    score rank before the relevant one.
+    Candidates are ranked by dot product. Ranks count from 1, and at equal scores irrelevant
+    candidates rank before relevant ones.
 
     Args:
-        query: (Q, D).
-        candidate: (C, D).
-        relevant: ``relevant(first, last)`` returns (last - first, C) int8 for these queries: 1
-            relevant, 0 irrelevant, -1 excluded.
+        query: (Q, D) embeddings.
+        candidate: (C, D) embeddings.
+        relevant: ``relevant(first, last)`` returns a (last - first, C) int8 tensor for the queries
+            from ``first`` to ``last - 1``: 1 for relevant candidates, 0 for irrelevant, -1 for
+            excluded ones.
+
+    Returns:
+        Two (Q,) int64 tensors: the ranks, and the indices of the nearest candidates.
 
     Raises:
         ValueError: a query has no relevant candidate.
@@ -45,7 +49,7 @@ def rank_of_first(
         kind = relevant(first, min(first + ROWS, len(query)))
         if not (kind == 1).any(1).all():
             raise ValueError(
-                "query: got a row without a relevant candidate, expected one for each row"
+                "query: got a row without a relevant candidate, expected at least one for each row"
             )
         score = (query[first : first + ROWS] @ candidate.T).masked_fill(kind < 0, float("-inf"))
         best = score.masked_fill(kind != 1, float("-inf")).amax(1, keepdim=True)
@@ -55,19 +59,24 @@ def rank_of_first(
 
 
 def ranking_scores(ranks: Tensor) -> dict[str, float]:
-    """Return Recall@k and MRR from :func:`rank_of_first`.
+    """Return Recall@k and MRR, given the ranks from :func:`rank_of_first`.
 
-    Recall@k is the share of queries with a relevant candidate among the first k, MRR the mean of
-    1 / rank.
+    Recall@k is the fraction of queries with a relevant candidate among the first k, and MRR is the
+    mean of 1 / rank.
     """
     recalls = {f"recall_at_{k}": float((ranks <= k).double().mean()) for k in KS}
     return {**recalls, "mrr": float((1 / ranks.double()).mean())}
 
 
 def chance(relevant: int, candidates: int) -> dict[str, float]:
-    """Return the expected :func:`ranking_scores` for candidates in random order."""
+    """Return the expected :func:`ranking_scores` of one query, for candidates in random order.
+
+    Args:
+        relevant: number of relevant candidates.
+        candidates: number of all candidates.
+    """
     ways = math.comb(candidates, relevant)
-    # The first relevant one is at place j if the other relevant ones are all behind it.
+    # first[j - 1] is the probability that the first relevant candidate has rank j.
     first = [
         math.comb(candidates - j, relevant - 1) / ways for j in range(1, candidates - relevant + 2)
     ]
@@ -83,17 +92,18 @@ def embed_items(
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> Items | None:
-    """Return embeddings of all items on the CPU, in evaluation mode.
+    """Return the embeddings of all items, computed in evaluation mode, on the CPU.
 
     Args:
         model: a retrieval model.
-        batches: at least one.
+        batches: at least one batch.
         views: the views to embed.
         amp: compute under bfloat16 autocast.
-        stopped: called before each batch; once it is true, None is returned.
+        stopped: called before each batch; if it returns true, `embed_items` returns None.
 
     Returns:
-        For each view (N, D) float32, `labels` (N,), `has_image` and `has_text` (N,) bool.
+        A dict with (N, D) float32 embeddings for each view, (N,) ``labels``, and ``has_image`` and
+        ``has_text``, (N,) bool.
 
     Raises:
         RuntimeError: an embedding is not finite.
@@ -117,14 +127,13 @@ def embed_items(
     for view in views:
         if not embeddings[view].isfinite().all():
             raise RuntimeError(
-                f"the embeddings of view {view!r} are not all finite: "
-                "the weights give numbers that are not"
+                f"the embeddings of view {view!r} are not all finite; the weights may have diverged"
             )
     return embeddings
 
 
 def _has_view(items: Items, view: str) -> Tensor:
-    """(N,) bool: the items that have what a view shows; "both" takes items with either."""
+    """Return an (N,) bool mask of the items that have an input of ``view``."""
     image = items["has_image"]
     text = items["has_text"]
     return {"image": image, "text": text, "both": image | text}[view]
@@ -134,15 +143,16 @@ def retrieval_scores(
     queries: Items,
     candidates: Items | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the scores of each pair of views, named "image->both" and so on.
+    """Return the scores of each pair of views, by names such as "image->both".
 
-    A pair has :func:`ranking_scores`, their ``chance``, and accuracy and macro F1 of the nearest
-    candidate's label. Items without a view's modality, and queries without a relevant candidate,
-    are excluded from a pair; ``queries`` and ``unanswerable`` count them.
+    The scores of a pair are :func:`ranking_scores`, their expected values ``chance`` for random
+    candidates, and accuracy and macro F1 of the nearest candidate's label. Items that lack the
+    input of a view are excluded from its pairs. Queries without a relevant candidate are excluded
+    too, and counted in ``unanswerable``.
 
     Args:
         queries: from :func:`embed_items`.
-        candidates: likewise; None takes the queries, and excludes each item from its own search.
+        candidates: from :func:`embed_items`; None searches the queries, each without itself.
     """
     return {
         f"{query_view}->{candidate_view}": _pair_scores(
@@ -178,20 +188,26 @@ def _pair_scores(
         query = queries[query_view][rows]
         candidate = candidates[candidate_view][columns]
         ranks, nearest = rank_of_first(query, candidate, lambda first, last: kind[first:last])
-        named = scores(candidate_labels[nearest], labels)
+        label_scores = scores(candidate_labels[nearest], labels)
         pair |= ranking_scores(ranks)
-        pair |= {"accuracy": named["accuracy"], "macro_f1": named["macro_f1"]}
+        pair |= {"accuracy": label_scores["accuracy"], "macro_f1": label_scores["macro_f1"]}
         pair["chance"] = _mean_chance((kind == 1).sum(1), (kind >= 0).sum(1))
     return pair
 
 
 def _mean_chance(relevant: Tensor, candidates: Tensor) -> dict[str, float]:
-    """Average :func:`chance` over queries with these numbers of candidates, (Q,) each."""
+    """Return the mean of :func:`chance` over queries.
+
+    Args:
+        relevant: (Q,) number of relevant candidates of each query.
+        candidates: (Q,) number of all candidates of each query.
+    """
     cases, counts = torch.stack([relevant, candidates]).unique(dim=1, return_counts=True)
-    each = [chance(*case) for case in cases.T.tolist()]
-    share = (counts / counts.sum()).tolist()
+    chances = [chance(*case) for case in cases.T.tolist()]
+    shares = (counts / counts.sum()).tolist()
     return {
-        name: sum(w * one[name] for w, one in zip(share, each, strict=True)) for name in each[0]
+        name: sum(share * one[name] for share, one in zip(shares, chances, strict=True))
+        for name in chances[0]
     }
 
 
@@ -199,6 +215,8 @@ def mean_scores(pairs: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return the mean of each score over the pairs that have scores."""
     measured = [pair for pair in pairs.values() if "mrr" in pair]
     if not measured:
-        raise ValueError("data: got no query with a candidate of its label, expected at least one")
+        raise ValueError(
+            "data: got no query with a candidate of the same label, expected at least one"
+        )
     names = [*(f"recall_at_{k}" for k in KS), "mrr", "accuracy", "macro_f1"]
     return {name: sum(pair[name] for pair in measured) / len(measured) for name in names}

@@ -1,9 +1,9 @@
-"""From a configuration to a finished run: the function behind ``mmfused train``.
+"""The function behind ``mmfused train``, which makes a finished run from its settings.
 
-A run is a folder. ``metrics.jsonl`` and ``checkpoints/`` grow during training;
+A run is a folder. ``metrics.jsonl`` and ``checkpoints/`` are written during training;
 ``model.safetensors``, ``config.json``, ``tokenizer/``, ``summary.json`` and ``curves.png`` are
 written at the end. ``load_run`` loads the result. A run that was stopped or killed resumes from its
-newest checkpoint, on a CPU with bitwise the same results as without the interruption.
+newest checkpoint. On a CPU, its results are then bitwise those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mmfused.data._common import torch_generator
 from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import SPLITS, check_rows, load_catalogue, load_data
-from mmfused.training.folder_lock import MARK, Lock, is_mark
+from mmfused.training.folder_lock import MARKER, Lock, is_regular_file
 from mmfused.training.loop import Training
-from mmfused.training.ranks import check_agreement, join_ranks, refused_together
+from mmfused.training.ranks import check_agreement, fail_together, join_ranks
 from mmfused.training.resume import FINISHED, Checkpoint, begin, find_start, finished_summary
 from mmfused.training.run_folder import build_saved, is_finished, load_own_tokenizer, load_run
 from mmfused.training.setup import (
@@ -41,53 +41,58 @@ __all__ = ["TrainConfig", "load_run", "train"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train the model of ``config`` and return the summary, which is written to ``summary.json``.
+    """Train a model and return the summary, which is also written to ``summary.json``.
 
-    With ``config.resume`` it resumes from the newest checkpoint in ``out``. If the run there is
-    finished, its summary is returned and nothing is written; if there is no run, it starts one.
+    With ``config.resume``, training resumes from the newest checkpoint in ``config.out``. If the
+    run there is finished, its summary is returned and nothing is written. If there is no run, a new
+    one is started.
 
-    Over several ranks, an error on one is raised on all: on the others as
-    ``ranks.OtherRankError``, which quotes it.
+    With several ranks, an error on one rank is raised on all ranks. The other ranks raise
+    ``ranks.OtherRankError``, whose message contains the error.
+
+    A ValueError, FileNotFoundError or FileExistsError is raised before any file is changed.
+
+    Args:
+        config: the settings.
 
     Raises:
-        ValueError: the data cannot be used, the backend cannot run, a checkpoint is of other
-            settings or data, or ranks differ in settings, rows or numbers of steps.
+        ValueError: the data cannot be used, the backend is not available, a checkpoint was written
+            with other settings or data, or ranks differ in settings, data or numbers of steps.
         FileNotFoundError: a data folder is missing.
-        FileExistsError: ``out`` holds another run and neither ``overwrite`` nor ``resume`` is set,
-            files that no run made, or a run that another process writes to. All of the above are
-            raised before a file is changed.
+        FileExistsError: ``config.out`` holds files that no run made, a run that another process
+            writes to, or a run that neither ``overwrite`` nor ``resume`` allows to change.
         RuntimeError: the loss is not finite, or files that the run wrote are missing at the end.
-        Stopped: SIGTERM or SIGINT came (in the main thread); a checkpoint was saved.
+        Stopped: SIGTERM or SIGINT was received in the main thread, and a checkpoint was saved.
     """
     out = Path(config.out)
     rank, world = join_ranks(pick_device(config.device))
     check_agreement(_shared_settings(config))
     with ExitStack() as stack:
-        with refused_together():
+        with fail_together():
             lock = None
-            if rank == 0 and is_mark(out / MARK) and not is_finished(out):
+            if rank == 0 and is_regular_file(out / MARKER) and not is_finished(out):
                 lock = stack.enter_context(Lock(out))
             found = find_start(config, out)
         check_agreement({"finished": found == FINISHED})
         if found == FINISHED:
-            with refused_together():
+            with fail_together():
                 return finished_summary(config, out)
         assert not isinstance(found, str)
-        with refused_together():
+        with fail_together():
             training = prepare(config, found, rank, world)
         check_agreement(training.shared())
-        with refused_together():
+        with fail_together():
             if rank == 0:
                 training.lock = lock or stack.enter_context(Lock(out))
-                begin(config, out, found, training.step, training.lock.was_there)
+                begin(config, out, found, training.step, training.lock.had_marker)
         with mmfused.backend(config.backend):
             return training.run()
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that must be the same on all ranks."""
-    own = ("threads", "device", "progress")
-    settings = {name: value for name, value in config.to_dict().items() if name not in own}
+    may_differ = ("threads", "device", "progress")
+    settings = {name: value for name, value in config.to_dict().items() if name not in may_differ}
     return {**settings, "mmfused": mmfused.__version__}
 
 
@@ -97,12 +102,12 @@ def prepare(
     rank: int = 0,
     world: int = 1,
 ) -> Training:
-    """Return a training that is ready for its next step; nothing is written.
+    """Return a `Training` that is ready for its next step, without writing files.
 
     Args:
         config: the settings.
         found: the checkpoint to resume from; None starts at step 0.
-        rank: of this process.
+        rank: rank of this process.
         world: number of ranks.
     """
     device = pick_device(config.device)
@@ -128,13 +133,13 @@ def prepare(
     if found:
         training.restore(found)
     if rank > 0:
-        # Dropout differs between ranks; checkpoints hold the generator of rank 0.
+        # Each rank draws its own dropout. Rank 0 continues the generator in the checkpoint.
         torch.manual_seed(torch_generator(config.seed, training.step, rank).initial_seed())
     return training
 
 
 def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any, tuple]:
-    """Return the model, the tokenizer and the (training, validation, product) sets."""
+    """Return the model, the tokenizer, and the training, validation and product sets."""
     if found:
         model = build_saved(found.state["settings"], found.path)
         data = _load_sets(config, model.picture_size)
@@ -158,7 +163,7 @@ def _load_sets(config: TrainConfig, image_size: int) -> tuple:
 
 
 def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, Any]:
-    """Return what rebuilds the model, and identifies the data by their digests."""
+    """Return the settings that rebuild the model, and the digests of the data sets."""
     splits = zip(SPLITS, data, strict=True)
     return {
         "mmfused": mmfused.__version__,

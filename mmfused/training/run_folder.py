@@ -1,6 +1,7 @@
-"""The folder of a training run: what it may replace, and how it is written and read.
+"""Check, write and read the folder of a training run.
 
-``config.json`` is written last and removed first: a folder that has one holds a finished run.
+``config.json`` is written last and removed first, so a folder that contains it holds a finished
+run.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from mmfused.training.config import TrainConfig
 from mmfused.training.files import (
     check_fields,
     check_shapes,
-    inside,
+    join_names,
     load_weights,
     model_tensors,
+    path_inside,
     read_json,
     read_shapes,
     remove,
     save_tensors,
     sha256,
-    shown,
+    write_atomically,
     write_json,
-    write_whole,
 )
-from mmfused.training.folder_lock import half_written, strangers
+from mmfused.training.folder_lock import foreign_files, half_written
 from mmfused.training.records import History
 
 with from_extra("models"):
@@ -47,7 +48,7 @@ RUN_FILES = (
     "curves.png",
     "tokenizer",
 )
-# The score in the progress bar and in curves.png, by task.
+# By task: the score shown in the progress bar and plotted in curves.png.
 SCORE_OF_TASK = {
     "classification": "accuracy",
     "retrieval": "recall_at_1",
@@ -60,19 +61,19 @@ CHECKPOINT_TENSORS = ("model.safetensors", "optimizer.safetensors", "rng.safeten
 
 
 def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise FileExistsError if ``out`` holds a run, or files named like a run's that no run made.
+    """Raise FileExistsError if a new run in ``out`` would replace a run or foreign files.
 
     Args:
-        out: the folder of the run to come.
-        overwrite: accept a run there.
-        resume: accept a run that ended before its first checkpoint.
+        out: the folder of the new run.
+        overwrite: accept a folder that holds a run.
+        resume: accept a folder that holds only checkpoints and ``metrics.jsonl``.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: {out} is a file, expected a folder")
-    foreign = strangers(out, RUN_FILES)
+    foreign = foreign_files(out, RUN_FILES)
     if foreign:
         raise FileExistsError(
-            f"out: {out} holds files that no run made ({shown(foreign)}); "
+            f"out: {out} holds files that no run made ({join_names(foreign)}); "
             "choose another folder, or move them"
         )
     ignored = ("checkpoints", "metrics.jsonl") if resume else ()
@@ -85,10 +86,12 @@ def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def check_replaceable(path: Path, key: str, replace: bool) -> None:
-    """Raise FileExistsError unless a JSON file may be written to ``path``.
+    """Raise FileExistsError unless a command may write its JSON file to ``path``.
 
-    An existing file must be a JSON object with ``key``, which shows that this command wrote it,
-    and ``replace`` must be set.
+    Args:
+        path: where the command writes.
+        key: a key of the command's JSON object; an existing file without it is never replaced.
+        replace: accept an existing file with the key.
     """
     if not os.path.lexists(path):
         return
@@ -98,32 +101,38 @@ def check_replaceable(path: Path, key: str, replace: bool) -> None:
         ours = False
     if not ours:
         raise FileExistsError(
-            f"out: {path} is another program's; choose another folder, or move it"
+            f"out: {path} was written by another program; choose another folder, or move it"
         )
     if not replace:
         raise FileExistsError(
-            f"out: {path} exists already; choose another folder, resume or overwrite it"
+            f"out: {path} already exists; choose another folder, resume or overwrite it"
         )
 
 
 def clear_out(out: Path) -> None:
-    """Remove the files of a run; call :func:`check_out` first."""
+    """Remove the files of the run in ``out``; call :func:`check_out` first."""
     for name in RUN_FILES:
         remove(out / name)
 
 
-def clean_out(out: Path) -> None:
-    """Remove files that a killed process had half written."""
+def remove_half_written(out: Path) -> None:
+    """Remove the temporary files that killed processes left in ``out``."""
     for path in half_written(out, RUN_FILES):
         remove(path)
 
 
 def check_complete(out: Path, metrics_bytes: int) -> None:
-    """Raise RuntimeError naming what a finished run should hold and does not."""
+    """Raise RuntimeError if a file that the run wrote is missing or has another size.
+
+    Args:
+        out: the folder of the run.
+        metrics_bytes: expected size of ``metrics.jsonl``.
+    """
     missing = [name for name in RUN_FILES if not (out / name).exists()]
     if missing:
         raise RuntimeError(
-            f"out: {out} lacks {', '.join(missing)}, which the run wrote: removed meanwhile?"
+            f"out: {out} lacks {', '.join(missing)}, which the run wrote; "
+            "another process may have removed them"
         )
     found = (out / "metrics.jsonl").stat().st_size
     if found != metrics_bytes:
@@ -149,19 +158,27 @@ def save_run(
     summary: Mapping[str, Any],
     history: History,
 ) -> None:
-    """Write the result of a run, each file under a temporary name first."""
+    """Write the result of a run to ``out``, each file atomically."""
     training = settings["training"]
     score = SCORE_OF_TASK[MODELS[training["model"]].task]
     curves = {training["backend"]: history}
-    write_whole(out / "tokenizer", lambda path: tokenizer.save_pretrained(path))
-    write_whole(out / "model.safetensors", lambda path: save_tensors(path, model_tensors(model)))
-    write_whole(out / "curves.png", lambda path: draw_curves(curves, path, score))
-    write_whole(out / "summary.json", lambda path: write_json(path, summary))
-    write_whole(out / "config.json", lambda path: write_json(path, settings))
+    write_atomically(out / "tokenizer", lambda path: tokenizer.save_pretrained(path))
+    write_atomically(
+        out / "model.safetensors", lambda path: save_tensors(path, model_tensors(model))
+    )
+    write_atomically(out / "curves.png", lambda path: draw_curves(curves, path, score))
+    write_atomically(out / "summary.json", lambda path: write_json(path, summary))
+    write_atomically(out / "config.json", lambda path: write_json(path, settings))
 
 
 def draw_curves(runs: Mapping[str, History], path: Path, score: str = "accuracy") -> None:
-    """Plot training loss and a validation score of each named history, side by side, as PNG."""
+    """Plot the training loss and the validation ``score`` of each history to a PNG file.
+
+    Args:
+        runs: histories by the name in the legend.
+        path: where the file is written.
+        score: key of the score in the validation records.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, history in runs.items():
@@ -188,30 +205,33 @@ def draw_curves(runs: Mapping[str, History], path: Path, score: str = "accuracy"
 
 
 def load_run(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` of the run in ``folder``, or of one of its checkpoints.
+    """Return the model and the tokenizer of a finished run or of a checkpoint.
 
     The model is on the CPU, in evaluation mode.
 
+    Args:
+        folder: the folder of the run or of the checkpoint.
+
     Raises:
-        FileNotFoundError: ``folder`` holds neither.
-        ValueError: a file of it is truncated, corrupt, a pickle, or holds the weights of another
-            model.
+        FileNotFoundError: ``folder`` holds neither a finished run nor a checkpoint.
+        ValueError: a file in ``folder`` is truncated, corrupt or a pickle, or holds the weights of
+            another model.
     """
     return load_saved(Path(folder), read_settings(Path(folder)))
 
 
 def load_saved(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return as :func:`load_run`, given the ``settings`` that `read_settings` has returned."""
+    """Load like :func:`load_run`, with ``settings`` from :func:`read_settings`."""
     model = build_saved(settings, folder)
     load_weights(model, folder / "model.safetensors")
-    # Prepared again: some tokenizer classes do not save what they add around texts.
+    # Prepared again, because some tokenizer classes do not save which special tokens they add.
     return model.eval(), model.config.prepare_tokenizer(load_own_tokenizer(folder))
 
 
 def build_saved(settings: Mapping[str, Any], folder: Path) -> Any:
-    """Return the model of the ``settings`` with random weights.
+    """Return the model that ``settings`` describe, with random weights.
 
-    The shapes in the folder's file of weights are checked before the model is allocated.
+    Before the model is allocated, its shapes are compared with those in ``model.safetensors``.
     """
     kind = MODELS[settings["training"]["model"]]
     try:
@@ -219,9 +239,9 @@ def build_saved(settings: Mapping[str, Any], folder: Path) -> Any:
         shapes = shapes_of(kind, config)
     except ValueError as error:
         raise ValueError(
-            f"{folder} holds the settings of no model of this mmfused: {error}"
+            f"{folder} holds model settings that this version of mmfused cannot use: {error}"
         ) from error
-    path = inside(folder, "model.safetensors")
+    path = path_inside(folder, "model.safetensors")
     check_shapes(path, read_shapes(path), shapes)
     return kind.model(config)
 
@@ -230,53 +250,59 @@ def load_own_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of the run or checkpoint in ``folder``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a file of it is a link that leads outside.
+        FileNotFoundError: the folder has no tokenizer.
+        ValueError: a file of the tokenizer is a link that leads outside the folder.
     """
     if not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(f"{folder / 'tokenizer'} is missing")
     for path in (folder / "tokenizer").glob("*"):
-        inside(folder, f"tokenizer/{path.name}")
-    return product_data.load_tokenizer(inside(folder, "tokenizer"))
+        path_inside(folder, f"tokenizer/{path.name}")
+    return product_data.load_tokenizer(path_inside(folder, "tokenizer"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return "mmfused", "model", "training" and "image_size" of a run or checkpoint.
+    """Return the settings of the finished run or checkpoint in ``folder``.
 
-    Raises as :func:`load_run`.
+    The keys include "mmfused" (the version), "model", "training" and "image_size". Raises like
+    :func:`load_run`.
     """
     if (folder / "state.json").is_file():
         return read_checkpoint(folder)["settings"]
     _refuse_pickles(folder)
     if not (folder / "config.json").is_file():
         unfinished = any(folder.glob("checkpoints/step-*"))
-        hint = " (it is not finished; use one of its checkpoints)" if unfinished else ""
+        hint = " (the run is not finished; use one of its checkpoints)" if unfinished else ""
         raise FileNotFoundError(f"{folder} holds no finished run: config.json is missing{hint}")
-    settings = read_json(inside(folder, "config.json"))
+    settings = read_json(path_inside(folder, "config.json"))
     _check_settings(settings, folder / "config.json")
     return settings
 
 
 def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError unless they are a training's; the model's config checks "model" itself."""
+    """Raise ValueError if ``settings`` are not a run's; "model" is checked by the model's config.
+
+    Args:
+        settings: to check.
+        path: the file with the settings, for the error message.
+    """
     kinds = {"mmfused": str, "training": dict, "model": dict, "image_size": int}
     check_fields(settings, kinds, path)
     try:
         TrainConfig.from_dict(settings["training"])
     except ValueError as error:
-        raise ValueError(f"{path} holds settings of no training: {error}") from error
+        raise ValueError(f"{path} holds invalid training settings: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return ``state.json`` of a checkpoint, after comparing every file with its SHA-256.
+    """Return the contents of a checkpoint's ``state.json``, after checking every file's SHA-256.
 
     Raises:
-        ValueError: a file is missing, or differs from what was written.
+        ValueError: a file is missing or damaged.
     """
     source = path / "state.json"
     if not source.is_file():
         raise ValueError(f"{source} is missing")
-    state = read_json(inside(path, "state.json"))
+    state = read_json(path_inside(path, "state.json"))
     kinds = {"step": int, "metrics_bytes": int, "seconds": float, "settings": dict, "sha256": dict}
     check_fields(state, kinds, source)
     _check_settings(state["settings"], source)
@@ -288,7 +314,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not in_range:
         raise ValueError(f"{source} is corrupt: step, metrics_bytes or seconds is out of range")
     for name in (*CHECKPOINT_TENSORS, *state["sha256"]):
-        if not inside(path, name).is_file():
+        if not path_inside(path, name).is_file():
             raise ValueError(f"{path / name} is missing")
         if sha256(path / name) != state["sha256"].get(name):
             raise ValueError(
@@ -304,6 +330,6 @@ def _refuse_pickles(path: Path) -> None:
     pickles = [inner for inner in pickles if inner.suffix in PICKLES]
     if pickles and not (path / "model.safetensors").is_file():
         raise ValueError(
-            f"{pickles[0]} is a pickle, which can run any code when opened; "
+            f"{pickles[0]} is a pickle, which can run any code when it is loaded; "
             "only safetensors are read"
         )

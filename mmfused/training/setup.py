@@ -1,4 +1,4 @@
-"""The parts of a training: device, backend, tokenizer, batches and the model."""
+"""Build the device, tokenizer, batches and model that the settings of a run describe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mmfused.models import MODELS
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
 from mmfused.models.qwen import pretrained_qwen2_vl
 from mmfused.training.config import TrainConfig
-from mmfused.training.datasets import NO_SIZE, stored_side
+from mmfused.training.datasets import UNUSED_SIDE, stored_side
 from mmfused.training.files import load_weights
 from mmfused.training.run_folder import load_own_tokenizer, read_settings
 
-# The contrastive loss depends on the batch size; the scores do not.
+# Items per batch in validation; the scores do not depend on it.
 VAL_BATCH_SIZE = 256
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -27,22 +27,21 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; "auto" is CUDA if there is any, else the CPU.
+    """Return the device called ``name``; "auto" is CUDA if it is available, otherwise the CPU.
 
     Raises:
-        ValueError: there is no such device, or it cannot compute.
+        ValueError: the device does not exist or cannot compute.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, and torch sees no CUDA device here")
+        raise ValueError(f"device: got {name!r}, but torch finds no CUDA device")
     try:
         torch.ones(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device: got {name!r}, expected auto, cpu, cuda or another that torch has here "
-            f"({reason})"
+            f"device: got {name!r}, expected auto, cpu, cuda or another available device: {reason}"
         ) from error
     return torch.device(name)
 
@@ -50,7 +49,8 @@ def pick_device(name: str) -> torch.device:
 def use_amp(name: str, device: torch.device) -> bool:
     """Return whether to compute under bfloat16 autocast.
 
-    "auto" does so on CUDA devices with bfloat16, but not on a CPU, where it is seldom faster.
+    "auto" uses autocast on CUDA devices that support bfloat16, but not on a CPU, where it is seldom
+    faster.
     """
     if name != "auto":
         return name == "bf16"
@@ -62,7 +62,7 @@ def check_backend(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Raise ValueError unless there is such a backend and it runs on ``device``."""
+    """Raise ValueError unless ``name`` is a backend that runs on ``device`` with ``dtype``."""
     if name not in mmfused.library.BACKENDS:
         raise ValueError(
             f"backend: got {name!r}, expected one of {', '.join(mmfused.library.BACKENDS)}"
@@ -76,9 +76,11 @@ def check_backend(
 
 
 def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
-    """Return the tokenizer of ``init``, else the named one, else that of a pretrained part.
+    """Return the tokenizer of the settings, or train one.
 
-    Without any of these, a new one is trained on the texts of ``train_set`` and ``products``.
+    The first of the settings ``init``, ``tokenizer``, ``text_encoder`` and ``host`` that is given
+    determines the tokenizer. If none is given, a new tokenizer is trained on the texts of
+    ``train_set`` and ``products``.
     """
     names = ("tokenizer", "text_encoder", "host")
     argument = next((name for name in names if getattr(config, name)), None)
@@ -94,19 +96,22 @@ def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any =
 
 
 def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
-    """Return the batch size: as set, or with fewer ``rows``, the largest that ranks can share."""
+    """Return the batch size, lowered to a multiple of ``world`` if it exceeds ``rows``."""
     size = min(config.batch_size, rows // world * world)
     if size < config.batch_size:
         logger.warning(
-            "batch_size: %d is lowered to %d: there are %d rows", config.batch_size, size, rows
+            "batch_size: %d is lowered to %d, because there are only %d rows",
+            config.batch_size,
+            size,
+            rows,
         )
     return size
 
 
 def augments(config: TrainConfig) -> bool:
-    """Return whether pictures are augmented; by default all but the generated ones.
+    """Return whether to augment training pictures; by default, all but generated pictures are.
 
-    Colours of generated pictures carry meaning, and there are enough of them.
+    Augmentation changes colours, which generated texts describe.
     """
     return config.data != "generated" if config.augment is None else config.augment
 
@@ -121,16 +126,16 @@ def make_batches(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[product_data.Batches, product_data.Batches]:
-    """Return a classifier's batches to train and to validate on.
+    """Return the training and the validation batches of a classifier.
 
     Args:
         config: the settings.
-        train_set: the items to train on.
-        val_set: the items to validate on.
-        tokenizer: of the model.
-        size: side of the pictures that the model takes.
-        model_config: tells how pixels are normalised.
-        rank: of this process.
+        train_set: the training set.
+        val_set: the validation set.
+        tokenizer: the model's tokenizer.
+        size: side of the model's input pictures, in pixels.
+        model_config: the model's config, which has the mean and deviation of pixels.
+        rank: rank of this process.
         world: number of ranks.
     """
     collate = make_collate(
@@ -164,7 +169,7 @@ def make_collate(
     augment: bool = False,
     seed: int = 0,
 ) -> product_data.Collate:
-    """Return a Collate that normalises pixels as the model expects."""
+    """Return a `Collate` that normalises pixels as ``model_config`` describes."""
     return product_data.Collate(
         tokenizer,
         size,
@@ -181,7 +186,7 @@ def make_val_batches(
     collate: product_data.Collate,
     batch_size: int = VAL_BATCH_SIZE,
 ) -> product_data.Batches:
-    """Return batches of all items in order."""
+    """Return batches of all items of ``val_set``, in order."""
     return product_data.Batches(
         val_set, collate, batch_size, shuffle=False, seed=0, drop_last=False
     )
@@ -191,10 +196,10 @@ def make_val_batches(
 
 
 class Pretrained(NamedTuple):
-    """Parts with their authors' weights, by name, and the config fields that rebuild them."""
+    """Pretrained parts of a model."""
 
-    fields: dict[str, Any]
-    modules: dict[str, torch.nn.Module]
+    fields: dict[str, Any]  # fields of the model's config that describe the parts
+    modules: dict[str, torch.nn.Module]  # the parts, by the name of the setting
 
 
 def check_init(config: TrainConfig) -> None:
@@ -209,7 +214,7 @@ def check_init(config: TrainConfig) -> None:
 
 
 def load_pretrained(config: TrainConfig) -> Pretrained:
-    """Load the pretrained parts that ``config`` names and its modalities use."""
+    """Load the pretrained parts in ``config``, except those that its modalities do not use."""
     fields: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     if config.image_encoder and config.modalities != "text":
@@ -225,10 +230,11 @@ def load_pretrained(config: TrainConfig) -> Pretrained:
 
 
 def image_sizes(config: TrainConfig) -> tuple[int | None, int | None]:
-    """Return the sides of pictures and of patches; None leaves one to the model.
+    """Return the sides of pictures and of patches; None means that the model decides.
 
-    For the preset "tiny" they follow from the data unless given: the stored size up to 96, and
-    patches of 8 for pictures up to 32, of 16 above.
+    With the preset "tiny", sizes that are not in the settings follow from the data: pictures keep
+    their stored size up to 96 pixels, and patches have 8 pixels for pictures of up to 32 pixels,
+    otherwise 16.
     """
     if config.preset != "tiny" or config.image_encoder or config.host:
         return config.image_size, config.patch_size
@@ -245,16 +251,16 @@ def picture_size(
     image_size: int | None,
     patch_size: int | None,
 ) -> int:
-    """Return the side of the pictures that the model will take, before the data are read.
+    """Return the side of the model's input pictures, without building the model.
 
-    A model without pictures gets ``NO_SIZE``.
+    Return ``UNUSED_SIDE`` if the model does not take pictures.
     """
     options = {
         "image_size": image_size,
         "patch_size": patch_size,
         **_model_options(config, 1, pretrained),
     }
-    return MODELS[config.model].config.picture_size_of(config.preset, **options) or NO_SIZE
+    return MODELS[config.model].config.picture_size_of(config.preset, **options) or UNUSED_SIDE
 
 
 def build_model(
@@ -265,7 +271,16 @@ def build_model(
     patch_size: int | None,
     pretrained: Pretrained | None = None,
 ) -> Any:
-    """Return the model before training: random weights, except those pretrained or of ``init``."""
+    """Return the untrained model, with pretrained weights if the settings include any.
+
+    Args:
+        config: the settings.
+        num_classes: number of classes of a classifier.
+        tokenizer: the model's tokenizer.
+        image_size: side of the pictures, from :func:`image_sizes`.
+        patch_size: side of the patches, from :func:`image_sizes`.
+        pretrained: the pretrained parts; None loads those in the settings.
+    """
     kind = MODELS[config.model]
     pretrained = pretrained or load_pretrained(config)
     for name in pretrained.modules:
@@ -289,10 +304,10 @@ def _model_options(
     num_classes: int,
     pretrained: Pretrained,
 ) -> dict[str, Any]:
-    """Return fields of the model's config.
+    """Return fields of the model's config, from ``config``, ``pretrained`` and the data.
 
-    Those in ``config.model_options`` override those of pretrained parts, and these override what
-    follows from the data.
+    Fields in ``config.model_options`` take precedence over fields of pretrained parts, and these
+    over fields that follow from the data.
     """
     from_data = {}
     if MODELS[config.model].task == "classification":
@@ -301,7 +316,13 @@ def _model_options(
 
 
 def _check_vocabulary(fields: dict[str, Any], tokens: int, source: str) -> None:
-    """Raise ValueError if a pretrained part has fewer tokens than the tokenizer."""
+    """Raise ValueError if the tokenizer has more tokens than a pretrained part.
+
+    Args:
+        fields: fields of the model's config.
+        tokens: number of tokens of the tokenizer.
+        source: folder or name of the pretrained part, for the error message.
+    """
     inner = fields.get("text") or fields.get("host", {}).get("text_config") or {}
     if tokens > inner.get("vocab_size", tokens):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Stopping a training by SIGTERM or SIGINT."""
+"""Stop training on SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A signal stopped a training, which is saved in ``path``; the message tells how to resume."""
+    """A signal stopped training after a checkpoint was saved; the message tells how to resume.
+
+    Args:
+        signum: number of the signal.
+        step: step of the checkpoint.
+        path: folder of the checkpoint.
+    """
 
     def __init__(self, signum: int, step: int, path: str) -> None:
         super().__init__(signum, step, path)
@@ -27,21 +33,25 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """``signum`` is None until the first SIGTERM or SIGINT; a call returns whether one came."""
+    """The signal that asked training to stop, if any.
+
+    ``signum`` is None until the first SIGTERM or SIGINT.
+    """
 
     signum: int | None = None
 
     def __call__(self) -> bool:
-        """Return whether a signal has come."""
+        """Return whether a signal has been received."""
         return self.signum is not None
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGTERM or SIGINT instead of acting on it, so that a step can be finished.
+    """Record the first SIGTERM or SIGINT in a `StopRequest`, so that training can finish its step.
 
-    The second signal acts as it did before. Ignored signals stay ignored (a shell's background
-    job). Outside the main thread, where Python allows no handlers, nothing changes.
+    A second signal is handled as it was outside this context. Ignored signals stay ignored, for
+    example in background jobs of a shell. Outside the main thread Python allows no handlers, so
+    signals are handled as before.
     """
     stop = StopRequest()
     handlers = {}
@@ -50,18 +60,18 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         stop.signum = signum
         restore()
 
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(signum)
-            # None: set by something other than Python, and could not be restored.
+            # None is a handler that was not set by Python, which `restore` could not set again.
             if handler not in (None, signal.SIG_IGN):
                 handlers[signum] = handler
         for signum in handlers:
-            signal.signal(signum, note)
+            signal.signal(signum, record)
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""What differs between the classifier (FLUID) and the retrieval models."""
+"""Batches, gradients and scores of the two tasks: classification (FLUID) and retrieval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 from mmfused.training.metrics import evaluate, model_inputs
-from mmfused.training.ranks import refused_together
+from mmfused.training.ranks import fail_together
 from mmfused.training.retrieval_metrics import embed_items, mean_scores, retrieval_scores
 from mmfused.training.setup import (
     augments,
@@ -29,17 +29,17 @@ Items: TypeAlias = dict[str, Any]
 
 
 class Classification:
-    """Batches of labelled items; loss and scores of the predicted classes.
+    """Batches, gradients and scores of a classifier.
 
     Args:
         config: the settings.
-        tokenizer: of the model.
-        size: side of the pictures that the model takes.
-        model_config: tells how pixels are normalised.
-        train_set: the items to train on.
-        val_set: the items to validate on.
-        products: None; a classifier has no catalogue.
-        rank: of this process.
+        tokenizer: the model's tokenizer.
+        size: side of the model's input pictures, in pixels.
+        model_config: the model's config, which has the mean and deviation of pixels.
+        train_set: the training set.
+        val_set: the validation set.
+        products: None; only retrieval models have a catalogue.
+        rank: rank of this process.
         world: number of ranks.
     """
 
@@ -63,13 +63,13 @@ class Classification:
 
     def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""
-        # Nothing is exchanged within, so an error on one rank can be raised on all.
-        with refused_together():
+        # `fail_together` is possible because a classifier exchanges nothing between ranks.
+        with fail_together():
             inputs = (model_inputs(model, batch) for batch in batches)
             return add_gradients(model, inputs, count, amp)
 
     def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
-        """Apply ``function`` to the items of a batch."""
+        """Return the batch after applying ``function`` to its items."""
         return function(batch)
 
     def evaluate(
@@ -78,18 +78,19 @@ class Classification:
         amp: bool,
         stopped: Callable[[], bool],
     ) -> dict[str, Any] | None:
-        """Return the scores of the validation set, or None as soon as ``stopped()``."""
+        """Return the scores of the validation set, or None if ``stopped()`` becomes true."""
         return evaluate(model, self.val_batches, amp, stopped)
 
 
 class Retrieval:
-    """Batches of pairs with hard negatives; scores of each query view against each candidate view.
+    """Batches, gradients and scores of a retrieval model.
 
-    Validation searches with the items of ``val_set``: in ``products`` for the product of their
-    label, or without products among each other. Arguments as in :class:`Classification`.
+    In validation, each item of ``val_set`` is a query for the products of its label, or without
+    ``products`` for the other items of its label. The arguments are those of
+    :class:`Classification`; ``products`` is a catalogue or None.
 
     Raises:
-        ValueError: no item of ``val_set`` has anything to find.
+        ValueError: no item of ``val_set`` has a product or another item of its label.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Retrieval:
         return add_cached_gradients(model, batch, self.chunk, amp)
 
     def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
-        """Apply ``function`` to the items of each role in a batch."""
+        """Return the batch after applying ``function`` to the items of each role."""
         return {role: function(items) for role, items in batch.items()}
 
     def evaluate(
@@ -147,7 +148,7 @@ class Retrieval:
         amp: bool,
         stopped: Callable[[], bool],
     ) -> dict[str, Any] | None:
-        """Return the scores of the validation set, or None as soon as ``stopped()``."""
+        """Return the scores of the validation set, or None if ``stopped()`` becomes true."""
         return evaluate_retrieval(model, self.val_batches, self.product_batches, amp, stopped)
 
 
@@ -159,15 +160,15 @@ TASKS: dict[str, type[Classification] | type[Retrieval]] = {
 
 
 def _check_findable(val_set: Any, products: Any) -> None:
-    """Raise ValueError if no item of ``val_set`` has another item or product of its label."""
+    """Raise ValueError if no item of ``val_set`` has a product or another item of its label."""
     counts = Counter(val_set.labels)
     if products is None:
         found = {label for label, count in counts.items() if count > 1}
     else:
         found = counts.keys() & {*products.labels}
     if not found:
-        where = "another row" if products is None else "a product"
-        raise ValueError(f"val: got no row with {where} of its label, expected at least one")
+        target = "another row" if products is None else "a product"
+        raise ValueError(f"val: got no row with {target} of the same label, expected at least one")
 
 
 def evaluate_retrieval(
@@ -177,9 +178,16 @@ def evaluate_retrieval(
     amp: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Return scores averaged over the pairs of views, and ``pairs`` with the scores of each pair.
+    """Return the retrieval scores of a model, or None if ``stopped()`` becomes true.
 
-    None as soon as ``stopped()``.
+    The scores are means over the pairs of views; ``pairs`` has the scores of each pair.
+
+    Args:
+        model: a retrieval model.
+        batches: batches of queries.
+        products: batches of candidates; None searches the queries themselves.
+        amp: compute under bfloat16 autocast.
+        stopped: called before each batch.
     """
     queries = embed_items(model, batches, amp=amp, stopped=stopped)
     if queries is None:
@@ -200,17 +208,17 @@ def drop_modalities(
     generator: torch.Generator,
     tokenizer: Any,
 ) -> Items:
-    """Return the batch with the image or the text of some items hidden.
+    """Return the batch with the image or the text of random items hidden.
 
-    Only items that have both lose one, and never both. A hidden text becomes an empty one: [CLS]
-    [SEP].
+    Items that lack an image or a text are not changed. A hidden image becomes a missing one, and a
+    hidden text becomes the empty text, [CLS] [SEP].
 
     Args:
-        batch: as :class:`mmfused.data.Collate` makes it.
-        image: probability that an item's image is hidden.
-        text: probability that an item's text is hidden.
-        generator: draws the items.
-        tokenizer: has the tokens of an empty text.
+        batch: a batch from :class:`mmfused.data.Collate`.
+        image: probability that the image of an item is hidden.
+        text: probability that the text of an item is hidden.
+        generator: random generator that selects the items.
+        tokenizer: the model's tokenizer.
     """
     draw = torch.rand(len(batch["labels"]), generator=generator)
     has_both = batch["image_present"] & (batch["attention_mask"].sum(1) > 2)
