@@ -242,7 +242,7 @@ BROKEN_ROWS = [
     ),
     (
         ("broken.png", "tea", "0"),
-        r"line 3 \(broken.png\): the image cannot be read: it is no picture in a format that is",
+        r"line 3 \(broken.png\): the image cannot be read: it is not a picture in a supported",
     ),
     (("cut.jpg", "tea", "0"), r"line 3 \(cut.jpg\): the image cannot be read: .*truncated"),
     (

@@ -60,9 +60,9 @@ def test_train_tokenizer_arguments():
         train_tokenizer(["a"], kind="unigram")
     with pytest.raises(ValueError, match="vocab_size: got 3, expected an integer of at least 6"):
         train_tokenizer(["a"], vocab_size=3)
-    with pytest.raises(ValueError, match="texts: got none, expected at least one non-empty text"):
+    with pytest.raises(ValueError, match="texts: got no non-empty text, expected at least one"):
         train_tokenizer(["", ""])
-    with pytest.raises(TypeError, match="texts: got one string, expected a list of strings"):
+    with pytest.raises(TypeError, match="texts: got a string, expected a list of strings"):
         train_tokenizer("tea")
 
 
@@ -87,7 +87,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     with pytest.raises(
         ValueError,
-        match=expected + r": it is no folder and not available from the hub \(no network\)",
+        match=expected + r": it is not a folder and not available from the hub \(no network\)",
     ):
         load_tokenizer("some/name")
 

@@ -121,7 +121,7 @@ def test_labels_are_drawn_by_their_rows(collate):
 
 
 def test_what_cannot_make_pairs_is_refused(collate):
-    with pytest.raises(ValueError, match="got no row with another row, or a product, of its label"):
+    with pytest.raises(ValueError, match="got no row with another row, or a product, of the same"):
         PairBatches(Rows([0, 1, 2]), collate, 2)
     with pytest.raises(ValueError, match="got rows of one label, expected at least two"):
         PairBatches(Rows([0, 0]), collate, 2)

@@ -120,7 +120,7 @@ def test_floats_from_0_to_1_are_scaled_and_others_are_refused():
 
 def test_wide_integers_have_no_defined_white():
     for data in (saved(RAMP.astype(np.int32), "TIFF"), tiff(RAMP[0].astype(np.int16), 1, 16, 2)):
-        with pytest.raises(BrokenPicture, match="^its integers are signed or of 32 bits"):
+        with pytest.raises(BrokenPicture, match="^its integers are signed or have 32 bits"):
             load_picture(data)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ._common import check_int
 from .metadata import BrokenRow, Row, parse_label, read_rows
-from .pictures import BrokenPicture, decode, inside, quiet, read_picture, short_side
+from .pictures import BrokenPicture, decode, picture_path, quiet, read_picture, short_side
 
 # Kept importable from this module for existing callers.
 from .pictures import load_rgb as load_rgb
@@ -154,7 +154,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
 
     def _load_image(self, name: str) -> tuple[torch.Tensor, str]:
         try:
-            data = read_picture(inside(self.root, name))
+            data = read_picture(picture_path(self.root, name))
             return decode(data, self.image_size), hashlib.sha256(data).hexdigest()
         except BrokenPicture as error:
             raise BrokenRow(f"the image cannot be read: {error}") from error
@@ -236,7 +236,7 @@ def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int |
         name = row.fields.get("file_name", "").strip()
         if row.broken is None and name:
             try:
-                return short_side(inside(Path(root), name))
+                return short_side(picture_path(Path(root), name))
             except BrokenPicture:
                 continue
     return None

@@ -1,4 +1,4 @@
-"""Batches for retrieval from labelled products: pairs of one label, and hard negatives."""
+"""Batches for retrieval, made of pairs of items with the same label and of hard negatives."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ ROLES = ("query", "candidate", "negative")
 
 
 class PairBatches:
-    """Batches ``{"query": items, "candidate": items, "negative": items}``; row i is a triplet.
+    """Batches of queries, candidates and hard negatives for retrieval.
 
-    Items are as :class:`Collate` makes them. A pair is two items of one label: a row of
-    ``dataset``, and one of ``products`` (a catalogue) or, without products, another row of
-    ``dataset``. The hard negative is drawn from the same set as the candidate. It shares the pair's
-    coarse label but not its label; if there is none, it only has another label.
+    A batch is ``{"query": items, "candidate": items, "negative": items}``, and :class:`Collate`
+    describes the items of each role. The query in row i is an item of ``dataset``. Its candidate
+    has the same label, and is an item of ``products``, or another item of ``dataset`` if
+    ``products`` is None. Its hard negative is drawn from the same set as the candidate, and has
+    another label but the same coarse label. If no such item exists, it is any item with another
+    label.
 
-    Labels are drawn in proportion to their number of rows. None is drawn twice in a batch unless
-    the batch has more rows than there are labels, so the other rows of a batch are true negatives.
-    Rows without a partner are never drawn.
+    Labels are drawn in proportion to their number of items. If the batch size is not larger than
+    the number of labels, all labels in a batch differ, so the candidates of other rows are true
+    negatives. Items that have no candidate are never drawn.
 
-    An epoch has as many batches as the rows fill. Batch i depends only on ``seed``, the epoch
-    and i.
+    Batch i depends only on ``seed``, the epoch and i.
 
     Args:
         dataset: the queries.
-        collate: how batches are made.
-        batch_size: of all ranks together.
-        products: the candidates; None takes the queries.
-        negatives: add hard negatives.
-        seed: of the draws.
-        rank: of this process, which gets its own rows of every batch.
+        collate: makes the batches.
+        batch_size: number of rows per batch, over all ranks.
+        products: the candidates; None takes them from ``dataset``.
+        negatives: whether batches have hard negatives.
+        seed: seed of the random draws.
+        rank: rank of this process; each rank gets its own share of every batch.
         world: number of ranks.
 
     Raises:
-        ValueError: no label has a pair, all pairs have one label, or ``batch_size`` is no multiple
-            of ``world``.
+        ValueError: no item has a candidate, all items have one label, or ``batch_size`` is not a
+            multiple of ``world``.
     """
 
     def __init__(
@@ -64,18 +65,17 @@ class PairBatches:
         self.collate = collate
         self.queries: Items = Items(dataset, collate)
         self.candidates: Items = self.queries if products is None else Items(products, collate)
-        # Whether candidates come from the queries.
-        self.own: bool = products is None
+        self.candidates_are_queries: bool = products is None
         pool = dataset if products is None else products
         self.rows: dict[int, np.ndarray] = rows_by_label(dataset.labels)
         self.partners: dict[int, np.ndarray] = rows_by_label(pool.labels)
-        least = 2 if self.own else 1
+        least = 2 if self.candidates_are_queries else 1
         self.labels: list[int] = [
             label for label in self.rows if len(self.partners.get(label, ())) >= least
         ]
         if not self.labels:
             raise ValueError(
-                "dataset: got no row with another row, or a product, of its label, "
+                "dataset: got no row with another row, or a product, of the same label, "
                 "expected at least one"
             )
         self.negatives: dict[int, np.ndarray] | None = None
@@ -88,9 +88,10 @@ class PairBatches:
         return max(1, int(self.odds.sum()) // self.batch_size)
 
     def stream(self, position: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield batches without end, from batch ``position`` on, counted from epoch 0.
+        """Yield batches of one epoch after another, without end.
 
-        No batch before it is made.
+        Args:
+            position: index of the first batch to yield, counted from the start of epoch 0.
         """
         position = check_int("position", position, 0)
         while True:
@@ -108,7 +109,7 @@ class PairBatches:
         return {role: sources[role].batch(rows[mine], generator) for role, rows in drawn.items()}
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the rows of the queries, of their candidates and of their negatives."""
+        """Return random rows for each role of a batch of all ranks."""
         whole, rest = divmod(self.batch_size, len(self.labels))
         picks = [torch.randperm(len(self.labels), generator=generator) for _ in range(whole)]
         if rest:
@@ -118,7 +119,7 @@ class PairBatches:
         for label in (self.labels[pick] for pick in torch.cat(picks).tolist()):
             query = _one_of(self.rows[label], generator)
             partners = self.partners[label]
-            if self.own:
+            if self.candidates_are_queries:
                 partners = partners[partners != query]
             rows["query"].append(query)
             rows["candidate"].append(_one_of(partners, generator))
@@ -128,7 +129,7 @@ class PairBatches:
 
 
 def rows_by_label(labels: Sequence[int]) -> dict[int, np.ndarray]:
-    """Return the rows of each label, in order."""
+    """Return the rows of each label, in ascending order."""
     values = np.asarray(labels, dtype=np.int64)
     order = np.argsort(values, kind="stable")
     found, starts = np.unique(values[order], return_index=True)
@@ -140,22 +141,29 @@ def hard_negatives(
     pool: LabelledRows,
     partners: dict[int, np.ndarray],
 ) -> dict[int, np.ndarray]:
-    """Return, for each label, the rows of ``pool`` with its coarse label but not its label.
+    """Return the rows of the hard negatives of each label.
 
-    If there are none, the rows of all other labels. ``partners`` are the rows of ``pool`` by label.
+    They have the coarse label of the label, but another label. If no row does, they are all rows
+    with another label.
+
+    Args:
+        labels: the labels.
+        pool: the dataset from which negatives are drawn.
+        partners: rows of ``pool`` by label.
     """
     if len(partners) < 2:
         raise ValueError(
-            "dataset: got rows of one label, expected at least two: a negative has another label"
+            "dataset: got rows of one label, "
+            "expected at least two labels: a negative has another label"
         )
     own = np.asarray(pool.labels, dtype=np.int64)
     coarse = getattr(pool, "coarse_labels", None)
-    family = None if coarse is None else np.asarray(coarse, dtype=np.int64)
+    coarse = None if coarse is None else np.asarray(coarse, dtype=np.int64)
     found = {}
     for label in labels:
         near = np.empty(0, np.int64)
-        if family is not None:
-            near = np.flatnonzero((family == family[partners[label][0]]) & (own != label))
+        if coarse is not None:
+            near = np.flatnonzero((coarse == coarse[partners[label][0]]) & (own != label))
         found[label] = near if len(near) else np.flatnonzero(own != label)
     return found
 

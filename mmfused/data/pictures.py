@@ -1,4 +1,4 @@
-"""One loader for all pictures: as a person sees them, or an error with the reason."""
+"""Load pictures as an image viewer shows them, or raise an error with the reason."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImagePlugin = None
 
-# Decoded at once: 286 MiB of RGB.
+# Largest number of pixels that are decoded at once: 286 MiB of RGB.
 MAX_PIXELS = 100_000_000
-# Of a picture file.
+# Largest size of a picture file.
 MAX_BYTES = 256 * 2**20
-# Pixels. Larger pictures are decoded one at a time, which bounds the memory of all threads.
+# Pictures with more pixels are decoded by one thread at a time, to limit the memory.
 LARGE = 2**24
-_one_at_a_time = threading.Lock()
+_one_large_picture = threading.Lock()
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,33 +55,35 @@ WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 
 
 class BrokenPicture(ValueError):
-    """A picture that cannot be used; the message is the reason, in one sentence."""
+    """A picture cannot be used; the message gives the reason."""
 
 
 def load_picture(
     source: str | os.PathLike[str] | bytes | BinaryIO,
     size: int | None = None,
 ) -> torch.Tensor:
-    """Load a picture as uint8 (3, H, W), as a person sees it.
+    """Return a picture as a (3, H, W) uint8 tensor, as an image viewer would show it.
 
-    Formats are JPEG (of MPO the first picture), PNG, WEBP, GIF, BMP and TIFF, and AVIF if Pillow
-    has it; the content decides, not the name. EXIF rotation is applied (unreadable EXIF data are
-    ignored), transparent parts become white, and of animations the first frame is taken. 16-bit
-    grey and floats from 0 to 1 are scaled to 8 bits. Other floats, and integers of more bits, have
-    no defined white and are refused. ICC profiles are not applied.
+    The formats are JPEG, PNG, WEBP, GIF, BMP, TIFF, and AVIF if Pillow supports it. The format is
+    determined from the contents, not from the file name. EXIF rotation is applied, and unreadable
+    EXIF data are ignored. Transparent pixels become white. Of an animation, or of several pictures
+    in a file, the first is loaded. 16-bit grey values, and floats from 0 to 1, are scaled to 8
+    bits. Other floats and wider integers are rejected, because they do not define which value is
+    white. ICC profiles are not applied.
 
-    A file may have ``MAX_BYTES``, and a picture ``MAX_PIXELS`` to decode, whatever
-    ``Image.MAX_IMAGE_PIXELS`` is; a lower one also bounds WEBP. Truncated files are refused even if
-    ``ImageFile.LOAD_TRUNCATED_IMAGES`` is set; data damaged in the middle then load as far as
-    Pillow can. Pillow gives no warnings, but libtiff writes problems of a TIFF to stderr.
+    The limits are ``MAX_BYTES`` for a file and ``MAX_PIXELS`` for a picture; a lower
+    ``Image.MAX_IMAGE_PIXELS`` affects WEBP only. Truncated files are rejected, even with
+    ``ImageFile.LOAD_TRUNCATED_IMAGES``. With that setting, files that are damaged in the middle
+    load as far as Pillow can read them. Pillow's warnings are suppressed, but libtiff may write to
+    stderr.
 
     Args:
         source: a path, the bytes of a file, or an open file.
-        size: resize the short side to it (bicubic, antialiased) and crop the centre (size, size). A
-            JPEG is decoded near that size, which saves memory.
+        size: side of the square to which the picture is cropped and resized (bicubic, antialiased);
+            None keeps its size. A JPEG is decoded at a size near ``size``, which saves memory.
 
     Raises:
-        BrokenPicture: the source is no such picture; the message is the reason.
+        BrokenPicture: the picture cannot be loaded; the message gives the reason.
     """
     with quiet():
         return decode(read_picture(source), size)
@@ -104,10 +106,10 @@ def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
 
 
 def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the bytes of a regular file, at most ``limit``; pipes and devices are not opened."""
+    """Return the bytes of a regular file; raise BrokenPicture if it has more than ``limit``."""
     try:
         _check_regular(os.stat(path))
-        # Not blocking, and checked again: the file may have been replaced since.
+        # The file may have been replaced by a pipe, so do not block, and check again.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
@@ -126,38 +128,41 @@ def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
 
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise BrokenPicture("it is no regular file")
+        raise BrokenPicture("it is not a regular file")
 
 
 def decode(data: bytes, size: int | None) -> torch.Tensor:
-    """Return as :func:`load_picture`, from a file's bytes; call it within :func:`quiet`."""
+    """Load a picture like :func:`load_picture`, from the bytes of a file; call within ``quiet``."""
     try:
         with _opened(data) as image:
             return load_rgb(image, size)
     except BrokenPicture:
         raise
-    # Pillow's decoders raise many kinds for damaged data: OSError, SyntaxError, struct.error,
-    # MemoryError, KeyError, AssertionError and more, depending on the format.
+    # For damaged data, Pillow's decoders raise many types: OSError, SyntaxError, struct.error,
+    # MemoryError, KeyError, AssertionError and others.
     except Exception as error:
         raise BrokenPicture(_sentence(error)) from error
 
 
 def _opened(data: bytes) -> Image.Image:
-    """Return Pillow's picture, not decoded yet; `Image.open` would depend on global settings."""
+    """Return the Pillow image of a file, not decoded yet.
+
+    `Image.open` is not used because it depends on global settings.
+    """
     plugin = _plugin_of(data[:16])
     if plugin is None:
         known = "JPEG, PNG, WEBP, GIF, BMP, TIFF" + (", AVIF" if _has_avif() else "")
-        raise BrokenPicture(f"it is no picture in a format that is read ({known})")
+        raise BrokenPicture(f"it is not a picture in a supported format ({known})")
     if plugin is WebPImagePlugin.WebPImageFile:
-        _check_pixels(*_webp_size(data))  # opening allocates the memory
-    file = _WholeFile(data)
+        _check_pixels(*_webp_size(data))  # checked before opening, which allocates the memory
+    file = _CompleteFile(data)
     image = plugin(file, "")
-    file.cut_short_is_an_error = True
+    file.end_is_error = True
     return image
 
 
 def _plugin_of(prefix: bytes) -> Any:
-    """Return the class of Pillow for a file that begins with ``prefix``, or None."""
+    """Return the Pillow class for a file that begins with ``prefix``, or None."""
     if prefix.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile
     if prefix.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -183,39 +188,39 @@ def _has_avif() -> bool:
     return AvifImagePlugin is not None and AvifImagePlugin.SUPPORTED
 
 
-class _WholeFile(io.BytesIO):
-    """A file that raises OSError if pixels are read beyond its end.
+class _CompleteFile(io.BytesIO):
+    """A file that raises OSError when it is read beyond its end, once ``end_is_error`` is set.
 
-    With ``ImageFile.LOAD_TRUNCATED_IMAGES``, a global setting, Pillow would fill in the missing
-    part. Of a complete picture no byte after the end is read.
+    Otherwise Pillow would fill in the missing pixels of a truncated file if the global setting
+    ``ImageFile.LOAD_TRUNCATED_IMAGES`` is on. Complete pictures are not read beyond the end.
     """
 
-    cut_short_is_an_error = False
+    end_is_error = False
 
     def read(self, count: int | None = -1) -> bytes:
         data = super().read(count)
-        if not data and count != 0 and self.cut_short_is_an_error:
+        if not data and count != 0 and self.end_is_error:
             raise OSError("image file is truncated")
         return data
 
 
 def load_rgb(image: Any, size: int | None) -> torch.Tensor:
-    """Return a picture of Pillow as uint8 (3, H, W); see :func:`load_picture`."""
+    """Return a Pillow image as a (3, H, W) uint8 tensor; see :func:`load_picture`."""
     if image.format == "JPEG":
         width, height = _draft(image, size)
     elif image.format == "TIFF":
-        # Allocated here: in Pillow, a global setting would bound it.
+        # Allocated here, because Pillow's own allocation depends on a global limit.
         stored = getattr(image, "_tile_size", image.size)
         _check_pixels(*stored)
         image.im = Image.new(image.mode, stored).im
     else:
         _check_pixels(*image.size)
     is_large = image.size[0] * image.size[1] > LARGE
-    with _one_at_a_time if is_large else contextlib.nullcontext():
+    with _one_large_picture if is_large else contextlib.nullcontext():
         transparency = _transparency_of(image)
         image.load()
         if image.format != "JPEG":
-            # A TIFF has been rotated by now.
+            # Read after loading, which rotates a TIFF.
             width, height = image.size
         turn = TRANSPOSE.get(_orientation_of(image))
         image = _to_rgb(image, transparency)
@@ -230,24 +235,27 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
 
 
 def _draft(image: Any, size: int | None) -> tuple[float, float]:
-    """Let a JPEG be decoded near ``size``; return its width and height then, as floats."""
-    whole = image.size
-    width, height = whole
-    in_one_scan = _is_one_scan(image)
+    """Make Pillow decode a JPEG at a reduced size; return its reduced width and height.
+
+    The reduced size is at least twice ``size``. Width and height are floats.
+    """
+    full_size = image.size
+    width, height = full_size
+    is_one_scan = _is_one_scan(image)
     if size is not None:
-        # Twice the size at least remains for the resize, as with Pillow's reducing_gap.
+        # Resizing from at least twice the size keeps the quality, as with Pillow's reducing_gap.
         drafted = image.draft(None, (2 * size, 2 * size))
-        width, height = drafted[1][2:] if drafted else whole
-    # For a picture in several scans, libjpeg keeps all coefficients in memory.
-    _check_pixels(*(image.size if in_one_scan else whole))
+        width, height = drafted[1][2:] if drafted else full_size
+    # For a JPEG with several scans, libjpeg keeps the coefficients of the full size in memory.
+    _check_pixels(*(image.size if is_one_scan else full_size))
     return width, height
 
 
 def _is_one_scan(image: Any) -> bool:
     if image.info.get("progressive"):
         return False
-    # The header of the first scan has just been read. If it names all components, it is the only
-    # one.
+    # The file position is after the header of the first scan. If that scan has all components, it
+    # is the only scan.
     count = image.layers
     scan = image.fp.getvalue()[image.fp.tell() - 6 - 2 * count :][:3]
     return scan == bytes((0, 6 + 2 * count, count))
@@ -276,7 +284,7 @@ def _orientation_of(image: Any) -> int:
     # Pillow rotates a TIFF when it loads it.
     if image.format == "TIFF":
         return 1
-    # Broken EXIF data raise as many kinds of errors as broken pictures.
+    # Pillow raises many types of exceptions for damaged EXIF data.
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:
@@ -284,7 +292,7 @@ def _orientation_of(image: Any) -> int:
 
 
 def _transparency_of(image: Any) -> bytes | int | tuple | None:
-    """Return the transparent colour, in the values of the decoded picture."""
+    """Return the transparent colour, scaled like the values of the decoded picture."""
     found = image.info.get("transparency")
     if found is None or image.format != "PNG" or not image.tile:
         return found
@@ -298,7 +306,7 @@ def _transparency_of(image: Any) -> bytes | int | tuple | None:
 def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_grey(image, transparency)
-    # Pillow cannot convert it to RGBA directly.
+    # Pillow cannot convert La to RGBA directly.
     if image.mode == "La":
         image = image.convert("LA")
     if transparency is not None and image.mode in ("1", "L", "P", "RGB"):
@@ -308,22 +316,22 @@ def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image
         return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    # Before any resize, which would mix in the hidden colours of transparent pixels.
+    # Done before resizing, which would mix in the hidden colours of transparent pixels.
     return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _wide_grey(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
-    """Scale grey of 16 bits or floats to 8 bits; Pillow would clip it at 255."""
+    """Scale 16-bit or float grey values to 8 bits, where Pillow would clip them at 255."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     inverted = tags.get(PHOTOMETRIC) == 0
     values = np.asarray(image)
     if image.mode == "F":
-        # In this form, NaN is refused as well.
+        # Written so that NaN is rejected too.
         if not (values.min() >= 0 and values.max() <= 1):
-            raise BrokenPicture("its floats are not all from 0 to 1, which leaves white undefined")
+            raise BrokenPicture("its floats are not all from 0 to 1, so white is undefined")
         grey = np.rint(values * 255).astype(np.uint8)
     elif image.mode == "I" and image.format == "TIFF":
-        raise BrokenPicture("its integers are signed or of 32 bits, which leaves white undefined")
+        raise BrokenPicture("its integers are signed or have 32 bits, so white is undefined")
     else:
         if values.min() < 0 or values.max() > 65535:
             raise BrokenPicture("its integers are not all from 0 to 65535")
@@ -338,10 +346,10 @@ def _wide_grey(image: Any, transparency: bytes | int | tuple | None) -> Image.Im
 
 
 def _sentence(error: BaseException, most: int = 200) -> str:
-    """Return an error of Pillow as one printable sentence."""
+    """Return the message of a Pillow error as one printable sentence."""
     text = " ".join(str(error).split())[:most].rstrip(".")
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    # Messages of other kinds are a missing key or an index, also as the cause of these.
+    # Errors of other types have messages such as a missing key, which do not explain the problem.
     readable = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
     if (
         readable
@@ -353,7 +361,7 @@ def _sentence(error: BaseException, most: int = 200) -> str:
 
 
 def short_side(path: str | os.PathLike[str]) -> int:
-    """Return the short side from a picture's header; raises as :func:`load_picture`."""
+    """Return the short side of a picture from its header; raise like :func:`load_picture`."""
     try:
         with quiet(), _opened(_read_file(path, MAX_BYTES)) as image:
             return min(image.size)
@@ -363,42 +371,42 @@ def short_side(path: str | os.PathLike[str]) -> int:
         raise BrokenPicture(_sentence(error)) from error
 
 
-def inside(root: Path, name: str) -> Path:
-    """Return ``root / name``; raise BrokenPicture if that leads outside, by a link too."""
+def picture_path(root: Path, name: str) -> Path:
+    """Return ``root / name``; raise BrokenPicture if it leads outside ``root``, even by a link."""
     try:
         path = (root / name).resolve()
         if path.is_relative_to(root.resolve()):
             return path
-    # A zero byte in the name, or a cycle of links.
+    # Raised for a zero byte in the name or a cycle of links.
     except (OSError, ValueError, RuntimeError) as error:
-        raise BrokenPicture(f"it is no name of a file ({_sentence(error)})") from error
+        raise BrokenPicture(f"it is not a valid file name ({_sentence(error)})") from error
     raise BrokenPicture("it leads outside the folder")
 
 
 class _Quiet:
-    """A context in which Pillow neither warns nor logs; other warnings are shown.
+    """A context manager that suppresses Pillow's warnings and log messages in all threads.
 
-    Warning filters are global: the first thread that enters sets them, and the last that leaves
-    restores them. If each thread restored what it found, one could restore another's.
+    Warning filters are global, so the first thread to enter sets them, and the last thread to leave
+    restores them.
     """
 
     def __init__(self) -> None:
         self.lock: Any = threading.Lock()
-        self.inside: int = 0
+        self.entries: int = 0
         self.undo: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self.lock:
-            self.inside += 1
-            if self.inside == 1:
+            self.entries += 1
+            if self.entries == 1:
                 self.undo = self._silence()
         try:
             yield
         finally:
             with self.lock:
-                self.inside -= 1
-                if self.inside == 0 and self.undo is not None:
+                self.entries -= 1
+                if self.entries == 0 and self.undo is not None:
                     self.undo()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Texts swapped between items on purpose: the noisy-modality setting."""
+"""Replace texts of a dataset by texts of other labels, to train and evaluate with noisy texts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ._common import Products, check_fraction, check_int
 
 
 class SwappedTexts(Dataset[dict[str, Any]]):
-    """A dataset with some texts replaced; everything else is the wrapped dataset's.
+    """A dataset with some of its texts replaced.
 
     Args:
-        dataset: the wrapped dataset.
-        swapped: the rows to replace the text of.
-        donors: the rows that the new texts come from, one for each.
+        dataset: the original dataset.
+        swapped: rows whose text is replaced.
+        donors: for each row in ``swapped``, the row that has its new text.
     """
 
     def __init__(self, dataset: Products, swapped: list[int], donors: list[int]) -> None:
@@ -38,7 +38,7 @@ class SwappedTexts(Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the wrapped dataset's digest and of the texts."""
+        """SHA-256 of the original dataset's digest and of the new texts."""
         return hashlib.sha256(json.dumps([self.dataset.digest, self.texts]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -49,13 +49,18 @@ class SwappedTexts(Dataset[dict[str, Any]]):
 
 
 def swap_texts(dataset: Products, fraction: float, seed: int) -> SwappedTexts:
-    """Replace the text of exactly ``round(fraction * len(dataset))`` rows by one of another label.
+    """Return ``dataset`` with a fraction of its texts replaced by texts of other labels.
 
-    Rows are drawn without replacement, donors uniformly from the rows with a text and another
-    label; both depend only on ``seed``.
+    Exactly ``round(fraction * len(dataset))`` rows are drawn without replacement. The new text of
+    each row is drawn uniformly from the texts of all other labels.
+
+    Args:
+        dataset: the dataset.
+        fraction: fraction of the rows whose text is replaced.
+        seed: seed of the random draws.
 
     Raises:
-        ValueError: a row to be swapped has no possible donor.
+        ValueError: there is no text of another label for a row.
     """
     fraction = check_fraction("fraction", fraction)
     rng = np.random.default_rng(check_int("seed", seed, 0))
@@ -63,8 +68,7 @@ def swap_texts(dataset: Products, fraction: float, seed: int) -> SwappedTexts:
     labels = np.asarray(dataset.labels, dtype=np.int64)
     with_text = np.flatnonzero([text != "" for text in dataset.texts])
     donors = with_text[np.argsort(labels[with_text], kind="stable")]
-    # Donors are sorted by label: those of the row's own label are one block, which a draw from the
-    # others skips.
+    # Donors are sorted by label, so the donors to exclude for a row are the block start:stop.
     start = np.searchsorted(labels[donors], labels[rows], side="left")
     stop = np.searchsorted(labels[donors], labels[rows], side="right")
     others = len(donors) - (stop - start)

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on given texts, or loaded from a folder or the hub."""
+"""Train tokenizers, and load tokenizers from a folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 
-# Of tokenizer.json; with 256,000 tokens it has about 30 MB.
+# Largest size of tokenizer.json, which has about 30 MB for 256,000 tokens.
 MAX_BYTES = 256 << 20
 TOKENS = ("bos_token", "eos_token", *SPECIAL)
-# Other settings of tokenizer_config.json that are used, and their types.
+# The other settings in tokenizer_config.json that are used, and their types.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "model_max_length": (int, float),
     "padding_side": (str,),
@@ -52,16 +52,17 @@ def train_tokenizer(
 ) -> Any:
     """Train a lower-casing tokenizer on ``texts`` and return a ``PreTrainedTokenizerFast``.
 
-    A text becomes ``[CLS] ... [SEP]``; ``[PAD]`` has id 0. The same texts give the same tokenizer.
-    ``save_pretrained(folder)`` writes it, ``load_tokenizer(folder)`` loads it.
+    A text is encoded as ``[CLS] ... [SEP]``, and ``[PAD]`` has id 0. The same texts always give the
+    same tokenizer. Save it with ``save_pretrained(folder)``, and load it with
+    ``load_tokenizer(folder)``.
 
     Args:
-        texts: empty ones are ignored.
-        vocab_size: the largest vocabulary; few texts give a smaller one.
-        kind: "wordpiece" (BERT's) or "bpe" (byte level, GPT-2's).
+        texts: the texts; empty texts are ignored.
+        vocab_size: largest size of the vocabulary; few texts give a smaller vocabulary.
+        kind: "wordpiece" as in BERT, or "bpe" (byte-level) as in GPT-2.
 
     Raises:
-        TypeError: ``texts`` is one string.
+        TypeError: ``texts`` is a string.
         ValueError: an argument is out of range, or all texts are empty.
     """
     from transformers import PreTrainedTokenizerFast
@@ -70,10 +71,10 @@ def train_tokenizer(
         raise ValueError(f"kind: got {kind!r}, expected 'wordpiece' or 'bpe'")
     check_int("vocab_size", vocab_size, len(SPECIAL) + 1)
     if isinstance(texts, str):
-        raise TypeError("texts: got one string, expected a list of strings")
+        raise TypeError("texts: got a string, expected a list of strings")
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError("texts: got none, expected at least one non-empty text")
+        raise ValueError("texts: got no non-empty text, expected at least one")
     tokenizer = _wordpiece(texts, vocab_size) if kind == "wordpiece" else _bpe(texts, vocab_size)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,11 +84,11 @@ def train_tokenizer(
 
 
 def _wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
-    # The trainer numbers the inner letters ("##a") in the order of a randomly seeded hash table,
-    # and breaks ties between merges by number. Here they are numbered beforehand, as special tokens
-    # of a temporary tokenizer, so that every run gives the same vocabulary.
-    draft = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
-    normalize, split = draft.normalizer.normalize_str, draft.pre_tokenizer.pre_tokenize_str
+    # The trainer numbers inner letters ("##a") in the order of a randomly seeded hash table, and
+    # the numbers break ties between merges. To always get the same vocabulary, a temporary
+    # tokenizer has the inner letters as special tokens, which are numbered in their given order.
+    temporary = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
+    normalize, split = temporary.normalizer.normalize_str, temporary.pre_tokenizer.pre_tokenize_str
     inner = sorted(
         {letter for text in texts for word, _ in split(normalize(text)) for letter in word[1:]}
     )
@@ -95,8 +96,8 @@ def _wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=numbered, show_progress=False
     )
-    draft.train_from_iterator(texts, trainer)
-    return _bert_tokenizer(models.WordPiece(vocab=draft.get_vocab(), unk_token="[UNK]"))
+    temporary.train_from_iterator(texts, trainer)
+    return _bert_tokenizer(models.WordPiece(vocab=temporary.get_vocab(), unk_token="[UNK]"))
 
 
 def _bert_tokenizer(model: models.Model) -> Tokenizer:
@@ -128,16 +129,16 @@ def load_tokenizer(
 ) -> Any:
     """Load a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
-    From a folder with tokenizer.json, only that file and the `SETTINGS` and tokens in
-    tokenizer_config.json are used, whatever class or code they name. Code is never loaded.
+    If a folder has a tokenizer.json, the tokenizer consists of that file, and of the `SETTINGS` and
+    special tokens in tokenizer_config.json. Code that the files name is never loaded.
 
     Args:
         folder_or_hub_name: a folder, or a name on the hub.
-        argument: the name of that argument in errors.
+        argument: name of the argument in error messages.
 
     Raises:
-        ValueError: the folder has no readable tokenizer, or the name is neither a folder nor known
-            to the hub (or its local cache, when offline).
+        ValueError: the folder has no readable tokenizer, or the name is neither a folder nor
+            available from the hub or its local cache.
     """
     from transformers import AutoTokenizer
 
@@ -153,11 +154,11 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    # The tokenizers library raises a bare Exception, and its panics derive from BaseException only.
+    # The tokenizers library raises Exception, or BaseException if its Rust code panics.
     except BaseException as error:
         reason = "the folder has no readable tokenizer"
         if not folder.is_dir():
-            reason = "it is no folder and not available from the hub"
+            reason = "it is not a folder and not available from the hub"
         raise ValueError(
             f"{argument}: got {name!r}, expected a tokenizer folder or a hub name: "
             f"{reason} ({one_line(error)})"
@@ -170,15 +171,15 @@ def _read_folder(folder: Path) -> Any:
 
     tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", MAX_BYTES))
     written = _read_settings(folder, "tokenizer_config.json")
-    # As in transformers: the special_tokens_map.json of earlier versions is used if the config
-    # lists no added tokens.
+    # Like transformers, read special_tokens_map.json, which earlier versions wrote, if
+    # tokenizer_config.json lists no added tokens.
     older: dict[str, Any] = {}
     if "added_tokens_decoder" not in written:
         older = _read_settings(folder, "special_tokens_map.json")
-    given = {**_usual_settings(folder, written), **written, **older}
+    given = {**_default_settings(folder, written), **written, **older}
     settings = {key: given[key] for key in SETTINGS if key in given}
     _check_types(settings)
-    # Descriptions of a token in tokenizer.json take precedence over those in the settings.
+    # The properties of a token in tokenizer.json take precedence over those in the settings.
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for key in TOKENS:
         if given.get(key) is not None:
@@ -198,8 +199,8 @@ def _check_types(settings: dict[str, Any]) -> None:
             not isinstance(settings[key], kinds)
             or isinstance(settings[key], bool) != (bool in kinds)
         ):
-            takes = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{key}: got {type(settings[key]).__name__}, expected {takes}")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{key}: got {type(settings[key]).__name__}, expected {expected}")
     if not settings.get("model_max_length", 1) > 0:
         raise ValueError(
             f"model_max_length: got {settings['model_max_length']}, expected a number above 0"
@@ -211,7 +212,7 @@ def _check_types(settings: dict[str, Any]) -> None:
 
 
 def _extra_tokens(given: dict[str, Any], known: dict[str, AddedToken]) -> dict[str, Any]:
-    """Return the settings for special tokens other than ``TOKENS``."""
+    """Return the settings of the special tokens that are not in ``TOKENS``."""
     extra = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
     named = {
         key: token
@@ -248,15 +249,15 @@ def _object(given: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _usual_settings(folder: Path, written: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the class of transformers that the folder names."""
+def _default_settings(folder: Path, written: dict[str, Any]) -> dict[str, Any]:
+    """Return the default settings of the transformers class that the folder names."""
     import transformers
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    described = _read_settings(folder, "config.json")
-    name = written.get("tokenizer_class") or described.get("tokenizer_class")
-    if name is None and isinstance(described.get("model_type"), str):
-        name = TOKENIZER_MAPPING_NAMES.get(described["model_type"])
+    config = _read_settings(folder, "config.json")
+    name = written.get("tokenizer_class") or config.get("tokenizer_class")
+    if name is None and isinstance(config.get("model_type"), str):
+        name = TOKENIZER_MAPPING_NAMES.get(config["model_type"])
         name = name[-1] if isinstance(name, tuple) else name
     if not isinstance(name, str) or not name.removesuffix("Fast").endswith("Tokenizer"):
         return {}
@@ -266,18 +267,18 @@ def _usual_settings(folder: Path, written: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters
     tokens = {key: parameters[key].default for key in TOKENS if key in parameters}
     names = ("model_input_names", "padding_side", "truncation_side")
-    usual = {key: getattr(kind, key) for key in names}
+    defaults = {key: getattr(kind, key) for key in names}
     for key, token in tokens.items():
         if isinstance(token, (str, AddedToken)):
-            usual[key] = str(token)
-    return usual
+            defaults[key] = str(token)
+    return defaults
 
 
 def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken | str:
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise ValueError(
-            f"{key}: got {type(token).__name__}, expected a string or an object with its content"
+            f"{key}: got {type(token).__name__}, expected a string or an object with a content"
         )
     if content in known or not isinstance(token, dict):
         return known.get(content, content)
@@ -290,7 +291,7 @@ def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken 
 
 
 def _decode_word_ends(tokenizer: Tokenizer) -> None:
-    """Decode CLIP's word ends as spaces, which tokenizer.json alone does not do."""
+    """Make the tokenizer decode CLIP's word ends as spaces, which tokenizer.json leaves out."""
     suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
     if suffix and isinstance(tokenizer.decoder, decoders.ByteLevel):
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(suffix, " ")])
@@ -306,7 +307,7 @@ def _could_be_hub_name(name: str) -> bool:
 
 
 def _check_vocabulary_folder(folder: Path) -> None:
-    """Raise ValueError if a folder without tokenizer.json names code, or files to open."""
+    """Raise ValueError if the settings in a folder without tokenizer.json name code or files."""
     for name in (
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -321,5 +322,6 @@ def _check_vocabulary_folder(folder: Path) -> None:
                 "fast_tokenizer_files",
             ) or key.endswith("_file"):
                 raise ValueError(
-                    f"{name}: got a field {key!r}, expected none: it names code or files"
+                    f"{name}: got the field {key!r}, which names code or files, "
+                    "expected a tokenizer without code"
                 )
