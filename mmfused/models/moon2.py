@@ -101,7 +101,7 @@ class MOON2Config(HostedConfig):
         self.check_positive("temperature", "intra_temperature")
         if self.normalise is not None:
             self.check_positive("normalise")
-        self.check_host()
+        self.check_host_and_tokens()
         self.check_at_most("top_k", "num_experts")
         text = self.host["text_config"]
         layers = text.get("num_hidden_layers")

@@ -100,7 +100,7 @@ class HostedConfig(ModelConfig):
         """Return the arguments of `preset` that depend on the tokenizer."""
         return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
 
-    def check_host(self) -> None:
+    def check_host_and_tokens(self) -> None:
         """Require a host that can be built, all tokens, and pictures of whole tokens."""
         check_host(self.host)
         if self.tokens is None:

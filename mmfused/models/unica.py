@@ -1,16 +1,17 @@
 """UniCA: cross-attention between picture and text before a joint encoder (arXiv 2606.28350).
 
-    V = LN(W ViT(image) + positions 1..N)                  N patch tokens, [CLS] dropped
-    [CLS ; T] = LN(BERT's embeddings of the text)          T at positions N+1 on, or from 1 on where
+    V = LN(W ViT(image) + positions 1..N)                  N patch tokens, without [CLS]
+    [CLS ; T] = LN(BERT's embeddings of the text)          T starts at position N + 1, or at 1 if
                                                            there is no picture
-    V^ = LN(V + Drop(MHA(q = V, k = v = T)))               Bi-CA: both directions from the old
-    T^ = LN(T + Drop(MHA(q = T, k = v = V)))               states, without [CLS]
-    X' = LN(X^ + Drop(FFN(X^)))                            for either side
+    V^ = LN(V + Drop(MHA(q = V, k = v = T)))               Bi-CA: cross-attention in both
+    T^ = LN(T + Drop(MHA(q = T, k = v = V)))               directions, without [CLS]
+    X' = LN(X^ + Drop(FFN(X^)))                            X is V or T
     e = L2(BERT layers([CLS ; V' ; T'])_CLS)               one encoder for queries and candidates
     L = mean_i -log( exp(q_i.c_i / tau) / sum_j exp(q_i.c_j / tau) ) + lambda mean_i (1 - q_i.c_i)
 
-j runs over positives and hard negatives of all ranks, without those of q_i's own label; tau = 0.02.
-docs/models.md says where each part comes from.
+q_i and c_i are the embeddings e of a query and its positive; c_j are all positives and hard
+negatives of all ranks, except other items with the label of q_i; tau = 0.02. docs/models.md gives
+the source of each part.
 """
 
 from __future__ import annotations
@@ -47,35 +48,35 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 @dataclasses.dataclass
 class UniCAConfig(ModelConfig):
-    """Configuration of UniCA, by default "tiny" without an image encoder."""
+    """Configuration of UniCA; the default sizes are tiny, without an image encoder."""
 
     PRESETS: ClassVar[presets.Presets] = presets.UNICA
 
-    text: Options  # build_text(text_dim, text), a BERT: the host, which every model needs
+    text: Options  # options of build_text, for a BERT: the host
     text_dim: int = 128  # D, width of the host, of Bi-CA and of the embeddings
     image_dim: int = 128  # width of the patch tokens
-    image: Options | None = None  # build_vit(image_dim, image_stem, image); None: image_tokens only
+    image: Options | None = None  # options of build_vit; None: the input is image_tokens
     image_stem: Stem = "conv_group"
-    # How pixel_values were normalised; training and evaluation prepare their batches with it.
+    # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    empty_text: tuple[int, int] = (2, 3)  # ids of [CLS] and [SEP], the text of an item without one
-    blocks: int = 1  # of Bi-CA
-    num_heads: int = 4  # in Bi-CA
+    empty_text: tuple[int, int] = (2, 3)  # ids of [CLS] and [SEP], which replace a missing text
+    blocks: int = 1  # number of Bi-CA blocks
+    num_heads: int = 4  # heads in Bi-CA
     ffn: int | None = None  # hidden width of Bi-CA's feed-forward parts, None: 4 D
     dropout: float = 0.1  # in Bi-CA: of attention probabilities and block outputs
-    bica_norm: Literal["post", "pre"] = "post"  # "pre" starts as the identity
-    share_weights: bool = False  # one set of projections for both directions
+    bica_norm: Literal["post", "pre"] = "post"  # with "pre", Bi-CA is the identity at first
+    share_weights: bool = False  # whether both directions share their projections
     temperature: float = 0.02  # tau
     positive_weight: float = 1.0  # lambda
     # Whether candidates of other ranks get gradients, see MaskedInfoNCE.
     gather: Literal["global", "local"] = "global"
-    # Encoders that are not trained; gradients pass through them.
+    # Encoders whose weights are frozen; gradients still flow through them.
     freeze: tuple[Literal["image", "text"], ...] = ()
-    # Ablations, alone or together: "bica" (VISTA with the positive similarity), "ffn" (Bi-CA's
-    # feed-forward parts), "positive_similarity" (lambda = 0), "hard_negatives" (only positives of
-    # other queries are negatives), "fusion" (image and text are encoded separately; an item with
-    # both gets the direction between their embeddings).
+    # Ablations, alone or together: "bica" (no Bi-CA, as in VISTA), "ffn" (no feed-forward parts in
+    # Bi-CA), "positive_similarity" (lambda = 0), "hard_negatives" (the only negatives are positives
+    # of other queries), "fusion" (image and text are encoded separately, and the embedding of an
+    # item with both is the normalised sum of their embeddings).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,12 +84,10 @@ class UniCAConfig(ModelConfig):
         self.check_positive("temperature")
         self.check_divisor("num_heads", "text_dim")
         if not self.positive_weight >= 0:
-            raise ValueError(
-                f"positive_weight: got {self.positive_weight}, expected a number from 0"
-            )
+            raise ValueError(f"positive_weight: got {self.positive_weight}, expected at least 0")
         if self.text.get("model_type", "bert") != "bert":
             got = self.text["model_type"]
-            raise ValueError(f"text.model_type: got {got!r}, expected 'bert', the host")
+            raise ValueError(f"text.model_type: got {got!r}, expected 'bert'")
         self.check_frozen(self.freeze)
 
     @staticmethod
@@ -101,14 +100,14 @@ class UniCAConfig(ModelConfig):
 
 
 class Inputs(TypedDict, total=False):
-    """Inputs of B items; ValueError for a missing or doubled source, and wrong shapes or ids."""
+    """Inputs of B items; either pixel_values or image_tokens is required."""
 
     pixel_values: Tensor | None  # (B, 3, S, S) float
-    image_tokens: Tensor | None  # (B, N, image_dim), patch tokens without [CLS], instead of pixels
-    image_present: Tensor | None  # (B,) bool, False = this item has none, None = all have one
+    image_tokens: Tensor | None  # (B, N, image_dim), patch tokens without [CLS]
+    image_present: Tensor | None  # (B,) bool, False = the item has no image; None = all have one
     input_ids: Tensor  # (B, T) int64, [CLS] first, T from 2 to max_position_embeddings - N
-    attention_mask: Tensor | None  # (B, T), 1 = real token, None = all; padding at the right
-    # (B,) bool; None: a text is missing where at most two tokens are real ([CLS] and [SEP]).
+    attention_mask: Tensor | None  # (B, T), 1 = real token; None = all real; padding at the right
+    # (B,) bool; None = an item has a text if more than two ids are real ([CLS] and [SEP] are two).
     text_present: Tensor | None
 
 
@@ -128,7 +127,7 @@ def _start_at_zero(linear: nn.Linear) -> None:
 
 
 class FeedForward(nn.Module):
-    """LN(x + Drop(FFN(x))); with ``pre_norm`` x + Drop(FFN(LN(x))), which starts as x."""
+    """LN(x + Drop(FFN(x))), or with ``pre_norm`` x + Drop(FFN(LN(x))), the identity at first."""
 
     def __init__(self, dim: int, hidden: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class FeedForward(nn.Module):
             _start_at_zero(contract)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Return (B, N, D) for x (B, N, D)."""
         return x + self.layers(self.norm(x)) if self.pre_norm else self.norm(x + self.layers(x))
 
 
@@ -179,12 +178,13 @@ class BiCA(nn.Module):
         ignore: Tensor,
         both: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Change the samples that have image and text; return the others unchanged.
+        """Return image and text after attention to each other, if a sample has both.
 
         Args:
-            image, text: (B, N, D), (B, M, D).
-            ignore: (B, M) bool, padded text.
-            both: (B,) bool, the samples that have both.
+            image: (B, N, D).
+            text: (B, M, D).
+            ignore: (B, M) bool, True = padded text token.
+            both: (B,) bool, the samples that have image and text. Other samples do not change.
         """
         image, text = self.attention(
             image, text, b_key_padding_mask=ignore, a_present=both, b_present=both
@@ -197,7 +197,7 @@ class BiCA(nn.Module):
 
 
 class UniCA(RetrievalModel):
-    """UniCA built from a `UniCAConfig`; encoders start random and need `mmfused[models]`."""
+    """UniCA built from a `UniCAConfig`; encoders have random weights and need `mmfused[models]`."""
 
     def __init__(self, config: UniCAConfig) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class UniCA(RetrievalModel):
 
     @property
     def picture_size(self) -> int:
-        """Side of the pictures it takes; without an image encoder a small one, as none are read."""
+        """Side of the input pictures in pixels; 16 if there is no image encoder to read them."""
         return 16 if self.image_encoder is None else super().picture_size
 
     def encode(
@@ -238,7 +238,7 @@ class UniCA(RetrievalModel):
         labels: Tensor,
         **items: Unpack[Inputs],
     ) -> dict[str, Tensor]:
-        """Return "embedding" (B, D) and "labels" (B,), the same for every role."""
+        """Return "embedding" (B, D) and "labels" (B,); the ``role`` has no effect."""
         embedding = self.embed(**items)["both"]
         inputs.check_labels(labels, len(embedding))
         return {"embedding": embedding, "labels": labels}
@@ -249,29 +249,29 @@ class UniCA(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss, and its terms "info_nce" and "positive_similarity" without gradients."""
+        """Return the loss and its detached terms "info_nce" and "positive_similarity"."""
         q, positive = query["embedding"], candidate["embedding"]
         check_part("UniCA", "candidate", candidate, q, "embedding")
         parts = [candidate]
         if negative is not None and "hard_negatives" not in self.config.without:
             parts.append(negative)
         c, labels = (torch.cat([part[name] for part in parts]) for name in ("embedding", "labels"))
-        with no_autocast(q.device.type):  # in float32, as unit vectors need
+        with no_autocast(q.device.type):  # unit vectors need float32
             loss = self.info_nce(q, c, query_id=query["labels"], candidate_id=labels)
-            apart = gather_rows(1 - (q * positive).sum(-1).detach()).mean()
-        info_nce = loss.detach() - self.positive_weight * apart
-        return RetrievalOutput(loss, {"info_nce": info_nce, "positive_similarity": apart})
+            distance = gather_rows(1 - (q * positive).sum(-1).detach()).mean()
+        info_nce = loss.detach() - self.positive_weight * distance
+        return RetrievalOutput(loss, {"info_nce": info_nce, "positive_similarity": distance})
 
     def embed(
         self,
         views: Sequence[View] = ("both",),
         **items: Unpack[Inputs],
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) of each view, in float32 (float64 of a float64 model)."""
+        """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model."""
         check_views(views)
         prepared = self._prepare(**items)
-        read = {"image": self._image_alone, "text": self._text_alone, "both": self._both}
-        return {view: read[view](prepared) for view in views}
+        encode = {"image": self._image_alone, "text": self._text_alone, "both": self._both}
+        return {view: encode[view](prepared) for view in views}
 
     def _image_alone(self, x: Items) -> Tensor:
         no_text = torch.zeros_like(x.has_text)
@@ -290,10 +290,10 @@ class UniCA(RetrievalModel):
         return late_fusion(image, self._text_alone(x).masked_fill(only_image, 0))
 
     def _read(self, x: Items) -> Tensor:
-        """Return embeddings (B, D) of [CLS ; image ; text], without what an item lacks."""
-        image, ids, real = x.image, *self._or_empty(x.input_ids, x.real, x.has_text)
+        """Return the embeddings (B, D) of the sequences [CLS ; image ; text]."""
+        image, ids, real = x.image, *self._fill_missing_texts(x.input_ids, x.real, x.has_text)
         slots = torch.arange(ids.shape[1], device=ids.device)
-        # (B, 1): a text's positions begin after those of its picture, if any.
+        # (B, 1): the positions of a text start after those of its picture, if it has one.
         offset = image.shape[1] * x.has_image[:, None]
         ids, poison = inputs.clamp_indices(ids, self.text_encoder.config.vocab_size)
         positions = slots + offset * (slots > 0)
@@ -305,22 +305,28 @@ class UniCA(RetrievalModel):
                 image, text = block(image, text, ~real[:, 1:], x.has_image & x.has_text)
         image_real = x.has_image[:, None].expand(image.shape[:2])
         seen = torch.cat((real[:, :1], image_real, real[:, 1:]), 1)
-        return unit_rows(self._host(torch.cat((first, image, text), 1), seen.long())[:, 0])
+        return unit_rows(self._run_layers(torch.cat((first, image, text), 1), seen.long())[:, 0])
 
-    def _host(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Run BERT's layers alone: the embeddings have passed its LayerNorm and Bi-CA already."""
+    def _run_layers(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Run BERT's layers, without its embeddings, on x (B, L, D) masked by ``seen`` (B, L)."""
         from transformers.masking_utils import create_bidirectional_mask
 
-        # In the form that its attention implementation takes.
+        # The form of the mask depends on the attention implementation.
         mask = create_bidirectional_mask(self.text_encoder.config, x, seen)
         return self.text_encoder.encoder(x, attention_mask=mask).last_hidden_state
 
-    def _or_empty(self, ids: Tensor, real: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Replace missing texts by [CLS][SEP]."""
+    def _fill_missing_texts(
+        self,
+        ids: Tensor,
+        real: Tensor,
+        has_text: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids and real tokens, with missing texts replaced by [CLS] [SEP]."""
         markers = (torch.full_like(ids[:, :1], marker) for marker in self.config.empty_text)
         empty = torch.cat((*markers, ids[:, 2:]), 1)
-        there, first_two = has_text[:, None], torch.arange(ids.shape[1], device=ids.device) < 2
-        return torch.where(there, ids, empty), torch.where(there, real, first_two)
+        first_two = torch.arange(ids.shape[1], device=ids.device) < 2
+        has_text = has_text[:, None]
+        return torch.where(has_text, ids, empty), torch.where(has_text, real, first_two)
 
     def _prepare(
         self,
@@ -332,7 +338,7 @@ class UniCA(RetrievalModel):
         attention_mask: Tensor | None = None,
         text_present: Tensor | None = None,
     ) -> Items:
-        """Check the inputs, encode pixels, and bring patch tokens into BERT's space."""
+        """Check the inputs, encode pixels, and project patch tokens to BERT's embeddings."""
         tokens = self._image_tokens(pixel_values, image_tokens, image_present)
         batch, count = tokens.shape[:2]
         ids = self._check_text(input_ids, attention_mask, text_present, batch, count)
@@ -345,7 +351,7 @@ class UniCA(RetrievalModel):
         every = torch.ones_like(ids, dtype=torch.bool)
         real = every if attention_mask is None else attention_mask != 0
         if text_present is None:
-            text_present = real.sum(1) > 2  # two: [CLS] and [SEP] around no text
+            text_present = real.sum(1) > 2  # an empty text has two: [CLS] and [SEP]
         return Items(image, image_present, ids, real, text_present)
 
     def _image_tokens(

@@ -1,15 +1,16 @@
 """UniECS: one encoder for images, texts and both, for retrieval from any to any (arXiv 2508.13843).
 
-    V = L2(ViT(image) P_v) W_pv + b, T = L2(BERT(text) P_t) W_pt + b       per token
-    A_v = MHA(V, T), A_t = MHA(T, V)                      each from the old V and T, pre-norm
+    V = L2(ViT(image) P_v) W_pv + b, T = L2(BERT(text) P_t) W_pt + b       for each token
+    A_v = MHA(V, T), A_t = MHA(T, V)                      pre-norm, both before V and T change
     V' = g_v A_v + (1 - g_v) V, g_v = sigmoid([V ; A_v ; e_t] W + b)       T' likewise
     x + gamma_1 MHA(LN x), then x + gamma_2 FFN(LN x)     self-attention of V and of T
     p = tanh(Linear(LN(mean of the tokens)))              of V and of T
-    f = L2(LN(blocks(Linear([p_v ; p_t]))))               blocks over this one token
-    v = Enc(V, 0), t = Enc(0, T), f = Enc(V, T)           three embeddings, nine tasks
+    f = L2(LN(blocks(Linear([p_v ; p_t]))))               blocks over a single token
+    v = Enc(V, 0), t = Enc(0, T), f = Enc(V, T)           the embeddings of an item
 
-e_t is 1 where there is a text; a missing modality is zeros before W. The losses are in
-uniecs_losses.py; docs/models.md says where each part comes from.
+Enc is all of the above. e_t is 1 if the item has a text, else 0. The tokens of a missing modality
+are 0 before W_pv or W_pt. The losses are in uniecs_losses.py. docs/models.md gives the source of
+each part.
 """
 
 from __future__ import annotations
@@ -57,50 +58,50 @@ PASSES: dict[View, Literal["a", "b", "both"]] = {"image": "a", "text": "b", "bot
 
 @dataclasses.dataclass
 class UniECSConfig(ModelConfig):
-    """Configuration of UniECS, by default "tiny" without encoders."""
+    """Configuration of UniECS; the default sizes are tiny, without encoders."""
 
     PRESETS: ClassVar[presets.Presets] = presets.UNIECS
 
     dim: int = 128  # d
     num_heads: int = 4
-    cross_layers: int = 2  # gated layers
-    self_blocks: int = 1  # of each modality, after each gated layer or after the last one
-    # "interleaved": (cross, gate, self) each time | "after": self-attention after all of them.
+    cross_layers: int = 2  # number of gated layers
+    self_blocks: int = 1  # number of self-attention blocks of each modality at each place
+    # Places of self-attention: "interleaved": after each gated layer | "after": after the last one.
     placement: Literal["interleaved", "after"] = "interleaved"
     fusion_blocks: int = 1
-    # Of attention probabilities and outputs, and inside the feed-forward part.
+    # Dropout of attention probabilities and outputs, and inside the feed-forward parts.
     dropout: float = 0.0
-    # The gate's e: True: per item | False: none | "batch": 1 for all (the public code's effect).
+    # e in the gate: True: each item's | False: no e | "batch": always 1, as in the public code.
     indicator: bool | Literal["batch"] = True
     # How the gated layers treat an absent modality, see BidirectionalGatedCrossAttention.
     missing: Literal["constant", "zero", "skip"] = "constant"
-    text_mask: bool = True  # False: padded rows of a text are attended to and averaged, as zeros
-    text_length: int | None = None  # rows that a text is cut or padded to, None: its own
+    text_mask: bool = True  # False: padded text tokens take part, as zeros
+    text_length: int | None = None  # tokens that texts are cut or padded to; None: unchanged
     temperature: float = 0.07  # of V2T, V2F, T2F
     temperature_v2v: float = 0.05
     temperature_t2t: float = 0.03
-    initial_scale: float = 10.0  # s; log s is learnable and kept in [0, 3]
+    initial_scale: float = 10.0  # initial s; log s is learned and clamped to [0, 3]
     margins: tuple[float, float, float, float] = (0.3, 0.2, 0.05, 0.2)  # PPM, PDC, PLC, L_hard
-    hard_fraction: float = 0.5  # of the batch, L_hard's negatives
-    nearest: int = 10  # of PLC
+    hard_fraction: float = 0.5  # share of the batch that L_hard uses as negatives
+    nearest: int = 10  # number of neighbours in PLC
     v2f: Literal["v_to_f", "f_to_v"] = "v_to_f"  # V2F and S^vm: v_1 with f_2, or f_1 with v_2
-    loss_weights: tuple[float, ...] = (0.5, 1.0, 1.0, 0.2, 0.8, 0.5, 0.5, 2.0, 1.0)  # as in NAMES
-    # "adaptive": of the groups, by their gradients | "static": the terms' mean by loss_weights.
+    loss_weights: tuple[float, ...] = (0.5, 1.0, 1.0, 0.2, 0.8, 0.5, 0.5, 2.0, 1.0)  # order: NAMES
+    # "adaptive": the groups' gradients give their weights | "static": loss_weights only.
     weighting: Literal["adaptive", "static"] = "adaptive"
-    beta: float = 0.5  # of the adaptive weights: 0 = equal weights, 1 = equal gradients
-    # Added to the gradients' norms: keeps a group that is nearly done from taking all the weight.
+    beta: float = 0.5  # exponent of the adaptive weights: 0 = equal weights, 1 = equal gradients
+    # Added to the gradient norms, so that a small gradient does not give a group all the weight.
     epsilon: float = 1e-3
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
     image_stem: Stem = "conv_group"
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixel_values
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    image: Options | None = None  # build_vit(image_dim, image_stem, image); None: image_tokens only
-    text: Options | None = None  # build_text(text_dim, text); None: text_tokens only
+    image: Options | None = None  # options of build_vit; None: the input is image_tokens
+    text: Options | None = None  # options of build_text; None: the input is text_tokens
     freeze: tuple[Literal["image", "text"], ...] = ()  # encoders that are not trained
-    # Ablations: "gate" (V' = V + A_v), "cross" (no gated layers), "cmal", "clal", "imcl" (no such
-    # losses), "adaptive" (static weights), "hard_negatives" (no L_hard), "fusion" (p_v and p_t of
-    # the encoders' tokens, and the direction between them for both).
+    # Ablations: "gate" (V' = V + A_v), "cross" (no gated layers), "cmal", "clal", "imcl" (without
+    # this group of losses), "adaptive" (static weights), "hard_negatives" (no L_hard), "fusion" (v
+    # and t are L2(p_v) and L2(p_t) of the encoders' tokens, and f is their normalised sum).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class UniECSConfig(ModelConfig):
             expected = f"{len(NAMES)} numbers above 0"
             raise ValueError(f"loss_weights: got {self.loss_weights}, expected {expected}")
         if not self.text_mask and self.text_length is None:
-            expected = "a number, as an item would depend on its batch"
+            expected = "a number, so that no item depends on its batch"
             raise ValueError(f"text_length: got None without text_mask, expected {expected}")
         if self.indicator == "batch" and self.missing != "constant":
             got = f"{self.missing!r} with indicator 'batch'"
@@ -121,27 +122,27 @@ class UniECSConfig(ModelConfig):
             raise absent_part("adaptive", "weighting 'static'", "weighting 'adaptive'")
         if not set(TERMS) - set(self.without):
             raise ValueError(
-                "without: got all of cmal, clal, imcl, which leaves no loss, expected two at most"
+                "without: got all of cmal, clal, imcl, which leaves no loss, expected at most two"
             )
         self.check_frozen(self.freeze)
 
 
 class Items(TypedDict, total=False):
-    """Items; ValueError where a modality has no source or two, and for wrong shapes and ids."""
+    """Inputs of B items; each modality needs exactly one source."""
 
     pixel_values: Tensor | None  # (B, 3, S, S)
     image_tokens: Tensor | None  # (B, N, image_dim), instead of pixel_values
-    image_present: Tensor | None  # (B,) bool, None: all have an image
+    image_present: Tensor | None  # (B,) bool, False = the item has no image; None = all have one
     input_ids: Tensor | None  # (B, T) int64
     attention_mask: Tensor | None  # (B, T), 1 = real token, None = all real
     text_tokens: Tensor | None  # (B, T, text_dim), instead of input_ids
     text_padding_mask: Tensor | None  # (B, T) bool, True = ignore; with text_tokens
-    # (B,) bool; None: a text is missing where at most two of its ids are real, or no token is.
+    # (B,) bool; None = an item has a text if more than two ids or any of its text_tokens are real.
     text_present: Tensor | None
 
 
 class Tokens(NamedTuple):
-    """Tokens of unit length, zeros where there is none; D = dim."""
+    """Tokens of unit length, or zeros if absent; D = dim."""
 
     image: Tensor  # (B, N, D)
     text: Tensor  # (B, T, D)
@@ -171,7 +172,7 @@ class Block(nn.Module):
         self.drop: nn.Dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        """(B, N, D), ignore (B, N) bool -> (B, N, D)."""
+        """Return (B, N, D) for x (B, N, D); ``ignore`` (B, N) bool masks keys."""
         normed = self.norm1(x)
         q, k, v = (
             proj(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -185,7 +186,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """One gated layer (none without "cross"), then self-attention blocks of each modality."""
+    """One gated layer, if not ablated, then self-attention blocks of each modality."""
 
     def __init__(self, config: UniECSConfig, blocks: int) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class Stage(nn.Module):
         ignore: Tensor | None,
         **present: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Change image (B, N, D) and text (B, T, D); ignore (B, T) bool."""
+        """Return image (B, N, D) and text (B, T, D); ``ignore`` (B, T) bool masks text tokens."""
         if self.cross is not None:
             image, text = self.cross(image, text, b_key_padding_mask=ignore, **present)
         for image_block, text_block in zip(self.image_blocks, self.text_blocks, strict=True):
@@ -229,7 +230,7 @@ class Pool(nn.Module):
         self.linear: nn.Linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        """(B, N, D), ignore (B, N) bool -> (B, D)."""
+        """Return (B, D) for x (B, N, D); ``ignore`` (B, N) bool masks tokens."""
         if ignore is None:
             mean = x.mean(1)
         else:
@@ -238,7 +239,7 @@ class Pool(nn.Module):
 
 
 class UniECS(RetrievalModel):
-    """UniECS built from a `UniECSConfig`; encoders start random and need `mmfused[models]`."""
+    """UniECS from a `UniECSConfig`; encoders have random weights and need `mmfused[models]`."""
 
     takes_negatives = False
 
@@ -282,13 +283,13 @@ class UniECS(RetrievalModel):
         for linear in (self.image_map, self.text_map):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.image_proj, self.text_proj):
-            # An absent modality consists of this bias. With 0 (the public code) its tokens would be
-            # zeros in all layers, and in backward each LayerNorm would multiply their gradient by
-            # eps**-0.5 = 316: inf after a few.
+            # All tokens of an absent modality equal this bias. If it were 0, as in the public code,
+            # the tokens would be 0 in all layers, and in backward each LayerNorm would multiply
+            # their gradient by eps**-0.5 = 316, which overflows after a few layers.
             nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
     def encode(self, role: str, *, labels: Tensor, **items: Unpack[Items]) -> dict[str, Tensor]:
-        """Return "image" (v), "text" (t), "both" (f), (B, D), has_image, has_text (B,), labels."""
+        """Return v, t, f (B, D) as "image", "text", "both"; has_image, has_text, labels (B,)."""
         tokens = self._tokens(**items)
         check_labels(labels, len(tokens.image))
         return {
@@ -304,9 +305,9 @@ class UniECS(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return all terms between queries and candidates of all ranks, alike on each rank."""
+        """Return the loss and its terms over the rows of all ranks, equal on every rank."""
         if negative is not None:
-            error = ValueError("negative: got hard negatives, expected None: they are the batch's")
+            error = ValueError("negative: got hard negatives, expected None")
             raise refused("UniECS", error, query["both"])
         if self.training:
             with torch.no_grad():
@@ -314,7 +315,7 @@ class UniECS(RetrievalModel):
         c, pair = self.config, (query, candidate)
         rows = gather_rows(torch.stack([part[view] for part in pair for view in VIEWS], 1))
         if not len(rows):
-            raise ValueError("query: got 0 rows on every rank, expected at least one in all")
+            raise ValueError("query: got 0 rows on every rank, expected at least one in total")
         flags = ("labels", "has_image", "has_text")
         ids = gather_rows(torch.stack([part[name].long() for part in pair for name in flags], 1))
         options = LossOptions(*(getattr(c, name) for name in LossOptions._fields))
@@ -330,7 +331,7 @@ class UniECS(RetrievalModel):
         views: Sequence[View] = ("both",),
         **items: Unpack[Items],
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) of each view: "image" hides the text, "text" the image."""
+        """Return unit embeddings (B, D) of each view; "image" hides the text, "text" the image."""
         check_views(views)
         return self._embeddings(self._tokens(**items), views)
 
@@ -359,7 +360,7 @@ class UniECS(RetrievalModel):
         text_padding_mask: Tensor | None = None,
         text_present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Check the inputs, and encode those that are no tokens yet."""
+        """Check the inputs, and encode pixels and ids."""
         c = self.config
         image, has_image = read_image(
             self.image_encoder, c.image_dim, pixel_values, image_tokens, image_present
@@ -370,7 +371,7 @@ class UniECS(RetrievalModel):
         return image, has_image, text, padding, has_text
 
     def _embeddings(self, tokens: Tokens, views: Sequence[View]) -> dict[str, Tensor]:
-        """Run all views as one batch: the encoder sees the modalities that a view shows."""
+        """Encode all views as one batch; in each view, only the modalities that it shows."""
         if "fusion" in self.config.without:
             return self._separate(tokens, views)
         count = len(views)
@@ -382,7 +383,7 @@ class UniECS(RetrievalModel):
         present = {"a_present": image_shown, "b_present": text_shown}
         if self.config.indicator == "batch":
             present = {}
-        # All tokens of an absent text are read: they are zeros.
+        # The padding of an absent text is not ignored: all of its tokens are zeros.
         padding = tokens.padding.repeat(count, 1) & text_shown[:, None]
         ignore = padding if self.config.text_mask else None
         image, text = self.image_proj(image), self.text_proj(text)
@@ -395,12 +396,12 @@ class UniECS(RetrievalModel):
         return dict(zip(views, unit_rows(self.fusion_norm(fused[:, 0])).chunk(count), strict=True))
 
     def _separate(self, tokens: Tokens, views: Sequence[View]) -> dict[str, Tensor]:
-        """Without the fusion: pool each modality by itself; late fusion of those an item has."""
+        """Return the ablation of the fusion: modalities pooled separately, then late fusion."""
         has_image, has_text = tokens.has_image[:, None], tokens.has_text[:, None]
         ignore = tokens.padding & has_text if self.config.text_mask else None
         image = unit_rows(self.image_pool(self.image_proj(tokens.image)))
         text = unit_rows(self.text_pool(self.text_proj(tokens.text), ignore))
         shown_image = image.masked_fill(has_text & ~has_image, 0)
         shown_text = text.masked_fill(has_image & ~has_text, 0)
-        made = {"image": image, "text": text, "both": late_fusion(shown_image, shown_text)}
-        return {view: made[view] for view in views}
+        embeddings = {"image": image, "text": text, "both": late_fusion(shown_image, shown_text)}
+        return {view: embeddings[view] for view in views}

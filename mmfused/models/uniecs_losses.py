@@ -1,11 +1,12 @@
 """Losses of UniECS (arXiv 2508.13843): nine terms in three groups, and their weights.
 
-With S = s x_1 y_2^T for embeddings x of the query 1 and y of the candidate 2, s = exp(log_scale):
+v, t and f are the embeddings of image, text and both; 1 is the query and 2 the candidate. The CLAL
+terms compare S^mm = s f_1 f_2^T, S^vm = s v_1 f_2^T and S^tm = s t_1 f_2^T with s = exp(log_scale).
 
     CMAL  alignment 1/2 [2 - cos(v_1, f_1) + 2 - cos(t_1, f_1)]; InfoNCE V2T (symmetric), V2F, T2F
-    CLAL  PPM, PDC (hinges on S), PLC (agreement of S^mm, S^vm, S^tm on the nearest)
+    CLAL  PPM and PDC (hinges), PLC (agreement of the three S on the nearest candidates)
     IMCL  V2V = InfoNCE + L_hard; T2T
-    L = sum_k omega_k L_k over these groups (adaptive)
+    L = sum_k omega_k L_k over the three groups k (adaptive)
     omega_k = (g_k + eps)^-beta / sum, g_k = |dL_k / d embeddings|
 """
 
@@ -32,7 +33,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LossOptions(NamedTuple):
-    """Fields of the config that the losses use: constants, which torch.compile can pass on."""
+    """The config fields that the losses use, as constants that torch.compile accepts."""
 
     without: tuple[str, ...]
     temperature: float
@@ -48,10 +49,10 @@ class LossOptions(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Embeddings of one modality on one side, and which items have it."""
+    """Embeddings of one modality of the queries or of the candidates."""
 
     rows: Tensor  # (B, D)
-    has: Tensor  # (B,) int64, 1 or 0
+    has: Tensor  # (B,) int64, 1 if the item has the modality, else 0
     label: Tensor  # (B,) int64
 
 
@@ -61,12 +62,12 @@ def loss_terms(
     ids: Tensor,
     options: LossOptions,
 ) -> dict[str, Tensor]:
-    """Return the terms of the groups that are not left out, unweighted.
+    """Return the unweighted terms of the groups that are not ablated.
 
     Args:
         rows: (B, 6, D): v_1, t_1, f_1, v_2, t_2, f_2.
         log_scale: scalar.
-        ids: (B, 6) int64: label, has image (1 or 0), has text, of 1 and then of 2.
+        ids: (B, 6) int64: label, has_image, has_text (0 or 1) of the query, then of the candidate.
         options: see LossOptions.
     """
     o = options
@@ -79,8 +80,8 @@ def loss_terms(
     terms: dict[str, Tensor] = {}
     with no_autocast(rows.device.type):
         if "cmal" not in o.without:
-            apart = 4 - _mean_cosine(v1, f1, image1) - _mean_cosine(t1, f1, text1)
-            terms["alignment"] = apart / 2
+            distance = 4 - _mean_cosine(v1, f1, image1) - _mean_cosine(t1, f1, text1)
+            terms["alignment"] = distance / 2
             terms["v2t"] = _nce(image[0], text[1], o.temperature, symmetric=True)
             terms["v2f"] = _nce(*v2f, o.temperature)
             terms["t2f"] = _nce(text[0], both[1], o.temperature)
@@ -107,18 +108,18 @@ def _nce(
     temperature: float,
     symmetric: bool = False,
 ) -> Tensor:
-    """InfoNCE over the items that have the modality."""
-    # An item without the modality gets a key of its own, and is excluded as a negative.
+    """Return the InfoNCE over the pairs in which both items have the modality compared."""
+    # An item without the modality gets a unique key, so that it is not a negative.
     count = len(query.rows)
-    apart = torch.arange(1, count + 1, device=query.rows.device)
+    unique = torch.arange(1, count + 1, device=query.rows.device)
     return masked_info_nce(
         query.rows,
         candidate.rows,
         temperature=temperature,
         symmetric=symmetric,
         row_weight=(query.has & candidate.has).to(query.rows.dtype),
-        query_key=apart * (1 - query.has),
-        candidate_key=(apart + count) * (1 - candidate.has),
+        query_key=unique * (1 - query.has),
+        candidate_key=(unique + count) * (1 - candidate.has),
         query_id=query.label,
         candidate_id=candidate.label,
     )
@@ -140,12 +141,12 @@ def _sum(values: list[Tensor]) -> Tensor:
 
 
 def _mean_cosine(a: Tensor, b: Tensor, has: Tensor) -> Tensor:
-    """Mean cosine of unit rows over the items that have the modality; 0 where none has it."""
+    """Return the mean cosine of unit rows over the items that have the modality, or 0."""
     return ((a * b).sum(1) * has).sum() / has.sum().clamp(min=1)
 
 
 def weighted_mean(terms: dict[str, Tensor], options: LossOptions) -> Tensor:
-    """Return the mean of the terms by their weights."""
+    """Return the mean of the terms, weighted by `loss_weights`."""
     pairs = zip(NAMES, options.loss_weights, strict=True)
     weights = {name: weight for name, weight in pairs if name in terms}
     return _sum([w * terms[name] for name, w in weights.items()]) / sum(weights.values())
@@ -158,16 +159,16 @@ def group_losses(terms: dict[str, Tensor], options: LossOptions) -> list[Tensor]
 
 
 def adaptive_weights(norms: Tensor, options: LossOptions) -> Tensor:
-    """Return omega (K,), of sum 1, from the norms of the groups' gradients.
+    """Return the weights omega (K,) of the groups, with sum 1, from their gradient norms (K,).
 
-    A group without a gradient gets 0.
+    A group with a zero gradient gets weight 0.
     """
     power = (norms + options.epsilon).pow(-options.beta) * (norms > 0)
     return power / power.sum().clamp(min=torch.finfo(power.dtype).tiny)
 
 
 class _AdaptiveLoss(torch.autograd.Function):
-    """Take each group's gradient in forward, as the weights need it; backward returns their sum."""
+    """Weighted sum of the groups; forward computes their gradients, which the weights need."""
 
     @staticmethod
     def forward(
@@ -205,7 +206,7 @@ class _AdaptiveLoss(torch.autograd.Function):
         return upstream * of_rows, upstream * of_scale, None, None
 
 
-# Dynamo does not trace autograd.grad in a Function; AOTAutograd traces all of this as it runs.
+# Dynamo cannot trace autograd.grad inside a Function, but AOTAutograd can trace this function.
 @torch.compiler.allow_in_graph
 def adaptive_loss(
     rows: Tensor,
@@ -213,8 +214,8 @@ def adaptive_loss(
     ids: Tensor,
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Return the groups' sum by adaptive weights, and the stacked values of the terms.
+    """Return the sum of the groups with adaptive weights, and the stacked terms, detached.
 
-    The values have no gradient. The same under no_grad.
+    The results are the same under no_grad.
     """
     return _AdaptiveLoss.apply(rows, log_scale, ids, LossOptions(*options))

@@ -1,13 +1,14 @@
 """UNITE: universal multimodal embeddings from Qwen2-VL (arXiv 2505.19650).
 
     e(x) = h / |h|, h = last hidden state of the sequence's last token
-    S = Q C^T / tau, tau = 0.03, c_i the candidate of query q_i
+    S = Q C^T / tau, tau = 0.03, e(q_i) and e(c_i) of a query and its positive in rows i of Q and C
     stage 1, retrieval adaptation:  L = 1/2 [CE(S) + CE(S^T)]
     stage 2, instruction tuning:    L = -1/N sum_i log( exp S_ii / sum over j with M_ij = 1 of
                                     exp S_ij )                                           (MAMCL)
-    M_ij = 1[mod(c_i) = mod(c_j)], mod: TEXT = 1, IMAGE = 2, VIDEO = 4, OR-ed
+    M_ij = 1[mod(c_i) = mod(c_j)], mod: bitwise OR of TEXT = 1, IMAGE = 2, VIDEO = 4
 
-docs/models.md says where each part comes from.
+CE is the cross-entropy of the rows with the diagonal as targets. docs/models.md gives the source of
+each part.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mmfused.ops.masked_info_nce import loss_over_ranks, masked_info_nce
 TEXT, IMAGE, VIDEO = 1, 2, 4
 Component = Literal["mamcl", "negatives", "dual", "fusion"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+# The stage whose loss has the component.
 STAGE_OF: dict[Component, int] = {"mamcl": 2, "negatives": 2, "dual": 1}
 
 
@@ -41,30 +43,30 @@ class UNITEConfig(HostedConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNITE
 
-    host: Options  # qwen.build_qwen2_vl(host)
-    tokens: Options | None = None  # qwen.token_ids(tokenizer), which every model needs
-    image_size: int = 64  # side of the pictures, a multiple of patch and merge
+    host: Options  # options of qwen.build_qwen2_vl
+    tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
+    image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     stage: Literal[1, 2] = 2  # 1: both directions, no mask, no hard negatives | 2: MAMCL
     temperature: float = 0.03
-    # What an item shows in training: one of these, drawn with equal odds. The paper's stage 1 has
-    # pairs of texts, of a text and a picture, of a text and a video; its stage 2 mixes all.
+    # Training encodes each item in one of these views, drawn uniformly. In the paper, stage 1 pairs
+    # texts with texts, pictures or videos, and stage 2 mixes all modalities.
     query_views: tuple[View, ...] = VIEWS
     candidate_views: tuple[View, ...] = VIEWS
-    # Another candidate of the same label: "drop": no negative | "sum": one more positive (the
-    # public code).
+    # Other candidates with the query's label: "drop": ignored | "sum": more positives, as in the
+    # public code.
     same_id: Literal["drop", "sum"] = "drop"
     freeze: tuple[qwen.Part, ...] = ()
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    # Ablations: "mamcl" (stage 2 without its mask), "negatives" (stage 2 without hard negatives),
-    # "dual" (stage 1 from query to candidate only), "fusion" (picture and text are encoded
-    # separately, and their embeddings added).
+    # Ablations: "mamcl" (stage 2 without the mask M), "negatives" (stage 2 without hard negatives),
+    # "dual" (stage 1 without CE(S^T)), "fusion" (picture and text are encoded separately, and the
+    # embedding is the normalised sum of their embeddings).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("temperature")
-        self.check_host()
+        self.check_host_and_tokens()
         check_views(self.query_views)
         check_views(self.candidate_views)
         for name in self.without:
@@ -74,7 +76,7 @@ class UNITEConfig(HostedConfig):
 
 
 class UNITE(RetrievalModel):
-    """UNITE from a `UNITEConfig`; the host starts random and needs `mmfused[models]`."""
+    """UNITE from a `UNITEConfig`; the host has random weights and needs `mmfused[models]`."""
 
     def __init__(self, config: UNITEConfig) -> None:
         super().__init__()
@@ -97,22 +99,22 @@ class UNITE(RetrievalModel):
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Encode each item in a view drawn from the config's for its `role`.
+        """Encode each item in a random view out of the config's views for ``role``.
 
-        The views are drawn with the CPU's generator, so that a seed draws the same ones on every
+        The views are drawn with the CPU's generator, so that a seed gives the same views on every
         device.
 
         Args:
-            role: "query", "candidate" or "negative"; a negative draws as candidates do.
-            pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S); or image_tokens (B, n, D),
-                as the vision tower returns them.
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real, None = all.
-            labels: (B,) int64, the product.
-            image_present: (B,) bool, None = all.
+            role: "query", "candidate" or "negative"; negatives have the views of candidates.
+            pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S), or else image_tokens
+                (B, n, D), as the vision tower returns them.
+            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
+            labels: (B,) int64, the product of each item.
+            image_present: (B,) bool, False = the item has no image; None = all have an image.
 
         Returns:
-            "embedding" (B, D), unit rows in the model's dtype; "code" (B,) int64, the modalities
-            shown; "labels".
+            "embedding" (B, D), unit rows in the model's dtype; "code" (B,) int64, mod of each item
+            in its view; "labels".
         """
         ids = qwen.check_ids(input_ids)
         views = self.config.query_views if role == "query" else self.config.candidate_views
@@ -138,9 +140,9 @@ class UNITE(RetrievalModel):
         if c.stage == 2 and "negatives" not in c.without and negative is not None:
             candidates = torch.cat([candidates, negative["embedding"]])
             candidate_id = torch.cat([candidate_id, negative["labels"]])
-            if candidate_key is not None:  # key -1: hard negatives of all queries
-                every = torch.full_like(negative["code"], -1)
-                candidate_key = torch.cat([candidate_key, every])
+            if candidate_key is not None:  # -1 matches the keys of all queries
+                any_key = torch.full_like(negative["code"], -1)
+                candidate_key = torch.cat([candidate_key, any_key])
         options: dict[str, Any] = {
             "temperature": c.temperature,
             "symmetric": c.stage == 1 and "dual" not in c.without,
@@ -166,7 +168,7 @@ class UNITE(RetrievalModel):
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) in float32 of each view; arguments as `encode`'s."""
+        """Return unit embeddings (B, D) in float32 of each view; see `encode` for the arguments."""
         check_views(views)
         ids = qwen.check_ids(input_ids)
         items = self._items(pixel_values, image_tokens, ids, attention_mask, image_present)
@@ -188,36 +190,39 @@ class UNITE(RetrievalModel):
         return qwen.Items(pictures, grid, input_ids, attention_mask, image_present, video)
 
     def _read(self, x: qwen.Items, view: View | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return unit embeddings (B, D) in a view, and which items show a picture and a text."""
+        """Return unit embeddings (B, D), has_image and has_text of the items in a view."""
         tokens = self.config.tokens or {}
         image, text = qwen.visible(tokens, x.input_ids, x.attention_mask, x.image_present, view)
 
-        def last(view: View, video: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return self._last(
+        def read_view(view: View, video: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return self._last_token(
                 x.pictures,
                 qwen.assemble(tokens, x.grid, x.input_ids, text, image, view, video=video),
             )
 
         if "fusion" not in self.config.without:
-            return last("both", x.video)
-        of_image, *_ = last("image", x.video)
-        of_text, _, has_text = last("text", False)
-        # An item of nothing gets the embedding of an empty text.
+            return read_view("both", x.video)
+        of_image, *_ = read_view("image", x.video)
+        of_text, _, has_text = read_view("text", False)
+        # An item without picture and text gets the embedding of an empty text.
         use_text = has_text | ~image
         both = of_image * image[:, None] + of_text * use_text[:, None]
         return F.normalize(both, dim=-1), image, has_text
 
-    def _last(self, pictures: Tensor, sequence: qwen.Sequence) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the last token's direction, has_image and has_text."""
+    def _last_token(
+        self,
+        pictures: Tensor,
+        sequence: qwen.Sequence,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normalised hidden state of the last token, has_image and has_text."""
         last = qwen.hidden_states(self.host, sequence, pictures)[:, -1]
         return F.normalize(last, dim=-1), sequence.has_image, sequence.has_text
 
 
 def lora(model: UNITE, rank: int = 8, alpha: float | None = None, dropout: float = 0.05) -> UNITE:
-    """Add peft's LoRA to every Linear layer of the language model, in place, and freeze the layers.
+    """Add LoRA to every Linear layer of the language model, in place, and freeze its own weights.
 
-    ``alpha`` None: the paper's, 16 in stage 1 and 64 in stage 2. ImportError where peft is not
-    installed.
+    ``alpha`` is by default the paper's: 16 in stage 1 and 64 in stage 2. Needs the package peft.
     """
     try:
         import peft
