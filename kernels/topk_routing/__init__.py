@@ -1,4 +1,4 @@
-"""Top-k routing: the launchers. Equations: mmfused/ops/topk_routing/reference.py."""
+"""Launchers of top-k routing. For the equations see mmfused/ops/topk_routing/reference.py."""
 
 from .backward import backward
 from .forward import forward

@@ -1,7 +1,7 @@
 """Backward of top-k routing: the gradient of the logits.
 
-Everything is recomputed from the logits, except one number for each expert and segment for the
-balance loss (coefficients). The gradients of x and of the router's weight follow in
+Everything is recomputed from the logits, except the coefficients of the balance loss, one for each
+segment and expert. The gradients of x and of the router's weight are computed from it in
 router_gradients.py.
 """
 
@@ -114,8 +114,8 @@ def logits_kernel(
 ):
     """Compute d_logits from the gradients of weights, balance, z and entropy (None: no gradient).
 
-    grid (T / BR,). The gradient of a softmax sums to 0. What it does sum to is a rounding error,
-    largest where a P is near 1, and is subtracted.
+    grid (T / BR,). The gradient of a softmax sums to 0 over the experts. The computed sum is a
+    rounding error, which is largest if a P is near 1, so it is subtracted.
     """
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
@@ -124,10 +124,10 @@ def logits_kernel(
     if seed_ptr is not None:
         factor = jitter_factor(seed_ptr, jitter, n, experts)
         logits *= factor
-    segment, void = load_segment(segments_ptr, n, T, S)
-    allowed, void = load_allowed(available_ptr, segment, void, experts, E, K)
-    void = void | choices_outside(indices_ptr, n, keep, E, K)
-    logits = tl.where((void & keep)[:, None], float("nan"), logits)
+    segment, broken = load_segment(segments_ptr, n, T, S)
+    allowed, broken = load_allowed(available_ptr, segment, broken, experts, E, K)
+    broken = broken | choices_outside(indices_ptr, n, keep, E, K)
+    logits = tl.where((broken & keep)[:, None], float("nan"), logits)
     _, p, log_p, p_logits, lse = scores(logits, allowed, SIGMOID)
     each = tl.load(coefficients_ptr + S * E)
     gp = tl.zeros([BR, BE], tl.float32)
@@ -225,7 +225,10 @@ def _upstream(
     K: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Return the expert in slot j, its weight, and the weight's gradient with that of "mse"."""
+    """Return the expert in slot j, its weight, and the weight's gradient.
+
+    With balance "mse", the weight's gradient includes that of the balance.
+    """
     at, _ = load_choice(indices_ptr, n, j, keep, E, K)
     w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)
     g = tl.zeros_like(w)

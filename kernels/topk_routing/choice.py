@@ -1,16 +1,18 @@
-"""Choice of the experts of a block of tokens, and partial statistics: helpers of forward.py.
+"""Device functions of forward.py: the choice of experts, and the statistics of a block of tokens.
 
-A block of BR tokens writes one row of W integers and one of V floats, which order.py adds up in a
-fixed order, without atomics. The columns are:
+For each block of BR tokens, one row of W integers and one row of V floats are stored. order.py adds
+up the rows in a fixed order, without atomics. With E experts and S segments, the columns are:
 
-    integers   E: assignments to each expert
-               1: masked tokens
-               S: valid tokens of each segment
-               S x E: assignments by segment, only with several segments
-               S x E: first choices, only for "gshard"
+    integers   E: number of assignments to each expert
+               1: number of masked tokens
+               S: number of valid tokens in each segment
+               S x E: number of assignments by segment, only if S > 1
+               S x E: number of first choices by segment, only for "gshard"
     floats     S x E: sums of P (of w for "mse")
                1: sum of lse^2
                1: sum of the tokens' entropies
+
+For P, w and lse see mmfused/ops/topk_routing/reference.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ LEAST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 def choice_key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
     """Return the keys by which experts are chosen.
 
-    NaN and -inf rank lowest among the allowed experts.
+    The key of an expert that is not allowed is -inf. For an allowed expert, NaN and -inf are
+    replaced by LEAST.
     """
     key = logits
     if bias_ptr is not None:
@@ -53,9 +56,10 @@ def choose_experts(
     BE: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Choose the k largest keys, or take the given choice.
+    """Choose the K experts with the largest keys, or load the given choice.
 
-    Return the expert and its value for each slot, and how often each expert was chosen.
+    For each token, return the expert and its value in each slot, and how often each expert was
+    chosen.
     """
     choice = tl.zeros([BR, BS], tl.int32)
     chosen = tl.full([BR, BS], float("-inf"), tl.float32)
@@ -81,7 +85,7 @@ def choose_experts(
 
 @triton.jit
 def by_expert(choice, weights, experts, slots, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """Return the weights by expert instead of by slot."""
+    """Return the weights as (tokens, experts) instead of (tokens, slots)."""
     dense = tl.zeros([BR, BE], tl.float32)
     for j in range(K):
         mine = slots[None, :] == j
@@ -110,7 +114,7 @@ def store_statistics(
     BALANCE: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Store the row of integers and the row of floats of this block."""
+    """Store the statistics of a block: its row of integers and its row of floats."""
     SEGMENTS_AT: tl.constexpr = E + 1 + S
     FIRST_AT: tl.constexpr = SEGMENTS_AT + (S * E if S > 1 else 0)
     exists = experts < E

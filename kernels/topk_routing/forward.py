@@ -1,8 +1,8 @@
-"""Forward of top-k routing: from logits, or from x W^T in one pass over x.
+"""Forward of top-k routing, from given logits or from x W^T in one pass over x.
 
-The kernels write choice, weights and partial statistics of blocks of tokens (choice.py). With x in
-16 bits, float32 weights of the router keep all their digits: they are split into 16-bit parts that
-add up to them, and each part has its own product with x.
+The kernels write the choice, the weights and partial statistics for each block of tokens (see
+choice.py). If x has 16 bits and the router's weight is float32, the weight is not rounded to 16
+bits: it is split into 16-bit parts, and the products of x with each part are added up.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .scores import (
     tokens_kept,
 )
 
-LOW_GAIN = tl.constexpr(2048.0)  # brings float16's rounding errors into the range of float16
+LOW_GAIN = tl.constexpr(2048.0)  # scales rounding errors of float16 up into float16's range
 
 
 def forward(
-    source: Tensor,  # (T, E) of any strides, or (T, D) with last stride 1 beside router_weight
+    source: Tensor,  # logits (T, E); with router_weight, x (T, D) whose last stride is 1
     router_weight: Tensor | None,  # (E, D)
     router_bias: Tensor | None,  # (E,)
     k: int,
@@ -50,7 +50,7 @@ def forward(
     jitter: float,
     jitter_seed: Tensor | None,  # () int64
 ) -> tuple[Tensor, ...]:
-    """Compute the outputs of topk_routing_fwd, in the order of its schema. Three launches."""
+    """Return the outputs of topk_routing_fwd, in the order of its schema. Three launches."""
     tokens = len(source)
     from_input = router_weight is not None
     experts = len(router_weight) if from_input else source.shape[1]
@@ -169,7 +169,7 @@ def _route_block(
     BE: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Route a block of BR tokens, from the logits."""
+    """Route one block of BR tokens from the logits."""
     n = block * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
     slots = tl.arange(0, BS)
@@ -177,13 +177,13 @@ def _route_block(
     logits = load_logits(logits_ptr, n, experts, keep, stride_n, stride_e, E)
     if seed_ptr is not None:
         logits *= jitter_factor(seed_ptr, jitter, n, experts)
-    segment, void = load_segment(segments_ptr, n, T, S)
-    allowed, void = load_allowed(available_ptr, segment, void, experts, E, K)
+    segment, broken = load_segment(segments_ptr, n, T, S)
+    allowed, broken = load_allowed(available_ptr, segment, broken, experts, E, K)
     if given_ptr is not None:
-        void = void | choices_outside(given_ptr, n, keep, E, K)
-    logits = tl.where((void & keep)[:, None], float("nan"), logits)
+        broken = broken | choices_outside(given_ptr, n, keep, E, K)
+    logits = tl.where((broken & keep)[:, None], float("nan"), logits)
     u, p, log_p, _, lse = scores(logits, allowed, SIGMOID)
-    entropy = tl.sum(p * tl.where(p > 0, -log_p, 0.0), 1)  # 0 log 0 = 0, and NaN where P is
+    entropy = tl.sum(p * tl.where(p > 0, -log_p, 0.0), 1)  # 0 log 0 = 0; NaN stays NaN
     score = p
     if SIGMOID:
         score = tl.where(allowed, tl.sigmoid(logits), 0.0)
@@ -320,12 +320,12 @@ def route_x_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Route from x and w: logits in float32, then the choice for BR tokens at a time.
+    """Compute float32 logits of BN tokens from x and w, then route BR tokens at a time.
 
-    grid (T / BN,). The logits are written before jitter and masks, and read back from the cache,
-    because the choice needs more registers per token than the product, and the product needs more
-    tokens at a time. A weight is split into PARTS numbers of 16 bits: 1 where it has no more
-    digits, 3 for bfloat16, and 2 for float16, of which the second is multiplied by LOW_GAIN.
+    grid (T / BN,). The logits are stored without jitter and masks, and read back from the cache.
+    Routing takes more registers per token than the product, so its blocks are smaller. A float32
+    weight is split into PARTS numbers of x's dtype: 3 for bfloat16, 2 for float16. The second
+    float16 number is multiplied by LOW_GAIN. PARTS is 1 if x and w have one dtype.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)

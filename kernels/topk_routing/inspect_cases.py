@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class Case:
 
     experts: int
     k: int
-    dim: int | None  # None: from logits
+    dim: int | None  # None: the logits are given
     dtype: str = "bfloat16"
-    router_dtype: str | None = "float32"  # of the router's weight; None: from logits
+    router_dtype: str | None = "float32"  # of the router's weight; None: the logits are given
     sigmoid: bool = False
     renormalize: bool = True
     balance: Literal["switch", "gshard", "mse"] = "switch"
-    # Padding, segments with their own experts, a selection bias, jitter, replayed indices.
+    # With padding, segments that have their own experts, a selection bias, jitter and, in a second
+    # forward, given indices.
     everything: bool = False
 
 
@@ -96,7 +97,7 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Run the launchers on meta tensors with the shapes of this case."""
+    """Call the launchers on meta tensors with the shapes of this case."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

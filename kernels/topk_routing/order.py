@@ -1,8 +1,9 @@
-"""Order by expert: two launches of the forward, and three for a routing made elsewhere.
+"""Sort the assignments by expert, and finish the statistics of a routing.
 
-Within each expert, the assignments of a block of tokens come after those of all earlier blocks.
-Their place is a prefix sum over the counts of the blocks, in a fixed order, plus a rank within the
-block. For the columns of the partial counts see choice.py.
+``sort`` runs the last two of the forward's three launches. ``order`` sorts a given choice, in three
+launches. The assignments to an expert are in the order of their tokens: the place of an assignment
+among them is their number in earlier blocks of tokens, plus its rank within the block. For the
+columns of the partial counts see choice.py.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ SCAN_COLUMNS = 8
 
 
 class Statistics(NamedTuple):
-    """Tensors of the statistics of a routing: inputs and outputs of finish_kernel."""
+    """Statistics of a routing: inputs and outputs of finish_kernel."""
 
     available: Tensor | None  # (S, E) bytes
     floats: Tensor  # (blocks, V) float32, the partial sums
     counts: Tensor  # (S, E) int64, output
     losses: Tensor  # (3,), output: balance, z, entropy
-    coefficients: Tensor  # (S * E + 1,), output
+    coefficients: Tensor  # (S * E + 1,), output: gradients of the balance, then 1 / tokens
 
 
 def order(
@@ -38,7 +39,7 @@ def order(
     mask: Tensor | None,  # (T,) bool
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute order, position, offsets and tiles; indices are clamped to [0, E). Three launches."""
+    """Return order, position, offsets and tiles; clamp indices to [0, E). Three launches."""
     tokens, k = indices.shape
     indices, mask = indices.contiguous(), as_bytes(mask)
     rows = plan(num_experts, torch.float32, arch_of(indices), False).rows
@@ -70,7 +71,7 @@ def sort(
     ints: Tensor,
     statistics: Statistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the permutation and, with ``statistics``, the outputs in it. Two launches.
+    """Return order, position, offsets and tiles; fill the outputs in ``statistics``. Two launches.
 
     ``ints`` (blocks, W): the partial counts, one row for each block of ``block`` tokens.
     """
@@ -199,7 +200,7 @@ def scan_kernel(
 ):
     """Sum the columns of the partial statistics over the G blocks; grid (W / BC + V / BC,).
 
-    For the first E + 1 columns of integers, also write the sums of the blocks before each block.
+    For each block, also write the sums of the first E + 1 integer columns over all earlier blocks.
     Floats are summed in float64.
     """
     program = tl.program_id(0)
@@ -257,8 +258,8 @@ def finish_kernel(
 ):
     """Write order and position, tiles, offsets and losses.
 
-    grid (G + tile blocks + 1,). Of the programs, G write order and position of a block of tokens
-    each, the next ones BI tiles of H rows each, and the last one offsets and losses.
+    grid (G + tile_blocks + 1,). Each of the first G programs writes order and position of one block
+    of tokens, each of the next programs BI tiles of H rows, and the last program the rest.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, BE)
@@ -322,9 +323,10 @@ def _place(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Place assignment t * K + j after the earlier ones of its expert.
+    """Write order and position of one block of tokens.
 
-    Earlier ones are those of earlier blocks, of earlier tokens, and of the same token in slots < j.
+    Assignment t * K + j is slot j of token t. The assignments to an expert are sorted by their
+    numbers. Those of masked tokens come after all experts.
     """
     n = program * BR + tl.arange(0, BR)
     keep = tokens_kept(n, mask_ptr, T)
@@ -338,7 +340,7 @@ def _place(
         at, _ = load_choice(indices_ptr, n, j, keep, E, K)
         here = experts[None, :] == at[:, None]
         mine = tl.where(keep, tl.sum(tl.where(here, row, 0), 1), masked_row + j)
-        row += here.to(tl.int32)  # a given choice may name an expert twice
+        row += here.to(tl.int32)  # a given choice may hold an expert twice
         tl.store(position_ptr + n * K + j, mine, mask=n < T)
         tl.store(order_ptr + mine, n * K + j, mask=n < T)
 
@@ -357,9 +359,9 @@ def _losses(
     S: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Compute losses and coefficients; 0 without tokens.
+    """Write counts, losses and coefficients; without tokens, all of them are 0.
 
-    In float64, because "mse" is a difference of nearly equal numbers; it costs nothing here.
+    They are computed in float64, because "mse" subtracts nearly equal numbers.
     """
     SEGMENTS_AT: tl.constexpr = E + 1 + S if S > 1 else 0
     FIRST_AT: tl.constexpr = E + 1 + S + (S * E if S > 1 else 0)
@@ -385,7 +387,7 @@ def _losses(
         mean = mean / tl.maximum(number, 1).to(tl.float64)
         if BALANCE == "mse":
             target = tl.where(usable & (number > 0), 1.0 / tl.maximum(size, 1.0), 0.0)
-            off = mean - target  # an expert that is not available has a mean of 0, or NaN
+            off = mean - target  # the mean of an unavailable expert is 0, or NaN
             slope = 2.0 * off
             loss = tl.sum(off * off, 0)
         else:

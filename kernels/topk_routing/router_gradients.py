@@ -1,9 +1,9 @@
 """Gradients of x and of the router's weight, from the gradient of the logits.
 
-Float32 factors of 16-bit ones keep their digits: they are split into parts as in forward.py. For
-float16, a power of two first scales the largest to near 1. There are no atomics: one program
-computes dx of a token, and dw is written as a fixed number of partial sums, which are added up in
-order.
+If x has 16 bits, float32 factors (the gradient of the logits, and the router's weight) are split
+into 16-bit parts, as in forward.py. In float16, the gradient is first divided by a power of two, so
+that its largest elements are between 1 and 2. There are no atomics: one program computes each
+element of dx, and dw is written as a fixed number of partial sums, which are added up in order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def input_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx and dw; one that is not needed is (0,)."""
+    """Compute dx and dw; a gradient that is not needed has the shape (0,)."""
     exact = router_weight.dtype != x.dtype
     tiles = plan(len(router_weight), x.dtype, arch_of(x), True, exact)
     mask = as_bytes(mask)
@@ -88,7 +88,7 @@ def _weight_gradient(
     span = triton.cdiv(blocks, most) * tile.BN
     parts = max(1, triton.cdiv(tokens, max(span, 1)))
     dw = x.new_empty(parts, experts, dim, dtype=torch.float32)
-    digits = 1 if x.dtype == torch.float32 else 2
+    g_parts = 1 if x.dtype == torch.float32 else 2
     launch(
         dw_kernel,
         (chunks, parts, triton.cdiv(experts, tiles.experts)),
@@ -102,7 +102,7 @@ def _weight_gradient(
         D=dim,
         E=experts,
         BE=tiles.experts,
-        PARTS=parts_of(x.dtype) if exact else digits,
+        PARTS=parts_of(x.dtype) if exact else g_parts,
         SCALE=x.dtype == torch.float16,
         UPCAST=upcasts(x.dtype),
         **asdict(tile),
@@ -128,7 +128,7 @@ def dx_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dx = g w, with ``span`` chunks of BD columns per program.
+    """Compute dx = g w, ``span`` chunks of BD columns per program; g is the logits' gradient.
 
     grid (T / BN, parts of D). g stays on chip if BE holds all experts.
     """
@@ -184,8 +184,8 @@ def dw_kernel(
     """Compute a chunk of dw^T = x^T g over ``span`` tokens, a multiple of BN.
 
     grid (D / BD, parts of T, E / BE). dw is computed transposed, because matrix instructions need
-    64 rows in their first operand. The power of two that scales g (see above) grows with the
-    largest g of an expert, like the maximum in an online softmax.
+    64 rows in their first operand. In float16, the power of two by which g is divided grows with
+    the largest g of an expert so far, like the maximum in an online softmax.
     """
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     experts = tl.program_id(2) * BE + tl.arange(0, BE)
@@ -231,7 +231,7 @@ def _load_parts(
 
 @triton.jit
 def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """Return PARTS numbers of ``dtype`` that add up to x, the largest first."""
+    """Split x into a sum of PARTS numbers of ``dtype``, the largest first."""
     parts = ()
     for _ in tl.static_range(PARTS):
         part = x.to(dtype)
@@ -242,9 +242,9 @@ def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _power_below(x):
-    """Return the largest power of two not above x >= 0, limited to those with a normal inverse.
+    """Return the largest power of two that is at most x, for x >= 0.
 
-    The result for NaN and inf is such a power too.
+    It is clamped so that the power and its inverse are normal numbers, even if x is NaN or inf.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(bits, 1 << 23), 252 << 23).to(tl.float32, bitcast=True)
@@ -252,5 +252,5 @@ def _power_below(x):
 
 @triton.jit
 def _inverse(power):
-    """Return 1 / power exactly; a division may round."""
+    """Return the exact inverse of a power of two. A division may round it."""
     return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)

@@ -1,6 +1,8 @@
-"""Scores from logits, and what they depend on, for the kernels of forward and backward.
+"""Device functions of forward and backward that load logits and masks, and compute scores.
 
-A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding.
+A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding. A
+token is ``broken`` if its segment, its choice or the number of its experts is invalid; its weights
+become NaN.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
 
 @triton.jit
 def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
-    """Return the experts chosen in these slots, clamped to [0, E), and as given."""
+    """Return the experts chosen in these slots twice: clamped to [0, E), and unclamped."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
 
 @triton.jit
 def load_segment(segments_ptr, n, T, S: tl.constexpr):
-    """Return the segment of each token, clamped to [0, S), and whether it was outside.
+    """Return the segment of each token, clamped to [0, S), and which segments had to be clamped.
 
-    Without segments every token is in the first.
+    Without segments, every token is in segment 0.
     """
     segment = tl.zeros_like(n)
     broken = n < 0
@@ -56,11 +58,10 @@ def load_segment(segments_ptr, n, T, S: tl.constexpr):
 
 @triton.jit
 def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl.constexpr):
-    """Return which experts a token may use, and the broken tokens.
+    """Return which experts each token may use, and which tokens are broken.
 
-    The former is (tokens, experts), or one row for all tokens. Tokens whose segment has fewer than
-    K experts are broken too. Broken tokens may use all experts, so that K different ones can be
-    chosen.
+    The tokens of a segment with fewer than K experts are added to ``broken``. Broken tokens may use
+    all experts, so that K different experts can be chosen.
     """
     exists = (experts < E)[None, :]
     allowed = exists
@@ -76,7 +77,7 @@ def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl
 
 @triton.jit
 def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
-    """Return the tokens that have a choice outside [0, E)."""
+    """Return which tokens have a choice outside [0, E)."""
     broken = n < 0
     for j in range(K):
         at, given = load_choice(indices_ptr, n, j, keep, E, K)
@@ -86,9 +87,9 @@ def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def jitter_factor(seed_ptr, jitter, n, experts):
-    """Return factors from 1 - jitter to 1 + jitter.
+    """Return random factors from 1 - jitter to 1 + jitter.
 
-    They are those of mmfused.random.uniform, whatever the tiles.
+    They are computed from the numbers of mmfused.random.uniform, so they do not depend on the tile.
     """
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
     word, _, _, _ = tl.philox(
@@ -103,11 +104,11 @@ def jitter_factor(seed_ptr, jitter, n, experts):
 
 @triton.jit
 def softmax(x):
-    """Return P over the second axis, log P and the log-sum-exp.
+    """Return the softmax P over the second axis, log P and the log-sum-exp.
 
-    As in PyTorch, P is NaN where a row holds NaN, inf or only -inf; there the log-sum-exp is NaN,
-    inf or -inf, respectively. log P is not computed from the log-sum-exp, which has too few digits
-    at large logits.
+    As in PyTorch, P is NaN in a row that holds NaN or inf, or only -inf. The log-sum-exp of such a
+    row is NaN, inf or -inf. log P is not computed from the log-sum-exp, which has too few digits at
+    large logits.
     """
     top = tl.max(x, 1)
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
@@ -123,7 +124,8 @@ def softmax(x):
 def scores(logits, allowed, SIGMOID: tl.constexpr):
     """Return u, P = softmax(u), log P, and softmax and log-sum-exp of the logits.
 
-    For an expert that is not allowed, u is -inf and P is 0.
+    u is the logits or, with SIGMOID, their log sigmoid. For an expert that is not allowed, u is
+    -inf and P is 0.
     """
     u = logits
     if SIGMOID:
