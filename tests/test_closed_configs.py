@@ -142,7 +142,7 @@ HOSTED = [
         "host.text_config.num_hidden_layers: got 1000000",
     ),
     ({"tokens": {"more": 1}}, "tokens: got a field 'more'"),
-    ({"tokens": {"pad": 1}}, "tokens: got no vision_start, vision_end, image, end, drop, prompts"),
+    ({"tokens": {"pad": 1}}, "tokens: got a dict without vision_start, vision_end, image, end"),
     ({"tokens": 3}, "tokens: got 3"),
     ({"image_size": 4096, "patch_size": 2}, "image_size: got 4096, expected at most 65536 tokens"),
     ({"image_size": "64"}, "image_size: got '64'"),

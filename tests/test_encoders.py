@@ -156,7 +156,7 @@ def test_of_the_hub_only_safetensors_are_asked_for(monkeypatch):
 def test_bad_image_encoders():
     with pytest.raises(
         ValueError,
-        match="image encoder: got 'vit_colossal', expected a folder, or a name of timm's",
+        match="image encoder: got 'vit_colossal', expected a folder, or the name of a timm model",
     ):
         pretrained_vit("vit_colossal")
     with pytest.raises(

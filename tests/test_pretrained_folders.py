@@ -100,7 +100,7 @@ def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
 VIT_FOLDERS = [
     ({"model_args": {"checkpoint_path": "{pickle}"}}, "image: got a field 'checkpoint_path'"),
     ({"model_args": [1]}, "model_args: got"),
-    ({"model_args": {"depth": 100}}, "lacks weights: got"),
+    ({"model_args": {"depth": 100}}, "got weights with"),
     (
         {"model_args": {"depth": 1, "img_size": 32, "reg_tokens": 3}},
         "holds the weights of another model|lacks 1 weights",
@@ -134,7 +134,7 @@ def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):
 TEXT_FOLDERS = [
     ({"model_type": "mine"}, "text.model_type: got 'mine', expected one of albert"),
     ({"model_type": None}, "text.model_type: got None"),
-    ({"vocab_size": 10**8}, "lacks weights: got"),
+    ({"vocab_size": 10**8}, "got weights with"),
     ({"num_hidden_layers": 2}, "lacks 16 weights of bert"),
     ({"vocab_size": 89}, "holds the weights of another model"),
     ({"hidden_size": "16"}, "config.json.hidden_size: got '16'"),
@@ -184,7 +184,7 @@ def test_an_index_that_leads_outside(part, bert, outside):
     change(bert, "model.safetensors.index.json", weight_map={**index, next(iter(names)): bad})
     outside.refuses(
         lambda: pretrained_text(str(bert)),
-        r"weight_map: got .*, expected names of \*.safetensors beside it",
+        r"weight_map: got .*, expected names of \*.safetensors files in the same folder",
     )
 
 
@@ -193,7 +193,7 @@ def test_weights_that_are_a_pickle_are_not_opened_as_one(vit, bert, outside):
         (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(outside.marker)))
         outside.refuses(
             lambda load=load, folder=folder: load(str(folder)),
-            "is truncated, corrupt or no safetensors file",
+            "is truncated, corrupt or not a safetensors file",
         )
 
 
@@ -211,7 +211,7 @@ def test_hostile_folders_of_a_host(tmp_path, outside):
         ({"text_config": 3}, "text_config: got 3"),
         (
             {"text_config": {**described["text_config"], "intermediate_size": 2**20}},
-            "lacks weights: got",
+            "got weights with",
         ),
         (
             {"vision_config": {**described["vision_config"], "patch_size": [4, 4]}},

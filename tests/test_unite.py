@@ -406,15 +406,15 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"temperature": 0}, "temperature: got 0, expected a number above 0"),
         (
             {"tokens": None},
-            r"tokens: got None, expected what mmfused.models.qwen.token_ids\(tokenizer\) returns",
+            r"tokens: got None, expected the result of mmfused.models.qwen.token_ids",
         ),
         (
             {"image_size": 20},
-            "image_size: got 20, expected a multiple of 8, the side of what becomes one token",
+            "image_size: got 20, expected a multiple of 8, the side of a token in pixels",
         ),
         (
             {"patch_size": 7},
-            "patch_size: got 7, expected a multiple of 2, the patches on a token's side",
+            "patch_size: got 7, expected a multiple of 2, the number of patches on a token's side",
         ),
         ({"query_views": ()}, "views: got none, expected some of image, text, both"),
         (

@@ -1,7 +1,7 @@
-"""Pretrained encoders: a folder or a hub name -> the config fields that rebuild it, and the module.
+"""Loading of pretrained encoders, and of the config fields that rebuild them.
 
-Only config.json and safetensors are read. What a folder's config.json says beyond the fields of the
-config (paths, addresses, pickles, code) is not followed.
+Only config.json and safetensors files are read. Paths, addresses, pickles and code in a config.json
+are ignored.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mmfused.models.encoders import (
 from mmfused.models.fields import Kinds, check_field, check_fields, refusing
 from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
 
-# How earlier versions of transformers wrote rope_parameters; only in its folders.
+# The fields that earlier versions of transformers wrote in place of rope_parameters.
 LEGACY_ROPE: dict[str, object] = {
     "rope_theta": float,
     "global_rope_theta": float,
     "local_rope_theta": float,
     "rope_scaling": ROPE,
 }
-# timm's defaults.
+# timm's default normalisation of pixels.
 PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -47,8 +47,8 @@ def pretrained_vit(
 
     Args:
         source: a folder in timm's format (config.json, model.safetensors), or the name of a timm
-            model with weights on the hub, of which only model.safetensors is downloaded.
-        image_size: resamples the position embedding.
+            model with weights on the hub. Only model.safetensors is downloaded.
+        image_size: side of the pictures, to which the position embedding is resampled.
 
     Returns:
         The config fields that rebuild the encoder without ``source`` (image, image_dim, image_stem,
@@ -60,9 +60,9 @@ def pretrained_vit(
         return vit_of_folder(folder, size)
     known = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
     if not known or not getattr(known, "hf_hub_id", None):
-        expected = "a folder, or a name of timm's with weights on the hub"
+        expected = "a folder, or the name of a timm model with weights on the hub"
         raise ValueError(f"image encoder: got {source!r}, expected {expected}")
-    with on_meta():  # before it is downloaded
+    with on_meta():  # checked before the download
         check_vit(source, create_vit(name=source, num_classes=0))
     overlay = {"hf_hub_filename": "model.safetensors"}
     vit = timm.create_model(
@@ -77,7 +77,7 @@ def pretrained_vit(
 
 
 def vit_fields(image: dict[str, Any], vit: Any, pixels: dict[str, Any]) -> dict[str, Any]:
-    """Return the config fields that rebuild an encoder."""
+    """Return the config fields that rebuild ``vit``."""
     return {
         "image": image,
         "image_dim": vit.embed_dim,
@@ -90,7 +90,7 @@ def vit_fields(image: dict[str, Any], vit: Any, pixels: dict[str, Any]) -> dict[
 def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], nn.Module]:
     """Load a folder in timm's format.
 
-    Only the resampling is timm's: its loader would also follow the paths, addresses and pickles
+    timm's own loader is not used, because it would also load from the paths, addresses and pickles
     that config.json names.
     """
     timm = import_timm()
@@ -106,8 +106,8 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
     check_image(saved)
     check_image(image)
     pixels = {}
-    for name, usual in PIXELS.items():
-        value = pretrained.get(name, usual)
+    for name, default in PIXELS.items():
+        value = pretrained.get(name, default)
         check_field(f"{where}: {name}", value, tuple[float, float, float])
         pixels[name] = tuple(value)
     with on_meta():
@@ -158,12 +158,12 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     check_text(options)
     weights = read_weights("text encoder", folder)
     check_size(f"text encoder: {folder}", weights, expected)
-    encoder = fill("text encoder", source, kind, config, weights, **pooler)
+    encoder = load_weights("text encoder", source, kind, config, weights, **pooler)
     return {"text": options, "text_dim": config.hidden_size}, encoder
 
 
 def keep_fields(described: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """Return the fields of a config.json that say what the model computes; ignore all others."""
+    """Return the fields of a config.json that are in ``kinds``, after a check of their values."""
     kinds = {**kinds, **LEGACY_ROPE} if "rope_parameters" in kinds else kinds
     kept = {
         name: value
@@ -174,7 +174,7 @@ def keep_fields(described: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
     return kept
 
 
-def fill(
+def load_weights(
     name: str,
     source: str,
     kind: Any,
@@ -182,10 +182,10 @@ def fill(
     weights: dict[str, Tensor],
     **options: Any,
 ) -> Any:
-    """Build a model of transformers with all of these weights in float32, whatever their prefix.
+    """Build a model of transformers with ``weights`` in float32, whatever prefix their names have.
 
-    With weights given, transformers opens no file: from a folder it would also follow adapters and
-    quantisers named there.
+    Given weights, transformers opens no file. Given a folder, it would also load the adapters and
+    quantisers that the folder names.
     """
     with refusing(f"{name}: {source!r} holds the weights of another model"):
         model, info = kind.from_pretrained(
@@ -204,9 +204,10 @@ def fill(
 
 
 def read_encoder_folder(name: str, folder: Path, weights: str) -> dict[str, Any]:
-    """Read a folder's config.json; FileNotFoundError unless it and the ``weights`` are there.
+    """Return the contents of a folder's config.json.
 
-    A pickle is never loaded.
+    Raises:
+        FileNotFoundError: there is no config.json, or no file that matches the pattern ``weights``.
     """
     if not (folder / "config.json").is_file() or not any(folder.glob(weights)):
         raise FileNotFoundError(

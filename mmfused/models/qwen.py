@@ -1,10 +1,10 @@
-"""Hosting by transformers' Qwen2-VL, shared by UNITE and MOON2.0: pictures and sequences.
+"""Pictures and sequences for a Qwen2-VL of transformers, the host of UNITE and MOON2.0.
 
-A sequence is what an item shows in a view: <|vision_start|>, the picture's tokens, <|vision_end|>,
-the text, a prompt, an end token. Padding stands at the left, so that the last slot holds the last
-token of every item. All items have all slots, in shapes that depend on the batch's shapes only, and
-absent slots are sorted to the left: there is no loop over items and no host sync. (Only the vision
-tower, which is transformers' own, reads its grid back and runs picture by picture.)
+The sequence of an item in a view is <|vision_start|>, the picture's tokens, <|vision_end|>, the
+text, a prompt, an end token. Padding is on the left, so that the last slot holds the last token of
+every item. Each item has slots for all of these parts, and slots of absent parts become padding.
+Shapes therefore depend only on the shapes of the batch, and no code here loops over items or
+synchronises with the GPU. (The vision tower of transformers does both.)
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ Grid = tuple[int, int, int]  # tokens of a picture: time, rows, columns
 
 
 class Sequence(NamedTuple):
-    """Input of the host; B items, L slots."""
+    """Input of the host's language model: B items, L slots."""
 
     input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64, 1 = real, the padding at the left
+    attention_mask: Tensor  # (B, L) int64, 1 = real token, 0 = padding on the left
     position_ids: Tensor  # (3, B, L) int64: time, row, column (M-RoPE)
-    picture_slot: Tensor  # (B, L) int64: index of the picture's token in this slot, -1 = none
-    has_image: Tensor  # (B,) bool: a picture in this sequence
-    has_text: Tensor  # (B,) bool
+    picture_slot: Tensor  # (B, L) int64: index of the picture token in this slot, -1 = none
+    has_image: Tensor  # (B,) bool: whether the sequence has a picture
+    has_text: Tensor  # (B,) bool: whether the sequence has a text
 
 
 class Items(NamedTuple):
@@ -87,16 +87,18 @@ def patches(
     """Cut pictures into patches, in Qwen2VLImageProcessor's layout.
 
     Args:
-        pixel_values: pictures (B, 3, H, W), each t equal frames, or videos (B, frames, 3, H, W).
-        patch_size, temporal_patch_size: p and t, the pixels and frames on a patch's sides.
-        merge_size: the patches on a token's side.
+        pixel_values: pictures (B, 3, H, W), each repeated for t frames, or videos
+            (B, frames, 3, H, W).
+        patch_size: p, the side of a patch in pixels.
+        temporal_patch_size: t, the number of frames in a patch.
+        merge_size: the number of patches on a token's side.
 
     Returns:
-        Rows (B * n, 3 * t * p * p), the patches that merge into one token side by side, and
-        grid_thw (B, 3) int64.
+        Patches (B * n, 3 * t * p * p), with the patches of a token next to each other, and grid_thw
+        (B, 3) int64.
 
     Raises:
-        ValueError: where sides or frames are no multiples of what becomes one token.
+        ValueError: the pixels or frames do not divide into whole tokens.
     """
     t, p, m = temporal_patch_size, patch_size, merge_size
     if pixel_values.ndim == 4:
@@ -119,8 +121,9 @@ def picture_tokens(
 ) -> tuple[Tensor, Grid]:
     """Return the tokens of all pictures (B, n, D), and their grid in tokens (time, rows, columns).
 
-    Pixels of absent pictures are not read, but the tower runs on zeros in their place, so that its
-    parameters take part in every step. ``present`` (B,) bool, None = all.
+    ``present`` (B,) bool is False for items without a picture (None = all have one). Their pixels
+    are replaced by zeros, on which the vision tower still runs, so that its parameters take part in
+    every step.
     """
     c = host.config.vision_config
     if pixel_values.ndim == 5 and host.config.model_type != "qwen2_vl":
@@ -148,10 +151,10 @@ def read_pictures(
     image_tokens: Tensor | None,
     present: Tensor | None,
 ) -> tuple[Tensor, Grid]:
-    """Return `picture_tokens` of the pixels, or given tokens (B, n, D) of square pictures.
+    """Return `picture_tokens` of the pixels, or the given ``image_tokens`` with their grid.
 
-    ``size``: the side of these pictures in pixels. With given tokens the vision tower does not run:
-    freeze it.
+    Given tokens (B, n, D) are those of square pictures with sides of ``size`` pixels. The vision tower
+    does not run on them, so it should be frozen.
     """
     source = one_source("pixel_values and image_tokens", pixel_values, image_tokens)
     if image_tokens is None:
@@ -186,41 +189,42 @@ def assemble(
 ) -> Sequence:
     """Assemble the sequences of a batch.
 
-    The prompt names what is there: "both" of a text alone is its "text". An item of nothing gets
-    the text's prompt.
+    The prompt names what a sequence contains: an item with only a text gets the prompt for texts in
+    the view "both", too. A sequence without picture and text also gets the prompt for texts.
 
     Args:
         tokens: see `token_ids`.
         grid: a picture's tokens (time, rows, columns), as `picture_tokens` returns it.
-        input_ids: (B, T) int64, with attention_mask (B, T), 1 = real, None = all. Ids in
-            tokens["drop"] count as padding; a text without any other is missing.
-        image_present: (B,) bool, None = all.
+        input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real. Ids in
+            tokens["drop"] count as padding. An item without any other real id has no text.
+        image_present: (B,) bool, False = the item has no picture; None = all have one.
         view: one of VIEWS, or each item's index in VIEWS, (B,) int64.
-        video: the pictures are videos, and the prompt says so.
-        prompt: False leaves out prompt and end token; a sequence of nothing is then an end token.
+        video: whether the pictures are videos, which changes the prompt.
+        prompt: whether sequences have a prompt and an end token. If not, a sequence without picture
+            and text is a lone end token.
     """
     has_image, real_text = visible(tokens, input_ids, attention_mask, image_present, view)
     has_text, device = real_text.any(1), input_ids.device
     count, batch = grid[0] * grid[1] * grid[2], len(input_ids)
-    kind = torch.where(has_image, (3 if video else 1) + has_text.long(), 0)  # in KINDS
+    kind = torch.where(has_image, (3 if video else 1) + has_text.long(), 0)  # index in KINDS
     prompt_ids, prompt_real = prompt_table(tokens, prompt, device)
     markers = [tokens["vision_start"], *[tokens["image"]] * count, tokens["vision_end"]]
-    front = torch.tensor(markers, device=device)
+    picture_ids = torch.tensor(markers, device=device)
     end = torch.full((batch, 1), tokens["end"], device=device)
     always = end.new_ones(batch, 1, dtype=torch.bool)
     needs_end = always if prompt else ~(has_image | has_text)[:, None]
-    front_real = has_image[:, None].expand(-1, count + 2)
-    ids = torch.cat([front.expand(batch, -1), input_ids, prompt_ids[kind], end], 1)
-    real = torch.cat([front_real, real_text, prompt_real[kind], needs_end], 1)
+    picture_real = has_image[:, None].expand(-1, count + 2)
+    ids = torch.cat([picture_ids.expand(batch, -1), input_ids, prompt_ids[kind], end], 1)
+    real = torch.cat([picture_real, real_text, prompt_real[kind], needs_end], 1)
 
     picture = grid_positions(grid, device)  # (3, count + 2)
-    after = (picture[:, -1:, None] + 1) * has_image[:, None]  # (3, B, 1): where the words begin
-    words = real[:, count + 2 :].long().cumsum(1) - 1 + after
+    first_word = (picture[:, -1:, None] + 1) * has_image[:, None]  # (3, B, 1)
+    words = real[:, count + 2 :].long().cumsum(1) - 1 + first_word
     positions = torch.cat([picture[:, None].expand(-1, batch, -1), words], 2) * real
     slot = torch.arange(-1, ids.shape[1] - 1, device=device)
-    slot = torch.where(real & (slot < count), slot, -1)  # a picture's k-th token has slot k
+    slot = torch.where(real & (slot < count), slot, -1)  # token k of a picture has slot k
 
-    order = real.long().argsort(dim=1, stable=True)  # padding first, the others in their order
+    order = real.long().argsort(dim=1, stable=True)  # padding first, then real tokens in order
     real, slot = real.gather(1, order), slot.gather(1, order)
     ids = ids.gather(1, order).masked_fill(~real, tokens["pad"])
     positions = positions.gather(2, order.expand(3, -1, -1))
@@ -228,9 +232,9 @@ def assemble(
 
 
 def check_ids(input_ids: Tensor | None) -> Tensor:
-    """Require ids; a hosted model reads a text, or its padding, of every item."""
+    """Require ids: models with a host need them for every item, even if all are padding."""
     if input_ids is None:
-        expected = "the ids of each item's text, padding alone where it has none"
+        expected = "ids of each item's text, or padding for an item without a text"
         raise ValueError(f"input_ids: got None, expected {expected}")
     return input_ids
 
@@ -242,17 +246,17 @@ def visible(
     image_present: Tensor | None,
     view: View | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return what a view shows: each item's picture (B,) bool and text tokens (B, T) bool."""
+    """Return masks of what a view shows: pictures (B,) bool and text tokens (B, T) bool."""
     mask_shape = input_ids.shape if attention_mask is None else attention_mask.shape
     if input_ids.ndim != 2 or mask_shape != input_ids.shape:
         mask = None if attention_mask is None else tuple(mask_shape)
         raise ValueError(
             f"input_ids and attention_mask: got shapes {tuple(input_ids.shape)} and {mask}, "
-            "expected (batch, tokens)"
+            "expected the same shape (batch, tokens)"
         )
     check_flags("image_present", image_present, input_ids.shape[:1])
-    every = torch.ones_like(input_ids, dtype=torch.bool)
-    real = every if attention_mask is None else attention_mask != 0
+    all_real = torch.ones_like(input_ids, dtype=torch.bool)
+    real = all_real if attention_mask is None else attention_mask != 0
     for dropped in tokens["drop"]:
         real = real & (input_ids != dropped)
     image = real.new_ones(len(real)) if image_present is None else image_present
@@ -266,7 +270,7 @@ def prompt_table(
     prompt: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids (kinds, P) and which are real; P = 0 without prompts."""
+    """Return the ids (kinds, P) of the prompts, and which are real; P = 0 without prompts."""
     prompts = [tokens["prompts"][kind] if prompt else [] for kind in KINDS]
     longest = max(map(len, prompts))
     ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
@@ -276,10 +280,11 @@ def prompt_table(
 
 
 def grid_positions(grid: Grid, device: torch.device) -> Tensor:
-    """M-RoPE positions (3, n + 2) of <|vision_start|>, the picture's tokens and <|vision_end|>.
+    """Return M-RoPE positions (3, n + 2) of <|vision_start|>, n picture tokens and <|vision_end|>.
 
-    The last follows the largest position of the three axes, as in the Qwen2-VL paper; transformers
-    5 leaves out time, which is the same unless a video has more token times than rows and columns.
+    <|vision_end|> follows the largest position on the three axes, as in the Qwen2-VL paper.
+    transformers 5 ignores the time axis, which differs only for a video whose grid is longer in
+    time than in rows and columns.
     """
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
     inner = 1 + torch.stack(axes).flatten(1)
@@ -290,7 +295,8 @@ def grid_positions(grid: Grid, device: torch.device) -> Tensor:
 def hidden_states(host: Any, sequence: Sequence, pictures: Tensor, **options: Any) -> Tensor:
     """Return the language model's last hidden states (B, L, D).
 
-    The tokens of ``pictures`` (B, n, D) fill their slots. ``options`` are passed to its layers.
+    The tokens of ``pictures`` (B, n, D) fill the picture slots. ``options`` are passed to the
+    layers.
     """
     embedding = host.language_model.embed_tokens
     check_range("input_ids", sequence.input_ids, embedding.num_embeddings)

@@ -1,4 +1,4 @@
-"""Base of the configurations of the models on a Qwen2-VL: host, tokens, size of the pictures."""
+"""Base of the configurations of models with a Qwen2-VL as host."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from mmfused.models.qwen_tokens import (
     token_ids,
 )
 
+# The kinds of the fields of a config's `tokens`.
 TOKENS: dict[str, object] = {
     **dict.fromkeys((*SPECIAL_TOKENS, "pad"), int),
     "drop": list[int],
     "prompts": dict.fromkeys(KINDS, list[int]),
 }
-MOST_TOKENS = 1 << 16  # of a picture
+MAX_PICTURE_TOKENS = 1 << 16
 
 
 class HostedConfig(ModelConfig):
     """Base of the configs with a host.
 
-    `host` is a dict that `build_qwen2_vl` takes, `tokens` the dict of `token_ids`, `image_size` the
-    side of the pictures.
+    `host` holds the options of `build_qwen2_vl`, `tokens` is the result of `token_ids`, and
+    `image_size` is the side of the pictures in pixels.
     """
 
     UNKNOWN: ClassVar[dict[str, Any]] = {
@@ -56,33 +57,33 @@ class HostedConfig(ModelConfig):
         patch_size: int | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the named preset with other values of its fields.
+        """Return the named preset with some of its fields replaced.
 
-        `patch_size` is the side of what becomes one token, several patches of the vision tower.
-        `host` updates the preset's, part by part. With a `model_type` in it, it replaces the
-        preset's, and pictures have 16 x 16 tokens unless `image_size` is given.
+        `patch_size` is the side in pixels of a token, which merges several patches of the vision
+        tower. `host` updates the preset's host, part by part. A `host` with a `model_type` replaces
+        the preset's host, and pictures then have 16 x 16 tokens unless `image_size` is given.
         """
-        usual = cls.values_of(name)["host"]
+        preset_host = cls.values_of(name)["host"]
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
         values = {**cls.values_of(name), **overrides}
-        own = overrides.get("host", {})
-        check_field("host", own, dict)
+        host = overrides.get("host", {})
+        check_field("host", host, dict)
         for part in ("text_config", "vision_config"):
-            check_field(f"host.{part}", own.get(part, {}), dict)
-        if "model_type" in own:
-            values["image_size"] = 16 * token_side(own.get("vision_config", {}))
+            check_field(f"host.{part}", host.get(part, {}), dict)
+        if "model_type" in host:
+            values["image_size"] = 16 * token_side(host.get("vision_config", {}))
         else:
-            merge = usual["vision_config"]["spatial_merge_size"]
+            merge = preset_host["vision_config"]["spatial_merge_size"]
             if patch_size is not None and patch_size % merge:
-                expected = f"a multiple of {merge}, the patches on a token's side"
+                expected = f"a multiple of {merge}, the number of patches on a token's side"
                 raise ValueError(f"patch_size: got {patch_size}, expected {expected}")
             text = {} if vocab_size is None else {"vocab_size": vocab_size}
             vision = {} if patch_size is None else {"patch_size": patch_size // merge}
             parts = {
-                part: {**usual[part], **sizes, **own.get(part, {})}
+                part: {**preset_host[part], **sizes, **host.get(part, {})}
                 for part, sizes in (("text_config", text), ("vision_config", vision))
             }
-            values["host"] = {**usual, **own, **parts}
+            values["host"] = {**preset_host, **host, **parts}
         return cls.from_dict(values if image_size is None else {**values, "image_size": image_size})
 
     @property
@@ -92,7 +93,7 @@ class HostedConfig(ModelConfig):
 
     @staticmethod
     def prepare_tokenizer(tokenizer: Any) -> Any:
-        """Return the tokenizer with the special tokens that the model needs."""
+        """Add the special tokens that the model needs to the tokenizer, and return it."""
         return add_vision_tokens(enclose_texts(tokenizer))
 
     @staticmethod
@@ -101,10 +102,10 @@ class HostedConfig(ModelConfig):
         return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
 
     def check_host_and_tokens(self) -> None:
-        """Require a host that can be built, all tokens, and pictures of whole tokens."""
+        """Require valid options of a host, all tokens, and an image_size of whole tokens."""
         check_host(self.host)
         if self.tokens is None:
-            expected = "what mmfused.models.qwen.token_ids(tokenizer) returns"
+            expected = "the result of mmfused.models.qwen.token_ids(tokenizer)"
             raise ValueError(f"tokens: got None, expected {expected}")
         check_fields("tokens", self.tokens, TOKENS)
         prompts = self.tokens.get("prompts") or {}
@@ -115,12 +116,14 @@ class HostedConfig(ModelConfig):
             lacking = [field for field in fields if values.get(field) is None]
             if lacking:
                 expected = ", ".join(fields)
-                raise ValueError(f"{name}: got no {', '.join(lacking)}, expected {expected}")
+                raise ValueError(
+                    f"{name}: got a dict without {', '.join(lacking)}, expected {expected}"
+                )
         side = token_side(self.host["vision_config"])
         got = f"image_size: got {self.image_size}"
         if self.image_size % side:
-            expected = f"a multiple of {side}, the side of what becomes one token"
+            expected = f"a multiple of {side}, the side of a token in pixels"
             raise ValueError(f"{got}, expected {expected}")
-        if (self.image_size // side) ** 2 > MOST_TOKENS:
-            expected = f"at most {MOST_TOKENS} tokens of {side} x {side} pixels"
+        if (self.image_size // side) ** 2 > MAX_PICTURE_TOKENS:
+            expected = f"at most {MAX_PICTURE_TOKENS} tokens of {side} x {side} pixels"
             raise ValueError(f"{got}, expected {expected}")

@@ -1,4 +1,4 @@
-"""transformers' Qwen2-VL and Qwen2.5-VL, from a config's `host` or from a pretrained folder."""
+"""Qwen2-VL and Qwen2.5-VL of transformers, from a config's `host` or from a pretrained folder."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import nn
 from mmfused.models.encoders import declared, freeze, import_transformers, without
 from mmfused.models.fields import Options, check_field, check_fields, refusing, shown
 from mmfused.models.presets import CLIP_MEAN, CLIP_STD
-from mmfused.models.pretrained import fill, keep_fields, read_encoder_folder
+from mmfused.models.pretrained import keep_fields, load_weights, read_encoder_folder
 from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
 
-PIXEL_MEAN = CLIP_MEAN  # Qwen2-VL's are CLIP's
+PIXEL_MEAN = CLIP_MEAN  # Qwen2-VL normalises pixels as CLIP does
 PIXEL_STD = CLIP_STD
 Part = Literal["vision", "language"]
-# The host's names for its parts, which a config's `freeze` names.
+# The parts that a config's `freeze` may list, and their attributes of the host.
 PARTS: dict[Part, str] = {"vision": "visual", "language": "language_model"}
 TYPES = ("qwen2_vl", "qwen2_5_vl")
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def token_side(vision: dict[str, Any]) -> int:
-    """Return the pixels on the side of what becomes one token; defaults are transformers'."""
+    """Return the side of a picture token in pixels; defaults are those of transformers."""
     sides = {"patch_size": 14, "spatial_merge_size": 2}
-    for name, usual in sides.items():
-        check_field(f"host.vision_config.{name}", vision.get(name, usual), int)
+    for name, default in sides.items():
+        check_field(f"host.vision_config.{name}", vision.get(name, default), int)
     return vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
 
 
 def host_fields(model_type: object) -> tuple[Any, dict[str, Any]]:
-    """Return the config class of a host, and its fields: those of its parts, and its own ids."""
+    """Return the config class of a host and the kinds of its fields, for `check_fields`."""
     if model_type not in TYPES:
         expected = ", ".join(TYPES)
         raise ValueError(f"host.model_type: got {shown(model_type)}, expected one of {expected}")
@@ -47,7 +47,7 @@ def host_fields(model_type: object) -> tuple[Any, dict[str, Any]]:
 
 
 def check_host(options: Options) -> None:
-    """Require options of :func:`build_qwen2_vl`."""
+    """Check options of :func:`build_qwen2_vl`."""
     check_field("host", options, dict)
     check_fields("host", options, host_fields(options.get("model_type", "qwen2_vl"))[1])
     for part in ("text_config", "vision_config"):
@@ -59,10 +59,10 @@ def build_qwen2_vl(options: Options, frozen: Sequence[Part] = ()) -> Any:
     """Build transformers' Qwen2VLModel: vision tower and language model, no head, random weights.
 
     Args:
-        options: arguments of its config, text_config and vision_config among them; ``model_type``
-            "qwen2_5_vl" chooses Qwen2.5-VL. The vision tower's output width follows the text's
-            hidden_size.
-        frozen: parts without gradients.
+        options: arguments of its config, including text_config and vision_config. ``model_type``
+            "qwen2_5_vl" chooses Qwen2.5-VL. The output width of the vision tower is the hidden_size
+            of text_config.
+        frozen: parts to freeze.
     """
     transformers = import_transformers()
     check_host(options)
@@ -84,8 +84,8 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         source: a folder in transformers' format (config.json, *.safetensors), or a hub name.
 
     Returns:
-        The config fields that rebuild it without ``source`` (host, pixel_mean, pixel_std), and the
-        module.
+        The config fields that rebuild the host without ``source`` (host, pixel_mean, pixel_std),
+        and the host.
     """
     transformers, folder = import_transformers(), find_folder("host", source)
     described = read_encoder_folder("host", folder, "*.safetensors")
@@ -95,7 +95,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     config_class, kinds = host_fields(described["model_type"])
     parts = {}
     for part in ("text_config", "vision_config"):
-        # The first releases have the text's fields beside the vision tower's.
+        # In the first releases, the fields of text_config are at the top level.
         values = described.get(part, described if part == "text_config" else {})
         check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
         parts[part] = keep_fields(values, kinds[part])
@@ -107,26 +107,26 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
             expected = kind(config)
     options: dict[str, Any] = {"model_type": described["model_type"]}
     options |= {name: getattr(config, name) for name in IDS}
-    for part in parts:  # what differs from its defaults
+    for part in parts:  # fields that differ from their defaults
         changed = getattr(config, part).to_diff_dict()
         options[part] = {name: value for name, value in changed.items() if name in kinds[part]}
-    for name in ("hidden_size", "num_hidden_layers"):  # the models read these
+    for name in ("hidden_size", "num_hidden_layers"):  # required even if they are the defaults
         options["text_config"][name] = getattr(config.text_config, name)
     check_host(options)
     weights = read_weights("host", folder)
     check_size(f"host: {folder}", weights, expected)
-    # A checkpoint with a head is loaded with its head: transformers 5.10 finds no language model in
-    # it for the class without one.
-    headed = any(name.startswith(("model.", "lm_head.")) for name in weights)
-    if headed:
+    # A checkpoint with a head needs the class with a head: transformers 5.10 cannot find the language
+    # model in such a checkpoint for the class without a head.
+    has_head = any(name.startswith(("model.", "lm_head.")) for name in weights)
+    if has_head:
         kind = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
-    host = fill("host", source, kind, config, weights)
+    host = load_weights("host", source, kind, config, weights)
     fields = {"host": options, "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
-    return fields, host.model if headed else host
+    return fields, host.model if has_head else host
 
 
 def freeze_parts(host: Any, frozen: Sequence[Part]) -> Any:
-    """Freeze some parts of a host, in place."""
+    """Freeze parts of a host in place, and return the host."""
     for name in frozen:
         freeze(getattr(host, PARTS[name]))
     return host

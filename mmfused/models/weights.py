@@ -1,4 +1,4 @@
-"""Weights of a pretrained folder: its safetensors, checked against the model before they load."""
+"""The safetensors of a pretrained folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ INDEX = "model.safetensors.index.json"
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Build modules with shapes and without values; the CPU's random state does not change."""
+    """Build modules on the meta device, and leave the CPU's random state unchanged."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
 
 
 def find_folder(name: str, source: str) -> Path:
-    """Return the folder, or the one that a hub name's config.json and safetensors download to."""
+    """Return the folder; download config.json and safetensors if ``source`` is a hub name."""
     if Path(source).is_dir():
         return Path(source)
     import huggingface_hub
@@ -41,17 +41,17 @@ def find_folder(name: str, source: str) -> Path:
             for part in weight_files(name, folder):
                 huggingface_hub.hf_hub_download(source, part.name)
     except (OSError, ValueError) as error:
-        expected = "a folder, or a name that the hub has safetensors for"
+        expected = "a folder, or the name of a hub model with safetensors"
         reason = one_line(error)
         raise ValueError(f"{name}: got {source!r}, expected {expected} ({reason})") from error
     return folder
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """Return model.safetensors, or the parts that its index names.
+    """Return the path of model.safetensors, or the paths of the parts that the index lists.
 
     Raises:
-        ValueError: where the index names something else than a file of this folder.
+        ValueError: the index lists something other than file names.
     """
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return [folder / "model.safetensors"]
@@ -61,7 +61,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     for part in found:
         is_name = isinstance(part, str) and part.endswith(".safetensors")
         if not is_name or not set(part).isdisjoint("/\\:\0"):
-            expected = "names of *.safetensors beside it"
+            expected = "names of *.safetensors files in the same folder"
             raise ValueError(
                 f"{name}: {folder / INDEX}: weight_map: got {shown(part)}, expected {expected}"
             )
@@ -70,7 +70,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
-    """Read the safetensors of a folder."""
+    """Return all tensors in the safetensors files of a folder, by name."""
     with from_extra("models"):
         import safetensors.torch
     weights: dict[str, Tensor] = {}
@@ -82,19 +82,19 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             reason = one_line(error)
             raise ValueError(
-                f"{name}: {path} is truncated, corrupt or no safetensors file: {reason}"
+                f"{name}: {path} is truncated, corrupt or not a safetensors file: {reason}"
             ) from error
     return weights
 
 
-def check_size(name: str, weights: dict[str, Tensor], expected: nn.Module) -> None:
-    """Require at least half of the model's numbers.
+def check_size(name: str, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Require that the weights have at least half as many elements as a model on the meta device.
 
-    Otherwise a large model would be allocated before its missing weights are noticed.
+    Without this check, a large model would be allocated before its missing weights are noticed.
     """
     held = sum(tensor.numel() for tensor in weights.values())
-    total = sum(prod(tensor.shape) for tensor in expected.state_dict().values())
+    total = sum(prod(tensor.shape) for tensor in model.state_dict().values())
     if 2 * held < total:
         raise ValueError(
-            f"{name} lacks weights: got {held} numbers, expected the {total} of its config.json"
+            f"{name}: got weights with {held} numbers, expected {total}, as in its config.json"
         )
