@@ -1,6 +1,6 @@
 """Fused Triton and CUDA kernels for training multimodal retrieval and classification models.
 
-Four operators, each a function and an ``nn.Module`` with a plain PyTorch reference beside it:
+Four operators, each with a function, an ``nn.Module`` and a reference in plain PyTorch:
 
 * query pooling: ``query_pooling``, ``QueryPooling``, ``QTransform``
 * gated cross-attention: ``gated_cross_attention``, ``GatedCrossAttention``,
@@ -8,17 +8,18 @@ Four operators, each a function and an ``nn.Module`` with a plain PyTorch refere
 * top-k routing and experts: ``topk_routing``, ``grouped_mlp``, ``grouped_linear``, ``TopKMoE``
 * masked InfoNCE: ``masked_info_nce``, ``MaskedInfoNCE``
 
-``fuse(model)`` runs known modules of other libraries on them, in place. ``backend`` and
-``set_backend`` choose between the reference, plain PyTorch with better algebra, and the kernels.
-``mmfused.models`` holds five published architectures, ``mmfused.losses`` small loss terms.
+``fuse(model)`` makes modules of other libraries use these operators, in place. ``backend`` and
+``set_backend`` choose between the reference, an optimized implementation in plain PyTorch, and the
+kernels. ``mmfused.models`` has five published architectures, and ``mmfused.losses`` small loss
+terms.
 """
 
 from pathlib import Path
 
-# A wheel carries mmfused/kernels and mmfused/benchmarks. In a checkout both are beside this folder,
-# like tools/, so the checkout joins the path of this package; there mmfused/kernels is a symbolic
-# link for editors and type checkers. kernels/ has no __init__.py, which would shadow Hugging
-# Face's package "kernels".
+# In a wheel, kernels/ and benchmarks/ are inside this folder. In a checkout they are next to it, so
+# the root of the checkout is added to the path of this package. mmfused/kernels is a symbolic link
+# for editors and type checkers. kernels/ has no __init__.py, because it would shadow Hugging Face's
+# package "kernels".
 if not (Path(__file__).parent / "benchmarks").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

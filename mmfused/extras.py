@@ -1,11 +1,11 @@
-"""Messages for missing optional packages."""
+"""Error messages for missing optional packages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Extra -> name of the import -> name of the package.
+# For each extra, the packages to install by the names of their modules.
 PACKAGES: dict[str, dict[str, str]] = {
     "models": {
         "PIL": "pillow",
@@ -23,10 +23,7 @@ PACKAGES: dict[str, dict[str, str]] = {
 
 @contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Make failing imports name the missing package of ``extra`` and its pip command.
-
-    They still raise ``ModuleNotFoundError``.
-    """
+    """Add the pip command to the ``ModuleNotFoundError`` of a missing package of ``extra``."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,11 +1,11 @@
 """FLOPs of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Counted as torch counts: 2 m n k for each matrix product, nothing for anything else, from shapes
-alone. Pairs excluded by keys, skipped samples and masked tokens are counted too, since only values
-show them. What a backward pass recomputes is counted, as torch does for its attention.
+As in torch, an (m, k) by (k, n) matrix product counts as 2 m n k, and all other operations count as
+0. The formulas use shapes only, so they include excluded pairs, skipped samples and masked tokens,
+which depend on values. Recomputation in the backward pass is included, as in torch's attention.
 
-The flop counter imports Triton, so this module does not import it. It registers the formulas when
-other code imports the counter.
+This module does not import the flop counter, which would import Triton. It registers the formulas
+when other code imports the counter.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def add_formula(name: str, formula: Callable[..., int]) -> None:
     """Register the FLOP formula of ``torch.ops.mmfused.<name>``.
 
     Args:
-        formula: called with the arguments of the operator, where tensors are replaced by their
-            shapes, and with ``out_shape=``; returns the FLOPs.
+        name: name of the operator.
+        formula: called with the arguments of the operator, in which shapes replace tensors, and
+            with ``out_shape=``; returns the number of FLOPs.
     """
     _formulas[name] = formula
     if _COUNTER in sys.modules:
@@ -34,7 +35,7 @@ def add_formula(name: str, formula: Callable[..., int]) -> None:
 
 
 def no_products(*args: Any, out_shape: Any = None) -> int:
-    """Return 0: the formula of an operator without matrix products."""
+    """Return 0, the number of FLOPs of an operator without matrix products."""
     return 0
 
 
@@ -44,15 +45,15 @@ def _register() -> None:
     while _formulas:
         name, formula = _formulas.popitem()
         register_flop_formula(getattr(torch.ops.mmfused, name))(formula)
-    # Composed paths use torch's attention, which has no formula on a CPU.
+    # The composed backend uses torch's attention, which has no formula for its CPU operator.
     for end in ("", "_backward"):
-        known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")
+        on_cuda = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")
         on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")
-        flop_registry.setdefault(on_cpu, flop_registry[known])
+        flop_registry.setdefault(on_cpu, flop_registry[on_cuda])
 
 
 class _AtImport:
-    """A finder for ``sys.meta_path`` that registers the formulas once the counter is imported."""
+    """A finder for ``sys.meta_path`` that registers the formulas when the counter is imported."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

@@ -1,7 +1,7 @@
 """Counter-based random numbers that are the same on every backend.
 
-Philox4x32-10 (Salmon et al., SC 2011) in integer arithmetic of torch. A kernel computes the number
-at a logical position and gets the same bits as this module, whatever its tiles.
+This is Philox4x32-10 (Salmon et al., SC 2011) in torch's integer arithmetic. Each number depends
+only on the seed and its position, so kernels get the same bits as this module for any tile size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ _WORD = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draw a seed, a () int64 tensor, from the generator of the device.
+    """Return a random seed, a () int64 tensor, from the default generator of the device.
 
-    Checkpointing and GradCache restore the generator's state, so they draw the same seed again.
+    Activation checkpointing and GradCache restore the generator's state, so their second forward
+    pass gets the same seed.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
@@ -34,15 +35,16 @@ def uniform(seed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
-    """Return the dropout mask: a bool tensor of ``shape``, True = keep, with probability 1 - p.
+    """Return a dropout mask, a bool tensor of ``shape`` that is True with probability 1 - p.
 
-    All dimensions but the last are flattened to rows. Element (r, c) uses word c % 4 of Philox with
-    counter (r, c // 4, stream, 0), scaled to [0, 1), and is kept where that is at least p.
+    True means that the value is kept. All dimensions but the last are flattened to rows. The value
+    at (r, c) is True if word c % 4 of Philox with counter (r, c // 4, stream, 0), scaled to [0, 1),
+    is at least p.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    counters = -(-columns // 4)  # in a row
-    # One dimension and no slice: otherwise an exported graph would hold for one width only, or for
-    # multiples of 4.
+    counters = -(-columns // 4)  # number of counters per row
+    # The words are computed in one dimension and indexed. With a second dimension and a slice, an
+    # exported graph would be valid for one width only, or for multiples of 4.
     at = torch.arange(rows * counters, device=seed.device)
     words = torch.stack(_philox(seed, at // counters, at % counters, stream), -1).flatten()
     first = torch.arange(rows, device=seed.device) * (4 * counters)
@@ -56,11 +58,11 @@ def _philox(
     c1: Tensor,
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words, int64 in [0, 2^32), of each counter (c0, c1, stream, 0)."""
+    """Return the four words of each counter (c0, c1, stream, 0), as int64 in [0, 2^32)."""
     c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
-        # Products of 32-bit numbers in 64 bits: int64 wraps around and keeps the right bits.
+        # The products need 64 unsigned bits. int64 overflows, but its bits are the same.
         a = 0xD2511F53 * c0
         b = 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (
@@ -74,7 +76,7 @@ def _philox(
 
 
 def _unit(word: Tensor) -> Tensor:
-    """Convert 32-bit words to float32 in [0, 1), as Triton does."""
-    # Read as a signed number, a word with its highest bit set is negative: it counts as -1 - word.
-    signed = torch.where(word > 0x7FFFFFFF, _WORD - word, word)
-    return signed.to(torch.float32) * 4.6566127342e-10  # a little less than 2^-31: never 1
+    """Convert 32-bit words to float32 in [0, 1), like Triton's ``uint_to_uniform_float``."""
+    # A word x with the highest bit set is a negative int32, which Triton maps to -x - 1.
+    folded = torch.where(word > 0x7FFFFFFF, _WORD - word, word)
+    return folded.to(torch.float32) * 4.6566127342e-10  # slightly less than 2^-31, so never 1

@@ -1,4 +1,4 @@
-"""The Triton versions and GPU architectures this release is tested with; the only list of them."""
+"""The Triton versions and GPU architectures that this release is tested with."""
 
-TRITONS = ("3.6.0", "3.8.0", "3.9.0")  # the oldest first
+TRITONS = ("3.6.0", "3.8.0", "3.9.0")  # in ascending order
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

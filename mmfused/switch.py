@@ -1,18 +1,18 @@
-"""A setting with a default for the process and a ``with`` for one thread and context.
+"""A setting with a default for the process, and a context manager to change it.
 
-Used for the backend and the router. The current value has to be right in three situations:
+The backend and the router are such settings. The current value must be correct in three situations:
 
-* Eager code and asyncio tasks read a context variable.
+* In eager code, including asyncio tasks, the value is in a context variable.
 * ``torch.compile`` cannot set a context variable, and some releases cannot read one. Choices made
-  inside a compiled function are kept in ``Switch.traced``. The choice around a compiled call is
-  read as an attribute of this module: the compiler guards on its value without tracing how it is
+  inside a compiled function are therefore kept in ``Switch.traced``. A choice made outside is read
+  as an attribute of this module, so the compiler guards on its value and does not trace how it is
   computed.
-* The recomputation of a checkpoint (``torch.utils.checkpoint``, not reentrant) runs in the backward
-  pass, outside of the user's ``with``. The forward pass stores its choice in the checkpoint's
-  frame, which both passes find through the checkpoint's hooks on saved tensors.
+* Non-reentrant ``torch.utils.checkpoint`` recomputes in the backward pass, after the user's
+  ``with`` block has ended. The forward pass therefore stores its choice in the frame object of the
+  checkpoint, which both passes find through the checkpoint's hooks on saved tensors.
 
-Functions that may run outside of a traced frame do not use the global ``torch``: the compiler
-would trace such frames on their own after a graph break.
+Functions that may run outside of a compiled frame do not use the global name ``torch``, because the
+compiler would otherwise trace them separately after a graph break.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import __version__ as _torch_version
 from torch.compiler import is_dynamo_compiling
 
-# Older compilers refuse side effects in a checkpointed function unless told to allow them.
+# torch before 2.14 rejects side effects in a checkpointed function unless they are allowed.
 _STRICT_CHECKPOINTS = _torch_version < "2.14"
 
 Name = TypeVar("Name", bound=str)
 _here = sys.modules[__name__]
 _switches: dict[str, Switch[Any]] = {}
 
-try:  # torch's stubs lack some of these
+try:  # private functions, of which torch's stubs lack some
     from torch._C._autograd import _pop_saved_tensors_default_hooks as _pop_hooks
     from torch._C._autograd import _push_saved_tensors_default_hooks as _push_hooks
     from torch._C._autograd import (
@@ -41,7 +41,7 @@ try:  # torch's stubs lack some of these
     from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 
     _top_hooks(False)
-except (ImportError, TypeError):  # in another torch, a recomputation reads the current value
+except (ImportError, TypeError):  # in a torch without them, a recomputation uses the current value
 
     def _top_hooks(ignore_is_tracing: bool) -> Any:
         return None
@@ -51,10 +51,10 @@ class Switch(Generic[Name]):
     """A setting that takes one of ``names``.
 
     Args:
-        what: its name in an error.
+        what: name of the setting in error messages.
         names: the allowed values.
-        variable: the environment variable with the default of the process.
-        default: the value where that variable is not set.
+        variable: environment variable that sets the default of the process.
+        default: the default if that variable is not set.
     """
 
     def __init__(
@@ -68,13 +68,21 @@ class Switch(Generic[Name]):
         self.names: tuple[Name, ...] = names
         self.variable: str = variable
         self.default: Name = self.checked(os.environ.get(variable, default), variable)
-        # Pairs of a choice and the hook on saved tensors that was topmost when it was entered.
+        # Each choice is paired with the topmost hook on saved tensors when it was entered.
         self.entered: ContextVar[tuple[Any, ...]] = ContextVar(variable, default=())
-        self.traced: tuple[Name, ...] = ()  # choices inside of the function being compiled
+        self.traced: tuple[Name, ...] = ()  # choices inside the function that is being compiled
         _switches[variable] = self
 
     def checked(self, name: str, source: str | None = None) -> Name:
-        """Return ``name`` if it is allowed; ``source`` replaces ``what`` in the error."""
+        """Return ``name`` if it is an allowed value.
+
+        Args:
+            name: the value to check.
+            source: name of the setting in the error message, ``what`` by default.
+
+        Raises:
+            ValueError: ``name`` is not an allowed value.
+        """
         for known in self.names:
             if name == known:
                 return known
@@ -86,7 +94,7 @@ class Switch(Generic[Name]):
         self.default = self.checked(name)
 
     def current(self) -> Name:
-        """Return the value in effect here."""
+        """Return the current value."""
         if self.traced:
             return self.traced[-1]
         compiling = is_dynamo_compiling()
@@ -94,27 +102,27 @@ class Switch(Generic[Name]):
         return chosen or self.default
 
     def chosen(self) -> Name | None:
-        """Return the choice of the innermost ``with``, or of the forward pass being recomputed.
+        """Return the choice of the innermost ``with`` block, or None if there is no such block.
 
-        None stands for the default.
+        In a recomputation, return the choice that the forward pass used.
         """
         entered = self.entered.get()
-        choice, mark = entered[-1] if entered else (None, None)
+        choice, hook_at_entry = entered[-1] if entered else (None, None)
         name = None if choice is None else choice.name
         if _top_hooks(False) is None:  # no checkpoint is active
             return name
         hooks = _saved_tensor_hooks()
-        # Only checkpoints begun after that `with`: one inside a checkpoint is entered again when
-        # the checkpoint recomputes.
-        inside = hooks[hooks.index(mark) + 1 :] if mark in hooks else hooks
+        # Only checkpoints inside the `with` block matter. If the block is inside a checkpoint, the
+        # recomputation enters the block again.
+        inside = hooks[hooks.index(hook_at_entry) + 1 :] if hook_at_entry in hooks else hooks
         for hook in inside:
-            frame, again = _checkpoint(hook)
+            frame, recomputing = _checkpoint(hook)
             if frame is not None:
-                noted = vars(frame).setdefault("mmfused", {})
-                if again:
-                    name = noted.get(self.variable, name)
+                stored = vars(frame).setdefault("mmfused", {})
+                if recomputing:
+                    name = stored.get(self.variable, name)
                 else:
-                    noted.setdefault(self.variable, name or self.default)
+                    stored.setdefault(self.variable, name or self.default)
         return name
 
 
@@ -125,7 +133,7 @@ def __getattr__(variable: str) -> str | None:
 
 
 class Choice(Generic[Name]):
-    """Choose a value of ``switch``: ``with Choice(name):``; it may be entered more than once."""
+    """A context manager that sets ``switch`` to ``name``; it can be entered several times."""
 
     switch: ClassVar[Switch[Any]]
 
@@ -145,7 +153,7 @@ class Choice(Generic[Name]):
             _trace(self.switch, self.switch.traced[:-1])
             return
         entered = self.switch.entered.get()
-        for i in reversed(range(len(entered))):  # generators may exit out of order
+        for i in reversed(range(len(entered))):  # not always the last: generators may exit later
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
@@ -169,10 +177,10 @@ def _trace(switch: Switch[Any], names: tuple[Any, ...]) -> None:
 def _saved_tensor_hooks() -> list:
     """Return this thread's pack hooks on saved tensors, outermost first.
 
-    torch shows only the topmost pair, so all are popped and pushed again.
+    torch gives access to the topmost pair only, so all pairs are popped and pushed again.
     """
     top = _top_hooks(False)
-    if not _hooks_are_enabled():  # they could not be pushed again
+    if not _hooks_are_enabled():  # popped hooks could not be pushed again
         return [top[0]]
     hooks = []
     try:
@@ -187,15 +195,15 @@ def _saved_tensor_hooks() -> list:
 
 
 def _checkpoint(hook) -> tuple[object | None, bool]:
-    """Return the frame of the checkpoint that owns this hook, and whether it is recomputing.
+    """Return the frame of the checkpoint that owns a hook, and whether it is recomputing.
 
-    The frame is None for a hook of anything else.
+    The frame is None if the hook does not belong to a checkpoint.
     """
     hook = getattr(hook, "_torchdynamo_orig_callable", hook)
     names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
     cells: dict[str, Any] = dict(zip(names, getattr(hook, "__closure__", None) or (), strict=False))
-    again = "target_frame_ref" in cells
-    cell = cells.get("target_frame_ref" if again else "frame")
-    frame = cell and (cell.cell_contents() if again else cell.cell_contents)
-    known = type(frame).__name__ == "_CheckpointFrame" and hasattr(frame, "__dict__")
-    return (frame, again) if known else (None, False)
+    recomputing = "target_frame_ref" in cells
+    cell = cells.get("target_frame_ref" if recomputing else "frame")
+    frame = cell and (cell.cell_contents() if recomputing else cell.cell_contents)
+    is_checkpoint = type(frame).__name__ == "_CheckpointFrame" and hasattr(frame, "__dict__")
+    return (frame, recomputing) if is_checkpoint else (None, False)

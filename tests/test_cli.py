@@ -136,7 +136,7 @@ def test_train_ends_with_a_table(mugs, tmp_path, capsys):
     )
     captured = capsys.readouterr()
     scores = ("accuracy", "macro precision", "macro recall", "macro F1")
-    for word in (*scores, "peak memory", "composed on", "autocast", "2 to validate, 1 skipped"):
+    for word in (*scores, "peak memory", "composed on", "autocast", "2 validation rows, 1 skipped"):
         assert word in captured.out
     config = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert (config["lr"], config["seed"], config["modalities"], config["steps"]) == (
@@ -217,7 +217,7 @@ def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch
     assert main([*arguments, "--resume"]) == 0
     assert "run written to" in capsys.readouterr().out
     assert main([*arguments, "--resume"]) == 0
-    assert "holds this run, finished; nothing was done" in capsys.readouterr().out
+    assert "is already finished; nothing was done" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -476,5 +476,5 @@ def test_demo_fails_when_the_curves_part(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "_train_in_process", fake)
     assert main(["demo", "--steps", "1", "--repeats", "1", "--out", str(tmp_path / "demo")]) == 1
-    assert "FAILED: the loss curves differ by 0.5" in capsys.readouterr().out
+    assert "FAILED: the mean difference of the loss curves is 0.5" in capsys.readouterr().out
     assert main(["demo", "--steps", "0"]) == 2

@@ -136,7 +136,7 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
     assert (
         "10 rows, 1 skipped" in told
         and "0 rows without a picture, 1 without a text" in told
-        and "no product has 9" in told
+        and "without a product: 9" in told
     )
     assert "image->both" in told and "R@1" in told
     assert (
@@ -241,7 +241,7 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
         part.write_bytes(
             safetensors.torch.save({**tensors, "image": SPOILED[name](tensors["image"])})
         )
-    assert main([*command, str(out)]) == 0 and "it is made again" in caplog.text
+    assert main([*command, str(out)]) == 0 and "the batch is embedded again" in caplog.text
     with np.load(tmp_path / "whole.npz") as whole, np.load(out) as again:
         assert all(np.array_equal(whole[key], again[key]) for key in whole.files)
 
@@ -272,7 +272,7 @@ def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypa
         (data / "metadata.csv").write_text(rows.replace("thing number 0", "thing number nought"))
     assert (
         main(command) == 2
-        and "or of other pictures or texts; remove or overwrite them" in capsys.readouterr().err
+        and "or from other pictures or texts; remove or overwrite them" in capsys.readouterr().err
     )
     assert main([*command, "--overwrite"]) == 0
 
@@ -297,7 +297,9 @@ def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
         "--out",
         str(tmp_path / "items.npz"),
     ]
-    assert main(command) == 2 and "holds parts of another checkpoint" in capsys.readouterr().err
+    assert (
+        main(command) == 2 and "holds parts made with another checkpoint" in capsys.readouterr().err
+    )
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
@@ -418,7 +420,7 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
     ]
     assert main(command) == 0
     assert (
-        "left out: without: got 'dual' with stage 2, which already excludes it, expected stage 1"
+        "skipped: without: got 'dual' with stage 2, which already excludes it, expected stage 1"
         in capsys.readouterr().out
     )
     expected = {"whole", *(f"without {part}" for part in ("mamcl", "negatives", "fusion"))}

@@ -1,7 +1,8 @@
 """The ``mmfused`` command.
 
-Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)`` and ``run(args)
--> exit code``, which is imported only if that subcommand is used.
+Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)``, and
+``run(args)``, which returns the exit code. If the command line names a subcommand, only its module
+is imported.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ COMMANDS = ("demo", "train", "eval", "embed", "ablate", "bench", "inspect", "env
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done. 1: a package is missing or a check failed. 2: the request cannot be served; the reason
-    is printed in one sentence. 128 + N: stopped by signal N.
+    The exit code is 0 for success, 1 if a package is missing or a check failed, 2 for any other
+    error, and 128 + N if signal N stopped the command. Errors are printed in one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         with from_extra("models"):
             args = _make_parser(argv).parse_args(argv)
-            _refuse_empty(args)
+            _check_not_empty(args)
             return args.run(args)
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _refuse_empty(args: argparse.Namespace) -> None:
-    """Raise ValueError for an empty value, which would count as not given."""
+def _check_not_empty(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option has an empty value, which would count as not given."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name}: got {value!r}, expected a non-empty string")

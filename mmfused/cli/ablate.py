@@ -1,4 +1,4 @@
-"""``mmfused ablate``: train a model whole and without each component, and compare the scores."""
+"""``mmfused ablate``: train a model with and without each component, and compare the scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from . import train
 
-HELP = "train a model whole and without each of its components, and compare"
+HELP = "train a complete model, and the model without each of its components, and compare scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         metavar="PART,..",
-        help="leave out only these components, one at a time (default: all of the model's)",
+        help="leave out only these components, one at a time (default: all components)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train each variant and return the exit code.
 
-    Each training is a run of its own below ``--out``, so ``--resume`` resumes the unfinished ones.
+    Each variant is a separate run in a subfolder of ``--out``, so ``--resume`` resumes the
+    unfinished variants.
     """
     from mmfused.training.run_folder import check_replaceable
     from mmfused.training.signals import Stopped
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"only: got {part!r}, expected some of {', '.join(parts)}")
     if args.without:
         raise ValueError(
-            f"without: got {args.without!r}, expected nothing: ablate leaves out one component "
-            "after the other"
+            f"without: got {args.without!r}, expected no such option: ablate leaves out the "
+            "components one at a time"
         )
     out = Path(args.out)
     check_replaceable(out / "ablation.json", "whole", args.overwrite or args.resume)
@@ -60,13 +61,13 @@ def _ablate(args: argparse.Namespace, out: Path, chosen: list[str]) -> int:
         try:
             summaries[f"without {part}"] = _train_without(args, out / f"without-{part}", part)
         except AbsentPart as error:
-            # For example UNITE's dual loss, which its second stage does not have.
+            # The model does not have the part. UNITE's second stage, for example, has no dual loss.
             if args.only:
                 raise
-            print(f"left out: {error}")
+            print(f"skipped: {error}")
         write_atomically(out / "ablation.json", lambda path: write_json(path, summaries))
     _print_table(summaries)
-    print(f"numbers written to {out / 'ablation.json'}")
+    print(f"scores written to {out / 'ablation.json'}")
     return 0
 
 
@@ -79,7 +80,7 @@ def _components(model: str) -> tuple[str, ...]:
 
 
 def _train_without(args: argparse.Namespace, out: Path, part: str | None) -> dict[str, Any]:
-    """Train without ``part``, or with all parts, and return the summary."""
+    """Train without ``part``, or with all parts if it is None, and return the summary."""
     from mmfused.training.run import TrainConfig
     from mmfused.training.run import train as train_model
 

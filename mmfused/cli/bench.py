@@ -1,10 +1,10 @@
-"""``mmfused bench OP``: check an op's accuracy, then time it against its baselines."""
+"""``mmfused bench OP``: check the accuracy of an op, then time it against its baselines."""
 
 from __future__ import annotations
 
 import argparse
 
-# In a checkout the package's folder benchmarks/ is beside mmfused/.
+# In a checkout, mmfused.benchmarks is the folder benchmarks/ next to mmfused/.
 from mmfused.benchmarks import run as benchmarks  # pyright: ignore[reportMissingImports]
 
 HELP = "check and time an op against its baselines on this machine"
@@ -16,5 +16,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return its exit code."""
     return benchmarks.run(args)

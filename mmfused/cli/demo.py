@@ -1,4 +1,4 @@
-"""``mmfused demo``: compare a training, and query pooling, with and without this library."""
+"""``mmfused demo``: compare training, and query pooling alone, with and without this library."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmfused.models.fields import check_field
 
 HELP = "train FLUID with and without this library's ops, time query pooling, and compare"
 STEPS = 300
-# The backends round differently, and training amplifies that; a wrong gradient changes the loss by
-# far more.
+# Largest accepted mean difference of the loss curves. The backends round differently, which
+# training amplifies; a wrong gradient would change the loss by far more.
 CURVE_BOUND = 0.02
 QUERIES = 32
 TOKENS = 197
@@ -40,18 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         default=STEPS,
-        help=f"steps of each training (default: {STEPS})",
+        help=f"number of steps of each training (default: {STEPS})",
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=21,
-        help="timings of the op; the median is reported (default: 21)",
+        help="number of timings of query pooling, whose median is reported (default: 21)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, time, print the table and return the exit code: 1 if the loss curves differ."""
+    """Train, time query pooling and print the table; return 1 if the loss curves differ, else 0."""
     from mmfused.training.files import write_atomically, write_json
 
     out = Path(args.out)
@@ -66,18 +66,18 @@ def run(args: argparse.Namespace) -> int:
         backend: _train_in_process(backend, args.steps, out / backend)
         for backend in ("reference", best)
     }
-    print("Timing query pooling alone.")
+    print("Timing query pooling.")
     op = _measure_op(device, best, args.repeats)
     result = _compare(runs["reference"], runs[best], op, best, args.steps)
     write_atomically(out / "demo.json", lambda path: write_json(path, result))
     write_atomically(out / "demo.png", lambda path: _draw(runs, op, best, path))
     _print_table(result, best)
-    print(f"\n{out / 'demo.json'} holds the table, {out / 'demo.png'} the curves and bars.")
+    print(f"\nResults written to {out / 'demo.json'}, charts to {out / 'demo.png'}.")
     difference = result["curve_mean_difference"]
     if difference > CURVE_BOUND:
         print(
-            f"FAILED: the loss curves differ by {difference:.3g} in the mean; "
-            f"the bound is {CURVE_BOUND}."
+            f"FAILED: the mean difference of the loss curves is {difference:.3g}, "
+            f"expected at most {CURVE_BOUND}."
         )
         return 1
     return 0
@@ -102,9 +102,9 @@ def _check(args: argparse.Namespace, out: Path) -> None:
 
 
 def _train_in_process(backend: Backend, steps: int, out: Path) -> dict[str, Any]:
-    """Return summary and history of a training in a process of its own.
+    """Train in a separate process, and return the summary and the history.
 
-    Peak memory is measured for the process, so two trainings cannot share one.
+    The process must be separate because peak memory is measured per process.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         summary = pool.submit(_train, backend, steps, str(out)).result()
@@ -124,17 +124,17 @@ def _train(backend: Backend, steps: int, out: str) -> dict[str, Any]:
     return train(config)
 
 
-# ---- the op alone --------------------------------------------------------------------------------
+# ---- query pooling -------------------------------------------------------------------------------
 
 
 def _measure_op(device: torch.device, backend: Backend, repeats: int) -> dict[str, Any]:
-    """Measure query pooling against nn.MultiheadAttention with the same weights.
+    """Measure query pooling and an nn.MultiheadAttention with the same weights.
 
-    Returns the seconds of forward and backward with all gradients, and the bytes that forward saves
-    for backward.
+    Return the seconds of forward and backward with all gradients, and the number of bytes that
+    forward saves for backward.
 
     Raises:
-        RuntimeError: the outputs differ, so timings would mean nothing.
+        RuntimeError: the outputs of the two differ.
     """
     from mmfused.testing import interleaved_medians, saved_bytes
 
@@ -186,8 +186,8 @@ def _check_equal(ours: Tensor, baseline: Tensor) -> None:
     difference = (ours - baseline).norm() / baseline.norm()
     if not difference < (3e-2 if ours.dtype == torch.bfloat16 else 1e-4):
         raise RuntimeError(
-            f"query pooling and nn.MultiheadAttention differ by {float(difference):.2g}, "
-            "relative to the norm"
+            "query pooling and nn.MultiheadAttention have a relative difference of "
+            f"{float(difference):.2g}"
         )
 
 
@@ -209,7 +209,7 @@ def _compare(
     best: str,
     steps: int,
 ) -> dict[str, Any]:
-    """Return the content of ``demo.json``."""
+    """Return the contents of ``demo.json``."""
     losses = [
         torch.tensor([r["loss"] for r in run["history"]["train"]], dtype=torch.float64)
         for run in (reference, ours)

@@ -1,4 +1,4 @@
-"""``mmfused embed``: write the embeddings of a folder's items into one ``.npz``."""
+"""``mmfused embed``: write the embeddings of all items of a folder to one ``.npz`` file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from mmfused.training.folder_lock import Lock
     from mmfused.training.load import Trained
 
-HELP = "embed a folder of products with a trained retrieval model, into one .npz"
+HELP = "embed a folder of products with a trained retrieval model, and write one .npz file"
+# Names of the files in FILE.parts.
 PART = re.compile(r"\d{8}\.safetensors|job\.json")
-HALF_WRITTEN = re.compile(rf"\.({PART.pattern})\.\d+\.tmp")
-OWN = re.compile(rf"{PART.pattern}|{HALF_WRITTEN.pattern}")
+TEMPORARY = re.compile(rf"\.({PART.pattern})\.\d+\.tmp")
+PART_OR_TEMPORARY = re.compile(rf"{PART.pattern}|{TEMPORARY.pattern}")
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="folder of a run, or one of its checkpoints",
+        help="folder of a run or of a checkpoint",
     )
     parser.add_argument(
         "--data",
@@ -44,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help="the .npz; if a command was stopped, the same one resumes from FILE.parts",
+        help="the .npz file; a stopped command resumes from FILE.parts if it is repeated",
     )
     parser.add_argument(
         "--views",
         default="image,text,both",
-        help="some of image, text, both (default: all)",
+        help="one or more of image, text and both, separated by commas (default: all)",
     )
     parser.add_argument(
         "--text-column",
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="items at a time (default: 256)",
+        help="number of items per batch (default: 256)",
     )
     parser.add_argument(
         "--backend",
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="cpu, cuda, ... (default: cuda if available)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         "views": args.views,
     }
     with parts.locked(job, args.overwrite) as lock:
-        # Checked again: another process may have made the file meanwhile.
+        # Checked again, because another process may have written the file in the meantime.
         _check(args, out)
         if lock.had_marker:
             for path in half_written(out.parent, (out.name,)):
@@ -119,37 +120,40 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     check_field("threads", args.threads, int | None)
     check_views(tuple(args.views.split(",")))
     if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"out: got {args.out!r}, expected an .npz in an existing folder")
+        raise ValueError(f"out: got {args.out!r}, expected an .npz file in an existing folder")
     if out.is_dir() or (out.exists() and not args.overwrite):
         raise FileExistsError(f"out: {out} already exists; choose another name or overwrite it")
 
 
 class Parts:
-    """The folder of the batches that are done: one file each, and ``job.json``.
+    """A folder with one file of embeddings for each finished batch, and ``job.json``.
 
-    ``job.json`` identifies checkpoint, items, batch size and views, so that only parts of the same
-    job are used.
+    ``job.json`` identifies the checkpoint, the items, the batch size and the views, so that batches
+    of different jobs are never mixed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, index: int) -> Path:
-        """Return the file of a batch."""
+        """Return the path of the file of a batch."""
         return self.folder / f"{index:08d}.safetensors"
 
     @contextmanager
     def locked(self, job: Mapping[str, Any], overwrite: bool) -> Iterator[Lock]:
-        """Lock the folder; temporary files, and with ``overwrite`` all parts, are removed.
+        """Create and lock the folder, and write ``job.json`` if it is missing.
+
+        Temporary files are removed, and with ``overwrite`` all parts.
 
         Raises:
-            FileExistsError: another process writes to it, or it holds other files.
-            ValueError: it holds the parts of another job.
+            FileExistsError: another process writes to the folder, or the folder holds foreign
+                files.
+            ValueError: the folder holds the parts of another job.
         """
         from mmfused.training.files import join_names, read_json, write_atomically, write_json
         from mmfused.training.folder_lock import Lock
 
-        foreign = self._foreign()
+        foreign = self._foreign_files()
         if foreign:
             raise FileExistsError(
                 f"out: {self.folder} holds files that mmfused embed did not make "
@@ -157,20 +161,20 @@ class Parts:
             )
         with Lock(self.folder) as lock:
             for path in self.folder.glob("*"):
-                if HALF_WRITTEN.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
+                if TEMPORARY.fullmatch(path.name) or (overwrite and PART.fullmatch(path.name)):
                     path.unlink()
             source = self.folder / "job.json"
             if not source.is_file():
                 write_atomically(source, lambda path: write_json(path, job))
             elif read_json(source) != job:
                 raise ValueError(
-                    f"out: {self.folder} holds parts of another checkpoint, folder or batch size, "
-                    "or of other pictures or texts; remove or overwrite them"
+                    f"out: {self.folder} holds parts made with another checkpoint, batch size or "
+                    "views, or from other pictures or texts; remove or overwrite them"
                 )
             yield lock
 
-    def _foreign(self) -> list[str]:
-        """Return the names of files that ``mmfused embed`` did not make."""
+    def _foreign_files(self) -> list[str]:
+        """Return the names of the files that ``mmfused embed`` did not make."""
         from mmfused.training.folder_lock import MARKER
 
         if not os.path.lexists(self.folder):
@@ -181,13 +185,13 @@ class Parts:
         marked = MARKER in [path.name for path in paths]
 
         def is_own(path: Path) -> bool:
-            named = path.name == MARKER or OWN.fullmatch(path.name)
+            named = path.name == MARKER or PART_OR_TEMPORARY.fullmatch(path.name)
             return marked and bool(named) and path.is_file() and not path.is_symlink()
 
         return [path.name for path in paths if not is_own(path)]
 
     def read(self, index: int) -> dict[str, Tensor] | None:
-        """Return the tensors of a batch, or None if it is not done, or damaged (with a warning)."""
+        """Return the embeddings of a batch, or None if its file is missing or damaged."""
         from mmfused.training.files import read_tensors
 
         if not self.path(index).is_file():
@@ -195,22 +199,22 @@ class Parts:
         try:
             return read_tensors(self.path(index))
         except ValueError as error:
-            logger.warning("embed: %s; it is made again", error)
+            logger.warning("embed: %s; the batch is embedded again", error)
             return None
 
     def remove(self) -> None:
-        """Remove the parts, and the folder unless other files were put in it."""
+        """Remove the parts, and the folder if it is empty then."""
         from mmfused.training.folder_lock import MARKER
 
         for path in self.folder.glob("*"):
             if PART.fullmatch(path.name):
                 path.unlink()
-        # The mark last: without it the other files would be taken for another program's.
+        # The marker is removed last, because parts without a marker count as foreign files.
         (self.folder / MARKER).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
         except OSError as error:
-            # Not empty, or gone already.
+            # The folder is not empty, or another process has removed it.
             logger.warning("embed: %s is not removed: %s", self.folder, error.strerror)
 
 
@@ -220,7 +224,7 @@ def _embed_parts(
     parts: Parts,
     views: tuple[str, ...],
 ) -> None:
-    """Write a file for each batch that has none yet."""
+    """Embed each batch that has no intact part yet, and write its part."""
     import torch
     from tqdm import tqdm
 
@@ -233,7 +237,7 @@ def _embed_parts(
         assert embedded is not None
         return {name: value.contiguous() for name, value in embedded.items()}
 
-    # Existing parts are compared with this one.
+    # Embeddings of one item, with which the names, types and shapes in existing parts are compared.
     example: dict[str, Tensor] | None = None
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
         first = index * batches.batch_size
@@ -241,29 +245,27 @@ def _embed_parts(
         done = parts.read(index)
         if done is not None:
             example = embed(0, 1) if example is None else example
-            if _fits(done, example, last - first):
+            if _is_intact(done, example, last - first):
                 continue
         embedded = embed(first, last)
         write_atomically(parts.path(index), lambda path, x=embedded: save_tensors(path, x))
 
 
-def _fits(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
-    """Return whether a part has the tensors of ``example``, with ``rows`` rows, all finite."""
-    same = done.keys() == example.keys() and all(
+def _is_intact(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
+    """Return whether a part has the tensors in ``example``, with ``rows`` rows, all finite."""
+    intact = done.keys() == example.keys() and all(
         done[name].dtype == value.dtype
         and done[name].shape == (rows, *value.shape[1:])
         and bool(done[name].isfinite().all())
         for name, value in example.items()
     )
-    if not same:
-        logger.warning(
-            "embed: a part of %d rows does not hold what it should; it is made again", rows
-        )
-    return same
+    if not intact:
+        logger.warning("embed: a part with %d rows is damaged; the batch is embedded again", rows)
+    return intact
 
 
 def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
-    """Write all parts into one ``.npz``, and return the number of items."""
+    """Write all parts to one ``.npz`` file, and return the number of items."""
     import numpy as np
 
     from mmfused.training.files import write_atomically
@@ -273,8 +275,8 @@ def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
         part = parts.read(index)
         if part is None:
             raise RuntimeError(
-                f"out: {parts.path(index)} is missing or damaged: removed meanwhile? "
-                "Run the command again"
+                f"out: {parts.path(index)} is missing or damaged, though it has just been written; "
+                "run the command again"
             )
         loaded.append(part)
     arrays = {name: np.concatenate([part[name].numpy() for part in loaded]) for name in loaded[0]}
@@ -287,6 +289,6 @@ def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
 def _save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     import numpy as np
 
-    # Given a name, numpy would append .npz to it.
+    # Opened here, because numpy would append .npz to the name of a temporary file.
     with open(path, "wb") as file:
         np.savez(file, **arrays)

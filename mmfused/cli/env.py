@@ -12,7 +12,7 @@ import mmfused
 from mmfused import extension
 from mmfused.ops import OPS
 
-HELP = "show versions, devices, the backend each op would use here, and why it is not a faster one"
+HELP = "show versions, devices, the backend that each op would use here, and why it is not fused"
 PACKAGES = (
     "torch",
     "triton",
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
+    """Print the information and return the exit code."""
     print(f"mmfused       {mmfused.__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:

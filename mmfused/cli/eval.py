@@ -1,4 +1,4 @@
-"""``mmfused eval``: measure a run or checkpoint on labelled products, as classes or retrieval."""
+"""``mmfused eval``: measure a trained classifier or retrieval model on labelled products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="folder of a run, or one of its checkpoints",
+        help="folder of a run or of a checkpoint",
     )
     parser.add_argument(
         "--data",
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--products",
         metavar="DIR",
-        help="retrieval: the catalogue to search (default: the data themselves)",
+        help="retrieval models: folder of the catalogue to search (default: that of --data)",
     )
     parser.add_argument(
         "--text-column",
         metavar="NAME",
-        help="text column in the metadata.csv of --data (default: the one of training)",
+        help="text column in the metadata.csv of --data (default: that of training)",
     )
     parser.add_argument(
         "--backend",
@@ -51,23 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="N",
-        help="samples at a time; the contrastive part of the loss depends on it",
+        help="number of items per batch; the contrastive part of the loss depends on it",
     )
     parser.add_argument(
         "--device",
         default="auto",
         help="cpu, cuda, ... (default: cuda if available)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
     parser.add_argument(
         "--per-class",
         action="store_true",
-        help="also print a table with a line for each class",
+        help="also print the scores of each class",
     )
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="write all numbers, those of each class too, as JSON; replaces the file",
+        help="write all scores to this JSON file; an existing file is replaced",
     )
 
 
@@ -89,16 +89,16 @@ def run(args: argparse.Namespace) -> int:
         _print_classes(result["classes"])
     if out:
         write_atomically(out, lambda path: write_json(path, result))
-        print(f"numbers written to {out}")
+        print(f"scores written to {out}")
     return 0
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the content of the JSON file.
+    """Return the contents of the JSON file.
 
     Raises:
-        FileNotFoundError: checkpoint or data are missing.
-        ValueError: they cannot be used, or do not fit together.
+        FileNotFoundError: the checkpoint or the data are missing.
+        ValueError: the checkpoint or the data cannot be used, or do not fit together.
     """
     import mmfused
     from mmfused.training.load import load_trained
@@ -174,7 +174,7 @@ def _class_table(
     labels: Tensor,
     names: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """Return one entry for each class that occurs in predictions or labels."""
+    """Return an entry for each class that occurs in ``predictions`` or ``labels``."""
     from mmfused.training.metrics import class_scores, count
 
     counts = count(predictions, labels)
@@ -192,7 +192,7 @@ def _class_table(
 
 
 def _print_table(result: Mapping[str, Any]) -> None:
-    searched = f", looking in {result['products']}" if result["products"] else ""
+    searched = f", searched in {result['products']}" if result["products"] else ""
     skipped = len(result["skipped"])
     amp = "on" if result["amp"] == "bf16" else "off"
     rows = {
@@ -202,7 +202,7 @@ def _print_table(result: Mapping[str, Any]) -> None:
         f"{result['without_text']} without a text",
     }
     if result["unknown_labels"]:
-        rows["labels"] = f"no product has {', '.join(map(str, result['unknown_labels']))}"
+        rows["labels"] = f"without a product: {', '.join(map(str, result['unknown_labels']))}"
     rows["backend"] = f"{result['backend']} on {result['device']}, bf16 autocast {amp}"
     if "loss" in result:
         rows |= {"loss": f"{result['loss']:.4f}", **score_rows(result)}
@@ -210,7 +210,7 @@ def _print_table(result: Mapping[str, Any]) -> None:
 
 
 def _print_pairs(pairs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a line for each pair of views, with the expected Recall@1 of a random order."""
+    """Print a line for each pair of views; "chance" is the expected Recall@1 of a random order."""
     print(
         f"\n{'query->candidate':<16}  queries  no answer  R@1 (chance)     R@5    R@10     MRR"
         "  macro F1"

@@ -1,14 +1,14 @@
-"""``mmfused inspect``: compile every plan of every kernel without a GPU and check the result.
+"""``mmfused inspect``: compile the launches of every kernel without a GPU and check the result.
 
-The launchers run on meta tensors while :mod:`mmfused.kernels.tiles` reports the requested
-architecture and records each launch instead of starting it, so the compiled launches are the ones
-that would run on that GPU. A spill, more shared memory than the GPU has, a race (:mod:`.races`), or
-no matrix instruction where the plan relies on one is a fault and makes the command exit 1.
+The launchers run on meta tensors. Meanwhile :mod:`mmfused.kernels.tiles` reports the requested
+architecture, and records each launch instead of starting it. The compiled launches are therefore
+those that would run on that GPU. The command exits with 1 if a kernel spills registers, needs more
+shared memory than the GPU has, has a race (:mod:`.races`), or lacks a matrix instruction that it
+should have.
 
-Results are cached by kernel source, arguments, options and Triton version: a second run compiles
-only what has changed, and an interrupted run resumes. ``MMFUSED_INSPECT_CACHE`` names the folder
-(default ``~/.cache/mmfused/inspect``). Triton's own cache is a temporary folder, so the user's
-cache is neither read nor written.
+Results are cached by kernel source, arguments, options and Triton version, so only changed launches
+are compiled again. ``MMFUSED_INSPECT_CACHE`` sets the folder of this cache (default
+``~/.cache/mmfused/inspect``). Triton's own cache is not used.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ HELP = (
     "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, "
     "instructions"
 )
-# name in the table -> PTX
+# Names in the table, and the instructions in PTX.
 MATRIX_INSTRUCTIONS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
     "tcgen05": "tcgen05.mma",
 }
-# dtype of torch -> of Triton's signatures
+# Names of dtypes in torch, and in the signatures of Triton kernels.
 _DTYPES = {
     "float32": "fp32",
     "float64": "fp64",
@@ -65,7 +65,7 @@ _HEADER = (
 
 @dataclass
 class Report:
-    """One compiled kernel: a printed row."""
+    """A compiled launch; its string is a row of the printed table."""
 
     op: str
     case: str
@@ -92,7 +92,7 @@ class Measured:
     """The compiler's result for one launch."""
 
     registers: int
-    stack: int  # bytes per thread: spills, as the kernels have no local arrays
+    stack: int  # bytes per thread; only spilled registers use the stack
     shared: int  # bytes per block
     instructions: dict[str, int]
     races: list[str]
@@ -100,7 +100,7 @@ class Measured:
 
 @dataclass
 class Job:
-    """One recorded launch, in picklable form."""
+    """A recorded launch that can be pickled."""
 
     op: str
     case: str
@@ -119,19 +119,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         action="append",
         metavar="sm_90",
-        help=f"architecture, may be repeated (default {' '.join(ARCHS)})",
+        help=f"architecture; may be repeated (default: {' '.join(ARCHS)})",
     )
-    parser.add_argument("--op", choices=sorted(OPS), help="one op only")
-    parser.add_argument("--case", action="append", help="one case only, may be repeated")
-    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
+    parser.add_argument("--op", choices=sorted(OPS), help="compile the kernels of this op only")
+    parser.add_argument("--case", action="append", help="compile this case only; may be repeated")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of parallel compilations (default: 2)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
+    """Compile the launches, print the table, and return 1 if a launch has a fault, else 0."""
     archs: list[str] = args.arch or list(ARCHS)
     _check(args, archs)
-    # Several cases may make the same launch, which is compiled once.
+    # Launches by their hash: if several cases make the same launch, it is compiled once.
     jobs: dict[str, list[Job]] = {}
     for arch in archs:
         for job in recorded_launches(arch, args.op, args.case):
@@ -145,14 +147,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     faults = sum(bool(r.fault) for r in reports)
-    print(f"{len(reports)} kernels compiled, {faults} with a fault.")
+    print(f"{len(reports)} launches compiled, {faults} with a fault.")
     return 1 if faults else 0
 
 
 def _check(args: argparse.Namespace, archs: list[str]) -> None:
     if INTERPRETED:
         raise ValueError(
-            "inspect: TRITON_INTERPRET: got '1', expected it unset, as it turns off compilation"
+            "inspect: TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
         )
     from mmfused.kernels.tiles import SHARED_MEMORY
 
@@ -167,11 +169,11 @@ def _check(args: argparse.Namespace, archs: list[str]) -> None:
 
 
 def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Measured]]:
-    """Yield the result of each job, from the cache or compiled now and then cached."""
-    store = _store()
+    """Yield the result of each job, from the cache if possible; cache the other results."""
+    cache = _cache_folder()
     missing: dict[str, Job] = {}
     for key, job in jobs.items():
-        measured = _stored(store / key)
+        measured = _read_cached(cache / key)
         if measured is None:
             missing[key] = job
         else:
@@ -181,13 +183,13 @@ def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Meas
         with ProcessPoolExecutor(workers) as pool:
             results = pool.map(compile_job, missing.values())
             for key, measured in zip(missing, results, strict=True):
-                partial = store / f"{key}.{os.getpid()}"
+                partial = cache / f"{key}.{os.getpid()}"
                 partial.write_text(json.dumps(asdict(measured)))
-                partial.replace(store / key)
+                partial.replace(cache / key)
                 yield key, measured
 
 
-def _store() -> Path:
+def _cache_folder() -> Path:
     named = os.environ.get("MMFUSED_INSPECT_CACHE")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfused" / "inspect"
     folder = Path(named) if named else root
@@ -195,20 +197,20 @@ def _store() -> Path:
     return folder
 
 
-def _stored(path: Path) -> Measured | None:
-    """Read a cached result; None where there is none, or where it is damaged."""
+def _read_cached(path: Path) -> Measured | None:
+    """Return the cached result in ``path``, or None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
         return Measured(**json.loads(path.read_text()))
     except (ValueError, TypeError):
-        print(f"{path} is damaged: its launch is compiled again.", flush=True)
+        print(f"{path} is damaged, so its launch is compiled again.", flush=True)
         return None
 
 
 @functools.cache
 def _fingerprint(module: str, kernel: str) -> str:
-    """Hash the source of a kernel and all it calls, Triton's version, and the checks made here."""
+    """Return a hash of the kernel's source, Triton's version, and the source of the checks."""
     import triton
 
     from mmfused.kernels import tiles
@@ -226,7 +228,7 @@ def source_key(job: Job) -> str:
 
 
 def cases_of(op: str) -> ModuleType:
-    """Return the module with the cases of an op and the function that launches them."""
+    """Return the module with ``CASES`` of an op, and the function ``launch`` that launches one."""
     return importlib.import_module(f"mmfused.kernels.{op}.inspect_cases")
 
 
@@ -235,7 +237,13 @@ def recorded_launches(
     only_op: str | None = None,
     only_cases: list[str] | None = None,
 ) -> Iterator[Job]:
-    """Yield every distinct launch that the launchers would make on this architecture."""
+    """Yield every distinct launch that the launchers would make on ``arch``.
+
+    Args:
+        arch: an architecture, such as "sm_90".
+        only_op: yield launches of this op only.
+        only_cases: yield launches of these cases only.
+    """
     from mmfused.kernels import tiles
 
     recorded: list[tuple] = []
@@ -248,7 +256,7 @@ def recorded_launches(
                     continue
                 recorded.clear()
                 cases_of(op).launch(case)
-                # A launcher may repeat the same launch over chunks.
+                # A dict, because a launcher may repeat the same launch for several chunks.
                 jobs = {}
                 for launch in recorded:
                     job = _job(op, name, arch, *launch)
@@ -267,9 +275,9 @@ def _job(
     constexprs: dict[str, Any],
     options: dict[str, Any],
 ) -> Job:
-    """Type each argument as Triton's launcher does.
+    """Return the job of a launch, with the types that Triton's launcher gives to its arguments.
 
-    1 and None are constants; multiples of 16 are marked as divisible.
+    Arguments that are 1 or None become constants, and multiples of 16 are marked as divisible.
     """
     signature: dict[str, str] = {}
     constants = dict(constexprs)
@@ -309,12 +317,12 @@ def compile_job(job: Job) -> Measured:
     from mmfused.kernels import tiles
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature=job.signature,
-        constexprs={place[name]: value for name, value in job.constexprs.items() if name in place},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in job.divisible},
+        constexprs={index[name]: value for name, value in job.constexprs.items() if name in index},
+        attrs={index[name]: [["tt.divisibility", 16]] for name in job.divisible},
     )
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=job.options | tiles.OPTIONS)
@@ -325,7 +333,7 @@ def compile_job(job: Job) -> Measured:
 
 
 def report_of(job: Job, measured: Measured) -> Report:
-    """Return the row of a launch, with its faults."""
+    """Return the row of a launch in the table, with the faults of the launch."""
     from mmfused.kernels import tiles
 
     limit = tiles.SHARED_MEMORY[int(job.arch.removeprefix("sm_"))]
@@ -333,12 +341,15 @@ def report_of(job: Job, measured: Measured) -> Report:
     if measured.stack:
         faults.append(f"spills {measured.stack} bytes per thread")
     if measured.shared > limit:
-        faults.append(f"needs {measured.shared} bytes of shared memory, the GPU has {limit}")
+        faults.append(f"needs {measured.shared} bytes of shared memory, but the GPU has {limit}")
     constants = job.constexprs
-    # Kernels with UPCAST call tiles.dot, which multiplies float32 without matrix instructions.
-    multiplies = "UPCAST" in constants and not {"*fp16", "*bf16"}.isdisjoint(job.signature.values())
-    if multiplies and not any(measured.instructions.values()):
-        faults.append("no matrix instruction")
+    # Kernels with UPCAST multiply matrices with `tiles.dot`, which uses matrix instructions for all
+    # types but float32.
+    needs_matrix = "UPCAST" in constants and not {"*fp16", "*bf16"}.isdisjoint(
+        job.signature.values()
+    )
+    if needs_matrix and not any(measured.instructions.values()):
+        faults.append("has no matrix instruction")
     sizes = "x".join(str(constants[size]) for size in _TILE_SIZES if size in constants)
     return Report(
         op=job.op,
@@ -355,7 +366,7 @@ def report_of(job: Job, measured: Measured) -> Report:
 
 
 def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
-    """Return the registers and the bytes of stack of a thread."""
+    """Return the number of registers and the bytes of stack per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -370,7 +381,7 @@ def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
         message = done.stderr.strip() or "no message"
         cache = os.environ.get("TRITON_CACHE_DIR")
         raise RuntimeError(
-            f"{job.kernel} for {job.arch}: cuobjdump cannot read its {len(cubin)} bytes "
-            f"({message}): Triton's cache {cache} is damaged, or its disk is full"
+            f"{job.kernel} for {job.arch}: cuobjdump cannot read the {len(cubin)} bytes of the "
+            f"cubin ({message}); Triton's cache {cache} may be damaged or its disk full"
         )
     return int(found[1]), int(found[2])

@@ -1,11 +1,11 @@
-"""A race that Triton's software pipeliner leaves in kernels for sm_90, found in the TTGIR.
+"""Find a race in the TTGIR that Triton's software pipeliner causes in kernels for sm_90.
 
-A loop's loads go through ring buffers in shared memory, which asynchronous copies fill ahead of
-use. A tile that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile that is
-loaded into registers, because the copy that refills a slot must wait for the dot of the previous
-iteration. Triton gives a tile that is used both ways the slots of the latter: the next copy
-overwrites data that the tensor cores still read. No interpreter shows the race, and on a GPU its
-timing mostly hides it. The fix is to use such a tile in one way only, or ``num_stages=1``.
+The pipeliner loads tiles through ring buffers in shared memory, which asynchronous copies fill
+ahead of use. A tile that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile
+that is loaded into registers, because the dot of the previous iteration may still be reading. If a
+tile is used in both ways, Triton omits that slot, so a copy overwrites data that the tensor cores
+still read. Triton's interpreter does not show the race, and on a GPU it rarely has an effect. To
+avoid it, use the tile in one way only, or set ``num_stages=1``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ _NAME = r"%[\w-]+(?:#\d+)?"
 
 
 def pipelined_register_reads(ttgir: str) -> list[str]:
-    """Return one sentence for each ring buffer whose copy overtakes an asynchronous dot.
+    """Return one sentence for each ring buffer that a copy refills while a dot may still read it.
 
-    A loop loads the ring into registers and multiplies it, and refills it while the dot may still
-    run. ``ttgir``: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9. The list is empty where there is
-    no race, as on every architecture but sm_90.
+    Only ring buffers that are also loaded into registers are reported. The list is empty if there
+    is no race, and on every architecture but sm_90.
+
+    Args:
+        ttgir: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9.
     """
     lines = ttgir.splitlines()
     rings, slots = _rings(lines)
     faults = {}
     for loop in _loops(lines):
         loaded = set().union(*(_used(line, rings) for line in loop if "ttg.local_load " in line))
-        running: list[set[str]] = []  # the rings that each unfinished dot reads
-        for line in loop * 2:  # twice: dots of one iteration run into the next
+        running: list[set[str]] = []  # for each unfinished dot, the rings that it reads
+        for line in loop * 2:  # twice, because a dot may still run in the next iteration
             wait = re.search(r"ttng\.warp_group_dot_wait .*pendings = (\d+)", line)
             if wait:
                 running = running[max(0, len(running) - int(wait[1])) :]
@@ -37,16 +39,16 @@ def pipelined_register_reads(ttgir: str) -> list[str]:
             elif "ttg.async_copy_global_to_local " in line:
                 for ring in sorted(_used(line, rings) & loaded & set().union(*running)):
                     faults[ring] = (
-                        f"{ring}, of {slots[ring]} slots, is refilled while a dot reads it: it is "
-                        "also loaded into registers"
+                        f"{ring} with {slots[ring]} slots is refilled while a dot reads it, "
+                        "because it is also loaded into registers"
                     )
     return list(faults.values())
 
 
 def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the ring that each name of shared memory belongs to, and each ring's slots.
+    """Return the ring of each value in shared memory, and the number of slots of each ring.
 
-    Names are followed through indices, views, waits and loops.
+    Values are followed through indices, views, waits and loops.
     """
     rings: dict[str, str] = {}
     slots: dict[str, int] = {}
@@ -78,18 +80,16 @@ def _rings(lines: list[str]) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def _used(line: str, rings: dict[str, str]) -> set[str]:
-    """Return the rings among the operands of an operation."""
+    """Return the rings to which the operands of an operation belong."""
     return {rings[name] for name in re.findall(_NAME, line.split(" = ", 1)[-1]) if name in rings}
 
 
 def _loops(lines: list[str]) -> list[list[str]]:
-    """Return the lines of every scf.for, nested ones included.
-
-    A region is closed in the column where it was opened.
-    """
+    """Return the lines of each scf.for, including nested loops."""
     loops = []
     for i, line in enumerate(lines):
         if "scf.for " in line:
+            # The closing brace has the indentation of the scf.for.
             close = line[: len(line) - len(line.lstrip())] + "}"
             end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(close))
             loops.append(lines[i + 1 : end])

@@ -37,48 +37,48 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (default), or the size in the paper or the public code: paper, code",
+        help="tiny (default), paper (the paper's sizes) or code (the public code's sizes)",
     )
     parser.add_argument(
         "--without",
         metavar="PART,..",
-        help="components to leave out; the file of each model lists them, ablate tries each",
+        help="components to leave out; COMPONENTS in the model's file lists them",
     )
     parser.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
-        help="set a field of the model's config; VALUE is JSON, as in stage=1, or a string",
+        help="set a field of the model's config, as in stage=1; VALUE is JSON or a plain string",
     )
     parser.add_argument(
         "--init",
         metavar="DIR",
-        help="start with the weights and the tokenizer of a run or checkpoint",
+        help="folder of a run or checkpoint, whose weights and tokenizer training starts with",
     )
     parser.add_argument(
         "--image-encoder",
         metavar="NAME",
-        help="pretrained image encoder: a folder in timm's format, or the name of a timm model",
+        help="pretrained image encoder: a folder in timm's format or the name of a timm model",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="pretrained text encoder: a folder in transformers' format, or a hub name",
+        help="pretrained text encoder: a folder in transformers' format or a hub name",
     )
     parser.add_argument(
         "--host",
         metavar="NAME",
-        help="moon2, unite: pretrained Qwen2-VL, a folder or a hub name",
+        help="moon2 and unite: pretrained Qwen2-VL, a folder or a hub name",
     )
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side of the model's input pictures (default: as stored)",
+        help="side of the model's input pictures in pixels (default: as stored)",
     )
     parser.add_argument(
         "--patch-size",
         type=int,
-        help="side of a patch (default: 8 up to 32 pixels, else 16, or the preset's)",
+        help="side of a patch in pixels (default: that of the preset; for tiny, 8 or 16)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -89,7 +89,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=int,
         metavar="T",
-        help="most tokens of a text (default: 64)",
+        help="largest number of tokens of a text (default: 64)",
     )
 
 
@@ -103,12 +103,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val",
         metavar="DIR",
-        help="likewise, to validate on; the generated set has its own",
+        help="folder of the validation set, with images and metadata.csv; not with 'generated'",
     )
     parser.add_argument(
         "--products",
         metavar="DIR",
-        help="retrieval: the catalogue to search (default: the data themselves)",
+        help="retrieval models: folder of the catalogue to search (default: --data and --val)",
     )
     parser.add_argument(
         "--text-column",
@@ -124,19 +124,19 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--swap-text",
         type=float,
         metavar="P",
-        help="fraction of texts to replace by a text of another class",
+        help="fraction of the texts that are replaced by a text of another class",
     )
     parser.add_argument(
         "--drop-image",
         type=float,
         metavar="P",
-        help="fraction of training samples to hide the image of",
+        help="fraction of the training items whose image is hidden",
     )
     parser.add_argument(
         "--drop-text",
         type=float,
         metavar="P",
-        help="fraction of training samples to hide the text of",
+        help="fraction of the training items whose text is hidden",
     )
 
 
@@ -156,13 +156,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument(
         "--resume",
         action="store_true",
-        help="resume from the newest checkpoint in --out; without one, start at step 0",
+        help="resume from the newest checkpoint in --out, or start if there is none",
     )
     parser.add_argument(
         "--save-every",
         type=int,
         metavar="N",
-        help="save a checkpoint every N steps and at the end (default: --val-every)",
+        help="save a checkpoint every N steps and at the end (default: that of --val-every)",
     )
     parser.add_argument(
         "--keep",
@@ -180,7 +180,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-every",
         type=int,
         metavar="N",
-        help="validate every N steps (default: 10 times a run)",
+        help="validate every N steps and at the end (default: a tenth of all steps)",
     )
 
 
@@ -191,19 +191,19 @@ def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="samples in a forward pass (default: 64)",
+        help="number of items per batch, over all ranks (default: 64)",
     )
     parser.add_argument(
         "--accumulate",
         type=int,
         metavar="N",
-        help="batches in an optimizer step (default: 1)",
+        help="number of batches per optimizer step (default: 1)",
     )
     parser.add_argument(
         "--grad-cache",
         type=int,
         metavar="N",
-        help="retrieval: encode N items of the batch at a time, with the same gradients",
+        help="retrieval models: encode N items of the batch at a time, to save memory",
     )
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, help="weight decay of AdamW")
@@ -220,7 +220,7 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp",
         help="bfloat16 autocast: auto, bf16 or off (default: auto, which is on for CUDA)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if available)")
 
 
@@ -245,19 +245,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print_table(summary)
     if was_finished:
-        print(f"{args.out} holds this run, finished; nothing was done")
+        print(f"the run in {args.out} is already finished; nothing was done")
     else:
         print(f"run written to {args.out}")
     return 0
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of TrainConfig: those given, over the recipe of the preset."""
+    """Return the arguments of TrainConfig: the given options, and the recipe for all others."""
     from mmfused.training.config import RECIPES
 
     if args.modalities not in MODALITIES:
         raise ValueError(
-            f"modalities: got {args.modalities!r}, expected image,text or image or text"
+            f"modalities: got {args.modalities!r}, expected 'image,text', 'image' or 'text'"
         )
     options = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("command", "run"):
@@ -272,7 +272,7 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse_option(given: str) -> tuple[str, object]:
-    """Split NAME=VALUE; a value that is not JSON is a string."""
+    """Return the name and the value of NAME=VALUE; a value that is not JSON is a string."""
     name, equals, value = given.partition("=")
     if not name or not equals:
         raise ValueError(f"option: got {given!r}, expected NAME=VALUE")
@@ -291,11 +291,11 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     print_rows(
         {
             "model": f"{summary['model']}, {millions:.2f} M parameters, {summary['modalities']}",
-            "data": f"{summary['train_rows']} rows, {summary['val_rows']} to validate, "
-            f"{skipped} skipped",
+            "data": f"{summary['train_rows']} training rows, "
+            f"{summary['val_rows']} validation rows, {skipped} skipped",
             "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {amp}",
             "steps": f"{summary['steps']}, {milliseconds:.1f} ms each, "
-            f"{summary['seconds']:.1f} s in all",
+            f"{summary['seconds']:.1f} s in total",
             **scores,
             "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
         }
@@ -310,14 +310,14 @@ def _class_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _retrieval_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the scores averaged over the pairs of views."""
+    """Return rows with the loss, and the scores averaged over the pairs of views."""
     names = {"Recall@1": "recall_at_1", "Recall@5": "recall_at_5", "MRR": "mrr"}
     scores = {f"mean {name}": f"{summary[key]:.1%}" for name, key in names.items()}
     return {"loss": f"{summary['train_loss']:.4f} training", **scores}
 
 
 def score_rows(scores: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows of a table with a classifier's scores."""
+    """Return rows with the scores of a classifier."""
     names = {
         "accuracy": "accuracy",
         "macro precision": "macro_precision",
