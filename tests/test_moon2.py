@@ -498,7 +498,7 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
             {"host": {"text_config": {"hidden_act": "gelu"}}},
             "hidden_act: got 'gelu', expected 'silu', the experts' activation",
         ),
-        ({"tokens": None}, "tokens: got None, expected what"),
+        ({"tokens": None}, "tokens: got None, expected the result"),
         ({"normalise": 0.0}, "normalise: got 0.0, expected a number above 0"),
     ],
 )

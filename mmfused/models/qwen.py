@@ -153,8 +153,8 @@ def read_pictures(
 ) -> tuple[Tensor, Grid]:
     """Return `picture_tokens` of the pixels, or the given ``image_tokens`` with their grid.
 
-    Given tokens (B, n, D) are those of square pictures with sides of ``size`` pixels. The vision tower
-    does not run on them, so it should be frozen.
+    Given tokens (B, n, D) are those of square pictures with sides of ``size`` pixels. The vision
+    tower does not run on them, so it should be frozen.
     """
     source = one_source("pixel_values and image_tokens", pixel_values, image_tokens)
     if image_tokens is None:

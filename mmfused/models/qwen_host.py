@@ -115,8 +115,8 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     check_host(options)
     weights = read_weights("host", folder)
     check_size(f"host: {folder}", weights, expected)
-    # A checkpoint with a head needs the class with a head: transformers 5.10 cannot find the language
-    # model in such a checkpoint for the class without a head.
+    # A checkpoint with a head is loaded into the class with a head: for the class without a head,
+    # transformers 5.10 does not find the language model in the checkpoint.
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights)
     if has_head:
         kind = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
