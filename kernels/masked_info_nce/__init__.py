@@ -1,6 +1,6 @@
-"""Masked InfoNCE: launchers around the kernels.
+"""Launchers of masked InfoNCE.
 
-Maths and shapes: mmfused/ops/masked_info_nce/reference.py and composed.py.
+For the equations see reference.py and composed.py in mmfused/ops/masked_info_nce.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute statistics over all pairs except the targets, and the products of the targets.
 
-    q (B, D) and c (C, D) are sorted by key. The statistics of the rows are (5, B) and, with
-    ``columns``, of the columns (5, C), float64; the targets' products q . c are (B,) float32.
+    q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows, (5, B) float64, of
+    the columns, (5, C) float64 (or (5, 0) without ``columns``), and q . c of each row's target,
+    (B,) float32. For the statistics see forward.py.
     """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
     tile = tiles.sweep
@@ -54,11 +55,11 @@ def sweep(
     column = q.new_empty(grid.groups, stats, len(c) if columns else 0, dtype=torch.float32)
     ids = id_rule(c_id, drop)
     if c_key is not None or grid.blocks > 1:
-        # A group may skip tiles, or add to the results of its first block.
+        # A group may skip tiles, or merge results of several blocks.
         column[:, 0] = float("-inf")
         column[:, 1:] = 0
     elif everything and ids != "same":
-        # There are no further positives, so the kernel does not write their sums.
+        # Without further positives the kernel does not write their sums.
         column[:, 2:4] = 0
     q_rank, c_rank = id_ranks(q_id, c_id)
     launch(
@@ -97,7 +98,7 @@ def sweep(
 
 
 def _merge_partials(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
-    """Partial results (parts, 2 or 6, N) of programs -> statistics (5, N) float64."""
+    """Merge partial results (parts, 2 or 6, N) into statistics (5, N) float64."""
     parts, _, length = partial.shape
     out = partial.new_empty(5, length, dtype=torch.float64)
     height, width = tiles.merge
@@ -118,10 +119,10 @@ def _merge_partials(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
 
 
 def _target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
-    """Return q . c_target (B,) float32, bitwise equal to what a sweep with these tiles computes.
+    """Return q . c of each row's target, (B,) float32, bitwise equal to a sweep with this tile.
 
-    Two equal candidates must get the same probability, and with logits of 10^4 another order of
-    summation would make a difference of 10^-3.
+    Equal candidates must get equal probabilities. With logits of 10^4, another order of summation
+    would change a logit by 10^-3.
     """
     out = q.new_empty(len(q), dtype=torch.float32)
     launch(
@@ -163,15 +164,15 @@ def sweep_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq (B, D) and dc (C, D), float32, both divided by scale, and the scale's gradient.
 
-    ``row`` (4, B), ``column`` (4, C): coefficients; the other inputs are those of :func:`sweep`.
-    The gradient of the scale, () float64, is the sum of dS_ij q_i . c_j. A gradient that is not
-    needed is (0,) and costs nothing.
+    ``row`` (4, B) and ``column`` (4, C) are coefficients (see load_coefficients in pairs.py). The
+    other inputs are those of :func:`sweep`. The gradient of the scale, () float64, is the sum of
+    dS_ij q_i . c_j. A gradient that is not needed is not computed and has the shape (0,).
     """
     masked = c_key is not None or c_id is not None
     both = column is not None
     tiles = plan(q.shape[1], q.dtype, arch_of(q), both, everything, masked or need_scale)
     q, c = q.contiguous(), c.contiguous()
-    if need_scale:  # it is computed from the logits
+    if need_scale:  # the sum of dS S is divided by scale below
         scale = scale.masked_fill(scale == 0, 1e-20)
     row = rounded_coefficients(row)
     column = None if column is None else rounded_coefficients(column)

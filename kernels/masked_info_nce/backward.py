@@ -1,23 +1,23 @@
-"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q, both still to be scaled.
+"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q, both divided by scale.
 
-The targets are left out:
+For all pairs except the targets,
 
     dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
 
-The terms of j occur only if the loss is symmetric, ``positive`` only in further positives, and
+The term with w_j occurs only in a symmetric loss, ``positive`` only in further positives, and
 ``every`` in every pair. There are two forms.
 
-Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype, and
-``apply_ds_kernel`` multiplies it by c and, transposed, by q, adding to float32 sums. This takes
-6 B C D FLOPs, and HBM traffic of 6 bytes per pair (16-bit) and 8 bytes per sum and chunk.
+Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype.
+``apply_ds_kernel`` multiplies it by c and, transposed, by q, and adds the results to float32 sums.
+This takes 6 B C D FLOPs, and HBM traffic of 6 bytes per 16-bit pair and 8 bytes per sum and chunk.
 
 Owner-computes: ``owner_kernel`` recomputes S once for each side, and keeps dS and sums on chip.
-This takes 8 B C D FLOPs and no traffic.
+This takes 8 B C D FLOPs, and no HBM traffic for dS.
 
-``moment``: sums of dS S, from which the scale's gradient is computed. Its terms nearly cancel, so
-they must be computed from dS before rounding. ``gain``: a power of two that makes the largest
-weight about 2^13, because weights near 1 / (B C) are too small for float16. Results are divided
-by it.
+``moment`` holds sums of dS S, from which the scale's gradient is computed. The terms nearly cancel,
+so they are computed from dS before it is rounded. ``gain``, only for float16, is a power of two
+that makes the largest weight about 2^13, because weights near 1 / (B C) are too small for float16.
+Results are divided by ``gain``.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _gradient(
     IDS: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """dS of a tile: the softmax less the terms of further positives and of every pair.
+    """Return dS of a tile: the softmax minus the terms of further positives and of every pair.
 
-    It is 0 in invalid pairs (s is -inf), even where the coefficients of a row or column are NaN.
+    dS is 0 for invalid pairs (s is -inf), even if the coefficients of a row or column are NaN.
     """
     ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, HAS_X, HAS_Y)
     if EVERYTHING:
@@ -79,7 +79,7 @@ def _gradient(
 
 @triton.jit
 def _moment(ds, s):
-    """dS S. Where s is -inf, dS is 0 and so must the product be."""
+    """Return dS S, or 0 if s is -inf, for which dS is 0."""
     return ds * tl.maximum(s, -3e38)
 
 
@@ -89,7 +89,7 @@ def pairs_kernel(
     c_ptr,  # (C, D)
     bias_ptr,  # (C,) or None
     scale_ptr,  # ()
-    bound_ptr,  # (): of |logits|
+    bound_ptr,  # (), upper bound of |logits|
     gain_ptr,  # () or None
     target_ptr,  # (B,)
     low_ptr,  # (B,) or None
@@ -118,11 +118,11 @@ def pairs_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write a tile of dS, 0 in invalid pairs, and its sum of dS S.
+    """Write a tile of dS, 0 for invalid pairs, and its sum of dS S.
 
     grid (row blocks, column tiles) of the chunk at (row0, col0). The BX x BY tiles that
-    apply_ds_kernel will read are written completely, and no others. BX and BY are multiples of BM
-    and BN.
+    apply_ds_kernel reads are written completely, other tiles not at all. BX is a multiple of BM, BY
+    of BN.
     """
     i, j = tl.swizzle2d(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP
@@ -189,12 +189,12 @@ def apply_ds_kernel(
     FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out = or, unless FIRST, += dS y over the chunk's y0 .. y1 - 1.
+    """Add dS y, over the chunk's y0 .. y1 - 1, to out; with FIRST, overwrite out.
 
-    grid (D / BD, blocks of x in the chunk, S). x = q and y = c, or, with dS transposed by its
-    strides, x = c and y = q. Only tiles that pairs_kernel wrote are read: those with an allowed
-    pair, and those where the keys of one side lie between keys of the other, which both kernels
-    visit. Blocks and tiles start at multiples of BX and BY in both kernels.
+    grid (D / BD, blocks of x in the chunk, S). Either x = q and y = c, or x = c and y = q, with
+    strides that transpose dS. Only tiles that pairs_kernel wrote are read. Both kernels visit tiles
+    with an allowed pair, and tiles in which keys of one side lie between keys of the other. In both
+    kernels, blocks start at multiples of BX and tiles at multiples of BY.
     """
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -203,7 +203,7 @@ def apply_ds_kernel(
         low_ptr, high_ptr, shared_ptr, x0 + tl.program_id(1) * BX, X, Y, BX, KEYS
     )
     if KEYS:
-        # The tile with an empty range [low, low) may not have been written.
+        # The tile that would be visited for an empty range may not have been written.
         high = tl.where(high > low, high, 0)
     first = y0 // BY
     head, own, count = visited_tiles(low, high, shared, first, tl.cdiv(y1, BY), BY, KEYS)
@@ -216,8 +216,8 @@ def apply_ds_kernel(
     gain = _load_gain(gain_ptr)
     acc = tl.zeros([BX, BD], tl.float32)
     if not FIRST:
-        # Loaded here, not at the end, where earlier sums and accumulator would not both fit into
-        # registers.
+        # Loaded here, because at the end the earlier sums and the accumulator would not both fit
+        # into registers.
         acc = tl.load(out_ptr + at, mask=inside, other=0.0) * gain
     for step in range(begin, end):
         start = nth_tile(step // STEPS, head, own, first) * BY + step % STEPS * BK
@@ -239,7 +239,7 @@ def owner_kernel(
     y_ptr,  # (Y, D)
     bias_ptr,  # (C,) or None
     scale_ptr,  # ()
-    bound_ptr,  # (): of |logits|
+    bound_ptr,  # (), upper bound of |logits|
     gain_ptr,  # () or None
     target_ptr,  # (B,)
     low_ptr,  # (X,) or None
@@ -263,10 +263,10 @@ def owner_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the share of one split in dS y, for a block of x, and in the sums of dS S.
+    """Compute dS y and the sums of dS S, for a block of x and one of S splits of y.
 
-    grid (S, X / BM). BD >= D columns of sums stay in registers. x = q and y = c; with SWAP, x = c
-    and y = q. S and dS are then transposed, bias belongs to x and target to y.
+    grid (S, X / BM). BD >= D columns of sums stay in registers. Without SWAP, x = q and y = c. With
+    SWAP, x = c and y = q: S and dS are transposed, bias belongs to x and target to y.
     """
     split, block = tl.program_id(0), tl.program_id(1)
     x = block * BM + tl.arange(0, BM)

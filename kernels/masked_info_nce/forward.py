@@ -1,13 +1,13 @@
 """Forward kernels of masked InfoNCE: statistics over all pairs except the targets.
 
-The statistics of each row and column are the logsumexp of its logits and, for label smoothing and
-further positives, the number and sum of the logits of all pairs and of the further positives.
-Those of the columns come from the same tiles as those of the rows. A row or column without a valid
-pair gets logsumexp -inf.
+The statistics of each row and column are the logsumexp of its logits and, with EVERYTHING, the
+number and sum of the logits of further positives, and the number and sum of all logits. The same
+tiles give the statistics of rows and columns. A row or column without a valid pair has logsumexp
+-inf.
 
-Every program has its own partial results, and a second kernel merges them in a fixed order: there
-are no atomics, and results are bitwise repeatable. FLOPs: 2 B C D. Tiles of q and c come from L2,
-and B C / BM floats of column partials go through HBM.
+Every program writes partial results of its own, and a second kernel merges them in a fixed order.
+There are no atomics, and results are bitwise repeatable. FLOPs: 2 B C D. Tiles of q and c come from
+L2, partial results go through HBM.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ def _exp(x):
 
 @triton.jit
 def _finite(m):
-    """What to subtract for a maximum m: -inf - -inf would be NaN."""
+    """Return 0 if the maximum m is -inf, else m: subtracting -inf from -inf would give NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _number_and_sum(s, AXIS: tl.constexpr):
-    """Number and sum, over an axis, of the elements that are not -inf.
+    """Return number and sum, over an axis, of the elements that are not -inf.
 
-    A reduction of the mask itself would give it another layout than s, at ten times the registers.
+    A reduction of the mask itself would take ten times the registers, because the mask would get
+    another layout than s.
     """
     there = s != float("-inf")
     return tl.sum(tl.where(there, 1.0, 0.0), AXIS), tl.sum(tl.where(there, s, 0.0), AXIS)
@@ -59,7 +60,7 @@ def _add_sums(
     COLUMNS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """The rows' numbers and sums with a tile added; those of the tile's columns are stored."""
+    """Add a tile to the numbers and sums of the rows; store those of the tile's columns."""
     more = _number_and_sum(s, 1)
     if COLUMNS:
         _store_sums(ptr, N, at, _number_and_sum(s, 0), MERGE)
@@ -83,7 +84,7 @@ def _store_softmax(
     total,
     MERGE: tl.constexpr,
 ):
-    """Store a program's maximum and sum; MERGE: merged with those of its earlier row blocks."""
+    """Store a maximum and sum; with MERGE, merge them with those that are already stored."""
     if MERGE:
         old = tl.load(ptr + at, mask=at < N, other=float("-inf"))
         old_total = tl.load(ptr + N + at, mask=at < N, other=0.0)
@@ -109,9 +110,10 @@ def _store_sums(
 
 @triton.jit
 def _softmax_step(s, m, total, safe, COLUMNS: tl.constexpr):
-    """One tile of the rows' online softmax, and the maxima and sums of the tile's columns.
+    """Process one tile of the rows' online softmax.
 
-    With ``safe``, logits are small enough for all maxima to be taken as 0.
+    Return the new maxima and sums of the rows, and those of the tile's columns. With ``safe``,
+    logits are so small that 0 is used for all maxima.
     """
     column_m = tl.zeros([s.shape[1]], tl.float32)
     column = tl.zeros([s.shape[1]], tl.float32)
@@ -146,10 +148,7 @@ def _is_whole(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Whether every pair of a tile is valid, apart from ids; true of most tiles.
-
-    It is decided from the corners of the tile.
-    """
+    """Return whether every pair of a tile is valid, apart from ids, as in most tiles."""
     whole = (x0 + BM <= B) & (y0 + BN <= C) & ((y0 > last_target) | (y0 + BN <= first_target))
     if KEYS:
         whole = whole & ((y0 + BN <= shared) | ((full_low <= y0) & (y0 + BN <= full_high)))
@@ -162,7 +161,7 @@ def sweep_kernel(
     c_ptr,  # (C, D)
     bias_ptr,  # (C,) or None
     scale_ptr,  # ()
-    bound_ptr,  # (): of |logits|
+    bound_ptr,  # (), upper bound of |logits|
     target_ptr,  # (B,)
     low_ptr,  # (B,) or None
     high_ptr,  # (B,) or None
@@ -186,11 +185,11 @@ def sweep_kernel(
     MERGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write maximum and sum of the softmax, and with EVERYTHING the four numbers and sums.
+    """Write maximum and sum of each softmax and, with EVERYTHING, numbers and sums of logits.
 
     grid (S, G): program (s, g) owns ``blocks`` row blocks and ``tiles`` column tiles, and visits
-    the tiles that hold pairs. Splits are the fastest dimension of the grid, so that the programs
-    that run at the same time share few row blocks, which stay in L2.
+    those of its tiles that hold valid pairs. Splits are the fastest dimension of the grid, so that
+    programs that run at the same time share a few row blocks, which stay in L2.
     """
     split, group = tl.program_id(0), tl.program_id(1)
     STATS: tl.constexpr = 6 if EVERYTHING else 2
@@ -291,10 +290,10 @@ def merge_kernel(
     BN: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """Merge partial results into statistics: logsumexp, then the sums, 0 without EVERYTHING.
+    """Merge partial results: logsumexp, then numbers and sums, which are 0 without EVERYTHING.
 
     grid (N / BN,). The results are float64, because in float32 the rounding error of a logsumexp
-    near 20 would put an error of 1e-6 on all probabilities of a row.
+    near 20 would change all probabilities of a row by 1e-6.
     """
     STATS: tl.constexpr = 6 if EVERYTHING else 2
     at = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -1,7 +1,7 @@
-"""Launches of the backward of masked InfoNCE: owner-computes, or dS in chunks.
+"""Launchers of the backward of masked InfoNCE: owner-computes, or dS in chunks.
 
-Both return dq and dc, divided by scale, and, where the scale needs a gradient, parts of the sum of
-dS S.
+Both return dq and dc, divided by scale, and a list of partial sums of dS S, which is empty if the
+scale needs no gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import backward as bwd
 from .plans import Plan, chunk, splits
 from .vectors import Ranges
 
-SWIZZLE = 16  # row blocks that share columns while these are in L2
+SWIZZLE = 16  # number of row blocks that read the same columns while the columns are in L2
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Gradients:
     c: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
     scale: Tensor  # ()
-    bound: Tensor  # (), of |logits|
-    gain: Tensor | None  # (), a power of two for float16
+    bound: Tensor  # (), upper bound of |logits|
+    gain: Tensor | None  # (), a power of two; None except for float16
     target: Tensor  # (B,)
     q_id: Tensor | None  # (B,) int32
     c_id: Tensor | None  # (C,) int32
-    row: Tensor  # (4, B)
-    column: Tensor | None  # (4, C)
-    row_ranges: Ranges  # what queries see
-    column_ranges: Ranges  # what sees candidates
+    row: Tensor  # (4, B), coefficients
+    column: Tensor | None  # (4, C), coefficients
+    row_ranges: Ranges  # the candidates that each query sees
+    column_ranges: Ranges  # the queries that see each candidate
     ids: str  # "none", "drop" or "same"
     everything: bool
     need_dq: bool
@@ -44,7 +44,7 @@ class Gradients:
     need_scale: bool
 
     def scalars(self) -> dict[str, Tensor | None]:
-        """Return the arguments of both kernels that compute dS, whichever side x is."""
+        """Return the arguments of the kernels that compute dS which do not depend on the side."""
         return dict(
             bias_ptr=self.bias,
             scale_ptr=self.scale,
@@ -64,7 +64,7 @@ class Gradients:
 
     @property
     def has_keys(self) -> bool:
-        """Whether keys hide pairs."""
+        """Whether queries and candidates have keys."""
         return self.row_ranges.low is not None
 
 
@@ -72,7 +72,7 @@ Result = tuple[Tensor, Tensor, list[Tensor]]
 
 
 def owner_gradients(tiles: Plan, given: Gradients) -> Result:
-    """Compute S once for each side; dS and the sums stay on chip."""
+    """Compute S once for each side, and keep dS and the sums on chip."""
     dq = dc = given.q.new_empty(0, dtype=torch.float32)
     moments = []
     if given.need_dq or given.need_scale:
@@ -85,7 +85,7 @@ def owner_gradients(tiles: Plan, given: Gradients) -> Result:
 
 
 def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | None]:
-    """Return dS y for x = q and y = c, with ``swap`` the reverse, and parts of the sum of dS S."""
+    """Return dS y and partial sums of dS S, for x = q and y = c, or the reverse with ``swap``."""
     tile = tiles.owner
     x, y = (given.c, given.q) if swap else (given.q, given.c)
     x_id, y_id = (given.c_id, given.q_id) if swap else (given.q_id, given.c_id)
@@ -124,7 +124,7 @@ def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | 
 
 
 def chunked_gradients(tiles: Plan, given: Gradients) -> Result:
-    """Write dS of a chunk of rows and columns once, and multiply it by c and, transposed, by q."""
+    """Write dS of each chunk once, and multiply it by c and, transposed, by q."""
     q, c = given.q, given.c
     height, width = chunk(len(q), len(c), tiles.apply_ds, tiles.chunk_bytes, q.element_size())
     ds = q.new_empty(height, width)
@@ -151,7 +151,7 @@ def _write_ds(
     rows: range,
     cols: range,
 ) -> Tensor | None:
-    """Write a chunk of dS; return parts of its sum of dS S where the scale needs them."""
+    """Write a chunk of dS, and return partial sums of dS S if the scale needs a gradient."""
     q, c, tile = given.q, given.c, tiles.pairs
     height, width = tiles.apply_ds.BM, tiles.apply_ds.BN
     grid = (
@@ -199,9 +199,9 @@ def _apply_ds(
     y_span: range,
     transposed: bool,
 ) -> None:
-    """out[x_span] = or += dS y over a chunk; = in the first chunk of y.
+    """Add dS y of a chunk to out[x_span]; the first chunk of y overwrites it.
 
-    x = q and y = c, or, ``transposed``, the reverse. Where the chunk has few blocks, the sum over y
+    x = q and y = c, or the reverse if ``transposed``. If the chunk has few blocks, the sum over y
     is split into parts, which are added here.
     """
     tile = tiles.apply_ds

@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Case:
     keys: bool = False
     # "same": other candidates with the row's id are positives
     ids: Literal["none", "drop", "same"] = "none"
-    everything: bool = False  # label smoothing, and numbers and sums of pairs
+    everything: bool = False  # with the numbers and sums of logits, for label smoothing
 
 
 CASES = {
@@ -90,7 +90,7 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Call the launchers on meta tensors of the shapes of this case."""
+    """Call the launchers on meta tensors with the shapes of this case."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,13 +1,13 @@
 """Device functions that the kernels of masked InfoNCE share: tiles, pairs, logits and dS.
 
-One side is x (a program owns a block of BM rows), the other is y (visited in tiles of BN). With
-keys, both are sorted by key. A row of x then sees [0, shared) and [low, high) of y, and a block of
-rows sees tiles at the start and one further range. Masks are comparisons of column numbers with
-vectors of the rows, and tiles outside these ranges are never read.
+A program owns a block of BM rows of one side, x, and visits the other side, y, in tiles of BN. With
+keys, both sides are sorted by key. A row of x then sees the rows [0, shared) and [low, high) of y,
+and a block visits tiles at the start of y and one further range of tiles. Tiles outside these
+ranges are never read. Inside them, masks are comparisons of column numbers with low and high.
 
-Logits s = (x . y) scale are kept to base e, p = exp2((s - lse) log2(e)). Including log2(e) in the
-scale, as flash attention does, would save one multiplication per pair, but with logits of 100 the
-float32 gradients would be three times less exact than those of plain PyTorch.
+The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). Flash
+attention includes it, which saves one multiplication per pair. Here, with logits of 100, this would
+make the errors of float32 gradients three times those of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import triton.language as tl
 
 from ..tiles import LOG2E, dot
 
-# If |logits| are at most this, exp needs no subtraction of a maximum: exp(32) times 2^31 pairs
-# stays far below float32's largest number, exp(-32) is a normal number, and so are exp(s) and
-# exp(-lse). One exponential then serves a row and a column. A bound of 64 would be possible too,
-# but a product of exponentials has the rounding errors of both exponents, which would show in the
-# temperature's gradient, a float32.
+# If no |logit| exceeds this bound, no maximum has to be subtracted: exp(s), exp(-lse) and a sum of
+# 2^31 exponentials are normal float32 numbers. One exponential then serves the row and the column
+# of a pair. With a bound of 64 this would be true too, but the rounding errors of exp(s) exp(-lse)
+# grow with the exponents, and would be visible in the temperature's gradient.
 SAFE_BOUND = tl.constexpr(32.0)
 
 
@@ -36,11 +35,11 @@ def block_range(
     BM: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """(low, high, full_low, full_high, shared) of the rows start .. start + BM - 1.
+    """Return low, high, full_low, full_high and shared of the rows start .. start + BM - 1.
 
-    Each row sees a part of [low, high), and all of [full_low, full_high). The latter holds only
-    where the rows are queries. If they are candidates, those with key -1 come first and see all
-    queries, and only after them do the ranges ascend.
+    Each row sees [0, shared) and a part of [low, high). If the rows are queries, each row sees all
+    of [full_low, full_high). This is not true of candidates, because those with key -1 come first,
+    and all queries see them.
     """
     low = 0
     high = Y
@@ -67,11 +66,11 @@ def visited_tiles(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """(head, own, count): which of the tiles first .. last - 1 a block visits.
+    """Return head, own and count: which of the tiles first .. last - 1 a block visits.
 
-    It visits ``count`` tiles: ``head`` tiles with shared columns, from ``first`` on, and the others
-    from ``own`` on. A block without columns of its own may visit the tile that holds its empty
-    range [low, low).
+    It visits ``count`` tiles: ``head`` tiles with shared columns, from ``first`` on, and the other
+    tiles from ``own`` on. If the block's range is empty, low = high, it may visit the tile with
+    column low.
     """
     head = last - first
     own = last
@@ -86,7 +85,7 @@ def visited_tiles(
 
 @triton.jit
 def nth_tile(n, head, own, first):
-    """Number of the n-th visited tile."""
+    """Return the index of the n-th visited tile."""
     return tl.where(n < head, first + n, own + n - head)
 
 
@@ -100,7 +99,7 @@ def row_vectors(
     KEYS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """(low, high, id) of the rows x; placeholders where there are no keys or ids."""
+    """Return low, high and id of the rows x, or placeholders without keys or ids."""
     low = x
     high = x
     ids = x
@@ -128,12 +127,12 @@ def valid_pairs(
     KEYS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """(BM, BN) bool: inside, not the target, allowed by key, not dropped by id.
+    """Return which pairs are valid, (BM, BN) bool.
 
-    ``target`` holds the candidate of each query: x are the queries, or y with SWAP.
+    A pair is valid if it exists, is not a target, is allowed by key and not dropped by id.
+    ``target`` holds the candidate of each query. The queries are x or, with SWAP, y.
     """
-    # Comparisons with vectors of the rows are enough: rows from X on have an empty range, and no
-    # range exceeds Y.
+    # Rows from X on have an empty range, and no range exceeds Y.
     ok = y[None, :] < tl.where(x < X, shared if KEYS else Y, 0)[:, None]
     if KEYS:
         ok = ok | ((y[None, :] >= low[:, None]) & (y[None, :] < high[:, None]))
@@ -156,9 +155,9 @@ def load_block(
     D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """(rows, cols) from row ``start`` on. EVEN: all cols < D.
+    """Load (rows, cols), with rows counted from ``start``. EVEN: all cols are < D.
 
-    Offsets are 32-bit, which takes half the registers.
+    Offsets from ``start`` are 32-bit, because 64-bit offsets take twice the registers.
     """
     inside = (rows < R - start)[:, None]
     if not EVEN:
@@ -184,7 +183,7 @@ def products(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """(BM, BN) float32: x . y from rows x0 and y0 on, over all of D, BK columns at a time."""
+    """Return x . y for BM rows from x0 on and BN rows from y0 on, (BM, BN) float32."""
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, (D + BK - 1) // BK):
         cols = k * BK + tl.arange(0, BK)
@@ -196,13 +195,13 @@ def products(
 
 @triton.jit
 def load_coefficients(
-    ptr,  # (4, N), or None: the side has no loss
+    ptr,  # (4, N), or None if the side has no loss
     at,
     N,
     gain,
     EVERYTHING: tl.constexpr,
 ):
-    """(lse, weight, positive, every) of a side at ``at``; all but lse are multiplied by ``gain``.
+    """Load lse, weight, positive and every of a side at ``at``; multiply all but lse by ``gain``.
 
     ``positive`` is subtracted from dS of further positives, ``every`` from dS of every pair.
     """
@@ -230,13 +229,12 @@ def weighted_softmax(
     HAS_X: tl.constexpr,
     HAS_Y: tl.constexpr,
 ):
-    """weight_x exp(s - lse_x) + weight_y exp(s - lse_y) for the sides that have a loss."""
+    """Return weight_x exp(s - lse_x) + weight_y exp(s - lse_y), without sides that have no loss."""
     ds = s
     if safe:
         e = tl.exp2(s * LOG2E)
         if HAS_X and HAS_Y:
-            # Weights come last: exp(-lse) times a small weight might leave float32's range, which
-            # a probability does not.
+            # Weights come last: exp(-lse) times a small weight might underflow.
             ds = (
                 e * tl.exp2(-x_lse * LOG2E)[:, None] * x_weight[:, None]
                 + e * tl.exp2(-y_lse * LOG2E)[None, :] * y_weight[None, :]

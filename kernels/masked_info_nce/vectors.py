@@ -1,6 +1,6 @@
-"""Vectors that the kernels of masked InfoNCE read beside the embeddings, made with torch.
+"""Vectors that the kernels of masked InfoNCE read beside the embeddings, computed with torch.
 
-The launchers of forward and backward share them. Nothing here waits for the device.
+None of these functions waits for the device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from torch import Tensor
 
 
 class Ranges(NamedTuple):
-    """What each of N rows of one side sees of the other, sorted by key; None without keys."""
+    """Ranges of the other side that each of N rows sees: [low, high) and [0, shared).
+
+    Both sides are sorted by key. Without keys, the fields are None.
+    """
 
     low: Tensor | None = None  # (N,) int32
-    high: Tensor | None = None  # (N,) int32: the candidates [low, high) have the row's key
-    shared: Tensor | None = None  # (1,) int32: how many, from 0 on, all rows see
+    high: Tensor | None = None  # (N,) int32
+    shared: Tensor | None = None  # (1,) int32
 
     def pointers(self) -> dict[str, Tensor | None]:
         """Return the kernels' arguments, by name."""
@@ -24,7 +27,7 @@ class Ranges(NamedTuple):
 
 
 def row_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
-    """Return the candidates that each query sees; key -1 is shared."""
+    """Return the candidates that each query sees: those with its key, and those with key -1."""
     if q_key is None or c_key is None:
         return Ranges()
     return Ranges(
@@ -35,7 +38,7 @@ def row_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
 
 
 def column_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
-    """Return the queries that see each candidate: all of them where its key is -1."""
+    """Return the queries that see each candidate: those with its key, or all if its key is -1."""
     if q_key is None or c_key is None:
         return Ranges()
     low = torch.searchsorted(q_key, c_key, out_int32=True)
@@ -48,9 +51,9 @@ def column_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
 
 
 def id_ranks(q_id: Tensor | None, c_id: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return ids as int32 ranks among those of the candidates; -1 where no candidate has it.
+    """Return the ids as int32 ranks among the candidates' ids; -1 if no candidate has the id.
 
-    64-bit ids of a tile's columns would take 64 registers.
+    64-bit ids would take twice the registers.
     """
     if q_id is None or c_id is None:
         return None, None
@@ -68,10 +71,10 @@ def id_rule(c_id: Tensor | None, drop: bool) -> str:
 
 
 def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
-    """Return a bound of |logits| on the device, NaN where an embedding holds NaN.
+    """Return an upper bound of |logits| as a () tensor, NaN if an embedding holds NaN.
 
-    For float32 it is infinite, so that exp(S - lse) is computed: exp(S) exp(-lse) is rounded twice
-    as often, and saves an exponential, which gains nothing where only FLOPs count.
+    In float32 the bound is infinite, so that the kernels compute exp(S - lse). The alternative,
+    exp(S) exp(-lse), saves an exponential but has more rounding errors.
     """
     if q.dtype == torch.float32:
         return q.new_full((), float("inf"))
@@ -80,10 +83,10 @@ def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounded_coefficients(side: Tensor) -> Tensor:
-    """Return coefficients (4, N) in float32.
+    """Return the coefficients (4, N), of which the first two are lse and weight, in float32.
 
-    The weight is corrected for the rounding error of lse, which would be common to a whole row.
-    Where the weight is 0 (candidates beyond the B-th in a symmetric loss), lse becomes inf, so that
+    The weight is corrected for the rounding error of lse, which would affect a whole row. If the
+    weight is 0 (candidates beyond the B-th in a symmetric loss), lse becomes inf, so that
     exp(s - lse) is 0 for any s.
     """
     rounded = side.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -93,9 +96,9 @@ def rounded_coefficients(side: Tensor) -> Tensor:
 
 
 def half_gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return, for float16, the power of two that brings the largest weight to 2^12 .. 2^13.
+    """For float16, return the power of two that scales the largest weight to 2^12 .. 2^13.
 
-    |dS| is at most four times that.
+    |dS| is then at most 2^15, four times as much, and does not overflow.
     """
     if dtype != torch.float16:
         return None

@@ -1,6 +1,6 @@
-"""Query pooling: launchers around the kernels.
+"""Launchers of query pooling.
 
-Shapes and maths: mmfused/ops/query_pooling/reference.py.
+For the equations see mmfused/ops/query_pooling/reference.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool x (B, N, D), whose last stride is 1, with contiguous queries q (R, D) or (B, R, D).
 
-    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N) or (0,), ksum (B, R) or (0,).
+    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N), and ksum (B, R). Mean and rstd are
+    (0,) without a norm, ksum is (0,) without dropout.
     """
     batch, length, dim = x.shape
     rows = q.shape[-2]
@@ -73,7 +74,7 @@ def _token_arguments(
     mask: Tensor | None,
     lengths: Tensor | None,
 ) -> dict[str, Any]:
-    """Return the arguments by which every kernel reads the tokens."""
+    """Return the kernel arguments that describe the tokens."""
     words, span, width, kind = pack_padding(mask, lengths)
     return dict(
         x_ptr=x,
@@ -118,7 +119,7 @@ def _launch_two_reads(
     out: dict[str, Any],
     sums: Tensor,
 ) -> None:
-    """Compute the logits, then z from them."""
+    """Compute the logits, then z."""
     x = tokens["x_ptr"]
     batch, rows = sums.shape[:2]
     logits = x.new_empty(batch, x.shape[1], rows, dtype=torch.float32)
@@ -161,10 +162,10 @@ def backward(
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (B, N, D) or (0,), and dq of q's shape (float32 where the samples share q).
+    """Return dx (B, N, D), (0,) if not needed, and dq of q's shape (float32 if q is shared).
 
-    Takes contiguous dz (B, R, D) and, with dropout, dksum (B, R); then the forward's inputs and
-    outputs.
+    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
+    outputs of the forward.
     """
     batch, length, dim = x.shape
     rows = q.shape[-2]
@@ -212,7 +213,7 @@ def _launch_three_steps(
     dx: Tensor | None,
     dq: Tensor,
 ) -> None:
-    """Compute P and dS, then dx if it is wanted, then dq."""
+    """Compute P and dS, then dx if it is needed, then dq."""
     x = tokens["x_ptr"]
     batch, length, dim = x.shape
     partials, rows = dq.shape[:2]

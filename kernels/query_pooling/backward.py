@@ -1,4 +1,4 @@
-"""Backward kernels of query pooling.
+"""Backward kernels of query pooling. For the symbols see forward.py.
 
 With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
 
@@ -11,12 +11,12 @@ With NORM, x^ = (x - mean) rstd replaces x, and with G = P^T dZ + dS^T Q'
 
 LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 over D.
 
-With DROPOUT the kept P replace P everywhere except in
+With DROPOUT, kept(P) is P with zeros for the dropped probabilities. It replaces P, except that
 
     dS = kept(P) (dP + dksum) - P delta        delta = rowsum(dZ Z) + dksum ksum
 
-There are no atomics: one program writes dX of a token, and dQ' goes into a fixed number of partial
-sums that are added in order.
+There are no atomics: one program writes each element of dX, and dQ' is computed as a fixed number
+of partial sums, which are added in order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tokens import load_moments, load_normed, load_normed_t
 
 @triton.jit
 def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
-    """The given rows of Z, in the first rows of a tile (BN, columns); there are at most BN."""
+    """Load the given rows of Z, at most BN, into the first rows of a tile (BN, columns)."""
     tl.static_assert(rows.shape[0] <= BN)
     n = tl.arange(0, BN)
     first = tl.min(rows, 0)
@@ -42,11 +42,11 @@ def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
-    """delta and dksum, from the diagonal of zdz = Z dZ^T.
+    """Return delta, computed from the diagonal of zdz = Z dZ^T, and dksum.
 
-    It comes from a matrix product, as dP does, so that both are rounded alike: where one token has
-    all the weight of a row, Z is that token and dS must be 0. Also, a sum over the tile of dZ that
-    a product reads would be a race (cli/races.py).
+    delta comes from a matrix product, like dP, so that both are rounded alike: if one token has all
+    the weight of a row, dP must equal delta, so that dS is 0. Moreover, a sum over a tile of dZ
+    that a product reads would be a race (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
@@ -72,7 +72,7 @@ def _dlogits(
     R,
     DROPOUT: tl.constexpr,
 ):
-    """The kept P, and dS."""
+    """Return kept(P) and dS."""
     pooled = p
     if DROPOUT:
         pooled = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
@@ -127,7 +127,7 @@ def onepass_backward_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dX and dQ' in one pass, for R <= BR. Grid (P,).
+    """Compute dX and P partial sums of dQ' in one pass, for R <= BR. Grid (P,).
 
     Program p processes the samples p, p + P, ... All rows and all of dQ'^T stay on chip, so X is
     read once.
@@ -221,7 +221,7 @@ def dlogits_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write P and dS, and with NORM the part of mean_D(G x^) of each block of rows.
+    """Write P and dS and, with NORM, the part of each block of rows in mean_D(G x^).
 
     Grid (B, R / BR, N / BN).
     """
@@ -337,7 +337,7 @@ def dq_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one chunk of dQ'^T = X^T dS over the samples p, p + P, ...
+    """Compute one chunk of dQ'^T = X^T dS, summed over the samples p, p + P, ...
 
     Grid (P, R / BR, D / BD).
     """

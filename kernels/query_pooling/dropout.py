@@ -1,8 +1,8 @@
-"""Dropout of query pooling: which probabilities are kept, one bit each.
+"""The dropout mask of query pooling, one bit for each probability.
 
-Forward and backward both compute these bits, in a separate kernel. In the pooling kernels, which
-load one word for each row of a tile, no registers are free for Philox, and every kernel and column
-chunk that needs the probabilities would have to compute it again.
+Forward and backward both compute the mask in a separate kernel. The pooling kernels load one word
+of it for each row of a tile. They have no registers left for Philox, and each of them would have to
+compute it again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tiles import launch, philox_keep
 
 STREAM = 0
-BLOCK = 32  # words that one program writes
+BLOCK = 32  # number of words that one program writes
 
 
 def keep_words(
@@ -25,13 +25,13 @@ def keep_words(
     rows: int,
     length: int,
 ) -> Tensor | None:
-    """Return (B, N / 64, R) int64 on the device of x; None without dropout.
+    """Return the mask as (B, N / 64, R) int64 words on the device of x; None without dropout.
 
-    Bit n % 64 of word n // 64 is set if row r of sample b keeps token n.
+    Bit n % 64 of the word (b, n // 64, r) is set if row r of sample b keeps token n.
     """
     if not p:
         return None
-    assert seed is not None  # the public function draws one
+    assert seed is not None  # the public function draws a seed if none is given
     words = seed.new_empty(batch, triton.cdiv(length, 64), rows, device=x.device)
     launch(
         keep_words_kernel,
@@ -59,7 +59,7 @@ def keep_words_kernel(
     STREAM: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Write one word for each of BR rows of the whole mask. Grid (B R / BR, N / 64)."""
+    """Write one word for each of BR rows of the (B R, N) mask. Grid (B R / BR, N / 64)."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     kept = philox_keep(tl.load(seed_ptr), row, tl.program_id(1) * 64, p, STREAM, 64)
     word = tl.sum(kept.to(tl.int64) << tl.arange(0, 64).to(tl.int64)[None, :], 1)
@@ -69,9 +69,9 @@ def keep_words_kernel(
 
 @triton.jit
 def rows_keep(words_ptr, b, start, BN: tl.constexpr, rows, N, R):
-    """(BN tokens, rows) bool: which probabilities of sample b are kept.
+    """Return which probabilities of sample b are kept, (BN tokens, rows) bool.
 
-    The tokens begin at ``start`` and lie in one word.
+    The bits of the tokens start .. start + BN must be in one word.
     """
     at = (b * tl.cdiv(N, 64) + start // 64) * R + rows
     word = tl.load(words_ptr + at, mask=rows < R, other=0) >> (start % 64)

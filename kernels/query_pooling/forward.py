@@ -1,22 +1,21 @@
-"""Forward kernels of query pooling: z = softmax(q x^T) x, an online softmax over the tokens.
+"""Forward kernels of query pooling: Z = softmax(Q' X^T) X, an online softmax over the tokens.
 
-There are R rows of absorbed queries. Tiles are stored transposed, tokens first: S^T = X Q'^T and
-Z^T = X^T P^T. Matrix instructions need 64 rows in their first operand; there are always enough
-tokens for that, seldom enough queries. D is split into NC chunks of BD columns, so that 768 is
-3 x 256.
+Q' has R rows of absorbed queries (see mmfused/ops/query_pooling/reference.py). With P = softmax(S),
+tiles are computed transposed: S^T = X Q'^T and Z^T = X^T P^T. Matrix instructions need many rows in
+their first operand, 64 on sm_90. Tokens and columns are many, queries are usually few. D is split
+into NC chunks of BD columns: 768 is 3 x 256.
 
-With NORM the kernels use (x - mean) rstd in place of x. It is computed in float32 as x is loaded,
-and rounded as LayerNorm's output would be. If a large mean were subtracted only after the products,
-the rounding error of its square would remain.
+With NORM the kernels use (x - mean) rstd in place of x, computed in float32 when x is loaded and
+rounded like LayerNorm's output. If a large mean were subtracted after the products, their rounding
+errors would remain.
 
-For each row, the largest logit and the logarithm of the softmax's sum are stored as two numbers.
-Where the logit is large, adding them up would lose the digits of the probabilities. The largest
-logit is +inf for a row without tokens, so that its probabilities are zero in backward.
+For each row, ``sums`` holds the largest logit and the logarithm of the softmax's sum. They are not
+added up, because for a large logit the result would have too few digits. In a row without tokens,
+the largest logit is stored as +inf, so that the probabilities are zero in backward.
 
-With DROPOUT the kept probabilities are pooled, and ksum is their sum in each row; the stored sums
-are those before dropout. Z is stored without the division by 1 - p, which is left to the output.
-Where one token has all the weight, Z thus equals this token exactly, and backward relies on that;
-after a division it would be rounded differently.
+With DROPOUT only the kept probabilities are pooled, and ksum is their sum in each row; ``sums`` are
+those before dropout. Z is stored without the division by 1 - p, which is applied to the output. So
+if one token has all the weight, Z equals that token exactly, and backward relies on this.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def moments_kernel(
 ):
     """Compute mean and rstd of each token. Grid (B, N / BN).
 
-    In the pooling kernels these statistics would move X from shared memory into registers, of which
-    none are free there. Chunks are merged with Chan's update, which has no cancellation.
+    The pooling kernels do not compute them, because X would have to pass through registers, and
+    none are free. Chunks are merged with Chan's update, which has no cancellation.
     """
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
@@ -72,9 +71,9 @@ def moments_kernel(
 
 @triton.jit
 def _softmax_step(s, m, total, keep):
-    """One tile of the online softmax over the first axis.
+    """Process one tile of the online softmax over the first axis.
 
-    Return unnormalised p, the new maximum and sum, and alpha, the factor that rescales the old sum.
+    Return unnormalised p, the new maximum and sum, and alpha, the factor that rescales old sums.
     """
     s = tl.where(keep[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 0))
@@ -94,7 +93,7 @@ def _store_sums(sums_ptr, b, rows, R, m, total):
 
 @triton.jit
 def softmax_of(s, sums_ptr, b, rows, R):
-    """The probabilities (tokens, rows) of the logits s."""
+    """Return the probabilities (tokens, rows) of the logits s."""
     at = sums_ptr + 2 * (b * R + rows)
     m = tl.load(at, mask=rows < R, other=float("inf"))
     log_total = tl.load(at + 1, mask=rows < R, other=0.0)
@@ -197,7 +196,7 @@ def logits_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute the logits and their sums, for D too large for registers. Grid (B, R / BR)."""
+    """Compute the logits and ``sums``, if Z^T does not fit into registers. Grid (B, R / BR)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     m = tl.full([BR], float("-inf"), tl.float32)
@@ -243,7 +242,7 @@ def pool_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one chunk of Z^T from the logits, reading X again. Grid (B, R / BR, D / BD)."""
+    """Compute one chunk of Z^T from the logits and X. Grid (B, R / BR, D / BD)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)

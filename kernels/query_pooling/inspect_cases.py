@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles; together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
     norm: bool = False
     padding: Literal["none", "padding", "lengths"] = "none"
     per_sample: bool = False  # queries (B, L, D) instead of (L, D)
-    need_dx: bool = True  # whether the gradient of x is wanted
+    need_dx: bool = True  # whether the gradient of x is needed
     dropout: float = 0.0
 
 

@@ -1,4 +1,7 @@
-"""Loading of tokens: with NORM as (x - mean) rstd, computed in float32 and rounded once."""
+"""Device functions that load tokens: x or, with NORM, (x - mean) rstd.
+
+The normalised tokens are computed in float32 and rounded once, to the dtype of x.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ..tiles import load_tokens, load_tokens_t
 
 @triton.jit
 def load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM: tl.constexpr):
-    """Mean and rstd of each token; 0 for ignored tokens, and without NORM."""
+    """Load mean and rstd of each token; 0 for ignored tokens, and without NORM."""
     mean = tl.zeros(n.shape, tl.float32)
     rstd = mean
     if NORM:
@@ -31,7 +34,7 @@ def load_normed(
     rstd,
     NORM: tl.constexpr,
 ):
-    """(tokens, columns) of one sample."""
+    """Load a (tokens, columns) tile of one sample, normalised with NORM."""
     x = load_tokens(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[:, None], rstd[:, None], cols[None, :], D, cols.shape[0], NORM)
 
@@ -48,7 +51,7 @@ def load_normed_t(
     rstd,
     NORM: tl.constexpr,
 ):
-    """(columns, tokens) of one sample."""
+    """Load a (columns, tokens) tile of one sample, normalised with NORM."""
     x = load_tokens_t(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[None, :], rstd[None, :], cols[:, None], D, cols.shape[0], NORM)
 
@@ -58,8 +61,8 @@ def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.cons
     """Normalise a tile whose columns are ``cols``; without NORM return x."""
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd
-        # If D is not a multiple of BD, the columns beyond D must stay 0: there y is -mean rstd,
-        # which may overflow in 16 bits, and inf * 0 is NaN.
+        # If D is not a multiple of BD, the columns from D on are padding and must stay 0. There y
+        # is -mean rstd, which may overflow in 16 bits, and inf * 0 is NaN.
         if (BD - 1) & D:
             y = tl.where(cols < D, y, 0.0)
         x = y.to(x.dtype)
