@@ -246,6 +246,6 @@ def test_of_a_hub_name_config_and_safetensors_are_taken(bert, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(
         ValueError,
-        match="text encoder: got '../nowhere', expected a folder, or a name that the hub",
+        match="text encoder: got '../nowhere', expected a folder, or the name of a hub model",
     ):
         pretrained_text("../nowhere")
