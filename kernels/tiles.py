@@ -1,10 +1,8 @@
-"""Code shared by all kernels: the launch, the limits of each architecture, jit helpers."""
+"""Code shared by all kernels: limits of each architecture, padding, tiles, jit helpers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -26,14 +24,11 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Set at every launch and inspection, because the compiler's default differs by version (Triton 3.10
-# does not fuse).
+# For every launch, because the compiler's default differs by version: Triton 3.10 does not fuse
+# multiplication and addition.
 OPTIONS = {"enable_fp_fusion": True}
 
-# mmfused.cli.inspect sets these two and runs the launchers on meta tensors: each launch then goes
-# to the recorder as (kernel, args, constants, options) instead of to the device.
-launch_recorder: Callable[[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]], None] | None
-launch_recorder = None
+# Set by recording.launches_for: the architecture that plans are for, in place of this machine's.
 pretended_arch: int | None = None
 
 
@@ -50,37 +45,6 @@ def arch_of(tensor: torch.Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    num_warps: int,
-    num_stages: int,
-    maxnreg: int | None = None,
-    **named: Any,
-) -> None:
-    """Launch ``kernel`` over ``grid``, unless the grid is empty.
-
-    Args:
-        kernel: the jit function.
-        grid: programs in each dimension.
-        args, named: arguments of the kernel; its constants by name.
-        num_warps, num_stages: options of Triton.
-        maxnreg: limit of the registers a thread may use. Without it ptxas aims at an occupancy of
-            its own choice and often spills a word or two even in small kernels; with it, kernels
-            near the limit of 255 may spill.
-    """
-    launched = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
-    if launch_recorder is not None:
-        # Jit functions annotate their constants and nothing else.
-        constexprs = kernel.fn.__annotations__
-        by_name = [name for name in kernel.arg_names if name in named.keys() - constexprs]
-        args += tuple(named.pop(name) for name in by_name)
-        launch_recorder(kernel, args, named, launched)
-    elif all(grid):
-        kernel[grid](*args, **named, **launched, **OPTIONS)
 
 
 def upcasts(dtype: torch.dtype) -> bool:
@@ -105,9 +69,7 @@ def pack_padding(
     width = triton.cdiv(length, 64)
     words = torch.empty(batch, width, dtype=torch.int64, device=mask.device)
     span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
-    launch(
-        pack_mask_kernel,
-        (batch,),
+    pack_mask_kernel[(batch,)](
         mask_ptr=mask.view(torch.uint8),
         words_ptr=words,
         span_ptr=span,
@@ -117,6 +79,7 @@ def pack_padding(
         stride_n=mask.stride(1),
         num_warps=1,
         num_stages=1,
+        **OPTIONS,
     )
     return words, span, width, "padding"
 
@@ -137,9 +100,7 @@ def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor
     """
     tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
     block = tile_block(num_experts)
-    launch(
-        tile_map_kernel,
-        (triton.cdiv(len(tiles), block),),
+    tile_map_kernel[(triton.cdiv(len(tiles), block),)](
         offsets_ptr=offsets,
         tiles_ptr=tiles,
         N=len(tiles),
@@ -149,6 +110,7 @@ def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor
         BI=block,
         num_warps=4,
         num_stages=1,
+        **OPTIONS,
     )
     return tiles
 

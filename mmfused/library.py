@@ -1,7 +1,7 @@
 """Shared by all operators: the backend switch, registration, and the checks of arguments.
 
-:func:`register` makes a kernel launcher the operator ``torch.ops.mmfused.<name>``. Public functions
-call :func:`choose` to pick ``reference``, ``composed`` or ``fused``. Users control that choice with
+:func:`operator` makes a function the operator ``torch.ops.mmfused.<name>``. Public functions call
+:func:`choose` to pick ``reference``, ``composed`` or ``fused``. Users control that choice with
 :class:`backend`, :func:`set_backend` or the environment variable ``MMFUSED_BACKEND``.
 """
 
@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -34,6 +34,7 @@ if os.environ.get("MMFUSED_CHECK", "") not in ("", "0", "1"):
     raise ValueError(f"MMFUSED_CHECK: got {os.environ['MMFUSED_CHECK']!r}, expected 1 or 0")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 _backend: Switch[Backend] = Switch("backend name", BACKENDS, "MMFUSED_BACKEND", "auto")
@@ -189,57 +190,60 @@ def define(
     add_formula(name, flops)
 
 
-def register(
-    name: str,
+def operator(
     schema: str,
-    launcher: Callable[..., Any],
     fake: Callable[..., Any],
     flops: Callable[..., int],
-) -> None:
-    """:func:`define` an operator that calls ``launcher`` on CUDA tensors.
+    *,
+    devices: Literal["cuda", "all"] = "cuda",
+) -> Callable[[_Function], _Function]:
+    """Make a function the operator ``torch.ops.mmfused.<its name>``, and return that operator.
 
-    The launcher imports from ``mmfused.kernels`` when it is called: importing mmfused must not need
-    Triton. Under ``TRITON_INTERPRET=1`` it also runs on CPU tensors, so that tests reach the
-    kernels through the public functions.
+    Args:
+        schema, fake, flops: as for :func:`define`.
+        devices: the devices of the function's tensors. "cuda" for kernels; under
+            ``TRITON_INTERPRET=1`` they also run on CPU tensors, so that tests reach them through
+            the public functions. "all" for composed paths with loops that depend on data, which
+            torch.compile cannot trace.
+
+    A function that launches kernels imports them when it is called, because importing mmfused must
+    not need Triton, and calls its launcher under :func:`launching`.
     """
+    keys = {"cuda": ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]}
+    keys["all"] = ["CompositeExplicitAutograd"]
 
-    def call(*args):
-        # Inside our autograd functions gradients are off.
-        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
-            raise RuntimeError(
-                f"mmfused::{name}: an exported graph holds the kernel without its gradient; "
-                "run it under torch.no_grad(), or export under mmfused.backend('composed')"
-            )
-        index = next(_tensors(args)).device.index
-        if index is None or index == torch.cuda.current_device():
-            return launcher(*args)
-        with torch.cuda.device(index):  # Triton launches on the current device
-            return launcher(*args)
+    def decorate(function: _Function) -> _Function:
+        name = function.__name__
+        define(name, schema, fake, flops)
+        for key in keys[devices]:
+            torch.library.impl(f"mmfused::{name}", key, function)
+        return getattr(torch.ops.mmfused, name)
 
-    define(name, schema, fake, flops)
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        torch.library.impl(f"mmfused::{name}", key, call)
+    return decorate
+
+
+def launching(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the device of the tensors ``args`` is the current one.
+
+    Triton launches on the current device. Raises ``RuntimeError`` where a gradient is needed but
+    cannot come: in an exported graph, which holds the kernel without our autograd function.
+    """
+    # Inside our autograd functions gradients are off.
+    if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+        raise RuntimeError(
+            "mmfused: an exported graph holds the kernel without its gradient; "
+            "run it under torch.no_grad(), or export under mmfused.backend('composed')"
+        )
+    index = next(_tensors(args)).device.index
+    if index is None or index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(index)
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Yield the tensors among the arguments, also those in lists."""
     flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
     return (x for x in flat if isinstance(x, torch.Tensor))
-
-
-def register_composed(
-    name: str,
-    schema: str,
-    function: Callable[..., Any],
-    fake: Callable[..., Any],
-    flops: Callable[..., int],
-) -> None:
-    """:func:`define` an operator that calls ``function`` on every device.
-
-    For composed paths with loops that depend on data, which torch.compile cannot trace.
-    """
-    define(name, schema, fake, flops)
-    torch.library.impl(f"mmfused::{name}", "CompositeExplicitAutograd", function)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

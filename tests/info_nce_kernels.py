@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 import mmfused
-from mmfused.kernels import masked_info_nce as kernels
+from mmfused.kernels.masked_info_nce import forward, gradients
+from mmfused.kernels.masked_info_nce import plan as planned
 from mmfused.kernels.masked_info_nce.plans import Plan, Tile
 from mmfused.ops.masked_info_nce import masked_info_nce, masked_info_nce_reference
 from mmfused.testing import over_budget, value_and_gradients
@@ -33,12 +34,12 @@ def small_tiles(monkeypatch, backward, dim=32, **sizes):
         merge=(2, 32),
     )
     small = dataclasses.replace(small, **sizes)
-    planned = kernels.plan
 
     def plan(*args):
         return dataclasses.replace(planned(*args), backward=backward) if CUDA else small
 
-    monkeypatch.setattr(kernels, "plan", plan)
+    for module in (forward, gradients):
+        monkeypatch.setattr(module, "plan", plan)
     return small
 
 

@@ -1,9 +1,12 @@
 """Inputs for the tests of query pooling, in shapes that together reach every kernel."""
 
+import importlib
+
 import torch
 
 import mmfused
 from mmfused import query_pooling
+from mmfused.kernels.query_pooling.plans import plan
 from mmfused.testing import value_and_gradients
 
 CUDA = torch.cuda.is_available()
@@ -87,3 +90,14 @@ def upstream_for(inputs):
 
 
 # ---- 1: forward and every gradient ---------------------------------------------------------------
+
+
+def use_half_precision_plan(monkeypatch, arch):
+    """Use the float16 plan of an architecture for every dtype and GPU."""
+
+    def half_plan(rows, dim, dtype, own_arch, *rest):
+        return plan(rows, dim, torch.float16, arch, *rest)
+
+    for name in ("forward", "backward"):
+        module = importlib.import_module(f"mmfused.kernels.query_pooling.{name}")
+        monkeypatch.setattr(module, "plan", half_plan)

@@ -9,7 +9,7 @@ from compiling import run_python
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mmfused
-from mmfused.library import register_composed
+from mmfused.library import operator
 
 # Samples, tokens, tokens of the context, width, queries, heads; their products all differ.
 B, N, M, D, L, H = 3, 20, 7, 32, 3, 2
@@ -150,15 +150,12 @@ def test_compiled_router():
 
 
 def test_an_operator_registered_later():
-    register_composed(
-        "a_later_one",
-        "(Tensor x) -> Tensor",
-        torch.clone,
-        torch.clone,
-        lambda x, *, out_shape: 3 * x[0],
-    )
+    @operator("(Tensor x) -> Tensor", torch.clone, lambda x, *, out_shape: 3 * x[0], devices="all")
+    def a_later_one(x):
+        return x.clone()
+
     with FlopCounterMode(display=False) as counter:
-        torch.ops.mmfused.a_later_one(torch.ones(5))
+        a_later_one(torch.ones(5))
     assert counter.get_total_flops() == 15
 
 

@@ -8,6 +8,7 @@ from test_gated_cross_attention_fused import BOTH, ONE, check_budget, check_skip
 import mmfused
 from mmfused.kernels.gated_cross_attention import call as launcher
 from mmfused.kernels.gated_cross_attention import plans
+from mmfused.kernels.recording import launches_made
 
 
 @pytest.fixture(autouse=True)
@@ -15,23 +16,17 @@ def block(monkeypatch):
     monkeypatch.setenv("MMFUSED_CROSS_ATTENTION", "block")
 
 
-def launches(monkeypatch, call):
-    """Return the names of the kernels that a call launches, and its result."""
-    launched, real = [], launcher.launch
-
-    def record(kernel, *args, **options):
-        launched.append(kernel.fn.__name__)
-        real(kernel, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(launcher, "launch", record)
-        result = call()
-    return launched, result
-
-
 def forward(module, inputs, extra):
     with torch.no_grad(), mmfused.backend("fused"):
         return module(*inputs, **extra)
+
+
+def launches_of_forward(*shape, **options):
+    """Return the names of the kernels that a forward pass launches."""
+    case = make(*shape, **options)
+    with launches_made() as launches:
+        forward(*case)
+    return [launch.name for launch in launches]
 
 
 # ---- the form "epilogue" as the expected result; its backward serves both ------------------------
@@ -116,8 +111,8 @@ def test_empty_inputs(batch, n, m):
 
 
 @pytest.mark.parametrize("gate", ["channel", "none"])
-def test_forward_takes_three_launches(monkeypatch, gate):
-    launched, _ = launches(monkeypatch, lambda: forward(*make(gate=gate, dtype=torch.float16)))
+def test_forward_makes_three_launches(gate):
+    launched = launches_of_forward(gate=gate, dtype=torch.float16)
     assert launched == ["project_kernel", "project_kernel", "block_kernel"]
 
 
@@ -126,10 +121,9 @@ def test_without_the_variable_the_default_runs(monkeypatch, form):
     """By default, shapes that the block does not support run in another form."""
     monkeypatch.delenv("MMFUSED_CROSS_ATTENTION")
     monkeypatch.setattr(plans, "FORM", form)
-    launched, _ = launches(monkeypatch, lambda: forward(*make(dtype=torch.float32)))
+    launched = launches_of_forward(dtype=torch.float32)
     assert ("block_kernel" in launched) == (form == "block")
-    launched, _ = launches(monkeypatch, lambda: forward(*make("wide", dtype=torch.float16)))
-    assert "block_kernel" not in launched
+    assert "block_kernel" not in launches_of_forward("wide", dtype=torch.float16)
 
 
 def test_an_unknown_form_is_an_error(monkeypatch):

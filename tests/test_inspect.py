@@ -4,24 +4,17 @@ import json
 
 from compiling import ROOT, run_python
 
-from mmfused.kernels import tiles
+from mmfused.cli.inspect import recorded_launches
+from mmfused.kernels.tiles import SHARED_MEMORY
 from mmfused.ops import OPS
 from mmfused.supported import ARCHS, TRITONS
 
 COMMAND = ("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_80", "--case", "logits 5")
 
 
-def test_every_launch_states_whether_the_compiler_may_fuse(monkeypatch):
-    recorded = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: recorded.append(options)
-
-    tiles.launch(Kernel(), (1,), num_warps=4, num_stages=1, BM=16)
-    assert recorded == [
-        {"num_warps": 4, "num_stages": 1, "maxnreg": None, "BM": 16, "enable_fp_fusion": True}
-    ]
+def test_every_launch_states_whether_the_compiler_may_fuse():
+    for job in recorded_launches("sm_90"):
+        assert job.options["enable_fp_fusion"] is True, job.kernel
 
 
 def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_again(tmp_path):
@@ -72,7 +65,7 @@ def test_an_unknown_architecture_is_refused():
 def test_supported_versions_are_sorted_and_architectures_known():
     by_number = sorted(TRITONS, key=lambda version: [int(part) for part in version.split(".")])
     assert by_number == list(TRITONS)
-    assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(tiles.SHARED_MEMORY)
+    assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(SHARED_MEMORY)
 
 
 def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_no_fault():

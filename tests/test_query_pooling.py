@@ -7,12 +7,23 @@ import math
 
 import pytest
 import torch
-from query_pooling_cases import CUDA, DEVICE, DTYPES, PADDINGS, cast, make, run, upstream_for
+from query_pooling_cases import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    PADDINGS,
+    cast,
+    make,
+    run,
+    upstream_for,
+    use_half_precision_plan,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
 from mmfused import QueryPooling, query_pooling, query_pooling_reference
+from mmfused.kernels.recording import launches_made
 from mmfused.testing import over_budget, relative_error, saved_bytes, value_and_gradients
 
 
@@ -82,14 +93,7 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch
     """Run the 16-bit plans in float32: 16-bit rounding would hide their faults."""
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    from mmfused.kernels import query_pooling as kernels
-
-    real = kernels.plan
-    monkeypatch.setattr(
-        kernels,
-        "plan",
-        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
-    )
+    use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=norm, padding=padding, dtype=torch.float32)
     check_budget(inputs, heads)
 
@@ -289,32 +293,25 @@ def test_partial_gradients(only, backend):
     assert torch.equal(got[f"d{only}"], want[f"d{only}"])
 
 
-def test_frozen_tokens_cost_no_gradient(monkeypatch):
+def test_frozen_tokens_cost_no_gradient():
     """No dX kernel is launched, and no dX allocated, when x needs no gradient."""
-    from mmfused.kernels import query_pooling as kernels
-
-    launched = []
-    real = kernels.launch
-    monkeypatch.setattr(
-        kernels,
-        "launch",
-        lambda kernel, *a, **k: (launched.append((kernel.fn.__name__, k)), real(kernel, *a, **k)),
-    )
     for shape, frozen in (
         ("row blocks", True),
         ("row blocks", False),
         ("one pass", True),
         ("one pass", False),
     ):
-        launched.clear()
         inputs, heads = make(shape, dtype=torch.float16)
         inputs["x"].requires_grad_(not frozen)
-        run(inputs, heads, "fused")
+        with launches_made() as launches:
+            run(inputs, heads, "fused")
         makes_dx = any(
-            name == "dx_kernel" or constexprs.get("NEED_DX") for name, constexprs in launched
+            launch.name == "dx_kernel" or launch.constexprs.get("NEED_DX") for launch in launches
         )
         assert makes_dx != frozen, shape
-        assert any(name == "dq_kernel" or "NEED_DX" in constexprs for name, constexprs in launched)
+        assert any(
+            launch.name == "dq_kernel" or "NEED_DX" in launch.constexprs for launch in launches
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -7,11 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from query_pooling_cases import CUDA, DEVICE, DTYPES, PADDINGS, cast, make, run, upstream_for
+from query_pooling_cases import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    PADDINGS,
+    cast,
+    make,
+    run,
+    upstream_for,
+    use_half_precision_plan,
+)
 from torch.utils.checkpoint import checkpoint
 
 import mmfused
 from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_reference
+from mmfused.kernels.recording import launches_made
 from mmfused.random import draw_seed
 from mmfused.testing import (
     dropout_mask,
@@ -117,14 +128,7 @@ def check_budget(inputs, heads, p=P):
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    from mmfused.kernels import query_pooling as kernels
-
-    real = kernels.plan
-    monkeypatch.setattr(
-        kernels,
-        "plan",
-        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
-    )
+    use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float32)
     check_budget(inputs, heads)
 
@@ -305,14 +309,7 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
     )
 
 
-def test_no_mask_is_saved_and_none_made_without_dropout(monkeypatch):
-    from mmfused.kernels.query_pooling import dropout
-
-    launched = []
-    real = dropout.launch
-    monkeypatch.setattr(
-        dropout, "launch", lambda *args, **kwargs: (launched.append(args), real(*args, **kwargs))
-    )
+def test_no_mask_is_saved_and_none_made_without_dropout():
     inputs, heads = make("row blocks", dtype=torch.float32)
 
     def saved(**options):
@@ -321,12 +318,19 @@ def test_no_mask_is_saved_and_none_made_without_dropout(monkeypatch):
                 lambda: query_pooling(**inputs, num_heads=heads, **options), tuple(inputs.values())
             )
 
-    without = saved()
-    assert not launched
+    def masks_made(launches):
+        return [launch.name for launch in launches].count("keep_words_kernel")
+
+    with launches_made() as launches:
+        without = saved()
+    assert masks_made(launches) == 0
     rows = 2 * 36  # one number a row, and the seed
-    assert saved(**drops()) - without <= rows * 4 + 8 and len(launched) == 1
-    run(inputs, heads, "fused", **drops())
-    assert len(launched) == 3
+    with launches_made() as launches:
+        assert saved(**drops()) - without <= rows * 4 + 8
+    assert masks_made(launches) == 1
+    with launches_made() as launches:
+        run(inputs, heads, "fused", **drops())
+    assert masks_made(launches) == 2
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])

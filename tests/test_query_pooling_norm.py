@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from query_pooling_cases import DEVICE, DTYPES, cast, make, run, upstream_for
+from query_pooling_cases import (
+    DEVICE,
+    DTYPES,
+    cast,
+    make,
+    run,
+    upstream_for,
+    use_half_precision_plan,
+)
 
 from mmfused.testing import over_budget
 
@@ -45,16 +53,9 @@ def test_a_mean_costs_no_accuracy(shape, padding, backend, form, dtype, mean):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, mean):
-    from mmfused.kernels import query_pooling as kernels
-
     if DEVICE == "cuda":
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    real = kernels.plan
-    monkeypatch.setattr(
-        kernels,
-        "plan",
-        lambda rows, dim, dtype, _, *rest: real(rows, dim, torch.float16, arch, *rest),
-    )
+    use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=True, padding="mask", dtype=torch.float32)
     check_budget(shifted(inputs, mean), heads, "fused", "absorbed")
 

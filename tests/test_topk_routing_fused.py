@@ -29,6 +29,7 @@ import mmfused
 from mmfused import routing_from_indices, topk_routing, topk_routing_reference
 from mmfused.kernels import tiles as shared
 from mmfused.kernels import topk_routing as kernels
+from mmfused.kernels.recording import launches_made
 from mmfused.kernels.topk_routing import router_gradients, scores
 from mmfused.kernels.topk_routing.plans import plan
 from mmfused.random import uniform
@@ -479,27 +480,19 @@ def test_opcheck(from_input, option):
             torch.library.opcheck(ops.topk_routing_input_bwd, args)
 
 
-def test_launches(monkeypatch):
+def test_launches():
     """Launches: three forward, one backward, and one each for x and the router's weights.
 
     Constants need no launches.
     """
-    launched, real = [], router_gradients.launch
-
-    def launch(kernel, *args, **options):
-        launched.append(kernel.fn.__name__)
-        real(kernel, *args, **options)
-
-    for name in kernels.__all__:
-        monkeypatch.setattr(module_of(getattr(kernels, name)), "launch", launch)
 
     def names(leaves, wanted):
-        launched.clear()
         for name, value in leaves.items():
             value.requires_grad_(name in wanted)
-        routing = route(leaves, 2, make_options("mse segments", 70, 5, 2), "fused")
-        (routing.weights.sum() + routing.balance_loss).backward()
-        return [name.removesuffix("_kernel") for name in launched]
+        with launches_made() as launches:
+            routing = route(leaves, 2, make_options("mse segments", 70, 5, 2), "fused")
+            (routing.weights.sum() + routing.balance_loss).backward()
+        return [launch.name.removesuffix("_kernel") for launch in launches]
 
     assert names(make_logits(70, 5), {"logits"}) == ["route", "scan", "finish", "logits"]
     forward = ["route_x", "scan", "finish", "logits"]

@@ -9,7 +9,6 @@ bfloat16.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 from collections import Counter
@@ -24,8 +23,8 @@ from torch import Tensor
 import mmfused
 from mmfused.benchmarks.sources import ROOT
 from mmfused.kernels import tiles
+from mmfused.kernels.recording import launches_made
 from mmfused.ops import OPS
-from mmfused.tools.patching import replaced
 
 CONTROL = "control"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,26 +56,15 @@ def launch(op: str) -> Counter:
         )
     calls = launches_of(op)
     torch.manual_seed(0)
-    with counted() as launches, mmfused.backend("fused"):
+    with launches_made() as launches, mmfused.backend("fused"):
         for call in calls:
             call()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return launches
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Counter]:
-    """Count the calls of ``tiles.launch``, through which every launcher goes."""
-    launches, original = Counter(), tiles.launch
-
-    def counting(kernel, *args, **options):
-        module = kernel.fn.__module__.removeprefix("mmfused.kernels.")
-        launches[f"{module}.{kernel.fn.__name__}"] += 1
-        return original(kernel, *args, **options)
-
-    with replaced("mmfused.kernels", original, counting):
-        yield launches
+    return Counter(
+        f"{launch.kernel.fn.__module__.removeprefix('mmfused.kernels.')}.{launch.name}"
+        for launch in launches
+    )
 
 
 def randn(*shape: int, dtype: torch.dtype = HALF, std: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from . import attend_backward, gradients
-from .call import B_G, B_O, B_Q, FIELDS, W_G, W_K, W_O, W_Q, Call, bits, both, launch_tile
+from .call import B_G, B_O, B_Q, FIELDS, W_G, W_K, W_O, W_Q, Call, bits, both, tile_options
 from .parameters import d_gate_weight, d_linear, d_norm
 from .plans import power
 
@@ -115,10 +115,7 @@ def _d_blend(
         partials = call.partials(max(call.rows[: call.directions]))
         shape = (2, partials, call.dim) if not call.pre_norm else (0,)
         sums = [dy[0].new_empty(shape, dtype=torch.float32) for _ in d_outs]
-        launch_tile(
-            gradients.d_rows_kernel,
-            tile,
-            (partials, call.directions),
+        gradients.d_rows_kernel[(partials, call.directions)](
             *both(d_outs),
             *call.tokens,
             *both(attn_out),
@@ -146,6 +143,7 @@ def _d_blend(
             INDICATOR=call.indicator,
             POSTNORM=not call.pre_norm,
             DROPOUT=call.p > 0,
+            **tile_options(gradients.d_rows_kernel, tile),
         )
         if not call.pre_norm:
             for side, partial in enumerate(sums):
@@ -153,10 +151,8 @@ def _d_blend(
         return dz, dy
     packed = [w[:, : 2 * call.dim].contiguous() for w in call.weights[W_G::FIELDS]]
     tile = call.plan.product
-    launch_tile(
-        gradients.d_gate_kernel,
-        tile,
-        (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions),
+    grid = (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions)
+    gradients.d_gate_kernel[grid](
         *both(d_outs),
         *call.tokens,
         *both(attn_out),
@@ -175,12 +171,11 @@ def _d_blend(
         BIAS_G=biased,
         INDICATOR=call.indicator,
         **call.given,
+        **tile_options(gradients.d_gate_kernel, tile),
     )
     tile = call.plan.product
-    launch_tile(
-        gradients.through_gate_kernel,
-        tile,
-        (call.row_blocks(tile.BM) * 2 * triton.cdiv(call.dim, tile.BN), call.directions),
+    grid = (call.row_blocks(tile.BM) * 2 * triton.cdiv(call.dim, tile.BN), call.directions)
+    gradients.through_gate_kernel[grid](
         *both(dz),
         *both(packed),
         *both(dy),
@@ -195,6 +190,7 @@ def _d_blend(
         D=call.dim,
         DROPOUT=call.p > 0,
         **call.given,
+        **tile_options(gradients.through_gate_kernel, tile),
     )
     return dz, dy
 
@@ -207,10 +203,8 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
     exact = projected[0].dtype == torch.float32
     delta = [x.new_empty(2 if exact else 1, *x.shape) for x in lse]
     tile = call.plan.product
-    launch_tile(
-        gradients.d_attended_kernel,
-        tile,
-        (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions),
+    grid = (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions)
+    gradients.d_attended_kernel[grid](
         *both(dy),
         *call.of(W_O),
         *both(d_attended),
@@ -219,6 +213,7 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
         *call.lengths,
         D=call.dim,
         **call.given,
+        **tile_options(gradients.d_attended_kernel, tile),
     )
     lines = call.directions * call.batch * call.heads
     options = dict(
@@ -247,27 +242,23 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
 
     results = (*both(lse), *both(delta), *d_projected)
     tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
-    launch_tile(
-        attend_backward.d_query_kernel,
-        call.plan.d_query,
-        (lines * tiles,),
+    attend_backward.d_query_kernel[(lines * tiles,)](
         *projected,
         *both(attended),
         *both(d_attended),
         *results,
         *rest(tiles),
         **options,
+        **tile_options(attend_backward.d_query_kernel, call.plan.d_query),
     )
     tiles = triton.cdiv(max(call.lengths[-call.directions :]), call.plan.d_key.BN)
-    launch_tile(
-        attend_backward.d_key_kernel,
-        call.plan.d_key,
-        (lines * tiles,),
+    attend_backward.d_key_kernel[(lines * tiles,)](
         *projected,
         *both(d_attended),
         *results,
         *rest(tiles),
         **options,
+        **tile_options(attend_backward.d_key_kernel, call.plan.d_key),
     )
     return d_projected
 
@@ -284,10 +275,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
     d_normed = x.new_empty(rows, width)
     sizes = dict(SIDE=side, IS_QUERY_SIDE=asks, READ=read)
     tile = call.plan.product
-    launch_tile(
-        gradients.d_normed_kernel,
-        tile,
-        (triton.cdiv(rows, tile.BM) * triton.cdiv(width, tile.BN),),
+    gradients.d_normed_kernel[(triton.cdiv(rows, tile.BM) * triton.cdiv(width, tile.BN),)](
         d_projected,
         *weights,
         *weights[:1] * (3 - len(parts)),
@@ -300,6 +288,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
         C=call.dim,
         D=width,
         **call.given,
+        **tile_options(gradients.d_normed_kernel, tile),
     )
     plain = x.is_contiguous() and not (
         call.given["IGNORE"] or call.given["ABSENT"]
@@ -308,10 +297,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
     normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if cleans else (0,))
     partials = call.partials(rows)
     sums = x.new_empty((2, partials, width) if call.pre_norm else (0,), dtype=torch.float32)
-    launch_tile(
-        gradients.d_tokens_kernel,
-        call.plan.rows,
-        (partials,),
+    gradients.d_tokens_kernel[(partials,)](
         d_normed,
         x,
         *call.norms[2 * side : 2 * side + 2],
@@ -331,6 +317,7 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
         COLLAPSE=call.collapse,
         D=width,
         **call.masks,
+        **tile_options(gradients.d_tokens_kernel, call.plan.rows),
     )
     if call.pre_norm:
         d_norm(sums, *d_norms)

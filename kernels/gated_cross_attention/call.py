@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tiles import arch_of, launch, upcasts
+from ..tiles import OPTIONS, arch_of, upcasts
 from .plans import Plan, Tile, plan
 
 FIELDS = 10  # w_q, w_k, w_v, w_o, w_g, b_q, b_k, b_v, b_o, b_g of each direction
@@ -26,26 +26,11 @@ def bits(tensors: list[Tensor]) -> int:
     return sum((tensor.numel() > 0) << i for i, tensor in enumerate(tensors))
 
 
-def launch_tile(
-    kernel: Any,
-    tile: Tile,
-    grid: tuple[int, ...],
-    *args: Any,
-    **constexprs: Any,
-) -> None:
-    """Launch a kernel with those sizes of the tile that it takes."""
-    sizes = asdict(tile)
-    taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-    launch(
-        kernel,
-        grid,
-        *args,
-        **taken,
-        **constexprs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=tile.maxnreg,
-    )
+def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
+    """Return those sizes of the tile that the kernel takes, and the options of its launch."""
+    sizes = {name: size for name, size in asdict(tile).items() if name in kernel.arg_names}
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg)
+    return sizes | options | OPTIONS
 
 
 @dataclass

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dense, launch, upcasts
+from ..tiles import OPTIONS, arch_of, dense, upcasts
 from .combine import RoutingGradient, combine_rows
 from .forward import multiply_rows, up_and_gate
 from .plans import plan
@@ -191,9 +191,7 @@ def hidden_gradients(
     slots, blocks = rows.slots(tile.BM), triton.cdiv(n, tile.BN)
     partial = h.new_empty(blocks, rows.number, dtype=torch.float32)
     stride_be, stride_bk, stride_bn = weight.stride()
-    launch(
-        hidden_kernel,
-        (slots * blocks,),
+    hidden_kernel[(slots * blocks,)](
         d_ptr=d_out,
         b_ptr=weight,
         h_ptr=h,
@@ -222,6 +220,7 @@ def hidden_gradients(
         ACTIVATION=activation,
         TAIL=tail,
         UPCAST=upcasts(h.dtype),
+        **OPTIONS,
     )
     return partial
 

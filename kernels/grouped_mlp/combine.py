@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import dense, launch
+from ..tiles import OPTIONS, dense
 from .plans import combine_block
 from .rows import Rows
 
@@ -43,9 +43,7 @@ def combine_rows(
     inner = 0 if d_out is None else d_out.shape[1]
     out = like.new_empty((tokens, n) if y is not None else (0,))
     height, width = combine_block(max(n, inner))
-    launch(
-        combine_kernel,
-        (triton.cdiv(tokens, height), triton.cdiv(n, width) + (gradient is not None)),
+    combine_kernel[(triton.cdiv(tokens, height), triton.cdiv(n, width) + (gradient is not None))](
         y_ptr=y,
         weights_ptr=dense(combine_weights),
         position_ptr=rows.position,
@@ -68,6 +66,7 @@ def combine_rows(
         BE=triton.next_power_of_2(rows.experts),
         num_warps=4,
         num_stages=1,
+        **OPTIONS,
     )
     return out
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dense, dot, launch, upcasts
+from ..tiles import OPTIONS, arch_of, dense, dot, upcasts
 from .combine import combine_rows
 from .plans import plan
 from .rows import (
@@ -130,9 +130,7 @@ def multiply_rows(
     tile = plan(kind, rows.number, rows.experts, n, terms, a.dtype, arch_of(a))
     slots = rows.slots(tile.BM)
     stride_be, stride_bn, stride_bk = weight.stride()
-    launch(
-        rows_kernel,
-        (slots * triton.cdiv(n, tile.BN),),
+    rows_kernel[(slots * triton.cdiv(n, tile.BN),)](
         a_ptr=a,
         b_ptr=weight,
         b2_ptr=second,
@@ -159,6 +157,7 @@ def multiply_rows(
         ACTIVATION=activation,
         TAIL=tail,
         UPCAST=upcasts(a.dtype),
+        **OPTIONS,
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dense, dot, launch, upcasts
+from ..tiles import OPTIONS, arch_of, dense, dot, upcasts
 from .plans import plan
 from .rows import Rows, load_inside, tile_options
 
@@ -50,9 +50,7 @@ def weight_gradients(
     kind = "gathered weights" if gather_y or gather_x else "weights"
     tile = plan(kind, rows.number, rows.experts, n, width, y.dtype, arch_of(y))
     blocks = len(weights) * triton.cdiv(n, tile.BM) * triton.cdiv(width, tile.BN)
-    launch(
-        weights_kernel,
-        (experts * blocks,),
+    weights_kernel[(experts * blocks,)](
         y_ptr=y,
         x_ptr=x,
         routing_ptr=dense(combine_weights),
@@ -72,6 +70,7 @@ def weight_gradients(
         GATHER_Y=gather_y,
         GATHER_X=gather_x,
         UPCAST=upcasts(y.dtype),
+        **OPTIONS,
     )
     wanted = dw if joint is None else [joint]
     return wanted if need_dw else [y.new_empty(0) for _ in wanted], db

@@ -12,20 +12,114 @@ L2, partial results go through HBM.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import LOG2E, dot
+from ..tiles import LOG2E, OPTIONS, arch_of, upcasts
 from .pairs import (
     SAFE_BOUND,
     block_range,
-    load_block,
     nth_tile,
     products,
     row_vectors,
     valid_pairs,
     visited_tiles,
 )
+from .plans import Plan, plan, sweep_grid
+from .targets import target_products
+from .vectors import id_ranks, id_rule, logit_bound, row_ranges
+
+
+def sweep(
+    q: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    target: Tensor,
+    q_key: Tensor | None,
+    c_key: Tensor | None,
+    q_id: Tensor | None,
+    c_id: Tensor | None,
+    drop: bool,
+    columns: bool,
+    everything: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute statistics over all pairs except the targets, and the products of the targets.
+
+    q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows, (5, B) float64, of
+    the columns, (5, C) float64 (or (5, 0) without ``columns``), and q . c of each row's target,
+    (B,) float32. For the statistics see forward.py.
+    """
+    tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
+    tile = tiles.sweep
+    q, c, target = q.contiguous(), c.contiguous(), target.contiguous()
+    stats = 6 if everything else 2
+    grid = sweep_grid(len(q), len(c), tile, tiles.partial_bytes, stats * columns)
+    row = q.new_empty(grid.splits, stats, len(q), dtype=torch.float32)
+    column = q.new_empty(grid.groups, stats, len(c) if columns else 0, dtype=torch.float32)
+    ids = id_rule(c_id, drop)
+    if c_key is not None or grid.blocks > 1:
+        # A group may skip tiles, or merge results of several blocks.
+        column[:, 0] = float("-inf")
+        column[:, 1:] = 0
+    elif everything and ids != "same":
+        # Without further positives the kernel does not write their sums.
+        column[:, 2:4] = 0
+    q_rank, c_rank = id_ranks(q_id, c_id)
+    sweep_kernel[(grid.splits, grid.groups)](
+        q_ptr=q,
+        c_ptr=c,
+        bias_ptr=bias,
+        scale_ptr=scale,
+        bound_ptr=logit_bound(q, c, scale),
+        target_ptr=target,
+        **row_ranges(q_key, c_key).pointers(),
+        q_id_ptr=q_rank,
+        c_id_ptr=c_rank,
+        row_ptr=row,
+        column_ptr=column,
+        B=len(q),
+        C=len(c),
+        blocks=grid.blocks,
+        tiles=grid.tiles,
+        D=q.shape[1],
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        KEYS=c_key is not None,
+        IDS=ids,
+        COLUMNS=columns,
+        EVERYTHING=everything,
+        MERGE=grid.blocks > 1,
+        UPCAST=upcasts(q.dtype),
+        **tile.launch,
+        **OPTIONS,
+    )
+    row = _merge_partials(row, tiles, everything)
+    column = _merge_partials(column, tiles, everything)
+    return row, column, target_products(q, c, target, tile)
+
+
+def _merge_partials(partial: Tensor, tiles: Plan, everything: bool) -> Tensor:
+    """Merge partial results (parts, 2 or 6, N) into statistics (5, N) float64."""
+    parts, _, length = partial.shape
+    out = partial.new_empty(5, length, dtype=torch.float64)
+    height, width = tiles.merge
+    merge_kernel[(triton.cdiv(length, width),)](
+        partial_ptr=partial,
+        out_ptr=out,
+        P=parts,
+        N=length,
+        BP=height,
+        BN=width,
+        EVERYTHING=everything,
+        num_warps=4,
+        num_stages=2,
+        **OPTIONS,
+    )
+    return out
 
 
 @triton.jit
@@ -245,39 +339,6 @@ def sweep_kernel(
         if EVERYTHING:
             _store_sums(own_rows + 2 * B, B, x, positive, False)
             _store_sums(own_rows + 4 * B, B, x, every, False)
-
-
-@triton.jit
-def target_kernel(
-    q_ptr,  # (B, D)
-    c_ptr,  # (C, D)
-    target_ptr,  # (B,)
-    out_ptr,  # (B,)
-    B,
-    C,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Write q_i . c_target(i), the diagonal of a tile that is computed like the sweep's tiles.
-
-    grid (B / min(BM, BN),).
-    """
-    R: tl.constexpr = BM if BM < BN else BN
-    start = tl.program_id(0) * R
-    rows = tl.arange(0, BM)
-    columns = tl.arange(0, BN)
-    target = tl.load(target_ptr + start + columns, mask=start + columns < B, other=0)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, (D + BK - 1) // BK):
-        cols = k * BK + tl.arange(0, BK)
-        x = load_block(q_ptr, start, rows, cols, B, D, D % BK == 0)
-        y = load_block(c_ptr, 0, target, cols, C, D, D % BK == 0)
-        acc = dot(x, tl.trans(y), acc, UPCAST)
-    diagonal = tl.sum(tl.where(rows[:, None] == columns[None, :], acc, 0.0), 1)
-    tl.store(out_ptr + start + rows, diagonal, mask=(rows < R) & (start + rows < B))
 
 
 @triton.jit

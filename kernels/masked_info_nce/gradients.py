@@ -12,10 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tiles import launch, upcasts
+from ..tiles import OPTIONS, arch_of, upcasts
 from . import backward as bwd
-from .plans import Plan, chunk, splits
-from .vectors import Ranges
+from .plans import Plan, chunk, plan, splits
+from .vectors import (
+    Ranges,
+    column_ranges,
+    half_gain,
+    id_ranks,
+    id_rule,
+    logit_bound,
+    rounded_coefficients,
+    row_ranges,
+)
 
 SWIZZLE = 16  # number of row blocks that read the same columns while the columns are in L2
 
@@ -71,6 +80,68 @@ class Gradients:
 Result = tuple[Tensor, Tensor, list[Tensor]]
 
 
+def sweep_backward(
+    row: Tensor,
+    column: Tensor | None,
+    q: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    target: Tensor,
+    q_key: Tensor | None,
+    c_key: Tensor | None,
+    q_id: Tensor | None,
+    c_id: Tensor | None,
+    drop: bool,
+    everything: bool,
+    need_dq: bool,
+    need_dc: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq (B, D) and dc (C, D), float32, both divided by scale, and the scale's gradient.
+
+    ``row`` (4, B) and ``column`` (4, C) are coefficients (see load_coefficients in pairs.py). The
+    other inputs are those of ``sweep``. The gradient of the scale, () float64, is the sum of
+    dS_ij q_i . c_j. A gradient that is not needed is not computed and has the shape (0,).
+    """
+    masked = c_key is not None or c_id is not None
+    both = column is not None
+    tiles = plan(q.shape[1], q.dtype, arch_of(q), both, everything, masked or need_scale)
+    q, c = q.contiguous(), c.contiguous()
+    if need_scale:  # the sum of dS S is divided by scale below
+        scale = scale.masked_fill(scale == 0, 1e-20)
+    row = rounded_coefficients(row)
+    column = None if column is None else rounded_coefficients(column)
+    q_rank, c_rank = id_ranks(q_id, c_id)
+    gradients = Gradients(
+        q=q,
+        c=c,
+        bias=bias,
+        scale=scale,
+        bound=logit_bound(q, c, scale),
+        gain=half_gain(row, column, q.dtype),
+        target=target.contiguous(),
+        q_id=q_rank,
+        c_id=c_rank,
+        row=row,
+        column=column,
+        row_ranges=row_ranges(q_key, c_key),
+        column_ranges=column_ranges(q_key, c_key),
+        ids=id_rule(c_id, drop),
+        everything=everything,
+        need_dq=need_dq,
+        need_dc=need_dc,
+        need_scale=need_scale,
+    )
+    compute = owner_gradients if tiles.backward == "owner" else chunked_gradients
+    dq, dc, moments = compute(tiles, gradients)
+    if not need_scale:
+        return dq, dc, row.new_empty(0, dtype=torch.float64)
+    gain = 1.0 if gradients.gain is None else gradients.gain.double()
+    moment = torch.stack([part.sum(dtype=torch.float64) for part in moments]).sum()
+    return dq, dc, moment / (scale.double() * gain)
+
+
 def owner_gradients(tiles: Plan, given: Gradients) -> Result:
     """Compute S once for each side, and keep dS and the sums on chip."""
     dq = dc = given.q.new_empty(0, dtype=torch.float32)
@@ -97,9 +168,7 @@ def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | 
     moment = None
     if given.need_scale and not swap:
         moment = x.new_empty(parts, len(x), dtype=torch.float32)
-    launch(
-        bwd.owner_kernel,
-        (parts, blocks),
+    bwd.owner_kernel[(parts, blocks)](
         x_ptr=x,
         y_ptr=y,
         **given.scalars(),
@@ -119,6 +188,7 @@ def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | 
         SWAP=swap,
         **given.flags(),
         **tile.launch,
+        **OPTIONS,
     )
     return out[0] if parts == 1 else out.sum(0), moment
 
@@ -159,9 +229,7 @@ def _write_ds(
         triton.cdiv(len(cols), width) * (width // tile.BN),
     )
     moment = q.new_empty(grid, dtype=torch.float32) if given.need_scale else None
-    launch(
-        bwd.pairs_kernel,
-        grid,
+    bwd.pairs_kernel[grid](
         q_ptr=q,
         c_ptr=c,
         **given.scalars(),
@@ -186,6 +254,7 @@ def _write_ds(
         GROUP=SWIZZLE,
         **given.flags(),
         **tile.launch,
+        **OPTIONS,
     )
     return moment
 
@@ -214,9 +283,7 @@ def _apply_ds(
     parts = splits(grid[0] * grid[1], triton.cdiv(len(y_span), y_block))
     own = out[x_span.start : x_span.stop]
     into = own if parts == 1 else out.new_empty(parts, *own.shape)
-    launch(
-        bwd.apply_ds_kernel,
-        (*grid, parts),
+    bwd.apply_ds_kernel[(*grid, parts)](
         ds_ptr=ds,
         y_ptr=y,
         gain_ptr=given.gain,
@@ -239,6 +306,7 @@ def _apply_ds(
         FIRST=first or parts > 1,
         UPCAST=upcasts(given.q.dtype),
         **tile.launch,
+        **OPTIONS,
     )
     if parts > 1:
         total = into.sum(0)

@@ -21,13 +21,140 @@ of partial sums, which are added in order.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
-from .dropout import rows_keep
-from .forward import softmax_of
-from .tokens import load_moments, load_normed, load_normed_t
+from ..tiles import (
+    OPTIONS,
+    arch_of,
+    dot,
+    load_rows_t,
+    load_tokens,
+    store_rows_t,
+    token_span,
+    tokens_kept,
+    upcasts,
+)
+from . import gradients
+from .dropout import keep_words, rows_keep
+from .forward import softmax_of, token_arguments
+from .plans import Plan, plan
+from .tokens import load_moments, load_normed
+
+
+def backward(
+    dz: Tensor,
+    dksum: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    z: Tensor,
+    sums: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ksum: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    need_dx: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tiles: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return dx (B, N, D), (0,) if not needed, and dq of q's shape (float32 if q is shared).
+
+    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
+    outputs of the forward.
+    """
+    batch, length, dim = x.shape
+    rows = q.shape[-2]
+    shared = q.dim() == 2
+    norm = mean.numel() > 0
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    partials = min(batch, tiles.partials) if shared else batch
+    dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
+    tokens = token_arguments(x, mask, lengths)
+    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
+    saved = dict(
+        z_ptr=z,
+        sums_ptr=sums,
+        keep_ptr=keep,
+        ksum_ptr=ksum,
+        dksum_ptr=dksum,
+        DROPOUT=keep is not None,
+    )
+    if "onepass" in tiles.backward:
+        onepass_backward_kernel[(partials,)](
+            **tokens,
+            **query,
+            **saved,
+            dx_ptr=dx,
+            dq_ptr=dq,
+            B=batch,
+            NEED_DX=need_dx,
+            **asdict(tiles.backward["onepass"]),
+            **OPTIONS,
+        )
+    else:
+        _launch_three_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
+    return dx, dq.sum(0) if shared else dq
+
+
+def _launch_three_steps(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    query: dict[str, Any],
+    saved: dict[str, Any],
+    dx: Tensor | None,
+    dq: Tensor,
+) -> None:
+    """Compute P and dS, then dx if it is needed, then dq."""
+    x = tokens["x_ptr"]
+    batch, length, dim = x.shape
+    partials, rows = dq.shape[:2]
+    p = x.new_empty(batch, length, rows)
+    ds = x.new_empty(batch, length, rows)
+    tile = tiles.backward["dlogits"]
+    blocks = triton.cdiv(rows, tile.BR)
+    g_x = x.new_empty((batch, blocks, length) if tokens["NORM"] else (0,), dtype=torch.float32)
+    dlogits_kernel[(batch, blocks, triton.cdiv(length, tile.BN))](
+        **tokens,
+        **query,
+        **saved,
+        p_ptr=p,
+        ds_ptr=ds,
+        g_x_ptr=g_x,
+        **asdict(tile),
+        **OPTIONS,
+    )
+    if dx is not None:
+        tile = tiles.backward["dx"]
+        gradients.dx_kernel[(batch, triton.cdiv(length, tile.BN), triton.cdiv(dim, tile.BD))](
+            **tokens,
+            **query,
+            p_ptr=p,
+            ds_ptr=ds,
+            g_x_ptr=g_x,
+            dx_ptr=dx,
+            blocks=blocks,
+            **asdict(tile),
+            **OPTIONS,
+        )
+    tile = tiles.backward["dq"]
+    gradients.dq_kernel[(partials, triton.cdiv(rows, tile.BR), triton.cdiv(dim, tile.BD))](
+        **tokens,
+        ds_ptr=ds,
+        dq_ptr=dq,
+        B=batch,
+        **asdict(tile),
+        **OPTIONS,
+    )
 
 
 @triton.jit
@@ -255,102 +382,3 @@ def dlogits_kernel(
         inside = (n[:, None] < N) & (rows[None, :] < R)
         tl.store(p_ptr + at, p, mask=inside)
         tl.store(ds_ptr + at, ds, mask=inside)
-
-
-@triton.jit
-def dx_kernel(
-    x_ptr,  # (B, N, D)
-    q_ptr,  # (R, D) or (B, R, D)
-    dz_ptr,  # (B, R, D)
-    p_ptr,  # (B, N, R)
-    ds_ptr,  # (B, N, R)
-    mean_ptr,  # (B, N) float32
-    rstd_ptr,  # (B, N) float32
-    g_x_ptr,  # (B, blocks, N) float32
-    words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
-    dx_ptr,  # (B, N, D)
-    N,
-    W,
-    R,
-    blocks,
-    stride_xb,
-    stride_xn,
-    stride_qb,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    MASK: tl.constexpr,
-    NORM: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Compute dX = P^T dZ + dS^T Q' over all rows; 0 for ignored tokens.
-
-    Grid (B, N / BN, D / BD).
-    """
-    b = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BN
-    n = start + tl.arange(0, BN)
-    cols = tl.program_id(2) * BD + tl.arange(0, BD)
-    dx = tl.zeros([BN, BD], tl.float32)
-    lo, hi = token_span(b, span_ptr, N, MASK)
-    if (start < hi) & (start + BN > lo):
-        _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-        for start in range(0, R, BR):
-            rows = start + tl.arange(0, BR)
-            p = load_tokens(p_ptr + b * N * R, n, rows, keep, R, R)
-            ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
-            dx = dot(p, load_tokens(dz_ptr + b * R * D, rows, cols, rows < R, D, D), dx, UPCAST)
-            dx = dot(ds, load_tokens(q_ptr + b * stride_qb, rows, cols, rows < R, D, D), dx, UPCAST)
-        if NORM:
-            g_x = tl.zeros([BN], tl.float32)
-            for block in range(blocks):
-                g_x += tl.load(g_x_ptr + (b * blocks + block) * N + n, mask=keep, other=0.0)
-            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
-            dx = (dx - x.to(tl.float32) * g_x[:, None]) * rstd[:, None]
-    inside = (n[:, None] < N) & (cols[None, :] < D)
-    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
-
-
-@triton.jit
-def dq_kernel(
-    x_ptr,  # (B, N, D)
-    ds_ptr,  # (B, N, R)
-    mean_ptr,  # (B, N) float32
-    rstd_ptr,  # (B, N) float32
-    words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
-    dq_ptr,  # (P, R, D)
-    B,
-    N,
-    W,
-    R,
-    stride_xb,
-    stride_xn,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    MASK: tl.constexpr,
-    NORM: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Compute one chunk of dQ'^T = X^T dS, summed over the samples p, p + P, ...
-
-    Grid (P, R / BR, D / BD).
-    """
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
-    cols = tl.program_id(2) * BD + tl.arange(0, BD)
-    acc = tl.zeros([BD, BR], tl.float32)
-    for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
-        b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-        lo, hi = token_span(b, span_ptr, N, MASK)
-        for start in range(lo // BN * BN, hi, BN):
-            n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-            ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
-            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-            x = load_normed_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
-            acc = dot(x, ds, acc, UPCAST)
-    store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, acc, rows, cols, R, D)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import launch, philox_keep
+from ..tiles import OPTIONS, philox_keep
 
 STREAM = 0
 BLOCK = 32  # number of words that one program writes
@@ -33,9 +33,7 @@ def keep_words(
         return None
     assert seed is not None  # the public function draws a seed if none is given
     words = seed.new_empty(batch, triton.cdiv(length, 64), rows, device=x.device)
-    launch(
-        keep_words_kernel,
-        (triton.cdiv(batch * rows, BLOCK), words.shape[1]),
+    keep_words_kernel[(triton.cdiv(batch * rows, BLOCK), words.shape[1])](
         seed_ptr=seed,
         words_ptr=words,
         total=batch * rows,
@@ -45,6 +43,7 @@ def keep_words(
         BR=BLOCK,
         num_warps=4,
         num_stages=1,
+        **OPTIONS,
     )
     return words
 

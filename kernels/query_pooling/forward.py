@@ -20,12 +20,150 @@ if one token has all the weight, Z equals that token exactly, and backward relie
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import LOG2E, dot, load_rows_t, load_tokens, store_rows_t, token_span, tokens_kept
-from .dropout import rows_keep
+from ..tiles import (
+    LOG2E,
+    OPTIONS,
+    arch_of,
+    dot,
+    load_rows_t,
+    load_tokens,
+    pack_padding,
+    store_rows_t,
+    token_span,
+    tokens_kept,
+    upcasts,
+)
+from .dropout import keep_words, rows_keep
+from .plans import Plan, plan
 from .tokens import load_moments, load_normed, load_normed_t
+
+
+def forward(
+    x: Tensor,
+    q: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tiles: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pool x (B, N, D), whose last stride is 1, with contiguous queries q (R, D) or (B, R, D).
+
+    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N), and ksum (B, R). Mean and rstd are
+    (0,) without a norm, ksum is (0,) without dropout.
+    """
+    batch, length, dim = x.shape
+    rows = q.shape[-2]
+    norm = eps is not None
+    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
+    z = x.new_empty(batch, rows, dim)
+    sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
+    per_token = (batch, length) if norm else (0,)
+    mean = x.new_empty(per_token, dtype=torch.float32)
+    rstd = x.new_empty(per_token, dtype=torch.float32)
+    ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
+    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    tokens = token_arguments(x, mask, lengths)
+    if eps is not None:
+        _launch_moments(tiles, tokens, mean, rstd, eps)
+    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
+    query = dict(q_ptr=q, stride_qb=q.stride(0) if q.dim() == 3 else 0)
+    out = dict(z_ptr=z, keep_ptr=keep, ksum_ptr=ksum, DROPOUT=keep is not None)
+    if "onepass" in tiles.forward:
+        tile = tiles.forward["onepass"]
+        onepass_forward_kernel[(batch, triton.cdiv(rows, tile.BR))](
+            **tokens,
+            **query,
+            **out,
+            sums_ptr=sums,
+            **asdict(tile),
+            **OPTIONS,
+        )
+    else:
+        _launch_two_reads(tiles, tokens, query, out, sums)
+    return z, sums, mean, rstd, ksum
+
+
+def token_arguments(
+    x: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+) -> dict[str, Any]:
+    """Return the kernel arguments that describe the tokens."""
+    words, span, width, kind = pack_padding(mask, lengths)
+    return dict(
+        x_ptr=x,
+        words_ptr=words,
+        span_ptr=span,
+        N=x.shape[1],
+        W=width,
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        D=x.shape[2],
+        MASK=kind,
+    )
+
+
+def _launch_moments(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+) -> None:
+    batch, length = mean.shape
+    tile = tiles.forward["moments"]
+    moments_kernel[(batch, triton.cdiv(length, tile.BN))](
+        **tokens,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        eps=eps,
+        BN=tile.BN,
+        BD=tile.BD,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **OPTIONS,
+    )
+
+
+def _launch_two_reads(
+    tiles: Plan,
+    tokens: dict[str, Any],
+    query: dict[str, Any],
+    out: dict[str, Any],
+    sums: Tensor,
+) -> None:
+    """Compute the logits, then z."""
+    x = tokens["x_ptr"]
+    batch, rows = sums.shape[:2]
+    logits = x.new_empty(batch, x.shape[1], rows, dtype=torch.float32)
+    tile = tiles.forward["logits"]
+    logits_kernel[(batch, triton.cdiv(rows, tile.BR))](
+        **tokens,
+        **query,
+        s_ptr=logits,
+        sums_ptr=sums,
+        **asdict(tile),
+        **OPTIONS,
+    )
+    tile = tiles.forward["pool"]
+    pool_kernel[(batch, triton.cdiv(rows, tile.BR), triton.cdiv(x.shape[2], tile.BD))](
+        **tokens,
+        **out,
+        s_ptr=logits,
+        sums_ptr=sums,
+        **asdict(tile),
+        **OPTIONS,
+    )
 
 
 @triton.jit

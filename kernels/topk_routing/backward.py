@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dense, launch
+from ..tiles import OPTIONS, arch_of, dense
 from .plans import plan, width
 from .scores import (
     as_bytes,
@@ -51,9 +51,7 @@ def backward(
     tokens, experts = logits.shape
     rows = plan(experts, logits.dtype, arch_of(logits), False).rows
     d_logits = logits.new_empty(logits.shape)
-    launch(
-        logits_kernel,
-        (triton.cdiv(tokens, rows.BR),),
+    logits_kernel[(triton.cdiv(tokens, rows.BR),)](
         d_weights_ptr=dense(d_weights),
         d_balance_ptr=d_balance,
         d_z_ptr=d_z,
@@ -80,6 +78,7 @@ def backward(
         BE=width(experts),
         **asdict(rows),
         num_stages=1,
+        **OPTIONS,
     )
     return d_logits
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dense, dot, launch, load_tokens, upcasts
+from ..tiles import OPTIONS, arch_of, dense, dot, load_tokens, upcasts
 from .choice import by_expert, choice_key, choose_experts, store_statistics
 from .order import Statistics, sort
 from .plans import parts_of, plan, width
@@ -102,9 +102,7 @@ def forward(
         "BS": triton.next_power_of_2(k),
     }
     if from_input:
-        launch(
-            route_x_kernel,
-            (programs,),
+        route_x_kernel[(programs,)](
             **common,
             x_ptr=source,
             w_ptr=router_weight.contiguous(),
@@ -114,17 +112,17 @@ def forward(
             PARTS=parts_of(source.dtype) if exact else 1,
             UPCAST=upcasts(source.dtype),
             **asdict(tiles.route),
+            **OPTIONS,
         )
     else:
-        launch(
-            route_kernel,
-            (programs,),
+        route_kernel[(programs,)](
             **common,
             stride_n=source.stride(0),
             stride_e=source.stride(1),
             num_warps=tiles.rows.num_warps,
             num_stages=1,
             maxnreg=tiles.rows.maxnreg,
+            **OPTIONS,
         )
     statistics = Statistics(
         available=available,

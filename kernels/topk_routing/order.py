@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, launch, tile_block, tile_entries, tile_rows
+from ..tiles import OPTIONS, arch_of, tile_block, tile_entries, tile_rows
 from .plans import plan, width
 from .scores import as_bytes, load_choice, tokens_kept
 
@@ -45,9 +45,7 @@ def order(
     rows = plan(num_experts, torch.float32, arch_of(indices), False).rows
     blocks = triton.cdiv(tokens, rows.BR)
     partial = indices.new_empty(blocks, num_experts + 1, dtype=torch.int32)
-    launch(
-        count_kernel,
-        (blocks,),
+    count_kernel[(blocks,)](
         indices_ptr=indices,
         mask_ptr=mask,
         ints_ptr=partial,
@@ -57,6 +55,7 @@ def order(
         BE=width(num_experts),
         **asdict(rows),
         num_stages=1,
+        **OPTIONS,
     )
     return sort(indices, mask, num_experts, 1, "none", rows.BR, partial)
 
@@ -87,9 +86,7 @@ def sort(
     prefix, totals = empty(blocks, experts + 1), empty(columns)
     sums = None if partial_floats is None else empty(floats, dtype=torch.float64)
     int_blocks = triton.cdiv(columns, SCAN_COLUMNS)
-    launch(
-        scan_kernel,
-        (int_blocks + triton.cdiv(floats, SCAN_COLUMNS),),
+    scan_kernel[(int_blocks + triton.cdiv(floats, SCAN_COLUMNS),)](
         ints_ptr=ints,
         floats_ptr=partial_floats,
         prefix_ptr=prefix,
@@ -104,13 +101,12 @@ def sort(
         BC=SCAN_COLUMNS,
         num_warps=4,
         num_stages=3,
+        **OPTIONS,
     )
     sorted_rows, position = empty(rows), empty(rows)
     offsets, tiles = empty(experts + 1), empty(rows // 16 + experts, 2)
     tile_blocks = triton.cdiv(len(tiles), tile_block(experts))
-    launch(
-        finish_kernel,
-        (blocks + tile_blocks + 1,),
+    finish_kernel[(blocks + tile_blocks + 1,)](
         indices_ptr=indices,
         mask_ptr=mask,
         available_ptr=available,
@@ -139,6 +135,7 @@ def sort(
         num_warps=8 if experts > 256 else 4,
         num_stages=1,
         maxnreg=128,
+        **OPTIONS,
     )
     return sorted_rows, position, offsets, tiles
 

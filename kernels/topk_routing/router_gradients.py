@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import arch_of, dot, launch, load_tokens, store_rows_t, upcasts
+from ..tiles import OPTIONS, arch_of, dot, load_tokens, store_rows_t, upcasts
 from .plans import Plan, parts_of, plan
 from .scores import as_bytes, tokens_kept
 
@@ -53,9 +53,7 @@ def _input_gradient(
     blocks, chunks = triton.cdiv(tokens, tile.BN), triton.cdiv(dim, tile.BD)
     parts = min(chunks, triton.cdiv(tiles.programs, max(blocks, 1)))
     span = triton.cdiv(chunks, parts)
-    launch(
-        dx_kernel,
-        (blocks, triton.cdiv(chunks, span)),
+    dx_kernel[(blocks, triton.cdiv(chunks, span))](
         g_ptr=d_logits,
         w_ptr=router_weight.contiguous(),
         mask_ptr=mask,
@@ -70,6 +68,7 @@ def _input_gradient(
         SCALE=x.dtype == torch.float16,
         UPCAST=upcasts(x.dtype),
         **asdict(tile),
+        **OPTIONS,
     )
     return dx
 
@@ -89,9 +88,7 @@ def _weight_gradient(
     parts = max(1, triton.cdiv(tokens, max(span, 1)))
     dw = x.new_empty(parts, experts, dim, dtype=torch.float32)
     g_parts = 1 if x.dtype == torch.float32 else 2
-    launch(
-        dw_kernel,
-        (chunks, parts, triton.cdiv(experts, tiles.experts)),
+    dw_kernel[(chunks, parts, triton.cdiv(experts, tiles.experts))](
         g_ptr=d_logits,
         x_ptr=x,
         mask_ptr=mask,
@@ -106,6 +103,7 @@ def _weight_gradient(
         SCALE=x.dtype == torch.float16,
         UPCAST=upcasts(x.dtype),
         **asdict(tile),
+        **OPTIONS,
     )
     return (dw[0] if parts == 1 else dw.sum(0)).to(router_weight.dtype)
 

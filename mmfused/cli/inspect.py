@@ -1,10 +1,9 @@
 """``mmfused inspect``: compile the launches of every kernel without a GPU and check the result.
 
-The launchers run on meta tensors. Meanwhile :mod:`mmfused.kernels.tiles` reports the requested
-architecture, and records each launch instead of starting it. The compiled launches are therefore
-those that would run on that GPU. The command exits with 1 if a kernel spills registers, needs more
-shared memory than the GPU has, has a race (:mod:`.races`), or lacks a matrix instruction that it
-should have.
+The launchers run on meta tensors, and :mod:`mmfused.kernels.recording` records their launches. The
+compiled launches are therefore those that would run on that GPU. The command exits with 1 if a
+kernel spills registers, needs more shared memory than the GPU has, has a race (:mod:`.races`), or
+lacks a matrix instruction that it should have.
 
 Results are cached by kernel source, arguments, options and Triton version, so only changed launches
 are compiled again. ``MMFUSED_INSPECT_CACHE`` sets the folder of this cache (default
@@ -28,12 +27,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..library import INTERPRETED
 from ..ops import OPS
 from ..supported import ARCHS
 from . import races
+
+if TYPE_CHECKING:
+    from mmfused.kernels.recording import Launch
 
 HELP = (
     "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, "
@@ -213,11 +215,9 @@ def _fingerprint(module: str, kernel: str) -> str:
     """Return a hash of the kernel's source, Triton's version, and the source of the checks."""
     import triton
 
-    from mmfused.kernels import tiles
-
     checks = [inspect.getsource(part) for part in (compile_job, _resources, races)]
     source = getattr(importlib.import_module(module), kernel).cache_key
-    parts = (triton.__version__, source, checks, tiles.OPTIONS, MATRIX_INSTRUCTIONS)
+    parts = (triton.__version__, source, checks, MATRIX_INSTRUCTIONS)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -244,45 +244,32 @@ def recorded_launches(
         only_op: yield launches of this op only.
         only_cases: yield launches of these cases only.
     """
-    from mmfused.kernels import tiles
+    from mmfused.kernels.recording import launches_for
 
-    recorded: list[tuple] = []
-    tiles.launch_recorder = lambda *launch: recorded.append(launch)
-    tiles.pretended_arch = int(arch.removeprefix("sm_"))
-    try:
-        for op in OPS:
-            for name, case in cases_of(op).CASES.items():
-                if only_op not in (None, op) or (only_cases and name not in only_cases):
-                    continue
-                recorded.clear()
+    for op in OPS:
+        for name, case in cases_of(op).CASES.items():
+            if only_op not in (None, op) or (only_cases and name not in only_cases):
+                continue
+            with launches_for(int(arch.removeprefix("sm_"))) as launches:
                 cases_of(op).launch(case)
-                # A dict, because a launcher may repeat the same launch for several chunks.
-                jobs = {}
-                for launch in recorded:
-                    job = _job(op, name, arch, *launch)
-                    jobs[repr(job)] = job
-                yield from jobs.values()
-    finally:
-        tiles.launch_recorder = tiles.pretended_arch = None
+            # A dict, because a launcher may repeat the same launch for several chunks.
+            jobs = {}
+            for launch in launches:
+                job = _job(op, name, arch, launch)
+                jobs[repr(job)] = job
+            yield from jobs.values()
 
 
-def _job(
-    op: str,
-    case: str,
-    arch: str,
-    kernel: Any,
-    args: tuple,
-    constexprs: dict[str, Any],
-    options: dict[str, Any],
-) -> Job:
+def _job(op: str, case: str, arch: str, launch: Launch) -> Job:
     """Return the job of a launch, with the types that Triton's launcher gives to its arguments.
 
     Arguments that are 1 or None become constants, and multiples of 16 are marked as divisible.
     """
+    kernel = launch.kernel
     signature: dict[str, str] = {}
-    constants = dict(constexprs)
+    constants = dict(launch.constexprs)
     divisible: list[str] = []
-    for name, value in zip(kernel.arg_names, args, strict=False):
+    for name, value in launch.args.items():
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             signature[name] = "constexpr"
@@ -294,7 +281,7 @@ def _job(
         else:
             signature[name] = "*" + _DTYPES[str(value.dtype).removeprefix("torch.")]
             divisible.append(name)
-    signature |= {name: "constexpr" for name in constexprs}
+    signature |= {name: "constexpr" for name in launch.constexprs}
     return Job(
         op=op,
         case=case,
@@ -304,7 +291,7 @@ def _job(
         signature={name: signature[name] for name in kernel.arg_names},
         constexprs=constants,
         divisible=divisible,
-        options=options,
+        options=launch.options,
     )
 
 
@@ -313,8 +300,6 @@ def compile_job(job: Job) -> Measured:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from mmfused.kernels import tiles
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
@@ -325,7 +310,7 @@ def compile_job(job: Job) -> Measured:
         attrs={index[name]: [["tt.divisibility", 16]] for name in job.divisible},
     )
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=job.options | tiles.OPTIONS)
+    compiled = triton.compile(source, target=target, options=job.options)
     registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"], job)
     counts = {name: compiled.asm["ptx"].count(text) for name, text in MATRIX_INSTRUCTIONS.items()}
     found = races.pipelined_register_reads(compiled.asm["ttgir"])

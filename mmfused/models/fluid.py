@@ -359,6 +359,7 @@ class FLUID(nn.Module):
             return output
         losses = self._losses(output, labels, moe_loss, image_present, text_present)
         loss = sum(w * value for w, value in zip(c.loss_weights, losses.values(), strict=True))
+        assert isinstance(loss, Tensor)
         # In torch 2.11 a compiled function cannot return the result of output._replace.
         parts = (routing, gate, image_embedding, text_embedding)
         return FLUIDOutput(logits, loss, losses, *parts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...children import Called
-from ...library import distinct, once_differentiable, register
+from ...library import distinct, launching, once_differentiable, operator
 from .reference import CrossAttentionOptions, CrossAttentionWeights, Side, indicator_of
 
 FIELDS = len(CrossAttentionWeights._fields)
@@ -74,7 +74,7 @@ class CrossAttention(torch.autograd.Function):
         ctx.directions = directions
         lists = _split(flat, directions)
         seed = flat[-1]
-        results = torch.ops.mmfused.gated_cross_attention_fwd(*lists, *options, seed)
+        results = gated_cross_attention_fwd(*lists, *options, seed)
         ctx.save_for_backward(*flat, *results[directions:])
         ctx.inputs = len(flat)
         return tuple(results[:directions])
@@ -86,7 +86,7 @@ class CrossAttention(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once: a checkpoint allows no more
         flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
         lists, seed = _split(flat, ctx.directions), flat[-1]
-        gradients = torch.ops.mmfused.gated_cross_attention_bwd(
+        gradients = gated_cross_attention_bwd(
             [d.contiguous() for d in d_outs], *lists, list(saved), *ctx.options, seed
         )
         tokens, rest = gradients[:2], gradients[2:]
@@ -102,7 +102,7 @@ def _split(flat, directions):
     return [list(flat[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
 
 
-# ---- registration --------------------------------------------------------------------------------
+# ---- operators -----------------------------------------------------------------------------------
 
 # Schemas have no optional tensors in lists: an empty tensor stands for None. Of two directions, the
 # first side's queries belong to the first. `weights` holds FIELDS tensors of each direction.
@@ -206,29 +206,23 @@ def _backward_flops(
     return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
 
 
-def _launch_forward(*args: Any) -> list[Tensor]:
-    from ...kernels import gated_cross_attention as kernels
+@operator(f"({_LISTS}, {_OPTIONS}) -> Tensor[]", _fake_forward, _forward_flops)
+def gated_cross_attention_fwd(*args: Any) -> list[Tensor]:
+    """Launch the kernels of the forward pass."""
+    from ...kernels.gated_cross_attention.forward import forward
 
-    return kernels.forward(*args)
-
-
-def _launch_backward(*args: Any) -> list[Tensor]:
-    from ...kernels import gated_cross_attention as kernels
-
-    return kernels.backward(*args)
+    with launching(args):
+        return forward(*args)
 
 
-register(
-    "gated_cross_attention_fwd",
-    f"({_LISTS}, {_OPTIONS}) -> Tensor[]",
-    _launch_forward,
-    _fake_forward,
-    _forward_flops,
-)
-register(
-    "gated_cross_attention_bwd",
+@operator(
     f"(Tensor[] d_outs, {_LISTS}, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
-    _launch_backward,
     _fake_backward,
     _backward_flops,
 )
+def gated_cross_attention_bwd(*args: Any) -> list[Tensor]:
+    """Launch the kernels of the backward pass."""
+    from ...kernels.gated_cross_attention.backward import backward
+
+    with launching(args):
+        return backward(*args)

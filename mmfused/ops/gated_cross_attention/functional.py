@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -93,13 +93,19 @@ def gated_cross_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    (out,) = _attend(
+    call = _checked(
         "gated_cross_attention",
         ("x", "context"),
         (SideInput(x, norm_x), SideInput(context, norm_context, *masks)),
         [weights],
         options,
     )
+    with no_autocast(x.device.type):
+        if call.backend == "fused":
+            outs = CrossAttention.apply(*kernel_arguments(*call.problem))
+        else:
+            outs = _attend_in_pytorch(call)
+    (out,) = _nan_for_wrong_lengths(outs, call)
     return out
 
 
@@ -145,7 +151,7 @@ def bidirectional_gated_cross_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    out_a, out_b = _attend(
+    call = _checked(
         "bidirectional_gated_cross_attention",
         ("a", "b"),
         (
@@ -155,19 +161,42 @@ def bidirectional_gated_cross_attention(
         [to_a, to_b],
         options,
     )
+    with no_autocast(a.device.type):
+        if call.backend == "fused":
+            outs = CrossAttention.apply(*kernel_arguments(*call.problem))
+        else:
+            outs = _attend_in_pytorch(call)
+    out_a, out_b = _nan_for_wrong_lengths(outs, call)
     return out_a, out_b
 
 
-def _attend(
+class _Problem(NamedTuple):
+    """What to compute: one direction, or both."""
+
+    sides: list[Side]
+    directions: list[CrossAttentionWeights]
+    options: CrossAttentionOptions
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a call, and the backend that computes it."""
+
+    problem: _Problem
+    backend: Literal["reference", "composed", "fused"]
+    uncast: list[Tensor]  # the tokens of both sides, as given
+    lengths: list[Tensor | None]
+
+
+def _checked(
     op: str,
     names: tuple[str, str],
     inputs: tuple[SideInput, SideInput],
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
-) -> list[Tensor]:
-    """Cast, check, pick a backend and compute each direction."""
+) -> _Call:
+    """Cast, check and pick a backend."""
     uncast = [side.tokens for side in inputs]
-    # Before the checks, which want one dtype: under autocast any is fine.
+    # Before the checks, because under autocast the arguments may have several dtypes.
     given = [_autocast(side) for side in inputs]
     directions = [_autocast_parts(w) for w in directions]
     check(op, names, given, directions, options)
@@ -175,36 +204,37 @@ def _attend(
     sides = [side_of(side) for side in given]
     if options.dropout_p and options.dropout_seed is None:
         options = replace(options, dropout_seed=draw_seed(device))
-    with no_autocast(device.type):
-        directions = [_in_dtype(w, dtype) for w in directions]
-        norms = [side.norm for side in sides]
-        parts = (*norms, *(part for w in directions for part in w))
-        backend = choose(op, device, dtype, no_weights(parts))
-        if backend == "fused":
-            outs = list(CrossAttention.apply(*kernel_arguments(sides, directions, options)))
-        else:
-            if options.pre_norm:
-                sides = _call_norms(sides, uncast, len(directions), options)
-            must_call = any(isinstance(part, Called) for part in parts)
-            outs = _attend_in_pytorch(backend, sides, directions, options, must_call)
-    for side in given:
-        if side.lengths is not None:
-            length = side.tokens.shape[1]
-            outs = [nan_unless(side.lengths, length, out) for out in outs]
+    problem = _Problem(sides, [_in_dtype(w, dtype) for w in directions], options)
+    backend = choose(op, device, dtype, no_weights(_parts(problem)))
+    return _Call(problem, backend, uncast, [side.lengths for side in given])
+
+
+def _parts(problem: _Problem) -> list[Any]:
+    """Return all norms and weights."""
+    return [
+        *(side.norm for side in problem.sides),
+        *(part for w in problem.directions for part in w),
+    ]
+
+
+def _nan_for_wrong_lengths(outs: Iterable[Tensor], call: _Call) -> list[Tensor]:
+    """Return the outputs, with NaN for the samples whose lengths are out of range."""
+    outs = list(outs)
+    for side, lengths in zip(call.problem.sides, call.lengths, strict=True):
+        if lengths is not None:
+            outs = [nan_unless(lengths, side.tokens.shape[1], out) for out in outs]
     return outs
 
 
-def _attend_in_pytorch(
-    backend: Literal["reference", "composed"],
-    sides: list[Side],
-    directions: list[CrossAttentionWeights],
-    options: CrossAttentionOptions,
-    must_call: bool,
-) -> list[Tensor]:
+def _attend_in_pytorch(call: _Call) -> list[Tensor]:
     """Compute each direction; children that must be called get the whole batch."""
-    if backend == "reference":
+    sides, directions, options = call.problem
+    if options.pre_norm:
+        sides = _call_norms(sides, call.uncast, len(directions), options)
+    if call.backend == "reference":
         return _each(attend_reference, sides, directions, options)
     attend = functools.partial(attend_composed, normed=shared_norms(options))
+    must_call = any(isinstance(part, Called) for part in _parts(call.problem))
     keep = None if must_call else samples_to_compute(sides, options)
     if keep is None:
         return _each(attend, sides, directions, options)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...library import once_differentiable, register
+from ...library import launching, once_differentiable, operator
 from .checks import Activation
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -168,63 +168,61 @@ def _mlp_backward_flops(*args: Any, out_shape: object) -> int:
     return up * (call.need_dx + call.need_dw) + down * (1 + call.need_dw)
 
 
-def _launch_linear_forward(*args: Any) -> Tensor:
-    from ...kernels import grouped_mlp as kernels
-
-    return kernels.linear_forward(*args)
-
-
-def _launch_linear_backward(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import grouped_mlp as kernels
-
-    return kernels.linear_backward(*args)
-
-
-def _launch_mlp_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from ...kernels import grouped_mlp as kernels
-
-    return kernels.mlp_forward(*args)
-
-
-def _launch_mlp_backward(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import grouped_mlp as kernels
-
-    return kernels.mlp_backward(*args)
-
-
-register(
-    "grouped_linear_fwd",
+@operator(
     f"({_LINEAR}) -> Tensor out",
-    _launch_linear_forward,
     _linear_shape,
     _linear_flops,
 )
-register(
-    "grouped_linear_bwd",
+def grouped_linear_fwd(*args: Any) -> Tensor:
+    """Launch the kernel of a linear layer, and the combination of rows if wanted."""
+    from ...kernels.grouped_mlp.forward import linear_forward
+
+    with launching(args):
+        return linear_forward(*args)
+
+
+@operator(
     f"(Tensor d_out, {_LINEAR}, bool need_dx, bool need_dw, bool need_db)"
     " -> (Tensor dx, Tensor dw, Tensor db, Tensor d_combine)",
-    _launch_linear_backward,
     _linear_backward_shapes,
     _linear_backward_flops,
 )
-register(
-    "grouped_mlp_fwd",
+def grouped_linear_bwd(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels of a linear layer's backward pass."""
+    from ...kernels.grouped_mlp.backward import linear_backward
+
+    with launching(args):
+        return linear_backward(*args)
+
+
+@operator(
     "(Tensor x, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_up, Tensor? b_down,"
     f" {_ROUTING}, str activation, bool packed) -> (Tensor out, Tensor hidden)",
-    _launch_mlp_forward,
     _mlp_shapes,
     _mlp_flops,
 )
-register(
-    "grouped_mlp_bwd",
+def grouped_mlp_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels of the experts' forward pass."""
+    from ...kernels.grouped_mlp.forward import mlp_forward
+
+    with launching(args):
+        return mlp_forward(*args)
+
+
+@operator(
     "(Tensor d_out, Tensor x, Tensor hidden, Tensor w_up, Tensor? w_gate, Tensor w_down,"
     f" Tensor? b_down, {_ROUTING}, str activation, bool packed, bool need_dx, bool need_dw,"
     " bool need_db_up) -> (Tensor dx, Tensor dw_up, Tensor dw_gate, Tensor dw_down,"
     " Tensor db_up, Tensor db_down, Tensor d_combine)",
-    _launch_mlp_backward,
     _mlp_backward_shapes,
     _mlp_backward_flops,
 )
+def grouped_mlp_bwd(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels of the experts' backward pass."""
+    from ...kernels.grouped_mlp.backward import mlp_backward
+
+    with launching(args):
+        return mlp_backward(*args)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -251,14 +249,14 @@ class LinearFused(torch.autograd.Function):
         ctx.k, ctx.gather = k, gather
         tensors = (x, weight, bias, combine_weights, order, position, offsets, tiles)
         ctx.save_for_backward(*tensors)
-        return torch.ops.mmfused.grouped_linear_fwd(*tensors, k, gather)
+        return grouped_linear_fwd(*tensors, k, gather)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """Launch the backward operator for the gradients that are needed."""
         needs = ctx.needs_input_grad[:4]
-        gradients = torch.ops.mmfused.grouped_linear_bwd(
+        gradients = grouped_linear_bwd(
             d_out.contiguous(), *ctx.saved_tensors, ctx.k, ctx.gather, *needs[:3]
         )
         return *_needed(gradients, needs), *[None] * 6
@@ -290,9 +288,7 @@ class MLPFused(torch.autograd.Function):
         """Launch the forward operator."""
         weights = (w_up, w_gate, w_down)
         routing = (combine_weights, order, position, offsets, tiles)
-        out, hidden = torch.ops.mmfused.grouped_mlp_fwd(
-            x, *weights, b_up, b_down, *routing, activation, packed
-        )
+        out, hidden = grouped_mlp_fwd(x, *weights, b_up, b_down, *routing, activation, packed)
         ctx.activation, ctx.packed = activation, packed
         ctx.save_for_backward(x, hidden, *weights, b_down, *routing)
         return out
@@ -313,9 +309,7 @@ class MLPFused(torch.autograd.Function):
             need_dw=need_dw_up or need_dw_gate or need_dw_down or need_db_down,
             need_db_up=need_db_up,
         )
-        dx, dw_up, dw_gate, dw_down, db_up, db_down, d_combine = torch.ops.mmfused.grouped_mlp_bwd(
-            *call
-        )
+        dx, dw_up, dw_gate, dw_down, db_up, db_down, d_combine = grouped_mlp_bwd(*call)
         gradients = (dx, dw_up, dw_gate, dw_down, db_up, db_down, d_combine)
         return *_needed(gradients, needs), *[None] * 6
 

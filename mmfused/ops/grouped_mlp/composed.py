@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import once_differentiable, register_composed
+from ...library import once_differentiable, operator
 from ..topk_routing import Routing
 from .checks import Activation, Parameters
 from .reference import activated
@@ -36,7 +36,7 @@ def linear_composed(
 ) -> Tensor:
     """Compute grouped_linear."""
     rows = _gathered(x, routing) if gather else x
-    out = torch.ops.mmfused.segment_linear(rows, weight, bias, routing.offsets)
+    out = segment_linear(rows, weight, bias, routing.offsets)
     return _combined(out, routing) if combines else out
 
 
@@ -47,7 +47,7 @@ def mlp_composed(
     activation: Activation,
 ) -> Tensor:
     """Compute grouped_mlp."""
-    segment_linear, offsets = torch.ops.mmfused.segment_linear, routing.offsets
+    offsets = routing.offsets
     w_up, w_gate, w_down, b_up, b_down = parameters
     rows = _gathered(x, routing)
     packed = parameters.packed(activation)
@@ -64,6 +64,48 @@ def mlp_composed(
 # ---- products over segments ----------------------------------------------------------------------
 
 
+def _segment_shape(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _segment_backward_shapes(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dw = weight.new_empty(weight.shape if need_dw else (0,))
+    return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
+
+
+def _segment_flops(x: Any, weight: Any, *rest: Any, out_shape: object) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+def _segment_backward_flops(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    offsets: Any,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+    *,
+    out_shape: object,
+) -> int:
+    return _segment_flops(x, weight, out_shape=None) * (need_dx + need_dw)
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    _segment_shape,
+    _segment_flops,
+    devices="all",
+)
 def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Multiply sorted rows x (R, I) by the weights (E, O, I) of their experts: (R, O).
 
@@ -88,7 +130,14 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
     return out
 
 
-def segment_linear_backward(
+@operator(
+    "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, bool need_dx, bool need_dw, bool need_db)"
+    " -> (Tensor dx, Tensor dw, Tensor db)",
+    _segment_backward_shapes,
+    _segment_backward_flops,
+    devices="all",
+)
+def segment_linear_bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -189,59 +238,6 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _segment_shape(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-def _segment_backward_shapes(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    dw = weight.new_empty(weight.shape if need_dw else (0,))
-    return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
-
-
-def _segment_flops(x: Any, weight: Any, *rest: Any, out_shape: object) -> int:
-    return 2 * x[0] * weight[1] * weight[2]
-
-
-def _segment_backward_flops(
-    dy: Any,
-    x: Any,
-    weight: Any,
-    offsets: Any,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    *,
-    out_shape: object,
-) -> int:
-    return _segment_flops(x, weight, out_shape=None) * (need_dx + need_dw)
-
-
-register_composed(
-    "segment_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
-    segment_linear,
-    _segment_shape,
-    _segment_flops,
-)
-register_composed(
-    "segment_linear_bwd",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, bool need_dx, bool need_dw, bool need_db)"
-    " -> (Tensor dx, Tensor dw, Tensor db)",
-    segment_linear_backward,
-    _segment_backward_shapes,
-    _segment_backward_flops,
-)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, offsets = inputs
     ctx.save_for_backward(x, weight, offsets)
@@ -251,7 +247,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.mmfused.segment_linear_bwd(dy, x, weight, offsets, *needs)
+    gradients = segment_linear_bwd(dy, x, weight, offsets, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
 
 

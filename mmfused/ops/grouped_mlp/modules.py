@@ -20,6 +20,7 @@ from ..topk_routing import (
     topk_routing_from_input,
     update_selection_bias,
 )
+from ..topk_routing.arguments import RoutingArguments
 from .checks import Activation, check_activation
 from .functional import grouped_mlp
 
@@ -162,7 +163,13 @@ class TopKMoE(nn.Module):
         tokens = x.reshape(-1, self.dim)
         mask = None if token_padding_mask is None else token_padding_mask.reshape(-1)
         segments = None if segments is None else segments.reshape(-1)
-        routing = self._routed(tokens, mask, segments, indices)
+        options = self._routing_options(mask, segments, indices)
+        weight, bias = read(self.router, "TopKMoE.router", self.num_experts, x.device.type)
+        if isinstance(weight, Called):  # a router with an adapter or hooks
+            valid = tokens if mask is None else tokens.masked_fill(mask[:, None], 0.0)  # not NaN
+            routing = topk_routing(weight(valid), self.top_k, **options)
+        else:
+            routing = topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
         out = grouped_mlp(
             tokens,
             routing,
@@ -175,31 +182,24 @@ class TopKMoE(nn.Module):
         )
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out, routing
 
-    def _routed(
+    def _routing_options(
         self,
-        tokens: Tensor,
         mask: Tensor | None,
         segments: Tensor | None,
         indices: Tensor | None,
-    ) -> Routing:
-        """Route tokens (T, dim); a router with an adapter or hooks is called."""
-        options = self.routing
-        if not self.training:
-            options = {**options, "jitter": 0.0}
-        options = {
-            **options,
+    ) -> RoutingArguments:
+        """Return the keyword arguments of :func:`topk_routing`."""
+        options: RoutingArguments = {
+            **self.routing,
             "selection_bias": self.selection_bias,
             "available": self.available,
             "token_padding_mask": mask,
             "segments": segments,
             "indices": indices,
         }
-        weight, bias = read(self.router, "TopKMoE.router", self.num_experts, tokens.device.type)
-        if not isinstance(weight, Called):
-            return topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
-        if mask is not None:  # masked tokens may hold NaN
-            tokens = tokens.masked_fill(mask[:, None], 0.0)
-        return topk_routing(weight(tokens), self.top_k, **options)
+        if not self.training:
+            options["jitter"] = 0.0
+        return options
 
     def update_selection_bias(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributed import Ranks
-from ...library import no_autocast, once_differentiable, register, register_composed
+from ...library import launching, no_autocast, once_differentiable, operator
 from .arguments import Options
 from .composed import SweepInputs, sweep_blocks, sweep_blocks_backward
 from .terms import gradient_coefficients, target_term
@@ -79,56 +79,46 @@ def _products_flops(shapes: Any) -> int:
     return 2 * shapes.q[0] * shapes.c[0] * shapes.q[1]
 
 
-def _launch_sweep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ...kernels import masked_info_nce as kernels
+@operator(f"({_FORWARD}) -> {_FORWARD_OUT}", _sweep_shapes, _sweep_flops)
+def info_nce_sweep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernels of the forward sweep."""
+    from ...kernels.masked_info_nce.forward import sweep
 
-    return kernels.sweep(*args)
-
-
-def _launch_sweep_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ...kernels import masked_info_nce as kernels
-
-    return kernels.sweep_backward(*args)
+    with launching(args):
+        return sweep(*args)
 
 
-def _composed_sweep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@operator(f"({_BACKWARD}) -> {_BACKWARD_OUT}", _sweep_backward_shapes, _sweep_backward_flops)
+def info_nce_sweep_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernels of the backward sweep."""
+    from ...kernels.masked_info_nce.gradients import sweep_backward
+
+    with launching(args):
+        return sweep_backward(*args)
+
+
+@operator(
+    f"({_FORWARD}, float? margin) -> {_FORWARD_OUT}",
+    _sweep_shapes,
+    _sweep_flops,
+    devices="all",
+)
+def info_nce_sweep_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Sweep in plain PyTorch, block by block."""
     inputs, rest = _forward_arguments(args)
     return sweep_blocks(inputs, *rest)
 
 
-def _composed_sweep_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@operator(
+    f"({_BACKWARD}, Tensor dots, float? margin) -> {_BACKWARD_OUT}",
+    _sweep_backward_shapes,
+    _sweep_backward_flops,
+    devices="all",
+)
+def info_nce_sweep_bwd_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Sweep backward in plain PyTorch, block by block."""
     row, column, inputs, rest = _backward_arguments(args)
     return sweep_blocks_backward(row, column, inputs, *rest)
-
-
-register(
-    "info_nce_sweep",
-    f"({_FORWARD}) -> {_FORWARD_OUT}",
-    _launch_sweep,
-    _sweep_shapes,
-    _sweep_flops,
-)
-register(
-    "info_nce_sweep_bwd",
-    f"({_BACKWARD}) -> {_BACKWARD_OUT}",
-    _launch_sweep_backward,
-    _sweep_backward_shapes,
-    _sweep_backward_flops,
-)
-register_composed(
-    "info_nce_sweep_composed",
-    f"({_FORWARD}, float? margin) -> {_FORWARD_OUT}",
-    _composed_sweep,
-    _sweep_shapes,
-    _sweep_flops,
-)
-register_composed(
-    "info_nce_sweep_bwd_composed",
-    f"({_BACKWARD}, Tensor dots, float? margin) -> {_BACKWARD_OUT}",
-    _composed_sweep_backward,
-    _sweep_backward_shapes,
-    _sweep_backward_flops,
-)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -222,7 +212,13 @@ class InfoNCE(torch.autograd.Function):
             query_order=_order(query_key, candidate_key),
             candidate_order=_order(candidate_key, candidate_key),
         )
-        row, column, dots = _swept(ctx, inputs, nan, nan if broken is None else nan | broken)
+        args = (*inputs.by_key(options.same_id == "drop"), options.symmetric, ctx.everything)
+        if backend == "fused":
+            swept = info_nce_sweep(*args)
+        else:
+            swept = info_nce_sweep_composed(*args, options.false_negative_margin)
+        broken = nan if broken is None else nan | broken
+        row, column, dots = _statistics(swept, inputs, options, ranks, nan, broken)
         logit = dots * scale
         logit = logit + 0 * logit  # infinite: NaN, not a target that outweighs all
         nce = target_term(row, logit, options, ctx.everything)
@@ -273,19 +269,21 @@ class InfoNCE(torch.autograd.Function):
         return d_query, d_candidate, d_scale, *[None] * 9
 
 
-def _swept(
-    ctx: Any,
+def _statistics(
+    swept: tuple[Tensor, Tensor, Tensor],
     inputs: _Inputs,
+    options: Options,
+    ranks: Ranks | None,
     nan: Tensor,
     broken: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the statistics (5, B) of rows and, if symmetric, of their targets' columns, and dots.
+    """Return the results of a sweep in the caller's order, with NaN for broken rows.
 
-    ``nan``, ``broken`` (B,) bool: rows that are not finite, and those that give NaN.
+    These are the statistics (5, B) of the rows, those of their targets' columns if symmetric, and
+    the targets' products (B,). ``nan`` (B,) bool: rows that are not finite; ``broken`` (B,) bool:
+    all rows that give NaN.
     """
-    options, ranks = ctx.options, ctx.ranks
-    args = (*inputs.by_key(options.same_id == "drop"), options.symmetric, ctx.everything)
-    row, column, dots = _operate("info_nce_sweep", ctx, args, options.false_negative_margin)
+    row, column, dots = swept
     dots = _unsort(dots, inputs.query_order, 0)
     if inputs.bias is not None:
         dots = dots + inputs.bias[inputs.target].to(dots.dtype)
@@ -317,20 +315,11 @@ def _swept_backward(
         ctx.everything,
         *ctx.needs_input_grad[:3],
     )
-    dots = _sort(dots, inputs.query_order)
-    return _operate("info_nce_sweep_bwd", ctx, args, dots, options.false_negative_margin)
-
-
-def _operate(
-    name: str,
-    ctx: Any,
-    args: tuple[Any, ...],
-    *composed_only: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(ctx.device_type):  # backward may be called under autocast
         if ctx.backend == "fused":
-            return getattr(torch.ops.mmfused, name)(*args)
-        return getattr(torch.ops.mmfused, f"{name}_composed")(*args, *composed_only)
+            return info_nce_sweep_bwd(*args)
+        dots = _sort(dots, inputs.query_order)
+        return info_nce_sweep_bwd_composed(*args, dots, options.false_negative_margin)
 
 
 def _nan_rows(x: Tensor) -> Tensor:

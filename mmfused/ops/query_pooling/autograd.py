@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...library import graph_made, once_differentiable, register
+from ...library import graph_made, launching, once_differentiable, operator
 
 
 class Pool(torch.autograd.Function):
@@ -33,9 +33,7 @@ class Pool(torch.autograd.Function):
         x = x if x.stride(-1) == 1 else x.contiguous()
         q = q.to(x.dtype).contiguous()
         lengths = None if lengths is None else lengths.contiguous()
-        z, sums, mean, rstd, ksum = torch.ops.mmfused.query_pooling_fwd(
-            x, q, mask, lengths, eps, dropout_p, seed
-        )
+        z, sums, mean, rstd, ksum = query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
         ctx.save_for_backward(x, q, z, sums, mean, rstd, ksum, mask, lengths, seed)
         return (z, ksum) if dropout_p else z
 
@@ -45,7 +43,7 @@ class Pool(torch.autograd.Function):
         """Run the backward kernels."""
         *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
-        dx, dq = torch.ops.mmfused.query_pooling_bwd(
+        dx, dq = query_pooling_bwd(
             dz.contiguous(),
             None if dksum is None else dksum.contiguous(),
             *saved,
@@ -77,19 +75,7 @@ def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
     return _ZeroGradient.apply(out, b)
 
 
-# ---- registration --------------------------------------------------------------------------------
-
-
-def _launch_forward(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import query_pooling as kernels
-
-    return kernels.forward(*args)
-
-
-def _launch_backward(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import query_pooling as kernels
-
-    return kernels.backward(*args)
+# ---- operators -----------------------------------------------------------------------------------
 
 
 def _fake_forward(x, q, mask, lengths, eps, dropout_p, dropout_seed):
@@ -146,20 +132,30 @@ def _backward_flops(
     return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
 
 
-register(
-    "query_pooling_fwd",
+@operator(
     "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p,"
     " Tensor? dropout_seed) -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
-    _launch_forward,
     _fake_forward,
     _forward_flops,
 )
-register(
-    "query_pooling_bwd",
+def query_pooling_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels of the forward pass."""
+    from ...kernels.query_pooling.forward import forward
+
+    with launching(args):
+        return forward(*args)
+
+
+@operator(
     "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean,"
     " Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, bool need_dx, float dropout_p,"
     " Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
-    _launch_backward,
     _fake_backward,
     _backward_flops,
 )
+def query_pooling_bwd(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels of the backward pass."""
+    from ...kernels.query_pooling.backward import backward
+
+    with launching(args):
+        return backward(*args)

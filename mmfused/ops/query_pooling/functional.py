@@ -98,53 +98,56 @@ def query_pooling(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
-    if cast is None or x.dtype == torch.float64:
-        return _pool(x, queries, weights, options, form)
-    queries, *parts = wide_unless(cast, queries, *weights)
-    norm_weight, norm_bias = wide_unless(cast, norm_weight, norm_bias)
-    options = replace(options, norm_weight=norm_weight, norm_bias=norm_bias)
+    x, queries, weights, options = _autocast(x, queries, weights, options)
+    check(x, queries, weights, options, form)
+    backend = choose("query_pooling", x.device, x.dtype, _why_no_kernel(x, options, form))
+    if dropout_p and dropout_seed is None:
+        options = replace(options, dropout_seed=draw_seed(x.device))
     with no_autocast(x.device.type):  # weights are folded before they are rounded
-        return _pool(x.to(cast), queries, PoolingWeights(*parts), options, form)
+        if backend == "reference":
+            out = _pool_reference(x, queries, weights, options)
+        elif (_auto_form(x, queries, weights, options) if form == "auto" else form) == "projected":
+            out = projected(x, queries, weights, options)
+        else:
+            q, w_v, b_v = absorb(x, queries, weights, options)
+            eps = None if norm_weight is None else norm_eps
+            pooled: Any
+            if backend == "fused":
+                masks = (key_padding_mask, lengths)
+                pooled = Pool.apply(x, q, *masks, eps, dropout_p, options.dropout_seed)
+            else:
+                pooled = pool_composed(x, q, options, eps)
+            z, ksum = pooled if dropout_p else (pooled, None)
+            out = project_values(x, z, ksum, w_v, b_v, options)
+            out = out if b_k is None else with_zero_gradient(out, b_k)
+    return out if lengths is None else nan_unless(lengths, x.shape[1], out)
 
 
-def _pool(
+def _autocast(
     x: Tensor,
     queries: Tensor,
     weights: PoolingWeights,
     options: PoolingOptions,
-    form: Literal["auto"] | Form,
-) -> Tensor:
-    """Check the arguments, pick a backend and a form, and pool."""
-    check(x, queries, weights, options, form)
-    no_kernel = ["form='projected' has no kernel of its own"] if form == "projected" else []
+) -> tuple[Tensor, Tensor, PoolingWeights, PoolingOptions]:
+    """Cast x to the dtype of autocast, if any, and parameters of the other 16-bit dtype to float32.
+
+    An ``x`` that is not a tensor is left to the checks.
+    """
+    cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if cast is None or x.dtype == torch.float64:
+        return x, queries, weights, options
+    queries, *parts = wide_unless(cast, queries, *weights)
+    norm_weight, norm_bias = wide_unless(cast, options.norm_weight, options.norm_bias)
+    options = replace(options, norm_weight=norm_weight, norm_bias=norm_bias)
+    return x.to(cast), queries, PoolingWeights(*parts), options
+
+
+def _why_no_kernel(x: Tensor, options: PoolingOptions, form: str) -> list[str]:
+    reasons = ["form='projected' has no kernel of its own"] if form == "projected" else []
     if options.norm_weight is not None and x.shape[-1] == 2:
         # Two normalised features are 1 and -1, and their gradient would be a rounding error.
-        no_kernel.append("a LayerNorm of two features has no kernel")
-    backend = choose("query_pooling", x.device, x.dtype, no_kernel)
-    if options.dropout_p and options.dropout_seed is None:
-        options = replace(options, dropout_seed=draw_seed(x.device))
-
-    if backend == "reference":
-        out = _pool_reference(x, queries, weights, options)
-    else:
-        if form == "auto":
-            form = _auto_form(x, queries, weights, options)
-        if form == "projected":
-            out = projected(x, queries, weights, options)
-        else:
-            q, w_v, b_v = absorb(x, queries, weights, options)
-            eps = None if options.norm_weight is None else options.norm_eps
-            pooled: Any
-            if backend == "fused":
-                masks = (options.key_padding_mask, options.lengths)
-                pooled = Pool.apply(x, q, *masks, eps, options.dropout_p, options.dropout_seed)
-            else:
-                pooled = pool_composed(x, q, options, eps)
-            z, ksum = pooled if options.dropout_p else (pooled, None)
-            out = project_values(x, z, ksum, w_v, b_v, options)
-            out = out if weights.b_k is None else with_zero_gradient(out, weights.b_k)
-    return out if options.lengths is None else nan_unless(options.lengths, x.shape[1], out)
+        reasons.append("a LayerNorm of two features has no kernel")
+    return reasons
 
 
 def _auto_form(
@@ -220,8 +223,18 @@ def pool_projected(
     with no_autocast(k.device.type):
         if current_backend() == "fused":
             eye = torch.eye(k_dim + v_dim, dtype=k.dtype, device=k.device)
-            halves = PoolingWeights(eye[:k_dim], eye[k_dim:], None, None)
-            return _pool(torch.cat([k, v], -1), queries, halves, options, "auto")
+            return query_pooling(
+                torch.cat([k, v], -1),
+                queries,
+                eye[:k_dim],
+                eye[k_dim:],
+                num_heads=num_heads,
+                scale=scale,
+                key_padding_mask=key_padding_mask,
+                lengths=lengths,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+            )
         backend = choose("query_pooling", k.device, k.dtype, reasons)
         if dropout_p and dropout_seed is None:
             options = replace(options, dropout_seed=draw_seed(k.device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...extension import load
 from ...flops import no_products
-from ...library import Router, define, once_differentiable, register
+from ...library import Router, define, launching, once_differentiable, operator
 from .arguments import Options
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -151,33 +151,33 @@ def _input_backward_flops(
     return 2 * x[0] * x[1] * router_weight[0] * (need_dx + need_dw)
 
 
-def _launch_forward(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import topk_routing as kernels
+@operator(_FORWARD, _forward_shapes, _forward_flops)
+def topk_routing_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels of the forward pass."""
+    from ...kernels.topk_routing.forward import forward
 
-    return kernels.forward(*args)
-
-
-def _launch_backward(*args: Any) -> Tensor:
-    from ...kernels import topk_routing as kernels
-
-    return kernels.backward(*args)
+    with launching(args):
+        return forward(*args)
 
 
-def _launch_input_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from ...kernels import topk_routing as kernels
+@operator(_BACKWARD, _backward_shape, no_products)
+def topk_routing_bwd(*args: Any) -> Tensor:
+    """Launch the kernel of the logits' gradient."""
+    from ...kernels.topk_routing.backward import backward
 
-    return kernels.input_backward(*args)
+    with launching(args):
+        return backward(*args)
 
 
-register("topk_routing_fwd", _FORWARD, _launch_forward, _forward_shapes, _forward_flops)
-register("topk_routing_bwd", _BACKWARD, _launch_backward, _backward_shape, no_products)
-register(
-    "topk_routing_input_bwd",
-    _INPUT_BACKWARD,
-    _launch_input_backward,
-    _input_backward_shapes,
-    _input_backward_flops,
-)
+@operator(_INPUT_BACKWARD, _input_backward_shapes, _input_backward_flops)
+def topk_routing_input_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels of the gradients of x and the router's weight."""
+    from ...kernels.topk_routing.router_gradients import input_backward
+
+    with launching(args):
+        return input_backward(*args)
+
+
 # Implemented in csrc/, from logits alone.
 define("topk_routing_cuda_fwd", _FORWARD, _forward_shapes, no_products)
 define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
@@ -284,17 +284,14 @@ class RoutingFused(torch.autograd.Function):
         if x is None:
             return d_logits, *[None] * 10
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-        dx, dw = torch.ops.mmfused.topk_routing_input_bwd(
-            d_logits, x, router_weight, mask, need_dx, need_dw
-        )
+        dx, dw = topk_routing_input_bwd(d_logits, x, router_weight, mask, need_dx, need_dw)
         db = d_logits.sum(0).to(ctx.bias_dtype) if need_db else None
         return dx if need_dx else None, dw if need_dw else None, db, *[None] * 8
 
 
 def _operators(router: Router) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
     """Return the forward and backward operators of a router."""
-    ops = torch.ops.mmfused
     if router == "cuda":
         load()
-        return ops.topk_routing_cuda_fwd, ops.topk_routing_cuda_bwd
-    return ops.topk_routing_fwd, ops.topk_routing_bwd
+        return torch.ops.mmfused.topk_routing_cuda_fwd, torch.ops.mmfused.topk_routing_cuda_bwd
+    return topk_routing_fwd, topk_routing_bwd

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...library import once_differentiable
 from ...random import uniform
 from .arguments import Inputs, Options, Score
-from .order import Routing
+from .order import Routing, expert_order_composed
 from .reference import into_range, largest, nan_where
 
 
@@ -32,9 +32,7 @@ def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routin
             scored = _scored(logits, noise, mask, known.usable, known.broken, options.score)
             key = scored[0] if bias is None else scored[2].exp() + bias
             indices = largest(key, known.usable, options.k)
-    order, position, offsets, tiles = torch.ops.mmfused.expert_order_composed(
-        indices, mask, experts
-    )
+    order, position, offsets, tiles = expert_order_composed(indices, mask, experts)
     if known.segments is None:
         counts = offsets.diff().long()[None]
     else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...flops import no_products
-from ...library import check_tensors, choose, graph_made, register, register_composed
+from ...library import check_tensors, choose, graph_made, launching, operator
 from .checks import check_indices, check_mask
 
 
@@ -83,18 +83,25 @@ def _sort_shapes(indices: Tensor, mask: Tensor | None, num_experts: int) -> tupl
     return order, position, offsets, indices.new_empty((0, 2), dtype=torch.int32)
 
 
-def _launch_order(*args: Any) -> tuple[Tensor, ...]:
-    from ...kernels import topk_routing as kernels
-
-    return kernels.order(*args)
-
-
 _SCHEMA = (
     "(Tensor indices, Tensor? mask, int num_experts)"
     " -> (Tensor order, Tensor position, Tensor offsets, Tensor tiles)"
 )
-register("expert_order", _SCHEMA, _launch_order, _order_shapes, no_products)
-register_composed("expert_order_composed", _SCHEMA, sort_by_expert, _sort_shapes, no_products)
+
+
+@operator(_SCHEMA, _order_shapes, no_products)
+def expert_order(*args: Any) -> tuple[Tensor, ...]:
+    """Launch the kernels that sort the choices by expert."""
+    from ...kernels.topk_routing.order import order
+
+    with launching(args):
+        return order(*args)
+
+
+@operator(_SCHEMA, _sort_shapes, no_products, devices="all")
+def expert_order_composed(*args: Any) -> tuple[Tensor, ...]:
+    """Compute :func:`sort_by_expert`."""
+    return sort_by_expert(*args)
 
 
 def routing_from_indices(
@@ -138,11 +145,10 @@ def routing_from_indices(
     weights = weights.masked_fill(inside != indices, float("nan"))
     if token_padding_mask is not None:
         weights = weights.masked_fill(token_padding_mask[:, None], 0.0)
-    ops = torch.ops.mmfused
     sort = {
         "reference": sort_by_expert,
-        "composed": ops.expert_order_composed,
-        "fused": ops.expert_order,
+        "composed": expert_order_composed,
+        "fused": expert_order,
     }
     chosen = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
     order, position, offsets, tiles = sort[chosen](inside, token_padding_mask, num_experts)
