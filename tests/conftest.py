@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,10 +49,25 @@ def _hasten(interpreter):
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
 
 
+def _accumulate_in_float64(interpreter):
+    """Multiply matrices in float64, and round once.
+
+    BLAS rounds a float32 product by the element's place in the matrix and by the type of the CPU.
+    On a GPU equal rows give bitwise equal products, and tests rely on that.
+    """
+
+    def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(acc.data.dtype)
+        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.runtime.interpreter
 
     _hasten(triton.runtime.interpreter)
+    _accumulate_in_float64(triton.runtime.interpreter)
 
 
 def _poisoned(allocate):
