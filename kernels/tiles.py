@@ -11,7 +11,7 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Shared memory one block may use, in bytes.
+# Shared memory that one block may use, in bytes, by compute capability.
 SHARED_MEMORY = {
     80: 166_912,
     86: 101_376,
@@ -38,7 +38,7 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def arch_of(tensor: torch.Tensor) -> int:
-    """Return the compute capability as one number (90 for sm_90), by which plans are chosen."""
+    """Return the compute capability that plans are chosen for, as one number: 90 for sm_90."""
     if pretended_arch is not None:
         return pretended_arch
     if INTERPRETED:
@@ -60,8 +60,8 @@ def pack_padding(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int, str]:
     """Pack a padding mask (B, N) bool or lengths (B,) for the kernels.
 
-    Return the words of bits (B, W), the span of the valid tokens, W, and the kind of padding:
-    "none", "padding" or "lengths".
+    Return words of bits (B, W), spans of the valid tokens (B, 2), W, and the kind of padding:
+    "none", "padding" or "lengths". Lengths are returned in place of spans.
     """
     if mask is None:
         return None, lengths, 0, "none" if lengths is None else "lengths"
@@ -87,8 +87,8 @@ def pack_padding(
 def tile_rows(rows: int, num_experts: int) -> int:
     """Return the number of rows of a tile.
 
-    It is the largest of 32, 64 and 128 that is at most the mean number of rows per expert, or 16 if
-    none is.
+    It is the largest of 32, 64 and 128 that does not exceed the mean number of rows per expert, or
+    16 if that mean is below 32.
     """
     return max((height for height in (32, 64, 128) if height * num_experts <= rows), default=16)
 
@@ -116,13 +116,13 @@ def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor
 
 
 def tile_block(num_experts: int) -> int:
-    """Return how many tiles one program of the tile map compares with every expert."""
+    """Return the number of tiles that one program of tile_map_kernel writes."""
     return max(16, 2048 // triton.next_power_of_2(num_experts))
 
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b in float32; float32 operands are not rounded to tf32."""
+    """Return acc + a @ b in float32; float32 operands are not rounded to tf32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -131,10 +131,10 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
-    """(rows, BN) bool: the values of mmfused.random.keep_mask in columns first .. first + BN.
+    """Return columns first .. first + BN of mmfused.random.keep_mask, (rows, BN) bool.
 
     ``first`` and BN are multiples of 4, because one call of Philox serves four columns. ``seed`` is
-    the loaded int64, ``rows`` any integers that index rows of the whole mask.
+    an int64 value, not a pointer, and ``rows`` are indices of rows of the mask.
     """
     quads = first // 4 + tl.arange(0, BN // 4)
     zero = tl.zeros([rows.shape[0], BN // 4], tl.uint32)
@@ -161,9 +161,9 @@ def pack_mask_kernel(
     stride_b,
     stride_n,
 ):
-    """Pack 64 tokens of a padding mask into one word, a bit set for each valid token.
+    """Pack every 64 tokens of a padding mask into one word, whose set bits are valid tokens.
 
-    Grid (B,). The span is [first, last + 1) of the valid tokens.
+    Grid (B,). The span of a sample is (first valid token, last valid token + 1).
     """
     b = tl.program_id(0).to(tl.int64)
     first = N
@@ -180,7 +180,7 @@ def pack_mask_kernel(
 
 @triton.jit
 def token_span(b, span_ptr, N, MASK: tl.constexpr):
-    """[lo, hi) around the valid tokens of sample b; lo >= hi if there are none.
+    """Return lo and hi: all valid tokens of sample b are in [lo, hi), empty if there are none.
 
     ``span_ptr`` holds lengths (B,) or spans (B, 2).
     """
@@ -197,10 +197,10 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
 
 @triton.jit
 def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
-    """The tokens start .. start + BN, and which of them are valid.
+    """Return the tokens start .. start + BN, and which of them are valid.
 
-    BN is at most 64 and ``start`` a multiple of BN. The mask is one scalar for each tile: Triton
-    would not prefetch tokens if a tensor load decided which of them to load.
+    BN is at most 64, and ``start`` is a multiple of BN. The mask of a tile is loaded as one scalar:
+    Triton would not prefetch tokens if a tensor load decided which of them to load.
     """
     n = start + tl.arange(0, BN)
     keep = n < hi
@@ -212,21 +212,21 @@ def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr
 
 @triton.jit
 def load_tokens(x_ptr, n, cols, keep, stride_n, D):
-    """(tokens, columns) of one sample; ignored tokens are never read, so they may hold NaN."""
+    """Load (tokens, columns) of one sample; ignored tokens are never read and may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + cols[None, :]
     return tl.load(x_ptr + at, mask=keep[:, None] & (cols[None, :] < D), other=0.0)
 
 
 @triton.jit
 def load_tokens_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr):
-    """(columns, tokens) of one sample."""
+    """Load (columns, tokens) of one sample."""
     at = n[None, :].to(tl.int64) * stride_n + cols[:, None]
     return tl.load(x_ptr + at, mask=keep[None, :] & (cols[:, None] < D), other=0.0)
 
 
 @triton.jit
 def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
-    """(columns, rows) of a contiguous (R, D) matrix."""
+    """Load (columns, rows) of a contiguous (R, D) matrix."""
     return tl.load(
         ptr + rows[None, :] * D + cols[:, None],
         mask=(rows[None, :] < R) & (cols[:, None] < D),
@@ -246,10 +246,10 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 
 @triton.jit
 def tile_entries(i, begin, end, H):
-    """(expert, first row) of the tiles with numbers i; (-1, 0) beyond the last tile.
+    """Return expert and first row of the tiles with indices i; -1 and 0 beyond the last tile.
 
-    ``begin`` and ``end`` are the first sorted row of each expert and one past its last. Their
-    length is a power of two; the entries beyond E have no rows.
+    The sorted rows of an expert are [begin, end). The lengths of ``begin`` and ``end`` are a power
+    of two; entries beyond the number of experts have no rows.
     """
     height = (end - begin + H - 1) // H
     last = tl.cumsum(height, 0)

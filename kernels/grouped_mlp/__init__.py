@@ -1,4 +1,4 @@
-"""Experts: the launchers. Equations: mmfused/ops/grouped_mlp/reference.py."""
+"""Launchers of the experts. For the equations see mmfused/ops/grouped_mlp/reference.py."""
 
 from .backward import linear_backward, mlp_backward
 from .forward import linear_forward, mlp_forward

@@ -1,14 +1,14 @@
-"""Backward of the experts.
+"""Backward of the experts. For the symbols see mmfused/ops/grouped_mlp/reference.py.
 
-``hidden_kernel`` computes, for a tile of rows of one expert and a block of I, with dO gathered by
-token:
+``hidden_kernel`` gathers dO by token. For a tile of rows of one expert and a block of columns of A,
+it computes
 
     dA = dO W_down      dS = <dA, A>      dH = w dA act'(H)      A' = w A
 
-Each block writes its own part of the dS of a row, and combine_kernel adds the parts up in order.
-There are no atomics, and the outputs of the experts are not needed. With activation "none" and x in
-place of H, these are the gradients of a linear layer with combine. The gradients of the weights are
-computed from dH and A' in weight_gradients.py.
+where w is a row's routing weight and dS the gradient of w. Each block writes its part of dS, and
+combine_kernel adds up the parts in order. There are no atomics, and the outputs of the experts are
+not needed. With activation "none" and x in place of H, these are the gradients of a linear layer
+with combine. weight_gradients.py computes the gradients of the weights from dH and A'.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def hidden_gradients(
     gather: bool = False,
     tail: bool = False,
 ) -> Tensor:
-    """Launch hidden_kernel: write dh and scaled, and return d_combine in parts (N / BN, R).
+    """Write dH to ``dh`` and A' to ``scaled``; return partial sums of d_combine, (N / BN, R).
 
-    weight (E, O, I) is that of the last matrix product of the forward.
+    ``weight`` (E, O, I) is the weight of the forward's last matrix product.
     """
     _, k, n = weight.shape
     kind = "gated hidden" if activation == "swiglu" else "hidden"
@@ -316,7 +316,7 @@ def _hidden_columns(
     N: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Store dH and A' of these columns, and return their share of dS."""
+    """Store dH and A' of these columns, and return their part of dS."""
     inside = (rows < end)[:, None] & (cols < N)[None, :]
     h_at = h_rows[:, None] * stride_h + cols[None, :]
     dtype: tl.constexpr = h_ptr.dtype.element_ty

@@ -1,6 +1,6 @@
 """Sums over a token's k rows: outputs in forward, gradients of x and routing weights in backward.
 
-Rows are gathered through ``position``: no scatter, no atomics, and the same order on every run.
+Rows are gathered through ``position``, without scatter or atomics, in the same order on every run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def combine_rows(
     combine_weights: Tensor | None = None,
     gradient: RoutingGradient | None = None,
 ) -> Tensor:
-    """Launch combine_kernel: sum y (R, N) over the rows of each token, to (T, N).
+    """Sum y (R, N) over the rows of each token, to (T, N).
 
     Without y the result is (0,). With ``gradient``, its d_combine is computed too.
     """
@@ -96,8 +96,8 @@ def combine_kernel(
 ):
     """Compute out_t = sum over j of w_tj y[position of (t, j)]; without weights, w = 1.
 
-    grid (T / BT, N / BN). Where dS is wanted, one more column of programs computes it; without y
-    there is only that column.
+    grid (T / BT, N / BN). With ``ds_ptr``, one more column of programs computes dS, the gradient of
+    the routing weights; without y there is only that column.
     """
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     valid = tl.load(offsets_ptr + E)
@@ -161,9 +161,9 @@ def _routing_gradient(
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Compute dS: the sum, in order, of the parts of hidden_kernel, plus <dO, bias of the expert>.
+    """Compute dS: the partial sums of hidden_kernel, added in order, plus <dO, bias of the expert>.
 
-    It is 0 for masked tokens.
+    dS is 0 for masked tokens.
     """
     for j in range(k):
         a = tokens.to(tl.int64) * k + j

@@ -40,7 +40,7 @@ def linear_forward(
     k: int,
     gather: bool,
 ) -> Tensor:
-    """Compute grouped_linear: (R, O), zeros in rows of masked tokens, or combined (T, O)."""
+    """Compute grouped_linear: (R, O) with zeros in rows of masked tokens, or combined (T, O)."""
     rows = sorted_rows(order, position, offsets, tiles, k)
     y = x.new_empty(rows.number, weight.shape[1])
     multiply_rows(
@@ -70,7 +70,7 @@ def mlp_forward(
     activation: str,
     packed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute grouped_mlp: (T, Dout), and the pre-activations (1 or 2, R, I), the gate's first."""
+    """Return the output (T, Dout) and the pre-activations (1 or 2, R, I), the gate's first."""
     rows = sorted_rows(order, position, offsets, tiles, combine_weights.shape[1])
     up, gate = up_and_gate(w_up, w_gate, packed)
     width = w_down.shape[2]
@@ -97,7 +97,7 @@ def up_and_gate(
     w_gate: Tensor | None,
     packed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weights of up and gate (E, I, D), with the same strides; no gate: None."""
+    """Return the up and gate weights (E, I, D), with equal strides; the gate may be None."""
     if packed:
         gate, up = w_up.chunk(2, 1)
         return up, gate
@@ -119,10 +119,10 @@ def multiply_rows(
     gather: bool = False,
     tail: bool = False,
 ) -> None:
-    """Launch rows_kernel: out (R, N) = act(a weight^T + bias).
+    """Compute out (R, N) = act(a weight^T + bias).
 
-    weight (E, N, K) has any strides, and ``second`` the same ones. ``tail``: write zeros to the
-    rows of masked tokens.
+    weight (E, N, K) may have any strides; those of ``second`` are the same. ``tail``: write zeros
+    to the rows of masked tokens. For ``second`` see rows_kernel.
     """
     _, n, k = weight.shape
     kind = "gated" if activation == "swiglu" else "rows"
@@ -194,8 +194,8 @@ def rows_kernel(
 ):
     """Compute out = act(A B + bias); grid (slots * N / BN,).
 
-    With "swiglu", b2 is the B of the gate, and hidden gets the gate's pre-activations first. With
-    "none", b2 is multiplied by K further columns of A (see product), and hidden is not written.
+    With "swiglu", b2 is the gate's B, and the gate's pre-activations are stored first in hidden.
+    With "none", A has 2 K columns, b2 is multiplied by the second half, and hidden is not written.
     """
     tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
     cols = block * BN + tl.arange(0, BN)

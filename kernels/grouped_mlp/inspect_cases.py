@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .. import grouped_mlp as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one experts' layer."""
+    """Sizes and options of one layer of experts."""
 
     tokens: int
     dim: int
     width: int
     experts: int
     k: int
-    # None: the linear layer alone
+    # None: grouped_linear in place of grouped_mlp
     activation: Literal["gelu", "relu", "swiglu"] | None = "gelu"
     biases: bool = True
     packed: bool = False  # w_up holds the gate's rows too
@@ -87,7 +87,7 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Run the launchers on meta tensors with the shapes of this case."""
+    """Call the launchers on meta tensors with the shapes of this case."""
     compute = getattr(torch, case.dtype)
 
     def empty(*shape, dtype=compute):
@@ -124,7 +124,7 @@ def launch(case: Case) -> None:
         return
     gated = case.activation == "swiglu"
     shape = (case.experts, case.width, case.dim)
-    both = {
+    common = {
         "x": x,
         "w_up": empty(case.experts, 2 * case.width if case.packed else case.width, case.dim),
         "w_gate": empty(*shape) if gated and not case.packed else None,
@@ -135,9 +135,9 @@ def launch(case: Case) -> None:
         "activation": case.activation,
         "packed": case.packed,
     }
-    kernels.mlp_forward(**both, b_up=bias(case.width))
+    kernels.mlp_forward(**common, b_up=bias(case.width))
     kernels.mlp_backward(
-        **both,
+        **common,
         d_out=empty(case.tokens, case.dim),
         hidden=empty(2 if gated else 1, rows, case.width),
         need_dx=True,

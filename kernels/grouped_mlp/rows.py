@@ -1,8 +1,8 @@
-"""Sorted rows and their tiles, for the kernels of forward and backward.
+"""Rows sorted by expert and their tiles, for the kernels of forward and backward.
 
-A tile never spans two experts, so its product is an ordinary matrix product; the last rows of a
-tile may be missing. Only the device knows which tiles there are: a grid has programs for as many as
-there can be, and programs without a tile end at once.
+A tile never spans two experts, so its product is an ordinary matrix product. The last tile of an
+expert may have fewer rows. Only the device knows the number of tiles: a grid has enough programs
+for the largest possible number, and programs without a tile return at once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Rows(NamedTuple):
 
     @property
     def number(self) -> int:
-        """R."""
+        """The number of rows, R."""
         return len(self.order)
 
     @property
     def experts(self) -> int:
-        """E."""
+        """The number of experts, E."""
         return len(self.offsets) - 1
 
     def slots(self, height: int) -> int:
-        """Return an upper bound of the number of tiles: the host does not wait for the number."""
+        """Return an upper bound of the number of tiles, which only the device knows."""
         return min(self.number, triton.cdiv(self.number, height) + self.experts - 1)
 
 
@@ -48,7 +48,7 @@ def sorted_rows(
     tiles: Tensor,
     k: int,
 ) -> Rows:
-    """Make the tensors of a routing contiguous, and compute the tiles if there are none yet."""
+    """Make the tensors of a routing contiguous, and compute ``tiles`` if it is empty."""
     offsets = offsets.contiguous()
     if not len(tiles):
         tiles = tile_map(offsets, len(order), len(offsets) - 1)
@@ -62,7 +62,7 @@ def sorted_rows(
 
 
 def tile_options(tile: Tile) -> dict[str, int]:
-    """Return the keyword arguments of a launch that follow from a tile."""
+    """Return the sizes and options of a tile as keyword arguments of a launch."""
     return {
         "BM": tile.BM,
         "BN": tile.BN,
@@ -90,7 +90,7 @@ def tile_span(
     tile,
     BM: tl.constexpr,
 ):
-    """Return (expert, first row, end) of a tile; expert is -1 where there is no tile."""
+    """Return (expert, first row, end) of a tile; expert is -1 if there is no such tile."""
     expert = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
     end = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)
@@ -99,7 +99,7 @@ def tile_span(
 
 @triton.jit
 def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
-    """Return the rows to read for the sorted rows: their tokens, or the same rows."""
+    """Return the rows to read for these sorted rows: with GATHER their tokens, else the same."""
     if GATHER:
         rows = tl.load(order_ptr + rows) // k
     return rows.to(tl.int64)
@@ -107,9 +107,9 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 
 @triton.jit
 def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
-    """Load a tile, 0 outside the given rows and columns.
+    """Load a tile; elements outside the given rows and columns are 0.
 
-    ALL_0: all rows are inside, ALL_1: all columns are. These need no mask.
+    With ALL_0 all rows are inside and need no mask, with ALL_1 all columns.
     """
     if ALL_0 and ALL_1:
         tile = tl.load(ptr)
@@ -141,7 +141,7 @@ def product(
 ):
     """Return acc + A[a_rows] B, summed over K; B (K, N) has any strides.
 
-    With a second B, A has K further columns, which are multiplied by it.
+    With ``b2_ptr``, A has 2 K columns, and the second half is multiplied by B2.
     """
     STEPS: tl.constexpr = (K + BK - 1) // BK
     ks = tl.arange(0, BK)
@@ -151,7 +151,7 @@ def product(
         start = step * BK
         a_start = start
         b = b_ptr
-        if b2_ptr is not None:  # one loop over both, to fill its pipeline once
+        if b2_ptr is not None:  # one loop over both products, to fill its pipeline only once
             second = step >= STEPS
             start = tl.where(second, start - STEPS * BK, start)
             a_start = tl.where(second, start + K, start)
@@ -197,7 +197,7 @@ def activate(h, g, ACTIVATION: tl.constexpr):
         a = h * share
         by_h = share + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
     if ACTIVATION == "relu":
-        a = tl.where(h < 0.0, 0.0, h)  # NaN stays
+        a = tl.where(h < 0.0, 0.0, h)  # keeps NaN
         by_h = tl.where(h > 0.0, 1.0, 0.0)
     if ACTIVATION == "swiglu":
         sigmoid = tl.sigmoid(g)
@@ -218,9 +218,9 @@ def zero_tail(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Write zeros to the rows of masked tokens, the last R - valid rows.
+    """Write zeros to the rows of masked tokens, which are the last R - valid rows.
 
-    Tile i, whichever its expert, writes BM of them: the i-th group from the end.
+    The program of tile i writes the i-th group of BM rows, counted from the end.
     """
     last = R - tile * BM
     if last > valid:

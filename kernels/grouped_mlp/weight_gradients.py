@@ -1,7 +1,7 @@
 """Gradients of the experts' weights and biases: outer products summed over the rows of an expert.
 
-dW = Y^T X. The rows A' are already multiplied by the routing weight, so nothing has to be scaled on
-its way into the matrix units.
+dW = Y^T X, with output gradients Y and inputs X. If X are the rows A' of backward.py, they are
+already multiplied by the routing weights, so that this kernel does not have to scale them.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def weight_gradients(
     gather_y: bool = False,
     gather_x: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Launch weights_kernel: dW of each of the weights (E, O, I), and db (E, O) of the last.
+    """Return dW of each of the weights (E, O, I), and db (E, O) of the last weight.
 
     y (R, O times the number of weights) holds O columns for each of the weights, one after the
     other. A result that is not needed is (0,). ``packed``: the weights are halves of one tensor,
-    and so are their gradients. Without need_dw and need_db, y and x may be None.
+    and one tensor holds their gradients. Without need_dw and need_db, y and x may be None.
     """
     experts, n, width = weights[0].shape
     db = weights[0].new_empty((experts, n) if need_db else (0,))
     if not (need_dw or need_db):
         return [db.new_empty(0) for _ in weights[packed:]], db
     assert y is not None and x is not None
-    if not need_dw:  # the kernel computes db along with dw: compute the narrowest dw
+    if not need_dw:  # the kernel computes db only along with dw, so compute the narrowest dw
         x, width = x[:, :16], min(width, 16)
     joint = None
     if packed:
@@ -102,9 +102,9 @@ def weights_kernel(
 ):
     """Compute dw = Y^T X over the rows of each expert, and db, the sums of the columns of Y.
 
-    grid (E * N / BM * K / BN,), twice that with dw2. Then Y is the first half of the columns of y
-    and Y2 the second, dw2 = Y2^T X, and db are the sums of the columns of Y2. The sums are weighted
-    by the routing weights where these are given.
+    grid (E * N / BM * K / BN,), twice that with dw2. With dw2, Y is the first half of the columns
+    of y and Y2 the second half, dw2 = Y2^T X, and db are the sums of the columns of Y2. With
+    ``routing_ptr``, the rows in db are multiplied by their routing weights.
     """
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
     high: tl.constexpr = (N + BM - 1) // BM
@@ -123,7 +123,7 @@ def weights_kernel(
     sums_too = False
     if db_ptr is not None:
         sums_too = (block_x == 0) & (part == PARTS - 1)
-    if sums_too:  # a loop of its own, because most programs compute no sums
+    if sums_too:  # a separate loop, because most programs compute no sums
         _outer_products(
             y_ptr,
             x_ptr,
@@ -200,7 +200,7 @@ def _outer_products(
     GATHER_X: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one block of an expert's dW and, if given, db; zeros for an expert without rows."""
+    """Compute one block of an expert's dW and, with ``db_ptr``, of db; 0 for an empty expert."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
@@ -230,9 +230,9 @@ def _outer_products(
 
 @triton.jit
 def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
-    """Return the weights (rows, 16) of the rows in the sum for db, in the first two columns.
+    """Return (rows, 16) factors whose sum over the columns is the weight of each row in db.
 
-    The second column holds the error of rounding the first to 16 bits.
+    The first column holds the weights in ``dtype``, the second their rounding errors, the others 0.
     """
     column = tl.arange(0, 16)[None, :]
     if routing_ptr is None:
