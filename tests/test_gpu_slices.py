@@ -212,7 +212,7 @@ def test_variants_are_what_runs(tiny_loss, request):
 def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
     command = ["--quick", "--out", str(tmp_path)]
     assert choices.main([*command, "--budget-seconds", "0"]) == run.UNFINISHED
-    assert "For another run: masked_info_nce backward" in capsys.readouterr().out
+    assert "Left for another run: masked_info_nce backward" in capsys.readouterr().out
     assert choices.main(command) == 0
     printed = capsys.readouterr().out
     assert "| case | owner | chunked |" in printed and printed.count("**") == 2

@@ -86,12 +86,12 @@ def test_a_difference_is_named_and_an_exception_is_honoured(peers, checkouts, mo
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-    # The columns: passed plain, passed with the library, ran an op, differ, differ with exceptions.
+    # The columns: passed plain, passed with mmfused, ran an op, broken, broken with exceptions.
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]
     assert "exception *::test_loss_that_is_never_called*: looks at its class" in out
-    assert "exception without a case here *::test_old" in out
+    assert "exception (not used) *::test_old" in out
 
 
 def test_without_a_checkout_it_says_what_to_clone(peers, tmp_path, capsys):
@@ -105,7 +105,7 @@ def test_without_a_checkout_it_says_what_to_clone(peers, tmp_path, capsys):
 def test_no_op_of_ours_or_no_test_at_all_is_a_fault(peers, monkeypatch, tmp_path):
     ran = {"outcome": "passed", "calls": 0, "failure": ""}
     suite = peers.Suite("small", "made up", ("tests",))
-    cases = (({"t": ran}, "no test ran an op of this library."), ({}, "no test passes plain."))
+    cases = (({"t": ran}, "no test ran an mmfused op."), ({}, "no test passes plain."))
     for tests, fault in cases:
         monkeypatch.setattr(peers, "run", lambda *args, tests=tests: tests)
         assert peers.compare(suite, tmp_path, tmp_path, 0)[1] == [f"small, fuse: {fault}"]

@@ -101,12 +101,12 @@ def test_every_row_is_a_case_and_names_its_providers(row):
         assert op.custom({size[0]: int(size[1:]) for size in sizes}).name == row.case
         return
     providers = {
-        label: timed(eager=2.0, graph=1.0) for label in conditions.compiled_too(op.PROVIDERS)
+        label: timed(eager=2.0, graph=1.0) for label in conditions.with_compiled(op.PROVIDERS)
     }
     others = {
         condition.what.rpartition(" on ")[2]
         for condition in row.conditions
-        if "its own on" in condition.what
+        if "ours on" in condition.what
     }
     records = [gpu_record(row.op, case, providers) for case in (row.case, *others)]
     assert None not in met(*records, case=row.case)
@@ -163,7 +163,7 @@ def test_small_floors_are_judged_by_graphs_on_both_sides():
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=3.0), small)[0] is False
     verdict, said = judged(timed(eager=1.0, graph=0.1), timed(eager=9.0), small)
-    assert verdict is None and "no CUDA graph of both sides" in said
+    assert verdict is None and "do not both have a CUDA graph" in said
     # Both are timed by eager launch.
     assert judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True
 
@@ -307,7 +307,7 @@ def committed(tmp_path, monkeypatch):
 def checkout(committed, capsys):
     """Return such a copy without GPU results."""
     for folder in conditions.folders(committed / "benchmarks" / "results"):
-        if any(conditions.kind(record) == "cuda" for record in conditions.read(folder)):
+        if any(conditions.device_type(record) == "cuda" for record in conditions.read(folder)):
             shutil.rmtree(folder)
     assert readme.main([]) == 0
     capsys.readouterr()
@@ -348,7 +348,7 @@ def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
         ),
     )
     assert readme.main(["--check"]) == 1
-    assert "README's block gpu is not what the files" in capsys.readouterr().out
+    assert "README's block gpu differs from the files" in capsys.readouterr().out
     assert readme.main([]) == 0
     made = block(checkout, "gpu")
     row = (
@@ -376,7 +376,7 @@ def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
     assert (
         "block gpu" in told
         and "block cpu" not in told
-        and "made-up/speedup.png shows other results" in told
+        and "made-up/speedup.png differs from the files" in told
     )
 
 
@@ -431,7 +431,8 @@ def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
         assert readme.main(arguments) == 2
         told = capsys.readouterr().err
         assert (
-            "SLOWER in tools/readme.py has no sentence for cuda/masked_info_nce/clip-65536" in told
+            "SLOWER in tools/readme.py: got no explanation of cuda/masked_info_nce/clip-65536"
+            in told
         )
         assert told.count("\n") == 1
     assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
@@ -476,7 +477,7 @@ def test_fluid_rows_have_the_same_seeds():
     names = ["full", "image", "text", *(f"no_{part}" for part in grocery.PARTS)]
     assert "| photo + text | 50.0 % | 60.0 % | 55.0 % |" in grocery.classification(runs(names))
     assert "| without moe | 50.0 % | 60.0 % | 55.0 % | 25.0 % |" in grocery.ablation(runs(names))
-    with pytest.raises(ValueError, match="no run no_gate_1, expected the same seeds"):
+    with pytest.raises(ValueError, match="got runs without no_gate_1, expected"):
         grocery.ablation({key: found for key, found in runs(names).items() if key != "no_gate_1"})
 
 

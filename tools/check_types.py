@@ -1,8 +1,10 @@
-"""Type completeness of the package as users get it: ``python tools/check_types.py``.
+"""Check that the public symbols of mmfused have types, with ``pyright --verifytypes``.
 
-pyright judges installed packages, so the sources are copied into an environment of their own, as a
-wheel would install them. Exit status 1 where less than ``--at-least`` percent of the public symbols
-have a known type; ``--verbose`` lists those that have none.
+    python tools/check_types.py [--at-least PERCENT] [--verbose]
+
+pyright checks an installed package, so the sources are first copied into a temporary virtual
+environment, as a wheel would install them. The exit status is 1 if less than PERCENT of the public
+symbols have a known type, or if pyright fails.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ AT_LEAST = 95.0
 
 
 def install(folder: Path) -> Path:
-    """The interpreter of a new environment that holds the package, and sees what is here."""
+    """Create an environment with mmfused and this interpreter's packages; return its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     skip = shutil.ignore_patterns("__pycache__", "results", "kernels")
@@ -35,7 +37,7 @@ def install(folder: Path) -> Path:
 
 
 def pyright(python: Path, *arguments: str) -> str:
-    """The output of pyright under that interpreter."""
+    """Return the output of pyright for the environment of ``python``."""
     path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
     command = [sys.executable, "-m", "pyright", *arguments]
     environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(python.parents[1])}
@@ -46,22 +48,27 @@ def pyright(python: Path, *arguments: str) -> str:
 
 
 def main() -> int:
-    """0 where enough is typed, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--at-least", type=float, default=AT_LEAST, metavar="PERCENT")
-    parser.add_argument("--verbose", action="store_true", help="list the symbols without a type")
+    parser.add_argument(
+        "--at-least",
+        type=float,
+        default=AT_LEAST,
+        metavar="PERCENT",
+        help=f"required percentage of symbols with a known type (default: {AT_LEAST:g})",
+    )
+    parser.add_argument("--verbose", action="store_true", help="list symbols without a known type")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        said = pyright(install(Path(folder)), "--verifytypes", "mmfused", "--ignoreexternal")
-    found = re.search(r"Type completeness score: ([\d.]+)%", said)
+        output = pyright(install(Path(folder)), "--verifytypes", "mmfused", "--ignoreexternal")
+    found = re.search(r"Type completeness score: ([\d.]+)%", output)
     if found is None:
-        print(said)
+        print(output)
         return 1
     if args.verbose:
-        print(*(line.strip() for line in said.splitlines() if "error:" in line), sep="\n")
-    print(f"{found[1]} % of the public symbols have a known type, expected {args.at_least:g} %")
+        print(*(line.strip() for line in output.splitlines() if "error:" in line), sep="\n")
+    print(f"public symbols with a known type: {found[1]} %, expected at least {args.at_least:g} %")
     return 0 if float(found[1]) >= args.at_least else 1
 
 

@@ -1,11 +1,11 @@
-"""Measure each choice of the library beside its alternatives, and each tile beside its neighbours.
+"""Time what the library chooses by rules and tables, and the alternatives.
 
     python tools/choices.py [--op OP [--tiles CASE]]
 
-The library chooses by fixed rules and tables (``form="auto"``, kernels/*/plans.py). Here every
-variant (tools/variants.py) must pass the accuracy check of its op's benchmark, and is then timed in
-turn with the others, as run.py times providers. A person reads the results and updates the tables;
-benchmarks/NOTES.md records what was expected.
+The rules are those of ``form="auto"``; the tables are in kernels/*/plans.py. Each variant
+(tools/variants.py) must first pass the accuracy check of its op's benchmark. The variants of a case
+are then timed in turn, like the providers in benchmarks/run.py. The results change no table: read
+them and update the tables by hand. benchmarks/NOTES.md lists the expected results.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def compare(
     variants: Variants,
     settings: run.Settings,
 ) -> dict[str, dict]:
-    """Check and time each variant of one case."""
+    """Check and time each variant of one case; return the entries for the record by name."""
     builders = {name: functools.partial(_build, op, *parts) for name, parts in variants.items()}
     problem = op.make(case, settings.device, settings.dtype)
-    varied: Any = types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders})
-    check = measure.AccuracyCheck(varied, case, problem)
+    op_with_variants: Any = types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders})
+    check = measure.AccuracyCheck(op_with_variants, case, problem)
     providers, found = {}, {}
     for name in builders:
         if settings.budget.spent():
@@ -86,7 +86,7 @@ def _build(
 
 
 def small(case: Any) -> Any:
-    """Return the case at a size that Triton's interpreter runs in seconds."""
+    """Return the case with sizes small enough for Triton's interpreter."""
     limits = {"B": 3, "N": 20, "M": 9, "T": 40, "D": 64, "I": 32, "L": 4, "H": 4, "E": 8, "k": 2}
     sizes = {name: size for name, size in asdict(case).items() if name in limits}
     return replace(case, **{name: min(size, limits[name]) for name, size in sizes.items()})
@@ -96,7 +96,7 @@ def small(case: Any) -> Any:
 
 
 def table(found: dict[str, dict]) -> str:
-    """Return the medians of forward + backward by case, the fastest in bold."""
+    """Return the medians of forward + backward, a line per case, with the fastest in bold."""
     names = list(dict.fromkeys(name for variants in found.values() for name in variants))
     lines = [["case", *names], ["---"] * (1 + len(names))]
     for case, variants in found.items():
@@ -113,11 +113,11 @@ def table(found: dict[str, dict]) -> str:
 
 
 def tiles_table(variants: dict[str, dict]) -> str:
-    """Return the changes of tiles, the fastest first, with their speed-up over the library's."""
+    """Return the variants of a plan, fastest first, with speed-ups over the library's plan."""
     times = medians(variants)
-    own = times.get(LIBRARY, float("nan"))
+    library = times.get(LIBRARY, float("nan"))
     lines = [
-        f"| {name} | {1e3 * time:.3f} ms | {own / time:.3f} |"
+        f"| {name} | {1e3 * time:.3f} ms | {library / time:.3f} |"
         for name, time in sorted(times.items(), key=lambda pair: pair[1])
     ]
     lines += [
@@ -125,7 +125,7 @@ def tiles_table(variants: dict[str, dict]) -> str:
         for name, entry in variants.items()
         if name not in times
     ]
-    return "\n".join(["| change | forward + backward | times faster |", "|---|---|---|", *lines])
+    return "\n".join(["| change | forward + backward | speed-up |", "|---|---|---|", *lines])
 
 
 def medians(variants: dict[str, dict]) -> dict[str, float]:
@@ -136,30 +136,30 @@ def medians(variants: dict[str, dict]) -> dict[str, float]:
     }
 
 
-# ---- the request ---------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def measure_choices(args: argparse.Namespace) -> int:
-    """Return 0, or 3 where variants are left for another run.
+    """Measure the requested choices; return 0, or 3 if the budget left cases for another run.
 
-    A variant that fails the accuracy check is reported in the table, and is not an error.
+    A variant that fails the accuracy check is shown in the table; it is not an error.
     """
-    chosen = chosen_choices(args)
+    requested = requested_choices(args)
     settings = chosen_settings(args)
     facts = report.environment(settings.device)
     facts |= {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     usual = run.SCRATCH if args.quick else run.RESULTS / report.slug(facts["device"])
     folder = Path(args.out or usual)
-    waiting = []
-    for choice in chosen:
+    all_left = []
+    for choice in requested:
         record, left = measure_choice(choice, settings, facts, folder)
-        waiting += left
+        all_left += left
         cases = record["cases"]
         tables = map(tiles_table, cases.values()) if args.tiles else [table(cases)]
         print(f"\n{choice.op}: {choice.name}\n", *tables, "", sep="\n", flush=True)
-    note = [f"For another run: {', '.join(waiting)}."] if waiting else []
+    note = [f"Left for another run: {', '.join(all_left)}."] if all_left else []
     print(f"Raw samples are in {folder}.", *note)
-    return run.UNFINISHED if waiting else 0
+    return run.UNFINISHED if all_left else 0
 
 
 def measure_choice(
@@ -168,7 +168,10 @@ def measure_choice(
     facts: dict,
     folder: Path,
 ) -> tuple[dict, list[str]]:
-    """Measure the cases of a choice that are missing; return its record and the cases left."""
+    """Measure the cases that the file of ``choice`` does not have yet.
+
+    Returns the record and the names of the cases that the budget left.
+    """
     op, path = run.load_op(choice.op), folder / f"choices-{choice.op}-{choice.name}.json"
     fresh = {
         "choice": choice.name,
@@ -211,13 +214,13 @@ def chosen_settings(args: argparse.Namespace) -> run.Settings:
     )
 
 
-def chosen_choices(args: argparse.Namespace) -> list[Choice]:
+def requested_choices(args: argparse.Namespace) -> list[Choice]:
     if args.op is not None:
         run.load_op(args.op)  # raises for an unknown op
     if not args.tiles:
         return [choice for choice in choices() if args.op in (None, choice.op)]
     if args.op is None:
-        raise ValueError("op: got None with tiles, expected the op of that case")
+        raise ValueError("op: got None with tiles, expected the op of the case")
     cases = {case.name: case for case in run.load_op(args.op).cases("cuda", False)}
     if args.tiles not in cases:
         known = ", ".join(cases)
@@ -226,7 +229,10 @@ def chosen_choices(args: argparse.Namespace) -> list[Choice]:
 
 
 def resumed(path: Path, fresh: dict) -> dict:
-    """Return the record in ``path`` if sources, versions and settings agree, else ``fresh``."""
+    """Return the record in ``path`` if it can be continued, else ``fresh``.
+
+    It can be if both records have the same device, versions, sources and settings.
+    """
     if not path.exists():
         return fresh
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -243,17 +249,18 @@ def incomplete(variants: dict[str, dict]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools/choices.py", description="Measure what the library decides by rule or table."
+        prog="tools/choices.py",
+        description="Time what the library chooses by rules and tables, and the alternatives.",
     )
     option = parser.add_argument
     option("--op", metavar="OP", help="only the choices of this op")
-    tiles = "of --op's benchmark: vary its tiles instead, one change at a time"
+    tiles = "vary the tiles of this case of --op's benchmark, one change at a time"
     option("--tiles", metavar="CASE", help=tiles)
     repeats = "samples of each time (default: 15)"
     option("--repeats", type=int, default=15, metavar="N", help=repeats)
-    budget = "begin nothing more after these seconds (exit code 3)"
+    budget = "seconds after which no case is started (exit status 3 if cases are left)"
     option("--budget-seconds", type=float, metavar="S", help=budget)
-    quick = "one tiny case each, interpreted kernels too: shows that everything works"
+    quick = "a tiny case of each choice, to check that the tool works; kernels may be interpreted"
     option("--quick", action="store_true", help=quick)
     where = f"benchmarks/results/<device>, {run.SCRATCH} if --quick"
     option("--out", metavar="DIR", help=f"folder for the results (default: {where})")

@@ -1,4 +1,4 @@
-"""Compare each case with the best accurate baseline, and draw README's picture of it."""
+"""Compare the library with the best accurate baseline of each case; draw README's pictures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 from ..benchmarks import charts, report
 from ..benchmarks.run import OPS
-from .conditions import common_launch, compiled_too, fastest, kind, ours_of
+from .conditions import common_launch, device_type, fastest, ours_of, with_compiled
 
-OURS, SLOWER = "#3b6ea5", "#b5503c"  # colours: ours, and ours where it is slower
-Fill = Callable[[Any], None]  # draws on a figure of matplotlib
+FASTER, SLOWER = "#3b6ea5", "#b5503c"  # bar colours where the library is faster, or slower
+Fill = Callable[[Any], None]  # draws on a matplotlib Figure
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The longest pass of a case: seconds and provider, all timed with the same launch.
+    """Times of a case's longest pass with one launch, as (median seconds, provider label).
 
-    ``best``: the best baseline, None if none was timed. ``faster``: the fastest of the providers
-    that are faster than ours, None if there is none. Where the kernels ran, the library's composed
-    path is among them.
+    ``ours``: the fastest kernel provider, or the composed path if no kernels were timed.
+    ``best``: the fastest baseline, or None if no baseline was timed.
+    ``faster``: the faster one of ``best`` and the composed path, or None if ours is faster.
     """
 
     record: dict
@@ -38,31 +38,26 @@ class Comparison:
 
     @property
     def key(self) -> str:
-        return f"{kind(self.record)}/{self.record['op']}/{self.record['case']['name']}"
+        return f"{device_type(self.record)}/{self.record['op']}/{self.record['case']['name']}"
 
     @property
     def memory(self) -> tuple[int | None, int | None]:
-        """Return bytes of the best baseline and of ours.
-
-        On a GPU that is the peak above the inputs, elsewhere what is saved for the backward.
-        """
+        """Return the memory of the best baseline and of ours, in bytes (see memory_key)."""
         providers, key = self.record["providers"], memory_key(self.record)
         best = None if self.best is None else providers[self.best[1]][key]
         return best, providers[self.ours[1]][key]
 
 
 def memory_key(record: dict) -> str:
-    return "peak_bytes" if kind(record) == "cuda" else "saved_bytes"
+    """Return the key of the memory to show: the peak on a GPU, else the saved activations."""
+    return "peak_bytes" if device_type(record) == "cuda" else "saved_bytes"
 
 
 def compare(record: dict) -> Comparison | None:
-    """Compare the kernels, or the composed path where they did not run.
-
-    Return None if neither was timed.
-    """
+    """Return the comparison of a record, or None if nothing of the library was timed."""
     which, own = report.longest_pass(record), ours_of(record["op"])
-    kernels = compiled_too(name for name in own if name != "composed")
-    composed = compiled_too(["composed"])
+    kernels = with_compiled(name for name in own if name != "composed")
+    composed = with_compiled(["composed"])
     ours = fastest(record, kernels, which) or fastest(record, composed, which)
     if not ours:
         return None
@@ -87,11 +82,11 @@ def comparisons(records: list[dict]) -> list[Comparison]:
     return [found for record in records if (found := compare(record)) is not None]
 
 
-# ---- what the pictures show ----------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
-    """Return, by file, a fingerprint of the content and the function that draws it."""
+    """Return file -> fingerprint of the numbers shown, and the function that draws the picture."""
     rows = [row for row in comparisons(records) if row.best is not None]
     shown = [
         [
@@ -118,7 +113,7 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
             for stages in record["work"].values()
             for stage in stages
         ):
-            continue  # only memory traffic, which has no place on a roofline
+            continue  # an op without FLOPs has no place on a roofline
 
         def roofline(figure, op=op, of_op=of_op):
             figure.set_size_inches(8, 6)
@@ -133,39 +128,42 @@ def fingerprint(shown: object) -> str:
     return f"mmfused results {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def is_current(path: Path, mark: str) -> bool:
-    return path.is_file() and mark.encode() in path.read_bytes()
+def is_current(path: Path, numbers: str) -> bool:
+    """Return whether the picture's metadata contains the fingerprint ``numbers``."""
+    return path.is_file() and numbers.encode() in path.read_bytes()
 
 
-def draw(path: Path, mark: str, fill: Fill) -> None:
+def draw(path: Path, numbers: str, fill: Fill) -> None:
     """Draw the picture, unless the file already shows the same numbers."""
     from matplotlib.figure import Figure
 
-    if not is_current(path, mark):
+    if not is_current(path, numbers):
         figure = Figure(layout="constrained")
         fill(figure)
-        options = {"format": "png", "dpi": 110, "metadata": {"Description": mark}}
+        options = {"format": "png", "dpi": 110, "metadata": {"Description": numbers}}
         report.write(path, lambda temporary: figure.savefig(temporary, **options))
 
 
 def versions(record: dict) -> str:
     found = record["environment"]["versions"]
-    shown = ("mmfused", "torch", "triton") if kind(record) == "cuda" else ("mmfused", "torch")
+    shown = (
+        ("mmfused", "torch", "triton") if device_type(record) == "cuda" else ("mmfused", "torch")
+    )
     return ", ".join(f"{name} {found[name]}" for name in shown if found.get(name))
 
 
-def each_once(values: Iterable[object]) -> str:
+def distinct(values: Iterable[object]) -> str:
     return " / ".join(dict.fromkeys(str(value) for value in values))
 
 
 def label(record: dict) -> str:
-    """Return the name of a case in a row: custom shapes are named by their sizes."""
+    """Return the name and sizes of a case, or only the sizes if its shape is custom."""
     name = record["case"]["name"]
     return report.sizes(record) if name.startswith("custom-") else f"{name}: {report.sizes(record)}"
 
 
 def speedups(rows: list[Comparison], figure: Any) -> None:
-    """Draw the speed-up on the left, a bar from 1, and the memory of both sides on the right."""
+    """Draw speed-ups as bars that start at 1, and beside them the memory of ours and baseline."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     records = [row.record for row in rows]
@@ -174,27 +172,27 @@ def speedups(rows: list[Comparison], figure: Any) -> None:
         draw_memory(row, place, right)
     speeds = [row.speedup for row in rows if row.speedup is not None]
     low, high = min(0.5, 0.8 * min(speeds)), 5 * max(2.0, *speeds)
-    what = f"speed-up over the best baseline, which is named; {passes(records[0])}"
-    left.set(xscale="log", xlim=(low, high), xlabel=what)
+    xlabel = f"speed-up over the best baseline (named at the bar), {passes(records[0])}"
+    left.set(xscale="log", xlim=(low, high), xlabel=xlabel)
     left.axvline(1, color="black", linewidth=1)
     left.set_yticks(range(len(rows)), row_names(records), fontsize=7.5)
     left.set_ylim(len(rows) - 0.4, -0.9)
-    memory = "peak above the inputs" if kind(records[0]) == "cuda" else "kept for backward"
+    memory = "peak above the inputs" if device_type(records[0]) == "cuda" else "kept for backward"
     right.set(xscale="log", xlabel=f"MiB {memory}\n(hollow: baseline, filled: ours)")
     for axes in (left, right):
         plain_ticks(axes)
         axes.grid(axis="x", color="0.93")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    device = each_once(record["environment"]["device"] for record in records)
-    dtypes = each_once(record["dtype"] for record in records)
-    made_with = each_once(map(versions, records))
+    device = distinct(record["environment"]["device"] for record in records)
+    dtypes = distinct(record["dtype"] for record in records)
+    made_with = distinct(map(versions, records))
     figure.suptitle(f"{device}, {dtypes}; {made_with}", fontsize=10)
 
 
 def draw_speed(row: Comparison, place: int, axes: Any) -> None:
     assert row.best is not None and row.speedup is not None  # only rows with a baseline are drawn
-    color = OURS if row.speedup >= 1 else SLOWER
+    color = FASTER if row.speedup >= 1 else SLOWER
     axes.barh(place, row.speedup - 1, 0.6, left=1, color=color)
     text = f"{row.speedup:.2f} x, {row.best[1]}" + (" (graph)" if row.launch == "graph" else "")
     style = {"va": "center", "fontsize": 7.5, "color": color}
@@ -206,13 +204,13 @@ def draw_memory(row: Comparison, place: int, axes: Any) -> None:
     sizes = [count and count / 2**20 for count in row.memory]
     if all(sizes):
         axes.plot(sizes, [place] * 2, color="0.8", linewidth=1.2, zorder=1)
-    for size, face in zip(sizes, ("white", OURS), strict=True):
-        if size:  # 0 has no place on a logarithmic axis
-            axes.scatter(size, place, s=26, facecolor=face, edgecolor=OURS, zorder=2)
+    for size, face in zip(sizes, ("white", FASTER), strict=True):
+        if size:  # a logarithmic axis has no 0
+            axes.scatter(size, place, s=26, facecolor=face, edgecolor=FASTER, zorder=2)
 
 
 def row_names(records: list[dict]) -> list[str]:
-    """Return the name of each case; above the first case of an op stands the op's name."""
+    """Return the label of each case, with the op's name above the label of its first case."""
     names, before = [], None
     for record in records:
         first = record["op"] != before
@@ -222,7 +220,7 @@ def row_names(records: list[dict]) -> list[str]:
 
 
 def plain_ticks(axes: Any) -> None:
-    """Set ticks 1, 2, 5, 10 ... on a logarithmic axis, or powers of ten where it is long."""
+    """Set the ticks of a logarithmic axis to 1, 2, 5, 10 ..., or to powers of ten if it is long."""
     low, high = axes.get_xlim()
     inside = [
         (step, 10.0**power)

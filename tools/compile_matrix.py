@@ -1,13 +1,13 @@
 """Compile every case of ``mmfused inspect`` for every supported architecture and Triton.
 
-    python tools/compile_matrix.py             everything; writes the table
+    python tools/compile_matrix.py             all cases; writes the table
     python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
 
 The table is benchmarks/results/compile_matrix.md.
 
-Each Triton is unpacked in .venv/triton-<version>, downloaded if missing, and put first on the path
-of a separate process. Results of compilation are stored (see mmfused/cli/inspect.py), so a stopped
-run resumes. The exit status is 1 where a kernel has a fault.
+Each Triton version is downloaded into .venv/triton-<version> if it is not there, and compiles in a
+process of its own. A run that was stopped resumes, because `mmfused inspect` stores the compiled
+kernels. The exit status is 1 if a kernel has a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "compile_matrix.md"
-# At least one of each op, and every case in which a supported version once spilled or raced.
+# At least one case of each op, and every case that spilled or raced on a supported version before.
 NEWEST_CASES = (
     "fluid",
     "fluid text",
@@ -40,15 +40,15 @@ NEWEST_CASES = (
 
 
 def supported():
-    """Load mmfused/supported.py by its path: importing the package would load torch."""
+    """Load mmfused/supported.py by path, because importing mmfused would import torch."""
     spec = importlib.util.spec_from_file_location("supported", ROOT / "mmfused" / "supported.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def unpacked(version: str) -> Path:
-    """Return the folder of that Triton; download it if it is missing."""
+def triton_folder(version: str) -> Path:
+    """Return the folder of Triton ``version``; download it if it is missing."""
     home = ROOT / ".venv" / f"triton-{version}"
     if not (home / "triton").is_dir():
         home.parent.mkdir(exist_ok=True)
@@ -62,10 +62,10 @@ def unpacked(version: str) -> Path:
 
 
 def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: int) -> list[dict]:
-    """Return the rows of ``mmfused inspect`` under that Triton."""
-    path = os.pathsep.join((str(unpacked(version)), str(ROOT)))
-    words = [word for arch in archs for word in ("--arch", arch)]
-    words += [word for case in cases for word in ("--case", case)]
+    """Return the rows of ``mmfused inspect`` with Triton ``version``; ``cases``: () means all."""
+    path = os.pathsep.join((str(triton_folder(version)), str(ROOT)))
+    options = [word for arch in archs for word in ("--arch", arch)]
+    options += [word for case in cases for word in ("--case", case)]
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.json"
         command = [
@@ -77,7 +77,7 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
             "inspect",
             "--jobs",
             str(jobs),
-            *words,
+            *options,
         ]
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         subprocess.run(
@@ -87,7 +87,7 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
             stdout=sys.stderr,
         )
         if not table.is_file():
-            sys.exit(f"Triton {version}: inspect did not finish.")
+            sys.exit(f"Triton {version}: `mmfused inspect` did not finish.")
         return [{"triton": version, **row} for row in json.loads(table.read_text())]
 
 
@@ -98,8 +98,8 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def written(rows: list[dict], archs: tuple[str, ...]) -> str:
-    """Return the table: a line for each op and Triton, a column for each architecture."""
+def report(rows: list[dict], archs: tuple[str, ...]) -> str:
+    """Return the table as Markdown: a line per op and Triton version, a column per architecture."""
     cells = defaultdict(list)
     for row in rows:
         cells[row["op"], row["triton"], row["arch"]].append(row)
@@ -107,11 +107,11 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
         "# Kernels compiled without a GPU",
         "",
         "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture "
-        "and Triton. In a cell:",
-        "kernels, the most registers of a thread, the most shared memory of a block. A fault is a "
-        "spill, a race, more",
-        "shared memory than the card has, or a matrix instruction missing. "
-        f"Made at commit {commit()}.",
+        "and Triton version.",
+        "A cell has the number of kernels, the maximum of registers per thread, and the maximum of "
+        "shared memory per block.",
+        "A fault is a spill, a race, more shared memory than the GPU has, or a missing matrix "
+        f"instruction. Compiled at commit {commit()}.",
         "",
         f"| op | Triton | {' | '.join(archs)} | faults |",
         "|---|---|" + "---|" * len(archs) + "---|",
@@ -121,11 +121,13 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
         for arch in archs:
             cell = cells[op, version, arch]
             faults += sum(bool(row["fault"]) for row in cell)
-            most = [max((row[name] for row in cell), default=0) for name in ("registers", "shared")]
-            parts.append(f"{len(cell)}, {most[0]}, {most[1] / 1024:.0f} KB")
+            registers, shared = (
+                max((row[name] for row in cell), default=0) for name in ("registers", "shared")
+            )
+            parts.append(f"{len(cell)}, {registers}, {shared / 1024:.0f} KB")
         lines.append(f"| {op} | {version} | {' | '.join(parts)} | {faults} |")
     faulty = [row for row in rows if row["fault"]]
-    lines += ["", f"{len(rows)} kernels, {len(faulty)} with a fault."]
+    lines += ["", f"{len(rows)} kernels, {len(faulty)} with faults."]
     lines += [
         f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}"
         for r in faulty
@@ -134,7 +136,7 @@ def written(rows: list[dict], archs: tuple[str, ...]) -> str:
 
 
 def newest_version() -> str:
-    """Return the newest version of the package index that pip uses."""
+    """Return the newest version of Triton in the package index that pip uses."""
     command = [sys.executable, "-m", "pip", "index", "versions", "triton"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.match(r"triton \((.+?)\)", listing)[1]
@@ -150,18 +152,21 @@ def main() -> int:
         help="a few cases on the newest Triton of the package index",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: cores)"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="kernels compiled in parallel (default: number of cores)",
     )
     args = parser.parse_args()
     known = supported()
     if args.newest:
         version = newest_version()
-        among = (
+        status = (
             "is supported"
             if version in known.TRITONS
-            else f"is newer than the supported {known.TRITONS[-1]}"
+            else f"is newer than the newest supported version, {known.TRITONS[-1]}"
         )
-        print(f"Triton {version} {among}; compiling {', '.join(NEWEST_CASES)}.", flush=True)
+        print(f"Triton {version} {status}; compiling {', '.join(NEWEST_CASES)}.", flush=True)
         rows = inspect(version, known.ARCHS, NEWEST_CASES, args.jobs)
     else:
         rows = [
@@ -169,14 +174,14 @@ def main() -> int:
         ]
         ops = list(dict.fromkeys(row["op"] for row in rows))
         rows.sort(key=lambda row: ops.index(row["op"]))
-        TABLE.write_text(written(rows, known.ARCHS))
-        print(f"Written to {TABLE.relative_to(ROOT)}.")
+        TABLE.write_text(report(rows, known.ARCHS))
+        print(f"Wrote {TABLE.relative_to(ROOT)}.")
     faults = [row for row in rows if row["fault"]]
     for row in faults:
         print(
             f"{row['case']}: {row['kernel']}, {row['arch']}, Triton {row['triton']}: {row['fault']}"
         )
-    print(f"{len(rows)} kernels, {len(faults)} with a fault.")
+    print(f"{len(rows)} kernels, {len(faults)} with faults.")
     return 1 if faults else 0
 
 

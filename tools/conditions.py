@@ -1,8 +1,9 @@
-"""The conditions of tools/targets.py, and which time of a results file they use.
+"""The conditions of tools/targets.py, and the rule for which times they compare.
 
-Speeds are ratios of medians of one run on one GPU. If the floor of a record is under 100 us in
-either pass, both sides are judged by CUDA-graph replay. Otherwise both are judged by the launch
-that is faster for the baseline, or for the op itself if there is no baseline.
+A speed-up is a ratio of medians from one run on one GPU. If the floor (the least possible time) of
+the forward or the backward is under 100 us, both sides are timed by CUDA graph replay. Otherwise
+both sides are timed with the launch that is faster for the baseline, or, if a condition has no
+baseline, with the launch that is faster for the op.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from pathlib import Path
 
 from ..benchmarks import report
 
-SMALL_SECONDS = 100e-6
+SMALL_SECONDS = 100e-6  # a case with a lower floor is small
 SIGNS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 
 
 class NotMeasured(Exception):
-    """The files lack what a condition needs; the message gives the reason."""
+    """The results lack a number that a condition needs; the message gives the reason."""
 
 
 class Failed(Exception):
-    """The op failed the accuracy check: no condition on it is met."""
+    """The op failed the accuracy check, so it meets no condition."""
 
 
 # ---- records -------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> list[dict]:
-    """Return all records of a device's folder with their ``file``, except those of quick runs."""
+    """Return the records in a device's folder, except those of quick runs.
+
+    The key "file" of a record is its path relative to the parent of ``folder``.
+    """
     records = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -42,20 +46,20 @@ def read(folder: Path) -> list[dict]:
 
 
 def folders(results: Path) -> list[Path]:
-    """Return the folders under ``results``, itself included, that hold records."""
+    """Return those of ``results`` and its subfolders that contain records."""
     return [folder for folder in (results, *sorted(results.glob("*/"))) if read(folder)]
 
 
-def kind(record: dict) -> str:
+def device_type(record: dict) -> str:
     return "cuda" if "cuda" in record["environment"] else "cpu"
 
 
 def ours_of(op: str) -> tuple[str, ...]:
-    """Return the providers of an op that are the library's."""
+    """Return the names of an op's providers that belong to the library."""
     return importlib.import_module(f"mmfused.benchmarks.{op}").OURS
 
 
-def compiled_too(names: Iterable[str]) -> list[str]:
+def with_compiled(names: Iterable[str]) -> list[str]:
     return [label for name in names for label in (name, f"{name}, compiled")]
 
 
@@ -64,9 +68,9 @@ def is_compiled(label: str) -> bool:
 
 
 def fastest(record: dict, labels: Iterable[str], which: str) -> dict[str, tuple[float, str]]:
-    """Return, by launch, the least median of a pass among ``labels``, and its label.
+    """Return launch -> (median seconds of pass ``which``, label) of the fastest of ``labels``.
 
-    Only providers that passed the accuracy check and were timed count.
+    Providers that failed the accuracy check or were not timed do not count.
     """
     best: dict[str, tuple[float, str]] = {}
     for label in labels:
@@ -82,7 +86,9 @@ def fastest(record: dict, labels: Iterable[str], which: str) -> dict[str, tuple[
 
 def is_small(record: dict) -> bool:
     floors = record["floor_seconds"]
-    return kind(record) == "cuda" and min(floors["forward"], floors["backward"]) < SMALL_SECONDS
+    return (
+        device_type(record) == "cuda" and min(floors["forward"], floors["backward"]) < SMALL_SECONDS
+    )
 
 
 def common_launch(
@@ -91,9 +97,10 @@ def common_launch(
     rivals: dict | None = None,
     strict: bool = True,
 ) -> str | None:
-    """Return the launch that both sides are judged by; None where there is none.
+    """Return the launch whose times are compared, or None if the sides have no launch in common.
 
-    Without ``strict``, a small case for which graphs are missing is judged by another launch.
+    ``strict``: compare a small case only by CUDA graph. Otherwise another launch is used if one
+    side has no graph.
     """
     rivals = ours if rivals is None else rivals
     shared = [launch for launch in rivals if launch in ours]
@@ -107,13 +114,14 @@ def common_launch(
 
 @dataclass(frozen=True)
 class Bench:
-    """The record of a row, and those of the op's other cases."""
+    """What a condition is measured on: a case's record, a provider, and all records of the op."""
 
     record: dict
     ours: str
-    others: list[dict]
+    op_records: list[dict]
 
     def provider(self) -> dict:
+        """Return the entry of ``ours``; raise Failed or NotMeasured if it was not timed."""
         provider = self.record["providers"].get(self.ours, {"gate": "missing", "reasons": []})
         if provider["gate"] == "failed":
             raise Failed("; ".join(provider["reasons"]))
@@ -124,14 +132,15 @@ class Bench:
         return provider
 
     def times(self, which: str, eager: bool = False) -> dict[str, tuple[float, str]]:
+        """Return the times of ``ours`` by launch, compiled or not; ``eager``: only not compiled."""
         self.provider()
-        return fastest(self.record, [self.ours] if eager else compiled_too([self.ours]), which)
+        return fastest(self.record, [self.ours] if eager else with_compiled([self.ours]), which)
 
     def launch(self, ours: dict, rivals: dict | None = None) -> str:
         launch = common_launch(self.record, ours, rivals)
         if launch is None:
             raise NotMeasured(
-                "no CUDA graph of both sides"
+                "the two sides do not both have a CUDA graph"
                 if is_small(self.record)
                 else f"no times of {self.ours} to compare"
             )
@@ -140,7 +149,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Condition:
-    """A bound on a number; ``measure`` returns it with a remark, or raises NotMeasured."""
+    """A bound on a number. ``measure`` returns the number and a remark, or raises NotMeasured."""
 
     what: str
     sign: str
@@ -157,6 +166,8 @@ class Condition:
 
 
 def of_floor(which: str, at_most: float) -> Condition:
+    """Bound the time of a pass, as a multiple of the floor."""
+
     def measure(bench):
         times = bench.times(which)
         seconds, label = times[launch := bench.launch(times)]
@@ -166,6 +177,8 @@ def of_floor(which: str, at_most: float) -> Condition:
 
 
 def share_of_floor(which: str, at_least: float) -> Condition:
+    """Bound the floor, as a share of the time of a pass."""
+
     def measure(bench):
         ratio, remark = of_floor(which, 0).measure(bench)
         return 100 / ratio, remark
@@ -180,26 +193,27 @@ def faster_than(
     form: str = "either",
     ours: str | None = None,
 ) -> Condition:
-    """Require a speed-up over the fastest of ``names``; "*": all that are not the library's.
+    """Require a speed-up over the fastest of the baselines ``names``; "*" means all baselines.
 
-    ``ours``: a provider other than the row's.
-    ``which``: a pass; "step" is the whole training step where there are parameters to train, else
-    forward + backward.
-    ``form``: which rivals count. "either": the fastest, eager or compiled; "both": the same, but
-    compiled ones must have been timed; "compiled": only these; "eager": only these, on both sides.
+    ``ours``: the provider to compare, if not the provider of the row.
+    ``which``: a pass. "step" means the training step, or forward + backward if the case has no
+    parameters to train.
+    ``form``: the baselines that count. "either": eager and compiled ones. "both": eager and
+    compiled ones, and a compiled one must have been timed. "compiled": only compiled ones.
+    "eager": only eager ones, and ours must be eager too.
     """
 
     def measure(bench):
-        bench = bench if ours is None else Bench(bench.record, ours, bench.others)
-        bench.provider()  # raises where ours failed, with or without rivals
-        over = timed_pass(bench.record, which)
-        rivals = fastest_rivals(bench.record, names, form, over)
-        mine = bench.times(over, eager=form == "eager")
+        bench = bench if ours is None else Bench(bench.record, ours, bench.op_records)
+        bench.provider()  # raises if ours failed, even if no baseline was timed
+        timed = timed_pass(bench.record, which)
+        rivals = fastest_rivals(bench.record, names, form, timed)
+        mine = bench.times(timed, eager=form == "eager")
         launch = bench.launch(mine, rivals)
         ratios = {each: rivals[each][0] / mine[each][0] for each in rivals if each in mine}
-        beside = [f"{each} {ratio:.3g} x" for each, ratio in ratios.items() if each != launch]
+        others = [f"{each} {ratio:.3g} x" for each, ratio in ratios.items() if each != launch]
         return ratios[launch], ", ".join(
-            [f"{mine[launch][1]} against {rivals[launch][1]}", launch, *beside]
+            [f"{mine[launch][1]} against {rivals[launch][1]}", launch, *others]
         )
 
     rivals = " or ".join(name.replace("*", "all baselines") for name in names)
@@ -215,9 +229,9 @@ def fastest_rivals(
     form: str,
     which: str,
 ) -> dict[str, tuple[float, str]]:
-    """Return the fastest baseline by launch; names and form are those of :func:`faster_than`."""
-    own = compiled_too(ours_of(record["op"]))
-    labels = compiled_too(names)
+    """Return the fastest baseline by launch; ``names`` and ``form`` as in :func:`faster_than`."""
+    own = with_compiled(ours_of(record["op"]))
+    labels = with_compiled(names)
     if names == ("*",):
         labels = [label for label in record["providers"] if label not in own]
     compiled = [label for label in labels if is_compiled(label)]
@@ -230,6 +244,7 @@ def fastest_rivals(
 
 
 def timed_pass(record: dict, which: str) -> str:
+    """Return ``which``, or "both" in place of a "step" that no provider of the record has."""
     passes = (
         times
         for provider in record["providers"].values()
@@ -244,36 +259,38 @@ def why_not_timed(record: dict, labels: list[str]) -> str:
         provider = record["providers"].get(label)
         if provider is not None and "seconds" not in provider:
             reasons.append(f"{label}: {'; '.join([provider['gate'], *provider['reasons']])}")
-    return "; ".join(reasons) or f"no {' or '.join(labels)} was timed"
+    return "; ".join(reasons) or f"{', '.join(labels)}: not timed"
 
 
 def faster_than_case(other: str, at_least: float) -> Condition:
+    """Require a speed-up over the same provider on the case ``other``."""
+
     def measure(bench):
         mine = bench.times("both")
-        others = [record for record in bench.others if record["case"]["name"] == other]
+        others = [record for record in bench.op_records if record["case"]["name"] == other]
         if not others:
             raise NotMeasured(f"{other} is not measured")
         theirs = Bench(others[0], bench.ours, []).times("both")
         launch = bench.launch(mine, theirs)
         return theirs[launch][0] / mine[launch][0], launch
 
-    return Condition(f"speed against its own on {other}", ">=", at_least, measure)
+    return Condition(f"speed against ours on {other}", ">=", at_least, measure)
 
 
 def memory(key: str, sign: str, gigabytes: float) -> Condition:
-    """Bound the memory; ``key``: "peak", above the inputs, or "saved", for the backward."""
+    """Bound the "peak" memory above the inputs, or the memory "saved" for the backward."""
 
     def measure(bench):
         count = bench.provider().get(f"{key}_bytes")
         if count is None:
-            raise NotMeasured(f"{key} bytes were not counted")
+            raise NotMeasured(f"{key} memory was not measured")
         return count / 1e9, ""
 
     return Condition(f"{key} memory", sign, gigabytes, measure, " GB")
 
 
-def launches(which: str, at_most: int, beside: int = 0) -> Condition:
-    """Bound the number of kernels of a pass, without ``beside`` kernels of the benchmark itself."""
+def launches(which: str, at_most: int, extra: int = 0) -> Condition:
+    """Bound the number of kernels of a pass, not counting ``extra`` kernels of the benchmark."""
 
     def measure(bench):
         provider = bench.provider()
@@ -282,13 +299,13 @@ def launches(which: str, at_most: int, beside: int = 0) -> Condition:
             raise NotMeasured("kernels were not counted")
         return (
             forward if which == "forward" else total - forward
-        ) - beside, f"without {beside} of the benchmark" if beside else ""
+        ) - extra, f"not counting {extra} of the benchmark" if extra else ""
 
     return Condition(f"launches {which}", "<=", at_most, measure, "")
 
 
 def captured_in_graph() -> Condition:
-    """Require that a CUDA graph captures the call, hence that it never waits for the host."""
+    """Require that a CUDA graph was captured, which is possible only without host syncs."""
 
     def measure(bench):
         graph = "graph" in bench.provider()["seconds"]

@@ -1,4 +1,4 @@
-"""README's tables of the models trained on grocery photos, from benchmarks/results/grocery."""
+"""Format README's tables of models trained on grocery photos, from benchmarks/results/grocery."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from ..benchmarks import tables
 
 RETRIEVAL = {"uniecs": "UniECS", "unica": "UniCA", "moon2": "MOON2.0", "unite": "UNITE"}
 SCORES = ("recall_at_1", "recall_at_5", "mrr")
-# The pairs that fusion changes. A photo alone, or titles alone, need only one encoder, with fusion
-# or without.
-FUSED_PAIRS = ("image->both", "text->image", "text->both", "both->both")
-VIEWS = {"image": "photo", "text": "text", "both": "photo + text"}
+# Query -> target pairs in the table "without fusion"; the result files contain all nine pairs.
+FUSION_PAIRS = ("image->both", "text->image", "text->both", "both->both")
+MODALITIES = {"image": "photo", "text": "text", "both": "photo + text"}
 PARTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
 
 
 def blocks(folder: Path) -> dict[str, str]:
+    """Return the text of each block of README that comes from the results in ``folder``."""
     runs = {name: _load(folder, name) for name in RETRIEVAL}
     fluid = _load(folder, "fluid")
     found = {
         "retrieval": "\n\n".join(
-            (retrieval(runs, "whole"), retrieval(runs, "without fusion", FUSED_PAIRS))
+            (retrieval(runs, "whole"), retrieval(runs, "without fusion", FUSION_PAIRS))
         ),
-        "retrieval-runs": seconds_said(
+        "retrieval-runs": run_minutes(
             run for model in runs.values() for run in model["runs"].values()
         ),
         "classification": classification(fluid["runs"]),
         "ablation": ablation(fluid["runs"]),
-        "fluid-runs": f"{origin(fluid)}; {seconds_said(fluid['runs'].values())}.",
+        "fluid-runs": f"{origin(fluid)}; {run_minutes(fluid['runs'].values())}.",
         "fluid": f"accuracy {_mean(fluid['runs'], 'full', 'accuracy')}, photo and noisy text",
     }
     for name, model in runs.items():
         scores = model["runs"]["whole"]["pairs"]["image->both"]
-        recall, chance = (100 * part["recall_at_1"] for part in (scores, scores["chance"]))
+        recall, chance = (100 * found["recall_at_1"] for found in (scores, scores["chance"]))
         found[name] = f"photo → product: Recall@1 {recall:.0f} % (chance {chance:.0f} %)"
     return found
 
@@ -43,11 +43,11 @@ def _load(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}_tiny.json").read_text(encoding="utf-8"))
 
 
-def origin(measured: dict) -> str:
-    return f"Measured at commit {measured['commit']}"
+def origin(results: dict) -> str:
+    return f"Measured at commit {results['commit']}"
 
 
-def seconds_said(runs) -> str:
+def run_minutes(runs) -> str:
     minutes = [run["seconds"] / 60 for run in runs]
     return (
         f"each run takes {min(minutes):.0f} to {max(minutes):.0f} minutes "
@@ -56,17 +56,17 @@ def seconds_said(runs) -> str:
 
 
 def retrieval(models: dict[str, dict], run: str, pairs: tuple[str, ...] = ()) -> str:
-    of_model = [model["runs"][run]["pairs"] for model in models.values()]
+    """Return the table of one run per model, with a line for each of ``pairs`` (default: all)."""
+    model_pairs = [model["runs"][run]["pairs"] for model in models.values()]
     lines = []
-    for pair in pairs or of_model[0]:
-        chances = [_scores(found[pair]["chance"]) for found in of_model]
+    for pair in pairs or model_pairs[0]:
+        chances = [_scores(found[pair]["chance"]) for found in model_pairs]
         if len(set(chances)) > 1:
             raise ValueError(
                 f"chance of {pair}: got {', '.join(chances)}, expected the same for all models"
             )
-        lines.append(
-            [pair.replace("->", " → "), chances[0], *(_scores(found[pair]) for found in of_model)]
-        )
+        cells = (_scores(found[pair]) for found in model_pairs)
+        lines.append([pair.replace("->", " → "), chances[0], *cells])
     title = "Recall@1 / Recall@5 / MRR, %" if run == "whole" else run
     return tables.markdown([title, "chance", *(RETRIEVAL[name] for name in models)], lines)
 
@@ -79,27 +79,25 @@ def _scores(scores: dict) -> str:
 
 
 def classification(runs: dict[str, dict]) -> str:
-    """Return the accuracy by the modalities of training, for runs with all parts of the model.
-
-    Such a run is named after its modality, or "full".
-    """
-    whole = {
+    """Return the table of accuracies of the complete model, by the modalities it is trained on."""
+    names = {
         run["modalities"]: _name(key) for key, run in runs.items() if not key.startswith("no_")
     }
     lines = [
-        [said, *_by_seed(runs, whole[view]), _mean(runs, whole[view], "accuracy")]
-        for view, said in VIEWS.items()
+        [label, *_by_seed(runs, names[view]), _mean(runs, names[view], "accuracy")]
+        for view, label in MODALITIES.items()
     ]
     return tables.markdown(["accuracy, final step", *_seed_names(runs), "mean"], lines)
 
 
 def ablation(runs: dict[str, dict]) -> str:
+    """Return the table of the complete model and of the models without one of ``PARTS``."""
     lines = []
     rows = {"full": "FLUID tiny"} | {f"no_{part}": f"without {part}" for part in PARTS}
-    for name, said in rows.items():
+    for name, label in rows.items():
         lines.append(
             [
-                said,
+                label,
                 *_by_seed(runs, name),
                 _mean(runs, name, "accuracy"),
                 _mean(runs, name, "macro_f1"),
@@ -111,6 +109,7 @@ def ablation(runs: dict[str, dict]) -> str:
 
 
 def _name(key: str) -> str:
+    """Return the name of a run without its seed: "full" for the key "full_0"."""
     return key.rpartition("_")[0]
 
 
@@ -123,17 +122,18 @@ def _seed_names(runs: dict[str, dict]) -> list[str]:
 
 
 def _by_seed(runs: dict[str, dict], name: str) -> list[str]:
-    return [f"{100 * run['accuracy']:.1f} %" for run in _of_all_seeds(runs, name)]
+    return [f"{100 * run['accuracy']:.1f} %" for run in _all_seeds(runs, name)]
 
 
 def _mean(runs: dict[str, dict], name: str, score: str) -> str:
-    return f"{100 * fmean(run[score] for run in _of_all_seeds(runs, name)):.1f} %"
+    return f"{100 * fmean(run[score] for run in _all_seeds(runs, name)):.1f} %"
 
 
-def _of_all_seeds(runs: dict[str, dict], name: str) -> list[dict]:
+def _all_seeds(runs: dict[str, dict], name: str) -> list[dict]:
     missing = [key for seed in _seeds(runs) if (key := f"{name}_{seed}") not in runs]
     if missing:
         raise ValueError(
-            f"fluid_tiny.json: got no run {', '.join(missing)}, expected the same seeds for all"
+            f"fluid_tiny.json: got runs without {', '.join(missing)}, expected every run with "
+            "every seed"
         )
     return [runs[f"{name}_{seed}"] for seed in _seeds(runs)]

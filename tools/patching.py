@@ -1,4 +1,4 @@
-"""Replace a function in every kernel module that imported it by name."""
+"""Context managers that replace a function in every module that has imported it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def replaced(package: str, original: Callable, replacement: Callable) -> Iterator[None]:
-    """Set ``replacement`` wherever a loaded module of ``package`` holds ``original``."""
+    """Replace ``original`` in all loaded modules of ``package``, under whatever name it has."""
     holders = [
         (module, name)
         for module in modules_of(package)
@@ -30,15 +30,15 @@ def replaced(package: str, original: Callable, replacement: Callable) -> Iterato
 
 @contextlib.contextmanager
 def replaced_plan(op: str, change: Callable) -> Iterator[None]:
-    """Run the kernels of ``op`` with ``change(plan, *arguments of plan())`` as their plan."""
+    """Make ``plan(*args)`` of the kernels of ``op`` return ``change(plan(*args), *args)``."""
     original = importlib.import_module(f"mmfused.kernels.{op}.plans").plan
 
     def changed(*args, **kwargs):
-        given = inspect.signature(original).bind(*args, **kwargs)
-        given.apply_defaults()
-        return change(original(*given.args), *given.args)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return change(original(*bound.args), *bound.args)
 
-    importlib.import_module(f"mmfused.kernels.{op}")
+    importlib.import_module(f"mmfused.kernels.{op}")  # load every module that imports plan
     with replaced(f"mmfused.kernels.{op}", original, changed):
         yield
 

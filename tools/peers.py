@@ -1,22 +1,28 @@
-"""Run other libraries' tests plain and with this library inserted: what passes plain must pass.
+r"""Run other libraries' tests without and with mmfused, and list the tests that mmfused breaks.
 
-    python tools/peers.py --checkouts FOLDER [SUITE ...]     suites whose names contain such a word
+    python tools/peers.py --checkouts FOLDER [SUITE ...]
 
-FOLDER holds clones of https://github.com/huggingface/sentence-transformers,
-https://github.com/mlfoundations/open_clip and https://github.com/huggingface/transformers, under
-these names; one that is missing is skipped. Their sources are run, not what is installed, so this
-interpreter needs what those depend on, in versions that suit them: where the installed transformers
-is another release than the clone, check out its tag. Of their tests' requirements it takes
+FOLDER contains clones of these repositories, in folders named after the repositories:
+
+    https://github.com/huggingface/sentence-transformers
+    https://github.com/mlfoundations/open_clip
+    https://github.com/huggingface/transformers
+
+The suites of a missing clone are skipped. Each suite imports its library from the clone, but the
+library's dependencies must be installed. If the clone of transformers is not at the installed
+release, check out the tag of that release. The tests also need
 
     pip install pytest-xdist pytest-env parameterized datasets requests httpx sentencepiece \
         webdataset
 
-Nothing is downloaded: Hugging Face's libraries are told to be offline and find tiny models made by
-tools/peers_models.py. Tests that need a network do not pass plain and so do not count, nor do those
-that need a GPU where there is none. open_clip's trainings leave a folder `logs` in its clone.
+Nothing is downloaded: HF_HUB_OFFLINE is set, and tools/peers_models.py creates tiny models for the
+tests of sentence-transformers. Only tests that pass plain, that is without mmfused, are compared,
+so tests that need a network or a missing GPU do not matter. The training tests of open_clip leave
+a folder `logs` in its clone.
 
-Exit status 1 where a test differs and is not among EXCEPTIONS, or a suite ran no op of ours; 2
-where no checkout is found.
+The exit status is 1 if a test passes plain but not with mmfused and is not listed in EXCEPTIONS,
+if no test of a suite passes plain, or if no test of a suite ran an mmfused op. It is 2 if no clone
+is found.
 """
 
 from __future__ import annotations
@@ -39,9 +45,12 @@ TOOLS = ROOT / "tools"
 
 @dataclass
 class Suite:
-    """``tests`` and ``select`` (-k) go to pytest; ``source`` is the folder to import from.
+    """Tests of one library.
 
-    ``inserts``: the ways of inserting the library, as named in tools/peers_plugin.py.
+    ``tests``: files and folders for pytest, relative to the clone.
+    ``select``: expression for pytest's ``-k``.
+    ``source``: folder of the clone from which the library is imported.
+    ``inserts``: values of ``--peers-insert`` in tools/peers_plugin.py.
     """
 
     name: str
@@ -52,8 +61,8 @@ class Suite:
     inserts: tuple[str, ...] = ("fuse",)
 
 
-# Of transformers' tests, leave out those that start processes (into which nothing is inserted),
-# those of its attention functions, and the slowest ones of compiled generation.
+# Leaves out tests of transformers that start processes (mmfused would not be inserted there),
+# tests of its attention functions, and the slowest tests.
 SELECT = (
     "not fsdp2 and not tensor_parallel and not eager_matches_sdpa and not bc_torch_dtype"
     " and not no_recompile and not compilation_all_outputs"
@@ -79,7 +88,7 @@ SUITES = (
         "not training_coca",
     ),
     Suite(
-        "transformers mixtures",  # OLMoE's tiny model has SiLU, Mixtral's has GELU
+        "transformers mixtures",  # OLMoE's test model uses SiLU, Mixtral's uses GELU
         "transformers",
         (
             "tests/models/olmoe/test_modeling_olmoe.py",
@@ -96,10 +105,10 @@ SUITES = (
     ),
 )
 
-# Patterns of tests that may fail with the library -> why that is not the library's fault.
+# Pattern of node ids -> reason why these tests may fail with mmfused.
 EXCEPTIONS = {
     "*::test_eager_matches_batched_and_grouped_inference*": (
-        "asserts that transformers' own grouped_mm and batched_mm functions are called"
+        "the test asserts that transformers' own grouped_mm and batched_mm functions are called"
     ),
 }
 
@@ -112,7 +121,7 @@ def run(
     workers: int,
     only: tuple[str, ...] = (),
 ) -> dict[str, dict]:
-    """Run the suite, or only these tests: node id -> what tools/peers_plugin.py records."""
+    """Run the suite, or only the tests in ``only``, and return the plugin's ``tests``."""
     started, out = time.monotonic(), scratch / "tests.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -134,9 +143,9 @@ def run(
         text=True,
         errors="replace",
     )
-    label, end = f"{suite.name}, {insert} inserted", finished.stdout[-4000:]
+    label, end = f"{suite.name} (insert: {insert})", finished.stdout[-4000:]
     if not out.is_file():
-        sys.exit(f"{end}\npeers: {label}: pytest ended with status {finished.returncode}.")
+        sys.exit(f"{end}\npeers: {label}: pytest exited with status {finished.returncode}.")
     tests = json.loads(out.read_text())
     passed, seconds = passing(tests), time.monotonic() - started
     if not passed and not only:
@@ -160,17 +169,17 @@ def environment(source: Path, scratch: Path) -> dict[str, str]:
 
 
 def differing(plain: dict[str, dict], inserted: dict[str, dict]) -> dict[str, str]:
-    """Return the tests that pass plain but not with the library, and how they ended."""
-    lost = {"outcome": "did not run", "failure": ""}
+    """Return node id -> failure or outcome, for tests that pass plain but not with mmfused."""
+    absent = {"outcome": "did not run", "failure": ""}
     found = {}
     for name, test in plain.items():
-        other = inserted.get(name, lost)
+        other = inserted.get(name, absent)
         if test["outcome"] == "passed" != other["outcome"]:
             found[name] = other["failure"] or other["outcome"]
     return found
 
 
-def exception(name: str) -> str | None:
+def matching_exception(name: str) -> str | None:
     return next((pattern for pattern in EXCEPTIONS if fnmatch(name, pattern)), None)
 
 
@@ -180,88 +189,92 @@ def compare(
     scratch: Path,
     workers: int,
 ) -> tuple[list[tuple], list[str], set[str]]:
-    """Return rows of the table, faults, and the exceptions that occurred."""
-    rows, faults, met = [], [], set()
+    """Return the rows of the table, the faults, and the patterns of the exceptions used."""
+    rows, faults, used = [], [], set()
     plain = run(suite, checkout, "nothing", scratch, workers)
     for insert in suite.inserts:
         label, tests = f"{suite.name}, {insert}", run(suite, checkout, insert, scratch, workers)
         found = differing(plain, tests)
-        excepted = {name: exception(name) for name in found}
-        met |= set(filter(None, excepted.values()))
-        mine = {name: what for name, what in found.items() if not excepted[name]}
-        if mine:  # some tests fail now and then without any cause here
-            again = run(suite, checkout, insert, scratch, workers, tuple(mine))
-            for name in [name for name in mine if again.get(name, {}).get("outcome") == "passed"]:
-                print(f"{label}: {name} failed once, not when repeated: {mine.pop(name)}")
+        excepted = {name: matching_exception(name) for name in found}
+        used |= set(filter(None, excepted.values()))
+        broken = {name: failure for name, failure in found.items() if not excepted[name]}
+        if broken:  # repeat them: some tests are flaky
+            again = run(suite, checkout, insert, scratch, workers, tuple(broken))
+            for name in list(broken):
+                if again.get(name, {}).get("outcome") == "passed":
+                    print(f"{label}: {name} failed, but passed when repeated: {broken.pop(name)}")
         ops = sum(test["calls"] > 0 for test in tests.values())
-        counts = passing(plain), passing(tests), ops, len(mine), len(found)
+        counts = passing(plain), passing(tests), ops, len(broken), len(found)
         rows.append((label, *map(str, counts)))
-        faults += [f"{label}: {name}: {what}" for name, what in mine.items()]
+        faults += [f"{label}: {name}: {failure}" for name, failure in broken.items()]
         if not passing(plain):
             faults.append(f"{label}: no test passes plain.")
         elif not ops:
-            faults.append(f"{label}: no test ran an op of this library.")
-    return rows, faults, met
+            faults.append(f"{label}: no test ran an mmfused op.")
+    return rows, faults, used
 
 
 def make_models(checkout: Path, scratch: Path) -> None:
-    """Make the models that sentence-transformers' tests load by name."""
     command = [sys.executable, TOOLS / "peers_models.py", scratch / "hf"]
     env = environment(checkout, scratch)
     made = subprocess.run(command, env=env, capture_output=True, text=True)
     if made.returncode:
-        print(f"{made.stderr[-2000:]}\npeers: no tiny models; tests that load one will not pass.")
+        print(
+            f"{made.stderr[-2000:]}\npeers: tools/peers_models.py failed, so some tests will too."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     known = ", ".join(suite.name for suite in SUITES)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"words of {known}; default all")
-    parser.add_argument("--checkouts", type=Path, help="the folder of the clones")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2; 0: this one)")
+    suite_help = f"part of the names of suites to run (default: all): {known}"
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=suite_help)
+    parser.add_argument("--checkouts", type=Path, metavar="FOLDER", help="folder of the clones")
+    workers_help = "processes of pytest-xdist (default: 2; 0: do not use pytest-xdist)"
+    parser.add_argument("--workers", type=int, default=2, help=workers_help)
     args = parser.parse_args(argv)
 
     words = args.suites or [""]
     chosen = [suite for suite in SUITES if any(word in suite.name for word in words)]
     if not chosen:
-        parser.error(f"SUITE: got {' '.join(words)}, expected words of {known}")
+        parser.error(f"SUITE: got {' '.join(words)}, expected part of one of {known}")
     names = list(dict.fromkeys(suite.checkout for suite in chosen))
     where = args.checkouts and args.checkouts.resolve()
     missing = [name for name in names if not where or not (where / name).is_dir()]
     if missing == names:
         print(
-            f"peers: clone {', '.join(names)} into {where or 'one folder'} and give that folder: "
-            f"make peers CHECKOUTS={where or 'folder'}"
+            f"peers: clone {', '.join(names)} into {where or 'one folder'}, then run "
+            f"make peers CHECKOUTS={where or 'FOLDER'}"
         )
         return 2
     for name in missing:
         print(f"peers: {where / name} is missing; its suites are skipped.")
 
-    rows = [("suite", "passed plain", "with library", "ran an op", "differ", "with exceptions")]
-    faults, met = [], set()
+    rows = [("suite", "passed plain", "with mmfused", "ran an op", "broken", "with exceptions")]
+    faults, used = [], set()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "sentence-transformers" in names and "sentence-transformers" not in missing:
             make_models(where / "sentence-transformers", scratch)
         for suite in chosen:
             if suite.checkout not in missing:
-                parts = compare(suite, where / suite.checkout, scratch, args.workers)
-                rows += parts[0]
-                faults += parts[1]
-                met |= parts[2]
+                found = compare(suite, where / suite.checkout, scratch, args.workers)
+                rows += found[0]
+                faults += found[1]
+                used |= found[2]
 
-    print_results(rows, faults, met)
+    print_results(rows, faults, used)
     return 1 if faults else 0
 
 
-def print_results(rows: list[tuple], faults: list[str], met: set[str]) -> None:
+def print_results(rows: list[tuple], faults: list[str], used: set[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     for pattern, reason in EXCEPTIONS.items():
-        print(f"exception{'' if pattern in met else ' without a case here'} {pattern}: {reason}")
+        print(f"exception{'' if pattern in used else ' (not used)'} {pattern}: {reason}")
     for fault in faults:
         print(f"FAULT {fault}")
 

@@ -1,8 +1,8 @@
-"""The pytest plugin of tools/peers.py: insert this library into other suites, record each test.
+"""pytest plugin of tools/peers.py: insert mmfused into a test suite and record each test.
 
-``--peers-insert fuse`` fuses every module before its first call, and every loss when it is made,
-because methods of a loss are called without the module being called. ``experts`` sets
-``experts_implementation="mmfused"`` in models that have this option.
+``--peers-insert fuse`` applies ``mmfused.fuse`` to every module before its first call. Losses are
+fused when they are created, because some tests call only methods of a loss.
+``--peers-insert experts`` sets ``experts_implementation="mmfused"`` in models with that option.
 """
 
 import functools
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 RANK = ("passed", "skipped", "failed")
-tests: dict[str, dict] = {}  # node id -> outcome, calls of our ops, the last failure
-calls = 0  # calls of our ops in this process
+tests: dict[str, dict] = {}  # node id -> outcome, number of mmfused op calls, last failure
+calls = 0  # mmfused op calls so far in this process
 
 
 def pytest_addoption(parser):
@@ -29,16 +29,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    how = config.getoption("--peers-insert")
-    if how != "nothing":
-        import mmfused  # here, because a plain run must not import it
+    insert = config.getoption("--peers-insert")
+    if insert != "nothing":
+        import mmfused  # not at the top: a plain run must not import mmfused
 
         count_ops()
-        at_first_call(mmfused.fuse if how == "fuse" else choose_experts(mmfused))
+        call_before_first_call(mmfused.fuse if insert == "fuse" else experts_setter(mmfused))
 
 
 def count_ops():
-    """Count the calls of functions in mmfused.ops by the forwards that fuse inserts."""
+    """Wrap the functions of mmfused.ops that mmfused.fuse imports, to count their calls."""
 
     def counted(op):
         @functools.wraps(op)
@@ -57,8 +57,11 @@ def count_ops():
                     setattr(module, name, counted(op))
 
 
-def at_first_call(insert):
-    """Call ``insert(module)`` before a module's first call, unless a module seen before has it."""
+def call_before_first_call(insert):
+    """Patch nn.Module to call ``insert(module)`` before a module's first call.
+
+    Submodules are skipped later, because ``insert`` also changes the submodules.
+    """
     seen, original = weakref.WeakSet(), nn.Module.__call__
 
     def call(self, *args, **kwargs):
@@ -70,20 +73,20 @@ def at_first_call(insert):
     nn.Module.__call__ = call
 
 
-def choose_experts(mmfused):
+def experts_setter(mmfused):
     mmfused.register_experts()
 
-    def choose(module):
+    def set_experts(module):
         for model in module.modules():
-            can_set = getattr(model, "_can_set_experts_implementation", None)  # of the class
+            can_set = getattr(model, "_can_set_experts_implementation", None)  # a class method
             if can_set is not None and can_set():
                 model.set_experts_implementation("mmfused")
 
-    return choose
+    return set_experts
 
 
 def fuse_new_losses():
-    """Fuse losses of the classes imported so far as soon as they are created, but no subclasses."""
+    """Patch the loss classes imported so far to fuse new instances, except those of subclasses."""
     import mmfused
     from mmfused.fuse.base import KINDS
 
@@ -106,7 +109,7 @@ def fuse_new_losses():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Seed each test: the same random numbers with and without the library, in any test order."""
+    """Seed each test, so that its random numbers depend neither on mmfused nor on test order."""
     if item.config.getoption("--peers-insert") == "fuse":
         fuse_new_losses()
     random.seed(0)
@@ -134,5 +137,5 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if not hasattr(session.config, "workerinput"):  # not in a worker of pytest-xdist
+    if not hasattr(session.config, "workerinput"):  # only workers of pytest-xdist have it
         session.config.getoption("--peers-out").write_text(json.dumps(tests))

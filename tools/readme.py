@@ -1,10 +1,10 @@
-"""Write the measured numbers of README, and its pictures, from benchmarks/results.
+"""Write README's numbers and pictures from the results files in benchmarks/results.
 
     python tools/readme.py [--check]
 
-Text between ``<!-- results: begin NAME -->`` and ``<!-- results: end NAME -->`` is replaced;
-pictures are drawn beside the results. With ``--check`` nothing is written: the exit code is 1 where
-README or a picture differs from the files.
+The text between ``<!-- results: begin NAME -->`` and ``<!-- results: end NAME -->`` is replaced.
+Pictures are saved next to the results. With ``--check`` nothing is written, and the exit status is
+1 if README or a picture is out of date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if not __package__:  # run as a file: import this checkout, whatever is installe
 from mmfused.benchmarks import report, tables
 from mmfused.tools import comparison, grocery, targets
 from mmfused.tools.comparison import Comparison, comparisons, label
-from mmfused.tools.conditions import compiled_too, folders, kind, ours_of, read
+from mmfused.tools.conditions import device_type, folders, ours_of, read, with_compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: begin ([\w-]+) -->)(.*?)(<!-- results: end \2 -->)", re.DOTALL)
@@ -31,15 +31,14 @@ NOTHING_ON_A_GPU = (
 NOT_ON_A_CPU = "Not timed on a CPU."  # README may omit a block with this content
 
 _EXPERTS_ON_A_CPU = (
-    "on a CPU both run one product for each expert, and there is nothing to gain. Where torch's "
-    "grouped_mm serves a model on a CPU already, keep it."
+    "on a CPU both compute one product per expert, so there is nothing to gain. If a model on a "
+    "CPU already uses torch's grouped_mm, keep it."
 )
 _PRODUCTS_ON_A_CPU = (
-    "on a CPU the layer is its matrix products, which a layer written by hand has too, and there "
-    "is little to gain. Who trains on a CPU and has such a layer should keep it."
+    "on a CPU the layer spends its time in matrix products, which a hand-written layer computes "
+    "too, so there is little to gain. If you train on a CPU and have such a layer, keep it."
 )
-# Why a case is slower than the best baseline, and when not to use the op, by "device/op/case",
-# where device is cuda or cpu.
+# "device/op/case" (device: cuda or cpu) -> why another provider is faster, and when to use it.
 SLOWER = {
     "cpu/gated_cross_attention/uniecs": _PRODUCTS_ON_A_CPU,
     "cpu/gated_cross_attention/uniecs-missing": _PRODUCTS_ON_A_CPU,
@@ -47,13 +46,14 @@ SLOWER = {
     "cpu/grouped_mlp/swiglu-e8": _EXPERTS_ON_A_CPU,
     "cpu/grouped_mlp/swiglu-e8-hot": _EXPERTS_ON_A_CPU,
     "cpu/topk_routing/custom-T16384-E16-k2-D0-S1": (
-        "routing is a few passes over a small matrix, and `composed` adds what makes it name the "
-        "same experts on every backend, also of equals. On a CPU take it for that, not for speed."
+        "routing is a few passes over a small matrix, and `composed` does extra work to choose the "
+        "same experts on every backend, even from tied logits. On a CPU use it for that, not for "
+        "speed."
     ),
 }
 
 
-# ---- words and numbers ---------------------------------------------------------------------------
+# ---- formatting ----------------------------------------------------------------------------------
 
 
 def milliseconds(seconds: float) -> str:
@@ -71,23 +71,23 @@ def mebibytes(count: int | None) -> str:
 
 
 def how_measured(records: list[dict]) -> str:
-    """Return the devices, passes, samples, versions and commits of the records, each once.
+    """Return a line with the devices, passes, samples, versions and commits of the records.
 
-    Results made with older sources keep their commit, so several may be listed.
+    Commits may differ, because results of older sources stay valid.
     """
     facts = [record["environment"] for record in records]
     threads = (
         ""
-        if kind(records[0]) == "cuda"
-        else comparison.each_once(f", {fact['threads']} threads" for fact in facts)
+        if device_type(records[0]) == "cuda"
+        else comparison.distinct(f", {fact['threads']} threads" for fact in facts)
     )
-    samples = comparison.each_once(sample_count(record) for record in records)
-    source = comparison.each_once(
+    samples = comparison.distinct(sample_count(record) for record in records)
+    source = comparison.distinct(
         str(fact["commit"])[:7] + (" with changes" if fact["dirty"] else "") for fact in facts
     )
-    machine = comparison.each_once(fact["device"] for fact in facts) + threads
-    dtypes = comparison.each_once(record["dtype"] for record in records)
-    made_with = comparison.each_once(map(comparison.versions, records))
+    machine = comparison.distinct(fact["device"] for fact in facts) + threads
+    dtypes = comparison.distinct(record["dtype"] for record in records)
+    made_with = comparison.distinct(map(comparison.versions, records))
     timed = f"{dtypes}, {comparison.passes(records[0])}, medians of {samples} interleaved samples"
     return f"{machine}; {timed}; {made_with}; commit {source}"
 
@@ -103,23 +103,23 @@ def sample_count(record: dict) -> int:
 
 
 def reasons(rows: list[Comparison]) -> str:
-    """Return a line for each sentence, with its cases and the provider that is faster."""
+    """Return each explanation of SLOWER that applies, with its cases and the faster providers."""
     slower = [row for row in rows if row.faster is not None]
-    unsaid = [row.key for row in slower if row.key not in SLOWER]
-    if unsaid:
+    unexplained = [row.key for row in slower if row.key not in SLOWER]
+    if unexplained:
         raise ValueError(
-            f"SLOWER in tools/readme.py has no sentence for {', '.join(unsaid)}, "
-            "slower than another provider"
+            f"SLOWER in tools/readme.py: got no explanation of {', '.join(unexplained)}, "
+            "expected one for each case in which another provider is faster"
         )
     lines: dict[str, list[str]] = {}
     for row in slower:
         seconds, name = row.faster
         case = row.record["case"]["name"]
-        called = report.sizes(row.record) if case.startswith("custom-") else f"`{case}`"
-        faster = f"{called} ({name} is {row.ours[0] / seconds:.2f} times as fast)"
+        title = report.sizes(row.record) if case.startswith("custom-") else f"`{case}`"
+        faster = f"{title} ({name} is {row.ours[0] / seconds:.2f} times as fast)"
         lines.setdefault(SLOWER[row.key], []).append(faster)
     return "\n\n".join(
-        f"Slower: {'; '.join(cases)}: {sentence}" for sentence, cases in lines.items()
+        f"Slower: {'; '.join(cases)}: {explanation}" for explanation, cases in lines.items()
     )
 
 
@@ -133,7 +133,7 @@ def paragraphs(*parts: str) -> str:
 def gpu_block(results: Path) -> str:
     found = []
     for folder in folders(results):
-        records = [record for record in read(folder) if kind(record) == "cuda"]
+        records = [record for record in read(folder) if device_type(record) == "cuda"]
         if rows := comparisons(records):
             verdicts = [
                 verdict for verdict in targets.judge(records) if verdict.row.device == "cuda"
@@ -208,7 +208,7 @@ def path_in_readme(path: Path) -> str:
 
 
 def cpu_records(folder: Path) -> list[dict]:
-    return [record for record in read(folder) if kind(record) == "cpu"]
+    return [record for record in read(folder) if device_type(record) == "cpu"]
 
 
 def cpu_block(results: Path) -> str:
@@ -235,26 +235,24 @@ def cpu_op_block(op: str, results: Path) -> str:
 
 
 def cpu_table(rows: list[Comparison]) -> str:
-    """Return time and memory of each timed provider, in the benchmark's order, ours last."""
+    """Return the time and memory of each provider, in the benchmark's order but with ours last."""
     records = [row.record for row in rows]
-    own = compiled_too(ours_of(records[0]["op"]))
-    checked = {
+    own = with_compiled(ours_of(records[0]["op"]))
+    gates = {
         name: found["gate"]
         for record in records
         for name, found in record["providers"].items()
         if "seconds" in found and name not in own
     }
-    checked |= {row.ours[1]: "passed" for row in rows}
+    gates |= {row.ours[1]: "passed" for row in rows}
     lines = []
     for row in rows:
         cells = [
             cpu_cell(row.record["providers"].get(name, {}), report.longest_pass(row.record))
-            for name in checked
+            for name in gates
         ]
         lines.append([label(row.record), *cells, "" if row.best is None else f"{row.speedup:.2f}"])
-    heads = [
-        name if result == "passed" else f"{name} (a ceiling)" for name, result in checked.items()
-    ]
+    heads = [name if gate == "passed" else f"{name} (a ceiling)" for name, gate in gates.items()]
     return tables.markdown(["case", *heads, "speed-up"], lines)
 
 
@@ -275,26 +273,26 @@ def blocks(results: Path) -> dict[str, str]:
     return found | grocery.blocks(results / "grocery")
 
 
-def fill(text: str, made: dict[str, str]) -> str:
-    """Return ``text`` with each block's content between its markers.
+def fill(text: str, contents: dict[str, str]) -> str:
+    """Replace the text between the markers of each block by ``contents[name]``.
 
-    A block of one line stays on the line of its markers.
+    Content of one line is put on the line of its markers if the old content was there too.
     """
     marked = [name for _, name, _, _ in MARKED.findall(text)]
-    needed = [name for name, block in made.items() if block != NOT_ON_A_CPU or name in marked]
+    needed = [name for name, block in contents.items() if block != NOT_ON_A_CPU or name in marked]
     if sorted(marked) != sorted(needed):
         wrong = sorted(
-            {name for name in [*marked, *needed] if marked.count(name) != 1 or name not in made}
+            {name for name in [*marked, *needed] if marked.count(name) != 1 or name not in contents}
         )
         raise ValueError(
-            f"README: got blocks {', '.join(wrong)} missing, twice or unknown, "
+            f"README: blocks: got {', '.join(wrong)} missing, repeated or unknown, "
             "expected each block once"
         )
 
     def put(found):
         begin, name, before, end = found.groups()
-        apart = "\n" if before.startswith("\n") or "\n" in made[name] else ""
-        return f"{begin}{apart}{made[name]}{apart}{end}"
+        newline = "\n" if before.startswith("\n") or "\n" in contents[name] else ""
+        return f"{begin}{newline}{contents[name]}{newline}{end}"
 
     return MARKED.sub(put, text)
 
@@ -314,30 +312,32 @@ def all_pictures(results: Path) -> dict[Path, tuple[str, comparison.Fill]]:
 
 def draw_all(drawings: dict[Path, tuple[str, comparison.Fill]]) -> None:
     try:
-        for path, (mark, draw) in drawings.items():
-            comparison.draw(path, mark, draw)
+        for path, (numbers, fill_figure) in drawings.items():
+            comparison.draw(path, numbers, fill_figure)
     except ImportError:
         print("matplotlib is not installed, so no picture was drawn.")
 
 
 def run(check: bool) -> int:
-    """Return 0 where README and pictures are up to date, or were made so, else 1."""
+    """Update README and pictures, or only check them; return 1 if the check fails, else 0."""
     readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     before, drawings = readme.read_text(encoding="utf-8"), all_pictures(results)
-    if not check:  # before fill, so that pictures are drawn even if README's blocks are wrong
+    if not check:  # draw before fill() can raise
         draw_all(drawings)
     after = fill(before, blocks(results))
     if check:
         stale = [
-            path for path, (mark, _) in drawings.items() if not comparison.is_current(path, mark)
+            path
+            for path, (numbers, _) in drawings.items()
+            if not comparison.is_current(path, numbers)
         ]
         faults = [
-            f"README's block {name} is not what the files under benchmarks/results give"
+            f"README's block {name} differs from the files under benchmarks/results"
             for name in differing(before, after)
         ]
-        faults += [f"{path_in_readme(path)} shows other results than its files" for path in stale]
+        faults += [f"{path_in_readme(path)} differs from the files in its folder" for path in stale]
         print(
-            *(f"{fault}; `make readme` puts it right." for fault in faults),
+            *(f"{fault}; `make readme` updates it." for fault in faults),
             sep="\n",
             end="\n" if faults else "",
         )
@@ -345,17 +345,17 @@ def run(check: bool) -> int:
     if after != before:
         report.write(readme, lambda path: path.write_text(after, encoding="utf-8"))
     changed = differing(before, after)
-    print(
-        f"{readme.name}: {'changed ' + ', '.join(changed) if changed else 'as the files give it'}."
-    )
+    print(f"{readme.name}: {'updated ' + ', '.join(changed) if changed else 'already up to date'}.")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Make README's numbers and pictures from the results."
+    about = "Write README's numbers and pictures from the results files in benchmarks/results."
     parser = argparse.ArgumentParser(prog="tools/readme.py", description=about)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 where they differ"
+        "--check",
+        action="store_true",
+        help="write nothing; exit status 1 if README or a picture is out of date",
     )
     args = parser.parse_args(argv)
     try:

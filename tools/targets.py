@@ -1,8 +1,8 @@
-"""The performance targets of each op, and whether the results files meet them.
+"""List the performance targets of each op, and whether the results files meet them.
 
-    python tools/targets.py
+    python tools/targets.py [--results DIR]
 
-Which time of a file counts, and with which launch, is decided in conditions.py.
+conditions.py decides which times are compared.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mmfused.tools.conditions import (
     Failed,
     NotMeasured,
     captured_in_graph,
+    device_type,
     faster_than,
     faster_than_case,
     folders,
-    kind,
     launches,
     memory,
     of_floor,
@@ -35,7 +35,7 @@ from mmfused.tools.conditions import (
     share_of_floor,
 )
 
-DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # the dtype in which targets are judged
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # the dtype of the records that are judged
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -43,6 +43,8 @@ DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # the dtype in which targets ar
 
 @dataclass(frozen=True)
 class Row:
+    """The conditions that the provider ``ours`` must meet on one case of an op's benchmark."""
+
     op: str
     case: str
     conditions: tuple[Condition, ...]
@@ -51,19 +53,23 @@ class Row:
 
 
 def pooling_rows() -> list[Row]:
-    near = of_floor("forward", 1.6), of_floor("backward", 1.6)
+    near_floor = of_floor("forward", 1.6), of_floor("backward", 1.6)
     mha, projected = "nn.MultiheadAttention", "projected KV + SDPA"
 
     def row(case, *conditions, **options):
         return Row("query_pooling", case, conditions, **options)
 
-    absorbed = faster_than("composed", at_least=1.3, form="both")
+    composed = faster_than("composed", at_least=1.3, form="both")
     return [
-        row("fluid", *near, faster_than(projected, at_least=5, form="both"), absorbed),
-        row("fluid-n512", *near, faster_than(projected, at_least=6)),
+        row("fluid", *near_floor, faster_than(projected, at_least=5, form="both"), composed),
+        row("fluid-n512", *near_floor, faster_than(projected, at_least=6)),
         row("fluid-h8-b128", faster_than(mha, at_least=1.8, form="both")),
         row("fluid-h8-b1024", faster_than(mha, at_least=1.8, form="both")),
-        row("siglip-head", *near, faster_than("timm AttentionPoolLatent", at_least=6, form="both")),
+        row(
+            "siglip-head",
+            *near_floor,
+            faster_than("timm AttentionPoolLatent", at_least=6, form="both"),
+        ),
         row("bottleneck", faster_than(projected, at_least=4)),
         row(
             "custom-B32-N197-D768-L32-H1",
@@ -81,10 +87,10 @@ def attention_rows() -> list[Row]:
     def sdpa(at_least, **options):
         return faster_than("SDPA", at_least=at_least, form="both", **options)
 
-    whole = sdpa(1.8, ours="fused, one block kernel")
+    block_kernel = sdpa(1.8, ours="fused, one block kernel")
     return [
-        # The kernel beside is the concatenation of both sides.
-        row("uniecs", sdpa(1.5), whole, launches("forward", 5, beside=1)),
+        # The extra kernel concatenates the outputs of both sides.
+        row("uniecs", sdpa(1.5), block_kernel, launches("forward", 5, extra=1)),
         row("uniecs-missing", sdpa(3)),
         row("wide", sdpa(1.25)),
     ]
@@ -92,15 +98,15 @@ def attention_rows() -> list[Row]:
 
 def mixture_rows() -> list[Row]:
     from_logits = (
-        launches("forward", 3, beside=1),  # a concatenation of the results into one tensor
+        launches("forward", 3, extra=1),  # the extra kernel concatenates the results
         launches("backward", 1),
         captured_in_graph(),
         faster_than("eager", at_least=5, which="forward", form="eager"),
         faster_than("eager", at_least=2, which="forward", form="compiled"),
     )
     pattern = faster_than("grouped_mm pattern", at_least=1.5, form="both")
-    head = of_floor("forward", 1.8), of_floor("backward", 1.8), pattern
-    large = (
+    fluid = of_floor("forward", 1.8), of_floor("backward", 1.8), pattern
+    swiglu = (
         share_of_floor("forward", 0.65),
         share_of_floor("backward", 0.65),
         faster_than("Liger fused_moe", at_least=1),
@@ -108,10 +114,10 @@ def mixture_rows() -> list[Row]:
     return [
         Row("topk_routing", "logits-16384", from_logits),
         Row("topk_routing", "x-32768-e128", (of_floor("forward", 2),)),
-        Row("grouped_mlp", "fluid-256", head),
-        Row("grouped_mlp", "fluid-512", head),
-        Row("grouped_mlp", "swiglu-e4", large),
-        Row("grouped_mlp", "swiglu-e128", large),
+        Row("grouped_mlp", "fluid-256", fluid),
+        Row("grouped_mlp", "fluid-512", fluid),
+        Row("grouped_mlp", "swiglu-e4", swiglu),
+        Row("grouped_mlp", "swiglu-e128", swiglu),
     ]
 
 
@@ -119,13 +125,13 @@ def contrastive_rows() -> list[Row]:
     def row(case, *conditions):
         return Row("masked_info_nce", case, conditions)
 
-    mamcl = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
-    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # one byte per pair
+    eager = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
+    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # less than one byte per pair of rows
     return [
         row("clip-65536", share_of_floor("both", 0.7), memory("peak", "<=", 1)),
         row("clip-65536-k4", faster_than_case("clip-65536", 3)),
-        row("unite-4096-d1536", mamcl, no_matrix),
-        row("unite-4096-d3584", mamcl, no_matrix),
+        row("unite-4096-d1536", eager, no_matrix),
+        row("unite-4096-d3584", eager, no_matrix),
         row("clip-262144", memory("peak", "<", 4)),
     ]
 
@@ -138,12 +144,15 @@ def model_rows() -> list[Row]:
 ROWS = pooling_rows() + attention_rows() + mixture_rows() + contrastive_rows() + model_rows()
 
 
-# ---- the verdict ---------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a condition is ``met``, None if not measured, and the ``file`` that shows it."""
+    """Whether a record meets a condition.
+
+    ``met``: None if the condition was not measured. ``file``: the file of the record.
+    """
 
     row: Row
     condition: Condition
@@ -153,13 +162,13 @@ class Verdict:
 
 
 def judge(records: list[dict]) -> list[Verdict]:
-    """Judge each condition of each row by the records of one GPU (and of CPUs)."""
+    """Judge each condition of each row by ``records``, which are those of one GPU and of CPUs."""
     found = []
     for row in ROWS:
         of_op = [
             r
             for r in records
-            if (r["op"], kind(r), r["dtype"]) == (row.op, row.device, DTYPES[row.device])
+            if (r["op"], device_type(r), r["dtype"]) == (row.op, row.device, DTYPES[row.device])
         ]
         record = next((record for record in of_op if record["case"]["name"] == row.case), None)
         found += [verdict(row, condition, record, of_op) for condition in row.conditions]
@@ -205,30 +214,33 @@ def markdown(verdicts: list[Verdict]) -> str:
 
 
 def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
-    """Return the name of each GPU, and its records together with those of CPUs.
+    """Return each GPU's name with the records of the GPU and of all CPUs.
 
-    Without any GPU, return None and the records of CPUs.
+    If there are no records of a GPU, the result is None with the records of all CPUs.
     """
-    each = [read(folder) for folder in folders(results)]
-    on_cpu = [record for records in each for record in records if kind(record) == "cpu"]
-    cards = [[record for record in records if kind(record) == "cuda"] for records in each]
+    by_folder = [read(folder) for folder in folders(results)]
+    on_cpu = [record for records in by_folder for record in records if device_type(record) == "cpu"]
+    on_gpu = [
+        [record for record in records if device_type(record) == "cuda"] for records in by_folder
+    ]
     found = [
-        (records[0]["environment"]["device"], records + on_cpu) for records in cards if records
+        (records[0]["environment"]["device"], records + on_cpu) for records in on_gpu if records
     ]
     return found or [(None, on_cpu)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools/targets.py", description="Judge the results files against the targets."
+        prog="tools/targets.py",
+        description="List the performance targets, and whether the results files meet them.",
     )
-    where = "benchmarks/results, a folder for each device"
+    where = "benchmarks/results"
     parser.add_argument(
         "--results",
         type=Path,
         default=RESULTS,
         metavar="DIR",
-        help=f"folder of results (default: {where})",
+        help=f"folder with a folder of results for each device (default: {where})",
     )
     args = parser.parse_args(argv)
     if not args.results.is_dir():
