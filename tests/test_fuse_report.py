@@ -141,8 +141,8 @@ def test_an_entry_that_names_nothing_raises(argument, entry, model):
     )
     assert [type(module) for module in model.modules()] == types
     for wrong, message in (
-        (3, "fuse: {}: got a int, expected a str or several"),
-        ([3], "fuse: {}: got a int in it, expected a str or several"),
+        (3, "fuse: {}: got a int, expected a str or an iterable of strs"),
+        ([3], "fuse: {}: got a int in it, expected only strs"),
     ):
         with pytest.raises(TypeError) as error:
             fuse(model, **{argument: wrong})
@@ -202,7 +202,7 @@ def test_how_many_queries_still_save(dim, width, heads):
         most = int(
             re.findall(
                 r"up to (\d+) queries on a CPU, (\d+) on a GPU",
-                counts.pooling(dim, None, width, width, heads),
+                counts.pooling_benefit(dim, None, width, width, heads),
             )[0][index]
         )
         assert by_hand(dim, most, width, heads) >= times > by_hand(dim, most + 1, width, heads)

@@ -1,4 +1,4 @@
-"""``fuse(model)``: known modules of other libraries run on this library's ops, in place."""
+"""``fuse(model)`` makes known modules of other libraries run on this library's ops, in place."""
 
 # Each of these modules registers the classes that it can swap.
 from . import attention, experts, losses, pooling, q_former

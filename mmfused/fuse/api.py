@@ -1,21 +1,22 @@
 """Swap known modules of other libraries for this library's ops, in place.
 
-A module is recognised by its exact type and keeps its identity, parameters, hooks and state_dict:
-only its ``__class__`` becomes a subclass of its own class, with another forward. No class is
-patched and no library is imported. At every call the forward checks whether it can compute that
-call; where equal results are not certain (attention weights requested, a mask that is not a padding
-mask), the original forward runs.
+A module is recognised by its exact type and keeps its identity, parameters, hooks and state_dict.
+Only its ``__class__`` changes, to a subclass of its own class with another forward. No class is
+patched, and no other library is imported. In each call, the new forward checks whether it can
+compute that call. If equal results are not certain (attention weights are requested, or a mask is
+not a padding mask), it runs the original forward.
 
 Results are equal up to rounding, with two exceptions:
 
-* In training, dropout of attention weights has the same distribution, but drops other weights for
-  the same seed.
-* A fully masked sample pools to 0. nn.MultiheadAttention gives NaN there, and SigLIP 2's head the
-  mean over the padding.
+* In training, dropout of attention weights has the same distribution, but drops different weights
+  for the same seed.
+* A fully masked sample pools to 0. nn.MultiheadAttention returns NaN for such a sample, and SigLIP
+  2's head returns the mean over the padding.
 
-BLIP-2 repeats a padding mask (B, N) for every query. Only its values show that, so such a call is
-not pooled; pass ``mask.bool()[:, None, None]`` to the Q-Former instead: the numbers are the same,
-and the call is pooled.
+BLIP-2 copies a padding mask (B, N) for every query. Only the values of the copy show that all
+queries have the same mask, and reading the values would wait for the GPU, so such a call runs the
+original forward. Pass ``mask.bool()[:, None, None]`` to the Q-Former instead: the results are the
+same, and the fused forward runs.
 """
 
 from __future__ import annotations
@@ -48,53 +49,56 @@ def fuse(
     skip: str | Iterable[str] | None = None,
     dry_run: bool = False,
 ) -> FuseReport:
-    """Make the known modules of this model, and of no other model, run on this library's ops.
+    """Make the known modules inside ``model`` run on this library's ops, in place.
 
-    The known modules, by the words for ``only`` and ``skip``:
+    The known modules, grouped by the words that ``only`` and ``skip`` accept:
 
-    * "pooling": timm's AttentionPoolLatent, open_clip's AttentionalPooler, the pooling heads of
+    * "pooling": timm's AttentionPoolLatent, open_clip's AttentionalPooler, and the pooling heads of
       SigLIP, SigLIP 2, Idefics2 and Phi-4.
-    * "attention": nn.MultiheadAttention that pools or attends to another input, the Q-Former
+    * "attention": nn.MultiheadAttention that pools or attends to another input, and the Q-Former
       cross-attention of BLIP-2 and InstructBLIP.
-    * "experts": in transformers those of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next,
-      Qwen3-VL-MoE and Qwen3.5-MoE (for other models: :func:`register_experts`).
-    * "losses": ClipLoss of open_clip; of sentence-transformers 6 MultipleNegativesRankingLoss,
-      CachedMultipleNegativesRankingLoss and their deprecated symmetric forms, alone, in
-      MatryoshkaLoss and, where these accept them, in AdaptiveLayerLoss and Matryoshka2dLoss.
+    * "experts": the experts of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3-VL-MoE and
+      Qwen3.5-MoE in transformers (for other models see :func:`register_experts`).
+    * "losses": ClipLoss of open_clip; MultipleNegativesRankingLoss,
+      CachedMultipleNegativesRankingLoss and their deprecated symmetric forms of
+      sentence-transformers 6, alone or inside a MatryoshkaLoss, AdaptiveLayerLoss or
+      Matryoshka2dLoss that accepts them.
 
-    Whether an nn.MultiheadAttention is self-attention is known only at each call; such a call runs
-    the original forward. A module whose name ("self_attn") or parent already shows it is left.
+    A call of nn.MultiheadAttention as self-attention runs the original forward. A module is left
+    unchanged if its name ("self_attn") or its parent shows that all of its calls are
+    self-attention.
 
-    The report lists every known module that was left, with the reason. Examples are the
+    The report lists every known module that was left unchanged, with the reason. Examples are the
     bi-attention of GroundingDINO, which returns its attention weights; SigLipLoss, CoCaLoss and
     DistillClipLoss of open_clip; GISTEmbedLoss and its cached form; subclasses of known classes;
     and modules that were modified so that equal results are not certain. No module makes this
     function raise.
 
-    The router beside experts is called as before, so its recorded logits and the loss computed from
-    them stay. Experts are left where the router gives each token one expert and renormalises its
-    weight: the router then learns nothing from that weight.
+    The router of the experts is called as before, so its recorded logits and the loss computed from
+    them do not change. Experts are left unchanged if the router chooses one expert for each token
+    and renormalises the weight: the weight is then always 1, and has no gradient for the router.
 
     Args:
-        model: any module, also one of the known ones. Fusing it again swaps what is new and changes
-            nothing else.
-        only, skip: what to swap (default: everything), and what of that to leave. Each is a str or
-            several: one of the four words, or a module's qualified name, which includes all modules
-            inside ("", the root, includes everything). A name may be a shell pattern,
-            ``"vision.*.attn"``, where ``*`` also matches dots. For a module with the name of one of
-            the words use a pattern: ``"[l]osses"``. The modules inside a pooling head that was not
-            chosen, such as its attention, are left too, unless an entry of ``only`` names them and
+        model: any module, which may itself be a known module. A second call swaps only modules that
+            are new.
+        only: which modules to swap, as a str or several; default: all known modules. An entry is
+            one of the four words or the qualified name of a module, which includes all modules
+            inside it; the root ``""`` includes everything. A name may be a shell pattern such as
+            ``"vision.*.attn"``, in which ``*`` also matches dots. If a module has one of the words
+            as its name, write a pattern: ``"[l]osses"``. The modules inside a pooling head that is
+            not chosen, such as its attention, are left unchanged, unless an entry names them but
             not the head.
-        dry_run: only report.
+        skip: which of the modules in ``only`` to leave unchanged, in the same form.
+        dry_run: return the report without changing the model.
 
     Returns:
-        A :class:`FuseReport`, to be printed. It does not list modules of unknown types.
+        A :class:`FuseReport`, which prints as a table. It does not list modules of unknown types.
 
     Raises:
-        TypeError: ``model`` is not an nn.Module, or ``only`` or ``skip`` is not a str and does not
-            hold strs. The model is unchanged.
-        ValueError: an entry of ``only`` or ``skip`` is none of the words and matches no module. The
-            model is unchanged.
+        TypeError: ``model`` is not an nn.Module, or ``only`` or ``skip`` is neither a str nor an
+            iterable of strs. The model is unchanged.
+        ValueError: an entry of ``only`` or ``skip`` is not one of the words and matches no module.
+            The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model: got a {type(model).__name__}, expected a torch.nn.Module")
@@ -114,17 +118,18 @@ def unfuse(model: nn.Module) -> list[str]:
     """Undo :func:`fuse`: give every swapped module its own class again.
 
     Returns:
-        The qualified names of these modules.
+        The qualified names of the modules that were swapped.
 
     Raises:
-        TypeError: another library has derived a class from a fused one. The model is unchanged.
+        TypeError: another library has derived the class of a module from a fused class. The model
+            is unchanged.
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Swap)}
     for name, module in fused.items():
         if own_class(module) is type(module):
             raise TypeError(
                 f"unfuse: {name or '(root)'}: got a {path_of(type(module))}, derived from a fused "
-                "class, expected a fused class: undo that first"
+                "class, expected a fused class: undo the derivation first"
             )
     for module in fused.values():
         change_class(module, type(module), own_class(module))
@@ -132,7 +137,7 @@ def unfuse(model: nn.Module) -> list[str]:
 
 
 class _Found(NamedTuple):
-    """A module to be swapped."""
+    """A module to swap."""
 
     name: str
     module: nn.Module
@@ -143,16 +148,16 @@ class _Owner(NamedTuple):
     """A module whose children are not swapped themselves."""
 
     name: str
-    module: nn.Module | None  # set where it was not chosen: its children may still be chosen
+    module: nn.Module | None  # set if it was not chosen: ``only`` may still name its children
 
     def owns(self, name: str, module: nn.Module, selection: Selection) -> bool:
-        """Return whether ``module`` is inside and must not be swapped by itself."""
+        """Return whether ``module`` is inside this owner and must not be swapped itself."""
         inside = not self.name or name == self.name or name.startswith(f"{self.name}.")
         return inside and (self.module is None or not selection.names(module, self.module))
 
 
 def _inspect(model: nn.Module, selection: Selection) -> tuple[FuseReport, list[_Found]]:
-    """Return the report as if all were swapped already, and the modules to be swapped."""
+    """Return the report of a swap of all chosen modules, and the modules to swap."""
     report, found = FuseReport(), []
     owners: list[_Owner] = []
     for name, module in model.named_modules():  # an owner comes before its children
@@ -186,7 +191,7 @@ def _inspect(model: nn.Module, selection: Selection) -> tuple[FuseReport, list[_
 
 
 def _why_unknown(cls: type) -> str | None:
-    """Return why a module of no kind is left; None where nothing is known about its class."""
+    """Return why a module whose class is not in KINDS is left; None if the class is unknown."""
     if path_of(cls) in LEFT:
         return LEFT[path_of(cls)]
     known = next((base.__qualname__ for base in cls.__mro__ if path_of(base) in KINDS), None)
@@ -215,13 +220,13 @@ def _why_not(
 
 
 def _describe(kind: type[Swap], module: nn.Module, fused: bool) -> tuple[str, str]:
-    """Return what the module does now, and the benefit expected of that."""
+    """Return what the swapped module does, and the expected benefit."""
     description = _text(kind.describe, module, kind.description)
     benefit = _text(kind.estimate_benefit, module, kind.benefit)
     if not fused:
         return description, benefit
     reason = kind.why_not(module)
-    if reason is not None:  # it was changed after the swap
+    if reason is not None:  # the module was changed after the swap
         return f"already swapped, but runs the original: {reason.rstrip('.')}", ""
     return f"already swapped: {description}", benefit
 
@@ -229,5 +234,5 @@ def _describe(kind: type[Swap], module: nn.Module, fused: bool) -> tuple[str, st
 def _text(describe: Callable[[nn.Module], str], module: nn.Module, default: str) -> str:
     try:
         return describe(module)
-    except Exception:  # an attribute with a size is missing, which the swap does not need
+    except Exception:  # an attribute is missing that only this text needs
         return default

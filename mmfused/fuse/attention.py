@@ -1,6 +1,6 @@
-"""Attention over another input, with the weights of torch's own attention.
+"""nn.MultiheadAttention over another input, as query pooling.
 
-It runs as query pooling where that saves work, else on torch's attention.
+It runs without keys and values if that saves work, else on torch's attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .pooling_base import Pooling, Sizes, are_tokens, projections_of, unsupporte
 
 
 class Norm(NamedTuple):
-    """A LayerNorm over the tokens, in front of both projections."""
+    """A LayerNorm of the tokens, before the projections to keys and values."""
 
     weight: Tensor | None = None  # (D,); None: no LayerNorm
     bias: Tensor | None = None  # (D,)
@@ -41,10 +41,10 @@ def attend(
     dropout_p: float,
     norm: Norm,
 ) -> Tensor:
-    """Compute :func:`mmfused.query_pooling`, with torch's dropout in the projected form.
+    """Compute :func:`mmfused.query_pooling`, with torch's attention for the projected form.
 
-    torch's attention never writes its dropout mask to memory. Keys and values are one product, as
-    in nn.MultiheadAttention, but are read in place, where that module copies both.
+    torch's attention never writes its dropout mask to memory. Keys and values are computed in one
+    product, as in nn.MultiheadAttention, but without its copies of keys and values.
     """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
@@ -83,13 +83,13 @@ def attend(
 
 
 def why_not_attention(module: nn.MultiheadAttention) -> str | None:
-    """Return the reason against an nn.MultiheadAttention, or None."""
+    """Return the reason not to swap an nn.MultiheadAttention, or None."""
     if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
-        return "It adds tokens of its own (add_bias_kv or add_zero_attn)."
+        return "It adds extra tokens (add_bias_kv or add_zero_attn)."
     if module.kdim != module.vdim:
         return f"Keys and values differ in width: kdim {module.kdim}, vdim {module.vdim}."
     if is_parametrized(module) or is_parametrized(module.out_proj):
-        return "Its weights are parametrized, which the original computes once a call."
+        return "Its weights are parametrized, and the original computes them once per call."
     if not all(weight.is_floating_point() for weight in projections_of(module)):
         return "Its weights are not floating-point."
     return unsupported_dropout(module.dropout, "dropout")
@@ -116,9 +116,9 @@ class _MultiheadAttention(Pooling, _Original):
         "bias_k",
     )
     description = (
-        "pools, or attends to another input, in calls where key is value and not query, all 3-D, "
-        "with need_weights=False, no attn_mask and no float mask; any other call, self-attention "
-        "too, runs the original forward"
+        "pools, or attends to another input, in calls with 3-D inputs, key is value, key is not "
+        "query, need_weights=False, no attn_mask and no float mask; any other call, including "
+        "self-attention, runs the original forward"
     )
 
     @staticmethod
@@ -198,7 +198,7 @@ def attend_with(
 ) -> Tensor:
     """Return the output of ``mha`` for x (B, N, kdim) and queries (L, E) or (B, L, E).
 
-    It is (B, L, E), or (L, B, E) without ``batch_first``.
+    The output is (B, L, E), or (L, B, E) without ``batch_first``.
     """
     *weights, w_out = projections_of(mha)
     w_q, w_k, w_v = weights[0].chunk(3) if len(weights) == 1 else weights
@@ -217,7 +217,7 @@ def attend_with(
     )
     fully_masked = None if key_padding_mask is None else key_padding_mask.all(1)
     if not batch_first:
-        # Before the projection, so that the result is contiguous, as the original's is.
+        # Transposed before the projection, so that the result is contiguous like the original's.
         out = out.transpose(0, 1)
     out = F.linear(out, w_out, mha.out_proj.bias)
     if fully_masked is None:
@@ -227,24 +227,26 @@ def attend_with(
 
 
 def _self_attention(name: str, parent: nn.Module) -> str | None:
-    """Return the reason against an nn.MultiheadAttention ``name`` in ``parent``, or None.
+    """Return the reason not to swap the nn.MultiheadAttention ``name`` of ``parent``, or None.
 
-    The reason is a name or a parent which shows that it never reads another input.
+    The name or the parent may show that the module never attends to another input.
     """
-    clip = path_of(type(parent)) == "open_clip.transformer.ResidualAttentionBlock"
-    if clip and hasattr(parent, "ln_1_kv"):
-        return "Its keys and values are normalised separately, so that key is not value."
-    return "Self-attention: its tokens are its queries." if clip or "self" in name else None
+    is_clip_block = path_of(type(parent)) == "open_clip.transformer.ResidualAttentionBlock"
+    if is_clip_block and hasattr(parent, "ln_1_kv"):
+        return "Its keys and values are normalised separately, so key is not value."
+    if is_clip_block or "self" in name:
+        return "Self-attention: its tokens are its queries."
+    return None
 
 
 KINDS["torch.nn.modules.activation.MultiheadAttention"] = _MultiheadAttention
 
-_REASON = (
-    "It returns the attention weights of both directions at every call; query_pooling, which gives "
-    "the same outputs, forms none."
+_RETURNS_WEIGHTS = (
+    "It returns the attention weights of both directions in every call, which query_pooling does "
+    "not compute."
 )
 LEFT |= {
-    f"transformers.models.{model}.modeling_{model}.{prefix}BiMultiHeadAttention": _REASON
+    f"transformers.models.{model}.modeling_{model}.{prefix}BiMultiHeadAttention": _RETURNS_WEIGHTS
     for model, prefix in {
         "grounding_dino": "GroundingDino",
         "mm_grounding_dino": "MMGroundingDino",

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-Family = Literal["pooling", "attention", "experts", "losses"]  # for `only` and `skip` of fuse
+Family = Literal["pooling", "attention", "experts", "losses"]  # the words that `fuse` accepts
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-KINDS: dict[str, type[Swap]] = {}  # full name of a class -> how its instances are swapped
-LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left
+KINDS: dict[str, type[Swap]] = {}  # full name of a class -> the kind of its instances
+LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left unchanged
 
-# The methods that kinds override.
+# The methods that a kind may override.
 _METHODS = ("forward", "compute_loss_from_embeddings", "calculate_loss")
 _classes: dict[type, type] = {}  # a module's own class -> its fused subclass
 
-# A fused class inherits from a kind and then from the module's own class.
+# A fused class inherits from a kind, a subclass of Swap, and then from the module's own class.
 if TYPE_CHECKING:
     _Mixin = nn.Module
 else:
@@ -32,15 +32,15 @@ else:
 
 
 class Swap(_Mixin):
-    """Base of all kinds of swap: the fused forward, and what :func:`mmfused.fuse` reports of it."""
+    """Base of all kinds: a fused forward, and what :func:`mmfused.fuse` reports about it."""
 
     family: ClassVar[Family]
     required: ClassVar[tuple[str, ...]] = ()  # the attributes that the fused forward reads
-    description: ClassVar[str] = ""  # what a swapped module does, for the report
-    benefit: ClassVar[str] = ""  # the expected benefit, and where there is none
-    owns_children: ClassVar[bool] = True  # the modules inside are not swapped themselves
-    owned_children: ClassVar[tuple[str, ...]] = ()  # names of those, where not all of them are
-    wrappable_methods: ClassVar[tuple[str, ...]] = ()  # may be wrapped on the instance
+    description: ClassVar[str] = ""  # what a swapped module does
+    benefit: ClassVar[str] = ""  # the expected benefit, and when there is none
+    owns_children: ClassVar[bool] = True  # whether the modules inside are left unchanged
+    owned_children: ClassVar[tuple[str, ...]] = ()  # names of children that are left unchanged
+    wrappable_methods: ClassVar[tuple[str, ...]] = ()  # methods that an instance may wrap
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -49,15 +49,16 @@ class Swap(_Mixin):
 
     @staticmethod
     def why_not(module: Any) -> str | None:
-        """Return the reason against swapping ``module``, or None.
+        """Return the reason not to swap ``module``, or None.
 
-        Every forward calls it too, since modules may be edited later. An exception is a reason.
+        Every forward checks this again, since a module may be changed after the swap. An exception
+        counts as a reason.
         """
         raise NotImplementedError
 
     @staticmethod
     def why_not_here(module: Any, name: str, model: nn.Module) -> str | None:
-        """Return the reason against swapping ``module`` at its place in ``model``, or None."""
+        """Return the reason not to swap ``module`` at its place in ``model``, or None."""
         return None
 
     @classmethod
@@ -72,18 +73,18 @@ class Swap(_Mixin):
 
     @staticmethod
     def rebind(module: Any) -> None:
-        """Bind wrapped methods of the instance to its class, after every change of the class."""
+        """Bind the wrapped methods of an instance to its class after each change of the class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the module's own class, which any process can import.
+        """Store the module's own class, which any process can import, in copies and pickles.
 
-        :func:`revive` derives the fused class from it again.
+        :func:`revive` derives the fused class again.
         """
         reduced, own = super().__reduce_ex__(protocol), own_class(self)
         return reduced if own is type(self) else (revive, (own,), *reduced[2:])
 
     def _get_name(self) -> str:
-        # Only printed. __name__ stays: other libraries look modules up by it.
+        # For repr only. __name__ does not change, because other libraries look modules up by it.
         return f"Fused{super()._get_name()}"
 
 
@@ -99,13 +100,13 @@ def _never_raises(why_not: Callable[[Any], str | None]) -> Callable[[Any], str |
 
 
 def not_inspectable(error: Exception) -> str:
-    """Return the reason against a module that raises when it is inspected."""
+    """Return the reason not to swap a module that raises when it is inspected."""
     text = traceback.format_exception_only(error)[-1].strip()  # works where str(error) raises too
     return f"It cannot be inspected: {text}"
 
 
 def fused_class(kind: type[Swap], cls: type) -> type[Swap]:
-    """Return the fused subclass of ``cls``, made once."""
+    """Return the fused subclass of ``cls``, which is created only once."""
     if cls not in _classes:
         with warnings.catch_warnings():  # a deprecated class warns about every subclass
             warnings.simplefilter("ignore")
@@ -115,7 +116,7 @@ def fused_class(kind: type[Swap], cls: type) -> type[Swap]:
 
 
 def change_class(module: nn.Module, kind: type[Swap], cls: type) -> None:
-    """Give ``module`` the class ``cls``; where that raises, the module is unchanged."""
+    """Set the class of ``module`` to ``cls``; if that raises, the module is unchanged."""
     before = type(module)
     module.__class__ = cls
     try:
@@ -126,7 +127,7 @@ def change_class(module: nn.Module, kind: type[Swap], cls: type) -> None:
 
 
 def revive(cls: type) -> nn.Module:
-    """Make an empty instance of the fused subclass of ``cls``, for copies and pickles."""
+    """Return an empty instance of the fused subclass of ``cls``, for copies and pickles."""
     return object.__new__(fused_class(KINDS[path_of(cls)], cls))
 
 
@@ -142,7 +143,7 @@ def path_of(cls: Any) -> str:
 
 
 def version_mismatch(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
-    """Return the reason against a class that another release builds differently, or None."""
+    """Return the reason not to swap a module of an unknown release of its library, or None."""
     version = f"This version of {cls.__qualname__}"
     missing = [name for name in kind.required if not hasattr(module, name)]
     if missing:
@@ -158,7 +159,7 @@ def version_mismatch(kind: type[Swap], cls: type, module: nn.Module) -> str | No
 
 
 def replaced_method(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
-    """Return the reason against an instance with a method of its own, or None."""
+    """Return the reason not to swap an instance with a replaced method, or None."""
     for name in module.__dict__:
         method = name not in vars(nn.Module) and inspect.isroutine(getattr(cls, name, None))
         if name == "forward" or (method and name not in kind.wrappable_methods):

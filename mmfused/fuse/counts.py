@@ -1,12 +1,12 @@
-"""The expected benefit of pooling without keys and values, by FLOPs counted for many tokens."""
+"""The expected benefit of pooling without keys and values, from the FLOPs for each token."""
 
 from __future__ import annotations
 
 from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE, form_flops
 
 
-def pooling(dim: int, queries: int | None, k_dim: int, v_dim: int, heads: int) -> str:
-    """Return the benefit for tokens (N, dim); ``queries`` is None where each call brings them."""
+def pooling_benefit(dim: int, queries: int | None, k_dim: int, v_dim: int, heads: int) -> str:
+    """Return the text on the benefit; ``queries`` is None if each call brings its own."""
     if queries is None:
         return _benefit_of_calls(dim, k_dim, v_dim, heads)
     cost = _per_token(dim, queries, k_dim, v_dim, heads)
@@ -34,12 +34,12 @@ def _benefit_of_calls(dim: int, k_dim: int, v_dim: int, heads: int) -> str:
 
 
 def _most_queries(times: float, dim: int, k_dim: int, v_dim: int, heads: int) -> int:
-    """Return the most queries for which keys and values cost ``times`` as much as none."""
+    """Return the most queries for which keys and values cost ``times`` as much as without them."""
     none, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
     return int(none["projected"] / (times * one["absorbed"] - one["projected"] + none["projected"]))
 
 
 def _per_token(dim: int, queries: int, k_dim: int, v_dim: int, heads: int) -> dict[str, int]:
-    """Return the FLOPs of each token among many, forward and backward."""
+    """Return the FLOPs of one more token in each form, forward and backward."""
     none, one = (form_flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
     return {form: one[form] - none[form] for form in one}

@@ -1,22 +1,23 @@
 """The experts of transformers' mixtures on :func:`mmfused.grouped_mlp`.
 
-They are swapped by ``fuse``, or chosen by name as a backend.
+``fuse`` swaps them, or a model selects them as the experts implementation "mmfused".
 
 The swapped module is ``experts`` of a sparse block, which gets tokens, chosen experts and weights.
-The router beside it is called as before: its hooks, its recorded logits and the loss computed from
-them stay, and the choice is bitwise the same.
+The router of the block is called as before: its hooks, its recorded logits and the loss computed
+from them do not change, and the chosen experts are the same.
 
-transformers' ``load_balancing_loss_func`` is k times our "switch" balance loss over the tokens of
-all layers, taken as one batch:
+transformers' ``load_balancing_loss_func`` is k times the "switch" balance loss of this library over
+the tokens of all layers as one batch:
 
     load_balancing_loss_func((l_1, ..., l_L), E, k, attention_mask)
         = k * topk_routing(
             cat(l_1, ..., l_L), k, token_padding_mask=cat(~mask, ..., ~mask)
         ).balance_loss
 
-For one layer this is k times the layer's own balance loss. For several layers it is k times the
-mean of their balance losses minus k E sum_e Cov(f_e, P_e) over the layers: there, layers that are
-unbalanced in different ways compensate for each other; with one loss per layer they do not.
+For one layer, this is k times the balance loss of the layer. For several layers, it is k times the
+mean of their balance losses, minus k E sum_e Cov(f_e, P_e) over the layers, where f_e is the share
+of tokens routed to expert e in a layer, and P_e the mean probability of expert e. Layers that are
+unbalanced in different ways can thus compensate for each other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..ops.grouped_mlp.checks import FLOATS
 from ..ops.topk_routing import Routing, routing_from_indices
 from .base import KINDS, Swap, path_of
 
-# The layout that the kernels take, by the attributes that transformers' decorator sets on a class.
+# The weight layout that the kernels need, as attributes that transformers sets on the classes.
 _LAYOUT = {
     "is_transposed": False,
     "is_concatenated": True,
@@ -46,8 +47,8 @@ def _layout_mismatch(module: nn.Module) -> str | None:
     for name, value in _LAYOUT.items():
         if getattr(module, name, value) is not value:
             return (
-                f"{name} is {not value}: the kernels take experts (E, out, in), gate rows before "
-                "up rows, no bias, no norm."
+                f"{name} is {not value}: the kernels take weights (E, out, in) with gate rows "
+                "before up rows, without bias or norm."
             )
     return None
 
@@ -66,7 +67,7 @@ def _not_swiglu(module: Any) -> str | None:
 def _unsupported_weights(module: nn.Module) -> str | None:
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name)
-        # FSDP's DTensors are plain tensors when forward runs, which checks again.
+        # FSDP turns DTensors into plain tensors before forward, which checks them again.
         plain = dense(weight) or type(weight).__name__ == "DTensor"
         if not plain or weight.dtype not in FLOATS:
             return (
@@ -80,8 +81,8 @@ def _routing(module: Any, index: Tensor, weights: Tensor) -> Routing:
     experts = len(module.down_proj)
     if not getattr(module, "_is_expert_parallel", False):
         return routing_from_indices(index, weights, experts)
-    # Indices from E on are experts of another rank. They are sorted to the end as one more expert,
-    # whose end is then dropped, so that its rows are computed by no expert, like masked tokens.
+    # Indices from E on are experts on another rank. They are routed to one extra expert, whose rows
+    # are sorted to the end. The extra expert is then removed, so that its rows are not computed.
     weights = weights.masked_fill(index >= experts, 0.0)
     routing = routing_from_indices(index.clamp(max=experts), weights, experts + 1)
     return routing._replace(
@@ -92,12 +93,12 @@ def _routing(module: Any, index: Tensor, weights: Tensor) -> Routing:
 
 
 def _experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute the original's forward, in the dtype of ``x``."""
+    """Return the output of the experts in the dtype of ``x``."""
     down = module.down_proj
-    # In float64 the weights keep all their digits.
+    # With x in float64, the weights keep all their digits.
     weights = weights.to(torch.promote_types(weights.dtype, x.dtype))
     routing = _routing(module, index, weights)
-    # Under autocast a float32 norm may come before 16-bit experts.
+    # Under autocast, x may be the float32 output of a norm while the experts are 16-bit.
     supported = (x.dtype, torch.promote_types(x.dtype, torch.float32))
     tokens = x if down.dtype in supported else x.to(down.dtype)
     if _not_swiglu(module) is None:
@@ -116,7 +117,7 @@ def _experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """The backend "mmfused" of transformers' experts interface."""
+    """Run experts as the implementation "mmfused" in transformers' experts interface."""
     reason = _layout_mismatch(self)
     if reason is not None:
         raise ValueError(
@@ -129,16 +130,16 @@ def _experts_forward(
 def register_experts() -> None:
     """Register ``"mmfused"`` as an experts implementation of transformers.
 
-    Call it once, before a model names it: ``from_pretrained(...,
-    experts_implementation="mmfused")`` or ``model.set_experts_implementation("mmfused")``. It then
-    runs the experts of every model that uses transformers' experts interface: with a silu gate by
-    :func:`mmfused.grouped_mlp`, with another gate or none by :func:`mmfused.grouped_linear`, under
-    expert parallelism too. Transposed, interleaved or biased experts (GPT-OSS) raise
-    ``ValueError``.
+    Call this function once, before a model selects the implementation with ``from_pretrained(...,
+    experts_implementation="mmfused")`` or ``model.set_experts_implementation("mmfused")``. The
+    implementation runs the experts of every model that uses transformers' experts interface, under
+    expert parallelism too: with a silu gate on :func:`mmfused.grouped_mlp`, with another gate or
+    without a gate on :func:`mmfused.grouped_linear`. Transposed, interleaved or biased experts
+    (GPT-OSS) raise ``ValueError``.
 
-    The call is needed because transformers cannot find a backend by its name alone and ``import
-    mmfused`` does not import transformers. A process that unpickles such a model needs it too.
-    ``config.save_pretrained`` does not save the implementation's name.
+    The call is needed because transformers cannot find an implementation by its name alone, and
+    ``import mmfused`` does not import transformers. A process that unpickles such a model must call
+    this function, too. ``config.save_pretrained`` does not save the implementation's name.
 
     Raises:
         ImportError: transformers is missing or has no experts interface.
@@ -156,8 +157,8 @@ class _MoeExperts(Swap):
     family = "experts"
     required = ("gate_up_proj", "down_proj", "act_fn", "config", "_apply_gate")
     description = (
-        "computes its experts in one pass, whatever experts_implementation is set; the router "
-        "beside it is called as before"
+        "computes its experts in one pass, whatever experts_implementation is set; the router of "
+        "the block is called as before"
     )
 
     if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class _MoeExperts(Swap):
         if getattr(gate, "top_k", None) == 1 and renormalised:
             return (
                 "One expert for each token and renormalised weights: each weight is 1, and its "
-                "router learns nothing from them."
+                "router learns nothing from it."
             )
         return None
 
@@ -215,7 +216,7 @@ class _MoeExperts(Swap):
         return _experts(self, *given)
 
 
-# These classes share one forward, and a router `gate` of one kind stands beside them.
+# These classes have the same forward, and their blocks have the same kind of router, `gate`.
 KINDS |= {
     f"transformers.models.{model}.modeling_{model}.{prefix}Experts": _MoeExperts
     for model, prefix in {

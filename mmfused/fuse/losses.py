@@ -1,6 +1,6 @@
 """Contrastive losses of open_clip and sentence-transformers on :func:`mmfused.masked_info_nce`.
 
-They never form the B x C matrix of logits.
+The B x C matrix of logits is never in memory.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _OTHER_SCALE = "its gradients are scaled differently; use MaskedInfoNCE(gather='
 
 
 def _are_embeddings(*tensors: Tensor) -> bool:
-    """Return whether all are plain floating (rows, dim), not empty, of one dtype and device."""
+    """Return whether all are non-empty floating tensors (rows, dim) of one dtype and device."""
     first = tensors[0]
-    one_kind = all((x.dtype, x.device) == (first.dtype, first.device) for x in tensors)
+    alike = all((x.dtype, x.device) == (first.dtype, first.device) for x in tensors)
     rows = all(x.dim() == 2 and x.is_floating_point() and x.numel() > 0 for x in tensors)
-    return dense(*tensors) and one_kind and rows
+    return dense(*tensors) and alike and rows
 
 
 def _is_one_number(scale: float | Tensor, x: Tensor) -> bool:
     if not isinstance(scale, Tensor):
         return isinstance(scale, int | float)
-    near = scale.device == x.device or (scale.dim() == 0 and scale.device.type == "cpu")
+    usable_device = scale.device == x.device or (scale.dim() == 0 and scale.device.type == "cpu")
     real = dense(scale) and not scale.is_complex()
-    return real and near and scale.numel() == 1 and scale.dim() <= 2
+    return real and usable_device and scale.numel() == 1 and scale.dim() <= 2
 
 
 # ---- open_clip ----------------------------------------------------------------------------------
@@ -53,9 +53,9 @@ class _ClipLoss(Swap):
         "runs the original forward"
     )
     benefit = (
-        "no B x B matrix of logits, forward or backward, and by count 8 B^2 D FLOPs where the "
-        "original takes 12, as both directions share their products; no benefit with small "
-        "batches, where the matrix is cheap"
+        "no B x B matrix of logits, forward or backward, and by count 8 B^2 D FLOPs instead of 12, "
+        "as both directions share their products; no benefit with small batches, where the matrix "
+        "is cheap"
     )
 
     @staticmethod
@@ -86,9 +86,9 @@ class _ClipLoss(Swap):
 
 
 def _clip_dtype(features: Tensor, scale: float | Tensor) -> torch.dtype | None:
-    """Return the dtype of ClipLoss's result, or None where its product raises.
+    """Return the dtype of ClipLoss's result, or None if ClipLoss raises for these dtypes.
 
-    It is the dtype of (scale * features) @ features.T, of which autocast computes the
+    The result has the dtype of (scale * features) @ features.T, but autocast computes the
     cross-entropy in float32.
     """
     scaled = features.dtype
@@ -103,10 +103,10 @@ def _clip_dtype(features: Tensor, scale: float | Tensor) -> torch.dtype | None:
 # ---- sentence-transformers ----------------------------------------------------------------------
 
 
-def _similarity(function: object) -> str | None:
-    """Return the name of a function in SIMILARITIES, None for any other.
+def _similarity_name(function: object) -> str | None:
+    """Return the name of ``function`` if it is one of SIMILARITIES, else None.
 
-    A function that wraps one of them has the same name and module, but other globals.
+    A function that wraps one of SIMILARITIES may have its name and module, but has other globals.
     """
     if type(function) is not FunctionType:
         return None
@@ -137,17 +137,18 @@ def _not_in_one_sweep(module: Any) -> str | None:
         )
     if module.gather_across_devices and dist.is_available() and dist.is_initialized():
         return f"gather_across_devices: {_OTHER_SCALE}"
-    if _similarity(module.similarity_fct) is None:
+    if _similarity_name(module.similarity_fct) is None:
         name = _name_of(module.similarity_fct)
         return f"similarity_fct is {name}: the sweep supports {' and '.join(SIMILARITIES)}."
     return None
 
 
 def _ranking_loss(module: Any, columns: list[Tensor]) -> Tensor | None:
-    """Return the loss of queries and columns of documents, or None to run the original.
+    """Return the loss of ``columns``, or None if the original must run.
 
-    Row i sums over the documents of all columns. In the other direction a positive sums over the
-    queries and a hard negative has no sum, as in a symmetric sweep over C > B candidates.
+    The columns are queries, positives and hard negatives. Each query sums over the documents of all
+    columns. In the direction from documents to queries, each positive sums over the queries, and
+    hard negatives have no term, as in a symmetric sweep over C > B candidates.
     """
     fits = len(columns) > 1 and _are_embeddings(*columns)
     fits = fits and all(x.shape == columns[0].shape for x in columns)
@@ -155,9 +156,9 @@ def _ranking_loss(module: Any, columns: list[Tensor]) -> Tensor | None:
         return None
     query, documents = columns[0], torch.cat(tuple(columns[1:]))
     product, loss = _ranking_dtypes(module, query, documents)
-    if _similarity(module.similarity_fct) == "cos_sim":
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query, documents = unit_rows(query.to(wide)), unit_rows(documents.to(wide))
+    if _similarity_name(module.similarity_fct) == "cos_sim":
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, documents = unit_rows(query.to(dtype)), unit_rows(documents.to(dtype))
     dtype = torch.promote_types(product, loss)
     query, documents = query.to(dtype), documents.to(dtype)
     symmetric = "doc_to_query" in module.directions
@@ -171,12 +172,12 @@ def _ranking_dtypes(
 ) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the original's products and of its loss.
 
-    Both depend on the release, the device and autocast, so they are read from one row, except in
-    the plain case.
+    Both dtypes depend on the release, the device and autocast, so the original's operations are run
+    on one row, except in the simplest case.
     """
-    wide = query.dtype in (torch.float32, torch.float64)
+    full_precision = query.dtype in (torch.float32, torch.float64)
     promotes = isinstance(module.scale, Tensor) and module.scale.dim() > 0
-    if wide and not promotes and autocast_dtype(query.device.type) is None:
+    if full_precision and not promotes and autocast_dtype(query.device.type) is None:
         return query.dtype, query.dtype
     with torch.no_grad():
         product = module.similarity_fct(query[:1], documents[:1])
@@ -186,8 +187,8 @@ def _ranking_dtypes(
 
 def _flops(module: Any) -> str:
     if "doc_to_query" in module.directions:
-        return "and by count 8 B C D FLOPs where the original takes 12 for pairs"
-    return "as backward forms the logits again: by count 8 B C D FLOPs where the original takes 6"
+        return "and by count 8 B C D FLOPs instead of 12 for pairs"
+    return "but backward recomputes the logits: by count 8 B C D FLOPs instead of 6"
 
 
 _RANKING_ATTRIBUTES = (
@@ -202,7 +203,7 @@ _RANKING_ATTRIBUTES = (
 )
 
 
-# A base class with the methods of the original, for type checkers alone.
+# For type checkers only: a base class with the methods of the original.
 if TYPE_CHECKING:
 
     class _RankingLoss(Swap):
@@ -237,7 +238,7 @@ class _MultipleNegativesRankingLoss(_RankingLoss):
     def estimate_benefit(cls, module: Any) -> str:
         return (
             f"no B x C matrix of logits, forward or backward, {_flops(module)}; no benefit with "
-            "small batches, where it is cheap, nor in the encoder"
+            "small batches, where the matrix is cheap, nor in the encoder"
         )
 
     def forward(self, sentence_features: Any, labels: Any) -> Any:
@@ -281,7 +282,7 @@ class _CachedMultipleNegativesRankingLoss(_RankingLoss):
 
     @staticmethod
     def rebind(module: Any) -> None:
-        # MatryoshkaLoss wraps the method that was bound when the wrapper was made.
+        # MatryoshkaLoss wraps the method that was bound when the wrapper was created.
         wrapper = _wrapper(module)
         if wrapper is not None:
             wrapper.fn = MethodType(type(module).calculate_loss, module)
@@ -290,7 +291,7 @@ class _CachedMultipleNegativesRankingLoss(_RankingLoss):
     def estimate_benefit(cls, module: Any) -> str:
         size = module.mini_batch_size
         benefit = f"no {size} x C logits for each {size} of B queries"
-        if _similarity(module.similarity_fct) == "cos_sim":
+        if _similarity_name(module.similarity_fct) == "cos_sim":
             benefit += f", documents normalised once, not B / {size} times"
         return (
             f"{benefit}, {_flops(module)}; no benefit with small batches, nor in the encoder, "
@@ -314,9 +315,9 @@ class _CachedMultipleNegativesRankingLoss(_RankingLoss):
 
 
 def _wrapper(module: nn.Module) -> Any:
-    """Return MatryoshkaLoss's wrapper of the class's ``calculate_loss``, bound to ``module``.
+    """Return MatryoshkaLoss's wrapper around ``calculate_loss`` of ``module``, or None.
 
-    None where there is no wrapper, or where it wraps another function.
+    Return None, too, if the wrapped function is not the ``calculate_loss`` of the module's class.
     """
     wrapper: Any = None
     inner: Any = module.__dict__.get("calculate_loss")
@@ -382,7 +383,7 @@ _REASONS = {
         _RANKING_LOSS.format(""): _PAIRS,
         f"cached_{_RANKING_LOSS.format('Cached')}": _PAIRS,
     },
-    f"{_TEXT}.losses": {  # each class is in a file of its own name
+    f"{_TEXT}.losses": {  # each class is in a file of the same name
         f"{name}.{name}": _OLD
         for name in (
             "MultipleNegativesRankingLoss",

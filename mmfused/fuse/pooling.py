@@ -21,11 +21,11 @@ def _sizes_inside(attention: nn.MultiheadAttention, queries: Tensor) -> Sizes:
 
 
 def _not_inner(attention: Any, queries: Tensor) -> str | None:
-    """Return the reason against the attention inside a head, or None."""
+    """Return the reason not to swap a head because of its attention, or None."""
     if own_class(attention) is not nn.MultiheadAttention:
         return f"The attention inside is a {type(attention).__name__}, not nn.MultiheadAttention."
     if not attention.batch_first or queries.shape[-1] != attention.embed_dim:
-        return "The attention inside is not batch-first over the width of the queries."
+        return "The attention inside is not batch-first, or not as wide as the queries."
     reason = why_not_attention(attention)
     if reason is not None:
         return reason
@@ -89,8 +89,8 @@ class _AttentionPoolLatent(Pooling):
             return f"q_norm is a {q_norm.__name__}, which may not treat each query separately."
         if module.scale != module.head_dim**-0.5:
             return (
-                f"scale is {module.scale}, not head_dim ** -0.5, which only one of its two code "
-                "paths uses."
+                f"scale is {module.scale}, not head_dim ** -0.5, and only one of the two original "
+                "code paths uses scale."
             )
         hooks = attached(module.k_norm)
         reason = not_linear(module.kv, "kv")
@@ -135,8 +135,8 @@ class _AttentionPoolLatent(Pooling):
 class _AttentionalPooler(Pooling):
     required = ("query", "attn", "ln_q", "ln_k")
     description = (
-        "pools with ln_k folded into the keys and values (applied before, where it is not a plain "
-        "LayerNorm or where autocast rounds)"
+        "pools with ln_k folded into the keys and values (applied before them if ln_k is not a "
+        "plain LayerNorm or autocast rounds)"
     )
 
     if TYPE_CHECKING:
@@ -166,9 +166,10 @@ class _AttentionalPooler(Pooling):
         return attend_with(self.attn, tokens, self.ln_q(self.query), norm=norm)
 
     def _folded_norm(self, x: Tensor) -> Norm:
-        """Return ln_k, or no LayerNorm where autocast would round the tokens first.
+        """Return ln_k if it can be folded, else an empty Norm.
 
-        Rounding before the mean is subtracted costs digits.
+        ln_k is not folded if autocast would round the tokens before the mean is subtracted, which
+        costs precision.
         """
         ln = self.ln_k
         plain = path_of(type(ln)) in (
@@ -236,8 +237,8 @@ class _MaskedPoolingHead(_PoolingHead):
     def _is_padding(self, mask: Tensor | None, x: Tensor) -> bool:
         """Return whether ``mask`` is None or a padding mask (B, N), nonzero = attend.
 
-        Phi-4 takes a bool mask. In SigLIP 2 only some attention implementations make a mask of
-        other dtypes.
+        Phi-4 needs a bool mask. SigLIP 2 accepts other dtypes, but only some of its attention
+        implementations treat the mask as padding.
         """
         if mask is None or not dense(mask) or mask.shape != x.shape[:2]:
             return mask is None

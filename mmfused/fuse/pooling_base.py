@@ -1,4 +1,4 @@
-"""What the pooling modules share: their report, and checks of their inputs and children."""
+"""Base of the pooling kinds, and checks of their inputs and children."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Pooling(Swap):
 
     @staticmethod
     def sizes(module: Any) -> Sizes:
-        """Return width of the tokens, queries, width of keys, width of values, heads.
+        """Return token width, number of queries, key width, value width and number of heads.
 
-        Queries are None where each call brings them.
+        The number of queries is None if each call brings its own.
         """
         raise NotImplementedError
 
@@ -34,29 +34,29 @@ class Pooling(Swap):
 
     @classmethod
     def describe(cls, module: Any) -> str:
-        """Return what this swapped module does, and that its dropout differs."""
+        """Return what this swapped module does, and how its dropout differs."""
         p = cls.dropout_of(module)
         if not p:
             return cls.description
         return (
             f"{cls.description}; dropout {p} of attention weights has the same distribution, but "
-            "drops other weights for the same seed"
+            "drops different weights for the same seed"
         )
 
     @classmethod
     def estimate_benefit(cls, module: Any) -> str:
-        """Return the benefit counted in FLOPs."""
-        return counts.pooling(*cls.sizes(module))
+        """Return the expected benefit, counted in FLOPs."""
+        return counts.pooling_benefit(*cls.sizes(module))
 
 
 def not_linear(linear: nn.Module, name: str) -> str | None:
-    """Return the reason against a child that is more than a weight and a bias, or None."""
+    """Return the reason not to swap because a child is not a plain Linear layer, or None."""
     why = why_called(linear)
     return why and f"{name} {why}: its weight alone does not determine what it computes."
 
 
 def unsupported_dropout(p: float, name: str) -> str | None:
-    """Return the reason against a dropout probability, or None."""
+    """Return the reason not to swap because of a dropout probability, or None."""
     if 0 <= p < 1:
         return None
     return f"{name} is {p}: query_pooling takes a number from 0 to below 1."
@@ -68,11 +68,11 @@ def are_tokens(x: Any) -> bool:
 
 
 def padding_of(mask: Any, heads: int, rows: int, x: Tensor) -> Tensor | None:
-    """Return the key padding mask (B, N), True = ignore, equal to an attention mask, or None.
+    """Return the key padding mask (B, N), True = ignore, that equals an attention mask, or None.
 
-    ``mask`` is (B, heads, rows, N), True = attend. None: this is not certain. Heads and rows are
-    the same only where their dimension is 1 or expanded. Comparing values, or testing whether a
-    float mask holds only 0 and -inf, would wait for the GPU.
+    ``mask`` is (B, heads, rows, N), True = attend. All heads and rows certainly have the same mask
+    only if these dimensions have size 1 or are expanded. In other cases, and for float masks, the
+    values would have to be read, which would wait for the GPU.
     """
     if not isinstance(mask, Tensor) or not dense(mask):
         return None

@@ -11,8 +11,8 @@ from ..ops.query_pooling import query_pooling
 from .base import KINDS
 from .pooling_base import Pooling, Sizes, are_tokens, not_linear, padding_of, unsupported_dropout
 
-# What a model passes down to its attention without an effect there: settings of loss and output.
-# With any other argument set, the original forward runs.
+# Arguments that models pass down to the attention although they have no effect there. If any other
+# argument is set, the original forward runs.
 _UNUSED_KWARGS = (
     "output_hidden_states",
     "return_dict",
@@ -35,8 +35,8 @@ class _QFormerCrossAttention(Pooling):
         "attention_dropout",
     )
     description = (
-        "pools encoder_hidden_states under sdpa, with no mask or a bool (B, 1, 1, N); any other "
-        "call runs the original forward"
+        "pools encoder_hidden_states with sdpa and either no mask or a bool mask (B, 1, 1, N); any "
+        "other call runs the original forward"
     )
 
     if TYPE_CHECKING:

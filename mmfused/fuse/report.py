@@ -7,9 +7,9 @@ import textwrap
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-_WIDTH = 100  # characters a line
+_WIDTH = 100  # characters per line
 _GAP = "  "
-_MOST = (30, 26, 7)  # the widest that the first three columns become
+_MAX_WIDTHS = (30, 26, 7)  # of the first three columns
 _HEADER = ("module", "class", "", "what it does now, or why it was left")
 
 
@@ -17,14 +17,14 @@ _HEADER = ("module", "class", "", "what it does now, or why it was left")
 class FuseReport:
     """What :func:`fuse` did to each known module; printed, it is a table.
 
-    All keys are qualified names; "" is the root. No benefit is measured: "by count" means FLOPs or
-    numbers counted from the module's sizes.
+    All keys are qualified names; "" is the root. Benefits are not measured: "by count" means FLOPs
+    or numbers counted from the module's sizes.
 
     Attributes:
         swapped: what each swapped module does now.
         left: why each other module was left unchanged.
-        expected: for each swapped module, the expected benefit, and where there is none.
-        classes: the name of each module's own class.
+        expected: the expected benefit of each swapped module, and when there is none.
+        classes: the name of each module's original class.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -45,13 +45,13 @@ class FuseReport:
 
 
 class _NameWrapper(textwrap.TextWrapper):
-    """Breaks names after dots and before capitals."""
+    """Wrap names after dots and before capitals."""
 
     wordsep_simple_re = re.compile(r"(?<=\.)|(?<=[a-z0-9])(?=[A-Z])")
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    """Return the lines of the table, with rows whose names differ only in numbers as one row."""
+    """Return the lines of the table; rows that differ only in numbers in their names are merged."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *rest in rows:
         groups.setdefault((re.sub(r"\d+", "*", name), *rest), []).append(name or "(root)")
@@ -59,7 +59,7 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     for (pattern, *rest), names in groups.items():
         cells.append((names[0] if len(names) == 1 else f"{pattern} ({len(names)})", *rest))
     widths = []
-    for column, most in enumerate(_MOST):
+    for column, most in enumerate(_MAX_WIDTHS):
         widths.append(min(max((len(row[column]) for row in cells), default=0), most))
     widths.append(_WIDTH - sum(widths) - 3 * len(_GAP))
     return [line for row in cells for line in _lines(row, widths)]

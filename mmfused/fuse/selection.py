@@ -21,7 +21,7 @@ class Selection:
     ) -> None:
         self.only: tuple[str, ...] | None = None if only is None else _entries("only", only)
         self.skip: tuple[str, ...] = () if skip is None else _entries("skip", skip)
-        # By id of a module: its names and those of the modules around it.
+        # id of a module -> its names and the names of the modules around it.
         self._names: dict[int, set[str]] = {}
         if self.only is None and not self.skip:
             return
@@ -51,7 +51,7 @@ class Selection:
         return "Not chosen: only names other modules."
 
     def names(self, module: nn.Module, owner: nn.Module) -> bool:
-        """Return whether ``only`` names this module and not the ``owner`` around it."""
+        """Return whether ``only`` names this module but not the ``owner`` around it."""
         entries = [entry for entry in self.only or () if entry not in FAMILIES]
         return any(self._covers(e, module) and not self._covers(e, owner) for e in entries)
 
@@ -66,12 +66,12 @@ def _entries(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
         entries = tuple(value)
     except TypeError:
         raise TypeError(
-            f"fuse: {argument}: got a {type(value).__name__}, expected a str or several"
+            f"fuse: {argument}: got a {type(value).__name__}, expected a str or an iterable of strs"
         ) from None
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(
-                f"fuse: {argument}: got a {type(entry).__name__} in it, expected a str or several"
+                f"fuse: {argument}: got a {type(entry).__name__} in it, expected only strs"
             )
     return entries
 
