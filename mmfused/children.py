@@ -1,14 +1,15 @@
-"""Child modules of the fused modules: use their weights where that is equal to calling them.
+"""Decide whether to use the weights of a child module or to call it.
 
-The operators compute with the weights of ``nn.Linear`` and ``nn.LayerNorm`` children. Whatever else
-users attach to a child (hooks, adapters, offloading) acts only when the child is called.
+The operators compute with the weights of the ``nn.Linear`` and ``nn.LayerNorm`` children of the
+fused modules. But hooks, adapters and offloading that users attach to a child take effect only when
+the child is called.
 
-* Pruning and the weight and spectral norms of ``torch.nn.utils`` only change the weight, and so
-  does LoRA of peft without dropout. Their effective weight is computed, with its gradients, and
-  every backend uses it.
-* Any other child is called: one with hooks or a forward method of its own (other adapters,
-  offloading, sharding on demand), of another class (quantised), or whose weight is a tensor
-  subclass. The kernels cannot run then.
+* Some attachments only change the weight: pruning, the weight and spectral norms of
+  ``torch.nn.utils``, and peft's LoRA without dropout. In that case the effective weight is
+  computed, with its gradients, and every backend uses it.
+* In all other cases the child is called, and the kernels cannot run. These are children with hooks
+  or a replaced ``forward`` (other adapters, offloading, sharding on demand), children of another
+  class (quantised layers), and children whose weight is a tensor subclass.
 
 Global hooks (``register_module_forward_hook``) run for the module itself and for called children.
 """
@@ -29,20 +30,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .library import autocast_dtype, no_autocast
 
-# Forward pre-hooks of torch that only set the weight from other parameters.
+# Classes of torch's forward pre-hooks that only compute the weight from other parameters.
 _WEIGHT_SETTERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _LORA = "peft.tuners.lora.layer.Linear"
 
 
 class Called:
-    """A child that must be called, in place of its weight.
+    """A child that must be called; it takes the place of the child's weight.
 
     Args:
         child: the module.
-        name: its name in errors.
+        name: name of the child in error messages.
         why: the reason, as the end of a sentence that starts with ``name``.
-        width: features of its output, None for any.
-        autocast: dtype of autocast where the fused module was called, None outside of autocast.
+        width: number of output features, None for any number.
+        autocast: the dtype of autocast when the fused module was called, None without autocast.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class Called:
         self.autocast = autocast
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Call the child under the autocast of the fused module."""
+        """Call the child under the autocast that was active for the fused module."""
         weight = self.child._parameters.get("weight")
         plain = type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward)
         half = x.dtype in (torch.float16, torch.bfloat16)
         if plain and half and weight is not None and weight.dtype == torch.float32:
-            x = x.float()  # where the weight is used directly, float32 weights are accepted too
+            x = x.float()  # the operators also accept half-precision inputs with float32 weights
         context = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(x.device.type, self.autocast)
@@ -80,24 +81,24 @@ class Called:
 
 
 def no_weights(parts: Iterable[object]) -> list[str]:
-    """Return the reason against the kernel, if any of ``parts`` must be called."""
+    """Return why the kernels cannot run, or an empty list if none of ``parts`` is `Called`."""
     first, *others = [part for part in parts if isinstance(part, Called)] or [None]
     if first is None:
         return []
-    more = f", like {len(others)} more" if others else ""
-    way_out = "undo that (merge an adapter), or use backend 'auto' or 'composed'"
-    return [f"{first.name} {first.why} and must be called{more}: {way_out}"]
+    more = f" (and {len(others)} more)" if others else ""
+    advice = "undo that (merge an adapter), or use backend 'auto' or 'composed'"
+    return [f"{first.name} {first.why} and must be called{more}: {advice}"]
 
 
 def linear(x: Tensor, weight: Tensor | Called, bias: Tensor | None) -> Tensor:
-    """``F.linear`` in the dtype of ``x``, or a call of the child."""
+    """Return ``F.linear`` in the dtype of ``x``, or call the child."""
     if isinstance(weight, Called):
         return weight(x).to(x.dtype)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def layer_norm(x: Tensor, norm: Sequence[Tensor] | Called, eps: float) -> Tensor:
-    """``F.layer_norm`` over the features in the dtype of ``x``, or a call of the child."""
+    """Return ``F.layer_norm`` over the last dimension in the dtype of ``x``, or call the child."""
     if isinstance(norm, Called):
         return norm(x).to(x.dtype)
     weight, bias = norm
@@ -111,16 +112,18 @@ def read(
     device_type: str,
     kind: type[nn.Linear] | type[nn.LayerNorm] = nn.Linear,
 ) -> tuple[Tensor | Called, Tensor | None]:
-    """Return weight and bias of a child, or (:class:`Called`, None) where it must be called.
+    """Return the weight and bias of a child, or (:class:`Called`, None) if it must be called.
 
     Args:
-        child: the module; None raises ``TypeError``.
-        name: its name in errors.
-        width: features of its output, None for any.
-        device_type: of the input, for autocast.
-        kind: class that the child replaces.
+        child: the module.
+        name: name of the child in error messages.
+        width: number of output features, None for any number.
+        device_type: device type of the input, which determines the autocast dtype.
+        kind: class of the original child, which users may have replaced.
 
-    Raises ``TypeError`` for shards (DTensors) that a call of the child would not gather.
+    Raises:
+        TypeError: the child is None, or its weight is a shard (DTensor) that a call of the child
+            would not gather.
     """
     if child is None:
         raise TypeError(f"{name}: got None, expected a module")
@@ -129,7 +132,7 @@ def read(
         return weights_of(child)
     if _holds_shards(child):
         raise TypeError(
-            f"{name}: got a shard (its weight is a DTensor), expected a whole weight: use "
+            f"{name}: got a shard (its weight is a DTensor), expected a complete weight: use "
             "fully_shard on it or on the module, and leave both out of a tensor-parallel plan"
         )
     return Called(child, name, why, width, autocast_dtype(device_type)), None
@@ -142,9 +145,10 @@ def read_norm(
     device_type: str,
     eps: float,
 ) -> tuple[Tensor, Tensor] | Called | None:
-    """Return weight and bias (zeros if it has none) of a LayerNorm, or what must be called.
+    """Return the weight and bias of a LayerNorm, :class:`Called` if it must be called, or None.
 
-    A LayerNorm of another ``eps`` must be called.
+    A LayerNorm with another ``eps`` must be called. A missing bias is replaced by zeros. Return
+    None if ``child`` is None.
     """
     if child is None:
         return None
@@ -163,7 +167,8 @@ def why_called(
 ) -> str | None:
     """Return why a child in the place of a ``kind`` must be called; None if its weights suffice.
 
-    This has no side effects. Computing a weight can have one: spectral norms update their state.
+    This function has no side effects, unlike :func:`weights_of`, in which spectral norms update
+    their state.
     """
     why = attached(child, _WEIGHT_SETTERS)
     if why is not None:
@@ -175,10 +180,10 @@ def why_called(
     if cls.forward is not kind.forward or cls.__call__ is not nn.Module.__call__:
         return f"is a {path}"
     if isinstance(child, nn.LayerNorm):
-        none = not child.elementwise_affine or child._parameters.get("weight", child) is None
-        if none or len(child.normalized_shape) != 1:
+        no_weight = not child.elementwise_affine or child._parameters.get("weight", child) is None
+        if no_weight or len(child.normalized_shape) != 1:
             return "is not a LayerNorm over the features with a weight"
-    # Parametrizations are child modules; without them _parameters has everything and is faster.
+    # Without child modules such as parametrizations, `_parameters` is complete, and faster.
     for parameter in child.parameters() if child._modules else child._parameters.values():
         if not dense(parameter):
             return f"has a {type(parameter).__name__} as parameter"
@@ -188,12 +193,14 @@ def why_called(
 
 
 def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
-    """Return what would act only if the module is called; None if there is nothing.
+    """Return what is attached to a module that takes effect only in calls, or None.
 
-    Pre-hooks of the types ``setters`` do not count.
+    Args:
+        module: the module.
+        setters: types of forward pre-hooks to ignore.
     """
     if "forward" in module.__dict__:
-        return "has a forward of its own"
+        return "has a replaced forward"
     before = [h for h in module._forward_pre_hooks.values() if not isinstance(h, setters)]
     if before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
@@ -220,15 +227,15 @@ def _why_lora_called(layer: Any) -> str | None:
     active = _active(layer)
     known = all(hasattr(layer, part) for part in ("lora_variant", "lora_bias", "fan_in_fan_out"))
     if not known or layer.fan_in_fan_out:
-        return "has an adapter of another kind than plain LoRA"
+        return "has an adapter other than plain LoRA"
     if any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
-        return "has an adapter of another kind than plain LoRA"
+        return "has an adapter other than plain LoRA"
     if not all(_does_nothing(layer.lora_dropout[name]) for name in active):
         return "has a LoRA adapter with dropout"
     adapters = (part[name] for part in (layer.lora_A, layer.lora_B) for name in active)
     parts = (layer.base_layer, *adapters)
-    inside = next((why for why in map(why_called, parts) if why is not None), None)
-    return inside and f"has an adapter, a part of which {inside}"
+    part_why = next((why for why in map(why_called, parts) if why is not None), None)
+    return part_why and f"has an adapter, a part of which {part_why}"
 
 
 def _does_nothing(dropout: nn.Module) -> bool:
@@ -237,14 +244,14 @@ def _does_nothing(dropout: nn.Module) -> bool:
 
 
 def _active(layer: Any) -> list[str]:
-    """Return the adapters that a peft layer adds in its forward."""
+    """Return the names of the adapters that a peft layer adds in its forward."""
     if layer.disable_adapters or layer.merged:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def reset_children(module: nn.Module) -> None:
-    """Call ``reset_parameters`` of the modules inside, at every depth."""
+    """Call ``reset_parameters`` of each child; for children without it, of their children."""
     for child in module.children():
         reset: Any = getattr(child, "reset_parameters", None)
         if reset is not None:
@@ -254,10 +261,10 @@ def reset_children(module: nn.Module) -> None:
 
 
 def dense(*tensors: Tensor | None) -> bool:
-    """Return whether all are ordinary dense tensors.
+    """Return whether all ``tensors`` are None or ordinary dense tensors.
 
-    Nested and sparse tensors are not, nor are subclasses with operations of their own (DTensor,
-    quantised tensors).
+    Nested and sparse tensors are not ordinary dense tensors, and neither are subclasses that
+    redefine operations (DTensor, quantised tensors).
     """
     plain = ("Tensor", "Parameter", "FakeTensor")
     return all(
@@ -267,9 +274,9 @@ def dense(*tensors: Tensor | None) -> bool:
 
 
 def _holds_shards(module: nn.Module) -> bool:
-    """Return whether parameters are DTensors that a call would not gather.
+    """Return whether parameters are DTensors that a call of the module would not gather.
 
-    fully_shard and some parametrizations gather theirs.
+    ``fully_shard`` and some parametrizations gather the parameters in a call.
     """
     if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__) or is_parametrized(module):
         return False

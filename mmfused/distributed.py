@@ -1,8 +1,8 @@
-"""Exchanges between ranks: agreement before the data, rows of all ranks, gradients and sums.
+"""Communication between ranks for losses over the rows of all ranks.
 
-A loss over the rows of all ranks first exchanges one small message, so that all ranks raise where
-one of them cannot continue, instead of waiting for data that never comes. Then candidates go to
-every rank, their gradients return, and column sums are reduced.
+Before any data, the ranks exchange a small message. If one rank cannot continue, all ranks raise an
+error instead of waiting for data that never comes. Then each rank gathers the candidates of all
+ranks, gradients are returned to the ranks of their candidates, and column sums are reduced.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_TEXT_BYTES = 4096  # of the settings, or of an error message, in an exchange
+MAX_TEXT_BYTES = 4096  # largest size of the settings, or of an error message, that is sent
 
 
 def in_group() -> bool:
-    """Return whether this process is one of several in an initialised process group."""
+    """Return whether there is an initialised process group with several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -27,19 +27,23 @@ def in_group() -> bool:
 
 
 def report_error(op: str, error: Exception, near: object) -> None:
-    """Send ``error`` to the other ranks, whose next exchange raises and quotes it.
+    """Send ``error`` to the other ranks, which raise an error with its message in `_exchange`.
 
-    The caller raises ``error`` on this rank. ``near``: a tensor of the data, if there is one: NCCL
-    exchanges on its device.
+    The caller must raise ``error`` on this rank.
+
+    Args:
+        op: name of the operator.
+        error: the error.
+        near: a tensor of the data, on whose device NCCL exchanges messages, or anything else.
     """
     text = str(error).removeprefix(f"{op}: ") or type(error).__name__
     _exchange(op, near, sizes=[0, 0], text=text, failed=True)
 
 
-def refused(op: str, error: Exception, near: object) -> Exception:
-    """Return ``error`` for the caller to raise, after sending it to the other ranks of a group.
+def reported(op: str, error: Exception, near: object) -> Exception:
+    """Send ``error`` to the other ranks, if there are any, and return it for the caller to raise.
 
-    Raise it before the next exchange of this rank: there all other ranks raise and quote it.
+    The arguments are those of :func:`report_error`.
     """
     if in_group():
         report_error(op, error, near)
@@ -53,11 +57,17 @@ def _exchange(
     text: str,
     failed: bool = False,
 ) -> list[list[int]]:
-    """Return the ``sizes`` of every rank, from one small message.
+    """Exchange a small message, and return the ``sizes`` of each rank.
 
-    All ranks raise where one has failed or has another ``text`` of settings: before any of them
-    waits for data that the others do not send, or send in another shape. Lines of the text are
-    ``name: got value``.
+    If a rank has failed, all other ranks raise an error. If the settings in ``text`` differ, all
+    ranks do.
+
+    Args:
+        op: name of the operator.
+        near: a tensor of the data, on whose device NCCL exchanges messages, or anything else.
+        sizes: integers of this rank.
+        text: settings in lines ``name: got value``, or the error message if ``failed``.
+        failed: whether this rank has failed.
     """
     data = text.encode(errors="backslashreplace")[:MAX_TEXT_BYTES]
     digest = int.from_bytes(blake2b(data, digest_size=7).digest(), "big")  # below 2^63
@@ -73,7 +83,7 @@ def _exchange(
     if failed:
         return []
     if failing:
-        raise RuntimeError(f"{op}: rank {failing[0]} refused its inputs: {texts[failing[0]]}")
+        raise RuntimeError(f"{op}: rank {failing[0]} failed: {texts[failing[0]]}")
     first, second = (texts[rank].splitlines() for rank in (0, other[0]))
     line, theirs = next(pair for pair in zip(first, second, strict=False) if pair[0] != pair[1])
     raise ValueError(
@@ -83,7 +93,7 @@ def _exchange(
 
 
 def _all_texts(data: bytes, lengths: list[int], device: torch.device) -> list[str]:
-    """Return the text of every rank; ``lengths``: in bytes."""
+    """Return the text of each rank, given the lengths of all texts in bytes."""
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     rows = _all_gather(padded.to(device)).tolist()
@@ -92,17 +102,17 @@ def _all_texts(data: bytes, lengths: list[int], device: torch.device) -> list[st
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    """(n,) of each of W ranks -> (W, n)."""
+    """Return the (n,) tensors of all W ranks as one (W, n) tensor."""
     out = x.new_empty(dist.get_world_size() * len(x))
     dist.all_gather_into_tensor(out, x)
     return out.view(-1, len(x))
 
 
 def _message_device(near: object) -> torch.device:
-    """Return the device for small messages.
+    """Return the device for small messages, which must have the same type on all ranks.
 
-    It is the CPU where the group can use it, wherever a rank's inputs are: all ranks must choose
-    the same one.
+    It is the CPU if the group supports it, because the inputs of the ranks may be on devices of
+    different types.
     """
     kinds = [part.partition(":")[0] for part in str(dist.get_backend_config()).split(",")]
     if "cpu" in kinds:
@@ -113,9 +123,9 @@ def _message_device(near: object) -> torch.device:
 
 
 def gradient_needed(*tensors: object) -> str:
-    """Describe, as a setting, whether one of ``tensors`` needs a gradient.
+    """Return a text that tells whether one of ``tensors`` needs a gradient.
 
-    Backward exchanges gradients where they are needed, so all ranks must need them, or none.
+    The text is a setting that must agree on all ranks, because backward exchanges gradients.
     """
     needed = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in tensors
@@ -127,18 +137,18 @@ def gradient_needed(*tensors: object) -> str:
 
 
 class Ranks:
-    """The ranks of one loss: each keeps its own rows and sees the candidates of all, in rank order.
+    """Communication for one loss, in which each rank's rows are compared with all candidates.
 
-    Ranks may hold unequal numbers of rows and of candidates, and 0.
+    The candidates of all ranks are concatenated in rank order. Ranks may have different numbers of
+    rows and candidates, including 0.
 
     Args:
-        op: the name that errors begin with.
-        query: this rank's rows.
-        candidate: this rank's candidates.
-        share_gradients: candidates get gradients from the rows of every rank ("global"), or from
-            those of their own rank only ("local").
-        settings: what must be the same on all ranks beside dtype and device, by name; all ranks
-            raise where it differs.
+        op: name of the operator, with which error messages begin.
+        query: the rows of this rank.
+        candidate: the candidates of this rank.
+        share_gradients: whether candidates get gradients from the rows of all ranks ("global"), or
+            only from the rows of their own rank ("local").
+        settings: settings by name, which must be equal on all ranks, like dtype and device type.
     """
 
     def __init__(
@@ -160,7 +170,7 @@ class Ranks:
         self.first_candidate: int = sum(self.candidates[: self.rank])
 
     def gather(self, x: Tensor) -> Tensor:
-        """(own candidates, ...) of every rank -> (all candidates, ...)."""
+        """Return the (candidates of this rank, ...) tensors of all ranks, concatenated."""
         largest = max(self.candidates)
         if not largest:
             return x.clone()
@@ -172,13 +182,15 @@ class Ranks:
         return torch.cat([part[:count] for part, count in parts])
 
     def own(self, x: Tensor) -> Tensor:
-        """Return the part of (all candidates, ...) that belongs to this rank."""
+        """Return the rows of this rank's candidates in a tensor (all candidates, ...)."""
         return x[self.first_candidate : self.first_candidate + self.candidates[self.rank]]
 
     def return_gradient(self, x: Tensor) -> Tensor:
-        """Gradient to all candidates from this rank's rows -> to its own candidates.
+        """Return the gradient of this rank's candidates.
 
-        The result sums over the rows of every rank if gradients are shared.
+        Args:
+            x: gradient of all candidates from the rows of this rank. If gradients are shared, those
+                of all ranks are added.
         """
         largest = max(self.candidates)
         if not self.share_gradients or not largest:
@@ -191,9 +203,10 @@ class Ranks:
         return out[: self.candidates[self.rank]]
 
     def merge_columns(self, statistics: Tensor) -> Tensor:
-        """Statistics (5, all candidates) over this rank's rows -> over the rows of all ranks.
+        """Return statistics of all columns over the rows of all ranks.
 
-        The first is a logsumexp, the others are sums.
+        Args:
+            statistics: (5, all candidates), over the rows of this rank: a logsumexp and four sums.
         """
         lse, sums = statistics[0], statistics[1:].contiguous()
         largest = lse.clone()
@@ -205,9 +218,10 @@ class Ranks:
         return torch.cat([(total.log() + shift)[None], sums])
 
     def share_columns(self, coefficients: Tensor) -> Tensor:
-        """Add the coefficients (4, all candidates) of all ranks, in place.
+        """Return the coefficients of all columns, written in place.
 
-        Each rank's are zero outside its own columns.
+        Args:
+            coefficients: (4, all candidates), zero except in the columns of this rank.
         """
         dist.all_reduce(coefficients)
         return coefficients
@@ -231,20 +245,21 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Gather the rows of all ranks, in rank order; ranks may have unequally many, or none.
+    """Return the rows of all ranks, in rank order; ranks may have different numbers of rows, or 0.
 
-    The gradient is summed over the uses of a row on all ranks. A loss that every rank evaluates on
-    all rows has, averaged over ranks as DDP does, the gradient of one process.
+    The gradient of a row is the sum of its gradients on all ranks. If every rank evaluates the same
+    loss on all rows, and DDP averages the gradients over ranks, the result is therefore the
+    gradient of a single process.
 
     Raises:
-        ValueError: on all ranks, where the rows of one have another shape or dtype, or need a
-            gradient while those of the others need none.
+        ValueError: rows differ between ranks in shape, dtype or the need for a gradient; the error
+            is raised on all ranks.
     """
     if not in_group():
         return x
     if x.dim() == 0:
         error = ValueError("gather_rows: x: got a scalar, expected (rows, ...)")
-        raise refused("gather_rows", error, x)
+        raise reported("gather_rows", error, x)
     settings = {"a row's shape": tuple(x.shape[1:]), "the rows' gradient": gradient_needed(x)}
     ranks = Ranks("gather_rows", x, x, share_gradients=True, settings=settings)
     return _GatherRows.apply(x, ranks) if x.is_floating_point() else ranks.gather(x)

@@ -1,10 +1,10 @@
-"""Finds or builds the compiled module of the CUDA C++ kernels in csrc/.
+"""Find or build the extension module with the CUDA C++ kernels in csrc/.
 
-``mmfused._C`` exists if the package was installed with ``MMFUSED_CUDA=1``. Otherwise :func:`load`
-compiles it at first use, with ninja and nvcc, in torch's folder for extensions, where later
+An installation with ``MMFUSED_CUDA=1`` contains the module ``mmfused._C``. Otherwise :func:`load`
+compiles the module at first use, with ninja and nvcc, in torch's folder for extensions, where later
 processes find it. :mod:`mmfused.library` decides which router runs.
 
-setup.py runs this file on its own: it must not import mmfused at module level.
+setup.py runs this file without the package, so it must not import mmfused at module level.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 
 SOURCES = ("bindings.cpp", "topk_routing.cu", "topk_routing_host.cpp")
-CXX_FLAGS = ["-O3"]  # torch adds the standard its own headers need
+CXX_FLAGS = ["-O3"]  # torch adds the C++ standard that its headers need
 NVCC_FLAGS = ["-O3", "-Xptxas=-warn-spills"]
 USUAL_CUDA = Path("/usr/local/cuda")
 _module: ModuleType | None = None
@@ -33,10 +33,12 @@ _module: ModuleType | None = None
 
 
 def load() -> ModuleType:
-    """Return ``mmfused._C``, whose import registers the C++ operators.
+    """Return the module ``mmfused._C``, whose import registers the C++ operators.
 
-    It is installed, was built before, or is built now, which takes half a minute. Later calls cost
-    nothing. Raises ``RuntimeError`` with every reason where it can be neither found nor built.
+    If the module is neither installed nor built yet, it is built now, which takes half a minute.
+
+    Raises:
+        RuntimeError: the module can be neither found nor built; the message gives every reason.
     """
     global _module
     if _module is None:
@@ -44,8 +46,8 @@ def load() -> ModuleType:
     return _module
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile
-# runs this function while tracing and traces nothing of it.
+# Like torch.compiler.assume_constant_result, but without importing the compiler: while tracing,
+# torch.compile calls this function instead of tracing it.
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -55,12 +57,12 @@ def _load() -> ModuleType:
             return importlib.import_module("mmfused._C")
         except ImportError as error:
             raise RuntimeError(
-                "mmfused._C was compiled for another torch or CUDA: install mmfused again "
-                f"({error})"
+                "mmfused._C was compiled for another version of torch or CUDA; install mmfused "
+                f"again ({error})"
             ) from error
     folder = build_folder()
-    with _only_builder(folder):
-        if not _finished(folder):
+    with _build_lock(folder):
+        if not _is_built(folder):
             reasons = why_not_build()
             if reasons:
                 raise RuntimeError(
@@ -68,8 +70,8 @@ def _load() -> ModuleType:
                     f"{'; '.join(reasons)}"
                 )
             _build(folder)
-        # Load it by its path, under the name it would have if it were installed: torch.ops must see
-        # it once.
+        # Loaded from its path, but with the name of the installed module, so that the operators are
+        # never registered twice.
         loader = importlib.machinery.ExtensionFileLoader("mmfused._C", str(_library(folder)))
         spec = importlib.util.spec_from_loader("mmfused._C", loader)
         assert spec is not None
@@ -79,48 +81,48 @@ def _load() -> ModuleType:
 
 
 def built() -> bool:
-    """Return whether :func:`load` would find the module compiled."""
+    """Return whether the module is installed or has been built."""
     return (
         _module is not None
         or importlib.util.find_spec("mmfused._C") is not None
-        or _finished(build_folder())
+        or _is_built(build_folder())
     )
 
 
 def why_not() -> list[str]:
-    """Return every reason why the C++ kernels cannot run here, if any; builds nothing."""
+    """Return every reason why the C++ kernels cannot run on this machine; do not build them."""
     reasons = [] if built() else why_not_build()
     if torch.version.cuda is not None and not torch.cuda.is_available():
         reasons.append("no CUDA GPU is visible")
     elif torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
-        reasons.append(f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer")
+        reasons.append(f"the GPU is sm_{major}{minor}, but the kernels need sm_80 or newer")
     return reasons
 
 
 def why_not_build() -> list[str]:
-    """Return every reason why the module cannot be compiled here, if any."""
+    """Return every reason why the module cannot be built on this machine."""
     reasons = []
     if torch.version.cuda is None:
         reasons.append("this build of torch has no CUDA")
     if _cuda_home() is None:
-        asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        missing = f"CUDA_HOME is {asked!r} and holds no bin/nvcc" if asked else "nvcc not found"
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        missing = f"CUDA_HOME is {home!r}, which has no bin/nvcc" if home else "nvcc not found"
         reasons.append(missing)
     if _tool("ninja") is None:
         reasons.append("ninja not found")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
-        reasons.append(f"no C++ compiler found under the name {os.environ.get('CXX', 'c++')}")
+        reasons.append(f"C++ compiler {os.environ.get('CXX', 'c++')} not found")
     if not all((source_folder() / name).is_file() for name in SOURCES):
         reasons.append(f"the sources are not in {source_folder()}")
     return reasons
 
 
-# ---- how it is compiled --------------------------------------------------------------------------
+# ---- compilation ---------------------------------------------------------------------------------
 
 
 def source_folder() -> Path:
-    """Return csrc/: inside an installed package, beside the package in a checkout."""
+    """Return the folder csrc/: inside an installed package, next to the package in a checkout."""
     package = Path(__file__).resolve().parent
     return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
@@ -128,8 +130,8 @@ def source_folder() -> Path:
 def build_folder() -> Path:
     """Return the folder of this build.
 
-    Its name is a hash of everything that decides the compiler's output, so a stale module is never
-    loaded.
+    Its name contains a hash of everything that affects the compiler's output, so an outdated module
+    is never loaded.
     """
     versions = (torch.__version__, torch.version.cuda, sys.version_info[:2])
     recipe = hashlib.sha256(repr((*versions, CXX_FLAGS, NVCC_FLAGS)).encode())
@@ -143,10 +145,10 @@ def build_folder() -> Path:
 
 
 def architectures(unseen: str = "9.0") -> str:
-    """Return the architectures to compile for, in the form of TORCH_CUDA_ARCH_LIST.
+    """Return the GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST.
 
-    That variable decides, else the visible card, else ``unseen``. torch's own default is every
-    architecture.
+    They are the value of TORCH_CUDA_ARCH_LIST if it is set, otherwise the architecture of the
+    visible GPU, or ``unseen`` if no GPU is visible.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
@@ -157,9 +159,9 @@ def architectures(unseen: str = "9.0") -> str:
 
 
 def include_folders() -> list[str]:
-    """Return the folder of CUDA headers that the toolkit lacks and torch includes, if any.
+    """Return the folder of the CUDA headers in pip's packages, if it is needed and exists.
 
-    pip's CUDA packages have them.
+    It is needed if the toolkit lacks headers that torch includes.
     """
     home = _cuda_home()
     if home is not None and (home / "include" / "cusparse.h").is_file():
@@ -171,17 +173,18 @@ def include_folders() -> list[str]:
 
 
 def compile_flags() -> dict[str, list[str]]:
-    """Return the flags of g++ and nvcc.
+    """Return the flags of the C++ compiler and of nvcc.
 
-    pip's headers come last: the toolkit's own, which match nvcc, must take precedence.
+    pip's headers are searched last, because the toolkit's own headers match nvcc.
     """
-    late = [flag for folder in include_folders() for flag in ("-idirafter", folder)]
-    return {"cxx": CXX_FLAGS + late, "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in late]}
+    headers = [flag for folder in include_folders() for flag in ("-idirafter", folder)]
+    nvcc_headers = [f"-Xcompiler={flag}" for flag in headers]
+    return {"cxx": CXX_FLAGS + headers, "nvcc": NVCC_FLAGS + nvcc_headers}
 
 
 @contextlib.contextmanager
 def toolchain(arch_list: str) -> Iterator[ModuleType]:
-    """Set up ``torch.utils.cpp_extension`` for this toolkit and architecture, and undo it after."""
+    """Configure ``torch.utils.cpp_extension`` for the toolkit and ``arch_list``, and restore it."""
     home = _cuda_home()
     ninja = _tool("ninja")
     folders = (os.environ.get("PATH"), ninja and str(Path(ninja).parent))
@@ -228,20 +231,20 @@ def _library(folder: Path) -> Path:
     return folder / f"{folder.name}.so"
 
 
-def _finished(folder: Path) -> bool:
+def _is_built(folder: Path) -> bool:
     return (folder / "finished").is_file() and _library(folder).is_file()
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Let one process build while the others wait.
+def _build_lock(folder: Path) -> Iterator[None]:
+    """Lock ``folder``, so that one process builds while other processes wait.
 
-    The operating system releases this lock when its holder dies. torch's lock file would block
-    everyone after a process was killed.
+    The operating system releases this lock when a process is killed. torch's own lock file would
+    remain, and block all later builds.
     """
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # on Windows
         yield
         return
     try:
@@ -249,7 +252,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
         handle = open(folder / "builder", "w")
     except OSError as error:
         raise RuntimeError(
-            "mmfused's CUDA C++ kernels need a folder to build in, see TORCH_EXTENSIONS_DIR: "
+            "mmfused's CUDA C++ kernels need a writable build folder (see TORCH_EXTENSIONS_DIR): "
             f"{error}"
         ) from error
     with handle:
@@ -259,18 +262,18 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """Find a program on PATH or beside this interpreter, as in a venv that is not activated."""
+    """Return the path of a program on PATH, or in the folder of this Python (an inactive venv)."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _cuda_home() -> Path | None:
-    """Return the folder of the CUDA toolkit.
+    """Return the folder of the CUDA toolkit, or None.
 
-    Prefer one with headers: some bin/nvcc only forward to the real one elsewhere.
+    A folder with headers is preferred, because some bin/nvcc only call an nvcc in another folder.
     """
-    asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if asked:
-        candidates = [Path(asked)]
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if chosen:
+        candidates = [Path(chosen)]
     else:
         found = shutil.which("nvcc")
         compilers = [os.path.realpath(found), found] if found else []

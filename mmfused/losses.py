@@ -1,9 +1,9 @@
-"""The small losses of the five papers, in plain PyTorch.
+"""Small losses of the five papers, in plain PyTorch.
 
-They are hinges, consistency, absolute similarity, the sigmoid loss and MOON2.0's dual alignment.
-Each takes embeddings as given (only ``positive_similarity`` normalises) and returns a scalar,
-float32 or float64. A loss over all pairs is computed a block of rows at a time, and again in
-backward: no B x C matrix is stored.
+Only ``positive_similarity`` normalises its embeddings. The losses are float32 or float64 scalars.
+If a loss compares all pairs of rows, it is computed for a block of rows at a time and recomputed in
+backward, so the (B, C) matrix of pairs is never stored. ``dual_alignment`` and ``expert_shares``
+compute the weights of MOON2.0's objectives.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from .ops._common import check_temperature, valid_or_nan
 from .ops._common import unit_rows as unit_rows
 from .ops.topk_routing import Routing
 
-BLOCK_PAIRS = 2**22  # pairs at a time: 16 MB of float32
+BLOCK_PAIRS = 2**22  # number of pairs per block, which take 16 MB in float32
 
 
 def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
-    """Mean over the rows of ``1 - cos(query_i, positive_i)``, both (B, D).
+    """Return the mean over rows of ``1 - cos(query_i, positive_i)``, for two (B, D) tensors.
 
-    UniCA (arXiv 2606.28350), in this library's reading. Together with the contrastive loss:
-    ``masked_info_nce(..., positive_weight=...)`` on normalised embeddings.
+    This is a loss of UniCA (arXiv 2606.28350), as this library interprets the paper. With
+    normalised embeddings, ``masked_info_nce(..., positive_weight=...)`` computes the sum of this
+    loss and the contrastive loss.
     """
     op = "positive_similarity"
     query, positive = _floats(op, query=query, positive=positive)
@@ -47,12 +48,19 @@ def hard_negative_margin(
     margin: float | Tensor = 0.2,
     fraction: float = 0.5,
 ) -> Tensor:
-    """Hinge over the hardest negatives of each row: mean of ``max(0, margin + S_ij - S_ii)``.
+    """Return the mean of ``max(0, margin + S_ij - S_ii)`` over each row's hardest negatives j.
 
-    S = query candidate^T / temperature. query (B, D), candidate (C, D), C >= B; the positive of row
-    i is candidate i, and the hardest are the ``floor(fraction * C)`` largest of the others. The
-    loss is 0 where there is none. UniECS (arXiv 2508.13843), L_hard of its V2V term, on scaled
-    logits.
+    This is L_hard in the V2V term of UniECS (arXiv 2508.13843), on logits S = query candidate^T /
+    temperature. The positive of row i is candidate i, and the hardest negatives are the
+    ``floor(fraction * C)`` other candidates with the largest logits. The loss is 0 if there are no
+    negatives.
+
+    Args:
+        query: (B, D).
+        candidate: (C, D), C >= B.
+        temperature: divisor of the logits, a number or a tensor of one element.
+        margin: a number or a tensor of one element.
+        fraction: fraction of the candidates that count as hard negatives.
     """
     op = "hard_negative_margin"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -62,7 +70,7 @@ def hard_negative_margin(
     if not 0 <= fraction <= 1:
         raise ValueError(f"{op}: fraction: got {fraction}, expected a number from 0 to 1")
     hardest = min(int(fraction * candidate.shape[0]), candidate.shape[0] - 1)
-    if hardest == 0:  # a zero with gradients
+    if hardest == 0:  # return a zero that has gradients
         return query.new_zeros(()) * query.sum() * candidate.sum()
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
@@ -83,12 +91,23 @@ def product_hinge(
     positive: Tensor | None = None,
     diagonal: bool = False,
 ) -> Tensor:
-    """Mean over all pairs of ``max(0, margin_ij + S_ij - p_i)``, S = scale query candidate^T.
+    """Return the mean over all pairs of ``max(0, margin_ij + S_ij - p_i)``.
 
-    Both embeddings are (B, D). UniECS (arXiv 2508.13843): PPM is the mean of this over its three
-    pairs of embeddings, with margin a1 off the diagonal and p_i = S_ii. PDC is the mean of two with
-    ``diagonal=True`` (the margin on every pair), S of the whole products, and ``positive`` (B,):
-    S_ii of the image's, then of the text's embedding.
+    S = scale query candidate^T, and p_i is the score of row i's positive. margin_ij is ``margin``
+    if i and j differ. If i = j, it is ``margin`` with ``diagonal``, otherwise 0.
+
+    Two losses of UniECS (arXiv 2508.13843) are means of this hinge. PPM is the mean over its three
+    pairs of embeddings. PDC is the mean of two hinges with ``diagonal=True`` and S of the product
+    embeddings: in one, ``positive`` is S_ii of the image embeddings, in the other of the text
+    embeddings.
+
+    Args:
+        query: (B, D).
+        candidate: (B, D).
+        scale: factor of the logits, a number or a tensor of one element.
+        margin: a number or a tensor of one element.
+        positive: (B,) scores p_i; None takes S_ii.
+        diagonal: whether the pairs with i = j have the margin.
     """
     op = "product_hinge"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -109,7 +128,7 @@ def product_hinge(
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         hinge = rows @ candidate.T * scale - own[at, None]
-        margins = torch.ones_like(hinge) * margin  # a product: the margin may be learned
+        margins = torch.ones_like(hinge) * margin  # a product, because margin may have a gradient
         margins = margins if diagonal else margins.scatter(1, at[:, None], 0.0)
         return F.relu(hinge + margins).sum()
 
@@ -125,12 +144,20 @@ def product_consistency(
     tolerance: float | Tensor = 0.05,
     top: int = 10,
 ) -> Tensor:
-    """Agreement of three similarity matrices on the nearest neighbours of each product.
+    """Return a loss that makes three similarity matrices agree on each product's neighbours.
 
-    PLC of UniECS (arXiv 2508.13843). Each argument is a pair (query (B, D), candidate (B, D)) with
-    S = scale query candidate^T. For each row take the ``top`` largest of the product's S (fewer if
-    B is smaller); the loss is the mean over them, the rows and the three pairs of matrices of
-    ``max(0, (S_a - S_b)^2 - tolerance)``.
+    This is PLC of UniECS (arXiv 2508.13843). ``product``, ``image`` and ``text`` each give a matrix
+    S = scale query candidate^T. For each row, the ``top`` largest values of the product's S select
+    the columns. The loss is the mean of ``max(0, (S_a - S_b)^2 - tolerance)`` over these columns,
+    the rows, and the three pairs (a, b) of matrices.
+
+    Args:
+        product: query and candidate embeddings of the products, (B, D) each.
+        image: query and candidate embeddings of the images.
+        text: query and candidate embeddings of the texts.
+        scale: factor of the similarities, a number or a tensor of one element.
+        tolerance: a number or a tensor of one element.
+        top: number of columns per row, at most B of which are used.
     """
     op = "product_consistency"
     if top < 1:
@@ -164,11 +191,16 @@ def sigmoid_contrastive(
     temperature: float | Tensor = 0.1,
     bias: float | Tensor = -10.0,
 ) -> Tensor:
-    """SigLIP's loss: ``-1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias))``.
+    """Return the loss of SigLIP (arXiv 2303.15343).
 
-    arXiv 2303.15343. query (B, D), candidate (C, D), C >= B; z is 1 for row i's candidate i and -1
-    elsewhere. Both scalars may be tensors with gradients; the defaults are the paper's initial
-    values.
+    It is ``-1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias))`` for queries q and
+    candidates c. z_ij is 1 if i = j and -1 otherwise.
+
+    Args:
+        query: (B, D).
+        candidate: (C, D), C >= B.
+        temperature: a number or a tensor of one element; the default is the paper's initial value.
+        bias: a number or a tensor of one element; the default is the paper's initial value.
     """
     op = "sigmoid_contrastive"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -185,10 +217,15 @@ def sigmoid_contrastive(
 
 
 def expert_shares(routing: Routing, samples: int) -> Tensor:
-    """Share of each sample's tokens that went to each of Z experts, by weight: (B, Z).
+    """Return the mean routing weight of each expert over the tokens of each sample, (B, Z).
 
-    MOON2.0's G of a sample, in this library's reading. ``routing`` of B * N tokens, those of a
-    sample adjacent; the mean is over the tokens of a sample that are not masked, 0 where all are.
+    This is the vector G of a sample in MOON2.0 (arXiv 2511.12449), as this library interprets the
+    paper. B is ``samples``, and Z is the number of experts. Masked tokens do not count. If all
+    tokens of a sample are masked, its row is 0.
+
+    Args:
+        routing: the routing of B * N tokens, in which the tokens of a sample are adjacent.
+        samples: number of samples B.
     """
     op = "expert_shares"
     if not isinstance(routing, Routing):
@@ -213,28 +250,29 @@ def dual_alignment(
     detach_routing: bool = False,
     normalise: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of M objectives from a learned matrix and the routing, as in MOON2.0.
+    """Return the weights omega of M objectives in MOON2.0 (arXiv 2511.12449), and a sparsity loss.
 
         p_zm = softmax over m of alignment_zm
         omega_m = mean over b in B_m of sum_z p_zm G_bz
         sparsity = mean over z of -sum_m p_zm log p_zm
 
-    arXiv 2511.12449: an objective weighs more, the more its samples use experts aligned with it.
+    z is one of Z experts, and m one of the M objectives. B_m are the samples of objective m, and G
+    are the routing weights in ``shares``. An objective has a large weight if its samples use the
+    experts that are aligned with it.
 
     Args:
-        alignment: (Z, M), the learned matrix; near zero at first, so that all objectives weigh the
-            same.
-        shares: (B, Z), routing weights G of each sample, see :func:`expert_shares`; their mean
-            where there are several layers.
-        members: (B, M) bool, which samples an objective has (B_m), default all. An objective
-            without any weighs 0.
-        detach_routing: no gradient to the router. Otherwise, as in the paper, the router also
-            learns to favour experts of easy objectives.
-        normalise: scale the weights to this sum: 1, or M for a mean of 1. None, as in the paper: no
-            scaling.
+        alignment: (Z, M) learned matrix. Initialise it near zero, so that all objectives have the
+            same weight at first.
+        shares: (B, Z) routing weights of each sample, from :func:`expert_shares`. With several
+            layers, use their mean.
+        members: (B, M) bool, which samples belong to each objective; None means all. An objective
+            without samples has weight 0.
+        detach_routing: whether to stop gradients to the router. With gradients, as in the paper,
+            the router also learns to prefer the experts of easy objectives.
+        normalise: sum to which the weights are scaled; None, as in the paper, does not scale them.
 
     Returns:
-        omega (M,) and the sparsity loss, float32 or float64.
+        The weights omega (M,), and the scalar sparsity loss, float32 or float64.
     """
     _check_alignment(alignment, shares, members, normalise)
     dtype = reduce(torch.promote_types, (alignment.dtype, shares.dtype), torch.float32)
@@ -268,7 +306,7 @@ def _check_alignment(
     if shares.shape[1] != alignment.shape[0]:
         raise ValueError(
             f"{op}: shares: got shape {tuple(shares.shape)}, expected (B, {alignment.shape[0]}), "
-            "as alignment has rows"
+            "because alignment has as many rows"
         )
     shape = (shares.shape[0], alignment.shape[1])
     if members is not None and (members.dtype != torch.bool or members.shape != shape):
@@ -278,7 +316,7 @@ def _check_alignment(
 
 
 def _checked_pairs(op: str, **named: tuple[Tensor, Tensor]) -> list[list[Tensor]]:
-    """Return pairs of embeddings in float32 or float64, all of one shape."""
+    """Return pairs of embeddings in float32 or float64; raise ValueError if their shapes differ."""
     pairs = [
         _floats(op, **{f"{name}[{i}]": x for i, x in enumerate(pair)})
         for name, pair in named.items()
@@ -288,15 +326,16 @@ def _checked_pairs(op: str, **named: tuple[Tensor, Tensor]) -> list[list[Tensor]
         if query.shape != first.shape or candidate.shape != first.shape:
             raise ValueError(
                 f"{op}: {name}: got shapes {tuple(query.shape)} and {tuple(candidate.shape)}, "
-                f"expected two of {tuple(first.shape)}, as {first_name} has"
+                f"expected {tuple(first.shape)} twice, as {first_name} has"
             )
     return pairs
 
 
 def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
-    """Return embeddings (rows, dim) in one dtype, float32 or float64.
+    """Return embeddings (rows, dim) in a common dtype, float32 or float64.
 
-    ``ValueError`` unless all have the dim of the first, and at least as many rows.
+    Raises:
+        ValueError: an embedding has another dim than the first, or fewer rows.
     """
     check_tensors(op, **tensors)
     (first_name, first), *others = tensors.items()
@@ -320,7 +359,7 @@ def _check_scalars(op: str, query: Tensor, **scalars: float | Tensor) -> None:
             check_tensors(op, query=query, **{name: value})
             if value.numel() != 1 or not value.is_floating_point():
                 raise ValueError(
-                    f"{op}: {name}: got {_described(value)}, expected one floating element"
+                    f"{op}: {name}: got {_described(value)}, expected one floating-point element"
                 )
         elif not isinstance(value, int | float):
             raise TypeError(
@@ -336,16 +375,22 @@ def _described(tensor: Tensor) -> str:
 
 
 def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
-    """Sum ``block(rows, their indices)`` over blocks of rows.
+    """Return the sum of ``block(rows, their indices)`` over blocks of rows.
 
-    Several blocks are each computed again in backward. All rows are one block in an exported graph,
-    which must fit any number of rows, and under torch.func, which supports no checkpoint.
+    If there are several blocks, they are recomputed in backward. There is only one block in an
+    exported graph, which must be valid for any number of rows, and under torch.func, which does not
+    support checkpoints.
+
+    Args:
+        block: returns the sum of the loss over the given rows.
+        rows: the rows.
+        width: number of pairs per row.
     """
     indices = torch.arange(rows.shape[0], device=rows.device)
-    whole = bool(graph_made()) or torch._C._are_functorch_transforms_active()
-    step = rows.shape[0] if whole else max(1, BLOCK_PAIRS // width)
+    one_block = bool(graph_made()) or torch._C._are_functorch_transforms_active()
+    step = rows.shape[0] if one_block else max(1, BLOCK_PAIRS // width)
     with no_autocast(rows.device.type):
-        if whole or step >= rows.shape[0]:
+        if one_block or step >= rows.shape[0]:
             return block(rows, indices)
         parts = zip(rows.split(step), indices.split(step), strict=True)
         return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum()

@@ -1,8 +1,8 @@
 """Error budgets, saved memory and timing, shared by tests and benchmarks.
 
-The reference in float64 is the exact result. An implementation in a lower precision may have twice
-the error of the same formula in plain PyTorch in that precision, plus one rounding. Fixed
-tolerances would be too loose for one shape and too tight for another.
+The float64 reference counts as the exact result. An implementation in a lower precision may have
+twice the error of the same formula in plain PyTorch at that precision, plus one rounding. A fixed
+tolerance would be too loose for some shapes and too tight for others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .random import keep_mask as _keep_mask
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Return ||actual - exact|| / ||exact|| in float64.
 
-    Where ``exact`` is all zero, return the absolute norm; NaN counts as infinite.
+    If ``exact`` is all zeros, return ||actual||. If the error is NaN, return infinity.
     """
     actual, exact = actual.detach().double(), exact.detach().double()
     error = torch.linalg.vector_norm(actual - exact).item()
@@ -39,13 +39,13 @@ def over_budget(
 ) -> list[str]:
     """Return one sentence for each tensor that exceeds its error budget.
 
-    The budget is ``factor`` times the error of plain PyTorch plus one rounding, relative to the
-    norm.
+    The budget of the relative error is ``factor`` times that of plain PyTorch, plus one rounding.
 
     Args:
         actual: results of the tested implementation, by name.
-        exact: the same in float64.
-        plain: the same from plain PyTorch in the dtype of ``actual``.
+        exact: results of the float64 reference, by name.
+        plain: results of plain PyTorch in the dtype of ``actual``, by name.
+        factor: allowed multiple of the error of plain PyTorch.
     """
     faults = []
     if actual.keys() != exact.keys() or plain.keys() != exact.keys():
@@ -57,7 +57,7 @@ def over_budget(
             continue
         plain_error = relative_error(plain[name], want)
         if not math.isfinite(plain_error):
-            faults.append(f"{name}: plain PyTorch's is not finite, which would allow anything.")
+            faults.append(f"{name}: plain PyTorch has no finite error, so there is no budget.")
             continue
         allowed = factor * plain_error + torch.finfo(got.dtype).eps
         error = relative_error(got, want)
@@ -71,10 +71,15 @@ def value_and_gradients(
     inputs: Mapping[str, Any],
     upstream: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Run ``fn(**inputs)`` forward and backward.
+    """Run ``fn(**inputs)`` forward and backward, and return the output and the gradients.
 
-    Returns {"out": ...} and {"d<name>": ...} for every tensor of ``inputs`` that requires grad.
-    ``upstream`` is the gradient of the output, ones by default.
+    Args:
+        fn: the function.
+        inputs: its arguments by name.
+        upstream: gradient of the output; None takes ones.
+
+    Returns:
+        A dict with the output, "out", and the gradient "d<name>" of each input that requires grad.
     """
     leaves = {
         k: v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
@@ -91,9 +96,10 @@ def value_and_gradients(
 
 
 def saved_bytes(fn: Callable[[], Tensor], ignore: tuple[Tensor, ...] = ()) -> int:
-    """Return the bytes that ``fn()`` saves for its backward pass.
+    """Return the number of bytes that ``fn()`` saves for its backward pass.
 
-    Each storage counts once; those of ``ignore`` (inputs, parameters) do not count.
+    Each storage counts once. The storages of the tensors in ``ignore``, such as inputs and
+    parameters, do not count.
     """
     known = {t.untyped_storage().data_ptr() for t in ignore}
     kept: dict[int, int] = {}
@@ -115,10 +121,10 @@ def interleaved_seconds(
     repeats: int = 21,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Return the wall-clock seconds of each call.
+    """Return the wall-clock seconds of each call, by the name of the function.
 
-    The functions are called in turn, ``repeats`` times, so that drift of the machine affects all of
-    them alike.
+    The functions are called in turn, ``repeats`` times each, so that changes in the machine's speed
+    affect all functions equally.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in fns}
@@ -146,10 +152,16 @@ def interleaved_medians(
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
-    """Return the dropout mask of the operators for ``dropout_seed=seed``: True = keep.
+    """Return the dropout mask that the operators use with ``dropout_seed=seed``; True means keep.
 
-    It is the same on every backend. ``stream`` is 0 for query pooling (probabilities (B, num_heads,
-    L, N)). Gated cross-attention uses 0 for its probabilities (B, num_heads, N, M) and 1 for its
-    output (B, N, D); the other direction uses 2 and 3.
+    The mask is the same on every backend.
+
+    Args:
+        seed: the seed, a () int64 tensor.
+        shape: (B, num_heads, L, N) for the probabilities of query pooling, (B, num_heads, N, M) for
+            those of gated cross-attention, (B, N, D) for its output.
+        p: probability of dropout.
+        stream: 0 for query pooling and for the probabilities of gated cross-attention, 1 for its
+            output; in the other direction of bidirectional attention, 2 and 3.
     """
     return _keep_mask(seed, shape, p, stream)

@@ -366,7 +366,7 @@ def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
     module = MODULES[name].make()
     sharded = {"router", "k_proj", "to_a.k_proj"} & set(children(module, nn.Linear))
     parallelize_module(module, one_rank, {child: ColwiseParallel() for child in sharded})
-    with pytest.raises(TypeError, match="got a shard .*, expected a whole weight"):
+    with pytest.raises(TypeError, match="got a shard .*, expected a complete weight"):
         MODULES[name].call(module, *MODULES[name].inputs())
 
 

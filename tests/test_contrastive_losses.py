@@ -517,7 +517,7 @@ BAD_LOSSES = {
         (x, y), (x, y), (x, y[:, 0])
     ),
     "top: got 0, expected at least 1": lambda: product_consistency((x, y), (x, y), (x, y), top=0),
-    "text: got shapes (3, 3) and (3, 3), expected two of (4, 3), as product": lambda: (
+    "text: got shapes (3, 3) and (3, 3), expected (4, 3) twice, as product": lambda: (
         product_consistency((x, y), (x, y), (x[1:], y[1:]))
     ),
 }

@@ -265,9 +265,7 @@ def check_refusal(found: list, op: str, kind: str, sentence: str):
     *others, (own_kind, own) = found
     assert own_kind == kind and sentence in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
-    assert others == [
-        ("RuntimeError", f"{op}: rank {len(others)} refused its inputs: {quoted}")
-    ] * len(others)
+    assert others == [("RuntimeError", f"{op}: rank {len(others)} failed: {quoted}")] * len(others)
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
@@ -324,7 +322,7 @@ def test_the_module_refuses_what_it_cannot_normalise_on_all_ranks(results):
 def test_where_several_ranks_refuse_each_raises_its_own_error(results):
     first, *others = errors(results, "several")
     sentence = "masked_info_nce: {}temperature: got -{}, expected a number above 0"
-    assert first == ("RuntimeError", sentence.format("rank 1 refused its inputs: ", 1))
+    assert first == ("RuntimeError", sentence.format("rank 1 failed: ", 1))
     for rank, error in enumerate(others, 1):
         assert error == ("ValueError", sentence.format("", rank))
 
@@ -332,9 +330,7 @@ def test_where_several_ranks_refuse_each_raises_its_own_error(results):
 def test_what_a_model_refuses_on_one_rank_the_others_quote(results):
     *others, own = errors(results, "model")
     assert own == ("ValueError", "negative: got None, expected one")
-    sentence = (
-        f"gather_rows: rank {len(others)} refused its inputs: negative: got None, expected one"
-    )
+    sentence = f"gather_rows: rank {len(others)} failed: negative: got None, expected one"
     assert others == [("RuntimeError", sentence)] * len(others)
 
 

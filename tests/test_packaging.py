@@ -183,7 +183,7 @@ BUILD_WHEEL = "from setuptools import build_meta as hooks; print(hooks.build_whe
     ("hidden", "reason"),
     [
         ("import sys; sys.modules['torch'] = None", "torch is not installed"),
-        ("import torch", "holds no bin/nvcc"),
+        ("import torch", "has no bin/nvcc"),
     ],
 )
 def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wheels, tmp_path):

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mmfused.distributed import refused
+from mmfused.distributed import reported
 from mmfused.library import no_autocast
 from mmfused.losses import expert_shares, unit_rows
 from mmfused.models import presets, qwen
@@ -324,7 +324,7 @@ class MOON2(RetrievalModel):
             check_part("MOON2", "negative", negative, rows, "both")
         elif self.config.own_negative_only:
             error = ValueError("negative: got None with own_negative_only, expected hard negatives")
-            raise refused("MOON2", error, rows)
+            raise reported("MOON2", error, rows)
 
     def _read(self, views: Sequence[View], x: qwen.Items) -> dict[str, Tensor]:
         """Return the embeddings of the views, and all else that `encode` returns except labels.

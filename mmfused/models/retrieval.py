@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from mmfused.distributed import in_group, refused
+from mmfused.distributed import in_group, reported
 from mmfused.losses import unit_rows
 from mmfused.models.inputs import check_rows
 
@@ -93,7 +93,7 @@ class RetrievalModel(nn.Module):
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
                 raise  # the other ranks are waiting inside FSDP, where no error can be sent
-            raise refused(type(self).__name__, error, items["labels"]) from None
+            raise reported(type(self).__name__, error, items["labels"]) from None
 
     @property
     def picture_size(self) -> int:
@@ -110,7 +110,7 @@ def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, ke
     try:
         check_rows(name, len(part[key]), len(query))
     except ValueError as error:
-        raise refused(model, error, query) from None
+        raise reported(model, error, query) from None
 
 
 def check_views(views: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from mmfused.distributed import gather_rows, refused
+from mmfused.distributed import gather_rows, reported
 from mmfused.losses import unit_rows
 from mmfused.models import presets
 from mmfused.models.config import ModelConfig, absent_part
@@ -308,7 +308,7 @@ class UniECS(RetrievalModel):
         """Return the loss and its terms over the rows of all ranks, equal on every rank."""
         if negative is not None:
             error = ValueError("negative: got hard negatives, expected None")
-            raise refused("UniECS", error, query["both"])
+            raise reported("UniECS", error, query["both"])
         if self.training:
             with torch.no_grad():
                 self.log_scale.clamp_(0, 3)
