@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
 def _launch_of(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
     given = dict(zip(kernel.arg_names, args, strict=False)) | named
-    constexprs = kernel.fn.__annotations__  # jit functions annotate nothing else
+    constexprs = kernel.fn.__annotations__  # a jit function annotates only its constexprs
     return Launch(
         kernel,
         {name: given[name] for name in kernel.arg_names if name not in constexprs},
@@ -39,10 +39,10 @@ def _launch_of(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Lau
 
 @contextmanager
 def launches_for(arch: int) -> Iterator[list[Launch]]:
-    """Record launches without making them, so that launchers can run on meta tensors.
+    """Record launches without running kernels, so that launchers accept meta tensors.
 
     Args:
-        arch: the architecture that the plans are for, such as 90 for sm_90.
+        arch: the architecture that plans are chosen for, such as 90 for sm_90.
     """
     launches: list[Launch] = []
 
@@ -58,7 +58,7 @@ def launches_for(arch: int) -> Iterator[list[Launch]]:
 
 @contextmanager
 def launches_made() -> Iterator[list[Launch]]:
-    """Make launches, and record them."""
+    """Record launches, and run the kernels."""
     launches: list[Launch] = []
     original = KernelInterface.__getitem__
 

@@ -24,11 +24,11 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# For every launch, because the compiler's default differs by version: Triton 3.10 does not fuse
+# Options of every launch. The compiler's default differs by version: Triton 3.10 does not fuse
 # multiplication and addition.
 OPTIONS = {"enable_fp_fusion": True}
 
-# Set by recording.launches_for: the architecture that plans are for, in place of this machine's.
+# The architecture that plans are chosen for, in place of the GPU's; set by recording.launches_for.
 pretended_arch: int | None = None
 
 

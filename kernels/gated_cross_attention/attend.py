@@ -1,8 +1,9 @@
 """Attention of both directions: softmax(Q K^T / sqrt(d)) V for each head, online over the keys.
 
-Exponentials are in base 2. lse is the logarithm of each row's sum of exponentials, in units of
-q . k: the backward pass subtracts it before scaling. It is +inf for a fully masked row, by which
-later kernels recognise such rows. Tiles of keys that are masked for every query are skipped.
+Exponentials are in base 2. lse, the logarithm of each row's sum of exponentials, is in units of
+q . k, because the backward pass subtracts it before scaling. For a fully masked row lse is +inf,
+and later kernels recognise such rows by this value. Tiles without valid keys at the start and the
+end of a sample are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .tokens import key_span, pick, tile_at, valid_keys, valid_span
 
 @triton.jit
 def place(tiles, H: tl.constexpr, B):
-    """(direction, sample, head, tile) of this program."""
+    """Return direction, sample, head and tile of this program."""
     pid = tl.program_id(0)
     line = pid // (tiles * H)
     return line // B, (line % B).to(tl.int64), pid // tiles % H, pid % tiles
@@ -24,7 +25,7 @@ def place(tiles, H: tl.constexpr, B):
 
 @triton.jit
 def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
-    """Rows of one head, whose columns begin at ``first`` of a matrix W wide."""
+    """Load rows of one head, whose columns begin at ``first``, from a matrix of W columns."""
     cols = tl.arange(0, BH)
     return tl.load(
         ptr + tile_at(r, first + cols, W), mask=ok[:, None] & (cols[None, :] < DH), other=0.0
@@ -33,7 +34,7 @@ def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.const
 
 @triton.jit
 def store_head(ptr, value, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
-    """Store rows of one head, whose columns begin at ``first`` of a matrix W wide."""
+    """Store rows of one head, whose columns begin at ``first``, in a matrix of W columns."""
     cols = tl.arange(0, BH)
     tl.store(ptr + tile_at(r, first + cols, W), value, mask=ok[:, None] & (cols[None, :] < DH))
 
@@ -68,9 +69,9 @@ def attend_head(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Attend from one head of the queries n to the keys lo .. hi; store and return the result.
+    """Compute one head of the attention of the queries n to the keys lo .. hi - 1.
 
-    The result is returned as rounded by the store.
+    Store the result, and return it in the dtype in which it was stored.
     """
     lse_at = (b * H + head) * N + n
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -91,7 +92,7 @@ def attend_head(
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             weight = tl.exp2(
                 (s - shift[:, None]) * (scale * LOG2E)
-            )  # subtract first: large logits differ exactly
+            )  # subtract before scaling: the difference of large logits is exact
             alpha = tl.exp2((m - shift) * (scale * LOG2E))
             total = total * alpha + tl.sum(weight, 1)
             if DROPOUT:
@@ -124,9 +125,9 @@ def spans(
     MISSING: tl.constexpr,
     COLLAPSE: tl.constexpr,
 ):
-    """Return [lo, hi) around the keys that the queries from ``first`` attend to.
+    """Return lo and hi: BM queries from ``first`` on attend to keys in [lo, hi).
 
-    It is empty if their own mask ignores all of these queries.
+    [lo, hi) is empty if the mask of the queries ignores all of them.
     """
     lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
     if IGNORE != 0:
@@ -169,9 +170,10 @@ def attend_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute BM queries of one head; grid (directions * B * H * tiles,).
+    """Compute the attention of BM queries of one head; grid (directions * B * H * tiles,).
 
-    Projections are WQ and WK columns wide; keys begin at column FIRST_KEY.
+    The projections of the queries' side have WQ columns, those of the keys' side WK columns. Keys
+    begin at column FIRST_KEY.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)

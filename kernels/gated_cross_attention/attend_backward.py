@@ -1,11 +1,11 @@
 """Backward of the attention of both directions.
 
-With P the probabilities, K the dropout mask divided by 1 - p (or 1), and dP = K (dO V^T):
+With P the probabilities, M the dropout mask divided by 1 - p (or 1), and dP = M (dO V^T):
 
-    delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (K P)^T dO
+    delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (M P)^T dO
 
-Without atomics: one launch has a program for each BM queries of a head, another one for each BN
-keys.
+There are no atomics: in one launch each program computes dQ of BM queries of a head, in another
+launch dK and dV of BN keys.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _tile(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """P and dP of the queries at hand and the keys from ``start``, and these keys."""
+    """Return P and dP of these queries and of BN keys from ``start`` on, and the keys."""
     j = start + tl.arange(0, BN)
     k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
     v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
@@ -108,10 +108,10 @@ def d_query_kernel(
 
     Both are 0 for fully masked rows.
 
-    EXACT, for float32 and for few keys: delta and 1 / sum(P) are computed from the same P and dP
-    that are used afterwards, so that dS sums to 0 and P to 1 up to the last digit. In 16 bits the
-    rounding of dS hides such errors, unless one tile of keys is all there is and one key may take
-    all the probability.
+    With EXACT, for float32, delta and 1 / sum(P) are computed from the same P and dP as dS, so that
+    dS sums to 0 and P to 1 up to the last digit. In 16 bits the rounding of dS hides such errors,
+    except if there is only one tile of keys, where one key may have all the probability: delta is
+    then computed in the same way.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -140,7 +140,7 @@ def d_query_kernel(
             lse = tl.load(pick(back, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf"))
             total = tl.where(
                 lse == float("inf"), 1.0, 0.0
-            )  # not 0 where forward worked nothing, as the row's mask ignores it
+            )  # not 0 in rows whose lse is inf, because it is a divisor
             if EXACT:
                 delta = tl.zeros([BM], tl.float32)
                 for start in range(lo // BN * BN, hi, BN):
@@ -288,7 +288,7 @@ def d_key_kernel(
 ):
     """Compute dK and dV of BN keys, 0 for masked keys; grid (directions * B * H * tiles,).
 
-    Tiles are stored with the keys first.
+    Tiles are transposed: their rows are keys.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -330,12 +330,12 @@ def d_key_kernel(
                 d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)
                 ds = weight
                 if DROPOUT:
-                    attn_out = (
+                    kept = (
                         tl.trans(philox_keep(seed, lse_at, start, p, 2 * direction, BN).to(tl.int8))
                         != 0
                     )
-                    d_weight = tl.where(attn_out, d_weight / (1.0 - p), 0.0)
-                    weight = tl.where(attn_out, weight / (1.0 - p), 0.0)
+                    d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
+                    weight = tl.where(kept, weight / (1.0 - p), 0.0)
                 ds = ds * (d_weight - delta[None, :])
                 dv = dot(weight.to(do.dtype), do, dv, UPCAST)
                 dk = dot(ds.to(q.dtype), q, dk, UPCAST)

@@ -1,6 +1,6 @@
-"""Gated cross-attention: the backward launcher.
+"""Launchers of the backward of gated cross-attention.
 
-Shapes and maths: mmfused/ops/gated_cross_attention/reference.py.
+For the equations see gradients.py and attend_backward.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """What forward took, and gave after the outs -> d_tokens by side, d_norms, d_weights."""
+    """Return d_tokens of both sides, d_norms and d_weights, one after the other.
+
+    ``saved`` are the results of the forward behind ``outs``; the other arguments are the forward's.
+    """
     call = Call(
         tokens,
         norms,
@@ -100,7 +103,7 @@ def _d_blend(
     d_tokens,
     d_norms,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """dz and dy of each direction; writes what reaches x past the attention into d_tokens."""
+    """Return dz and dy of each direction; write dx without the part from attention to d_tokens."""
     dy = [torch.empty_like(d) for d in d_outs]
     dz = [
         d.new_empty(
@@ -196,7 +199,7 @@ def _d_blend(
 
 
 def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
-    """dy -> the gradients of the projections."""
+    """Return the gradients of the projections of both sides."""
     d_attended, d_projected = (
         [torch.empty_like(x) for x in like] for like in (attended, projected)
     )
@@ -266,7 +269,8 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
 def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights) -> Tensor | None:
     """Compute the gradients of one side's tokens, norm and projections.
 
-    Return what the gate read of its tokens, (rows, D).
+    Return the tokens (rows, D) that the gate read, 0 in rows that it did not read, or None if it
+    read no tokens of this side.
     """
     x, rows = call.tokens[side], call.rows[side]
     parts, width = call.parts(side), x.shape[-1]

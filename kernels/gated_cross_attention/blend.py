@@ -1,10 +1,11 @@
 """Epilogue: output projection, dropout, gate, and blend with x.
 
-The output projection and dropout give A; the gate reads [x ; A ; e] and blends A into x.
+The output projection and dropout give A; the gate reads [x ; A ; e] and blends A into x (see
+mmfused/ops/gated_cross_attention/reference.py).
 
-The gate is not rounded: g and 1 - g = sigmoid(-z) both come from the float32 logit z. A is rounded
-to the dtype of the tokens, and that is what gate and backward read: ``attn_out``. Unchanged tokens
-are copied, and their A is 0.
+The gate is not rounded: g and 1 - g = sigmoid(-z) are both computed from the float32 logit z. A is
+rounded to the dtype of the tokens and stored in ``attn_out``, which the gate and the backward read.
+Unchanged tokens are copied, and their A is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .tokens import add_product, any_of, changed, pick, tile_at
 
 @triton.jit
 def has_keys(lse_ptr, r, N, ok, H: tl.constexpr):
-    """Return the rows with at least one unmasked key, by the lse of their first head."""
+    """Return which rows have an unmasked key, that is, an lse (of the first head) below +inf."""
     return ok & (
         tl.load(lse_ptr + (r // N).to(tl.int64) * (H * N) + r % N, mask=ok, other=float("inf"))
         != float("inf")
@@ -35,7 +36,7 @@ def load_tile(ptr, at, cols, ok, D: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, cols, width):
-    """Load a vector as float32, 0 beyond the width; a bias that is None has width 0."""
+    """Load a vector as float32, 0 from ``width`` on; a bias that is not given has width 0."""
     return tl.load(ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
 
 
@@ -63,7 +64,7 @@ def store_kept(
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Store A of the rows r and the columns first .. first + BN, from the product with W_o."""
+    """Compute A from ``acc``, the product with W_o, and store its columns first .. first + BN."""
     cols = first + tl.arange(0, BN)
     acc = tl.where(has_keys_rows[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
     if DROPOUT:
@@ -94,7 +95,8 @@ def gate_logits(
 ):
     """Return the gate logits z of the channels ``cols``.
 
-    W_g (D, 2 D) has no column for the indicator, which comes from the whole W_g (D, 2 D + 1).
+    ``w_ptr`` (D, 2 D) is W_g without the indicator's column, which is read from ``w_whole_ptr``
+    (D, 2 D + 1).
     """
     limit = tl.where(any_of(ok), D, 0)
     z = tl.zeros([BM, BN], tl.float32)
@@ -129,7 +131,7 @@ def token_logit(
     BN: tl.constexpr,
     INDICATOR: tl.constexpr,
 ):
-    """Return z of the rows r, one number each."""
+    """Return the gate logit z of each of the rows r, for a gate per token."""
     z = tl.zeros([BM], tl.float32)
     for first in range(0, D, BN):
         cols = first + tl.arange(0, BN)
@@ -156,7 +158,7 @@ def _load_x(x_ptr, x_at, r, R, cols, D: tl.constexpr):
 
 @triton.jit
 def _store_out(out_ptr, value, x, r, R, cols, ok, D: tl.constexpr):
-    """Store ``value`` where ok, else x, which may be NaN."""
+    """Store ``value`` if ok, else x, which may be NaN."""
     inside = (r < R)[:, None] & (cols[None, :] < D)
     tl.store(
         out_ptr + tile_at(r, cols, D), tl.where(ok[:, None], value.to(x.dtype), x), mask=inside
@@ -188,7 +190,7 @@ def _blend_rows(
     INDICATOR: tl.constexpr,
     POSTNORM: tl.constexpr,
 ):
-    """Blend with one gate per row, or without: whole rows, BN columns at a time."""
+    """Blend whole rows, BN columns at a time, with one gate per row or without a gate."""
     at = r.to(tl.int64) * D
     if GATE == "token":
         z = token_logit(
@@ -396,8 +398,8 @@ def blend_kernel(
 ):
     """Compute A (READ), the output (BLEND), or both; grid (rows / BM [* D / BN], directions).
 
-    With both, a program computes whole rows, BN columns at a time. A goes through memory in every
-    case, so that it is rounded alike.
+    With both, a program computes whole rows, BN columns at a time. In every case A is stored and
+    read back, so that it is rounded in the same way.
     """
     direction = tl.program_id(1)
     back = direction == 1
@@ -530,7 +532,7 @@ def blend_rows_kernel(
     INDICATOR: tl.constexpr,
     POSTNORM: tl.constexpr,
 ):
-    """Blend in a second launch, without a gate per channel; grid (rows / BM, directions)."""
+    """Compute the output from A, unless the gate is per channel; grid (rows / BM, directions)."""
     direction = tl.program_id(1)
     back = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)

@@ -1,8 +1,8 @@
-"""Attention and its epilogue in one kernel.
+"""The form "block": attention and its epilogue in one kernel.
 
-Each head of a block of queries adds its part of the output projection in float32. A then goes
-through memory, as in blend.py, and through the same gate. The results are those of attention and
-epilogue as two launches, so both have the same backward pass.
+For a block of queries, each head adds its part of the output projection in float32. The result, A,
+is stored and read back by the gate, as in blend.py. The outputs equal those of the form "epilogue",
+so the backward pass is the same.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def block_kernel(
 ):
     """Compute BM queries of one sample with all heads; grid (directions * B * tiles,).
 
-    It reads BN keys at a time, then writes BN columns of the output at a time.
+    The attention reads BN keys at a time, the epilogue writes BN columns at a time.
     """
     direction, b, _, tile = place(tiles, 1, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -103,8 +103,8 @@ def block_kernel(
         lo, hi = spans(direction, b, tile * BM, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         cols = tl.arange(0, BD)
         acc = tl.zeros([BM, BD], tl.float32)
-        # Without licm the addresses of W_o are computed for each head. Kept across heads they would
-        # fill the registers, and spill on sm_100 and sm_120.
+        # Without loop-invariant code motion (licm), the addresses of W_o are computed for each
+        # head. Kept in registers for all heads, they would spill on sm_100 and sm_120.
         for head in tl.range(0, H, disable_licm=True):
             attended = attend_head(
                 pick(back, projected0_ptr, projected1_ptr),
@@ -147,7 +147,7 @@ def block_kernel(
         tl.debug_barrier()  # other threads of this program wrote lse
         r = tl.where(n < N, b * N + n, R).to(
             tl.int32
-        )  # what is beyond the sample counts as beyond all of them
+        )  # rows beyond this sample become R, which is beyond all samples
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
         store_kept(
@@ -166,7 +166,7 @@ def block_kernel(
             BD,
             DROPOUT,
         )
-        tl.debug_barrier()  # and A
+        tl.debug_barrier()  # other threads of this program wrote A
         x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
             back, sn0, sn1
         )

@@ -1,4 +1,4 @@
-"""The arguments of gated cross-attention, as its launchers pass them around."""
+"""The arguments that the launchers of gated cross-attention share, and helpers for launches."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ W_Q, W_K, W_V, W_O, W_G, B_Q, B_K, B_V, B_O, B_G = range(FIELDS)
 
 
 def both(tensors: list[Tensor]) -> list[Tensor]:
-    """Return two tensors; with one direction, the same one twice."""
+    """Return a list of two tensors; a single tensor is repeated."""
     return tensors if len(tensors) == 2 else tensors * 2
 
 
 def bits(tensors: list[Tensor]) -> int:
-    """Return a number whose bit i says whether tensor i has elements."""
+    """Return a number whose bit i is set if tensor i has elements."""
     return sum((tensor.numel() > 0) << i for i, tensor in enumerate(tensors))
 
 
 def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
-    """Return those sizes of the tile that the kernel takes, and the options of its launch."""
+    """Return the tile's sizes that are parameters of the kernel, and the options of its launch."""
     sizes = {name: size for name, size in asdict(tile).items() if name in kernel.arg_names}
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg)
     return sizes | options | OPTIONS
@@ -35,7 +35,7 @@ def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 @dataclass
 class Call:
-    """The arguments of the operator by name, and what follows from them."""
+    """The arguments of the operator, and sizes and flags computed from them."""
 
     tokens: list[Tensor]
     norms: list[Tensor]
@@ -89,19 +89,20 @@ class Call:
     def parts(self, side: int) -> list[tuple[int, int]]:
         """Return (direction, weight) of each projection of a side.
 
-        These are its queries, then keys and values for the other direction.
+        A side is projected to the queries of its own direction, then to keys and values of the
+        other direction.
         """
-        asked = [(side, W_Q)] if side < self.directions else []
-        return asked + ([(1 - side, W_K), (1 - side, W_V)] if 1 - side < self.directions else [])
+        queries = [(side, W_Q)] if side < self.directions else []
+        return queries + ([(1 - side, W_K), (1 - side, W_V)] if 1 - side < self.directions else [])
 
     def parameter(self, direction: int, field: int) -> Tensor:
         """Return one weight or bias of a direction."""
         return self.weights[FIELDS * direction + field]
 
     def partials(self, rows: int) -> int:
-        """Return how many programs share the rows: at least 1, which then writes empty sums."""
+        """Return the number of programs that share the rows, at least 1 even without rows."""
         return max(1, min(self.plan.partials, triton.cdiv(rows, self.plan.rows.BM)))
 
     def row_blocks(self, height: int) -> int:
-        """Return the number of blocks of ``height`` rows of the larger side of queries."""
+        """Return the number of blocks of ``height`` rows on the query side with the most rows."""
         return triton.cdiv(max(self.rows[: self.directions]), height)

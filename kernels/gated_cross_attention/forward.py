@@ -1,6 +1,6 @@
-"""Gated cross-attention: the forward launcher.
+"""Forward of gated cross-attention: its launchers, and the kernel of the projections.
 
-Shapes and maths: mmfused/ops/gated_cross_attention/reference.py.
+For the equations see mmfused/ops/gated_cross_attention/reference.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """Lists as the op's schema has them -> outs, projected, moments, attended, lse, attn_out."""
+    """Return outs, projected, moments, attended, lse and attn_out, one after the other."""
     call = Call(
         tokens,
         norms,
@@ -79,7 +79,7 @@ def forward(
 
 
 def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor | None) -> None:
-    """One launch; ``packed``: this side's W_g is packed by the way."""
+    """Project one side, and copy its W_g to ``packed``, if given, in the same launch."""
     x, tile = call.tokens[side], call.plan.project
     parts = call.parts(side)
     weights = [call.parameter(*part) for part in parts]
@@ -143,7 +143,7 @@ def _attend(
 
 
 def _reads(call: Call) -> dict:
-    """What the forward of attention is compiled for."""
+    """Return the constants of the kernels that compute attention."""
     return dict(
         H=call.heads,
         DH=call.head_dim,
@@ -157,7 +157,7 @@ def _reads(call: Call) -> dict:
 
 
 def _gates(call: Call) -> dict:
-    """What the end of forward is compiled for."""
+    """Return the constants of the kernels that compute the gate and the output."""
     biased = bits(call.weights[B_G::FIELDS])
     return dict(
         GATE=call.gate,
@@ -270,7 +270,7 @@ def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
 def _moments(x_ptr, at, ok, eps, D: tl.constexpr, BK: tl.constexpr):
     """Return mean and 1 / standard deviation of each row.
 
-    In two passes over the row: the second one finds it in the cache.
+    The row is read twice, the second time from the cache.
     """
     total = tl.zeros([at.shape[0]], tl.float32)
     for start in range(0, D, BK):
@@ -303,7 +303,7 @@ def _load_normed(
     D: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """The columns k of LN(x) in x's dtype; 0 where not ok."""
+    """Load the columns k of x, or of LN(x) with NORM, in x's dtype; 0 if not ok."""
     inside = ok[:, None] & (k[None, :] < D)
     x = tl.load(x_ptr + at[:, None] + k[None, :], mask=inside, other=0.0)
     if NORM:
@@ -316,7 +316,7 @@ def _load_normed(
 
 @triton.jit
 def _load_weight(w_ptr, cols, k, COLS: tl.constexpr, D: tl.constexpr):
-    """(k, columns) of a weight (COLS, D)."""
+    """Load (k, columns) of a weight (COLS, D), transposed."""
     return tl.load(
         w_ptr + cols[None, :] * D + k[:, None],
         mask=(cols[None, :] < COLS) & (k[:, None] < D),
@@ -378,9 +378,9 @@ def project_kernel(
 ):
     """Project BM rows of x by one of PARTS weights (C, D); grid (R / BM * PARTS [+ rows of W_g],).
 
-    The first weight is that of the queries if the side IS_QUERY_SIDE. Rows that this part does not
-    need are neither read nor multiplied; they become 0 if their sample attends. The last programs
-    pack W_g.
+    With IS_QUERY_SIDE, the first weight is that of the queries. Rows that this part does not need
+    are neither read nor multiplied. Their results are 0 if their sample attends, else unset. The
+    last programs pack W_g.
     """
     pid = tl.program_id(0)
     if pid >= blocks:

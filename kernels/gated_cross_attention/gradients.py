@@ -1,13 +1,13 @@
-"""Backward of everything but the attention.
+"""Backward of everything except the attention.
 
-With g = sigmoid(z), A the ``attn_out`` of the forward pass, and dropout' its replayed mask:
+With g = sigmoid(z), A = ``attn_out`` of the forward pass, and dropout' the forward's dropout mask:
 
     dz = dout (A - x) g (1 - g)     dy = dropout'(g dout + dz W_ga)     d attended = dy W_o
     dx = (1 - g) dout + dz W_gx + LN'(dQ W_q + dK W_k + dV W_v)
 
-and dx = dout where a token came back unchanged. g is recomputed. dz, dy and the gradients of the
-projections are exactly 0 in rows that do not count, so that plain products over all rows give the
-gradients of the weights.
+For unchanged tokens, dx = dout. g is recomputed. dz, dy and the gradients of the projections are
+exactly 0 in rows that do not count, so that plain products over all rows give the gradients of the
+weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def d_gate_kernel(
     INDICATOR: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gate per channel: dz, and the gradients of A and x past the gate.
+    """Compute dz of a gate per channel, and the gradients of A and x that do not pass through z.
 
     Grid (rows / BM * D / BN, directions).
     """
@@ -162,7 +162,7 @@ def through_gate_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add dz W_g in place: its first half to dx, its second half to dy.
+    """Add the first half of dz W_g to dx, and the second half, after dropout', to dy.
 
     Grid (rows / BM * 2 D / BN, directions).
     """
@@ -250,10 +250,10 @@ def d_rows_kernel(
     POSTNORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Gate per token, no gate, or a norm after the sum: dz, dy and dx, BM whole rows at a time.
+    """Compute dz, dy and dx, BM whole rows at a time, unless the gate is per channel.
 
-    Grid (P, directions). Program i takes the blocks i, i + P, ...; partial (2, P, D) gets its sums
-    for the norm's weight and bias.
+    Grid (P, directions). Program i computes the blocks i, i + P, ... With POSTNORM, it stores its
+    sums for the gradients of the norm's weight and bias in partial (2, P, D).
     """
     direction = tl.program_id(1)
     back = direction == 1
@@ -371,7 +371,7 @@ def d_attended_kernel(
     MISSING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grid (rows / BM * D / BN, directions). dy W_o."""
+    """Compute dy W_o, the gradient of ``attended``; grid (rows / BM * D / BN, directions)."""
     direction = tl.program_id(1)
     back = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -408,7 +408,7 @@ def used(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Return the rows of a side that were projected, as queries or as keys and values."""
+    """Return which rows of a side were projected, as queries or as keys and values."""
     ok = valid_keys(side, r, ok, masks, IGNORE)
     if IS_QUERY_SIDE and READ:
         return attends(side, r // N, ok, masks, ABSENT, MISSING) | attends(
@@ -468,7 +468,7 @@ def d_normed_kernel(
 
 @triton.jit
 def _first_alone(side, r, N, ok, masks, IGNORE: tl.constexpr, ABSENT: tl.constexpr):
-    """Return ``ok`` with only the first valid token of absent samples."""
+    """Return ``ok``, set to False for all but the first valid token of absent samples."""
     b = r // N
     gone = ok & (r >= 0)
     if ABSENT != 0:
@@ -522,11 +522,11 @@ def d_tokens_kernel(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Continue the gradient of one side through its norm; grid (P,).
+    """Compute the gradient of one side's tokens from that of its normalised tokens; grid (P,).
 
-    The result is added to dx where the side IS_QUERY_SIDE. For the gradients of weights it also
-    writes what was projected and, with CLEAN, what the gate read of x; both are 0 in other rows.
-    ``partial`` as in d_rows_kernel.
+    With IS_QUERY_SIDE, the result is added to dx. For the gradients of the weights, the kernel also
+    writes the tokens that were projected (``normed``) and, with CLEAN, those that the gate read
+    (``clean``), with 0 in all other rows. For ``partial`` see d_rows_kernel.
     """
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     cols = tl.arange(0, BN)

@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles: together they reach every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import gated_cross_attention as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and options of one case."""
+    """Sizes and options of one forward and backward."""
 
     dim: int
     heads: int
@@ -24,7 +24,7 @@ class Case:
     masks: bool = True
     pre_norm: bool = True
     dropout: float = 0.0
-    form: str | None = None  # not the default: forward alone
+    form: str | None = None  # None: the default form; otherwise no backward is launched
 
 
 CASES = {
@@ -81,7 +81,7 @@ CASES = {
 
 
 def launch(case: Case) -> None:
-    """Call the launchers on meta tensors of the shapes of this case."""
+    """Call the launchers on meta tensors with the shapes of this case."""
     compute = getattr(torch, case.dtype)
 
     def empty(*shape, dtype=compute):

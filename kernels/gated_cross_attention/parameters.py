@@ -1,6 +1,6 @@
 """Gradients of weights, biases and norms, as plain products and sums over all rows.
 
-The kernels have written 0 in rows that do not count.
+In rows that do not count, the kernels have written 0.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def d_linear(
 ) -> None:
     """Write d_weight (O, I) and d_bias (O,) or (0,) from d_out (R, O) and the input given (R, I).
 
-    ``shifts``: False for the bias of the keys, which the softmax cancels; its gradient is exactly
-    0, not a rounding error.
+    ``shifts`` is False for the keys, whose bias does not change the softmax. The gradient of this
+    bias is then exactly 0, not a rounding error.
     """
     torch.mm(d_out.t(), given, out=d_weight)
     if d_bias.numel():
@@ -37,7 +37,7 @@ def d_gate_weight(
 ) -> None:
     """Write d_weight (G, 2 D), or (G, 2 D + 1) with the indicator, and d_bias (G,) or (0,).
 
-    From dz (R, G), x and attn_out (R, D), and the indicator flag (B,).
+    The inputs are dz (R, G), x and attn_out (R, D), and the indicator ``flag`` (B,).
     """
     dim = x.shape[1]
     torch.mm(dz.t(), x, out=d_weight[:, :dim])
@@ -53,6 +53,6 @@ def d_gate_weight(
 
 
 def d_norm(partial: Tensor, d_gamma: Tensor, d_beta: Tensor) -> None:
-    """Add up the partial sums (2, P, D), float32, in order."""
+    """Write d_gamma and d_beta, the sums of ``partial`` (2, P, D), float32, added in order."""
     d_gamma.copy_(partial[0].sum(0))
     d_beta.copy_(partial[1].sum(0))

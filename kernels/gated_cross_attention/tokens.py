@@ -1,10 +1,10 @@
-"""Which tokens count, and the products shared by the kernels here.
+"""Device functions that the kernels of gated cross-attention share: masks, spans and products.
 
-Sides and directions have the same numbers: in direction i, side i attends to the other side.
-``masks`` is the tuple (ignore of side 0 and 1 (B, N_i) bytes, absent of side 0 and 1 (B,) bytes);
-the bits of IGNORE and ABSENT say which of them are given. Rows are the tokens of all samples, r = b
-N + n. A token is *valid* if its mask does not ignore it. A sample *attends* if the missing mode and
-the absent flags let it. A token is *changed* if it does not come back unchanged.
+In direction i, 0 or 1, side i attends to the other side. ``masks`` is a tuple of pointers to bytes:
+ignore of side 0 and 1, (B, N_i) each, then absent of side 0 and 1, (B,) each. In IGNORE and ABSENT,
+bit i is set if the mask of side i is given. Rows are the tokens of all samples, r = b N + n. A
+token is *valid* if its mask does not ignore it. A sample *attends* if MISSING and its absent flags
+allow it. A token is *changed* unless the operator returns it as it is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..tiles import dot
 
 @triton.jit
 def pick(second, a, b):
-    """b if ``second``, else a: numbers or pointers of one side or direction."""
+    """Return b if ``second``, else a; a and b are numbers or pointers."""
     return tl.where(second, b, a)
 
 
 @triton.jit
 def valid_keys(side, at, ok, masks, IGNORE: tl.constexpr):
-    """Return ``ok`` without the tokens (rows ``at``) that the side's own mask ignores."""
+    """Return ``ok``, set to False for the tokens (rows ``at``) that the side's mask ignores."""
     if IGNORE != 0:
         given = (ok.to(tl.int32) & (IGNORE >> side)) == 1
         ok = ok & (tl.load(pick(side == 1, masks[0], masks[1]) + at, mask=given, other=0) == 0)
@@ -32,7 +32,7 @@ def valid_keys(side, at, ok, masks, IGNORE: tl.constexpr):
 
 @triton.jit
 def present(side, b, ok, masks, ABSENT: tl.constexpr):
-    """Return ``ok`` without the samples where this side is absent."""
+    """Return ``ok``, set to False for samples in which this side is absent."""
     if ABSENT != 0:
         given = (ok.to(tl.int32) & (ABSENT >> side)) == 1
         ok = ok & (tl.load(pick(side == 1, masks[2], masks[3]) + b, mask=given, other=0) == 0)
@@ -41,7 +41,7 @@ def present(side, b, ok, masks, ABSENT: tl.constexpr):
 
 @triton.jit
 def attends(direction, b, ok, masks, ABSENT: tl.constexpr, MISSING: tl.constexpr):
-    """Return ``ok`` without the samples that do not attend in this direction."""
+    """Return ``ok``, set to False for samples that do not attend in this direction."""
     if MISSING == "skip" or MISSING == "zero":
         ok = present(1 - direction, b, ok, masks, ABSENT)
     if MISSING == "skip":
@@ -60,7 +60,7 @@ def changed(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Return ``ok`` without the queries that come back unchanged."""
+    """Return ``ok``, set to False for queries that the operator returns as they are."""
     ok = valid_keys(direction, r, ok, masks, IGNORE)
     if MISSING == "skip":
         ok = attends(direction, r // N, ok, masks, ABSENT, MISSING)
@@ -69,7 +69,7 @@ def changed(
 
 @triton.jit
 def valid_span(side, b, N, masks, IGNORE: tl.constexpr):
-    """Return [lo, hi) around the valid tokens of sample b; lo = hi if there are none."""
+    """Return lo and hi: all valid tokens of sample b are in [lo, hi), empty if there are none."""
     lo = 0
     hi = N
     if IGNORE != 0:
@@ -96,9 +96,9 @@ def key_span(
     MISSING: tl.constexpr,
     COLLAPSE: tl.constexpr,
 ):
-    """Return [lo, hi) around the tokens that sample b attends to in this direction.
+    """Return lo and hi: in this direction, sample b attends to tokens in [lo, hi).
 
-    COLLAPSE: an absent sample attends to its first valid token only.
+    COLLAPSE: a sample in which the other side is absent attends only to the first valid token.
     """
     there = attends(direction, b, M > 0, masks, ABSENT, MISSING)
     lo = 0
@@ -113,7 +113,7 @@ def key_span(
 
 @triton.jit
 def tile_at(r, cols, width):
-    """Offsets (rows, columns) into a contiguous matrix."""
+    """Return offsets (rows, columns) into a contiguous matrix of this width."""
     return r[:, None].to(tl.int64) * width + cols[None, :]
 
 
@@ -133,10 +133,10 @@ def add_product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return acc + a w over K, for the columns ``cols`` of COLS.
+    """Return acc + a w, summed over K, for the columns ``cols`` of w (K, COLS).
 
-    Rows of a begin at ``a_at`` and are read where a_ok; w[k, c] is at k SK + c SC. ``limit``: K, or
-    0 where the product is not needed.
+    Rows of a begin at ``a_at`` and are read if ``a_ok``; w[k, c] is at k SK + c SC. ``limit`` is K,
+    or 0 if the product is not needed.
     """
     for start in range(0, limit, BK):
         k = start + tl.arange(0, BK)

@@ -1,4 +1,4 @@
-"""Forward kernels of masked InfoNCE: statistics over all pairs except the targets.
+"""Forward of masked InfoNCE: statistics over all pairs except the targets.
 
 The statistics of each row and column are the logsumexp of its logits and, with EVERYTHING, the
 number and sum of the logits of further positives, and the number and sum of all logits. The same
@@ -50,7 +50,7 @@ def sweep(
 
     q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows, (5, B) float64, of
     the columns, (5, C) float64 (or (5, 0) without ``columns``), and q . c of each row's target,
-    (B,) float32. For the statistics see forward.py.
+    (B,) float32.
     """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
     tile = tiles.sweep

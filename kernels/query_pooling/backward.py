@@ -1,4 +1,4 @@
-"""Backward kernels of query pooling. For the symbols see forward.py.
+"""Backward of query pooling. For the symbols see forward.py.
 
 With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
 

@@ -1,4 +1,4 @@
-"""Forward kernels of query pooling: Z = softmax(Q' X^T) X, an online softmax over the tokens.
+"""Forward of query pooling: Z = softmax(Q' X^T) X, an online softmax over the tokens.
 
 Q' has R rows of absorbed queries (see mmfused/ops/query_pooling/reference.py). With P = softmax(S),
 tiles are computed transposed: S^T = X Q'^T and Z^T = X^T P^T. Matrix instructions need many rows in
@@ -98,7 +98,7 @@ def token_arguments(
     mask: Tensor | None,
     lengths: Tensor | None,
 ) -> dict[str, Any]:
-    """Return the kernel arguments that describe the tokens."""
+    """Return the kernel arguments that describe the tokens, for forward and backward."""
     words, span, width, kind = pack_padding(mask, lengths)
     return dict(
         x_ptr=x,

@@ -1,4 +1,4 @@
-"""dX and dQ' of query pooling from P and dS; equations: backward.py."""
+"""Kernels for dX and dQ' of query pooling, from P and dS. For the equations see backward.py."""
 
 from __future__ import annotations
 
