@@ -1,7 +1,7 @@
-"""Shared by all operators: the backend switch, registration, and the checks of arguments.
+"""Backend switch, operator registration and argument checks, shared by all operators.
 
-:func:`operator` makes a function the operator ``torch.ops.mmfused.<name>``. Public functions call
-:func:`choose` to pick ``reference``, ``composed`` or ``fused``. Users control that choice with
+:func:`operator` registers a function as ``torch.ops.mmfused.<name>``. Public functions call
+:func:`choose` to pick the backend ``reference``, ``composed`` or ``fused``. Users control that with
 :class:`backend`, :func:`set_backend` or the environment variable ``MMFUSED_BACKEND``.
 """
 
@@ -49,18 +49,19 @@ class backend(Choice[Backend]):
             run (CUDA, sm_80 or newer, float32, float16 or bfloat16) and "composed" elsewhere.
             "fused" raises ``RuntimeError`` with the reasons where the kernels cannot run.
 
-    The choice holds inside ``with``, for the current thread and context (asyncio task); elsewhere
-    :func:`set_backend` decides. Without ``with`` the call does nothing. A backward pass runs on the
-    backend of its forward pass, and so does the recomputation of
-    ``torch.utils.checkpoint(use_reentrant=False)``. With ``use_reentrant=True``, enter the ``with``
-    inside the checkpointed function.
+    The choice applies inside the ``with`` block, to the current thread and context (asyncio task).
+    Elsewhere the default applies, see :func:`set_backend`. Calling ``backend(name)`` without
+    ``with`` has no effect. A backward pass runs on the backend of its forward pass, and so does the
+    recomputation of ``torch.utils.checkpoint(use_reentrant=False)``. With ``use_reentrant=True``,
+    enter the ``with`` inside the checkpointed function.
 
-    ``torch.func`` transforms (``grad``, ``vmap``, ``jvp``, ...) need plain formulas: there "auto"
-    and "composed" run "reference". An exported graph (``torch.export``) of "composed" has every
-    gradient; one of "fused" has the kernels without gradients, which raise where a gradient is
-    needed. ``torch.onnx.export(dynamo=True)`` produces standard ONNX operators only.
+    ``torch.func`` transforms (``grad``, ``vmap``, ``jvp``, ...) need plain formulas, so "auto" and
+    "composed" run "reference" inside such a transform. A graph exported with ``torch.export`` under
+    "composed" is differentiable. A graph exported under "fused" contains the kernels without their
+    gradients and raises if a gradient is needed. ``torch.onnx.export(dynamo=True)`` produces
+    standard ONNX operators only.
 
-    Raises ``ValueError`` for another name.
+    Raises ``ValueError`` for an unknown name.
     """
 
     switch = _backend
@@ -70,13 +71,13 @@ def set_backend(name: Backend) -> None:
     """Set the default backend of this process, for all threads.
 
     ``with mmfused.backend(...)`` overrides it. The initial value is ``MMFUSED_BACKEND``, or "auto".
-    Raises ``ValueError`` for a name that :class:`backend` does not take.
+    Raises ``ValueError`` for a name that :class:`backend` does not accept.
     """
     _backend.set(name)
 
 
 def current_backend() -> Backend:
-    """Return the backend in effect here: of the innermost ``with``, or the default."""
+    """Return the backend in effect: that of the innermost ``with``, or the default."""
     return _backend.current()
 
 
@@ -84,7 +85,7 @@ class router(Choice[Router]):
     """Pick the routing kernels of backend "fused": ``with router("cuda"):``.
 
     Args:
-        name: "triton", or "cuda" for those in C++.
+        name: "triton", or "cuda" for the kernels written in CUDA C++.
     """
 
     switch = _router
@@ -96,12 +97,12 @@ def set_router(name: Router) -> None:
 
 
 def current_router() -> Router:
-    """Return the router in effect here: of the innermost ``with``, or the default."""
+    """Return the router in effect: that of the innermost ``with``, or the default."""
     return _router.current()
 
 
 def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
-    """Return every reason why the kernels cannot run on this device and dtype, if any."""
+    """Return all reasons why the kernels cannot run on this device and dtype, or an empty list."""
     device = torch.device(device)
     reasons = []
     if not _HAS_TRITON:
@@ -113,12 +114,12 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     elif not (device.type == "cpu" and INTERPRETED):
         reasons.append(f"the tensors are on {device.type} and the kernels need CUDA")
     if dtype not in FUSED_DTYPES:
-        reasons.append(f"dtype {dtype} is none of float32, float16, bfloat16")
+        reasons.append(f"dtype {dtype} is not float32, float16 or bfloat16")
     return reasons
 
 
 def graph_made() -> Literal["export", "onnx"] | None:
-    """Return what this call is being traced for: "export" (torch.export), "onnx", or None."""
+    """Return the exporter that is tracing this call: "export" (torch.export), "onnx", or None."""
     # Not is_exporting(): in torch 2.11 that is also true under torch.compile.
     if not torch.compiler._is_exporting_flag:
         return None
@@ -134,17 +135,19 @@ def choose(
 ) -> Literal["reference", "composed", "fused"]:
     """Pick the backend of one call of ``op``.
 
-    The result depends on the backend asked for, on the arguments, and on tracing (torch.func,
-    torch.export, ONNX), never on values: all ranks agree, and torch.compile can trace it.
+    The result depends on the requested backend, on the arguments below, and on whether torch.func,
+    torch.export or ONNX export is active. It does not depend on tensor values, so all ranks agree
+    and torch.compile can trace the call.
 
     Args:
         op: name of the operator, for messages.
-        device, dtype: of its tensors.
-        extra: reasons of the operator against its kernel, such as an unsupported shape.
-        opaque: traces ("export", "onnx") that cannot represent the composed path, because it
-            contains an autograd function or an operator of this library. They get "reference".
+        device, dtype: device and dtype of the operator's tensors.
+        extra: reasons why this operator's kernel cannot run, such as an unsupported shape.
+        opaque: exporters ("export", "onnx") that cannot represent the composed path, because that
+            path contains an autograd function or an operator of this library. Under such an
+            exporter "reference" replaces "composed".
 
-    Raises ``RuntimeError`` where "fused" was asked for and cannot run.
+    Raises ``RuntimeError`` if "fused" was requested and cannot run.
     """
     asked, graph = current_backend(), graph_made()
     transformed = torch._C._are_functorch_transforms_active()
@@ -197,17 +200,17 @@ def operator(
     *,
     devices: Literal["cuda", "all"] = "cuda",
 ) -> Callable[[_Function], _Function]:
-    """Make a function the operator ``torch.ops.mmfused.<its name>``, and return that operator.
+    """Register a function as ``torch.ops.mmfused.<its name>``, and return that operator.
 
     Args:
         schema, fake, flops: as for :func:`define`.
-        devices: the devices of the function's tensors. "cuda" for kernels; under
-            ``TRITON_INTERPRET=1`` they also run on CPU tensors, so that tests reach them through
-            the public functions. "all" for composed paths with loops that depend on data, which
-            torch.compile cannot trace.
+        devices: device types that the function supports. "cuda" is for kernels; under
+            ``TRITON_INTERPRET=1`` such an operator also runs on CPU tensors, so that tests reach
+            the kernels through the public functions. "all" is for composed paths with
+            data-dependent loops, which torch.compile cannot trace.
 
-    A function that launches kernels imports them when it is called, because importing mmfused must
-    not need Triton, and calls its launcher under :func:`launching`.
+    A function that launches kernels must import the kernels in its body, so that importing mmfused
+    does not need Triton, and must call its launcher under :func:`launching`.
     """
     keys = {"cuda": ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]}
     keys["all"] = ["CompositeExplicitAutograd"]
@@ -223,12 +226,12 @@ def operator(
 
 
 def launching(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which the device of the tensors ``args`` is the current one.
+    """Return a context manager that makes the device of the tensors in ``args`` current.
 
-    Triton launches on the current device. Raises ``RuntimeError`` where a gradient is needed but
-    cannot come: in an exported graph, which holds the kernel without our autograd function.
+    Triton launches on the current device. Raises ``RuntimeError`` if a gradient is needed in an
+    exported graph, which contains the kernel without its autograd function.
     """
-    # Inside our autograd functions gradients are off.
+    # The autograd functions of this library call operators with gradients disabled.
     if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
         raise RuntimeError(
             "mmfused: an exported graph holds the kernel without its gradient; "
@@ -241,22 +244,22 @@ def launching(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yield the tensors among the arguments, also those in lists."""
+    """Yield the tensors among the arguments, including those in lists."""
     flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
     return (x for x in flat if isinstance(x, torch.Tensor))
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a second derivative raise, also where torch's decorator of this name does not.
+    """Make second derivatives raise, even where torch's decorator of the same name does not.
 
-    torch's decorator raises only if the upstream gradient requires grad. The gradient of a bare
-    loss does not, and second derivatives would silently be missing.
+    torch's decorator raises only if the upstream gradient requires grad. The upstream gradient of a
+    bare loss does not require grad, so second derivatives would silently be missing.
     """
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx, *upstream):
-        # Under create_graph=True. The compiler raises by itself.
+        # Gradients are enabled under create_graph=True. torch.compile raises by itself there.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             upstream = [None if x is None else x.detach().requires_grad_() for x in upstream]
         return once(ctx, *upstream)
@@ -267,8 +270,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Replace repeated tensors by views of them.
 
-    torch.compile cannot trace an autograd function that gets the same tensor twice, such as one
-    tensor of keys for queries and candidates.
+    torch.compile cannot trace an autograd function that gets the same tensor twice, such as one key
+    tensor for both queries and candidates.
     """
     out: list[torch.Tensor | None] = []
     for tensor in tensors:
@@ -279,7 +282,7 @@ def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    """Check that the arguments are tensors, not DTensors, on one device; None is skipped."""
+    """Check that the arguments are tensors on one device and not DTensors; None is skipped."""
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -316,20 +319,20 @@ def check_fractions(op: str, **fractions: float) -> None:
 
 
 def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:
-    """Check the values of tensors: ``ValueError`` on a CPU in eager mode.
+    """Raise ``ValueError`` if tensor values are invalid, on a CPU in eager mode only.
 
-    On CUDA nothing synchronises and no assertion ends the context: there the caller makes a wrong
-    value give NaN. ``MMFUSED_CHECK=1`` asserts on the device, for debugging.
+    Raising on CUDA would need a synchronisation. There, and in compiled graphs, callers turn
+    invalid values into NaN. ``MMFUSED_CHECK=1`` asserts on the device instead, for debugging.
 
     Args:
-        condition: returns a bool scalar, True if the values are right.
-        message: a function where the message holds a size, which would otherwise become a constant
-            of an exported graph.
+        condition: returns a bool scalar, True if the values are valid.
+        message: the error message, or a function that returns it. A message that contains a size
+            needs a function; otherwise the size would become a constant of an exported graph.
     """
     if torch._C._are_functorch_transforms_active():  # vmap cannot branch on a value
         return
     holds = condition()
-    # A tensor of another type: a compiler is tracing without is_compiling().
+    # A tensor subclass means that a compiler is tracing although is_compiling() returns False.
     eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()
     if holds.device.type == "cpu" and eager:
         if not holds:
@@ -342,7 +345,8 @@ def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[
 def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.Tensor:
     """Return ``out`` (B, ...) with NaN for each sample whose length is outside [0, ``length``].
 
-    Its gradients become NaN too. This reports wrong values where :func:`check_value` cannot raise.
+    The gradients of such a sample become NaN too. This is for invalid lengths on devices where
+    :func:`check_value` cannot raise.
     """
     broken = (lengths < 0) | (lengths > length)
     ones = torch.ones(lengths.shape[0], dtype=out.dtype, device=out.device)
@@ -372,7 +376,10 @@ def to_autocast(*values: Any) -> list[Any]:
 
 
 def wide_unless(dtype: torch.dtype, *values: Any) -> list[Any]:
-    """Cast tensors of the other 16-bit dtype to float32: parameters that are rounded later."""
+    """Cast floating tensors to float32 unless they have ``dtype``, float32 or float64.
+
+    Under autocast this is for parameters that are rounded to ``dtype`` later.
+    """
     keep = (dtype, torch.float32, torch.float64)
 
     def widened(x):
@@ -383,7 +390,7 @@ def wide_unless(dtype: torch.dtype, *values: Any) -> list[Any]:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without autocast; unlike torch's, it takes the meta device too."""
+    """Return a context manager that disables autocast; it also accepts the meta device."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

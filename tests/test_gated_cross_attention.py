@@ -479,7 +479,7 @@ BAD = {
     "norm_context: got a norm with pre_norm=False": lambda: call(
         gate="none", pre_norm=False, weights=module(GatedCrossAttention, gate="none").weights()
     ),
-    "context_key_padding_mask: got context_lengths too": lambda: call(
+    "context_key_padding_mask: got a mask and context_lengths": lambda: call(
         context_key_padding_mask=torch.zeros(B, M).bool(), context_lengths=torch.ones(B).long()
     ),
     "context_key_padding_mask: got shape (4, 6), expected (4, 5)": lambda: call(

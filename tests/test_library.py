@@ -82,7 +82,7 @@ with mmfused.backend("fused"):
     assert lines[0] == "composed"
     assert lines[1] == (
         "op: backend 'fused' cannot run here: the tensors are on cpu and the kernels need CUDA; "
-        "dtype torch.float64 is none of float32, float16, bfloat16; the moon is full"
+        "dtype torch.float64 is not float32, float16 or bfloat16; the moon is full"
     )
 
 

@@ -521,10 +521,10 @@ BAD = {
         false_negative_margin=math.nan
     ),
     "temperature: got 0.0, expected a number above 0": dict(temperature=0.0),
-    "temperature: got shape (2,) and dtype torch.float32, expected one floating": dict(
+    "temperature: got shape (2,) and dtype torch.float32, expected a floating": dict(
         temperature=torch.ones(2)
     ),
-    "temperature: got a number not above 0, expected one above 0": dict(
+    "temperature: got a number not above 0, expected a number above 0": dict(
         temperature=torch.tensor(-1.0)
     ),
     "row_weight: got shape (4,), expected (5,)": dict(row_weight=x[:4, 0]),

@@ -150,11 +150,11 @@ BAD = {
     "lengths: got a value out of range, expected 0 to": lambda t: t.update(
         lengths=torch.tensor([1, 2, 38])
     ),
-    "key_padding_mask: got lengths too, expected one of them": lambda t: t.update(
+    "key_padding_mask: got a mask and lengths, expected at most one of the two": lambda t: t.update(
         key_padding_mask=torch.zeros(3, 37, dtype=torch.bool),
         lengths=torch.zeros(3, dtype=torch.int64),
     ),
-    "norm_bias: got it without norm_weight": lambda t: t.update(norm_bias=torch.zeros(70)),
+    "norm_bias: got a tensor without norm_weight": lambda t: t.update(norm_bias=torch.zeros(70)),
     "form: got 'quick', expected one of auto, absorbed, projected": lambda t: t.update(
         form="quick"
     ),
@@ -180,7 +180,7 @@ def test_fused_without_a_kernel():
     with mmfused.backend("fused"):
         with pytest.raises(RuntimeError, match="cannot run here: .*dtype torch.float64"):
             query_pooling(**inputs, num_heads=heads)
-        with pytest.raises(RuntimeError, match="form='projected' has no kernel of its own"):
+        with pytest.raises(RuntimeError, match="form='projected' has no kernel"):
             query_pooling(**cast(inputs, torch.float32), num_heads=heads, form="projected")
 
 

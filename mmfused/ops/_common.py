@@ -1,4 +1,4 @@
-"""Shared by the operators: padding masks, the masked softmax, and checks of arguments."""
+"""Padding masks, the masked softmax and argument checks that several operators share."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ..library import check_tensors, check_value
 
 
 def padding_mask(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return the padding mask (B, N) of tokens x (B, N, D), True = ignore, or None for none."""
+    """Return the padding mask (B, N) of tokens x (B, N, D), True = ignore; None without padding."""
     if lengths is not None:
         return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return mask
 
 
 def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
-    """Softmax over ``dim``, at least in float32.
+    """Compute the softmax over ``dim`` in float32 or float64.
 
-    A fully masked row gives 0 and gradient 0.
+    A fully masked row has output 0 and gradient 0.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if ignore is None:
         return logits.softmax(dim, dtype=dtype)
-    # Not -inf: a fully masked row would become NaN before it is set to 0, and keep a NaN gradient.
+    # With -inf, the softmax and the gradient of a fully masked row would be NaN.
     floor = torch.finfo(dtype).min
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
 
 def check_bool(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Check a bool tensor of ``shape``, or None."""
+    """Raise unless ``tensor`` is None or a bool tensor of ``shape``."""
     if tensor is None:
         return
     if tensor.dtype != torch.bool:
@@ -49,13 +49,15 @@ def check_padding(
     lengths: Tensor | None,
     prefix: str = "",
 ) -> None:
-    """Check a padding mask (batch, length) or lengths (batch,), not both.
+    """Check the padding: a mask (batch, length), lengths (batch,), or neither.
 
-    ``prefix``: of their names in errors, such as "context_".
+    ``prefix``: first part of the argument names in error messages, such as "context_".
     """
     mask_name, lengths_name = f"{prefix}key_padding_mask", f"{prefix}lengths"
     if mask is not None and lengths is not None:
-        raise ValueError(f"{op}: {mask_name}: got {lengths_name} too, expected one of them")
+        raise ValueError(
+            f"{op}: {mask_name}: got a mask and {lengths_name}, expected at most one of the two"
+        )
     check_bool(op, mask_name, mask, (batch, length))
     if lengths is None:
         return
@@ -74,7 +76,7 @@ def check_padding(
 
 
 def check_dropout_seed(op: str, seed: Tensor | None) -> None:
-    """Check a dropout seed, an int64 scalar, or None."""
+    """Raise unless ``seed`` is None or an int64 scalar tensor."""
     if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
         raise TypeError(
             f"{op}: dropout_seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, "
@@ -83,11 +85,11 @@ def check_dropout_seed(op: str, seed: Tensor | None) -> None:
 
 
 def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
-    """Scale rows to length 1, in float32 or float64; a row of zeros stays one.
+    """Scale each row to length 1 in float32 or float64; a row of zeros stays zero.
 
-    ``may_be_ignored``: the loss may ignore some rows, which then need gradient 0. A row that is not
-    finite becomes NaN through a sum, which passes on the upstream gradient, 0 for an ignored row;
-    through a division by its length that gradient would be NaN.
+    ``may_be_ignored``: whether the loss may ignore rows. An ignored row must get gradient 0 even if
+    it is not finite. Dividing by its length would make that gradient NaN, so a row that is not
+    finite is replaced by itself plus NaN, which passes on the upstream gradient.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not may_be_ignored:
@@ -98,7 +100,7 @@ def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
 
 
 def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> None:
-    """Raise unless ``temperature`` is a number above 0, or one such number on query's device."""
+    """Raise unless ``temperature`` is a number above 0 or a tensor that holds one such number."""
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise ValueError(f"{op}: temperature: got {temperature!r}, expected a number above 0")
@@ -107,16 +109,16 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
             f"{op}: temperature: got shape {tuple(temperature.shape)} and dtype "
-            f"{temperature.dtype}, expected one floating element"
+            f"{temperature.dtype}, expected a floating-point tensor of one element"
         )
     check_value(
         lambda: (temperature > 0).all(),
-        f"{op}: temperature: got a number not above 0, expected one above 0",
+        f"{op}: temperature: got a number not above 0, expected a number above 0",
     )
 
 
 def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
-    """Return NaN for a temperature not above 0, which ``check_value`` lets pass on a GPU."""
+    """Replace a tensor that is not above 0 by NaN, since ``check_value`` does not raise on a GPU."""
     if isinstance(temperature, Tensor):
         return torch.where(temperature > 0, temperature, math.nan)
     return temperature

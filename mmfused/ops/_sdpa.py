@@ -17,23 +17,23 @@ def attention(
     attend: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` that supports ``create_graph=True``.
+    """Compute ``F.scaled_dot_product_attention``, with support for ``create_graph=True``.
 
-    torch's fused backward passes have no second derivative; there the gradients are recomputed with
-    the plain formula.
+    The fused backward passes of torch have no second derivative. Under ``create_graph=True`` the
+    backward pass recomputes the gradients with torch's unfused attention.
 
     Args:
-        q, k, v: (B, h, L, dk), (B, h, N, dk), (B, h, N, dv).
-        attend: bool, broadcast to (B, h, L, N), True = attend; no row may be all False.
+        q, k, v: queries (B, h, L, dk), keys (B, h, N, dk) and values (B, h, N, dv).
+        attend: bool mask that broadcasts to (B, h, L, N), True = attend. Every row needs a True.
         scale: factor of the logits, default dk ** -0.5.
     """
     if k.shape[-2] == 1:
-        # The output is v. The gradients of q and k are exactly 0, not the rounding error of
-        # dP - rowsum(dO O).
+        # With one key the output is v. This form gives q and k a gradient of exactly 0, where
+        # torch's attention gives a rounding error.
         return v + (q * 0.0).sum(-1, keepdim=True) + (k * 0.0).sum(-1, keepdim=True)
-    # torch.compile refuses second derivatives itself; torch.func does not take these functions.
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if plain or not torch.is_grad_enabled() or not any(y.requires_grad for y in (q, k, v)):
+    # torch.compile raises on second derivatives itself; torch.func rejects _Inputs and _Output.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or not torch.is_grad_enabled() or not any(y.requires_grad for y in (q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale)
     upstream: list[Tensor] = []
     q, k, v = _Inputs.apply(q, k, v, attend, scale, upstream)
@@ -42,7 +42,7 @@ def attention(
 
 
 class _Output(torch.autograd.Function):
-    """The identity; its backward keeps the upstream gradient for _Inputs under create_graph."""
+    """Identity whose backward stores the upstream gradient for _Inputs under create_graph=True."""
 
     @staticmethod
     def forward(ctx, out, upstream):
@@ -57,7 +57,7 @@ class _Output(torch.autograd.Function):
 
 
 class _Inputs(torch.autograd.Function):
-    """The identity; its backward recomputes the gradients differentiably under create_graph."""
+    """Identity whose backward recomputes differentiable gradients under create_graph=True."""
 
     @staticmethod
     def forward(ctx, q, k, v, attend, scale, upstream):
@@ -69,10 +69,11 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             *inputs, attend = ctx.saved_tensors
-            # Some users call backward under autocast.
+            # The caller may run backward under autocast.
             with no_autocast(inputs[0].device.type), sdpa_kernel(SDPBackend.MATH):
                 out = F.scaled_dot_product_attention(*inputs, attn_mask=attend, scale=ctx.scale)
-                wanted = [y for y in inputs if y.requires_grad]
-                made = iter(torch.autograd.grad(out, wanted, ctx.upstream.pop(), create_graph=True))
-            gradients = [next(made) if y.requires_grad else None for y in inputs]
+                needed = [y for y in inputs if y.requires_grad]
+                d_out = ctx.upstream.pop()
+                found = iter(torch.autograd.grad(out, needed, d_out, create_graph=True))
+            gradients = [next(found) if y.requires_grad else None for y in inputs]
         return *gradients, None, None, None

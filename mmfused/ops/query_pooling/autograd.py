@@ -11,9 +11,9 @@ from ...library import graph_made, launching, once_differentiable, operator
 
 
 class Pool(torch.autograd.Function):
-    """Compute what :func:`.composed.pool_composed` does, with the kernels.
+    """Compute :func:`.composed.pool_composed` with the kernels.
 
-    Saves x, q, z and one or two numbers a row; never K, V, logits, probabilities or masks.
+    Saves x, q, z and one or two numbers per row or token; never K, V, logits or probabilities.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
-    """Return ``out``, with ``b`` in its graph with an exactly zero gradient.
+    """Return ``out``, and give ``b`` a gradient of exactly zero in backward.
 
     DDP and FSDP need a gradient for every parameter.
     """
@@ -128,7 +128,7 @@ def _backward_flops(
     *rest,
     out_shape,
 ):
-    """Products for S, dP and dq; with dx two more."""
+    """Count the products for the logits, their gradient and dq, and two more for dx."""
     return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
 
 

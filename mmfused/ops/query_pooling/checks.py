@@ -22,7 +22,7 @@ def check(
     options: PoolingOptions,
     form: str,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for arguments that no backend takes."""
+    """Raise ``TypeError`` or ``ValueError`` for arguments that no backend accepts."""
     norm = dict(norm_weight=options.norm_weight, norm_bias=options.norm_bias)
     floats = dict(x=x, queries=queries) | weights._asdict() | norm
     check_tensors(
@@ -38,7 +38,9 @@ def check(
     check_numbers(OP, scale=options.scale, norm_eps=options.norm_eps)
     _check_heads(options.num_heads, queries.shape[-1], weights.w_v.shape[0])
     if options.norm_bias is not None and options.norm_weight is None:
-        raise ValueError(f"{OP}: norm_bias: got it without norm_weight, expected both or neither")
+        raise ValueError(
+            f"{OP}: norm_bias: got a tensor without norm_weight, expected both or neither"
+        )
     if form not in FORMS:
         raise ValueError(f"{OP}: form: got {form!r}, expected one of {', '.join(FORMS)}")
     check_fractions(OP, dropout_p=options.dropout_p)
@@ -47,7 +49,7 @@ def check(
 
 
 def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
-    """Check the tokens and their padding, before a module projects anything."""
+    """Check the tokens and their padding; modules call this before they project the tokens."""
     check_tensors(OP, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
     _check_x(x)
     check_padding(OP, x.shape[0], x.shape[1], key_padding_mask, lengths)
@@ -63,7 +65,7 @@ def _check_x(x: Tensor) -> None:
 
 
 def _check_dtypes(x: Tensor, floats: dict[str, Any]) -> None:
-    allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # master weights in float32
+    allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # float32: master weights
     names = " or ".join(sorted(map(str, allowed)))
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in allowed:

@@ -16,10 +16,9 @@ from .reference import PoolingOptions, PoolingWeights, merge_heads, split_heads
 
 Form = Literal["absorbed", "projected"]
 
-# "auto" takes the absorbed form where it needs this many times fewer FLOPs. On a CPU its batched
-# products run as fast as the projections (measured break-even: 1.2). On a GPU it has few rows per
-# product, and nothing has been measured. With dropout the projected form cannot use torch's
-# attention, and fewer FLOPs are enough.
+# form="auto" picks the absorbed form if it needs this many times fewer FLOPs than the projected
+# form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured. With dropout
+# the projected form cannot use torch's attention, so form="auto" picks the form with fewer FLOPs.
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
@@ -33,9 +32,9 @@ def form_flops(
     num_heads: int,
     shared: bool = True,
 ) -> dict[Form, int]:
-    """Return the FLOPs of either form, forward and backward with all gradients.
+    """Return the FLOPs of each form, forward and backward with all gradients.
 
-    ``shared``: all samples have the same queries.
+    ``shared``: whether all samples have the same queries.
     """
     absorb = 6 * queries * k_dim * dim * (1 if shared else batch)
     per_sample = 14 * num_heads * queries * length * dim + 6 * queries * v_dim * dim
@@ -52,9 +51,9 @@ def cheaper_form(
     num_heads: int,
     dropout_p: float = 0.0,
 ) -> Form:
-    """Return the form that "auto" takes for these shapes."""
+    """Return the form that form="auto" picks for these shapes."""
     batch, length, dim = x.shape
-    if graph_made():  # an exported graph serves any batch and length: decide for large ones
+    if graph_made():  # an exported graph serves any batch and length: assume large sizes
         batch, length = 2**20, 2**20
     shared = queries.dim() == 2
     sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
@@ -69,7 +68,10 @@ def absorb(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fold LayerNorm, scale and w_k; return q' (R, D) or (B, R, D), w_v and b_v."""
+    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the LayerNorm folded in.
+
+    q', R, z and ksum in this file: see reference.py.
+    """
     w_k, w_v, b_v = _folded_norm(x, weights, options)
     return _absorbed_queries(x, queries, w_k, options), w_v, b_v
 
@@ -82,13 +84,17 @@ def project_values(
     b_v: Tensor | None,
     options: PoolingOptions,
 ) -> Tensor:
-    """Return (B, L, Dv) from the pooled tokens z (B, R, D); ksum (B, R) under dropout."""
+    """Project the pooled tokens z (B, R, D) to the output (B, L, Dv).
+
+    ``ksum`` (B, R) is given if there is dropout.
+    """
     num_heads = options.num_heads
     queries = z.shape[1] // num_heads
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
     if graph_made() == "onnx":
-        # ONNX's optimizer confuses samples and heads of equal number in the product below.
+        # In the other branch ONNX's optimizer confuses samples and heads if there are as many of
+        # each.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
@@ -111,7 +117,7 @@ def _folded_norm(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fold the LayerNorm's weight and bias into w_k, w_v and b_v, in float32 at least."""
+    """Fold the LayerNorm's weight and bias into w_k, w_v and b_v, in float32 or float64."""
     w_k, w_v, b_v, _ = weights
     if options.norm_weight is None:
         return w_k, w_v, b_v
@@ -126,8 +132,8 @@ def _folded_norm(
 def _centred(w: Tensor) -> Tensor:
     """Subtract each row's mean.
 
-    Normalised tokens sum to zero over D, so this changes no output. It makes the gradients of
-    normalised tokens sum to zero too, which the kernels rely on.
+    Each normalised token sums to zero, so subtracting the mean does not change the output. It does
+    make the gradient of each normalised token sum to zero, which the kernels rely on.
     """
     return w - w.mean(1, keepdim=True)
 
@@ -138,9 +144,8 @@ def _absorbed_queries(
     w_k: Tensor,
     options: PoolingOptions,
 ) -> Tensor:
-    """Return q' = scale Q_h W_K,h, (R, D) or (B, R, D)."""
-    # Shared queries make a small product, so it is computed in float32; those of each sample in
-    # the dtype of x.
+    """Return the absorbed queries q' (R, D) or (B, R, D)."""
+    # If the samples share the queries, the product is small and computed in float32 or float64.
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = wide if queries.dim() == 2 else x.dtype
     heads = (options.num_heads, -1)
@@ -161,10 +166,10 @@ def pool_composed(
     options: PoolingOptions,
     eps: float | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute z = softmax(q x^T) x, x (B, N, D), q (R, D) or (B, R, D).
+    """Compute z = softmax(q x^T) x of tokens x (B, N, D) and absorbed queries q (R, D) or (B, R, D).
 
-    With ``eps`` the tokens are normalised to mean 0 and variance 1 first. Returns z (B, R, D), and
-    under dropout also ksum (B, R), float32 at least; neither is divided by 1 - p.
+    If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1. Returns z
+    (B, R, D) and, with dropout, ksum (B, R) in float32 or float64. The caller divides by 1 - p.
     """
     q = q.to(x.dtype)
     ignore = options.ignored(x)
@@ -173,9 +178,9 @@ def pool_composed(
     if eps is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=eps)
     on_cpu = x.device.type == "cpu"
-    if on_cpu:  # sample by sample: as fast as one product, with up to five times less error in dq
+    if on_cpu:  # one product per sample: just as fast, and up to 5 times less error in dq
         q = q.expand(x.shape[0], *q.shape[-2:])
-    if on_cpu and q.shape[-2] <= 8:  # the backward of this product is up to 1.8 times faster
+    if on_cpu and q.shape[-2] <= 8:  # backward up to 1.8 times faster than that of x q^T
         logits = (q @ x.transpose(1, 2)).transpose(1, 2)  # (B, N, R)
     else:
         logits = x @ q.transpose(-1, -2)
@@ -190,7 +195,7 @@ def pool_composed(
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return which samples (B,) have nothing to attend to; None where that cannot happen."""
+    """Return a bool (B,), True for samples without tokens; None if no token is ignored."""
     if not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:
@@ -204,7 +209,7 @@ def projected(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> Tensor:
-    """Pool in the projected form, on torch's attention."""
+    """Pool in the projected form, with torch's attention."""
     ignore = options.ignored(x)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
@@ -231,9 +236,9 @@ def attend(
     scale: float,
     options: PoolingOptions,
 ) -> Tensor:
-    """Attend to keys k (B, N, Dk) and values v (B, N, Dv) on torch's attention."""
+    """Attend to keys k (B, N, Dk) and values v (B, N, Dv) with torch's attention."""
     q, k, v = split_heads(queries, k, v, options.num_heads)
-    if options.dropout_p:  # torch's attention would draw its own mask
+    if options.dropout_p:  # torch's attention would draw its own dropout mask
         seed = options.dropout_seed
         assert seed is not None
         masked = None if ignore is None else ignore[:, None, None, :]
@@ -242,8 +247,8 @@ def attend(
         return merge_heads(probs.to(v.dtype) @ v)
     if ignore is None:
         return merge_heads(attention(q, k, v, scale=scale))
-    # Not every backend of torch's attention gives 0 and zero gradients for a fully masked row: such
-    # rows attend to everything and are set to 0 afterwards.
+    # Some backends of torch's attention do not give output 0 and gradient 0 for a fully masked row.
+    # Here such a row attends to everything, and its output is set to 0 afterwards.
     empty = ignore.all(1)
     allowed = ~(ignore & ~empty[:, None])[:, None, None, :]
     out = merge_heads(attention(q, k, v, allowed, scale))

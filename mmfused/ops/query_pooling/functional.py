@@ -1,4 +1,4 @@
-"""The public function of query pooling; reference.py has the maths."""
+"""The public function of query pooling; the equations are in reference.py."""
 
 from __future__ import annotations
 
@@ -65,26 +65,26 @@ def query_pooling(
         w_k, w_v: (Dk, D) and (Dv, D), as ``nn.Linear.weight``.
         b_v, b_k: (Dv,) and (Dk,). ``b_k`` has no effect on the output; in the absorbed form its
             gradient is exactly zero.
-        num_heads: divides Dk and Dv.
+        num_heads: number of heads, a divisor of Dk and Dv.
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample without
-            tokens gives 0 (not the value bias) and gradient 0.
+            tokens gives output 0 (not the value bias) and gradient 0.
         lengths: (B,) int in [0, N], the number of tokens to keep, instead of the mask.
-        norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections. Its
-            weight and bias are folded into them. Tokens are normalised in float32 as they are read,
-            so a large mean costs no accuracy. There is no kernel for D = 2.
-        dropout_p: dropout of the probabilities, in [0, 1).
-        dropout_seed: () int64 tensor, default drawn from the device's generator. A seed gives the
-            same mask on every backend (``mmfused.testing.dropout_mask``).
-        form: "absorbed" never computes K or V; "projected" computes them and uses torch's
-            attention; "auto" takes the one with fewer FLOPs.
+        norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections; its
+            weight and bias are folded into the projections. Tokens are normalised in float32, so a
+            large mean costs no accuracy. There is no kernel for D = 2.
+        dropout_p: dropout rate of the attention probabilities, in [0, 1).
+        dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
+            the same dropout mask on every backend (``mmfused.testing.dropout_mask``).
+        form: "absorbed" never computes K or V; "projected" computes both and uses torch's
+            attention; "auto" picks "absorbed" for the kernels, and else compares FLOPs.
 
-    Returns: (B, L, Dv) in the dtype of ``x``, or of autocast.
+    Returns: (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` where
-    ``backend("fused")`` cannot run; always before a kernel is launched.
+    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` if ``backend("fused")``
+    cannot run; all of them before any kernel is launched.
 
-    Source: FLUID (arXiv 2508.07264), equations 3-8. The absorbed form is this library's.
+    Source: FLUID (arXiv 2508.07264), equations 3-8. The absorbed form is specific to this library.
     """
     weights = PoolingWeights(w_k, w_v, b_v, b_k)
     options = PoolingOptions(
@@ -129,9 +129,9 @@ def _autocast(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, PoolingWeights, PoolingOptions]:
-    """Cast x to the dtype of autocast, if any, and parameters of the other 16-bit dtype to float32.
+    """Cast x to the autocast dtype, and parameters of the other 16-bit dtype to float32.
 
-    An ``x`` that is not a tensor is left to the checks.
+    Without autocast, or if ``x`` is float64 or not a tensor, nothing changes.
     """
     cast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if cast is None or x.dtype == torch.float64:
@@ -143,9 +143,9 @@ def _autocast(
 
 
 def _why_no_kernel(x: Tensor, options: PoolingOptions, form: str) -> list[str]:
-    reasons = ["form='projected' has no kernel of its own"] if form == "projected" else []
+    reasons = ["form='projected' has no kernel"] if form == "projected" else []
     if options.norm_weight is not None and x.shape[-1] == 2:
-        # Two normalised features are 1 and -1, and their gradient would be a rounding error.
+        # Two normalised features are always 1 and -1: the kernel's dx would be all rounding error.
         reasons.append("a LayerNorm of two features has no kernel")
     return reasons
 
@@ -198,10 +198,10 @@ def pool_projected(
     dropout_seed: Tensor | None = None,
     reasons: list[str],
 ) -> Tensor:
-    """Pool keys k (B, N, Dk) and values v (B, N, Dv) that a module has projected itself.
+    """Pool keys k (B, N, Dk) and values v (B, N, Dv) that the caller has already projected.
 
-    ``reasons`` against the kernels say why. Under ``backend("fused")`` the kernels run all the
-    same: they pool the tokens [k v] with weights that select either half.
+    ``reasons``: why the kernels cannot do the projections. Under ``backend("fused")`` the kernels
+    still run: they pool the concatenated tokens [k v], with weights that select k and v.
     """
     length, k_dim = k.shape[1:]
     v_dim = v.shape[-1]

@@ -1,4 +1,4 @@
-"""The modules of query pooling, and FLUID's block made of them."""
+"""Modules for query pooling: QueryPooling, and FLUID's Q-Transform built from it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from .functional import pool_projected, query_pooling
 class QueryPooling(nn.Module):
     """Pool (B, N, kv_dim) tokens into (B, num_queries, dim) with learned queries.
 
-    :func:`query_pooling` with its parameters.
+    Holds the parameters of :func:`query_pooling`.
 
     Args:
         dim: width of queries, keys, values and output; a multiple of ``num_heads``.
-        num_queries: number of learned queries; None for none, then ``forward`` needs ``queries``.
-        num_heads: attention heads.
+        num_queries: number of learned queries. If None, ``forward`` needs ``queries``.
+        num_heads: number of attention heads.
         kv_dim: width of the tokens, default ``dim``.
-        q_proj: project the queries.
-        out_proj: project the output. With ``q_proj`` and ``bias`` too, as nn.MultiheadAttention.
-        bias: biases of the projections.
-        norm_kv: a LayerNorm over the tokens, folded into the projections.
-        dropout: of the attention probabilities in training, in [0, 1).
+        q_proj: whether to project the queries.
+        out_proj: whether to project the output.
+        bias: whether the projections have biases.
+        norm_kv: whether to apply a LayerNorm to the tokens; it is folded into the projections.
+        dropout: dropout rate of the attention probabilities in training, in [0, 1).
 
-    A sample without tokens gives 0, whatever the biases. Raises ``ValueError`` or ``TypeError`` on
+    With ``q_proj``, ``out_proj`` and ``bias`` this is the attention of nn.MultiheadAttention,
+    except that a sample without tokens gives output 0. Raises ``ValueError`` or ``TypeError`` on
     bad arguments.
     """
 
@@ -96,7 +97,7 @@ class QueryPooling(nn.Module):
         Args:
             x: (B, N, kv_dim).
             key_padding_mask: (B, N) bool, True = ignore.
-            queries: (L, dim) or (B, L, dim), in place of the module's own.
+            queries: (L, dim) or (B, L, dim), used instead of the learned queries.
             lengths: (B,) int, the number of tokens to keep, instead of the mask.
             dropout_seed: see :func:`query_pooling`.
 
@@ -105,7 +106,7 @@ class QueryPooling(nn.Module):
         queries = self.queries if queries is None else queries
         if queries is None:
             raise ValueError(
-                "QueryPooling: queries: got None, expected a tensor, as num_queries is None"
+                "QueryPooling: queries: got None, expected a tensor because num_queries is None"
             )
         check_tokens(x, key_padding_mask, lengths)
         device = x.device.type
@@ -168,22 +169,23 @@ class QueryPooling(nn.Module):
         mask: Tensor | None,
         lengths: Tensor | None,
     ) -> Tensor:
-        """Normalise the tokens, with ignored ones, which may be NaN, set to 0 first."""
+        """Set the ignored tokens to 0, since they may be NaN, and normalise all tokens."""
         ignore = padding_mask(x, mask, lengths)
         x = x if ignore is None else x.masked_fill(ignore[:, :, None], 0.0)
         return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
 
     def _folds_out_proj(self, rows: int, dropout_p: float) -> bool:
-        """Return whether W_O is folded into W_V.
+        """Return whether the weight of ``out_proj`` is folded into that of ``v_proj``.
 
-        With one head W_O W_V is one matrix, which is cheaper once there are more pooled rows than
-        ``dim``. Not under dropout, where b_V is scaled by the kept probabilities and b_O is not.
+        With one head the product of both weights is one matrix. Computing it is cheaper if there
+        are more pooled rows than ``dim``. Dropout prevents folding: it scales the value bias by the
+        kept probabilities, but not the output bias.
         """
         if graph_made():  # an exported graph serves any number of rows
             return False
-        many = self.num_heads == 1 and rows > self.dim and not dropout_p
-        plain = self.out_proj is not None and why_called(self.out_proj) is None
-        return many and plain and current_backend() != "reference"
+        cheaper = self.num_heads == 1 and rows > self.dim and not dropout_p
+        foldable = self.out_proj is not None and why_called(self.out_proj) is None
+        return cheaper and foldable and current_backend() != "reference"
 
     def _value_to_output(self, w_v: Tensor, b_v: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self.out_proj is not None
@@ -215,12 +217,13 @@ class QTransform(nn.Module):
         dim: width of tokens and queries; a multiple of ``num_heads``.
         num_queries: number of learned queries.
         depth: number of blocks.
-        num_heads: attention heads.
+        num_heads: number of attention heads.
         ffn: hidden width of the feed-forward network, default ``4 * dim``.
-        dropout: of the attention probabilities, and of the outputs of attention and FFN.
+        dropout: dropout rate of the attention probabilities and of the outputs of attention and
+            feed-forward network.
 
-    Source: arXiv 2508.07264, equations 3-6, for the attention; the block structure and the places
-    of dropout are those of the public code.
+    The attention is that of arXiv 2508.07264, equations 3-6; the block structure and the dropout
+    follow FLUID's public code.
     """
 
     def __init__(
@@ -241,7 +244,7 @@ class QTransform(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Reset as :meth:`QueryPooling.reset_parameters` does."""
+        """Draw the queries from a standard normal distribution; reset the rest as torch does."""
         nn.init.normal_(self.queries)
         reset_children(self)
 
@@ -254,8 +257,8 @@ class QTransform(nn.Module):
     ) -> Tensor:
         """Pool tokens x (B, N, dim) into (B, num_queries, dim).
 
-        ``key_padding_mask`` (B, N) or ``lengths`` (B,) as in :class:`QueryPooling`. A sample
-        without tokens keeps its queries, normalised.
+        ``key_padding_mask`` (B, N) or ``lengths`` (B,) as in :class:`QueryPooling`. For a sample
+        without tokens the output of the attention is 0.
         """
         q = self.queries  # (L, D), shared by the batch until the first block
         for block in self.blocks:

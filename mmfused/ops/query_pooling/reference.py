@@ -1,38 +1,50 @@
 """Query pooling: a few learned queries attend to many tokens.
 
-FLUID's Q-Transform (arXiv 2508.07264, equations 3-6), SigLIP's attention-pooling head and the
-Perceiver pool in this way. The usual, "projected" form is
+FLUID's Q-Transform and Q-bottleneck (arXiv 2508.07264, equations 3-8), SigLIP's attention-pooling
+head and the Perceiver use this operation. Notation for one sample:
+
+    X (N, D)       tokens
+    Q (L, Dk)      queries
+    W_K (Dk, D)    weight of the key projection, with bias b_K (Dk,)
+    W_V (Dv, D)    weight of the value projection, with bias b_V (Dv,)
+    O (L, Dv)      output
+    index h        the part of head h: columns of Q, K, V, O; rows of W_K and W_V
+
+The usual form, called "projected" here, is
 
     K = X W_K^T + b_K
     V = X W_V^T + b_V
     O_h = softmax(scale Q_h K_h^T) V_h
 
-With few queries and many tokens, computing K and V costs far more than the pooling itself. Both
-projections can be moved to the side of the queries, the "absorbed" form:
+With few queries and many tokens, computing K and V costs far more than the pooling itself. The
+"absorbed" form multiplies the queries by W_K, and the pooled tokens by W_V:
 
     Q'_h = scale Q_h W_K,h
     S = Q' X^T
     Z = softmax(S) X
-    O_h = Z_h W_V,h^T + b_V
+    O_h = Z_h W_V,h^T + b_V,h
 
-This is exact. b_K adds one number to all logits of a row, which the softmax ignores, so its
-gradient is exactly zero. The rows of softmax(S) sum to one, so b_V is added once. K and V are never
-computed, and the gradient of W_K costs nothing per sample.
+Q', S and Z have R = num_heads * L rows, ordered by head, then query.
 
-A LayerNorm before the projections is folded into them: its weight into W_K and W_V, its bias into
-b_V. What remains for each token is (x - mean) rstd.
+Both forms are mathematically equal. b_K adds the same number to all logits of a row, which does not
+change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to one, so
+b_V is added once. K and V are never computed. If the samples share the queries, the gradient of W_K
+takes one small product for the whole batch.
 
-Dropout keeps the probabilities where the mask M is 1 and divides them by 1 - p. A row then no
-longer sums to one:
+A LayerNorm before the projections is folded into their weights: its weight into W_K and W_V, its
+bias into b_V. Only (x - mean) / sqrt(variance + eps) is left to compute for each token x.
 
-    Z = (M softmax(S)) X
-    ksum = rowsum(M softmax(S))
-    O_h = (Z_h W_V,h^T + ksum_h b_V) / (1 - p)
+Dropout multiplies the probabilities by a mask M of zeros and ones and divides them by 1 - p. A row
+then no longer sums to one:
 
-where b_V includes the folded bias of the LayerNorm.
+    Z = (M * softmax(S)) X
+    ksum = row sums of M * softmax(S)
+    O_h = (Z_h W_V,h^T + ksum_h b_V,h) / (1 - p)
 
-FLOPs per sample, forward and backward: 14 h L N D + 6 L D^2 (absorbed), 12 N D^2 + 14 L N D
-(projected). S has R = num_heads * L rows, ordered by head, then query.
+where * is elementwise and b_V includes the folded bias of the LayerNorm.
+
+FLOPs per sample, forward and backward, with Dk = Dv = D and H heads: 14 H L N D + 6 L D^2
+(absorbed), 12 N D^2 + 14 L N D (projected).
 """
 
 from __future__ import annotations
@@ -49,7 +61,7 @@ from .._common import masked_softmax, padding_mask
 
 
 class PoolingWeights(NamedTuple):
-    """The projections: w_k (Dk, D), w_v (Dv, D), b_v (Dv,), b_k (Dk,)."""
+    """Weights and biases of the projections: w_k (Dk, D), w_v (Dv, D), b_v (Dv,), b_k (Dk,)."""
 
     w_k: Tensor
     w_v: Tensor
@@ -57,13 +69,13 @@ class PoolingWeights(NamedTuple):
     b_k: Tensor | None
 
     def to(self, dtype: torch.dtype) -> PoolingWeights:
-        """Return the weights in another dtype."""
+        """Return the weights and biases in ``dtype``."""
         return PoolingWeights(*(None if t is None else t.to(dtype) for t in self))  # type: ignore
 
 
 @dataclass(frozen=True)
 class PoolingOptions:
-    """The keyword arguments of :func:`query_pooling`, which documents them."""
+    """Keyword arguments of :func:`query_pooling`, without ``form``; see there."""
 
     num_heads: int
     scale: float | None
@@ -76,7 +88,7 @@ class PoolingOptions:
     dropout_seed: Tensor | None
 
     def ignored(self, x: Tensor) -> Tensor | None:
-        """Return the padding mask (B, N) of the tokens, or None."""
+        """Return the padding mask (B, N) of the tokens, True = ignore, or None."""
         return padding_mask(x, self.key_padding_mask, self.lengths)
 
 
@@ -122,7 +134,7 @@ def attend_reference(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    """Attend to keys k (B, N, Dk) and values v (B, N, Dv); returns (B, L, Dv)."""
+    """Attend to keys k (B, N, Dk) and values v (B, N, Dv); return (B, L, Dv)."""
     q, k, v = split_heads(queries, k, v, num_heads)
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None, :], -1)
@@ -138,12 +150,12 @@ def split_heads(
     v: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values as (B, h, ., d)."""
+    """Split queries, keys and values into heads, each (B, num_heads, length, width per head)."""
     queries = queries.expand(k.shape[0], *queries.shape[-2:])
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (queries, k, v))
     return q, k, v
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, h, L, d) -> (B, L, h * d)."""
+    """Reshape (B, h, L, d) to (B, L, h * d)."""
     return x.transpose(1, 2).flatten(2)
