@@ -42,11 +42,11 @@ REFUSED = {
         {"query": torch.randn(4, 8).double()},
         TypeError,
     ),
-    "query: got shape (4,), expected (rows, dim), dim not 0": (
+    "query: got shape (4,), expected (rows, dim) with dim above 0": (
         {"query": torch.randn(4)},
         ValueError,
     ),
-    "candidate: got shape (6, 0), expected (rows, dim), dim not 0": (
+    "candidate: got shape (6, 0), expected (rows, dim) with dim above 0": (
         {"candidate": torch.randn(6, 0)},
         ValueError,
     ),

@@ -495,7 +495,7 @@ BAD = {
     "query: got a list, expected a torch.Tensor": dict(query=[1.0]),
     "candidate: got None, expected a torch.Tensor": dict(candidate=None),
     "candidate: got a tensor on meta, expected cpu, where query is": dict(candidate=x.to("meta")),
-    "query: got shape (4,), expected (rows, dim), neither of them 0": dict(query=x[0]),
+    "query: got shape (4,), expected (rows, dim) with rows and dim above 0": dict(query=x[0]),
     "candidate: got shape (0, 4), expected (rows, dim)": dict(candidate=x[:0]),
     "candidate: got dim 3, expected 4 as query has": dict(candidate=x[:, :3]),
     "target: got dtype torch.int32, expected torch.int64": dict(target=ints.int()),
@@ -505,10 +505,10 @@ BAD = {
     "query_id: got shape (5, 1), expected (5,), one for each query": dict(
         query_id=ints[:, None], candidate_id=ints
     ),
-    "query_key: got no candidate_key beside it, expected both, or candidate_key alone": dict(
+    "query_key: got a tensor without candidate_key, expected both, or candidate_key alone": dict(
         query_key=ints
     ),
-    "query_id: got no candidate_id beside it, expected both": dict(query_id=ints),
+    "query_id: got a tensor without candidate_id, expected both": dict(query_id=ints),
     "symmetric: got True with a target, expected the default target": dict(
         symmetric=True, target=ints
     ),

@@ -118,7 +118,7 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
 
 
 def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
-    """Replace a tensor that is not above 0 by NaN, since ``check_value`` does not raise on a GPU."""
+    """Replace a tensor that is not above 0 by NaN: on a GPU ``check_value`` does not raise."""
     if isinstance(temperature, Tensor):
         return torch.where(temperature > 0, temperature, math.nan)
     return temperature

@@ -1,4 +1,4 @@
-"""Masked InfoNCE: the function, its reference and Module, and what other packages build on."""
+"""Masked InfoNCE: the loss functions, the reference and the module."""
 
 from .functional import loss_over_ranks, masked_info_nce, scaled_info_nce
 from .modules import MaskedInfoNCE

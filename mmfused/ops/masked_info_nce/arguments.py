@@ -1,7 +1,4 @@
-"""Arguments of masked InfoNCE beside the embeddings, in groups.
-
-A file of its own because the functions, the checks, the autograd function and the Module share it.
-"""
+"""Types that group the arguments of masked InfoNCE other than embeddings and temperature."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class Labels(NamedTuple):
-    """Vectors of a number for each of B queries or C candidates."""
+    """Vectors with one number per query, (B,), or per candidate, (C,)."""
 
     target: Tensor | None = None  # (B,) int64
     query_key: Tensor | None = None  # (B,) int64
@@ -38,7 +35,7 @@ class Options:
 
 
 class LabelArguments(TypedDict, total=False):
-    """The keywords of :class:`Labels`."""
+    """Keyword arguments that have the names and types of :class:`Labels`."""
 
     target: Tensor | None
     query_key: Tensor | None
@@ -49,7 +46,7 @@ class LabelArguments(TypedDict, total=False):
 
 
 class OptionArguments(TypedDict, total=False):
-    """The keywords of :class:`Options` that hold over ranks too."""
+    """Keyword arguments that have the names and types of :class:`Options`, without reduction."""
 
     same_id: SameId
     symmetric: bool
@@ -59,10 +56,10 @@ class OptionArguments(TypedDict, total=False):
 
 
 class LossArguments(LabelArguments, OptionArguments, total=False):
-    """The keywords of a loss over ranks."""
+    """Keyword arguments of :func:`.functional.loss_over_ranks` other than the temperature."""
 
 
 def grouped(**arguments: object) -> tuple[Labels, Options]:
-    """Sort the keywords of a loss into groups; ``TypeError`` for an unknown one."""
+    """Group keyword arguments into labels and options; an unknown name raises ``TypeError``."""
     labels = {name: arguments.pop(name) for name in Labels._fields if name in arguments}
     return Labels(**labels), Options(**arguments)  # type: ignore[arg-type]

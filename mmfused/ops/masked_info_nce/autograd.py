@@ -1,7 +1,7 @@
-"""The loss of every row under autograd: two sweeps over the pairs, and vectors around them.
+"""The autograd function of masked InfoNCE: a forward and a backward sweep over all pairs.
 
-The sweeps are registered operators, kernels on CUDA and blocks of rows elsewhere; the compiler
-traces into neither. The vectors around them have length B or C.
+The equations are in :mod:`.reference`. Both sweeps are registered operators, so torch.compile does
+not trace into them: kernels for backend "fused", and blocks of rows for "composed".
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SIZE = len(SweepInputs._fields)
 
 
 def _forward_arguments(args: tuple[Any, ...]) -> tuple[SweepInputs, tuple[Any, ...]]:
-    """Split the arguments of the forward sweep: its inputs, and (columns, everything, ...)."""
+    """Split the arguments of the forward sweep into inputs and (columns, everything, ...)."""
     return SweepInputs(*args[:_SIZE]), args[_SIZE:]
 
 
 def _backward_arguments(
     args: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None, SweepInputs, tuple[Any, ...]]:
-    """Split those of the backward: row, column, inputs, and (everything, need_dq, ...)."""
+    """Split those of the backward sweep into row, column, inputs and (everything, need_dq, ...)."""
     row, column, *rest = args
     return row, column, SweepInputs(*rest[:_SIZE]), tuple(rest[_SIZE:])
 
@@ -69,13 +69,13 @@ def _sweep_flops(*args: Any, out_shape: object) -> int:
 
 
 def _sweep_backward_flops(*args: Any, out_shape: object) -> int:
-    """Count the logits again, and a product for each gradient."""
+    """Count one matrix product for the logits and one for each gradient."""
     _, _, inputs, (_, need_dq, need_dc, need_scale, *_) = _backward_arguments(args)
     return _products_flops(inputs) * (1 + (need_dq or need_scale) + need_dc)
 
 
 def _products_flops(shapes: Any) -> int:
-    """FLOPs of all products q . c, from the shapes of the inputs."""
+    """Return the FLOPs of all dot products q . c, from the shapes of the inputs."""
     return 2 * shapes.q[0] * shapes.c[0] * shapes.q[1]
 
 
@@ -125,7 +125,7 @@ def info_nce_sweep_bwd_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Inputs(NamedTuple):
-    """Inputs of both sweeps in the caller's order, and the orders that sort them by key."""
+    """Inputs of both sweeps in the caller's order, and the permutations that sort them by key."""
 
     query: Tensor
     candidate: Tensor
@@ -158,12 +158,12 @@ class _Inputs(NamedTuple):
 
 
 class InfoNCE(torch.autograd.Function):
-    """The nce (B,) and the product q . c_target (B,) of each row, float32 or float64.
+    """Compute nce (B,) and the targets' dot products q . c (B,) in float32 or float64.
 
-    It saves the embeddings and vectors of length B and C.
+    Saves the embeddings and vectors of length B and C.
 
-    ``broken`` (B,) bool, or None: rows that give NaN. With ``ranks``, candidate and its keys are
-    this rank's own, and target is an index among the candidates of all.
+    ``broken`` (B,) bool, or None: rows whose loss must be NaN. With ``ranks``, candidate, its keys
+    and its ids are those of this rank, but target indexes the candidates of all ranks.
     """
 
     @staticmethod
@@ -185,7 +185,7 @@ class InfoNCE(torch.autograd.Function):
         """Sweep over the pairs, and add the targets."""
         ctx.options, ctx.backend, ctx.ranks = options, backend, ranks
         ctx.device_type = query.device.type
-        # Products of matrices round by layout: one layout for both sweeps.
+        # The rounding of a matrix product depends on the layout, so both sweeps use the same one.
         query, candidate = query.contiguous(), candidate.contiguous()
         if ranks is not None:
             candidate = ranks.gather(candidate)
@@ -195,7 +195,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.everything = options.label_smoothing > 0 or positives
         bias, nan = None, _nan_rows(query)
         if candidate_key is not None or candidate_id is not None:
-            # Some pairs are hidden and must stay so: 0 times NaN is NaN.
+            # A NaN candidate must not reach rows for which it does not count: 0 * NaN is NaN.
             candidate, bias = _without_nan(candidate)
         else:
             nan = nan | _nan_rows(candidate).any()
@@ -220,12 +220,12 @@ class InfoNCE(torch.autograd.Function):
         broken = nan if broken is None else nan | broken
         row, column, dots = _statistics(swept, inputs, options, ranks, nan, broken)
         logit = dots * scale
-        logit = logit + 0 * logit  # infinite: NaN, not a target that outweighs all
+        logit = logit + 0 * logit  # an infinite logit becomes NaN
         nce = target_term(row, logit, options, ctx.everything)
         if column is not None:
             nce = (nce + target_term(column, logit, options, ctx.everything)) / 2
         ctx.save_for_backward(*inputs, row, column, dots)
-        # The copy matters: a cast that does nothing loses the gradient under torch 2.11's compiler.
+        # Without copy=True, a cast to the same dtype loses the gradient under torch.compile (2.11).
         return nce.to(dots.dtype, copy=True), dots
 
     @staticmethod
@@ -236,7 +236,7 @@ class InfoNCE(torch.autograd.Function):
         row, column, dots = ctx.saved_tensors[-3:]
         inputs = _Inputs(query, *others)
         if inputs.bias is not None:
-            # The lse of a broken row is NaN, and so is its dS in the pairs that count.
+            # A query set to 0 here has lse = NaN, so dS stays NaN for the pairs that count.
             query = query.masked_fill(_nan_rows(query)[:, None], 0.0)
             inputs = _Inputs(query, *others)
         options, everything, logit = ctx.options, ctx.everything, dots * inputs.scale
@@ -245,7 +245,7 @@ class InfoNCE(torch.autograd.Function):
         if options.symmetric:
             column, more = gradient_coefficients(column, logit, d_nce, options, everything)
             d_logit = d_logit + more
-            # The other candidates have no column term.
+            # Only the columns of targets have a loss.
             column = column.new_zeros(4, inputs.candidate.shape[0]).index_copy_(
                 1, inputs.target, column
             )
@@ -264,7 +264,7 @@ class InfoNCE(torch.autograd.Function):
             dc = _add_rows(dc, inputs.target, pair * query.to(acc))
             dc = dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)
             d_candidate = dc.to(inputs.candidate.dtype)
-        # Two large sums that nearly cancel.
+        # These two large sums nearly cancel, so they are float64.
         d_scale = (d_scale + (d_logit * dots).sum()).to(inputs.scale.dtype) if need_scale else None
         return d_query, d_candidate, d_scale, *[None] * 9
 
@@ -279,16 +279,16 @@ def _statistics(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the results of a sweep in the caller's order, with NaN for broken rows.
 
-    These are the statistics (5, B) of the rows, those of their targets' columns if symmetric, and
-    the targets' products (B,). ``nan`` (B,) bool: rows that are not finite; ``broken`` (B,) bool:
-    all rows that give NaN.
+    The results are the statistics (5, B) of the rows, those of the targets' columns (None unless
+    symmetric), and the targets' dot products (B,). ``nan`` (B,) bool: rows with embeddings that are
+    not finite. ``broken`` (B,) bool: rows whose loss must be NaN.
     """
     row, column, dots = swept
     dots = _unsort(dots, inputs.query_order, 0)
     if inputs.bias is not None:
         dots = dots + inputs.bias[inputs.target].to(dots.dtype)
     dots = dots.masked_fill(broken, float("nan"))
-    # float64: vectors cost nothing, and a logsumexp keeps its digits.
+    # Vectors are cheap in float64, and a logsumexp keeps its digits.
     row = _unsort(row.double(), inputs.query_order)
     if not options.symmetric:
         return row, None, dots
@@ -306,7 +306,7 @@ def _swept_backward(
     column: Tensor | None,
     dots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq and dc over scale, sorted by key, and the sweep's part of the scale's gradient."""
+    """Return dq / scale and dc / scale, sorted by key, and this sweep's part of d_scale."""
     options = ctx.options
     args = (
         _sort(row, inputs.query_order, 1),
@@ -323,14 +323,14 @@ def _swept_backward(
 
 
 def _nan_rows(x: Tensor) -> Tensor:
-    """Return which rows are not finite, by their sum: no matrix of flags is stored."""
+    """Return a bool vector, True for rows whose sum is not finite."""
     return ~x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
 
 
 def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the candidates, zeros where they are not finite, and a bias (C,), NaN there.
+    """Set candidates that are not finite to 0; also return a bias (C,), NaN for these candidates.
 
-    The bias makes the logits NaN, so a broken candidate reaches only rows that may see it.
+    Adding the bias to the logits makes only those rows NaN for which such a candidate counts.
     """
     broken = _nan_rows(candidate)
     bias = torch.zeros(candidate.shape[0], device=candidate.device)
@@ -338,9 +338,9 @@ def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """x[at] += rows in place, in the same order every time, also where ``at`` repeats an index.
+    """Add ``rows`` to ``x[at]`` in place, deterministically even if ``at`` repeats an index.
 
-    torch has two operators for that; on each device one of them is deterministic.
+    On a CPU index_add_ is deterministic, on CUDA index_put_ is.
     """
     if x.device.type == "cpu":
         return x.index_add_(0, at, rows)
@@ -364,7 +364,7 @@ def _unsort(x: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
 
 
 def _place(target: Tensor, order: Tensor | None) -> Tensor:
-    """Return the places of the targets among the candidates, sorted by ``order``."""
+    """Return the indices of the targets in the candidates that ``order`` has sorted."""
     if order is None:
         return target
     place = torch.empty_like(order)

@@ -24,10 +24,10 @@ def check_arguments(
     options: Options,
     over_ranks: bool,
 ) -> None:
-    """Raise on bad input.
+    """Raise ``TypeError`` or ``ValueError`` on bad input.
 
-    ``temperature``: None where the caller has a scale. ``over_ranks``: other ranks may have rows
-    where this one has none.
+    ``temperature``: None if the caller passes a scale instead. ``over_ranks``: whether the loss
+    spans several ranks, so that this rank may have no rows.
     """
     _check_embeddings(query, candidate, over_ranks)
     _check_shapes(query, candidate, labels)
@@ -41,7 +41,7 @@ def check_arguments(
 
 
 def _check_embeddings(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
-    """Check the embeddings themselves, before anything reads their length."""
+    """Check the embeddings; the other checks read their shapes."""
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor is None:
             raise TypeError(f"{OP}: {name}: got None, expected a torch.Tensor")
@@ -56,9 +56,10 @@ def _check_embeddings(query: Tensor, candidate: Tensor, over_ranks: bool) -> Non
         )
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor.dim() != 2 or tensor.shape[1] == 0 or (tensor.shape[0] == 0 and not over_ranks):
-            zero = "dim not 0" if over_ranks else "neither of them 0"
+            positive = "dim" if over_ranks else "rows and dim"
             raise ValueError(
-                f"{OP}: {name}: got shape {tuple(tensor.shape)}, expected (rows, dim), {zero}"
+                f"{OP}: {name}: got shape {tuple(tensor.shape)}, "
+                f"expected (rows, dim) with {positive} above 0"
             )
     if query.shape[1] != candidate.shape[1]:
         raise ValueError(
@@ -88,7 +89,7 @@ def _check_shapes(query: Tensor, candidate: Tensor, labels: Labels) -> None:
     ):
         if of_query is not None and of_candidate is None:
             raise ValueError(
-                f"{OP}: query_{kind}: got no candidate_{kind} beside it, expected both, "
+                f"{OP}: query_{kind}: got a tensor without candidate_{kind}, expected both, "
                 f"or candidate_{kind} alone"
             )
 
@@ -109,7 +110,7 @@ def _check_candidates(
             f"{OP}: candidate: got {candidates} rows, expected at least {rows} as query has, "
             "or a target"
         )
-    if candidates == 0 < rows:  # over ranks; a target is one of this rank's candidates
+    if candidates == 0 < rows:  # even over ranks, a target must be on this rank
         raise ValueError(f"{OP}: candidate: got 0 rows, expected at least one, as query has {rows}")
 
 
@@ -128,7 +129,7 @@ def _check_options(options: Options) -> None:
         )
     margin = options.false_negative_margin
     check_numbers(OP, false_negative_margin=margin)
-    # Not math.isfinite, which the compiler does not trace.
+    # torch.compile cannot trace math.isfinite.
     if margin is not None and not -math.inf < margin < math.inf:
         raise ValueError(
             f"{OP}: false_negative_margin: got {margin}, expected a finite number, or None"
@@ -136,11 +137,11 @@ def _check_options(options: Options) -> None:
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
-    """Logits are multiplied by the reciprocal, which their dtype must hold."""
+    """Check that 1 / temperature, the factor of the logits, is finite in their dtype."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     message = (
         f"{OP}: temperature: got a number too small for 1 / temperature in {dtype}, "
-        "expected a larger one"
+        "expected a larger number"
     )
     if isinstance(temperature, Tensor):
         check_value(lambda: temperature.to(dtype).reciprocal().isfinite().all(), message)
@@ -170,7 +171,7 @@ def _check_values(labels: Labels, candidates: int) -> None:
     if target is not None:
         check_value(
             lambda: ((target >= 0) & (target < candidates)).all(),
-            # A function: an exported graph would hold for the number in a message only.
+            # A function: a number in the message would become a constant of an exported graph.
             lambda: (
                 f"{OP}: target: got a value outside [0, {candidates}), expected the index of a "
                 "candidate"

@@ -1,9 +1,10 @@
-"""The sweeps over all pairs in plain PyTorch, a block of rows at a time.
+"""The sweeps over all pairs in plain PyTorch, one block of rows at a time.
 
-Nothing of size B x C is ever stored. Queries and candidates come sorted by key. The target of each
-row is left out here (:mod:`.autograd` adds it): a row with nothing else then gets exactly -inf, and
-a loss near 0 keeps its digits. The statistics are float64: a logsumexp of 20 rounded to float32
-would put an error of 1e-6 on a whole row of probabilities.
+The equations and symbols are in :mod:`.reference`. No B x C tensor is stored. Queries and
+candidates must be sorted by key. The sweeps leave out the target of each row, which
+:mod:`.autograd` adds: so a row without other pairs has a logsumexp of exactly -inf, and a loss near
+0 keeps its digits. The statistics are float64: rounding a logsumexp of 20 to float32 would cause a
+relative error of 1e-6 in all probabilities of the row.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of one block of logits: exponential and sums then find it in the cache.
+# Bytes of one block of logits, which stays in the cache for the exponential and the sums.
 BLOCK_BYTES = 16 * 2**20
-# Bounds of a shift for which exp(-2 * shift) is still a normal number, and exp(2 * shift) has room
-# for an upstream gradient of 2^24 (loss scaling).
+# Largest allowed shift: exp(-2 * shift) must be a normal number, and exp(2 * shift) must not
+# overflow when multiplied by an upstream gradient of 2^24 (loss scaling).
 SAFE_SHIFT = {torch.float32: 36.0, torch.float64: 320.0}
 
 
@@ -28,12 +29,12 @@ class SweepInputs(NamedTuple):
     c: Tensor  # (C, D)
     bias: Tensor | None  # (C,), added to the logits of a column
     scale: Tensor  # ()
-    target: Tensor  # (B,), places among the sorted candidates
+    target: Tensor  # (B,), indices into the sorted candidates
     q_key: Tensor | None  # (B,)
     c_key: Tensor | None  # (C,)
     q_id: Tensor | None  # (B,)
     c_id: Tensor | None  # (C,)
-    drop: bool  # whether another candidate with the row's id is left out; else it is a positive
+    drop: bool  # True: leave out other candidates with the row's id; False: they are positives
 
 
 def sweep_blocks(
@@ -42,16 +43,19 @@ def sweep_blocks(
     everything: bool,
     margin: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute statistics over all pairs but the targets, and the products of the targets.
+    """Compute the statistics of rows and columns, see :mod:`.terms`, and the targets' dot products.
 
-    A product above that of the target plus ``margin`` does not count, unless the candidate's key
-    is -1.
+    Args:
+        inputs: embeddings, scale and labels.
+        columns: whether to compute the statistics of the columns.
+        everything: whether to compute statistics 1 to 4 in addition to the logsumexp.
+        margin: leave out pairs whose dot product exceeds that of the row's target by more than
+            this, unless the candidate has key -1.
 
     Returns:
-        Statistics of the rows (5, B) and, with ``columns``, of the columns (5, C), else (5, 0).
-        Statistic 0 is the logsumexp of the allowed logits. With ``everything``, 1 and 2 are number
-        and sum of the further positives, 3 and 4 those of all allowed pairs. Third, the targets'
-        products q . c (B,), from the same matrix product as the others where that holds them.
+        The statistics of the rows (5, B), those of the columns (5, C), or (5, 0) without
+        ``columns``, and the targets' dot products q . c (B,). A block that contains a target
+        provides the dot product of that target.
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -93,14 +97,16 @@ def sweep_blocks_backward(
     dots: Tensor,
     margin: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dq and dc over scale, dS c and dS^T q, and the gradient of the scale () float64.
+    """Compute dS c and dS^T q, which are dq / scale and dc / scale, and the gradient of the scale.
 
-    dS_ij = sum over row i and column j of weight * exp(S_ij - lse) - positive - every, and the
-    gradient of the scale is the sum of dS_ij q_i . c_j.
+    ``row`` (4, B) and ``column`` (4, C) hold four coefficients: lse, weight, positive, uniform.
+    Row i contributes to dS_ij the number
 
-    ``row`` (4, B) and ``column`` (4, C): lse, weight, and with ``everything`` what is subtracted
-    from further positives and from every pair. ``dots`` (B,): the targets' products. A gradient
-    that is not needed is (0,).
+        weight * exp(S_ij - lse) - uniform - (positive if the pair is a further positive)
+
+    and column j contributes its own such number. Without ``everything``, uniform and positive are
+    not read. ``dots`` (B,): the targets' dot products. The gradient of the scale is a float64
+    scalar, the sum of dS_ij q_i . c_j. A gradient that is not needed has shape (0,).
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -116,7 +122,7 @@ def sweep_blocks_backward(
             ds.sub_(sum(side[3] for side in sides))
             if block.same is not None:
                 ds.sub_(block.same * sum(side[2] for side in sides))
-        ds = block.fill(ds, 0.0)  # last: in a broken row everything else is NaN
+        ds = block.fill(ds, 0.0)  # as the last step, since a broken row is NaN up to here
         if need_dq or need_scale:
             dq[block.rows].addmm_(ds, c[block.columns])
         if need_dc:
@@ -129,7 +135,7 @@ def sweep_blocks_backward(
 
 def _softmax_gradient(logits: Tensor, sides: list[Tensor], shift: float | None) -> Tensor:
     """Return the sum over ``sides`` of weight * exp(logits - lse); overwrites ``logits``."""
-    # Without a weight exp(logit - lse) must not overflow.
+    # With weight 0, lse = inf keeps exp(logits - lse) from overflowing.
     lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]
     if shift is not None:
         factors = [
@@ -153,9 +159,9 @@ class _Block(NamedTuple):
     logits: Tensor  # (R, M)
     rows: slice
     columns: slice
-    targets: tuple[Tensor, Tensor]  # indices in the block of the targets that it holds
-    excluded: Tensor | None  # (R, M) bool; None where every pair counts
-    same: Tensor | None  # (R, M) bool: further positives; None where there are none
+    targets: tuple[Tensor, Tensor]  # row and column indices of the targets inside the block
+    excluded: Tensor | None  # (R, M) bool; None if every pair counts
+    same: Tensor | None  # (R, M) bool: further positives; None if there are none
 
     def fill(self, tensor: Tensor, value: float) -> Tensor:
         """Write ``value`` into each target and each excluded pair of ``tensor``, in place."""
@@ -163,7 +169,7 @@ class _Block(NamedTuple):
         return tensor if self.excluded is None else tensor.masked_fill_(self.excluded, value)
 
     def count(self, axis: int, out: Tensor) -> None:
-        """Add numbers and sums over ``axis`` to the statistics ``out`` (5, N)."""
+        """Add this block's counts and sums over ``axis`` to statistics 1 to 4 in ``out`` (5, N)."""
         counts = self.fill(torch.ones_like(self.logits), 0.0)
         values = self.fill(self.logits.clone(), 0.0)
         out[3] += counts.sum(axis)
@@ -174,12 +180,12 @@ class _Block(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """A range of candidates that a block of rows sees."""
+    """A range of candidates that may count for a block of rows."""
 
     low: int
     high: int
-    several_keys: bool = False  # pairs of two keys are excluded
-    shared: bool = False  # key -1, which the margin spares
+    several_keys: bool = False  # whether the rows of the block have different keys
+    shared: bool = False  # whether the candidates have key -1, to which no margin applies
 
 
 def _blocks(
@@ -188,10 +194,11 @@ def _blocks(
     margin: float | None,
     update_dots: bool = False,
 ) -> Iterator[_Block]:
-    """Generate blocks that cover all allowed pairs.
+    """Yield blocks that cover all pairs that count.
 
-    With keys, a block of rows sees the candidates with key -1, which are sorted first, and the
-    range of candidates with its own keys. ``update_dots``: write the targets' products into dots.
+    With keys, a block of rows is paired with the candidates that have key -1, which are sorted
+    first, and with the range of candidates that have the keys of its rows. ``update_dots``: whether
+    to write the targets' dot products into ``dots``.
     """
     q, c, target = inputs.q, inputs.c, inputs.target
     rows_at_once = max(16, BLOCK_BYTES // (4 * len(c)))
@@ -228,7 +235,7 @@ def _key_and_id_masks(
     targets: tuple[Tensor, Tensor],
     several_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return which pairs of a block are excluded, and which are further positives; None: none."""
+    """Return bool masks of a block's excluded pairs and further positives, or None."""
     excluded = None
     if several_keys and inputs.q_key is not None and inputs.c_key is not None:
         excluded = inputs.q_key[rows, None] != inputs.c_key[columns]
@@ -244,9 +251,9 @@ def _key_and_id_masks(
 
 
 def _ranges(first: Tensor, last: Tensor, c_key: Tensor) -> list[list[_Columns]]:
-    """Return what blocks of rows see whose keys go from ``first`` to ``last``."""
+    """Return the ranges of candidates for blocks of rows with keys from ``first`` to ``last``."""
     shared = int(torch.searchsorted(c_key, 0))
-    # A row with key -1, that of its target, sees no more than the shared range.
+    # A row whose target has key -1 has that key too and is paired with the shared range only.
     low = torch.searchsorted(c_key, first).clamp_(min=shared).tolist()
     high = torch.searchsorted(c_key, last, right=True).tolist()
     several = (first != last).tolist()
@@ -268,11 +275,11 @@ def _widened(inputs: SweepInputs) -> SweepInputs:
 
 
 def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> float | None:
-    """Return a bound of |logits| to use in place of the maximum of every row and column.
+    """Return a bound of |logits| to subtract in place of the maximum of each row and column.
 
-    None where exponentials could then underflow.
+    Returns None if exponentials could underflow or overflow with that shift.
     """
-    if len(q) == 0 or (bias is not None and bias.any()):  # NaN
+    if len(q) == 0 or (bias is not None and bias.any()):  # a bias other than 0 is NaN
         return None
     longest = torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max()
     bound = float(longest * scale.abs())

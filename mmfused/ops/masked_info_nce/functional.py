@@ -1,4 +1,4 @@
-"""The functions of masked InfoNCE: validation, choice of the backend, and the other ranks.
+"""The public functions of masked InfoNCE, for one process and across ranks.
 
 The equations are in :mod:`.reference`.
 """
@@ -42,56 +42,57 @@ def masked_info_nce(
     false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Softmax contrastive loss of queries against candidates, masked by integer keys.
+    """Compute the softmax contrastive loss of queries and candidates, masked by integer keys.
 
     No B x C matrix is stored. Equations: :mod:`mmfused.ops.masked_info_nce.reference`.
 
     Args:
         query: (B, D), float32, float16, bfloat16 or float64; normalise the embeddings first.
         candidate: (C, D), of the same dtype.
-        temperature: divides the dot products; a float, or a tensor of one element, which gets its
-            gradient.
-        target: (B,) int64, the positive of each row among the candidates; default ``arange(B)``.
-        query_key: (B,) int64, together with ``candidate_key``.
-        candidate_key: (C,) int64. A row sees the candidates with its own key, those with key -1,
-            and its target. Without ``query_key`` a row's key is that of its target (UNITE's MAMCL);
-            where that is -1, the row sees the candidates with -1.
-        query_id: (B,) int64, together with ``candidate_id``: equal numbers mark the same item.
-        candidate_id: (C,) int64. Without ``query_id`` a row's id is that of its target.
-        same_id: what another candidate with the row's id counts as. "drop": it is left out of the
-            sum; "mean": a further positive, the mean of whose log-probabilities is maximised
-            (SupCon); "sum": the same with their sum (UNITE).
-        symmetric: the mean of both directions. It needs the default target and C >= B; column
-            j < B sums over the same pairs.
-        positive_weight: adds this times ``1 - query_i . candidate_target`` to each row (UniCA's
-            positive similarity).
-        row_weight: (B,), constant and >= 0. The mean is weighted by it (0 where all are 0), the sum
-            and the single losses are scaled.
-        label_smoothing: this share of the wanted distribution is uniform over the allowed pairs.
-        false_negative_margin: another candidate whose dot product with the query exceeds that of
-            the target by more than this is taken for an unlabelled positive and left out, except
-            for candidates with key -1 (curated negatives). There is no kernel for it.
-        reduction: "mean", "sum" or "none", (B,).
+        temperature: divides the dot products; a float, or a tensor of one element, which may
+            require grad.
+        target: (B,) int64, index of the positive candidate of each row; default ``arange(B)``.
+        query_key: (B,) int64, accepted only together with ``candidate_key``.
+        candidate_key: (C,) int64. The candidates that count for a row are those with the row's key,
+            those with key -1, and the target. Without ``query_key`` each row has the key of its
+            target (UNITE's MAMCL); if that key is -1, only candidates with key -1 count.
+        query_id: (B,) int64, accepted only together with ``candidate_id``; equal ids mark the same
+            item.
+        candidate_id: (C,) int64. Without ``query_id`` each row has the id of its target.
+        same_id: what to do with candidates that have the row's id but are not its target. "drop":
+            leave them out. "mean": treat them as further positives, and average the
+            log-probabilities of all positives (SupCon). "sum": like "mean", but sum (UNITE).
+        symmetric: whether to average the losses of both directions. Needs the default target and
+            C >= B. The loss of a column uses the same pairs as the losses of the rows.
+        positive_weight: factor of ``1 - query_i . candidate_target``, which is added to the loss of
+            each row (UniCA's positive similarity).
+        row_weight: (B,), constant and >= 0, multiplies the losses of the rows. "mean" divides by
+            the sum of the weights, and gives 0 if all weights are 0.
+        label_smoothing: share of the target distribution that is uniform over the pairs that count.
+        false_negative_margin: leave out other candidates whose dot product with the query exceeds
+            that of the target by more than this, as unlabelled positives. Candidates with key -1
+            (curated negatives) are kept. There is no kernel for this option.
+        reduction: "mean", "sum" or "none"; "none" returns the losses (B,).
 
     Returns:
-        The loss, float32, or float64 for float64 inputs. A row (or column) with one allowed pair
-        has an nce of exactly 0 and counts in the mean. A candidate that no row sees may hold NaN
-        and gets gradient 0. Any other candidate that is not finite makes the rows that see it NaN;
-        a query that is not finite makes its own row NaN and gives NaN gradients to the candidates
-        that it sees. A second differentiation raises. On a GPU the kernels never wait for the
-        host; ``composed`` does, to learn which blocks have pairs, so it cannot be captured in a
-        CUDA graph.
+        The loss in float32, or in float64 for float64 inputs. A row (or column) for which only the
+        target counts has a contrastive loss of exactly 0 and is included in the mean. A candidate
+        that counts for no row may be NaN and gets gradient 0. Any other candidate that is not
+        finite makes the rows for which it counts NaN. A query that is not finite makes its row NaN,
+        and gives NaN gradients to the candidates of that row. Second derivatives raise. The kernels
+        do not synchronise with the CPU. "composed" on a GPU does so to find the blocks that contain
+        pairs, so a CUDA graph cannot capture it.
 
     Raises:
         TypeError: bad input.
-        ValueError: bad input. Values in tensors are checked in eager mode on a CPU. Elsewhere a
-            row is NaN if its target is no candidate or its key or weight is negative, and every row
-            is if a candidate's key is below -1, or the temperature is not above 0 or so small that
-            its reciprocal is infinite (below 3e-39 in float32).
-        RuntimeError: ``backend("fused")`` cannot run; raised before any launch.
+        ValueError: bad input. Values in tensors are checked only on a CPU in eager mode. Elsewhere
+            a row becomes NaN if its target is out of range, or if its key or weight is negative.
+            All rows become NaN if any candidate key is below -1, if the temperature is not above 0,
+            or if 1 / temperature overflows (temperature below 3e-39 in float32).
+        RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
 
-    Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362); keys as
-    masks are this library's.
+    Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362). Masking
+    by keys is specific to this library.
     """
     labels = Labels(
         target=target,
@@ -121,7 +122,7 @@ def scaled_info_nce(
 ) -> Tensor:
     """Compute :func:`masked_info_nce` of the logits ``scale * query candidate^T``.
 
-    The scale may be any number, 0, negative or NaN, as in the losses of other libraries.
+    The scale may be any number, including 0, negative numbers and NaN.
     """
     options = Options(symmetric=symmetric)
     return _computed(_checked(query, candidate, Labels(), options, scale=scale))
@@ -137,15 +138,15 @@ def loss_over_ranks(
 ) -> Tensor:
     """Compute :func:`masked_info_nce` with the candidates of every rank.
 
-    The result is the sum over this rank's rows, times W over the number of all rows (or over the
-    sum of all row weights). Target and keys are this rank's own; ``share_gradients`` as in
-    :class:`mmfused.distributed.Ranks`. A rank without rows gives 0, with gradients of 0 and those
-    that its candidates get from other ranks.
+    The result is the sum of the losses of this rank's rows, times the number of ranks, divided by
+    the number of rows on all ranks (or by the sum of all row weights). All tensors are those of
+    this rank, and ``target`` indexes this rank's candidates. ``share_gradients`` is that of
+    :class:`mmfused.distributed.Ranks`. A rank without rows returns 0; its candidates still get
+    gradients from the rows of other ranks.
 
     Raises:
-        TypeError, ValueError: where the inputs of one rank are bad, or where inputs differ that
-            must be the same, all ranks raise: that rank its own error, the others a RuntimeError
-            that names it.
+        TypeError, ValueError: the inputs of this rank are bad; all other ranks raise RuntimeError
+            and name this rank. All ranks also raise if their settings differ.
     """
     try:
         labels, options = grouped(**arguments, reduction="sum")
@@ -172,7 +173,7 @@ def loss_over_ranks(
 
 
 class _Call(NamedTuple):
-    """The checked arguments of a loss; one of temperature and scale is given."""
+    """The checked arguments of a loss; either temperature or scale is None."""
 
     query: Tensor
     candidate: Tensor
@@ -216,7 +217,7 @@ def _checked(
 
 
 def _settings(call: _Call, share_gradients: bool) -> dict[str, object]:
-    """Return what must be the same on all ranks: the rules of the loss, and what is exchanged."""
+    """Return the settings that must be equal on all ranks, under their names in error messages."""
     labels, options = call.labels, call.options
     settings: dict[str, object] = {
         "dim": call.query.shape[1],
@@ -287,15 +288,15 @@ def _from_whole_matrix(call: _Call) -> Tensor:
 
 
 def _scale(call: _Call) -> Tensor:
-    """Return the factor of the logits as a tensor of their dtype."""
+    """Return the factor of the dot products as a scalar tensor in float32 or float64."""
     query, scale, temperature = call.query, call.scale, call.temperature
     dtype = torch.promote_types(query.dtype, torch.float32)
     if isinstance(temperature, Tensor):
         scale = temperature.to(dtype).reciprocal()
     elif temperature is not None:
         scale = 1 / temperature
-    assert scale is not None  # one of both is given
+    assert scale is not None  # either temperature or scale is given
     if not isinstance(scale, Tensor):
         return torch.full((), scale, dtype=dtype, device=query.device)
     scale = scale.to(query.device, dtype).reshape(())
-    return scale + 0 * scale  # NaN for an infinite scale, whatever the products are
+    return scale + 0 * scale  # an infinite scale becomes NaN

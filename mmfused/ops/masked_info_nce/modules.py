@@ -1,4 +1,4 @@
-"""The Module of masked InfoNCE: normalisation, the temperature, and the other ranks."""
+"""The module of masked InfoNCE, which normalises the embeddings and holds the temperature."""
 
 from __future__ import annotations
 
@@ -24,31 +24,36 @@ GATHERS = (None, "global", "local")
 
 
 class MaskedInfoNCE(nn.Module):
-    """:func:`masked_info_nce` with its temperature, over one process or all of them.
+    """Masked InfoNCE loss with a fixed or learned temperature, on one process or across ranks.
 
     Args:
-        temperature: the temperature, or its initial value where it is learned. A fixed one is a
-            number: no state dict holds it and no cast rounds it.
-        learnable_temperature: ``log_scale`` = log(1 / temperature) is a parameter. In training it
-            is clamped to log(``max_scale``) before use, in place.
+        temperature: the fixed temperature, or the initial value of a learned temperature. A fixed
+            temperature is not in the state dict, and casting the module does not round it.
+        learnable_temperature: whether ``log_scale`` = log(1 / temperature) is a parameter. In
+            training, ``forward`` clamps the parameter in place to at most log(``max_scale``).
         max_scale: the largest 1 / temperature in training.
-        normalize: scale query and candidate to unit length first, in float32 at least.
-        gather: None: the candidates of this process only. "global": those of all ranks; each
-            returns (W / N) times the sum of its own rows' losses, and candidate gradients return to
-            their rank, so that DDP's average is the gradient of one process with the whole batch,
-            also with unequal batches, with a rank without rows, and for the temperature. All ranks
-            raise where the inputs of one are bad, or where options, dtypes or needs of gradients
-            differ. "local": the same values, but the candidates of other ranks are constants:
-            cheaper, and biased; not with ``symmetric``, whose columns would get only their own
-            rank's share of the gradient. Without a process group the same as None. A loss that
-            evaluates its own slice of the whole batch on every rank (UNITE's, VISTA's) has the
-            gradient of "global" divided by W.
-        reduction: as in :func:`masked_info_nce`; with ``gather`` it is "mean".
+        normalize: whether to scale queries and candidates to unit length first, in float32 or
+            float64.
+        gather: which candidates the loss uses. It has no effect without a process group.
+
+            - None: the candidates of this process.
+            - "global": the candidates of all W ranks. With N rows in total, each rank returns W / N
+              times the sum of the losses of its own rows, and each candidate's gradient is sent
+              back to its rank. The gradients that DDP averages are then those of one process with
+              the whole batch. This includes the temperature's gradient, and also applies if the
+              ranks have different numbers of rows, or some have none. If the inputs of one rank are
+              bad, or options, dtypes or requires_grad differ between ranks, all ranks raise.
+            - "local": the same loss as "global", but the candidates of other ranks are constants.
+              This is cheaper, and the gradients are biased. It excludes ``symmetric``, because the
+              gradient of a column would miss the share of the other ranks.
+
+            The public code of UNITE and VISTA has the gradient of "global" divided by W.
+        reduction: as in :func:`masked_info_nce`; must be "mean" with ``gather``.
         options: ``same_id``, ``symmetric``, ``positive_weight``, ``label_smoothing`` and
             ``false_negative_margin`` of :func:`masked_info_nce`.
     """
 
-    log_scale: Tensor  # a parameter where the temperature is learned
+    log_scale: Tensor  # a parameter if the temperature is learned
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class MaskedInfoNCE(nn.Module):
         self.gather = gather
         self.reduction: Reduction = reduction
         self.options = options
-        # A fixed temperature is not registered: no state holds it and no cast rounds it.
+        # A fixed temperature is not registered, so that state dicts omit it and casts keep it.
         device = None if learnable_temperature else "cpu"
         log_scale = torch.tensor(-math.log(temperature), device=device)
         self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
@@ -127,15 +132,15 @@ class MaskedInfoNCE(nn.Module):
 
     def _clamped(self) -> Tensor:
         largest, log_scale = math.log(self.max_scale), self.log_scale
-        if torch._C._are_functorch_transforms_active():  # no parameter may change
-            bound = largest + (log_scale - log_scale.detach())  # with its gradient
+        if torch._C._are_functorch_transforms_active():  # the parameter must not change in place
+            bound = largest + (log_scale - log_scale.detach())  # keeps the gradient of log_scale
             return torch.where(log_scale > largest, bound, log_scale)
         with torch.no_grad():
             log_scale.clamp_(max=largest)
         return log_scale
 
     def extra_repr(self) -> str:
-        """Return the settings, for the repr of the Module."""
+        """Return the settings for ``repr``."""
         learned = "learned, initial" if self.learnable_temperature else "fixed"
         options = {**self.options, "reduction": self.reduction}
         return (
@@ -178,7 +183,7 @@ def _check_options(
 
 
 def _unit(x: Tensor, may_be_ignored: bool) -> Tensor:
-    if not isinstance(x, Tensor):  # the loss raises, over ranks on all of them
+    if not isinstance(x, Tensor):  # the loss function raises, on all ranks
         return x
     return unit_rows(x, may_be_ignored).to(x.dtype)
 
@@ -189,16 +194,16 @@ def _without_fixed_scale(
     prefix: str,
     *_: object,
 ) -> None:
-    """Drop the fixed temperature that states of version 0.1 hold; the module keeps its own."""
+    """Drop the fixed temperature from state dicts of version 0.1; the module keeps its own."""
     if module.learnable_temperature:
         return
     log_scale = state_dict.pop(prefix + "log_scale", None)
     if log_scale is None or log_scale.is_meta:
         return
     stored, own = math.exp(-log_scale.item()), module.temperature
-    if abs(stored / own - 1) > 0.01:  # a 16-bit one is rounded
+    if abs(stored / own - 1) > 0.01:  # 16-bit state dicts hold a rounded temperature
         warnings.warn(
-            f"MaskedInfoNCE: the state's temperature is {stored:.4g}; the module keeps its own, "
-            f"{own}",
+            f"MaskedInfoNCE: the temperature in the state dict is {stored:.4g}; "
+            f"the module keeps its own, {own}",
             stacklevel=2,
         )

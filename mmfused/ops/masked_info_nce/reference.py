@@ -1,22 +1,27 @@
-"""Masked InfoNCE: the softmax contrastive loss of multimodal retrieval, without a B x C matrix.
+"""Masked InfoNCE: a softmax contrastive loss in which integer keys select the pairs.
 
-With queries q_i, candidates c_j and the set P_i of the pairs of row i that count:
+Row i of the B x C matrix of pairs is the query q_i, column j the candidate c_j. The target t_i is
+the index of the positive of row i, and P_i is the set of the candidates j that count for row i:
 
     S_ij  = q_i . c_j / temperature
-    nce_i = -log( exp(S_i,target) / sum over j in P_i of exp(S_ij) )
+    nce_i = -log( exp(S_i,t_i) / sum over j in P_i of exp(S_ij) )
 
-P_i holds all candidates, or those with the row's key (the modality of its target: UNITE's MAMCL),
-those with key -1, which all rows share, and the target. A symmetric loss takes the mean of a row's
-term and of its column's, whose sum is over the column of the same pairs.
+Without keys, all candidates count. With keys, P_i contains the candidates with the key of row i
+(such as the modality of its target: UNITE's MAMCL), the candidates with key -1, and the target. The
+options same_id and false_negative_margin can remove candidates from P_i. A symmetric loss is the
+mean of nce_i and the same term for column t_i, which sums over the rows k with t_i in P_k.
 
-The fused and composed paths leave the target out of the sum. With n_i = log of the sum over P_i
-without the target of exp(S_ij), the term is softplus(n_i - S_i,target) and its derivative is
--sigmoid of the same. Neither loses digits where the target's probability nears 1, and a row
-without negatives (n_i = -inf) gives exactly 0. What remains is one sweep over the pairs: forward
-for the n_i of rows and columns from the same logits, backward for the two gradients and for that of
-the scale, the sum over ij of dS_ij q_i . c_j: 8 B C D FLOPs for both directions together.
+The fused and composed paths leave the target out of the sum. Let n_i be the logarithm of the sum of
+exp(S_ij) over P_i without the target. Then nce_i = softplus(n_i - S_i,t_i), and its derivative with
+respect to S_i,t_i is -sigmoid(n_i - S_i,t_i). Neither loses digits when the probability of the
+target is close to 1, and a row without negatives (n_i = -inf) has a loss of exactly 0.
 
-Below is the specification: the whole matrix, a line for each rule.
+A sweep visits all pairs without storing a B x C matrix. The forward sweep computes n for rows and
+columns from the same logits. With dS the gradient of the loss with respect to S, the backward sweep
+computes the gradients of q and c and that of 1 / temperature, the sum of dS_ij q_i . c_j over all
+pairs. Forward and backward together need 8 B C D FLOPs, with or without symmetric.
+
+The code below is the specification and does store the B x C matrix.
 """
 
 from __future__ import annotations
@@ -48,9 +53,10 @@ def masked_info_nce_reference(
     false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Compute :func:`masked_info_nce` from the whole matrix, in plain PyTorch.
+    """Compute :func:`masked_info_nce` in plain PyTorch, with a B x C matrix.
 
-    This is the specification: any floating dtype, any device, differentiable any number of times.
+    This is the specification. It supports any floating dtype, any device and derivatives of any
+    order.
     """
     labels = Labels(
         target=target,
@@ -78,7 +84,7 @@ def whole_matrix_loss(
     labels: Labels,
     options: Options,
 ) -> Tensor:
-    """Compute the loss with the arguments of :func:`masked_info_nce_reference` in groups."""
+    """Compute :func:`masked_info_nce_reference` from labels and options."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = resolve_rows(query, candidate, labels)
     temperature = temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
@@ -86,7 +92,7 @@ def whole_matrix_loss(
     is_target = rows.target[:, None] == columns  # (B, C)
     allowed, positive = _pairs(is_target, rows, labels, options)
     query = query.to(dtype)
-    # A candidate that no row sees may hold NaN.
+    # A candidate that does not count for any row may be NaN.
     candidate = candidate.to(dtype).masked_fill(~allowed.any(0)[:, None], 0.0)
     logits = query @ candidate.T / temperature
     if options.false_negative_margin is not None:
@@ -99,12 +105,12 @@ def whole_matrix_loss(
         allowed, positive = allowed & ~above, positive & ~above
     loss = _cross_entropy(logits, allowed, positive, options)
     if options.symmetric:
-        own = slice(0, query.shape[0])
+        own = slice(0, query.shape[0])  # the target of row i is column i
         logits, allowed, positive = logits[:, own].T, allowed[:, own].T, positive[:, own].T
         loss = (loss + _cross_entropy(logits, allowed, positive, options)) / 2
     similarity = (query * candidate[rows.target]).sum(-1)
     loss = loss + options.positive_weight * (1 - similarity)
-    if rows.broken is not None:  # NaN in the loss, and in the gradients too
+    if rows.broken is not None:  # make the loss and the gradients NaN
         loss = loss * torch.ones_like(loss).masked_fill(rows.broken, float("nan"))
     return reduce_rows(loss, labels.row_weight, options.reduction)
 
@@ -115,11 +121,11 @@ def _pairs(
     labels: Labels,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return which pairs (B, C) count, and which of them are positives, before the margin."""
+    """Return bool masks (B, C) of the pairs that count and of the positives, before the margin."""
     allowed, positive = torch.ones_like(is_target), is_target
     if labels.candidate_key is not None and rows.query_key is not None:
-        own = rows.query_key[:, None] == labels.candidate_key
-        allowed = own | (labels.candidate_key == -1) | is_target
+        same_key = rows.query_key[:, None] == labels.candidate_key
+        allowed = same_key | (labels.candidate_key == -1) | is_target
     if labels.candidate_id is not None and rows.query_id is not None:
         same = (rows.query_id[:, None] == labels.candidate_id) & allowed & ~is_target
         if options.same_id == "drop":
@@ -148,16 +154,17 @@ def _cross_entropy(
 class Rows(NamedTuple):
     """Labels of the rows with the defaults filled in."""
 
-    target: Tensor  # (B,), a valid index in broken rows too
+    target: Tensor  # (B,), a valid index even in broken rows
     query_key: Tensor | None  # (B,)
     query_id: Tensor | None  # (B,)
-    broken: Tensor | None  # (B,) bool: rows that give NaN
+    broken: Tensor | None  # (B,) bool: rows whose loss must be NaN
 
 
 def resolve_rows(query: Tensor, candidate: Tensor, labels: Labels) -> Rows:
     """Fill in the defaults of target, query key and query id.
 
-    A row is broken where its target or key is invalid, and every row is where a candidate's key is.
+    A row is broken if its target or key is invalid. All rows are broken if any candidate key is
+    invalid.
     """
     broken = []
     if labels.target is None:
@@ -178,7 +185,7 @@ def resolve_rows(query: Tensor, candidate: Tensor, labels: Labels) -> Rows:
 
 
 def reduce_rows(loss: Tensor, row_weight: Tensor | None, reduction: Reduction) -> Tensor:
-    """Weight the losses (B,) of the rows and reduce them; a negative weight gives NaN."""
+    """Weight and reduce the losses (B,) of the rows; a negative weight gives NaN."""
     if row_weight is not None:
         row_weight = row_weight.to(loss.dtype)
         row_weight = row_weight.masked_fill(row_weight < 0, float("nan"))

@@ -1,9 +1,14 @@
-"""The loss of a row (or column) and its derivatives, from the statistics of the sweep.
+"""Loss of each row or column and its derivatives, from the statistics of the forward sweep.
 
-A file of its own because :mod:`.autograd` holds the operators: here are only vectors of length B.
-``statistics`` (5, B): logsumexp of the allowed logits without the target; with ``everything``,
-which label smoothing and further positives need, number and sum of the further positives, number
-and sum of all allowed pairs. ``logit`` (B,): that of the target.
+The equations are in :mod:`.reference`. ``logit`` (B,) holds the logits of the targets.
+``statistics`` (5, B) covers the pairs that count, without the target:
+
+    0       logsumexp of the logits
+    1, 2    number of further positives, and sum of their logits
+    3, 4    number of pairs, and sum of their logits
+
+Further positives are candidates that have the id of the row but are not its target. Statistics 1 to
+4 are computed only if ``everything`` is true: label smoothing and further positives need them.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from .arguments import Options
 
 
 def target_term(statistics: Tensor, logit: Tensor, options: Options, everything: bool) -> Tensor:
-    """Return -log p of the target, with label smoothing and further positives."""
+    """Return the loss (B,): -log p of the target, with label smoothing and further positives."""
     others = statistics[0]
     if not everything:
         return -F.logsigmoid(logit - others)
@@ -27,9 +32,9 @@ def target_term(statistics: Tensor, logit: Tensor, options: Options, everything:
     mean = sum_of_positives if summed else sum_of_positives / positives
     smoothing = options.label_smoothing
     wanted = (1 - smoothing) * mean + smoothing * share * sum_of_pairs / pairs
-    # With one positive the difference in brackets is 0: no digit is lost.
+    # With one positive and no smoothing the difference in parentheses is exactly 0.
     loss = (share * logit - wanted) - share * F.logsigmoid(logit - others)
-    return torch.where(pairs == 1, 0 * logit, loss)  # 0, unless the row is broken
+    return torch.where(pairs == 1, 0 * logit, loss)  # 0 * logit: a NaN logit stays NaN
 
 
 def gradient_coefficients(
@@ -39,10 +44,12 @@ def gradient_coefficients(
     options: Options,
     everything: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (4, B) for the backward sweep, and the target logit's derivative.
+    """Return the coefficients (4, B) for the backward sweep, and the gradient (B,) of ``logit``.
 
-    The coefficients, in the dtype of the logits: lse, weight of the softmax, and what is subtracted
-    from further positives and from every pair. The weight corrects for the rounding of lse.
+    The coefficients are lse (the logsumexp of the row with its target), the weight of exp(S - lse),
+    and the numbers to subtract at further positives and at every pair; see
+    :func:`.composed.sweep_blocks_backward`. They have the dtype of ``logit``, and the weight
+    corrects for the rounding of lse to that dtype.
     """
     others = statistics[0]
     lse = torch.logaddexp(others, logit)

@@ -68,7 +68,7 @@ def absorb(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the LayerNorm folded in.
+    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the norm folded in.
 
     q', R, z and ksum in this file: see reference.py.
     """
@@ -166,7 +166,7 @@ def pool_composed(
     options: PoolingOptions,
     eps: float | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute z = softmax(q x^T) x of tokens x (B, N, D) and absorbed queries q (R, D) or (B, R, D).
+    """Pool tokens x (B, N, D) with absorbed queries q (R, D) or (B, R, D): z = softmax(q x^T) x.
 
     If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1. Returns z
     (B, R, D) and, with dropout, ksum (B, R) in float32 or float64. The caller divides by 1 - p.
