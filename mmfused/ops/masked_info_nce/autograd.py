@@ -41,7 +41,7 @@ def _forward_arguments(args: tuple[Any, ...]) -> tuple[SweepInputs, tuple[Any, .
 def _backward_arguments(
     args: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None, SweepInputs, tuple[Any, ...]]:
-    """Split those of the backward sweep into row, column, inputs and (everything, need_dq, ...)."""
+    """Split the arguments of the backward sweep: row, column, inputs, (everything, ...)."""
     row, column, *rest = args
     return row, column, SweepInputs(*rest[:_SIZE]), tuple(rest[_SIZE:])
 
@@ -104,7 +104,7 @@ def info_nce_sweep_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     devices="all",
 )
 def info_nce_sweep_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Sweep in plain PyTorch, block by block."""
+    """Run the forward sweep in plain PyTorch, block by block."""
     inputs, rest = _forward_arguments(args)
     return sweep_blocks(inputs, *rest)
 
@@ -116,7 +116,7 @@ def info_nce_sweep_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     devices="all",
 )
 def info_nce_sweep_bwd_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Sweep backward in plain PyTorch, block by block."""
+    """Run the backward sweep in plain PyTorch, block by block."""
     row, column, inputs, rest = _backward_arguments(args)
     return sweep_blocks_backward(row, column, inputs, *rest)
 

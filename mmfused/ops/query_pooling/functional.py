@@ -77,7 +77,7 @@ def query_pooling(
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout mask on every backend (``mmfused.testing.dropout_mask``).
         form: "absorbed" never computes K or V; "projected" computes both and uses torch's
-            attention; "auto" picks "absorbed" for the kernels, and else compares FLOPs.
+            attention; "auto" compares FLOPs, except that ``backend("fused")`` needs "absorbed".
 
     Returns: (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
 
