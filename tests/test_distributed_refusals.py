@@ -67,7 +67,7 @@ REFUSED = {
         {"target": torch.zeros(4)},
         TypeError,
     ),
-    "query_key: got no candidate_key beside it": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
+    "query_key: got a tensor without candidate_key": ({"query_key": ints(0, 1, 2, 3)}, ValueError),
     "candidate_key: got shape (2,), expected (6,)": ({"candidate_key": ints(0, 1)}, ValueError),
     "candidate_key: got a value below -1": (
         {"candidate_key": ints(0, 1, 2, 3, 4, -2)},
