@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import mmfused
 from mmfused import MaskedInfoNCE, TopKMoE
-from mmfused.distributed import gather_rows, refused
+from mmfused.distributed import gather_rows, reported
 from mmfused.ops.masked_info_nce import loss_over_ranks
 
 WORLDS = (2, 3)
@@ -228,7 +228,7 @@ def run_rank(rank: int, world: int, folder: str):
 def compare_of_a_model(bad: bool):
     """Raise in a model's loss on one rank, before an exchange that the other ranks begin."""
     if bad:
-        raise refused("Model", ValueError("negative: got None, expected one"), None)
+        raise reported("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
 
 
