@@ -161,7 +161,7 @@ def pack_mask_kernel(
     stride_b,
     stride_n,
 ):
-    """Pack every 64 tokens of a padding mask into one word, whose set bits are valid tokens.
+    """Pack a padding mask into words of 64 bits; the bits of valid tokens are set.
 
     Grid (B,). The span of a sample is (first valid token, last valid token + 1).
     """
@@ -180,9 +180,9 @@ def pack_mask_kernel(
 
 @triton.jit
 def token_span(b, span_ptr, N, MASK: tl.constexpr):
-    """Return lo and hi: all valid tokens of sample b are in [lo, hi), empty if there are none.
+    """Return lo and hi: all valid tokens of sample b are in [lo, hi).
 
-    ``span_ptr`` holds lengths (B,) or spans (B, 2).
+    The range is empty if no token is valid. ``span_ptr`` holds lengths (B,) or spans (B, 2).
     """
     lo = 0
     hi = N
@@ -248,8 +248,8 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 def tile_entries(i, begin, end, H):
     """Return expert and first row of the tiles with indices i; -1 and 0 beyond the last tile.
 
-    The sorted rows of an expert are [begin, end). The lengths of ``begin`` and ``end`` are a power
-    of two; entries beyond the number of experts have no rows.
+    The sorted rows of an expert are [begin, end). ``begin`` and ``end`` are padded to a power of
+    two with experts without rows.
     """
     height = (end - begin + H - 1) // H
     last = tl.cumsum(height, 0)
@@ -257,7 +257,7 @@ def tile_entries(i, begin, end, H):
     there = i < tl.max(last, 0)
     expert = tl.sum(past.to(tl.int32), 1)
     before = tl.sum(tl.where(past, height[None, :], 0), 1)
-    # Rows are sorted, so an expert begins where the experts before it end.
+    # Rows are sorted, so the rows of an expert begin where those of the previous expert end.
     row = tl.max(tl.where(past, end[None, :], 0), 1) + (i - before) * H
     return tl.where(there, expert, -1), tl.where(there, row, 0)
 

@@ -379,8 +379,8 @@ def project_kernel(
     """Project BM rows of x by one of PARTS weights (C, D); grid (R / BM * PARTS [+ rows of W_g],).
 
     With IS_QUERY_SIDE, the first weight is that of the queries. Rows that this part does not need
-    are neither read nor multiplied. Their results are 0 if their sample attends, else unset. The
-    last programs pack W_g.
+    are neither read nor multiplied. Their results are 0 if their sample attends, else not written.
+    The last programs pack W_g.
     """
     pid = tl.program_id(0)
     if pid >= blocks:

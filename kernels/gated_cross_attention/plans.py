@@ -1,8 +1,8 @@
 """Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
-variants of it.
+supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
+compares each tile with variants of it.
 
 After the projections, the forward pass has two forms with equal results. "epilogue" computes
 attention for each head, then the output projection, gate and blend. "block" does the same in one
@@ -56,7 +56,7 @@ class Plan:
     together: Tile | None
     # All heads of BM queries, first by BN keys at a time, then by BN columns of the output.
     block: Tile | None
-    # Number of partial sums for the norms' gradients. Fixed, so that no sum depends on the GPU.
+    # Number of partial sums for the norms' gradients, fixed so that no sum depends on the GPU.
     partials: int = 256
 
 
@@ -67,7 +67,7 @@ def power(n: int) -> int:
 
 @contextmanager
 def form(name: str):
-    """Use the form ``name`` inside ``with``, overriding MMFUSED_CROSS_ATTENTION in this context."""
+    """Override MMFUSED_CROSS_ATTENTION by ``name`` inside ``with``, for the current thread."""
     before = _asked.set(name)
     try:
         yield

@@ -69,7 +69,7 @@ def changed(
 
 @triton.jit
 def valid_span(side, b, N, masks, IGNORE: tl.constexpr):
-    """Return lo and hi: all valid tokens of sample b are in [lo, hi), empty if there are none."""
+    """Return lo and hi: all valid tokens of sample b are in [lo, hi), or lo = hi without any."""
     lo = 0
     hi = N
     if IGNORE != 0:

@@ -195,7 +195,8 @@ def rows_kernel(
     """Compute out = act(A B + bias); grid (slots * N / BN,).
 
     With "swiglu", b2 is the gate's B, and the gate's pre-activations are stored first in hidden.
-    With "none", A has 2 K columns, b2 is multiplied by the second half, and hidden is not written.
+    With "none", hidden is not written, and b2 may be given: A then has 2 K columns, and the second
+    half is multiplied by b2.
     """
     tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
     cols = block * BN + tl.arange(0, BN)

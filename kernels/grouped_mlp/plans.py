@@ -1,7 +1,8 @@
 """Tile sizes of grouped products, chosen by shape, dtype and architecture, without autotuning.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. Their speed is an estimate; ``make gpu`` compares each tile with variants of it.
+architecture. Which tiles are fastest was estimated, not measured; ``make gpu`` compares each tile
+with variants of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from ..tiles import tile_rows
 
 KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
-# Two programs for each of an H200's 132 multiprocessors. Fixed, so that results do not depend on
+# Two programs for each of an H200's 132 multiprocessors. It is fixed, so that no result depends on
 # the GPU.
 PROGRAMS = 2 * 132
 
@@ -52,7 +53,7 @@ def plan(
     - "weights": a result (n, k) for each expert, summed over the expert's rows.
     - "gathered weights": like "weights", with rows that are looked up by their indices.
 
-    For the first four kinds BM is tile_rows.
+    For the first four kinds, BM is ``tile_rows(rows, experts)``.
     """
     height = tile_rows(rows, experts)
     # 228 KB of shared memory. The tiles for all other architectures fit into 99 KB.

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         return len(self.offsets) - 1
 
     def slots(self, height: int) -> int:
-        """Return an upper bound of the number of tiles, which only the device knows."""
+        """Return an upper bound of the number of tiles; only the device knows the number."""
         return min(self.number, triton.cdiv(self.number, height) + self.experts - 1)
 
 
@@ -99,7 +99,7 @@ def tile_span(
 
 @triton.jit
 def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
-    """Return the rows to read for these sorted rows: with GATHER their tokens, else the same."""
+    """Return the rows to read for these sorted rows: with GATHER their tokens, else ``rows``."""
     if GATHER:
         rows = tl.load(order_ptr + rows) // k
     return rows.to(tl.int64)
@@ -109,7 +109,7 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
     """Load a tile; elements outside the given rows and columns are 0.
 
-    With ALL_0 all rows are inside and need no mask, with ALL_1 all columns.
+    With ALL_0 all rows are inside and need no mask. With ALL_1 all columns are inside.
     """
     if ALL_0 and ALL_1:
         tile = tl.load(ptr)

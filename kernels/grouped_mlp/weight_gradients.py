@@ -103,8 +103,8 @@ def weights_kernel(
     """Compute dw = Y^T X over the rows of each expert, and db, the sums of the columns of Y.
 
     grid (E * N / BM * K / BN,), twice that with dw2. With dw2, Y is the first half of the columns
-    of y and Y2 the second half, dw2 = Y2^T X, and db are the sums of the columns of Y2. With
-    ``routing_ptr``, the rows in db are multiplied by their routing weights.
+    of y and Y2 the second half, dw2 = Y2^T X, and db holds the sums of the columns of Y2. With
+    ``routing_ptr``, the rows summed in db are multiplied by their routing weights.
     """
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
     high: tl.constexpr = (N + BM - 1) // BM

@@ -4,12 +4,12 @@ For all pairs except the targets,
 
     dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
 
-The term with w_j occurs only in a symmetric loss, ``positive`` only in further positives, and
-``every`` in every pair. There are two forms.
+The term with w_j occurs only in a symmetric loss, ``positive`` only for further positives, and
+``every`` for all pairs. There are two forms.
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype.
 ``apply_ds_kernel`` multiplies it by c and, transposed, by q, and adds the results to float32 sums.
-This takes 6 B C D FLOPs, and HBM traffic of 6 bytes per 16-bit pair and 8 bytes per sum and chunk.
+This takes 6 B C D FLOPs, 6 bytes of HBM traffic per pair in 16 bits, and 8 bytes per sum and chunk.
 
 Owner-computes: ``owner_kernel`` recomputes S once for each side, and keeps dS and sums on chip.
 This takes 8 B C D FLOPs, and no HBM traffic for dS.
@@ -121,8 +121,8 @@ def pairs_kernel(
     """Write a tile of dS, 0 for invalid pairs, and its sum of dS S.
 
     grid (row blocks, column tiles) of the chunk at (row0, col0). The BX x BY tiles that
-    apply_ds_kernel reads are written completely, other tiles not at all. BX is a multiple of BM, BY
-    of BN.
+    apply_ds_kernel reads are written completely, other tiles not at all. BX is a multiple of BM,
+    and BY of BN.
     """
     i, j = tl.swizzle2d(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP

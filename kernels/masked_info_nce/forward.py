@@ -48,9 +48,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute statistics over all pairs except the targets, and the products of the targets.
 
-    q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows, (5, B) float64, of
-    the columns, (5, C) float64 (or (5, 0) without ``columns``), and q . c of each row's target,
-    (B,) float32.
+    q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows (5, B) and columns
+    (5, C), float64, and q . c of each row's target, (B,) float32. Without ``columns``, the
+    statistics of the columns are (5, 0).
     """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
     tile = tiles.sweep

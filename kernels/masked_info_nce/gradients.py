@@ -53,7 +53,7 @@ class Gradients:
     need_scale: bool
 
     def scalars(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the kernels that compute dS which do not depend on the side."""
+        """Return the arguments of the dS kernels that are the same for both sides."""
         return dict(
             bias_ptr=self.bias,
             scale_ptr=self.scale,
@@ -63,7 +63,7 @@ class Gradients:
         )
 
     def flags(self) -> dict[str, bool | str]:
-        """Return the constants of the kernels that compute dS."""
+        """Return the constants of the dS kernels."""
         return dict(
             KEYS=self.has_keys,
             IDS=self.ids,

@@ -1,8 +1,8 @@
 """Kernels and tile sizes of masked InfoNCE, chosen by width, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
-variants of it.
+supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
+compares each tile with variants of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 MIB = 2**20
-# Two programs for each of an H200's 132 multiprocessors. Fixed, so that results do not depend on
+# Two programs for each of an H200's 132 multiprocessors. It is fixed, so that no result depends on
 # the GPU.
 PROGRAMS = 264
 
@@ -152,7 +152,7 @@ def _power(dim: int) -> int:
 def splits(blocks: int, most: int) -> int:
     """Return how many parts to split the work of ``blocks`` programs into, to reach PROGRAMS.
 
-    At most ``most``, so that each part has at least one tile.
+    There are at most ``most`` parts, so that each part has at least one tile.
     """
     return 1 if blocks >= PROGRAMS else max(1, min(most, -(-PROGRAMS // blocks)))
 
@@ -175,7 +175,8 @@ def sweep_grid(
 ) -> Grid:
     """Choose a grid of about 4 * PROGRAMS programs, or more if a split would exceed 64 tiles.
 
-    Each group writes ``stats`` floats per column, all groups together at most ``partial_bytes``.
+    Each group writes ``stats`` floats per column. All groups together write at most
+    ``partial_bytes``.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
@@ -202,9 +203,9 @@ def _padded(length: int, unit: int) -> int:
 
 
 def _even(length: int, most: int, unit: int) -> int:
-    """Return the length of nearly equal parts, a multiple of ``unit``.
+    """Divide ``length`` into nearly equal parts, and return their length, a multiple of ``unit``.
 
-    It is at most ``most``, or one unit if that is more.
+    Their length is at most ``most``, or one unit if that is more.
     """
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

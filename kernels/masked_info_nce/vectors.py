@@ -96,7 +96,7 @@ def rounded_coefficients(side: Tensor) -> Tensor:
 
 
 def half_gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """For float16, return the power of two that scales the largest weight to 2^12 .. 2^13.
+    """Return the power of two that scales the largest weight to 2^12 .. 2^13; None unless float16.
 
     |dS| is then at most 2^15, four times as much, and does not overflow.
     """

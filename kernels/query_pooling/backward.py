@@ -11,7 +11,8 @@ With NORM, x^ = (x - mean) rstd replaces x, and with G = P^T dZ + dS^T Q'
 
 LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 over D.
 
-With DROPOUT, kept(P) is P with zeros for the dropped probabilities. It replaces P, except that
+With DROPOUT, kept(P) is P with zeros for the dropped probabilities. It replaces P in the equations
+above, except in these two:
 
     dS = kept(P) (dP + dksum) - P delta        delta = rowsum(dZ Z) + dksum ksum
 
@@ -254,7 +255,7 @@ def onepass_backward_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dX and P partial sums of dQ' in one pass, for R <= BR. Grid (P,).
+    """Compute dX, and partial sums of dQ', in one pass, for R <= BR. Grid (P,).
 
     Program p processes the samples p, p + P, ... All rows and all of dQ'^T stay on chip, so X is
     read once.
@@ -348,7 +349,7 @@ def dlogits_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write P and dS and, with NORM, the part of each block of rows in mean_D(G x^).
+    """Write P and dS and, with NORM, the sum in mean_D(G x^) over each block of rows.
 
     Grid (B, R / BR, N / BN).
     """

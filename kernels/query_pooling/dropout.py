@@ -1,8 +1,8 @@
 """The dropout mask of query pooling, one bit for each probability.
 
 Forward and backward both compute the mask in a separate kernel. The pooling kernels load one word
-of it for each row of a tile. They have no registers left for Philox, and each of them would have to
-compute it again.
+of it for each row of a tile. They have no registers left for Philox, and each kernel would have to
+compute the mask again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Kernels and tile sizes of query pooling, chosen by shape, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Their speed is an estimate; ``make gpu`` compares each tile with
-variants of it.
+supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
+compares each tile with variants of it.
 """
 
 from __future__ import annotations

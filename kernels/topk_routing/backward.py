@@ -1,8 +1,7 @@
 """Backward of top-k routing: the gradient of the logits.
 
 Everything is recomputed from the logits, except the coefficients of the balance loss, one for each
-segment and expert. The gradients of x and of the router's weight are computed from it in
-router_gradients.py.
+segment and expert. router_gradients.py computes the gradients of x and of the router's weight.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ up the rows in a fixed order, without atomics. With E experts and S segments, th
     integers   E: number of assignments to each expert
                1: number of masked tokens
                S: number of valid tokens in each segment
-               S x E: number of assignments by segment, only if S > 1
-               S x E: number of first choices by segment, only for "gshard"
+               S x E: number of assignments by segment and expert, only if S > 1
+               S x E: number of first choices by segment and expert, only for "gshard"
     floats     S x E: sums of P (of w for "mse")
                1: sum of lse^2
                1: sum of the tokens' entropies

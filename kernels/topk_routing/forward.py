@@ -323,7 +323,7 @@ def route_x_kernel(
     grid (T / BN,). The logits are stored without jitter and masks, and read back from the cache.
     Routing takes more registers per token than the product, so its blocks are smaller. A float32
     weight is split into PARTS numbers of x's dtype: 3 for bfloat16, 2 for float16. The second
-    float16 number is multiplied by LOW_GAIN. PARTS is 1 if x and w have one dtype.
+    float16 number is multiplied by LOW_GAIN. PARTS is 1 if x and w have the same dtype.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)

@@ -22,8 +22,8 @@ class Case:
     sigmoid: bool = False
     renormalize: bool = True
     balance: Literal["switch", "gshard", "mse"] = "switch"
-    # With padding, segments that have their own experts, a selection bias, jitter and, in a second
-    # forward, given indices.
+    # Use padding, segments with their own experts, a selection bias and jitter; also launch a
+    # second forward with given indices.
     everything: bool = False
 
 

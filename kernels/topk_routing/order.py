@@ -1,9 +1,9 @@
 """Sort the assignments by expert, and finish the statistics of a routing.
 
 ``sort`` runs the last two of the forward's three launches. ``order`` sorts a given choice, in three
-launches. The assignments to an expert are in the order of their tokens: the place of an assignment
-among them is their number in earlier blocks of tokens, plus its rank within the block. For the
-columns of the partial counts see choice.py.
+launches. The assignments to an expert are in the order of their tokens: the rank of an assignment
+is the number of the expert's assignments in earlier blocks of tokens, plus the rank within its own
+block. For the columns of the partial counts see choice.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def order(
     mask: Tensor | None,  # (T,) bool
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return order, position, offsets and tiles; clamp indices to [0, E). Three launches."""
+    """Return order, position, offsets and tiles, in three launches.
+
+    Indices are clamped to [0, E).
+    """
     tokens, k = indices.shape
     indices, mask = indices.contiguous(), as_bytes(mask)
     rows = plan(num_experts, torch.float32, arch_of(indices), False).rows
@@ -70,9 +73,10 @@ def sort(
     ints: Tensor,
     statistics: Statistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return order, position, offsets and tiles; fill the outputs in ``statistics``. Two launches.
+    """Return order, position, offsets and tiles, in two launches.
 
-    ``ints`` (blocks, W): the partial counts, one row for each block of ``block`` tokens.
+    With ``statistics``, its outputs are computed too. ``ints`` (blocks, W) holds the partial
+    counts, one row for each block of ``block`` tokens.
     """
     tokens, k = indices.shape
     rows, blocks, columns = tokens * k, *ints.shape
@@ -322,8 +326,8 @@ def _place(
 ):
     """Write order and position of one block of tokens.
 
-    Assignment t * K + j is slot j of token t. The assignments to an expert are sorted by their
-    numbers. Those of masked tokens come after all experts.
+    Assignment t * K + j is slot j of token t. The assignments to an expert are in ascending order.
+    Assignments of masked tokens come after all experts.
     """
     n = program * BR + tl.arange(0, BR)
     keep = tokens_kept(n, mask_ptr, T)

@@ -1,7 +1,8 @@
 """Tile sizes of top-k routing, chosen by shape, dtype and architecture, without autotuning.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. Their speed is an estimate; ``make gpu`` compares each tile with variants of it.
+architecture. Which tiles are fastest was estimated, not measured; ``make gpu`` compares each tile
+with variants of it.
 """
 
 from __future__ import annotations

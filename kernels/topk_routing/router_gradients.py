@@ -250,5 +250,5 @@ def _power_below(x):
 
 @triton.jit
 def _inverse(power):
-    """Return the exact inverse of a power of two. A division may round it."""
+    """Return the exact inverse of a power of two, which a division might round."""
     return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)

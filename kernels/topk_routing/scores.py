@@ -36,7 +36,7 @@ def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
 
 @triton.jit
 def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
-    """Return the experts chosen in these slots twice: clamped to [0, E), and unclamped."""
+    """Return the experts chosen in these slots: first clamped to [0, E), then unclamped."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
