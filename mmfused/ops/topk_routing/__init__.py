@@ -1,7 +1,6 @@
 """Top-k routing: the experts of each token, their weights, and how evenly they are used.
 
-There is no Module of routing alone: ``TopKMoE`` in :mod:`mmfused.ops.grouped_mlp` is the router
-together with its experts.
+The module ``TopKMoE`` in :mod:`mmfused.ops.grouped_mlp` combines the router with the experts.
 """
 
 from .arguments import Balance, RoutingOptions, Score

@@ -1,7 +1,4 @@
-"""Arguments of routing beside the logits, in groups.
-
-A file of its own because the functions, the checks, all three backends and TopKMoE share it.
-"""
+"""Types that group the arguments of routing other than the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ Balance = Literal["switch", "gshard", "mse"]
 
 
 class Inputs(NamedTuple):
-    """Tensors beside the logits, each of them optional; see :func:`topk_routing`."""
+    """Optional tensors other than the logits; see :func:`topk_routing`."""
 
     selection_bias: Tensor | None = None  # (E,)
     token_padding_mask: Tensor | None = None  # (T,) bool
@@ -39,12 +36,12 @@ class Options:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether weights are divided by their sum; one softmax weight would always become 1."""
+        """Whether to divide weights by their sum; a single softmax weight would always become 1."""
         return self.renormalize and (self.k > 1 or self.score == "sigmoid")
 
 
 class RoutingOptions(TypedDict, total=False):
-    """The keywords of :class:`Options`."""
+    """Keyword arguments of :func:`topk_routing` that are not tensors."""
 
     score: Score
     renormalize: bool
@@ -54,7 +51,7 @@ class RoutingOptions(TypedDict, total=False):
 
 
 class RoutingArguments(RoutingOptions, total=False):
-    """The keywords of :func:`topk_routing`."""
+    """All keyword arguments of :func:`topk_routing`."""
 
     selection_bias: Tensor | None
     token_padding_mask: Tensor | None
@@ -65,7 +62,7 @@ class RoutingArguments(RoutingOptions, total=False):
 
 
 def grouped(k: int, **arguments: Unpack[RoutingArguments]) -> tuple[Inputs, Options]:
-    """Sort the keywords of routing into groups; ``TypeError`` for an unknown one."""
+    """Group keyword arguments into inputs and options; an unknown name raises ``TypeError``."""
     rest: dict = dict(arguments)
     tensors = {name: rest.pop(name) for name in Inputs._fields if name in rest}
     return Inputs(**tensors), Options(k, **rest)

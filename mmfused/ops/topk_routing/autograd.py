@@ -19,7 +19,7 @@ from .arguments import Options
 class _Forward(NamedTuple):
     """The arguments of a forward operator, in the order of its schema."""
 
-    source: Tensor  # logits (T, E), or x (T, D) beside router_weight
+    source: Tensor  # logits (T, E), or x (T, D) if there is a router_weight
     router_weight: Tensor | None  # (E, D)
     router_bias: Tensor | None  # (E,)
     k: int
@@ -39,8 +39,8 @@ class _Forward(NamedTuple):
 class _Outputs(NamedTuple):
     """The outputs of a forward operator."""
 
-    logits: Tensor  # (T, E) float32; (0,) where the source is the logits
-    indices: Tensor  # (T, k) int64; (0,) where they were given
+    logits: Tensor  # (T, E) float32; (0,) if the source is the logits
+    indices: Tensor  # (T, k) int64; (0,) if the indices were given
     weights: Tensor  # (T, k)
     counts: Tensor  # (S, E) int64
     losses: Tensor  # (3,): balance, z, entropy
@@ -48,7 +48,7 @@ class _Outputs(NamedTuple):
     position: Tensor  # (T*k,) int32
     offsets: Tensor  # (E+1,) int32
     tiles: Tensor  # (T*k // 16 + E, 2) int32
-    coefficients: Tensor  # (S*E + 1,): gradients of the balance, and 1 / tokens
+    coefficients: Tensor  # (S*E + 1,): derivatives of the balance loss, then 1 / tokens
 
 
 class _Backward(NamedTuple):
@@ -162,7 +162,7 @@ def topk_routing_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 @operator(_BACKWARD, _backward_shape, no_products)
 def topk_routing_bwd(*args: Any) -> Tensor:
-    """Launch the kernel of the logits' gradient."""
+    """Launch the kernel for the gradient of the logits."""
     from ...kernels.topk_routing.backward import backward
 
     with launching(args):
@@ -171,14 +171,14 @@ def topk_routing_bwd(*args: Any) -> Tensor:
 
 @operator(_INPUT_BACKWARD, _input_backward_shapes, _input_backward_flops)
 def topk_routing_input_bwd(*args: Any) -> tuple[Tensor, Tensor]:
-    """Launch the kernels of the gradients of x and the router's weight."""
+    """Launch the kernels for the gradients of x and of the router's weight."""
     from ...kernels.topk_routing.router_gradients import input_backward
 
     with launching(args):
         return input_backward(*args)
 
 
-# Implemented in csrc/, from logits alone.
+# Implemented in csrc/, for logits only.
 define("topk_routing_cuda_fwd", _FORWARD, _forward_shapes, no_products)
 define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
 
@@ -187,9 +187,9 @@ define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
 
 
 class RoutingFused(torch.autograd.Function):
-    """The parts of a Routing, from logits, or from x beside router_weight and router_bias.
+    """Compute the fields of a Routing from logits, or from x, router_weight and router_bias.
 
-    It saves logits and no probabilities.
+    Saves the logits but not the probabilities.
     """
 
     @staticmethod
@@ -257,7 +257,7 @@ class RoutingFused(torch.autograd.Function):
         d_entropy: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        """Launch the kernel of the logits' gradient, then those of x and the router."""
+        """Launch the kernel for the logits' gradient, then the kernels for x and the router."""
         x, router_weight, logits, indices, weights, coefficients, *rest = ctx.saved_tensors
         mask, segments, available, jitter_seed = rest
         options = ctx.options

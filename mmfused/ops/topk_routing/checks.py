@@ -21,7 +21,7 @@ def check_router(
     router_weight: Tensor,
     router_bias: Tensor | None,
 ) -> None:
-    """Raise on a bad x, router weight or router bias."""
+    """Raise ``TypeError`` or ``ValueError`` on a bad x, router weight or router bias."""
     check_tensors(op, x=x, router_weight=router_weight, router_bias=router_bias)
     if x.dim() != 2 or x.dtype not in FLOATS:
         raise ValueError(
@@ -56,14 +56,14 @@ def check_arguments(
     inputs: Inputs,
     options: Options,
 ) -> None:
-    """Raise on bad input.
+    """Raise ``TypeError`` or ``ValueError`` on bad input.
 
     Args:
-        op: the function, for messages.
-        name: that of ``source`` in messages.
-        source: a row for each token.
-        columns: a column for each expert.
-        inputs, options: the other arguments.
+        op: name of the function in error messages.
+        name: name of ``source`` in error messages.
+        source: tensor with one row per token.
+        columns: tensor with one column per expert.
+        inputs, options: the other arguments of the function.
     """
     tensors = dict(zip(Inputs._fields, inputs, strict=True))
     check_tensors(op, **{name: source}, **tensors)
@@ -164,7 +164,7 @@ def _check_available(
 
 
 def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
-    """Raise unless ``indices`` holds numbers of experts."""
+    """Raise unless ``indices`` are int64 and from 0 to num_experts - 1."""
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices: got dtype {indices.dtype}, expected torch.int64")
     check_value(
@@ -174,7 +174,7 @@ def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
 
 
 def check_mask(op: str, mask: Tensor | None, tokens: int) -> None:
-    """Raise unless ``mask`` is None or (tokens,) bool."""
+    """Raise unless ``mask`` is None or a bool tensor (tokens,)."""
     if mask is None:
         return
     if mask.dtype != torch.bool:

@@ -1,6 +1,6 @@
-"""The composed path of routing: the algebra of the kernels in plain PyTorch.
+"""The composed path of routing: plain PyTorch with a hand-written gradient.
 
-One softmax, and a gradient written by hand.
+The equations and symbols are in reference.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .reference import into_range, largest, nan_where
 
 
 def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routing:
-    """Compute routing from logits of float32 or float64."""
+    """Compute the :class:`Routing` of logits (T, E) in float32 or float64."""
     experts, mask = logits.shape[1], inputs.token_padding_mask
     noise = None
     if options.jitter:
@@ -60,10 +60,7 @@ def _scored(
     broken: Tensor | None,
     score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return l, u and log s of every token and expert.
-
-    s is the score, softmax(u) the probabilities.
-    """
+    """Return l, u and log s, each (T, E), for the masked logits with ``noise``."""
     logits = logits if noise is None else logits * noise
     logits = logits if mask is None else logits.masked_fill(mask[:, None], 0.0)
     logits = logits if usable is None else logits.masked_fill(~usable, float("-inf"))
@@ -81,9 +78,9 @@ def _counts(
     num_segments: int,
     experts: int,
 ) -> Tensor:
-    """Count assignments by segment and expert: (S, E) int64."""
+    """Return the number of assignments to each expert in each segment, (S, E) int64."""
     place = segments[:, None] * experts + indices
-    if mask is not None:  # choices of masked tokens are counted in a last place, which is dropped
+    if mask is not None:  # masked tokens are counted in an extra last place, which is dropped
         place = place.masked_fill(mask[:, None], num_segments * experts)
     sums = place.new_zeros(num_segments * experts + 1)
     sums.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
@@ -91,10 +88,7 @@ def _counts(
 
 
 class _WeightsAndLosses(torch.autograd.Function):
-    """Weights, balance, z and entropy of chosen experts.
-
-    The gradients are those of the docstring of reference.py.
-    """
+    """Compute the routing weights and the losses balance, z and entropy for chosen experts."""
 
     @staticmethod
     def forward(
@@ -162,8 +156,8 @@ class _WeightsAndLosses(torch.autograd.Function):
         else:
             du = du.scatter_add(1, indices, weights * upstream)
         d_probs = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
-        # The gradient of a softmax sums to 0. Its rounding error, which is largest where a P is
-        # near 1, is subtracted.
+        # The gradient d_probs must sum to 0, as for any softmax. Its sum is a rounding error, which
+        # is largest if a probability is close to 1, and is removed here.
         du = du + d_probs - probs * d_probs.sum(-1, keepdim=True)
         if options.score == "sigmoid":
             du = du * torch.sigmoid(-logit)
@@ -186,7 +180,7 @@ def _balance(
 ) -> tuple[Tensor, Tensor]:
     """Return the balance loss and its derivative (S, E).
 
-    The derivative is by each P_te, for "mse" by each w_te: the same for all tokens of a segment.
+    The derivative is with respect to P_te (with "mse": w_te) for any token t of the segment.
     """
     num_segments, experts = counts.shape
     if available is None:
@@ -215,9 +209,9 @@ def _balance(
 
 
 def _sums(member: Tensor, values: Tensor) -> Tensor:
-    """Add up the values (T, E) by segment: (S, E).
+    """Return the sums (S, E) of ``values`` (T, E) over the tokens of each segment.
 
-    NaN stays in its own segment; a product alone would have 0 times NaN in the others.
+    NaN affects the sum of its own segment only. With one product, 0 * NaN would affect all sums.
     """
     nan = values.isnan()
     sums = member.mT @ values.masked_fill(nan, 0.0)

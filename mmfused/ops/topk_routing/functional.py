@@ -1,4 +1,4 @@
-"""The public functions of routing. Equations: reference.py."""
+"""The public functions of routing; the equations are in reference.py."""
 
 from __future__ import annotations
 
@@ -41,46 +41,49 @@ def topk_routing(
     jitter: float = 0.0,
     jitter_seed: Tensor | None = None,
 ) -> Routing:
-    """Route T tokens to k of E experts each: choice, weights, losses and the order by expert.
+    """Route each of T tokens to k of E experts.
 
-    :func:`grouped_linear` and :func:`grouped_mlp` work in that order.
+    The result includes the order of the tokens by expert, in which :func:`grouped_linear` and
+    :func:`grouped_mlp` work.
 
     Args:
-        logits: (T, E), float32 (best), float16, bfloat16 or float64. NaN logits make the weights of
-            their token and the losses NaN; its choice stays valid. -inf is a probability of 0.
-        k: experts of a token, 1 to E.
+        logits: (T, E), float32 (recommended), float16, bfloat16 or float64. If a token has a NaN
+            logit, its weights and the losses are NaN, and its indices are still valid. A logit of
+            -inf means probability 0.
+        k: number of experts per token, from 1 to E.
         score: "softmax" or "sigmoid".
         renormalize: divide the chosen scores by their sum, except for k = 1 with softmax, where the
             router would get no gradient.
-        selection_bias: (E,) float32, added to the scores for the choice alone: balance without a
-            loss (:func:`update_selection_bias`).
-        token_padding_mask: (T,) bool, True = ignore: weight 0, no work by experts, no part in any
-            statistic. Such a token may hold NaN.
-        segments: (T,) int64 in [0, num_segments), such as modalities: the balance is the mean of
-            the balances of the segments.
-        num_segments: S.
-        available: (S, E) bool, the experts that a segment may use, at least k. The probabilities
-            are over these.
-        balance: "switch", "gshard" or "mse". Where n experts are available, n takes the place of
-            E: balanced is 1, for "mse" 0.
-        indices: (T, k) int64, replay this choice (of :attr:`Routing.indices`); everything else is
-            computed from the logits. It may name an expert twice.
+        selection_bias: (E,) float32, added to the scores for the choice of experts but not for
+            their weights. It balances the experts without a loss, see
+            :func:`update_selection_bias`.
+        token_padding_mask: (T,) bool, True = ignore. An ignored token may be NaN. It has weight 0,
+            takes no work of experts, and is left out of counts and losses.
+        segments: (T,) int64 in [0, num_segments), such as the modality of each token. The balance
+            loss is the mean of the balance losses of the segments.
+        num_segments: number of segments S.
+        available: (S, E) bool, True for the experts that a segment may use, at least k of them. The
+            other experts have probability 0.
+        balance: "switch", "gshard" or "mse". If a segment has only n available experts, n replaces
+            E in the loss. A perfectly balanced routing has a loss of 1, or 0 with "mse".
+        indices: (T, k) int64, a given choice, such as :attr:`Routing.indices` of an earlier call.
+            The rest is computed from the logits. A row may contain the same expert twice.
         jitter: multiply each logit by a random number from 1 - jitter to 1 + jitter, as Switch
             Transformer does with its input.
-        jitter_seed: () int64; None draws one from the device's generator. A seed gives the same
-            noise on every backend.
+        jitter_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
+            the same noise on every backend.
 
     Returns:
-        A :class:`Routing`. ``balance_loss``, ``z_loss`` and ``entropy`` have gradients and no
-        coefficients. ``load_balancing_loss_func`` of transformers is k times "switch". Ties go to
-        the lower expert; two runs agree bit for bit.
+        A :class:`Routing`. ``balance_loss``, ``z_loss`` and ``entropy`` are differentiable and not
+        multiplied by coefficients. ``load_balancing_loss_func`` of transformers equals k times
+        "switch". Ties go to the expert with the lower index. Results are deterministic.
 
     Raises:
         TypeError: bad input.
-        ValueError: bad input; raised before any launch. Values in tensors are checked on a CPU
-            only. On CUDA, where nothing may wait for the host, a segment or a replayed index out of
-            range, or a segment with fewer than k experts, makes the weights and gradients of its
-            tokens and the losses NaN.
+        ValueError: bad input; raised before any kernel is launched. Values in tensors are checked
+            on a CPU only. On CUDA, an invalid segment, an invalid index, or a segment with fewer
+            than k available experts makes the losses NaN, and the weights and gradients of its
+            tokens.
         RuntimeError: ``backend("fused")`` cannot run.
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906),
@@ -116,15 +119,15 @@ def topk_routing_from_input(
 ) -> Routing:
     """Compute :func:`topk_routing` of ``x router_weight^T + router_bias``, in one pass over x.
 
-    The logits are float32 whatever the dtype of x. Beside an x of 16 bits the router may stay in
-    float32, without loss of digits. Under autocast x is cast, the router is not.
+    The logits are float32, or float64 if x is. If x has 16 bits, router_weight and router_bias may
+    be float32 and are not rounded. Autocast casts x, but not the router.
 
     Args:
         x: (T, D).
         router_weight: (E, D) as ``nn.Linear.weight``.
-        k: experts of a token.
+        k: number of experts per token.
         router_bias: (E,).
-        options: the keywords of :func:`topk_routing`; errors as there.
+        options: keyword arguments of :func:`topk_routing`, which documents errors too.
     """
     op = "topk_routing_from_input"
     if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
@@ -146,14 +149,14 @@ def _routing(
     inputs: Inputs,
     options: Options,
 ) -> Routing:
-    """Choose the backend, and compute the routing of logits, or of x beside a router weight."""
+    """Choose a backend and compute the routing; ``source`` is x if there is a router weight."""
     mask = inputs.token_padding_mask
     if options.jitter and inputs.jitter_seed is None:
         inputs = inputs._replace(jitter_seed=draw_seed(source.device))
     with no_autocast(source.device.type):
         chosen = choose(op, source.device, dtype, None, ("export", "onnx"))
         router = current_router()
-        # The C++ kernels take logits only: a product of its own comes before them.
+        # The C++ kernels accept only logits, so a separate product computes the logits first.
         if router_weight is not None and (chosen != "fused" or router == "cuda"):
             source = _logits(source, router_weight, router_bias, mask)
             router_weight = router_bias = None
@@ -178,9 +181,9 @@ def _logits(
     router_bias: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return x W^T + b, at least in float32.
+    """Return the logits x router_weight^T + router_bias in float32 or float64.
 
-    Rounded to 16 bits, logits would choose other experts for up to 3 % of the tokens.
+    Rounding the logits to 16 bits would change the choice of experts of up to 3 % of the tokens.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mask is not None:
@@ -197,30 +200,30 @@ def update_selection_bias(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Move a selection bias towards balance, in place, after an optimizer step.
+    """Update a selection bias in place after an optimizer step, to balance the experts.
 
-    ``bias += rate * sign(mean(c) - c)``, where c (E,) is the number of assignments of each expert:
-    an expert with too few is chosen more easily from now on, and the loss is not touched
-    (DeepSeek-V3, arXiv 2412.19437).
+    ``bias += rate * sign(mean(c) - c)``, where c (E,) is the number of assignments to each expert.
+    Experts with fewer assignments than average become more likely to be chosen; the loss does not
+    change (DeepSeek-V3, arXiv 2412.19437).
 
-    Where a process group is initialised, c is the sum over the ranks of ``group``, and each of them
-    must call this. So all biases stay equal. With the counts of each rank alone, DDP would
-    overwrite the biases by those of rank 0 at its next forward, and under FSDP the ranks would come
-    to route differently.
+    If a process group is initialised, c is summed over the ranks of ``group``. All these ranks must
+    call this function, and then all of them have the same bias. With different biases, DDP would
+    overwrite the biases with that of rank 0 in its next forward pass, and under FSDP the ranks
+    would route differently.
 
     Args:
         bias: (E,) float32 or float64.
-        counts: (S, E) or (E,), as in :class:`Routing`; it is not changed. With gradient
-            accumulation, the sum over the micro-batches. Gradient checkpointing runs a forward
-            twice: take the counts of the Routing that is returned, and sum none inside the
+        counts: (S, E) or (E,), as in :class:`Routing`; not modified. With gradient accumulation,
+            pass the sum over the micro-batches. Gradient checkpointing runs the forward pass twice,
+            so take the counts from the returned Routing, and do not accumulate counts inside the
             checkpointed function.
         rate: size of the step.
-        group: None: all ranks. Where ranks hold other layers (pipeline or expert parallelism), the
-            data-parallel group: the ranks that hold this bias.
+        group: default all ranks. If ranks hold different layers (pipeline or expert parallelism),
+            pass the data-parallel group, which contains the ranks that hold this bias.
 
     Raises:
-        TypeError: a bias of 16 bits.
-        ValueError: counts of another number of experts.
+        TypeError: the bias has 16 bits.
+        ValueError: counts and bias have different numbers of experts.
     """
     op = "update_selection_bias"
     if bias.dtype not in (torch.float32, torch.float64):

@@ -1,11 +1,8 @@
-"""The permutation that sorts tokens by expert, and routings that were made elsewhere.
+"""The order of tokens by expert, for any router.
 
-A file of its own because :func:`mmfused.grouped_linear` needs the permutation of any routing,
-whichever router made the choice.
-
-An assignment is one choice of one token, numbered t * k + j. Sorted by expert, then by number, the
-assignments are the rows of the grouped products. Those of masked tokens come last and belong to no
-expert.
+An assignment is one choice of one token: choice j of token t is assignment number t * k + j. The
+rows of the grouped products are the assignments, sorted by expert and then by number. Assignments
+of masked tokens come last and do not belong to an expert.
 """
 
 from __future__ import annotations
@@ -21,18 +18,18 @@ from .checks import check_indices, check_mask
 
 
 class Routing(NamedTuple):
-    """The experts of T tokens: what :func:`topk_routing` returns and the grouped products take.
+    """Choice of k of E experts for each of T tokens, which belong to S segments.
 
-    S segments, E experts, k choices.
+    The result of :func:`topk_routing`, and an argument of the grouped products.
     """
 
-    # (T, k) int64, the chosen experts, best first; valid but without effect for masked tokens
+    # (T, k) int64, the chosen experts, best first; masked tokens have valid indices too
     indices: Tensor
     # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
     weights: Tensor
-    # (S, E) int64, how many assignments of a segment went to an expert
+    # (S, E) int64, the number of assignments in each segment to each expert
     counts: Tensor
-    # () in the dtype of weights, without a coefficient
+    # () in the dtype of weights; not multiplied by a coefficient
     balance_loss: Tensor
     # ()
     z_loss: Tensor
@@ -44,7 +41,7 @@ class Routing(NamedTuple):
     position: Tensor
     # (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
     offsets: Tensor
-    # (T*k // 16 + E, 2) int32, expert and first row of each tile of the kernels; (0, 2) if composed
+    # (T*k // 16 + E, 2) int32, expert and first row of each tile; (0, 2) without kernels
     tiles: Tensor
 
 
@@ -53,9 +50,9 @@ def sort_by_expert(
     mask: Tensor | None,
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return order, position, offsets and no tiles, in plain PyTorch.
+    """Return order, position, offsets and empty tiles, in plain PyTorch.
 
-    No shape depends on the values of the indices.
+    The shapes do not depend on the values of the indices.
     """
     expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
@@ -114,8 +111,8 @@ def routing_from_indices(
     """Make a :class:`Routing` from the choices of another router.
 
     Args:
-        indices: (T, k) int64 in [0, E). A row may name an expert twice.
-        weights: (T, k) floats; those of padded tokens count as 0.
+        indices: (T, k) int64 in [0, E). A row may contain the same expert twice.
+        weights: (T, k) floats; weights of masked tokens are replaced by 0.
         num_experts: E.
         token_padding_mask: (T,) bool, True = ignore.
 
@@ -124,8 +121,8 @@ def routing_from_indices(
 
     Raises:
         TypeError: bad input.
-        ValueError: bad input. An index out of range raises on a CPU. On CUDA, where nothing may
-            wait for the host, its weight becomes NaN, and so does the output of its token.
+        ValueError: bad input. An index out of range raises on a CPU only. On CUDA its weight
+            becomes NaN, and so does the output of its token.
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)

@@ -1,29 +1,37 @@
-"""Top-k routing of a mixture of experts: scores, choice, weights, balance and order, in one pass.
+"""Top-k routing of a mixture of experts: choice of experts, weights, losses and order.
 
-    l = x W_r^T + b_r
-    P = softmax(l)                          s = P
-        or, with score "sigmoid"
-    P = s / sum of s                        s = sigmoid(l)
+For T tokens x (T, D) and E experts, with router weight W_r (E, D) and bias b_r (E,):
 
-    S_t  = the k experts with the largest l (or s + selection bias)
-    w_te = s_te / sum over S_t of s         (without renormalisation: s_te)
+    l    = x W_r^T + b_r                    logits (T, E)
 
-    balance  "switch"  E sum_e f_e P_e      f_e: share of all assignments, P_e: mean of P
-                                            (Switch Transformer, eq. 4)
-             "gshard"  the same             f_e: share of the first choices (GShard, algorithm 1)
-             "mse"     sum_e (mean_t w_te - 1/E)^2                     (FLUID's public code)
-    z        = mean_t (log sum_e exp l_te)^2                           (ST-MoE, eq. 5)
-    entropy  = mean_t -sum_e P_te log P_te                             (LIMoE)
+    score "softmax":  s = P = softmax(l)                      scores s and probabilities P (T, E)
+    score "sigmoid":  s = sigmoid(l), P = s / sum over e of s
 
-With u = l or log sigmoid(l), P = softmax(u), and the renormalised weights are softmax(u) over S_t
-for both scores: neither needs an epsilon. Counts are constants, so each term of the balance has one
-gradient per expert and segment, c_se, the same for all tokens. The gradient of the logits is
+    S_t  = the k experts with the largest l, or with the largest s + selection bias
+    w_te = s_te / sum over S_t of s         routing weights (without renormalisation: s_te)
 
-    du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>) on S_t
-    dl = du (or du sigmoid(-l)) + 2 g_z / n lse P_l
+The losses, where mean_t is the mean over the tokens that are not masked:
 
-which one kernel computes from the logits. Forward, three launches without a host sync: route, scan
-over blocks of tokens, write the order.
+    balance, "switch" = E sum_e f_e mean_t P_te     f_e: share of expert e in all assignments
+                                                    (Switch Transformer, eq. 4)
+    balance, "gshard" = E sum_e f_e mean_t P_te     f_e: share of expert e in the first choices
+                                                    (GShard, algorithm 1)
+    balance, "mse"    = sum_e (mean_t w_te - 1/E)^2                    (FLUID's public code)
+    z                 = mean_t (log sum_e exp l_te)^2                  (ST-MoE, eq. 5)
+    entropy           = mean_t -sum_e P_te log P_te                    (LIMoE)
+
+For the gradients let u = l with "softmax" and u = log sigmoid(l) with "sigmoid". For both scores
+P = softmax(u), and the renormalised weights are softmax(u) over S_t, so no epsilon is needed. The
+shares f_e are constants. So the derivative of the balance loss with respect to P_te (with "mse":
+w_te) is the same for all tokens of a segment. With g_P, g_w and g_z the gradients of P, w and z,
+n the number of tokens that are not masked, and lse = log sum_e exp l_te:
+
+    du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on S_t only
+    dl = du + 2 g_z / n lse softmax(l)                           with "softmax"
+    dl = du sigmoid(-l) + 2 g_z / n lse softmax(l)               with "sigmoid"
+
+One kernel computes dl from the logits. The forward pass launches three kernels, without waiting for
+the CPU: choose experts, scan over blocks of tokens, write the order.
 """
 
 from __future__ import annotations
@@ -56,9 +64,10 @@ def topk_routing_reference(
     jitter: float = 0.0,
     jitter_seed: Tensor | None = None,
 ) -> Routing:
-    """Compute :func:`topk_routing` in plain PyTorch, a line for each equation.
+    """Compute :func:`topk_routing` in plain PyTorch.
 
-    This is the specification: any floating dtype, any device, differentiable any number of times.
+    This is the specification. It supports any floating dtype, any device and derivatives of any
+    order.
     """
     inputs = Inputs(
         selection_bias=selection_bias,
@@ -80,7 +89,7 @@ def topk_routing_reference(
 
 
 def routing_by_equations(logits: Tensor, inputs: Inputs, options: Options) -> Routing:
-    """Compute the reference from grouped arguments."""
+    """Compute :func:`topk_routing_reference` from inputs and options."""
     tokens, experts = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     mask = inputs.token_padding_mask
@@ -125,7 +134,7 @@ def _allowed_logits(
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits with jitter, -inf for unavailable experts, and which are available."""
+    """Return the logits with jitter and with -inf for unusable experts; and the mask ``usable``."""
     tokens, experts = logits.shape
     usable = known.usable
     if usable is None:
@@ -135,7 +144,7 @@ def _allowed_logits(
         assert inputs.jitter_seed is not None
         noise = uniform(inputs.jitter_seed, tokens, experts)
         logits = logits * (1 + options.jitter * (2 * noise - 1))
-    logits = logits.masked_fill(~valid[:, None], 0.0)  # a masked token may hold NaN
+    logits = logits.masked_fill(~valid[:, None], 0.0)  # a masked token may be NaN
     logits = logits.masked_fill(~usable, float("-inf"))
     return nan_where(logits, known.broken, inputs.token_padding_mask), usable
 
@@ -149,7 +158,7 @@ def _balance(
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the counts (S, E), and the balance loss: the mean over segments that have tokens."""
+    """Return the counts (S, E), and the balance loss averaged over the segments with tokens."""
     tokens, experts = probs.shape
     if segments is None:
         segments = torch.zeros(tokens, dtype=torch.int64, device=probs.device)
@@ -169,7 +178,7 @@ def _balance(
         counts.append((times * member).sum(0))
         number, size = (x.sum().clamp(min=1).to(probs.dtype) for x in (member, available[s]))
 
-        # The mean over the segment: NaN of other segments must not reach it.
+        # The mean over the tokens of the segment. NaN in other segments must not reach it.
         def mean(of: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
             return of.masked_fill(~member, 0.0).sum(0) / number
 
@@ -185,23 +194,23 @@ def _balance(
 
 # ---- values out of range -------------------------------------------------------------------------
 #
-# On CUDA and in compiled graphs nothing can raise: there they make their tokens NaN. The composed
-# path uses the same functions.
+# On CUDA and in compiled graphs, values out of range cannot raise. Instead the functions below make
+# the results of their tokens NaN. The composed path uses these functions too.
 
 
 class InRange(NamedTuple):
-    """Arguments forced into the range of valid indices, and the tokens that had others."""
+    """Arguments clamped to valid values, and the tokens that had invalid values."""
 
     segments: Tensor | None  # (T,) in [0, S)
     indices: Tensor | None  # (T, k) in [0, E)
-    usable: Tensor | None  # (E,) or (T, E) bool, the experts a token may use, at least k
-    broken: Tensor | None  # (T,) or () bool, the tokens that become NaN
+    usable: Tensor | None  # (E,) or (T, E) bool, the experts that a token may use, at least k
+    broken: Tensor | None  # (T,) or () bool, the tokens whose results become NaN
 
 
 def into_range(num_experts: int, inputs: Inputs, options: Options) -> InRange:
-    """Force segments and indices into range.
+    """Clamp segments and indices to valid values.
 
-    A broken token may use every expert, so that k different ones can be chosen for it too.
+    A broken token may use all experts, so that k experts can be chosen for such a token too.
     """
     segments, indices, available = inputs.segments, inputs.indices, inputs.available
     broken: list[Tensor] = []
@@ -222,10 +231,10 @@ def into_range(num_experts: int, inputs: Inputs, options: Options) -> InRange:
 
 
 def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
-    """Return (T, k), the columns of the k largest of each row; ties go to the lower column.
+    """Return the columns (T, k) of the k largest numbers in each row, in descending order.
 
-    k rounds of argmax, which returns the first of equal numbers. NaN counts as the least, but
-    before experts that are not usable.
+    Ties go to the lower column, since argmax returns the first of equal numbers. NaN ranks below
+    all other numbers, but above unusable experts.
     """
     limits = torch.finfo(key.dtype)
     key = key.detach().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
@@ -238,7 +247,7 @@ def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
 
 
 def nan_where(logits: Tensor, broken: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return logits with NaN, also as gradients, in the rows of broken tokens not masked."""
+    """Make the logits of broken tokens and their gradients NaN, except for masked tokens."""
     if broken is None:
         return logits
     broken = broken if mask is None else broken & ~mask
