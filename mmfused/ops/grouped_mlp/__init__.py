@@ -1,6 +1,6 @@
-"""Experts of a mixture: products grouped by expert over tokens in the order of a Routing.
+"""Experts of a mixture: matrix products grouped by expert, over tokens sorted by a Routing.
 
-``TopKMoE`` is the whole layer: the router of :mod:`mmfused.ops.topk_routing` and its experts.
+``TopKMoE`` is the whole layer: the router of :mod:`mmfused.ops.topk_routing` and the experts.
 """
 
 from .checks import Activation

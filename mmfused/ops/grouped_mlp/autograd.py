@@ -13,16 +13,16 @@ from .checks import Activation
 
 # ---- operators -----------------------------------------------------------------------------------
 #
-# combine_weights (T, k) float32: weights of the Routing, as order, position, offsets and tiles are.
+# combine_weights (T, k) float32, order, position, offsets and tiles come from the Routing.
 
 
 class _Linear(NamedTuple):
-    """The arguments of grouped_linear_fwd, in the order of its schema; of shapes in FLOP counts."""
+    """The arguments of grouped_linear_fwd in schema order; FLOP formulas get shapes for tensors."""
 
     x: Any  # (T, I), or (T*k, I) without gather
     weight: Any  # (E, O, I)
     bias: Any  # (E, O) or None
-    combine_weights: Any  # None: no combine
+    combine_weights: Any  # None without combine
     order: Any
     position: Any
     offsets: Any
@@ -32,7 +32,7 @@ class _Linear(NamedTuple):
 
 
 class _LinearNeeds(NamedTuple):
-    """The last arguments of grouped_linear_bwd, behind d_out and those of the forward."""
+    """The last arguments of grouped_linear_bwd: which gradients are needed."""
 
     dx: bool
     dw: bool
@@ -40,7 +40,7 @@ class _LinearNeeds(NamedTuple):
 
 
 class _MLP(NamedTuple):
-    """The arguments of grouped_mlp_fwd, in the order of its schema; of shapes in FLOP counts."""
+    """The arguments of grouped_mlp_fwd in schema order; FLOP formulas get shapes for tensors."""
 
     x: Any  # (T, D)
     w_up: Any  # (E, I, D); packed (E, 2I, D)
@@ -58,7 +58,7 @@ class _MLP(NamedTuple):
 
 
 class _MLPBackward(NamedTuple):
-    """The arguments of grouped_mlp_bwd, in the order of its schema; of shapes in FLOP counts."""
+    """The arguments of grouped_mlp_bwd in schema order; FLOP formulas get shapes for tensors."""
 
     d_out: Any  # (T, Dout)
     x: Any
@@ -87,7 +87,7 @@ _LINEAR = (
 
 
 def _linear_arguments(args: tuple[Any, ...]) -> tuple[_Linear, _LinearNeeds]:
-    """Split the arguments of grouped_linear_bwd behind d_out."""
+    """Split the arguments of grouped_linear_bwd that follow d_out."""
     size = len(_Linear._fields)
     return _Linear(*args[:size]), _LinearNeeds(*args[size:])
 
@@ -143,14 +143,14 @@ def _linear_flops(*args: Any, out_shape: object) -> int:
 
 
 def _linear_backward_flops(d_out: Any, *args: Any, out_shape: object) -> int:
-    """Count dO W where dx or the gradient of the routing weights needs it, and dW."""
+    """Count one product for dx and the gradient of combine_weights, and one for dw."""
     call, need = _linear_arguments(args)
     products = (need.dx or call.combine_weights is not None) + need.dw
     return _linear_flops(*call, out_shape=None) * products
 
 
 def _mlp_products(call: _MLP | _MLPBackward) -> tuple[int, int]:
-    """Return the forward FLOPs of the first layer, with its gate, and of the second."""
+    """Return the forward FLOPs of the first layer, including the gate, and of the second layer."""
     _, out, width = call.w_down
     inputs = 2 if call.activation == "swiglu" else 1
     rows = call.order[0]
@@ -162,7 +162,7 @@ def _mlp_flops(*args: Any, out_shape: object) -> int:
 
 
 def _mlp_backward_flops(*args: Any, out_shape: object) -> int:
-    """Count the products; dA always, for the gradient of the routing weights comes from it."""
+    """Count the products; dA is always computed, for the gradient of combine_weights."""
     call = _MLPBackward(*args)
     up, down = _mlp_products(call)
     return up * (call.need_dx + call.need_dw) + down * (1 + call.need_dw)
@@ -174,7 +174,7 @@ def _mlp_backward_flops(*args: Any, out_shape: object) -> int:
     _linear_flops,
 )
 def grouped_linear_fwd(*args: Any) -> Tensor:
-    """Launch the kernel of a linear layer, and the combination of rows if wanted."""
+    """Launch the kernel of a linear layer and, with combine_weights, the sum over rows."""
     from ...kernels.grouped_mlp.forward import linear_forward
 
     with launching(args):
@@ -229,7 +229,7 @@ def grouped_mlp_bwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 class LinearFused(torch.autograd.Function):
-    """A linear layer of each expert. It saves its inputs."""
+    """Apply the linear layer of each expert. Saves its inputs."""
 
     @staticmethod
     def forward(
@@ -263,9 +263,9 @@ class LinearFused(torch.autograd.Function):
 
 
 class MLPFused(torch.autograd.Function):
-    """Two-layer experts, combined.
+    """Apply two-layer experts and combine their outputs.
 
-    It saves x and the pre-activations: no gathered rows, activations or outputs of an expert.
+    Saves x and the pre-activations, but no gathered rows, activations or outputs of experts.
     """
 
     @staticmethod
@@ -299,7 +299,7 @@ class MLPFused(torch.autograd.Function):
         """Launch the backward operator for the gradients that are needed."""
         needs = ctx.needs_input_grad[:7]
         need_dx, need_dw_up, need_dw_gate, need_dw_down, need_db_up, need_db_down, _ = needs
-        # The names of what was saved are those of _MLPBackward, from x to tiles.
+        # The saved tensors are the fields x to tiles of _MLPBackward, in that order.
         call = _MLPBackward(
             d_out.contiguous(),
             *ctx.saved_tensors,

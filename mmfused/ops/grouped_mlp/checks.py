@@ -19,18 +19,18 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Parameters(NamedTuple):
     """The parameters of E two-layer experts."""
 
-    w_up: Tensor  # (E, I, D), or (E, 2I, D) with the rows of the gate first
+    w_up: Tensor  # (E, I, D), or packed (E, 2I, D) with the rows of the gate first
     w_gate: Tensor | None  # (E, I, D)
     w_down: Tensor  # (E, Dout, I)
     b_up: Tensor | None  # (E, I)
     b_down: Tensor | None  # (E, Dout)
 
     def packed(self, activation: str) -> bool:
-        """Whether w_up holds the gate too."""
+        """Return whether ``w_up`` contains the weight of the gate too."""
         return activation == "swiglu" and self.w_gate is None
 
     def to(self, dtype: torch.dtype) -> Parameters:
-        """Cast them, differentiably."""
+        """Cast the parameters, differentiably."""
         w_up, w_gate, w_down, b_up, b_down = self
         return Parameters(
             w_up=w_up.to(dtype),
@@ -48,7 +48,7 @@ def check_linear(
     bias: Tensor | None,
     gather: bool,
 ) -> None:
-    """Raise on bad input of grouped_linear."""
+    """Raise ``TypeError`` or ``ValueError`` on bad input of grouped_linear."""
     op = "grouped_linear"
     _check_floats(op, x, routing, weight=weight, bias=bias)
     if gather:
@@ -70,7 +70,7 @@ def check_mlp(
     parameters: Parameters,
     activation: Activation,
 ) -> None:
-    """Raise on bad input of grouped_mlp."""
+    """Raise ``TypeError`` or ``ValueError`` on bad input of grouped_mlp."""
     op = "grouped_mlp"
     check_activation(op, activation)
     _check_floats(op, x, routing, **parameters._asdict())
@@ -97,7 +97,7 @@ def check_mlp(
 
 
 def check_activation(op: str, activation: str) -> None:
-    """Raise unless this is the name of an activation."""
+    """Raise ``ValueError`` unless ``activation`` is the name of an activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"

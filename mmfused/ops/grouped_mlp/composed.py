@@ -1,9 +1,10 @@
-"""The composed path of experts: rows sorted by expert, one product for each expert's segment.
+"""The composed path of experts: one matrix product for the segment of sorted rows of each expert.
 
-On CUDA in bfloat16, torch's grouped_mm computes all segments at once. It leaves the rows beyond the
-last segment uninitialised, in some releases also the weight gradient of an empty segment. It needs
-dense rows of a multiple of 16 bytes, aligned to 16 bytes, and takes no bias. The code below works
-around each of these. Elsewhere a loop runs over the segments, which on CUDA waits for their sizes.
+On CUDA in bfloat16, torch's grouped_mm computes all segments at once. grouped_mm does not write the
+rows beyond the last segment, nor, in some releases, the weight gradient of an empty segment. It
+needs dense rows whose address and size are multiples of 16 bytes, and does not support a bias. The
+code below works around these limits. In all other cases a loop runs over the segments; on CUDA the
+CPU then waits for their sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def linear_composed(
     gather: bool,
     combines: bool,
 ) -> Tensor:
-    """Compute grouped_linear."""
+    """Compute :func:`grouped_linear` in plain PyTorch."""
     rows = _gathered(x, routing) if gather else x
     out = segment_linear(rows, weight, bias, routing.offsets)
     return _combined(out, routing) if combines else out
@@ -46,7 +47,7 @@ def mlp_composed(
     parameters: Parameters,
     activation: Activation,
 ) -> Tensor:
-    """Compute grouped_mlp."""
+    """Compute :func:`grouped_mlp` in plain PyTorch."""
     offsets = routing.offsets
     w_up, w_gate, w_down, b_up, b_down = parameters
     rows = _gathered(x, routing)
@@ -107,9 +108,9 @@ def _segment_backward_flops(
     devices="all",
 )
 def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Multiply sorted rows x (R, I) by the weights (E, O, I) of their experts: (R, O).
+    """Apply the linear layer of each row's expert to the sorted rows x (R, I); return (R, O).
 
-    bias (E, O), offsets (E+1,). Rows beyond offsets[E] are 0.
+    Shapes: weight (E, O, I), bias (E, O), offsets (E+1,). Output rows from offsets[E] on are 0.
     """
     if _has_grouped_mm(x, weight):
         assert _grouped_mm is not None
@@ -117,7 +118,7 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
         out = _grouped_mm(_dense(x), _aligned(weight).mT, offs=offsets[1:])
         out = out if bias is None else out + bias[expert]
         return out.masked_fill(~valid, 0.0)
-    # In torch 2.14 a product in bfloat16 on a CPU reads beyond the end of a row before a gap.
+    # In torch 2.14 a bfloat16 product on a CPU reads beyond the end of rows that are not dense.
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[1])
     ends = offsets.tolist()
@@ -146,9 +147,9 @@ def segment_linear_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of rows, weight and bias, each (0,) where it is not needed.
+    """Return the gradients of x, weight and bias; a gradient that is not needed has shape (0,).
 
-    An expert without rows gets zeros.
+    The gradients of an expert without rows are 0.
     """
     if _has_grouped_mm(x, weight):
         return _grouped_mm_backward(dy, x, weight, offsets, need_dx, need_dw, need_db)
@@ -189,8 +190,8 @@ def _grouped_mm_backward(
         empty = (offsets.diff() == 0)[:, None, None]
         dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
     if need_db:
-        # A product with ones, in a fixed order. 0 times NaN would be NaN for every expert, so
-        # values that are not finite are taken out, and their experts get NaN.
+        # This product with zeros and ones sums in a fixed order. Since 0 * NaN is NaN, it leaves
+        # out values that are not finite. The experts of such values get NaN afterwards.
         experts = torch.arange(len(weight), device=x.device)[:, None]
         member = ((expert == experts) & valid.T).to(dy.dtype)
         broken = ~dy.isfinite() & valid
@@ -200,9 +201,9 @@ def _grouped_mm_backward(
 
 
 def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the expert of each row (R,), and whether it has one (R, 1).
+    """Return the expert of each row (R,), and a bool (R, 1), True for rows inside a segment.
 
-    Beyond the last segment the expert is arbitrary.
+    Rows beyond the last segment get an arbitrary expert.
     """
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=offsets.shape[0] - 2)
@@ -215,7 +216,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """Return the weight in a layout for grouped_mm; halves of a packed weight need no copy."""
+    """Copy ``weight`` unless grouped_mm supports its layout, as for halves of a packed weight."""
     experts, rows, columns = weight.stride()
     fits = (
         columns == 1
@@ -228,7 +229,7 @@ def _aligned(weight: Tensor) -> Tensor:
 
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # 16 bytes
+    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # 8 numbers are 16 bytes
     return (
         _grouped_mm is not None
         and x.device.type == "cuda"
@@ -251,7 +252,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
 
 
-# Registered for the operator, not for a Function around it: an exported graph keeps only operators.
+# An exported graph keeps operators but not autograd functions, so the operator has the backward.
 torch.library.register_autograd("mmfused::segment_linear", _backward, setup_context=_save)
 
 
@@ -259,9 +260,9 @@ torch.library.register_autograd("mmfused::segment_linear", _backward, setup_cont
 
 
 class _Gather(torch.autograd.Function):
-    """Rows sorted by expert of x (T, D): row r is x[order[r] // k], 0 for masked tokens.
+    """Gather rows sorted by expert from x (T, D): row r is x[order[r] // k], or 0 if masked.
 
-    Backward sums the k rows of a token.
+    The backward pass sums the gradients of the k rows of each token.
     """
 
     @staticmethod
@@ -295,11 +296,11 @@ def _gathered(x: Tensor, routing: Routing) -> Tensor:
 
 
 def _combined(y: Tensor, routing: Routing) -> Tensor:
-    """Return out_t = sum_j w_tj y[position of (t, j)], summed at least in float32.
+    """Return the weighted sum (T, O) of each token's k rows of y (T*k, O), in the dtype of y.
 
-    y (T*k, O) is 0 in the rows of masked tokens.
+    The sum is computed in float32 or float64. Rows of masked tokens must be 0.
     """
     weights = routing.weights
-    # A permutation, so no row is added to twice in the backward.
+    # position is a permutation, so the backward of index_select is deterministic.
     rows = y.index_select(0, routing.position).unflatten(0, weights.shape)
     return (rows.to(weights.dtype) * weights[:, :, None]).sum(1).to(y.dtype)

@@ -1,4 +1,4 @@
-"""The public functions of experts. Equations: reference.py."""
+"""The public functions of experts; the equations are in reference.py."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def grouped_linear(
 ) -> Tensor:
     """Apply a linear layer of each expert to the tokens of that expert.
 
-    The building block of experts with another form than :func:`grouped_mlp`.
+    This is a building block for experts that :func:`grouped_mlp` does not support.
 
     Args:
-        x: (T, I), the tokens; with ``gather=False`` (T*k, I), rows sorted by expert as an earlier
-            grouped_linear returned them.
+        x: tokens (T, I). With ``gather=False``, rows (T*k, I) sorted by expert, such as the result
+            of another grouped_linear.
         routing: from :func:`topk_routing` or :func:`routing_from_indices`.
         weight: (E, O, I), in the dtype of ``x`` or float32.
-        bias: (E, O), likewise.
-        gather: whether ``x`` are tokens.
-        combine: add up the k rows of each token with the routing's weights.
+        bias: (E, O), in the dtype of ``x`` or float32.
+        gather: whether ``x`` contains tokens, and not sorted rows.
+        combine: whether to sum the k rows of each token, weighted by the routing's weights.
 
     Returns:
-        (T*k, O) rows sorted by expert, zeros for masked tokens; with ``combine`` (T, O). In the
-        dtype of ``x``, or of autocast. The expert of row r is
+        Rows (T*k, O) sorted by expert, 0 for masked tokens; with ``combine``, sums (T, O). The
+        dtype is that of ``x``, or the autocast dtype under autocast. The expert of row r is
         ``routing.indices.flatten()[routing.order[r]]``.
 
     Raises:
-        TypeError, ValueError: bad input; raised before any launch.
-        RuntimeError: ``backend("fused")`` cannot run; raised before any launch.
+        TypeError, ValueError: bad input; raised before any kernel is launched.
+        RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
     """
     x, weight, bias = to_autocast(x, weight, bias)
     check_linear(x, routing, weight, bias, gather)
@@ -80,31 +80,31 @@ def grouped_mlp(
     w_gate: Tensor | None = None,
     activation: Activation = "gelu",
 ) -> Tensor:
-    """Apply two-layer experts, and add up their outputs with the routing's weights.
+    """Apply two-layer experts to tokens, and sum their outputs weighted by the routing's weights.
 
-    ``out_t = sum_j w_tj (W_down act(W_up x_t + b_up) + b_down)`` over the choices j of token t.
+    ``out_t = sum_j w_tj (W_down act(W_up x_t + b_up) + b_down)`` over the k experts j of token t.
 
     Args:
-        x: (T, D) float32, float16, bfloat16 or float64. Tokens that the routing masked give 0 and
-            may hold NaN.
-        routing: from :func:`topk_routing` or :func:`routing_from_indices`; its weights get their
-            gradient.
-        w_up: (E, I, D), in the dtype of ``x`` or float32, any strides in E, so that the halves of a
-            packed (E, 2I, D) can be given.
-        w_down: (E, Dout, I), likewise.
+        x: tokens (T, D), float32, float16, bfloat16 or float64. Tokens that are masked in the
+            routing may be NaN and give output 0.
+        routing: from :func:`topk_routing` or :func:`routing_from_indices`; its weights receive
+            gradients.
+        w_up: (E, I, D), in the dtype of ``x`` or float32. It may be half of a packed (E, 2I, D)
+            tensor.
+        w_down: (E, Dout, I), in the dtype of ``x`` or float32.
         b_up: (E, I).
         b_down: (E, Dout).
-        w_gate: (E, I, D) for "swiglu". It may also be None with a packed w_up (E, 2I, D), rows of
-            the gate first; then the gradient comes in one piece.
+        w_gate: (E, I, D) for "swiglu". None if ``w_up`` is a packed (E, 2I, D) tensor with the rows
+            of the gate first; the packed tensor then gets one gradient.
         activation: "gelu" (the erf form), "relu" or "swiglu", ``silu(W_gate x) * (W_up x + b_up)``.
 
     Returns:
-        (T, Dout) in the dtype of ``x``, or of autocast. Experts without tokens get gradients of
-        exact zeros.
+        (T, Dout) in the dtype of ``x``, or in the autocast dtype under autocast. Experts without
+        tokens get gradients of exactly 0.
 
     Raises:
-        TypeError, ValueError: bad input; raised before any launch.
-        RuntimeError: ``backend("fused")`` cannot run; raised before any launch.
+        TypeError, ValueError: bad input; raised before any kernel is launched.
+        RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
     """
     x, *given = to_autocast(x, w_up, w_gate, w_down, b_up, b_down)
     parameters = Parameters(*given)
@@ -155,5 +155,5 @@ def _reference(
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """Make what kernels read along rows dense there."""
+    """Copy ``tensor`` unless its last stride is 1, as the kernels need."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,4 +1,4 @@
-"""The layer of a transformer that holds a mixture of experts: router, experts, parameters."""
+"""The mixture-of-experts layer of a transformer: router and experts with their parameters."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ from .functional import grouped_mlp
 
 
 class TopKMoE(nn.Module):
-    """A mixture of MLPs: :func:`topk_routing_from_input`, :func:`grouped_mlp`, their parameters.
+    """A mixture of two-layer MLPs with a router.
+
+    Holds the parameters of :func:`topk_routing_from_input` and :func:`grouped_mlp`: ``router``
+    (nn.Linear without bias), ``w_up`` and with "swiglu" ``w_gate`` (E, hidden_dim, dim), ``w_down``
+    (E, out_dim, hidden_dim), ``b_up`` and ``b_down``. ``forward`` returns the losses in a Routing:
+    add ``coefficient * routing.balance_loss`` to the training loss.
 
     Args:
         dim: width of the tokens.
         hidden_dim: width of an expert's hidden layer.
-        num_experts: E.
-        top_k: experts of a token.
-        out_dim: width of the output, ``dim`` by default.
+        num_experts: number of experts E.
+        top_k: number of experts per token.
+        out_dim: width of the output, default ``dim``.
         activation: "gelu", "relu" or "swiglu".
-        bias: of the experts; the gate of "swiglu" has none.
-        selection_bias: hold a buffer ``selection_bias`` (E,) for balance without a loss: after each
-            optimizer step call :meth:`update_selection_bias`. It stays in float32 when the module
-            is cast to 16 bits.
-        available: (num_segments, E) bool, the experts that each segment may use; kept as a buffer.
-        score, renormalize, num_segments, balance, jitter: as in :func:`topk_routing`; jitter acts
-            in training only.
-
-    Parameters: router (nn.Linear without bias), w_up and with "swiglu" w_gate (E, hidden_dim, dim),
-    w_down (E, out_dim, hidden_dim), b_up, b_down. The losses are in the Routing that forward
-    returns: add ``coefficient * routing.balance_loss``.
+        bias: whether the experts have biases. The gate of "swiglu" never has one.
+        selection_bias: whether to hold a buffer ``selection_bias`` (E,), which balances the experts
+            without a loss; call :meth:`update_selection_bias` after each optimizer step. The buffer
+            stays in float32 when the module is cast to 16 bits.
+        available: (num_segments, E) bool, True for the experts that a segment may use; a buffer.
+        score, renormalize, num_segments, balance, jitter: as in :func:`topk_routing`; jitter is
+            applied in training only.
     """
 
     selection_bias: Tensor | None
@@ -102,7 +103,7 @@ class TopKMoE(nn.Module):
         zeros = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.register_buffer("available", available)
-        # to_empty would lose these values. A meta tensor has none.
+        # A copy for reset_parameters after to_empty(). A meta tensor has no values to copy.
         self._available = None if available is None or available.is_meta else available.tolist()
         self.register_load_state_dict_pre_hook(_widen_selection_bias)
         self.reset_parameters()
@@ -110,7 +111,7 @@ class TopKMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Reset parameters and buffers.
 
-        Parameters as nn.Linear's: uniform within one over the square root of the inputs.
+        Parameters are drawn as in nn.Linear: uniformly between +-1 / sqrt(number of inputs).
         """
         self.router.reset_parameters()
         for weight, bias in (
@@ -128,7 +129,7 @@ class TopKMoE(nn.Module):
             self.available.copy_(torch.tensor(self._available, device="cpu"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the selection bias in float32 when the module is cast: 16 bits lose its steps."""
+        """Keep the selection bias in float32, since 16 bits would round away its updates."""
         bias = self.selection_bias
         super()._apply(fn, recurse)
         cast = self.selection_bias
@@ -144,13 +145,13 @@ class TopKMoE(nn.Module):
         segments: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Return (..., out_dim), and the :class:`Routing` of the T tokens.
+        """Return the output (..., out_dim), and the :class:`Routing` of the T tokens.
 
         Args:
             x: (..., dim); the first dimensions are flattened to T tokens.
-            token_padding_mask: (...) bool, True = ignore: the output of such a token is 0.
-            segments: (...) int64.
-            indices: (T, k), replay a routing.
+            token_padding_mask: (...) bool, True = ignore. An ignored token has output 0.
+            segments: (...) int64, the segment of each token.
+            indices: (T, k) int64, a given choice of experts; see :func:`topk_routing`.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"TopKMoE: x: got shape {tuple(x.shape)}, expected (..., {self.dim})")
@@ -166,7 +167,8 @@ class TopKMoE(nn.Module):
         options = self._routing_options(mask, segments, indices)
         weight, bias = read(self.router, "TopKMoE.router", self.num_experts, x.device.type)
         if isinstance(weight, Called):  # a router with an adapter or hooks
-            valid = tokens if mask is None else tokens.masked_fill(mask[:, None], 0.0)  # not NaN
+            # A masked token may be NaN.
+            valid = tokens if mask is None else tokens.masked_fill(mask[:, None], 0.0)
             routing = topk_routing(weight(valid), self.top_k, **options)
         else:
             routing = topk_routing_from_input(tokens, weight, self.top_k, bias, **options)
@@ -210,10 +212,10 @@ class TopKMoE(nn.Module):
     ) -> None:
         """Apply :func:`mmfused.update_selection_bias` to this layer.
 
-        ``moe.update_selection_bias(routing.counts)``, once after each optimizer step, on every rank
-        with its own counts, which are summed over the ranks of ``group`` (None: all); under DDP
-        too, on the module inside. With gradient accumulation ``counts`` is the sum over the
-        micro-batches.
+        Call ``moe.update_selection_bias(routing.counts)`` once after each optimizer step, on every
+        rank with the counts of that rank; the counts are summed over the ranks of ``group``
+        (default all ranks). Under DDP, call the method on the wrapped module. With gradient
+        accumulation, pass the sum of the counts over the micro-batches.
         """
         if self.selection_bias is None:
             raise ValueError(
@@ -222,7 +224,7 @@ class TopKMoE(nn.Module):
         update_selection_bias(self.selection_bias, counts, rate, group=group)
 
     def extra_repr(self) -> str:
-        """Return the sizes that the parameters of a printed module do not show."""
+        """Return the sizes and the activation for ``repr``."""
         experts, _, hidden = self.w_down.shape
         return (
             f"{self.dim}, hidden_dim={hidden}, num_experts={experts}, top_k={self.top_k}, "
@@ -233,7 +235,7 @@ class TopKMoE(nn.Module):
 def _widen_selection_bias(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Widen the bias of a state that was cast to 16 bits, which ``assign=True`` would keep."""
+    """Cast a 16-bit bias in the state dict to float32, since ``assign=True`` would keep 16 bits."""
     bias = state_dict.get(prefix + "selection_bias")
     if bias is not None:
         wide = torch.promote_types(bias.dtype, torch.float32)

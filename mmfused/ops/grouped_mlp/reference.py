@@ -1,25 +1,31 @@
 """Experts of a mixture (FLUID eq. 9, Mixtral, MOON2.0).
 
-    out_t  = sum over j of w_tj f_e(x_t)          e: the j-th choice of token t
+Each expert is a two-layer MLP. Token x_t has k experts and a routing weight w_tj for each of them:
+
+    out_t  = sum over j of w_tj f_e(x_t)          e: the j-th expert of token t
     f_e(x) = W_down,e a + b_down,e
     a      = gelu(h), relu(h), or silu(W_gate,e x) h
     h      = W_up,e x + b_up,e
 
-The T k rows are sorted by expert (Routing), so those of an expert are one matrix, and nothing is
-padded but its last tile. Forward: the first product gathers x in its loads, and has bias and
-activation in its epilogue; a third kernel gathers the k rows of each token and adds them up,
-without a scatter or atomics. Saved: x and the pre-activations. Backward, with dO gathered in the
-loads:
+With T tokens there are T k rows, one for each expert of each token. A Routing sorts the rows by
+expert, so that the rows of an expert form one matrix, and only the last tile of that matrix is
+padded. In the forward pass, the first kernel gathers x in its loads and applies bias and activation
+in its epilogue. The second kernel multiplies by W_down. The third kernel gathers the k rows of each
+token and sums them, without a scatter or atomics. Only x and the pre-activations are saved.
+
+The backward pass for one expert, whose rows are the matrices X, H and A of x, h and a, the vector w
+of routing weights, and the matrix dO of the gradients of out, which is gathered in the loads:
 
     dA      = dO W_down
-    dw      = <dA, a> + <dO, b_down>
-    dH      = w dA a'(h)
+    dw      = rowsum(dA A) + dO b_down            elementwise product dA A
+    dH      = w dA a'(H)                          elementwise; without a gate
     dW_down = (w dO)^T A
     dW_up   = dH^T X
     dX      = dH W_up
 
-so the gradient of the routing weights needs no output of an expert. FLOPs: 2 n T k D I forward and
-twice that backward, where n = 2, or 3 with a gate.
+So the gradient of the routing weights does not need the outputs of the experts. With D the width of
+x and I the width of h, the forward pass needs 2 n T k D I FLOPs and the backward pass twice that,
+where n = 2, or 3 with a gate.
 """
 
 from __future__ import annotations
@@ -41,18 +47,19 @@ def grouped_linear_reference(
     gather: bool = True,
     combine: bool = False,
 ) -> Tensor:
-    """Compute :func:`grouped_linear` with every expert on every row, and keep the right result.
+    """Compute :func:`grouped_linear`: apply every expert to every row, and select the results.
 
-    This is the specification: any floating dtype, any device, differentiable any number of times.
+    This is the specification. It supports any floating dtype, any device and derivatives of any
+    order.
     """
     tokens, k = routing.indices.shape
     valid = torch.arange(tokens * k, device=x.device) < routing.offsets[-1]
     rows = x.index_select(0, routing.order // k) if gather else x
-    rows = rows.masked_fill(~valid[:, None], 0.0)  # a masked token may hold NaN
+    rows = rows.masked_fill(~valid[:, None], 0.0)  # a masked token may be NaN
     expert = routing.indices.flatten().index_select(0, routing.order)
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for e in range(len(weight)):
-        # Rows of other experts may be NaN, and the gradient of a product has 0 times NaN.
+        # Rows of other experts may be NaN, and 0 * NaN is NaN in the gradient of the product.
         own = (valid & (expert == e))[:, None]
         own_rows = rows.masked_fill(~own, 0.0)
         result = F.linear(own_rows, weight[e], None if bias is None else bias[e])
@@ -74,9 +81,10 @@ def grouped_mlp_reference(
     w_gate: Tensor | None = None,
     activation: Activation = "gelu",
 ) -> Tensor:
-    """Compute :func:`grouped_mlp` from three :func:`grouped_linear_reference`.
+    """Compute :func:`grouped_mlp` with :func:`grouped_linear_reference`.
 
-    This is the specification: any floating dtype, any device, differentiable any number of times.
+    This is the specification. It supports any floating dtype, any device and derivatives of any
+    order.
     """
     hidden = grouped_linear_reference(x, routing, w_up, b_up)
     gate = None if w_gate is None else grouped_linear_reference(x, routing, w_gate)
@@ -85,7 +93,7 @@ def grouped_mlp_reference(
 
 
 def activated(hidden: Tensor, gate: Tensor | None, activation: Activation) -> Tensor:
-    """Apply the activation to the pre-activations."""
+    """Apply the activation to the pre-activations; ``gate`` is used by "swiglu" only."""
     if activation == "swiglu":
         assert gate is not None
         return F.silu(gate) * hidden
