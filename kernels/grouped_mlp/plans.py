@@ -14,8 +14,8 @@ import torch
 from ..tiles import tile_rows
 
 KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
-# Two programs for each of an H200's 132 multiprocessors. It is fixed, so that no result depends on
-# the GPU.
+# Two programs for each of an H200's 132 multiprocessors. The number is fixed, so that no result
+# depends on the GPU.
 PROGRAMS = 2 * 132
 
 

@@ -100,7 +100,7 @@ def pairs_kernel(
     row_ptr,  # (4, B)
     column_ptr,  # (4, C) or None
     ds_ptr,  # (rows, width)
-    moment_ptr,  # (grid) or None
+    moment_ptr,  # (row blocks, column tiles) or None
     B,
     C,
     row0,
@@ -165,7 +165,7 @@ def pairs_kernel(
 
 @triton.jit
 def apply_ds_kernel(
-    ds_ptr,  # (rows, width), or with the strides of its transpose
+    ds_ptr,  # (rows, width), possibly transposed by its strides
     y_ptr,  # (Y, D)
     gain_ptr,  # () or None
     low_ptr,  # (X,) or None

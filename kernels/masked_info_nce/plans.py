@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 MIB = 2**20
-# Two programs for each of an H200's 132 multiprocessors. It is fixed, so that no result depends on
-# the GPU.
+# Two programs for each of an H200's 132 multiprocessors. The number is fixed, so that no result
+# depends on the GPU.
 PROGRAMS = 264
 
 

@@ -232,7 +232,7 @@ def onepass_backward_kernel(
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
@@ -327,7 +327,7 @@ def dlogits_kernel(
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32

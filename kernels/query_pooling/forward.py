@@ -170,7 +170,7 @@ def _launch_two_reads(
 def moments_kernel(
     x_ptr,  # (B, N, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     N,
@@ -243,7 +243,7 @@ def onepass_forward_kernel(
     x_ptr,  # (B, N, D)
     q_ptr,  # (R, D) or (B, R, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     z_ptr,  # (B, R, D)
     sums_ptr,  # (B, R, 2) float32
     mean_ptr,  # (B, N) float32
@@ -315,7 +315,7 @@ def logits_kernel(
     x_ptr,  # (B, N, D)
     q_ptr,  # (R, D) or (B, R, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     s_ptr,  # (B, N, R) float32
     sums_ptr,  # (B, R, 2) float32
     mean_ptr,  # (B, N) float32
@@ -360,7 +360,7 @@ def pool_kernel(
     s_ptr,  # (B, N, R) float32
     sums_ptr,  # (B, R, 2) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     z_ptr,  # (B, R, D)

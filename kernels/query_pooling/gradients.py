@@ -20,7 +20,7 @@ def dx_kernel(
     rstd_ptr,  # (B, N) float32
     g_x_ptr,  # (B, blocks, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     dx_ptr,  # (B, N, D)
     N,
     W,
@@ -73,7 +73,7 @@ def dq_kernel(
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # (B,) or (B, 2)
+    span_ptr,  # lengths (B,) or spans (B, 2)
     dq_ptr,  # (P, R, D)
     B,
     N,

@@ -127,7 +127,7 @@ def logits_kernel(
     broken = broken | choices_outside(indices_ptr, n, keep, E, K)
     logits = tl.where((broken & keep)[:, None], float("nan"), logits)
     _, p, log_p, p_logits, lse = scores(logits, allowed, SIGMOID)
-    each = tl.load(coefficients_ptr + S * E)
+    per_token = tl.load(coefficients_ptr + S * E)
     gp = tl.zeros([BR, BE], tl.float32)
     du = tl.zeros([BR, BE], tl.float32)
     if d_balance_ptr is not None and BALANCE != "mse":
@@ -138,7 +138,7 @@ def logits_kernel(
         )
         gp += tl.load(d_balance_ptr) * c
     if d_entropy_ptr is not None:
-        gp -= tl.where(p > 0, tl.load(d_entropy_ptr) * each * (log_p + 1.0), 0.0)
+        gp -= tl.where(p > 0, tl.load(d_entropy_ptr) * per_token * (log_p + 1.0), 0.0)
     if d_weights_ptr is not None or (d_balance_ptr is not None and BALANCE == "mse"):
         mean = tl.zeros([BR], tl.float32)
         rest = tl.zeros([BR], tl.float32)
@@ -200,7 +200,7 @@ def logits_kernel(
     if SIGMOID:
         d *= tl.sigmoid(-logits)
     if d_z_ptr is not None:
-        d += (tl.load(d_z_ptr) * each * 2.0) * lse[:, None] * p_logits
+        d += (tl.load(d_z_ptr) * per_token * 2.0) * lse[:, None] * p_logits
     if seed_ptr is not None:
         d *= factor
     d = tl.where(keep[:, None] & allowed, d, 0.0)

@@ -376,8 +376,8 @@ def _losses(
     balance = tl.full((), 0.0, tl.float64)
     for s in range(S):
         number = tl.load(totals_ptr + E + 1 + s)
-        each_segment = tl.maximum(segments, 1).to(tl.float64)
-        share_of = 1.0 / (tl.maximum(number, 1).to(tl.float64) * each_segment)
+        nonempty = tl.maximum(segments, 1).to(tl.float64)
+        share = 1.0 / (tl.maximum(number, 1).to(tl.float64) * nonempty)
         times = tl.load(totals_ptr + SEGMENTS_AT + s * E + experts, mask=exists, other=0)
         tl.store(counts_ptr + s * E + experts, times.to(tl.int64), mask=exists)
         usable = exists
@@ -397,9 +397,9 @@ def _losses(
             slope = size * times.to(tl.float64) / (K * tl.maximum(number, 1).to(tl.float64))
             loss = tl.sum(slope * mean, 0)
         balance += loss
-        tl.store(coefficients_ptr + s * E + experts, (slope * share_of).to(tl.float32), mask=exists)
-    each = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
+        tl.store(coefficients_ptr + s * E + experts, (slope * share).to(tl.float32), mask=exists)
+    per_token = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
     tl.store(losses_ptr, (balance / tl.maximum(segments, 1).to(tl.float64)).to(tl.float32))
-    tl.store(losses_ptr + 1, (tl.load(sums_ptr + S * E) * each).to(tl.float32))
-    tl.store(losses_ptr + 2, (tl.load(sums_ptr + S * E + 1) * each).to(tl.float32))
-    tl.store(coefficients_ptr + S * E, tl.where(tokens > 0, each, 0.0).to(tl.float32))
+    tl.store(losses_ptr + 1, (tl.load(sums_ptr + S * E) * per_token).to(tl.float32))
+    tl.store(losses_ptr + 2, (tl.load(sums_ptr + S * E + 1) * per_token).to(tl.float32))
+    tl.store(coefficients_ptr + S * E, tl.where(tokens > 0, per_token, 0.0).to(tl.float32))
