@@ -1,4 +1,8 @@
-"""The Triton kernels of masked InfoNCE and their launchers."""
+"""The Triton kernels of masked InfoNCE and their launchers.
+
+Shapes: B queries, C candidates, D columns, S splits of a sum. Kernels that run for both sides call
+the sides x and y; X and Y are their numbers of rows.
+"""
 
 from .forward import sweep
 from .gradients import sweep_backward
