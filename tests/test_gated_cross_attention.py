@@ -462,11 +462,13 @@ BAD = {
     "x: got dtype torch.int64": lambda: call(x=torch.zeros(B, N, D).long()),
     "context: got dtype torch.float32": lambda: call(context=torch.zeros(B, M, D)),
     "weights: got a tuple, expected CrossAttentionWeights": lambda: call(weights=(1,)),
-    "context: got width 7, expected 12, as weights.w_k has columns": lambda: call(
+    "context: got width 7, expected 12, the number of columns of weights.w_k": lambda: call(
         context=randn(B, M, 7)
     ),
-    "x: got width 10, expected 12, as weights.w_q has columns": lambda: call(x=randn(B, N, 10)),
-    "a: got width 10, expected 12, as to_a.w_q has columns": lambda: module()(
+    "x: got width 10, expected 12, the number of columns of weights.w_q": lambda: call(
+        x=randn(B, N, 10)
+    ),
+    "a: got width 10, expected 12, the number of columns of to_a.w_q": lambda: module()(
         randn(B, N, 10), randn(B, M, D)
     ),
     "weights.w_g: got shape (12, 25) with gate 'channel', expected (12, 24)": lambda: call(
@@ -494,7 +496,7 @@ BAD = {
     "dropout_seed: got dtype torch.float32": lambda: call(
         dropout_p=0.1, dropout_seed=torch.tensor(1.0)
     ),
-    "b: got width 7, expected 12, as to_a.w_k has columns": lambda: module()(
+    "b: got width 7, expected 12, the number of columns of to_a.w_k": lambda: module()(
         randn(B, N, D), randn(B, M, 7)
     ),
 }

@@ -1,4 +1,4 @@
-"""Gated cross-attention: modalities attend to each other, and a gate blends in the result."""
+"""Gated cross-attention: modalities attend to each other, and a gate blends tokens and result."""
 
 from .functional import bidirectional_gated_cross_attention, gated_cross_attention
 from .modules import BidirectionalGatedCrossAttention, GatedCrossAttention, TokenGate, pack_passes

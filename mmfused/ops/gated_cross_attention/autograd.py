@@ -1,4 +1,4 @@
-"""Gated cross-attention: the registered operators, and the autograd function of the kernels."""
+"""Gated cross-attention: registered operators, and the autograd function around the kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernel_arguments(
         options.dropout_p,
     )
     flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
-    if torch.compiler.is_compiling():  # `none` repeats, and both directions may share weights
+    if torch.compiler.is_compiling():  # `none` and shared weights occur several times
         flat = distinct(*flat)
     return constants, len(directions), *flat
 
@@ -50,7 +50,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -> list[Tensor]:
-    """Return the indicator e (B,) of each direction's context, or empty tensors."""
+    """Return the indicator (B,) of each direction's context, or empty tensors without indicator."""
     like = sides[0].tokens.new_empty(0, dtype=torch.float32)
     if not options.indicator:
         return [like] * directions
@@ -60,11 +60,10 @@ def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -
 
 
 class CrossAttention(torch.autograd.Function):
-    """Compute x', or a' and b', with the kernels.
+    """Compute the outputs of one direction or both with the kernels.
 
-    Saves tokens, projections, and the attention's output before and after W_o and dropout.
-
-    Probabilities and gates are recomputed.
+    Saves tokens, projections, and the attention's output before and after W_o and dropout. The
+    backward pass recomputes probabilities and gates. Symbols are those of reference.py.
     """
 
     @staticmethod
@@ -83,7 +82,7 @@ class CrossAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *d_outs: Tensor) -> tuple[Any, ...]:
         """Run the backward kernels."""
-        tensors = ctx.saved_tensors  # read once: a checkpoint allows no more
+        tensors = ctx.saved_tensors  # read only once, as checkpointing requires
         flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
         lists, seed = _split(flat, ctx.directions), flat[-1]
         gradients = gated_cross_attention_bwd(
@@ -97,15 +96,15 @@ class CrossAttention(torch.autograd.Function):
 
 
 def _split(flat, directions):
-    """Split into tokens (2), norms (4), ignores (2), absents (2), weights and flags."""
+    """Split ``flat`` into tokens (2), norms (4), ignores (2), absents (2), weights and flags."""
     ends = [2, 6, 8, 10, 10 + FIELDS * directions, 10 + (FIELDS + 1) * directions]
     return [list(flat[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 # ---- operators -----------------------------------------------------------------------------------
 
-# Schemas have no optional tensors in lists: an empty tensor stands for None. Of two directions, the
-# first side's queries belong to the first. `weights` holds FIELDS tensors of each direction.
+# In the lists an empty tensor stands for None. The first direction has the queries of the first
+# side, the second direction those of the second. `weights` holds FIELDS tensors per direction.
 _LISTS = (
     "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] absents, Tensor[] weights,"
     " Tensor[] flags"
@@ -117,9 +116,9 @@ _OPTIONS = (
 
 
 def _widths(directions: int, dim: int) -> tuple[int, int]:
-    """Return the width of each side's projections.
+    """Return the width of the projections of each side.
 
-    Queries for the first side, keys and values for the second; with two directions all three.
+    One direction: queries of side 0, keys and values of side 1. Two: all three of both sides.
     """
     return (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
 
@@ -201,7 +200,7 @@ def _backward_flops(
     *rest,
     out_shape,
 ):
-    """Count each product twice, and the scores and the gate once more."""
+    """Count each product twice, and the recomputed attention logits and gates once more."""
     project, attend, output, gates = _products(tokens, weights, gate)
     return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
 

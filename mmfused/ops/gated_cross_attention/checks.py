@@ -26,7 +26,7 @@ def check(
     directions: Sequence[CrossAttentionWeights],
     options: CrossAttentionOptions,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for arguments that no backend takes."""
+    """Raise ``TypeError`` or ``ValueError`` for arguments that no backend accepts."""
     check_options(
         op,
         options.gate,
@@ -64,7 +64,7 @@ def check_options(
     pre_norm: bool,
     **dropout: float,
 ) -> None:
-    """Check the options that are no tensors; ``dropout`` is one number by its public name."""
+    """Check the options that are not tensors; ``dropout`` is the rate under its public name."""
     for option, value, choices in (
         ("gate", gate, GATES),
         ("missing", missing, MISSING),
@@ -103,7 +103,7 @@ def _floats(
     given: Sequence[SideInput],
     weights: dict[str, CrossAttentionWeights],
 ) -> dict[str, Any]:
-    """Return the tokens, weights and norms by name, without children that must be called."""
+    """Return the tokens, weights and norms by name, except modules that must be called."""
     floats: dict[str, Any] = dict(zip(names, (side.tokens for side in given), strict=True))
     for name, w in weights.items():
         for field, part in w._asdict().items():
@@ -167,7 +167,7 @@ def _check_tokens(
         if isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] != width:
             raise ValueError(
                 f"{op}: {name}: got width {width}, expected {w.shape[1]}, "
-                f"as {first}.{field} has columns"
+                f"the number of columns of {first}.{field}"
             )
 
 
@@ -226,4 +226,4 @@ def _check_norm(op: str, name: str, side: SideInput, needed: bool) -> None:
         return
     if any(part.shape != (dim,) for part in norm):
         shapes = [tuple(part.shape) for part in norm]
-        raise ValueError(f"{op}: {name}: got shapes {shapes}, expected twice ({dim},)")
+        raise ValueError(f"{op}: {name}: got shapes {shapes}, expected [({dim},), ({dim},)]")

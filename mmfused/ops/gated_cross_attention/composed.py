@@ -1,4 +1,4 @@
-"""Gated cross-attention in plain PyTorch with fewer products than the reference."""
+"""Gated cross-attention in plain PyTorch, with fewer matrix products than the reference."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def attend_composed(
     normed: Normed,
     stream: int = 0,
 ) -> Tensor:
-    """Compute one direction: x' (B, N, D).
+    """Compute the output x' (B, N, D) of one direction; symbols are those of reference.py.
 
-    Differs from the reference in one product for keys and values, torch's attention, and no
-    concatenation for the gate. ``normed``: see :func:`shared_norms`.
+    Unlike the reference, this computes keys and values in one product, uses torch's attention, and
+    does not concatenate the inputs of the gate. ``normed``: see :func:`shared_norms`.
     """
     dropout_p, seed = options.dropout_p, options.dropout_seed
     keys, ignore = read_keys(context, options.missing, collapse=dropout_p == 0)
@@ -61,15 +61,15 @@ def attend_composed(
             out = layer_norm(out, x.norm, options.norm_eps)
     else:
         g = _gate_logits(tokens, attended, context, w, options).sigmoid()
-        # lerp saves its inputs for backward, which other operations save anyway.
+        # For backward, lerp saves only tensors that other operations save too.
         out = torch.lerp(tokens, attended, g)
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
 
 def shared_norms(options: CrossAttentionOptions) -> Normed:
-    """Return the LayerNorm of a side's tokens, computed once where both directions need the same.
+    """Return a function that normalises the tokens of a side, and computes equal calls only once.
 
-    Without ``pre_norm`` it returns the tokens.
+    Without ``pre_norm`` the function returns the tokens unchanged.
     """
     known: list[tuple[Tensor, Side, Tensor]] = []
 
@@ -87,10 +87,10 @@ def shared_norms(options: CrossAttentionOptions) -> Normed:
 
 
 def samples_to_compute(sides: list[Side], options: CrossAttentionOptions) -> Tensor | None:
-    """Return the indices of samples that "skip" does not skip, or None to compute all.
+    """Return the indices of the samples that "skip" does not skip, or None to compute all samples.
 
-    Only on a CPU, where the indices need no synchronisation, and without dropout, whose mask
-    depends on a sample's place in the batch.
+    Samples are skipped only on a CPU, where the indices need no synchronisation. With dropout all
+    samples are computed, since a dropout mask depends on the position of a sample in the batch.
     """
     absents = [side.absent for side in sides if side.absent is not None]
     if options.missing != "skip" or options.dropout_p or not absents:
@@ -102,7 +102,7 @@ def samples_to_compute(sides: list[Side], options: CrossAttentionOptions) -> Ten
 
 
 def _keys_and_values(keys: Tensor, w: CrossAttentionWeights) -> tuple[Tensor, Tensor]:
-    """Project to keys and values in one product, unless a child must be called."""
+    """Compute keys and values in one product, unless a projection module must be called."""
     if isinstance(w.w_k, Called) or isinstance(w.w_v, Called):
         return linear(keys, w.w_k, w.b_k), linear(keys, w.w_v, w.b_v)
     b_k = w.w_k.new_zeros(len(w.w_k)) if w.b_k is None else w.b_k
@@ -119,7 +119,7 @@ def _gate_logits(
     w: CrossAttentionWeights,
     options: CrossAttentionOptions,
 ) -> Tensor:
-    """Return ``x W_gx^T + A W_ga^T + e w_e + b_g``."""
+    """Return the logits of the gate, ``x W_gx^T + A W_ga^T + e w_e^T + b_g``."""
     assert w.w_g is not None
     if isinstance(w.w_g, Called):
         return gate_logits(x, attended, context, w, options.indicator)
@@ -144,8 +144,8 @@ def _attention(
     if dropout_p == 0:
         if ignore is None:
             return attention(q, k, v)
-        # Not every backend of torch's attention gives 0 and zero gradients for a fully masked row:
-        # such rows attend to everything and are set to 0 afterwards.
+        # Some backends of torch's attention do not give output 0 and gradient 0 for a fully masked
+        # row. Here such a row attends to everything; the caller sets its output to 0 afterwards.
         allowed = ~(ignore & ~ignore.all(1, keepdim=True))[:, None, None]
         return attention(q, k, v, allowed)
     assert seed is not None

@@ -1,4 +1,4 @@
-"""The public functions of gated cross-attention; reference.py has the maths."""
+"""The public functions of gated cross-attention; the equations are in reference.py."""
 
 from __future__ import annotations
 
@@ -47,37 +47,40 @@ def gated_cross_attention(
     context_lengths: Tensor | None = None,
     context_present: Tensor | None = None,
 ) -> Tensor:
-    """Let x (B, N, D) attend to context (B, M, Dc), and blend in the result by a gate.
+    """Let x (B, N, D) attend to context (B, M, Dc), and blend x and the result with a gate.
+
+    The output is ``g * A + (1 - g) * x`` with the gate g and the output A of the attention. The
+    equations are in :mod:`mmfused.ops.gated_cross_attention.reference`.
 
     Args:
         x, context: tokens, in the same dtype.
         weights: a :class:`CrossAttentionWeights`.
-        num_heads: divides D.
-        norm_x, norm_context: weight and bias of a LayerNorm over the tokens. With ``pre_norm``
-            both; without it norm_x alone, which normalises the sum: ``norm_x(x + A)``.
-        gate: "channel", w_g (D, 2D + 1); "token", w_g (1, 2D + 1), one gate per token; "none", the
-            result is ``x + A``. ``pre_norm=False`` needs "none".
-        indicator: True gives the gate a column of w_g for whether the context is present; "batch"
-            one flag for the whole batch, 1 if any sample has a context (UniECS's released code);
-            False nothing, and w_g has 2D columns.
-        missing: the result for a sample whose context is absent or fully masked. "skip": x
-            unchanged, without any work; the context may be NaN. "zero": A = 0, and the gate acts.
-            "attend": attend to the tokens as they are. "constant": the same, where the caller knows
-            that they all equal the first unmasked one; without dropout only that one is attended
-            to.
-        pre_norm: normalise before the projections.
-        norm_eps: of the LayerNorms.
-        dropout_p: dropout of the probabilities and of A, in [0, 1).
-        dropout_seed: () int64 tensor, default drawn from the device's generator. A seed gives the
-            same masks on every backend (``mmfused.testing.dropout_mask``).
+        num_heads: number of heads, a divisor of D.
+        norm_x, norm_context: weight and bias of a LayerNorm over the tokens. ``pre_norm`` needs
+            both. ``pre_norm=False`` needs norm_x only, for the output ``norm_x(x + A)``.
+        gate: "channel": one gate per channel, w_g (D, 2D + 1). "token": one gate per token, w_g
+            (1, 2D + 1). "none": no gate, the output is ``x + A``. ``pre_norm=False`` needs "none".
+        indicator: whether the gate gets a flag for the presence of the context, which has the last
+            column of w_g. "batch": all samples get the same flag, 1 if any sample has a context
+            (UniECS's released code). False: no flag, and w_g has 2D columns.
+        missing: what to do if the context of a sample is absent or fully masked. "skip": return x
+            unchanged without computing anything; the context may be NaN. "zero": use A = 0 and
+            apply the gate. "attend": attend to the tokens as they are. "constant": like "attend",
+            if the tokens of an absent context are all equal; without dropout, only the first
+            unmasked token is attended to.
+        pre_norm: whether to normalise before the projections.
+        norm_eps: epsilon of the LayerNorms.
+        dropout_p: dropout rate of the attention probabilities and of A, in [0, 1).
+        dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
+            the same dropout masks on every backend (``mmfused.testing.dropout_mask``).
         context_key_padding_mask: (B, M) bool, True = ignore. Ignored tokens may be NaN.
         context_lengths: (B,) int, the number of tokens to keep, instead of the mask.
         context_present: (B,) bool, default all True.
 
-    Returns: x' (B, N, D).
+    Returns: the output (B, N, D).
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` where
-    ``backend("fused")`` cannot run; always before a kernel is launched.
+    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` if ``backend("fused")``
+    cannot run; all of them before any kernel is launched.
 
     Source: UniECS (arXiv 2508.13843), its released EnhancedCrossModalAttention; UniCA (arXiv
     2606.28350) with ``pre_norm=False``.
@@ -134,12 +137,13 @@ def bidirectional_gated_cross_attention(
 ) -> tuple[Tensor, Tensor]:
     """Let a (B, N, D) attend to b (B, M, D) with ``to_a``, and b to a with ``to_b``.
 
-    Equal to two calls of :func:`gated_cross_attention` on the same a and b, in the same launches.
-    The options are the same. ``norm_a`` and ``norm_b`` serve both directions. A token that its own
-    side's mask ignores comes back unchanged, and with ``missing="skip"`` so do both sides of a
-    sample where either is absent.
+    The outputs equal those of two calls of :func:`gated_cross_attention` with the given a and b,
+    and the options are the same. The kernels compute both directions in the same launches. Each
+    norm applies to its side in both directions. Tokens that the mask of their own side ignores are
+    returned unchanged. With ``missing="skip"``, both sides of a sample are returned unchanged if
+    one side is absent.
 
-    Returns: (a', b').
+    Returns: the outputs for a (B, N, D) and b (B, M, D).
     """
     options = CrossAttentionOptions(
         num_heads=num_heads,
@@ -171,7 +175,7 @@ def bidirectional_gated_cross_attention(
 
 
 class _Problem(NamedTuple):
-    """What to compute: one direction, or both."""
+    """The two sides, the weights of one direction or both, and the options."""
 
     sides: list[Side]
     directions: list[CrossAttentionWeights]
@@ -179,11 +183,11 @@ class _Problem(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The checked arguments of a call, and the backend that computes it."""
+    """The checked arguments of a call, and the backend to use."""
 
     problem: _Problem
     backend: Literal["reference", "composed", "fused"]
-    uncast: list[Tensor]  # the tokens of both sides, as given
+    uncast: list[Tensor]  # the tokens of both sides, before autocast
     lengths: list[Tensor | None]
 
 
@@ -194,9 +198,9 @@ def _checked(
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
 ) -> _Call:
-    """Cast, check and pick a backend."""
+    """Cast and check the arguments, and pick a backend."""
     uncast = [side.tokens for side in inputs]
-    # Before the checks, because under autocast the arguments may have several dtypes.
+    # Cast before the checks, because under autocast the arguments may have several dtypes.
     given = [_autocast(side) for side in inputs]
     directions = [_autocast_parts(w) for w in directions]
     check(op, names, given, directions, options)
@@ -227,7 +231,7 @@ def _nan_for_wrong_lengths(outs: Iterable[Tensor], call: _Call) -> list[Tensor]:
 
 
 def _attend_in_pytorch(call: _Call) -> list[Tensor]:
-    """Compute each direction; children that must be called get the whole batch."""
+    """Compute each direction without kernels; modules that must be called get the whole batch."""
     sides, directions, options = call.problem
     if options.pre_norm:
         sides = _call_norms(sides, call.uncast, len(directions), options)
@@ -249,7 +253,7 @@ def _each(
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
 ) -> list[Tensor]:
-    """Compute one direction after the other."""
+    """Call ``attend`` for each direction."""
     pairs = ((sides[0], sides[1]), (sides[1], sides[0]))
     return [
         attend(x, context, w, options, stream=stream)
@@ -268,8 +272,8 @@ def _call_norms(
     directions: int,
     options: CrossAttentionOptions,
 ) -> list[Side]:
-    """Call the norms that must be called, once, on the tokens before autocast rounds them."""
-    # With "zero" and two directions, the tokens of an absent side still are queries.
+    """Call each norm that must be called, once, on the tokens before autocast rounds them."""
+    # With "zero" and two directions, the tokens of an absent side are still used as queries.
     hide_absent = options.missing == "skip" or (options.missing == "zero" and directions == 1)
     out = []
     for side, tokens in zip(sides, uncast, strict=True):
@@ -294,7 +298,7 @@ def _autocast(side: SideInput) -> SideInput:
 
 
 def _autocast_parts(parts: Any) -> Any:
-    """Cast a norm or the weights of a direction; anything else is for the checks to refuse."""
+    """Cast a norm or the weights of a direction; return other objects, which the checks reject."""
     if not isinstance(parts, tuple | list):
         return parts
     cast = to_autocast(*parts)

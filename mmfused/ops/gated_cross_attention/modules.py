@@ -1,4 +1,4 @@
-"""The modules of gated cross-attention, and FLUID's gate between two sequences of equal length."""
+"""Modules for gated cross-attention, and FLUID's gate that blends two sequences of equal length."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class _Direction(nn.Module):
         """Return the weights for a call of the function.
 
         Args:
-            name: of this direction, for errors.
-            device_type: of the tokens, for autocast.
+            name: name of this direction in error messages.
+            device_type: device type of the tokens, for autocast.
         """
         weights, biases = [], []
         for part in ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"):
@@ -79,27 +79,24 @@ class _Direction(nn.Module):
 
 
 class GatedCrossAttention(_Direction):
-    """Let x attend to a context, and blend in the result by a gate.
+    """Let x attend to a context, and blend x and the result with a gate.
 
-    :func:`gated_cross_attention` with its parameters.
+    Holds the parameters of :func:`gated_cross_attention`: norm_x, norm_context (with pre_norm),
+    q_proj, k_proj, v_proj, out_proj and gate_proj. The input of gate_proj is x, then the output A
+    of the attention, then the indicator.
 
     Args:
         dim: width of x and of the output; a multiple of ``num_heads``.
-        num_heads: attention heads.
+        num_heads: number of attention heads.
         context_dim: width of the context, default ``dim``.
-        gate: "channel", "token" or "none".
-        indicator: whether the gate sees if the context is present: True, False or "batch".
-        missing: the result without a context: "skip", "zero", "attend" or "constant".
-        pre_norm: LayerNorms before the projections. False: one over ``x + A`` (UniCA), which needs
-            ``gate="none"``.
-        bias: biases of all projections.
-        dropout: of the probabilities and of A in training, in [0, 1).
-        norm_eps: of the LayerNorms.
+        gate, indicator, missing: as in :func:`gated_cross_attention`.
+        pre_norm: whether to normalise before the projections. False normalises the sum ``x + A``
+            instead (UniCA) and needs ``gate="none"``.
+        bias: whether the projections have biases.
+        dropout: dropout rate of the attention probabilities and of A in training, in [0, 1).
+        norm_eps: epsilon of the LayerNorms.
 
-    Parameters: norm_x, norm_context (with pre_norm), q_proj, k_proj, v_proj, out_proj, and
-    gate_proj, whose columns are for x, A and the indicator.
-
-    Raises ``ValueError`` or ``TypeError`` on bad arguments. Sources: see the function.
+    Raises ``ValueError`` or ``TypeError`` on bad arguments.
     """
 
     def __init__(
@@ -144,7 +141,7 @@ class GatedCrossAttention(_Direction):
         context_present: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """Return x' (B, N, dim).
+        """Return the output (B, N, dim).
 
         Args:
             x: (B, N, dim).
@@ -183,19 +180,17 @@ class GatedCrossAttention(_Direction):
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """Let a attend to b and b to a, in the same launches.
+    """Let a attend to b and b attend to a, in the same kernel launches.
 
-    :func:`bidirectional_gated_cross_attention` with its parameters.
+    Holds the parameters of :func:`bidirectional_gated_cross_attention`: norm_a, norm_b, and the
+    directions to_a and to_b, each with q_proj, k_proj, v_proj, out_proj and gate_proj.
 
     Args:
         dim: width of both sides; a multiple of ``num_heads``.
-        num_heads: attention heads.
-        share_weights: one set of projections for both directions (LXMERT).
+        num_heads: number of attention heads.
+        share_weights: whether both directions share their projections (LXMERT).
         gate, indicator, missing, pre_norm, bias, dropout, norm_eps: as in
             :class:`GatedCrossAttention`.
-
-    Parameters: norm_a, norm_b, and to_a and to_b, each with q_proj, k_proj, v_proj, out_proj and
-    gate_proj.
     """
 
     def __init__(
@@ -248,7 +243,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
         b_present: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return a' (B, N, dim) and b' (B, M, dim).
+        """Return the outputs for a (B, N, dim) and b (B, M, dim).
 
         Args:
             a, b: (B, N, dim) and (B, M, dim).
@@ -280,7 +275,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
     def _weights(
         self, direction: Literal["to_a", "to_b"], device_type: str
     ) -> CrossAttentionWeights:
-        # By calling the direction, so that hooks on it run.
+        # Call the direction as a module, so that its hooks run.
         child = getattr(self, direction)
         name = f"BidirectionalGatedCrossAttention.{direction}"
         if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
@@ -303,7 +298,7 @@ class TokenGate(nn.Module):
     Args:
         dim: width of the tokens.
         hidden: widths of the hidden layers, default ``(dim,)``.
-        dropout: after each hidden layer, in training.
+        dropout: dropout rate after each hidden layer in training.
 
     Source: FLUID (arXiv 2508.07264), section 4.4.
     """
@@ -326,7 +321,7 @@ class TokenGate(nn.Module):
         reset_children(self)
 
     def share(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return s (B, l), the share of a."""
+        """Return s (B, l), the weight of a."""
         if a.shape != b.shape:
             raise ValueError(
                 f"TokenGate: b: got shape {tuple(b.shape)}, expected {tuple(a.shape)}, as a has"
@@ -334,7 +329,7 @@ class TokenGate(nn.Module):
         return self.mlp(torch.cat((a, b), -1)).sigmoid().squeeze(-1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Blend a and b (B, l, dim)."""
+        """Return the blend of a and b, each (B, l, dim)."""
         s = self.share(a, b)[..., None]
         return s * a + (1 - s) * b
 
@@ -346,13 +341,14 @@ def pack_passes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pack several passes over the same pairs into one batch.
 
-    A pass "a" lacks b, a pass "b" lacks a; the missing side is zeros. UniECS encodes every item as
-    "both", "a" and "b". Give the packed batch to a :class:`BidirectionalGatedCrossAttention` and
-    split its outputs with ``chunk(len(passes))``: they equal those of one call per pass.
+    In a pass "a" the side b is absent, in a pass "b" the side a; the absent side is zeros. UniECS
+    encodes every item in the passes "both", "a" and "b". Call a
+    :class:`BidirectionalGatedCrossAttention` on the packed batch, and split its outputs with
+    ``chunk(len(passes))`` to get the outputs of each pass.
 
     Args:
         a, b: (B, N, dim) and (B, M, dim).
-        passes: some of "both", "a" and "b".
+        passes: a sequence of "both", "a" and "b".
 
     Returns: a, b, a_present and b_present, each with ``len(passes) * B`` samples.
     """
@@ -369,7 +365,7 @@ def pack_passes(
 
 
 def _device_type(x: object) -> str:
-    return x.device.type if isinstance(x, Tensor) else "cpu"  # the function refuses other objects
+    return x.device.type if isinstance(x, Tensor) else "cpu"  # the function rejects other objects
 
 
 def _repr(options: ModuleOptions, dropout: float) -> str:

@@ -1,21 +1,27 @@
-"""Gated cross-attention: one modality attends to another, and a gate blends in the result.
+"""Gated cross-attention: one modality attends to another, and a gate blends tokens and result.
 
-    A = Drop(MHA(q = LN_x(x), k = v = LN_c(context)) W_o^T + b_o)
-    g = sigmoid([x ; A ; e] W_g^T + b_g)
-    out = g * A + (1 - g) * x
+    A  = Drop(MHA(q = LN_x(x), k = v = LN_c(context)) W_o^T + b_o)
+    g  = sigmoid([x ; A ; e] W_g^T + b_g)
+    x' = g * A + (1 - g) * x
 
-x is not normalised in the last two equations. e, the indicator, is 1 where the context is present,
-else 0. There is a gate for each channel or for each token. Dropout also acts on the attention
-probabilities. UniECS uses this block (arXiv 2508.13843); UniCA uses it without the gate, with one
-norm after the sum (arXiv 2606.28350).
+x are the tokens of a modality, A is what they gather from the context, g is the gate and x' the
+output. MHA is multi-head attention with projections of q, k and v; W_o and b_o project its output.
+The indicator e is 1 if the context is present, else 0, and [ ; ] concatenates. The gate has one
+number for each channel or for each token. The equations for g and x' use x without normalisation.
+Dropout also acts on the attention probabilities. UniECS uses this block (arXiv 2508.13843). UniCA
+uses it without a gate and normalises the sum: x' = LN_x(x + A) (arXiv 2606.28350).
 
-The kernels run both directions of a pair in the same launches: a attends to b, b attends to a, both
-unchanged. They normalise tokens as they load them for the projections (one product per modality:
-queries of its own direction, keys and values of the other), attend only where there is a context,
-and end with output projection, dropout, gate and blend in one kernel. [x ; A ; e] is never formed:
-[x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e.
+In the bidirectional form, a attends to b, and b attends to a as it was given. The kernels compute
+both directions in the same launches. They normalise tokens while they load them for the
+projections. One product per modality computes the queries of its own direction and the keys and
+values of the other direction. The attention skips samples without a context. The last kernel
+computes output projection, dropout, gate and blend. No kernel concatenates x, A and e: with W_gx,
+W_ga and w_e the columns of W_g for x, A and e,
 
-FLOPs per sample, both directions: 12 (N_a + N_b) D^2 + 8 N_a N_b D forward, twice that backward.
+    [x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e^T
+
+FLOPs per sample for both directions, with N_a and N_b tokens of width D and a gate per channel:
+12 (N_a + N_b) D^2 + 8 N_a N_b D forward, and twice that backward.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ Norm = Sequence[Tensor]  # weight and bias
 
 
 class CrossAttentionWeights(NamedTuple):
-    """The parameters of one direction, laid out as in ``nn.Linear``; every bias may be None."""
+    """Weights and biases of one direction, with the shapes of ``nn.Linear``; biases may be None."""
 
     w_q: Tensor | Called  # (D, D), for x
     w_k: Tensor | Called  # (D, Dc), for the context
@@ -54,7 +60,7 @@ class CrossAttentionWeights(NamedTuple):
 
 
 class SideInput(NamedTuple):
-    """What a caller passes for one modality."""
+    """The arguments for one modality."""
 
     tokens: Tensor  # (B, N, D)
     norm: Norm | Called | None = None
@@ -64,16 +70,16 @@ class SideInput(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One modality, with its masks combined."""
+    """One modality with combined masks."""
 
     tokens: Tensor  # (B, N, D)
     norm: Norm | Called | None
-    ignore: Tensor | None  # (B, N): tokens that are not attended to
-    absent: Tensor | None  # (B,): not present, or fully masked; None: all are present
-    normed: Tensor | None = None  # (B, N, D), where the norm had to be called
+    ignore: Tensor | None  # (B, N) bool: tokens that are not attended to
+    absent: Tensor | None  # (B,) bool: samples not present or fully masked; None if all are present
+    normed: Tensor | None = None  # (B, N, D): normalised tokens, if ``norm`` had to be called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
-        """Normalise ``tokens``, the side's own with masked ones replaced."""
+        """Normalise ``tokens``, which are the tokens of this side with masked tokens replaced."""
         if self.normed is not None:
             return self.normed
         assert self.norm is not None
@@ -82,7 +88,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class CrossAttentionOptions:
-    """The options of :func:`gated_cross_attention`, which documents them."""
+    """The options of :func:`gated_cross_attention`; see there."""
 
     num_heads: int
     gate: Gate = "channel"
@@ -157,7 +163,7 @@ def bidirectional_gated_cross_attention_reference(
     b_lengths: Tensor | None = None,
     b_present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`bidirectional_gated_cross_attention` as two calls of one direction."""
+    """Compute :func:`bidirectional_gated_cross_attention`, one direction after the other."""
     options = CrossAttentionOptions(
         num_heads=num_heads,
         gate=gate,
@@ -181,7 +187,7 @@ def _seed(dropout_p: float, dropout_seed: Tensor | None, like: Tensor) -> Tensor
 
 
 def side_of(given: SideInput) -> Side:
-    """Combine mask and lengths, and present flags with fully masked samples."""
+    """Derive ``ignore`` from mask and lengths, and ``absent`` from ``ignore`` and ``present``."""
     tokens, norm, mask, lengths, present = given
     ignore = padding_mask(tokens, mask, lengths)
     absents = [] if present is None else [~present]
@@ -202,9 +208,10 @@ def attend_reference(
     options: CrossAttentionOptions,
     stream: int = 0,
 ) -> Tensor:
-    """Compute one direction: x' (B, N, D).
+    """Compute the output x' (B, N, D) of one direction.
 
-    ``stream``: 0 or 1, so that both directions of one seed drop different elements.
+    ``stream``: number of the direction, 0 or 1. It gives the two directions different dropout masks
+    from one seed.
     """
     num_heads, dropout_p, seed = options.num_heads, options.dropout_p, options.dropout_seed
     keys, ignore = read_keys(context, options.missing, collapse=dropout_p == 0)
@@ -229,7 +236,7 @@ def attend_reference(
         probs = probs * keep_mask(seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
     attended = (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     attended = linear(attended, w.w_o, w.b_o)
-    if ignore is not None:  # a fully masked context gives 0, without the bias
+    if ignore is not None:  # a fully masked context gives A = 0, without b_o
         attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if seed is not None and dropout_p:
         kept = keep_mask(seed, attended.shape, dropout_p, 2 * stream + 1)
@@ -254,7 +261,7 @@ def gate_logits(
     w: CrossAttentionWeights,
     indicator: Indicator,
 ) -> Tensor:
-    """Return ``[x ; A ; e] W_g^T + b_g``."""
+    """Return the logits of the gate, ``[x ; A ; e] W_g^T + b_g``."""
     assert w.w_g is not None
     parts = [x, attended]
     if indicator:
@@ -264,9 +271,9 @@ def gate_logits(
 
 
 def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) -> Tensor:
-    """Return e (B,) in the dtype of ``like``: 1 where the context is present.
+    """Return the indicator e (B,) in the dtype of ``like``: 1 if the context is present, else 0.
 
-    With "batch" it is 1 for all samples if any has a context.
+    With "batch", e is 1 for all samples if any sample has a context.
     """
     if context.absent is None:
         return like.new_ones(batch)
@@ -277,9 +284,10 @@ def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) 
 
 
 def unchanged_tokens(x: Side, context: Side, missing: Missing) -> Tensor | None:
-    """Return the tokens (B, N) that come back unchanged, or None for none.
+    """Return a mask (B, N) of the tokens whose output equals their input, or None.
 
-    Those that their own mask ignores, and with "skip" all of a sample that lacks either side.
+    The mask covers ignored tokens of x and, with "skip", all tokens of samples without x or
+    context.
     """
     batch, length = x.tokens.shape[:2]
     masks = [] if x.ignore is None else [x.ignore]
@@ -297,10 +305,10 @@ def read_keys(
     missing: Missing,
     collapse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the context's tokens and which of them (B, M) are not attended to, None for none.
+    """Return the context's tokens, and a mask (B, M) of the tokens not attended to, or None.
 
-    Those tokens are set to 0, since they may be NaN. ``collapse``: with "constant", attend to one
-    token of an absent sample.
+    Tokens not attended to are set to 0, since they may be NaN. ``collapse``: whether "constant"
+    attends to only one token of an absent sample.
     """
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore
@@ -313,7 +321,7 @@ def read_keys(
         if missing in ("skip", "zero"):
             ignore = ignore | absent
         if missing == "constant" and collapse:
-            # All tokens of an absent sample are equal: the first one stands for all.
+            # All tokens of an absent sample are equal, so the first unmasked token is enough.
             first = (~ignore).to(torch.int32).cumsum(1) == 1
             ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
