@@ -197,7 +197,7 @@ def create_vit(name: str, **options: Any) -> Any:
 
 
 def picture_size(dim: int, options: Options) -> int:
-    """Return the side in pixels of the pictures that the encoder of :func:`build_vit` takes."""
+    """Return the side in pixels of the pictures that the encoder of :func:`build_vit` reads."""
     if "name" in options and "img_size" not in options:
         with on_meta():
             vit: Any = build_vit(dim, "patch", options)
@@ -256,8 +256,8 @@ def build_text(dim: int, options: Options) -> nn.Module:
     model_type = options.pop("model_type", "bert")
     with refusing(f"text: got options that cannot build a {model_type!r} of width {dim}"):
         config = transformers.AutoConfig.for_model(model_type, hidden_size=dim, **options)
-        kind, pooler = text_class(config)
-        return kind(config, **pooler)
+        model_class, no_pooler = text_class(config)
+        return model_class(config, **no_pooler)
 
 
 def text_class(config: Any) -> tuple[Any, dict[str, bool]]:

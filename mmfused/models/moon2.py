@@ -9,13 +9,14 @@
     L = sum_m omega_m L_m + rho L_aux + varsigma L_sparsity
     omega_m = mean over b in B_m of sum_z p_zm G~_zb, p = softmax over m of W* (Z, M)
     L_sparsity = mean over z of the entropy of p_z
-    weight of a triplet in L_inter = 1 if phi >= 0.6, else phi
+    weight of a triplet in L_inter = 1 if phi >= delta, else phi
     phi = sigmoid(kappa (q.p - q.n - D))
 
-A triplet is a query q, its positive p and its hard negative n. N_q are the negatives of q, B_m the
-samples of objective m, f_z the Z experts that replace the layers' FFN. The view theta is t (text),
-i (image) or mm (both), and w is p or n: three L_inter and two L_intra are the M = 5 objectives.
-They are in moon2_losses.py. docs/models.md gives the source of each part.
+h is the input of a layer's FFN, which the router W_g and Z experts f_z replace. A triplet is a
+query q, its positive p and its hard negative n. N_q are the negatives of q, B_m the samples of
+objective m. The view theta is t (text), i (image) or mm (both), and w is p or n: the M = 5
+objectives are three L_inter and two L_intra. They are in moon2_losses.py. docs/models.md gives the
+source of each part.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class MOON2Config(HostedConfig):
     tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     num_experts: int = 8  # Z
-    # With 1, an expert's output is scaled by its probability, and at first differs from the FFN's.
+    # With 1, an expert's output is scaled by its probability, so it first differs from the FFN's.
     top_k: int = 2
     moe_every: int = 1  # n: every n-th layer has a mixture
     # Initial noise in the experts' weights, as a fraction of the weights' standard deviation.
@@ -76,8 +77,8 @@ class MOON2Config(HostedConfig):
     balance: Balance = "switch"  # L_aux, see topk_routing
     balance_weight: float = 0.01  # rho
     sparsity_weight: float = 0.01  # varsigma
-    temperature: float = 0.05  # eps, between products
-    intra_temperature: float = 0.07  # eps~, within a product
+    temperature: float = 0.05  # eps, in L_inter
+    intra_temperature: float = 0.07  # eps~, in L_intra
     own_negative_only: bool = False  # whether N_q is only the triplet's own n
     roll: bool = False  # whether L_intra's only negative is the previous product's text
     # Whether omega passes no gradient to the routers, which then cannot learn to favour the experts
@@ -120,12 +121,12 @@ class MOON2Config(HostedConfig):
 
 
 class Experts(TopKMoE):
-    """The mixture that replaces the FFN of a host's layer; its experts are copies of the FFN.
+    """The mixture that replaces the FFN of a host's layer; its experts start as copies of it.
 
     A state_dict of the FFN can be loaded into the mixture. The layer calls its FFN with hidden
     states only, so the padding mask and the list of reports are passed as keyword arguments of the
     layer. A pre-hook of the attention, which runs before the FFN, stores them here, and `forward`
-    removes them. Gradient checkpointing recomputes the hook as well.
+    removes them. Gradient checkpointing runs the hook again when it recomputes the layer.
     """
 
     padding: Tensor | None
@@ -235,7 +236,7 @@ class MOON2(RetrievalModel):
 
         Args:
             role: "query", "candidate" or "negative"; all are encoded alike.
-            pixel_values: (B, 3, S, S), or else image_tokens (B, n, D), as the vision tower returns.
+            pixel_values: (B, 3, S, S), or else image_tokens (B, n, D) of the vision tower.
             input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
             labels: (B,) int64, the product of each item.
             image_present: (B,) bool, False = the item has no image; None = all have an image.

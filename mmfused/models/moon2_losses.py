@@ -58,7 +58,7 @@ def inter_losses(
             real=torch.cat(not_empty),
             query_id=query["labels"],
             candidate_id=ids,
-            own=c.own_negative_only,
+            own_only=c.own_negative_only,
         )
         for name, view in INTER.items()
     }
@@ -97,7 +97,7 @@ def intra_loss(part: EncodedPart, c: MOON2Config) -> Tensor:
         real=real,
         query_id=labels,
         candidate_id=ids,
-        own=c.roll,
+        own_only=c.roll,
     )
 
 
@@ -111,9 +111,9 @@ def objective_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return omega (M,) of the M objectives in ``names``, and L_sparsity.
 
-    ``alignment`` is W*, with a column for each of `objectives(c)`. The experts' shares come from
-    the sequences on the left of an objective's dot products: a view of the query in L_inter, the
-    image of the candidate or of the negative in L_intra.
+    ``alignment`` is W*, with a column for each of `objectives(c)`. An objective uses the experts'
+    shares of the sequences that are its queries: a view of the query in L_inter, the image of the
+    candidate or of the negative in L_intra.
     """
     intra: dict[str, EncodedPart | None] = dict(zip(INTRA, (candidate, negative), strict=True))
     shares, real = [], []
@@ -151,16 +151,16 @@ def contrast(
     real: Tensor,
     query_id: Tensor,
     candidate_id: Tensor,
-    own: bool,
+    own_only: bool,
 ) -> Tensor:
     """Return the InfoNCE of B queries over all ranks; candidate i is the positive of query i.
 
     ``weight`` (B,) weighs the queries. Negatives are the ``real`` candidates with another id. With
-    ``own``, query i has only candidates i + B, i + 2 B, ... as negatives.
+    ``own_only``, query i has only candidates i + B, i + 2 B, ... as negatives.
     """
     first = (dist.get_rank() << 32) if in_group() else 0
     rows = torch.arange(len(query), device=query.device) + first
-    query_key = rows if own else torch.zeros_like(rows)
+    query_key = rows if own_only else torch.zeros_like(rows)
     repeats = len(candidates) // max(len(query), 1)
     options: dict[str, Any] = {
         "temperature": temperature,

@@ -48,7 +48,8 @@ def pretrained_vit(
     Args:
         source: a folder in timm's format (config.json, model.safetensors), or the name of a timm
             model with weights on the hub. Only model.safetensors is downloaded.
-        image_size: side of the pictures, to which the position embedding is resampled.
+        image_size: side of the pictures, to which the position embedding is resampled. None: the
+            pretrained size.
 
     Returns:
         The config fields that rebuild the encoder without ``source`` (image, image_dim, image_stem,
@@ -94,14 +95,14 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
     that config.json names.
     """
     timm = import_timm()
-    described = read_encoder_folder("image encoder", folder, "model.safetensors")
+    saved_config = read_encoder_folder("image encoder", folder, "model.safetensors")
     where = f"image encoder: {folder / 'config.json'}"
-    check_architecture(f"{where}: architecture", described.get("architecture"))
-    arguments = described.get("model_args", {})
-    pretrained = described.get("pretrained_cfg", described)
+    check_architecture(f"{where}: architecture", saved_config.get("architecture"))
+    arguments = saved_config.get("model_args", {})
+    pretrained = saved_config.get("pretrained_cfg", saved_config)
     check_field(f"{where}: model_args", arguments, dict)
     check_field(f"{where}: pretrained_cfg", pretrained, dict)
-    saved = {"name": described["architecture"], **without(arguments, "num_classes")}
+    saved = {"name": saved_config["architecture"], **without(arguments, "num_classes")}
     image = {**saved, **size}
     check_image(saved)
     check_image(image)
@@ -111,10 +112,10 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
         check_field(f"{where}: {name}", value, tuple[float, float, float])
         pixels[name] = tuple(value)
     with on_meta():
-        expected = create_vit(**saved, num_classes=0)
-    check_vit(folder, expected)
+        meta_vit = create_vit(**saved, num_classes=0)
+    check_vit(folder, meta_vit)
     weights = read_weights("image encoder", folder)
-    check_size(f"image encoder: {folder}", weights, expected)
+    check_size(f"image encoder: {folder}", weights, meta_vit)
     vit = create_vit(num_classes=0, **image)
     with refusing(f"image encoder: {folder} holds the weights of another model"):
         weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
@@ -144,40 +145,40 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
         encoder.
     """
     folder = find_folder("text encoder", source)
-    described = read_encoder_folder("text encoder", folder, "*.safetensors")
-    config_class, kinds = text_fields(described.get("model_type"))
-    kept = keep_fields(described, {**declared(config_class), **kinds})
-    model_type = described["model_type"]
+    saved_config = read_encoder_folder("text encoder", folder, "*.safetensors")
+    config_class, kinds = text_fields(saved_config.get("model_type"))
+    kept = keep_fields(saved_config, {**declared(config_class), **kinds})
+    model_type = saved_config["model_type"]
     with refusing(f"text encoder: {folder / 'config.json'} cannot build a {model_type!r}"):
         config = config_class(**without(kept, "model_type"))
-        kind, pooler = text_class(config)
+        model_class, no_pooler = text_class(config)
         with on_meta():
-            expected = kind(config, **pooler)
+            meta_model = model_class(config, **no_pooler)
     options = {name: value for name, value in config.to_diff_dict().items() if name in kinds}
     options["model_type"] = model_type
     check_text(options)
     weights = read_weights("text encoder", folder)
-    check_size(f"text encoder: {folder}", weights, expected)
-    encoder = load_weights("text encoder", source, kind, config, weights, **pooler)
+    check_size(f"text encoder: {folder}", weights, meta_model)
+    encoder = build_with_weights("text encoder", source, model_class, config, weights, **no_pooler)
     return {"text": options, "text_dim": config.hidden_size}, encoder
 
 
-def keep_fields(described: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+def keep_fields(saved_config: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
     """Return the fields of a config.json that are in ``kinds``, after a check of their values."""
     kinds = {**kinds, **LEGACY_ROPE} if "rope_parameters" in kinds else kinds
     kept = {
         name: value
-        for name, value in described.items()
+        for name, value in saved_config.items()
         if name in kinds and (value is not None or name not in LEGACY_ROPE)
     }
     check_fields("config.json", kept, kinds)
     return kept
 
 
-def load_weights(
+def build_with_weights(
     name: str,
     source: str,
-    kind: Any,
+    model_class: Any,
     config: Any,
     weights: dict[str, Tensor],
     **options: Any,
@@ -188,7 +189,7 @@ def load_weights(
     quantisers that the folder names.
     """
     with refusing(f"{name}: {source!r} holds the weights of another model"):
-        model, info = kind.from_pretrained(
+        model, info = model_class.from_pretrained(
             None,
             config=config,
             state_dict=weights,

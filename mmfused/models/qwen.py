@@ -121,9 +121,8 @@ def picture_tokens(
 ) -> tuple[Tensor, Grid]:
     """Return the tokens of all pictures (B, n, D), and their grid in tokens (time, rows, columns).
 
-    ``present`` (B,) bool is False for items without a picture (None = all have one). Their pixels
-    are replaced by zeros, on which the vision tower still runs, so that its parameters take part in
-    every step.
+    ``present`` (B,) bool is False for items without a picture (None = all have one). The vision
+    tower runs on zeros in place of absent pictures, so that its parameters take part in every step.
     """
     c = host.config.vision_config
     if pixel_values.ndim == 5 and host.config.model_type != "qwen2_vl":
@@ -222,7 +221,7 @@ def assemble(
     words = real[:, count + 2 :].long().cumsum(1) - 1 + first_word
     positions = torch.cat([picture[:, None].expand(-1, batch, -1), words], 2) * real
     slot = torch.arange(-1, ids.shape[1] - 1, device=device)
-    slot = torch.where(real & (slot < count), slot, -1)  # token k of a picture has slot k
+    slot = torch.where(real & (slot < count), slot, -1)  # column k + 1 holds picture token k
 
     order = real.long().argsort(dim=1, stable=True)  # padding first, then real tokens in order
     real, slot = real.gather(1, order), slot.gather(1, order)
@@ -283,8 +282,8 @@ def grid_positions(grid: Grid, device: torch.device) -> Tensor:
     """Return M-RoPE positions (3, n + 2) of <|vision_start|>, n picture tokens and <|vision_end|>.
 
     <|vision_end|> follows the largest position on the three axes, as in the Qwen2-VL paper.
-    transformers 5 ignores the time axis, which differs only for a video whose grid is longer in
-    time than in rows and columns.
+    transformers 5 ignores the time axis; the result differs only for a video whose grid is longer
+    in time than in rows and columns.
     """
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
     inner = 1 + torch.stack(axes).flatten(1)

@@ -10,7 +10,7 @@ from torch import nn
 from mmfused.models.encoders import declared, freeze, import_transformers, without
 from mmfused.models.fields import Options, check_field, check_fields, refusing, shown
 from mmfused.models.presets import CLIP_MEAN, CLIP_STD
-from mmfused.models.pretrained import keep_fields, load_weights, read_encoder_folder
+from mmfused.models.pretrained import build_with_weights, keep_fields, read_encoder_folder
 from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
 
 PIXEL_MEAN = CLIP_MEAN  # Qwen2-VL normalises pixels as CLIP does
@@ -88,24 +88,24 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         and the host.
     """
     transformers, folder = import_transformers(), find_folder("host", source)
-    described = read_encoder_folder("host", folder, "*.safetensors")
-    if described.get("model_type") not in TYPES:
-        found, expected = shown(described.get("model_type")), ", ".join(TYPES)
+    saved_config = read_encoder_folder("host", folder, "*.safetensors")
+    if saved_config.get("model_type") not in TYPES:
+        found, expected = shown(saved_config.get("model_type")), ", ".join(TYPES)
         raise ValueError(f"host: {source!r}: model_type: got {found}, expected one of {expected}")
-    config_class, kinds = host_fields(described["model_type"])
+    config_class, kinds = host_fields(saved_config["model_type"])
     parts = {}
     for part in ("text_config", "vision_config"):
         # In the first releases, the fields of text_config are at the top level.
-        values = described.get(part, described if part == "text_config" else {})
+        values = saved_config.get(part, saved_config if part == "text_config" else {})
         check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
         parts[part] = keep_fields(values, kinds[part])
-    ids = keep_fields(described, dict.fromkeys(IDS, int))
-    with refusing(f"host: {folder / 'config.json'} cannot build a {described['model_type']!r}"):
+    ids = keep_fields(saved_config, dict.fromkeys(IDS, int))
+    with refusing(f"host: {folder / 'config.json'} cannot build a {saved_config['model_type']!r}"):
         config = config_class(**parts, **ids)
-        kind = transformers.MODEL_MAPPING[config_class]
+        model_class = transformers.MODEL_MAPPING[config_class]
         with on_meta():
-            expected = kind(config)
-    options: dict[str, Any] = {"model_type": described["model_type"]}
+            meta_model = model_class(config)
+    options: dict[str, Any] = {"model_type": saved_config["model_type"]}
     options |= {name: getattr(config, name) for name in IDS}
     for part in parts:  # fields that differ from their defaults
         changed = getattr(config, part).to_diff_dict()
@@ -114,13 +114,13 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         options["text_config"][name] = getattr(config.text_config, name)
     check_host(options)
     weights = read_weights("host", folder)
-    check_size(f"host: {folder}", weights, expected)
+    check_size(f"host: {folder}", weights, meta_model)
     # A checkpoint with a head is loaded into the class with a head: for the class without a head,
     # transformers 5.10 does not find the language model in the checkpoint.
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights)
     if has_head:
-        kind = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
-    host = load_weights("host", source, kind, config, weights)
+        model_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
+    host = build_with_weights("host", source, model_class, config, weights)
     fields = {"host": options, "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
     return fields, host.model if has_head else host
 

@@ -1,10 +1,10 @@
 """Base of the four retrieval models: views of an item, parts of a training batch.
 
-An item is a picture, a text, or both; a view is what `embed` shows of it. The parts of a batch are
-`query`, `candidate` (row i is the positive of query i) and, for models with hard negatives,
-`negative` (row i is a hard negative of query i). A part is a dict of the arguments of `encode`,
-`labels` (B,) int64 among them. Items with the same label are the same product, and InfoNCE does not
-use them as negatives of each other.
+An item is a picture, a text, or both. A view of an item shows its picture, its text, or both. The
+parts of a batch are `query`, `candidate` (row i is the positive of query i) and, for models with
+hard negatives, `negative` (row i is a hard negative of query i). A part is a dict of the arguments
+of `encode`, including `labels` (B,) int64. Items with the same label are the same product, and
+InfoNCE does not use them as negatives of each other.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RetrievalModel(nn.Module):
 
     @property
     def picture_size(self) -> int:
-        """Side of the pictures that the image encoder takes, in pixels."""
+        """Side of the image encoder's pictures in pixels."""
         encoder: Any = self.image_encoder
         return encoder.patch_embed.img_size[0]
 

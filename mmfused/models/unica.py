@@ -106,7 +106,7 @@ class Inputs(TypedDict, total=False):
     image_tokens: Tensor | None  # (B, N, image_dim), patch tokens without [CLS]
     image_present: Tensor | None  # (B,) bool, False = the item has no image; None = all have one
     input_ids: Tensor  # (B, T) int64, [CLS] first, T from 2 to max_position_embeddings - N
-    attention_mask: Tensor | None  # (B, T), 1 = real token; None = all real; padding at the right
+    attention_mask: Tensor | None  # (B, T), 1 = real token; None = all real; padding on the right
     # (B,) bool; None = an item has a text if more than two ids are real ([CLS] and [SEP] are two).
     text_present: Tensor | None
 
@@ -178,13 +178,13 @@ class BiCA(nn.Module):
         ignore: Tensor,
         both: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return image and text after attention to each other, if a sample has both.
+        """Return image and text tokens after cross-attention in the samples that have both.
 
         Args:
             image: (B, N, D).
             text: (B, M, D).
             ignore: (B, M) bool, True = padded text token.
-            both: (B,) bool, the samples that have image and text. Other samples do not change.
+            both: (B,) bool, the samples with image and text. Other samples do not change.
         """
         image, text = self.attention(
             image, text, b_key_padding_mask=ignore, a_present=both, b_present=both
@@ -255,9 +255,10 @@ class UniCA(RetrievalModel):
         parts = [candidate]
         if negative is not None and "hard_negatives" not in self.config.without:
             parts.append(negative)
-        c, labels = (torch.cat([part[name] for part in parts]) for name in ("embedding", "labels"))
+        candidates = torch.cat([part["embedding"] for part in parts])
+        labels = torch.cat([part["labels"] for part in parts])
         with no_autocast(q.device.type):  # unit vectors need float32
-            loss = self.info_nce(q, c, query_id=query["labels"], candidate_id=labels)
+            loss = self.info_nce(q, candidates, query_id=query["labels"], candidate_id=labels)
             distance = gather_rows(1 - (q * positive).sum(-1).detach()).mean()
         info_nce = loss.detach() - self.positive_weight * distance
         return RetrievalOutput(loss, {"info_nce": info_nce, "positive_similarity": distance})
@@ -270,8 +271,8 @@ class UniCA(RetrievalModel):
         """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model."""
         check_views(views)
         prepared = self._prepare(**items)
-        encode = {"image": self._image_alone, "text": self._text_alone, "both": self._both}
-        return {view: encode[view](prepared) for view in views}
+        encoders = {"image": self._image_alone, "text": self._text_alone, "both": self._both}
+        return {view: encoders[view](prepared) for view in views}
 
     def _image_alone(self, x: Items) -> Tensor:
         no_text = torch.zeros_like(x.has_text)
@@ -348,8 +349,8 @@ class UniCA(RetrievalModel):
         image = inputs.map_tokens(self.visual_proj, tokens, absent)
         positions = torch.arange(1, count + 1, device=image.device)[None]
         image = self.text_encoder.embeddings(inputs_embeds=image, position_ids=positions)
-        every = torch.ones_like(ids, dtype=torch.bool)
-        real = every if attention_mask is None else attention_mask != 0
+        all_real = torch.ones_like(ids, dtype=torch.bool)
+        real = all_real if attention_mask is None else attention_mask != 0
         if text_present is None:
             text_present = real.sum(1) > 2  # an empty text has two: [CLS] and [SEP]
         return Items(image, image_present, ids, real, text_present)
@@ -374,12 +375,12 @@ class UniCA(RetrievalModel):
         attention_mask: Tensor | None,
         present: Tensor | None,
         batch: int,
-        images: int,
+        patches: int,
     ) -> Tensor:
-        limit = self.text_encoder.config.max_position_embeddings - images
+        limit = self.text_encoder.config.max_position_embeddings - patches
         if ids is None or ids.ndim != 2 or not 2 <= ids.shape[1] <= limit:
             got = None if ids is None else f"shape {tuple(ids.shape)}"
-            expected = f"(batch, tokens), from 2 to {limit} tokens beside {images} image tokens"
+            expected = f"(batch, tokens), from 2 to {limit} tokens beside {patches} image tokens"
             raise ValueError(f"input_ids: got {got}, expected {expected}")
         inputs.check_batch(batch, len(ids))
         inputs.check_attention_mask(attention_mask, ids.shape)

@@ -274,8 +274,8 @@ class UniECS(RetrievalModel):
             freeze(getattr(self, f"{name}_encoder"))
 
     def _initialise(self) -> None:
-        own = (part for name, part in self.named_children() if not name.endswith("encoder"))
-        for module in chain.from_iterable(part.modules() for part in own):
+        parts = (part for name, part in self.named_children() if not name.endswith("encoder"))
+        for module in chain.from_iterable(part.modules() for part in parts):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:

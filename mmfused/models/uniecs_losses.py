@@ -7,7 +7,7 @@ terms compare S^mm = s f_1 f_2^T, S^vm = s v_1 f_2^T and S^tm = s t_1 f_2^T with
     CLAL  PPM and PDC (hinges), PLC (agreement of the three S on the nearest candidates)
     IMCL  V2V = InfoNCE + L_hard; T2T
     L = sum_k omega_k L_k over the three groups k (adaptive)
-    omega_k = (g_k + eps)^-beta / sum, g_k = |dL_k / d embeddings|
+    omega_k proportional to (g_k + eps)^-beta, with sum 1; g_k = |dL_k / d embeddings|
 """
 
 from __future__ import annotations

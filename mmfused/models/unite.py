@@ -1,14 +1,14 @@
 """UNITE: universal multimodal embeddings from Qwen2-VL (arXiv 2505.19650).
 
     e(x) = h / |h|, h = last hidden state of the sequence's last token
-    S = Q C^T / tau, tau = 0.03, e(q_i) and e(c_i) of a query and its positive in rows i of Q and C
+    S_ij = e(q_i) . e(c_j) / tau, tau = 0.03, c_i is the positive of query q_i
     stage 1, retrieval adaptation:  L = 1/2 [CE(S) + CE(S^T)]
     stage 2, instruction tuning:    L = -1/N sum_i log( exp S_ii / sum over j with M_ij = 1 of
                                     exp S_ij )                                           (MAMCL)
     M_ij = 1[mod(c_i) = mod(c_j)], mod: bitwise OR of TEXT = 1, IMAGE = 2, VIDEO = 4
 
-CE is the cross-entropy of the rows with the diagonal as targets. docs/models.md gives the source of
-each part.
+CE(S) is the cross-entropy of the rows of S with the diagonal as targets. docs/models.md gives the
+source of each part.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class UNITE(RetrievalModel):
         Args:
             role: "query", "candidate" or "negative"; negatives have the views of candidates.
             pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S), or else image_tokens
-                (B, n, D), as the vision tower returns them.
+                (B, n, D) of the vision tower.
             input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
             labels: (B,) int64, the product of each item.
             image_present: (B,) bool, False = the item has no image; None = all have an image.

@@ -26,7 +26,7 @@ def on_meta() -> Iterator[None]:
 
 
 def find_folder(name: str, source: str) -> Path:
-    """Return the folder; download config.json and safetensors if ``source`` is a hub name."""
+    """Return the folder ``source``, or the folder to which a hub model ``source`` is downloaded."""
     if Path(source).is_dir():
         return Path(source)
     import huggingface_hub
