@@ -36,7 +36,7 @@ _LORA = "peft.tuners.lora.layer.Linear"
 
 
 class Called:
-    """A child that must be called; it takes the place of the child's weight.
+    """A stand-in for the weight of a child that must be called.
 
     Args:
         child: the module.
@@ -66,7 +66,7 @@ class Called:
         plain = type(self.child).forward in (nn.Linear.forward, nn.LayerNorm.forward)
         half = x.dtype in (torch.float16, torch.bfloat16)
         if plain and half and weight is not None and weight.dtype == torch.float32:
-            x = x.float()  # the operators also accept half-precision inputs with float32 weights
+            x = x.float()  # like the operators, accept half-precision inputs with float32 weights
         context = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(x.device.type, self.autocast)

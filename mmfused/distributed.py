@@ -27,14 +27,14 @@ def in_group() -> bool:
 
 
 def report_error(op: str, error: Exception, near: object) -> None:
-    """Send ``error`` to the other ranks, which raise an error with its message in `_exchange`.
+    """Send ``error`` to the other ranks, whose next exchange raises an error that quotes it.
 
     The caller must raise ``error`` on this rank.
 
     Args:
         op: name of the operator.
         error: the error.
-        near: a tensor of the data, on whose device NCCL exchanges messages, or anything else.
+        near: a tensor of the data, if there is one; NCCL exchanges messages on its device.
     """
     text = str(error).removeprefix(f"{op}: ") or type(error).__name__
     _exchange(op, near, sizes=[0, 0], text=text, failed=True)
@@ -64,8 +64,8 @@ def _exchange(
 
     Args:
         op: name of the operator.
-        near: a tensor of the data, on whose device NCCL exchanges messages, or anything else.
-        sizes: integers of this rank.
+        near: a tensor of the data, if there is one; NCCL exchanges messages on its device.
+        sizes: numbers of rows and of candidates on this rank.
         text: settings in lines ``name: got value``, or the error message if ``failed``.
         failed: whether this rank has failed.
     """
@@ -111,8 +111,8 @@ def _all_gather(x: Tensor) -> Tensor:
 def _message_device(near: object) -> torch.device:
     """Return the device for small messages, which must have the same type on all ranks.
 
-    It is the CPU if the group supports it, because the inputs of the ranks may be on devices of
-    different types.
+    If the group supports the CPU, return the CPU, because the inputs of the ranks may be on devices
+    of different types.
     """
     kinds = [part.partition(":")[0] for part in str(dist.get_backend_config()).split(",")]
     if "cpu" in kinds:

@@ -94,7 +94,7 @@ def product_hinge(
     """Return the mean over all pairs of ``max(0, margin_ij + S_ij - p_i)``.
 
     S = scale query candidate^T, and p_i is the score of row i's positive. margin_ij is ``margin``
-    if i and j differ. If i = j, it is ``margin`` with ``diagonal``, otherwise 0.
+    if i and j differ. If i = j, margin_ij is ``margin`` with ``diagonal``, and 0 without.
 
     Two losses of UniECS (arXiv 2508.13843) are means of this hinge. PPM is the mean over its three
     pairs of embeddings. PDC is the mean of two hinges with ``diagonal=True`` and S of the product

@@ -93,7 +93,7 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--epochs", "1e30"], "epochs: got 1e+30, which are"),
+        (["--epochs", "1e30"], "epochs: got 1e+30, which make"),
         (["--val", "x"], "val: got 'x' with the generated set, expected no folder"),
         (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint"),
         (

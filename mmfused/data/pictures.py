@@ -36,7 +36,7 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 # Pictures with more pixels are decoded by one thread at a time, to limit the memory.
 LARGE = 2**24
-_one_large_picture = threading.Lock()
+_large_picture_lock = threading.Lock()
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,16 +66,16 @@ def load_picture(
 
     The formats are JPEG, PNG, WEBP, GIF, BMP, TIFF, and AVIF if Pillow supports it. The format is
     determined from the contents, not from the file name. EXIF rotation is applied, and unreadable
-    EXIF data are ignored. Transparent pixels become white. Of an animation, or of several pictures
-    in a file, the first is loaded. 16-bit grey values, and floats from 0 to 1, are scaled to 8
-    bits. Other floats and wider integers are rejected, because they do not define which value is
-    white. ICC profiles are not applied.
+    EXIF data are ignored. Transparent pixels become white. If a file contains an animation or
+    several pictures, the first frame or picture is loaded. 16-bit grey values, and floats from 0 to
+    1, are scaled to 8 bits. Other floats and wider integers are rejected, because they do not
+    define which value is white. ICC profiles are not applied.
 
-    The limits are ``MAX_BYTES`` for a file and ``MAX_PIXELS`` for a picture; a lower
-    ``Image.MAX_IMAGE_PIXELS`` affects WEBP only. Truncated files are rejected, even with
-    ``ImageFile.LOAD_TRUNCATED_IMAGES``. With that setting, files that are damaged in the middle
-    load as far as Pillow can read them. Pillow's warnings are suppressed, but libtiff may write to
-    stderr.
+    The limits are ``MAX_BYTES`` for a file and ``MAX_PIXELS`` for a picture. Pillow's global limit
+    ``Image.MAX_IMAGE_PIXELS`` has no effect, except that a lower value also limits WEBP. Truncated
+    files are rejected, even with ``ImageFile.LOAD_TRUNCATED_IMAGES``. With that setting, files that
+    are damaged in the middle load as far as Pillow can read them. Pillow's warnings are suppressed,
+    but libtiff may write to stderr.
 
     Args:
         source: a path, the bytes of a file, or an open file.
@@ -90,7 +90,7 @@ def load_picture(
 
 
 def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
-    """Return the bytes of a picture file, at most ``MAX_BYTES``."""
+    """Return the bytes of a picture file; raise BrokenPicture if it exceeds ``MAX_BYTES``."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -216,7 +216,7 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
     else:
         _check_pixels(*image.size)
     is_large = image.size[0] * image.size[1] > LARGE
-    with _one_large_picture if is_large else contextlib.nullcontext():
+    with _large_picture_lock if is_large else contextlib.nullcontext():
         transparency = _transparency_of(image)
         image.load()
         if image.format != "JPEG":
@@ -235,9 +235,9 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
 
 
 def _draft(image: Any, size: int | None) -> tuple[float, float]:
-    """Make Pillow decode a JPEG at a reduced size; return its reduced width and height.
+    """Select the size at which Pillow decodes a JPEG, and return the width and height as floats.
 
-    The reduced size is at least twice ``size``. Width and height are floats.
+    The size is reduced if ``size`` is not None, but to no less than twice ``size``.
     """
     full_size = image.size
     width, height = full_size

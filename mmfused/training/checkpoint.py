@@ -56,7 +56,7 @@ def write(
     tokenizer: Any,
     keep: int,
 ) -> Path:
-    """Write a checkpoint of ``state["step"]``, remove all but the ``keep`` newest, return its path.
+    """Write a checkpoint and return its path; keep only the ``keep`` newest checkpoints.
 
     Args:
         root: the folder ``checkpoints`` of a run.
@@ -77,19 +77,19 @@ def write(
     }
     _check_finite(groups["model"], state["step"])
     path = root / f"step-{state['step']:08d}"
-    draft = temporary_path(path)
+    temporary = temporary_path(path)
     try:
-        draft.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         for name, tensors in groups.items():
-            save_tensors(draft / f"{name}.safetensors", tensors)
-        tokenizer.save_pretrained(draft / "tokenizer")
-        files = sorted(file for file in draft.rglob("*") if file.is_file())
-        sums = {file.relative_to(draft).as_posix(): sha256(file) for file in files}
-        write_json(draft / "state.json", {**state, "sha256": sums})
-        sync(draft)
-        os.rename(draft, path)
+            save_tensors(temporary / f"{name}.safetensors", tensors)
+        tokenizer.save_pretrained(temporary / "tokenizer")
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        sums = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
+        write_json(temporary / "state.json", {**state, "sha256": sums})
+        sync(temporary)
+        os.rename(temporary, path)
     finally:
-        remove(draft)
+        remove(temporary)
     for folder in (root, root.parent):
         sync_entry(folder)
     for old in saved(root)[:-keep]:
@@ -143,9 +143,9 @@ def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest intact checkpoint under ``root`` and its ``state.json``.
+    """Return the newest intact checkpoint under ``root``, and the contents of its ``state.json``.
 
-    Damaged checkpoints are skipped with a warning. Return None if there are no checkpoints.
+    Damaged checkpoints are skipped with a warning. If there are no checkpoints, return None.
 
     Raises:
         ValueError: all checkpoints are damaged.
@@ -246,11 +246,10 @@ def saved(root: Path) -> list[Path]:
 def remove_after(root: Path, step: int) -> None:
     """Remove the checkpoints after ``step``, and temporary folders of killed processes.
 
-    The caller resumes from ``step``, the newest intact checkpoint, so later ones are damaged.
+    The newest intact checkpoint is that of ``step``, so all later checkpoints are damaged.
 
     Raises:
-        FileExistsError: a later checkpoint holds files that the run did not make, and therefore
-            cannot be removed.
+        FileExistsError: a later checkpoint contains foreign files, and is therefore not removed.
     """
     for path in saved(root):
         if _step_of(path) > step and not _discard(path):
@@ -281,7 +280,7 @@ def _discard(path: Path) -> bool:
             join_names(foreign),
         )
         return False
-    draft = temporary_path(path)
-    os.rename(path, draft)
-    remove(draft)
+    temporary = temporary_path(path)
+    os.rename(path, temporary)
+    remove(temporary)
     return True

@@ -35,10 +35,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         FileExistsError: the folder at ``path`` holds files that no run made.
     """
-    draft = temporary_path(path)
+    temporary = temporary_path(path)
     try:
-        write(draft)
-        sync(draft)
+        write(temporary)
+        sync(temporary)
         if path.is_dir():
             foreign = [inner.name for inner in foreign_paths(path)]
             if foreign:
@@ -46,10 +46,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                     f"out: {path} holds files that no run made ({join_names(foreign)}); move them"
                 )
             remove(path)
-        os.replace(draft, path)
+        os.replace(temporary, path)
         sync_entry(path.parent)
     finally:
-        remove(draft)
+        remove(temporary)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -143,8 +143,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a complete safetensors file, or its tensors do not have the
-            names and shapes of the model's.
+        ValueError: the file is not a complete safetensors file, or the names or shapes of its
+            tensors are not those of the model.
     """
     got = read_tensors(path)
     expected = model.state_dict()
@@ -181,7 +181,7 @@ def check_shapes(
 def check_fields(value: Mapping[str, Any], kinds: Mapping[str, type], path: Path) -> None:
     """Raise ValueError unless ``value`` has every field in ``kinds``, with the type given there.
 
-    Where ``kinds`` has float, an int is accepted too.
+    An int is also accepted for a float.
     """
     for name, kind in kinds.items():
         if name not in value:

@@ -1,9 +1,9 @@
-"""Tell the files of a run from foreign files, and lock the folder of a run for one process.
+"""Distinguish the files of a run from foreign files, and lock a run's folder for one process.
 
-The folder of a run contains a marker file, `.mmfused-run`. A folder without the marker is a run
-folder only if the settings in it name a version of mmfused. In any other folder, files with the
-names in ``RUN_FILES`` belong to another program, and are not read, replaced or removed. Files with
-other names are never touched.
+The folder of a run contains a marker file, `.mmfused-run`. A folder without the marker counts as
+the folder of a run only if the settings in it name a version of mmfused. In any other folder, files
+with the names of a run's files are foreign files, made by another program. Foreign files are not
+read, replaced or removed.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def is_regular_file(path: Path) -> bool:
 
 
 def same_file(path: Path, file: IO[Any]) -> bool:
-    """Return whether ``path`` is the path of the open ``file``."""
+    """Return whether the file at ``path`` is the open ``file``."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file.fileno()))
     except (FileNotFoundError, NotADirectoryError):

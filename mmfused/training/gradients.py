@@ -23,9 +23,9 @@ def add_gradients(
     """Add the gradient of the mean loss of ``count`` batches to ``.grad``, one batch at a time.
 
     If the loss is a mean over samples and all batches have the same size, the result is the
-    gradient of one large batch. If the loss couples samples, it is not: a contrastive loss takes
-    its negatives, a balance loss its shares, and BatchNorm its statistics from one batch only.
-    Contrastive losses can use :func:`add_cached_gradients` instead.
+    gradient of one large batch. If the loss couples samples, the result differs: a contrastive loss
+    takes its negatives, a balance loss its shares, and BatchNorm its statistics from one batch
+    only. Contrastive losses can use :func:`add_cached_gradients` instead.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -63,7 +63,7 @@ def add_cached_gradients(
 
     Args:
         model: a retrieval model.
-        batch: items by role (query, positive and so on).
+        batch: items by role: "query", "candidate", and "negative" if the model takes negatives.
         chunk: number of items that are encoded at a time.
         amp: compute under bfloat16 autocast.
 

@@ -47,7 +47,7 @@ class Training:
         amp: compute under bfloat16 autocast.
         rank: rank of this process.
         settings: saved in each checkpoint and in ``config.json``.
-        facts: numbers of rows and skipped rows, for the summary.
+        facts: numbers of rows, and a sentence for each skipped row, for the summary.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Training:
 
     def _number_of_steps(self) -> int:
         config = self.config
-        epochs = round(config.epochs * len(self.batches) / config.accumulate)
-        steps = config.steps or max(1, epochs)
+        from_epochs = round(config.epochs * len(self.batches) / config.accumulate)
+        steps = config.steps or max(1, from_epochs)
         if steps > MAX_STEPS:
             raise ValueError(
-                f"epochs: got {config.epochs}, which are {steps} steps, "
+                f"epochs: got {config.epochs}, which make {steps} steps, "
                 f"expected at most {MAX_STEPS} steps"
             )
         return steps
@@ -186,7 +186,7 @@ class Training:
                 self.report(loss, terms, rate)
 
     def is_due(self, every: int) -> bool:
-        """Return whether an action repeated after ``every`` steps is due now."""
+        """Return whether an action that runs every ``every`` steps, and at the end, is due now."""
         return is_due(self.step, every, self.steps)
 
     def validated_step(self) -> int:

@@ -90,7 +90,7 @@ class Records:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Return whether an action repeated after ``every`` steps, and after the last, is due."""
+    """Return whether an action that runs every ``every`` steps, and at the end, is due."""
     return step > 0 and (step % every == 0 or step == steps)
 
 

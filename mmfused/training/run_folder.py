@@ -89,9 +89,9 @@ def check_replaceable(path: Path, key: str, replace: bool) -> None:
     """Raise FileExistsError unless a command may write its JSON file to ``path``.
 
     Args:
-        path: where the command writes.
-        key: a key of the command's JSON object; an existing file without it is never replaced.
-        replace: accept an existing file with the key.
+        path: path of the file.
+        key: a key of the command's JSON object. An existing file without this key is an error.
+        replace: whether an existing file with this key may be replaced.
     """
     if not os.path.lexists(path):
         return
@@ -176,7 +176,7 @@ def draw_curves(runs: Mapping[str, History], path: Path, score: str = "accuracy"
 
     Args:
         runs: histories by the name in the legend.
-        path: where the file is written.
+        path: path of the PNG file.
         score: key of the score in the validation records.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")

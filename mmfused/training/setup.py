@@ -109,9 +109,10 @@ def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
 
 
 def augments(config: TrainConfig) -> bool:
-    """Return whether to augment training pictures; by default, all but generated pictures are.
+    """Return whether to augment training pictures.
 
-    Augmentation changes colours, which generated texts describe.
+    Generated pictures are not augmented by default, because augmentation changes their colours,
+    which the texts describe.
     """
     return config.data != "generated" if config.augment is None else config.augment
 
@@ -134,7 +135,7 @@ def make_batches(
         val_set: the validation set.
         tokenizer: the model's tokenizer.
         size: side of the model's input pictures, in pixels.
-        model_config: the model's config, which has the mean and deviation of pixels.
+        model_config: the model's config, which has the mean and standard deviation of pixels.
         rank: rank of this process.
         world: number of ranks.
     """

@@ -35,7 +35,7 @@ class Classification:
         config: the settings.
         tokenizer: the model's tokenizer.
         size: side of the model's input pictures, in pixels.
-        model_config: the model's config, which has the mean and deviation of pixels.
+        model_config: the model's config, which has the mean and standard deviation of pixels.
         train_set: the training set.
         val_set: the validation set.
         products: None; only retrieval models have a catalogue.
@@ -85,9 +85,9 @@ class Classification:
 class Retrieval:
     """Batches, gradients and scores of a retrieval model.
 
-    In validation, each item of ``val_set`` is a query for the products of its label, or without
-    ``products`` for the other items of its label. The arguments are those of
-    :class:`Classification`; ``products`` is a catalogue or None.
+    In validation, each item of ``val_set`` is a query for the products with its label. Without
+    ``products``, it is a query for the other items with its label. The arguments are those of
+    :class:`Classification`, except that ``products`` may be a catalogue.
 
     Raises:
         ValueError: no item of ``val_set`` has a product or another item of its label.
