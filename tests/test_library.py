@@ -20,7 +20,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_environment_variable():
+def test_mmfused_backend_sets_the_backend():
     done = run_python(
         "import mmfused; print(mmfused.library.current_backend())", MMFUSED_BACKEND="reference"
     )
@@ -29,7 +29,7 @@ def test_environment_variable():
     assert done.returncode and "MMFUSED_BACKEND: got 'quick', expected one of" in done.stderr
 
 
-def test_the_check_of_values_is_on_or_off():
+def test_mmfused_check_switches_checks_of_values():
     done = run_python("import mmfused; print(mmfused.library.CHECK_ON_DEVICE)", MMFUSED_CHECK="1")
     assert done.stdout.strip() == "True", done.stderr
     done = run_python("import mmfused", MMFUSED_CHECK="yes")
@@ -66,7 +66,7 @@ def test_a_number_may_not_be_a_tensor(name):
         NUMBERS[name](torch.tensor(0.1, requires_grad=True))
 
 
-def test_auto_is_composed_on_a_cpu_and_fused_reports_why_not():
+def test_auto_is_composed_on_a_cpu_and_fused_raises_with_all_reasons():
     code = """
 import torch, mmfused
 from mmfused.library import choose
@@ -74,7 +74,7 @@ x = torch.zeros(1)
 print(choose("op", x.device, x.dtype))
 with mmfused.backend("fused"):
     try:
-        choose("op", x.device, torch.float64, ["the moon is full"])
+        choose("op", x.device, torch.float64, ["dim is odd"])
     except RuntimeError as error:
         print(error)
 """
@@ -82,18 +82,18 @@ with mmfused.backend("fused"):
     assert lines[0] == "composed"
     assert lines[1] == (
         "op: backend 'fused' cannot run here: the tensors are on cpu and the kernels need CUDA; "
-        "dtype torch.float64 is not float32, float16 or bfloat16; the moon is full"
+        "dtype torch.float64 is not float32, float16 or bfloat16; dim is odd"
     )
 
 
-def test_reasons_are_complete():
+def test_why_not_fused_lists_the_device_and_the_dtype():
     assert "the tensors are on meta and the kernels need CUDA" in library.why_not_fused(
         "meta", torch.float32
     )
     assert any("float64" in reason for reason in library.why_not_fused("meta", torch.float64))
 
 
-def test_tensors_are_checked_by_name():
+def test_check_tensors_names_the_wrong_argument():
     x = torch.zeros(2)
     with pytest.raises(TypeError, match="op: y: got a list, expected a torch.Tensor"):
         library.check_tensors("op", x=x, y=[1])
@@ -110,14 +110,14 @@ def test_dtensors_are_refused():
         library.check_tensors("op", x=torch.zeros(2).as_subclass(DTensor))
 
 
-def test_values_are_checked_on_cpu():
+def test_check_value_raises_on_a_cpu():
     library.check_value(lambda: torch.tensor(True), "never")
     with pytest.raises(ValueError, match="wrong value"):
         library.check_value(lambda: torch.tensor(False), "wrong value")
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_values_on_a_device_are_asserted_only_if_enabled(enabled, monkeypatch):
+def test_check_value_asserts_on_a_device_only_if_enabled(enabled, monkeypatch):
     asserted = []
     monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append(message))
     monkeypatch.setattr(library, "CHECK_ON_DEVICE", enabled)
@@ -125,13 +125,13 @@ def test_values_on_a_device_are_asserted_only_if_enabled(enabled, monkeypatch):
     assert asserted == ["wrong value"] * enabled
 
 
-def test_a_compiled_graph_asserts_only_if_enabled():
+def test_compiled_graphs_assert_values_only_if_enabled():
     code = """
 import torch, mmfused
 
 found = []
 
-def look(graph, inputs):
+def find_assertions(graph, inputs):
     found.extend(node for node in graph.graph.nodes if "assert" in str(node.target))
     return graph
 
@@ -152,7 +152,7 @@ def pool(x):
 
 calls = [loss, route, pool]
 for call in calls:
-    torch.compile(call, backend=look)(torch.rand(4, 4))
+    torch.compile(call, backend=find_assertions)(torch.rand(4, 4))
 print(len(found))
 """
     assert run_python(code, MMFUSED_CHECK="0").stdout.strip() == "0"
@@ -160,7 +160,7 @@ print(len(found))
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_a_budget_that_is_not_finite_fails(number):
+def test_over_budget_reports_a_non_finite_baseline(number):
     exact, plain = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 1.0, number])
     wanted = ["x: plain PyTorch has no finite error, so there is no budget."]
     assert over_budget({"x": torch.ones(3)}, {"x": exact}, {"x": plain}) == wanted

@@ -1,7 +1,7 @@
-"""Masked InfoNCE without kernels: reference against definition, composed against reference.
+"""Masked InfoNCE without kernels: the reference against loops, composed against the reference.
 
-Other tests: properties and the module in test_masked_info_nce_properties.py, special values in
-..._values.py, kernels in ..._fused.py, ranks in test_distributed.py.
+test_masked_info_nce_properties.py tests properties and the module, ..._values.py special values,
+..._fused.py the kernels, and test_distributed.py several ranks.
 """
 
 import itertools
@@ -39,7 +39,7 @@ LITERAL = {
 
 
 @pytest.mark.parametrize("case", LITERAL)
-def test_reference_is_the_definition(case):
+def test_reference_equals_the_definition_in_loops(case):
     inputs = make(6, 8, 4, **LITERAL[case])
     upstream = torch.randn(
         6 if inputs.get("reduction") == "none" else (), dtype=torch.float64, device=DEVICE
@@ -49,10 +49,11 @@ def test_reference_is_the_definition(case):
     )
 
 
-# ---- 1: forward and every gradient ---------------------------------------------------------------
+# ---- forward and all gradients -------------------------------------------------------------------
 
 
-# At 0.2, composed uses one shift for all logits; at 0.002, a maximum for each row and column.
+# At temperature 0.2, composed subtracts one number from all logits; at 0.002, the maximum of each
+# row and column.
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("way", ["target", "symmetric"])
 @pytest.mark.parametrize("same_id", IDS)
@@ -75,7 +76,7 @@ def test_composed_equals_reference_in_float64(keys, same_id, way, temperature, m
         assert_close(run(inputs, "composed", upstream), run(inputs, "reference", upstream))
 
 
-def test_both_code_paths_are_taken():
+def test_these_temperatures_reach_both_code_paths():
     q, c = (make()[name].detach() for name in ("query", "candidate"))
     shifts = [
         composed._safe_shift(q, c, bias, torch.tensor(1 / t))
@@ -129,10 +130,9 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_values(case, scale, dtype):
-    """Large and degenerate logits, also of candidates beyond the B-th in a symmetric loss.
+    """A symmetric loss has 33 queries and 41 candidates, so the last 8 candidates have no query.
 
-    These have a logit, perhaps a large one, but no column. Four batches are compared together:
-    where few logits dominate, the error of a single batch is random.
+    Four batches are compared together: if few logits dominate, the error of one batch is random.
     """
     for options in (
         dict(symmetric=True),
@@ -147,7 +147,7 @@ def test_extreme_values(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Where a gradient cancels, errors are relative to the rounding error of one row.
+            # Append a floor to each result: if a gradient cancels, its error is relative to this.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
@@ -159,8 +159,7 @@ def test_extreme_values(case, scale, dtype):
                     results[k] = torch.cat(
                         [results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]]
                     )
-        # The rounding of 1 / temperature only shows at logits of 10^4, which have few digits
-        # anyway.
+        # Rounding 1 / temperature matters only at logits of 10^4.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
@@ -170,9 +169,9 @@ def test_extreme_values(case, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("same_id", [None, "mean", "sum"])
 def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
-    """One positive has logit S = s, the others 0: the loss is log(1 + (n - 1) exp(-s)).
+    """The target's logit is s and all others are 0, so the loss is log(1 + (n - 1) exp(-s)).
 
-    The log_softmax of float64 gives only four digits of it.
+    log_softmax in float64 computes only four digits of this loss.
     """
     s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
     inputs = dict(
@@ -195,7 +194,7 @@ def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
 
 
 @pytest.mark.parametrize("n", [1, 2, 37])
-def test_identical_embeddings_cost_log_n(n):
+def test_the_loss_of_n_identical_embeddings_is_log_n(n):
     x = normalize(torch.ones(n, 3, dtype=torch.float64, device=DEVICE), dim=-1)
     for temperature in (1.0, 0.002):
         for symmetric in (False, True):
@@ -215,9 +214,9 @@ def test_identical_embeddings_cost_log_n(n):
     ],
 )
 def test_rows_without_negatives(options, backend):
-    """The loss is exactly 0, counts in the mean and keeps its positive term.
+    """Rows without negatives have a loss of exactly 0, plus the positive term.
 
-    Every other row has a key of its own.
+    The mean counts them. Every second row has a key that no other row has.
     """
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
@@ -250,9 +249,9 @@ def test_odd_sizes(b, c, monkeypatch):
         assert_close(run(inputs), run(inputs, "reference"), tolerance)
 
 
-@pytest.mark.parametrize("scale", [35.9, 39.9])  # below and above the limit of one shift for all
+@pytest.mark.parametrize("scale", [35.9, 39.9])  # below and above the limit of a common shift
 def test_large_upstream_gradients_do_not_overflow(scale):
-    """A loss scale of 2^20 on logits at the lower bound, where exp(bound - logit) is largest."""
+    """All logits are at their lower bound, where exp(bound - logit) is largest."""
     inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
     with torch.no_grad():
         inputs["query"][:] = inputs["query"][0].clone()
@@ -261,7 +260,7 @@ def test_large_upstream_gradients_do_not_overflow(scale):
     assert all(value.isfinite().all() for value in got.values())
 
 
-# ---- 2, 3, 4: layouts, operators, behaviour ------------------------------------------------------
+# ---- layouts, operators, behaviour ---------------------------------------------------------------
 
 
 def test_strided_inputs_and_gradients():
@@ -330,7 +329,7 @@ runs += [("composed", "keys", torch.float64), ("reference", "everything", torch.
 for name, kind, dtype in runs:
     torch._dynamo.reset(), counters.clear()
     mmfused.set_backend(name)
-    # Tracing the gradients too takes long.
+    # aot_eager also traces the gradients, which takes long.
     backend = "aot_eager" if (name, kind) == ("composed", "everything") else "eager"
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for n in (17, 40, 33):
@@ -345,19 +344,19 @@ print("done")
 
 
 def run_python(code):
-    """Run in a separate process, without Triton's interpreter and this process's backend."""
+    """Run in a new process without Triton's interpreter, a GPU or the backend set here."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
     env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
-def test_one_graph_for_three_batch_sizes():
+def test_one_compiled_graph_serves_three_batch_sizes():
     done = run_python(COMPILED)
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_differentiating_twice():
-    """The reference supports it; composed raises an error instead of returning wrong gradients."""
+def test_double_backward():
+    """The reference supports double backward; composed raises an error."""
     inputs = make(5, 7, 3, symmetric=True, positive_weight=0.3)
     rest = {k: v for k, v in inputs.items() if k != "query"}
     assert torch.autograd.gradgradcheck(
@@ -372,8 +371,8 @@ def test_differentiating_twice():
 @pytest.mark.parametrize(
     "options", [dict(target=True), dict(target=True, keys="three", same_id="mean")]
 )
-def test_equal_bits(options):
-    """Repeated forwards and backwards are bitwise equal, with two threads and shared targets."""
+def test_repeated_runs_are_bitwise_equal(options):
+    """Two threads run, and many rows share a target."""
     inputs = make(1024, 100, 64, torch.float32, temperature=0.07, **options)
     inputs["target"] %= 3
     leaves, threads = (
@@ -393,7 +392,7 @@ def test_equal_bits(options):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("only", ["query", "candidate", "temperature"])
-def test_partial_gradients(only, backend):
+def test_only_the_required_gradient_is_computed(only, backend):
     inputs = make(keys="three", symmetric=True)
     want = run(inputs, backend)
     got = run(
@@ -412,7 +411,7 @@ def test_partial_gradients(only, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_autocast(backend):
-    """Only the embeddings are rounded: the loss and the gradients stay float32."""
+    """Autocast rounds only the embeddings: the loss and the gradients stay float32."""
     inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
     low = {
         k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")
@@ -437,7 +436,7 @@ def test_autocast(backend):
     assert not over_budget(got, exact, plain)
 
 
-def test_nothing_of_size_b_times_c_is_saved():
+def test_composed_saves_no_matrix_of_all_pairs():
     n, d = 1024, 16
     inputs = make(
         n,
@@ -456,14 +455,11 @@ def test_nothing_of_size_b_times_c_is_saved():
         with mmfused.backend(name):
             saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
     assert saved["reference"] > 4 * n * n
-    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # finite candidates, and vectors
+    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # the finite candidates, and vectors
 
 
 def test_peak_memory():
-    """B = 16384 against itself, symmetric: eager stores five matrices of 1 GiB.
-
-    It runs at full size, since it checks memory at that size.
-    """
+    """Eager PyTorch would store five matrices of 1 GiB for these 16384 queries and candidates."""
     code = """
 import torch, mmfused
 torch.set_num_threads(1)
@@ -471,7 +467,7 @@ normalize = torch.nn.functional.normalize
 x = [normalize(torch.randn(n, 256), dim=-1).requires_grad_() for n in (16384, 16384, 32, 32)]
 loss = lambda q, c: mmfused.masked_info_nce(q, c, temperature=0.07, symmetric=True)
 loss(*x[2:]).backward()  # the first call loads libraries
-# Not ru_maxrss, which starts at the parent's.
+# VmHWM and not ru_maxrss, which starts at the peak of the parent process.
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
 loss(*x[:2]).backward()
@@ -479,7 +475,7 @@ print((peak() - before) / 1024)
 """
     done = run_python(code)
     assert not done.returncode, done.stderr
-    assert 16 < float(done.stdout) < 250  # MiB; 32 of them are the gradients
+    assert 16 < float(done.stdout) < 250  # MiB, of which the gradients take 32
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -545,7 +541,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_input_gets_one_sentence(sentence):
+def test_bad_input_raises_a_one_line_message(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
         masked_info_nce(**dict(query=x, candidate=x, temperature=0.1) | BAD[sentence])
     assert (
@@ -555,7 +551,7 @@ def test_bad_input_gets_one_sentence(sentence):
     )
 
 
-def test_fused_where_it_cannot_run():
+def test_fused_raises_if_it_cannot_run():
     with mmfused.backend("fused"):
         with pytest.raises(RuntimeError, match="cannot run here: .*dtype torch.float64"):
             masked_info_nce(x.double(), x.double(), temperature=0.1)

@@ -1,7 +1,7 @@
 """The kernels of masked InfoNCE, called through the public function.
 
-On a CPU they run in Triton's interpreter with small tiles, so that little data has several tiles on
-each side. On a GPU they use the planned tiles.
+On a CPU the kernels run in Triton's interpreter, with tiles so small that little data needs several
+on each side. On a GPU the kernels use the planned tiles.
 """
 
 import pytest
@@ -25,11 +25,11 @@ TARGET = dict(target=torch.randint(0, 53, (37,), generator=torch.Generator().man
 OPTIONS = {
     "symmetric": dict(symmetric=True),
     "target": TARGET,
-    "one key, and shared candidates": dict(symmetric=True, candidate_key=torch.arange(53) % 2 - 1),
+    "one key and -1": dict(symmetric=True, candidate_key=torch.arange(53) % 2 - 1),
     "three keys": dict(symmetric=True, candidate_key=torch.arange(53) % 4 - 1),
     "many keys": dict(keys(37, 53, 20), **TARGET),
     "keys and ids": dict(keys(37, 53, 3), **ids(37, 53), symmetric=True),
-    "dropped": dict(ids(37, 53), **TARGET),
+    "drop": dict(ids(37, 53), **TARGET),
     "mean": dict(ids(37, 53), **keys(37, 53, 3), same_id="mean", symmetric=True),
     "sum": dict(
         candidate_id=torch.arange(53) % 20, same_id="sum", label_smoothing=0.1, symmetric=True
@@ -38,7 +38,7 @@ OPTIONS = {
     "smoothed with keys": dict(
         keys(37, 53, 3), label_smoothing=0.2, positive_weight=0.5, symmetric=True, reduction="sum"
     ),
-    "each": dict(
+    "no reduction": dict(
         keys(37, 53, 2),
         reduction="none",
         positive_weight=0.5,
@@ -56,7 +56,7 @@ def test_value_and_gradients(tiles, option):
 @pytest.mark.parametrize("option", ["symmetric", "keys and ids", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision(tiles, option, dtype):
-    """Row weights below the range of float16, as in a large batch, and candidates beyond B."""
+    """Row weights are below the range of float16, and there are more candidates than queries."""
     check(
         make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype
     )
@@ -78,8 +78,7 @@ def test_shapes(monkeypatch, rows, candidates, dim):
         check_together((inputs, masked) for inputs in several)
 
 
-def test_planned_tiles():
-    """The planned tiles, which a GPU uses."""
+def test_tiles_planned_for_a_gpu():
     check(make(33, 70, 20), OPTIONS["symmetric"] | dict(candidate_key=torch.arange(70) % 3 - 1))
     check(make(20, 70, 20), dict(symmetric=True), torch.float16)
     check(make(20, 40, 300), dict(symmetric=True), torch.float16)
@@ -87,10 +86,10 @@ def test_planned_tiles():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """Scales below and above the bound up to which 16-bit inputs need no maximum.
+    """The scales are below and above the bound up to which 16-bit inputs need no maximum.
 
-    float32 has few digits there. The owner-computes backward is not tested in float32: the
-    interpreter sums its dot products in another order than those of the forward.
+    The owner-computes backward is not tested in float32 on a CPU: the interpreter sums its dot
+    products in another order than the forward's.
     """
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):
@@ -99,7 +98,7 @@ def test_large_scales(tiles, scale):
 
 
 def test_rows_without_negatives(tiles):
-    """Losses and gradients are exactly 0 in both directions for a row with a key of its own."""
+    """Each of the first 20 rows has a unique key; its loss and gradients are exactly 0."""
     key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
     options = dict(candidate_key=key, symmetric=True, reduction="none")
     got = check(make(), options)
@@ -111,17 +110,17 @@ def test_rows_without_negatives(tiles):
     assert got["out"][20:].all() and got["dquery"][20:].any(1).all()
 
 
-def test_nan_in_an_unseen_candidate_has_no_effect(tiles):
+def test_nan_in_a_masked_candidate_has_no_effect(tiles):
     inputs, key = make(), torch.arange(53) % 3
-    unseen = torch.arange(53) % 3 == 2
-    inputs["candidate"][unseen] = float("nan")
+    masked = torch.arange(53) % 3 == 2
+    inputs["candidate"][masked] = float("nan")
     options = dict(query_key=torch.arange(37) % 2, candidate_key=key, target=torch.arange(37) % 2)
     got = check(inputs, options)
     assert (
         all(value.isfinite().all() for value in got.values())
-        and not got["dcandidate"][unseen.to(DEVICE)].any()
+        and not got["dcandidate"][masked.to(DEVICE)].any()
     )
-    inputs["candidate"][3] = float("nan")  # visible to the rows with key 0
+    inputs["candidate"][3] = float("nan")  # its key is 0
     with torch.no_grad():
         out = masked_info_nce_fused(inputs, options | dict(reduction="none"))
     assert torch.equal(out.isnan(), (torch.arange(37) % 2 == 0).to(DEVICE))
@@ -134,12 +133,12 @@ def masked_info_nce_fused(inputs, options):
         return masked_info_nce(**embeddings, temperature=0.07, **moved)
 
 
-def test_bitwise_repeat(tiles):
+def test_repeated_runs_are_bitwise_equal(tiles):
     first, second = (run(make(), OPTIONS["mean"], torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_not_contiguous():
+def test_non_contiguous_inputs_give_the_same_bits():
     inputs = make(dim=38)
     views = {k: v[:, ::2] if v.dim() else v for k, v in inputs.items()}
     dense = {k: v.contiguous() for k, v in views.items()}
@@ -148,11 +147,11 @@ def test_not_contiguous():
 
 
 @pytest.mark.skipif(CUDA, reason="counts calls of the interpreter")
-def test_tiles_without_pairs_are_not_visited(monkeypatch):
-    """With four sorted keys, each sweep multiplies a quarter of 8 x 4 tiles.
+def test_tiles_without_pairs_are_skipped(monkeypatch):
+    """With four sorted keys, each sweep computes 8 of the 8 x 4 tiles.
 
-    If all rows share the first column of tiles, the two row blocks of the first key multiply only
-    that column, and the other six blocks two tiles each.
+    If all rows share the first column of tiles (key -1), the first two rows of tiles compute only
+    that column, and the other six rows compute two tiles each.
     """
     small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
     calls = []
@@ -163,12 +162,12 @@ def test_tiles_without_pairs_are_not_visited(monkeypatch):
             "products",
             lambda *args, f=original, m=module: calls.append(m.__name__) or f(*args),
         )
-    for head, visited in ((0, 8), (32, 2 + 6 * 2)):
+    for shared, visited in ((0, 8), (32, 2 + 6 * 2)):
         calls.clear()
         key = torch.arange(128) // 32
         options = dict(
             query_key=key,
-            candidate_key=key.masked_fill(key < head // 32, -1),
+            candidate_key=key.masked_fill(key < shared // 32, -1),
             target=torch.arange(128),
         )
         run(make(128, 128, 8), options, torch.float32)
@@ -226,7 +225,7 @@ def test_opcheck(monkeypatch, symmetric, everything, with_keys):
     torch.library.opcheck(torch.ops.mmfused.info_nce_sweep_bwd.default, backward)
 
 
-def test_plans_stay_within_their_memory():
+def test_plans_stay_within_their_memory_limits():
     """Scratch memory at D = 768 is below 1 GB for B = 65536 and below 4 GB for B = 262144."""
     for rows, most in ((65536, 1e9), (262144, 4e9)):
         plan = plans.plan(768, torch.bfloat16, 90, True, False)
@@ -248,8 +247,8 @@ def test_plans_stay_within_their_memory():
 
 @pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
 @pytest.mark.parametrize("only", [0, 1])
-def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
-    """The product for the constant side is skipped; the other gradient is bitwise equal."""
+def test_no_gradient_is_computed_for_a_constant_side(monkeypatch, kind, only):
+    """The other side's gradient does not change by a bit."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
     results, name = [], "info_nce_sweep_bwd" + ("_composed" if kind == "composed" else "")
@@ -272,10 +271,8 @@ def test_a_constant_side_costs_no_gradient(monkeypatch, kind, only):
     "query_key, candidate_key",
     [([3], [7]), ([7], [3]), ([5, 5, 9], [7, 7, 7, 2]), ([7, 7], [5, 9, 1])],
 )
-def test_sides_without_a_common_key_read_nothing_that_no_kernel_wrote(
-    tiles, query_key, candidate_key
-):
-    """Only the target counts in each row; new memory holds NaN."""
+def test_sides_without_a_common_key_read_no_unwritten_memory(tiles, query_key, candidate_key):
+    """Each row sees only its target. conftest.py fills new memory with NaN."""
     options = dict(
         query_key=torch.tensor(query_key),
         candidate_key=torch.tensor(candidate_key),

@@ -1,4 +1,4 @@
-"""Masked InfoNCE: invariances, sums, GradCache, and the module."""
+"""Invariances and gradient sums of masked InfoNCE, GradCache, and the module."""
 
 import math
 
@@ -20,7 +20,7 @@ from mmfused.ops.masked_info_nce import composed
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0])
 @pytest.mark.parametrize("by", ["key", "key, symmetric", "id"])
-def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
+def test_masking_a_candidate_equals_deleting_it(by, value, backend):
     inputs = make(
         keys="none" if by == "id" else "three", symmetric="symmetric" in by, label_smoothing=0.1
     )
@@ -30,7 +30,7 @@ def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
             candidate_id=torch.arange(100, 100 + C, device=DEVICE),
         )
     hidden = torch.arange(C, device=DEVICE) % 5 == 1
-    hidden[:B] = False  # their rows can see them
+    hidden[:B] = False  # these candidates are the rows' targets
     mark = {"key": ("candidate_key", 9), "id": ("candidate_id", 7)}[by[:3].strip(",")]
     inputs[mark[0]][hidden] = mark[1]
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_masked_candidate_is_a_deleted_one(by, value, backend):
     assert_close(got, want, 1e-13)
 
 
-def test_order_does_not_matter():
+def test_the_order_of_rows_and_candidates_does_not_matter():
     inputs = make(
         keys="many", same_id="mean", target=True, weight=True, label_smoothing=0.1, reduction="none"
     )
@@ -74,7 +74,7 @@ def test_symmetric_is_the_mean_of_both_directions():
     assert_close(both, {k: exchanged[exchange.get(k, k)] for k in both}, 1e-13)
 
 
-def test_modalities_are_separate_losses():
+def test_keys_separate_the_loss_into_one_loss_per_key():
     inputs = make(c=B, symmetric=True, reduction="sum")
     key = torch.arange(B, device=DEVICE) % 3
     got = run(inputs, query_key=key, candidate_key=key)
@@ -91,12 +91,12 @@ def test_modalities_are_separate_losses():
     assert_close(got, want, 1e-13)
 
 
-def test_what_changes_nothing():
+def test_neutral_options_do_not_change_the_result():
     inputs = make(symmetric=True)
     want = run(inputs)
     ones, each = torch.ones(C, dtype=torch.int64, device=DEVICE), torch.arange(C, device=DEVICE)
     same = dict(
-        true_masks=dict(query_key=ones[:B], candidate_key=ones),
+        one_key=dict(query_key=ones[:B], candidate_key=ones),
         shared_candidates=dict(query_key=ones[:B], candidate_key=-ones),
         one_positive_mean=dict(candidate_id=each, same_id="mean"),
         one_positive_sum=dict(candidate_id=each, same_id="sum"),
@@ -110,7 +110,7 @@ def test_what_changes_nothing():
 
 
 @pytest.mark.parametrize("keys", ["none", "three"])
-def test_blocks_do_not_matter(keys, monkeypatch):
+def test_the_block_size_does_not_change_the_result(keys, monkeypatch):
     inputs = make(150, 170, keys=keys, same_id="mean", symmetric=True, label_smoothing=0.1)
     want = run(inputs)  # one block
     for rows in (1, 50, 149):
@@ -121,9 +121,9 @@ def test_blocks_do_not_matter(keys, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_sums(symmetric, temperature):
-    """A constant dimension shows sum_j dS_ij.
+    """The gradients of a row's logits sum to 0; in a symmetric loss, those of all rows do.
 
-    It is 0 in each row of a one-way loss, and over all rows of a symmetric loss.
+    The gradient of an added constant dimension is that sum, up to a factor.
     """
     inputs = make(
         keys="three",
@@ -135,7 +135,7 @@ def test_gradient_sums(symmetric, temperature):
     want = run(inputs)
     assert want["out"] >= 0
     scale = 1 / temperature
-    # This equals scale * dscale, where dscale = -temperature^2 dtemperature.
+    # With scale = 1 / temperature, d scale = -temperature^2 d temperature.
     product = (inputs["query"] * want["dquery"]).sum()
     torch.testing.assert_close(product, -want["dtemperature"] / scale, rtol=1e-10, atol=1e-12)
     for name in ("query", "candidate"):
@@ -147,7 +147,7 @@ def test_gradient_sums(symmetric, temperature):
     assert sums.abs().max() < 1e-12 * scale
     for name in ("dquery", "dcandidate"):
         got[name] = got[name][:, :-1]
-    del got["dtemperature"], want["dtemperature"]  # it sums <q, dq> over all dimensions
+    del got["dtemperature"], want["dtemperature"]  # the constant dimension changes it
     assert_close(got, want, 1e-11)
 
 
@@ -155,7 +155,10 @@ def test_gradient_sums(symmetric, temperature):
 
 
 def test_gradient_cache():
-    """Embed without a graph, differentiate the loss, pass its gradients to the towers in chunks."""
+    """GradCache gives the same gradients as one backward.
+
+    It embeds without a graph and passes the loss's gradients to the towers in chunks.
+    """
     data = [torch.randn(n, 7, dtype=torch.float64) for n in (12, 20)]
     towers = [nn.Linear(7, 5).double() for _ in data]
     loss_of = MaskedInfoNCE(0.2, learnable_temperature=True, symmetric=True).double()
@@ -191,7 +194,7 @@ def test_module():
 
 
 def test_temperature_of_the_module():
-    """A learned temperature is a parameter, clamped in training; a fixed one is in no state."""
+    """A learned temperature is a parameter clamped in training; a fixed one is not saved."""
     q, c = torch.randn(6, 4), torch.randn(6, 4)
     learned, fixed = (
         MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0),
@@ -212,9 +215,9 @@ def test_temperature_of_the_module():
         torch.testing.assert_close((above - learned(q, c)) / 2e-3, slope, rtol=1e-2, atol=1e-4)
         learned.log_scale.fill_(5.0)
     assert learned.eval()(q, c) != MaskedInfoNCE(1 / 20)(q, c) and learned.log_scale == 5
-    # The parameter is clamped in place, so no graph may have saved it.
-    losses_of_two = learned.train()(q, c) + learned(c, q)
-    losses_of_two.backward()
+    # The second call clamps the parameter in place, which must not break the first call's graph.
+    sum_of_losses = learned.train()(q, c) + learned(c, q)
+    sum_of_losses.backward()
     assert (
         learned.log_scale.item() == pytest.approx(math.log(20))
         and learned.log_scale.grad is not None
@@ -225,7 +228,7 @@ def test_temperature_of_the_module():
     )
 
 
-def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
+def test_a_fixed_temperature_is_not_saved_and_not_rounded_by_casts():
     q, c = torch.randn(6, 4), torch.randn(6, 4)
     want = masked_info_nce(unit_rows(q), unit_rows(c), temperature=0.03)
     with torch.device("meta"):
@@ -240,7 +243,7 @@ def test_a_fixed_temperature_is_in_no_state_and_no_cast_rounds_it():
         assert torch.equal(module(q, c), want)
 
 
-def test_a_learned_temperature_begins_anew_after_to_empty():
+def test_reset_parameters_restores_a_learned_temperature_after_to_empty():
     with torch.device("meta"):
         module = MaskedInfoNCE(0.03, learnable_temperature=True)
     module.to_empty(device="cpu").reset_parameters()
@@ -250,10 +253,10 @@ def test_a_learned_temperature_begins_anew_after_to_empty():
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mask", ["candidate_key", "candidate_id"])
-def test_a_module_gives_an_ignored_candidate_that_is_not_finite_gradient_zero(backend, value, mask):
+def test_a_masked_non_finite_candidate_gets_a_gradient_of_zero(backend, value, mask):
     q, c = torch.randn(2, 4, requires_grad=True), torch.randn(4, 4)
     c[2, 1] = value
-    # No query has key 7. By id, candidate 2 is the item of both queries and no query's target.
+    # Candidate 2 is masked: no query has key 7, and its id equals both queries' ids.
     vector = torch.tensor([0, 0, 7, 0]) if mask == "candidate_key" else None
     keys = {"candidate_key": vector}
     if mask == "candidate_id":
@@ -268,7 +271,7 @@ def test_a_module_gives_an_ignored_candidate_that_is_not_finite_gradient_zero(ba
         assert got.isfinite().all()
         torch.testing.assert_close(got, want)
     assert not gradients[0][2][2].any()
-    assert MaskedInfoNCE(0.2)(q, c).isnan()  # without a mask
+    assert MaskedInfoNCE(0.2)(q, c).isnan()  # candidate 2 is not masked here
 
 
 def test_gather_in_one_process(tmp_path):
@@ -280,7 +283,7 @@ def test_gather_in_one_process(tmp_path):
         for gather in ("global", "local"):
             loss = MaskedInfoNCE(0.2, gather=gather, normalize=False)
             torch.testing.assert_close(loss(q, c), masked_info_nce(q, c, temperature=0.2))
-            # One side comes from a Linear and the other does not.
+            # Under autocast, only one of the sides may be bfloat16.
             with torch.autocast("cpu", torch.bfloat16):
                 assert torch.equal(loss(q.bfloat16(), c), loss(q.bfloat16(), c.bfloat16()))
             with (
@@ -305,7 +308,7 @@ BAD_MODULES = {
 
 
 @pytest.mark.parametrize("sentence", BAD_MODULES)
-def test_bad_options_of_the_module(sentence):
+def test_bad_options_raise_a_one_line_message(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
         MaskedInfoNCE(**BAD_MODULES[sentence])
     assert (
@@ -317,7 +320,7 @@ def test_bad_options_of_the_module(sentence):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e30])
 @pytest.mark.parametrize("gather", [None, "global"])
-def test_an_ignored_candidate_gets_no_gradient_through_the_normalisation(value, gather, tmp_path):
+def test_a_masked_candidate_gets_no_gradient_through_the_normalization(value, gather, tmp_path):
     query, candidate = torch.randn(4, 5), torch.randn(6, 5)
     candidate[5] = value
     key = torch.tensor([0, 0, 1, 1, 0, 7])
@@ -352,13 +355,13 @@ def test_an_ignored_candidate_gets_no_gradient_through_the_normalisation(value, 
             dist.destroy_process_group()
 
 
-def test_a_fixed_temperature_is_changed_by_nothing():
+def test_a_fixed_temperature_survives_casts_and_loaded_states():
     fixed = MaskedInfoNCE(0.03).bfloat16()
     assert fixed.temperature == 0.03 and not fixed.state_dict()
     with torch.device("meta"):
         moved = MaskedInfoNCE(0.03)
     assert moved.to_empty(device="cpu").temperature == 0.03
-    # In an older state, the temperature was a buffer.
+    # States of version 0.1 hold the temperature as a buffer.
     for holder, prefix in ((fixed, ""), (nn.Sequential(fixed), "0.")):
         with pytest.warns(UserWarning, match="is 0.3679; the module keeps its own, 0.03"):
             holder.load_state_dict({f"{prefix}log_scale": torch.tensor(1.0)})
@@ -371,7 +374,7 @@ def test_a_fixed_temperature_is_changed_by_nothing():
     assert torch.equal(fixed(q, c), MaskedInfoNCE(0.03)(q, c)) and fixed.temperature == 0.03
 
 
-def test_parameters_reset_after_to_empty():
+def test_reset_parameters_keeps_a_learned_temperature_a_parameter():
     with torch.device("meta"):
         learned = MaskedInfoNCE(0.03, learnable_temperature=True)
     learned.to_empty(device="cpu").reset_parameters()

@@ -1,6 +1,6 @@
-"""Masked InfoNCE at extreme and invalid values, composed and fused.
+"""Masked InfoNCE with extreme and invalid inputs, on the composed and fused backends.
 
-These are unwritten memory, logits of 10^4, non-finite rows, and invalid integers and numbers.
+The inputs have logits of 10^4, non-finite rows, arguments out of range, or unusual strides.
 """
 
 import math
@@ -19,17 +19,17 @@ MIB = 2**20
 BACKENDS = ("composed", "fused")
 
 
-# ---- unwritten memory is NaN in these tests ------------------------------------------------------
+# ---- unwritten memory, which conftest.py fills with NaN ------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("partial_bytes", "backward"),
     [(1, "chunked"), (512 * MIB, "owner")],
-    ids=["one group", "groups"],
+    ids=["one group", "several groups"],
 )
 @pytest.mark.parametrize("same_id", [None, "drop", "mean", "sum"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_every_option_set_reads_only_what_was_written(
+def test_kernels_never_read_unwritten_memory(
     symmetric, same_id, partial_bytes, backward, monkeypatch
 ):
     small_tiles(monkeypatch, backward, partial_bytes=partial_bytes)
@@ -53,7 +53,7 @@ def test_every_option_set_reads_only_what_was_written(
 
 
 def large(kind, seed):
-    """Return inputs with logits up to 10^4; ``kind``: how close the largest are to the target's."""
+    """Return inputs with logits up to 10^4; ``kind`` is the kind of embeddings."""
     inputs = make(33, 41, 24, scale=1e4, seed=seed)
     query, candidate = inputs["query"], inputs["candidate"]
     if kind == "long rows":
@@ -62,9 +62,9 @@ def large(kind, seed):
         inputs["temperature"].fill_(1.0)
     if kind == "equal candidates":
         candidate[1::2] = candidate[0].clone()
-    if kind == "found":
+    if kind == "targets equal queries":
         candidate[:33] = query
-    if kind == "alike":
+    if kind == "nearly parallel":
         for x in (query, candidate):
             x += 8 * query[0].clone()
             x /= x.norm(dim=1, keepdim=True)
@@ -73,8 +73,11 @@ def large(kind, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["random", "long rows", "equal candidates", "found", "alike"])
-def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "long rows", "equal candidates", "targets equal queries", "nearly parallel"],
+)
+def test_errors_stay_within_the_budget_at_logits_of_ten_thousand(kind, backend, dtype):
     options = [
         dict(symmetric=True),
         dict(target=torch.arange(33).flip(0), label_smoothing=0.1),
@@ -83,11 +86,11 @@ def test_the_budget_holds_at_logits_of_ten_thousand(kind, backend, dtype):
     check_together(((large(kind, seed), o) for seed in range(3) for o in options), dtype, backend)
 
 
-def test_equal_candidates_are_equally_likely():
-    """The target's logit is bitwise equal to the logit of a candidate equal to the target.
+def test_equal_candidates_have_bitwise_equal_logits():
+    """The loss of 45 equal candidates is log(45).
 
-    At 10^4, another order of summation would show, also with a margin of 0, which excludes no equal
-    candidate.
+    At logits of 10^4, summing the target's logit in another order would change the loss. A margin
+    of 0 excludes no candidate that equals the target.
     """
     query, candidate = (normalize(torch.randn(n, 24), dim=-1).to(DEVICE) for n in (20, 1))
     candidate = candidate.expand(45, 24)
@@ -120,10 +123,10 @@ def gradients(backend, query, candidate, *, upstream=None, function=masked_info_
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_broken_row_reaches_only_what_sees_it(
+def test_a_non_finite_row_affects_only_rows_with_the_same_key(
     symmetric, side, value, backend, backward, monkeypatch
 ):
-    """With two keys in one tile, rows of the other key are unaffected by the broken row."""
+    """Row 4 has key 0; rows with key 1 in the same tile are unaffected."""
     small_tiles(monkeypatch, backward)
     sides = [torch.randn(n, 8, device=DEVICE) for n in (20, 24)]
     key = torch.arange(24, device=DEVICE) % 2
@@ -136,28 +139,29 @@ def test_a_broken_row_reaches_only_what_sees_it(
         assert actual.flatten(1).isnan().any(1)[4] if actual.dim() > 1 else actual[4].isnan()
 
 
-# ---- invalid values: on a GPU they give NaN, since a check would need a sync --------------------
+# ---- invalid values: they give NaN on a GPU, where a check would need a sync ---------------------
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
+    """Skip the checks of tensor values, as on a GPU."""
     for module in (checks, _common):
         monkeypatch.setattr(module, "check_value", lambda condition, message: None)
 
 
 BAD_ROWS = {
     "a target below 0": ("target", -5),
-    "a target of C": ("target", 24),
-    "a target far away": ("target", 2**40),
+    "a target one past the end": ("target", 24),
+    "a target far past the end": ("target", 2**40),
     "a negative key": ("query_key", -1),
-    "a key far below": ("query_key", -(2**40)),
+    "a key far below 0": ("query_key", -(2**40)),
     "a negative weight": ("row_weight", -1),
 }
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
+def test_an_invalid_value_makes_only_its_row_nan(case, backend, unchecked):
     name, value = BAD_ROWS[case]
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (20, 24))
     key = torch.arange(24, device=DEVICE) % 2
@@ -174,7 +178,8 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    # Check candidates of the other key, except the last, which replaces an out-of-range target.
+    # Candidates with the other key are unaffected. The last one is skipped, because it replaces an
+    # out-of-range target.
     torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])
@@ -182,7 +187,7 @@ def test_a_row_with_a_bad_value_is_nan(case, backend, unchecked):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
+def test_a_candidate_key_below_minus_one_makes_every_row_nan(backend, unchecked):
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
     for key in (-2, -(2**40)):
         key = torch.tensor([0, 1, key, 0, 1, -1], device=DEVICE)
@@ -192,8 +197,8 @@ def test_a_candidate_key_that_is_none_makes_every_row_nan(backend, unchecked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [-0.05, -0.3, math.nan, 0.0, 1e-39, -0.0])
-def test_temperatures_that_are_none(temperature, backend, unchecked):
-    """A temperature that is not positive, or has no finite reciprocal, gives NaN."""
+def test_an_invalid_temperature_gives_nan(temperature, backend, unchecked):
+    """A temperature is invalid if it is not positive or has no finite reciprocal."""
     query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.float16) for n in (5, 6))
     temperature = torch.tensor([temperature], device=DEVICE)
     for result in gradients(backend, query, candidate, temperature=temperature):
@@ -204,14 +209,8 @@ def test_temperatures_that_are_none(temperature, backend, unchecked):
 @pytest.mark.parametrize("where", ["query", "candidate", "both"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(
-    backend, value, where, symmetric
-):
-    """An infinite logit must not give a finite loss.
-
-    An infinite target would dominate all other logits, and another candidate at -inf would have no
-    effect.
-    """
+def test_a_non_finite_embedding_makes_every_row_that_uses_it_nan(backend, value, where, symmetric):
+    """The loss is NaN even if an infinite logit is -inf, which a softmax would ignore."""
     query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     query[2] = -1
     if where != "candidate":
@@ -227,7 +226,7 @@ def test_without_keys_an_infinite_embedding_makes_all_that_see_it_nan(
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-def test_a_scale_rounds_no_embedding(backend):
+def test_a_scale_does_not_round_the_embeddings(backend):
     query, candidate = (torch.randn(n, 8, device=DEVICE, dtype=torch.bfloat16) for n in (5, 6))
     scale = torch.tensor(14.3, device=DEVICE)
     with mmfused.backend(backend):
@@ -237,7 +236,7 @@ def test_a_scale_rounds_no_embedding(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_an_infinite_logit_of_finite_embeddings_is_no_good_loss(backend):
+def test_finite_embeddings_whose_logit_overflows_give_nan(backend):
     with mmfused.backend(backend):
         x = 2e19 * torch.eye(2, 8, device=DEVICE)
         assert mmfused.masked_info_nce(x, x, temperature=1.0, reduction="none").isnan().all()
@@ -247,7 +246,7 @@ def test_an_infinite_logit_of_finite_embeddings_is_no_good_loss(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("scale", [-20.0, 0.0, 3])
-def test_any_scale_is_taken_by_what_swapped_losses_call(scale, backend):
+def test_scaled_info_nce_accepts_negative_and_zero_scales(scale, backend):
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
     results = {}
     for name, dtype in (("got", torch.float32), ("want", torch.float64)):
@@ -266,7 +265,7 @@ def test_any_scale_is_taken_by_what_swapped_losses_call(scale, backend):
     torch.testing.assert_close(results["got"], results["want"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_temperature_without_a_reciprocal_is_refused():
+def test_a_temperature_without_a_finite_reciprocal_is_refused():
     x = torch.randn(4, 3)
     for temperature in (1e-39, torch.tensor(1e-39), torch.tensor(1e-60, dtype=torch.float64)):
         with pytest.raises(ValueError, match="too small for 1 / temperature in torch.float32"):
@@ -279,8 +278,8 @@ def test_a_temperature_without_a_reciprocal_is_refused():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_every_argument_may_be_a_view(backend, masked):
-    """Every second element of a longer tensor, with an offset; or one element, expanded."""
+def test_strided_and_expanded_arguments_give_the_same_bits(backend, masked):
+    """A strided view has every second element of a longer tensor, starting at an offset."""
     rows = dict(
         target=torch.randint(0, 24, (20,)),
         query_id=torch.randint(0, 5, (20,)),
@@ -326,10 +325,10 @@ def test_every_argument_may_be_a_view(backend, masked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_layout_of_the_embeddings_changes_no_bit(backend):
-    """Forward and backward need the same logits.
+def test_transposed_embeddings_give_the_same_bits(backend):
+    """Forward and backward must compute the same logits.
 
-    At 10^2, two orders of summation change a probability by 10^-5.
+    At logits of 10^2, another order of summation changes a probability by 10^-5.
     """
     dense = torch.randn(5, 8, device=DEVICE), torch.randn(37, 8, device=DEVICE)
     turned = [x.T.contiguous().T for x in dense]

@@ -1,4 +1,4 @@
-"""metadata.csv in the forms that people write: every row is read, or reported with its line."""
+"""Every row of a metadata.csv is read, or reported with its line number."""
 
 import time
 
@@ -26,7 +26,7 @@ def broken(rows):
     return {row.line: row.broken for row in rows if row.broken is not None}
 
 
-def test_an_unclosed_quote_costs_its_own_row_alone(tmp_path):
+def test_an_unclosed_quote_breaks_only_its_own_row(tmp_path):
     lines = [f"{i}.png,thing {i},{i}" for i in range(900)]
     lines[1] = '1.png,"thing 1,1'
     rows = rows_of(tmp_path, "\n".join(lines) + "\n")
@@ -39,12 +39,12 @@ def test_an_unclosed_quote_costs_its_own_row_alone(tmp_path):
 @pytest.mark.parametrize(
     "closing",
     [
-        '5.png,"mug, red",5',  # read strictly, a quote in the middle of a field
-        '5.png,mug 5",5',  # well-formed if read as one row: three fields, with a text of four lines
+        '5.png,"mug, red",5',  # closes the quote in the middle of a field, which is malformed
+        '5.png,mug 5",5',  # closes the quote at the end of a field: four lines form a valid row
         ',mug 5",5',
     ],
 )
-def test_an_unclosed_quote_that_a_later_one_closes_costs_its_own_row_alone(tmp_path, closing):
+def test_an_unclosed_quote_breaks_only_its_own_row_if_a_later_quote_closes_it(tmp_path, closing):
     lines = [f"{i}.png,thing {i},{i}" for i in range(8)]
     lines[2], lines[5] = '2.png,"thing 2,2', closing
     rows = rows_of(tmp_path, "\n".join(lines))
@@ -94,7 +94,7 @@ def test_a_line_of_a_text_may_look_like_a_row(tmp_path, columns, record, text):
     assert row.broken is None and row.fields == {"file_name": "0.png", "text": text, "label": "0"}
 
 
-def test_pictures_that_are_there_tell_that_a_quote_swallows_their_rows(tmp_path):
+def test_lines_that_start_with_existing_pictures_are_rows_even_inside_an_open_quote(tmp_path):
     for row in range(5):
         (tmp_path / f"{row}.png").touch()
     rows = rows_of(tmp_path, '0.png,"open,0\n1.png,a,1\nodd line\n3.png,closing 5",3\n4.png,b,4\n')
@@ -107,12 +107,12 @@ def test_pictures_that_are_there_tell_that_a_quote_swallows_their_rows(tmp_path)
     ]
 
 
-def test_names_in_the_header_may_have_spaces_and_lines_before_it_may_be_empty(tmp_path):
+def test_spaces_in_the_header_and_empty_lines_before_it_are_ignored(tmp_path):
     (tmp_path / "metadata.csv").write_text("\n\nfile_name, text, label\n,a mug,3\n")
     assert ProductFolder(tmp_path).texts == ["a mug"]
 
 
-def test_a_file_without_end_is_refused_unread(tmp_path):
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "metadata.csv", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_quotes_within_a_text_are_kept(tmp_path):
     ]
 
 
-def test_rows_of_another_encoding_are_named_and_the_others_read(tmp_path):
+def test_rows_that_are_not_utf8_are_reported_and_the_others_read(tmp_path):
     content = (
         HEADER.encode()
         + "0.png,crème,0\n".encode()
@@ -143,7 +143,7 @@ def test_rows_of_another_encoding_are_named_and_the_others_read(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_any_end_of_line_will_do_and_empty_lines_are_none(tmp_path, end):
+def test_all_line_endings_are_read_and_empty_lines_skipped(tmp_path, end):
     content = end.join(["\ufefffile_name,text,label", "0.png,a\u2028b\x0bc,0", "", "1.png,d,1"])
     rows = rows_of(tmp_path, content.encode())
     assert broken(rows) == {} and [row[:3] for row in good(rows)] == [
@@ -152,7 +152,7 @@ def test_any_end_of_line_will_do_and_empty_lines_are_none(tmp_path, end):
     ]
 
 
-def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
+def test_zero_bytes_and_wrong_numbers_of_fields_are_reported(tmp_path):
     rows = rows_of(tmp_path, "0.png,a\0b,0\n1.png,a,b,1\n2.png,a\n3.png,a,3\n")
     assert broken(rows) == {
         2: "it holds a zero byte",
@@ -176,19 +176,19 @@ def test_zero_bytes_and_wrong_numbers_of_fields_are_named(tmp_path):
         (b"\xff\x00\xfe\n", "got a header line without file_name, text, label"),
     ],
 )
-def test_a_header_that_tells_no_columns_is_refused(tmp_path, content, message):
+def test_an_invalid_header_is_refused(tmp_path, content, message):
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         ProductFolder(tmp_path)
     assert "\n" not in str(caught.value) and str(caught.value).encode()
 
 
-def test_an_ignored_column_may_be_there_twice(tmp_path):
+def test_an_ignored_column_may_occur_twice(tmp_path):
     (tmp_path / "metadata.csv").write_text("note,file_name,text,label,note\nx,,a mug,3,y\n")
     assert ProductFolder(tmp_path).texts == ["a mug"]
 
 
-def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
+def test_all_skipped_rows_are_listed_in_order(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
     rows = [
         '0.png,"open,0',
@@ -212,7 +212,7 @@ def test_every_lost_row_of_a_folder_is_named_in_order(tmp_path):
         ProductFolder(tmp_path, strict=True)
 
 
-def test_families_are_read_where_the_first_row_is_broken(tmp_path):
+def test_coarse_labels_are_read_even_if_the_first_row_is_broken(tmp_path):
     (tmp_path / "metadata.csv").write_text(
         "file_name,text,label,coarse_label\n,a\n,a mug,1,7\n,a pot,2,8\n"
     )
@@ -220,7 +220,7 @@ def test_families_are_read_where_the_first_row_is_broken(tmp_path):
     assert data.coarse_labels == [7, 8] and len(data.skipped) == 1
 
 
-def test_many_rows_and_many_open_quotes_take_seconds(tmp_path):
+def test_many_rows_with_many_open_quotes_are_read_in_seconds(tmp_path):
     lines = [
         f'{i}.png,"open {i},{i}' if i % 50 == 0 else f"{i}.png,thing {i},{i}" for i in range(20_000)
     ]

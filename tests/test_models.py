@@ -1,4 +1,4 @@
-"""FLUID against an independent float64 transcription of its equations, and its other guarantees."""
+"""FLUID against an independent transcription of its equations in float64, and other properties."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ import mmfused
 from mmfused.models import FLUID, FLUIDConfig
 from mmfused.models.fluid import COMPONENTS
 
-x64 = torch.float64
 SMALL = {
     "num_classes": 7,
     "dim": 12,
@@ -30,12 +29,14 @@ SMALL = {
 def random_model(**options) -> FLUID:
     """Return a float64 model without encoders.
 
-    All parameters are random, also where they start as zeros or ones.
+    All parameters are random, even those that are initialized to zeros or ones.
     """
     model = FLUID(FLUIDConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
+        )
     return model
 
 
@@ -47,15 +48,19 @@ def token_batch(batch=6, image_tokens=9, text_tokens=7) -> dict:
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([7, 3, 0, 5, 1, 6])[:batch]
     return {
-        "image_tokens": torch.randn(batch, image_tokens, 10, generator=generator, dtype=x64),
-        "text_tokens": torch.randn(batch, text_tokens, 12, generator=generator, dtype=x64),
+        "image_tokens": torch.randn(
+            batch, image_tokens, 10, generator=generator, dtype=torch.float64
+        ),
+        "text_tokens": torch.randn(
+            batch, text_tokens, 12, generator=generator, dtype=torch.float64
+        ),
         "text_padding_mask": torch.arange(text_tokens) >= lengths[:, None],
         "image_present": torch.arange(batch) != 1,
         "labels": torch.randint(0, 7, (batch,), generator=generator),
     }
 
 
-def error(a, b):
+def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
@@ -82,7 +87,7 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default"
 )
-def test_agrees_with_the_equations(options, backend):
+def test_model_agrees_with_the_equations(options, backend):
     model, batch = random_model(**options), token_batch()
     leaves = {
         name: parameter.detach().clone().requires_grad_()
@@ -94,19 +99,21 @@ def test_agrees_with_the_equations(options, backend):
         output.loss.backward()
     got = {"logits": output.logits, "loss": output.loss, "gate": output.gate, **output.losses}
     for name, value in expected.items():
-        assert error(got[name], value) < 1e-12, name
+        assert relative_error(got[name], value) < 1e-12, name
     gradients = torch.autograd.grad(expected["loss"], list(leaves.values()), allow_unused=True)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         assert (
-            error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+            relative_error(
+                parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient
+            )
             < 1e-11
         ), name
 
 
 def test_q_transform_agrees_with_multihead_attention():
-    """nn.MultiheadAttention with the same weights gives the same output.
+    """The output equals nn.MultiheadAttention's with the same weights.
 
-    The transcription above reads the projections by name, so it cannot find an error in them.
+    The transcription reads the projections by name, so it cannot reveal swapped names.
     """
     model, x = random_model(), token_batch()["text_tokens"]
     pool = model.text_transform.blocks[0].pool
@@ -120,14 +127,14 @@ def test_q_transform_agrees_with_multihead_attention():
     ).detach()
     attention.out_proj.load_state_dict(pool.out_proj.state_dict())
     queries = model.text_transform.queries.expand(len(x), -1, -1)
-    assert error(pool(x, None, queries), attention(queries, x, x)[0]) < 1e-12
+    assert relative_error(pool(x, None, queries), attention(queries, x, x)[0]) < 1e-12
 
 
-def test_routing_is_reported():
+def test_the_output_reports_the_routing():
     model, batch = random_model(top_k=3), token_batch()
     indices, weights = model(**batch).routing
     assert indices.shape == weights.shape == (6, 2, 3)
-    assert torch.allclose(weights.sum(-1), torch.ones(6, 2, dtype=x64))
+    assert torch.allclose(weights.sum(-1), torch.ones(6, 2, dtype=torch.float64))
     assert (weights.diff(dim=-1) <= 0).all()
     assert all(len(set(row.tolist())) == 3 for row in indices.flatten(0, 1))
 
@@ -149,7 +156,7 @@ def tiny(**options) -> FLUID:
 
 
 def pixel_batch(batch=8, length=10) -> dict:
-    """Return pixels and ids; sample 1 has no image, and the text of sample 2 is [CLS][SEP]."""
+    """Return pixels and token ids; sample 1 has no image, and sample 2 only [CLS][SEP] as text."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -180,7 +187,7 @@ def test_every_parameter_gets_a_gradient(modalities):
         assert not any(name.startswith((other, "gate")) for name, _ in model.named_parameters())
 
 
-def test_precomputed_tokens_take_the_place_of_the_encoders():
+def test_precomputed_tokens_give_the_same_output_as_the_encoders():
     model, batch = tiny().eval(), pixel_batch()
     expected = model(**batch)
     pixels, ids, mask = (
@@ -211,14 +218,14 @@ def test_backends_agree():
             *(parameter.grad.clone() for parameter in model.parameters()),
         ]
     for a, b in zip(results["reference"], results["composed"], strict=True):
-        assert error(a, b) < 1e-10
+        assert relative_error(a, b) < 1e-10
 
 
 @pytest.mark.parametrize("image_dim", [10, 12])
-def test_an_absent_image_does_not_leak(image_dim):
+def test_tokens_of_an_absent_image_do_not_affect_the_output(image_dim):
     model, batch = random_model(image_dim=image_dim), token_batch()
     batch["image_tokens"] = torch.randn(
-        6, 9, image_dim, dtype=x64, generator=torch.Generator().manual_seed(4)
+        6, 9, image_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
     )
     expected = model(**batch)
     batch["image_tokens"][1] = float("nan")
@@ -229,7 +236,7 @@ def test_an_absent_image_does_not_leak(image_dim):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_absent_pixels_do_not_leak():
+def test_absent_pixels_do_not_affect_the_loss():
     model, batch = tiny().eval(), pixel_batch()
     expected = model(**batch).loss
     batch["pixel_values"][1] = float("nan")
@@ -239,11 +246,8 @@ def test_absent_pixels_do_not_leak():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_missing_text_is_masked_as_a_whole():
-    """All missing texts have the same embedding.
-
-    A text is missing if it is [CLS][SEP], has no real token, or has text_present=False.
-    """
+def test_all_missing_texts_have_the_same_embedding():
+    """A text is missing if it is only [CLS][SEP], has no real token, or has text_present=False."""
     model, batch = tiny().eval(), pixel_batch()
     batch["attention_mask"][3] = 0
     output = model(
@@ -259,11 +263,11 @@ def test_a_missing_text_is_masked_as_a_whole():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_absent_samples_are_left_out_of_the_contrastive_loss():
+def test_samples_without_both_modalities_are_left_out_of_the_contrastive_loss():
     model, batch = random_model(), token_batch()
-    keep = torch.tensor([0, 3, 4, 5])  # 1 has no image and 2 has no text
+    keep = torch.tensor([0, 3, 4, 5])  # sample 1 has no image, and sample 2 has no text
     expected = model(**{name: value[keep] for name, value in batch.items()}).losses["contrastive"]
-    assert error(model(**batch).losses["contrastive"], expected) < 1e-12
+    assert relative_error(model(**batch).losses["contrastive"], expected) < 1e-12
     batch["image_present"] = torch.arange(6) == 0
     loss = model(**batch).losses["contrastive"]
     assert loss.item() == 0
@@ -273,26 +277,26 @@ def test_absent_samples_are_left_out_of_the_contrastive_loss():
     )
 
 
-def test_padded_text_is_attended_to_only_without_the_text_mask():
+def test_padding_of_texts_is_attended_to_only_without_the_text_mask():
     batch, changed = token_batch(), token_batch()
     changed["text_tokens"][changed["text_padding_mask"]] += 1
     for text_mask in (True, False):
         model = random_model(text_mask=text_mask)
         a, b = model(**batch).text_embedding, model(**changed).text_embedding
         same = (a == b).all(1)
-        # 0 has no padding and 2 has only padding, so it is absent in either case.
+        # Text 0 has no padding; text 2 has only padding, so it is missing with and without a mask.
         assert same.tolist() == (
             [True] * 6 if text_mask else [True, False, True, False, False, False]
         )
 
 
-def test_more_padding_changes_nothing():
+def test_more_padding_does_not_change_the_loss():
     model, batch = tiny().double().eval(), pixel_batch()
     batch["pixel_values"] = batch["pixel_values"].double()
     expected = model(**batch).loss
     for name in ("input_ids", "attention_mask"):
         batch[name] = torch.nn.functional.pad(batch[name], (0, 5))
-    assert error(model(**batch).loss, expected) < 1e-12
+    assert relative_error(model(**batch).loss, expected) < 1e-12
 
 
 def test_without_labels_there_is_no_loss():
@@ -314,11 +318,11 @@ def test_autocast_keeps_logits_and_losses_in_float32():
         == output.losses["contrastive"].dtype
         == torch.float32
     )
-    assert error(output.loss, expected.loss) < 0.05
+    assert relative_error(output.loss, expected.loss) < 0.05
 
 
 @pytest.mark.parametrize("modalities", ["both", "image", "text"])
-def test_training_lowers_the_loss_and_repeats(modalities):
+def test_training_lowers_the_loss_and_is_reproducible(modalities):
     batch, runs = pixel_batch(batch=16), []
     for _ in range(2):
         model = tiny(modalities=modalities)
@@ -336,13 +340,13 @@ def test_training_lowers_the_loss_and_repeats(modalities):
 
 
 def test_queries_start_small():
-    """Queries of size 1 would outweigh the attention output, and the text variant learn slowly."""
+    """Queries with a standard deviation of 1 would outweigh the attention output."""
     model = tiny(query_std=0.05)
     for transform in (model.image_transform, model.text_transform, model.bottleneck):
         assert 0.03 < transform.queries.std() < 0.07
 
 
-def test_tiny_takes_photos_of_other_sizes():
+def test_tiny_accepts_other_image_sizes():
     for image_size, patch_size in ((96, 16), (64, 8)):
         config = FLUIDConfig.preset(
             "tiny", num_classes=81, vocab_size=60, image_size=image_size, patch_size=patch_size
@@ -354,7 +358,7 @@ def test_tiny_takes_photos_of_other_sizes():
 # --- configuration and errors ---
 
 
-def test_config_survives_json():
+def test_config_round_trips_through_json():
     config = FLUIDConfig.preset(
         "tiny", num_classes=9, vocab_size=70, image_size=96, patch_size=16, top_k=1, ffn=32
     )
@@ -369,7 +373,7 @@ def test_config_survives_json():
     other.load_state_dict(model.state_dict())
 
 
-def test_preset_overrides_update_its_encoders():
+def test_preset_overrides_update_the_encoders():
     config = FLUIDConfig.preset("tiny", num_classes=9, image={"depth": 1}, text=None)
     untouched = FLUIDConfig.preset("tiny", num_classes=9)
     assert config.image == {**untouched.image, "depth": 1} and config.text is None
@@ -401,12 +405,12 @@ def test_preset_overrides_update_its_encoders():
         ),
     ],
 )
-def test_bad_config(options, message):
+def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FLUIDConfig(**{**SMALL, **options})
 
 
-def test_unknown_preset_and_field():
+def test_an_unknown_preset_and_an_unknown_field_are_refused():
     with pytest.raises(ValueError, match="preset: got 'huge', expected one of paper, code, tiny"):
         FLUIDConfig.preset("huge", num_classes=2)
     with pytest.raises(
@@ -463,7 +467,7 @@ TOKEN_ERRORS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), TOKEN_ERRORS)
-def test_bad_tokens(changes, message):
+def test_bad_tokens_are_refused(changes, message):
     model, batch = random_model(), {**token_batch(), **changes}
     with pytest.raises(ValueError, match=message):
         model(**batch)
@@ -490,7 +494,7 @@ def test_bad_tokens(changes, message):
         ),
     ],
 )
-def test_bad_pixels_and_ids(changes, message):
+def test_bad_pixels_and_ids_are_refused(changes, message):
     model, batch = tiny(), {**pixel_batch(), **changes}
     with pytest.raises(ValueError, match=message):
         model(**batch)
@@ -499,7 +503,7 @@ def test_bad_pixels_and_ids(changes, message):
 @pytest.mark.parametrize(
     ("module", "package"), [("timm.models", "timm"), ("transformers", "transformers")]
 )
-def test_a_missing_encoder_package_is_named(monkeypatch, module, package):
+def test_the_error_names_a_missing_encoder_package(monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         ImportError, match=rf"{package} is not installed: pip install 'mmfused\[models\]'"

@@ -1,4 +1,4 @@
-"""Modules can be copied, pickled, built on the meta device, loaded by assignment and reset."""
+"""Modules can be copied, pickled, built on the meta device, loaded with assign=True and reset."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ ALL = {name: (case.make, case.inputs, case.call) for name, case in MODULES.items
 }
 
 
-def saved_whole(module):
+def saved_and_loaded(module):
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -66,16 +66,16 @@ def saved_whole(module):
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_whole],
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @pytest.mark.parametrize("name", ALL)
-def test_copies(name, copied):
+def test_copies_give_the_same_output_and_share_no_memory(name, copied):
     make, inputs, call = ALL[name]
     module, inputs = make(), inputs()
     out = call(module, *inputs)
     if out.requires_grad:
-        out.sum().backward()  # a module that has been used
+        out.sum().backward()  # a module whose parameters have gradients
     twin = copied(module)
     assert torch.equal(call(twin, *inputs), call(module, *inputs))
     for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
@@ -83,7 +83,7 @@ def test_copies(name, copied):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_loaded_by_assignment_into_the_meta_device(name):
+def test_a_module_on_the_meta_device_loads_a_state_with_assign(name):
     make, inputs, call = ALL[name]
     module, inputs = make(), inputs()
     with torch.device("meta"):
@@ -95,14 +95,13 @@ def test_loaded_by_assignment_into_the_meta_device(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_begun_anew(name, dtype):
-    """to_empty and reset_parameters give the same numbers as a new module with the same seed."""
+def test_reset_parameters_after_to_empty_equals_a_new_module(name, dtype):
     make, inputs, call = ALL[name]
     new = make()
     with torch.device("meta"):
         empty = make()
     empty.to(dtype).to_empty(device="cpu")
-    # Uninitialised memory may hold these values.
+    # Fill the uninitialized memory, so that the result does not depend on its contents.
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else False)
     for module in (new.to(dtype), empty):
@@ -116,7 +115,7 @@ def test_begun_anew(name, dtype):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_reset_draws_what_the_constructor_draws(name):
+def test_reset_parameters_draws_from_the_constructors_distribution(name):
     torch.manual_seed(5)
     many = [ALL[name][0]() for _ in range(10)]
     fresh = [dict(module.named_parameters()) for module in many]
@@ -131,8 +130,8 @@ def test_reset_draws_what_the_constructor_draws(name):
         torch.testing.assert_close(again.std(), values.std(), rtol=0.3, atol=1e-6, msg=key)
 
 
-def test_each_module_inside_may_be_reset_by_itself():
-    """FSDP resets each submodule that has the method, in any order."""
+def test_submodules_can_be_reset_in_any_order():
+    """FSDP calls reset_parameters of each submodule that has it."""
     module = nn.ModuleList(make() for make, *_ in ALL.values())
     module.append(ExpertLinear(4, D, 8, norm=True))
     own = {part for part in module.modules() if any(True for _ in part.parameters(recurse=False))}
@@ -145,7 +144,7 @@ def test_each_module_inside_may_be_reset_by_itself():
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
-def test_available_experts_of_the_meta_device():
+def test_reset_parameters_restores_the_available_experts():
     with torch.device("meta"):
         moe = mixture()
     moe.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""MOON2.0 against an independent float64 transcription of its equations, and other guarantees."""
+"""MOON2.0 against an independent float64 transcription of its equations, and other properties."""
 
 import json
 
@@ -18,8 +18,8 @@ from mmfused.training.gradients import add_cached_gradients, add_gradients, to_d
 SHALLOW = {**HOST, "text_config": {**HOST["text_config"], "num_hidden_layers": 1}}
 
 
-def plain(parts: dict) -> dict:
-    """Return the parts in float32, as the trainer passes them."""
+def in_float32(parts: dict) -> dict:
+    """Return the parts with float32 pixels, as the trainer passes them."""
     return {
         role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
     }
@@ -29,13 +29,13 @@ def without_labels(part: dict) -> dict:
     return {name: value for name, value in part.items() if name != "labels"}
 
 
-def error(a, b):
+def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
 # --- equations ---
 
-HOSTED = [
+MODEL_OPTIONS = [
     {},
     {"top_k": 3, "balance": "gshard", "moe_every": 2, "normalise": 5.0},
     {"top_k": 1, "without": ("fusion",)},
@@ -44,16 +44,16 @@ HOSTED = [
 
 
 @pytest.mark.parametrize(
-    "options", HOSTED, ids=lambda o: "-".join(map(str, o.values())) or "default"
+    "options", MODEL_OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default"
 )
-def test_agrees_with_the_equations(options):
+def test_model_agrees_with_the_equations(options):
     model, parts = random_model(**options), batch()
     with torch.no_grad():
         rounded = model.encode("query", **parts["query"])
     model = exact(model)
     rows = {role: equations.encoded(model, part) for role, part in parts.items()}
     assert all(
-        error(rounded[name].double(), value.double()) < 1e-6
+        relative_error(rounded[name].double(), value.double()) < 1e-6
         for name, value in rows["query"].items()
     )
     expected = equations.losses(**rows, alignment=model.alignment, margin=0.15, c=model.config)
@@ -67,23 +67,25 @@ def test_agrees_with_the_equations(options):
         for role, row in rows.items():
             assert row.keys() == encoded[role].keys()
             assert all(
-                error(encoded[role][name].double(), value.double()) < 1e-11
+                relative_error(encoded[role][name].double(), value.double()) < 1e-11
                 for name, value in row.items()
             ), role
         assert {*output.losses, "loss"} == expected.keys()
         for name, value in {**output.losses, "loss": output.loss}.items():
-            assert error(value, expected[name]) < 1e-10, name
+            assert relative_error(value, expected[name]) < 1e-10, name
         for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
             assert (
-                error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+                relative_error(
+                    parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient
+                )
                 < 1e-9
             ), name
 
 
 def random_rows(model) -> dict:
-    """Return possible results of encode as leaves.
+    """Return random results of encode as leaves.
 
-    They contain close and confusable pairs, so that some triplets are filtered.
+    Some pairs are so similar that their triplets are filtered.
     """
     generator, rows = torch.Generator().manual_seed(5), {}
     base = torch.randn(6, 8, generator=generator, dtype=x64)
@@ -103,7 +105,7 @@ def random_rows(model) -> dict:
     return rows
 
 
-COMPARED = [
+LOSS_OPTIONS = [
     {},
     {"own_negative_only": True},
     {"roll": True, "temperature": 0.1, "intra_temperature": 0.2},
@@ -117,7 +119,7 @@ COMPARED = [
 
 @pytest.mark.parametrize("negatives", [True, False], ids=["triplets", "pairs"])
 @pytest.mark.parametrize(
-    "options", COMPARED, ids=lambda o: "-".join(map(str, o.values())) or "default"
+    "options", LOSS_OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default"
 )
 def test_losses_agree_with_the_equations(options, negatives):
     if "own_negative_only" in options and not negatives:
@@ -142,13 +144,16 @@ def test_losses_agree_with_the_equations(options, negatives):
             output = model.compare(**rows)
         got = {**output.losses, "loss": output.loss}
         assert got.keys() == expected.keys()
-        assert all(error(got[name], value) < 1e-11 for name, value in expected.items())
+        assert all(relative_error(got[name], value) < 1e-11 for name, value in expected.items())
         gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
         for a, b in zip(gradients, wanted, strict=True):
-            assert error(*(torch.zeros((), dtype=x64) if x is None else x for x in (a, b))) < 1e-10
+            assert (
+                relative_error(*(torch.zeros((), dtype=x64) if x is None else x for x in (a, b)))
+                < 1e-10
+            )
 
 
-def test_triplets_are_filtered_as_training_goes_on():
+def test_fewer_triplets_are_filtered_as_training_proceeds():
     model = tiny(filter_threshold=0.6).double()
     query = torch.eye(4, dtype=x64)[:1].expand(3, -1)
     positive = torch.tensor([[0.9, 0, 0, 0], [0.6, 0, 0, 0], [0.1, 0, 0, 0]], dtype=x64)
@@ -166,7 +171,7 @@ def test_triplets_are_filtered_as_training_goes_on():
 # --- the mixture of experts in the host ---
 
 
-def test_no_cast_and_no_older_state_changes_the_margin():
+def test_casts_and_older_states_do_not_change_the_margin():
     model = tiny()
     state = model.state_dict()
     assert "margin" not in state
@@ -175,11 +180,8 @@ def test_no_cast_and_no_older_state_changes_the_margin():
     assert model.margin == model.config.filter_margin * 0.75
 
 
-def test_starts_as_the_host():
-    """A new model without expert noise computes the same function as its host.
-
-    With noise it is close to it. The state of a pretrained host can be loaded.
-    """
+def test_a_new_model_computes_the_same_as_its_host():
+    """With expert noise, the outputs are close to the host's; the host's state can be loaded."""
     dense = tiny(without=("moe",)).double()
     part, rows = without_labels(batch()["query"]), []
     rows.append(dense.embed(VIEWS, **part))
@@ -195,16 +197,16 @@ def test_starts_as_the_host():
     for view in VIEWS:
         shown = part["image_present"] if view == "image" else (part["attention_mask"].sum(1) > 2)
         shown = part["image_present"] | shown if view == "both" else shown
-        assert error(rows[1][view][shown], rows[0][view][shown]) < 1e-12
-        assert 1e-9 < error(rows[2][view][shown], rows[0][view][shown]) < 0.01
+        assert relative_error(rows[1][view][shown], rows[0][view][shown]) < 1e-12
+        assert 1e-9 < relative_error(rows[2][view][shown], rows[0][view][shown]) < 0.01
 
 
-def test_layers_with_a_mixture():
+def test_moe_every_chooses_the_layers_with_experts():
     kinds = [type(layer.mlp).__name__ for layer in tiny(moe_every=2).host.language_model.layers]
     assert kinds == ["Qwen2MLP", "Experts"]
 
 
-def test_nothing_of_a_forward_pass_stays_and_rows_do_not_depend_on_others():
+def test_encode_keeps_no_state_and_rows_do_not_depend_on_other_rows():
     model, part = random_model(), batch()["query"]
     whole = model.encode("query", **part)
     experts = [layer.mlp for layer in model.host.language_model.layers]
@@ -212,15 +214,15 @@ def test_nothing_of_a_forward_pass_stays_and_rows_do_not_depend_on_others():
     rows = torch.tensor([4, 0, 2])
     some = model.encode("query", **{name: value[rows] for name, value in part.items()})
     for name in set(whole) - {"balance"}:
-        assert error(some[name].double(), whole[name][rows].double()) < 1e-12, name
+        assert relative_error(some[name].double(), whole[name][rows].double()) < 1e-12, name
     assert whole["shares"].shape == (6, 3, 4)
     shown = torch.stack(
         [whole["has_image"], whole["has_text"], whole["has_image"] | whole["has_text"]], 1
     )
-    assert error(whole["shares"].sum(-1), shown.double()) < 1e-12
+    assert relative_error(whole["shares"].sum(-1), shown.double()) < 1e-12
 
 
-def test_checkpointing_changes_nothing():
+def test_checkpointing_does_not_change_gradients():
     gradients = []
     for checkpointing in (False, True):
         model = random_model().train()
@@ -229,11 +231,11 @@ def test_checkpointing_changes_nothing():
         with mmfused.backend("composed"):
             model(**batch()).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(error(a, b) < 1e-12 for a, b in zip(*gradients, strict=True))
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
-def test_chunks_have_the_gradient_of_the_whole():
-    """GradCache changes only the balance loss, which is computed in each chunk."""
+def test_chunks_give_the_gradients_of_the_whole_batch():
+    """GradCache changes only the balance loss, which is computed for each chunk."""
     losses, gradients = [], []
     for chunked in (False, True):
         model = random_model(without=("balance",))
@@ -245,16 +247,16 @@ def test_chunks_have_the_gradient_of_the_whole():
             )[0]
         )
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert error(losses[1], losses[0]) < 1e-12
-    assert all(error(a, b) < 1e-11 for a, b in zip(*gradients, strict=True))
+    assert relative_error(losses[1], losses[0]) < 1e-12
+    assert all(relative_error(a, b) < 1e-11 for a, b in zip(*gradients, strict=True))
     model = random_model()
     chunked = add_cached_gradients(model, batch(), 4)[1]["balance"]
     assert 0 < abs(chunked - model(**batch()).losses["balance"]) < 0.5
 
 
-def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """Without the vision tower, whose loop over pictures breaks the graph: its tokens are given."""
-    monkeypatch.undo()  # the poison of conftest must not be traced
+def test_the_forward_pass_compiles_without_a_graph_break(monkeypatch):
+    """The vision tower is left out, because its loop over pictures breaks the graph."""
+    monkeypatch.undo()  # the compiler would trace into conftest's patched torch.empty
     model, parts = random_model(host=SHALLOW), batch()
     pictures = qwen.picture_tokens(
         model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
@@ -265,11 +267,11 @@ def test_the_forward_pass_compiles_without_a_break(monkeypatch):
         for progress in (0.0, 0.5):
             model.set_progress(progress)
             with torch._dynamo.config.patch(error_on_recompile=progress > 0):
-                assert error(compiled(), model(**parts).loss) < 1e-12
+                assert relative_error(compiled(), model(**parts).loss) < 1e-12
 
 
-def test_tokens_of_pictures_may_be_given():
-    check_given_tokens(tiny(), plain(batch()))
+def test_precomputed_picture_tokens_give_the_same_output():
+    check_given_tokens(tiny(), in_float32(batch()))
 
 
 # --- missing modalities ---
@@ -280,14 +282,14 @@ def test_tokens_of_pictures_may_be_given():
     [{}, {"without": ("fusion",)}, {"without": ("moe",)}],
     ids=lambda o: str(o.get("without")),
 )
-@pytest.mark.parametrize("lacking", [(), ("image",), ("text",), ("image", "text")], ids="-".join)
-def test_gradients_are_finite_whatever_is_missing(options, lacking):
-    model, parts = tiny(**options), plain(batch())
+@pytest.mark.parametrize("missing", [(), ("image",), ("text",), ("image", "text")], ids="-".join)
+def test_gradients_are_finite_whatever_is_missing(options, missing):
+    model, parts = tiny(**options), in_float32(batch())
     for part in parts.values():
         part["pixel_values"][~part["image_present"]] = float("nan")
-        if "image" in lacking:
+        if "image" in missing:
             part["image_present"][:], part["pixel_values"][:] = False, float("nan")
-        if "text" in lacking:
+        if "text" in missing:
             part["attention_mask"] = (torch.arange(7) < 2).long().expand(6, -1)
             part["input_ids"][:, 1] = 3
     output = model(**parts)
@@ -296,20 +298,21 @@ def test_gradients_are_finite_whatever_is_missing(options, lacking):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert any(parameter.grad.any() for parameter in model.host.visual.parameters()) == (
-        "image" not in lacking
+        "image" not in missing
     )
     none = {"image": ("inter_image", "inter_both"), "text": ("inter_text", "inter_both")}
-    for name in {name for which in lacking for name in none[which]} | (
-        {"intra_positive", "intra_negative"} if lacking else set()
+    for name in {name for which in missing for name in none[which]} | (
+        {"intra_positive", "intra_negative"} if missing else set()
     ):
         assert output.losses[name].item() == 0, name
 
 
-def test_views_hide_what_they_must():
+def test_a_view_depends_only_on_its_modalities():
     model, part = random_model(), without_labels(batch()["query"])
     before = model.embed(VIEWS, **part)
     assert all(
-        error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values()
+        relative_error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12
+        for rows in before.values()
     )
     other = {**part, "pixel_values": part["pixel_values"] + 1}
     assert torch.equal(model.embed(("text",), **other)["text"], before["text"])
@@ -326,21 +329,22 @@ def test_views_hide_what_they_must():
         True,
     ]
     for item, alone in ((1, "text"), (2, "image")):  # "both" equals the only modality
-        assert error(before["both"][item], before[alone][item]) < 1e-12
+        assert relative_error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
         == torch.float32
     )
 
 
-def test_more_padding_changes_nothing():
+def test_more_padding_does_not_change_the_embeddings():
     model, part = random_model(), batch()["query"]
     expected = model.encode("query", **part)
     for name in ("input_ids", "attention_mask"):
         part[name] = torch.nn.functional.pad(part[name], (0, 5))
     got = model.encode("query", **part)
     assert all(
-        error(got[name].double(), value.double()) < 1e-12 for name, value in expected.items()
+        relative_error(got[name].double(), value.double()) < 1e-12
+        for name, value in expected.items()
     )
 
 
@@ -354,7 +358,7 @@ def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[
         role: {name: value[:rows] for name, value in part.items()}
         for role, part in batch(negatives).items()
     }
-    parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
+    parts = to_device(parts if dtype == x64 else in_float32(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     with mmfused.backend(backend):
         for step in range(steps):
@@ -373,10 +377,10 @@ def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[
 
 
 def distance(a, b):
-    return max(error(x, y) for x, y in zip(a, b, strict=True))
+    return max(relative_error(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_backends_train_alike():
+def test_the_composed_backend_trains_like_the_reference():
     expected = train("reference", 30)
     assert distance(train("composed", 30), expected) < 1e-8
     assert expected[0][-5:, 0].mean() < 0.9 * expected[0][:5, 0].mean()
@@ -387,26 +391,26 @@ def test_backends_train_alike():
     ):
         perturbed = train("composed", 3, **changed)[0]
         # A change of 1 % in one term is detected.
-        assert error(perturbed, expected[0][:3]) > 1e-6, changed
+        assert relative_error(perturbed, expected[0][:3]) > 1e-6, changed
 
 
-def test_the_kernels_train_alike():
+def test_the_fused_backend_trains_like_the_reference():
     small = {"dtype": torch.float32, "rows": 2, "negatives": False}
     assert distance(train("fused", 2, **small), train("reference", 2, **small)) < 1e-4
 
 
 def test_autocast_keeps_the_losses_in_float32():
-    model, parts = tiny(), plain(batch())
+    model, parts = tiny(), in_float32(batch())
     expected = model(**parts)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**parts)
     assert {loss.dtype for loss in (output.loss, *output.losses.values())} == {torch.float32}
-    assert error(output.loss, expected.loss) < 0.05
+    assert relative_error(output.loss, expected.loss) < 0.05
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
-def test_frozen_parts_stay_as_they_were(part):
-    model, parts = tiny(freeze=(part,)).train(), plain(batch())
+def test_frozen_parts_do_not_change(part):
+    model, parts = tiny(freeze=(part,)).train(), in_float32(batch())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(**parts).loss.backward()
@@ -430,19 +434,19 @@ def test_components_change_the_computation(name):
         outputs.append(model(**parts))
         rows.append(model.embed(VIEWS, **without_labels(parts["query"])))
     assert abs(outputs[0].loss - outputs[1].loss) > 1e-4
-    changed = [view for view in VIEWS if error(rows[1][view], rows[0][view]) > 1e-12]
+    changed = [view for view in VIEWS if relative_error(rows[1][view], rows[0][view]) > 1e-12]
     assert changed == {"moe": list(VIEWS), "fusion": ["both"]}.get(name, [])
-    gone = {
+    removed = {
         "moe": {"balance", "sparsity"},
         "dual_alignment": {"sparsity"},
         "filtering": set(),
         "fusion": set(),
     }
-    gone = gone.get(name, {key for key in outputs[0].losses if key.startswith(name)})
-    assert set(outputs[0].losses) - set(outputs[1].losses) == gone
+    removed = removed.get(name, {key for key in outputs[0].losses if key.startswith(name)})
+    assert set(outputs[0].losses) - set(outputs[1].losses) == removed
 
 
-def test_full_size_builds():
+def test_the_paper_preset_has_the_sizes_of_the_host():
     config = MOON2Config.preset("paper", tokens=TOKENS)
     with torch.device("meta"):
         model = MOON2(config)
@@ -460,7 +464,7 @@ def test_full_size_builds():
     )
 
 
-def test_config_survives_json_and_takes_the_trainers_sizes():
+def test_config_round_trips_through_json_with_the_trainers_sizes():
     config = MOON2Config.preset(
         "tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, without=("balance",)
     )
@@ -502,13 +506,13 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ({"normalise": 0.0}, "normalise: got 0.0, expected a number above 0"),
     ],
 )
-def test_bad_config(options, message):
+def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
 
-def test_own_negatives_need_negatives():
+def test_own_negative_only_without_negatives_is_refused():
     with pytest.raises(
         ValueError, match="negative: got None with own_negative_only, expected hard negatives"
     ):
-        tiny(own_negative_only=True)(**plain(batch(negatives=False)))
+        tiny(own_negative_only=True)(**in_float32(batch(negatives=False)))

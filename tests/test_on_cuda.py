@@ -1,7 +1,7 @@
-"""Tests that need a GPU: host syncs, CUDA graphs, streams, repeats, tile sizes, memory.
+"""Tests that need a GPU: host syncs, CUDA graphs, streams, repeated runs, tile sizes, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU, each one runs once in the interpreter at a tiny
-size, so that errors in the table are found.
+The cases are in on_cuda_cases.py. Without a GPU, the interpreter runs each case once at a tiny
+size, to find errors in the cases.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MODULES = [name for name, case in CASES.items() if case.module]
 ON_DEVICE = [(name, "fused") for name in FUSED] + [
     (name, "composed") for name, case in CASES.items() if case.composed
 ]
-UNWAITING = [
+WITHOUT_SYNCS = [
     (name, backend) for name, backend in ON_DEVICE if backend == "fused" or not CASES[name].waits
 ]
 
@@ -41,13 +41,13 @@ def make(name, tiny=not CUDA):
 
 
 @contextlib.contextmanager
-def path(name, backend):
+def on_backend(name, backend):
     with mmfused.backend(backend), CASES[name].around():
         yield
 
 
 def values(problem) -> dict[str, torch.Tensor]:
-    """Return all tensors that a call reads and that may be overwritten."""
+    """Return all tensors that ``problem.run`` reads."""
     return problem.leaves() | {name: x for name, x in problem.given.items()}
 
 
@@ -57,7 +57,7 @@ def write(problem, given: dict[str, torch.Tensor]) -> None:
         target.copy_(given[name])
 
 
-def on_other_values(problem) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def other_values_and_results(problem) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return other valid values and their results; the problem keeps its own values."""
     given = {name: x.detach().clone() for name, x in values(problem).items()}
     new = {name: x.flip(0) if x.dim() else x + 1 for name, x in given.items()}
@@ -76,26 +76,28 @@ def assert_same(actual, expected) -> None:
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
     """Return the results that are less accurate than plain PyTorch in ``dtype``.
 
-    Single numbers, and results that are 0 except for rounding (the gradient of the keys' bias,
-    which softmax cancels), have a larger tolerance because their error is random.
+    The errors of some results are random, so their tolerance is larger: single numbers, and results
+    that are 0 up to rounding, such as the gradient of a key bias.
     """
-    with path(name, "reference"):
+    with on_backend(name, "reference"):
         exact, plain = problem.run(), problem.to(dtype).run()
     tested = problem.to(dtype)
-    with path(name, backend):
+    with on_backend(name, backend):
         actual = tested.run(
             None
             if compiler is None
             else torch.compile(tested.module, fullgraph=True, backend=compiler)
         )
-    lucky = {key for key, want in exact.items() if want.numel() == 1 or want.abs().max() < 1e-9}
+    random_errors = {
+        key for key, want in exact.items() if want.numel() == 1 or want.abs().max() < 1e-9
+    }
     judged = (
-        {key: x for key, x in results.items() if key not in lucky}
+        {key: x for key, x in results.items() if key not in random_errors}
         for results in (actual, exact, plain)
     )
-    # Errors at a tiny size are random too.
+    # At a tiny size, all errors are somewhat random.
     found = over_budget(*judged, factor=2.0 if CUDA else 4.0)
-    for key in lucky:
+    for key in random_errors:
         want = exact[key].where(exact[key].abs() > 1e-9, 0.0)
         allowed = 8 * relative_error(plain[key], want) + 64 * torch.finfo(actual[key].dtype).eps
         if not relative_error(actual[key], want) <= allowed:
@@ -118,21 +120,21 @@ def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
     ],
     ids=label,
 )
-def test_kernels_are_as_exact_as_plain_pytorch(name, dtype):
+def test_kernels_are_as_accurate_as_plain_pytorch(name, dtype):
     assert faults(make(name), dtype, "fused", name) == []
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.composed])
-def test_composed_paths_are_as_exact_as_plain_pytorch(name):
+def test_composed_paths_are_as_accurate_as_plain_pytorch(name):
     dtype = HALF if CUDA else torch.float32
     assert faults(make(name), dtype, "composed", name) == []
 
 
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", MODULES)
-def test_compiled_modules_are_as_exact_as_plain_pytorch(name, monkeypatch):
-    """Modules compile in one graph, which is only traced where there is no GPU."""
-    monkeypatch.undo()  # the compiler would trace into the poisoned torch.empty
+def test_compiled_modules_are_as_accurate_as_plain_pytorch(name, monkeypatch):
+    """Each module compiles to one graph. Without a GPU, the graph is only traced."""
+    monkeypatch.undo()  # the compiler would trace into conftest's patched torch.empty
     torch._dynamo.reset()
     dtype, compiler = (HALF, "inductor") if CUDA else (torch.float32, "aot_eager")
     assert (
@@ -145,10 +147,10 @@ def test_compiled_modules_are_as_exact_as_plain_pytorch(name, monkeypatch):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
-def test_nothing_waits_for_the_host(name, backend):
+@pytest.mark.parametrize("name, backend", WITHOUT_SYNCS, ids=label)
+def test_a_run_needs_no_host_sync(name, backend):
     problem = make(name).to(HALF)
-    with path(name, backend):
+    with on_backend(name, backend):
         problem.run()
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
@@ -160,12 +162,15 @@ def test_nothing_waits_for_the_host(name, backend):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name, backend", UNWAITING, ids=label)
+@pytest.mark.parametrize("name, backend", WITHOUT_SYNCS, ids=label)
 def test_a_cuda_graph_replays_on_new_values(name, backend):
     problem = make(name).to(HALF)
-    # The fused attention of torch, on the composed paths, sums gradients in no fixed order.
-    with path(name, backend), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        new, wanted = on_other_values(problem)
+    # The MATH backend, because torch's fused attention sums gradients in a varying order.
+    with (
+        on_backend(name, backend),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        new, wanted = other_values_and_results(problem)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -182,9 +187,9 @@ def test_a_cuda_graph_replays_on_new_values(name, backend):
 
 @needs_cuda
 @pytest.mark.parametrize("name", FUSED)
-def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
+def test_runs_are_bitwise_equal_while_another_stream_is_busy(name):
     problem, noise = make(name).to(HALF), torch.randn(4096, 4096, device="cuda")
-    with path(name, "fused"):
+    with on_backend(name, "fused"):
         first = problem.run()
         assert_same(problem.run(), first)
         side = torch.cuda.Stream()
@@ -198,11 +203,11 @@ def test_repeats_agree_bit_for_bit_whatever_else_runs(name):
 
 @needs_cuda
 @pytest.mark.parametrize("name", FUSED)
-def test_a_side_stream_keeps_the_order_of_its_work(name):
-    """A launch on another stream than the call's would read the values too early."""
+def test_kernels_run_on_the_current_stream(name):
+    """A launch on another stream would read the values before they are written."""
     problem = make(name).to(HALF)
-    with path(name, "fused"):
-        new, wanted = on_other_values(problem)
+    with on_backend(name, "fused"):
+        new, wanted = other_values_and_results(problem)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -216,9 +221,9 @@ def test_a_side_stream_keeps_the_order_of_its_work(name):
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @pytest.mark.parametrize("name", FUSED)
-def test_another_device_than_the_current_one(name):
+def test_tensors_may_be_on_a_device_other_than_the_current_one(name):
     problem = make(name).to(HALF)
-    with path(name, "fused"):
+    with on_backend(name, "fused"):
         wanted, results = problem.run(), problem.on(torch.device("cuda", 1)).run()
     for key, want in wanted.items():
         assert (
@@ -240,7 +245,7 @@ def peak_bytes(call) -> int:
 
 
 @needs_cuda
-def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
+def test_info_nce_of_32768_pairs_needs_less_than_a_gigabyte():
     """The matrix of logits alone would take 2 GB in 16 bits."""
     inputs = {
         name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_()
@@ -253,8 +258,8 @@ def test_info_nce_of_32768_pairs_stays_below_a_gigabyte():
 
 
 @needs_cuda
-def test_pooling_never_holds_keys_or_values():
-    """The keys, or the values, would be as large as x."""
+def test_pooling_never_stores_keys_or_values():
+    """The keys alone would be as large as x, and so would the values."""
     problem = pooling()(False).to(HALF)
     with mmfused.backend("fused"):
         assert peak_bytes(lambda: problem.module(**problem.inputs)) < problem.inputs["x"].nbytes / 2

@@ -1,4 +1,4 @@
-"""The package as a wheel, sdist, editable install and clone, also with the package "kernels"."""
+"""The package as a wheel, sdist, editable install and clone, and next to a package "kernels"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ INSTALLED = ("wheel", "sdist", "editable")
 
 
 def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
-    """Return the standard output of `python *arguments` in `cwd`; fail with its output on error."""
+    """Return the standard output of `python *arguments` in `cwd`; a failure shows all output."""
     settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
     environment = {
         name: value
@@ -57,7 +57,7 @@ def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **vari
 
 @pytest.fixture(scope="module")
 def dependencies(tmp_path_factory) -> Path:
-    """Link all installed packages except mmfused, so that only the copy under test is found."""
+    """Return a folder of links to all installed packages except mmfused."""
     folder = tmp_path_factory.mktemp("dependencies")
     for site in (
         Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
@@ -70,7 +70,7 @@ def dependencies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """Copy the checkout, so that builds leave nothing in it."""
+    """Return a copy of the checkout, so that builds do not change the checkout."""
     folder = tmp_path_factory.mktemp("clone") / "mmfused"
     folder.mkdir()
     for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
@@ -88,7 +88,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(clone, tmp_path_factory) -> dict[str, Path]:
-    """Build the clone's wheel, its sdist's wheel and its editable wheel, without a network."""
+    """Build wheels without a network: the clone's, its sdist's and an editable one."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools installed")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
@@ -109,7 +109,7 @@ def wheels(clone, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
-    """Return one folder per wheel, with its contents after installation."""
+    """Install each wheel into a folder of its own, and return the folders."""
     folders = {mode: tmp_path_factory.mktemp(f"site_{mode}") for mode in wheels}
     for mode, wheel in wheels.items():
         run(
@@ -128,7 +128,7 @@ def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
 
 PROBE = """
 import importlib.util, json, site, sys
-site.addsitedir(sys.argv[1])  # as for site-packages, .pth files count here
+site.addsitedir(sys.argv[1])  # reads the folder's .pth files, as in site-packages
 import mmfused, mmfused.benchmarks, mmfused.kernels
 if importlib.util.find_spec("triton"):
     importlib.import_module("mmfused.kernels.query_pooling")
@@ -161,7 +161,7 @@ def test_plain_clone_imports(clone, dependencies, tmp_path):
     assert imported_from(tmp_path, clone, dependencies) == from_clone
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheels, clone):
+def test_the_wheel_contains_only_the_package(wheels, clone):
     package = {path.relative_to(clone) for path in (clone / "mmfused").rglob("*.py")} | {
         Path("mmfused/py.typed")
     }
@@ -194,7 +194,7 @@ def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wh
     assert output.splitlines()[-1].endswith("py3-none-any.whl")
 
 
-def test_an_installed_package_finds_the_sources_of_its_extension(
+def test_an_installed_package_contains_the_sources_of_the_cuda_extension(
     site_folders, dependencies, tmp_path
 ):
     probe = (
@@ -208,7 +208,7 @@ def test_an_installed_package_finds_the_sources_of_its_extension(
         assert (Path(folder) / "topk_routing.cu").is_file() and missing == "False"
 
 
-def test_import_is_light():
+def test_import_loads_no_optional_package():
     probe = (
         "import sys, torch; before = set(sys.modules); import mmfused; "
         "print(*set(sys.modules) - before)"
@@ -218,7 +218,7 @@ def test_import_is_light():
     assert sorted(loaded & set(OPTIONAL)) == []
 
 
-def test_torch_alone_is_enough():
+def test_the_library_works_without_optional_packages():
     probe = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: importing it raises ImportError
@@ -230,7 +230,7 @@ assert x.grad.abs().sum() > 0
     run("-c", probe, cwd=ROOT)
 
 
-def test_kernels_folder_is_no_package_of_its_own():
+def test_the_kernels_folder_is_not_importable_as_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     probe = (
         'import importlib.util; spec = importlib.util.find_spec("kernels"); '
@@ -240,7 +240,7 @@ def test_kernels_folder_is_no_package_of_its_own():
     assert not Path(origin).is_relative_to(ROOT / "kernels")
 
 
-def test_hugging_face_kernels_wins(tmp_path):
+def test_import_kernels_finds_the_hugging_face_package(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("hugging_face = True\n")
     probe = (
@@ -251,7 +251,7 @@ def test_hugging_face_kernels_wins(tmp_path):
     assert {Path(folder).resolve() for folder in folders} == {ROOT / "kernels"}
 
 
-def test_transformers_is_not_misled():
+def test_transformers_does_not_take_the_kernels_folder_for_the_package():
     pytest.importorskip("transformers", reason="transformers is not installed")
     run(
         "-c",
@@ -260,7 +260,7 @@ def test_transformers_is_not_misled():
     )
 
 
-def test_an_op_has_the_same_name_in_four_rooms():
+def test_each_op_has_a_kernel_a_test_and_a_benchmark_of_its_name():
     ops = {
         path.stem for path in (ROOT / "mmfused" / "ops").iterdir() if not path.name.startswith("_")
     }
@@ -274,7 +274,7 @@ def test_an_op_has_the_same_name_in_four_rooms():
         assert (ROOT / "benchmarks" / f"{op}.py").is_file()
 
 
-def test_a_missing_extra_is_named_with_its_command_in_the_library_too():
+def test_the_error_for_a_missing_package_names_the_pip_command():
     probe = """
 import importlib, sys, mmfused
 for module, package in %r:
@@ -295,9 +295,9 @@ for module, package in %r:
         ("mmfused.training.run_folder", "matplotlib.figure"): "matplotlib",
         ("mmfused.training.loop", "tqdm"): "tqdm",
     }
-    said = run("-c", probe % [*cases], cwd=ROOT).splitlines()
+    messages = run("-c", probe % [*cases], cwd=ROOT).splitlines()
     wanted = [
         f"{module} {package} is not installed: pip install 'mmfused[models]'"
         for (module, _), package in cases.items()
     ]
-    assert said == wanted
+    assert messages == wanted

@@ -9,7 +9,7 @@ from mmfused.data.pairs import hard_negatives, rows_by_label
 
 
 class Rows:
-    """Labelled rows; each picture encodes the number of its row."""
+    """A labelled data set; each pixel value is the number of its row."""
 
     def __init__(self, labels, coarse=None, first=0):
         self.labels, self.coarse_labels, self.first = labels, coarse, first
@@ -43,9 +43,9 @@ def rows_of(items):
     return (items["pixel_values"][:, 0, 0, 0] * 255).round().long()
 
 
-def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collate):
+def test_pairs_share_a_label_and_negatives_share_only_the_coarse_label(collate):
     batches = PairBatches(Rows(LABELS, COARSE), collate, 4)
-    assert len(batches) == 2  # label 2 has one row, hence no pair: ten rows fill two batches
+    assert len(batches) == 2  # label 2 has one row and no pair, so ten rows make two batches
     stream, seen = batches.stream(), set()
     for _ in range(60):
         batch = next(stream)
@@ -67,7 +67,7 @@ def test_a_pair_is_two_rows_of_one_label_and_a_negative_shares_the_family(collat
     }
 
 
-def test_products_are_the_candidates(collate):
+def test_products_replace_rows_as_candidates(collate):
     products = Rows([0, 1, 2, 3, 5], [0, 0, 0, 1, 1], first=100)
     batches = PairBatches(Rows(LABELS), collate, 4, products=products)
     for _, batch in zip(range(20), batches.stream(), strict=False):
@@ -78,12 +78,12 @@ def test_products_are_the_candidates(collate):
         assert (batch["negative"]["labels"][labels == 3] == 5).all()
 
 
-def test_more_rows_than_labels_repeat_every_label_as_often(collate):
+def test_a_batch_larger_than_the_number_of_labels_repeats_all_equally(collate):
     batch = next(PairBatches(Rows(LABELS, COARSE), collate, 8).stream())
     assert batch["query"]["labels"].bincount().tolist() == [2, 2, 0, 2, 2]
 
 
-def test_batches_are_the_same_wherever_one_begins_and_ranks_share_them(collate):
+def test_batches_depend_only_on_position_and_seed_and_ranks_split_them(collate):
     def make(**options):
         return PairBatches(Rows(LABELS, COARSE), collate, 4, seed=3, **options)
 
@@ -105,14 +105,14 @@ def test_batches_are_the_same_wherever_one_begins_and_ranks_share_them(collate):
     assert not torch.equal(rows_of(other["query"]), rows_of(expected[0]["query"]))
 
 
-def test_without_negatives_there_are_none(collate):
+def test_negatives_false_gives_only_pairs(collate):
     assert next(PairBatches(Rows(LABELS), collate, 4, negatives=False).stream()).keys() == {
         "query",
         "candidate",
     }
 
 
-def test_labels_are_drawn_by_their_rows(collate):
+def test_labels_are_drawn_in_proportion_to_their_rows(collate):
     batches = PairBatches(Rows([0] * 6 + [1] * 2), collate, 1)
     drawn = torch.cat(
         [batch["query"]["labels"] for _, batch in zip(range(400), batches.stream(), strict=False)]
@@ -120,8 +120,13 @@ def test_labels_are_drawn_by_their_rows(collate):
     assert drawn.float().mean() == pytest.approx(0.25, abs=0.07)
 
 
+<<<<<<< HEAD
 def test_what_cannot_make_pairs_is_refused(collate):
     with pytest.raises(ValueError, match="got no row with another row, or a product, of the same"):
+=======
+def test_data_that_cannot_make_pairs_is_refused(collate):
+    with pytest.raises(ValueError, match="got no row with another row, or a product, of its label"):
+>>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
         PairBatches(Rows([0, 1, 2]), collate, 2)
     with pytest.raises(ValueError, match="got rows of one label, expected at least two"):
         PairBatches(Rows([0, 0]), collate, 2)

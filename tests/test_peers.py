@@ -1,4 +1,4 @@
-"""tools/peers.py on a made-up checkout reports differences and missing checkouts."""
+"""tools/peers.py reports differing tests of other packages, and missing checkouts."""
 
 import importlib.util
 import sys
@@ -55,7 +55,7 @@ def test_fails_plain():
 def peers(monkeypatch):
     spec = importlib.util.spec_from_file_location("peers", TOOLS / "peers.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peers", module)  # its dataclass looks up its module there
+    monkeypatch.setitem(sys.modules, "peers", module)  # where its dataclass looks its module up
     spec.loader.exec_module(module)
     return module
 
@@ -68,15 +68,15 @@ def checkouts(tmp_path):
         "tests/test_it.py": TESTS,
     }
     for name, text in files.items():
-        path = tmp_path / "made up" / name
+        path = tmp_path / "checkout" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return tmp_path
 
 
-def test_a_difference_is_named_and_an_exception_is_honoured(peers, checkouts, monkeypatch, capsys):
+def test_a_difference_is_reported_unless_it_is_an_exception(peers, checkouts, monkeypatch, capsys):
     suites = [
-        peers.Suite("small", "made up", ("tests",)),
+        peers.Suite("small", "checkout", ("tests",)),
         peers.Suite("other", "lost", ("tests",)),
     ]
     exceptions = {"*::test_loss_that_is_never_called*": "looks at its class", "*::test_old": "none"}
@@ -86,7 +86,11 @@ def test_a_difference_is_named_and_an_exception_is_honoured(peers, checkouts, mo
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
+<<<<<<< HEAD
     # The columns: passed plain, passed with mmfused, ran an op, broken, broken with exceptions.
+=======
+    # Columns: passed without fuse, passed with fuse, ran an op, differ, differ with exceptions.
+>>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]
@@ -94,7 +98,7 @@ def test_a_difference_is_named_and_an_exception_is_honoured(peers, checkouts, mo
     assert "exception (not used) *::test_old" in out
 
 
-def test_without_a_checkout_it_says_what_to_clone(peers, tmp_path, capsys):
+def test_a_missing_checkout_prints_what_to_clone(peers, tmp_path, capsys):
     names = "sentence-transformers, open_clip, transformers"
     for arguments, where in (([], "one folder"), (["--checkouts", str(tmp_path)], str(tmp_path))):
         assert peers.main(arguments) == 2
@@ -102,17 +106,22 @@ def test_without_a_checkout_it_says_what_to_clone(peers, tmp_path, capsys):
         assert len(out) == 1 and f"clone {names} into {where}" in out[0]
 
 
-def test_no_op_of_ours_or_no_test_at_all_is_a_fault(peers, monkeypatch, tmp_path):
+def test_running_no_op_and_passing_no_test_are_faults(peers, monkeypatch, tmp_path):
     ran = {"outcome": "passed", "calls": 0, "failure": ""}
+<<<<<<< HEAD
     suite = peers.Suite("small", "made up", ("tests",))
     cases = (({"t": ran}, "no test ran an mmfused op."), ({}, "no test passes plain."))
+=======
+    suite = peers.Suite("small", "checkout", ("tests",))
+    cases = (({"t": ran}, "no test ran an op of this library."), ({}, "no test passes plain."))
+>>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
     for tests, fault in cases:
         monkeypatch.setattr(peers, "run", lambda *args, tests=tests: tests)
         assert peers.compare(suite, tmp_path, tmp_path, 0)[1] == [f"small, fuse: {fault}"]
 
 
-def test_what_fails_once_only_is_no_difference(peers, monkeypatch, tmp_path):
-    suite, runs = peers.Suite("small", "made up", ("tests",)), iter(["passed", "failed", "passed"])
+def test_a_test_that_fails_only_once_does_not_count_as_different(peers, monkeypatch, tmp_path):
+    suite, runs = peers.Suite("small", "checkout", ("tests",)), iter(["passed", "failed", "passed"])
     note = lambda outcome: {"outcome": outcome, "calls": 1, "failure": ""}  # noqa: E731
     monkeypatch.setattr(peers, "run", lambda *args: {"t": note(next(runs))})
     rows, faults, _ = peers.compare(suite, tmp_path, tmp_path, 0)

@@ -29,26 +29,28 @@ whole_run = training_runs.whole_run
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def restored_thread_count():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-# Stop
+# Signals
 
 
 @pytest.fixture(autouse=True)
-def heard_interrupts():
-    """Install the default SIGINT handler; a shell starts background jobs with SIGINT ignored."""
+def default_sigint_handler():
+    """Install Python's SIGINT handler, because a shell's background jobs ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [3, 8, 9])  # between validations, at one, at the end
-def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, whole_run, signum, step):
+@pytest.mark.parametrize("step", [3, 8, 9])  # between validations, at a validation, at the end
+def test_a_signal_saves_a_checkpoint_and_resume_continues_from_it(
+    tmp_path, monkeypatch, whole_run, signum, step
+):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         stop_in_step(patch, step, signum)
@@ -64,7 +66,7 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, monkeypatch, whole_run, sig
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_a_signal_ends_a_validation(tmp_path, monkeypatch, whole_run):
+def test_a_signal_during_a_validation_stops_the_run(tmp_path, monkeypatch, whole_run):
     evaluate = tasks.evaluate
 
     def interrupted(*args):
@@ -80,7 +82,7 @@ def test_a_signal_ends_a_validation(tmp_path, monkeypatch, whole_run):
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_signal_interrupts_immediately():
     with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGINT)
@@ -88,7 +90,7 @@ def test_a_second_signal_acts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ignored_signals_and_other_threads_are_left_alone():
+def test_ignored_signals_stay_ignored_and_other_threads_change_no_handler():
     import threading
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -100,11 +102,11 @@ def test_ignored_signals_and_other_threads_are_left_alone():
         signal.signal(signal.SIGINT, before)
     found = []
 
-    def elsewhere():
+    def in_another_thread():
         with stop_on_signals():
             found.append(signal.getsignal(signal.SIGTERM))
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=in_another_thread)
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGTERM)]
@@ -113,7 +115,7 @@ def test_ignored_signals_and_other_threads_are_left_alone():
 # Checkpoints
 
 
-def test_only_the_newest_are_kept_and_each_is_whole(tmp_path):
+def test_only_the_newest_checkpoints_are_kept_and_all_are_complete(tmp_path):
     train(small_run(tmp_path / "run", save_every=2, keep=3))
     assert steps_saved(tmp_path / "run") == [6, 8, 9]
     path, state = newest(tmp_path / "run" / "checkpoints")
@@ -123,7 +125,7 @@ def test_only_the_newest_are_kept_and_each_is_whole(tmp_path):
         weights | {"state.json", "tokenizer/tokenizer.json"} <= files
         and files - {"state.json"} == state["sha256"].keys()
     )
-    # 18 batches of 8; an epoch of 60 rows has 7.
+    # 18 batches of 8 rows were read; an epoch of 60 rows has 7 batches.
     assert (state["step"], state["next_batch"]) == (
         9,
         {"epoch": 2, "batch": 4},
@@ -133,7 +135,7 @@ def test_only_the_newest_are_kept_and_each_is_whole(tmp_path):
     ).read_bytes()
 
 
-def test_a_failed_write_leaves_the_older_ones(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     from mmfused.training import checkpoint
 
     def full(path, value):
@@ -152,13 +154,13 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path, monkeypatch):
     "name",
     ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "tokenizer"],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_older_one(
+def test_resume_uses_the_older_checkpoint_if_the_newest_is_damaged(
     tmp_path, monkeypatch, whole_run, caplog, name
 ):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         fail_in_step(patch, 9)
-        with pytest.raises(OSError, match="the power went"):
+        with pytest.raises(OSError, match="power failure"):
             train(small_run(out, save_every=3))
     assert steps_saved(out) == [3, 6]
     damaged = out / "checkpoints" / "step-00000006" / name
@@ -174,7 +176,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(
     assert_same_run(out, whole_run)
 
 
-def test_nothing_but_damage_is_said_and_left_alone(tmp_path, monkeypatch):
+def test_resume_is_refused_if_the_only_checkpoint_is_damaged(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         fail_in_step(patch, 5)
@@ -191,7 +193,7 @@ def test_nothing_but_damage_is_said_and_left_alone(tmp_path, monkeypatch):
 # Resume
 
 
-def test_resume_without_anything_to_resume_begins(tmp_path, monkeypatch, whole_run):
+def test_resume_without_a_checkpoint_starts_from_step_1(tmp_path, monkeypatch, whole_run):
     with monkeypatch.context() as patch:
         fail_in_step(patch, 2)
         with pytest.raises(OSError):
@@ -201,7 +203,7 @@ def test_resume_without_anything_to_resume_begins(tmp_path, monkeypatch, whole_r
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_resume_of_a_finished_run_touches_nothing(tmp_path, whole_run):
+def test_resume_of_a_finished_run_changes_no_file(tmp_path, whole_run):
     out = shutil.copytree(whole_run, tmp_path / "run")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
     assert train(small_run(out, resume=True, threads=2, keep=1)) == json.loads(
@@ -238,7 +240,7 @@ def stopped_run(tmp_path_factory):
         ({"overwrite": True}, "overwrite and resume: got both"),
     ],
 )
-def test_resume_with_other_settings_is_refused(stopped_run, changes, message):
+def test_resume_with_different_settings_is_refused(stopped_run, changes, message):
     before = (stopped_run / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message):
         train(small_run(stopped_run, resume=True, **changes))
@@ -247,7 +249,7 @@ def test_resume_with_other_settings_is_refused(stopped_run, changes, message):
     ]
 
 
-def test_resume_with_other_rows_is_refused(stopped_run, monkeypatch):
+def test_resume_with_different_data_is_refused(stopped_run, monkeypatch):
     monkeypatch.setattr(
         "mmfused.training.setup.product_data.GeneratedProducts",
         partial(GeneratedProducts, size=60, seed=1),
@@ -258,7 +260,7 @@ def test_resume_with_other_rows_is_refused(stopped_run, monkeypatch):
         train(small_run(stopped_run, resume=True))
 
 
-def test_resume_without_its_records_is_refused(stopped_run, tmp_path):
+def test_resume_is_refused_if_metrics_are_missing(stopped_run, tmp_path):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     (out / "metrics.jsonl").write_text("")
     with pytest.raises(
@@ -267,7 +269,7 @@ def test_resume_without_its_records_is_refused(stopped_run, tmp_path):
         train(small_run(out, resume=True))
 
 
-def test_a_stopped_run_is_not_begun_anew_by_mistake(stopped_run):
+def test_a_stopped_run_is_not_replaced_without_overwrite(stopped_run):
     with pytest.raises(
         FileExistsError, match=r"already holds a run \(checkpoints, metrics.jsonl\)"
     ):

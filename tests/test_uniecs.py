@@ -1,4 +1,4 @@
-"""UniECS against an independent float64 transcription of its equations, and other guarantees."""
+"""UniECS against an independent transcription of its equations in float64, and other properties."""
 
 import json
 import math
@@ -20,7 +20,6 @@ from mmfused.models.uniecs_losses import (
 )
 from mmfused.training.gradients import to_device
 
-x64 = torch.float64
 VIEWS = ("image", "text", "both")
 SMALL = {"dim": 8, "num_heads": 2, "cross_layers": 1, "image_dim": 6, "text_dim": 7, "nearest": 2}
 
@@ -28,13 +27,15 @@ SMALL = {"dim": 8, "num_heads": 2, "cross_layers": 1, "image_dim": 6, "text_dim"
 def random_model(**options) -> UniECS:
     """Return a float64 model without encoders.
 
-    All parameters are random, also where they start as zeros or ones.
+    All parameters are random, even those that are initialized to zeros or ones.
     """
     model = UniECS(UniECSConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name != "log_scale":
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.6
+            parameter.data = (
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6
+            )
     return model
 
 
@@ -44,8 +45,8 @@ def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
     lengths = torch.randint(1, rows + 1, (batch,), generator=generator)
     lengths[list(no_text)] = 0
     return {
-        "image_tokens": torch.randn(batch, 3, 6, generator=generator, dtype=x64),
-        "text_tokens": torch.randn(batch, rows, 7, generator=generator, dtype=x64),
+        "image_tokens": torch.randn(batch, 3, 6, generator=generator, dtype=torch.float64),
+        "text_tokens": torch.randn(batch, rows, 7, generator=generator, dtype=torch.float64),
         "text_padding_mask": torch.arange(rows) >= lengths[:, None],
         "image_present": torch.tensor([i not in no_image for i in range(batch)]),
         "labels": torch.tensor([0, 1, 2, 0]),
@@ -53,21 +54,20 @@ def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
 
 
 def token_pair() -> tuple[dict, dict]:
-    """Return queries, one without both modalities, one without a text, and candidates.
+    """Return queries and candidates, some of which lack a modality.
 
-    One candidate lacks its image and one its text. Two empty embeddings on one side would tie in
-    top k.
+    Only one item has neither, because two empty embeddings on one side would tie in top k.
     """
     return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(
         3, no_image=(3,), no_text=(0,)
     )
 
 
-def view_of(encoded: dict) -> torch.Tensor:
+def stacked_views(encoded: dict) -> torch.Tensor:
     return torch.stack([encoded[view] for view in VIEWS], 1)
 
 
-def error(a, b):
+def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
@@ -110,7 +110,7 @@ def zero_for_none(gradients, like):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-def test_agrees_with_the_equations(options):
+def test_model_agrees_with_the_equations(options):
     model, (query, candidate) = random_model(**options), token_pair()
     leaves = {
         name: parameter.detach().clone().requires_grad_()
@@ -128,26 +128,29 @@ def test_agrees_with_the_equations(options):
             output = model.compare(*encoded)
             output.loss.backward()
         got = {
-            "query": view_of(encoded[0]),
-            "candidate": view_of(encoded[1]),
+            "query": stacked_views(encoded[0]),
+            "candidate": stacked_views(encoded[1]),
             "loss": output.loss,
             **output.losses,
         }
         assert list(got) == list(expected)
         for name, value in expected.items():
-            assert error(got[name], value) < 1e-10, name
+            assert relative_error(got[name], value) < 1e-10, name
         own = zero_for_none([parameter.grad for parameter in model.parameters()], inputs)
         for name, a, b in zip(leaves, own, gradients, strict=True):
-            assert error(a, b) < 1e-9, name
+            assert relative_error(a, b) < 1e-9, name
 
 
 def test_self_attention_agrees_with_multihead_attention():
-    """nn.MultiheadAttention with the same weights gives the same output.
+    """The output equals nn.MultiheadAttention's with the same weights.
 
-    The transcription reads the projections by name, so it cannot find an error in them.
+    The transcription reads the projections by name, so it cannot reveal swapped names.
     """
     block = random_model().stages[0].text_blocks[0]
-    x, ignore = torch.randn(3, 4, 8, dtype=x64), torch.arange(4) >= torch.tensor([4, 2, 1])[:, None]
+    x, ignore = (
+        torch.randn(3, 4, 8, dtype=torch.float64),
+        torch.arange(4) >= torch.tensor([4, 2, 1])[:, None],
+    )
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
     projections = (block.q_proj, block.k_proj, block.v_proj)
     attention.in_proj_weight.data = torch.cat(
@@ -159,17 +162,19 @@ def test_self_attention_agrees_with_multihead_attention():
     attention.out_proj.load_state_dict(block.out_proj.state_dict())
     normed = block.norm1(x)
     read = x + block.gamma1 * attention(normed, normed, normed, key_padding_mask=ignore)[0]
-    assert error(block(x, ignore), read + block.gamma2 * block.ffn(block.norm2(read))) < 1e-12
+    assert (
+        relative_error(block(x, ignore), read + block.gamma2 * block.ffn(block.norm2(read))) < 1e-12
+    )
 
 
 # --- the adaptive weights ---
 
 
 def random_rows(batch=6):
-    rows = F.normalize(torch.randn(batch, 6, 8, dtype=x64), dim=-1).requires_grad_()
+    rows = F.normalize(torch.randn(batch, 6, 8, dtype=torch.float64), dim=-1).requires_grad_()
     ids = torch.ones(batch, 6, dtype=torch.int64)
     ids[:, 0] = ids[:, 3] = torch.arange(batch)
-    return rows, torch.tensor(2.0, dtype=x64, requires_grad=True), ids
+    return rows, torch.tensor(2.0, dtype=torch.float64, requires_grad=True), ids
 
 
 def options_of(**changes) -> LossOptions:
@@ -177,7 +182,7 @@ def options_of(**changes) -> LossOptions:
     return LossOptions(*(getattr(config, name) for name in LossOptions._fields))
 
 
-def literal(rows, log_scale, ids, options):
+def adaptive_loss_by_definition(rows, log_scale, ids, options):
     losses = group_losses(loss_terms(rows, log_scale, ids, options), options)
     norms = [torch.autograd.grad(loss, rows, retain_graph=True)[0].norm() for loss in losses]
     powers = [(norm + options.epsilon) ** -options.beta for norm in norms]
@@ -185,10 +190,10 @@ def literal(rows, log_scale, ids, options):
 
 
 @pytest.mark.parametrize("changes", [{}, {"beta": 1.0}, {"without": ("clal",)}, {"v2f": "f_to_v"}])
-def test_adaptive_loss_is_its_definition(changes):
+def test_adaptive_loss_equals_its_definition(changes):
     rows, log_scale, ids = random_rows()
     options = options_of(**changes)
-    expected = literal(rows, log_scale, ids, options)
+    expected = adaptive_loss_by_definition(rows, log_scale, ids, options)
     loss, values = adaptive_loss(rows, log_scale, ids, tuple(options))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
@@ -209,12 +214,11 @@ def test_adaptive_weights():
         adaptive_weights(norms, options_of(beta=beta, epsilon=eps)) for beta in (0.0, 0.5, 1.0)
     )
     torch.testing.assert_close(equal, torch.full((3,), 1 / 3))
-    # The smaller a gradient, the larger its weight.
     torch.testing.assert_close(half, torch.tensor([2.0, 1.0, 4.0]) / 7)
     # At beta = 1, all weighted norms are equal.
     torch.testing.assert_close(full * norms, (full * norms)[:1].expand(3))
-    idle = adaptive_weights(torch.tensor([0.0, 1.0, 1.0]), options_of())
-    torch.testing.assert_close(idle, torch.tensor([0.0, 0.5, 0.5]))
+    one_zero = adaptive_weights(torch.tensor([0.0, 1.0, 1.0]), options_of())
+    torch.testing.assert_close(one_zero, torch.tensor([0.0, 0.5, 0.5]))
 
 
 # --- missing modalities ---
@@ -224,7 +228,7 @@ def test_adaptive_weights():
 @pytest.mark.parametrize(
     "options", [{}, {"without": ("fusion",)}, {"text_mask": False, "text_length": 4}]
 )
-def test_a_whole_batch_may_lack_a_modality(absent, options):
+def test_loss_and_gradients_are_finite_if_no_item_has_the_modality(absent, options):
     everyone = range(4)
     lack = {
         "no_image": everyone if absent != "text" else (),
@@ -245,7 +249,7 @@ def test_a_whole_batch_may_lack_a_modality(absent, options):
             assert not getattr(model, f"{name}_map").weight.grad.any()
 
 
-def test_what_is_absent_does_not_leak():
+def test_absent_modalities_do_not_affect_the_loss():
     model, (query, candidate) = random_model(), token_pair()
     expected = model(query, candidate).loss
     for part in (query, candidate):
@@ -270,10 +274,10 @@ def test_an_item_does_not_depend_on_its_batch(options):
             F.pad(alone["text_padding_mask"], (0, 3), value=True),
         )
         for view in VIEWS:
-            assert error(model.embed((view,), **alone)[view][0], together[view][i]) < 1e-12
+            assert relative_error(model.embed((view,), **alone)[view][0], together[view][i]) < 1e-12
 
 
-def test_views_hide_what_they_must():
+def test_a_view_depends_only_on_its_modalities():
     model, items = random_model(), token_pair()[0]
     del items["labels"]
     before = model.embed(VIEWS, **items)
@@ -295,25 +299,25 @@ def test_views_hide_what_they_must():
     assert torch.equal(before["image"], other["image"]) and not torch.allclose(
         before["text"], other["text"]
     )
-    # With one modality or none, "both" is the model's output for that input.
+    # If an item has one modality, "both" equals the view of that modality.
     assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(
         before["both"][1], before["text"][1]
     )
     for rows in before.values():
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4, dtype=x64))
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4, dtype=torch.float64))
 
 
 # --- parity of the backends, in training ---
 
 
-def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
+def train(backend: str, steps: int, dtype=torch.float64, items=slice(None), **options):
     model = random_model(**options).to(home(dtype), dtype)
     parts = [
         {k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()}
         for part in token_pair()
     ]
     parts = [to_device(part, home(dtype)) for part in parts]
-    # A large eps, since the gradient of a key bias is only rounding.
+    # A large eps, because the gradient of a key bias is only rounding error.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     trace = []
     with mmfused.backend(backend):
@@ -323,34 +327,34 @@ def train(backend: str, steps: int, dtype=x64, items=slice(None), **options):
             output.loss.backward()
             optimizer.step()
             trace.append(torch.stack([output.loss.detach(), *output.losses.values()]).detach())
-        embedded = view_of(model.encode("query", **parts[0])).detach()
+        embedded = stacked_views(model.encode("query", **parts[0])).detach()
     return [torch.stack(trace), embedded, *(parameter.detach() for parameter in model.parameters())]
 
 
-def apart(a, b) -> float:
-    return max(error(x, y) for x, y in zip(a, b, strict=True))
+def largest_error(a, b) -> float:
+    return max(relative_error(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_thirty_steps_agree_and_a_perturbation_shows():
+def test_thirty_steps_agree_and_a_changed_loss_weight_does_not():
     expected = train("reference", 30)
-    assert apart(train("composed", 30), expected) < 1e-9
+    assert largest_error(train("composed", 30), expected) < 1e-9
     assert expected[0][-1, 0] < expected[0][0, 0]
     weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # V2F changes by 1 %
-    assert apart(train("composed", 3, loss_weights=weights), train("reference", 3)) > 1e-5
+    assert largest_error(train("composed", 3, loss_weights=weights), train("reference", 3)) > 1e-5
 
 
-def test_interpreted_kernels_agree():
-    # One item lacks its text and one its image.
+def test_two_steps_with_kernels_agree_with_the_reference():
+    # One query has no text and one candidate no image.
     sizes = {"dim": 16, "num_heads": 1, "items": slice(2, 4)}
     assert (
-        apart(
+        largest_error(
             train("fused", 2, torch.float32, **sizes), train("reference", 2, torch.float32, **sizes)
         )
         < 1e-3
     )
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_only_in_training():
     model, parts = random_model(dropout=0.3), token_pair()
     first, second = model(*parts).loss, model(*parts).loss
     assert not torch.allclose(first, second)
@@ -371,7 +375,7 @@ def tiny(**options) -> UniECS:
 
 
 def pixel_items(seed=3, batch=4, length=8) -> dict:
-    """Return pixels and ids; item 1 has no image, and the text of item 2 is [CLS][SEP]."""
+    """Return pixels and token ids; item 1 has no image, and item 2's text is only [CLS][SEP]."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -389,12 +393,13 @@ def test_every_parameter_gets_a_gradient():
     model(*parts).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # A key bias shifts all logits of a query equally; over one token, attention is constant.
-        single = "fusion_blocks" in name and ("q_proj" in name or "k_proj" in name)
-        assert parameter.grad.any() or single or name.endswith(("k_proj.bias", "key.bias")), name
+        # Gradients may be 0: a key bias shifts all logits of a query equally, and attention over
+        # one token is constant.
+        one_token = "fusion_blocks" in name and ("q_proj" in name or "k_proj" in name)
+        assert parameter.grad.any() or one_token or name.endswith(("k_proj.bias", "key.bias")), name
 
 
-def test_absent_pixels_do_not_leak():
+def test_absent_pixels_do_not_affect_the_loss():
     model, parts = tiny().eval(), (pixel_items(3), pixel_items(4))
     expected = model(*parts)
     parts[0]["pixel_values"][1] = float("nan")
@@ -410,11 +415,11 @@ def test_autocast_keeps_embeddings_and_losses_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         output, encoded = model(*parts), model.encode("query", **parts[0])
     assert output.loss.dtype == encoded["both"].dtype == torch.float32
-    assert error(output.loss, expected.loss) < 0.1
+    assert relative_error(output.loss, expected.loss) < 0.1
 
 
 @pytest.mark.parametrize("frozen", [("image",), ("text",), ("image", "text")])
-def test_frozen_encoders_stay_as_they_are(frozen):
+def test_frozen_encoders_do_not_change(frozen):
     model = tiny(freeze=frozen).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -455,7 +460,7 @@ def test_training_lowers_the_loss_and_keeps_the_scale_in_bounds():
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_components_act(name):
+def test_removing_a_component_changes_the_loss(name):
     parts = token_pair()
     torch.manual_seed(5)
     whole = UniECS(UniECSConfig(**SMALL)).double()
@@ -466,7 +471,7 @@ def test_components_act(name):
             **{k: v for k, v in whole.state_dict().items() if k in less.state_dict()},
         }
     )
-    a, b = (view_of(model.encode("query", **parts[0])) for model in (whole, less))
+    a, b = (stacked_views(model.encode("query", **parts[0])) for model in (whole, less))
     embeds = name in ("gate", "cross", "fusion")  # the other options only change the loss
     assert torch.allclose(a, b) != embeds
     first, second = whole(*parts), less(*parts)
@@ -476,7 +481,7 @@ def test_components_act(name):
 
 
 @pytest.mark.parametrize("name", ["paper", "code", "tiny"])
-def test_presets_build_and_survive_json(name):
+def test_presets_build_models_and_round_trip_through_json(name):
     config = UniECSConfig.preset(name, loss_weights=(1.0,) * 9)
     copy = UniECSConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert copy == config and isinstance(copy.loss_weights, tuple)
@@ -491,18 +496,17 @@ def test_presets_build_and_survive_json(name):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "paper", "code"])
-@pytest.mark.parametrize("lacks", [None, "image", "text"])
-def test_first_gradients_are_moderate(preset, lacks):
-    """First gradients are moderate, also where an item lacks a modality.
+@pytest.mark.parametrize("missing", [None, "image", "text"])
+def test_first_gradients_are_moderate(preset, missing):
+    """The first gradients stay moderate even if items lack a modality.
 
-    A LayerNorm over tokens of zeros multiplies gradients by 316, so tokens of zeros must not pass
-    many.
+    A LayerNorm of zeros multiplies gradients by 316, so zeros must not pass many LayerNorms.
     """
     torch.manual_seed(0)
     model = UniECS(
         UniECSConfig.preset(preset, image=None, text=None, image_dim=24, text_dim=20, dropout=0.0)
     )
-    present = {} if lacks is None else {f"{lacks}_present": torch.arange(4) % 2 == 0}
+    present = {} if missing is None else {f"{missing}_present": torch.arange(4) % 2 == 0}
     items = {
         "image_tokens": torch.randn(4, 6, 24),
         "text_tokens": torch.randn(4, 5, 20),
@@ -515,7 +519,7 @@ def test_first_gradients_are_moderate(preset, lacks):
     )
 
 
-def test_starts_as_the_code_does():
+def test_initial_values_match_the_authors_code():
     model = UniECS(UniECSConfig(**{**SMALL, "dim": 64, "image_dim": 400}))
     assert abs(model.image_map.weight.std().item() - 400**-0.5) < 3e-3
     gate = model.stages[0].cross.to_a.gate_proj
@@ -554,7 +558,7 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_CONFIGS)
-def test_bad_config(options, message):
+def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         UniECSConfig(**{**SMALL, **options})
 
@@ -580,13 +584,13 @@ BAD_ITEMS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_ITEMS)
-def test_bad_items(changes, message):
+def test_bad_items_are_refused(changes, message):
     query, candidate = token_pair()
     with pytest.raises(ValueError, match=message):
         random_model()({**query, **changes}, candidate)
 
 
-def test_bad_views_and_negatives():
+def test_unknown_views_and_hard_negatives_are_refused():
     model, (query, candidate) = random_model(), token_pair()
     with pytest.raises(ValueError, match="negative: got hard negatives, expected None"):
         model(query, candidate, candidate)

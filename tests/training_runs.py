@@ -92,7 +92,7 @@ def stop_in_step(monkeypatch, number, signum=signal.SIGTERM):
 
 def fail_in_step(monkeypatch, number):
     def fail():
-        raise OSError("the power went")
+        raise OSError("power failure")
 
     in_step(monkeypatch, number, fail)
 
@@ -110,7 +110,7 @@ def stopped_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         fail_in_step(patch, 6)
-        with pytest.raises(OSError, match="the power went"):
+        with pytest.raises(OSError, match="power failure"):
             train(small_run(out))
     return out
 

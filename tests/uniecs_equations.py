@@ -1,13 +1,13 @@
-"""Transcribe UniECS's equations literally, in float64.
+"""A literal transcription of UniECS's equations in float64.
 
-Items, passes, heads, tokens and pairs are loops; parameters are read by name.
+Items, passes, heads, tokens and pairs are loops. ``p`` maps parameter names to parameters, and
+``c`` is a UniECSConfig.
 """
 
 import math
 
 import torch
 
-x64 = torch.float64
 GROUPS = {
     "cmal": ("alignment", "v2t", "v2f", "t2f"),
     "clal": ("ppm", "pdc", "plc"),
@@ -51,12 +51,12 @@ def relu(x):
     return x if x > 0 else 0 * x
 
 
-def attention(p, name, asking, read, heads):
-    """Attend from tokens (N, D) to tokens (M, D) with several heads and an output projection."""
+def attention(p, name, tokens, context, heads):
+    """Apply multi-head attention from ``tokens`` (N, D) to ``context`` (M, D)."""
     q, k, v = (
-        linear(p, name + ".q_proj", asking),
-        linear(p, name + ".k_proj", read),
-        linear(p, name + ".v_proj", read),
+        linear(p, name + ".q_proj", tokens),
+        linear(p, name + ".k_proj", context),
+        linear(p, name + ".v_proj", context),
     )
     size, rows = q.shape[1] // heads, []
     for i in range(len(q)):
@@ -68,6 +68,7 @@ def attention(p, name, asking, read, heads):
 
 
 def gated_layer(p, name, image, text, e_v, e_t, c):
+    """Apply gated cross-attention both ways; ``e_v``, ``e_t``: 1 if the modality exists, else 0."""
     if c.missing == "skip" and 0 in (e_v, e_t):
         return image, text
     outs = []
@@ -92,7 +93,7 @@ def gated_layer(p, name, image, text, e_v, e_t, c):
         rows = []
         for token, a in zip(x, read, strict=True):
             flag = {True: [float(e)], False: [], "batch": [1.0]}[c.indicator]
-            seen = torch.cat([token, a, torch.tensor(flag, dtype=x64)])
+            seen = torch.cat([token, a, torch.tensor(flag, dtype=torch.float64)])
             g = 1 / (1 + torch.exp(-linear(p, f"{name}.{to}.gate_proj", seen)))
             rows.append(g * a + (1 - g) * token)
         outs.append(torch.stack(rows))
@@ -112,9 +113,9 @@ def pooled(p, name, x):
 
 
 def encoder(p, image, text, c):
-    """Encode one item in one pass: tokens (N, .) and (M, .), each with a flag.
+    """Return the embedding of one item. ``image`` and ``text`` are pairs (present, tokens).
 
-    If the flag is False, the tokens are zeros.
+    Tokens that are not present are replaced by zeros.
     """
     e_v, e_t = int(image[0]), int(text[0])
     image, text = (x if there else torch.zeros_like(x) for there, x in (image, text))
@@ -138,7 +139,7 @@ def encoder(p, image, text, c):
 
 
 def separate(p, image, text):
-    """Return v, t, f of one item without the fusion."""
+    """Return the image, text and fused embeddings of one item for a model without fusion."""
     v, t = (
         unit(
             pooled(
@@ -151,7 +152,7 @@ def separate(p, image, text):
 
 
 def embeddings(p, items, c):
-    """Return (B, 3, D), which is v, t, f of each item, and its flags (image, text)."""
+    """Return the image, text and fused embeddings (B, 3, D), and (has image, has text) by item."""
     rows, flags = [], []
     for i in range(len(items["labels"])):
         image, text = items["image_tokens"][i], items["text_tokens"][i]
@@ -161,9 +162,11 @@ def embeddings(p, items, c):
         text = [unit(linear(p, "text_map", x)) for x in text[real]]
         if c.text_length is not None:
             text = text[: c.text_length]
-        # Zeros up to the fixed length. Without one, any number of zeros gives the same result.
+        # Pad with zeros. Without a fixed length, any number of zeros gives the same result.
         if not has_text or not c.text_mask:
-            text = text + [torch.zeros(c.dim, dtype=x64)] * ((c.text_length or 3) - len(text))
+            text = text + [torch.zeros(c.dim, dtype=torch.float64)] * (
+                (c.text_length or 3) - len(text)
+            )
         text = torch.stack(text)
         shown, hidden = ((has_image, image), (has_text, text)), ((False, image), (False, text))
         if "fusion" in c.without:
@@ -242,9 +245,9 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
 
 
 def transcription(p, query, candidate, c):
-    """Return embeddings of both sides, the terms and the loss.
+    """Return the embeddings of both sides, the loss and its terms.
 
-    The adaptive weights are constants, computed from one gradient for each group.
+    Adaptive weights are constants, computed from the gradient norm of each group's loss.
     """
     (rows1, flags1), (rows2, flags2) = embeddings(p, query, c), embeddings(p, candidate, c)
     terms = loss_terms(
