@@ -1,4 +1,4 @@
-"""Folders of pictures: decoded once, in threads, and recognised by their content."""
+"""Folders of pictures: decoding in threads, memory, digests and unsafe file names."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ def noise(height=48, width=64, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def test_threads_do_not_undo_each_other_s_strictness(monkeypatch):
+def test_all_threads_refuse_truncated_pictures(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     whole, cut = saved(noise(400, 400), "PNG"), saved(noise(400, 400), "PNG")[:300_000]
 
@@ -39,7 +39,7 @@ def test_threads_do_not_undo_each_other_s_strictness(monkeypatch):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-def test_many_names_of_folders_leave_no_file_open(tmp_path):
+def test_a_refused_folder_leaves_no_file_open(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(30):
         with pytest.raises(BrokenPicture, match="it is not a regular file"):
@@ -56,7 +56,7 @@ def write_folder(folder, count=5, side=40, kind="JPEG"):
     return folder
 
 
-def test_a_folder_holds_its_images_once(tmp_path):
+def test_wrappers_of_a_product_folder_share_its_images(tmp_path):
     data = ProductFolder(write_folder(tmp_path), image_size=16)
     assert (
         data.images.shape == (6, 3, 16, 16)
@@ -72,7 +72,7 @@ def test_a_folder_holds_its_images_once(tmp_path):
             assert items.images.data_ptr() == data.images.data_ptr() and len(items) == 6
 
 
-def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+def test_images_that_exceed_the_memory_are_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfused.data.folder.physical_memory", lambda: 10_000)
     with pytest.raises(
         ValueError,
@@ -81,10 +81,10 @@ def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monk
         ProductFolder(write_folder(tmp_path), image_size=64)
 
 
-def test_a_digest_is_of_texts_labels_and_pictures(tmp_path):
+def test_the_digest_depends_on_texts_labels_and_pictures(tmp_path):
     write_folder(tmp_path)
     digests = {ProductFolder(tmp_path, image_size=8).digest, ProductFolder(tmp_path).digest}
-    assert len(digests) == 1  # the digest does not depend on the size at which they are read
+    assert len(digests) == 1  # the digest does not depend on image_size
     swapped = swap_texts(ProductFolder(tmp_path), 0.5, 0).digest
     assert (
         swapped
@@ -101,7 +101,7 @@ def test_a_digest_is_of_texts_labels_and_pictures(tmp_path):
     assert len(digests | {swapped}) == 5
 
 
-def test_names_stay_below_the_folder(tmp_path):
+def test_file_names_that_lead_outside_the_folder_are_skipped(tmp_path):
     root = tmp_path / "data"
     root.mkdir()
     write_folder(root)

@@ -25,13 +25,13 @@ def corner(data):
     return load_picture(data)[:, 0, 0].tolist()
 
 
-# Colours
+# Colors
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_loads_from_a_path_bytes_and_an_open_file(tmp_path, format):
     data = saved(NOISE, format)
-    path = tmp_path / "named.otherwise"
+    path = tmp_path / "wrong.suffix"
     path.write_bytes(data)
     whole = load_picture(data)
     assert whole.shape == (3, 24, 32) and whole.dtype == torch.uint8 and whole.is_contiguous()
@@ -43,7 +43,7 @@ def test_every_format_loads_from_a_path_bytes_and_an_open_file(tmp_path, format)
 
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"GIF", "BMP"}))
-def test_a_picture_is_turned_as_its_exif_orientation_says(format):
+def test_the_exif_orientation_is_applied(format):
     stored = np.zeros((40, 60, 3), np.uint8)
     stored[:20, :30] = 255  # the top left quarter
     places = {
@@ -68,7 +68,7 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(format):
             assert bright.index(True) == 2 * row + column and sum(bright) == 1
 
 
-def test_broken_exif_data_turn_nothing():
+def test_invalid_exif_data_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6
     good = saved(np.zeros((4, 6, 3), np.uint8), "JPEG", exif=exif)
@@ -85,11 +85,11 @@ def test_sixteen_bit_grey_is_scaled(format):
     if format == "TIFF":
         assert grey(saved(RAMP, format, compression="tiff_lzw")) == expected
         assert grey(saved(RAMP.astype(">u2"), format)) == expected
-        # In this format, 0 is white.
+        # The third argument is the photometric interpretation: 0 means that 0 is white.
         assert grey(tiff(RAMP[0], 0, 16)) == [255 - value for value in expected]
 
 
-def test_sixteen_bit_pictures_of_other_kinds():
+def test_sixteen_bit_color_transparency_and_twelve_bit_grey_are_scaled():
     values = struct.pack(">6H", 65535, 32768, 256, 0x8001, 0x8001, 0x8001)
     assert load_picture(png(2, 16, 2, values))[:, 0].tolist() == [[255, 128], [128, 128], [1, 128]]
     key = chunk(b"tRNS", struct.pack(">3H", 0x8001, 0x8001, 0x8001))
@@ -102,23 +102,23 @@ def test_sixteen_bit_pictures_of_other_kinds():
     assert grey(tiff([b"\xff\xf0\x00"] + [b""], 1, 12)) == [255, 0]
 
 
-def test_an_older_pillows_mode_of_sixteen_bit_png_is_scaled():
+def test_sixteen_bit_grey_in_the_mode_of_older_pillow_versions_is_scaled():
     image = Image.fromarray(RAMP.astype(np.int32))
     image.format = "PNG"
     assert np.array(pictures._to_rgb(image, None))[0, :, 0].tolist() == grey(saved(RAMP, "PNG"))
 
 
-def test_floats_from_0_to_1_are_scaled_and_others_are_refused():
+def test_floats_from_0_to_1_are_scaled_and_other_floats_refused():
     ramp = np.linspace(0, 1, 8, dtype=np.float32)[None]
     assert grey(saved(ramp, "TIFF")) == np.rint(ramp[0] * 255).astype(int).tolist()
-    missing = ramp.copy()
-    missing[0, 3] = np.nan
-    for values in (ramp * 255, -ramp, missing):
+    with_nan = ramp.copy()
+    with_nan[0, 3] = np.nan
+    for values in (ramp * 255, -ramp, with_nan):
         with pytest.raises(BrokenPicture, match="^its floats are not all from 0 to 1"):
             load_picture(saved(values, "TIFF"))
 
 
-def test_wide_integers_have_no_defined_white():
+def test_signed_and_32_bit_integers_are_refused():
     for data in (saved(RAMP.astype(np.int32), "TIFF"), tiff(RAMP[0].astype(np.int16), 1, 16, 2)):
         with pytest.raises(BrokenPicture, match="^its integers are signed or have 32 bits"):
             load_picture(data)
@@ -143,7 +143,7 @@ def test_transparent_parts_are_white():
         assert corner(saved(picture, "PNG")) == list(picture.convert("RGB").getpixel((0, 0)))
 
 
-def test_the_transparent_grey_of_a_few_bits_is_found():
+def test_transparent_grey_of_two_and_four_bits_is_white():
     steps = bytes([0b00011011])
     key = chunk(b"tRNS", struct.pack(">H", 1))
     assert grey(png(4, 2, 0, steps)) == [0, 85, 170, 255]
@@ -151,14 +151,14 @@ def test_the_transparent_grey_of_a_few_bits_is_found():
     assert grey(png(2, 4, 0, bytes([0x12]), key)) == [255, 34]
 
 
-def test_a_resize_does_not_mix_in_what_transparent_pixels_hide():
+def test_a_resize_does_not_mix_in_the_colors_of_transparent_pixels():
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[..., 0] = 255  # red and transparent, except for a white column
     pixels[:, ::2] = 255
     assert load_picture(saved(pixels, "PNG"), 8).unique().tolist() == [255]
 
 
-def test_other_colour_spaces_come_out_right():
+def test_cmyk_ycbcr_and_lab_are_converted_to_rgb():
     red = (255, 0, 0)
     for format, quality in (("JPEG", {"quality": 100}), ("TIFF", {})):
         cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
@@ -173,7 +173,7 @@ def test_other_colour_spaces_come_out_right():
 @pytest.mark.parametrize(
     "format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"] + ["AVIF"] * pictures._has_avif()
 )
-def test_of_several_pictures_the_first_is_shown(format):
+def test_a_file_with_several_pictures_loads_the_first(format):
     first, *others = (Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue"))
     data = saved(first, format, save_all=True, append_images=others)
     assert load_picture(data).float().mean((1, 2)).sub_(torch.tensor([255.0, 0, 0])).abs().max() < 4
@@ -183,7 +183,7 @@ def test_of_several_pictures_the_first_is_shown(format):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_the_short_side_is_resized_and_the_middle_kept(format):
+def test_the_short_side_is_resized_and_the_center_cropped(format):
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, 40:80] = 255
     shown = load_picture(saved(wide, format), 10)
@@ -193,7 +193,7 @@ def test_the_short_side_is_resized_and_the_middle_kept(format):
     assert load_picture(saved(NOISE, format), 100).shape == (3, 100, 100)  # enlarged
 
 
-def test_a_large_photo_is_decoded_near_the_size_asked_for(monkeypatch):
+def test_a_large_jpeg_is_decoded_near_the_requested_size(monkeypatch):
     y, x = np.mgrid[0:1203, 0:1601]
     photo = np.stack([x * 255 / 1600, y * 255 / 1202, (x + y) * 255 / 2802], -1).astype(np.uint8)
     data = saved(photo, "JPEG", quality=95)
@@ -214,24 +214,24 @@ def blank_jpeg(width, height, **options):
     return saved(Image.new("L", (width, height)), "JPEG", **options)
 
 
-def test_pixels_are_bounded_before_any_is_decoded(monkeypatch):
+def test_pictures_with_too_many_pixels_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_PIXELS", 1000 * 1000)
-    takes = "^it has 1500 x 1000 pixels to decode, expected at most 1000000$"
+    message = "^it has 1500 x 1000 pixels to decode, expected at most 1000000$"
     large = [saved(Image.new("L", (1500, 1000)), format) for format in FORMATS]
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
         webp = pictures.WebPImagePlugin.WebPImageFile  # opening it allocates memory
         patch.setattr(webp, "_open", lambda image: pytest.fail("it was opened"))
         for data in large:
-            with pytest.raises(BrokenPicture, match=takes):
+            with pytest.raises(BrokenPicture, match=message):
                 load_picture(data)
-    # A JPEG is measured at its decoded size, unless libjpeg must hold all of it.
+    # For a JPEG the scaled size counts, unless it is progressive and libjpeg must hold all of it.
     assert load_picture(blank_jpeg(1500, 1000), 100).shape == (3, 100, 100)
-    with pytest.raises(BrokenPicture, match=takes):
+    with pytest.raises(BrokenPicture, match=message):
         load_picture(blank_jpeg(1500, 1000, progressive=True), 100)
 
 
-def test_the_size_of_every_kind_of_webp_is_read_from_its_header():
+def test_webp_size_reads_the_headers_of_all_kinds_of_webp():
     clear = Image.new("RGBA", (70, 50), (9, 9, 9, 9))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -241,7 +241,7 @@ def test_the_size_of_every_kind_of_webp_is_read_from_its_header():
     assert [pictures._webp_size(data) for data in kinds] == [(70, 50)] * 4
 
 
-def test_a_file_is_bounded(tmp_path, monkeypatch):
+def test_a_file_with_too_many_bytes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_BYTES", 1000)
     data = saved(NOISE, "BMP")
     (tmp_path / "large.bmp").write_bytes(data)
@@ -251,7 +251,7 @@ def test_a_file_is_bounded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [None, 10])
-def test_the_programs_own_limit_of_pixels_changes_nothing(monkeypatch, limit):
+def test_pillows_own_pixel_limit_has_no_effect(monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for format in set(FORMATS) - {"WEBP"} | ({"WEBP"} if limit is None else set()):
         assert load_picture(saved(NOISE, format)).shape == (3, 24, 32)
@@ -262,12 +262,10 @@ def test_the_programs_own_limit_of_pixels_changes_nothing(monkeypatch, limit):
         load_picture(large)
 
 
-@pytest.mark.parametrize("as_far_as_it_goes", [False, True])
+@pytest.mark.parametrize("load_truncated", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_cut_short_is_named_whatever_the_program_has_set(
-    monkeypatch, format, as_far_as_it_goes
-):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", as_far_as_it_goes)
+def test_a_truncated_file_is_refused_whatever_pillows_setting(monkeypatch, format, load_truncated):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", load_truncated)
     data = saved(NOISE, format)
     assert load_picture(data).shape == (3, 24, 32)
     for length in (len(data) // 2, len(data) * 9 // 10):

@@ -1,7 +1,4 @@
-"""A pretrained folder gives its own weights; it cannot run code or open other files.
-
-It cannot make the loader allocate much memory either.
-"""
+"""Loading a pretrained folder runs no code, opens no other files and bounds memory."""
 
 import json
 import pickle
@@ -20,7 +17,7 @@ from mmfused.models import qwen  # noqa: E402
 from mmfused.models.pretrained import pretrained_text, pretrained_vit  # noqa: E402
 
 BERT = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 90}
-NOWHERE = {"auto_map": {"AutoModel": "module.Model"}}
+REMOTE_CODE = {"auto_map": {"AutoModel": "module.Model"}}
 
 
 @pytest.fixture
@@ -48,11 +45,8 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
-def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
-    """Only the folder's own safetensors are loaded.
-
-    References to code, adapters, quantisers, other weights and other configs are ignored.
-    """
+def test_references_to_code_and_other_files_are_ignored(vit, bert, outside):
+    """The configs refer to code, adapters, a quantizer, other weights and other configs."""
     expected = safetensors.torch.load_file(bert / "model.safetensors")[
         "bert.embeddings.word_embeddings.weight"
     ]
@@ -62,7 +56,7 @@ def test_what_a_folder_names_besides_is_not_followed(vit, bert, outside):
         (vit / name).write_bytes(outside.pickle.read_bytes())
     change(
         bert,
-        **NOWHERE,
+        **REMOTE_CODE,
         configuration_files=[f"config.{outside.folder}.json"],
         transformers_weights=str(outside.file),
     )
@@ -121,7 +115,7 @@ VIT_FOLDERS = [
 
 
 @pytest.mark.parametrize(("changes", "match"), VIT_FOLDERS, ids=[match for _, match in VIT_FOLDERS])
-def test_hostile_folders_of_an_image_encoder(changes, match, vit, outside):
+def test_hostile_configs_of_an_image_encoder_are_refused(changes, match, vit, outside):
     text = (
         json.dumps(changes)
         .replace("{pickle}", str(outside.pickle))
@@ -145,7 +139,7 @@ TEXT_FOLDERS = [
 @pytest.mark.parametrize(
     ("changes", "match"), TEXT_FOLDERS, ids=[match for _, match in TEXT_FOLDERS]
 )
-def test_hostile_folders_of_a_text_encoder(changes, match, bert, outside):
+def test_hostile_configs_of_a_text_encoder_are_refused(changes, match, bert, outside):
     change(bert, **changes)
     outside.refuses(lambda: pretrained_text(str(bert)), match)
 
@@ -164,7 +158,7 @@ def test_hostile_folders_of_a_text_encoder(changes, match, bert, outside):
     ids=["lists", "objects", "cut", "bytes", "list", "large", "digits"],
 )
 @pytest.mark.parametrize("load", [pretrained_vit, pretrained_text, qwen.pretrained_qwen2_vl])
-def test_a_config_json_that_is_none(content, match, load, tmp_path, outside):
+def test_an_invalid_config_json_is_refused(content, match, load, tmp_path, outside):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_bytes(content)
     outside.refuses(lambda: load(str(tmp_path)), match)
@@ -173,7 +167,7 @@ def test_a_config_json_that_is_none(content, match, load, tmp_path, outside):
 @pytest.mark.parametrize(
     "part", ["../outside/canary.safetensors", "{file}", 3, "weights.pt", "", "a\0.safetensors"]
 )
-def test_an_index_that_leads_outside(part, bert, outside):
+def test_an_index_may_only_name_safetensors_in_its_folder(part, bert, outside):
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
     index = dict.fromkeys(names, "part.safetensors")
@@ -188,7 +182,7 @@ def test_an_index_that_leads_outside(part, bert, outside):
     )
 
 
-def test_weights_that_are_a_pickle_are_not_opened_as_one(vit, bert, outside):
+def test_pickled_weights_are_refused_without_unpickling(vit, bert, outside):
     for folder, load in ((vit, pretrained_vit), (bert, pretrained_text)):
         (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(outside.marker)))
         outside.refuses(
@@ -197,10 +191,10 @@ def test_weights_that_are_a_pickle_are_not_opened_as_one(vit, bert, outside):
         )
 
 
-def test_hostile_folders_of_a_host(tmp_path, outside):
+def test_hostile_configs_of_a_host_are_refused(tmp_path, outside):
     host = qwen.build_qwen2_vl(HOST | {"text_config": {**HOST["text_config"], "vocab_size": 90}})
     host.save_pretrained(tmp_path)
-    change(tmp_path, **NOWHERE)
+    change(tmp_path, **REMOTE_CODE)
     with outside.untouched():
         fields, loaded = qwen.pretrained_qwen2_vl(str(tmp_path))
     assert torch.equal(
@@ -222,27 +216,27 @@ def test_hostile_folders_of_a_host(tmp_path, outside):
         outside.refuses(lambda: qwen.pretrained_qwen2_vl(str(tmp_path)), match)
 
 
-def test_of_a_hub_name_config_and_safetensors_are_taken(bert, monkeypatch):
+def test_only_config_and_safetensors_are_downloaded_from_the_hub(bert, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    requested = []
 
     def download(source, name):
-        asked.append((source, name))
+        requested.append((source, name))
         if not (bert / name).is_file():
             raise huggingface_hub.errors.EntryNotFoundError(name)
         return str(bert / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     pretrained_text("some/bert")
-    assert asked == [("some/bert", "config.json"), ("some/bert", "model.safetensors")]
+    assert requested == [("some/bert", "config.json"), ("some/bert", "model.safetensors")]
     (bert / "model.safetensors").rename(bert / "part.safetensors")
     names = safetensors.torch.load_file(bert / "part.safetensors")
     change(
         bert, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "part.safetensors")
     )
     pretrained_text("some/bert")
-    assert asked[-1] == ("some/bert", "part.safetensors")
+    assert requested[-1] == ("some/bert", "part.safetensors")
     monkeypatch.undo()
     with pytest.raises(
         ValueError,

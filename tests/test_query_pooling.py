@@ -1,6 +1,6 @@
-"""Query pooling: the six tests of every operator.
+"""Query pooling: values and gradients, layouts, registration, behavior, and large offsets.
 
-On a CPU the kernels run in Triton's interpreter, through the public function.
+On a CPU the kernels run in Triton's interpreter.
 """
 
 import math
@@ -45,8 +45,7 @@ def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
         assert not actual["db_k"].any()
 
 
-def test_reference_is_multihead_attention():
-    """Against torch's own module, with the reference's arguments mapped onto its parameters."""
+def test_reference_equals_multihead_attention():
     mha = nn.MultiheadAttention(24, 3, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         mha.in_proj_bias.normal_(), mha.out_proj.bias.normal_()
@@ -90,7 +89,7 @@ def check_budget(inputs, heads):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
-    """Run the 16-bit plans in float32: 16-bit rounding would hide their faults."""
+    """Run the plans for 16 bits on float32 inputs: 16-bit rounding could hide errors."""
     if CUDA:
         pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
     use_half_precision_plan(monkeypatch, arch)
@@ -99,7 +98,7 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
-def test_both_backwards_are_planned(arch):
+def test_plan_chooses_kernels_by_size_and_architecture(arch):
     from mmfused.kernels.query_pooling import plan
 
     def kernels(rows, dim, dtype=torch.bfloat16):
@@ -135,7 +134,7 @@ def test_samples_without_tokens_give_zero(norm, backend, form, dtype):
 @pytest.mark.parametrize("backend, form, dtype", NAN_CASES)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("padding", ["mask", "lengths"])
-def test_nan_behind_the_mask_stays_there(padding, norm, backend, form, dtype):
+def test_nan_in_ignored_tokens_has_no_effect(padding, norm, backend, form, dtype):
     inputs, heads = make(norm=norm, padding=padding, dtype=dtype)
     want = run(inputs, heads, backend, form=form)
     length = inputs["x"].shape[1]
@@ -165,14 +164,14 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_common_mean(factor, mean):
-    """Logits in the thousands, and tokens with a large common mean that the norm cancels."""
+    """The logits are in the thousands, or the tokens have a common mean that the norm removes."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
     check_budget(inputs, heads)
 
 
-# ---- 2: layouts ----------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
@@ -205,7 +204,7 @@ def test_strided_inputs_and_gradients(backend):
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 @pytest.mark.parametrize("layout", ["transpose", "cat"])
-def test_gradients_of_any_layout(layout, backend):
+def test_upstream_gradients_may_have_any_layout(layout, backend):
     inputs, heads = make(dtype=torch.float32)
     weight = torch.randn(3, 20, 5, device=DEVICE)
 
@@ -225,7 +224,7 @@ def test_gradients_of_any_layout(layout, backend):
         assert relative_error(value, want[key]) < 1e-5, key
 
 
-# ---- 3: registration (torch.compile: tests/test_compile.py) --------------------------------------
+# ---- registration (torch.compile: tests/test_compile.py) -----------------------------------------
 
 
 @pytest.mark.parametrize("eps, padding", [(None, "mask"), (1e-5, "lengths"), (1e-5, "none")])
@@ -243,12 +242,12 @@ def test_opcheck(eps, padding):
             torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
 
 
-# ---- 4: behaviour --------------------------------------------------------------------------------
+# ---- behavior ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 def test_autocast_and_master_weights(backend):
-    """Autocast rounds the tokens, and the float32 weights after folding; gradients are float32."""
+    """Autocast rounds the tokens and the folded weights to 16 bits; gradients stay float32."""
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
@@ -269,9 +268,8 @@ def test_checkpoint_and_bitwise_repeats(backend):
     want = run(inputs, heads, backend, upstream)
 
     def pool(tensors):
-        with mmfused.backend(
-            backend
-        ):  # inside: the recomputation runs in backward, after a context around the call has ended
+        # Backward calls this again, when a context around the forward call would have ended.
+        with mmfused.backend(backend):
             return query_pooling(**tensors, num_heads=heads, form="absorbed")
 
     def call(**tensors):
@@ -284,7 +282,7 @@ def test_checkpoint_and_bitwise_repeats(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 @pytest.mark.parametrize("only", ["x", "queries", "w_k", "w_v", "b_v"])
-def test_partial_gradients(only, backend):
+def test_only_the_required_gradient_is_computed(only, backend):
     inputs, heads = make(dtype=torch.float32)
     want = run(inputs, heads, backend)
     frozen = {k: v.detach().requires_grad_(k == only) for k, v in inputs.items()}
@@ -293,8 +291,7 @@ def test_partial_gradients(only, backend):
     assert torch.equal(got[f"d{only}"], want[f"d{only}"])
 
 
-def test_frozen_tokens_cost_no_gradient():
-    """No dX kernel is launched, and no dX allocated, when x needs no gradient."""
+def test_no_gradient_of_x_is_computed_if_x_needs_none():
     for shape, frozen in (
         ("row blocks", True),
         ("row blocks", False),
@@ -315,10 +312,10 @@ def test_frozen_tokens_cost_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_padded_tiles_are_skipped(monkeypatch, dtype):
-    """The work depends on the valid tokens only: count the matrix products in the interpreter."""
+def test_tiles_of_padding_are_skipped(monkeypatch, dtype):
+    """The number of matrix products depends only on the valid tokens."""
     if CUDA:
-        pytest.skip("the interpreter counts; on a card the benchmarks show it")
+        pytest.skip("only the interpreter can count matrix products")
     from triton.runtime.interpreter import InterpreterBuilder
 
     counted = [0]
@@ -351,7 +348,7 @@ def test_padded_tiles_are_skipped(monkeypatch, dtype):
 
 
 def test_double_backward():
-    """Composed differentiates twice; the kernels raise an error."""
+    """The composed backend supports double backward; the kernels raise an error."""
 
     def call(x, backend):
         with mmfused.backend(backend):
@@ -364,14 +361,14 @@ def test_double_backward():
     )
     assert torch.autograd.gradgradcheck(lambda x: call(x, "composed"), (x.requires_grad_(),))
     x = x.detach().float().requires_grad_()
-    for power in (2, 1):  # the upstream gradient has a graph, or is a constant
+    for power in (2, 1):  # the upstream gradient has a graph, or is constant
         (dx,) = torch.autograd.grad(call(x, "fused").pow(power).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
 
 
 def test_keys_and_values_are_never_saved():
-    """The projected form saves K and V (B N D each); the absorbed form saves neither."""
+    """nn.MultiheadAttention saves the keys and the values; the absorbed form saves neither."""
     x = torch.randn(4, 197, 768, device=DEVICE)
     pool = QueryPooling(768, 32, 1).to(DEVICE)
     mha = nn.MultiheadAttention(768, 1, batch_first=True).to(DEVICE)
@@ -382,19 +379,19 @@ def test_keys_and_values_are_never_saved():
         lambda: mha(queries, x, x, need_weights=False)[0], (x, pool.queries, *mha.parameters())
     )
     keys = 4 * 197 * 768 * 4
-    assert theirs > 2 * keys  # K, V and more
-    assert ours < keys  # less than K alone
+    assert theirs > 2 * keys
+    assert ours < keys
 
 
-# ---- 5: offsets past 2^31 ------------------------------------------------------------------------
+# ---- offsets past 2^31 ---------------------------------------------------------------------------
 
 
 def test_offsets_are_64_bit():
-    """Load a tile of X beyond 2^31 elements (virtual memory that is never touched)."""
+    """Load a tile of x that starts more than 2^31 elements after the first element."""
     from mmfused.kernels.tiles import load_tokens
 
     if CUDA:
-        pytest.skip("the interpreter probes the helper; the same source runs on the card")
+        pytest.skip("the interpreter runs load_tokens; a GPU would need memory for all of x")
     import triton
     import triton.language as tl
 
@@ -407,7 +404,7 @@ def test_offsets_are_64_bit():
 
     probe.fn.__globals__["load_tokens"] = load_tokens
     rows, stride = 70_000, 32_000
-    x = torch.zeros(rows * stride, dtype=torch.uint8)  # 2.2 GB of zero pages
+    x = torch.zeros(rows * stride, dtype=torch.uint8)  # 2.2 GB of virtual memory, hardly any used
     x[(rows - 5) * stride : (rows - 5) * stride + 10] = 7
     out = torch.full((16, 16), 9, dtype=torch.uint8)
     probe[(1,)](x, out, rows - 5, stride, D=10)

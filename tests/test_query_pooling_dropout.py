@@ -1,4 +1,4 @@
-"""Dropout of query pooling: a seed gives one mask on every backend, in every form and tiling."""
+"""Dropout of query pooling: a seed gives the same mask on every backend and in every form."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ from mmfused.testing import (
 )
 
 P = 0.3
-WAYS = [
+BACKENDS_AND_FORMS = [
     ("reference", "auto"),
     ("composed", "absorbed"),
     ("composed", "projected"),
@@ -45,7 +45,7 @@ def seed(value=2**40 + 7):
     return torch.tensor(value, device=DEVICE)
 
 
-def drops(p=P, value=2**40 + 7):
+def dropout_options(p=P, value=2**40 + 7):
     return dict(dropout_p=p, dropout_seed=seed(value))
 
 
@@ -62,15 +62,15 @@ def test_composed_equals_reference_in_float64(form, per_sample, norm, padding):
         inputs["w_k"].shape[0], dtype=torch.float64, device=DEVICE, requires_grad=True
     )
     upstream = upstream_for(inputs)
-    exact = run(inputs, heads, "reference", upstream, **drops())
-    actual = run(inputs, heads, "composed", upstream, form, **drops())
+    exact = run(inputs, heads, "reference", upstream, **dropout_options())
+    actual = run(inputs, heads, "composed", upstream, form, **dropout_options())
     for name, want in exact.items():
         torch.testing.assert_close(actual[name], want, rtol=1e-10, atol=1e-10)
     assert relative_error(run(inputs, heads, "reference", upstream)["out"], exact["out"]) > 0.1
 
 
-def test_reference_is_dropout_of_the_probabilities():
-    """Compare with one head written by hand: softmax, mask and scale, values with their bias."""
+def test_reference_drops_attention_probabilities():
+    """Compare with an explicit computation for one head."""
     inputs, _ = make(padding="mask", grad=False)
     x = inputs["x"].masked_fill(inputs["key_padding_mask"][:, :, None], 0.0)
     logits = (
@@ -84,7 +84,7 @@ def test_reference_is_dropout_of_the_probabilities():
     probs = torch.where(dropout_mask(seed(), (3, 1, 5, 37), P)[:, 0], probs / (1 - P), 0.0)
     want = probs @ (x @ inputs["w_v"].T + inputs["b_v"])
     torch.testing.assert_close(
-        query_pooling_reference(**inputs, **drops()), want, rtol=1e-12, atol=1e-12
+        query_pooling_reference(**inputs, **dropout_options()), want, rtol=1e-12, atol=1e-12
     )
 
 
@@ -107,19 +107,19 @@ def test_kernels_stay_within_the_budget_at_more_shapes(shape):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_kernels_stay_within_the_budget_without_biases(norm):
-    """Without a bias ksum is unused and has no gradient."""
+    """Without biases, ``ksum`` is unused and has no gradient."""
     inputs, heads = make(norm=norm, dtype=torch.float16)
     check_budget({k: v for k, v in inputs.items() if k not in ("b_v", "norm_bias")}, heads)
 
 
 def check_budget(inputs, heads, p=P):
     upstream = upstream_for(inputs)
-    exact = run(cast(inputs, torch.float64), heads, "reference", upstream, **drops(p))
-    plain = run(inputs, heads, "reference", upstream, **drops(p))
+    exact = run(cast(inputs, torch.float64), heads, "reference", upstream, **dropout_options(p))
+    plain = run(inputs, heads, "reference", upstream, **dropout_options(p))
     for backend in ("fused", "composed"):
-        assert not over_budget(run(inputs, heads, backend, upstream, **drops(p)), exact, plain), (
-            backend
-        )
+        assert not over_budget(
+            run(inputs, heads, backend, upstream, **dropout_options(p)), exact, plain
+        ), backend
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -133,35 +133,37 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
     check_budget(inputs, heads)
 
 
-@pytest.mark.parametrize("backend, form", WAYS)
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # one plan each
 @pytest.mark.parametrize("padding", ["mask", "lengths"])
-def test_no_tokens_give_zero_and_nan_stays_behind_the_mask(padding, dtype, backend, form):
+def test_samples_without_tokens_give_zero_and_nan_in_ignored_tokens_has_no_effect(
+    padding, dtype, backend, form
+):
     inputs, heads = make(norm=True, padding=padding, dtype=dtype)
-    want = run(inputs, heads, backend, form=form, **drops())
+    want = run(inputs, heads, backend, form=form, **dropout_options())
     assert not want["out"][0].any() and not want["dx"][0].any() and want["out"][1].any()
     ignored = inputs.get("key_padding_mask")
     if ignored is None:
         ignored = torch.arange(inputs["x"].shape[1], device=DEVICE) >= inputs["lengths"][:, None]
     with torch.no_grad():
         inputs["x"][ignored] = torch.nan
-    for name, value in run(inputs, heads, backend, form=form, **drops()).items():
+    for name, value in run(inputs, heads, backend, form=form, **dropout_options()).items():
         assert torch.equal(value, want[name]), name
     assert not want["dx"][ignored].any()
 
 
-@pytest.mark.parametrize("backend, form", WAYS)
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_empty_inputs(batch, length, backend, form):
     inputs, heads = make(dtype=torch.float32)
     inputs["x"] = (
         inputs["x"].detach()[:1].expand(batch, -1, -1)[:, :length].clone().requires_grad_()
     )
-    got = run(inputs, heads, backend, form=form, **drops())
+    got = run(inputs, heads, backend, form=form, **dropout_options())
     assert got["out"].shape[0] == batch and not got["out"].any() and not got["dqueries"].any()
 
 
-def test_gradients_are_right_twice():
+def test_gradcheck_and_gradgradcheck():
     x, q, w, b = (
         torch.randn(*s, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for s in ((2, 5, 4), (2, 4), (4, 4), (4,))
@@ -170,7 +172,7 @@ def test_gradients_are_right_twice():
     def call(x, q, w, b):
         with mmfused.backend("composed"):
             return query_pooling(
-                x, q, w, w, b, norm_weight=b, norm_bias=b, form="absorbed", **drops()
+                x, q, w, w, b, norm_weight=b, norm_bias=b, form="absorbed", **dropout_options()
             )
 
     assert torch.autograd.gradcheck(call, (x, q, w, b)) and torch.autograd.gradgradcheck(
@@ -181,10 +183,10 @@ def test_gradients_are_right_twice():
 # ---- the mask ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend, form", WAYS)
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
-    """With equal logits and one-hot tokens the output is the mask, over several 64-token words."""
+def test_the_mask_equals_dropout_mask(dtype, backend, form):
+    """With equal logits and one-hot tokens, the output is the mask, up to a factor."""
     batch, length, queries, heads = 3, 150, 5, 2
     eye = torch.eye(length, dtype=dtype, device=DEVICE)
     zeros = torch.zeros(queries, 4, dtype=dtype, device=DEVICE)
@@ -196,7 +198,7 @@ def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
             torch.cat([eye] * heads),
             num_heads=heads,
             form=form,
-            **drops(),
+            **dropout_options(),
         )
     got = out.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, L, N)
     kept = dropout_mask(seed(), got.shape, P)
@@ -205,7 +207,10 @@ def test_the_mask_is_the_one_of_the_helper(dtype, backend, form):
 
 
 def test_the_mask_is_random():
-    """Kept shares, and correlations of neighbours, streams and seeds, within 5 deviations."""
+    """Kept shares and correlations deviate from chance by less than 5 standard deviations.
+
+    The correlations are between neighbors, streams and seeds.
+    """
     shape, p = (40, 3, 7, 301), 0.2
     mask = dropout_mask(seed(0), shape, p)
     size, within = (
@@ -230,8 +235,7 @@ def test_the_mask_is_random():
 
 
 @pytest.mark.parametrize("form", ["absorbed", "projected"])
-def test_the_mean_over_many_masks_is_the_result_without(form):
-    """Output and gradients are linear in the mask: averaged over masks, both equal no dropout."""
+def test_the_mean_over_many_masks_equals_no_dropout(form):
     inputs, heads = make(norm=True, padding="mask")
     many = 3000
     one = inputs | {
@@ -244,7 +248,7 @@ def test_the_mean_over_many_masks_is_the_result_without(form):
     all_["key_padding_mask"] = one["key_padding_mask"].expand(many, -1)
     upstream = torch.randn(1, 5, 20, dtype=torch.float64, device=DEVICE)
     want = run(one, heads, "composed", upstream, form)
-    got = run(all_, heads, "composed", upstream.expand(many, -1, -1), form, **drops())
+    got = run(all_, heads, "composed", upstream.expand(many, -1, -1), form, **dropout_options())
     for name in ("out", "dx"):
         error = (got[name].mean(0) - want[name][0]).abs()
         assert (error <= 6 * got[name].std(0) / many**0.5 + 1e-12).all() and got[name].std(
@@ -254,27 +258,27 @@ def test_the_mean_over_many_masks_is_the_result_without(form):
         assert relative_error(got[name] / many, want[name]) < 0.1, name
 
 
-# ---- behaviour -----------------------------------------------------------------------------------
+# ---- behavior ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend, form", WAYS)
-def test_bitwise_repeats_and_other_seeds(backend, form):
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
+def test_equal_seeds_give_equal_bits_and_other_seeds_other_results(backend, form):
     inputs, heads = make("row blocks", dtype=torch.float32, norm=True, padding="mask")
     upstream = upstream_for(inputs)
-    want = run(inputs, heads, backend, upstream, form, **drops())
-    for name, value in run(inputs, heads, backend, upstream, form, **drops()).items():
+    want = run(inputs, heads, backend, upstream, form, **dropout_options())
+    for name, value in run(inputs, heads, backend, upstream, form, **dropout_options()).items():
         assert torch.equal(value, want[name]), name
     assert not torch.equal(
-        run(inputs, heads, backend, upstream, form, **drops(value=8))["out"], want["out"]
+        run(inputs, heads, backend, upstream, form, **dropout_options(value=8))["out"], want["out"]
     )
     none = run(inputs, heads, backend, upstream, form)
-    for name, value in run(inputs, heads, backend, upstream, form, **drops(0.0)).items():
+    for name, value in run(inputs, heads, backend, upstream, form, **dropout_options(0.0)).items():
         assert torch.equal(value, none[name]), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend, form", WAYS)
-def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
+def test_a_recomputation_draws_the_same_mask(backend, form, reentrant):
     inputs, heads = make(dtype=torch.float32, norm=True)
     names = list(inputs)
 
@@ -291,7 +295,7 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
     def checkpointed(**tensors):
         torch.manual_seed(4)
         out = checkpoint(pool, *tensors.values(), use_reentrant=reentrant)
-        torch.rand(3)  # what follows moves the generator on
+        torch.rand(3)  # advances the generator before backward
         return out
 
     want = value_and_gradients(plain, inputs)
@@ -309,7 +313,7 @@ def test_checkpoint_draws_the_same_mask_again(backend, form, reentrant):
     )
 
 
-def test_no_mask_is_saved_and_none_made_without_dropout():
+def test_no_mask_is_saved_and_no_mask_is_made_without_dropout():
     inputs, heads = make("row blocks", dtype=torch.float32)
 
     def saved(**options):
@@ -324,12 +328,12 @@ def test_no_mask_is_saved_and_none_made_without_dropout():
     with launches_made() as launches:
         without = saved()
     assert masks_made(launches) == 0
-    rows = 2 * 36  # one number a row, and the seed
+    rows = 2 * 36  # one number is saved for each row, and the seed
     with launches_made() as launches:
-        assert saved(**drops()) - without <= rows * 4 + 8
+        assert saved(**dropout_options()) - without <= rows * 4 + 8
     assert masks_made(launches) == 1
     with launches_made() as launches:
-        run(inputs, heads, "fused", **drops())
+        run(inputs, heads, "fused", **dropout_options())
     assert masks_made(launches) == 2
 
 
@@ -339,9 +343,12 @@ def test_autocast(backend):
     low = torch.float16 if CUDA else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
         got = run(
-            inputs, heads, "composed" if backend == "fused" and not CUDA else backend, **drops()
+            inputs,
+            heads,
+            "composed" if backend == "fused" and not CUDA else backend,
+            **dropout_options(),
         )
-    exact = run(cast(inputs, torch.float64), heads, "reference", **drops())
+    exact = run(cast(inputs, torch.float64), heads, "reference", **dropout_options())
     assert got["out"].dtype == low
     for name, value in got.items():
         assert relative_error(value, exact[name]) < 3e-2, name
@@ -350,17 +357,17 @@ def test_autocast(backend):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module(backend, heads):
-    """Equals the reference for a seed in training, also where W_O is folded without dropout."""
+    """The module equals the reference in training, and a module without dropout in evaluation."""
     pool = QueryPooling(
         32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=P
     ).to(DEVICE)
-    still = QueryPooling(32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True).to(
-        DEVICE
-    )
+    without_dropout = QueryPooling(
+        32, 4, heads, q_proj=True, out_proj=True, bias=True, norm_kv=True
+    ).to(DEVICE)
     with torch.no_grad():
         for bias in (pool.v_proj.bias, pool.out_proj.bias, pool.norm_kv.bias):
             bias.normal_()
-    still.load_state_dict(pool.state_dict())
+    without_dropout.load_state_dict(pool.state_dict())
     x, ignore = (
         torch.randn(9, 6, 32, device=DEVICE),
         torch.zeros(9, 6, dtype=torch.bool, device=DEVICE),
@@ -378,11 +385,11 @@ def test_module(backend, heads):
     drawn = call(pool, backend)
     torch.manual_seed(5)
     assert torch.equal(drawn, call(pool, backend, dropout_seed=draw_seed(torch.device(DEVICE))))
-    assert torch.equal(call(pool.eval(), backend), call(still, backend))
+    assert torch.equal(call(pool.eval(), backend), call(without_dropout, backend))
     assert "dropout=0.3" in repr(pool)
 
 
-def test_q_transform_drops_probabilities_too():
+def test_q_transform_drops_attention_probabilities():
     model = QTransform(16, 3, depth=2, num_heads=2, dropout=0.2).to(DEVICE)
     x = torch.randn(4, 5, 16, device=DEVICE)
     assert [block.pool.dropout for block in model.blocks] == [0.2, 0.2]
@@ -410,7 +417,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_input_gets_one_sentence(sentence):
+def test_bad_input_raises_a_one_line_message(sentence):
     inputs, _ = make(dtype=torch.float32, grad=False, device="cpu")
     with pytest.raises((TypeError, ValueError)) as error:
         query_pooling(**inputs, **BAD[sentence])
@@ -418,15 +425,14 @@ def test_bad_input_gets_one_sentence(sentence):
     assert str(error.value).startswith("query_pooling: ") and str(error.value).count("\n") == 0
 
 
-def test_modules_refuse_what_is_no_share():
+def test_a_module_refuses_a_dropout_of_1_or_more():
     with pytest.raises(
         ValueError, match="QueryPooling: dropout: got 1.5, expected a number from 0 to below 1"
     ):
         QueryPooling(8, 2, dropout=1.5)
 
 
-def test_auto_form_without_torch_attention():
-    """Under dropout the absorbed form needs only fewer FLOPs to be chosen."""
+def test_auto_form_under_dropout_compares_only_flops():
     from mmfused.ops.query_pooling.composed import cheaper_form
 
     x, q, w = (
@@ -439,8 +445,8 @@ def test_auto_form_without_torch_attention():
     assert cheaper_form(x, q, w, w, 32, 0.1) == "projected"
 
 
-def test_one_graph():
-    """Compile once for three lengths, forward and backward; each call draws a new seed."""
+def test_one_compiled_graph_serves_three_lengths():
+    """Forward and backward compile once, and each call draws a new seed."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -474,14 +480,14 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-# ---- one token has all the weight ----------------------------------------------------------------
+# ---- one token has all the attention weight ------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["small", "wide"])
 @pytest.mark.parametrize("p", [0.1, P])
-@pytest.mark.parametrize(("backend", "form"), WAYS)
-def test_of_a_row_that_one_token_takes_the_logits_have_no_gradient(backend, form, p, shape):
-    """The terms of dS must round alike, or their difference is not 0."""
+@pytest.mark.parametrize(("backend", "form"), BACKENDS_AND_FORMS)
+def test_logits_have_no_gradient_if_one_token_has_all_the_weight(backend, form, p, shape):
+    """The gradient of the logits is a difference of two terms, which must be rounded equally."""
     torch.manual_seed(5)
     batch, length, dim = (3, 5, 24) if shape == "small" else (2, 3, 1100)
     x = torch.randn(batch, length, dim, device=DEVICE) * 10
@@ -492,6 +498,6 @@ def test_of_a_row_that_one_token_takes_the_logits_have_no_gradient(backend, form
         torch.randn(3, device=DEVICE),
     )
     with mmfused.backend(backend):
-        out = query_pooling(x, queries, w_k, w_v, b_v, scale=1e4, form=form, **drops(p))
+        out = query_pooling(x, queries, w_k, w_v, b_v, scale=1e4, form=form, **dropout_options(p))
         (gradient,) = torch.autograd.grad(out, queries, torch.randn_like(out))
     assert gradient.abs().max() == 0

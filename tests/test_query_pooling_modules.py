@@ -8,14 +8,14 @@ from torch import nn
 import mmfused
 from mmfused import QTransform, QueryPooling, query_pooling, query_pooling_reference
 
-# ---- 6: modules ----------------------------------------------------------------------------------
+# ---- modules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("batch", [2, 9])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_module_equals_multihead_attention(backend, batch, heads):
-    """Equals nn.MultiheadAttention, with W_O folded (9 samples, one head) or not."""
+    """The module folds its output projection only for 9 samples and one head."""
     dtype = torch.float64 if backend == "composed" else torch.float32
     mha = nn.MultiheadAttention(32, heads, batch_first=True).to(DEVICE, dtype)
     pool = QueryPooling(32, 5, heads, q_proj=True, out_proj=True, bias=True).to(DEVICE, dtype)
@@ -47,7 +47,7 @@ def test_module_equals_multihead_attention(backend, batch, heads):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-def test_module_keeps_empty_samples_at_zero():
+def test_the_module_gives_zero_for_samples_without_tokens():
     x = torch.randn(9, 6, 32, device=DEVICE)
     ignore = torch.zeros(9, 6, dtype=torch.bool, device=DEVICE)
     ignore[3] = True
@@ -60,7 +60,7 @@ def test_module_keeps_empty_samples_at_zero():
             assert torch.equal(out, pool(x, lengths=(~ignore).sum(1))) or name == "reference"
 
 
-def test_module_state_and_queries():
+def test_state_dict_keys_and_given_queries():
     pool = QueryPooling(32, 4, 2, kv_dim=20, q_proj=True, out_proj=True, bias=True, norm_kv=True)
     names = {
         "queries",
@@ -85,8 +85,8 @@ def test_module_state_and_queries():
         QueryPooling(32, 4, 3)
 
 
-def test_q_transform_is_its_equations():
-    """Two blocks q = LN(q + MHA(q, x, x)), q = LN(q + FFN(q)), by hand; backends agree."""
+def test_q_transform_equals_its_equations():
+    """Each block computes q = LN(q + MHA(q, x, x)) and then q = LN(q + FFN(q))."""
     model = QTransform(24, 5, depth=2, num_heads=3, ffn=40).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     ignore = torch.tensor([[False] * 7, [True] * 7])
@@ -166,7 +166,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_input_gets_one_sentence(sentence):
+def test_bad_input_raises_a_one_line_message(sentence):
     inputs, _ = make(dtype=torch.float32, grad=False, device="cpu")
     BAD[sentence](inputs)
     with pytest.raises((TypeError, ValueError)) as error:
@@ -175,7 +175,7 @@ def test_bad_input_gets_one_sentence(sentence):
     assert str(error.value).startswith("query_pooling: ") and str(error.value).count("\n") == 0
 
 
-def test_fused_without_a_kernel():
+def test_fused_raises_if_it_has_no_kernel():
     inputs, heads = make(dtype=torch.float64)
     with mmfused.backend("fused"):
         with pytest.raises(RuntimeError, match="cannot run here: .*dtype torch.float64"):
@@ -184,7 +184,7 @@ def test_fused_without_a_kernel():
             query_pooling(**cast(inputs, torch.float32), num_heads=heads, form="projected")
 
 
-def test_auto_form_follows_the_flops():
+def test_auto_form_follows_flops_and_measurements():
     from mmfused.ops.query_pooling.composed import cheaper_form
 
     def form(length, queries, heads, per_sample=False, device="meta"):
@@ -203,6 +203,5 @@ def test_auto_form_follows_the_flops():
     )
     assert form(197, 64, 12) == form(197, 32, 12) == form(8, 32, 1) == "projected"
     assert form(257, 32, 12, per_sample=True) == "projected"
-    assert (
-        form(197, 32, 12, device="cpu") == "absorbed"
-    )  # measured: 1.6 times nn.MultiheadAttention
+    # On a CPU, this was measured to be 1.6 times as fast as nn.MultiheadAttention.
+    assert form(197, 32, 12, device="cpu") == "absorbed"

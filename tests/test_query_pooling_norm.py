@@ -1,4 +1,4 @@
-"""Query pooling with a folded LayerNorm: accuracy at any mean, and with zero variance."""
+"""Query pooling with a folded LayerNorm is accurate at any mean and with zero variance."""
 
 import pytest
 import torch
@@ -14,22 +14,21 @@ from query_pooling_cases import (
 
 from mmfused.testing import over_budget
 
-MEANS = (0, 1, 3, 10, 100)  # times the spread
-WAYS = [
+MEANS = (0, 1, 3, 10, 100)  # in standard deviations
+BACKENDS_FORMS_DTYPES = [
     ("composed", form, dtype)
     for form in ("absorbed", "projected")
     for dtype in {*DTYPES, torch.bfloat16}
 ]
-WAYS += [("fused", "absorbed", dtype) for dtype in DTYPES]
-WAYS.sort(key=str)
+BACKENDS_FORMS_DTYPES += [("fused", "absorbed", dtype) for dtype in DTYPES]
+BACKENDS_FORMS_DTYPES.sort(key=str)
 
 
 def check_budget(inputs, heads, backend, form):
     upstream = upstream_for(inputs)
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
-    exact = {
-        name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()
-    }  # 0, but for its rounding
+    # A result below 1e-12 is 0 up to rounding.
+    exact = {name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()}
     plain = run(inputs, heads, "reference", upstream)
     actual = run(inputs, heads, backend, upstream, form)
     assert not over_budget(actual, exact, plain)
@@ -40,11 +39,11 @@ def shifted(inputs, mean):
 
 
 @pytest.mark.parametrize("mean", MEANS)
-@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
+@pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, padding", [("one pass", "mask"), ("row blocks", "none"), ("wide", "lengths")]
 )
-def test_a_mean_costs_no_accuracy(shape, padding, backend, form, dtype, mean):
+def test_a_common_mean_does_not_reduce_accuracy(shape, padding, backend, form, dtype, mean):
     inputs, heads = make(shape, norm=True, padding=padding, dtype=dtype)
     check_budget(shifted(inputs, mean), heads, backend, form)
 
@@ -61,26 +60,24 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
+@pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
-    """A LayerNorm of D columns has rank D - 2; with one column it gives its bias, and dX is 0."""
+    """The derivative of a LayerNorm has rank D - 2; with one column it is 0."""
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (24, 9, dim, 4, 2, 8, 6))
     inputs, heads = make("few columns", norm=True, padding="mask", dtype=dtype)
-    if (backend, dim) == (
-        "fused",
-        2,
-    ):  # +1 and -1 whatever x is: the kernel's gradient would be what rounding left
+    # Two columns are normalized to +1 and -1, so the kernel's gradient would be rounding error.
+    if (backend, dim) == ("fused", 2):
         with pytest.raises(RuntimeError, match="a LayerNorm of two features has no kernel"):
             run(inputs, heads, backend, form="auto")
         return
     check_budget(shifted(inputs, 3), heads, backend, form)
 
 
-@pytest.mark.parametrize("backend, form, dtype", WAYS, ids=str)
-def test_equal_columns_are_normalised_to_zero(backend, form, dtype):
-    """With zero variance rstd is 316, and 300 * 316 overflows float16."""
+@pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
+def test_equal_columns_are_normalized_to_zero(backend, form, dtype):
+    """With zero variance, rstd = eps^-0.5 = 316, and 300 * 316 overflows float16."""
     inputs, heads = make(norm=True, dtype=dtype)
     inputs["x"] = torch.full_like(inputs["x"].detach(), 300.0).requires_grad_()
     out = run(inputs, heads, backend, form=form)["out"]

@@ -1,4 +1,4 @@
-"""Query pooling on values that are not checked on CUDA, and on tensors of any layout."""
+"""Query pooling with invalid lengths, non-finite values, empty tensors and large logits."""
 
 import math
 
@@ -11,7 +11,7 @@ import mmfused
 from mmfused import QueryPooling
 from mmfused.testing import over_budget, relative_error
 
-WAYS = [
+BACKENDS_AND_FORMS = [
     ("reference", "auto"),
     ("composed", "absorbed"),
     ("composed", "projected"),
@@ -28,24 +28,21 @@ def unchecked(monkeypatch):
 
 @pytest.mark.parametrize("bad", BAD_LENGTHS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("backend, form", WAYS)
-def test_a_length_outside_the_tokens_gives_nan_for_its_sample_alone(
-    unchecked, backend, form, norm, bad
-):
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
+def test_an_invalid_length_gives_nan_only_for_its_sample(unchecked, backend, form, norm, bad):
     inputs, heads = make(norm=norm, padding="lengths", dtype=torch.float32)
     inputs["lengths"] = torch.tensor([5, 20, 37], device=DEVICE)
     want = run(inputs, heads, backend, form=form)
     inputs["lengths"][1] = bad
     got = run(inputs, heads, backend, form=form)
     assert got["out"][1].isnan().all()
-    assert (
-        bad < 0 or got["dw_v"].isnan().all()
-    )  # no step is made with it; a sample without tokens has no part in any weight
+    # A length below 0 means no tokens, which add nothing to the gradients of the weights.
+    assert bad < 0 or got["dw_v"].isnan().all()
     for name in ("out", "dx"):
         assert torch.equal(got[name][0::2], want[name][0::2]), name
 
 
-def test_a_module_gives_nan_for_a_length_outside_the_tokens(unchecked):
+def test_a_module_gives_nan_for_an_invalid_length(unchecked):
     pool = QueryPooling(8, 3, 2, out_proj=True, bias=True).to(DEVICE)
     for name in ("reference", "composed"):
         with mmfused.backend(name):
@@ -61,8 +58,10 @@ def test_a_module_gives_nan_for_a_length_outside_the_tokens(unchecked):
     "shape, value",
     [("one pass", math.nan), ("one pass", math.inf), ("one pass", -math.inf), ("wide", math.nan)],
 )
-@pytest.mark.parametrize("backend, form", WAYS)
-def test_a_broken_token_or_query_touches_only_its_own_outputs(backend, form, shape, norm, value):
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
+def test_a_non_finite_token_or_query_affects_only_its_own_outputs(
+    backend, form, shape, norm, value
+):
     inputs, heads = make(shape, norm=norm, dtype=torch.float32, per_sample=True)
     want = run(inputs, heads, backend, form=form)
     token = inputs | {"x": inputs["x"].detach().clone()}
@@ -87,14 +86,14 @@ def test_a_broken_token_or_query_touches_only_its_own_outputs(backend, form, sha
     )
 
 
-# ---- nothing at all ------------------------------------------------------------------------------
+# ---- empty inputs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("batch, length, queries", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
-@pytest.mark.parametrize("backend, form", WAYS)
-def test_no_samples_tokens_or_queries(
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
+def test_empty_inputs_give_zeros(
     monkeypatch, backend, form, batch, length, queries, dropout_p, norm
 ):
     import query_pooling_cases as cases
@@ -132,11 +131,11 @@ def with_logits_up_to(largest, inputs, heads):
 @pytest.mark.parametrize("logit", [1e3, 1e4])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
-@pytest.mark.parametrize("backend, form", WAYS[1:])
+@pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS[1:])
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
     """One token has nearly all the weight, so the gradients of the logits nearly vanish.
 
-    A few rows dominate the error, hence several draws.
+    Several draws are compared together, because a few rows dominate the error of each.
     """
     got, exact, plain = {}, {}, {}
     for _ in range(6):
@@ -152,22 +151,25 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
         for results, name, how, given in ways:
             for key, value in run(given, heads, name, upstream, how).items():
                 results[key] = torch.stack([*results.get(key, ()), value])
-    if logit > 1e3:  # plain PyTorch's too are then left to how the largest logits round
-        sure = [
+    # At logits of 10^4, compare only results in which plain PyTorch is accurate.
+    if logit > 1e3:
+        accurate = [
             key
             for key, value in plain.items()
             if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps
         ]
-        assert "db_v" in sure and ("out" in sure or shape != "one pass")
-        got, exact, plain = ({key: results[key] for key in sure} for results in (got, exact, plain))
+        assert "db_v" in accurate and ("out" in accurate or shape != "one pass")
+        got, exact, plain = (
+            {key: results[key] for key in accurate} for results in (got, exact, plain)
+        )
     assert not over_budget(got, exact, plain)
 
 
 @pytest.mark.parametrize("logit", [100, 10_000])
 @pytest.mark.parametrize("dim", [24, 1100], ids=["one pass", "wide"])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
-def test_what_all_logits_have_in_common_costs_no_accuracy(backend, dim, logit):
-    """Whole numbers make plain PyTorch's logits exact, and their differences in the softmax."""
+def test_a_large_constant_in_all_logits_does_not_reduce_accuracy(backend, dim, logit):
+    """All inputs are integers, so plain PyTorch computes exact logits and differences."""
     x = torch.randint(-1, 2, (2, 37, dim), device=DEVICE).float()
     queries = torch.randint(-1, 2, (5, dim), device=DEVICE).float()
     queries[:, 20:] = 0.0

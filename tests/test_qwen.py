@@ -1,4 +1,4 @@
-"""The code around Qwen2-VL, against the processors of transformers and the host's own forward."""
+"""The code around Qwen2-VL against transformers: its processors and its models' forward."""
 
 import json
 
@@ -56,9 +56,9 @@ def host(kind="qwen2_vl", **given) -> torch.nn.Module:
 
 
 def items(*shape) -> dict:
-    """Return items; item 2 has no picture and NaN pixels, item 3 no text, item 4 neither.
+    """Return five items; item 2 has no picture, item 3 no text, and item 4 neither.
 
-    Texts stand between [CLS] = 2 and [SEP] = 3.
+    Absent pictures are NaN. Texts start with [CLS] = 2 and end with [SEP] = 3.
     """
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(5, *(shape or (3, 16, 24)), generator=generator, dtype=x64)
@@ -85,7 +85,7 @@ def read(model, batch, view="both", **given):
     return sequence, qwen.hidden_states(model, sequence, pictures)
 
 
-def literal(batch, i, view, count, prompt=True) -> list[int]:
+def expected_sequence(batch, i, view, count, prompt=True) -> list[int]:
     """Return the sequence of item i without padding, token by token."""
     image = bool(batch["image_present"][i]) and view != "text"
     words = (
@@ -104,7 +104,7 @@ def literal(batch, i, view, count, prompt=True) -> list[int]:
 
 
 @pytest.mark.parametrize(("patch", "merge"), [(8, 2), (4, 2), (4, 1), (8, 3)])
-def test_patches_are_the_image_processors(patch, merge):
+def test_patches_equal_the_image_processors(patch, merge):
     pixels = torch.randn(2, 3, 48, 96)
     sizes = {"patch_size": patch, "merge_size": merge, "temporal_patch_size": 2}
     processor = transformers.Qwen2VLImageProcessor(
@@ -117,7 +117,7 @@ def test_patches_are_the_image_processors(patch, merge):
     )
 
 
-def test_patches_of_videos_are_the_video_processors():
+def test_patches_of_videos_equal_the_video_processors():
     frames = torch.randint(0, 256, (2, 4, 3, 32, 48), dtype=torch.uint8)
     sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     raw = {
@@ -139,12 +139,12 @@ def test_patches_of_videos_are_the_video_processors():
 
 @pytest.mark.parametrize("view", ["image", "text", "both"])
 @pytest.mark.parametrize("prompt", [True, False])
-def test_sequences_token_by_token(view, prompt):
+def test_assemble_gives_the_expected_sequences(view, prompt):
     batch, grid = items(), (1, 2, 3)
     words = (batch["input_ids"], batch["attention_mask"], batch["image_present"])
     sequence = qwen.assemble(TOKENS, grid, *words, view, prompt=prompt)
     for i in range(5):
-        expected = literal(batch, i, view, 6, prompt)
+        expected = expected_sequence(batch, i, view, 6, prompt)
         padding = sequence.input_ids.shape[1] - len(expected)
         assert sequence.input_ids[i].tolist() == [0] * padding + expected
         assert sequence.attention_mask[i].tolist() == [0] * padding + [1] * len(expected)
@@ -160,7 +160,7 @@ def test_sequences_token_by_token(view, prompt):
     assert sequence.has_text.tolist() == [view != "image" and i < 3 for i in range(5)]
 
 
-def test_a_view_for_each_item():
+def test_each_item_may_have_its_own_view():
     batch = items()
     words = (batch["input_ids"], batch["attention_mask"], batch["image_present"])
     mixed = qwen.assemble(TOKENS, (1, 2, 3), *words, torch.tensor([0, 1, 2, 1, 2]))
@@ -172,7 +172,7 @@ def test_a_view_for_each_item():
         )
 
 
-def test_without_masks_all_is_real():
+def test_without_masks_all_tokens_and_pictures_are_used():
     batch = items()
     sequence = qwen.assemble({**TOKENS, "drop": []}, (1, 2, 3), batch["input_ids"], None, None)
     assert (
@@ -191,16 +191,17 @@ def test_without_masks_all_is_real():
         ("qwen2_5_vl", (3, 16, 24), "both"),
     ],
 )
-def test_agrees_with_the_hosts_own_forward(kind, shape, view):
-    """Each unpadded item agrees with the host's own forward.
-
-    The host computes the positions and inserts the pictures itself.
-    """
+def test_hidden_states_agree_with_the_hosts_own_forward(kind, shape, view):
+    """The host's forward computes positions and inserts pictures itself, for one item at a time."""
     model, batch = host(kind), items(*shape)
     sequence, states = read(model, batch, view)
     for i in range(5):
         ids = torch.tensor(
-            [literal(batch, i, view, shape[-1] * shape[-2] // 64 * (len(shape) == 4 and 2 or 1))]
+            [
+                expected_sequence(
+                    batch, i, view, shape[-1] * shape[-2] // 64 * (len(shape) == 4 and 2 or 1)
+                )
+            ]
         )
         given = {}
         if 92 in ids:
@@ -237,11 +238,8 @@ def test_only_present_pictures_have_gradients():
     assert batch["pixel_values"].grad.flatten(1).any(1).tolist() == batch["image_present"].tolist()
 
 
-def test_sequences_and_the_language_model_compile_without_a_break():
-    """The vision tower is left out: its loop over pictures breaks the graph.
-
-    Its tokens are given instead.
-    """
+def test_sequences_and_the_language_model_compile_without_a_graph_break():
+    """The vision tower is left out, because its loop over pictures breaks the graph."""
     model, batch = host(), items()
     pictures, grid = qwen.picture_tokens(model, batch["pixel_values"], batch["image_present"])
     batch.pop("pixel_values")
@@ -262,7 +260,7 @@ def test_sequences_and_the_language_model_compile_without_a_break():
 # --- tokens ---
 
 
-def test_tokens_of_a_trained_tokenizer(tmp_path):
+def test_token_ids_of_a_trained_tokenizer(tmp_path):
     tokenizer = train_tokenizer(
         ["red wool coat above the knee", "one word: summary in text and image or video"], 200
     )
@@ -297,7 +295,7 @@ def test_tokens_of_a_trained_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(("kind", "name"), [("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL")])
 @pytest.mark.parametrize("part", ["Model", "ForConditionalGeneration"])
-def test_pretrained_hosts_come_back(tmp_path, kind, name, part):
+def test_saved_hosts_load_with_the_same_weights(tmp_path, kind, name, part):
     saved = getattr(transformers, name + part)(qwen.build_qwen2_vl(options(kind)).config)
     saved.save_pretrained(tmp_path)
     fields, loaded = qwen.pretrained_qwen2_vl(str(tmp_path))
@@ -328,7 +326,7 @@ def test_a_host_with_weights_missing_is_refused(tmp_path):
         qwen.pretrained_qwen2_vl(str(tmp_path))
 
 
-def test_a_pickle_is_not_loaded(tmp_path):
+def test_a_folder_with_pickled_weights_is_refused(tmp_path):
     host().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(
@@ -344,7 +342,7 @@ def test_frozen_parts_stay_in_evaluation_mode():
     assert {parameter.requires_grad for parameter in model.language_model.parameters()} == {False}
 
 
-def test_other_models_are_refused(tmp_path):
+def test_other_model_types_are_refused(tmp_path):
     transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
@@ -387,12 +385,12 @@ def test_other_models_are_refused(tmp_path):
         ),
     ],
 )
-def test_bad_inputs(changes, message):
+def test_bad_inputs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read(host(), {**items(), **changes})
 
 
-def test_videos_take_qwen2_vl():
+def test_videos_require_qwen2_vl():
     with pytest.raises(
         ValueError,
         match="got videos with model_type 'qwen2_5_vl', expected model_type 'qwen2_vl'",

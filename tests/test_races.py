@@ -1,4 +1,4 @@
-"""The race of Triton's pipeliner on a tile that is multiplied and summed, in compiled kernels."""
+"""The race that Triton's pipeliner creates in kernels that multiply and sum the same tile."""
 
 import json
 import sys
@@ -12,14 +12,14 @@ KERNEL = str(Path(__file__).parent / "racy_kernel.py")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 @pytest.mark.parametrize("release", ["installed", "oldest"])
-def test_a_tile_that_is_multiplied_and_summed_in_a_pipelined_loop_is_a_race(release, request):
+def test_only_a_pipelined_loop_that_multiplies_and_sums_a_tile_has_a_race(release, request):
     env = (
         {"PYTHONPATH": str(request.getfixturevalue("oldest_triton"))} if release == "oldest" else {}
     )
     done = run_python("-W", "ignore", KERNEL, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     races = json.loads(done.stdout)
-    assert len(races.pop("summed")) == 1  # one ring: only b is summed
+    assert len(races.pop("summed")) == 1  # the ring buffer of b, the only tile that is summed
     assert races == {
         name: []
         for name in (

@@ -1,4 +1,4 @@
-"""Retrieval scores against a literal count, and chance levels against many random orders."""
+"""Retrieval scores against explicit sorting, and chance levels against many random orders."""
 
 import random
 
@@ -14,16 +14,16 @@ from mmfused.training.retrieval_metrics import (
 )
 
 
-def literal_ranks(query, candidate, labels, theirs, alone):
+def ranks_by_sorting(query, candidate, labels, theirs, within_queries):
     ranks, nearest = [], []
     for i, q in enumerate(query.tolist()):
         found = []
         for j, c in enumerate(candidate.tolist()):
-            if not (alone and i == j):
+            if not (within_queries and i == j):
                 found.append(
                     (-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j)
                 )
-        found.sort()  # irrelevant ones come first among equal scores
+        found.sort()  # among equal scores, irrelevant candidates come first
         ranks.append(
             next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None)
         )
@@ -31,20 +31,20 @@ def literal_ranks(query, candidate, labels, theirs, alone):
     return ranks, nearest
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_scores_equal_a_literal_ranking(alone, monkeypatch):
+@pytest.mark.parametrize("within_queries", [False, True])
+def test_scores_equal_ranks_by_sorting(within_queries, monkeypatch):
     monkeypatch.setattr("mmfused.training.retrieval_metrics.ROWS", 4)
     n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
     queries = items(n, labels)
-    theirs = labels if alone else [0, 1, 2, 3, 0, 6, 2]
-    candidates = queries if alone else items(c, theirs)
-    pairs = retrieval_scores(queries, None if alone else candidates)
+    theirs = labels if within_queries else [0, 1, 2, 3, 0, 6, 2]
+    candidates = queries if within_queries else items(c, theirs)
+    pairs = retrieval_scores(queries, None if within_queries else candidates)
     assert len(pairs) == 9
     for name, pair in pairs.items():
         query, candidate = (
             side[view] for side, view in zip((queries, candidates), name.split("->"), strict=True)
         )
-        ranks, nearest = literal_ranks(query, candidate, labels, theirs, alone)
+        ranks, nearest = ranks_by_sorting(query, candidate, labels, theirs, within_queries)
         kept = [rank for rank in ranks if rank is not None]
         assert pair["queries"] == len(kept) and pair["unanswerable"] == ranks.count(None) > 0
         for k in (1, 5, 10):
@@ -82,9 +82,9 @@ def test_items_without_a_view_are_left_out_and_counted():
     assert mean_scores(pairs)["mrr"] > 0
 
 
-def test_ties_count_against_the_relevant_one():
-    kind = torch.tensor([[1, 0, 0, -1]], dtype=torch.int8)
-    ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: kind)
+def test_ties_count_against_the_relevant_candidate():
+    relevance = torch.tensor([[1, 0, 0, -1]], dtype=torch.int8)
+    ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: relevance)
     assert ranks.tolist() == [3]
     with pytest.raises(ValueError, match="query: got a row without a relevant candidate"):
         rank_of_first(

@@ -1,6 +1,6 @@
 """README shows the numbers of the results files, and targets are judged by their rules.
 
-GPU records are made up here.
+The GPU records are synthetic.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 HAS_MODELS = importlib.util.find_spec("mmfused.benchmarks.models") is not None
 
 
-def passes(both: float, forward: float | None = None) -> dict[str, list[float]]:
+def pass_times(both: float, forward: float | None = None) -> dict[str, list[float]]:
     forward = both / 4 if forward is None else forward
     return {"forward": [forward] * 3, "both": [both] * 3, "backward": [both - forward] * 3}
 
 
 def timed(gate: str = "passed", **launches) -> dict:
-    """Return a provider with the time of both passes, or (both, forward), by launch."""
+    """Return a provider; ``launches``: seconds of both passes, or (both, forward), by launch."""
     seconds = {
-        name: passes(*time) if isinstance(time, tuple) else passes(time)
+        name: pass_times(*time) if isinstance(time, tuple) else pass_times(time)
         for name, time in launches.items()
     }
     counted = {"peak_bytes": 2**28, "saved_bytes": 2**20, "kernels": 5, "forward_kernels": 4}
@@ -84,15 +84,15 @@ def verdicts(*records: dict, case: str | None = None) -> list[targets.Verdict]:
     ]
 
 
-def met(*records: dict, case: str | None = None) -> list[bool | None]:
-    return [verdict.met for verdict in verdicts(*records, case=case)]
+def targets_met(*records: dict, case: str | None = None) -> list[bool | None]:
+    return [verdict.targets_met for verdict in verdicts(*records, case=case)]
 
 
 # ---- targets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", targets.ROWS, ids=lambda row: f"{row.op}-{row.case}")
-def test_every_row_is_a_case_and_names_its_providers(row):
+def test_every_target_can_be_judged(row):
     if row.op == "models" and not HAS_MODELS:
         pytest.skip("the benchmark of whole models is missing")
     op = importlib.import_module(f"mmfused.benchmarks.{row.op}")
@@ -109,10 +109,10 @@ def test_every_row_is_a_case_and_names_its_providers(row):
         if "ours on" in condition.what
     }
     records = [gpu_record(row.op, case, providers) for case in (row.case, *others)]
-    assert None not in met(*records, case=row.case)
+    assert None not in targets_met(*records, case=row.case)
 
 
-def test_floor_at_and_beyond_the_bound():
+def test_times_at_and_above_the_floor_bound():
     def judged(forward, backward):
         record = gpu_record(
             "query_pooling",
@@ -120,19 +120,19 @@ def test_floor_at_and_beyond_the_bound():
             {"fused": timed(graph=(forward + backward, forward))},
             floor=(1.0, 2.0),
         )
-        return met(record)[:2]
+        return targets_met(record)[:2]
 
     assert judged(1.6, 3.1) == [True, True]
     assert judged(1.7, 3.1) == [False, True]  # forward and backward are judged separately
     assert judged(1.6, 3.3) == [True, False]
 
 
-def test_memory_at_the_bound():
+def test_memory_at_and_above_the_bound():
     def judged(case, peak):
         record = gpu_record(
             "masked_info_nce", case, {"fused": timed(eager=1.0) | {"peak_bytes": peak}}
         )
-        return met(record)[-1]
+        return targets_met(record)[-1]
 
     assert judged("clip-65536", 10**9) is True and judged("clip-65536", 10**9 + 1) is False
     assert (
@@ -141,7 +141,7 @@ def test_memory_at_the_bound():
     assert judged("clip-262144", None) is None
 
 
-def test_small_floors_are_judged_by_graphs_on_both_sides():
+def test_cases_with_a_small_floor_are_judged_by_cuda_graphs():
     def judged(ours, projected, floor):
         (verdict,) = verdicts(
             gpu_record(
@@ -151,24 +151,24 @@ def test_small_floors_are_judged_by_graphs_on_both_sides():
                 floor,
             )
         )
-        return verdict.met, verdict.measured
+        return verdict.targets_met, verdict.measured
 
     small, large = (99e-6, 200e-6), (101e-6, 200e-6)
-    # Ours is 5 times as fast by eager launch, 3 times by graph.
+    # Ours is 5 times as fast with eager launches, and 3 times with graphs.
     slow_graph = timed(eager=1.0, graph=0.5), timed(eager=5.0, graph=1.5)
-    verdict, said = judged(*slow_graph, small)
-    assert verdict is False and "graph, eager 5 x" in said
-    assert judged(*slow_graph, large)[0] is False  # by graph, the baseline is faster
-    # By eager launch, ours is 4 times as fast.
+    verdict, measured = judged(*slow_graph, small)
+    assert verdict is False and "graph, eager 5 x" in measured
+    assert judged(*slow_graph, large)[0] is False
+    # Ours is 4 times as fast with eager launches.
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=9.0), large)[0] is True
     assert judged(timed(eager=1.0, graph=1.0), timed(eager=4.0, graph=3.0), small)[0] is False
-    verdict, said = judged(timed(eager=1.0, graph=0.1), timed(eager=9.0), small)
-    assert verdict is None and "do not both have a CUDA graph" in said
-    # Both are timed by eager launch.
+    verdict, measured = judged(timed(eager=1.0, graph=0.1), timed(eager=9.0), small)
+    assert verdict is None and "do not both have a CUDA graph" in measured
+    # Without a graph of the baseline, eager launches are compared.
     assert judged(timed(eager=2.0, graph=0.1), timed(eager=9.0), large)[0] is True
 
 
-def test_a_compiled_baseline_must_be_there_and_the_faster_form_counts():
+def test_a_baseline_counts_in_its_faster_form_and_must_be_compiled_too():
     def judged(**forms):
         names = {"plain": "nn.MultiheadAttention", "compiled": "nn.MultiheadAttention, compiled"}
         providers = {names[form]: provider for form, provider in forms.items()} | {
@@ -177,25 +177,25 @@ def test_a_compiled_baseline_must_be_there_and_the_faster_form_counts():
         (verdict,) = verdicts(gpu_record("query_pooling", "fluid-h8-b128", providers))
         return verdict
 
-    assert judged(plain=timed(eager=9.0), compiled=timed(eager=1.8)).met is True
-    assert judged(plain=timed(eager=1.7), compiled=timed(eager=9.0)).met is False
+    assert judged(plain=timed(eager=9.0), compiled=timed(eager=1.8)).targets_met is True
+    assert judged(plain=timed(eager=1.7), compiled=timed(eager=9.0)).targets_met is False
     skipped = {"compiled": "default", "gate": "skipped", "reasons": ["the budget was spent"]}
     verdict = judged(plain=timed(eager=9.0), compiled=skipped)
     assert (
-        verdict.met is None
+        verdict.targets_met is None
         and "the budget was spent" in verdict.measured
         and verdict.file.endswith("b128-bfloat16.json")
     )
-    assert judged(plain=timed(eager=9.0)).met is None
+    assert judged(plain=timed(eager=9.0)).targets_met is None
 
 
-def test_routing_counts_launches_and_asks_for_a_graph():
+def test_routing_is_judged_by_launches_and_a_cuda_graph():
     def judged(**more):
         providers = {
             "fused": timed(eager=1.0, graph=1.0) | more,
             "eager": timed(eager=9.0, graph=5.0),
         }
-        return met(
+        return targets_met(
             gpu_record(
                 "topk_routing",
                 "logits-16384",
@@ -203,46 +203,53 @@ def test_routing_counts_launches_and_asks_for_a_graph():
             )
         )
 
-    # 4 launches forward with the benchmark's cat, 1 backward; 5 and 1.9 times as fast.
+    # Forward has 4 launches, including the benchmark's cat, and backward 1. The speedups are 5 and
+    # 1.9.
     assert judged() == [True, True, True, True, False]
     assert judged(kernels=7, forward_kernels=5)[:2] == [False, False]
     assert judged(kernels=None, forward_kernels=None)[:2] == [None, None]
-    without = judged(seconds={"eager": passes(1.0)}, reasons=["no CUDA graph: it waits"])
+    without = judged(seconds={"eager": pass_times(1.0)}, reasons=["no CUDA graph: it waits"])
     assert without[2] is False
 
 
-def test_masked_case_against_its_own_unmasked_one():
-    whole, masked = (
+def test_a_masked_case_is_compared_with_the_unmasked_case():
+    unmasked, masked = (
         gpu_record("masked_info_nce", case, {"fused": timed(eager=3.0)})
         for case in ("clip-65536", "clip-65536-k4")
     )
     masked["providers"] = {"fused": timed(eager=1.0)}
-    assert met(masked, whole) == [True]
-    whole["providers"] = {"fused": timed(eager=2.9)}
-    assert met(masked, whole) == [False] and met(masked) == [None]
+    assert targets_met(masked, unmasked) == [True]
+    unmasked["providers"] = {"fused": timed(eager=2.9)}
+    assert targets_met(masked, unmasked) == [False] and targets_met(masked) == [None]
 
 
-def test_failed_checks_and_other_records():
+def test_failed_accuracy_checks_and_records_in_another_dtype():
     row = {
         "nn.MultiheadAttention": timed(eager=9.0),
         "nn.MultiheadAttention, compiled": timed(eager=9.0),
     }
-    red = {"compiled": None, "gate": "failed", "reasons": ["out: relative error 1"]}
-    # Nothing is timed if ours fails.
-    unclocked = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in row}
-    failed = verdicts(gpu_record("query_pooling", "fluid-h8-b128", unclocked | {"fused": red}))
-    assert [verdict.met for verdict in failed] == [False] and "relative error" in failed[0].measured
+    failed_check = {"compiled": None, "gate": "failed", "reasons": ["out: relative error 1"]}
+    # If ours fails its check, nothing is timed.
+    untimed = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in row}
+    failed = verdicts(
+        gpu_record("query_pooling", "fluid-h8-b128", untimed | {"fused": failed_check})
+    )
+    assert [verdict.targets_met for verdict in failed] == [False] and "relative error" in failed[
+        0
+    ].measured
     fused = row | {"fused": timed(eager=1.0)}
-    assert met(gpu_record("query_pooling", "fluid-h8-b128", fused)) == [True]
-    assert met(gpu_record("query_pooling", "fluid-h8-b128", fused, dtype="float16")) == [None]
+    assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused)) == [True]
+    assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused, dtype="float16")) == [
+        None
+    ]
     wrong = {
         "nn.MultiheadAttention": timed(eager=1.1, gate="failed"),
         "nn.MultiheadAttention, compiled": timed(eager=9.0),
     }
-    assert met(
+    assert targets_met(
         gpu_record("query_pooling", "fluid-h8-b128", wrong | {"fused": timed(eager=1.0)})
     ) == [True]
-    assert {verdict.met for verdict in targets.judge([])} == {None}
+    assert {verdict.targets_met for verdict in targets.judge([])} == {None}
 
 
 def test_targets_of_the_committed_results(checkout, capsys):
@@ -265,8 +272,8 @@ def test_targets_of_the_committed_results(checkout, capsys):
     assert "results: got 'no/such', expected a folder that exists" in capsys.readouterr().err
 
 
-def test_a_training_step_is_judged_whole():
-    """The step is judged where it was timed; a loss without parameters has no step."""
+def test_models_are_judged_by_the_training_step_if_it_was_timed():
+    """Losses without parameters have no optimizer step, so both passes are judged."""
     row = next(row for row in targets.ROWS if row.op == "models")
 
     def judged(ours, theirs):
@@ -288,7 +295,7 @@ def test_a_training_step_is_judged_whole():
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """Copy README and its committed results to a folder in which a run may write."""
+    """Return a folder with copies of README and its committed results."""
     listed = subprocess.run(
         ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
@@ -305,7 +312,7 @@ def committed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkout(committed, capsys):
-    """Return such a copy without GPU results."""
+    """Return the folder ``committed`` without GPU results."""
     for folder in conditions.folders(committed / "benchmarks" / "results"):
         if any(conditions.device_type(record) == "cuda" for record in conditions.read(folder)):
             shutil.rmtree(folder)
@@ -314,11 +321,11 @@ def checkout(committed, capsys):
     return committed
 
 
-def test_readme_is_what_the_files_give(committed, capsys):
+def test_readme_is_up_to_date_with_the_results(committed, capsys):
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def put(checkout: Path, record: dict) -> Path:
+def write_record(checkout: Path, record: dict) -> Path:
     folder = checkout / "benchmarks" / "results" / "made-up"
     folder.mkdir(exist_ok=True)
     path = folder / Path(record["file"]).name
@@ -333,15 +340,15 @@ def block(checkout: Path, name: str) -> str:
     )[0]
 
 
-def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
+def test_results_of_a_gpu_add_a_table_a_picture_and_rooflines(checkout, capsys):
     assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
     fast = {
         "eager": timed(eager=9.0),
         "Inf-CL, compiled": timed(eager=3.0),
         "fused": timed(eager=1.0) | {"peak_bytes": 2**27},
     }
-    path = put(checkout, gpu_record("masked_info_nce", "clip-65536", fast))
-    put(
+    path = write_record(checkout, gpu_record("masked_info_nce", "clip-65536", fast))
+    write_record(
         checkout,
         gpu_record(
             "query_pooling", "fluid", {"nn.MultiheadAttention": timed(eager=1.0)}, quick=True
@@ -370,18 +377,20 @@ def test_a_gpu_gets_picture_table_and_rooflines(checkout, capsys):
             assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
         assert readme.main(["--check"]) == 0
     capsys.readouterr()
-    put(checkout, gpu_record("masked_info_nce", "clip-65536", fast | {"fused": timed(eager=1.5)}))
+    write_record(
+        checkout, gpu_record("masked_info_nce", "clip-65536", fast | {"fused": timed(eager=1.5)})
+    )
     assert readme.main(["--check"]) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "block gpu" in told
-        and "block cpu" not in told
-        and "made-up/speedup.png differs from the files" in told
+        "block gpu" in output
+        and "block cpu" not in output
+        and "made-up/speedup.png differs from the files" in output
     )
 
 
 def test_results_of_older_sources_are_shown_with_their_commit(checkout):
-    """A record stays valid when sources change; README lists its commit."""
+    """A record stays valid when sources change."""
     providers = {"eager": timed(eager=9.0), "fused": timed(eager=1.0)}
     for case, commit, dirty in (
         ("clip-65536", "0123456789", False),
@@ -389,7 +398,7 @@ def test_results_of_older_sources_are_shown_with_their_commit(checkout):
     ):
         record = gpu_record("masked_info_nce", case, providers)
         record["environment"] |= {"commit": commit, "dirty": dirty, "source": "of another hash"}
-        put(checkout, record)
+        write_record(checkout, record)
     assert readme.main([]) == 0
     assert "commit 0123456 / abcdef0 with changes" in block(checkout, "gpu")
 
@@ -403,10 +412,10 @@ def compared(**more) -> comparison.Comparison:
     return comparison.compare(record)
 
 
-def test_best_baseline_is_accurate():
+def test_the_best_baseline_is_the_fastest_accurate_one():
     assert compared().best == (4.0, "eager") and compared().speedup == 4.0
     assert compared(**{"Inf-CL": timed(eager=0.5, gate="failed")}).best == (4.0, "eager")
-    for unchecked in ("not checked", "no gate"):  # older records have the second
+    for unchecked in ("not checked", "no gate"):  # older records say "no gate"
         ceiling = {"bare GEMMs": timed(eager=0.5, gate=unchecked)}
         assert compared(**ceiling).best == (4.0, "eager")
     assert compared(**{"eager, compiled": timed(eager=2.0)}).best == (2.0, "eager, compiled")
@@ -420,8 +429,8 @@ def test_best_baseline_is_accurate():
     assert (both_launches.launch, both_launches.speedup) == ("graph", 1.5)
 
 
-def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
-    put(
+def test_a_row_that_is_slower_needs_an_explanation(checkout, capsys, monkeypatch):
+    write_record(
         checkout,
         gpu_record(
             "masked_info_nce", "clip-65536", {"eager": timed(eager=1.0), "fused": timed(eager=2.0)}
@@ -429,12 +438,12 @@ def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
     )
     for arguments in ([], ["--check"]):
         assert readme.main(arguments) == 2
-        told = capsys.readouterr().err
+        output = capsys.readouterr().err
         assert (
             "SLOWER in tools/readme.py: got no explanation of cuda/masked_info_nce/clip-65536"
-            in told
+            in output
         )
-        assert told.count("\n") == 1
+        assert output.count("\n") == 1
     assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
     monkeypatch.setitem(
         readme.SLOWER, "cuda/masked_info_nce/clip-65536", "the reason; do not use it then."
@@ -445,14 +454,13 @@ def test_a_slower_row_needs_its_sentence(checkout, capsys, monkeypatch):
     )
 
 
-def test_sentences_belong_to_rows(committed):
-    """A sentence is removed when its row is removed or renamed."""
+def test_every_explanation_belongs_to_a_slower_row(committed):
     folders = conditions.folders(committed / "benchmarks" / "results")
     rows = [row for folder in folders for row in comparison.comparisons(conditions.read(folder))]
     assert set(readme.SLOWER) == {row.key for row in rows if row.faster is not None}
 
 
-def test_markers():
+def test_fill_requires_each_marked_block_once():
     marked = "a <!-- results: begin x -->old<!-- results: end x --> b"
     assert readme.fill(marked, {"x": "new"}) == marked.replace("old", "new")
     assert readme.fill(marked, {"x": "two\nlines"}) == marked.replace("old", "\ntwo\nlines\n")
@@ -461,7 +469,7 @@ def test_markers():
             readme.fill(text, made)
 
 
-def test_fluid_rows_have_the_same_seeds():
+def test_tables_of_fluid_require_the_same_seeds_in_all_runs():
     def runs(names, seeds=(0, 1)):
         views = {"image": "image", "text": "text"}
         return {
@@ -481,5 +489,5 @@ def test_fluid_rows_have_the_same_seeds():
         grocery.ablation({key: found for key, found in runs(names).items() if key != "no_gate_1"})
 
 
-def test_every_op_of_the_benchmark_has_a_place():
+def test_every_benchmarked_op_has_a_place_in_the_comparison():
     assert set(run.OPS) <= set(comparison.OPS)
