@@ -120,13 +120,8 @@ def test_labels_are_drawn_in_proportion_to_their_rows(collate):
     assert drawn.float().mean() == pytest.approx(0.25, abs=0.07)
 
 
-<<<<<<< HEAD
-def test_what_cannot_make_pairs_is_refused(collate):
-    with pytest.raises(ValueError, match="got no row with another row, or a product, of the same"):
-=======
 def test_data_that_cannot_make_pairs_is_refused(collate):
-    with pytest.raises(ValueError, match="got no row with another row, or a product, of its label"):
->>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
+    with pytest.raises(ValueError, match="got no row with another row, or a product, of the same"):
         PairBatches(Rows([0, 1, 2]), collate, 2)
     with pytest.raises(ValueError, match="got rows of one label, expected at least two"):
         PairBatches(Rows([0, 0]), collate, 2)

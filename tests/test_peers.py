@@ -86,11 +86,7 @@ def test_a_difference_is_reported_unless_it_is_an_exception(peers, checkouts, mo
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-<<<<<<< HEAD
-    # The columns: passed plain, passed with mmfused, ran an op, broken, broken with exceptions.
-=======
-    # Columns: passed without fuse, passed with fuse, ran an op, differ, differ with exceptions.
->>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
+    # Columns: passed without mmfused, passed with mmfused, ran an op, broken, broken with exceptions.
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]
@@ -108,13 +104,8 @@ def test_a_missing_checkout_prints_what_to_clone(peers, tmp_path, capsys):
 
 def test_running_no_op_and_passing_no_test_are_faults(peers, monkeypatch, tmp_path):
     ran = {"outcome": "passed", "calls": 0, "failure": ""}
-<<<<<<< HEAD
-    suite = peers.Suite("small", "made up", ("tests",))
-    cases = (({"t": ran}, "no test ran an mmfused op."), ({}, "no test passes plain."))
-=======
     suite = peers.Suite("small", "checkout", ("tests",))
-    cases = (({"t": ran}, "no test ran an op of this library."), ({}, "no test passes plain."))
->>>>>>> bb79b88 (Tests of library, losses, models, metadata and resume: names and comments in plain words)
+    cases = (({"t": ran}, "no test ran an mmfused op."), ({}, "no test passes plain."))
     for tests, fault in cases:
         monkeypatch.setattr(peers, "run", lambda *args, tests=tests: tests)
         assert peers.compare(suite, tmp_path, tmp_path, 0)[1] == [f"small, fuse: {fault}"]

@@ -85,7 +85,7 @@ def verdicts(*records: dict, case: str | None = None) -> list[targets.Verdict]:
 
 
 def targets_met(*records: dict, case: str | None = None) -> list[bool | None]:
-    return [verdict.targets_met for verdict in verdicts(*records, case=case)]
+    return [verdict.met for verdict in verdicts(*records, case=case)]
 
 
 # ---- targets -------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_cases_with_a_small_floor_are_judged_by_cuda_graphs():
                 floor,
             )
         )
-        return verdict.targets_met, verdict.measured
+        return verdict.met, verdict.measured
 
     small, large = (99e-6, 200e-6), (101e-6, 200e-6)
     # Ours is 5 times as fast with eager launches, and 3 times with graphs.
@@ -177,16 +177,16 @@ def test_a_baseline_counts_in_its_faster_form_and_must_be_compiled_too():
         (verdict,) = verdicts(gpu_record("query_pooling", "fluid-h8-b128", providers))
         return verdict
 
-    assert judged(plain=timed(eager=9.0), compiled=timed(eager=1.8)).targets_met is True
-    assert judged(plain=timed(eager=1.7), compiled=timed(eager=9.0)).targets_met is False
+    assert judged(plain=timed(eager=9.0), compiled=timed(eager=1.8)).met is True
+    assert judged(plain=timed(eager=1.7), compiled=timed(eager=9.0)).met is False
     skipped = {"compiled": "default", "gate": "skipped", "reasons": ["the budget was spent"]}
     verdict = judged(plain=timed(eager=9.0), compiled=skipped)
     assert (
-        verdict.targets_met is None
+        verdict.met is None
         and "the budget was spent" in verdict.measured
         and verdict.file.endswith("b128-bfloat16.json")
     )
-    assert judged(plain=timed(eager=9.0)).targets_met is None
+    assert judged(plain=timed(eager=9.0)).met is None
 
 
 def test_routing_is_judged_by_launches_and_a_cuda_graph():
@@ -234,9 +234,7 @@ def test_failed_accuracy_checks_and_records_in_another_dtype():
     failed = verdicts(
         gpu_record("query_pooling", "fluid-h8-b128", untimed | {"fused": failed_check})
     )
-    assert [verdict.targets_met for verdict in failed] == [False] and "relative error" in failed[
-        0
-    ].measured
+    assert [verdict.met for verdict in failed] == [False] and "relative error" in failed[0].measured
     fused = row | {"fused": timed(eager=1.0)}
     assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused)) == [True]
     assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused, dtype="float16")) == [
@@ -249,7 +247,7 @@ def test_failed_accuracy_checks_and_records_in_another_dtype():
     assert targets_met(
         gpu_record("query_pooling", "fluid-h8-b128", wrong | {"fused": timed(eager=1.0)})
     ) == [True]
-    assert {verdict.targets_met for verdict in targets.judge([])} == {None}
+    assert {verdict.met for verdict in targets.judge([])} == {None}
 
 
 def test_targets_of_the_committed_results(checkout, capsys):

@@ -1,4 +1,4 @@
-"""Train, measure, embed and ablate a retrieval model from the command line."""
+"""Train, evaluate, embed with and ablate a retrieval model from the command line."""
 
 import csv
 import json
@@ -24,13 +24,13 @@ from mmfused.training.folder_lock import MARKER
 from mmfused.training.run import TrainConfig, train
 from mmfused.training.run_folder import load_run
 
-COLOURS = ("red", "green", "blue", "white", "black", "brown")
+COLORS = ("red", "green", "blue", "white", "black", "brown")
 
 
 def write(folder, rows):
-    """Write rows (label, text) with pictures in the label's colour.
+    """Write a data set of rows (label, text) and return its folder.
 
-    If the text is None, the picture is broken.
+    The color of a picture depends on its label. If the text is None, the picture is broken.
     """
     (folder / "images").mkdir(parents=True)
     with open(folder / "metadata.csv", "w", newline="") as file:
@@ -44,7 +44,7 @@ def write(folder, rows):
             Image.fromarray(shade).save(folder / name)
             if text is None:
                 (folder / name).write_bytes(b"no picture")
-            title = f"a {COLOURS[label % 6]} thing" if text else ""
+            title = f"a {COLORS[label % 6]} thing" if text else ""
             writer.writerow([name, title, text or "", label, label // 2])
     return str(folder)
 
@@ -52,10 +52,8 @@ def write(folder, rows):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("retrieval")
-    rows = [
-        (label, f"thing number {i} in {COLOURS[label]}") for i in range(3) for label in range(6)
-    ]
-    products = [(label, f"the {COLOURS[label]} product") for label in range(6)]
+    rows = [(label, f"thing number {i} in {COLORS[label]}") for i in range(3) for label in range(6)]
+    products = [(label, f"the {COLORS[label]} product") for label in range(6)]
     return {
         "data": write(root / "train", rows),
         "val": write(root / "val", [*rows[:8], (0, None), (9, "an unknown thing"), (1, "")]),
@@ -110,7 +108,7 @@ def run(folders, tmp_path_factory):
     return out
 
 
-def test_a_run_has_scores_of_every_pair_of_views(run):
+def test_a_run_records_scores_of_every_pair_of_views(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2]
     validated = [record for record in records if "pairs" in record]
@@ -119,8 +117,10 @@ def test_a_run_has_scores_of_every_pair_of_views(run):
     assert (run / "curves.png").stat().st_size > 1000
 
 
-def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys):
-    measured = [
+def test_eval_reports_skipped_rows_missing_modalities_and_unknown_labels(
+    folders, run, tmp_path, capsys
+):
+    command = [
         "eval",
         "--checkpoint",
         str(run),
@@ -131,14 +131,14 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
         "--out",
         str(tmp_path / "n.json"),
     ]
-    assert main([*measured, "--data", folders["val"], "--products", folders["products"]]) == 0
-    told, found = capsys.readouterr().out, read_json(tmp_path / "n.json")
+    assert main([*command, "--data", folders["val"], "--products", folders["products"]]) == 0
+    output, found = capsys.readouterr().out, read_json(tmp_path / "n.json")
     assert (
-        "10 rows, 1 skipped" in told
-        and "0 rows without a picture, 1 without a text" in told
-        and "without a product: 9" in told
+        "10 rows, 1 skipped" in output
+        and "0 rows without a picture, 1 without a text" in output
+        and "without a product: 9" in output
     )
-    assert "image->both" in told and "R@1" in told
+    assert "image->both" in output and "R@1" in output
     assert (
         found["rows"] == 10 and len(found["skipped"]) == 1 and "images/8.png" in found["skipped"][0]
     )
@@ -149,14 +149,14 @@ def test_eval_counts_and_names_what_it_cannot_use(folders, run, tmp_path, capsys
     )
     assert found["pairs"]["text->image"]["queries"] == 8
     assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(1 / 6)
-    # The items are ranked among each other.
-    assert main([*measured, "--data", folders["data"]]) == 0
+    # Without products, each item is ranked among the other items.
+    assert main([*command, "--data", folders["data"]]) == 0
     found = read_json(tmp_path / "n.json")
     assert found["pairs"]["image->image"]["candidates"] == 18
     assert found["pairs"]["image->image"]["chance"]["recall_at_1"] == pytest.approx(2 / 17)
 
 
-def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monkeypatch):
+def test_embed_continues_after_an_interruption(folders, run, tmp_path, capsys, monkeypatch):
     from mmfused.training import retrieval_metrics
 
     out = tmp_path / "items.npz"
@@ -173,18 +173,18 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
         "--device",
         "cpu",
     ]
-    made, embed_items = [], retrieval_metrics.embed_items
+    calls, embed_items = [], retrieval_metrics.embed_items
 
     def failing(*args):
-        made.append(1)
-        if len(made) == 3:
-            raise OSError("the power went")
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("power failure")
         return embed_items(*args)
 
     monkeypatch.setattr(retrieval_metrics, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
-    # Two of three batches existed already; one row is embedded again to compare them.
-    assert main(command) == 0 and len(made) == 5
+    # Two of three batches exist already. One of their rows is embedded again for comparison.
+    assert main(command) == 0 and len(calls) == 5
     arrays = np.load(out)
     assert (
         arrays["image"].shape == arrays["both"].shape == (10, 128)
@@ -206,16 +206,16 @@ def test_embed_goes_on_where_it_was_stopped(folders, run, tmp_path, capsys, monk
     )
 
 
-SPOILED = {
-    "other numbers": lambda image: image.to(torch.bfloat16),
+DAMAGED = {
+    "another dtype": lambda image: image.to(torch.bfloat16),
     "a single number": lambda image: image.sum(),
     "another width": lambda image: image[:, :5].contiguous(),
     "not finite": lambda image: image * float("nan"),
 }
 
 
-@pytest.mark.parametrize("name", [*SPOILED, "cut short"])
-def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatch, caplog, name):
+@pytest.mark.parametrize("name", [*DAMAGED, "truncated"])
+def test_embed_recomputes_a_damaged_part(folders, run, tmp_path, capsys, monkeypatch, caplog, name):
     out, part = tmp_path / "items.npz", tmp_path / "items.npz.parts" / "00000000.safetensors"
     command = [
         "embed",
@@ -234,12 +234,12 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
         patch.setattr(embed, "_join_parts", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main([*command, str(out)])
-    if name == "cut short":
+    if name == "truncated":
         os.truncate(part, 100)
     else:
         tensors = safetensors.torch.load_file(part)
         part.write_bytes(
-            safetensors.torch.save({**tensors, "image": SPOILED[name](tensors["image"])})
+            safetensors.torch.save({**tensors, "image": DAMAGED[name](tensors["image"])})
         )
     assert main([*command, str(out)]) == 0 and "the batch is embedded again" in caplog.text
     with np.load(tmp_path / "whole.npz") as whole, np.load(out) as again:
@@ -247,7 +247,7 @@ def test_a_damaged_part_is_made_again(folders, run, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("changed", ["picture", "text"])
-def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypatch, changed):
+def test_embed_refuses_parts_of_changed_data(folders, run, tmp_path, capsys, monkeypatch, changed):
     data = shutil.copytree(folders["val"], tmp_path / "data")
     command = [
         "embed",
@@ -277,7 +277,7 @@ def test_embed_does_not_mix_old_and_new(folders, run, tmp_path, capsys, monkeypa
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_a_lowered_batch_size_is_said_for_retrieval_too(folders, tmp_path, caplog):
+def test_a_lowered_batch_size_is_logged_for_retrieval_models(folders, tmp_path, caplog):
     few = {**folders, "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
     assert "batch_size: 64 is lowered to 18, because there are only 18 rows" in caplog.text
@@ -302,7 +302,7 @@ def test_embed_refuses_parts_of_another_job(folders, run, tmp_path, capsys):
     )
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(folders, tmp_path):
     options = dict(
         model="uniecs",
         **{**folders, "val": folders["data"]},
@@ -325,7 +325,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_second_stage_begins_with_the_first(folders, tmp_path, capsys):
+def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
     few = {**folders, "val": folders["data"]}
     unite = ["--model", "unite", "--option", 'query_views=["image"]']
     assert main(arguments(few, tmp_path / "one", *unite, "--option", "stage=1")) == 0
@@ -363,8 +363,8 @@ def train_on_rank(rank, world, port, options):
     train(TrainConfig(**options))
 
 
-def test_two_ranks_train_as_one_process_does(folders, tmp_path):
-    still = {"text": {"hidden_dropout_prob": 0.0}}
+def test_two_ranks_give_the_same_losses_as_one_process(folders, tmp_path):
+    without_dropout = {"text": {"hidden_dropout_prob": 0.0}}
     options = dict(
         model="uniecs",
         **{**folders, "val": folders["data"]},
@@ -378,7 +378,7 @@ def test_two_ranks_train_as_one_process_does(folders, tmp_path):
         device="cpu",
         progress=False,
         augment=False,
-        model_options=still,
+        model_options=without_dropout,
         lr=1e-2,
     )
     train(TrainConfig(out=str(tmp_path / "one"), **options))
@@ -397,7 +397,7 @@ def test_two_ranks_train_as_one_process_does(folders, tmp_path):
     assert read_json(tmp_path / "two" / "summary.json")["recall_at_1"] > 0
 
 
-def test_ablate_leaves_out_one_part_after_the_other(folders, tmp_path, capsys):
+def test_ablate_trains_once_without_each_part(folders, tmp_path, capsys):
     command = ["ablate", *arguments({**folders, "val": folders["data"]}, tmp_path)[1:]]
     assert main([*command, "--only", "clal,fusion"]) == 0
     assert "without clal" in capsys.readouterr().out
@@ -411,7 +411,7 @@ def test_ablate_leaves_out_one_part_after_the_other(folders, tmp_path, capsys):
     )
 
 
-def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, capsys):
+def test_ablate_skips_parts_that_the_model_does_not_have(folders, tmp_path, capsys):
     command = [
         "ablate",
         *arguments(
@@ -431,7 +431,7 @@ def test_ablate_leaves_out_what_the_settings_do_not_have(folders, tmp_path, caps
     )
 
 
-def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
+def test_train_and_evaluate_with_qwens_own_tokenizer(folders, tmp_path):
     """Qwen's tokenizer adds no special tokens, so an empty text would have no tokens."""
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -485,8 +485,8 @@ def test_a_host_with_qwen_s_own_tokenizer(folders, tmp_path):
     ) == "red"
 
 
-def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
-    tokenizer = MODELS["unite"].config.prepare_tokenizer(train_tokenizer(["a thing", *COLOURS]))
+def test_training_starts_from_the_weights_of_the_host(folders, tmp_path):
+    tokenizer = MODELS["unite"].config.prepare_tokenizer(train_tokenizer(["a thing", *COLORS]))
     options = {
         **TINY_QWEN2_VL,
         "text_config": {**TINY_QWEN2_VL["text_config"], "vocab_size": len(tokenizer)},
@@ -542,12 +542,12 @@ def test_pretrained_hosts_begin_as_they_were_saved(folders, tmp_path):
         ),
     ],
 )
-def test_settings_that_would_do_nothing_are_refused(changes, message):
+def test_settings_without_effect_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(out="x", **changes)
 
 
-def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, capsys):
+def test_data_that_cannot_be_evaluated_is_refused_before_training(folders, tmp_path, capsys):
     stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
     assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
     assert (
@@ -574,7 +574,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(folders, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_fluid_is_no_retrieval_model(folders, tmp_path, capsys):
+def test_embed_refuses_a_classifier(folders, tmp_path, capsys):
     few = {"data": folders["data"], "val": folders["data"]}
     assert main(arguments(few, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0
     embed = [

@@ -1,7 +1,6 @@
-"""Common guarantees of the four retrieval models.
+"""Properties of all four retrieval models.
 
-GradCache and the number of ranks do not change results, models train with missing modalities, and
-each has a command.
+GradCache and the number of ranks do not change results, and models train with missing modalities.
 """
 
 import os
@@ -18,11 +17,11 @@ import mmfused
 from mmfused.models.retrieval import VIEWS
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 
-# MOON2.0 defines its balance loss for each forward pass. Without it, GradCache and ranks are exact.
+# MOON2.0 computes its balance loss for each forward pass, which differs with GradCache or ranks.
 EXACT = {"moon2": {"without": ("balance",)}}
 
 
-def close(got, expected, rtol=1e-7):
+def assert_close(got, expected, rtol=1e-7):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -31,7 +30,7 @@ def close(got, expected, rtol=1e-7):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_gradients_are_the_whole_batch_s(name):
+def test_grad_cache_gives_the_gradients_of_the_whole_batch(name):
     whole, cached = (
         small_model(name, **EXACT.get(name, {})),
         small_model(name, **EXACT.get(name, {})),
@@ -40,18 +39,15 @@ def test_cached_gradients_are_the_whole_batch_s(name):
         loss, terms = add_gradients(whole, [batch(name)], 1)
         cached_loss, cached_terms = add_cached_gradients(cached, batch(name), 4)
     torch.testing.assert_close(cached_loss, loss)
-    close(cached_terms, terms)
+    assert_close(cached_terms, terms)
     expected = gradients(whole)
     assert len(expected) > 15 and max(float(g.abs().max()) for g in expected.values()) > 1e-4
-    close(gradients(cached), expected)
+    assert_close(gradients(cached), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
-    """All numbers of a model are parameters or come from its configuration.
-
-    Only the encoders have buffers that are not in the state dict.
-    """
+def test_a_model_from_the_meta_device_computes_the_same_after_loading(name):
+    """Only buffers of the encoders are not in the state dict."""
     model = small_model(name)
     with torch.device("meta"):
         empty = small_model(name)
@@ -62,7 +58,7 @@ def test_a_model_made_on_the_meta_device_lacks_nothing_of_its_own(name):
     assert torch.equal(empty(**batch(name)).loss, model(**batch(name)).loss)
 
 
-CASES = [(name, case) for name in NAMES for case in ("all", "lacking", "one rank")] + [
+CASES = [(name, case) for name in NAMES for case in ("all", "few pictures", "one rank")] + [
     ("moon2", "previous")
 ]
 
@@ -73,7 +69,7 @@ def changes(name, case):
 
 
 def steps_of_rank(rank, world, path, folder):
-    """Run a step of each model in each case in one process, since starting processes is slow."""
+    """Run one step for each model and case in this process, because starting processes is slow."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
@@ -107,11 +103,11 @@ def two_ranks(tmp_path_factory):
 def whole_batch(name, case):
     """Return the batch of both ranks.
 
-    "lacking": only the first rank has pictures. "one rank": the first rank has no rows. "previous":
-    likewise, with the previous product's caption as a negative.
+    With "few pictures", only the first rank has pictures. With "one rank" and "previous", the first
+    rank has no rows.
     """
     parts = batch(name)
-    if case == "lacking":
+    if case == "few pictures":
         blind = without_images(parts)
         parts = {
             role: {
@@ -123,14 +119,14 @@ def whole_batch(name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_ddp_over_two_ranks_is_one_process(name, case, two_ranks):
+def test_ddp_over_two_ranks_equals_one_process(name, case, two_ranks):
     model = small_model(name, **changes(name, case))
     with mmfused.backend("composed"):
         output = model(**whole_batch(name, case))
         output.loss.backward()
     expected = {"loss": output.loss.detach(), **gradients(model)}
     for rank in (0, 1):
-        close(torch.load(two_ranks / f"{name}-{case}-{rank}.pt"), expected)
+        assert_close(torch.load(two_ranks / f"{name}-{case}-{rank}.pt"), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,17 +150,17 @@ def without_texts(parts):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_late_fusion_takes_the_place_of_the_model_s_own(name):
+def test_late_fusion_replaces_the_models_fusion(name):
     items = {key: value for key, value in batch(name)["query"].items() if key != "labels"}
     with mmfused.backend("composed"), torch.no_grad():
         own = small_model(name).eval().embed(views=VIEWS, **items)
         late = small_model(name, without=("fusion",)).eval().embed(views=VIEWS, **items)
-    whole = [row for row in range(6) if row not in (1, 2)]
+    complete = [row for row in range(6) if row not in (1, 2)]
     for rows in (*own.values(), *late.values()):
-        torch.testing.assert_close(rows.norm(dim=1)[whole], rows.new_ones(4))
+        torch.testing.assert_close(rows.norm(dim=1)[complete], rows.new_ones(4))
         assert rows.isfinite().all()
     middle = torch.nn.functional.normalize(late["image"] + late["text"], dim=-1)
-    torch.testing.assert_close(late["both"][whole], middle[whole])
+    torch.testing.assert_close(late["both"][complete], middle[complete])
     assert (own["both"] - torch.nn.functional.normalize(own["image"] + own["text"], dim=-1))[
-        whole
+        complete
     ].abs().max() > 1e-5

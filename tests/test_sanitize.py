@@ -42,9 +42,9 @@ OUT_OF_BOUNDS = """\
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """``fake(op, tool, text, code=0, seconds=0)`` sets the output of a run of compute-sanitizer.
+    """Put a fake compute-sanitizer on PATH, and return a function that sets the output of a run.
 
-    The fake program is on PATH; other runs are green.
+    Other runs report no errors.
     """
     folder, answers = tmp_path / "bin", tmp_path / "answers"
     folder.mkdir()
@@ -79,7 +79,7 @@ sys.exit(code)
 
 
 def calls(tmp_path) -> list[str]:
-    """Return the runs since the last call, sorted, since several run in parallel."""
+    """Return the runs since the last call, sorted because they run in parallel."""
     file = tmp_path / "calls"
     rows = sorted(file.read_text().splitlines()) if file.exists() else []
     file.unlink(missing_ok=True)
@@ -117,8 +117,8 @@ def test_launches_reach_every_kernel():
     assert set().union(*reached.values()) == defined
 
 
-def test_launching_is_for_the_tools(monkeypatch, capsys):
-    """One line of JSON at the end shows that a run has finished."""
+def test_launch_prints_one_line_of_json_at_the_end(monkeypatch, capsys):
+    """The line shows that the run has finished."""
     done = Counter({"forward.sweep_kernel": 2})
     monkeypatch.setattr(sanitize_launches, "launch", lambda op: done)
     assert sanitize.main(["--launch", "grouped_mlp"]) == 0
@@ -146,7 +146,7 @@ def test_launching_needs_a_gpu_or_the_interpreter():
     assert done.returncode == 2 and "needs a CUDA GPU, or TRITON_INTERPRET=1" in done.stderr
 
 
-# ---- their results -------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, monkeypatch, capsys):
@@ -167,11 +167,11 @@ def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, mo
     assert sanitized(tmp_path, *words, "--tool", "synccheck")[0] == 0
     assert calls(tmp_path) == ["grouped_mlp synccheck", "query_pooling synccheck"]
     monkeypatch.setattr(sanitize, "source_hash", lambda op: "0123456789abcdef")
-    # The control, which is wrong on purpose, is not repeated.
+    # The control, a kernel with a deliberate error, is not repeated.
     assert sanitized(tmp_path, *words)[0] == 0 and calls(tmp_path) == sorted(expected[1:])
 
 
-def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):
+def test_runs_with_errors_fail_and_are_repeated(fake, tmp_path, capsys):
     fake("masked_info_nce", "memcheck", OUT_OF_BOUNDS.format(kernel="sweep_kernel"), 86)
     fake("grouped_mlp", "racecheck", RACE, 86)
     words = ("masked_info_nce", "grouped_mlp", "--tool", "memcheck", "--tool", "racecheck")
@@ -198,7 +198,7 @@ def test_reported_errors_are_red_and_tried_again(fake, tmp_path, capsys):
     assert calls(tmp_path) == ["grouped_mlp racecheck", "masked_info_nce memcheck"]
 
 
-def test_kernels_of_others_are_counted_and_not_judged(fake, tmp_path):
+def test_errors_in_kernels_of_others_are_counted_but_do_not_fail_a_run(fake, tmp_path):
     fake(
         "grouped_mlp",
         "initcheck",
@@ -219,7 +219,7 @@ def test_kernels_of_others_are_counted_and_not_judged(fake, tmp_path):
     assert code == 1 and results == [("green", 1), ("errors", 0)]
 
 
-def test_a_run_that_hangs_is_ended(fake, tmp_path):
+def test_a_run_that_hangs_is_terminated(fake, tmp_path):
     fake("query_pooling", "memcheck", "busy", seconds=60)
     start = time.monotonic()
     code, found = sanitized(tmp_path, "query_pooling", "--tool", "memcheck", "--limit-seconds", "2")
@@ -232,7 +232,7 @@ def test_a_run_that_hangs_is_ended(fake, tmp_path):
     not Path("/proc/self").exists(),
     reason="looks for processes in /proc, which this system does not have",
 )
-def test_what_runs_ends_with_the_program(fake, tmp_path):
+def test_terminating_the_program_terminates_its_runs(fake, tmp_path):
     fake("query_pooling", "memcheck", "busy", seconds=61)
     command = [
         sys.executable,
@@ -292,14 +292,14 @@ def is_run(path: Path, tmp_path: Path, op: bytes) -> bool:
         ("control", "========= ERROR SUMMARY: 0 errors", 0, "it sees none of these kernels"),
     ],
 )
-def test_a_tool_that_saw_nothing_is_not_green(fake, tmp_path, op, text, code, note):
+def test_a_run_without_a_valid_result_fails(fake, tmp_path, op, text, code, note):
     fake(op, "memcheck", text, code)
     status, found = sanitized(tmp_path, "query_pooling", "--tool", "memcheck")
     result = found[f"{op} memcheck"]
     assert status == 1 and result["verdict"] == "failed" and note in result["note"]
 
 
-def test_requests_it_cannot_serve(tmp_path, monkeypatch, capsys):
+def test_invalid_requests_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(sanitize, "USUAL_CUDA", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Second derivatives of torch's attention, whose fused backwards have none."""
+"""Second derivatives of attention, which the backwards of torch's fused attention do not have."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def qkv():
 
 
 @pytest.mark.parametrize("wanted", range(3))
-def test_one_input_alone_has_second_derivatives(wanted):
+def test_each_input_alone_has_second_derivatives(wanted):
     inputs = qkv()
     fixed = [y.detach() for y in inputs]
 
@@ -71,7 +71,7 @@ def test_one_input_alone_has_second_derivatives(wanted):
     assert torch.autograd.gradgradcheck(call, inputs[wanted])
 
 
-def test_first_derivatives_are_those_of_torch_and_keep_no_more():
+def test_first_derivatives_and_saved_bytes_equal_those_of_torch():
     inputs = qkv()
     upstream = torch.randn(2, 2, 3, 4, dtype=torch.float64, device=DEVICE)
     calls = attention, torch.nn.functional.scaled_dot_product_attention
@@ -82,7 +82,7 @@ def test_first_derivatives_are_those_of_torch_and_keep_no_more():
     assert got == want
 
 
-def test_the_same_graph_differentiates_again_and_again():
+def test_a_graph_can_be_differentiated_repeatedly():
     q, k, v = qkv()
     out = attention(q, k, v).square().sum()
     (first,) = torch.autograd.grad(out, q, create_graph=True)
@@ -95,7 +95,7 @@ def test_the_same_graph_differentiates_again_and_again():
         torch.autograd.grad(plain.sum(), k)
 
 
-def test_functional_transforms_pass():
+def test_torch_func_grad_gives_the_same_gradient():
     q, k, v = (y.detach() for y in qkv())
     got = torch.func.grad(lambda q: attention(q, k, v).sum())(q)
     q.requires_grad_()
@@ -103,7 +103,7 @@ def test_functional_transforms_pass():
     torch.testing.assert_close(got, want)
 
 
-def test_a_differentiable_gradient_called_under_autocast_keeps_its_precision():
+def test_a_gradient_with_a_graph_keeps_its_precision_under_autocast():
     q, k, v = (torch.randn(2, 2, n, 8, device=DEVICE, requires_grad=True) for n in (5, 7, 7))
     out = attention(q, k, v).square().sum()
     want = torch.autograd.grad(out, (q, k, v), retain_graph=True)

@@ -1,4 +1,4 @@
-"""State dicts of version 0.1 load, and the modules compute what they computed then."""
+"""State dicts of version 0.1 load, and the modules compute the same as in version 0.1."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 import mmfused
 
-# Written by version 0.1.0: of each module the shapes of its state dict and, where it has one, the
-# sums of its outputs.
+# Written by version 0.1.0: the shapes of each state dict and, for modules, sums of the outputs.
 RECORDED = json.loads(Path(__file__).with_name("states_of_0_1.json").read_text(encoding="utf-8"))
 D = 16
 
 
 def filled(shape: tuple[int, ...] | list[int], start: int) -> Tensor:
-    """Values that any version makes alike: no random generator."""
+    """Return values that need no random generator and so are equal in all versions."""
     count = math.prod(shape)
     return (0.3 * torch.sin(torch.arange(start, start + count, dtype=torch.float64))).reshape(shape)
 
@@ -97,7 +96,7 @@ def state_of(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 
 def computed(name: str) -> list[float]:
-    """The sum of the outputs and of their squares, from a state as version 0.1 named it."""
+    """Return the sums of the outputs and of their squares, with a state dict of version 0.1."""
     make, call = CASES[name]
     module = make().double().eval()
     module.load_state_dict(state_of(RECORDED[name]["shapes"]))
@@ -106,7 +105,7 @@ def computed(name: str) -> list[float]:
 
 
 def tiny(name: str) -> nn.Module:
-    """A model of preset "tiny", on the meta device."""
+    """Return a model of preset "tiny" on the meta device."""
     models = pytest.importorskip("mmfused.models")
     pytest.importorskip("timm")
     retrieval_models = pytest.importorskip("retrieval_models")
@@ -120,10 +119,10 @@ def tiny(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_module_loads_its_state_and_computes_the_same(name):
+def test_a_module_loads_a_state_of_0_1_and_computes_the_same(name):
     assert computed(name) == pytest.approx(RECORDED[name]["sums"], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_has_the_same_state(name):
+def test_a_model_has_the_same_state_names_and_shapes(name):
     assert shapes_of(tiny(name)) == RECORDED[name]["shapes"]

@@ -1,7 +1,4 @@
-"""Every tensor argument of every public function may be a strided, expanded or offset view.
-
-So may upstream gradients.
-"""
+"""All tensor arguments and upstream gradients may be strided, expanded or offset views."""
 
 import pytest
 import torch
@@ -51,7 +48,8 @@ SMALL |= dict(
     objectives=3,
 )
 SMALL |= {"one expert": False, "large": 1.0, "sorted by a kernel": True}
-# Options that together use all tensor arguments; arguments that exclude each other alternate.
+# Options of each function that together use all its tensor arguments. Arguments that exclude each
+# other are in different variants.
 VARIANTS = {
     "query_pooling": [
         dict(padding="mask", form="absorbed", per_sample=True),
@@ -108,7 +106,7 @@ VARIANTS = {
         dict(activation="gelu"),
     ],
 }
-# Expanding these changes their meaning: a permutation and its counterparts, or a tensor that is
+# Arguments that cannot be expanded: a permutation and what describes it, and a tensor that is
 # written in place.
 NOT_EXPANDED = (
     "routing.indices",
@@ -118,7 +116,7 @@ NOT_EXPANDED = (
     "routing.tiles",
     "bias in place",
 )
-# A LayerNorm over equal numbers divides rounding errors by a value near 0.
+# These go through a LayerNorm, which divides the rounding errors of equal numbers by almost 0.
 NOT_EXPANDED_LAST = ("x", "context", "a", "b")
 
 
@@ -130,18 +128,18 @@ def make(function, variant):
 
 
 def in_layout(function, inputs, layout, only=None):
-    """Return the arguments with all their tensors, or ``only`` one, in that layout."""
+    """Return the arguments with all tensors, or only the one named ``only``, in ``layout``."""
     views = {}
     for path, tensor in leaves(inputs).items():
         kept = path in NOT_EXPANDED or (function == "update_selection_bias" and path == "bias")
         kept = kept or (layout == "expanded last" and path in NOT_EXPANDED_LAST)
-        as_it_is = (only is not None and path != only) or (kept and layout in EXPANDED)
-        views[path] = tensor if as_it_is else lay_out(tensor, layout)
+        unchanged = (only is not None and path != only) or (kept and layout in EXPANDED)
+        views[path] = tensor if unchanged else lay_out(tensor, layout)
     return replaced(inputs, views)
 
 
 def upstream_of(layout):
-    """Return random gradients in that layout's values, the same in every run of a case."""
+    """Return a function that makes upstream gradients in ``layout``, equal in all runs."""
 
     def upstream(name, out):
         values = torch.randn(
@@ -156,21 +154,21 @@ CASES = [(name, variant) for name in FUNCTIONS for variant in range(len(VARIANTS
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_every_tensor_argument_has_inputs_here(function):
+def test_the_variants_pass_every_tensor_argument(function):
     given = {
         path for name, variant in CASES if name == function for path in leaves(make(name, variant))
     }
     missing = set(tensor_arguments(FUNCTIONS[function])) - given
     assert not missing, (
         f"no test passes the tensors {sorted(missing)} to {function}: add them to its maker in "
-        "function_inputs.py, and exclusive choices to its VARIANTS."
+        "function_inputs.py and to VARIANTS"
     )
     assert {path.split(".")[0] for path in given} <= set(arguments(FUNCTIONS[function])), (
         "the maker passes unknown arguments"
     )
 
 
-def test_a_new_tensor_argument_without_inputs_is_noticed():
+def test_tensor_arguments_finds_tensors_and_tuples_of_tensors():
     def pool(
         x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor] | None = None, *, rate: float = 0.1
     ): ...
@@ -182,7 +180,7 @@ def test_a_new_tensor_argument_without_inputs_is_noticed():
 @pytest.mark.parametrize(("function", "variant"), CASES)
 def test_every_tensor_may_be_a_view(function, variant, backend):
     if backend != "composed" and not has_kernels(function):
-        pytest.skip("it is the same on every backend")
+        pytest.skip("the function has no kernels, so all backends are the same")
     inputs = make(function, variant)
     if backend == "fused" and inputs.get("form") == "projected":
         pytest.skip("the projected form has no kernel")
@@ -190,41 +188,41 @@ def test_every_tensor_may_be_a_view(function, variant, backend):
     for layout in SAME_VALUES[1:] + EXPANDED:
         found = compare(function, inputs, backend, layout, cache)
         if found:
-            guilty = [
+            failing = [
                 path
                 for path in leaves(inputs)
                 if compare(function, inputs, backend, layout, cache, only=path)
             ]
-            faults.append(f"{layout}: {', '.join(guilty) or 'all together'}: {' '.join(found)}")
+            faults.append(f"{layout}: {', '.join(failing) or 'all together'}: {' '.join(found)}")
     assert not faults, "\n".join(faults)
 
 
 def compare(function, inputs, backend, layout, cache, only=None):
-    """Compare views with dense tensors of the same values.
+    """Return the differences between results of views and of dense tensors with the same values.
 
     Floats are compared by their error, integers exactly.
     """
     views = in_layout(function, inputs, layout, only)
     wanted = differentiable(function, inputs)
     options = dict(wanted=wanted, upstream=upstream_of("contiguous" if only else layout))
-    if layout in EXPANDED:  # the values differ from those of the dense tensors
+    if layout in EXPANDED:  # expanding changes the values
         dense = in_layout(function, views, "contiguous")
-        exact, plain = both(function, dense, backend, **options)
+        exact, plain = exact_and_plain(function, dense, backend, **options)
     else:
         if ("dense", backend) not in cache:
-            cache["dense", backend] = both(function, inputs, backend, **options)
+            cache["dense", backend] = exact_and_plain(function, inputs, backend, **options)
         exact, plain = cache["dense", backend]
     actual = run(function, views, backend, **options, layout="contiguous" if only else layout)
-    whole = [name for name, value in exact.items() if not value.is_floating_point()]
-    faults = [f"{name} differs." for name in whole if not torch.equal(actual[name], plain[name])]
+    integers = [name for name, value in exact.items() if not value.is_floating_point()]
+    faults = [f"{name} differs." for name in integers if not torch.equal(actual[name], plain[name])]
     floats = [
-        {name: value for name, value in part.items() if name not in whole}
+        {name: value for name, value in part.items() if name not in integers}
         for part in (actual, exact, plain)
     ]
     return faults + over_budget(*floats)
 
 
-def both(function, inputs, backend, **options):
+def exact_and_plain(function, inputs, backend, **options):
     return run(function, in_float64(inputs), "reference", **options), run(
         function, inputs, backend, **options
     )

@@ -29,7 +29,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("choice", "set_default", "current", "names"), SWITCHES)
-def test_a_choice_holds_only_inside_with_and_nests(choice, set_default, current, names):
+def test_a_choice_holds_only_inside_with_and_can_be_nested(choice, set_default, current, names):
     first, second, third = names
     assert current() == first
     choice(second)
@@ -47,7 +47,7 @@ def test_a_choice_holds_only_inside_with_and_nests(choice, set_default, current,
 
 
 @pytest.mark.parametrize(("choice", "set_default", "current", "names"), SWITCHES)
-def test_an_object_may_be_entered_again_and_inside_itself(choice, set_default, current, names):
+def test_a_choice_is_reusable_and_reentrant(choice, set_default, current, names):
     again = choice(names[1])
     for _ in range(2):
         with again, choice(names[2]), again:
@@ -55,14 +55,14 @@ def test_an_object_may_be_entered_again_and_inside_itself(choice, set_default, c
         assert current() == names[0]
 
 
-def test_a_choice_ends_with_an_error():
+def test_an_error_inside_with_restores_the_default():
     with pytest.raises(KeyError), mmfused.backend("reference"):
         raise KeyError
     assert current_backend() == "auto"
 
 
 @pytest.mark.parametrize("name", ["fast", None, 1])
-def test_an_unknown_name_is_refused_before_anything_changes(name):
+def test_an_unknown_name_is_refused_and_changes_nothing(name):
     sentence = f"backend name: got {name!r}, expected one of auto, reference, composed, fused"
     for choose in (mmfused.backend, mmfused.set_backend):
         with pytest.raises(ValueError, match=sentence):
@@ -79,8 +79,8 @@ def in_thread(function):
     return results[0]
 
 
-def test_threads_do_not_disturb_each_other():
-    """Overlapping contexts of two threads: each sees its own; the process's default stays."""
+def test_threads_keep_their_own_choice():
+    """Two threads with overlapping contexts each see their own choice."""
     entered, left, seen = threading.Event(), threading.Event(), []
 
     def first():
@@ -100,7 +100,7 @@ def test_threads_do_not_disturb_each_other():
     assert current_backend() == "auto" and seen == ["reference"]
 
 
-def test_a_default_holds_in_every_thread_and_a_with_in_one():
+def test_a_default_holds_in_all_threads_and_a_with_only_in_its_own():
     mmfused.set_backend("composed")
     with mmfused.backend("reference"):
         assert in_thread(current_backend) == "composed"
@@ -201,8 +201,7 @@ def tokens():
 def gradient(op, backend, around=lambda function, x: function(x), backward=None):
     """Return the gradient of the tokens.
 
-    ``backward`` runs outside ``with``; None: the backward runs inside, which gives the expected
-    values.
+    ``backward`` is called outside of ``with``. If it is None, loss.backward() runs inside.
     """
     x = tokens()
     with mmfused.backend(backend):
@@ -214,18 +213,20 @@ def gradient(op, backend, around=lambda function, x: function(x), backward=None)
     return x.grad
 
 
-def elsewhere(loss):
+def in_another_thread(loss):
     """Run the backward in another thread, under another default backend."""
     mmfused.set_backend("composed")
     in_thread(lambda: loss.backward() or True)
 
 
-def under_another(loss):
+def inside_another_with(loss):
     with mmfused.backend("composed"), library.router("cuda"):
         loss.backward()
 
 
-BACKWARDS = pytest.mark.parametrize("backward", [torch.Tensor.backward, elsewhere, under_another])
+BACKWARDS = pytest.mark.parametrize(
+    "backward", [torch.Tensor.backward, in_another_thread, inside_another_with]
+)
 
 
 @BACKWARDS
@@ -238,7 +239,7 @@ def test_a_backward_keeps_the_backend_of_its_forward(op, backend, backward, chos
     assert torch.equal(got, want)
     # Two forwards chose a backend, and no backward did.
     assert set(chosen) == {backend} and len(chosen) == 2 * calls
-    # Backends differ in their bits; otherwise the comparison above would show nothing.
+    # Backends give different bits; otherwise the comparison above would prove nothing.
     assert not torch.equal(want, gradient(OPS[op], "composed"))
 
 
@@ -255,7 +256,7 @@ def checkpointed(depth):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("op", OPS)
 def test_a_recomputation_keeps_the_backend_of_its_forward(op, depth, backward, chosen):
-    backend = "reference"  # other backends give other bits
+    backend = "reference"  # the other backends give different bits
     want = gradient(OPS[op], backend)
     chosen.clear()
     got = gradient(OPS[op], backend, checkpointed(depth), backward)
@@ -267,7 +268,7 @@ def test_a_recomputation_keeps_the_default_of_its_forward(chosen):
     mmfused.set_backend("reference")
     x = tokens()
     loss = checkpoint(pooled, x, use_reentrant=False).sum()
-    elsewhere(loss)
+    in_another_thread(loss)
     assert chosen == ["reference"] * 2
 
 
@@ -287,7 +288,7 @@ def test_a_recomputation_keeps_the_router_of_its_forward():
 
 @BACKWARDS
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_with_inside_a_checkpoint_wins(reentrant, backward):
+def test_a_with_inside_a_checkpoint_takes_precedence(reentrant, backward):
     seen = []
 
     def layer(x):
@@ -304,7 +305,7 @@ def test_a_with_inside_a_checkpoint_wins(reentrant, backward):
 
 
 @BACKWARDS
-def test_the_forwards_choice_holds_around_a_with_inside_a_checkpoint(backward):
+def test_nested_checkpoints_keep_the_choices_of_their_forwards(backward):
     seen = []
 
     def inner(x):
@@ -325,11 +326,11 @@ def test_the_forwards_choice_holds_around_a_with_inside_a_checkpoint(backward):
     assert seen == ["fused", "reference", "fused"]
     seen.clear()
     backward(loss)
-    # The last comes from the recomputation of ``inner``.
+    # The last entry comes from the recomputation of ``inner``.
     assert seen == ["fused", "reference", "fused", "reference"]
 
 
-def test_hooks_on_saved_tensors_stay_in_place():
+def test_reading_the_backend_keeps_the_hooks_on_saved_tensors():
     packed = []
 
     def hooks(name):
@@ -346,7 +347,7 @@ def test_hooks_on_saved_tensors_stay_in_place():
     assert packed == ["inner", "outer"]
 
 
-def test_checkpoints_work_in_a_torch_that_hides_its_hooks(monkeypatch):
+def test_checkpoints_work_if_torch_does_not_expose_its_hooks(monkeypatch):
     monkeypatch.setattr(mmfused.switch, "_top_hooks", lambda ignore_tracing: None)
     x = tokens()
     with mmfused.backend("reference"):

@@ -1,4 +1,4 @@
-"""A folder gives the tokenizer that was saved in it; it cannot run code or open other files."""
+"""Loading a folder gives the tokenizer saved in it, runs no code and opens no other files."""
 
 import json
 import os
@@ -97,7 +97,7 @@ KINDS = {
     "xlm-roberta": xlm_roberta,
     "clip": clip,
     "qwen2": qwen2,
-    "qwen2 more": lambda: qwen2(
+    "qwen2 with more tokens": lambda: qwen2(
         extra_special_tokens=["<|im_start|>"], chat_template="{{ x }}", model_max_length=99
     ),
     "qwen2 for a host": lambda: qwen.add_vision_tokens(qwen.enclose_texts(qwen2())),
@@ -123,7 +123,7 @@ def facts(tokenizer) -> dict:
     found["vocabulary"] = tokenizer.get_vocab()
     for written in TEXTS:
         found[written] = dict(tokenizer(written)), dict(tokenizer(written, "red hello"))
-        for skip in (True, False):  # except for a space at the end, which CLIP's class removes
+        for skip in (True, False):  # without a space at the end, which CLIP's class removes
             found[written, skip] = tokenizer.decode(
                 tokenizer(written)["input_ids"], skip_special_tokens=skip
             ).strip()
@@ -132,7 +132,7 @@ def facts(tokenizer) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(kind, tmp_path):
     tokenizer = KINDS[kind]()
     tokenizer.save_pretrained(tmp_path / "once")
     expected, loaded = facts(tokenizer), load_tokenizer(tmp_path / "once")
@@ -154,8 +154,8 @@ def test_a_saved_tokenizer_comes_back_as_it_was(kind, tmp_path):
         ("deberta", "deberta"),
     ],
 )
-def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tmp_path):
-    """If tokenizer_config.json names neither class nor tokens, the model's type gives them."""
+def test_a_folder_without_a_class_gets_the_tokens_of_its_model_type(kind, model_type, tmp_path):
+    """Early releases of transformers wrote no class and no tokens to tokenizer_config.json."""
     KINDS[kind]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -174,7 +174,7 @@ def test_a_folder_of_an_early_release_has_its_classs_tokens(kind, model_type, tm
     )
 
 
-def test_a_vocabulary_without_tokenizer_json(tmp_path):
+def test_a_vocabulary_without_tokenizer_json_is_loaded(tmp_path):
     tokenizer = bert()
     vocabulary = tokenizer.get_vocab()
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
@@ -182,7 +182,7 @@ def test_a_vocabulary_without_tokenizer_json(tmp_path):
     assert load_tokenizer(tmp_path)(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
 
 
-def test_links_of_a_cache_are_followed(tmp_path):
+def test_links_in_the_hubs_cache_are_followed(tmp_path):
     """Snapshots in the hub's cache are folders of links to files elsewhere."""
     bert().save_pretrained(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
@@ -207,7 +207,7 @@ def folder(tmp_path):
     return tmp_path / "tokenizer"
 
 
-def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, outside):
+def test_references_to_code_classes_and_files_are_ignored(folder, outside):
     expected = facts(load_tokenizer(folder))
     (folder / "module.py").write_text(outside.module.read_text())
     named = {
@@ -234,7 +234,7 @@ def test_code_classes_and_files_that_a_folder_names_are_not_followed(folder, out
     with outside.untouched():
         loaded = load_tokenizer(folder)
         found = facts(loaded)
-    # These come from the class, which is another one here.
+    # The input names come from the tokenizer class, which is a different one here.
     found["model_input_names"] = expected["model_input_names"]
     assert {key: found[key] for key in TOKENS} == {key: expected[key] for key in TOKENS}
     assert (
@@ -269,14 +269,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("changes", "match"), SETTINGS, ids=[match for _, match in SETTINGS])
-def test_hostile_settings(changes, match, folder, outside):
+def test_hostile_settings_are_refused(changes, match, folder, outside):
     change(folder, "tokenizer_config.json", **changes)
     outside.refuses(lambda: load_tokenizer(folder), f"folder has no readable tokenizer .*{match}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a', b"\xff\xfe", b"[]", b"", b'"x"'])
-def test_files_that_are_no_objects(name, content, folder, outside):
+def test_files_without_a_json_object_are_refused(name, content, folder, outside):
     (folder / name).write_bytes(content)
     outside.refuses(lambda: load_tokenizer(folder), "folder has no readable tokenizer")
 
@@ -292,12 +292,12 @@ def test_files_that_are_no_objects(name, content, folder, outside):
     ],
     ids=["merges", "negative", "unigram", "unknown", "none"],
 )
-def test_a_tokenizer_json_of_no_tokenizer(model, folder, outside):
+def test_an_invalid_model_in_tokenizer_json_is_refused(model, folder, outside):
     change(folder, "tokenizer.json", model=model)
     outside.refuses(lambda: load_tokenizer(folder), "folder has no readable tokenizer")
 
 
-def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):
+def test_a_tokenizer_json_that_is_too_large_is_refused(folder, outside, monkeypatch):
     monkeypatch.setattr(text, "MAX_BYTES", 1000)
     outside.refuses(
         lambda: load_tokenizer(folder),
@@ -305,7 +305,7 @@ def test_a_tokenizer_json_larger_than_any(folder, outside, monkeypatch):
     )
 
 
-def test_a_tokenizer_json_that_is_a_pickle(folder, outside):
+def test_a_pickled_tokenizer_json_is_refused(folder, outside):
     (folder / "tokenizer.json").write_bytes(pickle.dumps(Payload(outside.marker)))
     outside.refuses(
         lambda: load_tokenizer(folder),
@@ -325,9 +325,7 @@ def test_a_tokenizer_json_that_is_a_pickle(folder, outside):
         ("special_tokens_map.json", {"auto_map": ["module.Slow", None]}),
     ],
 )
-def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
-    name, changes, folder, outside
-):
+def test_code_or_files_named_beside_a_plain_vocabulary_are_refused(name, changes, folder, outside):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(bert().get_vocab()))
     (folder / "module.py").write_text(outside.module.read_text())
@@ -338,14 +336,14 @@ def test_a_vocabulary_without_tokenizer_json_that_names_code_or_files(
     )
 
 
-def test_a_hub_name_never_brings_code(monkeypatch):
-    asked = {}
+def test_a_hub_name_is_loaded_without_remote_code(monkeypatch):
+    requested = {}
 
     def load(name, **options):
-        asked.update(options, name=name)
+        requested.update(options, name=name)
         raise OSError("offline")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     with pytest.raises(ValueError, match="not a folder and not available from the hub"):
         load_tokenizer("some/name")
-    assert asked == {"name": "some/name", "trust_remote_code": False}
+    assert requested == {"name": "some/name", "trust_remote_code": False}

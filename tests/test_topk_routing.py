@@ -1,4 +1,4 @@
-"""Top-k routing: the reference against a literal transcription, and guarantees of every backend.
+"""Top-k routing: the reference against loops, composed against the reference, and properties.
 
 The kernels are tested in test_topk_routing_fused.py.
 """
@@ -35,7 +35,7 @@ def make(score="softmax", **changes):
     return torch.randn(TOKENS, EXPERTS, dtype=torch.float64, requires_grad=True), options | changes
 
 
-def literal(
+def routing_in_loops(
     logits,
     k,
     score,
@@ -47,7 +47,7 @@ def literal(
     available,
     balance,
 ):
-    """Compute a routing by token, expert and number."""
+    """Compute the equations of a routing in loops over tokens and experts."""
     weights, probabilities, chosen, lses = {}, {}, {}, {}
     valid = [t for t in range(len(logits)) if not token_padding_mask[t]]
     for t in valid:
@@ -109,11 +109,11 @@ def literal(
 @pytest.mark.parametrize(
     "score, biased", [*itertools.product(["softmax", "sigmoid"], [False, True])]
 )
-def test_the_equations(score, biased, renormalize, balance):
+def test_reference_equals_the_equations_in_loops(score, biased, renormalize, balance):
     logits, options = make(score, balance=balance, renormalize=renormalize)
     options["selection_bias"] = torch.randn(EXPERTS) if biased else None
     routing = topk_routing_reference(logits, 2, **options)
-    *want, chosen = literal(logits, 2, **options)
+    *want, chosen = routing_in_loops(logits, 2, **options)
     dense = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(
         1, routing.indices, routing.weights
     )
@@ -136,7 +136,7 @@ def test_the_equations(score, biased, renormalize, balance):
     [*itertools.product(["softmax", "sigmoid"], [1, 3], [0.0, 0.2], [False, True])],
 )
 def test_composed_equals_reference(score, k, jitter, bias):
-    """Every field and every gradient agree, with and without each option."""
+    """All fields and gradients agree for every combination of options."""
     given = dict(
         score=score,
         jitter=jitter,
@@ -166,12 +166,8 @@ def test_composed_equals_reference(score, k, jitter, bias):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_balanced_is_one_and_the_losses_are_what_others_compute():
-    """Balance losses of a uniform routing, and the relation to transformers.
-
-    Switch's form is 1 if all experts get the same; transformers' load_balancing_loss_func is k
-    times ours.
-    """
+def test_balance_losses_of_a_uniform_routing_and_of_transformers():
+    """transformers' load_balancing_loss_func is k times the loss of "switch"."""
     logits = torch.eye(4, dtype=torch.float64).repeat(3, 1) * 5
     for balance, want in (("switch", 1.0), ("gshard", 1.0), ("mse", 0.0)):
         assert (
@@ -191,12 +187,12 @@ def test_balanced_is_one_and_the_losses_are_what_others_compute():
         torch.testing.assert_close(theirs, k * ours)
 
 
-def test_one_choice_trains_the_router():
+def test_the_router_gets_a_gradient_if_k_is_1():
     logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     for score in ("softmax", "sigmoid"):
         routing = topk_routing(logits, 1, score=score)
         d_logits = torch.autograd.grad(routing.weights.sum(), logits)[0]
-        # A renormalised sigmoid on its own is 1.
+        # A single renormalized weight is always 1.
         assert d_logits.any() == (score == "softmax"), score
     routing = topk_routing(logits, 1, score="sigmoid", renormalize=False)
     assert torch.autograd.grad(routing.weights.sum(), logits)[0].any()
@@ -215,7 +211,7 @@ def check_ties(inf=math.inf):
     torch.testing.assert_close(
         routing.weights, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
     )
-    # An unavailable expert with a lower index than one with probability 0.
+    # The unavailable expert 0 is never chosen before experts with probability 0.
     available = torch.tensor([[False, True, True, True]])
     assert topk_routing(logits, 3, available=available).indices.tolist() == [
         [1, 2, 3],
@@ -238,7 +234,7 @@ def test_nan_logits_make_their_token_nan(score, backend):
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_masked_tokens_count_nowhere_and_may_be_nan(score):
+def test_masked_tokens_have_no_effect_and_may_be_nan(score):
     logits, options = make(score)
     mask = options["token_padding_mask"]
     want = topk_routing(logits, 2, **options)
@@ -256,7 +252,7 @@ def test_masked_tokens_count_nowhere_and_may_be_nan(score):
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 @pytest.mark.parametrize("balance", ["switch", "gshard", "mse"])
-def test_no_tokens_left(tokens, balance):
+def test_zero_or_only_masked_tokens_give_zeros(tokens, balance):
     logits = torch.randn(tokens, 5, requires_grad=True)
     routing = topk_routing(
         logits, 2, token_padding_mask=torch.ones(tokens, dtype=torch.bool), balance=balance
@@ -273,7 +269,7 @@ def test_no_tokens_left(tokens, balance):
     assert not torch.autograd.grad(total, logits)[0].any()
 
 
-def test_the_permutation():
+def test_order_position_and_offsets_sort_the_choices_by_expert():
     logits, options = make()
     routing = topk_routing(logits, 3, **options)
     mask, expert = options["token_padding_mask"], routing.indices.flatten().tolist()
@@ -287,14 +283,14 @@ def test_the_permutation():
     assert routing.order.dtype == routing.position.dtype == routing.offsets.dtype == torch.int32
 
 
-def test_replay():
+def test_given_indices_replay_a_routing():
     logits, options = make()
     first = topk_routing(logits, 2, **options)
     again = topk_routing(logits, 2, **options, indices=first.indices)
     for name in mmfused.Routing._fields:
         assert torch.equal(getattr(again, name), getattr(first, name)), name
     free = {**options, "available": None, "token_padding_mask": None}
-    # In ascending order, only "first choice" changes.
+    # Reversed indices give reversed weights.
     other = topk_routing(logits, 2, **free, indices=first.indices.flip(1))
     assert torch.equal(other.indices, first.indices.flip(1))
     torch.testing.assert_close(
@@ -302,7 +298,7 @@ def test_replay():
     )
 
 
-def test_jitter_is_replayed_by_its_seed_and_by_the_generator():
+def test_jitter_depends_only_on_its_seed_or_the_generator():
     logits, options = make()
     clean = topk_routing(logits, 2, **options)
     seed = torch.tensor(5)
@@ -334,11 +330,8 @@ def test_jitter_is_replayed_by_its_seed_and_by_the_generator():
     )
 
 
-def test_random_numbers_are_uniform_and_known():
-    """Philox4x32-10 of a counter and a key of zeros begins with 6627e8d5.
-
-    This value is from the published test vectors.
-    """
+def test_random_numbers_are_uniform_and_match_the_published_test_vector():
+    """Philox4x32-10 with a counter and a key of zeros starts with 6627e8d5."""
     word = 0x6627E8D5
     assert (
         uniform(torch.tensor(0), 1, 1).item()
@@ -354,7 +347,7 @@ def test_random_numbers_are_uniform_and_known():
     )
 
 
-def test_from_input_is_a_linear_layer_and_routing():
+def test_from_input_equals_a_linear_layer_and_routing():
     x = torch.randn(TOKENS, 12, dtype=torch.float64, requires_grad=True)
     weight, bias = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True)
@@ -384,7 +377,7 @@ def test_from_input_is_a_linear_layer_and_routing():
     assert all(g.isfinite().all() for g in gradients) and not gradients[0][mask].any()
 
 
-def test_logits_stay_in_float32_under_autocast_and_beside_16_bits():
+def test_logits_are_float32_under_autocast_and_with_bfloat16_inputs():
     x, weight = torch.randn(50, 64), torch.randn(8, 64) / 8
     exact = topk_routing_from_input(x.bfloat16().double(), weight.double(), 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -395,7 +388,7 @@ def test_logits_stay_in_float32_under_autocast_and_beside_16_bits():
         torch.testing.assert_close(got.weights.double(), exact.weights, rtol=1e-5, atol=1e-6)
 
 
-def test_selection_bias_moves_towards_balance():
+def test_updates_of_the_selection_bias_balance_the_experts():
     logits = torch.randn(400, 6) + torch.tensor([2.0, 1, 0, 0, -1, -2])
     bias = torch.zeros(6)
     before = topk_routing(logits, 2, score="sigmoid", selection_bias=bias).counts
@@ -410,7 +403,7 @@ def test_selection_bias_moves_towards_balance():
     torch.testing.assert_close(after.weights, scores / scores.sum(1, keepdim=True))
     counts, bias = torch.tensor([[3, 1], [1, 3]]), torch.zeros(2)
     update_selection_bias(bias, counts)
-    assert not bias.any()  # summed over the segments, both experts got four
+    assert not bias.any()  # over both segments, each expert got four tokens
     with pytest.raises(
         TypeError,
         match="bias: got dtype torch.bfloat16, expected float32: 16 bits lose steps of 0.001",
@@ -420,7 +413,7 @@ def test_selection_bias_moves_towards_balance():
         update_selection_bias(torch.zeros(3), counts)
 
 
-def test_a_routing_made_elsewhere():
+def test_routing_from_indices_gives_the_same_routing():
     logits, options = make()
     mask = options["token_padding_mask"]
     want = topk_routing(logits, 2, token_padding_mask=mask)
@@ -504,7 +497,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_input(sentence):
+def test_bad_input_is_refused(sentence):
     with pytest.raises((ValueError, TypeError)) as caught:
         BAD[sentence](
             torch.randn(TOKENS, EXPERTS, dtype=torch.float64), torch.zeros(TOKENS, dtype=torch.bool)

@@ -35,20 +35,21 @@ from mmfused.kernels.topk_routing.plans import plan
 from mmfused.random import uniform
 from mmfused.testing import over_budget
 
-# T, E, k: odd sizes, one token, several blocks of tokens, and more experts than a warp has lanes.
+# (tokens, experts, k): odd sizes, one token, several blocks of tokens, and more experts than lanes
+# in a warp.
 SHAPES = [(1, 5, 1), (3, 16, 3), (257, 13, 2), (257, 16, 1), (130, 70, 3), (65, 6, 5), (9, 1, 1)]
 
 
 def module_of(function):
-    """Return the module of a launcher; its package has a function of the same name."""
+    """Return the module of a launcher; ``kernels.order`` is the launcher, not its module."""
     return sys.modules[function.__module__]
 
 
-# ---- 1: values and gradients ---------------------------------------------------------------------
+# ---- values and gradients ------------------------------------------------------------------------
 
 
 def check(leaves, k, options, upstream=None):
-    """Compare with twice the error of plain PyTorch in that dtype, on the choice of the kernels.
+    """Check values and gradients against the error budget, for the experts the kernels chose.
 
     The order is compared with its definition.
     """
@@ -97,8 +98,8 @@ def test_from_input(dtype, option):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_float32_router_beside_half_precision(dtype):
-    """Weights keep all digits, and so do gradients far below the range of 16 bits."""
+def test_float32_router_with_half_precision_inputs(dtype):
+    """Gradients far below the range of 16 bits keep all digits."""
     leaves = make_inputs(140, 16, 150, dtype, torch.float32)
     check(leaves, 2, {})
     with torch.no_grad():
@@ -118,10 +119,7 @@ def test_float32_router_beside_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_programs_for_the_products(monkeypatch, dtype):
-    """Each program handles several blocks of tokens or columns.
-
-    Gradients grow from block to block.
-    """
+    """Each program handles several blocks; upstream gradients grow from block to block."""
     monkeypatch.setattr(
         router_gradients, "plan", lambda *args: dataclasses.replace(plan(*args), programs=1)
     )
@@ -181,16 +179,12 @@ def test_all_tokens_to_one_expert():
     assert routing.counts[0, 7] == 200
 
 
-# ---- 2: choice -----------------------------------------------------------------------------------
+# ---- choice --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ["softmax", "available", "bias"])
-def test_choice_value_descending_index_ascending(option):
-    """Ties go to the lower index, as in the reference.
-
-    The logits have few distinct values, so nearly all rows have ties, and both compute the same
-    bits.
-    """
+def test_ties_go_to_the_lower_index(option):
+    """The logits have few distinct values, so nearly all rows have ties."""
     options = make_options(option, 257, 21, 4)
     if "selection_bias" in options:  # the sigmoid of these values is exact in any arithmetic
         options["selection_bias"] = torch.randint(-2, 3, (21,), device=DEVICE).float()
@@ -207,7 +201,7 @@ def test_choice_value_descending_index_ascending(option):
 def test_nan_logits(renormalize, score):
     """A NaN logit makes the losses and its token's weights NaN; the choice stays valid.
 
-    NaN is ordered after all other values, but before unavailable experts.
+    Experts with NaN are chosen last among the available experts.
     """
     available = torch.ones(2, 13, dtype=torch.bool, device=DEVICE)
     available[1, :9] = False
@@ -222,10 +216,10 @@ def test_nan_logits(renormalize, score):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     logits[4, 2], logits[6], logits[7] = math.nan, math.nan, math.nan
     got = route(dict(logits=logits), 3, options, "fused")
-    void = torch.zeros(70, dtype=torch.bool, device=DEVICE)
-    void[[4, 6, 7]] = True
-    assert torch.equal(got.weights.isnan(), void[:, None].expand(-1, 3))
-    assert torch.equal(got.weights[~void], want.weights[~void])
+    invalid = torch.zeros(70, dtype=torch.bool, device=DEVICE)
+    invalid[[4, 6, 7]] = True
+    assert torch.equal(got.weights.isnan(), invalid[:, None].expand(-1, 3))
+    assert torch.equal(got.weights[~invalid], want.weights[~invalid])
     assert all(getattr(got, name).isnan() for name in LOSSES)
     assert (
         got.indices[6].tolist() == [0, 1, 2]
@@ -259,7 +253,7 @@ def test_infinite_logits(score):
 
 
 @pytest.mark.parametrize("source", ["logits", "x"])
-def test_nan_behind_the_mask_stays_there(source):
+def test_nan_in_masked_tokens_has_no_effect(source):
     leaves = make_logits(140, 13) if source == "logits" else make_inputs(140, 13, 40)
     options = make_options("segments", 140, 13, 2)
     upstream = torch.randn(140, 2, device=DEVICE)
@@ -278,10 +272,9 @@ def test_nan_behind_the_mask_stays_there(source):
 
 
 def test_replayed_indices_out_of_range():
-    """Replayed indices out of range are an error on a CPU and give NaN on a GPU.
+    """The losses and the tokens with such indices are NaN on a GPU, where a check needs a sync.
 
-    On a GPU, a check would need a sync. Their tokens and the losses are NaN; everything else is
-    as if the indices were clamped.
+    Everything else is as if the indices were clamped.
     """
     logits, options = (
         torch.randn(70, 5, device=DEVICE),
@@ -290,7 +283,7 @@ def test_replayed_indices_out_of_range():
     indices = torch.randint(0, 5, (70, 2), device=DEVICE)
     bad = indices.clone()
     bad[3, 0], bad[40, 1], bad[69, 1] = -1, 5, 2**33 + 1
-    void = (bad != indices).any(1)
+    invalid = (bad != indices).any(1)
     got, want = (
         torch.ops.mmfused.topk_routing_fwd(logits, None, None, 2, *options, given, 0.0, None)
         for given in (bad, bad.clamp(0, 4))
@@ -308,8 +301,8 @@ def test_replayed_indices_out_of_range():
         "coefficients",
     )
     got, want = dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True))
-    assert torch.equal(got["weights"].isnan(), void[:, None].expand(-1, 2))
-    assert torch.equal(got["weights"][~void], want["weights"][~void])
+    assert torch.equal(got["weights"].isnan(), invalid[:, None].expand(-1, 2))
+    assert torch.equal(got["weights"][~invalid], want["weights"][~invalid])
     for name in ("counts", "order", "position", "offsets", "tiles"):
         assert torch.equal(got[name], want[name]), name
     one, tail = torch.ones((), device=DEVICE), (False, True, None, None, 1, None, "mse", 0.0, None)
@@ -320,19 +313,16 @@ def test_replayed_indices_out_of_range():
         for given in (bad, bad.clamp(0, 4))
     )
     assert (
-        torch.equal(d_got[~void], d_want[~void])
-        and d_got[void].isnan().all()
+        torch.equal(d_got[~invalid], d_want[~invalid])
+        and d_got[invalid].isnan().all()
         and got["losses"].isnan().all()
     )
     for name, value in zip(names[5:9], torch.ops.mmfused.expert_order(bad, None, 5), strict=True):
         assert torch.equal(value, want[name]), name
 
 
-def test_segments_have_gradients_of_their_own():
-    """Each segment is balanced by itself.
-
-    Two segments prefer different experts; the third is empty and takes no part.
-    """
+def test_each_segment_is_balanced_by_itself():
+    """Two segments prefer different experts; the third segment is empty and has no effect."""
     logits = torch.randn(130, 5, device=DEVICE) / 10
     segments = torch.arange(130, device=DEVICE) % 2
     logits[segments == 0, 1] += 2.0
@@ -345,15 +335,15 @@ def test_segments_have_gradients_of_their_own():
     assert routing.counts.tolist() == [[0, 65, 0, 0, 0], [0, 0, 0, 65, 0], [0] * 5]
 
 
-# ---- 3: order ------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [128, 1], ids=["one step", "a step each"])
 @pytest.mark.parametrize("masked", [0.0, 0.3, 1.0])
-def test_order_of_a_routing_made_elsewhere(monkeypatch, masked, rows):
-    """The order over several blocks of tokens, scanned together or one after the other.
+def test_order_of_a_routing_from_indices(monkeypatch, masked, rows):
+    """Several blocks of tokens are scanned in one step or in one step each.
 
-    A token may name an expert twice, and some experts get no tokens.
+    A token may choose an expert twice, and some experts get no tokens.
     """
     monkeypatch.setattr(module_of(kernels.order), "SCAN_ROWS", rows)
     indices = torch.randint(0, 7, (333, 3), device=DEVICE) * 3
@@ -378,7 +368,7 @@ def test_scan_over_many_blocks(monkeypatch, experts, k):
     check(make_inputs(9, experts, 40, torch.float16), k, {})
 
 
-def test_tile_map_alone():
+def test_tile_map_and_tile_rows():
     for experts, rows in ((1, 0), (1, 100), (5, 999), (64, 5000)):
         ends = torch.randint(0, rows + 1, (experts,)).sort().values
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(DEVICE, torch.int32)
@@ -395,7 +385,7 @@ def test_tile_map_alone():
     ]
 
 
-# ---- 4: layouts, registration, behaviour ---------------------------------------------------------
+# ---- layouts, registration, behavior -------------------------------------------------------------
 
 
 def test_strided_inputs():
@@ -423,7 +413,7 @@ def test_strided_inputs():
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_bitwise_repeats():
+def test_repeated_runs_are_bitwise_equal():
     leaves, options = (
         make_inputs(140, 13, 70, torch.float16),
         make_options("jitter sigmoid", 140, 13, 2),
@@ -480,11 +470,8 @@ def test_opcheck(from_input, option):
             torch.library.opcheck(ops.topk_routing_input_bwd, args)
 
 
-def test_launches():
-    """Launches: three forward, one backward, and one each for x and the router's weights.
-
-    Constants need no launches.
-    """
+def test_only_the_required_kernels_are_launched():
+    """Forward launches three kernels, and backward one for each of logits, x and router weight."""
 
     def names(leaves, wanted):
         for name, value in leaves.items():
@@ -501,14 +488,11 @@ def test_launches():
     assert names(make_inputs(70, 5, 40), {"router_weight", "router_bias"}) == [*forward, "dw"]
 
 
-# ---- 5: helpers ----------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
-def test_jitter_is_that_of_plain_pytorch():
-    """The jitter is bitwise equal to plain PyTorch's, also in the second block of tokens.
-
-    The seeds include negative ones and ones with more than 32 bits.
-    """
+def test_jitter_is_bitwise_equal_to_plain_pytorchs():
+    """There are several blocks of tokens; some seeds are negative or have more than 32 bits."""
     for seed in (0, 1, 2**40 + 17, 2**63 - 1, -5):
         seed = torch.tensor(seed, device=DEVICE)
         want = 1 + 0.5 * (2 * uniform(seed, 150, 13) - 1)  # 0.5 keeps all digits
@@ -525,12 +509,9 @@ def test_jitter_is_that_of_plain_pytorch():
 
 
 def test_offsets_are_64_bit():
-    """The helper that loads logits uses 64-bit offsets.
-
-    It reads far behind the first 2^31 elements of virtual memory.
-    """
+    """load_logits reads elements far beyond the first 2^31."""
     if CUDA:
-        pytest.skip("the interpreter probes the helper; the same source runs on the GPU")
+        pytest.skip("tested in the interpreter, with virtual memory that is hardly used")
     import triton
     import triton.language as tl
 

@@ -1,6 +1,6 @@
-"""Routing with values that are not finite, out of range, very large or uninitialised.
+"""Routing with values that are non-finite, out of range or very large.
 
-It runs on every backend, and in the C++ router.
+The tests run on the backends and on the C++ router.
 """
 
 import itertools
@@ -34,10 +34,10 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(checks, "check_value", lambda condition, message: None)
 
 
-def agree(got, exact, plain):
-    """Check NaN and inf against the float64 reference; return the tables without them.
+def check_non_finite(got, exact, plain):
+    """Check NaN and inf against the float64 reference; return the tables with zeros instead.
 
-    A token whose gradient holds NaN in the reference may have NaN in more of its logits.
+    If the reference's gradient of a token contains NaN, all its logits may have NaN gradients.
     """
     tables = [dict(table) for table in (got, exact, plain)]
     for name, want in exact.items():
@@ -53,7 +53,7 @@ def agree(got, exact, plain):
 
 
 class Tables:
-    """Results of several cases, compared together: on a single number, the error is random."""
+    """Results of several cases, compared together because the error of one number is random."""
 
     def __init__(self):
         self.seen = [{}, {}, {}]
@@ -72,20 +72,20 @@ class Tables:
         )
 
 
-def check_rows(together, options, leaves, k, backend, own):
-    """Compare with the reference, apart from the gradients of the tokens ``own``."""
+def check_rows(together, options, leaves, k, backend, invalid):
+    """Compare with the reference, except for the gradients of the tokens ``invalid``."""
     upstream = torch.randn(len(next(iter(leaves.values()))), k, dtype=torch.float64, device=DEVICE)
     results = [run(leaves, k, options, backend, upstream)]
     replay = dict(indices=options.get("indices", results[0][1].indices))
     results.append(run(cast(leaves, torch.float64), k, options, "reference", upstream, **replay))
     results.append(run(leaves, k, options, "reference", upstream, **replay))
     others = torch.ones(len(upstream), dtype=torch.bool, device=DEVICE)
-    others[own] = False
+    others[invalid] = False
     tables = [
         {n: x[others] if n[:2] in ("dl", "dx") else x for n, x in table.items()}
         for table, _ in results
     ]
-    together.add(agree(*tables))
+    together.add(check_non_finite(*tables))
     for name in ("indices", "counts", "order", "position", "offsets"):
         assert torch.equal(getattr(results[0][1], name), getattr(results[1][1], name)), name
     return results[0]
@@ -106,11 +106,8 @@ ROWS = {
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, backend):
-    """A non-finite row affects only the outputs of its token, and the losses of its segment.
-
-    With "mse" it also affects the gradients of these losses, as in the reference.
-    """
+def test_a_non_finite_row_affects_only_its_token_and_its_segments_losses(score, balance, backend):
+    """With balance "mse", it also affects the gradients of its segment, as in the reference."""
     segments, together = (torch.arange(20) % 3 == 0).long().to(DEVICE), Tables()
     for row, renormalize in itertools.product(ROWS.values(), (True, False)):
         leaves = make_logits(20, 7)
@@ -129,7 +126,7 @@ def test_a_row_that_is_not_finite_stays_in_its_tokens_outputs(score, balance, ba
 @pytest.mark.parametrize(
     "sigmoid, renormalize, balance", [*itertools.product([False, True], [False, True], BALANCES)]
 )
-def test_a_row_that_is_not_finite_in_the_cpp_router(sigmoid, renormalize, balance, simt):
+def test_a_non_finite_row_in_the_cpp_router(sigmoid, renormalize, balance, simt):
     options, together = dict(sigmoid=sigmoid, renormalize=renormalize, balance=balance), Tables()
     for row in ROWS.values():
         case = csrc_cases.make(20, 7, 2, segments=3, **options)
@@ -138,7 +135,7 @@ def test_a_row_that_is_not_finite_in_the_cpp_router(sigmoid, renormalize, balanc
     together.check()
 
 
-def check_cpp(together, case, simt, own):
+def check_cpp(together, case, simt, invalid):
     gradients = csrc_cases.upstream(case)
     out = simt.forward(case)
     out["d_logits"] = simt.backward(case, gradients, out)
@@ -149,18 +146,18 @@ def check_cpp(together, case, simt, own):
         if name != "indices" or case["indices"] is None:
             assert torch.equal(out[name], exact[name]), name
     others = torch.ones(len(case["source"]), dtype=torch.bool)
-    others[own] = False
+    others[invalid] = False
     tables = [
         {n: t[n] for n in ("weights", "losses")} | {"d": t["d_logits"][others]}
         for t in (out, exact, plain)
     ]
-    together.add(agree(*tables))
+    together.add(check_non_finite(*tables))
     return out
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("value", [nan, inf])
-def test_a_token_of_x_that_is_not_finite_stays_in_its_outputs(value, backend):
+def test_a_non_finite_token_of_x_affects_only_its_outputs(value, backend):
     for dtype in DTYPES:
         leaves = make_inputs(40, 13, 33, dtype)
         upstream = torch.randn(40, 2, device=DEVICE)
@@ -182,7 +179,7 @@ def test_a_token_of_x_that_is_not_finite_stays_in_its_outputs(value, backend):
 
 
 def bad_values(tokens, experts, k):
-    """Yield options with one invalid value each, and the tokens that have it."""
+    """Yield options with an invalid value, and the tokens that have it."""
     segments = (torch.arange(tokens) % 3).to(DEVICE)
     for s in (-1, 2**40):
         given = segments.clone()
@@ -221,17 +218,17 @@ def test_values_out_of_range_make_their_tokens_nan(
     mask = torch.zeros(11, dtype=torch.bool, device=DEVICE)
     mask[[2, 5]] = masked
     together = Tables()
-    for options, own in bad_values(11, 5, 2):
+    for options, invalid in bad_values(11, 5, 2):
         options = options | dict(score=score, renormalize=renormalize, balance=balance)
         options |= dict(token_padding_mask=mask) if masked else {}
         leaves = make_logits(11, 5)
-        got, routing = check_rows(together, options, leaves, 2, backend, own)
-        void = torch.zeros(11, dtype=torch.bool, device=DEVICE)
-        void[own] = True
-        assert torch.equal(got["weights"].isnan().all(1), void & ~mask)
+        got, routing = check_rows(together, options, leaves, 2, backend, invalid)
+        invalid_mask = torch.zeros(11, dtype=torch.bool, device=DEVICE)
+        invalid_mask[invalid] = True
+        assert torch.equal(got["weights"].isnan().all(1), invalid_mask & ~mask)
         assert all(got[name].isnan() for name in LOSSES)
         assert (
-            got["dlogits from all"][void & ~mask].isnan().all()
+            got["dlogits from all"][invalid_mask & ~mask].isnan().all()
             and not got["dlogits from all"][mask].any()
         )
         if "indices" not in options:
@@ -248,20 +245,19 @@ def test_values_out_of_range_make_their_tokens_nan(
 )
 def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, simt):
     together = Tables()
-    for options, own in bad_values(11, 5, 2):
+    for options, invalid in bad_values(11, 5, 2):
         case = csrc_cases.make(11, 5, 2, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
         out = check_cpp(
             together,
             case | {name: getattr(x, "cpu", lambda x=x: x)() for name, x in options.items()},
             simt,
-            own,
+            invalid,
         )
-        assert out["losses"].isnan().all() and out["d_logits"][own].isnan().all()
+        assert out["losses"].isnan().all() and out["d_logits"][invalid].isnan().all()
     together.check()
 
 
-def test_an_expert_named_twice_counts_twice():
-    """A replayed choice may name an expert twice, like one that maps remote experts to the last."""
+def test_an_expert_chosen_twice_counts_twice():
     indices, together = torch.tensor([[1, 1], [0, 2], [3, 3]], device=DEVICE), Tables()
     for backend, score, renormalize in itertools.product(
         BACKENDS[1:], ("softmax", "sigmoid"), (True, False)
@@ -277,33 +273,32 @@ def test_an_expert_named_twice_counts_twice():
     together.check()
 
 
-@pytest.mark.parametrize("sort", BACKENDS)
-def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
-    """Every backend of the experts handles every backend's routing of invalid values.
-
-    Invalid tokens give NaN; the others are unaffected.
-    """
+@pytest.mark.parametrize("routing_backend", BACKENDS)
+def test_experts_with_indices_out_of_range_give_nan_only_for_their_tokens(
+    routing_backend, unchecked
+):
+    """The routing and the experts may use different backends."""
     indices = torch.randint(0, 4, (9, 2), device=DEVICE)
     bad = indices.clone()
     bad[2, 1], bad[5, 0], bad[6] = 4, -1, 2**40
-    void = (bad != indices).any(1)
+    invalid_mask = (bad != indices).any(1)
     x, up, down = (torch.randn(*shape, device=DEVICE) for shape in ((9, 6), (4, 8, 6), (4, 5, 8)))
     outs = {}
     for backend in BACKENDS:
-        for name, given in (("good", indices.where(~void[:, None], 0)), ("bad", bad)):
+        for name, given in (("good", indices.where(~invalid_mask[:, None], 0)), ("bad", bad)):
             weights = torch.full((9, 2), 0.5, device=DEVICE, requires_grad=True)
             leaf = x.clone().requires_grad_()
-            with mmfused.backend(sort):
+            with mmfused.backend(routing_backend):
                 routing = routing_from_indices(given, weights, 4)
             assert routing.order.sort().values.tolist() == list(
                 range(18)
             ) and routing.offsets.tolist()[::4] == [0, 18]
             with mmfused.backend(backend):
                 out = mmfused.grouped_mlp(leaf, routing, up, down)
-            outs[name] = (out, *torch.autograd.grad(out[~void].sum(), [leaf, weights]))
-        assert outs["bad"][0][void].isnan().all()
+            outs[name] = (out, *torch.autograd.grad(out[~invalid_mask].sum(), [leaf, weights]))
+        assert outs["bad"][0][invalid_mask].isnan().all()
         for a, b in zip(outs["bad"], outs["good"], strict=True):
-            assert torch.allclose(a[~void], b[~void], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(a[~invalid_mask], b[~invalid_mask], rtol=1e-5, atol=1e-6)
 
 
 # ---- large ---------------------------------------------------------------------------------------
@@ -312,7 +307,7 @@ def test_experts_on_values_out_of_range_stay_in_bounds(sort, unchecked):
 def large(size):
     """Return logits up to ``size`` in absolute value.
 
-    Rows are far apart, close together and far from zero on either side, all equal, or small.
+    The logits of a row are far apart, all close to ``size`` or to ``-size``, equal, or small.
     """
     logits = torch.randn(64, 13, dtype=torch.float64)
     near = torch.rand(64, 13, dtype=torch.float64) * 4
@@ -326,7 +321,7 @@ def large(size):
 @pytest.mark.parametrize(
     "score, renormalize", [*itertools.product(["softmax", "sigmoid"], [True, False])]
 )
-def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
+def test_errors_stay_within_the_budget_for_large_logits(score, renormalize, dtype, backend):
     together = Tables()
     for size, balance in itertools.product((1e3, 1e4), BALANCES):
         leaves = dict(logits=large(size).to(DEVICE, dtype).requires_grad_())
@@ -342,7 +337,9 @@ def test_the_budget_holds_for_large_logits(score, renormalize, dtype, backend):
 
 
 @pytest.mark.parametrize("sigmoid, renormalize", [*itertools.product([False, True], [True, False])])
-def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormalize, simt):
+def test_errors_stay_within_the_budget_for_large_logits_in_the_cpp_router(
+    sigmoid, renormalize, simt
+):
     together = Tables()
     for size, balance in itertools.product((30, 1e3, 1e4), BALANCES):
         case = csrc_cases.make(64, 13, 3, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
@@ -366,8 +363,8 @@ def test_the_budget_holds_for_large_logits_in_the_cpp_router(sigmoid, renormaliz
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_what_rounding_leaves_of_the_weights_moves_no_other_expert(backend, score):
-    """Renormalised weights do not depend on unchosen experts, also where one weight is near 1."""
+def test_renormalized_weights_give_unchosen_experts_no_gradient(backend, score):
+    """Some rows have a weight near 1."""
     logits = (
         (10 ** torch.linspace(-1, 4, 60)[:, None] * torch.randn(60, 11)).to(DEVICE).requires_grad_()
     )
@@ -387,9 +384,9 @@ def near_1():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
-    """The gradient near 1 is computed from the other experts' probabilities.
+    """The gradient P (1 - P) is computed as P times the sum of the other probabilities.
 
-    In float32, P - P ** 2 has no correct digits; their sum has all.
+    In float32, P - P^2 would have no correct digits.
     """
     logits, upstream, gradients = near_1(), torch.randn(40, k), []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):

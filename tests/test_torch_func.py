@@ -1,6 +1,6 @@
 """torch.func on every op and module: grad, vmap, jvp, jacrev and combinations of them.
 
-The oracle is the reference in float64 under plain autograd.
+Expected values come from the reference in float64 with plain autograd.
 """
 
 import pytest
@@ -22,11 +22,11 @@ def stacked(make, *sizes):
     return positional, {key: torch.stack([each[key] for each in named]) for key in named[0]}
 
 
-def one(args, named, i):
+def sample(args, named, i):
     return tuple(x[i] for x in args), {name: x[i] for name, x in named.items()}
 
 
-def wanted(module, args, named):
+def reference_gradients(module, args, named):
     """Return the reference's gradients of ``total`` for each parameter and the first argument."""
     first = args[0].detach().clone().requires_grad_()
     leaves = dict(module.named_parameters())
@@ -37,13 +37,13 @@ def wanted(module, args, named):
     return dict(zip(leaves, found, strict=False)), found[-1]
 
 
-def close(got, want):
+def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_each_sample_at_once(name, backend):
+def test_vmap_of_grad_gives_the_gradients_of_each_sample(name, backend):
     module, make = case(name)
     args, named = stacked(make, 2, 5)
     parameters = {key: x.detach() for key, x in module.named_parameters()}
@@ -54,12 +54,12 @@ def test_gradients_of_each_sample_at_once(name, backend):
     with mmfused.backend(backend):
         each = vmap(grad(loss, (0, 1)), (None, 0, 0, 0))(parameters, args[0], args[1:], named)
     for i in range(SAMPLES):
-        want = wanted(module, *one(args, named, i))
-        close(({key: d[i] for key, d in each[0].items()}, each[1][i]), want)
+        want = reference_gradients(module, *sample(args, named, i))
+        assert_close(({key: d[i] for key, d in each[0].items()}, each[1][i]), want)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_jacobians_both_ways(name):
+def test_jacrev_and_jvp_agree_with_autograd(name):
     module, make = case(name)
     args, named = make(2, 5)
     direction = floats(*args[0].shape)
@@ -68,22 +68,22 @@ def test_jacobians_both_ways(name):
         return total(module(first, *args[1:], **named))
 
     with mmfused.backend("composed"):
-        want = wanted(module, args, named)[1]
-        close(jacrev(value)(args[0]), want)
+        want = reference_gradients(module, args, named)[1]
+        assert_close(jacrev(value)(args[0]), want)
         _, slope = jvp(value, (args[0],), (direction,))
-    close(slope, (want * direction).sum())
+    assert_close(slope, (want * direction).sum())
 
 
-def test_second_derivatives_of_a_loss_whose_own_gradient_has_none():
+def test_hessian_of_masked_info_nce_equals_the_references():
     query, candidate = floats(4, 3), floats(5, 3)
     options = dict(temperature=0.5, symmetric=True)
     with mmfused.backend("composed"):
         got = hessian(lambda q: mmfused.masked_info_nce(q, candidate, **options))(query)
     plain = lambda q: mmfused.masked_info_nce_reference(q, candidate, **options)  # noqa: E731
-    close(got, torch.autograd.functional.hessian(plain, query))
+    assert_close(got, torch.autograd.functional.hessian(plain, query))
 
 
-def test_experts_of_a_routing_made_elsewhere():
+def test_vmap_of_grad_through_routing_from_indices():
     x, weight, scores = floats(SAMPLES, 6, 4), floats(3, 5, 4), floats(SAMPLES, 6, 2)
     indices = torch.randint(0, 3, (SAMPLES, 6, 2))
 
@@ -96,17 +96,17 @@ def test_experts_of_a_routing_made_elsewhere():
         for i in range(SAMPLES):
             leaves = [t[i].clone().requires_grad_() for t in (x, scores)]
             want = torch.autograd.grad(value(*leaves, indices[i]), leaves)
-            close([d[i] for d in got], list(want))
+            assert_close([d[i] for d in got], list(want))
 
 
-def test_backwards_for_many_upstream_gradients_at_once():
-    """Here vmap is applied to the backwards of the composed paths only, not to their forwards."""
+def test_a_vectorized_jacobian_equals_a_loop():
+    """vmap is applied only to the backward of the composed path, not to its forward."""
     module, make = case("experts")
     (x,), _ = make(2, 3)
     jacobian = torch.autograd.functional.jacobian
     with mmfused.backend("composed"):
         each = [jacobian(lambda x: module(x)[0], x, vectorize=how) for how in (False, True)]
-    close(*each)
+    assert_close(*each)
 
 
 LOSSES = {
@@ -129,20 +129,20 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_small_losses_also_in_blocks_of_rows(name, monkeypatch):
+def test_vmap_of_grad_of_losses_in_blocks_of_rows(name, monkeypatch):
     loss, shapes = LOSSES[name]
     args = [floats(SAMPLES, *shape) for shape in shapes]
-    all_of_them = tuple(range(len(args)))
+    all_arguments = tuple(range(len(args)))
     want = []
     for i in range(SAMPLES):
         leaves = [x[i].clone().requires_grad_() for x in args]
         want.append(torch.autograd.grad(loss(*leaves), leaves, materialize_grads=True))
     monkeypatch.setattr(losses, "BLOCK_PAIRS", 8)
-    got = vmap(grad(loss, all_of_them))(*args)
-    close(list(got), [torch.stack(parts) for parts in zip(*want, strict=True)])
+    got = vmap(grad(loss, all_arguments))(*args)
+    assert_close(list(got), [torch.stack(parts) for parts in zip(*want, strict=True)])
 
 
-def test_kernels_say_why_they_cannot():
+def test_fused_raises_under_a_transform():
     module, make = case("pool")
     args, _ = make(2, 5)
     with (
@@ -162,10 +162,10 @@ def test_dropout_follows_the_randomness_of_vmap():
     assert torch.equal(alike[0], alike[1]) and not torch.equal(unlike[0], unlike[1])
     seeds = torch.arange(SAMPLES)
     got = vmap(lambda x, seed: module(x, dropout_seed=seed))(same, seeds)
-    close(got, torch.stack([module(x, dropout_seed=seed) for seed in seeds]))
+    assert_close(got, torch.stack([module(x, dropout_seed=seed) for seed in seeds]))
 
 
-def test_values_that_are_none_give_nan_to_their_sample_alone():
+def test_an_invalid_length_gives_nan_only_for_its_sample():
     module, make = case("pool lengths")
     args, named = stacked(make, 2, 5)
     named["lengths"][1, 0] = 6
@@ -175,7 +175,7 @@ def test_values_that_are_none_give_nan_to_their_sample_alone():
     assert out[1, 0].isnan().all() and out[1, 1].isfinite().all() and out[0].isfinite().all()
 
 
-def test_a_learned_temperature_stays_at_its_bound_and_in_place():
+def test_transforms_do_not_clamp_a_learned_temperature_in_place():
     module = mmfused.MaskedInfoNCE(0.07, learnable_temperature=True, max_scale=5.0).double()
     query, candidate = floats(4, 3), floats(4, 3)
     before = module.log_scale.detach().clone()
@@ -186,10 +186,10 @@ def test_a_learned_temperature_stays_at_its_bound_and_in_place():
     loss = module(query, candidate)
     loss.backward()
     assert module.log_scale < before
-    close(got, module.log_scale.grad)
+    assert_close(got, module.log_scale.grad)
 
 
-def test_the_compiler_takes_it_too():
+def test_transforms_compile():
     args = floats(SAMPLES, 3, 4), floats(SAMPLES, 3, 4)
     each = vmap(grad(lambda q, c: mmfused.masked_info_nce(q, c, temperature=0.5)))
-    close(torch.compile(each, backend="eager", fullgraph=True)(*args), each(*args))
+    assert_close(torch.compile(each, backend="eager", fullgraph=True)(*args), each(*args))

@@ -77,7 +77,7 @@ def losses(out):
     return [record["loss"] for record in records if "loss" in record]
 
 
-def test_a_run_leaves_every_file_whole(products, tmp_path):
+def test_a_run_writes_all_files(products, tmp_path):
     summary = train(TrainConfig(**options(products, tmp_path / "run", val_every=2)))
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     records = [
@@ -108,7 +108,7 @@ def test_a_loaded_run_gives_the_recorded_accuracy(products, tmp_path):
     assert result["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
 
 
-def test_the_same_seed_gives_the_same_curve_bit_for_bit(products, tmp_path):
+def test_the_same_seed_gives_bitwise_equal_losses(products, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(
             TrainConfig(
@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit(products, tmp_path):
 
 
 @pytest.mark.parametrize("modalities", ["both", "image", "text"])
-def test_reference_and_composed_give_the_same_curve(products, tmp_path, modalities):
+def test_reference_and_composed_give_the_same_losses(products, tmp_path, modalities):
     for backend in ("reference", "composed"):
         train(
             TrainConfig(
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss(products, tmp_path):
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
 
 
-def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatch):
+def test_a_run_that_fails_at_the_end_cannot_be_loaded_but_resumed(products, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("disk full")
 
@@ -162,7 +162,7 @@ def test_a_failed_run_leaves_nothing_half_written(products, tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
-def test_another_run_is_refused_unless_overwritten(products, tmp_path):
+def test_an_existing_run_is_replaced_only_with_overwrite(products, tmp_path):
     train(TrainConfig(**options(products, tmp_path / "run", steps=1)))
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -214,9 +214,9 @@ def test_another_run_is_refused_unless_overwritten(products, tmp_path):
         ({"batch_size": 64}, None),
     ],
 )
-def test_bad_settings_are_refused_before_a_file_is_touched(products, tmp_path, changes, message):
+def test_bad_settings_are_refused_before_a_file_is_written(products, tmp_path, changes, message):
     if message is None:
-        # There are fewer rows than a batch has: one smaller batch.
+        # A batch size above the number of rows is allowed.
         train(TrainConfig(**options(products, tmp_path / "run", steps=1, **changes)))
         return
     with pytest.raises(ValueError, match=message):
@@ -225,7 +225,7 @@ def test_bad_settings_are_refused_before_a_file_is_touched(products, tmp_path, c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fused runs on this machine's GPU")
-def test_fused_is_refused_at_once_without_a_gpu(products, tmp_path, monkeypatch):
+def test_fused_is_refused_before_training_without_a_gpu(products, tmp_path, monkeypatch):
     monkeypatch.setattr(mmfused.library, "INTERPRETED", False)  # conftest enables the interpreter
     with pytest.raises(ValueError, match="backend: 'fused' cannot run on cpu"):
         train(TrainConfig(**options(products, tmp_path / "run", backend="fused")))
@@ -233,7 +233,7 @@ def test_fused_is_refused_at_once_without_a_gpu(products, tmp_path, monkeypatch)
         train(TrainConfig(**options(products, tmp_path / "run", device="cuda")))
 
 
-def test_a_label_the_training_data_lack_is_out_of_range(products, tmp_path):
+def test_a_label_above_those_of_the_training_data_is_refused(products, tmp_path):
     metadata = tmp_path / "val" / "metadata.csv"
     metadata.parent.mkdir()
     metadata.write_text("file_name,text,label\n,a red mug,7\n")
@@ -241,7 +241,7 @@ def test_a_label_the_training_data_lack_is_out_of_range(products, tmp_path):
         train(TrainConfig(**options({**products, "val": str(metadata.parent)}, tmp_path / "run")))
 
 
-def test_skipped_rows_are_counted_and_told(products, tmp_path, caplog):
+def test_skipped_rows_are_counted_and_logged(products, tmp_path, caplog):
     metadata = tmp_path / "val" / "metadata.csv"
     metadata.parent.mkdir()
     metadata.write_text("file_name,text,label\n,a red mug,1\nnone.jpg,a mug,1\n,blue mug,x\n")
@@ -252,15 +252,15 @@ def test_skipped_rows_are_counted_and_told(products, tmp_path, caplog):
     assert "val: 2 rows skipped" in caplog.text and "none.jpg" in caplog.text
 
 
-def test_learning_rate_warms_up_and_comes_down():
+def test_learning_rate_warms_up_and_decays():
     rates = [learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[99] == pytest.approx(0.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[54] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
 
 
-def literal_scores(predictions, labels):
-    """Compute scikit-learn's definitions by row and class; a quotient by 0 counts as 0."""
+def scores_in_loops(predictions, labels):
+    """Compute the scores as scikit-learn defines them; a division by 0 gives 0."""
     per_class = []
     for label in sorted({*predictions, *labels}):
         pairs = list(zip(predictions, labels, strict=True))
@@ -279,7 +279,7 @@ def literal_scores(predictions, labels):
     }
 
 
-def test_scores_by_hand():
+def test_scores_of_a_small_example():
     labels, predictions = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 2])
     expected = {
         "accuracy": 1 / 2,
@@ -297,15 +297,13 @@ def test_scores_by_hand():
     ]
 
 
-def test_scores_of_large_labels_take_no_more_memory():
+def test_scores_of_large_labels_need_no_more_memory():
     labels, predictions = torch.tensor([2**31 - 2, 5, 5]), torch.tensor([2**31 - 2, 5, 2**31 - 2])
     assert scores(predictions, labels) == scores(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]))
 
 
 @pytest.mark.parametrize("label", [10**6, 2**31 - 1])
-def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(
-    products, tmp_path, label
-):
+def test_a_label_that_is_too_large_is_refused_before_memory_is_allocated(products, tmp_path, label):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,label\n,a red mug,{label}\n")
     with pytest.raises(
@@ -317,9 +315,9 @@ def test_a_label_that_no_classifier_can_have_is_refused_before_it_is_allocated(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_equal_a_literal_count(seed):
+def test_scores_equal_scores_in_loops(seed):
     generator = torch.Generator().manual_seed(seed)
-    # Of 12 classes, 3 never occur, some are never predicted and some are never true.
+    # Classes 0 to 2 are never true, and classes 9 to 11 are predicted only if they are true.
     labels = torch.randint(0, 9, (40,), generator=generator) + 3
     predictions = torch.where(
         torch.rand(40, generator=generator) < 0.5,
@@ -327,17 +325,17 @@ def test_scores_equal_a_literal_count(seed):
         torch.randint(0, 9, (40,), generator=generator),
     )
     assert scores(predictions, labels) == pytest.approx(
-        literal_scores(predictions.tolist(), labels.tolist())
+        scores_in_loops(predictions.tolist(), labels.tolist())
     )
 
 
 def text_model_and_batches(products, tmp_path, batch_size):
-    """Return a model without dropout in which samples are independent.
+    """Return a model in which samples are independent, and its batches.
 
-    It has one modality, cross-entropy alone and no BatchNorm.
+    The model has one modality, no dropout, and cross-entropy as its only loss.
     """
-    still = {"hidden_dropout_prob": 0.0}
-    options_ = {"loss_weights": (1, 0, 0), "text": still}
+    without_dropout = {"hidden_dropout_prob": 0.0}
+    options_ = {"loss_weights": (1, 0, 0), "text": without_dropout}
     changes = {"modalities": "text", "batch_size": batch_size, "model_options": options_}
     config = TrainConfig(**options(products, tmp_path / "run", **changes))
     data = load_data(config)
@@ -347,7 +345,7 @@ def text_model_and_batches(products, tmp_path, batch_size):
     return model, make_batches(config, *data, tokenizer, 32, model.config)[0]
 
 
-def test_accumulated_gradients_are_those_of_the_one_big_batch(products, tmp_path):
+def test_accumulated_gradients_equal_those_of_one_large_batch(products, tmp_path):
     gradients = {}
     for batch_size in (12, 48):
         model, batches = text_model_and_batches(products, tmp_path, batch_size)
@@ -363,7 +361,7 @@ def test_accumulated_gradients_are_those_of_the_one_big_batch(products, tmp_path
         torch.testing.assert_close(gradients[12][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
+def test_a_step_accumulates_the_given_number_of_batches(products, tmp_path, monkeypatch):
     seen = []
 
     def spy(model, batch):
@@ -378,7 +376,7 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
         )
     )
     assert summary["steps"] == 8 and len(losses(tmp_path / "run")) == 8
-    # 6 batches per epoch: the same 48 labels every two steps, in another order.
+    # An epoch has 6 batches. Each epoch has the same 48 labels in another order.
     epochs = [sum(seen[start : start + 6], []) for start in range(0, 24, 6)]
     assert (
         len(seen) == 24
@@ -387,7 +385,7 @@ def test_a_step_takes_as_many_batches_as_asked(products, tmp_path, monkeypatch):
     )
 
 
-def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
+def test_a_cpu_uses_bf16_autocast_only_if_requested(products, tmp_path, monkeypatch):
     found, update = [], mmfused.training.tasks.add_gradients
 
     def spy(model, batches, count, amp):
@@ -418,7 +416,7 @@ def test_bf16_autocast_on_a_cpu_when_asked(products, tmp_path, monkeypatch):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeypatch):
+def test_a_stream_from_the_middle_is_the_same_and_builds_no_earlier_batch(monkeypatch):
     data = GeneratedProducts("train", size=60)
     batches = Batches(
         data,
@@ -428,14 +426,16 @@ def test_batches_from_the_middle_are_the_same_and_nothing_before_is_made(monkeyp
         seed=3,
         drop_last=True,
     )
-    made, make = [], batches.items.batch
-    monkeypatch.setattr(batches.items, "batch", lambda *args: made.append(1) or make(*args))
+    built, make = [], batches.items.batch
+    monkeypatch.setattr(batches.items, "batch", lambda *args: built.append(1) or make(*args))
     stream = batches.stream()
     expected = [next(stream) for _ in range(20)]
     for position in (0, 5, 7, 16):
-        made.clear()
+        built.clear()
         got = next(batches.stream(position))
-        assert len(made) == 1 and all(torch.equal(got[key], expected[position][key]) for key in got)
+        assert len(built) == 1 and all(
+            torch.equal(got[key], expected[position][key]) for key in got
+        )
     batches.set_epoch(2)
     assert torch.equal(next(iter(batches))["pixel_values"], expected[14]["pixel_values"])
 

@@ -19,7 +19,7 @@ from mmfused.training.run import TrainConfig, train
 few_products = training_runs.few_products
 
 
-def test_a_lowered_batch_size_is_said(tmp_path, caplog):
+def test_a_lowered_batch_size_is_logged(tmp_path, caplog):
     train(small_run(tmp_path / "run", batch_size=64, steps=1))
     assert "batch_size: 64 is lowered to 60, because there are only 60 rows" in caplog.text
     assert read_json(tmp_path / "run" / "config.json")["training"]["batch_size"] == 64
@@ -39,7 +39,7 @@ def test_a_lowered_batch_size_is_said(tmp_path, caplog):
     ],
     ids=" ".join,
 )
-def test_an_empty_value_is_not_taken_for_none(capsys, command):
+def test_an_empty_value_is_refused(capsys, command):
     assert main(command) == 2
     name = command[-2].removeprefix("--")
     assert (
@@ -51,7 +51,7 @@ def test_an_empty_value_is_not_taken_for_none(capsys, command):
             TrainConfig(out="x", **{name: ""})
 
 
-def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
+def test_ablate_and_demo_do_not_overwrite_files_of_other_programs(tmp_path, capsys):
     for name, command in (
         ("ablation.json", ["ablate", "--data", "generated", "--overwrite"]),
         ("demo.json", ["demo"]),
@@ -71,7 +71,7 @@ def test_ablate_and_demo_replace_only_what_they_made(tmp_path, capsys):
     )
 
 
-def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
+def test_a_signal_stops_ablate(tmp_path, monkeypatch, capsys):
     stop_in_step(monkeypatch, 1)
     command = [
         "ablate",
@@ -116,13 +116,13 @@ def test_a_signal_ends_ablate_as_it_ends_train(tmp_path, monkeypatch, capsys):
         (["--device", "abacus"], "device: got 'abacus'"),
     ],
 )
-def test_bad_arguments_are_named_as_they_were_given(tmp_path, capsys, given, message):
+def test_bad_arguments_are_refused_by_name(tmp_path, capsys, given, message):
     assert main(["train", "--data", "generated", "--out", str(tmp_path / "run"), *given]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_another_type_are_refused():
+def test_settings_of_the_wrong_type_are_refused():
     for changes, message in (
         ({"steps": 1.5}, "steps: got 1.5, expected an integer from 1 to 1000000000000 or None"),
         ({"lr": True}, "lr: got True, expected a finite number"),
@@ -135,7 +135,7 @@ def test_settings_of_another_type_are_refused():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_nothing_is_logged_where_all_is_well(tmp_path, caplog):
+def test_a_normal_run_logs_no_warning(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "mmfused")
     train(small_run(tmp_path / "run", steps=SMALL_RUN["accumulate"]))
     assert caplog.text == ""

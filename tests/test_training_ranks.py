@@ -1,4 +1,4 @@
-"""If two ranks start differently or one fails, both stop within seconds and report the rank."""
+"""If the settings of two ranks differ or one rank fails, both stop within seconds with an error."""
 
 import csv
 import json
@@ -17,27 +17,27 @@ from mmfused.training import loop as training
 from mmfused.training import run as training_run
 from mmfused.training.run import train
 
-SECONDS = 60  # including preparation; a group that waits for a rank gives up after half an hour
+SECONDS = 60  # far below the half hour after which a process group stops waiting for a rank
 
 
-def different(rank, out, folder, patch):
+def different_lr(rank, out, folder, patch):
     return small_run(out, lr=(0.1, 0.2)[rank])
 
 
-def other_steps(rank, out, folder, patch):
+def different_steps(rank, out, folder, patch):
     return small_run(out, steps=(4, 5)[rank])
 
 
-def other_epochs(rank, out, folder, patch):
+def different_epochs(rank, out, folder, patch):
     return small_run(out, steps=None, epochs=(1, 2)[rank])
 
 
-def other_data(rank, out, folder, patch):
+def different_data(rank, out, folder, patch):
     return small_run(out, data=str(folder / "data"), val=str(folder / ("val", "data")[rank]))
 
 
-def other_rows(rank, out, folder, patch):
-    """Use a folder of the same name, with other texts on the other rank's machine."""
+def different_rows(rank, out, folder, patch):
+    """Use a data folder with the same name on both ranks, but with different texts."""
     os.chdir(folder / ("data", "val")[rank])
     return small_run(out, data=".", val=str(folder / "val"))
 
@@ -47,14 +47,14 @@ def missing_data(rank, out, folder, patch):
     return small_run(out, data="data", val=str(folder / "val"))
 
 
-def foreign_files(rank, out, folder, patch):
+def files_of_another_program(rank, out, folder, patch):
     if rank == 0:
         out.mkdir()
         (out / "model.safetensors").write_text("mine")
     return small_run(out)
 
 
-def a_loss_that_is_not_finite(rank, out, folder, patch):
+def non_finite_loss(rank, out, folder, patch):
     update = training.update
 
     def poisoned(*args):
@@ -65,7 +65,7 @@ def a_loss_that_is_not_finite(rank, out, folder, patch):
     return small_run(out)
 
 
-def a_full_disk(rank, out, folder, patch):
+def full_disk(rank, out, folder, patch):
     def full(*args, **options):
         raise OSError("disk full")
 
@@ -73,7 +73,7 @@ def a_full_disk(rank, out, folder, patch):
     return small_run(out)
 
 
-def a_failing_validation(rank, out, folder, patch):
+def failing_validation(rank, out, folder, patch):
     def failing(*args):
         if rank == 1:
             raise RuntimeError("out of memory")
@@ -83,11 +83,11 @@ def a_failing_validation(rank, out, folder, patch):
     return small_run(out)
 
 
-def a_name_that_is_no_text(rank, out, folder, patch):
+def name_with_an_invalid_character(rank, out, folder, patch):
     return small_run(out, data="\udcff", val="x")
 
 
-def a_signal_in_a_validation(rank, out, folder, patch):
+def signal_during_a_validation(rank, out, folder, patch):
     def signalled(model, batches, amp, stopped):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,7 +98,7 @@ def a_signal_in_a_validation(rank, out, folder, patch):
     return small_run(out)
 
 
-def records_that_cannot_be_opened(rank, out, folder, patch):
+def metrics_that_cannot_be_opened(rank, out, folder, patch):
     begin = training_run.begin
 
     def spoiled(*args):
@@ -109,7 +109,7 @@ def records_that_cannot_be_opened(rank, out, folder, patch):
     return small_run(out)
 
 
-def a_failing_forward(rank, out, folder, patch):
+def failing_forward(rank, out, folder, patch):
     def failing(*args):
         if rank == 1:
             raise RuntimeError("out of memory")
@@ -120,7 +120,7 @@ def a_failing_forward(rank, out, folder, patch):
     return small_run(out)
 
 
-def at_the_end(rank, out, folder, patch):
+def full_disk_at_the_end(rank, out, folder, patch):
     def failing(*args):
         raise OSError("disk full")
 
@@ -130,41 +130,43 @@ def at_the_end(rank, out, folder, patch):
 
 # The expected errors of the first rank and of the second.
 CASES = {
-    different: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, expected one value",) * 2,
-    other_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, expected one value",) * 2,
-    other_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, expected one value",) * 2,
-    other_data: ("ValueError: val: got ",) * 2,
-    other_rows: ("ValueError: data's rows: got ",) * 2,
+    different_lr: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, expected one value",) * 2,
+    different_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, expected one value",)
+    * 2,
+    different_epochs: ("ValueError: epochs: got 1 on rank 0 and 2 on rank 1, expected one value",)
+    * 2,
+    different_data: ("ValueError: val: got ",) * 2,
+    different_rows: ("ValueError: data's rows: got ",) * 2,
     missing_data: (
         "OtherRankError: rank 1 of 2: data: got 'data', expected a folder",
         "FileNotFoundError: data: got 'data'",
     ),
-    foreign_files: (
+    files_of_another_program: (
         "FileExistsError: out: ",
         ("OtherRankError: rank 0 of 2: out: ", "FileExistsError: out: "),
     ),
-    a_loss_that_is_not_finite: (
+    non_finite_loss: (
         "OtherRankError: rank 1 of 2: the loss is nan at step 1",
         "RuntimeError: the loss is nan at",
     ),
-    a_full_disk: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
-    a_failing_validation: (
+    full_disk: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
+    failing_validation: (
         "OtherRankError: rank 1 of 2: out of memory",
         "RuntimeError: out of memory",
     ),
-    a_name_that_is_no_text: ("FileNotFoundError: data: got '\\udcff'",) * 2,
-    a_signal_in_a_validation: ("Stopped: stopped by SIGTERM after step 4",) * 2,
-    records_that_cannot_be_opened: ("IsADirectoryError: ", "OtherRankError: rank 0 of 2: "),
-    a_failing_forward: (
+    name_with_an_invalid_character: ("FileNotFoundError: data: got '\\udcff'",) * 2,
+    signal_during_a_validation: ("Stopped: stopped by SIGTERM after step 4",) * 2,
+    metrics_that_cannot_be_opened: ("IsADirectoryError: ", "OtherRankError: rank 0 of 2: "),
+    failing_forward: (
         "OtherRankError: rank 1 of 2: out of memory",
         "RuntimeError: out of memory",
     ),
-    at_the_end: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
+    full_disk_at_the_end: ("OSError: disk full", "OtherRankError: rank 0 of 2: disk full"),
 }
 
 
 def run_rank(rank, port, folder):
-    """Run all cases one after the other in one group, which must be usable after each error."""
+    """Run all cases in one process group, which must stay usable after each error."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -172,7 +174,7 @@ def run_rank(rank, port, folder):
         "MASTER_PORT": str(port),
     }
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    heard = {}
+    outcomes = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmfused.training.setup.product_data.GeneratedProducts", smaller_data())
         for case in CASES:
@@ -181,12 +183,12 @@ def run_rank(rank, port, folder):
                 config = case(rank, folder / case.__name__, folder, own)
                 try:
                     train(config)
-                    said = "nothing"
+                    outcome = "nothing"
                 except Exception as error:
-                    said = f"{type(error).__name__}: {error}"
-            heard[case.__name__] = said, time.monotonic() - begun
+                    outcome = f"{type(error).__name__}: {error}"
+            outcomes[case.__name__] = outcome, time.monotonic() - begun
         train(small_run(folder / "good", augment=False))
-    (folder / f"{rank}.json").write_text(json.dumps(heard))
+    (folder / f"{rank}.json").write_text(json.dumps(outcomes))
 
 
 def write_rows(folder, texts):
@@ -198,7 +200,7 @@ def write_rows(folder, texts):
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory) -> tuple[Path, list[dict]]:
+def outcomes(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("ranks")
     write_rows(folder / "data", [f"a red mug {i}" for i in range(16)])
     write_rows(folder / "val", [f"a blue pot {i}" for i in range(16)])
@@ -216,19 +218,22 @@ def heard(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_both_ranks_end_and_say_why(heard, case):
-    for said, expected in zip([rank[case.__name__] for rank in heard[1]], CASES[case], strict=True):
-        assert said[0].startswith(expected) and "\n" not in said[0], said
-        assert said[1] < SECONDS
+def test_both_ranks_stop_and_report_the_error(outcomes, case):
+    for outcome, expected in zip(
+        [rank[case.__name__] for rank in outcomes[1]], CASES[case], strict=True
+    ):
+        assert outcome[0].startswith(expected) and "\n" not in outcome[0], outcome
+        assert outcome[1] < SECONDS
 
 
-def test_the_group_is_of_use_after_refusals(heard):
-    assert [record["step"] for record in records(heard[0] / "good") if "loss" in record] == list(
+def test_the_group_can_train_after_the_errors(outcomes):
+    assert [record["step"] for record in records(outcomes[0] / "good") if "loss" in record] == list(
         range(1, 10)
     )
 
 
-def test_what_is_refused_leaves_no_folder(heard):
-    for case in (different, other_steps, other_data, other_rows, missing_data):
-        assert not (heard[0] / case.__name__).exists()
-    assert [path.name for path in (heard[0] / "foreign_files").iterdir()] == ["model.safetensors"]
+def test_refused_settings_leave_no_folder(outcomes):
+    for case in (different_lr, different_steps, different_data, different_rows, missing_data):
+        assert not (outcomes[0] / case.__name__).exists()
+    left = (outcomes[0] / "files_of_another_program").iterdir()
+    assert [path.name for path in left] == ["model.safetensors"]

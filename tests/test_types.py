@@ -1,4 +1,4 @@
-"""Types as users see them: the package is typed, and mistakes in user code are found."""
+"""All public symbols have types, and type checkers find the mistakes in user code."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def test_public_symbols_have_types():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_pyright_finds_each_mistake_of_a_user():
+def test_pyright_reports_exactly_the_marked_lines_of_user_code():
     needs("pyright")
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run([*command, USER_CODE], cwd=ROOT, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def test_pyright_finds_each_mistake_of_a_user():
     assert errors == MARKED, found
 
 
-def test_mypy_finds_each_mistake_of_a_user(tmp_path):
+def test_mypy_reports_exactly_the_marked_lines_of_user_code(tmp_path):
     needs("mypy")
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", USER_CODE]
     command += ["--cache-dir", tmp_path]

@@ -1,4 +1,4 @@
-"""UniCA against an independent float64 transcription of its equations, and other guarantees."""
+"""UniCA against an independent transcription of its equations in float64, and other properties."""
 
 import json
 
@@ -8,13 +8,12 @@ from retrieval_models import home
 from unica_equations import (
     BERT,
     SMALL,
-    error,
     random_model,
+    relative_error,
     shown,
     token_batch,
     token_part,
     transcription,
-    x64,
 )
 
 import mmfused
@@ -40,7 +39,7 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values()))[:30] or "default"
 )
-def test_agrees_with_the_equations(options):
+def test_model_agrees_with_the_equations(options):
     model, batch = random_model(**options), token_batch()
     leaves = {
         name: parameter.detach().clone().requires_grad_()
@@ -54,15 +53,17 @@ def test_agrees_with_the_equations(options):
             output = model(**batch)
             output.loss.backward()
             embedded = model.embed(VIEWS, **shown(batch["query"]))
-        assert error(output.loss, expected["loss"]) < 1e-12
+        assert relative_error(output.loss, expected["loss"]) < 1e-12
         assert output.losses.keys() == {"info_nce", "positive_similarity"}
         for name, value in output.losses.items():
-            assert error(value, expected[name]) < 1e-12, name
+            assert relative_error(value, expected[name]) < 1e-12, name
         for view in VIEWS:
-            assert error(embedded[view], views[view]) < 1e-12, view
+            assert relative_error(embedded[view], views[view]) < 1e-12, view
         for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
             assert (
-                error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+                relative_error(
+                    parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient
+                )
                 < 1e-10
             ), name
 
@@ -73,10 +74,10 @@ def test_the_terms_add_up_with_and_without_negatives():
     assert abs((terms["info_nce"] + 0.5 * terms["positive_similarity"] - loss).item()) < 1e-14
     del batch["negative"]
     expected, _ = transcription(dict(model.named_parameters()), batch, model.config)
-    assert error(model(**batch).loss, expected["loss"]) < 1e-12
+    assert relative_error(model(**batch).loss, expected["loss"]) < 1e-12
 
 
-def test_a_text_alone_is_what_plain_bert_makes_of_it():
+def test_a_text_without_an_image_gets_plain_berts_embedding():
     model, items = random_model(), token_part()
     states = model.text_encoder(
         input_ids=items["input_ids"], attention_mask=items["attention_mask"]
@@ -84,13 +85,13 @@ def test_a_text_alone_is_what_plain_bert_makes_of_it():
     plain = torch.nn.functional.normalize(states[:, 0], dim=-1)
     items["image_present"] = torch.arange(6) == 0
     views = model.embed(("text", "both"), **shown(items))
-    assert error(views["text"], plain) < 1e-12
+    assert relative_error(views["text"], plain) < 1e-12
     # An image in another item does not change the positions of these texts.
-    assert error(views["both"][1:], plain[1:]) < 1e-12
-    assert error(views["both"][0], plain[0]) > 1e-3
+    assert relative_error(views["both"][1:], plain[1:]) < 1e-12
+    assert relative_error(views["both"][0], plain[0]) > 1e-3
 
 
-def test_pre_norm_starts_as_the_host_alone():
+def test_a_new_pre_norm_model_computes_the_same_as_without_bica():
     torch.manual_seed(0)
     model = UniCA(UniCAConfig(**SMALL, bica_norm="pre", blocks=2)).double()
     without = UniCA(UniCAConfig(**SMALL, without=("bica",))).double()
@@ -98,7 +99,7 @@ def test_pre_norm_starts_as_the_host_alone():
         {name: value for name, value in model.state_dict().items() if not name.startswith("bica")}
     )
     batch = token_batch()
-    assert error(model(**batch).loss, without(**batch).loss) < 1e-12
+    assert relative_error(model(**batch).loss, without(**batch).loss) < 1e-12
     model(**batch).loss.backward()
     assert model.bica[0].attention.to_a.out_proj.weight.grad.any()
 
@@ -109,7 +110,7 @@ def test_pre_norm_starts_as_the_host_alone():
 def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options):
     """Return (losses and terms of each step, parameters, embeddings) after some steps."""
     torch.manual_seed(5)  # for dropout
-    # A new model's output depends little on its items.
+    # Random parameters, because a new model's output depends little on its items.
     model = random_model(**options).to(home(dtype), dtype)
     model.info_nce.options["positive_weight"] *= perturb
     batch = {
@@ -135,15 +136,15 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
     )
 
 
-def apart(first, second) -> float:
-    return max(error(a, b) for a, b in zip(first, second, strict=True))
+def largest_error(first, second) -> float:
+    return max(relative_error(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_training_is_the_same_on_both_backends_and_the_test_sees_one_perturbed_term():
-    expected = trained("reference", 30, x64)
-    assert apart(trained("composed", 30, x64), expected) < 1e-9
-    assert apart(trained("composed", 30, x64, perturb=1.01), expected) > 1e-4
-    assert expected[0][-3] < 0.8 * expected[0][0]  # and the model learns
+def test_thirty_steps_agree_and_a_changed_loss_weight_does_not():
+    expected = trained("reference", 30, torch.float64)
+    assert largest_error(trained("composed", 30, torch.float64), expected) < 1e-9
+    assert largest_error(trained("composed", 30, torch.float64, perturb=1.01), expected) > 1e-4
+    assert expected[0][-3] < 0.8 * expected[0][0]  # the loss decreases
 
 
 def test_training_with_dropout_is_the_same_on_both_backends():
@@ -154,17 +155,22 @@ def test_training_with_dropout_is_the_same_on_both_backends():
         "share_weights": True,
     }
     assert (
-        apart(trained("composed", 30, x64, **options), trained("reference", 30, x64, **options))
+        largest_error(
+            trained("composed", 30, torch.float64, **options),
+            trained("reference", 30, torch.float64, **options),
+        )
         < 1e-9
     )
 
 
-def test_the_kernels_train_alike():
-    """Train with SGD: Adam's first steps turn the rounding of a zero gradient into a step."""
+def test_the_fused_backend_trains_like_the_reference():
+    """Train with SGD, because Adam's first steps amplify the rounding errors of zero gradients."""
     options = {"optimizer": torch.optim.SGD, "items": 3, "text_dim": 32, "num_heads": 2, "ffn": 32}
     fused = trained("fused", 2, torch.float32, **options)
-    assert apart(trained("reference", 2, torch.float32, **options), fused) < 1e-5
-    assert apart(trained("reference", 2, torch.float32, perturb=1.01, **options), fused) > 1e-4
+    assert largest_error(trained("reference", 2, torch.float32, **options), fused) < 1e-5
+    assert (
+        largest_error(trained("reference", 2, torch.float32, perturb=1.01, **options), fused) > 1e-4
+    )
 
 
 # --- missing modalities ---
@@ -181,7 +187,7 @@ CASES = {
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_batch_that_lacks_a_modality_trains(case, backend):
+def test_gradients_are_finite_if_no_item_has_the_modality(case, backend):
     model, batch = (
         random_model(),
         {role: {**items, **CASES[case]} for role, items in token_batch().items()},
@@ -198,7 +204,7 @@ def test_a_batch_that_lacks_a_modality_trains(case, backend):
         )
 
 
-def test_what_is_absent_does_not_leak():
+def test_absent_modalities_do_not_affect_the_loss():
     model, batch = random_model(), token_batch()
     expected = model(**batch).loss
     for items in batch.values():
@@ -210,8 +216,8 @@ def test_what_is_absent_does_not_leak():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_missing_text_is_cls_and_sep():
-    """A missing text is [CLS][SEP] alone, without a real token, or with text_present=False."""
+def test_all_missing_texts_give_the_same_embedding():
+    """A text is missing if it is only [CLS][SEP], has no real token, or has text_present=False."""
     model, items = random_model(), token_part()
     items["image_present"] = None
     items["image_tokens"] = items["image_tokens"][:1].expand(6, -1, -1)
@@ -219,8 +225,8 @@ def test_a_missing_text_is_cls_and_sep():
     present = (items["attention_mask"].sum(1) > 2) & (torch.arange(6) != 4)
     both = model.embed(**shown(items), text_present=present)["both"]
     assert torch.equal(both[2], both[3]) and torch.equal(both[2], both[4])
-    assert error(both[2], both[5]) > 1e-3
-    assert error(model.embed(**shown(items))["both"][4], both[4]) > 1e-3
+    assert relative_error(both[2], both[5]) > 1e-3
+    assert relative_error(model.embed(**shown(items))["both"][4], both[4]) > 1e-3
 
 
 def test_items_do_not_depend_on_each_other_or_on_padding():
@@ -238,28 +244,30 @@ def test_items_do_not_depend_on_each_other_or_on_padding():
         alone = model.embed(VIEWS, **{name: value[row : row + 1] for name, value in items.items()})
         for view in VIEWS:
             assert (
-                error(alone[view][0], whole[view][row]) < 1e-12
-                and error(padded[view], whole[view]) < 1e-12
+                relative_error(alone[view][0], whole[view][row]) < 1e-12
+                and relative_error(padded[view], whole[view]) < 1e-12
             )
 
 
-def test_views_hide_the_other_modality():
+def test_a_view_depends_only_on_its_modalities():
     model, items = random_model(), shown(token_part())
     expected = model.embed(VIEWS, **items)
     other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
     assert (
         torch.equal(other["text"], expected["text"])
-        and error(other["image"], expected["image"]) > 1e-3
+        and relative_error(other["image"], expected["image"]) > 1e-3
     )
     other = model.embed(VIEWS, **{**items, "input_ids": token_part(7)["input_ids"]})
     assert (
         torch.equal(other["image"], expected["image"])
-        and error(other["text"], expected["text"]) > 1e-3
+        and relative_error(other["text"], expected["text"]) > 1e-3
     )
     for view in VIEWS:
         assert expected[view].shape == (6, 12)
-        assert error(expected[view].norm(dim=-1), torch.ones(6, dtype=x64)) < 1e-12
-    assert error(expected["both"][2], expected["image"][2]) < 1e-12  # without text
+        assert (
+            relative_error(expected[view].norm(dim=-1), torch.ones(6, dtype=torch.float64)) < 1e-12
+        )
+    assert relative_error(expected["both"][2], expected["image"][2]) < 1e-12  # without text
     with pytest.raises(ValueError, match="views: got video, expected some of"):
         model.embed(("video",), **items)
 
@@ -268,7 +276,7 @@ def test_views_hide_the_other_modality():
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_each_component_changes_what_it_should(name):
+def test_removing_a_component_changes_the_loss(name):
     full, batch = random_model(), token_batch()
     ablated = UniCA(UniCAConfig(**SMALL, without=(name,))).double()
     ablated.load_state_dict(
@@ -279,13 +287,15 @@ def test_each_component_changes_what_it_should(name):
     views, ablated_views = (
         model.embed(VIEWS, **shown(batch["query"])) for model in (full, ablated)
     )
-    changed = [view for view in VIEWS if error(views[view], ablated_views[view]) > 1e-6]
+    changed = [view for view in VIEWS if relative_error(views[view], ablated_views[view]) > 1e-6]
     assert changed == (["both"] if name in ("bica", "ffn", "fusion") else [])
     if name == "positive_similarity":
-        assert error(b, terms["info_nce"]) < 1e-12 and torch.equal(ablated_terms["info_nce"], b)
+        assert relative_error(b, terms["info_nce"]) < 1e-12 and torch.equal(
+            ablated_terms["info_nce"], b
+        )
     if name == "fusion":
         late = torch.nn.functional.normalize(views["image"] + views["text"], dim=-1)
-        assert error(ablated_views["both"][[0, 4, 5]], late[[0, 4, 5]]) < 1e-12
+        assert relative_error(ablated_views["both"][[0, 4, 5]], late[[0, 4, 5]]) < 1e-12
         assert not ablated.bica
 
 
@@ -330,7 +340,7 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad.any() or name.endswith(("k_proj.bias", "key.bias")), name
 
 
-def test_pixels_pass_the_vit_whose_first_token_is_dropped():
+def test_the_first_token_of_the_image_encoder_is_dropped():
     model, items = tiny().eval(), shown(pixel_part())
     expected = model.embed(VIEWS, **items)
     tokens = model.image_encoder.forward_features(items["pixel_values"])
@@ -340,7 +350,7 @@ def test_pixels_pass_the_vit_whose_first_token_is_dropped():
     torch.testing.assert_close(got, expected)
 
 
-def test_absent_pixels_do_not_leak():
+def test_absent_pixels_do_not_affect_the_loss():
     model, batch = tiny().eval(), pixel_batch()
     expected = model(**batch).loss
     for items in batch.values():
@@ -352,15 +362,15 @@ def test_absent_pixels_do_not_leak():
 
 
 @pytest.mark.parametrize("frozen", [("text",), ("image",), ("image", "text")])
-def test_frozen_encoders_stay_and_let_gradients_through(frozen):
+def test_frozen_encoders_do_not_change_but_pass_gradients_on(frozen):
     model = tiny(freeze=frozen).train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    still = tuple(f"{part}_encoder." for part in frozen)
+    frozen_names = tuple(f"{part}_encoder." for part in frozen)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model(**pixel_batch()).loss.backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
-        if name.startswith(still):
+        if name.startswith(frozen_names):
             assert parameter.grad is None and torch.equal(parameter, before[name]), name
         elif not name.endswith(("k_proj.bias", "key.bias")):
             assert parameter.grad.any() and not torch.equal(parameter, before[name]), name
@@ -378,10 +388,10 @@ def test_autocast_keeps_embeddings_and_losses_in_float32():
         == output.losses["positive_similarity"].dtype
         == torch.float32
     )
-    assert error(output.loss, expected.loss) < 0.1
+    assert relative_error(output.loss, expected.loss) < 0.1
 
 
-def test_training_tells_items_apart():
+def test_training_learns_to_distinguish_items():
     model, part = tiny(), pixel_part()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(15):
@@ -395,7 +405,7 @@ def test_training_tells_items_apart():
 # --- configuration and errors ---
 
 
-def test_config_survives_json():
+def test_config_round_trips_through_json():
     config = UniCAConfig.preset(
         "tiny", vocab_size=70, image_size=96, freeze=("text",), without=("ffn",), gather="local"
     )
@@ -405,7 +415,7 @@ def test_config_survives_json():
     assert UniCA(copy).picture_size == 96 and UniCA(UniCAConfig(**SMALL)).picture_size == 16
 
 
-def test_preset_paper_has_its_sizes():
+def test_the_paper_preset_has_the_papers_sizes():
     with torch.device("meta"):
         model = UniCA(UniCAConfig.preset("paper"))
     assert (
@@ -447,7 +457,7 @@ def test_preset_paper_has_its_sizes():
         ),
     ],
 )
-def test_bad_config(options, message):
+def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         UniCA(UniCAConfig(**{**SMALL, **options}))
 
@@ -506,12 +516,12 @@ def test_bad_config(options, message):
         ),
     ],
 )
-def test_bad_items(changes, message):
+def test_bad_items_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         random_model().encode("query", **{**token_part(), **changes})
 
 
-def test_a_candidate_for_every_query():
+def test_too_few_candidates_are_refused():
     batch = token_batch()
     batch["candidate"] = {name: value[:5] for name, value in batch["candidate"].items()}
     with pytest.raises(ValueError, match="candidate: got 5 rows, expected 6"):

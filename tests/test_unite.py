@@ -1,4 +1,4 @@
-"""UNITE against an independent float64 transcription of its equations, and other guarantees."""
+"""UNITE against an independent transcription of its equations in float64, and other properties."""
 
 import json
 import sys
@@ -15,7 +15,6 @@ from mmfused.models.retrieval import VIEWS
 from mmfused.models.unite import COMPONENTS, UNITE, UNITEConfig, lora
 from mmfused.training.gradients import add_cached_gradients, add_gradients, to_device
 
-x64 = torch.float64
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
 TOKENS["prompts"] = {kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)}
 HOST = {
@@ -50,15 +49,17 @@ def tiny(**options) -> UNITE:
 
 
 def random_model(**options) -> UNITE:
-    """Return a float64 model with random parameters, also where they start as zeros or ones."""
+    """Return a float64 model in which all parameters are random."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.2
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+        )
     return model
 
 
 def items(seed: int, labels, frames=()) -> dict:
-    """Return items; item 1 has no picture, item 2 no text and item 3 neither."""
+    """Return items; item 1 has no picture, item 2 no text, and item 3 neither."""
     generator, batch = torch.Generator().manual_seed(seed), len(labels)
     lengths = torch.randint(4, 8, (batch,), generator=generator)
     lengths[2:4] = 2
@@ -67,7 +68,9 @@ def items(seed: int, labels, frames=()) -> dict:
     ids[torch.arange(batch), lengths - 1] = 3
     present = (torch.arange(batch) != 1) & (torch.arange(batch) != 3)
     return {
-        "pixel_values": torch.randn(batch, *frames, 3, 16, 16, generator=generator, dtype=x64),
+        "pixel_values": torch.randn(
+            batch, *frames, 3, 16, 16, generator=generator, dtype=torch.float64
+        ),
         "input_ids": ids,
         "attention_mask": (torch.arange(8) < lengths[:, None]).long(),
         "image_present": present,
@@ -76,7 +79,7 @@ def items(seed: int, labels, frames=()) -> dict:
 
 
 def batch(frames=(), negatives=True) -> dict:
-    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product."""
+    """Return a batch; queries 0 and 4 have the same product, and so have negative 5 and query 1."""
     parts = {
         "query": items(1, [7, 1, 2, 3, 7, 5], frames),
         "candidate": items(2, [7, 1, 2, 3, 7, 5], frames),
@@ -84,14 +87,14 @@ def batch(frames=(), negatives=True) -> dict:
     return {**parts, "negative": items(3, [8, 9, 8, 6, 6, 1], frames)} if negatives else parts
 
 
-def plain(parts: dict) -> dict:
-    """Return the parts in float32, as the trainer passes them."""
+def in_float32(parts: dict) -> dict:
+    """Return the parts with float32 pixels, as the trainer passes them."""
     return {
         role: {**part, "pixel_values": part["pixel_values"].float()} for role, part in parts.items()
     }
 
 
-def error(a, b):
+def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
@@ -112,7 +115,7 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())) or "default"
 )
-def test_agrees_with_the_equations(options, backend):
+def test_model_agrees_with_the_equations(options, backend):
     model, parts = random_model(**options), batch()
     check_equations(model, parts, backend)
 
@@ -121,7 +124,7 @@ def test_videos_agree_with_the_equations():
     check_equations(random_model(), batch(frames=(4,)), "composed")
 
 
-def test_without_hard_negatives_in_the_batch():
+def test_a_batch_without_hard_negatives_agrees_with_the_equations():
     check_equations(random_model(), batch(negatives=False), "composed")
 
 
@@ -143,29 +146,30 @@ def check_equations(model, parts, backend):
     encoded = {role: model.encode(role, **part) for role, part in parts.items()}
     for role, (row, codes) in rows.items():
         assert (
-            error(encoded[role]["embedding"], row) < 1e-11
+            relative_error(encoded[role]["embedding"], row) < 1e-11
             and encoded[role]["code"].tolist() == codes
         ), role
     torch.manual_seed(4)
     with mmfused.backend(backend):
         output = model(**parts)
         output.loss.backward()
-    assert error(output.loss, expected) < 1e-10 and output.losses == {"contrastive": output.loss}
+    assert relative_error(output.loss, expected) < 1e-10 and output.losses == {
+        "contrastive": output.loss
+    }
     for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
         assert (
-            error(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient)
+            relative_error(
+                parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient
+            )
             < 1e-9
         ), name
 
 
-def test_a_lone_modality_has_no_loss():
-    """In stage 2 without hard negatives, loss and gradient are 0.
-
-    The only candidate allowed in that row of the mask is its positive.
-    """
+def test_an_item_that_is_alone_in_its_modality_has_no_loss():
+    """In stage 2 without hard negatives, such an item is compared only with its positive."""
     model, rows = (
         random_model(without=("negatives",)),
-        torch.nn.functional.normalize(torch.randn(2, 4, 6, dtype=x64), dim=-1),
+        torch.nn.functional.normalize(torch.randn(2, 4, 6, dtype=torch.float64), dim=-1),
     )
     query, candidate = (part.clone().requires_grad_() for part in rows)
     codes = torch.tensor([1, 1, 2, 1])
@@ -178,14 +182,14 @@ def test_a_lone_modality_has_no_loss():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("lacking", [(), ("image",), ("text",), ("image", "text")], ids="-".join)
-def test_gradients_are_finite_whatever_is_missing(stage, lacking):
-    model, parts = tiny(stage=stage), plain(batch())
+@pytest.mark.parametrize("missing", [(), ("image",), ("text",), ("image", "text")], ids="-".join)
+def test_gradients_are_finite_whatever_is_missing(stage, missing):
+    model, parts = tiny(stage=stage), in_float32(batch())
     for part in parts.values():
         part["pixel_values"][~part["image_present"]] = float("nan")
-        if "image" in lacking:
+        if "image" in missing:
             part["image_present"][:], part["pixel_values"][:] = False, float("nan")
-        if "text" in lacking:
+        if "text" in missing:
             part["attention_mask"] = (torch.arange(8) < 2).long().expand(6, -1)
             part["input_ids"][:, 1] = 3
     loss = model(**parts).loss
@@ -194,15 +198,16 @@ def test_gradients_are_finite_whatever_is_missing(stage, lacking):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     tower = [parameter.grad.any() for parameter in model.host.visual.parameters()]
-    assert any(tower) == ("image" not in lacking)
+    assert any(tower) == ("image" not in missing)
 
 
-def test_views_hide_what_they_must():
+def test_a_view_depends_only_on_its_modalities():
     model, part = random_model(), batch()["query"]
     part.pop("labels")
     before = model.embed(VIEWS, **part)
     assert all(
-        error(rows.square().sum(1), torch.ones(6, dtype=x64)) < 1e-12 for rows in before.values()
+        relative_error(rows.square().sum(1), torch.ones(6, dtype=torch.float64)) < 1e-12
+        for rows in before.values()
     )
     other = {**part, "pixel_values": part["pixel_values"] + 1}
     assert torch.equal(model.embed(("text",), **other)["text"], before["text"])
@@ -219,29 +224,30 @@ def test_views_hide_what_they_must():
         True,
     ]
     for item, alone in ((1, "text"), (2, "image")):  # "both" equals the only modality
-        assert error(before["both"][item], before[alone][item]) < 1e-12
+        assert relative_error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
         == torch.float32
     )
 
 
-def test_more_padding_changes_nothing():
+def test_more_padding_does_not_change_the_embeddings():
     model, part = random_model(), batch()["query"]
     part.pop("labels")
     expected = model.embed(VIEWS, **part)
     for name in ("input_ids", "attention_mask"):
         part[name] = torch.nn.functional.pad(part[name], (0, 5))
     assert all(
-        error(rows, expected[view]) < 1e-12 for view, rows in model.embed(VIEWS, **part).items()
+        relative_error(rows, expected[view]) < 1e-12
+        for view, rows in model.embed(VIEWS, **part).items()
     )
 
 
 # --- training ---
 
 
-def test_chunks_draw_the_views_of_the_whole():
-    model, part, losses, gradients = tiny(), plain(batch()), [], []
+def test_chunks_draw_the_same_views_as_the_whole_batch():
+    model, part, losses, gradients = tiny(), in_float32(batch()), [], []
     torch.manual_seed(3)
     whole = model.encode("query", **part["query"])["code"]
     torch.manual_seed(3)
@@ -260,14 +266,14 @@ def test_chunks_draw_the_views_of_the_whole():
             ]
         )
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert error(losses[1], losses[0]) < 1e-6
-    assert all(error(a, b) < 1e-5 for a, b in zip(*gradients[::-1], strict=True))
+    assert relative_error(losses[1], losses[0]) < 1e-6
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(*gradients[::-1], strict=True))
 
 
-def train(backend, steps, dtype=x64, **options) -> list[torch.Tensor]:
+def train(backend, steps, dtype=torch.float64, **options) -> list[torch.Tensor]:
     """Return losses, parameters and embeddings after some steps."""
     model, parts, losses = tiny(**options, host=ONE_LAYER).to(home(dtype), dtype), batch(), []
-    parts = to_device(parts if dtype == x64 else plain(parts), home(dtype))
+    parts = to_device(parts if dtype == torch.float64 else in_float32(parts), home(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     torch.manual_seed(2)
     with mmfused.backend(backend):
@@ -286,43 +292,43 @@ def train(backend, steps, dtype=x64, **options) -> list[torch.Tensor]:
 
 
 def distance(a, b):
-    return max(error(x, y) for x, y in zip(a, b, strict=True))
+    return max(relative_error(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_backends_train_alike(stage):
+def test_the_composed_backend_trains_like_the_reference(stage):
     expected = train("reference", 30, stage=stage)
     assert distance(train("composed", 30, stage=stage), expected) < 1e-8
     assert expected[0][-5:].mean() < 0.9 * expected[0][:5].mean()
     perturbed = train("composed", 3, stage=stage, temperature=0.303)[0]
-    assert error(perturbed, expected[0][:3]) > 1e-4  # a change of 1 % in the term is detected
+    assert relative_error(perturbed, expected[0][:3]) > 1e-4  # 1 % in the temperature is detected
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_kernels_train_alike(stage):
+def test_the_fused_backend_trains_like_the_reference(stage):
     expected = train("reference", 2, torch.float32, stage=stage)
     assert distance(train("fused", 2, torch.float32, stage=stage), expected) < 1e-4
 
 
-def test_tokens_of_pictures_may_be_given():
-    check_given_tokens(tiny(), plain(batch()))
+def test_precomputed_picture_tokens_give_the_same_output():
+    check_given_tokens(tiny(), in_float32(batch()))
 
 
 def test_autocast_keeps_the_loss_in_float32():
-    model, parts = tiny(), plain(batch())
+    model, parts = tiny(), in_float32(batch())
     torch.manual_seed(1)
     expected = model(**parts).loss
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**parts).loss
-    assert loss.dtype == torch.float32 and error(loss, expected) < 0.05
+    assert loss.dtype == torch.float32 and relative_error(loss, expected) < 0.05
     rows = tiny().bfloat16().encode("query", **parts["query"])["embedding"]
     assert rows.dtype == torch.bfloat16
 
 
-def test_the_forward_pass_compiles_without_a_break(monkeypatch):
-    """Without the vision tower, whose loop over pictures breaks the graph: its tokens are given."""
-    monkeypatch.undo()  # the poison of conftest must not be traced
+def test_the_forward_pass_compiles_without_a_graph_break(monkeypatch):
+    """The vision tower is left out, because its loop over pictures breaks the graph."""
+    monkeypatch.undo()  # the compiler would trace into conftest's patched torch.empty
     model, parts = random_model(host=ONE_LAYER), batch(negatives=False)
     pictures = qwen.picture_tokens(
         model.host, parts["query"]["pixel_values"], parts["query"]["image_present"]
@@ -333,11 +339,11 @@ def test_the_forward_pass_compiles_without_a_break(monkeypatch):
         torch.manual_seed(1)
         loss = compiled()
         torch.manual_seed(1)
-        assert error(loss, model(**parts).loss) < 1e-12
+        assert relative_error(loss, model(**parts).loss) < 1e-12
 
 
-def test_frozen_parts_stay_as_they_were():
-    model, parts = tiny(freeze=("vision",)).train(), plain(batch())
+def test_frozen_parts_do_not_change():
+    model, parts = tiny(freeze=("vision",)).train(), in_float32(batch())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(**parts).loss.backward()
@@ -363,12 +369,12 @@ def test_components_change_the_computation(name):
         query = {key: value for key, value in parts["query"].items() if key != "labels"}
         rows.append(model.embed(VIEWS, **query))
     assert abs(losses[0] - losses[1]) > 1e-4
-    changed = [view for view in VIEWS if error(rows[1][view], rows[0][view]) > 1e-12]
+    changed = [view for view in VIEWS if relative_error(rows[1][view], rows[0][view]) > 1e-12]
     assert changed == (["both"] if name == "fusion" else [])
 
 
 @pytest.mark.parametrize("name", ["paper", "code"])
-def test_full_sizes_build(name):
+def test_presets_have_the_sizes_of_the_host(name):
     config = UNITEConfig.preset(name, tokens=TOKENS)
     with torch.device("meta"):
         model = UNITE(config)
@@ -379,7 +385,7 @@ def test_full_sizes_build(name):
     assert {parameter.requires_grad for parameter in model.host.visual.parameters()} == {False}
 
 
-def test_config_survives_json_and_takes_the_trainers_sizes():
+def test_config_round_trips_through_json_with_the_trainers_sizes():
     config = UNITEConfig.preset(
         "tiny", tokens=TOKENS, vocab_size=70, image_size=96, patch_size=24, query_views=("text",)
     )
@@ -437,7 +443,7 @@ def test_config_survives_json_and_takes_the_trainers_sizes():
         ),
     ],
 )
-def test_bad_config(options, message):
+def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
@@ -445,7 +451,7 @@ def test_bad_config(options, message):
 # --- LoRA ---
 
 
-def test_lora_without_peft(monkeypatch):
+def test_lora_without_peft_raises_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="lora needs peft: pip install peft"):
         lora(tiny())
@@ -455,14 +461,14 @@ LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 
 
 @pytest.mark.parametrize(("stage", "alpha"), [(1, 16), (2, 64)])
-def test_lora_asks_peft_for_the_papers_settings(monkeypatch, stage, alpha):
-    peft, asked = types.ModuleType("peft"), []
+def test_lora_passes_the_papers_settings_to_peft(monkeypatch, stage, alpha):
+    peft, calls = types.ModuleType("peft"), []
     peft.LoraConfig = dict
-    peft.inject_adapter_in_model = lambda settings, module: asked.append((settings, module))
+    peft.inject_adapter_in_model = lambda settings, module: calls.append((settings, module))
     monkeypatch.setitem(sys.modules, "peft", peft)
     model = tiny(stage=stage)
     assert lora(model) is model
-    ((settings, module),) = asked
+    ((settings, module),) = calls
     expected = {
         "r": 8,
         "lora_alpha": alpha,
@@ -475,7 +481,7 @@ def test_lora_asks_peft_for_the_papers_settings(monkeypatch, stage, alpha):
 
 def test_lora_trains_only_its_own_weights():
     pytest.importorskip("peft")
-    model, parts = lora(tiny(freeze=("vision",), host={})), plain(batch())
+    model, parts = lora(tiny(freeze=("vision",), host={})), in_float32(batch())
     model(**parts).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name and ".visual." not in name for name in trained)

@@ -1,7 +1,4 @@
-"""Inputs for the tests of top-k routing, and a function that runs a case.
-
-It returns all outputs, and the gradients of each of them.
-"""
+"""Inputs for the tests of top-k routing, and functions that run a case and give expected values."""
 
 import torch
 
@@ -10,13 +7,12 @@ from mmfused import topk_routing, topk_routing_from_input
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
-# only.
+# bfloat16 is tested only on a GPU, because the interpreter truncates instead of rounding to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 LOSSES = ("balance_loss", "z_loss", "entropy")
 
-# Arguments of topk_routing. mask, bias and replay ask for random ones; segments is a number of
-# segments; available allows most experts in each segment.
+# Options for make_options. If mask, bias, replay or available is True, make_options draws a random
+# tensor; segments is the number of segments.
 OPTIONS = {
     "softmax": dict(),
     "sigmoid": dict(score="sigmoid"),
@@ -52,7 +48,7 @@ def make_options(name, tokens, experts, k, device=DEVICE):
     if options.pop("bias", False):
         options["selection_bias"] = torch.randn(experts)
     if options.pop("replay", False):
-        # A token may name an expert twice.
+        # A token may choose an expert twice.
         options["indices"] = torch.randint(0, experts, (tokens, k))
     if "jitter" in options:
         options["jitter_seed"] = torch.tensor(2**62 + 12345678901)
@@ -96,9 +92,10 @@ def route(leaves, k, options, backend):
 
 
 def run(leaves, k, options, backend, upstream=None, indices=None):
-    """Return weights, losses, and "d<leaf> from <output>".
+    """Return a dictionary of results, and the routing.
 
-    The weights have random gradients and the losses gradients of 1; "all" combines them.
+    The results are the weights, the losses, and the gradients "d<leaf> from <output>". ``upstream``
+    is the gradient of the weights; the losses have a gradient of 1. "all" is the sum of outputs.
     """
     if indices is not None:
         options = options | dict(indices=indices)

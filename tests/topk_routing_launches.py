@@ -56,9 +56,9 @@ def route(
     ties=False,
     **options,
 ) -> None:
-    """Call the routing.
+    """Run a routing forward and backward.
 
-    ``everything``: with padding, segments with their own experts, selection bias and jitter.
+    ``everything``: use padding, segments with their own experts, a selection bias and jitter.
     """
     if everything:
         segments, usable = 3, torch.rand(3, experts, device=DEVICE) < 0.7

@@ -1,4 +1,4 @@
-"""The smallest training that uses all sources of randomness, and comparisons of two runs."""
+"""A small training run that uses all sources of randomness, and functions to compare two runs."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def steps_saved(out):
 
 
 def in_step(monkeypatch, number, act):
-    """Call ``act`` before this process makes step ``number``."""
+    """Call ``act`` just before the training step ``number`` of this process."""
     made, update = [], training.update
 
     def acting(*args):
@@ -106,7 +106,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory):
-    """Return a run that was stopped after the checkpoint of step 4 of 9."""
+    """Return a run that failed in step 6 of 9, after its checkpoint of step 4."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         fail_in_step(patch, 6)

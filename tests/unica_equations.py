@@ -1,6 +1,7 @@
-"""Transcribe UniCA's equations literally, in float64, without padding.
+"""A literal transcription of UniCA's equations in float64, and a small model with batches.
 
-Items, heads and tokens are loops; parameters are read by name. A small model and batches follow.
+Items, heads and tokens are loops, and nothing is padded. ``p`` maps parameter names to parameters,
+and ``c`` is a UniCAConfig.
 """
 
 import math
@@ -9,7 +10,6 @@ import torch
 
 from mmfused.models.unica import UniCA, UniCAConfig
 
-x64 = torch.float64
 HOST = "text_encoder."
 
 
@@ -33,8 +33,8 @@ def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def heads_read(query, key, value, heads):
-    """Attend with (L, D) queries to (N, D) keys and values, by head and query."""
+def multi_head_attention(query, key, value, heads):
+    """Compute multi-head attention of queries (L, D) to keys and values (N, D)."""
     size, rows = query.shape[1] // heads, []
     for q in query:
         parts = [slice(h * size, (h + 1) * size) for h in range(heads)]
@@ -50,7 +50,7 @@ def heads_read(query, key, value, heads):
 
 
 def embedded(p, x, position):
-    """Embed one token with vector x as BERT does: position, token type 0, LayerNorm."""
+    """Return BERT's embedding of a token with the vector ``x`` at ``position``."""
     x = x + p[HOST + "embeddings.position_embeddings.weight"][position]
     x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
     return norm(p, HOST + "embeddings.LayerNorm", x, 1e-12)
@@ -58,16 +58,15 @@ def embedded(p, x, position):
 
 def bert_layer(p, name, x, heads):
     q, k, v = (linear(p, f"{name}.attention.self.{part}", x) for part in ("query", "key", "value"))
-    read = linear(p, name + ".attention.output.dense", heads_read(q, k, v, heads))
+    read = linear(p, name + ".attention.output.dense", multi_head_attention(q, k, v, heads))
     x = norm(p, name + ".attention.output.LayerNorm", x + read, 1e-12)
     added = linear(p, name + ".output.dense", gelu(linear(p, name + ".intermediate.dense", x)))
     return norm(p, name + ".output.LayerNorm", x + added, 1e-12)
 
 
-def direction(p, name, to, x, context, c):
-    """Attend from x to the context; both may be normalised already."""
+def cross_attention(p, name, to, x, context, c):
     name = f"{name}.attention.{'to_a' if c.share_weights else to}."
-    read = heads_read(
+    read = multi_head_attention(
         linear(p, name + "q_proj", x),
         *(linear(p, name + part, context) for part in ("k_proj", "v_proj")),
         c.num_heads,
@@ -91,13 +90,13 @@ def bica(p, name, image, text, c):
     if c.bica_norm == "pre":
         v, t = normed("a", image), normed("b", text)
         image, text = (
-            image + direction(p, name, "to_a", v, t, c),
-            text + direction(p, name, "to_b", t, v, c),
+            image + cross_attention(p, name, "to_a", v, t, c),
+            text + cross_attention(p, name, "to_b", t, v, c),
         )
     else:
         read = (
-            direction(p, name, "to_a", image, text, c),
-            direction(p, name, "to_b", text, image, c),
+            cross_attention(p, name, "to_a", image, text, c),
+            cross_attention(p, name, "to_b", text, image, c),
         )
         image, text = normed("a", image + read[0]), normed("b", text + read[1])
     if "ffn" in c.without:
@@ -111,8 +110,11 @@ def unit(x):
     return x / torch.sqrt((x * x).sum())
 
 
-def read(p, image, ids, c):
-    """Embed one item: image (N, image_dim) or None; ids of a text with [CLS] and [SEP], or None."""
+def embed(p, image, ids, c):
+    """Return the embedding of one item.
+
+    ``image``: (N, image_dim) or None. ``ids``: token ids with [CLS] and [SEP], or None.
+    """
     start = 0 if image is None else len(image)
     word = p[HOST + "embeddings.word_embeddings.weight"]
     first, *rest = c.empty_text if ids is None else ids
@@ -134,16 +136,16 @@ def read(p, image, ids, c):
 
 
 def embeddings(p, items, c):
-    """Return {view: (B, D)} of a part."""
+    """Return the embeddings (B, D) of each view."""
     views = {"image": [], "text": [], "both": []}
     for row in range(len(items["labels"])):
         image = items["image_tokens"][row] if items["image_present"][row] else None
         ids = items["input_ids"][row][items["attention_mask"][row] == 1].tolist()
         ids = ids if len(ids) > 2 else None
-        views["image"].append(read(p, image, None, c))
-        views["text"].append(read(p, None, ids, c))
+        views["image"].append(embed(p, image, None, c))
+        views["text"].append(embed(p, None, ids, c))
         if "fusion" not in c.without:
-            views["both"].append(read(p, image, ids, c))
+            views["both"].append(embed(p, image, ids, c))
         elif image is None or ids is None:
             views["both"].append(views["image" if ids is None else "text"][-1])
         else:
@@ -152,11 +154,11 @@ def embeddings(p, items, c):
 
 
 def losses(query, candidate, labels, c):
-    """Compute the losses; ``labels``: of (queries, candidates).
+    """Return the losses. ``labels`` are the labels of the queries and of the candidates.
 
-    Candidate i < B is the positive of query i; hard negatives follow.
+    Candidate i is the positive of query i. Hard negatives follow the positives.
     """
-    info_nce = apart = 0
+    info_nce = similarity_loss = 0
     for i, q in enumerate(query):
         own = q @ candidate[i]
         total = torch.exp(own / c.temperature)
@@ -164,9 +166,13 @@ def losses(query, candidate, labels, c):
             if j != i and labels[1][j] != labels[0][i]:
                 total = total + torch.exp(q @ other / c.temperature)
         info_nce = info_nce - torch.log(torch.exp(own / c.temperature) / total) / len(query)
-        apart = apart + (1 - own) / len(query)
+        similarity_loss = similarity_loss + (1 - own) / len(query)
     weight = 0 if "positive_similarity" in c.without else c.positive_weight
-    return {"loss": info_nce + weight * apart, "info_nce": info_nce, "positive_similarity": apart}
+    return {
+        "loss": info_nce + weight * similarity_loss,
+        "info_nce": info_nce,
+        "positive_similarity": similarity_loss,
+    }
 
 
 def transcription(p, parts, c):
@@ -208,28 +214,27 @@ SMALL = {
 
 
 def random_model(**options) -> UniCA:
-    """Return a float64 model without image encoder.
-
-    All parameters are random, also where they start as zeros or ones.
-    """
+    """Return a float64 model without an image encoder, in which all parameters are random."""
     model = UniCA(UniCAConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=x64) * 0.4
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
+        )
     return model
 
 
 def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
-    """Return precomputed patch tokens and ids, with texts of unequal lengths.
+    """Return image tokens and token ids of texts with unequal lengths.
 
-    Item 1 has no image, item 2 no text, item 3 neither.
+    Item 1 has no image, item 2 no text, and item 3 neither.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([6, 4, 2, 2, 3, 5])[:batch]
     ids = torch.randint(4, 20, (batch, length), generator=generator)
     ids[:, 0] = 2
     return {
-        "image_tokens": torch.randn(batch, images, 10, generator=generator, dtype=x64),
+        "image_tokens": torch.randn(batch, images, 10, generator=generator, dtype=torch.float64),
         "input_ids": ids.scatter(1, lengths[:, None] - 1, 3),
         "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
         "image_present": (torch.arange(batch) != 1) & (torch.arange(batch) != 3),
@@ -238,7 +243,7 @@ def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
 
 
 def token_batch() -> dict:
-    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product."""
+    """Return a batch; queries 0 and 4 have the same product, and so have negative 5 and query 1."""
     return {
         "query": token_part(2, labels=[0, 1, 2, 3, 0, 5]),
         "candidate": token_part(3, labels=[0, 1, 2, 3, 0, 5]),
@@ -250,5 +255,5 @@ def shown(items: dict) -> dict:
     return {name: value for name, value in items.items() if name != "labels"}
 
 
-def error(a, b):
+def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()

@@ -1,13 +1,12 @@
-"""Transcribe UNITE's equations literally, in float64.
+"""A literal transcription of UNITE's equations in float64.
 
-Each item runs alone through the host's own forward pass; losses are loops.
+Each item runs alone through the host's own forward; the losses are loops.
 """
 
 import torch
 
 from mmfused.models import qwen
 
-x64 = torch.float64
 VIEWS = ("image", "text", "both")
 KINDS = {(0, 0): "text", (0, 1): "text", (1, 0): "image", (1, 1): "image and text"}
 CODES = {"text": 1, "image": 2, "video": 4}
@@ -37,9 +36,9 @@ def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
 
 
 def forward(host, ids, pixels, tokens):
-    """Return the normalised last hidden state of one sequence.
+    """Return the normalized last hidden state of one sequence.
 
-    The host computes positions and inserts the picture's tokens itself.
+    The host itself computes positions and inserts the tokens of the picture.
     """
     ids, given = torch.tensor([ids]), {}
     if tokens["image"] in ids:
@@ -63,7 +62,7 @@ def forward(host, ids, pixels, tokens):
 
 
 def embeddings(host, batch, views, config):
-    """Return (B, D) and a list of codes; `views` has one entry per item."""
+    """Return embeddings (B, D) and modality codes; ``views`` has one entry for each item."""
     pixels = batch["pixel_values"]
     count = (
         pixels.shape[-1]
@@ -93,13 +92,15 @@ def log_share(scores, allowed, i):
 
 
 def loss(query, candidate, negative, codes, labels, config):
-    """Return L of the config's stage; `labels`: the products of query, candidate and negative."""
-    size, total = len(query), torch.zeros((), dtype=x64)
+    """Return the loss; ``labels`` are the labels of queries, candidates and negatives."""
+    size, total = len(query), torch.zeros((), dtype=torch.float64)
     dual = config.stage == 1 and "dual" not in config.without
     masked = config.stage == 2 and "mamcl" not in config.without
-    curated = config.stage == 2 and "negatives" not in config.without and negative is not None
-    rows = torch.cat([candidate, negative]) if curated else candidate
-    products = [*labels[1].tolist(), *(labels[2].tolist() if curated else [])]
+    with_negatives = (
+        config.stage == 2 and "negatives" not in config.without and negative is not None
+    )
+    rows = torch.cat([candidate, negative]) if with_negatives else candidate
+    products = [*labels[1].tolist(), *(labels[2].tolist() if with_negatives else [])]
     for i in range(size):
         scores = torch.stack([query[i] @ row / config.temperature for row in rows])
         seen = [j for j in range(len(rows)) if j >= size or not masked or codes[j] == codes[i]]
@@ -109,15 +110,15 @@ def loss(query, candidate, negative, codes, labels, config):
         else:
             total = total - sum(log_share(scores, seen, j) for j in (i, *same))
     if dual:
-        back = torch.zeros((), dtype=x64)
+        reverse = torch.zeros((), dtype=torch.float64)
         for j in range(size):
             scores = torch.stack(
                 [query[i] @ candidate[j] / config.temperature for i in range(size)]
             )
             same = [i for i in range(size) if i != j and labels[0][i] == labels[1][j]]
             if config.same_id == "drop":
-                back = back - log_share(scores, [i for i in range(size) if i not in same], j)
+                reverse = reverse - log_share(scores, [i for i in range(size) if i not in same], j)
             else:
-                back = back - sum(log_share(scores, range(size), i) for i in (j, *same))
-        total = (total + back) / 2
+                reverse = reverse - sum(log_share(scores, range(size), i) for i in (j, *same))
+        total = (total + reverse) / 2
     return total / size

@@ -1,4 +1,4 @@
-"""What a user writes, for the type checkers: every line marked ``# error`` must be one."""
+"""User code in which type checkers must report exactly the lines marked ``# error``."""
 
 import torch
 from torch import Tensor, nn

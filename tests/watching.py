@@ -1,4 +1,4 @@
-"""Actions that a hostile file must not cause: run code, open other files, connect."""
+"""Detect what a hostile file must not do: run code, open other files or connect to a server."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 CODE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
-_watched = []  # the folder and the events of the active watcher; a hook cannot be removed
+_watched = []  # (folder, events) of the active watcher; an audit hook cannot be removed
 
 
 def _hook(event, arguments):
@@ -35,10 +35,10 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(outside: Path):
-    """Yield a list of the files opened below ``outside``, connections and code started."""
+    """Yield a list of events: files opened below ``outside``, connections, and code that ran."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        # These open files without an audit event of Python.
+        # These functions open files without raising a Python audit event.
         for owner, name in ((safetensors, "safe_open"), (safetensors.torch, "load_file")):
             patch.setattr(owner, name, _noting(getattr(owner, name)))
         _watched.append((outside, seen))
@@ -58,7 +58,7 @@ def _noting(call):
 
 
 class Payload:
-    """An object that makes a file when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -68,9 +68,9 @@ class Payload:
 
 
 class Outside:
-    """A folder beside the hostile one.
+    """A folder that a hostile folder refers to, and that must not be opened.
 
-    It holds a pickle, a module and a file, and a marker is written there if one of them runs.
+    Its pickle and its module create the file ``marker`` if they run.
     """
 
     def __init__(self, folder: Path):
@@ -92,7 +92,7 @@ class Outside:
         assert not seen and not self.marker.exists()
 
     def refuses(self, call, match: str):
-        """Expect an error of one sentence, without side effects."""
+        """Check that ``call`` raises a one-line error and opens nothing in this folder."""
         with (
             self.untouched(),
             pytest.raises((ValueError, FileNotFoundError), match=match) as caught,
