@@ -104,7 +104,7 @@ def test_what_is_chosen(options, names, model):
     assert set(report.left) >= ALL - names, "every known module that is not chosen is reported"
     assert set(report.left) <= (ALL - names) | {"vision.pool.attn", "text.head.attention"}
     assert all(
-        re.fullmatch(r"Not chosen: (skip has '.*'|only names other modules)\.", text)
+        re.fullmatch(r"Not chosen: (`skip` has '.*'|`only` does not include it)\.", text)
         for text in report.left.values()
     )
 
@@ -117,14 +117,14 @@ def test_the_root_may_be_chosen():
         (dict(only="attention"), []),
     ):
         assert list(chosen(latent(), **options).swapped) == swapped
-    assert chosen(latent(), only="losses").left == {"": "Not chosen: only names other modules."}
+    assert chosen(latent(), only="losses").left == {"": "Not chosen: `only` does not include it."}
 
 
 def test_what_a_head_holds_is_left_with_it(model):
     """A module inside a head that is not chosen stays unchanged."""
     report = chosen(model, only=["attention", "experts"])
     assert "vision.pool.attn" not in report.swapped and "vision.pool.attn" not in report.left
-    assert report.left["vision.pool"] == "Not chosen: only names other modules."
+    assert report.left["vision.pool"] == "Not chosen: `only` does not include it."
 
 
 @pytest.mark.parametrize("argument", ["only", "skip"])

@@ -1,6 +1,6 @@
 """nn.MultiheadAttention over another input, as query pooling.
 
-It runs without keys and values if that saves work, else on torch's attention.
+It skips the computation of keys and values if that saves work, else runs torch's attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a module is swapped in place: its class becomes a subclass of its own class.
+"""The swap of a module in place: its class becomes a subclass of its own class.
 
 The subclass has another ``forward``; the module keeps its identity and all its state.
 """
@@ -17,14 +17,14 @@ from torch import nn
 Family = Literal["pooling", "attention", "experts", "losses"]  # the words that `fuse` accepts
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-KINDS: dict[str, type[Swap]] = {}  # full name of a class -> the kind of its instances
+KINDS: dict[str, type[Swap]] = {}  # full name of a class -> the Swap class for its instances
 LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left unchanged
 
-# The methods that a kind may override.
+# The methods that a Swap class may override.
 _METHODS = ("forward", "compute_loss_from_embeddings", "calculate_loss")
 _classes: dict[type, type] = {}  # a module's own class -> its fused subclass
 
-# A fused class inherits from a kind, a subclass of Swap, and then from the module's own class.
+# A fused class inherits from a subclass of Swap, its kind, and from the module's own class.
 if TYPE_CHECKING:
     _Mixin = nn.Module
 else:
@@ -38,8 +38,8 @@ class Swap(_Mixin):
     required: ClassVar[tuple[str, ...]] = ()  # the attributes that the fused forward reads
     description: ClassVar[str] = ""  # what a swapped module does
     benefit: ClassVar[str] = ""  # the expected benefit, and when there is none
-    owns_children: ClassVar[bool] = True  # whether the modules inside are left unchanged
-    owned_children: ClassVar[tuple[str, ...]] = ()  # names of children that are left unchanged
+    owns_children: ClassVar[bool] = True  # whether all modules inside are left unchanged
+    owned_children: ClassVar[tuple[str, ...]] = ()  # if not, the children that are left unchanged
     wrappable_methods: ClassVar[tuple[str, ...]] = ()  # methods that an instance may wrap
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -101,7 +101,7 @@ def _never_raises(why_not: Callable[[Any], str | None]) -> Callable[[Any], str |
 
 def not_inspectable(error: Exception) -> str:
     """Return the reason not to swap a module that raises when it is inspected."""
-    text = traceback.format_exception_only(error)[-1].strip()  # works where str(error) raises too
+    text = traceback.format_exception_only(error)[-1].strip()  # also works if str(error) raises
     return f"It cannot be inspected: {text}"
 
 

@@ -34,7 +34,7 @@ def _benefit_of_calls(dim: int, k_dim: int, v_dim: int, heads: int) -> str:
 
 
 def _most_queries(times: float, dim: int, k_dim: int, v_dim: int, heads: int) -> int:
-    """Return the most queries for which keys and values cost ``times`` as much as without them."""
+    """Return the most queries for which the absorbed form needs ``times`` fewer FLOPs."""
     none, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
     return int(none["projected"] / (times * one["absorbed"] - one["projected"] + none["projected"]))
 

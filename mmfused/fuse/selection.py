@@ -1,4 +1,4 @@
-"""The choice of modules by the arguments ``only`` and ``skip`` of :func:`mmfused.fuse`."""
+"""The choice of modules with the arguments ``only`` and ``skip`` of :func:`mmfused.fuse`."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Selection:
                     )
 
     def why_not_chosen(self, module: nn.Module, family: Family) -> str | None:
-        """Return the reason why a module of a known type is not chosen, or None."""
+        """Return why a module of a known type is not chosen, or None if it is chosen."""
         for entry in self.skip:
             if self._covers(entry, module, family):
-                return f"Not chosen: skip has {entry!r}."
+                return f"Not chosen: `skip` has {entry!r}."
         if self.only is None or any(self._covers(entry, module, family) for entry in self.only):
             return None
-        return "Not chosen: only names other modules."
+        return "Not chosen: `only` does not include it."
 
     def names(self, module: nn.Module, owner: nn.Module) -> bool:
         """Return whether ``only`` names this module but not the ``owner`` around it."""
