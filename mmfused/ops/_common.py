@@ -88,8 +88,8 @@ def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
     """Scale each row to length 1 in float32 or float64; a row of zeros stays zero.
 
     ``may_be_ignored``: whether the loss may ignore rows. An ignored row must get gradient 0 even if
-    it is not finite. Dividing by its length would make that gradient NaN, so a row that is not
-    finite is replaced by itself plus NaN, which passes on the upstream gradient.
+    the row is not finite, but a division by its length would make the gradient NaN. So NaN is added
+    to such a row instead, and the addition passes on the upstream gradient, which is 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not may_be_ignored:

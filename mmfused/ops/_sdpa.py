@@ -24,12 +24,12 @@ def attention(
 
     Args:
         q, k, v: queries (B, h, L, dk), keys (B, h, N, dk) and values (B, h, N, dv).
-        attend: bool mask that broadcasts to (B, h, L, N), True = attend. Every row needs a True.
+        attend: bool mask that broadcasts to (B, h, L, N), True = attend; no row may be all False.
         scale: factor of the logits, default dk ** -0.5.
     """
     if k.shape[-2] == 1:
-        # With one key the output is v. This form gives q and k a gradient of exactly 0, where
-        # torch's attention gives a rounding error.
+        # With one key the output is v. This expression gives q and k a gradient of exactly 0,
+        # instead of a rounding error.
         return v + (q * 0.0).sum(-1, keepdim=True) + (k * 0.0).sum(-1, keepdim=True)
     # torch.compile raises on second derivatives itself; torch.func rejects _Inputs and _Output.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

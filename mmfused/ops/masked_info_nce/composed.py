@@ -1,10 +1,10 @@
 """The sweeps over all pairs in plain PyTorch, one block of rows at a time.
 
 The equations and symbols are in :mod:`.reference`. No B x C tensor is stored. Queries and
-candidates must be sorted by key. The sweeps leave out the target of each row, which
-:mod:`.autograd` adds: so a row without other pairs has a logsumexp of exactly -inf, and a loss near
-0 keeps its digits. The statistics are float64: rounding a logsumexp of 20 to float32 would cause a
-relative error of 1e-6 in all probabilities of the row.
+candidates must be sorted by key. The sweeps leave out the target of each row, and :mod:`.autograd`
+adds it. So a row without other pairs has a logsumexp of exactly -inf, and a loss near 0 keeps its
+digits. The statistics are float64: rounding a logsumexp of 20 to float32 would cause a relative
+error of 1e-6 in all probabilities of the row.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def sweep_blocks(
 
     Returns:
         The statistics of the rows (5, B), those of the columns (5, C), or (5, 0) without
-        ``columns``, and the targets' dot products q . c (B,). A block that contains a target
-        provides the dot product of that target.
+        ``columns``, and the targets' dot products q . c (B,). If a block contains a target, the dot
+        product comes from the matrix product of that block.
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -99,13 +99,13 @@ def sweep_blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dS c and dS^T q, which are dq / scale and dc / scale, and the gradient of the scale.
 
-    ``row`` (4, B) and ``column`` (4, C) hold four coefficients: lse, weight, positive, uniform.
-    Row i contributes to dS_ij the number
+    ``row`` (4, B) and ``column`` (4, C) hold four coefficients for each row and each column: lse
+    (the logsumexp with the target), weight, positive and uniform. Row i adds to dS_ij the number
 
         weight * exp(S_ij - lse) - uniform - (positive if the pair is a further positive)
 
-    and column j contributes its own such number. Without ``everything``, uniform and positive are
-    not read. ``dots`` (B,): the targets' dot products. The gradient of the scale is a float64
+    with its coefficients, and column j does the same. Without ``everything``, uniform and positive
+    are not read. ``dots`` (B,): the targets' dot products. The gradient of the scale is a float64
     scalar, the sum of dS_ij q_i . c_j. A gradient that is not needed has shape (0,).
     """
     inputs = _widened(inputs)

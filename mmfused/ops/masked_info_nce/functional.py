@@ -66,8 +66,8 @@ def masked_info_nce(
             C >= B. The loss of a column uses the same pairs as the losses of the rows.
         positive_weight: factor of ``1 - query_i . candidate_target``, which is added to the loss of
             each row (UniCA's positive similarity).
-        row_weight: (B,), constant and >= 0, multiplies the losses of the rows. "mean" divides by
-            the sum of the weights, and gives 0 if all weights are 0.
+        row_weight: (B,), constant and >= 0, multiplies the losses of the rows. Reduction "mean"
+            divides by the sum of the weights, and gives 0 if all weights are 0.
         label_smoothing: share of the target distribution that is uniform over the pairs that count.
         false_negative_margin: leave out other candidates whose dot product with the query exceeds
             that of the target by more than this, as unlabelled positives. Candidates with key -1
@@ -79,9 +79,9 @@ def masked_info_nce(
         target counts has a contrastive loss of exactly 0 and is included in the mean. A candidate
         that counts for no row may be NaN and gets gradient 0. Any other candidate that is not
         finite makes the rows for which it counts NaN. A query that is not finite makes its row NaN,
-        and gives NaN gradients to the candidates of that row. Second derivatives raise. The kernels
-        do not synchronise with the CPU. "composed" on a GPU does so to find the blocks that contain
-        pairs, so a CUDA graph cannot capture it.
+        and gives NaN gradients to the candidates that count for that row. Second derivatives raise.
+        The kernels do not synchronise with the CPU. On a GPU, "composed" synchronises to find the
+        blocks that contain pairs, so it cannot be captured in a CUDA graph.
 
     Raises:
         TypeError: bad input.
@@ -164,7 +164,7 @@ def loss_over_ranks(
     settings = _settings(call, share_gradients)
     ranks = Ranks(OP, call.query, call.candidate, share_gradients, settings)
     if not sum(ranks.rows):
-        raise ValueError(f"{OP}: query: got 0 rows on every rank, expected at least one in all")
+        raise ValueError(f"{OP}: query: got 0 rows on every rank, expected at least one row in total")
     loss = _computed(call, ranks)
     if labels.row_weight is None:
         return loss * (ranks.world / sum(ranks.rows))

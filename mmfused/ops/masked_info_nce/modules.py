@@ -39,15 +39,15 @@ class MaskedInfoNCE(nn.Module):
             - None: the candidates of this process.
             - "global": the candidates of all W ranks. With N rows in total, each rank returns W / N
               times the sum of the losses of its own rows, and each candidate's gradient is sent
-              back to its rank. The gradients that DDP averages are then those of one process with
-              the whole batch. This includes the temperature's gradient, and also applies if the
-              ranks have different numbers of rows, or some have none. If the inputs of one rank are
-              bad, or options, dtypes or requires_grad differ between ranks, all ranks raise.
+              back to its rank. DDP's average over ranks is then the gradient of one process with
+              the whole batch. This also holds for the temperature, and for ranks with different
+              numbers of rows, or none. If the inputs of one rank are bad, or options, dtypes or
+              requires_grad differ between ranks, all ranks raise.
             - "local": the same loss as "global", but the candidates of other ranks are constants.
-              This is cheaper, and the gradients are biased. It excludes ``symmetric``, because the
-              gradient of a column would miss the share of the other ranks.
+              This is cheaper, but the gradients are biased. It cannot be combined with
+              ``symmetric``: the gradient of a column would lack the contribution of other ranks.
 
-            The public code of UNITE and VISTA has the gradient of "global" divided by W.
+            The public code of UNITE and VISTA yields the gradient of "global" divided by W.
         reduction: as in :func:`masked_info_nce`; must be "mean" with ``gather``.
         options: ``same_id``, ``symmetric``, ``positive_weight``, ``label_smoothing`` and
             ``false_negative_margin`` of :func:`masked_info_nce`.

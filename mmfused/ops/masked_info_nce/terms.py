@@ -46,8 +46,7 @@ def gradient_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficients (4, B) for the backward sweep, and the gradient (B,) of ``logit``.
 
-    The coefficients are lse (the logsumexp of the row with its target), the weight of exp(S - lse),
-    and the numbers to subtract at further positives and at every pair; see
+    The coefficients lse, weight, positive and uniform are defined in
     :func:`.composed.sweep_blocks_backward`. They have the dtype of ``logit``, and the weight
     corrects for the rounding of lse to that dtype.
     """

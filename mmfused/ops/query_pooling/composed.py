@@ -1,4 +1,7 @@
-"""Query pooling in plain PyTorch: both forms, and the choice between them."""
+"""Query pooling in plain PyTorch: both forms, and the choice between them.
+
+The equations and symbols are in reference.py.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +71,7 @@ def absorb(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the norm folded in.
-
-    q', R, z and ksum in this file: see reference.py.
-    """
+    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the norm folded in."""
     w_k, w_v, b_v = _folded_norm(x, weights, options)
     return _absorbed_queries(x, queries, w_k, options), w_v, b_v
 
@@ -86,15 +86,14 @@ def project_values(
 ) -> Tensor:
     """Project the pooled tokens z (B, R, D) to the output (B, L, Dv).
 
-    ``ksum`` (B, R) is given if there is dropout.
+    ``ksum`` (B, R) is None without dropout.
     """
     num_heads = options.num_heads
     queries = z.shape[1] // num_heads
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
     if graph_made() == "onnx":
-        # In the other branch ONNX's optimizer confuses samples and heads if there are as many of
-        # each.
+        # The code below "else" confuses ONNX's optimizer if there are as many samples as heads.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
@@ -180,7 +179,7 @@ def pool_composed(
     on_cpu = x.device.type == "cpu"
     if on_cpu:  # one product per sample: just as fast, and up to 5 times less error in dq
         q = q.expand(x.shape[0], *q.shape[-2:])
-    if on_cpu and q.shape[-2] <= 8:  # backward up to 1.8 times faster than that of x q^T
+    if on_cpu and q.shape[-2] <= 8:  # backward up to 1.8 times faster than with x q^T
         logits = (q @ x.transpose(1, 2)).transpose(1, 2)  # (B, N, R)
     else:
         logits = x @ q.transpose(-1, -2)

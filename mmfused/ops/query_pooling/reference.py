@@ -17,19 +17,19 @@ The usual form, called "projected" here, is
     O_h = softmax(scale Q_h K_h^T) V_h
 
 With few queries and many tokens, computing K and V costs far more than the pooling itself. The
-"absorbed" form multiplies the queries by W_K, and the pooled tokens by W_V:
+"absorbed" form multiplies the queries by W_K, and the pooled tokens Z by W_V:
 
     Q'_h = scale Q_h W_K,h
-    S = Q' X^T
-    Z = softmax(S) X
-    O_h = Z_h W_V,h^T + b_V,h
+    S    = Q' X^T                        the logits
+    Z    = softmax(S) X
+    O_h  = Z_h W_V,h^T + b_V,h
 
 Q', S and Z have R = num_heads * L rows, ordered by head, then query.
 
-Both forms are mathematically equal. b_K adds the same number to all logits of a row, which does not
-change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to one, so
-b_V is added once. K and V are never computed. If the samples share the queries, the gradient of W_K
-takes one small product for the whole batch.
+The two forms are mathematically equivalent. b_K adds the same number to all logits of a row, which
+does not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to
+one, so b_V is added once. The absorbed form never computes K or V. If the samples share the
+queries, the gradient of W_K takes one small product for the whole batch.
 
 A LayerNorm before the projections is folded into their weights: its weight into W_K and W_V, its
 bias into b_V. Only (x - mean) / sqrt(variance + eps) is left to compute for each token x.
