@@ -45,9 +45,9 @@ class backend(Choice[Backend]):
     """Run operators on one backend: ``with mmfused.backend("composed"):``.
 
     Args:
-        name: "reference", "composed", "fused" or "auto". "auto" picks "fused" where the kernels can
-            run (CUDA, sm_80 or newer, float32, float16 or bfloat16) and "composed" elsewhere.
-            "fused" raises ``RuntimeError`` with the reasons where the kernels cannot run.
+        name: "reference", "composed", "fused" or "auto". "auto" picks "fused" if the kernels can
+            run (CUDA, sm_80 or newer, float32, float16 or bfloat16), and "composed" otherwise.
+            "fused" raises ``RuntimeError`` with the reasons if the kernels cannot run.
 
     The choice applies inside the ``with`` block, to the current thread and context (asyncio task).
     Elsewhere the default applies, see :func:`set_backend`. Calling ``backend(name)`` without

@@ -306,7 +306,7 @@ def test_gather_rows_takes_ranks_without_rows(results):
 
 
 def test_no_rows_on_any_rank_is_one_sentence_on_all(results):
-    sentence = "masked_info_nce: query: got 0 rows on every rank, expected at least one row in total"
+    sentence = "masked_info_nce: query: got 0 rows on every rank, expected at least one row"
     assert errors(results, "no rows") == [("ValueError", sentence)] * len(results)
 
 

@@ -11,12 +11,12 @@ number for each channel or for each token. The equations for g and x' use x with
 Dropout also acts on the attention probabilities. UniECS uses this block (arXiv 2508.13843). UniCA
 uses it without a gate and normalises the sum: x' = LN_x(x + A) (arXiv 2606.28350).
 
-In the bidirectional form, a attends to b, and b attends to a as it was given. The kernels compute
-both directions in the same launches. They normalise tokens while they load them for the
-projections. One product per modality computes the queries of its own direction and the keys and
-values of the other direction. The attention skips samples without a context. The last kernel
-computes output projection, dropout, gate and blend. No kernel concatenates x, A and e: with W_gx,
-W_ga and w_e the columns of W_g for x, A and e,
+In the bidirectional form, a attends to b, and b attends to the original a. The kernels compute both
+directions in the same launches. The projection kernels normalise tokens while loading them. One
+product per modality computes the queries of its own direction and the keys and values of the other
+direction. The attention skips samples without a context. The last kernel computes output
+projection, dropout, gate and blend. No kernel concatenates x, A and e. Instead, with W_gx, W_ga and
+w_e the columns of W_g for x, A and e,
 
     [x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e^T
 

@@ -164,7 +164,7 @@ def loss_over_ranks(
     settings = _settings(call, share_gradients)
     ranks = Ranks(OP, call.query, call.candidate, share_gradients, settings)
     if not sum(ranks.rows):
-        raise ValueError(f"{OP}: query: got 0 rows on every rank, expected at least one row in total")
+        raise ValueError(f"{OP}: query: got 0 rows on every rank, expected at least one row")
     loss = _computed(call, ranks)
     if labels.row_weight is None:
         return loss * (ranks.world / sum(ranks.rows))

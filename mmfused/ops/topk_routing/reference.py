@@ -23,8 +23,9 @@ The losses, where mean_t is the mean over the tokens that are not masked:
 For the gradients let u = l with "softmax" and u = log sigmoid(l) with "sigmoid". For both scores
 P = softmax(u), and the renormalised weights are softmax(u) over S_t, so no epsilon is needed. The
 shares f_e are constants. So the derivative of the balance loss with respect to P_te (with "mse":
-w_te) is the same for all tokens of a segment. With g_P, g_w and g_z the gradients of P, w and z,
-n the number of tokens that are not masked, and lse = log sum_e exp l_te:
+w_te) is the same for all tokens of a segment. Let g_P, g_w and g_z be the upstream gradients of P,
+w and z, n the number of tokens that are not masked, lse = log sum_e exp l_te, and <a, b> the sum
+over experts of a b. Then
 
     du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on S_t only
     dl = du + 2 g_z / n lse softmax(l)                           with "softmax"
