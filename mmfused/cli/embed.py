@@ -185,8 +185,8 @@ class Parts:
         marked = MARKER in [path.name for path in paths]
 
         def is_own(path: Path) -> bool:
-            named = path.name == MARKER or PART_OR_TEMPORARY.fullmatch(path.name)
-            return marked and bool(named) and path.is_file() and not path.is_symlink()
+            known_name = path.name == MARKER or PART_OR_TEMPORARY.fullmatch(path.name)
+            return marked and bool(known_name) and path.is_file() and not path.is_symlink()
 
         return [path.name for path in paths if not is_own(path)]
 
@@ -203,7 +203,7 @@ class Parts:
             return None
 
     def remove(self) -> None:
-        """Remove the parts, and the folder if it is empty then."""
+        """Remove the parts and the marker, and the folder unless it contains other files."""
         from mmfused.training.folder_lock import MARKER
 
         for path in self.folder.glob("*"):

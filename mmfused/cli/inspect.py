@@ -1,9 +1,9 @@
 """``mmfused inspect``: compile the launches of every kernel without a GPU and check the result.
 
 The launchers run on meta tensors, and :mod:`mmfused.kernels.recording` records their launches. The
-compiled launches are therefore those that would run on that GPU. The command exits with 1 if a
-kernel spills registers, needs more shared memory than the GPU has, has a race (:mod:`.races`), or
-lacks a matrix instruction that it should have.
+compiled launches are therefore those that would run on a GPU of the requested architecture. The
+command exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, has a
+race (:mod:`.races`), or lacks a matrix instruction that it should have.
 
 Results are cached by kernel source, arguments, options and Triton version, so only changed launches
 are compiled again. ``MMFUSED_INSPECT_CACHE`` sets the folder of this cache (default
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from mmfused.kernels.recording import Launch
 
 HELP = (
-    "compile every kernel for a GPU architecture, without a GPU: registers, spills, shared memory, "
-    "instructions"
+    "compile every kernel for GPU architectures, without a GPU, and show registers, spills, shared "
+    "memory and instructions"
 )
 # Names in the table, and the instructions in PTX.
 MATRIX_INSTRUCTIONS = {
@@ -212,7 +212,7 @@ def _read_cached(path: Path) -> Measured | None:
 
 @functools.cache
 def _fingerprint(module: str, kernel: str) -> str:
-    """Return a hash of the kernel's source, Triton's version, and the source of the checks."""
+    """Return a hash of the kernel's source, Triton's version and the source of the checks."""
     import triton
 
     checks = [inspect.getsource(part) for part in (compile_job, _resources, races)]
@@ -228,7 +228,7 @@ def source_key(job: Job) -> str:
 
 
 def cases_of(op: str) -> ModuleType:
-    """Return the module with ``CASES`` of an op, and the function ``launch`` that launches one."""
+    """Return the module that defines the ``CASES`` of an op and ``launch(case)``."""
     return importlib.import_module(f"mmfused.kernels.{op}.inspect_cases")
 
 

@@ -17,12 +17,12 @@ ROLES = ("query", "candidate", "negative")
 class PairBatches:
     """Batches of queries, candidates and hard negatives for retrieval.
 
-    A batch is ``{"query": items, "candidate": items, "negative": items}``, and :class:`Collate`
-    describes the items of each role. The query in row i is an item of ``dataset``. Its candidate
-    has the same label, and is an item of ``products``, or another item of ``dataset`` if
+    A batch is ``{"query": items, "candidate": items, "negative": items}``, in which the items of
+    each role are a batch of :class:`Collate`. The query in row i is an item of ``dataset``. Its
+    candidate has the same label, and is an item of ``products``, or another item of ``dataset`` if
     ``products`` is None. Its hard negative is drawn from the same set as the candidate, and has
-    another label but the same coarse label. If no such item exists, it is any item with another
-    label.
+    another label but the same coarse label. If there is no such item, the negative is any item with
+    another label.
 
     Labels are drawn in proportion to their number of items. If the batch size is not larger than
     the number of labels, all labels in a batch differ, so the candidates of other rows are true
