@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmfused.cli.races import pipelined_register_reads
+from mmfused.cli.races import find_races
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def races(summed: bool, wait: bool, num_stages: int, arch: int) -> list[str]:
         attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
     )
     options = {"num_warps": 4, "num_stages": num_stages}
-    return pipelined_register_reads(
+    return find_races(
         triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]
     )
 

@@ -313,7 +313,7 @@ def compile_job(job: Job) -> Measured:
     compiled = triton.compile(source, target=target, options=job.options)
     registers, stack = _resources(Path(triton.__file__).parent, compiled.asm["cubin"], job)
     counts = {name: compiled.asm["ptx"].count(text) for name, text in MATRIX_INSTRUCTIONS.items()}
-    found = races.pipelined_register_reads(compiled.asm["ttgir"])
+    found = races.find_races(compiled.asm["ttgir"])
     return Measured(registers, stack, compiled.metadata.shared, counts, found)
 
 

@@ -15,7 +15,7 @@ import re
 _NAME = r"%[\w-]+(?:#\d+)?"
 
 
-def pipelined_register_reads(ttgir: str) -> list[str]:
+def find_races(ttgir: str) -> list[str]:
     """Return one sentence for each ring buffer that a copy refills while a dot may still read it.
 
     Only ring buffers that are also loaded into registers are reported. The list is empty if there

@@ -1,4 +1,4 @@
-"""Read the rows of a metadata.csv, including broken rows and the reason why they are broken."""
+"""Read the rows of a metadata.csv, and find the reasons why rows are broken."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def read_rows(
     """Yield the rows of ``root/metadata.csv`` (UTF-8) in order.
 
     A quoted text may span several lines. If a quote is never closed, the line with the quote is a
-    broken row, and reading continues with the next line. The same applies if the next quote closes
-    it only by accident, as shown by complete rows between the two quotes.
+    broken row, and reading continues with the next line. A quoted text that contains complete rows
+    is treated in the same way, because its closing quote probably belongs to another row.
 
     Args:
         root: the folder.

@@ -25,7 +25,7 @@ def rank_of_first(
     candidate: Tensor,
     relevant: Callable[[int, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank of each query's first relevant candidate, and the index of its nearest one.
+    """Return each query's rank of the first relevant candidate, and index of the nearest candidate.
 
     Candidates are ranked by dot product. Ranks count from 1, and at equal scores irrelevant
     candidates rank before relevant ones.
