@@ -4,7 +4,7 @@ On CUDA in bfloat16, torch's grouped_mm computes all segments at once. grouped_m
 rows beyond the last segment, nor, in some releases, the weight gradient of an empty segment. It
 needs dense rows whose address and size are multiples of 16 bytes, and does not support a bias. The
 code below works around these limits. In all other cases a loop runs over the segments; on CUDA the
-CPU then waits for their sizes.
+loop synchronises, to read the sizes of the segments.
 """
 
 from __future__ import annotations

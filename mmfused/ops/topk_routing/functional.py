@@ -58,7 +58,7 @@ def topk_routing(
             their weights. It balances the experts without a loss, see
             :func:`update_selection_bias`.
         token_padding_mask: (T,) bool, True = ignore. An ignored token may be NaN. It has weight 0,
-            takes no work of experts, and is left out of counts and losses.
+            is not processed by experts, and is left out of counts and losses.
         segments: (T,) int64 in [0, num_segments), such as the modality of each token. The balance
             loss is the mean of the balance losses of the segments.
         num_segments: number of segments S.
@@ -82,8 +82,8 @@ def topk_routing(
         TypeError: bad input.
         ValueError: bad input; raised before any kernel is launched. Values in tensors are checked
             on a CPU only. On CUDA, an invalid segment, an invalid index, or a segment with fewer
-            than k available experts makes the losses NaN, and the weights and gradients of its
-            tokens.
+            than k available experts makes the losses NaN, and also the weights and gradients of
+            the affected tokens.
         RuntimeError: ``backend("fused")`` cannot run.
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906),

@@ -180,8 +180,8 @@ def _balance(
         number, size = (x.sum().clamp(min=1).to(probs.dtype) for x in (member, available[s]))
 
         # The mean over the tokens of the segment. NaN in other segments must not reach it.
-        def mean(of: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
-            return of.masked_fill(~member, 0.0).sum(0) / number
+        def mean(values: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
+            return values.masked_fill(~member, 0.0).sum(0) / number
 
         if options.balance == "mse":
             loss = (mean(dense) - available[s] / size).square().sum()
@@ -196,7 +196,7 @@ def _balance(
 # ---- values out of range -------------------------------------------------------------------------
 #
 # On CUDA and in compiled graphs, values out of range cannot raise. Instead the functions below make
-# the results of their tokens NaN. The composed path uses these functions too.
+# the results of the affected tokens NaN. The composed path uses these functions too.
 
 
 class InRange(NamedTuple):
