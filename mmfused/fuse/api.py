@@ -10,8 +10,8 @@ Results are equal up to rounding, with two exceptions:
 
 * In training, dropout of attention weights has the same distribution, but drops different weights
   for the same seed.
-* A fully masked sample pools to 0. nn.MultiheadAttention returns NaN for such a sample, and SigLIP
-  2's head returns the mean over the padding.
+* A fully masked sample pools to 0. nn.MultiheadAttention returns NaN for such a sample, and the
+  head of SigLIP 2 the mean over the padding.
 
 BLIP-2 copies a padding mask (B, N) for every query. Only the values of the copy show that all
 queries have the same mask, and reading the values would wait for the GPU, so such a call runs the

@@ -67,7 +67,7 @@ def _not_swiglu(module: Any) -> str | None:
 def _unsupported_weights(module: nn.Module) -> str | None:
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name)
-        # FSDP turns DTensors into plain tensors before forward, which checks them again.
+        # FSDP turns DTensors into plain tensors before forward, and forward checks them again.
         plain = dense(weight) or type(weight).__name__ == "DTensor"
         if not plain or weight.dtype not in FLOATS:
             return (

@@ -1,6 +1,7 @@
 """Contrastive losses of open_clip and sentence-transformers on :func:`mmfused.masked_info_nce`.
 
-The B x C matrix of logits is never in memory.
+The loss of B queries and C candidates takes one sweep: a pass over the logits in blocks, so that
+the B x C matrix of logits is never in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LOSSES = f"{_TEXT}.sentence_transformer.losses"
 _SIMILARITY = f"{_TEXT}.util.similarity"
 SIMILARITIES = ("cos_sim", "dot_score")
 _WRAPPER = f"{_LOSSES}.matryoshka.CachedLossDecorator"
-_OTHER_SCALE = "its gradients are scaled differently; use MaskedInfoNCE(gather='global')."
+_OTHER_SCALE = "the original scales gradients differently; use MaskedInfoNCE(gather='global')."
 
 
 def _are_embeddings(*tensors: Tensor) -> bool:

@@ -20,7 +20,7 @@ def _sizes_inside(attention: nn.MultiheadAttention, queries: Tensor) -> Sizes:
     return attention.kdim, queries.shape[-2], width, width, attention.num_heads
 
 
-def _not_inner(attention: Any, queries: Tensor) -> str | None:
+def _unsupported_attention(attention: Any, queries: Tensor) -> str | None:
     """Return the reason not to swap a head because of its attention, or None."""
     if own_class(attention) is not nn.MultiheadAttention:
         return f"The attention inside is a {type(attention).__name__}, not nn.MultiheadAttention."
@@ -155,7 +155,7 @@ class _AttentionalPooler(Pooling):
 
     @staticmethod
     def why_not(module: Any) -> str | None:
-        return _not_inner(module.attn, module.query)
+        return _unsupported_attention(module.attn, module.query)
 
     def forward(self, x: Tensor) -> Tensor:
         fits = _AttentionalPooler.why_not(self) is None and are_tokens(x)
@@ -206,7 +206,7 @@ class _PoolingHead(Pooling):
 
     @staticmethod
     def why_not(module: Any) -> str | None:
-        return _not_inner(module.attention, module.probe)
+        return _unsupported_attention(module.attention, module.probe)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         if not self._fits(hidden_state):
