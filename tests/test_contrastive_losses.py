@@ -1,4 +1,4 @@
-"""The papers' losses as calls of this library, and mmfused.losses, against float64 formulas."""
+"""Tests of the papers' losses, as calls of this library, against their formulas in float64."""
 
 import math
 
@@ -60,13 +60,13 @@ def info_nce(q, c, tau):
 
 
 # ---- UniECS (arXiv 2508.13843) -------------------------------------------------------------------
-# f, v, t are the whole product, its image and its text; item 1 triggers, item 2 is recalled.
+# f, v and t embed the whole product, its image and its text; 1 is the query, 2 the candidate.
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):
     """Return the mean of max(0, a4 + logit_ij - logit_ii) over all i and their hardest negatives j.
 
-    The hardest negatives are the floor(B/2) largest off-diagonal logits.
+    The hardest negatives of a row are its floor(B/2) largest off-diagonal logits.
     """
     logits, n = v1 @ v2.T / tau, len(v1) // 2
     largest = [
@@ -154,7 +154,7 @@ UNIECS = {
 
 
 @pytest.mark.parametrize("term", UNIECS)
-def test_uniecs(term, blocks):
+def test_uniecs_losses_match_the_formulas(term, blocks):
     ours, paper = UNIECS[term]
     names = ours.__code__.co_varnames[: ours.__code__.co_argcount]
     inputs = {name: scalar(1.7) if name == "s" else unit(B, D) for name in names}
@@ -166,15 +166,15 @@ def test_uniecs(term, blocks):
 # ---- UNITE (2505.19650), UniCA (2606.28350), MOON2.0 (2511.12449), FLUID (2508.07264) ------------
 
 
-def unite(q, c, tau, code=None, negatives=None, item=None):
-    """Compute MAMCL as UNITE's code does.
+def unite(q, c, tau, modality=None, negatives=None, item=None):
+    """Compute UNITE's modality-masked contrastive loss, MAMCL, as its published code does.
 
-    Masked logits are -1e9, explicit negatives are appended unmasked, positives with the same id are
-    summed.
+    Masked logits are -1e9, explicit negatives are appended unmasked, and the losses of positives
+    with the same id are summed.
     """
     logits = q @ c.T / tau
-    if code is not None:
-        same = (code[:, None] == code[None, :]).double()
+    if modality is not None:
+        same = (modality[:, None] == modality[None, :]).double()
         logits = logits * same + -1e9 * (1 - same)
     if negatives is not None:
         logits = torch.cat([logits, q @ negatives.T / tau], 1)
@@ -183,13 +183,13 @@ def unite(q, c, tau, code=None, negatives=None, item=None):
     return -mean(sum(log_p[i][j] for j in range(len(q)) if label[i, j]) for i in range(len(q)))
 
 
-def test_unite():
-    # 4, 5 and 7 occur once: their rows give 0.
-    code = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
+def test_unite_losses_match_the_published_code():
+    # Modalities 4, 5 and 7 occur once: their rows have no negatives and a loss of 0.
+    modality = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
     negatives = inputs | dict(negatives=unit(B, D))
     item = torch.arange(B, device=DEVICE) % 5
-    apart = torch.cat([code, -torch.ones_like(code)])
+    with_negatives = torch.cat([modality, -torch.ones_like(modality)])
     ours = {
         "stage 1": (
             inputs,
@@ -197,12 +197,12 @@ def test_unite():
         ),
         "stage 2": (
             inputs,
-            lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=code),
+            lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=modality),
         ),
         "negatives": (
             negatives,
             lambda q, c, tau, negatives: masked_info_nce(
-                q, torch.cat([c, negatives]), temperature=tau, candidate_key=apart
+                q, torch.cat([c, negatives]), temperature=tau, candidate_key=with_negatives
             ),
         ),
         "items": (
@@ -214,8 +214,8 @@ def test_unite():
     }
     paper = {
         "stage 1": lambda q, c, tau: (unite(q, c, tau) + unite(c, q, tau)) / 2,
-        "stage 2": lambda q, c, tau: unite(q, c, tau, code),
-        "negatives": lambda q, c, tau, negatives: unite(q, c, tau, code, negatives),
+        "stage 2": lambda q, c, tau: unite(q, c, tau, modality),
+        "negatives": lambda q, c, tau, negatives: unite(q, c, tau, modality, negatives),
         "items": lambda q, c, tau: unite(q, c, tau, item % 3, item=item),
     }
     for name, (given, call) in ours.items():
@@ -225,8 +225,11 @@ def test_unite():
             assert not got["dq"][[3, 4, 12]].any() and not got["dc"][[3, 4, 12]].any()
 
 
-def test_unica():
-    """G candidates per query, the positive first; tau 0.02; plus the distance to the positive."""
+def test_unica_loss_matches_the_formula():
+    """Each query has three candidates, the positive first.
+
+    The loss is InfoNCE over all candidates plus the weighted cosine distance to the positive.
+    """
     groups, weight = 3, 0.7
     inputs, target = (
         dict(q=unit(B, D), c=unit(B * groups, D)),
@@ -245,10 +248,10 @@ def test_unica():
 
 
 @pytest.mark.parametrize("own_negative_only", [False, True])
-def test_moon_inter(own_negative_only):
-    """Three views of a query against p and n.
+def test_moon_inter_product_loss_matches_the_formula(own_negative_only):
+    """Contrast the views t, i and mm of each query with its positive p and the negatives n.
 
-    omega weights the views, phi the triplets (0.6 and above count fully).
+    omega weights the views. phi weights the triplets; values of at least 0.6 count as 1.
     """
     inputs = dict(
         t=unit(B, D),
@@ -286,10 +289,11 @@ def test_moon_inter(own_negative_only):
 
 
 @pytest.mark.parametrize("roll", [False, True])
-def test_moon_intra(roll):
+def test_moon_intra_product_loss_matches_the_formula(roll):
     """Contrast images with captions.
 
-    The negatives are the captions of all other products, or ("roll") of the previous one.
+    The negatives are the captions of all other products or, with ``roll``, the caption of the
+    previous product.
     """
     inputs = dict(image=unit(B, D), text=unit(B, D), tau=scalar(0.07))
 
@@ -320,8 +324,8 @@ def test_moon_intra(roll):
     assert_close(value_and_gradients(ours, inputs), value_and_gradients(paper, inputs), 1e-9)
 
 
-def test_fluid():
-    """Contrast the normalised mean query tokens of each modality, both directions, tau 0.07."""
+def test_fluid_loss_matches_the_formula():
+    """Contrast the normalised mean query tokens of image and text in both directions."""
     inputs = {
         name: torch.randn(B, 5, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for name in ("image", "text")
@@ -340,24 +344,27 @@ def test_fluid():
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
 
-# ---- mmfused.losses: cases beyond the papers' terms ----------------------------------------------
+# ---- mmfused.losses: further cases ---------------------------------------------------------------
 
 
 def sigmoid_loss(q, c, temperature, bias):
-    """Compute SigLIP: -1/B sum_ij log 1 / (1 + exp(-z_ij (q_i . c_j / temperature + bias)))."""
+    """Compute SigLIP's loss: -1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias)).
+
+    z_ij is 1 if i = j, and -1 otherwise.
+    """
     z = 2 * torch.eye(len(q), len(c), dtype=q.dtype, device=q.device) - 1
     return torch.log1p((-z * (q @ c.T / temperature + bias)).exp()).sum() / len(q)
 
 
 @pytest.mark.parametrize("bias", [-10.0, 6.0])
 @pytest.mark.parametrize("rows, columns", [(B, B), (1, 4), (5, 17)])
-def test_sigmoid(rows, columns, bias, blocks):
+def test_sigmoid_contrastive_matches_the_formula(rows, columns, bias, blocks):
     inputs = dict(q=unit(rows, D), c=unit(columns, D), temperature=scalar(0.03), bias=scalar(bias))
     got = value_and_gradients(lambda q, c, **scalars: sigmoid_contrastive(q, c, **scalars), inputs)
     assert_close(got, value_and_gradients(sigmoid_loss, inputs), 1e-9)
 
 
-def test_a_sigmoid_loss_near_zero_keeps_its_digits():
+def test_sigmoid_contrastive_is_accurate_near_zero():
     x = torch.eye(2, dtype=torch.float64, device=DEVICE)
     loss = sigmoid_contrastive(x, x, temperature=1 / 60, bias=-30.0)  # logits of 30 and -30
     assert abs(loss.item() / (2 * math.log1p(math.exp(-30))) - 1) < 1e-12
@@ -366,7 +373,7 @@ def test_a_sigmoid_loss_near_zero_keeps_its_digits():
 @pytest.mark.parametrize(
     "rows, columns, fraction, count", [(5, 17, 0.3, 5), (5, 5, 1.0, 4), (1, 4, 0.5, 2)]
 )
-def test_hard_negatives_among_more_candidates(rows, columns, fraction, count, blocks):
+def test_hard_negative_margin_matches_the_formula(rows, columns, fraction, count, blocks):
     def paper(q, c, temperature):
         logits = q @ c.T / temperature
         others = [
@@ -385,7 +392,7 @@ def test_hard_negatives_among_more_candidates(rows, columns, fraction, count, bl
     assert_close(got, value_and_gradients(paper, inputs), 1e-9)
 
 
-ALL = {
+LOSSES = {
     "positive_similarity": lambda q, c: positive_similarity(q, c),
     "hard_negative_margin": lambda q, c: hard_negative_margin(q, c),
     "product_hinge": lambda q, c: product_hinge(q, c),
@@ -396,32 +403,30 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_one_row(name):
-    """A single row gives 0 if the loss compares it only with other rows; gradients are finite."""
-    got = value_and_gradients(ALL[name], dict(q=unit(1, D), c=unit(1, D)))
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_one_row_are_finite(name):
+    got = value_and_gradients(LOSSES[name], dict(q=unit(1, D), c=unit(1, D)))
     assert all(value.isfinite().all() for value in got.values())
     assert (got["out"] == 0) == (
         name in ("hard_negative_margin", "product_hinge", "product_consistency")
     )
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_bfloat16_and_autocast(name, blocks):
-    """The losses compute in float32 for any inputs, also under autocast."""
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_compute_in_float32_for_bfloat16_and_under_autocast(name, blocks):
     low = {k: unit(B, D).detach().bfloat16().requires_grad_() for k in ("q", "c")}
     plain = {k: v.detach().float().requires_grad_() for k, v in low.items()}
     exact = value_and_gradients(
-        ALL[name], {k: v.detach().double().requires_grad_() for k, v in low.items()}
+        LOSSES[name], {k: v.detach().double().requires_grad_() for k, v in low.items()}
     )
-    want = value_and_gradients(ALL[name], plain)
-    got = value_and_gradients(ALL[name], low)
+    want = value_and_gradients(LOSSES[name], plain)
+    got = value_and_gradients(LOSSES[name], low)
     assert got["out"].dtype == torch.float32 and got["dq"].dtype == torch.bfloat16
     assert not over_budget(got, exact, want)
-    assert ALL[name](low["q"], plain["c"].double()).dtype == torch.float64
+    assert LOSSES[name](low["q"], plain["c"].double()).dtype == torch.float64
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = ALL[name](**plain)
-        mixed = ALL[name](q=low["q"], c=plain["c"])
+        loss = LOSSES[name](**plain)
+        mixed = LOSSES[name](q=low["q"], c=plain["c"])
     assert torch.equal(loss, want["out"]) and torch.equal(mixed, want["out"])
     for gradient, leaf in zip(
         torch.autograd.grad(loss, [plain["q"], plain["c"]]), ("dq", "dc"), strict=True
@@ -431,9 +436,7 @@ def test_bfloat16_and_autocast(name, blocks):
 
 @pytest.mark.parametrize("temperature", [0.0, -0.5, math.nan])
 @pytest.mark.parametrize("loss", [hard_negative_margin, sigmoid_contrastive])
-def test_where_no_value_is_refused_a_temperature_not_above_0_gives_nan(
-    loss, temperature, monkeypatch
-):
+def test_invalid_temperature_gives_nan_if_values_are_not_checked(loss, temperature, monkeypatch):
     monkeypatch.setattr("mmfused.ops._common.check_value", lambda *_: None)
     assert loss(torch.randn(5, 3), torch.randn(5, 3), temperature=torch.tensor(temperature)).isnan()
 
@@ -450,7 +453,7 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_a_margin_may_be_learned(name):
+def test_margin_and_tolerance_receive_gradients(name):
     torch.manual_seed(0)
     q, c = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
     number = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -523,9 +526,9 @@ BAD_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("sentence", BAD_LOSSES)
-def test_bad_input_of_the_losses(sentence):
+@pytest.mark.parametrize("message", BAD_LOSSES)
+def test_losses_reject_bad_input(message):
     with pytest.raises((TypeError, ValueError)) as error:
-        BAD_LOSSES[sentence]()
-    assert sentence in str(error.value) and "\n" not in str(error.value)
-    assert str(error.value).split(":")[0] in ALL
+        BAD_LOSSES[message]()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).split(":")[0] in LOSSES

@@ -1,7 +1,7 @@
-"""Tests of the C++ router.
+"""Tests of the CUDA C++ router and of its build.
 
-Its kernels run thread by thread on a CPU, its arithmetic on the host; its build is tested too. On a
-GPU it is compared with Triton.
+Without a GPU, the kernels run thread by thread on a CPU. With one, the router is also compared with
+the Triton router.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_kernels_match_the_reference(name, blocks, simt):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_take_sixteen_bits_and_strides(dtype, simt):
+def test_kernels_accept_16_bit_dtypes_and_strided_logits(dtype, simt):
     case = make(37, 12, 3, dtype=dtype, strided=True, masked=True, balance="gshard")
     gradients = upstream(case)
     out = simt.forward(case)
@@ -75,7 +75,7 @@ def test_kernels_take_sixteen_bits_and_strides(dtype, simt):
     assert over_budget(pick(out), pick(exact), pick(plain)) == []
 
 
-def test_kernels_repeat_their_bits_and_skip_absent_gradients(simt):
+def test_kernels_are_deterministic_and_treat_missing_gradients_as_zero(simt):
     case = make(90, 20, 4, segments=3, masked=True)
     gradients = upstream(case)
     first, second = simt.forward(case), simt.forward(case)
@@ -87,14 +87,14 @@ def test_kernels_repeat_their_bits_and_skip_absent_gradients(simt):
         assert simt.backward(case, some, first).abs().sum() > 0
 
 
-def test_a_tile_may_be_of_any_height(simt):
+def test_tiles_of_every_height_match_the_reference(simt):
     for tokens in (20, 60, 130, 300):  # 16, 32, 64 and 128 rows
         case = make(tokens, 4, 2)
         out = simt.forward(case)
         assert torch.equal(out["tiles"], expected(case, torch.float32)["tiles"])
 
 
-def test_an_index_out_of_range_makes_its_tokens_weights_nan(simt):
+def test_out_of_range_index_gives_its_token_a_nan_weight(simt):
     case = make(20, 6, 2, replay=True)
     case["indices"][3, 1], case["indices"][7, 0] = -5, 2**40
     out = simt.forward(case)
@@ -103,7 +103,7 @@ def test_an_index_out_of_range_makes_its_tokens_weights_nan(simt):
     assert out["counts"].sum() == 40
 
 
-# ---- the arithmetic, on the host -----------------------------------------------------------------
+# ---- the arithmetic, in a loop on the host -------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def test_host_loop_matches_the_reference(name, module):
         == []
     )
     valid = torch.ones(len(out["lse"]), dtype=torch.bool) if case["mask"] is None else ~case["mask"]
-    if valid.any():  # the losses are means of the loop's values per token
+    if valid.any():  # z loss and entropy are means over tokens
         means = torch.stack([out["lse"][valid].square().mean(), out["entropy"][valid].mean()])
         torch.testing.assert_close(means.double(), exact["losses"][1:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(out["P"][valid].sum(1), torch.ones(int(valid.sum())))
@@ -161,7 +161,7 @@ def test_host_loop_matches_the_reference(name, module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
-    """Losses written out here: P, weights and token statistics with random coefficients."""
+    """The loss combines weights, probabilities, z loss and entropy with random coefficients."""
     case = make(12, 10, 3, sigmoid=sigmoid, renormalize=renormalize, segments=2, available=True)
     case["segments"] = torch.arange(12) % 2
     routed = route_on_host(module, case)
@@ -213,8 +213,8 @@ def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
     assert over_budget({"d_logits": actual}, gradient(torch.float64), gradient(torch.float32)) == []
 
 
-def test_the_binding_takes_views_of_everything(module):
-    """Every tensor is a slice of a wider one, with every second element."""
+def test_binding_accepts_strided_views(module):
+    """Each tensor with dimensions is a view of every second element of a wider tensor."""
     case = make(12, 10, 3, segments=2, available=True, biased=True, masked=True, jitter=0.2)
     case["source"] = torch.randn(12, 10)
     gradients, coefficients = upstream(case), torch.randn(21)
@@ -254,7 +254,7 @@ def test_the_binding_takes_views_of_everything(module):
         assert torch.equal(a, b)
 
 
-def test_ties_go_to_the_lower_expert(module):
+def test_ties_go_to_the_expert_with_the_lower_index(module):
     case = make(4, 40, 5)
     case["source"] = torch.zeros(4, 40)
     case["source"][1, ::2] = -0.0  # equal to zero
@@ -267,15 +267,15 @@ def test_ties_go_to_the_lower_expert(module):
 
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_nan_and_infinite_logits(sigmoid, renormalize, module):
-    """NaN makes all weights of its token NaN; it still chooses distinct available experts."""
+def test_tokens_with_nan_or_infinite_logits_choose_distinct_experts(sigmoid, renormalize, module):
+    """A NaN logit also makes all weights of its token NaN."""
     case = make(5, 6, 3, sigmoid=sigmoid, renormalize=renormalize, available=True, segments=1)
     case["available"] = torch.tensor([[True, True, False, True, True, True]])
     case["source"][1, 4] = case["source"][2, :] = float("nan")
     case["source"][3, 1:4] = float("-inf")
     case["source"][4, :] = float("-inf")
     out = route_on_host(module, case)
-    # If all scores are minus infinity there is no distribution, but sigmoid(-inf) alone is 0.
+    # If all logits are -inf, softmax and renormalisation give NaN; sigmoid(-inf) alone is 0.
     assert out["weights"].isnan().all(1).tolist() == [
         False,
         True,
@@ -295,11 +295,8 @@ def test_nan_and_infinite_logits(sigmoid, renormalize, module):
     torch.testing.assert_close(out["weights"][3:4].double(), exact.weights, rtol=1e-6, atol=0)
 
 
-def test_jitter_has_the_same_bits_everywhere(module):
-    """One expert scores sigmoid(0 + noise) = sigmoid(noise).
-
-    Every bit of the noise then affects the logsumexp of the raw logits.
-    """
+def test_jitter_has_the_same_bits_as_in_python(module):
+    """With one expert, the logsumexp is the jittered logit itself, so every bit is compared."""
     case = make(64, 1, 1, sigmoid=True, jitter=0.37)
     case["source"] = torch.full((64, 1), 3.0)
     for seed in (0, 1, 2**63 - 1, -5):
@@ -309,7 +306,7 @@ def test_jitter_has_the_same_bits_everywhere(module):
         assert noise.unique().numel() > 60
 
 
-# ---- how it is built and chosen ------------------------------------------------------------------
+# ---- build and choice of the router --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -330,10 +327,10 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
     recipe = hashlib.sha256(repr((command, os.path.realpath(command[0]))).encode())
     for path in sorted(source.parent.glob("topk_routing*")):
         recipe.update(path.read_bytes())
-    # The output of ptxas depends only on the sources, so it is cached until they change.
-    kept = getattr(pytestconfig, "cache", None)
+    # Cache the output of ptxas until the command or a source file changes.
+    cache = getattr(pytestconfig, "cache", None)
     log = (
-        Path(kept.mkdir("csrc")) if kept else tmp_path
+        Path(cache.mkdir("csrc")) if cache else tmp_path
     ) / f"ptxas_{arch}_{recipe.hexdigest()[:16]}.txt"
     if not log.is_file():
         done = subprocess.run(
@@ -359,9 +356,9 @@ def test_loading_twice_gives_the_same_module(module):
     assert extension.built()
 
 
-def test_a_second_process_imports_what_the_first_one_built(module):
+def test_second_process_imports_the_existing_build(module):
     probe = (
-        "import mmfused.extension as e; e.why_not_build = lambda: ['it must not build'];"
+        "import mmfused.extension as e; e.why_not_build = lambda: ['not allowed'];"
         "print(e.load().__file__)"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
@@ -402,21 +399,21 @@ def test_the_ops_refuse_cpu_tensors(module):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         (dict(tokens=2, experts=600, k=2), "other than 1 to 512 experts"),
         (dict(tokens=2, experts=64, k=40), "other than 1 to 32 choices"),
         (dict(tokens=2, experts=100, k=2, segments=50), "so many segments of so many experts"),
     ],
 )
-def test_shapes_beyond_the_kernels_name_the_router_that_takes_them(changes, sentence, module):
-    with pytest.raises(ValueError, match=f"{sentence}.*router\\('triton'\\)"):
+def test_error_for_unsupported_shapes_suggests_the_triton_router(changes, message, module):
+    with pytest.raises(ValueError, match=f"{message}.*router\\('triton'\\)"):
         route_on_host(module, make(**changes))
 
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """Simulate a machine without a build and without a toolkit in the usual places."""
+    """Simulate a machine without a build, and without a CUDA toolkit in the usual places."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
     monkeypatch.setattr(extension, "_module", None)
     monkeypatch.setattr(extension, "USUAL_CUDA", tmp_path / "no_cuda")
@@ -428,7 +425,7 @@ def unbuilt(monkeypatch, tmp_path):
 
 def test_why_not_names_every_reason(unbuilt, tmp_path):
     if extension.built():
-        pytest.skip("mmfused._C is installed here: there is no reason left to name")
+        pytest.skip("mmfused._C is installed: it need not be built")
     unbuilt.setenv("PATH", str(tmp_path))
     unbuilt.setattr(extension.sys, "executable", str(tmp_path / "python"))
     reasons = extension.why_not()
@@ -444,11 +441,9 @@ def test_why_not_names_every_reason(unbuilt, tmp_path):
     assert f"the sources are not in {tmp_path}" in extension.why_not()
 
 
-def test_a_build_that_fails_says_so_and_leaves_no_setting_behind(unbuilt, tmp_path):
+def test_failed_build_raises_and_restores_the_environment(unbuilt, tmp_path):
     if extension.built() or extension.why_not_build():
-        pytest.skip(
-            "a build can only fail with nvcc, ninja and a C++ compiler, and without mmfused._C"
-        )
+        pytest.skip("needs nvcc, ninja and a C++ compiler, and mmfused._C must not be installed")
     sources = tmp_path / "csrc"
     sources.mkdir()
     for name in extension.SOURCES:
@@ -530,7 +525,7 @@ def run_ops(case: dict, gradients, suffix: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", csrc_cases.DTYPES)
 @pytest.mark.parametrize("tokens", [None, 20_000])
 @pytest.mark.parametrize("name", CASES)
-def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
+def test_cpp_matches_triton_on_a_gpu(name, tokens, dtype, module):
     options = CASES[name] | dict(dtype=dtype) | (dict(tokens=tokens) if tokens else {})
     case = make(**options)
     gradients = upstream(case)
@@ -538,8 +533,8 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
         run_ops(on_device(case), gradients, "_cuda"),
         run_ops(on_device(case), gradients, ""),
     )
-    # A bias is added to scores whose last bit depends on the implementation, so near ties may be
-    # resolved differently.
+    # A selection bias is added to scores whose last bit depends on the implementation, so near
+    # ties may be resolved differently.
     if case["selection_bias"] is None:
         for key in EXACT:
             a, b = cpp[key], triton[key]
@@ -553,12 +548,12 @@ def test_cpp_agrees_with_triton_on_the_card(name, tokens, dtype, module):
     )
     plain["d_logits"] = plain["d_logits"].to(dtype)
     assert over_budget({k: v.cpu() for k, v in pick(cpp).items()}, pick(exact), pick(plain)) == []
-    again = run_ops(on_device(case), gradients, "_cuda")  # now a replay of the same choice
+    again = run_ops(on_device(case), gradients, "_cuda")  # with given indices
     assert all(torch.equal(cpp[key], again[key]) for key in (*EXACT, *CLOSE))
 
 
 @needs_cuda
-def test_cpp_runs_in_a_cuda_graph_and_past_2_31_elements(module):
+def test_cpp_runs_in_a_cuda_graph_and_on_offsets_above_2_31(module):
     case = on_device(make(3000, 16, 2))
     warm = run_ops(case, upstream(case), "_cuda")
     graph = torch.cuda.CUDAGraph()
@@ -581,7 +576,7 @@ def test_cpp_runs_in_a_cuda_graph_and_past_2_31_elements(module):
 
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_cpp_runs_on_the_tensors_own_device(module):
+def test_cpp_runs_on_the_device_of_its_tensors(module):
     case = {
         name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value
         for name, value in make(30, 16, 2).items()

@@ -1,4 +1,4 @@
-"""Loading a damaged checkpoint or finished run raises a one-sentence error and changes no file."""
+"""Tests that resuming from damaged files raises a one-line error and changes no file."""
 
 import os
 import shutil
@@ -20,14 +20,14 @@ stopped_run = training_runs.stopped_run
 whole_run = training_runs.whole_run
 
 
-def change(source, **values):
-    write_json(source, {**read_json(source), **values})
+def change_json(path, **values):
+    write_json(path, {**read_json(path), **values})
 
 
-def resummed(step):
+def rewrite_checksums(step):
     """Rewrite the checkpoint's checksums, as if it had been saved with these contents."""
     files = [path for path in step.rglob("*") if path.is_file() and path.name != "state.json"]
-    change(
+    change_json(
         step / "state.json",
         sha256={path.relative_to(step).as_posix(): sha256(path) for path in files},
     )
@@ -36,7 +36,7 @@ def resummed(step):
 def change_tensors(path, act):
     tensors = act(safetensors.torch.load_file(path))
     path.write_bytes(safetensors.torch.save(tensors))
-    resummed(path.parent)
+    rewrite_checksums(path.parent)
 
 
 def change_settings(step, **values):
@@ -49,86 +49,89 @@ def change_settings(step, **values):
     write_json(step / "state.json", state)
 
 
-def other_optimizer(tensors):
+def with_wrong_moment_shape(tensors):
     name = next(name for name in tensors if name.endswith("exp_avg"))
     return {**tensors, name: torch.zeros(1)}
 
 
 DAMAGE = {
-    "step is a text": (
-        lambda s: change(s / "state.json", step="7"),
+    "step is a string": (
+        lambda s: change_json(s / "state.json", step="7"),
         "step is of type str, expected int",
     ),
     "step is a fraction": (
-        lambda s: change(s / "state.json", step=1e9),
+        lambda s: change_json(s / "state.json", step=1e9),
         "step is of type float, expected int",
     ),
     "step is true": (
-        lambda s: change(s / "state.json", step=True),
+        lambda s: change_json(s / "state.json", step=True),
         "step is of type bool, expected int",
     ),
     "step is beyond the last": (
-        lambda s: change(s / "state.json", step=10**9),
+        lambda s: change_json(s / "state.json", step=10**9),
         "got step 1000000000, expected at most 9",
     ),
-    "step is negative": (lambda s: change(s / "state.json", step=-1), "out of range"),
-    "step is immense": (lambda s: change(s / "state.json", step=10**30), "out of range"),
-    "seconds is no number": (
-        lambda s: change(s / "state.json", seconds=float("nan")),
+    "step is negative": (lambda s: change_json(s / "state.json", step=-1), "out of range"),
+    "step is huge": (lambda s: change_json(s / "state.json", step=10**30), "out of range"),
+    "seconds is NaN": (
+        lambda s: change_json(s / "state.json", seconds=float("nan")),
         "out of range",
     ),
     "settings is a list": (
-        lambda s: change(s / "state.json", settings=[]),
+        lambda s: change_json(s / "state.json", settings=[]),
         "settings is of type list, expected dict",
     ),
     "settings lack the model": (lambda s: change_settings(s, model=None), "state.json lacks model"),
     "settings lack the rows": (lambda s: change_settings(s, rows=None), "state.json lacks rows"),
     "rows of another type": (lambda s: change_settings(s, rows=[]), "rows is of type list"),
-    "a training of another kind": (
+    "a training setting of the wrong type": (
         lambda s: change_settings(s, training={"out": "x", "lr": "much"}),
         "lr: got 'much', expected a finite number",
     ),
-    "a training with more": (
+    "an unknown training setting": (
         lambda s: change_settings(s, training={"out": "x", "exec": 1}),
         "unknown settings: exec",
     ),
-    "sums is a text": (lambda s: change(s / "state.json", sha256="x"), "sha256 is of type str"),
-    "no sums": (
-        lambda s: change(s / "state.json", sha256={}),
+    "sha256 is a string": (
+        lambda s: change_json(s / "state.json", sha256="x"),
+        "sha256 is of type str",
+    ),
+    "sha256 is empty": (
+        lambda s: change_json(s / "state.json", sha256={}),
         "its SHA-256 is not the one in state.json",
     ),
-    "a sum of what is outside": (
-        lambda s: change(s / "state.json", sha256={"../../../secret": "0"}),
+    "a checksum of a file outside the checkpoint": (
+        lambda s: change_json(s / "state.json", sha256={"../../../secret": "0"}),
         "leads outside|its SHA-256",
     ),
     "state is a list": (
         lambda s: (s / "state.json").write_text("[]"),
         "holds list, expected an object",
     ),
-    "state is deep": (
+    "state is deeply nested": (
         lambda s: (s / "state.json").write_text("[" * 200_000),
         "truncated or corrupt",
     ),
-    "state is no text": (
+    "state is not UTF-8": (
         lambda s: (s / "state.json").write_bytes(b"\xff\xfe\x00"),
         "truncated or corrupt",
     ),
-    "state is cut": (lambda s: os.truncate(s / "state.json", 40), "truncated or corrupt"),
+    "state is truncated": (lambda s: os.truncate(s / "state.json", 40), "truncated or corrupt"),
     "another shape in the optimizer": (
-        lambda s: change_tensors(s / "optimizer.safetensors", other_optimizer),
+        lambda s: change_tensors(s / "optimizer.safetensors", with_wrong_moment_shape),
         "which is not a state that AdamW has",
     ),
-    "a stranger in the optimizer": (
+    "an unknown parameter in the optimizer": (
         lambda s: change_tensors(
             s / "optimizer.safetensors", lambda t: {**t, "x.exp_avg": torch.zeros(1)}
         ),
         "holds x.exp_avg, but the model has no parameter x",
     ),
-    "no random state": (
+    "a missing random state": (
         lambda s: change_tensors(s / "rng.safetensors", lambda t: {"torch.cpu": t["torch.cpu"]}),
         "lacks the state of the random generator drop",
     ),
-    "a random state that is none": (
+    "an invalid random state": (
         lambda s: change_tensors(
             s / "rng.safetensors", lambda t: {**t, "drop": torch.zeros(3, dtype=torch.uint8)}
         ),
@@ -138,22 +141,22 @@ DAMAGE = {
         lambda s: change_tensors(s / "model.safetensors", lambda t: dict(list(t.items())[1:])),
         "holds the weights of another model",
     ),
-    "weights that are none": (
+    "a weights file without tensors": (
         lambda s: (
             (s / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "),
-            resummed(s),
+            rewrite_checksums(s),
         ),
         "holds the weights of another model|not a safetensors file",
     ),
-    "a length that no file has": (
-        lambda s: ((s / "rng.safetensors").write_bytes(b"\xff" * 8 + b"{}"), resummed(s)),
+    "an impossible header length": (
+        lambda s: ((s / "rng.safetensors").write_bytes(b"\xff" * 8 + b"{}"), rewrite_checksums(s)),
         "truncated, corrupt or not a safetensors file",
     ),
-    "records cut": (
+    "records are truncated": (
         lambda s: os.truncate(s.parent.parent / "metrics.jsonl", 10),
         "got 10 bytes, expected",
     ),
-    "records of another kind": (
+    "records are lists": (
         lambda s: (s.parent.parent / "metrics.jsonl").write_bytes(b"[]\n" * 10_000),
         "metrics.jsonl is truncated or corrupt",
     ),
@@ -167,7 +170,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_state_is_one_sentence_and_stays_as_it_is(tmp_path, stopped_run, name):
+def test_resume_rejects_damaged_state_and_changes_no_file(tmp_path, stopped_run, name):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     (tmp_path / "secret").write_text("secret")
     damage, message = DAMAGE[name]
@@ -181,7 +184,7 @@ def test_damaged_state_is_one_sentence_and_stays_as_it_is(tmp_path, stopped_run,
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json"])
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"skipped": 3}', "[" * 100_000])
-def test_a_finished_run_with_damaged_files_is_one_sentence(tmp_path, whole_run, name, text):
+def test_resume_rejects_a_finished_run_with_a_damaged_file(tmp_path, whole_run, name, text):
     out = shutil.copytree(whole_run, tmp_path / "run")
     (out / name).write_text(text)
     with pytest.raises(ValueError, match=name) as caught:
@@ -193,13 +196,13 @@ def first_key(tensors, kind):
     return next(name for name in tensors if name.endswith(kind))
 
 
-DAMAGE_OF_OPTIMIZERS = {
+OPTIMIZER_DAMAGE = {
     "without a moment": lambda t: {
         name: value for name, value in t.items() if name != first_key(t, "exp_avg_sq")
     },
-    "of whole numbers": lambda t: {name: value.to(torch.int8) for name, value in t.items()},
-    "that never stepped": lambda t: {**t, first_key(t, "step"): torch.tensor(-1.0)},
-    "not finite": lambda t: {
+    "of integers": lambda t: {name: value.to(torch.int8) for name, value in t.items()},
+    "with a negative step": lambda t: {**t, first_key(t, "step"): torch.tensor(-1.0)},
+    "with NaN": lambda t: {
         **t,
         first_key(t, "exp_avg"): t[first_key(t, "exp_avg")] * float("nan"),
     },
@@ -207,11 +210,11 @@ DAMAGE_OF_OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE_OF_OPTIMIZERS)
-def test_an_optimizer_s_state_is_whole_or_refused(tmp_path, stopped_run, name):
+@pytest.mark.parametrize("name", OPTIMIZER_DAMAGE)
+def test_resume_rejects_an_incomplete_or_invalid_optimizer_state(tmp_path, stopped_run, name):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     change_tensors(
-        out / "checkpoints" / "step-00000004" / "optimizer.safetensors", DAMAGE_OF_OPTIMIZERS[name]
+        out / "checkpoints" / "step-00000004" / "optimizer.safetensors", OPTIMIZER_DAMAGE[name]
     )
     with pytest.raises(
         ValueError, match="optimizer.safetensors holds no (complete )?state of AdamW"
@@ -219,13 +222,17 @@ def test_an_optimizer_s_state_is_whole_or_refused(tmp_path, stopped_run, name):
         train(small_run(out, resume=True))
 
 
-@pytest.mark.parametrize("lost", ["all", "a validation's", "one of training"])
-def test_records_that_are_not_of_the_checkpoint_s_step_are_refused(tmp_path, stopped_run, lost):
+@pytest.mark.parametrize("lost", ["all", "validation record", "training record"])
+def test_resume_rejects_records_that_do_not_match_the_step(tmp_path, stopped_run, lost):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:5]
-    kept = {"all": [], "a validation's": lines[:4] + lines[3:4], "one of training": lines[1:]}[lost]
+    kept = {"all": [], "validation record": lines[:4] + lines[3:4], "training record": lines[1:]}[
+        lost
+    ]
     (out / "metrics.jsonl").write_bytes(b"".join(kept))
-    change(out / "checkpoints" / "step-00000004" / "state.json", metrics_bytes=len(b"".join(kept)))
+    change_json(
+        out / "checkpoints" / "step-00000004" / "state.json", metrics_bytes=len(b"".join(kept))
+    )
     with pytest.raises(
         ValueError,
         match="metrics.jsonl: got [0-9] training records and [01] validation records at step 4",
@@ -235,7 +242,7 @@ def test_records_that_are_not_of_the_checkpoint_s_step_are_refused(tmp_path, sto
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "tokenizer"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_resume_follows_no_link_and_waits_for_no_pipe(tmp_path, stopped_run, name, kind):
+def test_resume_rejects_links_and_pipes(tmp_path, stopped_run, name, kind):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     if os.path.lexists(out / name):
         (out / name).rename(tmp_path / name)
@@ -252,7 +259,7 @@ def test_resume_follows_no_link_and_waits_for_no_pipe(tmp_path, stopped_run, nam
     assert everything(tmp_path) == before
 
 
-def test_data_may_have_moved_and_must_be_the_same(tmp_path):
+def test_resume_accepts_moved_data_and_rejects_changed_data(tmp_path):
     for name in ("data", "val"):
         (tmp_path / name).mkdir()
         rows = "".join(f",thing {row} of {name},{row % 2}\n" for row in range(16))

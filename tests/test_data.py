@@ -46,7 +46,7 @@ def test_generated_items_have_the_documented_types(products):
     assert products.num_classes == len(products.class_names) == 16 and products.skipped == []
 
 
-def test_generated_set_follows_from_split_size_and_seed(products):
+def test_generated_set_depends_only_on_split_size_and_seed(products):
     again = GeneratedProducts("train", size=600)
     assert again.texts == products.texts and again.labels == products.labels
     assert all(torch.equal(again[i]["image"], products[i]["image"]) for i in range(600))
@@ -56,7 +56,7 @@ def test_generated_set_follows_from_split_size_and_seed(products):
     assert larger.texts == products.texts and larger[0]["image"].shape == (3, 64, 64)
 
 
-def test_generated_modalities_go_missing_and_contradict_in_exact_numbers():
+def test_generated_set_has_exact_numbers_of_missing_and_contradicting_rows():
     data = GeneratedProducts(
         "val", size=200, missing_text=0.1, missing_image=0.2, contradicting=0.3
     )
@@ -73,7 +73,7 @@ def test_generated_modalities_go_missing_and_contradict_in_exact_numbers():
         assert (said != shown) if contradicts else (said in (-1, shown))
 
 
-def test_generated_titles_say_what_the_attributes_record(products):
+def test_generated_titles_match_the_attributes(products):
     from mmfused.data.generated import MATERIAL_WORDS, SHAPE_WORDS
 
     for row, text in enumerate(products.texts):
@@ -96,9 +96,9 @@ def test_generated_classes_have_a_long_tail():
 
 
 def best_accuracy(labels, *columns):
-    """Return the accuracy of the best possible rule from these columns to the label.
+    """Return the accuracy of the best rule that predicts the label from these columns.
 
-    It is fitted on the same rows on which it is evaluated.
+    The rule is fitted and evaluated on the same rows.
     """
     seen = defaultdict(Counter)
     for label, *key in zip(labels, *columns, strict=True):
@@ -109,24 +109,23 @@ def best_accuracy(labels, *columns):
 def test_image_and_text_together_beat_either_alone_by_fifteen_points():
     data = GeneratedProducts("train", size=20000, image_size=8)
     a = data.attributes
-    # These are all informative attributes: pattern, size, brand and the others are independent of
-    # the label.
+    # All attributes that depend on the label.
     shown = [np.where(a["image_missing"], -1, a[name]) for name in ("shape", "colour")]
     said = [np.where(a["text_missing"], -1, a["material"]), a["said_shape"], a["said_colour"]]
     image_only, text_only = best_accuracy(data.labels, *shown), best_accuracy(data.labels, *said)
-    # The rule that uses both: the shape from the picture, or from the title if there is no picture,
+    # The rule for both takes the shape from the picture, or from the title if there is no picture,
     # and the material from the title.
     shape = np.where(a["image_missing"], a["said_shape"], a["shape"])
     both = best_accuracy(data.labels, shape, said[0])
     assert both >= max(image_only, text_only) + 0.15
-    # Image or text alone is informative too, well above always guessing the largest class.
+    # Image or text alone is still much better than always guessing the largest class.
     assert min(image_only, text_only) > max(Counter(data.labels).values()) / len(data) + 0.15
 
 
 def test_shape_is_visible_in_the_picture():
     """Classify unpatterned products of one size by the nearest class mean of the foreground mask.
 
-    The accuracy is far above one in four.
+    The accuracy is far above chance (0.25).
     """
     train, val = (
         GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val")
@@ -156,12 +155,12 @@ def test_shape_is_visible_in_the_picture():
         ({"missing_text": 0.6, "missing_image": 0.6}, r"got a sum of 1.32, expected at most 1"),
     ],
 )
-def test_generated_arguments(arguments, message):
+def test_generated_products_reject_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         GeneratedProducts(**arguments)
 
 
-def test_arguments_of_the_wrong_type(products):
+def test_arguments_of_the_wrong_type_raise_type_error(products):
     with pytest.raises(TypeError, match="size: got 2.5, expected an integer of at least 1"):
         GeneratedProducts(size=2.5)
     with pytest.raises(TypeError, match="fraction: got '0.3', expected a number from 0 to 1"):
@@ -254,11 +253,11 @@ BROKEN_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "message"), BROKEN_ROWS)
-def test_folder_reports_a_broken_row_and_goes_on(tmp_path, row, message):
+def test_folder_skips_and_reports_a_broken_row(tmp_path, row, message):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("not a picture")
     write_folder(tmp_path, [("0.png", "first", 0), row, ("1.png", "last", 1)])
     data = ProductFolder(tmp_path)
     assert data.texts == ["first", "last"] and data.labels == [0, 1] and data.num_classes == 2
@@ -281,7 +280,7 @@ def test_folder_labels_must_be_below_num_classes(tmp_path):
         ProductFolder(tmp_path, num_classes=5, strict=True)
 
 
-def test_folder_reads_another_text_column_and_families(tmp_path):
+def test_folder_reads_another_text_column_and_coarse_labels(tmp_path):
     header = ("file_name", "title", "text", "label", "coarse_label")
     rows = [
         ("0.png", "a mug", "long", 3, 1),
@@ -309,7 +308,7 @@ def test_folder_reads_another_text_column_and_families(tmp_path):
     )
 
 
-def test_folder_without_a_usable_row(tmp_path):
+def test_folder_without_a_usable_row_raises(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no usable row in metadata.csv; the first row: metadata.csv line 2"
     ):
@@ -318,7 +317,7 @@ def test_folder_without_a_usable_row(tmp_path):
         ProductFolder(write_folder(tmp_path, []))
 
 
-def test_missing_folder_and_missing_metadata(tmp_path):
+def test_missing_folder_and_missing_metadata_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone is not a folder with a metadata.csv"):
         ProductFolder(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r" has no metadata.csv"):
@@ -343,13 +342,13 @@ def test_missing_folder_and_missing_metadata(tmp_path):
         ),
     ],
 )
-def test_unreadable_metadata(tmp_path, content, message):
+def test_unreadable_metadata_raises(tmp_path, content, message):
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         ProductFolder(tmp_path)
 
 
-def test_metadata_with_a_byte_order_mark_and_quoted_line_breaks(tmp_path):
+def test_folder_reads_metadata_with_a_byte_order_mark_and_quoted_line_breaks(tmp_path):
     write_folder(tmp_path, [])
     (tmp_path / "metadata.csv").write_text(
         'file_name,text,label\n0.png,"two\nlines, one text",0\n', encoding="utf-8-sig"
@@ -358,7 +357,7 @@ def test_metadata_with_a_byte_order_mark_and_quoted_line_breaks(tmp_path):
 
 
 @needs_grocery
-def test_grocery_test_photos_load_as_they_stand():
+def test_grocery_test_photos_load():
     data = ProductFolder(GROCERY / "test", strict=True)
     assert (len(data), data.num_classes, data[0]["image"].shape) == (486, 81, (3, 96, 96))
 
@@ -380,7 +379,7 @@ def test_swap_replaces_exactly_the_fraction_by_texts_of_other_labels(products, f
     )
 
 
-def test_swap_follows_from_the_seed_and_reaches_every_other_label(products):
+def test_swap_depends_on_the_seed_and_uses_texts_of_every_other_label(products):
     swapped = swap_texts(products, 1.0, seed=3)
     assert (
         swapped.texts

@@ -55,7 +55,7 @@ def test_generated_titles_fit_sixteen_tokens(products, tokenizer):
     assert max(map(len, tokenizer(products.texts)["input_ids"])) <= 16
 
 
-def test_train_tokenizer_arguments():
+def test_train_tokenizer_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="kind: got 'unigram', expected 'wordpiece' or 'bpe'"):
         train_tokenizer(["a"], kind="unigram")
     with pytest.raises(ValueError, match="vocab_size: got 3, expected an integer of at least 6"):
@@ -66,7 +66,7 @@ def test_train_tokenizer_arguments():
         train_tokenizer("tea")
 
 
-def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
+def test_load_tokenizer_raises_without_a_readable_tokenizer(tmp_path, monkeypatch):
     expected = "folder_or_hub_name: got .*, expected a tokenizer folder or a hub name"
     with pytest.raises(
         ValueError, match=r"got '.*gone', expected a tokenizer folder or a hub name$"
@@ -136,7 +136,7 @@ def test_collate_truncates_and_normalises(products, tokenizer):
     assert batch["pixel_values"][0].mean(dim=(1, 2)).tolist() == [1.0, 3.0, 0.5]
 
 
-def test_collate_takes_images_of_different_sizes(tokenizer):
+def test_collate_accepts_images_of_different_sizes(tokenizer):
     shapes = [(3, 10, 40), (3, 64, 64), (3, 8, 8)]
     items = [
         {"image": torch.zeros(s, dtype=torch.uint8), "image_present": True, "text": "x", "label": 0}
@@ -145,7 +145,7 @@ def test_collate_takes_images_of_different_sizes(tokenizer):
     assert Collate(tokenizer, 16, 8, augment=True)(items)["pixel_values"].shape == (3, 3, 16, 16)
 
 
-def test_collate_arguments(tokenizer):
+def test_collate_rejects_invalid_arguments(tokenizer):
     with pytest.raises(ValueError, match="image_size: got 0, expected an integer of at least 1"):
         Collate(tokenizer, 0, 8)
     with pytest.raises(ValueError, match="max_length: got 1, expected an integer of at least 2"):
@@ -156,7 +156,7 @@ def test_collate_arguments(tokenizer):
         Collate(tokenizer, 8, 8, std=(1, 0, 1))
 
 
-def test_augmentation_follows_from_seed_and_epoch_alone(products, tokenizer):
+def test_augmentation_depends_only_on_seed_and_epoch(products, tokenizer):
     def epochs(seed, disturb=False):
         collate = Collate(tokenizer, 32, 16, augment=True, seed=seed)
         batches = Batches(products, collate, 100, shuffle=True, seed=1, drop_last=True)
@@ -174,7 +174,7 @@ def test_augmentation_follows_from_seed_and_epoch_alone(products, tokenizer):
     assert not torch.equal(first[0], first[1]) and not torch.equal(first, epochs(5))
 
 
-def test_collate_alone_replays_an_epoch(products, tokenizer):
+def test_collate_set_epoch_repeats_the_augmentation(products, tokenizer):
     collate = Collate(tokenizer, 32, 16, augment=True)
     items = [products[row] for row in range(4)]
     collate.set_epoch(2)
@@ -193,14 +193,14 @@ def test_augmentation_crops_flips_recolours_and_erases():
     slope = whole[..., -1].mean((1, 2)) - whole[..., 0].mean((1, 2))
     assert 0.4 < (slope < 0).float().mean() < 0.6
     assert slope.abs().min() < 0.5 < slope.abs().max()
-    # A grey picture stays grey after changes of hue and saturation; a red one changes its colour.
+    # Changes of hue and saturation keep a grey picture grey and change the colour of a red picture.
     assert torch.allclose(whole[:, 0], whole[:, 1], atol=1e-3)
     red = torch.zeros(50, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 150
     assert augment(red, 8, torch.Generator().manual_seed(0)).mean((2, 3)).std(0).min() > 0.01
 
 
-def test_augmentation_without_change_is_the_identity(monkeypatch):
+def test_augmentation_of_strength_zero_only_flips(monkeypatch):
     import mmfused.data.augment as module
 
     for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "ERASE_PROBABILITY"):
@@ -216,12 +216,12 @@ def test_augmentation_without_change_is_the_identity(monkeypatch):
     assert all(a != b for a, b in zip(flipped, same, strict=True)) and any(flipped) and any(same)
 
 
-def test_augmentation_keeps_up_with_training():
+def test_augmentation_is_fast():
     images = torch.zeros(64, 3, 96, 96, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(7):
-        start = time.process_time()  # counts only this process, with all its threads
+        start = time.process_time()  # CPU time of all threads of this process
         augment(images, 96, generator)
         samples.append(time.process_time() - start)
     # Usually about 25 ms on one core.
@@ -254,7 +254,7 @@ def test_batches_reshuffle_by_epoch(products, tokenizer):
     assert sorted(zero) == sorted(one) == sorted(products.labels)
 
 
-def test_batches_of_photos_of_different_sizes_with_missing_ones(tmp_path, tokenizer):
+def test_batches_accept_photos_of_different_sizes_and_missing_photos(tmp_path, tokenizer):
     for index, size in enumerate([(20, 10), (10, 20), (16, 16), (8, 8)]):
         Image.new("RGB", size, "red").save(tmp_path / f"{index}.png")
     rows = "0.png,tea,0\n1.png,tea,1\n2.png,,2\n3.png,tea,3\n,tea,0\n"
@@ -270,7 +270,7 @@ def test_batches_of_photos_of_different_sizes_with_missing_ones(tmp_path, tokeni
     )
 
 
-def test_batches_need_one_whole_batch(products, tokenizer):
+def test_batches_reject_invalid_batch_sizes(products, tokenizer):
     with pytest.raises(
         ValueError,
         match="dataset: got 600 rows for a batch_size of 601, expected at least one full batch",

@@ -1,6 +1,6 @@
-"""Losses over 1, 2 and 3 processes (gloo) equal one process with the whole batch.
+"""Tests that a loss over 1, 2 or 3 gloo processes equals that of one process on the whole batch.
 
-Invalid inputs on one rank, and settings that differ: test_distributed_refusals.py.
+test_distributed_refusals.py tests invalid inputs and settings that differ between ranks.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mmfused
 from mmfused import MaskedInfoNCE
 
-# number of ranks -> splits; a split is the (queries, candidates) of each rank
+# number of ranks -> splits; a split holds the numbers of queries and candidates of each rank
 SPLITS = {
     1: [[(11, 14)]],
     2: [[(7, 8), (4, 6)], [(0, 0), (5, 6)], [(5, 6), (0, 2)]],
@@ -31,7 +31,7 @@ CASES = {
 }
 BACKENDS = {"composed": (torch.float64, 1e-11), "fused": (torch.float32, 1e-5)}
 RUNS = [(case, "composed") for case in CASES]
-if not torch.cuda.is_available():  # on a CPU interpreted kernels are slow
+if not torch.cuda.is_available():  # few cases, because the Triton interpreter is slow
     RUNS += [("keys", "fused"), ("ids", "fused")]
 
 
@@ -51,7 +51,7 @@ class Towers(nn.Module):
 def batch_of_rank(case: str, split: list, rank: int) -> tuple:
     """Return this rank's rows of a fixed batch.
 
-    The first candidates of each rank are its positives, the others extra negatives.
+    Candidate i of a rank is the positive of its query i. Further candidates are extra negatives.
     """
     queries, candidates = split[rank]
     generator = torch.Generator().manual_seed(100 + rank)
@@ -111,7 +111,7 @@ def results_of(rank: int, split: list) -> dict:
         with mmfused.backend(backend):
             loss = model(query.to(dtype), candidate.to(dtype), **keys)
             loss.backward()
-        assert split[rank][0] or loss == 0  # a rank without rows
+        assert split[rank][0] or loss == 0  # the loss of a rank without queries is 0
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         results[case, backend] = [mean / len(split), *(p.grad for p in model.parameters())]
@@ -133,7 +133,7 @@ def ranks(request):
 
 
 @pytest.mark.parametrize(("case", "backend"), RUNS)
-def test_ranks_agree_with_one_process(ranks, case, backend):
+def test_global_gather_matches_one_process(ranks, case, backend):
     dtype, tolerance = BACKENDS[backend]
     for split, results in ranks:
         model = Towers(None, CASES[case]).double()
@@ -151,7 +151,7 @@ def test_ranks_agree_with_one_process(ranks, case, backend):
                 ), (case, split)
 
 
-def test_local_takes_remote_candidates_as_constants(ranks):
+def test_local_gather_treats_candidates_of_other_ranks_as_constants(ranks):
     for split, results in ranks:
         check_local(split, results)
 

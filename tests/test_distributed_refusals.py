@@ -1,7 +1,7 @@
-"""If one of several processes (gloo) fails, all raise, and all can continue afterwards.
+"""Tests that an error on one gloo process raises on all, and that all can continue afterwards.
 
-Also tests the selection bias over ranks. The processes are started once for all cases, as starting
-takes longer than all of them.
+The selection bias over ranks is tested, too. The processes are started once for all cases, because
+starting takes longer than running the cases.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from mmfused.distributed import gather_rows, reported
 from mmfused.ops.masked_info_nce import loss_over_ranks
 
 WORLDS = (2, 3)
-SECONDS = 20  # time limit for all ranks to raise
-HANGS = 120  # seconds until the processes are killed
-UMLAUTS = "ü" * 3000  # more bytes than fit into a message
+TIME_LIMIT = 20  # seconds for all ranks to raise
+KILL_AFTER = 120  # seconds until hanging processes are killed
+UMLAUTS = "ü" * 3000  # more bytes than other ranks quote
 
 
 def batch(rank: int) -> dict:
@@ -92,10 +92,10 @@ REFUSED = {
     "gather: got backend 'reference'": ({"backend": "reference"}, RuntimeError),
     "unexpected keyword argument 'margin'": ({"margin": 1}, TypeError),
 }
-# setting -> (arguments of all ranks, those that the last rank changes, the setting's value on rank
-# 0 and on the last rank)
 KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
-NEEDED, NOT = "needed", "not needed (no_grad, or frozen)"
+NEEDED, NOT_NEEDED = "needed", "not needed (no_grad, or frozen)"
+# setting -> (arguments of all ranks, arguments that the last rank changes, the setting's value on
+# rank 0, its value on the last rank)
 DIFFERENT = {
     "dtype": (
         {},
@@ -119,13 +119,13 @@ DIFFERENT = {
     "candidate_id": ({}, IDS, "None", "given"),
     "row_weight": ({}, {"row_weight": torch.ones(4)}, "None", "given"),
     "label_smoothing": ({}, {"label_smoothing": 0.5}, "0.0", "0.5"),
-    "candidate's gradient": ({}, {"candidate": torch.randn(6, 8)}, NEEDED, NOT),
-    "candidate's gradient under no_grad": ({}, {"no_grad": True}, NEEDED, NOT),
+    "candidate's gradient": ({}, {"candidate": torch.randn(6, 8)}, NEEDED, NOT_NEEDED),
+    "candidate's gradient under no_grad": ({}, {"no_grad": True}, NEEDED, NOT_NEEDED),
     "the loss's gradient": (
         {"symmetric": True, "candidate": torch.randn(6, 8)},
         {"query": torch.randn(4, 8)},
         NEEDED,
-        NOT,
+        NOT_NEEDED,
     ),
     "the call": (
         {},
@@ -149,7 +149,7 @@ GATHERED = {
     "gradient": (
         torch.zeros(2, 3),
         torch.zeros(2, 3).requires_grad_(),
-        f"the rows' gradient: got {NOT} on rank 0 and needed on",
+        f"the rows' gradient: got {NOT_NEEDED} on rank 0 and needed on",
     ),
     "scalar": (torch.zeros(2, 3), torch.zeros(()), "x: got a scalar, expected (rows, ...)"),
 }
@@ -177,13 +177,10 @@ def run_rank(rank: int, world: int, folder: str):
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    bad, results = rank == world - 1, {}
+    is_last, results = rank == world - 1, {}
 
     def outcome(name, call):
-        """Store type and message of the call's error, and a valid loss computed after it.
-
-        The group must still work.
-        """
+        """Store the call's error, and a valid loss that is computed over the ranks afterwards."""
         start, error = time.monotonic(), None
         try:
             call()
@@ -197,24 +194,24 @@ def run_rank(rank: int, world: int, folder: str):
 
     outcome("good", lambda: None)
     for name, (change, _) in REFUSED.items():
-        outcome(name, lambda change=change: loss_of(**batch(rank) | (change if bad else {})))
+        outcome(name, lambda change=change: loss_of(**batch(rank) | (change if is_last else {})))
     for name, (everywhere, change, *_) in DIFFERENT.items():
         outcome(
             name,
             lambda e=everywhere, change=change: loss_of(
-                **batch(rank) | e | (change if bad else {})
+                **batch(rank) | e | (change if is_last else {})
             ),
         )
     for name, (x, last, _) in GATHERED.items():
-        outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if bad else x))
+        outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if is_last else x))
     outcome("no rows", lambda: loss_of(torch.randn(0, 8), torch.randn(rank, 8), temperature=0.2))
     outcome(
         "module",
         lambda: MaskedInfoNCE(gather="global")(
-            None if bad else torch.randn(4, 8), torch.randn(4, 8)
+            None if is_last else torch.randn(4, 8), torch.randn(4, 8)
         ),
     )
-    outcome("model", lambda: compare_of_a_model(bad))
+    outcome("model", lambda: fail_in_a_model(is_last))
     outcome(
         "several", lambda: loss_of(**batch(rank) | {"temperature": 0.2 if rank == 0 else -rank})
     )
@@ -225,9 +222,9 @@ def run_rank(rank: int, world: int, folder: str):
     dist.destroy_process_group()
 
 
-def compare_of_a_model(bad: bool):
-    """Raise in a model's loss on one rank, before an exchange that the other ranks begin."""
-    if bad:
+def fail_in_a_model(is_last: bool):
+    """Raise like a model's loss on the last rank, and start an exchange on the other ranks."""
+    if is_last:
         raise reported("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
 
@@ -236,7 +233,7 @@ def compare_of_a_model(bad: bool):
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     context = mp.spawn(run_rank, (request.param, str(folder)), nprocs=request.param, join=False)
-    end = time.monotonic() + HANGS
+    end = time.monotonic() + KILL_AFTER
     try:
         while not context.join(timeout=1):
             assert time.monotonic() < end, "the ranks hang"
@@ -250,67 +247,66 @@ def results(request, tmp_path_factory):
 def errors(results: list, name: str) -> list[tuple[str, str]]:
     """Return the error of each rank.
 
-    Also checks what holds in all cases: each rank raised within the time limit, and then computed
-    the valid loss as before.
+    Check that each rank finished within the time limit and then computed the valid loss.
     """
     for rank in results:
         _, seconds, loss, gradient = rank[name]
-        assert seconds < SECONDS
+        assert seconds < TIME_LIMIT
         assert torch.equal(loss, rank["good"][2]) and torch.equal(gradient, rank["good"][3])
     return [rank[name][0] for rank in results]
 
 
-def check_refusal(found: list, op: str, kind: str, sentence: str):
-    """Check the error of the last rank; the others must name that rank and quote its message."""
+def check_refusal(found: list, op: str, kind: str, message: str):
+    """Check the last rank's error, and that the other ranks' errors name the rank and quote it."""
     *others, (own_kind, own) = found
-    assert own_kind == kind and sentence in own
+    assert own_kind == kind and message in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
     assert others == [("RuntimeError", f"{op}: rank {len(others)} failed: {quoted}")] * len(others)
 
 
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_what_one_rank_refuses_all_refuse_and_name_it(results, sentence):
+@pytest.mark.parametrize("message", REFUSED)
+def test_invalid_input_on_one_rank_raises_on_all_ranks(results, message):
     check_refusal(
-        errors(results, sentence), "masked_info_nce", REFUSED[sentence][1].__name__, sentence
+        errors(results, message), "masked_info_nce", REFUSED[message][1].__name__, message
     )
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_ranks_with_other_settings_refuse_each_other_by_name(results, name):
+def test_settings_that_differ_between_ranks_raise_on_all_ranks(results, name):
     _, _, first, last = DIFFERENT[name]
     setting, rank = name.split(" under ")[0].split(", ")[0], len(results) - 1
     got = f"{setting}: got {first} on rank 0 and {last} on rank {rank}"
-    sentence = f"{got}, expected the same on all ranks"
+    message = f"{got}, expected the same on all ranks"
     for i, (kind, text) in enumerate(errors(results, name)):
         op = "gather_rows" if name == "the call" and i == rank else "masked_info_nce"
-        assert (kind, text) == ("ValueError", f"{op}: {sentence}")
+        assert (kind, text) == ("ValueError", f"{op}: {message}")
 
 
 @pytest.mark.parametrize("name", GATHERED)
-def test_gather_rows_refuses_on_all_ranks(results, name):
-    found, sentence = errors(results, f"gather_rows {name}"), GATHERED[name][2]
+def test_gather_rows_raises_on_all_ranks_if_rows_do_not_match(results, name):
+    found, message = errors(results, f"gather_rows {name}"), GATHERED[name][2]
     if name == "scalar":
-        return check_refusal(found, "gather_rows", "ValueError", sentence)
+        return check_refusal(found, "gather_rows", "ValueError", message)
     assert (
         len(set(found)) == 1
         and found[0][0] == "ValueError"
-        and found[0][1].startswith(f"gather_rows: {sentence}")
+        and found[0][1].startswith(f"gather_rows: {message}")
     )
 
 
-def test_gather_rows_takes_ranks_without_rows(results):
+def test_gather_rows_accepts_ranks_without_rows(results):
     want = torch.cat([torch.full((rank, 2), rank) for rank in range(len(results))])
     for rank in results:
         some, none = rank["gathered"]
         assert torch.equal(some, want) and none.shape == (0, 2)
 
 
-def test_no_rows_on_any_rank_is_one_sentence_on_all(results):
-    sentence = "masked_info_nce: query: got 0 rows on every rank, expected at least one row"
-    assert errors(results, "no rows") == [("ValueError", sentence)] * len(results)
+def test_no_queries_on_any_rank_raises_on_all_ranks(results):
+    message = "masked_info_nce: query: got 0 rows on every rank, expected at least one row"
+    assert errors(results, "no rows") == [("ValueError", message)] * len(results)
 
 
-def test_the_module_refuses_what_it_cannot_normalise_on_all_ranks(results):
+def test_invalid_input_of_the_module_raises_on_all_ranks(results):
     check_refusal(
         errors(results, "module"),
         "masked_info_nce",
@@ -319,19 +315,19 @@ def test_the_module_refuses_what_it_cannot_normalise_on_all_ranks(results):
     )
 
 
-def test_where_several_ranks_refuse_each_raises_its_own_error(results):
+def test_each_rank_with_invalid_input_raises_its_own_error(results):
     first, *others = errors(results, "several")
-    sentence = "masked_info_nce: {}temperature: got -{}, expected a number above 0"
-    assert first == ("RuntimeError", sentence.format("rank 1 failed: ", 1))
+    message = "masked_info_nce: {}temperature: got -{}, expected a number above 0"
+    assert first == ("RuntimeError", message.format("rank 1 failed: ", 1))
     for rank, error in enumerate(others, 1):
-        assert error == ("ValueError", sentence.format("", rank))
+        assert error == ("ValueError", message.format("", rank))
 
 
-def test_what_a_model_refuses_on_one_rank_the_others_quote(results):
+def test_error_of_a_model_is_quoted_by_the_other_ranks(results):
     *others, own = errors(results, "model")
     assert own == ("ValueError", "negative: got None, expected one")
-    sentence = f"gather_rows: rank {len(others)} failed: negative: got None, expected one"
-    assert others == [("RuntimeError", sentence)] * len(others)
+    message = f"gather_rows: rank {len(others)} failed: negative: got None, expected one"
+    assert others == [("RuntimeError", message)] * len(others)
 
 
 # ---- the selection bias -------------------------------------------------------------------------
@@ -343,15 +339,15 @@ def mixture() -> TopKMoE:
 
 
 def tokens(rank: int, step: int) -> torch.Tensor:
-    """Draw tokens with a different mean on each rank, so that local counts give another bias."""
+    """Draw tokens whose mean differs between ranks, so that each rank's counts differ."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     return torch.randn(30 + 20 * rank, 6, generator=generator) + torch.randn(6, generator=generator)
 
 
 def biases(rank: int, world: int) -> dict:
-    """Return the biases after some steps.
+    """Return the selection biases after four updates.
 
-    The counts are those of all ranks, of a group of two, of this rank alone, and under DDP.
+    Each is updated with the counts of other ranks: all, a pair, this rank alone, or all under DDP.
     """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}
@@ -379,7 +375,7 @@ def bias_of_one_process(ranks) -> torch.Tensor:
     return moe.selection_bias
 
 
-def test_the_selection_bias_of_all_ranks_is_that_of_one_process(results):
+def test_selection_bias_of_all_ranks_equals_that_of_one_process(results):
     want = bias_of_one_process(range(len(results)))
     for rank, found in enumerate(results):
         assert torch.equal(found["bias"]["all"], want) and torch.equal(found["bias"]["ddp"], want)
@@ -387,17 +383,17 @@ def test_the_selection_bias_of_all_ranks_is_that_of_one_process(results):
     assert not torch.equal(results[0]["bias"]["alone"], results[1]["bias"]["alone"])
 
 
-def test_the_selection_bias_takes_the_counts_of_a_group(results):
+def test_selection_bias_uses_the_counts_of_a_group(results):
     for found in results[:2]:
         assert torch.equal(found["bias"]["pair"], bias_of_one_process([0, 1]))
 
 
-def test_a_mixture_without_a_selection_bias_says_so():
+def test_update_selection_bias_raises_without_a_selection_bias():
     with pytest.raises(ValueError, match="TopKMoE: selection_bias"):
         TopKMoE(6, 4, 5).update_selection_bias(torch.ones(5))
 
 
-def test_counts_of_micro_batches_are_summed_before_the_update():
+def test_summed_counts_of_micro_batches_give_the_bias_of_the_batch():
     whole, parts = mixture(), mixture()
     x = torch.cat([tokens(0, 0), tokens(1, 0)])
     whole.update_selection_bias(whole(x)[1].counts)

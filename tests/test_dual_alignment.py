@@ -1,4 +1,4 @@
-"""MOON2.0's dual alignment against a literal transcription."""
+"""Tests of MOON2.0's dual alignment against a literal transcription of its equations."""
 
 import math
 
@@ -10,7 +10,7 @@ from mmfused.losses import dual_alignment, expert_shares
 
 
 def literal(alignment, shares, members):
-    """Compute section 3 of models.md, number by number."""
+    """Compute the equations of ``dual_alignment``'s docstring element by element."""
     experts, objectives = alignment.shape
     p = [
         [
@@ -39,7 +39,7 @@ def make(experts=4, objectives=5, batch=6):
 
 
 @pytest.mark.parametrize("all_members", [True, False])
-def test_the_equations(all_members):
+def test_dual_alignment_matches_the_equations(all_members):
     alignment, shares, members = make()
     members[:, 2] = False  # an objective without samples
     members = torch.ones_like(members) if all_members else members
@@ -58,7 +58,7 @@ def test_the_equations(all_members):
     assert all_members or got[0][2] == 0
 
 
-def test_at_the_start_all_objectives_weigh_the_same():
+def test_zero_alignment_weighs_all_objectives_equally():
     _, shares, _ = make()
     omega, sparsity = dual_alignment(torch.zeros(4, 5, dtype=torch.float64), shares)
     torch.testing.assert_close(omega, torch.full((5,), 0.2, dtype=torch.float64))
@@ -74,7 +74,7 @@ def test_detached_routing_still_learns_the_alignment():
 
 
 @pytest.mark.parametrize("total", [1, 5.0])
-def test_normalised_weights(total):
+def test_normalised_weights_have_the_given_sum(total):
     alignment, shares, members = make()
     plain, _ = dual_alignment(alignment, shares, members=members)
     omega, _ = dual_alignment(alignment, shares, members=members, normalise=total)
@@ -89,7 +89,7 @@ def test_shares_of_a_sample_are_the_mean_over_its_tokens():
         torch.randn(15, 4, dtype=torch.float64, requires_grad=True),
         torch.zeros(15, dtype=torch.bool),
     )
-    masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # no token of the last sample remains
+    masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # all tokens of the last sample
     routing = mmfused.topk_routing(logits, 2, token_padding_mask=masked)
     shares = expert_shares(routing, 3)
     want = torch.zeros(3, 4, dtype=torch.float64)
@@ -106,12 +106,12 @@ def test_shares_of_a_sample_are_the_mean_over_its_tokens():
     assert d_logits[:3].any() and not d_logits[3:].any()
 
 
-def test_low_precision_and_autocast():
+def test_dual_alignment_computes_in_float32_under_autocast_and_for_bfloat16():
     alignment, shares, _ = make()
     want, sparsity = dual_alignment(alignment, shares)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, also = dual_alignment(alignment.float(), shares.float())
-    assert got.dtype == also.dtype == torch.float32
+        got, got_sparsity = dual_alignment(alignment.float(), shares.float())
+    assert got.dtype == got_sparsity.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     assert dual_alignment(alignment.bfloat16(), shares.bfloat16())[0].dtype == torch.float32
 
@@ -130,8 +130,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("sentence", BAD)
-def test_bad_input(sentence):
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_raises(message):
     with pytest.raises(ValueError) as caught:
-        BAD[sentence](*make())
-    assert sentence in str(caught.value)
+        BAD[message](*make())
+    assert message in str(caught.value)

@@ -1,6 +1,6 @@
-"""Encoders at their published sizes and from local checkpoints.
+"""Tests of encoders at their published sizes and of encoders from local checkpoints.
 
-The loaded weights equal the saved ones, and no pickle is opened.
+Loaded weights must equal the saved weights, and no pickle may be opened.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def test_full_size_presets_train(preset):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_a_text_encoder_from_a_folder(kind, tmp_path):
-    names = {
+def test_text_encoder_loads_from_a_folder(kind, tmp_path):
+    distilbert = {
         "dim": 16,
         "n_layers": 1,
         "n_heads": 2,
@@ -77,7 +77,7 @@ def test_a_text_encoder_from_a_folder(kind, tmp_path):
         "vocab_size": 90,
         "max_position_embeddings": 16,
     }
-    options = names if kind == "distilbert" else {**BERT, "hidden_size": 16}
+    options = distilbert if kind == "distilbert" else {**BERT, "hidden_size": 16}
     saved = transformers.AutoModel.from_config(
         transformers.AutoConfig.for_model(kind, **options)
     ).eval()
@@ -88,13 +88,13 @@ def test_a_text_encoder_from_a_folder(kind, tmp_path):
     assert fields["text_dim"] == 16 and torch.equal(
         encoder.eval()(input_ids=ids).last_hidden_state, expected
     )
-    # The fields alone rebuild the architecture, through JSON and without the folder.
+    # The fields, here read back from JSON, rebuild the architecture without the folder.
     rebuilt = build_text(fields["text_dim"], json.loads(json.dumps(fields["text"])))
     rebuilt.load_state_dict(encoder.state_dict())
     assert torch.equal(rebuilt.eval()(input_ids=ids).last_hidden_state, expected)
 
 
-def test_an_image_encoder_from_a_folder(tmp_path):
+def test_image_encoder_loads_from_a_folder(tmp_path):
     args = {"img_size": 32, "depth": 1}
     saved = timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).eval()
     timm.models.save_for_hf(saved, tmp_path, model_args=args, safe_serialization=True)
@@ -108,7 +108,7 @@ def test_an_image_encoder_from_a_folder(tmp_path):
     assert larger["image"]["img_size"] == 64 and resampled.pos_embed.shape == (1, 1 + 16, 192)
 
 
-def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
+def test_loaded_encoder_replaces_that_of_the_preset(tmp_path):
     config = transformers.DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=90
     )
@@ -121,7 +121,7 @@ def test_a_loaded_encoder_takes_the_place_of_the_presets(tmp_path):
     assert model(input_ids=torch.tensor([[1, 89, 4]])).logits.shape == (1, 3)
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path):
+def test_folder_without_safetensors_raises(tmp_path):
     with pytest.raises(
         FileNotFoundError,
         match=r"text encoder: .* lacks a file, expected config.json and \*\.safetensors",
@@ -140,20 +140,23 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
         pretrained_vit(str(tmp_path))
 
 
-def test_of_the_hub_only_safetensors_are_asked_for(monkeypatch):
-    asked, given = [], timm.create_model("vit_tiny_patch16_224", num_classes=1000).state_dict()
+def test_only_safetensors_are_loaded_from_the_hub(monkeypatch):
+    requested, given = [], timm.create_model("vit_tiny_patch16_224", num_classes=1000).state_dict()
     monkeypatch.setattr(
-        timm.models._builder, "load_state_dict_from_hf", lambda *a, **k: asked.append(a) or given
+        timm.models._builder,
+        "load_state_dict_from_hf",
+        lambda *a, **k: requested.append(a) or given,
     )
     fields, encoder = pretrained_vit("vit_tiny_patch16_224", image_size=32)
     assert (
-        asked[0][0].startswith("timm/vit_tiny_patch16_224") and asked[0][1] == "model.safetensors"
+        requested[0][0].startswith("timm/vit_tiny_patch16_224")
+        and requested[0][1] == "model.safetensors"
     )
     assert torch.equal(encoder.blocks[3].mlp.fc1.weight, given["blocks.3.mlp.fc1.weight"])
     assert fields["image"] == {"name": "vit_tiny_patch16_224", "img_size": 32}
 
 
-def test_bad_image_encoders():
+def test_unknown_image_encoders_raise():
     with pytest.raises(
         ValueError,
         match="image encoder: got 'vit_colossal', expected a folder, or the name of a timm model",
@@ -168,7 +171,7 @@ def test_bad_image_encoders():
 
 @pytest.fixture
 def encoders(tmp_path):
-    """Save a small ViT and a small BERT with its tokenizer, using their own libraries."""
+    """Save a small ViT with timm, and a small BERT and its tokenizer with transformers."""
     args = {"img_size": 32, "patch_size": 16, "depth": 1}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     timm.models.save_for_hf(vit, tmp_path / "vit", model_args=args, safe_serialization=True)
@@ -210,7 +213,7 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
         "--backend",
         "composed",
     ]
-    # With a tiny learning rate, the run saves the weights that it was given.
+    # With so small a learning rate, the saved weights equal the pretrained weights.
     assert (
         main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"])
         == 0
@@ -225,13 +228,13 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
     for encoder, given in ((model.image_encoder, vit), (model.text_encoder, bert)):
         for name, tensor in encoder.state_dict().items():
             assert torch.allclose(tensor, given.state_dict()[name], atol=1e-9), name
-    # The encoders' folders are no longer needed to resume or to evaluate.
+    # Evaluation does not need the encoders' folders.
     for name in ("vit", "bert"):
         (folder / name / "config.json").rename(folder / name / "gone")
     assert main(["eval", "--checkpoint", str(folder / "run"), "--data", "generated"]) == 0
 
 
-def test_a_tokenizer_larger_than_the_encoder_is_refused(encoders, capsys):
+def test_tokenizer_with_more_tokens_than_the_encoder_is_rejected(encoders, capsys):
     folder, _, _ = encoders
     train_tokenizer(
         [text for text in GeneratedProducts("train", size=400).texts if text], vocab_size=150
@@ -250,7 +253,7 @@ def test_a_tokenizer_larger_than_the_encoder_is_refused(encoders, capsys):
     )
 
 
-def test_a_preset_brings_its_papers_recipe():
+def test_preset_sets_the_training_options_of_its_paper():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     base = ["--data", "x", "--out", "y", "--preset", "paper"]

@@ -1,6 +1,7 @@
-"""torch.export and ONNX: the exported program equals the module, also at other sizes.
+"""Tests that exported programs (torch.export, ONNX) equal the module, also at other sizes.
 
-It has the module's gradients, or raises if it has none.
+A torch.export program has the module's gradients. One that holds a kernel has no gradients and
+raises if a gradient is needed.
 """
 
 import pytest
@@ -15,7 +16,7 @@ from mmfused.library import graph_made
 
 
 class Flat(nn.Module):
-    """Return the module's outputs that may have gradients, from arguments in a tuple and a dict."""
+    """Take a module's arguments as a tuple and a dict; return the outputs that have gradients."""
 
     def __init__(self, module):
         super().__init__()
@@ -70,7 +71,7 @@ def compare(exported, module, make, sizes) -> None:
         want, got = (with_gradients(f, args, named) for f in (module, exported))
         assert want.keys() == got.keys()
         for name, value in want.items():
-            if value is None:  # no output uses it, so eager mode has no gradient either
+            if value is None:  # no output depends on this input
                 assert got[name] is None
             else:
                 close(got[name], value, name)
@@ -80,7 +81,7 @@ def compare(exported, module, make, sizes) -> None:
 
 
 SIZES = [(2, 2), (5, 9), (64, 3)]
-ANY = [
+ANY_SIZE = [
     "pool lengths",
     "pool dropout",
     "gated constant",
@@ -90,15 +91,14 @@ ANY = [
 ]
 
 
-@pytest.mark.parametrize("name", ANY)
-def test_any_batch_and_number_of_tokens(name):
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_export_with_dynamic_batch_and_tokens_matches_the_module(name):
     module, make = flat(name)
     args, named = make(4, 6)
     tokens = "contrastive" not in name
     exported = export(module, (args, named), dynamic_shapes=dynamic(args, named, tokens))
     compare(exported.module(), module, make, SIZES)
     own = {str(node.target) for node in exported.graph.nodes if "mmfused" in str(node.target)}
-    # All other nodes are torch's.
     assert own == ({"mmfused.segment_linear.default"} if "experts" in name else set())
 
 
@@ -106,7 +106,7 @@ STRICT = ["gated constant", "experts", "contrastive keys"]
 
 
 @pytest.mark.parametrize("name", STRICT)
-def test_strict_too(name):
+def test_strict_export_matches_the_module(name):
     module, make = flat(name)
     args, named = make(4, 6)
     shapes = dynamic(args, named, "contrastive" not in name)
@@ -116,7 +116,7 @@ def test_strict_too(name):
 
 
 @pytest.mark.parametrize("name", ["pool bias mask", "experts sigmoid", "contrastive"])
-def test_of_one_size(name):
+def test_export_of_one_size_matches_the_module(name):
     module, make = flat(name)
     compare(export(module, make(4, 6)).module(), module, make, [(4, 6)])
 
@@ -131,7 +131,7 @@ class Routed(nn.Module):
         return mmfused.grouped_linear(x, routing, self.weight, combine=True)
 
 
-def test_experts_of_a_routing_made_elsewhere():
+def test_export_of_experts_with_given_indices_matches_the_module():
     def make(tokens, _):
         return (floats(tokens, D), torch.randint(0, 3, (tokens, 2)), floats(tokens, 2)), {}
 
@@ -142,7 +142,7 @@ def test_experts_of_a_routing_made_elsewhere():
 
 
 @pytest.mark.parametrize("name", ["pool bias mask", "experts", "contrastive"])
-def test_an_exported_kernel_says_that_its_gradient_is_not_there(name):
+def test_exported_kernel_raises_if_a_gradient_is_needed(name):
     module, make = case(name)
     module = Flat(module.float())
     args, named = make(2, 3)
@@ -169,13 +169,13 @@ class Losses(nn.Module):
         )
 
 
-def test_small_losses_of_any_batch(monkeypatch):
+def test_export_of_losses_with_dynamic_batch_matches_the_module(monkeypatch):
     def make(batch, _):
         return (floats(batch, D), floats(batch, D), floats(D, 3)), {}
 
     module = Flat(Losses())
     batch = Dim("batch", min=3, max=64)  # product_consistency needs at least three rows
-    # Several blocks: an exported graph does not recompute them.
+    # Eager mode then computes several blocks; the exported graph always has one.
     monkeypatch.setattr(losses, "BLOCK_PAIRS", 64)
     shapes = (({0: batch}, {0: batch}, None), {})
     exported = export(module, make(6, None), dynamic_shapes=shapes)
@@ -196,19 +196,19 @@ class Positional(nn.Module):
 
 
 def small(name: str):
-    """Return a case, or the smallest one with all its features, as the exporter is slow."""
+    """Return a module and its inputs by name; modules are small, because the exporter is slow."""
     if name == "experts":
         module = mmfused.TopKMoE(D, 12, 2, 2, selection_bias=True)
         return module, lambda batch, tokens: (
             (floats(batch, tokens, D),),
             dict(token_padding_mask=some(batch, tokens)),
         )
-    if name == "as many samples as heads":  # the exporter's optimizer confuses the two
+    if name == "as many samples as heads":  # the exporter's optimizer can confuse the two
         return mmfused.QueryPooling(32, 3, 4), lambda batch, tokens: ((floats(batch, 20, 32),), {})
     return case(name)
 
 
-def in_onnx(module, make, is_dynamic: bool, sizes: list[int], tmp_path) -> None:
+def check_onnx(module, make, is_dynamic: bool, sizes: list[int], tmp_path) -> None:
     for needed in ("onnx", "onnxscript"):
         pytest.importorskip(needed)
     runtime = pytest.importorskip("onnxruntime")
@@ -217,36 +217,36 @@ def in_onnx(module, make, is_dynamic: bool, sizes: list[int], tmp_path) -> None:
         return tuple(x.float() if x.is_floating_point() else x for x in (*args, *named.values()))
 
     args, named = make(4, 5)
-    whole = Positional(module.float(), len(args), list(named)).eval()
+    wrapped = Positional(module.float(), len(args), list(named)).eval()
     shapes = dynamic(args, named, False)
     shapes = ((*shapes[0], *shapes[1].values()),) if is_dynamic else None
     with mmfused.backend("composed"):
         options = dict(dynamo=True, dynamic_shapes=shapes, verbose=False)
-        program = torch.onnx.export(whole, tensors(args, named), **options)
+        program = torch.onnx.export(wrapped, tensors(args, named), **options)
     assert not [node for node in program.model.graph if "mmfused" in node.domain + node.op_type]
     program.save(tmp_path / "module.onnx")
     session = runtime.InferenceSession(tmp_path / "module.onnx")
     for size in sizes:
         inputs = tensors(*make(size, 5))
         given = zip(program.model.graph.inputs, inputs, strict=True)
-        given = {put.name: x.numpy() for put, x in given}
-        asked = {put.name for put in session.get_inputs()}
-        got = session.run(None, {name: value for name, value in given.items() if name in asked})
+        given = {node.name: x.numpy() for node, x in given}
+        used = {node.name for node in session.get_inputs()}
+        got = session.run(None, {name: value for name, value in given.items() if name in used})
         with torch.no_grad():
-            for value, want in zip(got, whole(*inputs), strict=True):
+            for value, want in zip(got, wrapped(*inputs), strict=True):
                 torch.testing.assert_close(torch.from_numpy(value), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gated constant", "experts", "contrastive"])
-def test_onnx_of_any_batch(name, tmp_path):
-    in_onnx(*small(name), True, [2, 7], tmp_path)
+def test_onnx_with_dynamic_batch_matches_the_module(name, tmp_path):
+    check_onnx(*small(name), True, [2, 7], tmp_path)
 
 
-def test_onnx_of_one_batch(tmp_path):
-    in_onnx(*small("as many samples as heads"), False, [4], tmp_path)
+def test_onnx_of_one_size_matches_the_module(tmp_path):
+    check_onnx(*small("as many samples as heads"), False, [4], tmp_path)
 
 
-def test_onnx_has_no_kernels(monkeypatch):
+def test_onnx_export_of_a_kernel_raises(monkeypatch):
     module, make = case("pool")
     x = make(2, 3)[0][0].float()
     monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
@@ -258,7 +258,7 @@ def test_onnx_has_no_kernels(monkeypatch):
         module.float()(x)
 
 
-def test_a_compiled_call_is_not_taken_for_an_exported_one():
+def test_graph_made_distinguishes_compile_from_export():
     def graph(x):
         return x + {None: 0, "export": 1, "onnx": 2}[graph_made()]
 

@@ -1,7 +1,4 @@
-"""FlopCounterMode counts every matrix product of an op, forward and backward, on every backend.
-
-The expected sums are written out by hand.
-"""
+"""Tests that FlopCounterMode counts every matrix product of an op on every backend."""
 
 import pytest
 import torch
@@ -38,69 +35,75 @@ def test_every_operator_has_a_formula():
     assert [name for name in names if getattr(torch.ops.mmfused, name) not in flop_registry] == []
 
 
-def test_pooling():
+def test_query_pooling_flops():
     module = mmfused.QueryPooling(D, L, H, bias=True, q_proj=True, out_proj=True)
     queries = 2 * (2 * L * D * D)
     pool = 4 * B * H * L * N * D
     values = 2 * B * L * D * D
     output = 2 * B * L * D * D
-    once = queries + pool + values + output
-    assert count(module, leaf(B, N, D)) == (once, 2 * once)
-    # The kernels recompute the logits.
-    assert count(module, leaf(B, N, D), backend="fused") == (once, 2 * once + pool // 2)
-    # Tokens without a gradient: each of the two products with them has one gradient instead of two.
-    assert count(module, leaf(B, N, D, grad=False)) == (once, 2 * once - pool)
-    assert count(module, leaf(B, N, D, grad=False), backend="fused") == (once, 2 * once - pool // 2)
+    forward = queries + pool + values + output
+    assert count(module, leaf(B, N, D)) == (forward, 2 * forward)
+    # The kernels recompute the logits in backward.
+    assert count(module, leaf(B, N, D), backend="fused") == (forward, 2 * forward + pool // 2)
+    # If the tokens need no gradient, each of their two products has one gradient instead of two.
+    assert count(module, leaf(B, N, D, grad=False)) == (forward, 2 * forward - pool)
+    assert count(module, leaf(B, N, D, grad=False), backend="fused") == (
+        forward,
+        2 * forward - pool // 2,
+    )
     projected = 2 * L * D * D + 2 * (2 * B * N * D * D) + 4 * B * L * N * D + output
     assert count(module, leaf(B, N, D), backend="reference") == (projected, 2 * projected)
 
 
-def test_a_transform():
+def test_q_transform_flops():
     module = mmfused.QTransform(D, L, 1, H, ffn=3 * D)
     pool = 2 * (2 * L * D * D) + 4 * B * H * L * N * D + 2 * (2 * B * L * D * D)
-    once = pool + 2 * (2 * B * L * D * 3 * D)
-    assert count(module, leaf(B, N, D)) == (once, 2 * once)
+    forward = pool + 2 * (2 * B * L * D * 3 * D)
+    assert count(module, leaf(B, N, D)) == (forward, 2 * forward)
 
 
 @pytest.mark.parametrize("gate", ["channel", "token", "none"])
-def test_gated_cross_attention(gate):
+def test_gated_cross_attention_flops(gate):
     module = mmfused.GatedCrossAttention(D, H, gate=gate, context_dim=D // 2)
     gates = {"channel": D, "token": 1, "none": 0}[gate]
     project = 2 * B * N * D * D + 2 * B * M * (D // 2) * 2 * D
     attend, output, blend = 4 * B * N * M * D, 2 * B * N * D * D, 2 * B * N * 2 * D * gates
-    once, inputs = project + attend + output + blend, (leaf(B, N, D), leaf(B, M, D // 2))
-    # torch's attention recomputes its logits too; the kernels also recompute the gate.
-    backward = 2 * once + attend // 2
-    assert count(module, *inputs) == (once, backward)
-    assert count(module, *inputs, backend="fused") == (once, backward + blend)
-    indicator = 2 * B * N * gates  # in the reference it is one more column of the product
-    assert count(module, *inputs, backend="reference") == (once + indicator, 2 * (once + indicator))
+    forward, inputs = project + attend + output + blend, (leaf(B, N, D), leaf(B, M, D // 2))
+    # torch's attention also recomputes its logits in backward; the kernels recompute the gate, too.
+    backward = 2 * forward + attend // 2
+    assert count(module, *inputs) == (forward, backward)
+    assert count(module, *inputs, backend="fused") == (forward, backward + blend)
+    indicator = 2 * B * N * gates  # one more column of the gate's input in the reference
+    assert count(module, *inputs, backend="reference") == (
+        forward + indicator,
+        2 * (forward + indicator),
+    )
 
 
-def test_both_directions():
+def test_bidirectional_gated_cross_attention_flops():
     module = mmfused.BidirectionalGatedCrossAttention(D, H)
     attend, blend = 8 * B * N * M * D, 4 * B * (N + M) * D * D
-    once = 6 * B * (N + M) * D * D + attend + 2 * B * (N + M) * D * D + blend
+    forward = 6 * B * (N + M) * D * D + attend + 2 * B * (N + M) * D * D + blend
     inputs = leaf(B, N, D), leaf(B, M, D)
-    assert count(module, *inputs) == (once, 2 * once + attend // 2)
-    assert count(module, *inputs, backend="fused") == (once, 2 * once + attend // 2 + blend)
+    assert count(module, *inputs) == (forward, 2 * forward + attend // 2)
+    assert count(module, *inputs, backend="fused") == (forward, 2 * forward + attend // 2 + blend)
 
 
-def test_a_token_gate():
-    once = 2 * B * N * (2 * D * D + D)
-    assert count(mmfused.TokenGate(D), leaf(B, N, D), leaf(B, N, D)) == (once, 2 * once)
+def test_token_gate_flops():
+    forward = 2 * B * N * (2 * D * D + D)
+    assert count(mmfused.TokenGate(D), leaf(B, N, D), leaf(B, N, D)) == (forward, 2 * forward)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_experts(activation):
+def test_expert_flops(activation):
     tokens, experts, k, hidden = B * N, 4, 2, 12
     module = mmfused.TopKMoE(D, hidden, experts, k, activation=activation)
     router, layer = 2 * tokens * D * experts, 2 * tokens * k * D * hidden
     layers = layer * (3 if activation == "swiglu" else 2)
-    sums = 2 * (2 * tokens * experts)  # composed sums by matrix products, only in the forward
+    sums = 2 * (2 * tokens * experts)  # composed sums with matrix products, in the forward only
     assert count(module, leaf(tokens, D)) == (router + layers + sums, 2 * (router + layers))
-    once = router + layers
-    assert count(module, leaf(tokens, D), backend="fused") == (once, 2 * once)
+    forward = router + layers
+    assert count(module, leaf(tokens, D), backend="fused") == (forward, 2 * forward)
     everything = router + layers * experts  # the reference runs every expert on every row
     assert count(module, leaf(tokens, D), backend="reference") == (everything, 2 * everything)
     logits = leaf(tokens, experts)
@@ -109,7 +112,7 @@ def test_experts(activation):
 
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
-def test_experts_without_some_gradients(backend):
+def test_expert_flops_without_some_gradients(backend):
     indices, out = torch.randint(0, 4, (N, 2)), 5
     layer = 2 * N * 2 * D * out
 
@@ -123,39 +126,39 @@ def test_experts_without_some_gradients(backend):
     assert count(linear, x, fixed[1], scores, False, backend=backend) == (layer, layer)
     only_weight = (fixed[0], weight, scores.detach(), False)
     assert count(linear, *only_weight, backend=backend) == (layer, layer)
-    # The kernels do not save the experts' outputs; they compute the scores' gradient from dO W.
-    only = layer if backend == "fused" else 0
-    assert count(linear, *fixed, scores, True, backend=backend) == (layer, only)
+    # The kernels do not save the experts' outputs, so the scores' gradient needs another product.
+    scores_only = layer if backend == "fused" else 0
+    assert count(linear, *fixed, scores, True, backend=backend) == (layer, scores_only)
 
 
 @pytest.mark.parametrize("backend", ["composed", "fused"])
-def test_contrastive_loss(backend):
+def test_contrastive_loss_flops(backend):
     rows, columns = 6, 9
     pairs, query, candidate = 2 * rows * columns * D, leaf(rows, D), leaf(columns, D)
     module = mmfused.MaskedInfoNCE(symmetric=True, learnable_temperature=True)
     assert count(module, query, candidate, backend=backend) == (pairs, 3 * pairs)
     assert count(module, query, candidate.detach(), backend=backend) == (pairs, 2 * pairs)
-    # Keys exclude pairs, but which ones depends on their values, so all pairs count.
+    # Excluded pairs are counted, too: which pairs are excluded depends on the keys' values.
     keys = dict(query_key=torch.arange(rows) % 2, candidate_key=torch.arange(columns) % 2)
     found = count(lambda q, c: module(q, c, **keys), query, candidate, backend=backend)
     assert found == (pairs, 3 * pairs)
     assert count(module, query, candidate, backend="reference") == (pairs, 2 * pairs)
 
 
-def test_compiled_router():
-    """The CUDA router does not run here; given logits, it computes no matrix product."""
+def test_cuda_router_flops():
+    """The formula is called directly, because the CUDA router does not run without a GPU."""
     for name in ("topk_routing_cuda_fwd", "topk_routing_cuda_bwd"):
         formula = flop_registry[getattr(torch.ops.mmfused, name)]
         assert formula(leaf(N, 4), None, out_val=leaf(N, 4)) == 0
 
 
-def test_an_operator_registered_later():
+def test_operator_registered_later_is_counted():
     @operator("(Tensor x) -> Tensor", torch.clone, lambda x, *, out_shape: 3 * x[0], devices="all")
-    def a_later_one(x):
+    def registered_later(x):
         return x.clone()
 
     with FlopCounterMode(display=False) as counter:
-        a_later_one(torch.ones(5))
+        registered_later(torch.ones(5))
     assert counter.get_total_flops() == 15
 
 
