@@ -52,7 +52,7 @@ def edited(loss, **attributes):
 
 
 @pytest.fixture
-def swept(monkeypatch):
+def loss_calls(monkeypatch):
     module, calls = losses, []
     real = module.scaled_info_nce
     monkeypatch.setattr(

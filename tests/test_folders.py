@@ -1,6 +1,6 @@
-"""Training writes and removes only its own files, one run at a time.
+"""Tests that training changes only its own files and locks its folder.
 
-It succeeds only if all its files are there in the end.
+Training must also fail if one of its files is missing at the end.
 """
 
 import errno
@@ -41,9 +41,9 @@ FOREIGN = {
     },
     "a tokenizer": {"tokenizer/tokenizer.json": "{}"},
     "records": {"metrics.jsonl": "{}\n"},
-    "a file called checkpoints": {"checkpoints": "none yet"},
+    "a file called checkpoints": {"checkpoints": "text"},
     "a picture": {"curves.png": "picture"},
-    "settings that are none": {"config.json": "[" * 100_000},
+    "settings that cannot be parsed": {"config.json": "[" * 100_000},
 }
 
 
@@ -51,7 +51,7 @@ FOREIGN = {
 @pytest.mark.parametrize(
     "changes", [{}, {"overwrite": True}, {"resume": True}], ids=["plain", "overwrite", "resume"]
 )
-def test_what_no_run_made_is_left_alone(tmp_path, name, changes):
+def test_training_rejects_a_folder_with_files_that_no_run_made(tmp_path, name, changes):
     out = tmp_path / "out"
     for file, text in FOREIGN[name].items():
         (out / file).parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def test_what_no_run_made_is_left_alone(tmp_path, name, changes):
         "checkpoints/best",
     ],
 )
-def test_what_was_put_into_a_run_is_not_removed_with_it(tmp_path, whole_run, place):
+def test_overwrite_keeps_files_that_were_added_to_a_run(tmp_path, whole_run, place):
     out = shutil.copytree(whole_run, tmp_path / "run")
     if place.endswith("best"):
         (out / place).symlink_to("step-00000009")
@@ -88,9 +88,7 @@ def test_what_was_put_into_a_run_is_not_removed_with_it(tmp_path, whole_run, pla
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_that_something_was_put_into_outlives_its_time(
-    tmp_path, monkeypatch, caplog, whole_run
-):
+def test_old_checkpoint_with_added_files_is_not_removed(tmp_path, monkeypatch, caplog, whole_run):
     out = tmp_path / "run"
     notes = out / "checkpoints" / "step-00000002" / "notes.txt"
     with monkeypatch.context() as patch:
@@ -107,9 +105,7 @@ def test_a_checkpoint_that_something_was_put_into_outlives_its_time(
     assert_same_run(out, whole_run)
 
 
-def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(
-    tmp_path, stopped_run
-):
+def test_resume_rejects_a_broken_checkpoint_with_added_files(tmp_path, stopped_run):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     later = shutil.copytree(
         out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000008"
@@ -124,7 +120,7 @@ def test_a_broken_checkpoint_with_foreign_files_is_said_before_the_first_step(
     assert (later / "notes.txt").exists()
 
 
-def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
+def test_temporary_files_that_the_run_did_not_write_are_kept(tmp_path, whole_run):
     out = tmp_path / "run"
     (out / ".tokenizer.77.tmp").mkdir(parents=True)
     (out / ".tokenizer.77.tmp" / "notes.txt").write_text("mine")
@@ -136,7 +132,7 @@ def test_what_only_looks_half_written_is_left_alone(tmp_path, whole_run):
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_mark_that_is_none_is_refused(tmp_path, kind):
+def test_training_rejects_a_mark_that_is_not_a_file(tmp_path, kind):
     out, victim = tmp_path / "run", tmp_path / "victim"
     out.mkdir()
     mark = out / MARKER
@@ -150,7 +146,7 @@ def test_a_mark_that_is_none_is_refused(tmp_path, kind):
     assert not victim.exists() and [path.name for path in out.iterdir()] == [MARKER]
 
 
-def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, whole_run):
+def test_run_without_a_mark_is_recognised_by_its_settings(tmp_path, stopped_run, whole_run):
     for run, changes in ((stopped_run, {"resume": True}), (whole_run, {"overwrite": True})):
         out = shutil.copytree(run, tmp_path / run.parent.name)
         (out / MARKER).unlink()
@@ -159,7 +155,7 @@ def test_a_run_without_its_mark_is_known_by_its_settings(tmp_path, stopped_run, 
         assert_same_run(out, whole_run)
 
 
-def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
+def test_out_must_be_a_folder(tmp_path, capsys):
     for out in ("", " "):
         for command in (
             ["train", "--data", "generated"],
@@ -179,7 +175,7 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes", [{"overwrite": True}, {"resume": True}], ids=["overwrite", "resume"]
 )
-def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, stopped_run, changes):
+def test_training_rejects_a_locked_folder(tmp_path, stopped_run, changes):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     with Lock(out):
         before = everything(out)
@@ -191,9 +187,7 @@ def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, stopped_r
     train(small_run(out, **changes))
 
 
-def test_a_file_system_without_locks_is_said_and_trained_on(
-    tmp_path, monkeypatch, caplog, whole_run
-):
+def test_training_warns_if_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog, whole_run):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -206,13 +200,13 @@ def test_a_file_system_without_locks_is_said_and_trained_on(
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_what_came_between_the_first_look_and_the_first_step_is_seen(
+def test_training_rejects_a_folder_that_another_run_uses_after_the_check(
     tmp_path, monkeypatch, whole_run
 ):
-    """The folder is empty when the second run checks; then the first starts, and may finish."""
+    """The folder is empty at the check. Another run then locks it, or starts and finishes."""
     prepare, out = training_run.prepare, tmp_path / "run"
 
-    def prepared_while(act):
+    def act_after_prepare(act):
         def preparing(*args):
             monkeypatch.setattr(training_run, "prepare", prepare)
             made = prepare(*args)
@@ -222,12 +216,12 @@ def test_what_came_between_the_first_look_and_the_first_step_is_seen(
         monkeypatch.setattr(training_run, "prepare", preparing)
 
     held = []
-    prepared_while(lambda: held.append(Lock(out)))
+    act_after_prepare(lambda: held.append(Lock(out)))
     with pytest.raises(FileExistsError, match="another process is writing"):
         train(small_run(out))
     held[0].release()
     out = tmp_path / "other"
-    prepared_while(lambda: train(small_run(out)))
+    act_after_prepare(lambda: train(small_run(out)))
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(small_run(out))
     assert_same_run(out, whole_run)
@@ -237,7 +231,7 @@ def test_what_came_between_the_first_look_and_the_first_step_is_seen(
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 9])
-def test_a_run_outlives_the_removal_of_its_folder(tmp_path, monkeypatch, caplog, whole_run, step):
+def test_run_finishes_after_its_folder_was_removed(tmp_path, monkeypatch, caplog, whole_run, step):
     out = tmp_path / "deep" / "run"
     with monkeypatch.context() as patch:
         in_step(patch, step, lambda: shutil.rmtree(out.parent))
@@ -249,7 +243,9 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, monkeypatch, caplog,
         pass
 
 
-def test_records_alone_come_back_too_and_others_are_not_replaced(tmp_path, monkeypatch, whole_run):
+def test_run_restores_removed_records_but_replaces_no_foreign_records(
+    tmp_path, monkeypatch, whole_run
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         in_step(patch, 6, (out / "metrics.jsonl").unlink)
@@ -267,14 +263,14 @@ def test_records_alone_come_back_too_and_others_are_not_replaced(tmp_path, monke
     assert (out / "metrics.jsonl").read_text() == "mine"
 
 
-def test_a_folder_that_another_run_has_taken_since_is_left_to_it(tmp_path, monkeypatch):
+def test_run_stops_if_another_run_has_locked_its_new_folder(tmp_path, monkeypatch):
     out, held = tmp_path / "run", []
 
-    def taken():
+    def replace_and_lock():
         shutil.rmtree(out)
         held.append(Lock(out))
 
-    in_step(monkeypatch, 3, taken)
+    in_step(monkeypatch, 3, replace_and_lock)
     with pytest.raises(FileExistsError, match="another process is writing"):
         train(small_run(out))
     assert [path.name for path in out.iterdir()] == [MARKER]
@@ -284,7 +280,7 @@ def test_a_folder_that_another_run_has_taken_since_is_left_to_it(tmp_path, monke
 @pytest.mark.parametrize(
     "name", ["summary.json", "model.safetensors", "tokenizer", "checkpoints", "metrics.jsonl"]
 )
-def test_what_is_missing_at_the_end_is_said(tmp_path, monkeypatch, name):
+def test_files_missing_at_the_end_raise(tmp_path, monkeypatch, name):
     save_run = training.save_run
 
     def removed(out, *args):

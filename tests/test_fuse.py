@@ -1,6 +1,6 @@
-"""A model gives the same numbers after fuse(model).
+"""Tests that a model gives the same numbers after fuse(model).
 
-The models are real classes of torch, timm, open_clip and transformers, small and random.
+The models are small, random instances of real classes of torch, timm, open_clip and transformers.
 """
 
 import copy
@@ -43,8 +43,8 @@ from mmfused.testing import over_budget
 
 
 @pytest.fixture
-def pooled(monkeypatch):
-    """Return the query shapes of the calls that the library computes, one per call."""
+def library_calls(monkeypatch):
+    """Return the list of the query shapes of all calls that run on this library's attention."""
     calls = []
     for module, name in (
         (attention_swaps, "attend"),
@@ -93,14 +93,14 @@ def results(model, call, inputs, dtype=torch.float64):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
-def test_same_numbers_in_float64(case, training, pooled):
+def test_fused_model_matches_the_original_in_float64(case, training, library_calls):
     model, inputs, call, swapped, left = build(case)
     model.train(training)
     want = results(model, call, inputs)
     report = fuse(model)
     assert set(report.swapped) == swapped and set(report.left) == left, report
     got = results(model, call, inputs)
-    assert len(pooled) == len(swapped)
+    assert len(library_calls) == len(swapped)
     for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
         torch.testing.assert_close(
             got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
@@ -109,10 +109,10 @@ def test_same_numbers_in_float64(case, training, pooled):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
-def test_float32_within_the_budget(case, pooled):
-    """The whole Q-Former is left out: its later self-attention magnifies rounding a thousandfold.
+def test_fused_model_keeps_the_error_budget_in_float32(case, library_calls):
+    """Whole Q-Formers are left out, because self-attention magnifies their rounding errors.
 
-    Its module alone is tested as instructblip's.
+    The case "instructblip" tests the cross-attention module alone.
     """
     model, inputs, call, swapped, _ = build(case)
     inputs = {k: v.float().double() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -122,8 +122,8 @@ def test_float32_within_the_budget(case, pooled):
     plain = results(model, call, inputs, torch.float32)
     fuse(model)
     actual = results(model, call, inputs, torch.float32)
-    assert len(pooled) == len(swapped)
-    # Gradients that are exactly 0: key biases.
+    assert len(library_calls) == len(swapped)
+    # The exact gradient of a key bias is 0.
     noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
@@ -132,7 +132,7 @@ def test_float32_within_the_budget(case, pooled):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case, pooled):
+def test_unfuse_restores_the_model(case, library_calls):
     model, inputs, call, swapped, _ = build(case)
     names = {name: type(module) for name, module in model.named_modules()}
     state, parameters = model.state_dict(), list(map(id, model.parameters()))
@@ -155,26 +155,26 @@ def test_there_and_back(case, pooled):
     assert list(map(id, model.parameters())) == parameters
     model.load_state_dict(state)
 
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        pooled.clear()
-        torch.testing.assert_close(call(twin, *inputs.values()), want, rtol=1e-10, atol=1e-12)
-        assert len(pooled) == len(swapped)
-        assert set(unfuse(twin)) == swapped and fuse(twin) == report
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        library_calls.clear()
+        torch.testing.assert_close(call(copied, *inputs.values()), want, rtol=1e-10, atol=1e-12)
+        assert len(library_calls) == len(swapped)
+        assert set(unfuse(copied)) == swapped and fuse(copied) == report
     assert set(unfuse(model)) == swapped and unfuse(model) == []
     assert {name: type(module) for name, module in model.named_modules()} == names
-    pooled.clear()
-    assert torch.equal(call(model, *inputs.values()), want) and not pooled
+    library_calls.clear()
+    assert torch.equal(call(model, *inputs.values()), want) and not library_calls
 
 
-def test_expanded_queries_are_projected_once(pooled):
+def test_expanded_queries_are_passed_unexpanded(library_calls):
     for case in ("torch, sequence first", "torch, batch first"):
         model, inputs, call, _, _ = build(case)
         fuse(model)
         call(model, *inputs.values())
-    assert pooled == [(5, D), (5, D)]
+    assert library_calls == [(5, D), (5, D)]
 
 
-def test_report_reads_well():
+def test_report_lists_swapped_and_left_modules():
     model, *_ = build("open_clip, a tower")
     report = fuse(model)
     assert report.swapped["attn_pool"].startswith("pools with ln_k folded")
@@ -185,7 +185,7 @@ def test_report_reads_well():
         model
     )
     assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
-    # No class was patched.
+    # The original classes are unchanged.
     assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention
     assert "Fused" not in repr(clip())
     assert (
@@ -234,7 +234,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("words", LEFT)
-def test_left_with_the_reason(words):
+def test_left_modules_are_reported_with_a_reason(words):
     model = LEFT[words]()
     types = [type(module) for module in model.modules()]
     report = fuse(model)
@@ -246,7 +246,7 @@ def test_left_with_the_reason(words):
     )
 
 
-def test_an_unknown_argument_is_left(monkeypatch):
+def test_module_with_an_unknown_argument_is_left(monkeypatch):
     pooler = siglip2()
     monkeypatch.setattr(
         type(pooler),
@@ -256,7 +256,7 @@ def test_an_unknown_argument_is_left(monkeypatch):
     assert "takes temperature, which fuse does not know" in fuse(pooler).left[""]
 
 
-def test_unfuse_refuses_what_it_did_not_make():
+def test_unfuse_rejects_a_subclass_of_a_fused_class():
     model = after(latent(), fuse)
     model.__class__ = type("Wrapped", (type(model),), {})
     with pytest.raises(
@@ -266,16 +266,16 @@ def test_unfuse_refuses_what_it_did_not_make():
     assert "subclass of AttentionPoolLatent" in fuse(model).left[""]
 
 
-# ---- calls that cannot be pooled run the original ------------------------------------------------
+# ---- unsupported calls run the original ----------------------------------------------------------
 
 
 def go_eager(model):
     model.config._attn_implementation = "eager"
 
 
-STRANGE_MASK = torch.rand(B, 1, 5, N, generator=torch.Generator().manual_seed(0)) < 0.7
-STRANGE_MASK[..., 0] = True
-KEY_MASK = STRANGE_MASK[:, :, :1]
+QUERY_MASK = torch.rand(B, 1, 5, N, generator=torch.Generator().manual_seed(0)) < 0.7
+QUERY_MASK[..., 0] = True
+KEY_MASK = QUERY_MASK[:, :, :1]
 
 
 FALLBACKS = {
@@ -286,7 +286,7 @@ FALLBACKS = {
     ),
     "attn_mask": (
         torch_attention,
-        lambda m, q, x: m(q, x, x, need_weights=False, attn_mask=STRANGE_MASK[0, 0].to(x.device)),
+        lambda m, q, x: m(q, x, x, need_weights=False, attn_mask=QUERY_MASK[0, 0].to(x.device)),
     ),
     "float padding": (torch_attention, lambda m, q, x: m(q, x, x, x[..., 0], need_weights=False)),
     "other values": (torch_attention, lambda m, q, x: m(q, x, x + 1, need_weights=False)),
@@ -299,7 +299,7 @@ FALLBACKS = {
     "timm, float mask": (latent, lambda m, q, x: m(x, x[:, None, None, :, 0])),
     "timm, a mask for each query": (
         lambda: latent(latent_len=5),
-        lambda m, q, x: m(x, STRANGE_MASK.to(x.device)),
+        lambda m, q, x: m(x, QUERY_MASK.to(x.device)),
     ),
     "timm, unfused bool mask": (
         lambda: after(latent(), setting("fused_attn", False)),
@@ -313,7 +313,7 @@ FALLBACKS = {
     ),
     "blip2, mask for each query": (
         cross,
-        lambda m, q, x: m(q, None, x[..., :K], STRANGE_MASK.to(x.device))[0],
+        lambda m, q, x: m(q, None, x[..., :K], QUERY_MASK.to(x.device))[0],
     ),
     "blip2, float mask": (cross, lambda m, q, x: m(q, None, x[..., :K], x[:, None, None, :, 0])[0]),
     "blip2, eager set later": (cross, lambda m, q, x: after(m, go_eager)(q, None, x[..., :K])),
@@ -329,19 +329,19 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
-def test_other_calls_run_the_original(name, pooled):
+def test_unsupported_calls_run_the_original(name, library_calls):
     make, call = FALLBACKS[name]
     model = make().to(DEVICE, torch.float64)
     q, x = data("q, x").values()
     want = call(copy.deepcopy(model), q, x)
     got = call(after(model, fuse), q, x)
-    assert not pooled
+    assert not library_calls
     for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (got, want)), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "mask" in CASES[case][1]])
-def test_nan_stays_behind_the_padding(case):
+def test_nan_in_padding_has_no_effect(case):
     model, inputs, call, _, _ = build(case)
     want = results(model, call, inputs)
     fuse(model)
@@ -352,7 +352,7 @@ def test_nan_stays_behind_the_padding(case):
 
 
 @pytest.mark.parametrize("case", ["torch, sequence first", "torch, batch first"])
-def test_nothing_to_attend_to_is_zero(case):
+def test_fully_masked_sample_gives_zeros_and_zero_gradients(case):
     model, inputs, call, _, _ = build(case)
     inputs["mask"][1] = True
     fuse(model)
@@ -367,7 +367,7 @@ def test_nothing_to_attend_to_is_zero(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_autocast(case, pooled):
+def test_fused_model_keeps_the_error_budget_under_autocast(case, library_calls):
     model, inputs, call, swapped, _ = build(case, torch.float32)
     inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
     exact = call(model, *inputs.values())
@@ -375,12 +375,12 @@ def test_autocast(case, pooled):
         plain = call(model, *inputs.values())
         fuse(model)
         actual = call(model, *inputs.values())
-        assert actual.dtype == plain.dtype and len(pooled) == len(swapped)
+        assert actual.dtype == plain.dtype and len(library_calls) == len(swapped)
         actual.float().sum().backward()
     assert not over_budget({"out": actual}, {"out": exact.double()}, {"out": plain})
 
 
-def test_dropout_after_the_attention(pooled):
+def test_dropout_after_the_attention_draws_the_same_numbers(library_calls):
     model = latent(drop=0.5).double().to(DEVICE)
     x = data("x")["x"]
     outs = []
@@ -389,7 +389,7 @@ def test_dropout_after_the_attention(pooled):
         outs.append(model(x))
         fuse(model)
     torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-12)
-    assert len(pooled) == 1
+    assert len(library_calls) == 1
 
 
 DROPS = {  # name -> (make a model, call it)
@@ -406,8 +406,8 @@ DROPS = {  # name -> (make a model, call it)
 
 
 @pytest.mark.parametrize("name", DROPS)
-def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
-    """4000 equal samples have the same mean and variance; evaluation gives the same numbers."""
+def test_dropout_of_attention_weights_keeps_its_distribution(name, library_calls):
+    """Compare mean and standard deviation of 4000 equal samples, and the output in eval mode."""
     make, call = DROPS[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_dropout_of_attention_weights_is_distributed_as_before(name, pooled):
     assert "; dropout 0.3 of attention weights has the same distribution" in fuse(model).swapped[""]
     torch.testing.assert_close(call(model, q, x), exact, rtol=1e-10, atol=1e-12)
     got = call(model.train(), q, x).detach()
-    assert len(pooled) == 2 and not torch.equal(got[0], got[1])
+    assert len(library_calls) == 2 and not torch.equal(got[0], got[1])
     sigma = want.std(0)
     assert ((got.mean(0) - exact[0]).abs() < 6 * sigma / 4000**0.5).all()
     torch.testing.assert_close(got.std(0), sigma, rtol=0.1, atol=0.0)
@@ -435,11 +435,8 @@ def run_python(code):
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_no_graph_break():
-    """The compiled fused model equals the eager one, also for whole models.
-
-    A model fused after compilation is compiled again.
-    """
+def test_fused_model_compiles_without_a_graph_break():
+    """A model that is fused after its compilation is compiled again."""
     for module in ("timm", "open_clip", "transformers"):
         pytest.importorskip(module)
     run_python("""
@@ -465,7 +462,7 @@ print("done")
 """)
 
 
-def test_a_fresh_process_reads_a_fused_model(tmp_path):
+def test_another_process_loads_a_fused_model(tmp_path):
     model, inputs, call, _, _ = build("timm")
     torch.save(
         (after(model, fuse).cpu(), inputs["x"].cpu(), call(model, *inputs.values()).detach().cpu()),
@@ -480,7 +477,7 @@ print("done")
 """)
 
 
-def test_fuse_imports_nothing():
+def test_fuse_imports_no_other_library():
     run_python("""
 import sys, torch, mmfused
 assert mmfused.fuse(torch.nn.MultiheadAttention(8, 2)).swapped
@@ -489,7 +486,7 @@ print("done")
 """)
 
 
-# ---- modifications of the children of a swapped module -------------------------------------------
+# ---- modified children of a swapped module -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,8 +494,8 @@ print("done")
     ["LoRA", "LoRA, merged", "pruning", "weight_norm", "spectral_norm", "forward hook", "DoRA"],
 )
 @pytest.mark.parametrize("case", ["timm", "blip2"])
-def test_children_that_are_read(case, attachment, pooled):
-    """The children's effective weight is used; a child that must be called runs the original."""
+def test_modified_children_take_effect(case, attachment, library_calls):
+    """The effective weights of children are used; if a child must be called, the original runs."""
     attached = ATTACHMENTS[attachment]
     if attached.needs:
         pytest.importorskip(attached.needs)
@@ -511,14 +508,14 @@ def test_children_that_are_read(case, attachment, pooled):
     q, x = (t.requires_grad_() for t in data("q, x").values())
     for fused in (False, True):
         torch.manual_seed(4)
-        twin = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
         if fused:
-            assert fuse(twin).swapped
-        attached.attach(twin, names).to(DEVICE, torch.float64).train(attached.training)
-        out = call(twin, q, x)
-        leaves = [t for t in (q, x, *twin.parameters()) if t.requires_grad]
+            assert fuse(copied).swapped
+        attached.attach(copied, names).to(DEVICE, torch.float64).train(attached.training)
+        out = call(copied, q, x)
+        leaves = [t for t in (q, x, *copied.parameters()) if t.requires_grad]
         gradients = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
         results.append([out, *(g for g in gradients if g is not None)])
-    assert len(pooled) == attached.reads
+    assert len(library_calls) == attached.reads
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -1,7 +1,6 @@
-"""fuse(model) on cross-attention between inputs.
+"""Tests of fuse(model) on cross-attention between two inputs.
 
-The blocks use nn.MultiheadAttention or are torch's own layers. The layers of UniECS and UniCA,
-written this way, agree with the library's modules with the same weights.
+UniECS's and UniCA's layers in plain PyTorch are also compared with this library's modules.
 """
 
 import copy
@@ -25,12 +24,12 @@ from mmfused import (
 from mmfused.fuse import attention
 from mmfused.testing import over_budget
 
-B, N, M = 3, 11, 7  # samples, tokens of a and of b
-D, E, H = 36, 20, 3  # widths of a and of b (E in some cases), heads
+B, N, M = 3, 11, 7  # samples, tokens of input a, tokens of input b
+D, E, H = 36, 20, 3  # width of a, width of b in some cases, heads
 
 
 class Exchange(nn.Module):
-    """a attends to b and b to a, each as it was before; residual, norm (LXMERT, UniCA)."""
+    """Two inputs attend to each other, with residuals and post-norm, as in LXMERT and UniCA."""
 
     def __init__(self, **options):
         super().__init__()
@@ -49,10 +48,7 @@ class Exchange(nn.Module):
 
 
 class BiAttention(nn.Module):
-    """GroundingDINO's fusion layer with torch's attention.
-
-    The norms come first, the widths differ and the residuals are scaled.
-    """
+    """GroundingDINO's fusion layer with torch's attention, pre-norm and scaled residuals."""
 
     def __init__(self, **options):
         super().__init__()
@@ -77,7 +73,7 @@ class BiAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A few queries, different for each sample, attend to many tokens."""
+    """A few queries, which differ between samples, attend to many tokens."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +96,7 @@ def plain_call(model, *inputs):
 
 
 # name -> (make a model, width of b, call it, names that are swapped, names that are left, number of
-# calls computed by the library, number of those by query pooling)
+# calls of ``attend``, number of calls of ``query_pooling``)
 CASES = {
     "exchange": (
         lambda: Exchange(batch_first=True),
@@ -127,8 +123,8 @@ CASES = {
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """Return the names of the library functions that compute attention, one per call."""
+def library_calls(monkeypatch):
+    """Return the list of this library's attention functions that were called."""
     calls = []
     for module, name in (
         (attention, "attend"),
@@ -143,7 +139,7 @@ def served(monkeypatch):
     return calls
 
 
-def filled(model, dtype=torch.float64):
+def randomised(model, dtype=torch.float64):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(
@@ -180,7 +176,7 @@ def results(model, call, inputs):
     }
 
 
-def same(got, want, rtol=1e-10, atol=1e-11):
+def assert_same(got, want, rtol=1e-10, atol=1e-11):
     assert got.keys() == want.keys()
     for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
         torch.testing.assert_close(
@@ -191,15 +187,15 @@ def same(got, want, rtol=1e-10, atol=1e-11):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_same_numbers_in_float64(case, masked, training, served):
+def test_fused_model_matches_the_original_in_float64(case, masked, training, library_calls):
     make, width, call, swapped, left, calls, pooled = CASES[case]
-    model, inputs = filled(make()).train(training), data(width, masked)
+    model, inputs = randomised(make()).train(training), data(width, masked)
     names = {name: type(module) for name, module in model.named_modules()}
     want = results(model, call, inputs)
     report = fuse(model)
     assert (set(report.swapped), set(report.left)) == (swapped, left), report
-    same(results(model, call, inputs), want)
-    assert (served.count("attend"), served.count("query_pooling")) == (calls, pooled)
+    assert_same(results(model, call, inputs), want)
+    assert (library_calls.count("attend"), library_calls.count("query_pooling")) == (calls, pooled)
     assert all("including self-attention, runs" in phrase for phrase in report.swapped.values())
     assert all(
         reason == "Self-attention: its tokens are its queries." for reason in report.left.values()
@@ -211,27 +207,30 @@ def test_same_numbers_in_float64(case, masked, training, served):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-def test_forced_backends(backend, served):
-    """Forced backends do not use torch's attention."""
-    model, inputs = filled(Exchange(batch_first=True), torch.float32), data(D, dtype=torch.float32)
+def test_fused_model_matches_the_original_on_other_backends(backend, library_calls):
+    """These backends do not use torch's attention."""
+    model, inputs = (
+        randomised(Exchange(batch_first=True), torch.float32),
+        data(D, dtype=torch.float32),
+    )
     want = results(model, plain_call, inputs)
     fuse(model)
     with mmfused.backend(backend):
-        same(results(model, plain_call, inputs), want, 1e-3, 1e-4)
-    assert served.count("query_pooling") == 2
+        assert_same(results(model, plain_call, inputs), want, 1e-3, 1e-4)
+    assert library_calls.count("query_pooling") == 2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_within_the_budget(case):
+def test_fused_model_keeps_the_error_budget_in_float32(case):
     make, width, call, *_ = CASES[case]
-    model, inputs = filled(make(), torch.float32).double(), data(width, dtype=torch.float32)
+    model, inputs = randomised(make(), torch.float32).double(), data(width, dtype=torch.float32)
     exact = results(
         model, call, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     )
     plain = results(model.float(), call, inputs)
     fuse(model)
     actual = results(model, call, inputs)
-    # Gradients that are exactly 0: key biases.
+    # The exact gradient of a key bias is 0.
     noise = {name for name, value in exact.items() if value.norm() < 1e-10}
     assert all(actual[name].norm() < 1e-4 for name in noise)
     assert not over_budget(
@@ -240,21 +239,21 @@ def test_float32_within_the_budget(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_autocast(case, served):
+def test_fused_model_keeps_the_error_budget_under_autocast(case, library_calls):
     make, width, call, *_, calls, _ = CASES[case]
-    model, inputs = filled(make(), torch.float32), data(width, dtype=torch.float32)
+    model, inputs = randomised(make(), torch.float32), data(width, dtype=torch.float32)
     exact = call(model, *inputs.values())
     with torch.autocast(DEVICE, torch.bfloat16):
         plain = call(model, *inputs.values())
         fuse(model)
         actual = call(model, *inputs.values())
-        assert actual.dtype == plain.dtype and served.count("attend") == calls
+        assert actual.dtype == plain.dtype and library_calls.count("attend") == calls
         actual.float().sum().backward()
     assert not over_budget({"out": actual}, {"out": exact.double()}, {"out": plain})
 
 
-def test_nan_stays_behind_the_padding():
-    model, inputs = filled(Exchange(batch_first=True)), data(D)
+def test_nan_in_padding_has_no_effect():
+    model, inputs = randomised(Exchange(batch_first=True)), data(D)
     a_reads_b = model.a_reads_b
 
     def read(model, a, b, mask_a, mask_b):
@@ -263,7 +262,7 @@ def test_nan_stays_behind_the_padding():
     want = results(a_reads_b, read, inputs)
     fuse(model)
     inputs["b"][inputs["mask_b"]] = float("nan")
-    same(results(a_reads_b, read, inputs), want)
+    assert_same(results(a_reads_b, read, inputs), want)
     inputs["mask_b"][1] = True
     got = results(a_reads_b, read, inputs)
     assert (
@@ -278,7 +277,7 @@ ATTN_MASK[:, 0] = False
 
 OTHER_CALLS = {
     "self-attention": lambda m, a, b: m(a, a, a, need_weights=False),
-    "weights asked for": lambda m, a, b: m(a, b, b),
+    "need_weights": lambda m, a, b: m(a, b, b),
     "weights of each head": lambda m, a, b: m(a, b, b, average_attn_weights=False),
     "attn_mask": lambda m, a, b: m(a, b, b, need_weights=False, attn_mask=ATTN_MASK.to(a.device)),
     "is_causal": lambda m, a, b: m(
@@ -291,20 +290,20 @@ OTHER_CALLS = {
 
 
 @pytest.mark.parametrize("name", OTHER_CALLS)
-def test_other_calls_run_the_original(name, served):
+def test_unsupported_calls_run_the_original(name, library_calls):
     model, (a, b) = (
-        filled(nn.ModuleList([nn.MultiheadAttention(D, H, batch_first=True)])),
+        randomised(nn.ModuleList([nn.MultiheadAttention(D, H, batch_first=True)])),
         data(D, False).values(),
     )
     want = OTHER_CALLS[name](copy.deepcopy(model[0]), a, b)
     assert fuse(model).swapped.keys() == {"0"}
     got = OTHER_CALLS[name](model[0], a, b)
-    assert not served
+    assert not library_calls
     for x, y in zip(got, want, strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
 
 
-def test_left_with_the_reason():
+def test_left_modules_are_reported_with_a_reason():
     class Layer(nn.Module):
         def __init__(self, **options):
             super().__init__()
@@ -324,15 +323,15 @@ def test_left_with_the_reason():
         assert not report.swapped
 
 
-def test_open_clip_normalises_keys_and_values_apart():
+def test_open_clip_block_is_left_because_key_is_not_value():
     block = pytest.importorskip("open_clip.transformer").ResidualAttentionBlock
     assert "key is not value" in fuse(block(D, H, is_cross_attention=True)).left["attn"]
     assert "Self-attention: " in fuse(block(D, H)).left["attn"]
 
 
-def test_dropout_is_distributed_as_before(served):
-    """4000 equal samples have the same mean and variance; evaluation gives the same numbers."""
-    model = filled(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
+def test_dropout_of_attention_weights_keeps_its_distribution(library_calls):
+    """Compare mean and standard deviation of 4000 equal samples, and the output in eval mode."""
+    model = randomised(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
     a, b = (t[:1].repeat(4000, 1, 1) for t in data(D, False).values())
 
     def call():
@@ -343,24 +342,24 @@ def test_dropout_is_distributed_as_before(served):
     torch.testing.assert_close(call(), exact, rtol=1e-10, atol=1e-12)
     model.train()
     got = call()
-    assert served == ["attend"] * 2 and not torch.equal(got[0], got[1])
+    assert library_calls == ["attend"] * 2 and not torch.equal(got[0], got[1])
     sigma = want.std(0)
     assert ((got.mean(0) - exact[0]).abs() < 6 * sigma / 4000**0.5).all()
     torch.testing.assert_close(got.std(0), sigma, rtol=0.1, atol=0.0)
 
 
-def test_no_graph_break():
+def test_fused_model_compiles_without_a_graph_break():
     code = """
 import torch, mmfused, test_fuse_attention as t
 from torch._dynamo.utils import counters
 
 for case, (make, width, call, *_) in t.CASES.items():
     torch._dynamo.reset()
-    model, inputs = t.filled(make()), t.data(width)
+    model, inputs = t.randomised(make()), t.data(width)
     assert mmfused.fuse(model).swapped
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     counters.clear()
-    t.same(
+    t.assert_same(
         t.results(model, lambda m, *i: call(compiled, *i), inputs), t.results(model, call, inputs)
     )
     assert counters["stats"]["unique_graphs"] == 1, (case, counters["stats"])
@@ -376,10 +375,10 @@ print("done")
 
 
 class SharedLogits(nn.Module):
-    """GroundingDINO's bi-attention: one set of logits, with a softmax over either side.
+    """GroundingDINO's bi-attention, written with two calls of query_pooling.
 
-    The logits of text queries with vision keys are those of vision queries with text keys,
-    transposed, so each projection gives both queries and keys.
+    Both directions share one matrix of logits: ``vision_proj`` and ``text_proj`` each give the
+    queries of one direction and the keys of the other.
     """
 
     def __init__(self, dim, embed_dim, num_heads):
@@ -408,13 +407,13 @@ class SharedLogits(nn.Module):
 @pytest.mark.parametrize(
     "model, prefix", [("grounding_dino", "GroundingDino"), ("mm_grounding_dino", "MMGroundingDino")]
 )
-def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix):
+def test_grounding_dino_is_left_and_matches_two_query_poolings(model, prefix):
     modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     config = getattr(
         pytest.importorskip(f"transformers.models.{model}.configuration_{model}"), f"{prefix}Config"
     )
     sizes = dict(d_model=D, encoder_ffn_dim=2 * 24, encoder_attention_heads=2 * H)
-    layer = filled(
+    layer = randomised(
         getattr(modeling, f"{prefix}FusionLayer")(
             config(**sizes, fusion_dropout=0.0, fusion_droppath=0.0)
         )
@@ -432,14 +431,14 @@ def test_grounding_dino_is_left_and_two_poolings_give_its_outputs(model, prefix)
         (v, _), (t, _) = attn(*inputs)
         return torch.cat((v, t), 1)
 
-    same(results(ours, plain_call, inputs), results(layer.attn, original, inputs))
+    assert_same(results(ours, plain_call, inputs), results(layer.attn, original, inputs))
 
 
 # ---- layers of the papers in plain PyTorch -------------------------------------------------------
 
 
 class PlainUniECS(nn.Module):
-    """UniECS's gated layer as in its released code, with different names."""
+    """UniECS's gated layer as in its released code, with other parameter names."""
 
     def __init__(self):
         super().__init__()
@@ -462,8 +461,8 @@ class PlainUniECS(nn.Module):
         outs = []
         for way, x, xn, other in (("v2t", v, vn, tn), ("t2v", t, tn, vn)):
             read = self.read(way, xn, other)
-            there = (other.abs().sum() > 1e-6).to(x).expand(*x.shape[:2], 1)
-            g = torch.sigmoid(getattr(self, f"{way}_gate")(torch.cat([x, read, there], -1)))
+            present = (other.abs().sum() > 1e-6).to(x).expand(*x.shape[:2], 1)
+            g = torch.sigmoid(getattr(self, f"{way}_gate")(torch.cat([x, read, present], -1)))
             outs.append(g * read + (1 - g) * x)
         return torch.cat(outs, 1)
 
@@ -487,13 +486,13 @@ def renamed(state, names):
 
 
 @pytest.mark.parametrize("missing", [None, "a", "b"])
-def test_uniecs_weights_load_into_the_module(missing):
-    """Compare the three passes of UniECS.
+def test_uniecs_layer_matches_the_module(missing):
+    """Compare the three passes of UniECS: with both inputs, without a and without b.
 
-    A missing modality consists of zeros, which are still attended to; one flag holds for the batch.
+    A missing input is all zeros and still attended to. One presence flag holds for the whole batch.
     """
-    plain = filled(PlainUniECS())
-    if missing:  # a norm's bias would make normalised zeros count as present
+    plain = randomised(PlainUniECS())
+    if missing:  # with a bias in the norms, normalised zeros would count as present
         nn.init.zeros_(plain.ln_v.bias), nn.init.zeros_(plain.ln_t.bias)
     ours = BidirectionalGatedCrossAttention(D, H, missing="attend", indicator="batch").to(
         DEVICE, torch.float64
@@ -505,21 +504,21 @@ def test_uniecs_weights_load_into_the_module(missing):
     flags = {f"{side}_present": torch.full((B,), side != missing, device=DEVICE) for side in "ab"}
     want = results(plain, plain_call, inputs)
     got = results(ours, lambda m, a, b: torch.cat(m(a, b, **flags), 1), inputs)
-    same(got, {"out": want["out"]} | renamed_gradients(want))
+    assert_same(got, {"out": want["out"]} | renamed_gradients(want))
 
 
 def renamed_gradients(found):
-    """Rename the gradients of the parameters to our names; keep those of the inputs."""
+    """Rename the parameters' gradients to the module's names; keep the inputs' gradients."""
     parameters = {name[1:]: value for name, value in found.items() if "." in name}
     inputs = {name: value for name, value in found.items() if name in ("da", "db")}
     return inputs | {f"d{name}": value for name, value in renamed(parameters, UNIECS).items()}
 
 
-def test_unica_weights_load_into_the_module():
-    """nn.MultiheadAttention, then residual and norm: gate "none" and pre_norm=False."""
+def test_unica_layer_matches_the_module():
+    """UniCA's layer is nn.MultiheadAttention, then residual and norm."""
     attention, norm = (
-        filled(nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True)),
-        filled(nn.LayerNorm(D)),
+        randomised(nn.MultiheadAttention(D, H, kdim=E, vdim=E, batch_first=True)),
+        randomised(nn.LayerNorm(D)),
     )
     ours = GatedCrossAttention(D, H, context_dim=E, gate="none", pre_norm=False).to(
         DEVICE, torch.float64

@@ -1,4 +1,4 @@
-"""fuse(model) on losses of open_clip and sentence-transformers: the same loss and gradients."""
+"""Tests of fuse(model) on the losses of open_clip and sentence-transformers."""
 
 import copy
 import pickle
@@ -26,12 +26,12 @@ from mmfused.fuse import base
 from mmfused.fuse.base import KINDS, LEFT
 from mmfused.testing import over_budget
 
-swept = ranking_losses.swept
+loss_calls = ranking_losses.loss_calls
 pytestmark = pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")
 
 
 class Clip(nn.Module):
-    """The loss inside a model, with the logit scale as a parameter."""
+    """A model that contains its loss, with the logit scale as a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def ranked(columns, name="", matryoshka=(), **options):
 BOTH = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
 TWICE = BOTH | dict(directions=("doc_to_query", "query_to_doc", "doc_to_query"))
 PLAIN, CACHED = "MultipleNegatives", "CachedMultipleNegatives"
-CASES = {  # name -> (make a model, shapes of its inputs, call it, the swapped name, sweeps)
+CASES = {  # name -> (make a model, input shapes, call it, the swapped name, calls of the library)
     "clip": (Clip, [(B, D)] * 2, lambda model, *x: model(*x), "loss", 1),
     "clip, root": (clip_loss, [(B, D)] * 2, lambda model, a, b: model(a, b, 3.0), "", 1),
     "pairs": ranked(2, PLAIN),
@@ -87,23 +87,23 @@ def results(model, inputs, call, dtype):
     for leaf in leaves:
         leaf.grad = None
     loss = call(model, *inputs)
-    (loss * 1.7).backward()  # autograd.grad would miss the backward of gradient caching
+    (loss * 1.7).backward()  # gradient caching needs backward(), not autograd.grad
     return {"loss": loss.detach()} | {i: leaf.grad for i, leaf in enumerate(leaves)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
-def test_a_swapped_loss_gives_the_same_numbers(case, dtype, swept):
-    make, shapes, call, name, sweeps = CASES[case]
+def test_swapped_loss_matches_the_original(case, dtype, loss_calls):
+    make, shapes, call, name, calls = CASES[case]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     exact, before = results(model, inputs, call, torch.float64), model.state_dict()
     model.to(dtype)
     plain = results(model, inputs, call, dtype)
     report = fuse(model)
-    assert list(report.swapped) == [name] and not report.left and not swept
+    assert list(report.swapped) == [name] and not report.left and not loss_calls
     fused = results(model, inputs, call, dtype)
-    assert len(swept) == sweeps, report
+    assert len(loss_calls) == calls, report
     if dtype == torch.float64:
         for key, value in exact.items():
             assert (fused[key] - value).norm() <= 1e-10 * max(value.norm(), 1), key
@@ -112,7 +112,7 @@ def test_a_swapped_loss_gives_the_same_numbers(case, dtype, swept):
     assert before.keys() == model.state_dict().keys()
     assert unfuse(model) == list(report.swapped)
     after = results(model, inputs, call, dtype)
-    assert all(torch.equal(after[key], plain[key]) for key in plain) and len(swept) == sweeps
+    assert all(torch.equal(after[key], plain[key]) for key in plain) and len(loss_calls) == calls
 
 
 LEFT_ALONE = {
@@ -132,12 +132,14 @@ LEFT_ALONE = {
     "The calculate_loss of this module was replaced": lambda: edited(
         cached_loss(), calculate_loss=len
     ),
-    "The calculate_loss of this module was":  # belongs to another loss
+    "The calculate_loss of this module was":  # the method is another loss's
     lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
-    "calculate_loss of this module was replaced on": lambda: bound_anew(
+    "calculate_loss of this module was replaced on": lambda: with_instance_method(
         cached_loss(), lambda self, reps, labels=None: None
     ),
-    "of this module was replaced on the instance.": lambda: bound_anew(cached_loss(), None),
+    "of this module was replaced on the instance.": lambda: with_instance_method(
+        cached_loss(), None
+    ),
     "mini_batch_size is 0": lambda: edited(cached_loss(), mini_batch_size=0),
     "hardness_mode is 'hard_negatives'": lambda: cached_loss(
         hardness_mode="hard_negatives", hardness_strength=2.0
@@ -153,10 +155,10 @@ def wrapping(function):
     return decorator(function, [D], [1])
 
 
-def bound_anew(loss, function):
-    """Bind a method to the instance.
+def with_instance_method(loss, function):
+    """Set calculate_loss on the instance.
 
-    It is another function in MatryoshkaLoss's wrapper, or the loss's own method.
+    It is ``function`` in MatryoshkaLoss's wrapper or, if that is None, the loss's own method.
     """
     own = loss.calculate_loss
     return edited(
@@ -165,25 +167,24 @@ def bound_anew(loss, function):
 
 
 @pytest.mark.parametrize("reason", LEFT_ALONE)
-def test_what_is_not_equal_is_left_with_the_reason(reason):
+def test_unsupported_losses_are_left_with_a_reason(reason):
     model = LEFT_ALONE[reason]()
     report = fuse(model)
     assert not report.swapped and list(report.left) == [""] and reason in report.left[""]
     assert all(type(module).__module__ != "mmfused.fuse.base" for module in model.modules())
 
 
-def test_calls_that_do_not_fit_run_the_original(swept):
+def test_call_with_a_logit_bias_runs_the_original(loss_calls):
     torch.manual_seed(0)
     a, b = torch.randn(2, B, D)
     loss = clip_loss()
     bias = torch.tensor(0.3)
     want = loss(a, b, 2.0, bias)
     fuse(loss)
-    assert torch.equal(loss(a, b, 2.0, bias), want) and not swept
+    assert torch.equal(loss(a, b, 2.0, bias), want) and not loss_calls
 
 
-def test_what_a_ranking_loss_trains_is_fused_too():
-    """The model is not a part of the loss, so its own modules are swapped as well."""
+def test_model_of_a_ranking_loss_is_also_fused():
     loss = ranking_loss()
     loss.model.queries = nn.Parameter(torch.randn(3, D))
     loss.model.attention = nn.MultiheadAttention(D, 2, batch_first=True)
@@ -196,7 +197,7 @@ def test_what_a_ranking_loss_trains_is_fused_too():
 
 @pytest.mark.parametrize("scale", [float("nan"), -3.0, 0.0, 20], ids=str)
 @pytest.mark.parametrize("tensor", [False, True])
-def test_any_scale_gives_what_the_original_gives(scale, tensor, swept):
+def test_unusual_scales_match_the_original(scale, tensor, loss_calls):
     a, b = torch.randn(2, B, D)
     x, y = torch.randn(2, B, 7)
     given = torch.tensor(float(scale)) if tensor else scale
@@ -205,11 +206,11 @@ def test_any_scale_gives_what_the_original_gives(scale, tensor, swept):
     want = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
     fuse(clip), fuse(ranking)
     got = clip(a, b, given), ranking([{"x": x}, {"x": y}], None)
-    assert len(swept) == 2
+    assert len(loss_calls) == 2
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
-def test_an_empty_batch_gives_what_the_original_gives(swept):
+def test_empty_batch_runs_the_original(loss_calls):
     a, x, clip, ranking = torch.randn(0, D), torch.randn(0, 7), clip_loss(), ranking_loss()
 
     def outcome(call):
@@ -222,18 +223,18 @@ def test_an_empty_batch_gives_what_the_original_gives(swept):
     want = [outcome(call) for call in calls]
     fuse(clip), fuse(ranking)
     got = [outcome(call) for call in calls]
-    assert not swept and isinstance(want[0], torch.Tensor)
+    assert not loss_calls and isinstance(want[0], torch.Tensor)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True) if isinstance(
             b, torch.Tensor
         ) else pytest.fail(f"{a}, {b}")
 
 
-def test_a_scale_of_several_numbers_runs_the_original(swept):
+def test_scale_with_several_elements_runs_the_original(loss_calls):
     a, b, scale, loss = torch.randn(B, D), torch.randn(B, D), torch.rand(D), clip_loss()
     want = loss(a, b, scale)
     fuse(loss)
-    assert torch.equal(loss(a, b, scale), want) and not swept
+    assert torch.equal(loss(a, b, scale), want) and not loss_calls
 
 
 # ---- the cached loss -----------------------------------------------------------------------------
@@ -248,8 +249,8 @@ def chunks(grad=True):
 
 
 @pytest.mark.parametrize("with_backward", [False, True])
-def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
-    """With it, no graph remains and the chunks hold gradients; without, the loss has a graph."""
+def test_cached_loss_supports_with_backward(with_backward, loss_calls):
+    """With ``with_backward``, the call itself computes all gradients and returns no graph."""
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):
@@ -261,20 +262,20 @@ def test_the_cached_loss_keeps_what_with_backward_means(with_backward, swept):
         if not with_backward:
             value.backward()
         found.append([value.detach(), scale.grad, *(x.grad for column in reps for x in column)])
-    assert len(swept) == 1
+    assert len(loss_calls) == 1
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
-def test_the_cached_loss_without_gradients(swept):
+def test_cached_loss_matches_the_original_without_gradients(loss_calls):
     loss, inputs = cached_loss(), torch.randn(2, B, 7)
     with torch.no_grad():
         want = embed(loss, *inputs)
         fuse(loss)
         torch.testing.assert_close(embed(loss, *inputs), want)
-    assert len(swept) == 1
+    assert len(loss_calls) == 1
 
 
-def test_the_cached_loss_leaves_other_columns_to_the_original(swept):
+def test_cached_loss_with_unequal_or_missing_columns_runs_the_original(loss_calls):
     fused = cached_loss()
     fuse(fused)
     unequal, single = [chunks(False)[0], chunks(False)[1][:2]], chunks(False)[:1]
@@ -286,13 +287,13 @@ def test_the_cached_loss_leaves_other_columns_to_the_original(swept):
             except Exception as error:
                 outcomes.append((type(error), str(error)))
         torch.testing.assert_close(*outcomes) if torch.is_tensor(outcomes[0]) else None
-        assert outcomes[0] is not None and type(outcomes[0]) is type(outcomes[1]) and not swept
+        assert outcomes[0] is not None and type(outcomes[0]) is type(outcomes[1]) and not loss_calls
         assert torch.is_tensor(outcomes[0]) or outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("first", ["wrapped", "fused"])
-def test_matryoshka_and_fuse_in_either_order(first, swept):
-    """MatryoshkaLoss wraps the method bound at its construction; both orders of wrapping work."""
+def test_matryoshka_works_before_and_after_fuse(first, loss_calls):
+    """MatryoshkaLoss wraps the method that is bound to the loss at its construction."""
     make, shapes, call, *_ = CASES["cached matryoshka"]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -305,19 +306,19 @@ def test_matryoshka_and_fuse_in_either_order(first, swept):
         model = text_losses().MatryoshkaLoss(model.model, inner, (D, 10))
     report = fuse(model)
     assert list(report.swapped) == ["loss"]
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        swept.clear()
-        assert twin.loss.calculate_loss.fn.__self__ is twin.loss
-        got = results(twin, inputs, call, torch.float64)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        loss_calls.clear()
+        assert copied.loss.calculate_loss.fn.__self__ is copied.loss
+        got = results(copied, inputs, call, torch.float64)
         for key in want:
             torch.testing.assert_close(got[key], want[key], rtol=1e-10, atol=1e-12)
         assert (
-            len(swept) == 2
-            and unfuse(twin) == ["loss"]
-            and list(fuse(twin, dry_run=True).swapped) == ["loss"]
+            len(loss_calls) == 2
+            and unfuse(copied) == ["loss"]
+            and list(fuse(copied, dry_run=True).swapped) == ["loss"]
         )
-        got = results(twin, inputs, call, torch.float64)
-        assert len(swept) == 2 and all(torch.equal(got[key], want[key]) for key in want)
+        got = results(copied, inputs, call, torch.float64)
+        assert len(loss_calls) == 2 and all(torch.equal(got[key], want[key]) for key in want)
 
 
 @pytest.fixture(scope="module")
@@ -349,8 +350,10 @@ def sentence_transformer(tmp_path_factory):
 
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("around", ["", "MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"])
-@pytest.mark.filterwarnings("ignore")  # combining layers and caching warns
-def test_around_a_sentence_transformer(around, cached, sentence_transformer, swept):
+@pytest.mark.filterwarnings("ignore")  # layer losses warn about cached losses
+def test_losses_around_a_sentence_transformer_match_the_original(
+    around, cached, sentence_transformer, loss_calls
+):
     model, dims = sentence_transformer, [[D, 10]] if "Matryoshka" in around else []
     name = f"{CACHED if cached else PLAIN}RankingLoss"
     loss = getattr(text_losses(), name)(model, **(dict(mini_batch_size=5) if cached else {}))
@@ -369,12 +372,12 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
         ]
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
-            # Makes the choice of layers and widths deterministic.
+            # Make the choice of layers and widths deterministic.
             patch.setattr("random.sample", lambda population, k: list(population)[:k])
             try:
                 value = loss(texts, None)
                 value.backward()
-            except KeyError as error:  # for layers with caching
+            except KeyError as error:  # layer losses cannot wrap a cached loss
                 return str(error)
         return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -385,15 +388,15 @@ def test_around_a_sentence_transformer(around, cached, sentence_transformer, swe
     if isinstance(want, str):
         assert got == want and cached and around in ("AdaptiveLayerLoss", "Matryoshka2dLoss")
         return
-    assert len(want) == len(got) > 10 and swept
+    assert len(want) == len(got) > 10 and loss_calls
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-10 * max(b.norm(), 1)
 
 
-# ---- other releases, and known modules that are left ---------------------------------------------
+# ---- other releases, and known classes that are left ---------------------------------------------
 
 
-def test_another_structure_is_left(monkeypatch):
+def test_losses_of_another_structure_are_left(monkeypatch):
     cls = text_losses().CachedMultipleNegativesRankingLoss
     with monkeypatch.context() as patch:  # as in sentence-transformers 5
         patch.setattr(cls, "calculate_loss", lambda self, reps, with_backward=False: None)
@@ -421,7 +424,7 @@ def test_another_structure_is_left(monkeypatch):
         assert "takes docs, queries, which fuse does not know" in fuse(ranking_loss()).left[""]
 
 
-def test_a_deprecated_class_warns_of_no_swap(monkeypatch):
+def test_swapping_a_deprecated_class_gives_no_warning(monkeypatch):
     monkeypatch.setattr(base, "_classes", {})
     with pytest.warns(DeprecationWarning):
         loss = ranking_loss("MultipleNegativesSymmetricRankingLoss")
@@ -430,7 +433,7 @@ def test_a_deprecated_class_warns_of_no_swap(monkeypatch):
         assert fuse(loss).swapped
 
 
-def test_older_releases_are_named():
+def test_reason_names_an_older_release():
     name = "CachedMultipleNegativesSymmetricRankingLoss"
     older = type(name, (nn.Module,), {"__module__": f"sentence_transformers.losses.{name}"})
     assert "before 6" in fuse(older()).left[""]
@@ -444,7 +447,7 @@ def find(path):
 @pytest.mark.parametrize(
     "path", [p for p in [*LEFT, *KINDS] if p.startswith(("open_clip", "sentence_transformers."))]
 )
-def test_known_classes_are_where_they_are_looked_for(path):
+def test_known_classes_exist_under_their_paths(path):
     if path.startswith("sentence_transformers.losses."):
         assert path in LEFT
         return

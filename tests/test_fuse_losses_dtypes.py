@@ -1,4 +1,4 @@
-"""Swapped losses return the original's dtype for any inputs and scale, also under autocast."""
+"""Tests that swapped losses return the original's dtype, also under autocast."""
 
 import itertools
 
@@ -75,9 +75,9 @@ def embeddings(seed, dtype):
 
 
 def outcome(name, kind, dtype, swap, autocast, exact=False):
-    """Return loss and gradients of several seeds, stacked, or the error.
+    """Return the stacked losses and gradients of several seeds, or the error.
 
-    Several seeds, because the rounding error of one scalar is random.
+    One seed is not enough, because the rounding error of a single scalar is random.
     """
     found = []
     for seed in range(SEEDS):
@@ -100,7 +100,7 @@ def outcome(name, kind, dtype, swap, autocast, exact=False):
 
 
 @pytest.fixture
-def sweeps(monkeypatch):
+def loss_calls(monkeypatch):
     module, calls = losses, []
     real = module.scaled_info_nce
     monkeypatch.setattr(
@@ -111,25 +111,25 @@ def sweeps(monkeypatch):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
+def test_swapped_loss_has_the_dtype_and_numbers_of_the_original(name, autocast, loss_calls):
     swapped, raised = 0, 0
     for dtype, kind in itertools.product(FLOATS, SCALES):
         plain = outcome(name, kind, dtype, False, autocast)
-        sweeps.clear()
+        loss_calls.clear()
         got = outcome(name, kind, dtype, True, autocast)
         case = (dtype, kind)
         if isinstance(plain, tuple):
-            assert got == plain and not sweeps, case
+            assert got == plain and not loss_calls, case
             raised += 1
             continue
-        assert len(sweeps) == SEEDS, case  # swapped whenever the original gives a loss
+        assert len(loss_calls) == SEEDS, case  # the library computes every loss that does not raise
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}, case
         exact = outcome(name, kind, dtype, False, None, exact=True)
-        # Plain PyTorch is exact itself, except for rounding a gradient of the scale.
+        # In float64, plain PyTorch is exact except for the rounding of a 16- or 32-bit gradient.
         if dtype == torch.float64:
             for key in [k for k, v in got.items() if v.dtype == dtype]:
                 assert (got.pop(key) - exact.pop(key)).norm() <= 1e-10 * plain.pop(key).norm(), case
-        # For a few scalars, plain's error may happen to be nearly 0, so two roundings are added.
+        # The error of plain PyTorch may be 0 by chance, so two rounding errors are added.
         for key, value in exact.items():
             error, allowed = relative_error(got[key], value), 2 * relative_error(plain[key], value)
             assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (
@@ -143,11 +143,8 @@ def test_dtype_and_numbers_of_the_original(name, autocast, sweeps):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_scale_is_not_inverted(dtype):
-    """Rounding 1 / scale to 16 bits would double the error.
-
-    Over 60 seeds, the gradient of the scale is about as accurate as plain's.
-    """
+def test_gradient_of_a_16_bit_scale_is_as_accurate_as_the_original(dtype):
+    """The loss must not round 1 / scale to 16 bits, which would double the error."""
     clip = pytest.importorskip("open_clip.loss").ClipLoss
     errors = {"plain": [], "fused": []}
     for seed in range(60):
@@ -187,8 +184,7 @@ CASES = list(
 
 
 @pytest.mark.parametrize(("name", "dtype", "autocast"), CASES)
-def test_no_graph_break(name, dtype, autocast):
-    """The compiler treats dtypes as constants, including those found from a single row."""
+def test_swapped_loss_compiles_without_a_graph_break(name, dtype, autocast):
     torch._dynamo.reset()
     call, found = build(name, 7.3, True), []
     for function in (call, torch.compile(call, fullgraph=True, backend="eager")):

@@ -1,4 +1,4 @@
-"""fuse handles losses with unusual attributes: neither fuse nor the swapped loss raises."""
+"""Tests of fuse on losses with unusual attributes, which it must leave instead of raising."""
 
 import functools
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from mmfused import fuse, unfuse
 
-swept = ranking_losses.swept
+loss_calls = ranking_losses.loss_calls
 pytestmark = pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")
 
 
@@ -26,28 +26,28 @@ class Hostile(Scaled):
         return super().__getattribute__(name)
 
 
-def wrapped():
+def scaled_cos_sim():
     cos_sim = pytest.importorskip("sentence_transformers.util").cos_sim
     return functools.wraps(cos_sim)(lambda a, b: 0.5 * cos_sim(a, b))
 
 
-ODD = {
+SIMILARITIES = {
     "a functools.partial": lambda: functools.partial(dot_score),
     "Scaled": Scaled,
     "a torch.nn.modules.distance.CosineSimilarity": nn.CosineSimilarity,
     "<lambda>": lambda: lambda a, b: 0.5 * dot_score(a, b),
     "Hostile": Hostile,
-    "another function with the name sentence_transformers.util.similarity.cos_sim": wrapped,
+    "another function with the name sentence_transformers.util.similarity.cos_sim": scaled_cos_sim,
     "a builtins.method": lambda: Scaled().__call__,
 }
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
-@pytest.mark.parametrize("name", ODD)
-def test_any_similarity_is_judged(name, cached, swept):
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_losses_with_other_similarities_are_left(name, cached, loss_calls):
     torch.manual_seed(0)
-    inputs, odd = torch.randn(2, B, 7), ODD[name]()
-    loss = (cached_loss if cached else ranking_loss)(similarity_fct=odd)
+    inputs, similarity = torch.randn(2, B, 7), SIMILARITIES[name]()
+    loss = (cached_loss if cached else ranking_loss)(similarity_fct=similarity)
     report = fuse(loss)
     assert (
         not report.swapped
@@ -56,7 +56,7 @@ def test_any_similarity_is_judged(name, cached, swept):
     later = (cached_loss if cached else ranking_loss)()
     later.load_state_dict(loss.state_dict(), strict=False)
     assert fuse(later).swapped
-    later.similarity_fct = odd
+    later.similarity_fct = similarity
 
     def outcome(loss):
         try:
@@ -65,7 +65,7 @@ def test_any_similarity_is_judged(name, cached, swept):
             return type(error), str(error)
 
     want, got = outcome(loss), outcome(later)
-    assert not swept and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
+    assert not loss_calls and (torch.equal(got, want) if torch.is_tensor(want) else got == want)
     (text,) = fuse(later).swapped.values()
     assert (
         text.startswith("already swapped, but runs the original: similarity_fct is ")
@@ -85,7 +85,7 @@ class Raising(nn.Module):
 
 Raising.__module__, Raising.__qualname__ = "open_clip.loss", "ClipLoss"
 
-ODDITIES = {
+ODD_MODULES = {
     "RuntimeError: not before the first step": Raising,
     "'>' not supported": lambda: edited(clip_loss(), world_size=None),
     "has no world_size": lambda: without(clip_loss(), "world_size"),
@@ -115,9 +115,9 @@ def without(module, name):
     return module
 
 
-@pytest.mark.parametrize("words", ODDITIES)
-def test_odd_modules_are_left_and_the_others_swapped(words):
-    model = nn.Sequential(ODDITIES[words](), clip_loss())
+@pytest.mark.parametrize("words", ODD_MODULES)
+def test_odd_modules_are_left_and_other_modules_swapped(words):
+    model = nn.Sequential(ODD_MODULES[words](), clip_loss())
     types = [type(module) for module in model.modules()]
     report = fuse(model)
     assert list(report.swapped) == ["1"] and words in report.left["0"], report
@@ -125,7 +125,7 @@ def test_odd_modules_are_left_and_the_others_swapped(words):
     assert unfuse(model) == ["1"]
 
 
-def test_a_module_that_refuses_another_class_is_left(monkeypatch):
+def test_module_whose_class_cannot_be_changed_is_left(monkeypatch):
     model = nn.Sequential(clip_loss(), nn.MultiheadAttention(D, 2))
 
     def refuse(self, name, value):
@@ -139,7 +139,7 @@ def test_a_module_that_refuses_another_class_is_left(monkeypatch):
     )
 
 
-def test_a_swapped_loss_takes_odd_attributes_later(swept):
+def test_swapped_loss_with_later_odd_attributes_runs_the_original(loss_calls):
     a, b = torch.randn(2, B, D)
     for attributes in (dict(world_size=None), dict(world_size="two")):
         plain, fused = edited(clip_loss(), **attributes), clip_loss()
@@ -148,16 +148,16 @@ def test_a_swapped_loss_takes_odd_attributes_later(swept):
         for loss in (plain, fused):
             with pytest.raises(TypeError, match="'>' not supported"):
                 loss(a, b, 2.0)
-    assert not swept
+    assert not loss_calls
     ranking, embeddings = ranking_loss(), [a, b]
-    # In this mode the original does not compare the strength.
-    odd = dict(hardness_mode="of its own", hardness_strength=torch.ones(2))
+    # The original does not read hardness_strength in an unknown mode.
+    odd = dict(hardness_mode="unknown", hardness_strength=torch.ones(2))
     want = edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None)
     assert "It cannot be inspected: RuntimeError: Boolean" in fuse(ranking).left[""]
     assert fuse(edited(ranking, hardness_mode=None)).swapped
     assert (
         torch.equal(edited(ranking, **odd).compute_loss_from_embeddings(embeddings, None), want)
-        and not swept
+        and not loss_calls
     )
     assert (
         "already swapped, but runs the original: It cannot be inspected"

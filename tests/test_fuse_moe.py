@@ -1,6 +1,6 @@
-"""fuse(model) on transformers' mixtures of experts, and "mmfused" as an experts implementation.
+"""Tests of fuse(model) on transformers' mixtures of experts.
 
-Both give the numbers of the originals.
+The experts implementation "mmfused" is tested, too. Both must match the original models.
 """
 
 import copy
@@ -42,8 +42,8 @@ pytest.importorskip("transformers.integrations.moe")
 
 
 @pytest.fixture
-def grouped(monkeypatch):
-    """Return the names of the calls that reach grouped_mlp or grouped_linear, one per call."""
+def library_calls(monkeypatch):
+    """Return the list of this library's functions that compute experts, one name per call."""
     module, calls = swap, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
@@ -53,18 +53,18 @@ def grouped(monkeypatch):
     return calls
 
 
-def same(got, want, tolerance=1e-10):
+def assert_same(got, want, tolerance=1e-10):
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert (got[name] - value).norm() <= tolerance * max(value.norm(), 1e-3), name
 
 
-def inner(model):
+def last_experts(model):
     """Return the experts of the last layer."""
     return model.model.layers[-1].mlp.experts
 
 
-def blocks(case):
+def experts_names(case):
     return (
         ["model.layers.1.mlp.experts"]
         if "dense" in case
@@ -74,7 +74,7 @@ def blocks(case):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
-def test_same_numbers_in_float64(case, training, grouped):
+def test_fused_model_matches_the_original_in_float64(case, training, library_calls):
     """Compare logits, loss with aux loss, router logits and all gradients, with a padding mask."""
     model = filled(CASES[case]()).train(training)
     want, seen = run(model), []
@@ -82,13 +82,15 @@ def test_same_numbers_in_float64(case, training, grouped):
         if name.endswith("mlp.gate"):
             module.register_forward_hook(lambda *args: seen.append(args[2][0].shape))
     report = fuse(model)
-    assert list(report.swapped) == blocks(case) and not report.left and not grouped
-    same(run(model), want)
-    assert grouped == ["grouped_mlp"] * len(blocks(case)) and seen == [(B * N, E)] * len(grouped)
+    assert list(report.swapped) == experts_names(case) and not report.left and not library_calls
+    assert_same(run(model), want)
+    assert library_calls == ["grouped_mlp"] * len(experts_names(case)) and seen == [
+        (B * N, E)
+    ] * len(library_calls)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_within_the_budget(case):
+def test_fused_model_keeps_the_error_budget_in_float32(case):
     model = filled(CASES[case]()).float().double()
     exact = run(model.eval())
     plain = run(model.float())
@@ -97,35 +99,34 @@ def test_float32_within_the_budget(case):
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2"])
-def test_the_kernels_give_the_same_numbers(case, grouped):
-    """Explicitly chosen kernels are used and no other path; without a GPU they are interpreted."""
+def test_fused_backend_keeps_the_error_budget(case, library_calls):
     model = filled(CASES[case]()).float().double()
     exact = run(model.eval())
     plain = run(model.float())
     fuse(model)
     with mmfused.backend("fused"):
         assert not over_budget(run(model), exact, plain)
-    assert grouped == ["grouped_mlp"] * 2
+    assert library_calls == ["grouped_mlp"] * 2
 
 
 @pytest.mark.parametrize("model", BLOCKS)
-def test_other_models_with_the_same_experts(model, grouped):
+def test_other_models_with_the_same_experts_match_the_original(model, library_calls):
     module = block(model)
     want = run_block(module)
     assert list(fuse(module).swapped) == ["experts"]
-    same(run_block(module), want)
-    assert grouped == ["grouped_mlp"]
+    assert_same(run_block(module), want)
+    assert library_calls == ["grouped_mlp"]
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2", "qwen3"])
-def test_there_and_back(case, grouped):
+def test_unfuse_restores_the_model(case, library_calls):
     model = filled(CASES[case]())
     types = {name: type(module) for name, module in model.named_modules()}
     state, parameters, want = model.state_dict(), list(map(id, model.parameters())), run(model)
     dry = fuse(model, dry_run=True)
     assert {name: type(module) for name, module in model.named_modules()} == types
     report = fuse(model)
-    assert report == dry and list(report.swapped) == blocks(case)
+    assert report == dry and list(report.swapped) == experts_names(case)
     for name, module in model.named_modules():
         assert isinstance(module, types[name]) and type(module).__name__ == types[name].__name__
         assert (type(module) is not types[name]) == (name in report.swapped)
@@ -138,33 +139,33 @@ def test_there_and_back(case, grouped):
 
     fresh = CASES[case]().to(DEVICE, torch.float64)
     fresh.load_state_dict(fused_state)
-    same(run(fresh), want, 0.0)
-    assert not grouped
+    assert_same(run(fresh), want, 0.0)
+    assert not library_calls
     # Fuse before transformers puts its recorders on the routers, because recorders cannot be
     # pickled.
     other = filled(CASES[case]())
     fuse(other)
     other.load_state_dict(state)
-    for twin in (pickle.loads(pickle.dumps(other)), other, copy.deepcopy(model)):
-        grouped.clear()
-        same(run(twin), want)
-        assert len(grouped) == 2 and unfuse(twin) == blocks(case)
+    for copied in (pickle.loads(pickle.dumps(other)), other, copy.deepcopy(model)):
+        library_calls.clear()
+        assert_same(run(copied), want)
+        assert len(library_calls) == 2 and unfuse(copied) == experts_names(case)
     assert (
-        unfuse(model) == blocks(case)
+        unfuse(model) == experts_names(case)
         and {name: type(module) for name, module in model.named_modules()} == types
     )
-    grouped.clear()
-    same(run(model), want, 0.0)
-    assert not grouped
+    library_calls.clear()
+    assert_same(run(model), want, 0.0)
+    assert not library_calls
 
 
-def test_gradient_checkpointing_and_autocast(grouped):
+def test_fused_model_supports_gradient_checkpointing_and_autocast(library_calls):
     model = filled(qwen3()).train()
     want = run(model)
     fuse(model)
     model.gradient_checkpointing_enable()
-    same(run(model), want)
-    assert len(grouped) == 4  # the backward computes each layer again
+    assert_same(run(model), want)
+    assert len(library_calls) == 4  # the backward computes each layer again
     model.gradient_checkpointing_disable()
 
     exact = run(unfuse(model) and model.float().double())
@@ -193,18 +194,18 @@ def after(module, change):
 
 
 def changed(change, make=mixtral):
-    return lambda: after(make(), lambda model: change(inner(model)))
+    return lambda: after(make(), lambda model: change(last_experts(model)))
 
 
 class Strange(nn.Parameter):
-    """A parameter type that stands for a quantised parameter."""
+    """A stand-in for a quantised parameter."""
 
 
 def quantise(module):
     module.down_proj = Strange(module.down_proj.detach())
 
 
-def eight_bits(module):
+def to_float8(module):
     module.down_proj = nn.Parameter(
         module.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False
     )
@@ -214,7 +215,7 @@ def hook(module):
     module.act_fn.register_forward_hook(lambda *args: None)
 
 
-def derive(module):
+def make_subclass(module):
     module.__class__ = type("MyExperts", (type(module),), {})
 
 
@@ -232,16 +233,16 @@ LEFT = {
         lambda m: setattr(m.config, "_experts_implementation_internal", "deepgemm_megamoe"),
     ),
     "down_proj is a Strange of torch.float32": changed(quantise),
-    "down_proj is a Parameter of torch.float8_e4m3fn": changed(eight_bits),
+    "down_proj is a Parameter of torch.float8_e4m3fn": changed(to_float8),
     "act_fn has hooks": changed(hook),
     "forward of this module was replaced": changed(lambda m: setattr(m, "forward", len)),
     "has no gate_up_proj": changed(lambda m: delattr(m, "gate_up_proj")),
-    "MyExperts is a subclass of MixtralExperts": changed(derive),
+    "MyExperts is a subclass of MixtralExperts": changed(make_subclass),
 }
 
 
 @pytest.mark.parametrize("words", LEFT)
-def test_left_with_the_reason(words):
+def test_left_modules_are_reported_with_a_reason(words):
     model = LEFT[words]()
     types = [type(module) for module in model.modules()]
     report = fuse(model, dry_run=True)
@@ -253,11 +254,11 @@ def test_left_with_the_reason(words):
     )
 
 
-def test_one_expert_with_its_own_probability_is_swapped():
+def test_single_expert_with_its_softmax_weight_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    # For experts alone it is unknown which weights they will get.
-    assert fuse(inner(mixtral(num_experts_per_tok=1))).swapped
+    # Experts without their router are swapped, because their weights are unknown.
+    assert fuse(last_experts(mixtral(num_experts_per_tok=1))).swapped
 
 
 @pytest.mark.parametrize(
@@ -265,47 +266,47 @@ def test_one_expert_with_its_own_probability_is_swapped():
     [hook, quantise, lambda m: setattr(m, "act_fn", nn.Tanh())],
     ids=["hook", "quantised", "tanh"],
 )
-def test_what_changes_later_runs_the_original(change, grouped):
+def test_experts_changed_after_fuse_run_the_original(change, library_calls):
     model = filled(mixtral())
     fuse(model)
-    change(inner(model))
+    change(last_experts(model))
     got = run(model)
-    assert grouped == ["grouped_mlp"]  # only the other layer
+    assert library_calls == ["grouped_mlp"]  # only the other layer
     unfuse(model)
-    same(got, run(model))
+    assert_same(got, run(model))
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm", "mmfused"])
-def test_a_model_with_another_implementation(implementation, grouped):
+def test_fuse_overrides_the_experts_implementation(implementation, library_calls):
     mmfused.register_experts()
     model = mixtral(experts_implementation=implementation)
     filled(model, torch.float32)
     want = run(model)
-    called = len(grouped)
+    called = len(library_calls)
     assert called == (2 if implementation == "mmfused" else 0)
     fuse(model)
-    same(run(model), want, 1e-4)
+    assert_same(run(model), want, 1e-4)
     model.set_experts_implementation("eager")  # the swap stays until unfuse
-    same(run(model), want, 1e-4)
-    assert len(grouped) == called + 4 and unfuse(model)
-    same(run(model), want, 1e-4)
-    assert len(grouped) == called + 4
+    assert_same(run(model), want, 1e-4)
+    assert len(library_calls) == called + 4 and unfuse(model)
+    assert_same(run(model), want, 1e-4)
+    assert len(library_calls) == called + 4
 
 
 # ---- the experts implementation "mmfused" --------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_by_name(case, grouped):
+def test_experts_implementation_matches_the_original(case, library_calls):
     mmfused.register_experts()
     model = filled(CASES[case]()).train()
     want = run(model)
     model.set_experts_implementation("mmfused")
-    same(run(model), want)
-    assert len(grouped) == len(blocks(case))
+    assert_same(run(model), want)
+    assert len(library_calls) == len(experts_names(case))
 
 
-def test_by_name_from_a_config_and_from_a_folder(tmp_path, grouped):
+def test_experts_implementation_is_set_by_from_config_and_from_pretrained(tmp_path, library_calls):
     transformers = pytest.importorskip("transformers")
     mmfused.register_experts()
     model = filled(mixtral())
@@ -314,7 +315,7 @@ def test_by_name_from_a_config_and_from_a_folder(tmp_path, grouped):
         model.config, experts_implementation="mmfused"
     ).to(DEVICE, torch.float64)
     named.load_state_dict(state)
-    same(run(named), want)
+    assert_same(run(named), want)
     named.save_pretrained(tmp_path)
     assert "mmfused" not in (tmp_path / "config.json").read_text()
     read = (
@@ -322,8 +323,8 @@ def test_by_name_from_a_config_and_from_a_folder(tmp_path, grouped):
         .from_pretrained(tmp_path, experts_implementation="mmfused", dtype=torch.float64)
         .to(DEVICE)
     )
-    same(run(read), want)
-    assert len(grouped) == 4
+    assert_same(run(read), want)
+    assert len(library_calls) == 4
 
 
 OTHERS = {
@@ -338,18 +339,18 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("path", OTHERS)
-def test_by_name_with_another_gate_or_none(path, grouped):
+def test_experts_implementation_supports_other_activations(path, library_calls):
     mmfused.register_experts()
     module, inputs = experts(path, **OTHERS[path]), choices()
     want = run_experts(module, *inputs)
     module.config._experts_implementation = "mmfused"
-    same(run_experts(module, *inputs), want)
-    assert grouped == ["grouped_linear"] * 2
+    assert_same(run_experts(module, *inputs), want)
+    assert library_calls == ["grouped_linear"] * 2
 
 
 @pytest.mark.parametrize("tokens", [19, 0])
-def test_by_name_takes_wider_tokens(tokens):
-    """Under autocast a norm in float32 may come before experts in 16 bits."""
+def test_experts_implementation_accepts_float32_tokens_for_bfloat16_experts(tokens):
+    """Under autocast, a float32 norm may come before 16-bit experts."""
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.bfloat16, hidden_act="silu")
     module.config._experts_implementation = "mmfused"
@@ -360,7 +361,7 @@ def test_by_name_takes_wider_tokens(tokens):
     )
 
 
-def test_by_name_refuses_what_it_cannot_run():
+def test_experts_implementation_rejects_unsupported_experts():
     mmfused.register_experts()
     gpt_oss = experts("gpt_oss.modeling_gpt_oss.GptOssExperts", swiglu_alpha=1.7, swiglu_limit=7.0)
     gpt_oss.config._experts_implementation = "mmfused"
@@ -373,28 +374,28 @@ def test_by_name_refuses_what_it_cannot_run():
 
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
-def test_experts_of_other_ranks(act, backend):
-    """In expert parallelism, indices from E on are experts of other ranks, without effect here."""
+def test_experts_implementation_ignores_experts_of_other_ranks(act, backend):
+    """In expert parallelism, indices of at least E stand for experts of other ranks."""
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
-    # Nearly half of the indices are on another rank.
+    # Nearly half of the indices stand for experts of other ranks.
     x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
-    # In older releases this gradient is not 0, though the weight is multiplied by 0.
+    # In older releases of transformers these gradients are not 0, although the weights are 0.
     want["weights"] = want["weights"].masked_fill(index == E, 0.0)
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):
         got = run_experts(module, x, index, weights)
-        same(got, want, 1e-5)
+        assert_same(got, want, 1e-5)
     assert not got["weights"][index == E].any()
 
 
-def test_register_needs_transformers(monkeypatch):
+def test_register_experts_raises_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     with pytest.raises(ImportError, match="register_experts needs transformers 5 or newer"):
         mmfused.register_experts()
@@ -429,7 +430,7 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
         )
         torch.testing.assert_close(da, db, rtol=1e-4, atol=1e-7)
 
-    together = theirs(*layers)  # all layers as one batch, unlike the mean of the layers
+    together = theirs(*layers)  # one loss of all layers, not the mean over layers
     torch.testing.assert_close(together, k * ours(torch.cat(layers), 3).balance_loss)
     routings = [ours(logits) for logits in layers]
     live = torch.ones(B * N, dtype=torch.bool, device=DEVICE) if ignore is None else ~ignore
@@ -444,8 +445,8 @@ def test_transformers_balance_loss_is_k_times_ours(k, masked):
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-def test_no_graph_break():
-    """Compile a fused block, forward and backward, and a block with "mmfused" set by name."""
+def test_fused_block_compiles_without_a_graph_break():
+    """Compile a fused block, and a block with the experts implementation "mmfused"."""
     code = """
 import torch, mmfused, fuse_moe_models as models
 from torch._dynamo.utils import counters

@@ -20,7 +20,10 @@ def experts():
 
 
 class Model(nn.Module):
-    """A model with each family, a head that contains an attention, and a module with two names."""
+    """A model with every family of known modules.
+
+    Some heads contain an attention module, and one module has two names.
+    """
 
     def __init__(self):
         super().__init__()
@@ -44,7 +47,7 @@ def model():
     return Model()
 
 
-def chosen(model, **options):
+def fuse_and_unfuse(model, **options):
     dry = fuse(model, dry_run=True, **options)
     report = fuse(model, **options)
     assert report == dry and set(unfuse(model)) == set(report.swapped)
@@ -66,7 +69,7 @@ CHOICES = [
     (dict(only="vision.blocks"), BLOCKS),
     (dict(skip="vision"), {"text.head", "text.cross", "experts", "losses"}),
     (dict(skip="vision.blocks.1"), ALL - {"vision.blocks.1.attn"}),
-    # * also matches dots; the pattern does not match the name of the head.
+    # * also matches dots. The pattern does not match vision.pool, which contains vision.pool.attn.
     (
         dict(only="vision.*.attn"),
         {*BLOCKS, "vision.pool.attn"},
@@ -81,27 +84,27 @@ CHOICES = [
     (dict(only=[]), set()),
     (dict(skip=[]), ALL),
     (dict(only=(name for name in ("text.cross", "experts"))), {"text.cross", "experts"}),
-    (dict(only="other.shared"), {"text.cross"}),  # its second name
+    (dict(only="other.shared"), {"text.cross"}),  # the second name of text.cross
     (dict(skip="other"), ALL - {"text.cross"}),
     (dict(only="[l]osses"), {"losses"}),
-    (dict(only="vision.pool.attn"), {"vision.pool.attn"}),  # inside a head, by its own name
+    (dict(only="vision.pool.attn"), {"vision.pool.attn"}),  # inside vision.pool
     (dict(only=["vision.pool.attn", "vision.pool"]), {"vision.pool"}),
     (dict(only="text.head.attention", skip="attention"), set()),
 ]
 
 
-# Remove addresses, which differ between processes.
+# Memory addresses differ between processes, so they are removed.
 CHOICE_IDS = [re.sub(" at 0x[0-9a-f]+", "", str(list(options.items()))) for options, _ in CHOICES]
 
 
 @pytest.mark.parametrize(("options", "names"), CHOICES, ids=CHOICE_IDS)
-def test_what_is_chosen(options, names, model):
+def test_only_and_skip_choose_modules(options, names, model):
     options = {
         key: list(value) if not isinstance(value, str) else value for key, value in options.items()
     }
-    report = chosen(model, **options)
+    report = fuse_and_unfuse(model, **options)
     assert set(report.swapped) == names, report
-    assert set(report.left) >= ALL - names, "every known module that is not chosen is reported"
+    assert set(report.left) >= ALL - names, "a known module is missing from the report"
     assert set(report.left) <= (ALL - names) | {"vision.pool.attn", "text.head.attention"}
     assert all(
         re.fullmatch(r"Not chosen: (`skip` has '.*'|`only` does not include it)\.", text)
@@ -109,20 +112,21 @@ def test_what_is_chosen(options, names, model):
     )
 
 
-def test_the_root_may_be_chosen():
+def test_only_and_skip_apply_to_the_root():
     for options, swapped in (
         (dict(only="pooling"), [""]),
         (dict(only=""), [""]),
         (dict(skip=""), []),
         (dict(only="attention"), []),
     ):
-        assert list(chosen(latent(), **options).swapped) == swapped
-    assert chosen(latent(), only="losses").left == {"": "Not chosen: `only` does not include it."}
+        assert list(fuse_and_unfuse(latent(), **options).swapped) == swapped
+    assert fuse_and_unfuse(latent(), only="losses").left == {
+        "": "Not chosen: `only` does not include it."
+    }
 
 
-def test_what_a_head_holds_is_left_with_it(model):
-    """A module inside a head that is not chosen stays unchanged."""
-    report = chosen(model, only=["attention", "experts"])
+def test_attention_inside_a_left_head_is_left_unchanged(model):
+    report = fuse_and_unfuse(model, only=["attention", "experts"])
     assert "vision.pool.attn" not in report.swapped and "vision.pool.attn" not in report.left
     assert report.left["vision.pool"] == "Not chosen: `only` does not include it."
 
@@ -131,7 +135,7 @@ def test_what_a_head_holds_is_left_with_it(model):
 @pytest.mark.parametrize(
     "entry", ["visual", "poolings", "vision.attn", "vision.?", "text.cross.", "attn"]
 )
-def test_an_entry_that_names_nothing_raises(argument, entry, model):
+def test_entry_that_matches_no_module_raises(argument, entry, model):
     types = [type(module) for module in model.modules()]
     with pytest.raises(ValueError) as error:
         fuse(model, **{argument: ["pooling", entry]})
@@ -149,7 +153,7 @@ def test_an_entry_that_names_nothing_raises(argument, entry, model):
         assert str(error.value) == message.format(argument)
 
 
-def test_what_is_swapped_stays():
+def test_second_fuse_keeps_swapped_modules():
     model = Model()
     fuse(model, only="pooling")
     report = fuse(model, only="losses", skip="pooling")
@@ -158,15 +162,15 @@ def test_what_is_swapped_stays():
     assert set(unfuse(copy.deepcopy(model))) == POOLING | {"losses"}
 
 
-def test_every_kind_has_its_family():
+def test_families_are_those_of_the_known_kinds():
     assert {kind.family for kind in KINDS.values()} == set(FAMILIES)
 
 
 # ---- expected benefits ---------------------------------------------------------------------------
 
 
-def by_hand(dim, queries, width, heads):
-    """Return the ratio of 6 D (D + D) + 7 L (D + D) to 14 h L D, per token."""
+def expected_ratio(dim, queries, width, heads):
+    """Return the FLOPs per token with keys and values, divided by those of query pooling."""
     return (12 * dim * width + 14 * queries * width) / (14 * heads * queries * dim)
 
 
@@ -180,16 +184,16 @@ def by_hand(dim, queries, width, heads):
     ],
     ids=["timm", "timm, 3", "siglip", "open_clip"],
 )
-def test_known_queries_are_counted(make, sizes):
-    text, ratio = fuse(make()).expected[""], by_hand(*sizes)
+def test_expected_benefit_with_a_known_number_of_queries(make, sizes):
+    text, ratio = fuse(make()).expected[""], expected_ratio(*sizes)
     assert ratio > 1.25 and "by count" in text
     assert f"costs {ratio:.3g} times fewer FLOPs" in text
     assert ("no benefit on a GPU" in text) == (ratio < 2)
 
 
-def test_nothing_is_expected_where_keys_and_values_cost_less():
+def test_no_benefit_is_expected_if_keys_and_values_cost_less():
     text = fuse(library("open_clip.transformer.AttentionalPooler", 64, 64, 8, 256)).expected[""]
-    times = f"{1 / by_hand(64, 256, 64, 8):.3g} times as much without keys and values"
+    times = f"{1 / expected_ratio(64, 256, 64, 8):.3g} times as much without keys and values"
     assert text == (
         f"no benefit by count: with 256 queries of 8 heads a token would cost {times}, so they are "
         "computed as before"
@@ -197,7 +201,7 @@ def test_nothing_is_expected_where_keys_and_values_cost_less():
 
 
 @pytest.mark.parametrize(("dim", "width", "heads"), [(768, 768, 12), (32, 64, 2), (64, 64, 1)])
-def test_how_many_queries_still_save(dim, width, heads):
+def test_expected_benefit_names_the_largest_number_of_queries(dim, width, heads):
     for times, index in ((1.25, 0), (2.0, 1)):
         most = int(
             re.findall(
@@ -205,10 +209,14 @@ def test_how_many_queries_still_save(dim, width, heads):
                 counts.pooling_benefit(dim, None, width, width, heads),
             )[0][index]
         )
-        assert by_hand(dim, most, width, heads) >= times > by_hand(dim, most + 1, width, heads)
+        assert (
+            expected_ratio(dim, most, width, heads)
+            >= times
+            > expected_ratio(dim, most + 1, width, heads)
+        )
 
 
-def test_what_attention_experts_and_losses_expect():
+def test_expected_benefit_of_attention_experts_and_losses():
     texts = fuse(Model(), dry_run=True).expected
     assert (
         "no benefit with few tokens, nor in a call that runs the original forward"
@@ -223,8 +231,8 @@ def test_what_attention_experts_and_losses_expect():
     assert "up to" in fuse(cross()).expected[""]
 
 
-def test_a_size_that_is_not_found_is_no_reason():
-    """A missing size does not prevent the swap, which does not need it."""
+def test_module_with_an_unknown_size_is_swapped():
+    """Only the expected benefit needs the size."""
 
     class Unmeasured(KINDS["timm.layers.attention_pool.AttentionPoolLatent"]):
         sizes = staticmethod(lambda module: module.not_there)
@@ -239,8 +247,8 @@ def test_a_size_that_is_not_found_is_no_reason():
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def test_printed_as_a_table(model):
-    report = chosen(model, skip="losses")
+def test_report_is_printed_as_a_table(model):
+    report = fuse_and_unfuse(model, skip="losses")
     lines = str(report).splitlines()
     assert lines[0] == "fuse: 7 swapped, 1 left" and max(map(len, lines)) <= 100
     header = lines[1]
@@ -267,11 +275,11 @@ def test_printed_as_a_table(model):
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    # One line for the three blocks together.
+    # The three blocks share one line.
     assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
 
 
-def test_long_names_are_broken_at_their_dots():
+def test_long_names_in_the_table_are_broken_into_lines():
     outer = nn.Module()
     outer.a_name_that_is_rather_long = nn.ModuleDict(
         {"and_another_which_follows": nn.Sequential(clip_tower(), cross())}

@@ -1,6 +1,7 @@
-"""Gated cross-attention: reference, composed backend and modules against a literal transcription.
+"""Tests of gated cross-attention: reference, composed backend and modules.
 
-Tests of the kernels: test_gated_cross_attention_fused.py.
+Expected values come from a literal transcription of the equations. The kernels are tested in
+test_gated_cross_attention_fused.py.
 """
 
 import itertools
@@ -54,24 +55,21 @@ def literal(
     context,
     ignored,
     present,
-    both_present,
+    own_present,
     own_ignored,
     options,
     keep,
 ):
-    """Compute one direction one sample, one token and one head at a time.
-
-    The equations are those of models.md, section 1b; ``missing`` is in architecture.md, section 3.
-    """
+    """Compute one direction, one sample, one token and one head at a time."""
     missing, gate, pre_norm = options["missing"], options["gate"], options["pre_norm"]
     readable = [[j for j in range(context.shape[1]) if not ignored[s][j]] for s in range(len(x))]
-    there = [bool(present[s]) and bool(readable[s]) for s in range(len(x))]
+    has_context = [bool(present[s]) and bool(readable[s]) for s in range(len(x))]
     out = []
     for s in range(len(x)):
-        keys = readable[s] if there[s] or missing in ("attend", "constant") else []
+        keys = readable[s] if has_context[s] or missing in ("attend", "constant") else []
         rows = []
         for i in range(x.shape[1]):
-            skip = missing == "skip" and not (there[s] and both_present[s])
+            skip = missing == "skip" and not (has_context[s] and own_present[s])
             if skip or own_ignored[s][i]:
                 rows.append(x[s, i])
                 continue
@@ -102,7 +100,7 @@ def literal(
                 continue
             parts = [x[s, i], attn_out]
             if options["indicator"]:
-                flag = any(there) if options["indicator"] == "batch" else there[s]
+                flag = any(has_context) if options["indicator"] == "batch" else has_context[s]
                 parts.append(torch.tensor([float(flag)], dtype=torch.float64))
             g = 1 / (1 + torch.exp(-linear(direction.gate_proj, torch.cat(parts))))
             rows.append(g * attn_out + (1 - g) * x[s, i])
@@ -116,7 +114,7 @@ def both_ways(built, a, b, masks, options, p, seed):
         for side, n in (("a", N), ("b", M))
     }
     present = {side: masks.get(f"{side}_present", torch.ones(B).bool()) for side in "ab"}
-    there = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
+    has_tokens = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
 
     def keep(stream, queries, keys):
         shapes = (B, HEADS, queries, keys), (B, queries, D)
@@ -133,7 +131,7 @@ def both_ways(built, a, b, masks, options, p, seed):
         b,
         ignore["b"],
         present["b"],
-        there["a"],
+        has_tokens["a"],
         ignore["a"],
         options,
         keep(0, N, M),
@@ -146,7 +144,7 @@ def both_ways(built, a, b, masks, options, p, seed):
         a,
         ignore["a"],
         present["a"],
-        there["b"],
+        has_tokens["b"],
         ignore["b"],
         options,
         keep(1, M, N),
@@ -174,7 +172,7 @@ CASES = [
 
 @pytest.mark.parametrize("gate, indicator, missing, pre_norm, padded, p", CASES)
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-def test_the_equations(backend, gate, indicator, missing, pre_norm, padded, p):
+def test_module_matches_the_equations(backend, gate, indicator, missing, pre_norm, padded, p):
     options = dict(gate=gate, indicator=indicator, missing=missing, pre_norm=pre_norm)
     built = module(**options, dropout=p)
     a, b, seed = randn(B, N, D), randn(B, M, D), torch.tensor(11)
@@ -198,8 +196,8 @@ BACKENDS = ("reference", "composed")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_direction_is_half_of_both(backend):
-    """Also with lengths instead of a mask, and with a context of another width."""
+def test_one_direction_matches_the_bidirectional_module(backend):
+    """Lengths must give the same as a mask, and the context may have another width."""
     both = module(missing="zero")
     one = module(GatedCrossAttention, missing="zero")
     state = both.state_dict()
@@ -225,16 +223,13 @@ def test_one_direction_is_half_of_both(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_constant_context_collapses(backend, p):
-    """Absent samples hold equal tokens, so attending to one equals attending to all.
-
-    Under dropout the kernels and the reference attend to all.
-    """
+def test_missing_constant_matches_missing_attend(backend, p):
+    """All tokens of an absent context are equal, so attending to one equals attending to all."""
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
     ignore = torch.arange(M) >= torch.tensor([5, 5, 2, 1])[:, None]
-    ignore[1, ::2] = True  # the first valid token stands between two ignored ones
+    ignore[1, ::2] = True  # the first valid token is between two ignored tokens
     context[ignore] = math.nan
     results = []
     for missing in ("constant", "attend"):
@@ -246,14 +241,14 @@ def test_a_constant_context_collapses(backend, p):
             )
         upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
         dx, d_context, *others = torch.autograd.grad(out, [x, leaf, *built.parameters()], upstream)
-        # Equal tokens share their gradient, so only the sum over tokens is defined.
+        # The modes divide the gradient differently among equal tokens, so its sum is compared.
         results.append([out, dx, d_context.sum(1), *others])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_passes_are_separate_calls(backend):
+def test_packed_passes_match_separate_calls(backend):
     built, a, b = module(missing="constant"), randn(B, N, D), randn(B, M, D)
     packed_a, packed_b, a_present, b_present = pack_passes(a, b)
     with mmfused.backend(backend):
@@ -275,7 +270,7 @@ def test_packed_passes_are_separate_calls(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_skipped_samples_are_returned_unchanged_with_their_nan(backend):
+def test_skipped_samples_and_ignored_tokens_are_returned_unchanged(backend):
     built, a, b = module(), randn(B, N, D), randn(B, M, D)
     ignored = torch.rand(B, N) < 0.3
     ignored[:, 0] = False
@@ -301,7 +296,7 @@ def test_skipped_samples_are_returned_unchanged_with_their_nan(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero"])
-def test_every_parameter_has_a_gradient_where_all_samples_are_missing(backend, missing):
+def test_every_parameter_has_a_gradient_if_all_contexts_are_missing(backend, missing):
     built, x = module(GatedCrossAttention, missing=missing), randn(B, N, D)
     context = torch.full((B, M, D), math.nan).double().requires_grad_()
     with mmfused.backend(backend):
@@ -317,7 +312,7 @@ def test_every_parameter_has_a_gradient_where_all_samples_are_missing(backend, m
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch, length, width", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_empty_inputs(batch, length, width, backend):
+def test_empty_inputs_give_finite_outputs_and_gradients(batch, length, width, backend):
     built = module(GatedCrossAttention, missing="zero")
     x, context = randn(batch, length, D), randn(batch, width, D)
     with mmfused.backend(backend):
@@ -327,7 +322,7 @@ def test_empty_inputs(batch, length, width, backend):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_dropout_is_random_repeatable_and_off_in_evaluation():
+def test_dropout_is_random_reproducible_and_off_in_eval_mode():
     built, a, b = module(dropout=0.5), randn(B, N, D), randn(B, M, D)
     assert not torch.equal(built(a, b)[0], built(a, b)[0])
     torch.manual_seed(1)
@@ -355,13 +350,13 @@ def test_dropout_masks_have_the_right_frequencies_and_are_independent():
         for dim in (1, 2, 3):
             assert abs((centred * centred.roll(shift, dim)).mean()) < 0.002, (shift, dim)
     assert dropout_mask(seed, (3, 0), 0.3).shape == (3, 0) and dropout_mask(seed, shape, 0.0).all()
-    # Elements are drawn by position, not by shape.
+    # Whether an element is dropped depends on its position, not on the shape.
     wide = dropout_mask(seed, (6, 70), 0.3)
     assert torch.equal(dropout_mask(seed, (6, 9), 0.3), wide[:, :9])
 
 
 def test_mean_over_seeds_is_the_result_without_dropout():
-    """Without a gate, as the attention output is linear in the dropped probabilities."""
+    """There is no gate, so the output is linear in the dropped probabilities."""
     built = module(GatedCrossAttention, gate="none", dropout=0.2)
     x, context = randn(2, 3, D), randn(2, 4, D)
     with torch.no_grad():
@@ -374,11 +369,11 @@ def test_mean_over_seeds_is_the_result_without_dropout():
 def test_shared_weights_and_state_dicts():
     shared = module(share_weights=True)
     assert shared.to_a is shared.to_b and len(list(shared.parameters())) == 4 + 10
-    apart = module()
-    assert set(apart.state_dict()) == set(shared.state_dict())
-    apart.load_state_dict(shared.state_dict())
+    separate = module()
+    assert set(separate.state_dict()) == set(shared.state_dict())
+    separate.load_state_dict(shared.state_dict())
     a, b = randn(B, N, D), randn(B, M, D)
-    for x, y in zip(shared(a, b), apart(a, b), strict=True):
+    for x, y in zip(shared(a, b), separate(a, b), strict=True):
         assert torch.equal(x, y)
     names = set(GatedCrossAttention(D, HEADS).state_dict())
     linears = {
@@ -394,7 +389,7 @@ def test_shared_weights_and_state_dicts():
     assert GatedCrossAttention(D, HEADS, gate="none", pre_norm=False, bias=False).gate_proj is None
 
 
-def test_autocast_and_master_weights():
+def test_autocast_and_float32_weights_give_bfloat16_outputs():
     built, a, b = module(), randn(B, N, D), randn(B, M, D)
     exact = built(a, b, b_present=PRESENT)
     low = BidirectionalGatedCrossAttention(D, HEADS)
@@ -410,7 +405,7 @@ def test_autocast_and_master_weights():
     assert all(p.grad.dtype == torch.float32 for p in low.parameters())
 
 
-def test_token_gate():
+def test_token_gate_matches_the_equations():
     gate, a, b = TokenGate(D, hidden=(7,)).double(), randn(B, N, D), randn(B, N, D)
     first, last = gate.mlp[0], gate.mlp[3]
     for s, i in ((0, 0), (3, 5)):
@@ -503,7 +498,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message):
+def test_bad_input_raises(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         BAD[message]()
     assert message in str(caught.value)

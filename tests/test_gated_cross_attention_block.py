@@ -1,4 +1,4 @@
-"""The form "block" of gated cross-attention: attention and everything after it in one launch."""
+"""Tests of the form "block" of gated cross-attention: one kernel after the projections."""
 
 import pytest
 import torch
@@ -29,19 +29,19 @@ def launches_of_forward(*shape, **options):
     return [launch.name for launch in launches]
 
 
-# ---- the form "epilogue" as the expected result; its backward serves both ------------------------
+# ---- the form "block" compared with the form "epilogue" ------------------------------------------
 
 
-FORMS_OF = [("narrow", options) for options in (*BOTH, *({**one, "both": False} for one in ONE))]
+NARROW = [("narrow", options) for options in (*BOTH, *({**one, "both": False} for one in ONE))]
 
 
 @pytest.mark.parametrize(
-    "shape, options", [*FORMS_OF, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str
+    "shape, options", [*NARROW, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str
 )
-def test_both_forms_write_the_same(monkeypatch, shape, options):
-    """Outputs agree up to rounding.
+def test_both_forms_give_the_same_outputs(monkeypatch, shape, options):
+    """Outputs agree up to rounding, and the same elements are equal to the input.
 
-    They agree exactly where A is zero: dropped, masked, or of a missing sample.
+    An element equals the input if it is dropped, masked, or of a missing sample.
     """
     module, inputs, extra = make(shape, **options, dtype=torch.float32)
     extra["dropout_seed"] = torch.tensor(3, device=DEVICE)
@@ -68,8 +68,8 @@ PLANNED = {"several tiles": BOTH[0], "many keys": BOTH[3], "four heads of 48": B
 
 
 @pytest.mark.parametrize("case", PLANNED)
-def test_half_precision_plans_in_float32(monkeypatch, case):
-    """Run the 16-bit tiles in float32, as 16-bit rounding would hide their faults."""
+def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
+    """Run the tiles of 16-bit plans in float32, because 16-bit rounding could hide errors."""
     if CUDA:
         pytest.skip("16-bit plans may not fit a GPU in float32; only the interpreter runs them")
     real = launcher.plan
@@ -79,7 +79,7 @@ def test_half_precision_plans_in_float32(monkeypatch, case):
     check_budget(*make(case, **PLANNED[case], dtype=torch.float32))
 
 
-def test_repeats_are_bitwise():
+def test_repeated_calls_agree_bit_for_bit():
     module, inputs, extra = make("several tiles", dtype=torch.float32, dropout=0.3)
     want, got = (run(module, inputs, extra, "fused") for _ in range(2))
     for name, value in got.items():
@@ -89,12 +89,12 @@ def test_repeats_are_bitwise():
 # ---- missing samples and empty inputs ------------------------------------------------------------
 
 
-def test_skip_does_no_work(monkeypatch):
+def test_skipped_samples_need_no_products(monkeypatch):
     check_skip(monkeypatch)
 
 
 @pytest.mark.parametrize("batch, n, m", [(0, 6, 7), (2, 0, 7), (2, 6, 0)])
-def test_empty_inputs(batch, n, m):
+def test_empty_inputs_match_the_reference(batch, n, m):
     module, inputs, _ = make(missing="zero", dtype=torch.float32, masks="none")
     inputs = [
         x.detach()[:1, :length].expand(batch, -1, -1).clone()
@@ -107,7 +107,7 @@ def test_empty_inputs(batch, n, m):
         )
 
 
-# ---- the switch ----------------------------------------------------------------------------------
+# ---- choice of the form --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", ["channel", "none"])
@@ -117,8 +117,8 @@ def test_forward_makes_three_launches(gate):
 
 
 @pytest.mark.parametrize("form", plans.FORMS)
-def test_without_the_variable_the_default_runs(monkeypatch, form):
-    """By default, shapes that the block does not support run in another form."""
+def test_default_form_runs_without_the_environment_variable(monkeypatch, form):
+    """By default, shapes that "block" does not support run in the form "epilogue"."""
     monkeypatch.delenv("MMFUSED_CROSS_ATTENTION")
     monkeypatch.setattr(plans, "FORM", form)
     launched = launches_of_forward(dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_without_the_variable_the_default_runs(monkeypatch, form):
     assert "block_kernel" not in launches_of_forward("wide", dtype=torch.float16)
 
 
-def test_an_unknown_form_is_an_error(monkeypatch):
+def test_unknown_form_raises(monkeypatch):
     monkeypatch.setenv("MMFUSED_CROSS_ATTENTION", "whole")
     message = "^MMFUSED_CROSS_ATTENTION: got 'whole', expected one of epilogue, block$"
     with pytest.raises(ValueError, match=message):
@@ -138,8 +138,7 @@ def test_an_unknown_form_is_an_error(monkeypatch):
     [("wide", torch.float16), ("head dim 96", torch.float16), ("odd", torch.float32)],
     ids=str,
 )
-def test_a_shape_that_the_block_does_not_support_is_an_error(shape, dtype):
-    """The error is raised before any launch; the form never changes silently."""
+def test_unsupported_shape_raises(shape, dtype):
     dim, heads = SHAPES[shape][3:5]
     message = (
         f"^MMFUSED_CROSS_ATTENTION: got 'block' with dim {dim} and {heads} heads, "
@@ -150,7 +149,7 @@ def test_a_shape_that_the_block_does_not_support_is_an_error(shape, dtype):
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-def test_plans_are_powers_of_two(arch):
+def test_tile_sizes_are_powers_of_two(arch):
     for dim, heads, limit in (
         (64, 4, 32),
         (70, 2, 64),

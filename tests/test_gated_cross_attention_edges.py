@@ -1,6 +1,6 @@
-"""Edge cases of gated cross-attention, on every backend.
+"""Tests of edge cases of gated cross-attention, on every backend.
 
-Absent contexts, gradients of some inputs only, unusual layouts, and offsets beyond 2^31.
+The cases are absent contexts, gradients of some inputs only, strides, and offsets above 2^31.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from mmfused.testing import over_budget
 BACKENDS = ("reference", "composed", "fused")
 
 
-def close(got, want, tolerance=2e-5):
-    """Assert that results of the same name agree, relative to their norm."""
+def assert_close(got, want, tolerance=2e-5):
+    """Assert that each result is close to the expected one, relative to its norm."""
     for name, value in got.items():
         assert (value - want[name]).norm() <= tolerance * (1 + want[name].norm()), name
 
@@ -35,10 +35,10 @@ def close(got, want, tolerance=2e-5):
 @pytest.mark.parametrize(
     "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero"])]
 )
-def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, backend):
-    """Every parameter that the context would have reached has a gradient of zeros, not None.
+def test_gradients_are_zeros_if_all_contexts_are_absent(gate, missing, both, backend):
+    """The context, and the parameters applied to it, have gradients of zeros, not None.
 
-    So has the context. It holds NaN, unless it is the query side of the other direction.
+    The context holds NaN, unless it is also the query side of the other direction.
     """
     module, inputs, _ = make(
         gate=gate, missing=missing, both=both, dropout=0.3, dtype=torch.float32
@@ -64,8 +64,8 @@ def test_where_all_lack_the_context_gradients_are_zeros(gate, missing, both, bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", ["skip", "zero", "attend", "constant"])
-def test_a_context_without_tokens_is_absent(missing, backend):
-    """With or without a mask: "skip" returns x, and the other modes set the indicator to 0."""
+def test_context_without_tokens_counts_as_absent(missing, backend):
+    """The mode "skip" returns x, and the other modes set the indicator to 0."""
     module, inputs, _ = make(both=False, missing=missing, dtype=torch.float32)
     batch, width = len(inputs[0]), inputs[1].shape[-1]
     none = inputs[1].detach()[:, :0]
@@ -77,15 +77,15 @@ def test_a_context_without_tokens_is_absent(missing, backend):
     gone = {"context_present": torch.zeros(batch, dtype=torch.bool, device=DEVICE)}
     if missing in ("skip", "zero"):
         some = run(module, [inputs[0], torch.ones(batch, 1, width, device=DEVICE)], gone, backend)
-        close({name: value for name, value in plain.items() if name != "d x1"}, some)
+        assert_close({name: value for name, value in plain.items() if name != "d x1"}, some)
     else:
         assert not plain["d gate_proj.weight"][:, -2:].any()
 
 
 # ---- pairs of options ----------------------------------------------------------------------------
 
-# With test_gated_cross_attention_fused.py: every pair of values of gate, missing and masks.
-
+# Together with the cases of test_gated_cross_attention_fused.py, these cases contain every pair of
+# values of gate, missing and masks.
 PAIRS = [
     (True, dict(gate="token", masks="present")),
     (True, dict(gate="none", missing="constant", masks="present")),
@@ -99,7 +99,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("both, options", PAIRS, ids=str)
-def test_more_pairs_stay_within_the_budget(both, options):
+def test_pairs_of_options_stay_within_the_budget(both, options):
     module, inputs, extra = make(both=both, **options, dtype=torch.float32)
     check_budget(module, inputs, extra)
 
@@ -110,8 +110,8 @@ def test_more_pairs_stay_within_the_budget(both, options):
     "gate, missing",
     [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
-def test_composed_equals_reference(gate, missing, both, dropout):
-    """The first sample and another lack a side, so gathered samples have other indices."""
+def test_composed_matches_the_reference(gate, missing, both, dropout):
+    """Two samples lack a side, so the gathered samples have other indices than in the batch."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
         gone = ~extra["b_present" if both else "context_present"]
@@ -122,7 +122,7 @@ def test_composed_equals_reference(gate, missing, both, dropout):
         run(module, inputs, extra, backend, upstream=upstream)
         for backend in ("composed", "reference")
     )
-    close(got, want, 1e-11)
+    assert_close(got, want, 1e-11)
 
 
 def check_budget(module, inputs, extra):
@@ -138,7 +138,7 @@ def check_budget(module, inputs, extra):
     assert not over_budget(fused, exact, plain)
 
 
-def test_packed_passes_are_separate_calls_in_the_kernels():
+def test_packed_passes_match_separate_calls_in_the_kernels():
     module, inputs, _ = make(missing="constant", dtype=torch.float32)
     flags = torch.ones(len(inputs[0]), dtype=torch.bool, device=DEVICE)
     a, b = (x.detach() for x in inputs)
@@ -192,13 +192,13 @@ def functional(backend, module, inputs, wanted=None, **changes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_some_inputs(backend):
+def test_gradients_of_some_inputs_match_those_of_all_inputs(backend):
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional(backend, module, inputs)
     for wanted in (["x"], ["context"], ["w_v", "b_g"], ["norm_context_weight"], ["w_g", "context"]):
         got = functional(backend, module, inputs, wanted)
         assert set(got) == {"out", *wanted}
-        close(got, want, 1e-6)
+        assert_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_gradients_of_some_inputs(backend):
 def test_any_bias_may_be_missing(missing):
     module, inputs, _ = make(both=False, dtype=torch.float32)
     changes = dict.fromkeys(missing)
-    close(
+    assert_close(
         functional("fused", module, inputs, **changes),
         functional("reference", module, inputs, **changes),
     )
@@ -215,15 +215,15 @@ def test_any_bias_may_be_missing(missing):
 
 @pytest.mark.parametrize("gate", ["channel", "token"])
 @pytest.mark.parametrize("lacking", ["to_a", "to_b"])
-def test_one_direction_without_biases(lacking, gate):
+def test_biases_may_be_missing_in_one_direction(lacking, gate):
     module, inputs, extra = make(gate=gate, dtype=torch.float32)
     for linear in getattr(module, lacking).children():
         linear.bias = None
     check_budget(module, inputs, extra)
 
 
-def test_strided_parameters():
-    """Norms and weights with strides, as slices of packed parameters have."""
+def test_strided_parameters_give_the_same_results():
+    """Parameters may be slices of a packed parameter."""
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional("fused", module, inputs)
     weights = module.weights()._asdict() | {
@@ -240,7 +240,7 @@ def test_strided_parameters():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_checkpoint_draws_the_same_dropout_again(backend):
+def test_checkpoint_recomputes_the_same_dropout(backend):
     module, inputs, extra = make(dtype=torch.float32, dropout=0.3)
 
     def attend(*tokens):
@@ -248,7 +248,7 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
             return module(*tokens, **extra)
 
     def gradients(outs, leaves):
-        torch.rand(3)  # the generator advances before backward recomputes the call
+        torch.rand(3)  # advance the generator before backward recomputes the call
         losses = [out.square().sum() for out in outs]
         return [*outs, *torch.autograd.grad(losses, [*leaves, *module.parameters()])]
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_draws_the_same_dropout_again(backend):
     assert not torch.equal(attend(*inputs)[0], results[0][0])
 
 
-# ---- dropout's streams ---------------------------------------------------------------------------
+# ---- independent dropout -------------------------------------------------------------------------
 
 
 def test_directions_and_samples_drop_different_elements():
@@ -274,8 +274,8 @@ def test_directions_and_samples_drop_different_elements():
     x = inputs[0].detach()[:1].expand_as(inputs[0])
     with mmfused.backend("fused"):
         a, b = module(x, x, dropout_seed=torch.tensor(3, device=DEVICE))
-        still = module.eval()(x, x)
-    torch.testing.assert_close(still[0], still[1], rtol=1e-5, atol=1e-5)
+        evaluated = module.eval()(x, x)
+    torch.testing.assert_close(evaluated[0], evaluated[1], rtol=1e-5, atol=1e-5)
     rows = [(out != x).flatten(0, 1) for out in (a, b)]
     agree = torch.stack(
         [
@@ -286,7 +286,7 @@ def test_directions_and_samples_drop_different_elements():
     assert ((agree - 0.5).abs() < 5 * 0.5 / rows[0].numel() ** 0.5).all(), agree
 
 
-# ---- far offsets ---------------------------------------------------------------------------------
+# ---- offsets above 2^31 --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -296,12 +296,12 @@ def _offsets_kernel(out_ptr, first, width):
 
 
 def test_offsets_are_64_bit():
-    """Inputs with strides such that the last tokens lie beyond element 2^31, and far output rows.
+    """Test the offsets of an output tile, and inputs whose last tokens are beyond element 2^31.
 
-    The memory is virtual, and only few of its pages are touched.
+    The inputs use little memory, because most of their storage is never touched.
     """
     if CUDA:
-        pytest.skip("only the interpreter runs this; the same source runs on a GPU")
+        pytest.skip("this test runs only in the interpreter")
     got, first, width = torch.zeros(4, 16, dtype=torch.int64), 2**31 // 768 - 1, 768
     _offsets_kernel[(1,)](got, first, width)
     assert torch.equal(got, (first + torch.arange(4))[:, None] * width + torch.arange(16))

@@ -1,4 +1,4 @@
-"""The kernels of gated cross-attention, through the modules; on a CPU in Triton's interpreter."""
+"""Tests of the kernels of gated cross-attention, called through the modules."""
 
 import math
 
@@ -12,7 +12,7 @@ from mmfused.kernels.recording import launches_made
 from mmfused.ops.gated_cross_attention import autograd
 from mmfused.testing import dropout_mask, over_budget
 
-# ---- 1: forward and every gradient ---------------------------------------------------------------
+# ---- forward and every gradient ------------------------------------------------------------------
 
 
 def check_budget(module, inputs, extra):
@@ -25,8 +25,8 @@ def check_budget(module, inputs, extra):
             ("fused", dtype),
         )
     )
-    # With a single key, the gradients of queries and keys are exactly 0. Their rounding error is
-    # compared with the norm of the other gradients.
+    # With a single key, the exact gradients of queries and keys are 0. Their rounding errors are
+    # compared with the largest norm of all results.
     size = max(want.norm() for want in exact.values())
     for name in [name for name, want in exact.items() if not want.any()]:
         rounding = fused[name].double().norm()
@@ -91,8 +91,8 @@ PLANNED = {
 
 
 @pytest.mark.parametrize("case", PLANNED)
-def test_half_precision_plans_in_float32(monkeypatch, case):
-    """Run the 16-bit plans in float32, as 16-bit rounding would hide their faults."""
+def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
+    """Run 16-bit plans in float32, because 16-bit rounding could hide errors."""
     if CUDA:
         pytest.skip("16-bit plans may not fit a GPU in float32; only the interpreter runs them")
     from mmfused.kernels.gated_cross_attention import call as launcher
@@ -105,7 +105,7 @@ def test_half_precision_plans_in_float32(monkeypatch, case):
     check_budget(*make(shape, **PLANNED[case], dtype=torch.float32))
 
 
-def test_dropout_drops_the_elements_of_its_mask():
+def test_dropout_drops_the_elements_of_dropout_mask():
     module, inputs, extra = make(gate="none", dropout=0.4, masks="none", dtype=torch.float32)
     got = run(module, inputs, extra, "fused", seed=5)
     for i, x in enumerate(inputs):
@@ -139,7 +139,7 @@ def test_nan_in_ignored_tokens_does_not_spread(dropout):
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero", "constant"])
-def test_an_absent_context_is_read_only_as_its_mode_requires(missing):
+def test_only_needed_tokens_of_an_absent_context_are_read(missing):
     module, inputs, extra = make(both=False, missing=missing, dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     ignore = extra["context_key_padding_mask"].clone()
@@ -172,17 +172,17 @@ def count_products(monkeypatch, call):
     return counted[0], result
 
 
-def test_skip_does_no_work(monkeypatch):
+def test_skipped_samples_need_no_products(monkeypatch):
     check_skip(monkeypatch)
 
 
 def check_skip(monkeypatch):
-    """Where no sample has both sides, no product is computed, forward or backward.
+    """Check that no matrix product is computed if no sample has both sides.
 
-    Samples are returned unchanged, and gradients are zeros, not None.
+    Samples must be returned unchanged, and the parameters' gradients must be zeros, not None.
     """
     if CUDA:
-        pytest.skip("only the interpreter counts products; on a GPU see the benchmarks")
+        pytest.skip("products are counted only in the interpreter")
     module, inputs, extra = make(dtype=torch.float32, dropout=0.3, masks="present")
     some, _ = count_products(monkeypatch, lambda: run(module, inputs, extra, "fused"))
     extra["a_present"][:], extra["b_present"][:2], extra["b_present"][2:] = True, False, False
@@ -199,7 +199,7 @@ def check_skip(monkeypatch):
 def test_attention_computes_only_tiles_with_valid_keys(monkeypatch, missing):
     """Tiles are computed only for present samples, and only up to the last valid key."""
     if CUDA:
-        pytest.skip("only the interpreter counts tiles; on a GPU see the benchmarks")
+        pytest.skip("tiles are counted only in the interpreter")
     from mmfused.kernels.gated_cross_attention import attend, attend_backward
 
     module, inputs, _ = make(
@@ -222,12 +222,12 @@ def test_attention_computes_only_tiles_with_valid_keys(monkeypatch, missing):
     none = tiles(context_present=torch.tensor([False, False]))
     padded = tiles(context_lengths=torch.tensor([32, 64]))
     assert none == 0 < half == full // 2
-    assert padded == full * 3 // 10  # 1 and 2 of the 5 tiles that each sample's 131 keys need
+    assert padded == full * 3 // 10  # valid keys are in 1 and 2 of 5 tiles
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero", "attend"])
 @pytest.mark.parametrize("batch, n, m", [(0, 6, 7), (2, 0, 7), (2, 6, 0)])
-def test_empty_inputs(batch, n, m, missing):
+def test_empty_inputs_match_the_reference(batch, n, m, missing):
     module, inputs, _ = make(missing=missing, dtype=torch.float32, masks="none")
     inputs = [
         x.detach()[:1, :length].expand(batch, -1, -1).clone()
@@ -240,10 +240,10 @@ def test_empty_inputs(batch, n, m, missing):
         )
 
 
-# ---- 2: layouts ----------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
-def test_strided_tokens_and_gradients():
+def test_strided_tokens_and_gradients_give_the_same_results():
     module, inputs, extra = make(dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     views = [
@@ -258,7 +258,7 @@ def test_strided_tokens_and_gradients():
             assert torch.equal(value, want[name]), name
 
 
-# ---- 3: registration, launches -------------------------------------------------------------------
+# ---- registration, launches ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_strided_tokens_and_gradients():
     [BOTH[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)],
     ids=str,
 )
-def test_opcheck(monkeypatch, options):
+def test_operators_pass_opcheck(monkeypatch, options):
     module, inputs, extra = make(**options, dtype=torch.float32)
     calls = []
     with monkeypatch.context() as patch:
@@ -283,8 +283,7 @@ def test_opcheck(monkeypatch, options):
         args = torch.utils._pytree.tree_map(
             lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args
         )
-        # With masks, saved elements that are never read stay uninitialized, so that two runs may
-        # differ in them.
+        # With masks, saved elements that are never read are uninitialized, so two runs may differ.
         utils = ["test_schema", "test_faketensor"]
         if options.get("masks") == "none":
             utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
@@ -300,7 +299,7 @@ def test_forward_makes_at_most_five_launches():
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-def test_plans_are_powers_of_two(arch):
+def test_tile_sizes_are_powers_of_two(arch):
     from mmfused.kernels.gated_cross_attention import plan
 
     for dim, context, heads in (
@@ -319,10 +318,10 @@ def test_plans_are_powers_of_two(arch):
             assert (tiles.together is not None) == (dim <= 256)
 
 
-# ---- 4: behaviour --------------------------------------------------------------------------------
+# ---- behaviour -----------------------------------------------------------------------------------
 
 
-def test_checkpoint_and_bitwise_repeats():
+def test_repeats_and_checkpoints_agree_bit_for_bit():
     module, inputs, extra = make(dtype=torch.float32, dropout=0.3)
     upstream = upstream_for(inputs)
     want = run(module, inputs, extra, "fused", upstream=upstream)
@@ -331,7 +330,7 @@ def test_checkpoint_and_bitwise_repeats():
     seed = torch.tensor(11, device=DEVICE)
 
     def attend(*tokens):
-        # The context is inside, as the recomputation runs in backward, after the call has returned.
+        # The backend is set here because checkpoint calls this function again in backward.
         with mmfused.backend("fused"):
             return module(*tokens, **extra, dropout_seed=seed)
 

@@ -1,4 +1,4 @@
-"""The public references agree with the functions, in one direction and in two."""
+"""Tests that the public references of gated cross-attention agree with the functions."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def weights():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_public_references(p):
+def test_public_references_match_the_functions(p):
     a, b = torch.randn(B, N, D, dtype=torch.float64), torch.randn(B, M, D, dtype=torch.float64)
     present, lengths = torch.tensor([True, False, True]), torch.tensor([3, 2, 0])
     shared = dict(num_heads=HEADS, missing="zero", dropout_p=p, dropout_seed=torch.tensor(5))
@@ -44,7 +44,7 @@ def test_public_references(p):
     torch.testing.assert_close(reference[0], alone, rtol=1e-11, atol=1e-12)
 
 
-def test_references_draw_a_seed():
+def test_reference_draws_a_dropout_seed():
     a, b = torch.randn(B, N, D), torch.randn(B, M, D)
     w = mmfused.CrossAttentionWeights(*(t.float() for t in weights()))
     w = w._replace(w_g=None, b_g=None)

@@ -1,7 +1,6 @@
-"""Gated cross-attention with unusual values.
+"""Tests of gated cross-attention with unusual values.
 
-Tokens with a large mean, a single key, lengths out of range (not checked on CUDA), and tokens that
-are not finite.
+The inputs have a large mean, a single key, invalid lengths or tokens that are not finite.
 """
 
 import math
@@ -12,14 +11,14 @@ from gated_cross_attention_cases import DEVICE, DTYPES, make, run, upstream_for
 
 from mmfused.testing import over_budget
 
-WAYS = [("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=str)] + [
-    ("fused", dtype) for dtype in DTYPES
-]
+BACKENDS_AND_DTYPES = [
+    ("composed", dtype) for dtype in sorted({*DTYPES, torch.bfloat16}, key=str)
+] + [("fused", dtype) for dtype in DTYPES]
 
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
-@pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
-def test_a_large_mean_costs_no_accuracy(backend, dtype, mean):
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES, ids=str)
+def test_tokens_with_a_large_mean_keep_the_error_budget(backend, dtype, mean):
     module, inputs, extra = make("odd", masks="present")
     module = module.to(dtype)
     inputs = [(x.detach() + mean).to(dtype).requires_grad_() for x in inputs]
@@ -31,10 +30,10 @@ def test_a_large_mean_costs_no_accuracy(backend, dtype, mean):
 
 
 def with_biases_as_columns(results):
-    """Join the gradients of query and key biases to those of their weights.
+    """Append the gradients of query and key biases to the gradients of their weights.
 
-    The gradient of k_proj.bias is 0 and the sum for q_proj.bias nearly cancels, so their error can
-    only be compared with the gradient of the weight.
+    The exact gradient of a key bias is 0, and that of a query bias is nearly 0. Their errors are
+    therefore measured relative to the gradients of the weights.
     """
     for name in [name for name in results if name.endswith(("q_proj.bias", "k_proj.bias"))]:
         weight = name.replace("bias", "weight")
@@ -42,11 +41,11 @@ def with_biases_as_columns(results):
     return results
 
 
-@pytest.mark.parametrize("backend, dtype", WAYS, ids=str)
-def test_with_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES, ids=str)
+def test_single_key_gives_queries_and_keys_zero_gradients(backend, dtype):
     """The softmax of one logit is always 1, so the gradient must be exactly 0.
 
-    Adam would scale a rounding error up to a full step.
+    Adam would turn a rounding error into a full step.
     """
     for dropout in (0.0, 0.3):
         module, inputs, _ = make(both=False, masks="none", dtype=dtype, dropout=dropout)
@@ -62,9 +61,7 @@ def test_with_a_single_key_queries_and_keys_have_no_gradient(backend, dtype):
 )
 @pytest.mark.parametrize("both", [True, False], ids=["both", "one way"])
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
-def test_a_length_out_of_range_gives_nan_for_its_sample_only(
-    monkeypatch, backend, both, missing, bad
-):
+def test_invalid_length_gives_nan_for_its_sample_only(monkeypatch, backend, both, missing, bad):
     monkeypatch.setattr("mmfused.ops._common.check_value", lambda *_: None)
     module, inputs, _ = make(both=both, masks="none", missing=missing, dtype=torch.float32)
     name = "b_lengths" if both else "context_lengths"
@@ -77,14 +74,14 @@ def test_a_length_out_of_range_gives_nan_for_its_sample_only(
         torch.testing.assert_close(got[key][[0, 2, 3]], want[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
     assert got["d x0"][[0, 2, 3]].isfinite().all() and got["d x1"][[0, 2, 3]].isfinite().all()
     if bad > 0:
-        # The gradients of the weights are NaN too, so the error cannot pass unnoticed.
+        # The weights' gradients must also be NaN, so that the error is noticed.
         values = [name for name in got if name.endswith("v_proj.weight")]
         assert all(got[name].isnan().any() for name in values)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
-def test_a_broken_token_touches_only_its_own_sample(backend, value):
+def test_non_finite_token_affects_only_its_own_sample(backend, value):
     module, inputs, _ = make(masks="none", dtype=torch.float32)
     want = run(module, inputs, {}, backend)
     for side in (0, 1):
@@ -96,16 +93,18 @@ def test_a_broken_token_touches_only_its_own_sample(backend, value):
                 got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5
             )
         own, other = ("out0", "out1") if side == 0 else ("out1", "out0")
-        assert got[other][1].isnan().all()  # every token of the other side attends to it
+        assert (
+            got[other][1].isnan().all()
+        )  # every token of the other side attends to the broken token
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
         torch.testing.assert_close(got[own][1, rows], want[own][1, rows], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("logit", [100, 10_000])
-def test_a_large_mean_of_the_logits_costs_the_kernel_no_accuracy(logit):
+def test_kernel_keeps_the_error_budget_if_logits_have_a_large_mean(logit):
     """Queries and keys are integers, so that the reference's logits and their maximum are exact.
 
-    Torch's fused attention, which the composed backend uses, has an error of 2e-4 at 10,000.
+    The composed backend is not tested: the error of torch's fused attention is 2e-4 at 10,000.
     """
     module, _, _ = make(
         "several tiles",
@@ -118,7 +117,7 @@ def test_a_large_mean_of_the_logits_costs_the_kernel_no_accuracy(logit):
     for projection in (module.q_proj, module.k_proj):
         projection.weight.data = torch.eye(16, device=DEVICE)
         projection.bias.data = torch.zeros(16, device=DEVICE)
-        # The first feature of all tokens is 1, and the scale is 1/4: it adds ``logit`` to each.
+        # The first feature of all tokens is 1 and the scale is 1/4: every logit grows by ``logit``.
         projection.weight.data[0, 0] = (4 * logit) ** 0.5
     inputs = [torch.randint(-1, 2, (2, count, 16), device=DEVICE).float() for count in (67, 35)]
     for tokens in inputs:
