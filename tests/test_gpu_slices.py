@@ -1,4 +1,4 @@
-"""``make gpu``: what it runs, in which order, what it skips, and how it stops what hangs."""
+"""Tests of ``make gpu``: which slices it runs, skips and stops, and the choices it compares."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mmfused.tools.patching import replaced
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def part(name, text, source="one"):
+def python_slice(name, text, source="one"):
     return gpu.Slice(name, ("-c", text), source)
 
 
 @pytest.fixture
-def begin(tmp_path, monkeypatch):
-    """Return begin(slices, *arguments) -> exit code and journal; each slice appends to "ran"."""
+def run_slices(tmp_path, monkeypatch):
+    """Return a function that runs ``make gpu`` on slices and returns its exit code and journal."""
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "slices", lambda out, dry: parts)
@@ -36,72 +36,80 @@ def begin(tmp_path, monkeypatch):
     return call
 
 
-def leaves(path: Path, word: str, code: int = 0) -> str:
+def code_that_appends(path: Path, word: str, code: int = 0) -> str:
     return f"print({word!r}); open({str(path)!r}, 'a').write({word!r}); raise SystemExit({code})"
 
 
-def test_what_is_green_is_not_run_again(begin, tmp_path, capsys):
+def test_green_slices_are_not_run_again(run_slices, tmp_path, capsys):
     ran = tmp_path / "ran"
     parts = [
-        part("build", leaves(ran, "a")),
-        part("bench-x", leaves(ran, "b", run.UNFINISHED)),
-        part("report", leaves(ran, "r")),
+        python_slice("build", code_that_appends(ran, "a")),
+        python_slice("bench-x", code_that_appends(ran, "b", run.UNFINISHED)),
+        python_slice("report", code_that_appends(ran, "r")),
     ]
-    code, journal = begin(parts)
+    code, journal = run_slices(parts)
     assert code == run.UNFINISHED and ran.read_text() == "abr"
     assert [journal[p.name]["state"] for p in parts] == ["green", "unfinished", "green"]
     assert (
         tmp_path / "out/logs/build.log"
     ).read_text() == "a\n" and "==== build\na\n" in capsys.readouterr().out
 
-    parts[1] = part("bench-x", leaves(ran, "c"))
+    parts[1] = python_slice("bench-x", code_that_appends(ran, "c"))
+    assert run_slices(parts)[0] == 0 and ran.read_text() == "abrcr"  # the report always runs again
+    assert run_slices(parts)[0] == 0 and ran.read_text() == "abrcrr"
     assert (
-        begin(parts)[0] == 0 and ran.read_text() == "abrcr"
-    )  # the report always runs, as it describes the current results
-    assert begin(parts)[0] == 0 and ran.read_text() == "abrcrr"
-    assert (
-        begin([replace(parts[0], source="another"), *parts[1:]])[0] == 0
+        run_slices([replace(parts[0], source="another"), *parts[1:]])[0] == 0
         and ran.read_text() == "abrcrrar"
     )
-    # A slice that is named runs again.
-    assert begin(parts, "bench-*")[0] == 0 and ran.read_text() == "abrcrrarc"
+    # A green slice runs again if it is named on the command line.
+    assert run_slices(parts, "bench-*")[0] == 0 and ran.read_text() == "abrcrrarc"
 
 
-def test_red_is_told_and_keeps_nothing_from_running(begin, tmp_path, capsys):
+def test_red_slice_is_reported_and_does_not_stop_other_slices(run_slices, tmp_path, capsys):
     ran = tmp_path / "ran"
-    parts = [part("test-x", leaves(ran, "a", 1)), part("bench-x", leaves(ran, "b"))]
-    code, journal = begin(parts)
+    parts = [
+        python_slice("test-x", code_that_appends(ran, "a", 1)),
+        python_slice("bench-x", code_that_appends(ran, "b")),
+    ]
+    code, journal = run_slices(parts)
     assert code == 1 and ran.read_text() == "ab" and journal["test-x"]["state"] == "RED"
     assert "test-x" in capsys.readouterr().out.partition("RED")[0]
-    assert begin(parts)[0] == 1 and ran.read_text() == "aba"
+    assert run_slices(parts)[0] == 1 and ran.read_text() == "aba"
 
 
-def test_other_versions_count_as_nothing(begin, tmp_path, monkeypatch):
+def test_green_slices_run_again_with_other_versions(run_slices, tmp_path, monkeypatch):
     ran = tmp_path / "ran"
-    parts = [part("build", leaves(ran, "a"))]
-    begin(parts)
+    parts = [python_slice("build", code_that_appends(ran, "a"))]
+    run_slices(parts)
     facts = report.environment(torch.device("cpu"))
     monkeypatch.setattr(
         report,
         "environment",
         lambda device: facts | {"versions": facts["versions"] | {"torch": "9.9"}},
     )
-    begin(parts)
+    run_slices(parts)
     assert ran.read_text() == "aa"
 
 
-def test_a_spent_budget_begins_nothing(begin, tmp_path, capsys):
-    code, journal = begin([part("build", leaves(tmp_path / "ran", "a"))], "--budget-seconds", "0")
+def test_no_slice_begins_if_the_budget_is_spent(run_slices, tmp_path, capsys):
+    code, journal = run_slices(
+        [python_slice("build", code_that_appends(tmp_path / "ran", "a"))], "--budget-seconds", "0"
+    )
     assert code == run.UNFINISHED and journal == {} and "left" in capsys.readouterr().out
 
 
-def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeypatch):
+def test_slice_over_its_limit_is_killed_with_its_children(run_slices, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LIMIT", 2.0)
     child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
     start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
     text = f"import subprocess, sys, time; {start}; time.sleep(60)"
     begun = time.monotonic()
-    code, journal = begin([part("bench-x", text), part("report", leaves(tmp_path / "ran", "r"))])
+    code, journal = run_slices(
+        [
+            python_slice("bench-x", text),
+            python_slice("report", code_that_appends(tmp_path / "ran", "r")),
+        ]
+    )
     assert (
         code == 1
         and journal["bench-x"]["state"] == "ended by its limit"
@@ -112,25 +120,27 @@ def test_what_does_not_end_is_ended_with_all_it_started(begin, tmp_path, monkeyp
     assert not (tmp_path / "late").exists()
 
 
-def test_budgets_reach_the_commands(begin, tmp_path):
+def test_remaining_budget_is_passed_to_the_command(run_slices, tmp_path):
     text = f"import sys; open({str(tmp_path / 'ran')!r}, 'w').write(sys.argv[1])"
-    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "100")
-    assert not (tmp_path / "ran").exists()  # too little time is left to begin
-    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "250")
+    run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "100")
+    assert not (tmp_path / "ran").exists()  # less than gpu.LAST seconds are left
+    run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "250")
     assert 125 <= int((tmp_path / "ran").read_text()) <= 130
-    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")])
-    assert (tmp_path / "ran").read_text() != "300"  # it was already green
-    begin([gpu.Slice("bench-x", ("-c", text, "{budget}"), "two")])
+    run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")])
+    assert (tmp_path / "ran").read_text() != "300"  # not run again, because it was green
+    run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "two")])
     assert (tmp_path / "ran").read_text() == "300"
 
 
-def test_what_the_budget_ends_is_no_fault(begin, tmp_path, monkeypatch):
+def test_slice_stopped_by_the_budget_is_unfinished(run_slices, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LAST", 0.5)
-    code, journal = begin([part("bench-x", "import time; time.sleep(60)")], "--budget-seconds", "2")
+    code, journal = run_slices(
+        [python_slice("bench-x", "import time; time.sleep(60)")], "--budget-seconds", "2"
+    )
     assert code == run.UNFINISHED and journal["bench-x"]["state"] == "unfinished"
 
 
-def test_slices_hold_the_whole_suite_and_all_benchmarks():
+def test_slices_contain_the_whole_suite_and_all_benchmarks():
     files = gpu.test_files()
     listed = sorted(name for part in files.values() for name in part)
     assert listed == sorted(
@@ -145,7 +155,7 @@ def test_slices_hold_the_whole_suite_and_all_benchmarks():
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "arguments, message",
     [
         (
             ["--dry-run", "bench-nothing"],
@@ -157,10 +167,10 @@ def test_slices_hold_the_whole_suite_and_all_benchmarks():
         ),
     ],
 )
-def test_refusals_are_one_sentence(arguments, sentence, monkeypatch, capsys):
+def test_invalid_arguments_end_with_an_error(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(arguments) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # ---- choices -------------------------------------------------------------------------------------
@@ -168,7 +178,7 @@ def test_refusals_are_one_sentence(arguments, sentence, monkeypatch, capsys):
 
 @pytest.fixture
 def tiny_loss(monkeypatch):
-    """Act as on a CPU, with a single fast case."""
+    """Replace all choices by one choice with a single fast case, and hide the GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = choices.Choice(
         "masked_info_nce",
@@ -184,7 +194,7 @@ def found(folder: Path, name: str) -> dict:
     return json.loads((folder / f"choices-masked_info_nce-{name}.json").read_text())
 
 
-def test_variants_are_what_runs(tiny_loss, request):
+def test_each_variant_runs_its_own_function(tiny_loss, request):
     from mmfused.kernels.masked_info_nce import gradients
 
     ran = []
@@ -193,11 +203,11 @@ def test_variants_are_what_runs(tiny_loss, request):
     for way in ("owner", "chunked"):
         before = getattr(gradients, f"{way}_gradients")
 
-        def noted(*args, way=way, before=before):
+        def recording(*args, way=way, before=before):
             ran.append(way)
             return before(*args)
 
-        stack.enter_context(replaced("mmfused.kernels.masked_info_nce", before, noted))
+        stack.enter_context(replaced("mmfused.kernels.masked_info_nce", before, recording))
     problem = masked_info_nce.make(tiny_loss.cases()[0], torch.device("cpu"), torch.float32)
     for way, (_, wrap) in tiny_loss.variants.items():
         ran.clear()
@@ -209,7 +219,7 @@ def test_variants_are_what_runs(tiny_loss, request):
         assert set(ran) == {way}
 
 
-def test_choices_go_on_where_they_were_stopped(tiny_loss, tmp_path, capsys):
+def test_choices_resume_after_the_budget_was_spent(tiny_loss, tmp_path, capsys):
     command = ["--quick", "--out", str(tmp_path)]
     assert choices.main([*command, "--budget-seconds", "0"]) == run.UNFINISHED
     assert "Left for another run: masked_info_nce backward" in capsys.readouterr().out
@@ -241,7 +251,7 @@ def test_tiles_are_changed_one_at_a_time(tmp_path, monkeypatch, capsys):
     assert f"| {choices.LIBRARY} |" in capsys.readouterr().out
 
 
-def test_a_changed_tile_is_in_the_plan():
+def test_with_field_changes_one_field_of_a_plan():
     from mmfused.kernels.gated_cross_attention import plans as gated
     from mmfused.kernels.grouped_mlp import plans as grouped
     from mmfused.kernels.query_pooling import plans as pooling
@@ -256,16 +266,16 @@ def test_a_changed_tile_is_in_the_plan():
     assert variants.with_field(("attend",), "BM", 128, plan) == replace(
         plan, attend=replace(plan.attend, BM=128)
     )
-    asked = ("rows", 512, 16, 768, 3072, torch.bfloat16, 90)
-    tile = grouped.plan(*asked)
-    assert variants.with_field(("rows",), "num_warps", 8, tile, *asked) == replace(
+    arguments_of_plan = ("rows", 512, 16, 768, 3072, torch.bfloat16, 90)
+    tile = grouped.plan(*arguments_of_plan)
+    assert variants.with_field(("rows",), "num_warps", 8, tile, *arguments_of_plan) == replace(
         tile, num_warps=8
     )
     # The field of another launch changes nothing.
-    assert variants.with_field(("gated",), "num_warps", 8, tile, *asked) == tile
+    assert variants.with_field(("gated",), "num_warps", 8, tile, *arguments_of_plan) == tile
 
 
-def test_choices_refuse(capsys):
+def test_choices_reject_invalid_arguments(capsys):
     assert choices.main(["--tiles", "fluid"]) == 2 and "op: got None" in capsys.readouterr().err
     assert choices.main(["--op", "query_pooling", "--tiles", "no"]) == 2
     assert "query_pooling: tiles: got 'no', expected one of fluid" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""GradCache and averaging over ranks give the gradient of the whole batch in one process."""
+"""Tests that GradCache and averaging over ranks give the gradient of the whole batch."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ from mmfused.training.gradients import add_cached_gradients, add_gradients, aver
 
 
 class Toy(RetrievalModel):
-    """Two layers with dropout between them, and a penalty that is a mean over items."""
+    """A model of two layers with dropout in between, and a penalty that is a mean over items."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -70,7 +70,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 20])
 @pytest.mark.parametrize("negatives", [False, True])
-def test_cached_gradients_are_the_whole_batch_s(chunk, negatives):
+def test_cached_gradients_match_those_of_the_whole_batch(chunk, negatives):
     whole, cached = Toy(), Toy()
     loss, terms = add_gradients(whole, [batch(negatives=negatives)], 1)
     cached_loss, cached_terms = add_cached_gradients(cached, batch(negatives=negatives), chunk)
@@ -84,7 +84,7 @@ def test_cached_gradients_are_the_whole_batch_s(chunk, negatives):
     torch.testing.assert_close(gradients(cached), gradients(whole), rtol=1e-10, atol=1e-12)
 
 
-def test_chunks_draw_the_same_dropout_again():
+def test_cached_gradients_recompute_the_same_dropout():
     model, literal = Toy(dropout=0.5), Toy(dropout=0.5)
     torch.manual_seed(5)
     add_cached_gradients(model, batch(), 4)
@@ -104,7 +104,7 @@ def test_chunks_draw_the_same_dropout_again():
         )
     literal.compare(**parts).loss.backward()
     torch.testing.assert_close(gradients(model), gradients(literal), rtol=1e-10, atol=1e-12)
-    assert torch.equal(after, torch.rand(3))  # the random state afterwards is as expected
+    assert torch.equal(after, torch.rand(3))  # the state of the generator is the same afterwards
 
 
 def rank_main(rank, world, path, chunk, folder):
@@ -120,7 +120,7 @@ def rank_main(rank, world, path, chunk, folder):
     else:
         add_gradients(model, [mine], 1)
     if rank == 1:
-        model.layers[3].bias.grad = None  # a rank may lack a gradient that the others have
+        model.layers[3].bias.grad = None  # a rank may lack a gradient that other ranks have
     average_gradients(model)
     torch.save(gradients(model), f"{folder}/{rank}.pt")
     dist.barrier()

@@ -1,6 +1,7 @@
-"""Grouped experts: the reference against a literal transcription, the composed path, the module.
+"""Tests of grouped experts: reference, composed backend and module.
 
-The kernels are tested in test_grouped_mlp_fused.py.
+Expected values come from a literal transcription of the equations. The kernels are tested in
+test_grouped_mlp_fused.py.
 """
 
 import math
@@ -24,9 +25,9 @@ def randn(*shape):
 
 
 def make(activation="gelu", tokens=19, k=2, bias=True, masked=0.2, logits=None):
-    """Return arguments of grouped_mlp, with leaves that get gradients.
+    """Return tensors, routing and activation for grouped_mlp.
 
-    "packed" is swiglu with gate and up in one tensor.
+    "packed" is swiglu with w_gate and w_up in one tensor.
     """
     logits = torch.randn(tokens, EXPERTS, dtype=torch.float64) if logits is None else logits
     routing = topk_routing(logits, k, token_padding_mask=torch.rand(tokens) < masked)
@@ -77,7 +78,7 @@ def literal(leaves, routing, activation):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-def test_the_equations(backend, activation, bias):
+def test_grouped_mlp_matches_the_equations(backend, activation, bias):
     leaves, routing, activation = make(activation, bias=bias)
     upstream = torch.randn(19, OUT, dtype=torch.float64)
     got, want = (
@@ -106,7 +107,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("activation", ["gelu", "packed"])
-def test_composed_equals_reference(activation, case):
+def test_composed_matches_the_reference(activation, case):
     leaves, routing, activation = make(activation, **CASES[case])
     upstream = torch.randn(len(leaves["x"]), OUT, dtype=torch.float64)
     want, got = (
@@ -139,11 +140,8 @@ def test_masked_tokens_may_be_nan(backend):
 
 @pytest.mark.parametrize("combine", [False, True])
 @pytest.mark.parametrize("gather", [False, True])
-def test_linear_layers_make_an_mlp(gather, combine):
-    """grouped_linear agrees with a gather written by hand.
-
-    Two of them with an activation in between agree with grouped_mlp.
-    """
+def test_grouped_linear_matches_einsum_and_grouped_mlp(gather, combine):
+    """Two calls of grouped_linear, with an activation in between, give grouped_mlp."""
     leaves, routing, _ = make()
     x = leaves["x"] if gather else randn(38, DIM)
     bias = leaves["b_up"]
@@ -177,8 +175,8 @@ def test_linear_layers_make_an_mlp(gather, combine):
     torch.testing.assert_close(out, grouped_mlp(**leaves, routing=routing, activation="relu"))
 
 
-def test_grouped_mm_serves_where_it_is_right(monkeypatch):
-    """On CUDA, torch's grouped_mm replaces the loop in bfloat16; here its CPU form is tested."""
+def test_grouped_mm_matches_the_loop_over_experts(monkeypatch):
+    """On CUDA, torch's grouped_mm replaces the loop in bfloat16; here it runs on a CPU."""
     leaves, routing, activation = make(
         "swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0)
     )
@@ -214,7 +212,7 @@ def test_grouped_mm_serves_where_it_is_right(monkeypatch):
     assert not got["w_up"][2].any() and not got["b_down"][2].any()
 
 
-def test_strided_weights_and_gradients():
+def test_strided_weights_and_gradients_give_the_same_results():
     leaves, routing, activation = make("swiglu", bias=False)
     want = run(leaves, routing, activation, "composed")
     packed = torch.cat([leaves["w_gate"], leaves["w_up"]], 1).detach().requires_grad_()
@@ -240,7 +238,7 @@ def test_strided_weights_and_gradients():
         torch.testing.assert_close(value, want[name], rtol=1e-11, atol=1e-12)
 
 
-def test_autocast_master_weights_and_second_derivatives():
+def test_autocast_and_mixed_dtypes_work_and_second_derivatives_raise():
     leaves, routing, activation = make()
     exact = run(leaves, routing, activation, "reference")
     low = {name: value.detach().float().requires_grad_() for name, value in leaves.items()}
@@ -263,7 +261,7 @@ def test_autocast_master_weights_and_second_derivatives():
 
 
 @pytest.mark.parametrize("only", ["x", "w_up", "w_down", "b_up", "b_down", "weights"])
-def test_partial_gradients(only):
+def test_gradient_of_a_single_input(only):
     leaves, routing, activation = make()
     want = run(leaves, routing, activation, "composed")[only]
     free = {name: value.detach().requires_grad_(name == only) for name, value in leaves.items()}
@@ -276,7 +274,7 @@ def test_partial_gradients(only):
 # ---- the module ----------------------------------------------------------------------------------
 
 
-def test_module_is_routing_and_experts():
+def test_module_matches_topk_routing_and_grouped_mlp():
     moe = TopKMoE(
         DIM, HIDDEN, EXPERTS, 2, out_dim=OUT, activation="swiglu", score="sigmoid", num_segments=2
     ).double()
@@ -319,13 +317,13 @@ def test_module_state_jitter_and_options():
         "selection_bias",
         "available",
     }
-    twin = TopKMoE(
+    other = TopKMoE(
         DIM, HIDDEN, EXPERTS, bias=False, selection_bias=True, available=~available, jitter=0.2
     )
-    twin.load_state_dict(moe.state_dict())
+    other.load_state_dict(moe.state_dict())
     x = torch.randn(9, DIM)
     assert not torch.equal(moe(x)[0], moe(x)[0])
-    assert torch.equal(moe.eval()(x)[0], twin.eval()(x)[0]) and torch.equal(moe(x)[0], moe(x)[0])
+    assert torch.equal(moe.eval()(x)[0], other.eval()(x)[0]) and torch.equal(moe(x)[0], moe(x)[0])
     mmfused.update_selection_bias(moe.selection_bias, moe(x)[1].counts, rate=0.5)
     assert moe.selection_bias[1] > 0 and moe(x)[1].counts[0, 1] == 0
     meta = TopKMoE(DIM, HIDDEN, EXPERTS, selection_bias=True).to("meta").to_empty(device="cpu")
@@ -337,7 +335,7 @@ def test_module_state_jitter_and_options():
     assert "num_experts=5, top_k=2" in repr(moe)
 
 
-def test_two_runs_agree_and_a_checkpoint_routes_alike():
+def test_repeated_and_checkpointed_calls_agree_bit_for_bit():
     moe, x = TopKMoE(DIM, HIDDEN, EXPERTS, jitter=0.3), torch.randn(50, DIM, requires_grad=True)
 
     def step(wrap):
@@ -351,11 +349,8 @@ def test_two_runs_agree_and_a_checkpoint_routes_alike():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_what_is_saved():
-    """The rows sorted by expert, pre-activations and outputs are saved.
-
-    Nothing of size tokens x experts x hidden is saved.
-    """
+def test_backward_saves_only_tensors_of_the_routed_rows():
+    """No tensor of size tokens x experts x hidden may be saved."""
     moe, x = TopKMoE(32, 64, 16, 2, bias=False), torch.randn(256, 32)
     routed = 4 * 512 * (32 + 64 + 64 + 32 + 32)
     assert saved_bytes(lambda: moe(x)[0], (x, *moe.parameters())) < 2 * routed
@@ -409,9 +404,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("sentence", BAD)
-def test_bad_input(sentence):
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_raises(message):
     leaves, routing, _ = make()
     with pytest.raises((ValueError, TypeError)) as caught:
-        BAD[sentence](leaves, routing)
-    assert sentence in str(caught.value)
+        BAD[message](leaves, routing)
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""The kernels of the experts, through the public functions; on a CPU in Triton's interpreter."""
+"""Tests of the experts' kernels, called through the public functions."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from mmfused.kernels.grouped_mlp.plans import KINDS, plan
 from mmfused.kernels.recording import launches_made
 from mmfused.kernels.tiles import tile_rows
 
-NARROW = (3, 48, 80, 32)  # E, D, I, Dout of the tests with many tiles
+NARROW = (3, 48, 80, 32)  # experts, dim, hidden width, output width
 
 
 def replace_plan(monkeypatch, function):
@@ -37,15 +37,15 @@ def replace_plan(monkeypatch, function):
 
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """Use fewer and longer steps, which would not fit into the registers in float32.
+    """Use larger BK in the interpreter, whose time is proportional to the number of steps.
 
-    The interpreter's time is proportional to the number of steps.
+    On a GPU, the registers would not suffice for this BK in float32.
     """
     if not CUDA:
         replace_plan(monkeypatch, lambda *args: dataclasses.replace(plan(*args), BK=64))
 
 
-# ---- 1: forward and every gradient ---------------------------------------------------------------
+# ---- forward and every gradient ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,13 +64,13 @@ def test_mlp_stays_within_the_budget(variant, shape, bias, dtype):
     )
 
 
-def test_the_tiles_of_float32(monkeypatch):
+def test_float32_plans_stay_within_the_budget(monkeypatch):
     replace_plan(monkeypatch, plan)
     options = dict(variant="swiglu", upstream=torch.randn(37, 36, device=DEVICE))
     check(run_mlp, make_mlp("odd", "swiglu"), choose_experts(37, 5, 2), **options)
 
 
-FEW = [
+MORE_SHAPES = [
     ("wide", "swiglu"),
     ("top 1", "packed"),
     ("one token", "gelu"),
@@ -81,7 +81,7 @@ FEW = [
 
 @pytest.mark.parametrize(
     "shape, variant, dtype",
-    [(*case, torch.float32) for case in FEW] + [("many tiles", "gelu", torch.float16)],
+    [(*case, torch.float32) for case in MORE_SHAPES] + [("many tiles", "gelu", torch.float16)],
 )
 def test_mlp_stays_within_the_budget_at_more_shapes(shape, variant, dtype):
     tokens, experts, k, *_, out = SHAPES[shape]
@@ -121,7 +121,7 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
             **options,
         )
         live = int((~mask).sum())
-        if not combine:  # the rows of masked tokens
+        if not combine:  # rows of masked tokens are 0
             assert not got["out"][live * k :].any() and got["out"][: live * k].all(1).any()
         if not gather:
             assert not got["dx"][live * k :].any() and got["dx"][: live * k].any(1).all()
@@ -131,19 +131,16 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
     "height, arch", [(16, 90), (32, 90), (64, 80), (64, 90), (128, 80), (128, 90), ("long", 90)]
 )
 @pytest.mark.parametrize("variant", ["gelu", "swiglu"])
-def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
-    """Run the 16-bit plans in float32, as 16-bit rounding would hide their faults.
-
-    Otherwise float32 uses plans of its own.
-    """
+def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, variant, height, arch):
+    """Run 16-bit plans in float32, because 16-bit rounding could hide errors."""
     if CUDA:
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
-    heard = set()
+        pytest.skip("16-bit plans may not fit a GPU in float32; only the interpreter runs them")
+    planned = set()
 
     def half(kind, rows, experts, n, k, dtype, _):
         if height == "long":  # uses the tiles of large batches and widths
             rows, n, k = 64 * rows, 4096, 4096
-        heard.add(kind)
+        planned.add(kind)
         tile = plan(kind, rows, experts, n, k, torch.float16, arch)
         assert kind.endswith("weights") or tile.BM == (128 if height == "long" else height)
         return tile
@@ -157,15 +154,14 @@ def test_half_precision_plans_in_float32(monkeypatch, variant, height, arch):
     indices = choose_experts(tokens, experts, 2)
     assert tile_rows(2 * tokens, experts) == (128 if height == "long" else height)
     check(run_mlp, leaves, indices, variant=variant, mask=mask, upstream=torch.randn(tokens, out))
-    assert heard == {"rows", "gathered weights"} | (
+    assert planned == {"rows", "gathered weights"} | (
         {"gated", "gated hidden"} if variant == "swiglu" else {"hidden"}
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", ["one", "half"])
-def test_uneven_and_empty_experts(choice, dtype):
-    """An expert without tokens gets gradients of exactly 0."""
+def test_experts_without_tokens_have_zero_gradients(choice, dtype):
     tokens, experts, k = 41, 6, 1 if choice == "one" else 2
     leaves = make_mlp((tokens, experts, k, 24, 20, 12), "packed")
     indices = choose_experts(tokens, experts, k, choice)
@@ -202,7 +198,7 @@ def test_masked_tokens_may_be_nan(variant, dtype):
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
-def test_linear_layers_do_not_read_nobodys_rows(gather):
+def test_grouped_linear_does_not_read_rows_of_masked_tokens(gather):
     tokens, experts, k, dim, _, out = SHAPES["odd"]
     mask = (torch.arange(tokens) % 3 == 0).to(DEVICE)
     live = int((~mask).sum()) * k
@@ -215,19 +211,19 @@ def test_linear_layers_do_not_read_nobodys_rows(gather):
         upstream = torch.randn(tokens if combine else tokens * k, out, device=DEVICE)
         options = dict(gather=gather, combine=combine, mask=mask)
         want = run_linear(leaves, indices, torch.float32, upstream=upstream, **options)
-        spoilt = leaves | {"x": leaves["x"].clone()}
-        spoilt["x"][mask.cpu() if gather else torch.arange(tokens * k) >= live] = math.nan
+        poisoned = leaves | {"x": leaves["x"].clone()}
+        poisoned["x"][mask.cpu() if gather else torch.arange(tokens * k) >= live] = math.nan
         upstream[mask if combine else torch.arange(tokens * k, device=DEVICE) >= live] = math.nan
         for name, value in run_linear(
-            spoilt, indices, torch.float32, upstream=upstream, **options
+            poisoned, indices, torch.float32, upstream=upstream, **options
         ).items():
             assert torch.equal(value, want[name]), name
 
 
-# ---- 2: layouts ----------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
-def test_strided_inputs_weights_and_gradients():
+def test_strided_inputs_weights_and_gradients_give_the_same_results():
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     want = run_mlp(
         leaves, indices, torch.float32, variant="swiglu", upstream=torch.ones(37, 36, device=DEVICE)
@@ -235,12 +231,14 @@ def test_strided_inputs_weights_and_gradients():
     joint = torch.cat([leaves["w_gate"], leaves["w_up"]], 1)
     views = {
         "the halves of a packed weight": dict(w_gate=joint[:, :50], w_up=joint[:, 50:]),
-        "experts inside": {
+        "experts and rows transposed": {
             n: leaves[n].transpose(0, 1).contiguous().transpose(0, 1)
             for n in ("w_up", "w_gate", "w_down")
         },
-        "one of two": dict(w_up=leaves["w_up"].transpose(0, 1).contiguous().transpose(0, 1)),
-        "columns inside": dict(
+        "only w_up transposed": dict(
+            w_up=leaves["w_up"].transpose(0, 1).contiguous().transpose(0, 1)
+        ),
+        "rows and columns transposed": dict(
             w_down=leaves["w_down"].mT.contiguous().mT, x=leaves["x"].T.contiguous().T
         ),
         "wider rows": dict(
@@ -261,7 +259,7 @@ def test_strided_inputs_weights_and_gradients():
             )
 
 
-def test_one_packed_weight_is_its_two_halves():
+def test_packed_weight_matches_two_separate_weights():
     leaves, indices = make_mlp("odd", "packed"), choose_experts(37, 5, 2)
     packed = run_mlp(leaves, indices, torch.float32, variant="packed")
     joint = leaves.pop("w_up")
@@ -276,7 +274,7 @@ def test_one_packed_weight_is_its_two_halves():
         assert torch.equal(value, packed[name]), name
 
 
-# ---- 3: registration -----------------------------------------------------------------------------
+# ---- registration --------------------------------------------------------------------------------
 
 
 def sorted_rows(tokens, experts, k):
@@ -300,7 +298,7 @@ NEEDS = (
     "variant, needs",
     [("packed", n) for n in NEEDS] + [("swiglu", n) for n in NEEDS[2:4]] + [("relu", NEEDS[0])],
 )
-def test_opcheck_mlp(variant, needs):
+def test_mlp_operators_pass_opcheck(variant, needs):
     weights, rows = sorted_rows(5, 3, 2)
     leaves = {
         name: value.float().to(DEVICE)
@@ -332,7 +330,7 @@ def test_opcheck_mlp(variant, needs):
 
 @pytest.mark.parametrize("combine", [False, True], ids=["rows", "combine"])
 @pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
-def test_opcheck_linear(gather, combine):
+def test_linear_operators_pass_opcheck(gather, combine):
     weights, rows = sorted_rows(6, 3, 2)
     x, weight = (
         torch.randn(6 if gather else 12, 10, device=DEVICE),
@@ -348,11 +346,11 @@ def test_opcheck_linear(gather, combine):
         )
 
 
-# ---- 4: behaviour --------------------------------------------------------------------------------
+# ---- behaviour -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
-def test_bitwise_repeats_and_ready_made_tiles(variant):
+def test_repeats_and_given_tiles_agree_bit_for_bit(variant):
     leaves, indices = make_mlp("odd", variant), choose_experts(37, 5, 2)
     mask, upstream = (torch.rand(37) < 0.1).to(DEVICE), torch.randn(37, 36, device=DEVICE)
     options = dict(variant=variant, mask=mask, upstream=upstream)
@@ -363,7 +361,7 @@ def test_bitwise_repeats_and_ready_made_tiles(variant):
 
 
 @pytest.mark.parametrize("only", ["x", "weights", "w_up", "w_down", "b_up", "b_down"])
-def test_partial_gradients(only):
+def test_gradient_of_a_single_input_of_grouped_mlp(only):
     leaves, indices = make_mlp((9, 3, 2, 20, 12, 10), "packed"), choose_experts(9, 3, 2)
     want = run_mlp(leaves, indices, torch.float32, variant="packed")
     got = run_mlp(leaves, indices, torch.float32, variant="packed", frozen=leaves.keys() - {only})
@@ -374,9 +372,9 @@ def test_partial_gradients(only):
 
 @pytest.mark.parametrize("combine", [False, True], ids=["rows", "combine"])
 @pytest.mark.parametrize("only", ["x", "weights", "weight", "bias"])
-def test_partial_gradients_of_a_linear_layer(only, combine):
+def test_gradient_of_a_single_input_of_grouped_linear(only, combine):
     if only == "weights" and not combine:
-        pytest.skip("no routing weights take part")
+        pytest.skip("routing weights are not used")
     tokens, experts, k, dim, out = 9, 3, 2, 20, 10
     leaves = dict(
         x=randn(tokens, dim),
@@ -393,12 +391,12 @@ def test_partial_gradients_of_a_linear_layer(only, combine):
         torch.testing.assert_close(value, want[name], rtol=1e-6, atol=1e-5)
 
 
-def test_launches():
-    """Three kernels run forward and five backward, and none for frozen parameters."""
+def test_kernels_that_are_launched():
+    """Forward launches three kernels and backward five, fewer if parameters are frozen."""
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     with launches_made() as launches:
         run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused")
-    sort = ("count_kernel", "scan_kernel", "finish_kernel")  # of the routing
+    sort = ("count_kernel", "scan_kernel", "finish_kernel")  # kernels of the routing
     products = ["rows_kernel", "rows_kernel", "combine_kernel"]
     assert [launch.name for launch in launches if launch.name not in sort] == [
         *products,
@@ -417,8 +415,8 @@ def test_launches():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
-def test_plans(arch, dtype):
-    """Tiles have the height in the map of tiles; with prefetched data they fit in shared memory."""
+def test_plans_have_valid_tiles(arch, dtype):
+    """A tile's height must be that of the map of tiles."""
     for rows, experts in ((0, 5), (100, 16), (512, 16), (1024, 16), (1 << 20, 8)):
         for n, k in ((768, 3072), (5504, 2048), (70, 300)):
             for kind in KINDS:
@@ -428,25 +426,22 @@ def test_plans(arch, dtype):
                 if tile.BM >= 64 and dtype != torch.float32:
                     assert (
                         tile.BM * tile.num_warps >= 256
-                    )  # whole warp groups, for the large matrix instructions
+                    )  # the large matrix instructions need whole warp groups
 
 
-# ---- 5: offsets past 2^31 ------------------------------------------------------------------------
+# ---- offsets above 2^31 --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("far", ["x", "weight", "out"])
 def test_offsets_are_64_bit(far):
-    """Compute a product with tokens, weights or rows behind the first 2^31 elements.
-
-    They lie in virtual memory that is hardly touched.
-    """
+    """Compute a product with tokens, weights or output rows beyond element 2^31."""
     if CUDA:
-        pytest.skip("the interpreter probes the kernel; the same source runs on the card")
+        pytest.skip("this test runs only in the interpreter")
     from mmfused.kernels.grouped_mlp.forward import rows_kernel
 
     width = 32768
     rows = 2**31 // width + 20
-    # 4.3 GB; only the touched pages take memory.
+    # 4.3 GB, but pages that are never touched take no memory.
     place = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))
     first, stride_e, x, n = 0, 16 * width, torch.randn(4, width).half(), 16
     order, weight = torch.tensor([3, 0, 2, 1], dtype=torch.int32), torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Routing and experts with unwritten memory, views of any strides, no tokens; experts with NaN."""
+"""Tests of routing and experts with NaN, strided views, uninitialized memory and no tokens."""
 
 import math
 import sys
@@ -27,9 +27,9 @@ GARBAGE = 2**20 + 7
 
 
 def strict_grouped_mm(x, weight, *, offs):
-    """Emulate torch's bfloat16 grouped_mm with the requirements of a GPU.
+    """Emulate torch's bfloat16 grouped_mm and check its requirements on a GPU.
 
-    Rows must be dense, have a multiple of 16 bytes and start at a multiple of 16 bytes.
+    Rows must be dense, and their stride and address must be multiples of 16 bytes.
     """
     for matrix in (x, weight):
         row, column = matrix.stride()[-2:]
@@ -63,10 +63,10 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["x", "upstream", "weights"])
 @pytest.mark.parametrize("variant", ["gelu", "relu", "swiglu"])
-def test_a_token_that_is_not_finite_stays_in_its_outputs(variant, where, value, backend):
+def test_non_finite_token_affects_only_its_own_results(variant, where, value, backend):
     """Only the token's output and gradients, and its experts' parameter gradients, may change.
 
-    All others must be bitwise equal.
+    All other results must be bitwise equal.
     """
     leaves = make_mlp((19, 5, 2, 16, 24, 8), variant)
     indices = torch.tensor([[1, 3], [0, 2], [4, 0], [2, 4]], device=DEVICE)[
@@ -97,7 +97,7 @@ VIEWS = ("every second", "shifted", "transposed", "wider rows")
 
 
 def view(tensor, how):
-    """Return the same values in another memory layout, with garbage in between."""
+    """Return a view of the same values in another memory layout, with garbage in between."""
     garbage = (
         torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
     )
@@ -174,8 +174,7 @@ def test_every_tensor_of_routing_may_be_a_view(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_expanded_arguments_of_routing_are_read_in_place(backend):
-    """With stride 0, the results equal those of contiguous copies."""
+def test_expanded_arguments_of_routing_match_contiguous_copies(backend):
     one = torch.ones((), device=DEVICE)
     expanded = dict(
         x=torch.randn(12, device=DEVICE).expand(9, 12),
@@ -218,7 +217,7 @@ def test_expanded_arguments_of_routing_are_read_in_place(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_tensor_of_a_routing_made_elsewhere_may_be_a_view(backend):
+def test_every_tensor_of_routing_from_indices_may_be_a_view(backend):
     leaves = dict(weights=torch.rand(21, 2, device=DEVICE))
     options = dict(indices=torch.randint(0, 5, (21, 2), device=DEVICE), num_experts=5)
     options["token_padding_mask"] = torch.rand(21, device=DEVICE) < 0.2
@@ -226,7 +225,7 @@ def test_every_tensor_of_a_routing_made_elsewhere_may_be_a_view(backend):
         check_views(routing_from_indices, leaves, options, True)
 
 
-def test_bias_and_counts_of_an_update_may_be_views():
+def test_bias_and_counts_of_update_selection_bias_may_be_views():
     counts, want = torch.randint(0, 9, (2, 5)), torch.zeros(5)
     update_selection_bias(want, counts)
     for how in VIEWS:
@@ -239,7 +238,7 @@ def test_bias_and_counts_of_an_update_may_be_views():
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "packed"])
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
     leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
-    with mmfused.backend("fused"):  # so that the routing has the map of tiles
+    with mmfused.backend("fused"):  # it also makes the map of tiles
         routing = topk_routing(
             torch.randn(5, 3, device=DEVICE),
             2,
@@ -277,7 +276,7 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
 
     views = (
         ("every second", "wider rows") if backend == "fused" else VIEWS
-    )  # the interpreter is slow; test_strides.py tests the others
+    )  # the interpreter is slow; test_strides.py tests other layouts
     check_views(mlp, leaves, fields, False, views)
     if variant == "gelu":
         check_views(
@@ -293,7 +292,7 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
 
 
 def test_gaps_between_rows_are_not_read():
-    """NaN lies behind each row, which has an odd number of bfloat16 values.
+    """Each row has an odd number of bfloat16 values and is followed by NaN.
 
     A CPU's matrix product may read two values at a time.
     """
@@ -311,12 +310,12 @@ def test_gaps_between_rows_are_not_read():
     assert torch.equal(got, want)
 
 
-# ---- unwritten memory, and rows of masked tokens -------------------------------------------------
+# ---- uninitialized memory, and rows of masked tokens ---------------------------------------------
 
 
 @pytest.fixture
 def garbage(monkeypatch):
-    """Fill unwritten integers with garbage and unwritten floats with NaN."""
+    """Fill uninitialized memory: integers with garbage, floats with NaN."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
@@ -341,11 +340,8 @@ def garbage(monkeypatch):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
-    """Routing from logits and from x equals the composed path.
-
-    With no, one or two blocks of tokens, and with all tokens masked.
-    """
+def test_routing_does_not_read_uninitialized_memory(option, garbage):
+    """Compare with composed for no tokens, one and two blocks of tokens, and all tokens masked."""
     for tokens, all_masked in ((0, False), (21, True), (70, False)):
         options = make_options(option, tokens, 13, 2)
         if all_masked:
@@ -374,11 +370,11 @@ def test_no_option_reads_memory_that_nobody_wrote(option, garbage):
 
 @pytest.mark.parametrize("sort", ["composed", "fused"])
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
-def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
+def test_experts_do_not_read_uninitialized_memory(variant, sort, garbage):
     for tokens, experts, k in ((0, 5, 2), (1, 1, 1), (40, 5, 2)):
         indices = (
             torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2
-        )  # odd experts get no tokens, and some even ones get two
+        )  # odd experts get no tokens, and a token may choose an even expert twice
         indices = indices.clamp(max=experts - 1)
         for share in (0.0, 0.4, 1.0):
             mask = (torch.rand(tokens) < share).to(DEVICE)
@@ -407,7 +403,7 @@ def test_experts_read_no_memory_that_nobody_wrote(variant, sort, garbage):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
-def test_a_module_without_tokens(shape, activation, backend):
+def test_module_accepts_no_tokens(shape, activation, backend):
     moe = TopKMoE(16, 8, 5, activation=activation).to(DEVICE)
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
     with mmfused.backend(backend):
@@ -425,7 +421,7 @@ def test_a_module_without_tokens(shape, activation, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_module_cast_to_16_bits_keeps_its_selection_bias_in_float32(dtype):
+def test_module_cast_to_another_dtype_keeps_its_selection_bias_in_float32_or_float64(dtype):
     moe = TopKMoE(12, 8, 5, selection_bias=True)
     moe.selection_bias.copy_(1 + torch.arange(5) * 2**-20)  # more digits than 16 bits can hold
     want = moe.selection_bias.clone()

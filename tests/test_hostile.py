@@ -1,6 +1,6 @@
-"""Folders with malicious files: no code runs and nothing outside them is read.
+"""Tests of folders with malicious files: no code may run, and no outside file may be read.
 
-The command ends with a one-sentence error.
+The command must end with a one-line error.
 """
 
 import csv
@@ -61,7 +61,7 @@ def write_rows(folder, rows):
 
 
 class Place:
-    """A copy of the folder that one case damages; nothing in it may lead to `outside`."""
+    """Copies of the folders for one test to damage, and a folder ``outside`` not to be read."""
 
     def __init__(self, root, made, options):
         self.root, self.options = root, options
@@ -95,18 +95,18 @@ class Place:
         path.symlink_to(self.outside / target)
 
 
-def evaluated(place):
+def eval_command(place):
     return ["eval", "--checkpoint", str(place.run), "--data", str(place.data), "--device", "cpu"]
 
 
-def resumed(place):
+def resume_command(place):
     """Leave only the last checkpoint of the run, and resume it with the same data."""
     for name in ("config.json", "summary.json", "model.safetensors"):
         (place.run / name).unlink(missing_ok=True)
     return ["train", *place.options, "--out", str(place.run), "--resume"]
 
 
-def embedded(place):
+def embed_command(place):
     out = place.root / "items.npz"
     return [
         "embed",
@@ -175,7 +175,7 @@ def shapes_beyond_the_file(place):
     (place.run / "model.safetensors").write_bytes(length(len(header)) + header)
 
 
-def sums_outside(place):
+def checksum_of_an_outside_file(place):
     place.change(
         file="checkpoints/step-00000001/state.json", sha256={"../../../outside/secret.json": "0"}
     )
@@ -185,129 +185,133 @@ def sums_outside(place):
 RUNS = {
     "a checkpoint path for timm": (
         image(checkpoint_path="OUTSIDE/weights.pt"),
-        evaluated,
+        eval_command,
         "checkpoint_path",
     ),
-    "weights from timm's list": (
+    "pretrained weights from timm": (
         image(name="vit_tiny_patch16_224", pretrained=True),
-        evaluated,
+        eval_command,
         "pretrained",
     ),
-    "an encoder from a hub": (image(name="hf-hub:somebody/vit"), evaluated, "hf-hub:somebody/vit"),
-    "an encoder from another folder": (image(name="local-dir:OUTSIDE"), evaluated, "local-dir:"),
-    "another cache": (
+    "an encoder from a hub": (
+        image(name="hf-hub:somebody/vit"),
+        eval_command,
+        "hf-hub:somebody/vit",
+    ),
+    "an encoder from another folder": (image(name="local-dir:OUTSIDE"), eval_command, "local-dir:"),
+    "another cache folder": (
         image(name="vit_tiny_patch16_224", cache_dir="OUTSIDE"),
-        evaluated,
+        eval_command,
         "cache_dir",
     ),
-    "code for transformers": (remote_code, evaluated, "auto_map"),
+    "code for transformers": (remote_code, eval_command, "auto_map"),
     "an attention kernel from a hub": (
         text(attn_implementation="somebody/kernel"),
-        evaluated,
+        eval_command,
         "attn_implementation",
     ),
     "quantised by a plug-in": (
         text(quantization_config={"quant_method": "bitsandbytes"}),
-        evaluated,
+        eval_command,
         "quantization_config",
     ),
-    "another name or path": (text(_name_or_path="OUTSIDE"), evaluated, "_name_or_path"),
-    "a text model that is none": (
+    "another name or path": (text(_name_or_path="OUTSIDE"), eval_command, "_name_or_path"),
+    "an unknown text model": (
         text(model_type="timm_backbone", backbone="hf-hub:x"),
-        evaluated,
+        eval_command,
         "model_type",
     ),
-    "a model class that is none": (setting(model="os.system"), evaluated, "model"),
-    "a billion layers": (text(num_hidden_layers=10**9), evaluated, "num_hidden_layers"),
-    "a width of a billion": (text(intermediate_size=10**9), evaluated, "intermediate_size"),
-    "weights that nobody could hold": (text(vocab_size=10**8 - 1), evaluated, "another model"),
-    "a picture of a billion pixels": (image(img_size=2**20), evaluated, "img_size"),
-    "a width that is a text": (model(dim="128"), evaluated, "dim"),
-    "a width that is a list": (text(hidden_act=["gelu"]), evaluated, "hidden_act"),
-    "a field that is none": (model(__class__="x"), evaluated, "__class__"),
-    "a column that is a list": (setting(text_column=["text"]), evaluated, "text_column"),
-    "a text of endless length": (setting(max_length=10**15), evaluated, "max_length"),
-    "settings from elsewhere": (
+    "an unknown model class": (setting(model="os.system"), eval_command, "model"),
+    "a billion layers": (text(num_hidden_layers=10**9), eval_command, "num_hidden_layers"),
+    "a width of a billion": (text(intermediate_size=10**9), eval_command, "intermediate_size"),
+    "weights of a huge vocabulary": (text(vocab_size=10**8 - 1), eval_command, "another model"),
+    "a picture of a billion pixels": (image(img_size=2**20), eval_command, "img_size"),
+    "a string as width": (model(dim="128"), eval_command, "dim"),
+    "a list as activation": (text(hidden_act=["gelu"]), eval_command, "hidden_act"),
+    "an unknown field": (model(__class__="x"), eval_command, "__class__"),
+    "a list as column name": (setting(text_column=["text"]), eval_command, "text_column"),
+    "a huge text length": (setting(max_length=10**15), eval_command, "max_length"),
+    "settings linked from outside": (
         lambda p: p.link(p.run / "config.json", "secret.json"),
-        evaluated,
+        eval_command,
         "leads outside",
     ),
     "settings from a pipe": (
         lambda p: fifo(p.run / "config.json"),
-        evaluated,
+        eval_command,
         "config.json is missing",
     ),
-    "settings without end": (
+    "settings of 128 MiB": (
         lambda p: os.truncate(p.run / "config.json", 2**27),
-        evaluated,
+        eval_command,
         "the largest size that is read",
     ),
-    "settings that nest": (
+    "deeply nested settings": (
         lambda p: (p.run / "config.json").write_text("[" * 10**6),
-        evaluated,
+        eval_command,
         "truncated or corrupt",
     ),
-    "weights from elsewhere": (
+    "weights linked from outside": (
         lambda p: p.link(p.run / "model.safetensors", "model.safetensors"),
-        evaluated,
+        eval_command,
         "leads outside",
     ),
-    "weights in a pickle": (pickled_weights, evaluated, "pickle|is missing"),
+    "weights in a pickle": (pickled_weights, eval_command, "pickle|is missing"),
     "a pickle by another name": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.run / "model.safetensors"),
-        evaluated,
+        eval_command,
         "not a safetensors file",
     ),
     "a header of many terabytes": (
         lambda p: (p.run / "model.safetensors").write_bytes(length(2**60) + b"{}"),
-        evaluated,
+        eval_command,
         "not a safetensors file",
     ),
-    "tensors beyond the file": (shapes_beyond_the_file, evaluated, "not a safetensors file"),
-    "a tokenizer from elsewhere": (
+    "tensors beyond the file": (shapes_beyond_the_file, eval_command, "not a safetensors file"),
+    "a tokenizer linked from outside": (
         lambda p: p.link(p.run / "tokenizer", "tokenizer"),
-        evaluated,
+        eval_command,
         "leads outside",
     ),
-    "a tokenizer's file from elsewhere": (
+    "a tokenizer's file linked from outside": (
         lambda p: p.link(p.run / "tokenizer" / "tokenizer.json", "tokenizer/tokenizer.json"),
-        evaluated,
+        eval_command,
         "leads outside",
     ),
-    "code for a tokenizer": (remote_tokenizer, evaluated, "tokenizer"),
-    "a tokenizer cut short": (
+    "code for a tokenizer": (remote_tokenizer, eval_command, "tokenizer"),
+    "a truncated tokenizer": (
         lambda p: os.truncate(p.run / "tokenizer" / "tokenizer.json", 99),
-        evaluated,
+        eval_command,
         "tokenizer",
     ),
-    "a tokenizer that nests": (
+    "a deeply nested tokenizer": (
         lambda p: (p.run / "tokenizer" / "tokenizer.json").write_text("[" * 10**5),
-        evaluated,
+        eval_command,
         "tokenizer",
     ),
-    "a checkpoint from elsewhere": (
+    "a checkpoint linked from outside": (
         lambda p: p.link(p.step(), "step"),
-        resumed,
+        resume_command,
         "no run made|holds only damaged checkpoints",
     ),
-    "a checkpoint's weights from elsewhere": (
+    "a checkpoint's weights linked from outside": (
         lambda p: p.link(p.step() / "model.safetensors", "step/model.safetensors"),
-        resumed,
+        resume_command,
         "leads outside",
     ),
-    "sums of what is outside": (
-        sums_outside,
-        resumed,
+    "a checksum of an outside file": (
+        checksum_of_an_outside_file,
+        resume_command,
         "leads outside|is not the one in state.json",
     ),
-    "records from elsewhere": (
+    "records linked from outside": (
         lambda p: p.link(p.run / "metrics.jsonl", "secret.json"),
-        resumed,
+        resume_command,
         "links, pipes or folders",
     ),
     "a random state in a pickle": (
         lambda p: shutil.copy(p.outside / "weights.pt", p.step() / "rng.safetensors"),
-        resumed,
+        resume_command,
         "SHA-256 is not the one",
     ),
 }
@@ -320,11 +324,11 @@ def parts(place):
     return folder
 
 
-def part_from_elsewhere(place):
+def part_linked_from_outside(place):
     (parts(place) / "00000000.safetensors").symlink_to(place.outside / "model.safetensors")
 
 
-def job_from_elsewhere(place):
+def job_linked_from_outside(place):
     (parts(place) / "job.json").symlink_to(place.outside / "secret.json")
 
 
@@ -333,9 +337,13 @@ def pickled_part(place):
 
 
 RUNS |= {
-    "a part from elsewhere": (part_from_elsewhere, embedded, "did not make .00000000.safetensors"),
-    "a job from elsewhere": (job_from_elsewhere, embedded, "did not make .job.json"),
-    "a part in a pickle": (pickled_part, embedded, "did not make .00000000.npz"),
+    "a part linked from outside": (
+        part_linked_from_outside,
+        embed_command,
+        "did not make .00000000.safetensors",
+    ),
+    "a job linked from outside": (job_linked_from_outside, embed_command, "did not make .job.json"),
+    "a part in a pickle": (pickled_part, embed_command, "did not make .00000000.npz"),
 }
 
 
@@ -344,28 +352,28 @@ def place(tmp_path, made):
     return Place(tmp_path, *made)
 
 
-def commanded(place, arguments, capsys):
+def run_command(place, arguments, capsys):
     """Run the command and return (exit code, errors, output).
 
-    Checks that it reads nothing outside and runs no code.
+    Check that the command reads nothing outside the folder and runs no code.
     """
     capsys.readouterr()
     with watched(place.outside) as seen:
         code = main(arguments)
-    said = capsys.readouterr()
-    errors = [line for line in said.err.splitlines() if line.startswith("mmfused: ")]
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("mmfused: ")]
     assert not place.marker.exists(), "code from the folder has run"
     assert seen == []
-    return code, errors, said.out + said.err
+    return code, errors, printed.out + printed.err
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_hostile_run_is_one_sentence(place, capsys, name):
-    spoil, command, says = RUNS[name]
-    spoil(place)
-    code, errors, _ = commanded(place, command(place), capsys)
+def test_hostile_run_gives_a_one_line_error(place, capsys, name):
+    damage, command, pattern = RUNS[name]
+    damage(place)
+    code, errors, _ = run_command(place, command(place), capsys)
     assert code == 2 and len(errors) == 1
-    assert re.search(says, errors[0]), errors[0]
+    assert re.search(pattern, errors[0]), errors[0]
 
 
 # Folders of products
@@ -414,9 +422,9 @@ def tiff(place):
 
 
 def row(name):
-    """Replace the picture's name in the first row."""
+    """Return a function that replaces the picture's name in the first row."""
 
-    def spoil(place):
+    def damage(place):
         content = (
             (place.data / "metadata.csv")
             .read_text()
@@ -424,7 +432,7 @@ def row(name):
         )
         (place.data / "metadata.csv").write_text(content)
 
-    return spoil
+    return damage
 
 
 def device(place):
@@ -433,14 +441,17 @@ def device(place):
 
 
 PICTURES = {
-    "a path to elsewhere": (row("../outside/secret.png"), "leads outside"),
-    "a path that starts at the root": (row("OUTSIDE/secret.png"), "leads outside"),
-    "a link to elsewhere": (lambda p: p.link(p.data / "0.png", "secret.png"), "leads outside"),
+    "a path to an outside file": (row("../outside/secret.png"), "leads outside"),
+    "an absolute path": (row("OUTSIDE/secret.png"), "leads outside"),
+    "a link to an outside file": (
+        lambda p: p.link(p.data / "0.png", "secret.png"),
+        "leads outside",
+    ),
     "a device": (device, "leads outside"),
     "a pipe": (lambda p: fifo(p.data / "0.png"), "not a regular file"),
     "a folder": (row("."), "not a regular file"),
     "a name with a zero byte": (row("0\0.png"), "line 2"),
-    "a name of endless length": (row("x" * 5000), "line 2"),
+    "a name of 5000 letters": (row("x" * 5000), "line 2"),
     "a program in PostScript": (postscript, "cannot be read"),
     "a picture of forty billion pixels": (bomb, "pixels"),
     "a text of a hundred million letters": (text_bomb, "cannot be read"),
@@ -453,16 +464,16 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_hostile_picture_is_named_and_the_others_are_read(place, capsys, name):
-    spoil, says = PICTURES[name]
-    spoil(place)
-    code, errors, said = commanded(place, embedded(place), capsys)
+def test_hostile_picture_is_reported_and_other_pictures_are_read(place, capsys, name):
+    damage, pattern = PICTURES[name]
+    damage(place)
+    code, errors, output = run_command(place, embed_command(place), capsys)
     assert code == 0 and errors == []
     with np.load(place.root / "items.npz") as items:
         (skipped,) = json.loads(str(items["skipped"]))
         assert len(items["labels"]) == 8
-    assert "8 items embedded, 1 rows skipped" in said
-    assert "line 2" in skipped and re.search(says, skipped), skipped
+    assert "8 items embedded, 1 rows skipped" in output
+    assert "line 2" in skipped and re.search(pattern, skipped), skipped
 
 
 def linked_rows(place):
@@ -472,7 +483,7 @@ def linked_rows(place):
 
 ROWS = {
     "rows from a pipe": (lambda p: fifo(p.data / "metadata.csv"), "metadata.csv"),
-    "rows from elsewhere": (linked_rows, "leads outside"),
+    "rows linked from outside": (linked_rows, "leads outside"),
     "rows that are a folder": (
         lambda p: ((p.data / "metadata.csv").unlink(), (p.data / "metadata.csv").mkdir()),
         "metadata.csv",
@@ -489,20 +500,20 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_hostile_rows_are_one_sentence(place, capsys, name):
-    spoil, says = ROWS[name]
-    spoil(place)
-    code, errors, _ = commanded(place, embedded(place), capsys)
+def test_hostile_metadata_gives_a_one_line_error(place, capsys, name):
+    damage, pattern = ROWS[name]
+    damage(place)
+    code, errors, _ = run_command(place, embed_command(place), capsys)
     assert code == 2 and len(errors) == 1 and "data: " in errors[0]
-    assert re.search(says, errors[0]), errors[0]
+    assert re.search(pattern, errors[0]), errors[0]
 
 
-def test_there_are_forty_and_more():
+def test_at_least_60_hostile_cases_are_tested():
     assert len(RUNS) + len(PICTURES) + len(ROWS) >= 60
 
 
-def test_the_watch_would_see_it(place):
-    """The tests above depend on this: reading outside and unpickling are detected."""
+def test_watched_detects_outside_reads_and_code(place):
+    """The tests above rely on ``watched``."""
     with watched(place.outside) as seen:
         Path(place.outside / "secret.json").read_bytes()
         (place.outside / "link").symlink_to("secret.json")

@@ -1,4 +1,4 @@
-"""``mmfused inspect`` without a GPU: its cache, damaged results, the options of every launch."""
+"""Tests of ``mmfused inspect`` without a GPU, and of the committed compile matrix."""
 
 import json
 
@@ -12,12 +12,12 @@ from mmfused.supported import ARCHS, TRITONS
 COMMAND = ("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_80", "--case", "logits 5")
 
 
-def test_every_launch_states_whether_the_compiler_may_fuse():
+def test_every_launch_sets_enable_fp_fusion():
     for job in recorded_launches("sm_90"):
         assert job.options["enable_fp_fusion"] is True, job.kernel
 
 
-def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_again(tmp_path):
+def test_second_inspection_reads_its_cache_and_compiles_damaged_results_again(tmp_path):
     env = {
         "MMFUSED_INSPECT_CACHE": str(tmp_path / "store"),
         "TRITON_CACHE_DIR": str(tmp_path / "users"),
@@ -25,26 +25,26 @@ def test_a_second_inspection_compiles_nothing_and_a_damaged_result_is_compiled_a
     first = run_python(*COMMAND, **env)
     results = sorted((tmp_path / "store").iterdir())
     assert first.returncode == 0 and len(results) == 4, first.stderr
-    assert not (tmp_path / "users").exists()  # the cache that training uses is not touched
-    marked = json.loads(results[0].read_text())
-    results[0].write_text(json.dumps({**marked, "registers": 77}))
+    assert not (tmp_path / "users").exists()  # Triton's own cache is not used
+    original = json.loads(results[0].read_text())
+    results[0].write_text(json.dumps({**original, "registers": 77}))
     second = run_python(*COMMAND, **env)
     assert " 77 " in second.stdout  # read from the cache, not measured
     results[0].write_text("{")
     third = run_python(*COMMAND, **env)
     message = f"{results[0]} is damaged, so its launch is compiled again."
     assert sorted(third.stdout.splitlines()) == sorted([*first.stdout.splitlines(), message])
-    assert json.loads(results[0].read_text()) == marked
+    assert json.loads(results[0].read_text()) == original
 
 
-def test_an_unreadable_binary_is_named_in_one_sentence(tmp_path):
+def test_unreadable_binary_gives_a_one_line_error(tmp_path):
     code = f"""
 import pathlib, sys
 import triton
 from mmfused.cli import inspect, main
-true = triton.compile
+real = triton.compile
 def damaged(*args, **kwargs):
-    compiled = true(*args, **kwargs)
+    compiled = real(*args, **kwargs)
     compiled.asm["cubin"] = compiled.asm["cubin"][:100]
     return compiled
 triton.compile = damaged
@@ -57,7 +57,7 @@ sys.exit(main({COMMAND[4:]!r}))
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_architecture_is_refused():
+def test_unknown_architecture_is_rejected():
     done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_99")
     assert done.returncode == 2 and "--arch: got 'sm_99', expected one of sm_80" in done.stderr
 
@@ -68,7 +68,7 @@ def test_supported_versions_are_sorted_and_architectures_known():
     assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(SHARED_MEMORY)
 
 
-def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_no_fault():
+def test_committed_compile_matrix_is_complete_and_has_no_fault():
     lines = (ROOT / "benchmarks" / "results" / "compile_matrix.md").read_text().splitlines()
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -84,6 +84,6 @@ def test_the_committed_table_has_every_op_on_every_triton_and_architecture_and_n
         assert min(numbers) > 0 and faults == "0", (op, version)
 
 
-def test_readme_names_what_is_supported():
+def test_readme_names_supported_tritons_and_architectures():
     readme = (ROOT / "README.md").read_text()
     assert all(name in readme for name in (*TRITONS, *ARCHS))

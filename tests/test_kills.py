@@ -1,6 +1,6 @@
-"""If train and embed are killed at any moment, they resume as if nothing had happened.
+"""Tests that train and embed, if killed at any moment, resume and give the same results.
 
-As a script, this file starts and kills them.
+Run as a script, this file starts and kills the commands.
 """
 
 import csv
@@ -33,11 +33,8 @@ FOREIGN = {
 
 
 @pytest.fixture
-def killer(tmp_path):
-    """Return a function that runs one of the functions below in a separate process.
-
-    It returns the JSON that the process prints.
-    """
+def run_script(tmp_path):
+    """Return a function that runs this file as a script and returns the JSON that it prints."""
 
     def run(name):
         environment = {
@@ -55,20 +52,20 @@ def killer(tmp_path):
     return run
 
 
-def test_a_killed_training_ends_as_if_never_killed(killer, tmp_path):
-    told = killer("kill_training")
-    assert told["killed"] == KILLS and told["half_written"] >= 3 and len(set(told["steps"])) >= 5, (
-        told
-    )
-    assert told["terminated"] == 128 + signal.SIGTERM
+def test_killed_training_gives_the_results_of_an_uninterrupted_training(run_script, tmp_path):
+    counts = run_script("kill_training")
+    assert (
+        counts["killed"] == KILLS and counts["half_written"] >= 3 and len(set(counts["steps"])) >= 5
+    ), counts
+    assert counts["terminated"] == 128 + signal.SIGTERM
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert len(records(tmp_path / "whole")) == 60 + 6
     assert {name: (tmp_path / "killed" / name).read_text() for name in FOREIGN} == FOREIGN
 
 
-def test_a_killed_embed_ends_as_if_never_killed(killer, tmp_path):
-    told = killer("kill_embedding")
-    assert told["killed"] == KILLS and told["parts"] >= 5, told
+def test_killed_embed_gives_the_results_of_an_uninterrupted_embed(run_script, tmp_path):
+    counts = run_script("kill_embedding")
+    assert counts["killed"] == KILLS and counts["parts"] >= 5, counts
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "killed.npz") as killed:
         assert whole.files == killed.files and len(whole["labels"]) == 60
         assert all(np.array_equal(whole[name], killed[name]) for name in whole.files)
@@ -79,14 +76,14 @@ def test_a_killed_embed_ends_as_if_never_killed(killer, tmp_path):
 def kill_training(folder: Path):
     """Kill training at random moments.
 
-    The children are forked from this process, which has imported torch but has never computed a
-    gradient: after that, it could not be forked.
+    The children are forked from this process. It must not compute gradients itself, because
+    autograd does not work in the children of a process that has used it.
     """
     import timm.models.vision_transformer  # noqa: F401 (so that no child has to import it)
     from transformers import BertModel  # noqa: F401
 
     sys.modules["mmfused.training.setup"].product_data.GeneratedProducts = smaller_data()
-    chance, out, told = (
+    rng, out, counts = (
         random.Random(0),
         folder / "killed",
         {"killed": 0, "half_written": 0, "steps": []},
@@ -96,27 +93,27 @@ def kill_training(folder: Path):
         (out / name).write_text(text)
     options = {"steps": 60, "val_every": 10}
     wait(fork(lambda: train(small_run(folder / "whole", **options))))
-    go_on = partial(train, small_run(out, resume=True, save_every=1, **options))
-    terminated = fork(lambda: command_line(out, options))
+    resume_training = partial(train, small_run(out, resume=True, save_every=1, **options))
+    terminated = fork(lambda: run_command_line(out, options))
     wait_for(terminated, lambda: len(saved(out / "checkpoints")) > 1)
     os.kill(terminated, signal.SIGTERM)
-    told["terminated"] = os.waitstatus_to_exitcode(os.waitpid(terminated, 0)[1])
-    while told["killed"] < KILLS:
-        child, before = fork(go_on), steps_saved(out)
-        if told["killed"] % 4 == 3:
-            time.sleep(chance.uniform(0, 0.3))  # possibly before the first step
+    counts["terminated"] = os.waitstatus_to_exitcode(os.waitpid(terminated, 0)[1])
+    while counts["killed"] < KILLS:
+        child, before = fork(resume_training), steps_saved(out)
+        if counts["killed"] % 4 == 3:
+            time.sleep(rng.uniform(0, 0.3))  # possibly before the first step
         else:
             wait_for(child, lambda before=before: steps_saved(out)[-1:] > before[-1:])
-            if told["killed"] % 2:
-                time.sleep(chance.uniform(0, 0.05))
+            if counts["killed"] % 2:
+                time.sleep(rng.uniform(0, 0.05))
             else:
                 wait_for(child, lambda: any((out / "checkpoints").glob(".step-*.tmp")))
         if kill(child):
-            told["killed"] += 1
-            told["half_written"] += any((out / "checkpoints").glob(".step-*.tmp"))
-            told["steps"] += steps_saved(out)[-1:]
-    wait(fork(go_on))
-    print(json.dumps(told))
+            counts["killed"] += 1
+            counts["half_written"] += any((out / "checkpoints").glob(".step-*.tmp"))
+            counts["steps"] += steps_saved(out)[-1:]
+    wait(fork(resume_training))
+    print(json.dumps(counts))
 
 
 def kill_embedding(folder: Path):
@@ -159,23 +156,23 @@ def kill_embedding(folder: Path):
     )
     embed = ["embed", "--checkpoint", folder / "run", *data, "--batch-size", 1, "--out"]
     wait(fork(command(*embed, folder / "whole.npz")))
-    chance, told, parts = random.Random(1), {"killed": 0}, folder / "killed.npz.parts"
+    rng, counts, parts = random.Random(1), {"killed": 0}, folder / "killed.npz.parts"
     seen = {0}
     for name in ("killed.npz.backup", "notes.txt"):
         (folder / name).write_text("mine")
-    while told["killed"] < KILLS:
+    while counts["killed"] < KILLS:
         child = fork(command(*embed, folder / "killed.npz"))
         before = len(list(parts.glob("*.safetensors")))
-        if told["killed"] % 4 == 3:
-            time.sleep(chance.uniform(0, 0.5))  # possibly before the first part
+        if counts["killed"] % 4 == 3:
+            time.sleep(rng.uniform(0, 0.5))  # possibly before the first part
         else:
             wait_for(child, lambda before=before: len(list(parts.glob("*.safetensors"))) > before)
-            time.sleep(chance.uniform(0, 0.003))
+            time.sleep(rng.uniform(0, 0.003))
         if kill(child):
-            told["killed"] += 1
+            counts["killed"] += 1
             seen.add(len(list(parts.glob("*.safetensors"))))
     wait(fork(command(*embed, folder / "killed.npz")))
-    print(json.dumps({**told, "parts": len(seen)}))
+    print(json.dumps({**counts, "parts": len(seen)}))
 
 
 def write_products(folder: Path):
@@ -193,8 +190,8 @@ def write_products(folder: Path):
             writer.writerow([f"{row}.png", f"thing number {row}", row % 6])
 
 
-def command_line(out, options):
-    """Run ``mmfused train`` until the signal, with a model that only Python can configure."""
+def run_command_line(out, options):
+    """Run ``mmfused train`` with settings for which the command has no options."""
     from mmfused.cli import main
 
     config = small_run(out, save_every=1, **options)
@@ -211,7 +208,7 @@ def fork(work) -> int:
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code)
-    # The child must never return into the parent's tests; the parent sees the exit code.
+    # The child must not return into the parent's code.
     except BaseException:
         import traceback
 
@@ -227,7 +224,7 @@ def kill(child: int) -> bool:
 
 def wait(child: int):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0, f"a child ended with {code}"
+    assert code == 0, f"a child exited with code {code}"
 
 
 def wait_for(child: int, condition):
@@ -235,7 +232,7 @@ def wait_for(child: int, condition):
         if condition():
             return
         assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, (
-            "the child ended by itself"
+            "the child exited before the condition was met"
         )
         time.sleep(0.0003)
     raise AssertionError("the condition was never met")
