@@ -60,7 +60,7 @@ def info_nce(q, c, tau):
 
 
 # ---- UniECS (arXiv 2508.13843) -------------------------------------------------------------------
-# f, v and t embed the whole product, its image and its text; 1 is the query, 2 the candidate.
+# f, v and t embed the whole product, its image and its text, of the query (1) and candidate (2).
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):

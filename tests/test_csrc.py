@@ -1,7 +1,7 @@
 """Tests of the CUDA C++ router and of its build.
 
-Without a GPU, the kernels run thread by thread on a CPU. With one, the router is also compared with
-the Triton router.
+The kernels run thread by thread on a CPU. On a GPU, the router is also compared with the Triton
+router.
 """
 
 from __future__ import annotations
@@ -339,16 +339,16 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr, done.stderr
         log.write_text(done.stderr)
-    used = {}
+    registers = {}
     for kernel in log.read_text().split("Compiling entry function")[1:]:
         name = re.search(r"([a-z]+_kernel)(?:I(\w+?)Li(\d+)ELi(\d+)E)?", kernel)
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel, name
-        used[tuple(filter(None, name.groups()))] = int(
+        registers[tuple(filter(None, name.groups()))] = int(
             re.search(r"Used (\d+) registers", kernel).group(1)
         )
-    print(f"sm_{arch}:", {" ".join(name): count for name, count in used.items()})
-    assert len(used) == 2 * 3 * 6 + 2  # passes, dtypes, shapes; scan and finish
-    assert max(used.values()) <= 255
+    print(f"sm_{arch}:", {" ".join(name): count for name, count in registers.items()})
+    assert len(registers) == 2 * 3 * 6 + 2  # passes, dtypes, shapes; scan and finish
+    assert max(registers.values()) <= 255
 
 
 def test_loading_twice_gives_the_same_module(module):

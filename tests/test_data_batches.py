@@ -189,12 +189,12 @@ def test_augmentation_crops_flips_recolours_and_erases():
     assert out.shape == (400, 3, 48, 48) and out.min() >= 0 and out.max() <= 1
     erased = (out == 0.5).all(dim=1).flatten(1).float().mean(1)
     assert 0.07 < (erased > 0.01).float().mean() < 0.13 and erased.max() < 0.25  # ERASE_PROBABILITY
-    whole = out[erased < 0.01]
-    slope = whole[..., -1].mean((1, 2)) - whole[..., 0].mean((1, 2))
+    intact = out[erased < 0.01]
+    slope = intact[..., -1].mean((1, 2)) - intact[..., 0].mean((1, 2))
     assert 0.4 < (slope < 0).float().mean() < 0.6
     assert slope.abs().min() < 0.5 < slope.abs().max()
     # Changes of hue and saturation keep a grey picture grey and change the colour of a red picture.
-    assert torch.allclose(whole[:, 0], whole[:, 1], atol=1e-3)
+    assert torch.allclose(intact[:, 0], intact[:, 1], atol=1e-3)
     red = torch.zeros(50, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 150
     assert augment(red, 8, torch.Generator().manual_seed(0)).mean((2, 3)).std(0).min() > 0.01

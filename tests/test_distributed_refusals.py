@@ -134,7 +134,7 @@ DIFFERENT = {
         "gather_rows",
     ),
 }
-# case -> (rows of the first ranks in gather_rows, rows of the last, the message on all ranks)
+# case -> (rows of the other ranks, rows of the last rank, the message on all ranks)
 GATHERED = {
     "shape": (
         torch.zeros(2, 3),
@@ -347,7 +347,7 @@ def tokens(rank: int, step: int) -> torch.Tensor:
 def biases(rank: int, world: int) -> dict:
     """Return the selection biases after four updates.
 
-    Each is updated with the counts of other ranks: all, a pair, this rank alone, or all under DDP.
+    The counts come from all ranks, a pair of ranks, this rank alone, or all ranks under DDP.
     """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}

@@ -1,7 +1,7 @@
 """Tests that exported programs (torch.export, ONNX) equal the module, also at other sizes.
 
-A torch.export program has the module's gradients. One that holds a kernel has no gradients and
-raises if a gradient is needed.
+A torch.export program has the module's gradients. A program that holds a kernel has no gradients
+and raises if a gradient is needed.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from mmfused.library import graph_made
 
 
 class Flat(nn.Module):
-    """Take a module's arguments as a tuple and a dict; return the outputs that have gradients."""
+    """Pass a tuple and a dict of arguments to a module; return its outputs with gradients."""
 
     def __init__(self, module):
         super().__init__()
@@ -34,9 +34,8 @@ def flat(name: str):
 def dynamic(args: tuple, named: dict, tokens: bool) -> tuple:
     """Return the dynamic dimensions of the arguments.
 
-    The first dimension is the batch size, or for candidates the batch size plus two. With
-    ``tokens``, the second is the length of the first argument, or for the context that length plus
-    one.
+    The first dimension is the batch size; candidates have two rows more. With ``tokens``, the
+    second dimension is the number of tokens; a context has one token more.
     """
     batch, length = Dim("batch", min=2, max=64), Dim("tokens", min=2, max=32)
     sizes = {args[0].shape[0]: batch, args[0].shape[0] + 2: batch + 2}
@@ -61,7 +60,7 @@ def with_gradients(module, args, named) -> dict[str, Tensor]:
     return values | dict(zip(leaves, found, strict=True))
 
 
-def close(got: Tensor, want: Tensor, name: str) -> None:
+def assert_close(got: Tensor, want: Tensor, name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
 
@@ -74,10 +73,10 @@ def compare(exported, module, make, sizes) -> None:
             if value is None:  # no output depends on this input
                 assert got[name] is None
             else:
-                close(got[name], value, name)
+                assert_close(got[name], value, name)
         with torch.no_grad():
             for got_, want_ in zip(exported(args, named), module(args, named), strict=True):
-                close(got_, want_, "without gradients")
+                assert_close(got_, want_, "without gradients")
 
 
 SIZES = [(2, 2), (5, 9), (64, 3)]
@@ -196,14 +195,14 @@ class Positional(nn.Module):
 
 
 def small(name: str):
-    """Return a module and its inputs by name; modules are small, because the exporter is slow."""
+    """Return a case with a small module, because the exporter is slow."""
     if name == "experts":
         module = mmfused.TopKMoE(D, 12, 2, 2, selection_bias=True)
         return module, lambda batch, tokens: (
             (floats(batch, tokens, D),),
             dict(token_padding_mask=some(batch, tokens)),
         )
-    if name == "as many samples as heads":  # the exporter's optimizer can confuse the two
+    if name == "as many samples as heads":  # which the exporter's optimizer can confuse
         return mmfused.QueryPooling(32, 3, 4), lambda batch, tokens: ((floats(batch, 20, 32),), {})
     return case(name)
 

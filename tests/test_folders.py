@@ -132,21 +132,21 @@ def test_temporary_files_that_the_run_did_not_write_are_kept(tmp_path, whole_run
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_training_rejects_a_mark_that_is_not_a_file(tmp_path, kind):
+def test_training_rejects_a_marker_that_is_not_a_file(tmp_path, kind):
     out, victim = tmp_path / "run", tmp_path / "victim"
     out.mkdir()
-    mark = out / MARKER
+    marker = out / MARKER
     {
-        "link": lambda: mark.symlink_to(victim),
-        "pipe": lambda: os.mkfifo(mark),
-        "folder": mark.mkdir,
+        "link": lambda: marker.symlink_to(victim),
+        "pipe": lambda: os.mkfifo(marker),
+        "folder": marker.mkdir,
     }[kind]()
     with pytest.raises(FileExistsError, match=f"out: .*{MARKER} is not a file of a run; move it"):
         train(small_run(out, steps=1))
     assert not victim.exists() and [path.name for path in out.iterdir()] == [MARKER]
 
 
-def test_run_without_a_mark_is_recognised_by_its_settings(tmp_path, stopped_run, whole_run):
+def test_run_without_a_marker_is_recognised_by_its_settings(tmp_path, stopped_run, whole_run):
     for run, changes in ((stopped_run, {"resume": True}), (whole_run, {"overwrite": True})):
         out = shutil.copytree(run, tmp_path / run.parent.name)
         (out / MARKER).unlink()

@@ -44,7 +44,7 @@ from mmfused.testing import over_budget
 
 @pytest.fixture
 def library_calls(monkeypatch):
-    """Return the list of the query shapes of all calls that run on this library's attention."""
+    """Return a list that collects the query shapes of this library's attention calls."""
     calls = []
     for module, name in (
         (attention_swaps, "attend"),

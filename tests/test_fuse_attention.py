@@ -124,7 +124,7 @@ CASES = {
 
 @pytest.fixture
 def library_calls(monkeypatch):
-    """Return the list of this library's attention functions that were called."""
+    """Return a list that collects the names of this library's attention calls."""
     calls = []
     for module, name in (
         (attention, "attend"),
@@ -208,7 +208,7 @@ def test_fused_model_matches_the_original_in_float64(case, masked, training, lib
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_fused_model_matches_the_original_on_other_backends(backend, library_calls):
-    """These backends do not use torch's attention."""
+    """The backends reference and fused do not use torch's attention."""
     model, inputs = (
         randomised(Exchange(batch_first=True), torch.float32),
         data(D, dtype=torch.float32),

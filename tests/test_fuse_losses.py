@@ -132,7 +132,7 @@ LEFT_ALONE = {
     "The calculate_loss of this module was replaced": lambda: edited(
         cached_loss(), calculate_loss=len
     ),
-    "The calculate_loss of this module was":  # the method is another loss's
+    "The calculate_loss of this module was":  # the wrapped method belongs to another loss
     lambda: edited(cached_loss(), calculate_loss=wrapping(cached_loss().calculate_loss)),
     "calculate_loss of this module was replaced on": lambda: with_instance_method(
         cached_loss(), lambda self, reps, labels=None: None
@@ -158,7 +158,7 @@ def wrapping(function):
 def with_instance_method(loss, function):
     """Set calculate_loss on the instance.
 
-    It is ``function`` in MatryoshkaLoss's wrapper or, if that is None, the loss's own method.
+    The value is ``function`` in MatryoshkaLoss's wrapper; None stands for the loss's own method.
     """
     own = loss.calculate_loss
     return edited(

@@ -43,7 +43,7 @@ pytest.importorskip("transformers.integrations.moe")
 
 @pytest.fixture
 def library_calls(monkeypatch):
-    """Return the list of this library's functions that compute experts, one name per call."""
+    """Return a list that collects the names of this library's calls that compute experts."""
     module, calls = swap, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
@@ -185,7 +185,7 @@ def test_fused_model_supports_gradient_checkpointing_and_autocast(library_calls)
     assert not over_budget(*({k: results[k] for k in names} for results in (got, exact, plain)))
 
 
-# ---- what is left, and calls that run the original -----------------------------------------------
+# ---- modules that are left, and calls that run the original --------------------------------------
 
 
 def after(module, change):
@@ -197,12 +197,12 @@ def changed(change, make=mixtral):
     return lambda: after(make(), lambda model: change(last_experts(model)))
 
 
-class Strange(nn.Parameter):
+class Quantised(nn.Parameter):
     """A stand-in for a quantised parameter."""
 
 
 def quantise(module):
-    module.down_proj = Strange(module.down_proj.detach())
+    module.down_proj = Quantised(module.down_proj.detach())
 
 
 def to_float8(module):
@@ -232,7 +232,7 @@ LEFT = {
         mixtral(),
         lambda m: setattr(m.config, "_experts_implementation_internal", "deepgemm_megamoe"),
     ),
-    "down_proj is a Strange of torch.float32": changed(quantise),
+    "down_proj is a Quantised of torch.float32": changed(quantise),
     "down_proj is a Parameter of torch.float8_e4m3fn": changed(to_float8),
     "act_fn has hooks": changed(hook),
     "forward of this module was replaced": changed(lambda m: setattr(m, "forward", len)),
@@ -257,7 +257,7 @@ def test_left_modules_are_reported_with_a_reason(words):
 def test_single_expert_with_its_softmax_weight_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    # Experts without their router are swapped, because their weights are unknown.
+    # Experts without their router are swapped, because the routing weights are unknown.
     assert fuse(last_experts(mixtral(num_experts_per_tok=1))).swapped
 
 

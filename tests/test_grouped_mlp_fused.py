@@ -37,7 +37,7 @@ def replace_plan(monkeypatch, function):
 
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """Use larger BK in the interpreter, whose time is proportional to the number of steps.
+    """Use a larger BK in the interpreter, whose time is proportional to the number of steps.
 
     On a GPU, the registers would not suffice for this BK in float32.
     """
@@ -392,7 +392,7 @@ def test_gradient_of_a_single_input_of_grouped_linear(only, combine):
 
 
 def test_kernels_that_are_launched():
-    """Forward launches three kernels and backward five, fewer if parameters are frozen."""
+    """Forward launches three kernels and backward five, or fewer if parameters are frozen."""
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     with launches_made() as launches:
         run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused")

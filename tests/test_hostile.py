@@ -61,7 +61,10 @@ def write_rows(folder, rows):
 
 
 class Place:
-    """Copies of the folders for one test to damage, and a folder ``outside`` not to be read."""
+    """Copies of a run and its data, which a test damages.
+
+    The folder ``outside`` must not be read.
+    """
 
     def __init__(self, root, made, options):
         self.root, self.options = root, options
@@ -164,7 +167,7 @@ def fifo(path):
     os.mkfifo(path)
 
 
-def length(number):
+def encoded_length(number):
     return number.to_bytes(8, "little")
 
 
@@ -172,7 +175,7 @@ def shapes_beyond_the_file(place):
     header = json.dumps(
         {"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
     ).encode()
-    (place.run / "model.safetensors").write_bytes(length(len(header)) + header)
+    (place.run / "model.safetensors").write_bytes(encoded_length(len(header)) + header)
 
 
 def checksum_of_an_outside_file(place):
@@ -263,7 +266,7 @@ RUNS = {
         "not a safetensors file",
     ),
     "a header of many terabytes": (
-        lambda p: (p.run / "model.safetensors").write_bytes(length(2**60) + b"{}"),
+        lambda p: (p.run / "model.safetensors").write_bytes(encoded_length(2**60) + b"{}"),
         eval_command,
         "not a safetensors file",
     ),
