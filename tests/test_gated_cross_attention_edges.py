@@ -99,7 +99,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("both, options", PAIRS, ids=str)
-def test_pairs_of_options_stay_within_the_budget(both, options):
+def test_pairs_of_options_keep_the_error_budget(both, options):
     module, inputs, extra = make(both=both, **options, dtype=torch.float32)
     check_budget(module, inputs, extra)
 
