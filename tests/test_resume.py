@@ -67,14 +67,14 @@ def test_a_signal_saves_a_checkpoint_and_resume_continues_from_it(
 
 
 def test_a_signal_during_a_validation_stops_the_run(tmp_path, monkeypatch, whole_run):
-    evaluate = tasks.evaluate
+    evaluate = tasks.evaluate_classifier
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "evaluate", interrupted)
+        patch.setattr(tasks, "evaluate_classifier", interrupted)
         with pytest.raises(Stopped, match="after step 4"):
             train(small_run(tmp_path / "run"))
     assert all("accuracy" not in record for record in records(tmp_path / "run"))

@@ -13,7 +13,7 @@ from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
 from mmfused.training.datasets import load_data
 from mmfused.training.folder_lock import MARKER
 from mmfused.training.gradients import add_gradients
-from mmfused.training.metrics import class_scores, count, evaluate, scores
+from mmfused.training.metrics import class_scores, count, evaluate_classifier, scores
 from mmfused.training.optimizer import learning_rate
 from mmfused.training.run import TrainConfig, load_run, train
 from mmfused.training.setup import build_model, make_batches
@@ -103,7 +103,7 @@ def test_a_loaded_run_gives_the_recorded_accuracy(products, tmp_path):
     summary = train(config)
     model, tokenizer = load_run(tmp_path / "run")
     _, val_batches = make_batches(config, *load_data(config), tokenizer, 32, model.config)
-    result = evaluate(model, val_batches)
+    result = evaluate_classifier(model, val_batches)
     assert result["accuracy"] == summary["accuracy"]
     assert result["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
 

@@ -79,7 +79,7 @@ def failing_validation(rank, out, folder, patch):
             raise RuntimeError("out of memory")
         return {"accuracy": 0.5, "val_loss": 1.0}
 
-    patch.setattr("mmfused.training.tasks.evaluate", failing)
+    patch.setattr("mmfused.training.tasks.evaluate_classifier", failing)
     return small_run(out)
 
 
@@ -94,18 +94,18 @@ def signal_during_a_validation(rank, out, folder, patch):
             return None
         return {"accuracy": 0.5, "val_loss": 1.0}
 
-    patch.setattr("mmfused.training.tasks.evaluate", signalled)
+    patch.setattr("mmfused.training.tasks.evaluate_classifier", signalled)
     return small_run(out)
 
 
 def metrics_that_cannot_be_opened(rank, out, folder, patch):
-    begin = training_run.begin
+    prepare_folder = training_run.prepare_folder
 
     def spoiled(*args):
-        begin(*args)
+        prepare_folder(*args)
         (out / "metrics.jsonl").mkdir()
 
-    patch.setattr(training_run, "begin", spoiled)
+    patch.setattr(training_run, "prepare_folder", spoiled)
     return small_run(out)
 
 

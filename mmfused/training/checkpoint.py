@@ -165,7 +165,7 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def restore(
+def load_state(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

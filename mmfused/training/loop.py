@@ -124,7 +124,7 @@ class Training:
             self.val_every,
             records.path,
         )
-        checkpoints.restore(path, self.model, self.optimizer, self.generators)
+        checkpoints.load_state(path, self.model, self.optimizer, self.generators)
         self.step = state["step"]
         self.saved = (state["step"], path)
         self.seconds_before: float = state["seconds"]

@@ -110,7 +110,7 @@ def predict(
     return loss, torch.cat(predictions), all_labels
 
 
-def evaluate(
+def evaluate_classifier(
     model: Any,
     batches: Iterable[dict[str, Tensor]],
     amp: bool = False,

@@ -114,7 +114,7 @@ def check_history(
     """
     logged = step // log_every + (step == steps and step % log_every > 0)
     validated = step // val_every + (step == steps and step % val_every > 0)
-    # A signal may have interrupted a validation at ``step``, which has no record then.
+    # If a signal interrupted the validation at ``step``, its record is missing.
     postponed = len(history["val"]) == validated - 1 and is_due(step, val_every, steps)
     val_fits = len(history["val"]) == validated or postponed
     if len(history["train"]) != logged or not val_fits:

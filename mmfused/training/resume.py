@@ -97,7 +97,7 @@ def _check_numbers(summary: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path} is corrupt: {name} is {value!r:.40}")
 
 
-def begin(
+def prepare_folder(
     config: TrainConfig,
     out: Path,
     found: Checkpoint | None,

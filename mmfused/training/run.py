@@ -22,7 +22,13 @@ from mmfused.training.datasets import SPLITS, check_rows, load_catalogue, load_d
 from mmfused.training.folder_lock import MARKER, Lock, is_regular_file
 from mmfused.training.loop import Training
 from mmfused.training.ranks import check_agreement, fail_together, join_ranks
-from mmfused.training.resume import FINISHED, Checkpoint, begin, find_start, finished_summary
+from mmfused.training.resume import (
+    FINISHED,
+    Checkpoint,
+    find_start,
+    finished_summary,
+    prepare_folder,
+)
 from mmfused.training.run_folder import build_saved, is_finished, load_own_tokenizer, load_run
 from mmfused.training.setup import (
     build_model,
@@ -84,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with fail_together():
             if rank == 0:
                 training.lock = lock or stack.enter_context(Lock(out))
-                begin(config, out, found, training.step, training.lock.had_marker)
+                prepare_folder(config, out, found, training.step, training.lock.had_marker)
         with mmfused.backend(config.backend):
             return training.run()
 

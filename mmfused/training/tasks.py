@@ -13,7 +13,7 @@ from mmfused.data import Batches, PairBatches
 from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients
-from mmfused.training.metrics import evaluate, model_inputs
+from mmfused.training.metrics import evaluate_classifier, model_inputs
 from mmfused.training.ranks import fail_together
 from mmfused.training.retrieval_metrics import embed_items, mean_scores, retrieval_scores
 from mmfused.training.setup import (
@@ -79,7 +79,7 @@ class Classification:
         stopped: Callable[[], bool],
     ) -> dict[str, Any] | None:
         """Return the scores of the validation set, or None if ``stopped()`` becomes true."""
-        return evaluate(model, self.val_batches, amp, stopped)
+        return evaluate_classifier(model, self.val_batches, amp, stopped)
 
 
 class Retrieval:
