@@ -1,9 +1,9 @@
-"""The test matrix of module x attachment x backend for children that users modify.
+"""Test cases for modified child modules: module x attachment x backend.
 
-``MODULES``: each module that reads the weights of its children, its inputs, and a plain PyTorch
-version of its forward that calls every child. ``ATTACHMENTS``: ways to attach something to
-children, either to the projections ("linear") or to the norms. ``outcome``: "equal" if the result
-must be the same as with called children, "refused" if the call is an error.
+``MODULES``: the modules that read the weights of their children, each with inputs and a plain
+PyTorch forward that calls every child. ``ATTACHMENTS``: ways to modify the children, either the
+projections ("linear") or the norms. ``outcome``: "equal" if the module must return the same result
+as its plain forward, "refused" if the call must raise an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ B, N, M, D, HEADS, EXPERTS = 2, 5, 3, 16, 2, 4
 BACKENDS = ("reference", "composed", "fused")
 
 
-# ---- the modules, and their forwards with every child called -------------------------------------
+# ---- modules, each with a plain forward that calls every child -----------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -94,7 +94,7 @@ MODULES = {
         lambda m, x, ignore: m(x, ignore),
         plain_pooling,
     ),
-    # Enough queries that out_proj would be folded into v_proj.
+    # With more pooled rows than D, an unmodified out_proj is folded into v_proj.
     "QueryPooling, one head": Module(
         lambda: mmfused.QueryPooling(D, 9, 1, out_proj=True),
         lambda: (tokens(B, N),),
@@ -132,15 +132,16 @@ MODULES = {
 
 
 class Attachment(NamedTuple):
-    """Something that a user attaches to the children of a module.
+    """A modification of the children of a module.
 
-    ``attach(module, names)``: attaches it to the named children and returns the module to call.
+    ``attach(module, names)``: modifies the named children and returns the module to call.
     ``to``: the kind of children, "linear" or "norm".
-    ``reads``: the effective weight is computed and read, so the kernels support it.
-    ``gradients``: the module can be differentiated.
-    ``training``: run in training mode; None: in the mode that ``attach`` sets.
-    ``neutral``: it does not change the results.
-    ``needs``: the package that it requires.
+    ``reads``: the modified child has an effective weight that the kernels can use.
+    ``gradients``: the modified module can be differentiated.
+    ``training``: whether to call the module in training mode; None: keep the mode that ``attach``
+    sets.
+    ``neutral``: the modification does not change the results.
+    ``needs``: the package that ``attach`` imports.
     """
 
     attach: Callable[[nn.Module, list[str]], nn.Module]
@@ -206,13 +207,13 @@ def disable(module: nn.Module) -> None:
 
 
 def dropouts_in_training(module: nn.Module) -> None:
-    """Set Monte Carlo dropout: only Dropout modules are in training mode."""
+    """Put only the Dropout modules in training mode, for Monte Carlo dropout."""
     for part in module.eval().modules():
         part.train(type(part) is nn.Dropout)
 
 
 def empty_until_called(child: nn.Module) -> None:
-    """Hold the weights only while the child's own forward runs, as DeepSpeed's ZeRO-3 does."""
+    """Keep the child's weights empty except while it is called, like DeepSpeed's ZeRO-3."""
     for parameter in child.parameters(recurse=False):
         parameter.whole, parameter.data = parameter.data, torch.empty(0)
 
@@ -228,17 +229,17 @@ def empty_until_called(child: nn.Module) -> None:
     child.register_forward_hook(release)
 
 
-def twice(child: nn.Module) -> None:
-    class Twice(type(child)):
+def doubled_forward(child: nn.Module) -> None:
+    class DoubledForward(type(child)):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    child.__class__ = Twice
+    child.__class__ = DoubledForward
 
 
-def called_twice(child: nn.Module) -> None:
+def doubled_call(child: nn.Module) -> None:
     child.__class__ = type(
-        "Twice", (type(child),), {"__call__": lambda m, x: 2 * nn.Module.__call__(m, x)}
+        "DoubledCall", (type(child),), {"__call__": lambda m, x: 2 * nn.Module.__call__(m, x)}
     )
 
 
@@ -251,7 +252,7 @@ def renamed(child: nn.Module) -> None:
     child.__class__ = type("Renamed", (type(child),), {})
 
 
-def own_forward(child: nn.Module) -> None:
+def instance_forward(child: nn.Module) -> None:
     child.forward = lambda x: 2 * type(child).forward(child, x)
 
 
@@ -296,7 +297,7 @@ ATTACHMENTS = {
     "LoRA, dropout": Attachment(
         adapted("LoraConfig", r=2, lora_dropout=0.3), training=True, needs="peft"
     ),
-    "LoRA, dropout alone in training": Attachment(
+    "LoRA, Monte Carlo dropout": Attachment(
         adapted("LoraConfig", dropouts_in_training, r=2, lora_dropout=0.3),
         training=None,
         needs="peft",
@@ -319,9 +320,9 @@ ATTACHMENTS = {
     "full backward pre-hook": Attachment(
         hooked("register_full_backward_pre_hook", lambda m, out: (2 * out[0],))
     ),
-    "own forward": Attachment(each(own_forward)),
-    "subclass": Attachment(each(twice)),
-    "subclass, other call": Attachment(each(called_twice)),
+    "instance forward": Attachment(each(instance_forward)),
+    "subclass": Attachment(each(doubled_forward)),
+    "subclass, other __call__": Attachment(each(doubled_call)),
     "spectral_norm and a hook": Attachment(each(hooked_spectral_norm), training=True),
     "subclass, same forward": Attachment(each(renamed), reads=True),
     "LayerNorm": Attachment(
@@ -356,7 +357,7 @@ ATTACHMENTS = {
     "norm: forward hook": Attachment(
         hooked("register_forward_hook", lambda m, args, out: 2 * out), to="norm"
     ),
-    "norm: subclass": Attachment(each(twice), to="norm"),
+    "norm: subclass": Attachment(each(doubled_forward), to="norm"),
     "norm: Linear": Attachment(each(lambda child: nn.Linear(D, D)), to="norm"),
     "norm: RMSNorm": Attachment(each(lambda child: nn.RMSNorm(child.normalized_shape)), to="norm"),
     "norm: pruning": Attachment(
@@ -374,10 +375,10 @@ ATTACHMENTS = {
 
 
 def outcome(module: str, attachment: str, backend: str) -> str:
-    """Return "equal" or "refused", or "none" if the module has no such child."""
+    """Return "equal" or "refused", or "none" if the module has no child to modify."""
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"
-    # The kernels of cross-attention need weights and cannot use the outputs of called children.
+    # The fused kernels of cross-attention need the weights of the children, not their outputs.
     called = not ATTACHMENTS[attachment].reads
     return "refused" if called and backend == "fused" and "Cross" in module else "equal"

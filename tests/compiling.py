@@ -1,7 +1,4 @@
-"""Helpers for the compilation tests.
-
-They start processes without Triton's interpreter and parse the table of ``mmfused inspect``.
-"""
+"""Helpers for the compilation tests, run in processes without Triton's interpreter."""
 
 import json
 import os
@@ -57,12 +54,12 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """Unpack the oldest supported Triton into .venv, where later runs find it."""
+    """Return the folder of the oldest supported Triton, which stays in .venv for later runs."""
     import triton
 
     oldest = TRITONS[0]
     if triton.__version__ == oldest:
-        pytest.skip(f"Triton {oldest} is the installed one; the other tests compile with it")
+        pytest.skip(f"Triton {oldest} is installed, so the other tests compile with it")
     if sys.platform != "linux":
         pytest.skip("Triton has wheels for Linux only")
     home = ROOT / ".venv" / f"triton-{oldest}"
@@ -81,7 +78,7 @@ def oldest_triton(tmp_path_factory):
             f"triton=={oldest}",
         ]
         if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip(f"Triton {oldest} cannot be fetched: no network")
+            pytest.skip(f"pip cannot download Triton {oldest}")
         home.parent.mkdir(exist_ok=True)
         shutil.move(folder / "t", home)
     return home

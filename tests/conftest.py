@@ -1,7 +1,6 @@
-"""Settings for all tests.
+"""Settings and fixtures for all tests.
 
-Without a GPU, kernels run under Triton's interpreter. Memory that mmfused allocates is filled with
-NaN.
+Without a GPU, kernels run under Triton's interpreter.
 """
 
 import functools
@@ -13,26 +12,24 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports triton; compile tests use separate processes
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
-# torch and its compiler cache references to torch's functions on first use, so they would not see
-# the patched functions below.
+# On first use, torch and its compiler cache references to torch's functions. Use both here, so that
+# the caches hold the original functions and not those that poison_empty_memory patches.
 with torch.device("meta"):
     torch.empty(0)
 torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
-def _hasten(interpreter):
-    """Cache two steps that the interpreter repeats in every call, saving a third of the time."""
+def _speed_up(interpreter):
+    """Cache two steps that the interpreter repeats in every call, to save a third of the time."""
     patch, done = interpreter._patch_lang, set()
 
     def patch_lang(function):
-        if function.__module__ in done:  # within a launch, which has patched `triton.language`
+        if function.__module__ in done:  # this launch has patched the module already
             return None
         scope = patch(function)
-        if not done:  # the launch itself: only its patches are undone
+        if not done:  # the outermost call of a launch undoes all patches
             restore = scope.restore
             scope.restore = lambda: (done.clear(), restore())
         done.add(function.__module__)
@@ -43,7 +40,7 @@ def _hasten(interpreter):
 
     def get_np_dtype(dtype):
         scalar = dtype.scalar
-        # A pointer is not hashable.
+        # Pointer types are not hashable.
         return find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
@@ -52,8 +49,8 @@ def _hasten(interpreter):
 def _accumulate_in_float64(interpreter):
     """Multiply matrices in float64, and round once.
 
-    BLAS rounds a float32 product by the element's place in the matrix and by the type of the CPU.
-    On a GPU equal rows give bitwise equal products, and tests rely on that.
+    On a GPU, equal rows give bitwise equal products, and tests rely on that. BLAS may round a
+    float32 product differently for each position in the matrix and each type of CPU.
     """
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
@@ -66,7 +63,7 @@ def _accumulate_in_float64(interpreter):
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.runtime.interpreter
 
-    _hasten(triton.runtime.interpreter)
+    _speed_up(triton.runtime.interpreter)
     _accumulate_in_float64(triton.runtime.interpreter)
 
 
@@ -85,7 +82,7 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
-    """Fill empty memory with NaN, so that kernels which read unwritten memory fail."""
+    """Fill the memory that mmfused allocates with NaN, so that reads of unwritten memory show."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

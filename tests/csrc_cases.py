@@ -1,6 +1,7 @@
 """Test cases for the C++ router.
 
-Inputs, the expected results from plain PyTorch, and the kernels run on a CPU (tests/simt).
+This file makes inputs, computes the expected results with plain PyTorch, and runs the CUDA kernels
+on the CPU (tests/simt).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SIMT = Path(__file__).parent / "simt"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BALANCES = ("switch", "gshard", "mse")
 
-# All numbers of lanes and slots, both scores, and every loss and option, alone and combined.
+# The cases use every number of lanes per token and of experts per lane, both scores, every balance
+# loss, and the other options alone and combined.
 CASES = {
     "one expert": dict(tokens=3, experts=1, k=1),
     "all experts": dict(tokens=33, experts=8, k=8, sigmoid=True),
@@ -63,7 +65,7 @@ def make(
 ) -> dict:
     """Return the arguments of the op by name.
 
-    Masked tokens hold NaN; if there are several segments, one is empty.
+    The logits of masked tokens are NaN. If there are several segments, the last one is empty.
     """
     logits = (
         torch.randn(experts, tokens).to(dtype).T
@@ -106,14 +108,15 @@ def make(
 
 
 def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw the upstream gradients of weights, balance, z and entropy."""
+    """Draw the upstream gradients of the weights, balance loss, z-loss and entropy."""
     return torch.randn(len(case["source"]), case["k"]), *torch.randn(3).unbind(0)
 
 
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
     """Compute a case with plain PyTorch in ``dtype``.
 
-    Returns every output of the op except its coefficients, and the gradient.
+    Returns every output of the op except its coefficients. If the upstream ``gradients`` are given,
+    also returns the gradient of the logits.
     """
     logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():
@@ -157,7 +160,7 @@ def tiles_of(offsets: Tensor, experts: int, rows: int) -> Tensor:
     return torch.tensor(tiles + [(-1, 0)] * (rows // 16 + experts - len(tiles)), dtype=torch.int32)
 
 
-# ---- the kernels on a CPU ------------------------------------------------------------------------
+# ---- CUDA kernels on the CPU ---------------------------------------------------------------------
 
 
 def cuda_headers() -> Path | None:
@@ -169,14 +172,11 @@ def cuda_headers() -> Path | None:
 def why_no_simt() -> str | None:
     if shutil.which("g++") is None:
         return "g++ not found"
-    return None if cuda_headers() else "no CUDA headers found, neither a toolkit's nor pip's"
+    return None if cuda_headers() else "CUDA headers not found in a toolkit or a pip package"
 
 
 class Simt:
-    """Run the kernels of csrc/topk_routing.cu thread by thread on the CPU.
-
-    The methods have the signatures of the ops.
-    """
+    """Run the kernels of csrc/topk_routing.cu thread by thread on the CPU."""
 
     def __init__(self, folder: Path):
         library = folder / "topk_routing.so"

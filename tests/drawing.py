@@ -12,9 +12,11 @@ INFINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 class Draw:
-    """Random choices from one seed.
+    """Draw random choices and tensors from one seed.
 
-    ``fixed`` sets some choices by name; with ``full`` every optional argument is passed.
+    ``full``: pass every optional argument.
+    ``fixed``: the values of some choices, by name.
+    ``layouts``: draw the memory layouts of the tensors too.
     """
 
     def __init__(
@@ -76,7 +78,10 @@ class Draw:
         return lay_out(values, layout)
 
     def poison(self, x: Tensor, where: Tensor) -> None:
-        """Write NaN or infinity into unread rows of x, unless its rows share memory."""
+        """In half of the calls, write NaN or infinity into the rows of x at ``where``.
+
+        The op must not read these rows. Rows that share memory stay unchanged.
+        """
         if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
             x.masked_fill_(
                 where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE)

@@ -1,6 +1,7 @@
 """FLUID's equations transcribed literally, in float64.
 
-They loop over samples, heads, tokens and experts, and take parameters by name.
+The functions loop over samples, heads, tokens and experts. ``p`` holds the parameters by name, and
+``c`` is the config.
 """
 
 import math
@@ -65,7 +66,7 @@ def q_transform(p, name, x, c):
 
 
 def pooled(p, name, x, c):
-    """Return the l query tokens of one sample, or its first token without the Q-Transform."""
+    """Return one sample's query tokens, or its first token if the model has no Q-Transform."""
     if "q_transform" not in c.without:
         return q_transform(p, name, x, c)
     return x[:1] if len(x) else torch.zeros(1, c.dim, dtype=x64)
@@ -103,7 +104,7 @@ def expert(p, e, x, c):
 
 
 def moe(p, samples, c):
-    """Return class logits (B, C), and router logits and all expert weights for each token."""
+    """Return the class logits (B, C), and each token's router logits and expert weights."""
     logits, scores, weights = [], [], []
     for tokens in samples:
         outputs = []
@@ -113,7 +114,7 @@ def moe(p, samples, c):
             chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
             total = (
                 sum(probability[e] for e in chosen) if c.top_k > 1 else 1
-            )  # renormalised to 1, a single weight would get no gradient
+            )  # a single weight renormalised to 1 would get no gradient
             weight = {e: probability[e] / total for e in chosen}
             outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
             scores.append(score)
@@ -127,7 +128,7 @@ def moe(p, samples, c):
 
 
 def dense(p, samples, c):
-    """Return class logits (B, C) of the single classifier used without router and experts."""
+    """Return the class logits (B, C) of the classifier that replaces the router and experts."""
     logits = []
     for tokens in samples:
         outputs = []

@@ -1,8 +1,7 @@
-"""Inputs for every public function.
+"""Random inputs for every public function.
 
-Shapes and options are random; on request, all tensor arguments that can be combined are passed.
-MAKERS maps the name of a function to a maker of its arguments. VARIANTS lists choices that together
-cover every tensor argument.
+MAKERS maps the name of a public function to a function that draws its arguments: shapes, values and
+options. With ``Draw(full=True)``, all tensor arguments that can be combined are passed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mmfused.ops import OPS
 def _padding(
     draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True
 ) -> tuple[dict, Tensor]:
-    """Draw a mask or lengths and the present samples; return also which tokens are ignored."""
+    """Draw the padding mask or lengths, and ``present``; also return which tokens are ignored."""
     kind, given = draw.pick(f"{prefix}padding", "none", "mask", "lengths"), {}
     ignore = torch.zeros(batch, tokens, dtype=torch.bool)
     if kind == "mask":
@@ -87,7 +86,7 @@ def query_pooling(draw: Draw) -> dict:
 
 
 def _attention(draw: Draw) -> tuple[dict, int, int]:
-    """Draw the options shared by both forms of cross-attention, and the batch and token sizes."""
+    """Draw the options that both cross-attention functions share, the width and the batch size."""
     heads = draw.pick("heads", 1, 1, 2, 3)
     dim = heads * draw.pick("head_dim", 1, 3, 8, 16, 17)
     gate = draw.pick("gate", "channel", "token", "none")
@@ -106,12 +105,14 @@ def _attention(draw: Draw) -> tuple[dict, int, int]:
     return options, dim, draw.pick("batch", 0, 1, 2, 3, 5)
 
 
-def _attention_weights(draw: Draw, dim: int, read: int, options: dict) -> CrossAttentionWeights:
+def _attention_weights(
+    draw: Draw, dim: int, context_dim: int, options: dict
+) -> CrossAttentionWeights:
     std = draw.pick("", 1.0, 1.0, 5.0)
     weights = dict(
         w_q=draw.weight(dim, dim, std=std * dim**-0.5),
-        w_k=draw.weight(dim, read, std=std * read**-0.5),
-        w_v=draw.weight(dim, read, std=read**-0.5),
+        w_k=draw.weight(dim, context_dim, std=std * context_dim**-0.5),
+        w_v=draw.weight(dim, context_dim, std=context_dim**-0.5),
         w_o=draw.weight(dim, dim, std=dim**-0.5),
     )
     biases = dict(b_q=dim, b_k=dim, b_v=dim, b_o=dim)
@@ -128,13 +129,13 @@ def _norm(draw: Draw, dim: int) -> tuple[Tensor, Tensor]:
     return draw.weight(dim), draw.weight(dim)
 
 
-def _unread(absent_reads: bool, ignore: Tensor, present: Tensor | None) -> Tensor:
-    return ignore if absent_reads or present is None else ignore | ~present[:, None]
+def _unread(reads_absent: bool, ignore: Tensor, present: Tensor | None) -> Tensor:
+    return ignore if reads_absent or present is None else ignore | ~present[:, None]
 
 
 def gated_cross_attention(draw: Draw) -> dict:
     options, dim, batch = _attention(draw)
-    read = draw.pick("context_dim", 1, 5, 16, 33, dim)
+    context_dim = draw.pick("context_dim", 1, 5, 16, 33, dim)
     tokens, keys = (
         draw.pick("tokens", 0, 1, 2, 5, 17, 33, 65),
         draw.pick("keys", 0, 1, 2, 5, 17, 33, 65),
@@ -142,16 +143,16 @@ def gated_cross_attention(draw: Draw) -> dict:
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if options["pre_norm"] else 0
     inputs = dict(
         x=draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1]),
-        context=draw.normal(batch, keys, read, mean=mean, expand=EXPANDED[:1]),
-        weights=_attention_weights(draw, dim, read, options),
+        context=draw.normal(batch, keys, context_dim, mean=mean, expand=EXPANDED[:1]),
+        weights=_attention_weights(draw, dim, context_dim, options),
         norm_x=_norm(draw, dim),
         **options,
     )
     if options["pre_norm"]:
-        inputs["norm_context"] = _norm(draw, read)
+        inputs["norm_context"] = _norm(draw, context_dim)
     padding, ignore = _padding(draw, "context_", batch, keys)
-    reads = options["missing"] in ("attend", "constant")
-    draw.poison(inputs["context"], _unread(reads, ignore, padding.get("context_present")))
+    reads_absent = options["missing"] in ("attend", "constant")
+    draw.poison(inputs["context"], _unread(reads_absent, ignore, padding.get("context_present")))
     return inputs | padding
 
 
@@ -186,8 +187,8 @@ def masked_info_nce(draw: Draw) -> dict:
         if with_target
         else rows + draw.pick("more", 0, 0, 1, 13, 32)
     )
-    # Not expanded, and not normalised in one dimension: the gradients of equal candidates would
-    # consist of rounding errors.
+    # The gradients of equal candidates are only rounding errors. So the rows are not expanded, and
+    # not normalised if ``dim`` is 1.
     query, candidate = (
         torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns)
     )
@@ -245,7 +246,7 @@ KEYS = ("query_key", "candidate_key", "query_id", "candidate_id")
 def _seen(
     query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id
 ) -> Tensor:
-    """Return which pairs (B, C) are valid according to the documentation."""
+    """Return a mask (B, C) of the pairs that are valid according to the documentation."""
     target = torch.arange(len(query)) if target is None else target
     own = target[:, None] == torch.arange(len(candidate))
     seen = torch.ones_like(own)
@@ -285,7 +286,7 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
         )
     if draw.given("mask", 0.4):
         options["token_padding_mask"] = draw.flags(draw.pick("", 0.3, 1.0), tokens)
-    if draw.given("indices", 0.2):  # only experts that may be used
+    if draw.given("indices", 0.2):  # only available experts
         noise = torch.rand(tokens, experts, generator=draw.generator).masked_fill(~usable, -1)
         options["indices"] = draw.place(noise.argsort(1, descending=True)[:, :k].contiguous())
         if not options.get("available", usable).all() and 0 in options["indices"].stride():
@@ -344,7 +345,7 @@ def routing_from_indices(draw: Draw) -> dict:
 def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
-    # Not expanded, because it is written in place.
+    # The bias is not expanded, because the function writes it in place.
     bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())
     return dict(
         bias=bias,
@@ -355,9 +356,9 @@ def update_selection_bias(draw: Draw) -> dict:
 
 
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
-    """Return a routing of T tokens and its mask.
+    """Return a routing of T tokens and its padding mask.
 
-    It is sorted with or without a kernel; each of its tensors has its own memory layout.
+    The rows are sorted by a kernel or by plain PyTorch. The layout of each tensor is drawn.
     """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)
@@ -450,7 +451,7 @@ MAKERS = {
     )
 }
 MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}
-# An op may define its makers in tests/<op>_inputs.py, so that no shared file changes.
+# A new op can define its makers in tests/<op>_inputs.py, so that this file need not change.
 for op in OPS:
     if importlib.util.find_spec(f"{op}_inputs"):
         MAKERS |= importlib.import_module(f"{op}_inputs").MAKERS

@@ -1,7 +1,4 @@
-"""Models for test_fuse.py, with their inputs.
-
-They are small instances of real classes of torch, timm, open_clip and transformers.
-"""
+"""Small models from torch, timm, open_clip and transformers for test_fuse.py, with inputs."""
 
 import pytest
 import torch
@@ -9,11 +6,11 @@ from torch import nn
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-B, N, D, K, H = 3, 11, 36, 20, 3  # samples, tokens, width, width of an encoder's tokens, heads
+B, N, D, K, H = 3, 11, 36, 20, 3  # samples, tokens, width, width of encoder tokens, heads
 
 
 class Pool(nn.Module):
-    """Learned queries with torch's own attention, as users write it."""
+    """Attention pooling with learned queries and ``nn.MultiheadAttention``."""
 
     def __init__(self, shape, **options):
         super().__init__()
@@ -28,7 +25,7 @@ class Pool(nn.Module):
 
 
 def library(path, *args, **options):
-    """Create an object of that class; skip the test if its library is not installed."""
+    """Create an instance of the class at ``path``; skip the test if its library is missing."""
     module, _, name = path.rpartition(".")
     return getattr(pytest.importorskip(module), name)(*args, **options)
 
@@ -149,7 +146,8 @@ CROSS, SELF = (
     {f"encoder.layer.{i}.attention.attention" for i in (0, 1)},
 )
 
-# name -> (make a model, its inputs, call it, names that are swapped, names that are left)
+# name -> (function that creates the model, names of its inputs, function that calls it, names of
+# the modules that mmfused.fuse swaps, names of attention modules that it leaves unchanged)
 CASES = {
     "torch, root": (
         lambda: torch_attention(kdim=K, vdim=K),

@@ -1,4 +1,4 @@
-"""Mixtures of experts for test_fuse_moe.py: real transformers classes, tiny, from configs."""
+"""Tiny mixture-of-experts models from transformers, for test_fuse_moe.py."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ SIZES = dict(
 
 
 def made(model, prefix, name, config="Config", **options):
-    """Create transformers' ``model`` from its own config."""
+    """Create an instance of a class of transformers' package ``model``, with tiny sizes."""
     package = f"transformers.models.{model}"
     config = getattr(pytest.importorskip(f"{package}.configuration_{model}"), f"{prefix}{config}")
     config = config(**{**SIZES, **options})
@@ -45,7 +45,7 @@ mixtral, qwen2, qwen3 = (
     causal("qwen3_moe", "Qwen3Moe"),
 )
 
-# name -> a causal language model
+# name -> function that creates a causal language model
 CASES = {
     "mixtral": mixtral,
     "mixtral, all experts": causal("mixtral", "Mixtral", num_experts_per_tok=E),
@@ -60,7 +60,7 @@ CASES = {
     "qwen3": causal("qwen3_moe", "Qwen3Moe", norm_topk_prob=True, num_experts_per_tok=3),
 }
 
-# Other models with the same experts; only their sparse block is used.
+# Other models with experts of the same kind. Only their sparse MoE block is tested.
 BLOCKS = {
     "olmoe": ("Olmoe", "Config"),
     "qwen3_next": ("Qwen3Next", "Config"),
@@ -87,7 +87,7 @@ def block(model, dtype=torch.float64):
 
 
 def experts(path, dtype=torch.float64, **options):
-    """Create an experts class that no swap knows, from only the settings that it reads."""
+    """Create an experts module from a config with only the settings that the module reads."""
     sizes = dict(
         hidden_size=D,
         intermediate_size=24,
@@ -114,7 +114,7 @@ def batch():
 
 
 def run(model, seed=3, **more):
-    """Return logits, loss with the aux loss, router logits, and all parameter gradients."""
+    """Return the logits, losses, router logits, and gradients of all parameters, by name."""
     torch.manual_seed(seed)  # for the router's jitter
     out = model(**batch(), output_router_logits=True, **more)
     results = {"logits": out.logits, "loss": out.loss, "aux": out.aux_loss}
@@ -146,7 +146,7 @@ def run_block(module, dtype=torch.float64):
 
 
 def choices(k=2, tokens=19, dtype=torch.float64, experts=E):
-    """Return tokens, chosen experts and weights: the inputs of an experts module."""
+    """Return the inputs of an experts module: tokens, chosen experts and routing weights."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k].to(DEVICE)

@@ -1,7 +1,4 @@
-"""Invalid arguments of every public function.
-
-One argument of a valid call is made invalid, and the error must name it.
-"""
+"""Calls of every public function with one invalid argument, which the error must name."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 import mmfused
 
 NAN, LEARNED = float("nan"), torch.tensor(0.1, requires_grad=True)
-# Values that each option rejects. Options missing here accept any value.
+# Values that each option rejects.
 BAD_OPTIONS = {
     "num_heads": (0, -1, 10**6),
     "form": ("nonsense",),
@@ -41,6 +38,7 @@ BAD_OPTIONS = {
     "normalise": (0, -1.0),
     "temperature": (0.0, -1.0),
 }
+# Options whose values are not made invalid.
 ANYTHING_GOES = (
     "scale",
     "norm_eps",
@@ -54,7 +52,7 @@ ANYTHING_GOES = (
     "margin",
 )
 ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing", "group")
-# Integers out of range for some argument; a CPU checks values and must reject them.
+# Invalid values in tensor arguments, which must be rejected on a CPU.
 BAD_VALUES = {
     "target": (-1, 10**6),
     "query_key": (-1,),
@@ -69,7 +67,7 @@ UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
 def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
-    """Return the faults of one refusal.
+    """Call a function with one invalid argument; return the faults, at most one.
 
     A fault is a call without an error, the wrong type of error, or an error that does not name the
     argument.
@@ -91,10 +89,12 @@ def refused(function: str, inputs: dict, backend: str, choice: random.Random) ->
         _, named, sentence = str(error).partition(f"{function}:")
         if named and any(re.search(rf"\b{re.escape(word)}\b", sentence) for word in names):
             return []
-        return [f"with {name} {what}, the error does not name it: {type(error).__name__}: {error}"]
+        return [
+            f"with {name} {what}, the error does not name {name}: {type(error).__name__}: {error}"
+        ]
     except Exception as error:
         return [f"with {name} {what}: {type(error).__name__}: {error}"]
-    return [f"with {name} {what} nothing is refused."]
+    return [f"with {name} {what}, no error is raised."]
 
 
 def _breaks(function: str, inputs: dict):
@@ -105,11 +105,11 @@ def _breaks(function: str, inputs: dict):
             for value in BAD_OPTIONS.get(name, ()):
                 yield name, f"= {value!r}", inputs | {name: value}
     if "routing" in inputs:
-        yield "routing", "a tuple", inputs | dict(routing=tuple(inputs["routing"]))
+        yield "routing", "as a tuple", inputs | dict(routing=tuple(inputs["routing"]))
     for path, x in leaves(inputs).items():
-        if path.startswith("routing."):  # was created by the library
+        if path.startswith("routing."):  # created by mmfused, so never invalid
             continue
-        yield path, "a list", replaced(inputs, {path: [x.tolist()]})
+        yield path, "as a list", replaced(inputs, {path: [x.tolist()]})
         if x.is_floating_point() and path not in ("row_weight", "scale"):
             yield (
                 path,
@@ -119,14 +119,14 @@ def _breaks(function: str, inputs: dict):
         elif not x.is_floating_point():
             yield path, "of floats", replaced(inputs, {path: x.float()})
         if path != "temperature" and path not in ANYTHING_GOES:
-            yield path, "with two dimensions more", replaced(inputs, {path: x[None, None]})
+            yield path, "with two more dimensions", replaced(inputs, {path: x[None, None]})
         if x.dim() and x.numel():
             for value in BAD_VALUES.get(path, ()):
                 yield path, f"holding {value}", replaced(inputs, {path: _holding(x, value)})
 
 
 def _holding(x: Tensor, value: object) -> Tensor:
-    """Return copies of a tensor with ``value`` in the first row and everywhere."""
+    """Return a copy of ``x`` with ``value`` in the first row."""
     x = x.clone()
     x[0] = value
     return x

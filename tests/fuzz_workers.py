@@ -1,6 +1,6 @@
-"""Fuzz for some minutes in several processes.
+"""Fuzz in several processes for a given time.
 
-Prints one line per minute, and every fault with the command that reproduces it.
+Print one line per minute, and every fault with the command that reproduces it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOO_LONG = 600.0  # seconds per case
 
 
 class Worker:
-    """A process that tries one case after another; a case may crash or hang it."""
+    """A process that runs one case after another, restarted if a case crashes or hangs."""
 
     def __init__(self):
         self.start()
@@ -34,16 +34,16 @@ class Worker:
         self.pipe.send(case)
 
     def result(self) -> str | None:
-        """Return the fault of its case, "" if there is none, None while it still runs."""
+        """Return the fault of the current case, "" if it passed, None while it runs."""
         if self.pipe.poll():
             try:
                 return self.pipe.recv()
             except EOFError:
                 self.process.join()
-                fault = f"the process ended with {self.process.exitcode}."
+                fault = f"the process exited with code {self.process.exitcode}."
         elif time.monotonic() - self.since > TOO_LONG:
             self.process.kill()
-            fault = f"no end after {TOO_LONG:g} s."
+            fault = f"timed out after {TOO_LONG:g} s."
         else:
             return None
         self.start()
@@ -60,12 +60,12 @@ def _serve(pipe: Connection) -> None:
 
 
 def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) -> int:
-    """Run all functions with seeds starting at ``first`` (None: new seeds).
+    """Run all functions with seeds starting at ``first`` (None: a random seed).
 
-    Returns 1 if a case failed.
+    Returns the exit status: 1 if a case failed, otherwise 0.
     """
     first = int.from_bytes(os.urandom(5), "big") if first is None else first
-    print(f"seeds from {first} on, {workers} processes, {minutes:g} minutes", flush=True)
+    print(f"seeds from {first}, {workers} processes, {minutes:g} minutes", flush=True)
     cases: Iterator = (
         (function, seed) for seed in itertools.count(first) for function in functions
     )
@@ -94,5 +94,5 @@ def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) 
             print(f"{minute} min: {sum(done.values())} cases, {failed} failed", flush=True)
             minute += 1
     print("\n".join(f"{function:40}{done[function]:7}" for function in functions))
-    print(f"{sum(done.values())} cases from seed {first} on, {failed} failed", flush=True)
+    print(f"{sum(done.values())} cases from seed {first}, {failed} failed", flush=True)
     return int(failed > 0)

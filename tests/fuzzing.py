@@ -1,16 +1,17 @@
 """Random calls of every public function, compared with the float64 reference.
 
-A case is determined by its function and seed.
-
-    # One case: its inputs and its fault.
+    # Run one case, and print its inputs and fault.
     python tests/fuzzing.py --function masked_info_nce --seed 123
-    # New seeds, in several processes; exits with 1 if one fails.
+    # Run new cases in several processes; the exit status is 1 if a case fails.
     python tests/fuzzing.py --minutes 60
 
-Shapes, dtypes, memory layouts and options are drawn (function_inputs.py). Values that no op may
-read are NaN, and allocated memory holds garbage. Most cases check that values and gradients stay
-within the error budget, on the composed path or the kernels. Some put NaN into one row, which must
-not change the other rows; some make one argument invalid, and the error must name it.
+A function and a seed determine a case. The seed draws shapes, dtypes, memory layouts and options
+(function_inputs.py), and the backend: composed or fused. Values that the function must not read are
+NaN or infinite, and newly allocated memory holds garbage.
+
+There are three kinds of cases. Most check that values and gradients stay within the error budget.
+Some write NaN or infinity into one row of an input, and check that the other rows do not change.
+Some make one argument invalid, and check that the error names the argument.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
     "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
 }
-# Functions whose output has one row per row of an input, and the name of that input.
+# Functions that return one row (along dimension 0) per row of an input, and the name of that input.
 ROWS = {
     "query_pooling": "x",
     "gated_cross_attention": "context",
@@ -70,7 +71,7 @@ ROWS = {
     "grouped_mlp": "x",
 }
 ROW_OUTPUTS = ("out", "out0", "out1", "indices", "weights")
-NEIGHBOURS = (6, 40)  # more if the first ones leave a fault
+NEIGHBOURS = (6, 40)  # numbers of neighbouring inputs: 40 only if 6 do not clear every fault
 
 
 class Case:
@@ -127,7 +128,7 @@ class Case:
         return "\n".join([*lines, f"  {options}"])
 
     def upstream(self, name: str, out: Tensor) -> Tensor | None:
-        """Draw upstream gradients, the same for all runs of the case and all output dtypes."""
+        """Draw the upstream gradient of an output, the same in all runs of the case."""
         drawn = random.Random(f"{self.function} {self.seed} {name}")
         if self.silent and drawn.random() < 0.5:
             return None
@@ -145,13 +146,13 @@ class Case:
         layout: str | None = None,
         **options,
     ) -> dict:
-        torch.manual_seed(self.seed)  # used when a dropout seed is drawn because none is passed
+        torch.manual_seed(self.seed)  # for dropout and jitter if no seed tensor is passed
         options = dict(wanted=self.wanted, upstream=self.upstream, layout=self.layout) | options
         with sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext():
             return run(self.function, inputs, backend, checkpointed=checkpointed, **options)
 
     def faults(self) -> list[str]:
-        """Return one sentence per fault, empty if there is none."""
+        """Run the case and return one sentence per fault."""
         if self.kind == "refusal":
             return refused(
                 self.function,
@@ -165,19 +166,19 @@ class Case:
                 return self._other_rows(actual)
             found = []
             if self.repeats and not _same(actual, self.run(self.inputs, self.backend)):
-                found.append("a second run differs in bits.")
+                found.append("a second run is not bitwise equal.")
             if self.checkpointed and not _same(
                 actual, self.run(self.inputs, self.backend, checkpointed=True)
             ):
-                found.append("under a checkpoint it differs in bits.")
+                found.append("a run with activation checkpointing is not bitwise equal.")
         if self.function in ROUTERS:
             found += _choice_faults(self, actual["indices"])
         return found + self._compare(actual, self._replayed(actual))
 
     def _replayed(self, actual: dict) -> dict:
-        """Make the float64 oracle choose the same experts.
+        """Return inputs with which the reference uses the experts that ``actual`` chose.
 
-        Near a tie either choice is right; :func:`_choice_faults` checks it.
+        Near a tie, more than one choice is right; :func:`_choice_faults` checks the choice.
         """
         return (
             self.inputs | dict(indices=actual["indices"])
@@ -188,14 +189,14 @@ class Case:
     def _compare(self, actual: dict, inputs: dict) -> list[str]:
         exact = self.run(in_float64(inputs), "reference")
         plain = self.run(inputs, "reference")
-        whole = [name for name, value in exact.items() if not value.is_floating_point()]
+        integers = [name for name, value in exact.items() if not value.is_floating_point()]
         found = [
             f"{name} differs."
-            for name in whole
+            for name in integers
             if not torch.equal(actual[name].cpu(), exact[name].cpu())
         ]
         parts, more = _finite(
-            {name: value for name, value in exact.items() if name not in whole}, actual, plain
+            {name: value for name, value in exact.items() if name not in integers}, actual, plain
         )
         found += more
         given = leaves(inputs)
@@ -207,7 +208,7 @@ class Case:
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
-            # float64 has no better oracle: compare with its result at the unchanged input.
+            # Nothing is more exact than float64: compare with its result at the unchanged input.
             exact_there = (
                 exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
             )
@@ -216,7 +217,7 @@ class Case:
         return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
 
     def _other_rows(self, clean: dict) -> list[str]:
-        """Check that a non-finite row of one input does not change other rows and gradients."""
+        """Check that a non-finite row of one input does not change other rows or gradients."""
         path = ROWS[self.function]
         x = leaves(self.inputs)[path]
         if len(x) < 2 or not x[0].numel():
@@ -240,14 +241,14 @@ class Case:
             rows(x.double(), in_float64(inputs), "reference"),
             rows(x, inputs, "reference"),
         )
-        whole = [name for name in names if not exact[name].is_floating_point()]
+        integers = [name for name in names if not exact[name].is_floating_point()]
         found = [
             f"{name} of another row differs."
-            for name in whole
+            for name in integers
             if not torch.equal(actual[name], exact[name])
         ]
         actual, exact, plain = (
-            {k: v for k, v in part.items() if k not in whole} for part in (actual, exact, plain)
+            {k: v for k, v in part.items() if k not in integers} for part in (actual, exact, plain)
         )
         parts, more = _finite(exact, actual, plain)
 
@@ -284,25 +285,28 @@ def judge(
 ) -> list[str]:
     """Return the faults of :func:`over_budget` that neighbouring inputs confirm.
 
-    At a single input, plain PyTorch's error may happen to be small and the other error large,
-    especially if a tensor has few elements. So both errors are measured at this input and at its
-    neighbours, which differ by one rounding (``near`` runs all three there). The mean error may be
-    three times plain's (not two, as the roundings of drawn inputs are not independent), and the
-    error at this input 12 times plain's largest. If the exact result differs between the neighbours
-    by more than plain's error, that difference replaces plain's error: plain may happen to add the
-    terms of a sum in a favourable order at all of them, and no formula needs to be more exact than
-    one rounding of its input.
+    At a single input, plain PyTorch's error may happen to be small, especially if a tensor has few
+    elements. So the errors of the implementation and of plain PyTorch are measured at this input
+    and at neighbouring inputs, which differ by one rounding. ``near`` returns (actual, exact,
+    plain) at a neighbour. Two conditions are checked:
 
-    A gradient that is 0 except for rounding has no scale of its own. ``sizes``, the norms of the
-    inputs, yield a reference scale: the size of a gradient that would change the loss by as much as
-    the most influential input does, or by 1. The gradient may differ by a few roundings of
-    ``dtype`` relative to that scale.
+    - The mean error is at most 3 times plain PyTorch's mean error. A factor of 2 would be too
+      small, because the roundings of drawn inputs are not independent.
+    - The error at this input is at most 12 times plain PyTorch's largest error.
 
-    The same tolerance applies to every gradient that depends on rowsum(dO O) of a fused attention
-    (``delta_rounds``), and it may have 16 times plain's mean error: torch's attention, the pooling
-    kernel at large logits, cross-attention in 16 bits. As that sum is rounded separately, dS does
-    not sum to 0 as it does in the softmax backward of plain PyTorch. Half of the attention cases
-    run on "math", which must stay within the budget.
+    No formula needs to be more exact than one rounding of its input. If the exact result changes
+    between neighbours by more than plain PyTorch's error, that change replaces the error.
+
+    The norm of a gradient that is 0 except for rounding is no measure of its error. ``sizes``, the
+    norms of the inputs, yield another scale: the norm of a gradient that would change the loss as
+    much as the most influential input does, or by 1. The error may be a few roundings of ``dtype``
+    relative to that scale.
+
+    ``delta_rounds``: the backward pass of a fused attention rounds rowsum(dO * O) separately, so
+    the gradients of the logits of a query do not sum to exactly 0. This holds for torch's
+    attention, the pooling kernel at large logits and cross-attention in 16 bits. These cases get
+    more roundings on the scale above for every gradient, and the factors 16 and 64 instead of 3
+    and 12.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -334,13 +338,13 @@ def _over_budget_of_means(
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        # More consecutive products than plain PyTorch has; those of 16-bit numbers are in float32.
+        # Implementations may round more consecutive products than plain PyTorch does.
         rounding *= 4 if rounding < 1e-3 else 1
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = few * torch.finfo(dtype).eps
         scale = scale or 1.0
-        # In float64 the oracle rounds too.
+        # The float64 reference has rounding errors too.
         if sizes.get(name) and (delta_rounds or dtype == torch.float64):
             rounding += few * torch.finfo(dtype).eps * effect / sizes[name] / scale
         factor = 16 if delta_rounds else 3
@@ -367,7 +371,7 @@ def _distance(a: Tensor, exact: Tensor) -> float:
 
 
 def _small_blocks(choice: random.Random):
-    """In half of the cases, make the blocks of the small losses smaller than a case."""
+    """In half of the cases, make the blocks of ``mmfused.losses`` smaller than the inputs."""
     return (
         mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20)
         if choice.random() < 0.5
@@ -383,7 +387,7 @@ def _same(a: dict, b: dict) -> bool:
 
 
 def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
-    """Change each number by one rounding; in float64, which has no better oracle, by up to 64."""
+    """Change each number by at most one rounding, or 64 in float64."""
     new = {}
     for path, x in leaves(inputs).items():
         if x.is_floating_point():
@@ -394,10 +398,10 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 
 
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
-    """Set all three to 0 where the oracle is not finite; return them, and the faults found.
+    """Return (actual, exact, plain) with 0 where ``exact`` is not finite, and the faults found.
 
-    Tokens that are returned unchanged may hold NaN. A gradient is not compared if the oracle's is
-    not finite, or if plain PyTorch overflows in that dtype.
+    An output may hold NaN if tokens are returned unchanged. Results for which plain PyTorch
+    overflows are dropped, and gradients if the exact gradient is not finite.
     """
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():
@@ -412,7 +416,7 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
             continue
         same = torch.where(want.isnan(), got.isnan(), got.double() == want) | there
         if not same.all():
-            faults.append(f"{name}: finite where the oracle is not.")
+            faults.append(f"{name}: NaN and infinity differ from those of the float64 reference.")
             continue
         for part, value in zip(kept, (actual, exact, plain), strict=True):
             part[name] = value[name].masked_fill(~there, 0.0)
@@ -422,14 +426,14 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
 def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     """Check that the chosen experts have the k largest scores, within rounding.
 
-    If the logits alone decide, the indices must match exactly.
+    If the op ranks the given logits themselves, the indices must match exactly.
     """
     given = in_float64(case.inputs)
     if given.get("indices") is not None:
         return (
             []
             if torch.equal(indices, given["indices"])
-            else ["indices: not those that were given."]
+            else ["indices: differ from the given indices."]
         )
     mask, segments, available = (
         given.get(name) for name in ("token_padding_mask", "segments", "available")
@@ -444,7 +448,7 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     tokens, experts = logits.shape
     live = torch.ones(tokens, dtype=torch.bool) if mask is None else ~mask
     if indices.shape != (tokens, k) or not ((indices >= 0) & (indices < experts)).all():
-        return [f"indices: shape {tuple(indices.shape)}, or a number that is no expert."]
+        return [f"indices: got shape {tuple(indices.shape)}, or an index out of range."]
     logits = logits.masked_fill(~live[:, None], 0.0)
     if given.get("jitter"):
         torch.manual_seed(case.seed)
@@ -482,11 +486,11 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     if not error.dim():
         right &= (indices == key.sort(dim=1, descending=True, stable=True).indices[:, :k]).all(1)
     wrong = (~right & live).nonzero()[:, 0].tolist()
-    return [f"indices: tokens {wrong[:5]} did not get the largest."] if wrong else []
+    return [f"indices: tokens {wrong[:5]} have experts of lower scores."] if wrong else []
 
 
 def attempt(function: str, seed: int) -> tuple[str, str]:
-    """Return ("", kind of the case) if it passes, otherwise (the fault, ...)."""
+    """Return the faults of a case ("" if it passes) and the kind of the case."""
     case = None
     try:
         with warnings.catch_warnings():
@@ -506,18 +510,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--function", choices=sorted(MAKERS), help="only this one")
+    parser.add_argument("--function", choices=sorted(MAKERS), help="default: every function")
     parser.add_argument(
         "--seed",
         type=int,
-        help="one case: needs --function; with --minutes or --cases, the first seed",
+        help="seed of one case of --function; with --minutes or --cases, the first seed",
     )
     parser.add_argument(
-        "--cases", type=int, help="so many seeds of each function from --seed on, in this process"
+        "--cases", type=int, help="number of cases of each function, run in this process"
     )
-    parser.add_argument("--minutes", type=float, help="new seeds for so long")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes of --minutes"
+        "--minutes", type=float, help="run cases for this long in several processes"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes for --minutes"
     )
     args = parser.parse_args()
     functions = [args.function] if args.function else list(MAKERS)
@@ -526,7 +532,7 @@ def main() -> None:
 
         sys.exit(fuzz(functions, args.minutes, args.workers, args.seed))
     if args.cases is None and (args.function is None or args.seed is None):
-        parser.error("give --function and --seed, or --minutes, or --cases")
+        parser.error("expected --function and --seed, or --minutes, or --cases")
     failed = 0
     for seed in range(args.seed or 0, (args.seed or 0) + (args.cases or 1)):
         for function in functions:

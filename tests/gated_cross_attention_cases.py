@@ -1,4 +1,4 @@
-"""Inputs for the tests of the kernels of gated cross-attention, and a function that runs a case."""
+"""Inputs for the tests of the gated cross-attention kernels, and a function that runs a case."""
 
 import torch
 from torch import nn
@@ -8,10 +8,10 @@ from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates to bfloat16 where hardware rounds, so it is tested only on a GPU.
+# The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, M, D, heads, context width of GatedCrossAttention), unusual sizes on purpose
+# name -> (B, N, M, D, heads, context width of GatedCrossAttention). Sizes are unusual on purpose.
 SHAPES = {
     "odd": (4, 9, 11, 70, 2, 70),
     "narrow": (4, 6, 7, 20, 2, 36),
@@ -24,9 +24,9 @@ SHAPES = {
 
 
 def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **options):
-    """Return a module with random parameters, its tokens, and the masks as keywords.
+    """Return a module with random parameters, its tokens, and its masks by argument name.
 
-    ``masks``: "mixed", "present" or "none".
+    ``masks``: "none", "present" (some contexts are absent) or "mixed" (padding too).
     """
     batch, n, m, dim, heads, context = SHAPES[shape]
     if both:
@@ -46,7 +46,7 @@ def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **opt
     if masks == "mixed":
         ignore = torch.rand(batch, m) < 0.3
         ignore[-1, : m - m // 3] = True  # padded on the left
-        ignore[0, 0] = True  # the first valid token of an absent context is its second
+        ignore[0, 0] = True  # in an absent context, the first valid token is not token 0
         extra[f"{second}_key_padding_mask"] = ignore
         if both:
             extra["a_lengths"] = torch.randint(1, n + 1, (batch,))
@@ -55,7 +55,7 @@ def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **opt
 
 
 def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
-    """Return outputs and the gradients of tokens and parameters, by name."""
+    """Return the outputs and the gradients of tokens and parameters, by name."""
     dtype = dtype or inputs[0].dtype
     module = module.to(dtype)
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -69,8 +69,8 @@ def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
     gradients = torch.autograd.grad(outs, list(named.values()), upstream)
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
-    # The error of a single number is too random to judge, so the bias of a token gate is joined to
-    # its weight.
+    # The error of a single number is too random to judge, so the gradient of a token gate's bias is
+    # appended to that of its weight.
     for name in [name for name, gradient in results.items() if gradient.shape == (1,)]:
         weight = name.replace("bias", "weight")
         results[weight] = torch.cat([results[weight], results.pop(name)[None]], 1)

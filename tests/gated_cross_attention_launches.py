@@ -13,7 +13,7 @@ from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choos
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Cover even widths, odd widths and widths above 256, with different loads and launches."""
+    """Cover aligned widths, unaligned widths and widths above 256, which use different launches."""
     yield lambda: attend(24, 3, dropout=0.2)
     yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
     yield lambda: attend(
@@ -40,9 +40,10 @@ def attend(
 ) -> None:
     """Call a module forward and backward.
 
-    One sample lacks a side, another has a fully masked second side, the others are partly masked.
+    Some samples lack a side; the second side of sample 2 is fully masked, and of the others partly.
 
-    ``context``: the context width of ``GatedCrossAttention``; None: both directions.
+    ``context``: the context width of ``GatedCrossAttention``. None:
+    ``BidirectionalGatedCrossAttention`` is called.
     """
     both, batch = context is None, 4
     kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention

@@ -1,7 +1,4 @@
-"""Inputs for the tests of the experts' kernels.
-
-Together the shapes reach every kernel; ``run_mlp`` runs a case.
-"""
+"""Inputs for the tests of the grouped MLP kernels, and functions that run a case."""
 
 import torch
 
@@ -11,14 +8,13 @@ from mmfused.testing import over_budget, value_and_gradients
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested only on a
-# GPU.
+# The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (T, E, k, D, I, Dout), with unusual sizes on purpose
+# name -> (T, E, k, D, hidden width, Dout). Sizes are unusual on purpose, and use every kernel.
 SHAPES = {
     "odd": (37, 5, 2, 70, 50, 36),
-    "even": (29, 5, 3, 80, 80, 48),  # rows of 16 bytes: uses the 16-bit plans for aligned sizes
+    "even": (29, 5, 3, 80, 80, 48),  # multiples of 16, so that 16-bit dtypes use aligned loads
     "wide": (11, 3, 1, 300, 70, 90),
     "many tiles": (257, 16, 2, 12, 70, 9),
     "top 1": (257, 13, 1, 6, 10, 7),
@@ -35,9 +31,10 @@ def randn(*shape):
 
 
 def choose_experts(tokens, experts, k, choice="random"):
-    """Return indices (T, k) int64.
+    """Return the chosen experts (T, k) int64.
 
-    "one": expert 1 is the first choice of every token; "half": the even experts get no tokens.
+    ``choice="one"``: expert 1 is the first choice of every token. "half": experts with even numbers
+    get no tokens.
     """
     score = torch.rand(tokens, experts)
     if choice == "one":
@@ -48,9 +45,9 @@ def choose_experts(tokens, experts, k, choice="random"):
 
 
 def make_mlp(shape="odd", variant="gelu", bias=True):
-    """Return the leaves for :func:`run_mlp` in float64.
+    """Return the float64 arguments of :func:`run_mlp` that get gradients.
 
-    "packed" is swiglu with gate and up in one tensor.
+    The variant "packed" is SwiGLU with the gate and up weights in one tensor.
     """
     tokens, experts, k, dim, width, out = SHAPES[shape] if isinstance(shape, str) else shape
     leaves = dict(
@@ -78,10 +75,10 @@ def run_mlp(
     frozen=(),
     sort="composed",
 ):
-    """Return output and gradients.
+    """Return the output and the gradients.
 
-    ``sort``: the backend that sorts the rows; the composed one leaves the map of tiles to the
-    launcher.
+    ``sort``: the backend that sorts the rows. "composed" makes no tile map, so the launcher of the
+    grouped MLP makes the map.
     """
     experts, activation = len(leaves["w_down"]), "swiglu" if variant == "packed" else variant
 
@@ -111,14 +108,14 @@ def run_linear(
 
 
 def cast(leaves, dtype, frozen=()):
-    """Cast to ``dtype`` and keep the strides; routing weights stay at least float32."""
+    """Cast the leaves to ``dtype``, but routing weights to at least float32; keep the strides."""
     wide = torch.promote_types(dtype, torch.float32)
     cast = {k: v.to(DEVICE, wide if k == "weights" else dtype) for k, v in leaves.items()}
     return {k: v.requires_grad_(k not in frozen) for k, v in cast.items()}
 
 
 def check(run, *args, dtype=torch.float32, **options):
-    """Check that fused is within the error budget of the reference; return the fused results."""
+    """Check that the fused backend is within the error budget, and return its results."""
     exact, plain = (run(*args, kind, "reference", **options) for kind in (torch.float64, dtype))
     fused = run(*args, dtype, "fused", **options)
     assert not over_budget(fused, exact, plain)

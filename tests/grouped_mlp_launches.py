@@ -23,9 +23,10 @@ def launches() -> Iterator[Callable[[], None]]:
 
 
 def sorted_rows(tokens, experts, k, sort="fused") -> tuple[mmfused.Routing, Tensor]:
-    """Route tokens, some of them masked and none to expert 1.
+    """Return a routing and its weights; some tokens are masked, and expert 1 gets no tokens.
 
-    ``sort``: the backend that sorts; after "composed" the experts compute the map of tiles.
+    ``sort``: the backend that sorts the rows. "composed" makes no tile map, so the launcher of the
+    grouped MLP makes the map.
     """
     indices = (
         torch.rand(tokens, experts, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Shared by the tests of masked InfoNCE: inputs, a run, and the definition as loops."""
+"""Helpers for the masked InfoNCE tests: inputs, a call, and the loss computed in loops."""
 
 import torch
 from torch.nn.functional import normalize
@@ -8,7 +8,7 @@ from mmfused import masked_info_nce
 from mmfused.testing import value_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, C, D = 37, 53, 6  # three blocks of 16 rows with small blocks
+B, C, D = 37, 53, 6  # more than two blocks of 16 rows
 
 
 def make(
@@ -24,7 +24,7 @@ def make(
     weight=False,
     **options,
 ):
-    """Return arguments of masked_info_nce; embeddings and temperature are leaves."""
+    """Return the arguments of masked_info_nce; embeddings and temperature require gradients."""
 
     def integers(low, high, n):
         return torch.randint(low, high, (n,)).to(DEVICE)
@@ -38,8 +38,8 @@ def make(
     ).requires_grad_()
     if keys != "none":
         high = {"one": 1, "three": 3, "many": 2 * c}[keys]
-        inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: shared by all rows
-        if keys != "three":  # otherwise a row has the key of its target, which may be -1
+        inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: valid for every row
+        if keys != "three":  # without query keys, a row has its target's key, which may be -1
             inputs["query_key"] = integers(0, high, b)
     if same_id is not None:
         inputs |= dict(candidate_id=integers(0, c // 3 + 1, c), same_id=same_id)
@@ -93,7 +93,7 @@ def in_loops(
     false_negative_margin=None,
     reduction="mean",
 ):
-    """Compute the documented definition, one pair at a time."""
+    """Compute masked InfoNCE as documented, one pair at a time."""
     b, c = len(query), len(candidate)
     target = list(range(b)) if target is None else target.tolist()
     if candidate_key is not None:

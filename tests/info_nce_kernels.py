@@ -1,4 +1,4 @@
-"""Shared by the tests of masked InfoNCE's kernels: small tiles, inputs, runs within the budget."""
+"""Helpers for the tests of the masked InfoNCE kernels: small tiles, inputs, and error budgets."""
 
 import dataclasses
 
@@ -16,9 +16,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
-    """Use 16 x 32 tiles, chunks of 32 x 64 dS, and column partials for two groups of rows.
+    """Replace the plan by one with 16 x 32 tiles, so that small inputs have several tiles.
 
-    On a GPU only the backward is forced to use them.
+    The backward works on chunks of 32 x 64 pairs, and the rows are in two groups with partial
+    results of the columns. On a GPU the plan changes only in the kind of ``backward``.
     """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
@@ -56,7 +57,7 @@ def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
 
 
 def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
-    """Return value and gradients; in any dtype the embeddings are first rounded to 16 bits."""
+    """Return the value and gradients; float64 embeddings are first rounded to float16."""
     rounded = {
         k: v.to(torch.float16 if dtype == torch.float64 else dtype)
         for k, v in inputs.items()
@@ -71,7 +72,7 @@ def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream
 
 
 def compare(inputs, options, dtype=torch.float32, name="fused"):
-    """Return results of a backend, of the reference in float64, and of it in the same dtype."""
+    """Return the results of a backend, and of the reference in float64 and in ``dtype``."""
     inputs = {
         k: v.to(dtype).double() if k != "temperature" else v.float().double()
         for k, v in inputs.items()
@@ -88,8 +89,8 @@ def compare(inputs, options, dtype=torch.float32, name="fused"):
     )
     plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
     got = run(inputs, options, dtype, name=name, upstream=upstream)
-    # A single number that is a sum over rows: its error is relative to the sum of the absolute
-    # values.
+    # The temperature gradient is a single number, a sum over rows. Measure its error relative to
+    # the sum of the absolute values.
     rows = (exact["query"] * want["dquery"]).detach().sum(1) / exact["temperature"].detach()
     for results in (got, want, plain):
         slope = results["dtemperature"]
@@ -104,9 +105,9 @@ def check(inputs, options, dtype=torch.float32, name="fused"):
 
 
 def check_together(cases, dtype=torch.float32, name="fused"):
-    """Check the budget of many small cases together.
+    """Check the error budget of many small cases together.
 
-    With few numbers, the error of a single case is too random.
+    A single case has so few numbers that its error is too random.
     """
     together = ({}, {}, {})
     for inputs, options in cases:

@@ -25,9 +25,9 @@ def launches() -> Iterator[Callable[[], None]]:
 
 
 def in_pieces(*shape, **options) -> None:
-    """Run as for a batch larger than the scratch memory.
+    """Call the loss with the smallest scratch memory, as if the batch were very large.
 
-    Programs then accumulate in their own column sums, and dS is computed in several chunks.
+    All rows are then in one group, and the backward computes the gradients of the logits in chunks.
     """
 
     def change(plan, *_):
@@ -49,7 +49,11 @@ def contrast(
     smoothing=0.0,
     dtype=HALF,
 ) -> None:
-    """Exclude some candidates from all rows and some from none; one of the former holds NaN."""
+    """Call the loss forward and backward.
+
+    With ``keys``, candidates with key -1 are valid for every row. The last candidate has a key that
+    no row has; its embedding is NaN.
+    """
     query, candidate = (randn(n, dim, dtype=dtype, std=dim**-0.5).detach() for n in (rows, columns))
     masks = {}
     if keys:

@@ -1,7 +1,7 @@
-"""Every module, with the options that matter for torch.func, torch.export and ONNX.
+"""Every public module, with the options that matter for torch.func, torch.export and ONNX.
 
-A case is a name, a module in float64 and a function ``make(batch, tokens)``, which returns its
-positional and its keyword arguments.
+A case is a name, a module and a function ``make(batch, tokens)`` that returns the positional and
+keyword arguments of the module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def some(*shape: int) -> Tensor:
-    """Return flags, about half of them True; with several rows, the first row is all True."""
+    """Return flags of which about half are True; in a matrix, the first row is all True."""
     flags = torch.rand(shape) < 0.5
     if len(shape) == 2:
         flags[0] = True
@@ -146,7 +146,7 @@ def case(name: str) -> tuple[nn.Module, Callable[[int, int], tuple[tuple, dict]]
 
 
 def outputs(out) -> list[Tensor]:
-    """Return the outputs that may have gradients."""
+    """Return the differentiable outputs of a module, as a list."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out[1], mmfused.Routing):

@@ -1,6 +1,6 @@
-"""Transcribe MOON2.0's equations literally, in float64: a decoder run token by token, loss loops.
+"""MOON2.0's equations transcribed literally, in float64.
 
-Only the vision tower comes from the host. A small model and its batches follow.
+Only the vision tower is the host's. At the end of this file are a small model and its batches.
 """
 
 import math
@@ -33,9 +33,9 @@ def silu(x):
 
 
 def sequence(batch, i, view, c):
-    """Return the tokens of item i and their positions on three axes.
+    """Return the tokens of item i, and their positions on the three axes of M-RoPE.
 
-    A token is an int (a word) or ("picture", k), the k-th token of the picture.
+    A token is an int (a text token) or ("picture", k), the k-th token of the picture.
     """
     t = c.tokens
     words = [
@@ -64,10 +64,10 @@ def rms(p, name, x, eps):
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * p[name + ".weight"]
 
 
-def turned(x, position, text):
+def rotated(x, position, text):
     """Apply M-RoPE to the vector x of one head.
 
-    Rotate the pair (j, j + d/2) by its frequency times the position on its axis.
+    Each pair (x[j], x[j + half]) is rotated by its frequency times the position on its axis.
     """
     half = len(x) // 2
     axes = [
@@ -97,8 +97,8 @@ def attention(p, name, x, positions, text):
             slice(h * size, (h + 1) * size),
             slice(h // group * size, (h // group + 1) * size),
         )
-        queries = [turned(row[mine], at, text) for row, at in zip(q, positions, strict=True)]
-        keys = [turned(row[shared], at, text) for row, at in zip(k, positions, strict=True)]
+        queries = [rotated(row[mine], at, text) for row, at in zip(q, positions, strict=True)]
+        keys = [rotated(row[shared], at, text) for row, at in zip(k, positions, strict=True)]
         rows = []
         for i in range(len(x)):
             weights = softmax(
@@ -110,9 +110,9 @@ def attention(p, name, x, positions, text):
 
 
 def mixture(p, name, x, c):
-    """Return each token's output, router probabilities and the weights of all experts.
+    """Return the output, the router probabilities and the expert weights of each token.
 
-    The weight of an expert that is not chosen is 0.
+    An expert that the token did not choose has weight 0.
     """
     outputs, probabilities, weights = [], [], []
     for token in x:
@@ -134,7 +134,10 @@ def mixture(p, name, x, c):
 
 
 def decoder(p, text, x, positions, empty, c):
-    """Return the last hidden states of one sequence and the routing of each mixture, by token."""
+    """Return the last hidden states of one sequence, and a list with an entry per MoE layer.
+
+    An entry is the router probabilities and the expert weights of each token.
+    """
     reports = []
     for n in range(text.num_hidden_layers):
         name = f"host.language_model.layers.{n}"
@@ -171,7 +174,7 @@ def balance_loss(probabilities, weights, c):
 
 
 def encoded(model, batch) -> dict:
-    """Return the result of `MOON2.encode` for a part with at least one item that is not empty."""
+    """Return the result of `MOON2.encode` for a part in which some item has a picture or a text."""
     c, p, text = model.config, dict(model.named_parameters()), model.host.config.text_config
     table, size = p["host.language_model.embed_tokens.weight"], len(batch["labels"])
     has_image = batch["image_present"].tolist()
@@ -242,7 +245,7 @@ def has(part, i, view):
     return {"image": image, "text": text, "both": image and text}[view]
 
 
-def shows(part, i):
+def not_empty(part, i):
     return bool(part["has_image"][i] or part["has_text"][i])
 
 
@@ -254,7 +257,7 @@ def nce(anchor, positive, negatives, temperature):
 
 
 def reliability(query, candidate, negative, i, margin, c):
-    if negative is None or "filtering" in c.without or not shows(negative, i):
+    if negative is None or "filtering" in c.without or not not_empty(negative, i):
         return 1.0
     gap = query["both"][i] @ candidate["both"][i] - query["both"][i] @ negative["both"][i]
     phi = 1 / (1 + math.exp(-c.filter_slope * (gap.item() - margin)))
@@ -264,7 +267,7 @@ def reliability(query, candidate, negative, i, margin, c):
 def inter(view, query, candidate, negative, margin, c):
     total = weights = ZERO
     for i in range(len(query["labels"])):
-        if not has(query, i, view) or not shows(candidate, i):
+        if not has(query, i, view) or not not_empty(candidate, i):
             continue
         negatives = []
         for part in (candidate, negative):
@@ -272,7 +275,7 @@ def inter(view, query, candidate, negative, margin, c):
                 wanted = (part is negative and j == i) or (
                     not c.own_negative_only and not (part is candidate and j == i)
                 )
-                if wanted and shows(part, j) and part["labels"][j] != query["labels"][i]:
+                if wanted and not_empty(part, j) and part["labels"][j] != query["labels"][i]:
                     negatives.append(part["both"][j])
         weight = reliability(query, candidate, negative, i, margin, c)
         total = total + weight * nce(query[view][i], candidate["both"][i], negatives, c.temperature)
@@ -297,24 +300,27 @@ def intra(part, c):
 
 
 def losses(query, candidate, negative, alignment, margin, c) -> dict:
-    """Return every term and "loss"; ``alignment``: W* (Z, 5), or None."""
-    terms, served = {}, {}
+    """Return each loss term and their weighted sum "loss".
+
+    ``alignment``: the parameter ``MOON2.alignment``, (experts, terms), or None.
+    """
+    terms, sources = {}, {}
     if "inter" not in c.without:
         for view in VIEWS:
-            terms[f"inter_{view}"], served[f"inter_{view}"] = (
+            terms[f"inter_{view}"], sources[f"inter_{view}"] = (
                 inter(view, query, candidate, negative, margin, c),
                 (query, view),
             )
     if "intra" not in c.without:
         for name, part in (("positive", candidate), ("negative", negative)):
             if part is not None:
-                terms[f"intra_{name}"], served[f"intra_{name}"] = intra(part, c), (part, "image")
+                terms[f"intra_{name}"], sources[f"intra_{name}"] = intra(part, c), (part, "image")
     out = dict(terms)
     omegas = [(c.normalise or 1) / len(terms)] * len(terms)
     if alignment is not None:
         p = [softmax(row[: len(terms)]) for row in alignment]
         omegas = []
-        for m, (part, view) in enumerate(served.values()):
+        for m, (part, view) in enumerate(sources.values()):
             members = [i for i in range(len(part["labels"])) if has(part, i, view)]
             rows = [part["shares"][i, VIEWS.index(view)] for i in members]
             rows = [row.detach() for row in rows] if c.detach_routing else rows
@@ -365,7 +371,7 @@ def tiny(**options) -> MOON2:
 
 
 def random_model(**options) -> MOON2:
-    """Return a float64 model with random parameters, also where they start as zeros or ones."""
+    """Return a float64 model with random parameters, even if they are initialised to 0 or 1."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in (
         *model.host.parameters(),
@@ -394,9 +400,9 @@ def items(seed: int, labels) -> dict:
 
 
 def batch(negatives=True) -> dict:
-    """Return a batch: queries 0 and 4 share a product, negative 5 has query 1's product.
+    """Return a batch in which queries 0 and 4, and query 1 and negative 5, are the same product.
 
-    The candidates lack modalities at other places than the queries.
+    Candidates and negatives lack pictures or texts in other rows than the queries.
     """
     parts = {"query": items(1, [7, 1, 2, 3, 7, 5])}
     for seed, role, labels in (
@@ -412,7 +418,7 @@ def batch(negatives=True) -> dict:
 
 
 def exact(model: MOON2) -> MOON2:
-    """Replace the host's norms and rotary angles, which are always in float32, by float64 ones."""
+    """Compute the host's norms and rotary angles in float64; the host always uses float32."""
     turning = model.host.language_model.rotary_emb
     rope = model.host.config.text_config.rope_parameters
     axis = torch.tensor(

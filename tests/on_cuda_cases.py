@@ -1,6 +1,6 @@
 """The cases of tests/test_on_cuda.py: every op and public module.
 
-Their sizes are realistic on a GPU and tiny in the interpreter.
+Sizes are realistic on a GPU and tiny in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SEED = 1234567890123
 
 @dataclass
 class Problem:
-    """A module, its float inputs, which get gradients, and its other arguments.
+    """A module with its arguments; every output of the module is differentiable.
 
-    The module returns the outputs to differentiate.
+    ``inputs``: the arguments that get gradients. ``given``: the other arguments.
     """
 
     module: nn.Module
@@ -53,7 +53,7 @@ class Problem:
         }
 
     def run(self, step: Callable | None = None) -> dict[str, Tensor]:
-        """Return outputs and gradients by name; ``step``: the compiled module."""
+        """Return the outputs and gradients by name; ``step``: a compiled module to call instead."""
         outs = (self.module if step is None else step)(**self.inputs, **self.given)
         outs = list(outs) if isinstance(outs, tuple) else [outs]
         leaves = self.leaves()
@@ -65,7 +65,7 @@ class Problem:
 
 
 def upstream_for(outs: list[Tensor]) -> list[Tensor]:
-    """Return the same numbers for the same shapes, without a generator and without a sync."""
+    """Return upstream gradients that depend only on the shapes, without a GPU sync."""
     waves = [
         torch.arange(1, out.numel() + 1, device=out.device).sin().to(torch.bfloat16) for out in outs
     ]
@@ -74,11 +74,14 @@ def upstream_for(outs: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """``make(tiny)`` returns a float64 Problem on DEVICE whose numbers are exact in 16 bits.
+    """A test case.
 
-    ``fused``: there is a kernel. ``composed``: False if that backend has no implementation of its
-    own. ``waits``: it reads sizes or bounds on the host, by design (see the op's composed.py).
-    ``around``: a context for each call.
+    ``make(tiny)`` returns a float64 Problem on DEVICE with numbers rounded to bfloat16.
+    ``fused``: whether the case has a kernel.
+    ``composed``: whether the composed backend is tested.
+    ``waits``: whether the composed backend reads sizes or bounds on the host, by design (see the
+    op's composed.py).
+    ``around``: returns the context of each call.
     """
 
     make: Callable[[bool], Problem]
@@ -87,11 +90,11 @@ class Case:
     waits: bool = False
     around: Callable = contextlib.nullcontext
     dtypes: bool = False  # test the accuracy in every dtype
-    module: bool = False  # it is a public module
+    module: bool = False  # whether the case tests a public module
 
 
 class Call(nn.Module):
-    """A function as a module."""
+    """A module that calls a function."""
 
     def __init__(self, call: Callable):
         super().__init__()
@@ -102,7 +105,10 @@ class Call(nn.Module):
 
 
 class Routed(nn.Module):
-    """Return the differentiable parts of a module's Routing, after its other outputs."""
+    """A module that returns the differentiable parts of another module's Routing.
+
+    The other outputs of that module come first.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -126,7 +132,7 @@ def rounded(module: nn.Module) -> nn.Module:
 
 
 def ignored(batch: int, length: int) -> Tensor:
-    """Return a mask with one sample without tokens and one padded on the left."""
+    """Return a padding mask: the first sample has no tokens, the last is padded on the left."""
     ignore = torch.rand(batch, length) < 0.3
     ignore[0], ignore[-1, : length // 2] = True, True
     return ignore.to(DEVICE)
@@ -219,9 +225,10 @@ def token_gate(tiny: bool) -> Problem:
 
 
 def routing(from_input: bool, everything=False, router="triton", **options):
-    """Return a maker of routing cases.
+    """Return a function that makes a routing problem.
 
-    With x, the experts are given: products in 16 bits may choose another one where two are close.
+    ``from_input``: the indices are given, because 16-bit logits may choose other experts near a
+    tie.
     """
 
     def make(tiny: bool) -> Problem:
@@ -358,7 +365,7 @@ def with_block():
 CASES = {
     "query_pooling": Case(pooling(), dtypes=True),
     "query_pooling, norm and mask": Case(pooling(norm=True, padding="mask", queries=2)),
-    "query_pooling, own queries and dropout": Case(
+    "query_pooling, queries per sample and dropout": Case(
         pooling(padding="lengths", per_sample=True, dropout=0.1)
     ),
     "query_pooling, projected": Case(

@@ -1,7 +1,7 @@
-"""Every public function of mmfused that takes tensors, found by its signature.
+"""The public functions of mmfused that take tensors, found by their signatures.
 
-Each has arguments and can be run with all gradients. Tensors inside arguments have paths: ``x``,
-``weights.w_q`` (a field of a NamedTuple), ``norm_x.0`` (an item of a tuple).
+Tensors in the arguments of a call have paths: ``x``, ``weights.w_q`` (a field of a NamedTuple),
+``norm_x.0`` (an item of a tuple). ``run`` calls a function and returns outputs and gradients.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mmfused
 
-# Each function with **options and the function that receives them.
+# Each function that takes **options, and the function that receives the options.
 FORWARDS = {"topk_routing_from_input": "topk_routing"}
 # Functions with one implementation for all backends.
 ONE_BACKEND = ("pack_passes", "update_selection_bias")
-# Floats without a gradient: constants, and the losses that a routing holds.
+# Floating-point arguments that get no gradient: constants, and the losses in a routing.
 CONSTANTS = (
     "row_weight",
     "selection_bias",
@@ -35,9 +35,9 @@ CONSTANTS = (
 
 
 def public_functions() -> dict[str, Callable]:
-    """Return the public functions by name, without ``*_reference``.
+    """Return the public functions by name, except ``*_reference``.
 
-    ``backend("reference")`` runs those.
+    Those are called through ``backend("reference")``.
     """
     named = {name: getattr(mmfused, name) for name in mmfused.__all__}
     own = {
@@ -65,8 +65,8 @@ def arguments(function: Callable) -> dict[str, object]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind == inspect.Parameter.VAR_KEYWORD:
             assert function.__name__ in FORWARDS, (
-                f"{function.__name__} takes **{name}: FORWARDS of {__name__} must name the "
-                "function that has these options."
+                f"{function.__name__} takes **{name}: add the function that receives **{name} to "
+                f"FORWARDS in {__name__}"
             )
             target = getattr(mmfused, FORWARDS[function.__name__])
             forwarded = arguments(target)
@@ -75,18 +75,18 @@ def arguments(function: Callable) -> dict[str, object]:
             found |= {key: hint for key, hint in forwarded.items() if key in only}
         else:
             assert name in hints, (
-                f"{function.__name__}: {name} has no type, so it is unknown whether it is a tensor."
+                f"{function.__name__}: {name}: got no type annotation, expected one"
             )
             found[name] = hints[name]
     return found
 
 
 def tensor_arguments(function: Callable) -> list[str]:
-    """Return the paths of all tensors that a call may get."""
+    """Return the paths of all arguments that may be tensors."""
     try:
         found = arguments(function)
     except AssertionError:
-        return ["?"]  # so that its test runs and fails with that message
+        return ["?"]  # keep the function, so that its test fails with the message of the assertion
     return [path for name, hint in found.items() for path in _paths(hint, name)]
 
 
@@ -118,7 +118,7 @@ def leaves(value: object, path: str = "") -> dict[str, Tensor]:
 
 
 def replaced(value: object, new: dict[str, object], path: str = "") -> object:
-    """Return the same arguments with other tensors at some paths."""
+    """Return a copy of the arguments with the values of ``new`` at their paths."""
     if path in new:
         return new[path]
     items = _items(value)
@@ -151,7 +151,7 @@ def differentiable(function: str, inputs: dict) -> list[str]:
 
 
 def in_float64(inputs: dict) -> dict:
-    """Return the same values in float64, for the reference results."""
+    """Return the arguments with all floating-point tensors in float64."""
     floats = {path: x for path, x in leaves(inputs).items() if x.is_floating_point()}
     return replaced(inputs, {path: x.detach().double() for path, x in floats.items()})
 
@@ -166,11 +166,13 @@ def run(
     layout: str = "contiguous",
     checkpointed: bool = False,
 ) -> dict[str, Tensor]:
-    """Return a call's outputs by name, and "d <path>" for the ``wanted`` inputs.
+    """Call a function; return its outputs by name, and "d <path>" for each path of ``wanted``.
 
-    A missing gradient is all zeros. The call runs on the GPU if there is one; inputs and results
-    are on the CPU. ``upstream(name, output)`` returns the gradient of an output, also in float64,
-    or None; it is passed in that ``layout``.
+    The gradient of an unused input is all zeros. The call runs on the GPU if there is one; inputs
+    and results are on the CPU.
+
+    ``upstream(name, output)`` returns the gradient of an output, or None for no gradient. The
+    gradient is cast to the output's dtype and laid out as ``layout``.
     """
     inputs = replaced(
         inputs,
@@ -187,18 +189,18 @@ def run(
 
     outputs = checkpoint(call, use_reentrant=False) if checkpointed else call()
     results = {name: out.detach().cpu() for name, out in outputs.items()}
-    asked = {name: upstream(name, out) for name, out in outputs.items() if out.requires_grad}
-    asked = {
+    upstreams = {name: upstream(name, out) for name, out in outputs.items() if out.requires_grad}
+    upstreams = {
         name: on_device(lay_out(value.to(outputs[name].dtype), layout))
-        for name, value in asked.items()
+        for name, value in upstreams.items()
         if value is not None
     }
     gradients = [None] * len(wanted)
-    if asked and wanted:
+    if upstreams and wanted:
         gradients = torch.autograd.grad(
-            [outputs[name] for name in asked],
+            [outputs[name] for name in upstreams],
             [given[path] for path in wanted],
-            list(asked.values()),
+            list(upstreams.values()),
             allow_unused=True,
         )
     for path, gradient in zip(wanted, gradients, strict=True):
@@ -224,13 +226,13 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
         if hasattr(out, "_fields")
         else {f"out{i}": part for i, part in enumerate(out)}
     )
-    # "tiles" is a kernel's tile map, which some backends do not make.
+    # Omit "tiles", the tile map for the kernels, which some backends do not make.
     return {name: part for name, part in named.items() if name != "tiles"}
 
 
 @contextlib.contextmanager
 def garbage_in_new_memory():
-    """Fill new memory of mmfused with NaN, or with integers that are no valid index."""
+    """Fill the memory that mmfused allocates with NaN, or with integers out of the range of any index."""
 
     def filled(allocate):
         def wrapper(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Inputs for the tests of query pooling, in shapes that together reach every kernel."""
+"""Inputs for the query pooling tests, and a function that runs a case."""
 
 import importlib
 
@@ -11,12 +11,10 @@ from mmfused.testing import value_and_gradients
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter truncates where hardware rounds to bfloat16, so that dtype is tested on a GPU
-# only.
+# The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, D, L, heads, Dk, Dv). The sizes are odd on purpose; together they reach every
-# kernel.
+# name -> (B, N, D, L, heads, Dk, Dv). Sizes are unusual on purpose, and use every kernel.
 SHAPES = {
     "one pass": (3, 37, 70, 5, 1, 24, 20),
     "row blocks": (2, 65, 96, 9, 4, 32, 48),
@@ -87,9 +85,6 @@ def upstream_for(inputs):
         dtype=torch.float64,
         device=DEVICE,
     )
-
-
-# ---- 1: forward and every gradient ---------------------------------------------------------------
 
 
 def use_half_precision_plan(monkeypatch, arch):

@@ -1,6 +1,6 @@
-"""A matrix product that also sums its second operand in the same loop, which races on sm_90.
+"""A matrix product that races on sm_90, because it also sums its second operand in the loop.
 
-test_races.py runs it as a script, with and without the race.
+test_races.py runs this file as a script, which prints the races of several variants.
 """
 
 import json
@@ -25,7 +25,7 @@ def product_kernel(
 ):
     """Compute out (64, 64) = a (64, K) @ b (K, 64).
 
-    SUM: also sum the columns of b. WAIT: use each product inside the loop.
+    SUM: also sum b over its rows. WAIT: use each product inside the loop, which must wait for it.
     """
     i = tl.arange(0, 64)
     acc = tl.zeros([64, 64], tl.float32)

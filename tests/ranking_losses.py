@@ -1,4 +1,4 @@
-"""Losses of open_clip and sentence-transformers for the tests of fuse."""
+"""Loss modules of open_clip and sentence-transformers, for the tests of ``mmfused.fuse``."""
 
 import pytest
 from torch import nn
@@ -9,7 +9,7 @@ B, D = 61, 24
 
 
 class Encoder(nn.Sequential):
-    """A stand-in for SentenceTransformer: {"sentence_embedding": (B, D)} for a column of texts."""
+    """A stand-in for SentenceTransformer that adds "sentence_embedding" (B, D) to its input."""
 
     def __init__(self):
         super().__init__(nn.Linear(7, D))

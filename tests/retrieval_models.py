@@ -1,4 +1,4 @@
-"""The four retrieval models at their smallest sizes, and product batches for them."""
+"""The four retrieval models in small sizes, and batches of products for them."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ SMALL = {
     "uniecs": {**ENCODERS, "dim": 8, "num_heads": 2, "cross_layers": 1},
     "unica": {**ENCODERS, "num_heads": 2, "ffn": 16, "dropout": 0.0},
     "moon2": {"host": HOST, "num_experts": 3, "image_size": 32},
-    # Use one view only: views are drawn at random, and each rank draws its own.
+    # One view per role. With several views, each rank would draw other random views.
     "unite": {
         "host": HOST,
         "image_size": 32,
@@ -64,9 +64,9 @@ def small_model(name, **changes):
 
 
 def batch(name, count=6, side=32):
-    """Return query, candidate and negative items with unique labels.
+    """Return the items of each role: query, candidate, and negative if the model uses negatives.
 
-    Some lack a picture, some a text.
+    In every role item 1 has no text, item 2 has no picture, and all labels differ.
     """
     tokenizer, generator = tokenizer_of(name), torch.Generator().manual_seed(1)
     parts = {}
@@ -94,10 +94,7 @@ def batch(name, count=6, side=32):
 
 
 def home(dtype) -> torch.device:
-    """Return the device of a parity test: a GPU for float32 if there is one, else the CPU.
-
-    The fused kernels need float32.
-    """
+    """Return the GPU if there is one and ``dtype`` is float32, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and dtype == torch.float32 else "cpu")
 
 
@@ -121,9 +118,9 @@ def gradients(model):
 
 
 def check_given_tokens(model, parts):
-    """Check that a hosted model returns the same from picture tokens as from pixels.
+    """Check that ``image_tokens`` give the same loss as ``pixel_values``.
 
-    Malformed tokens, and neither of the two, are errors.
+    Also check the errors for tokens of a wrong shape and for missing arguments.
     """
     given = {role: dict(items) for role, items in parts.items()}
     for items in given.values():

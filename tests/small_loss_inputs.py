@@ -1,4 +1,4 @@
-"""Inputs of the small losses, like those of the ops in function_inputs.py."""
+"""Random inputs for the functions of ``mmfused.losses``, used by function_inputs.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same values in other memory layouts: strided views with garbage around them.
+"""Copies of tensors in other memory layouts: views with garbage around and between the values.
 
 A kernel that ignores a stride or an offset, or reads beyond a row, reads NaN or an invalid index.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The last two change the values: all values along that dimension are equal and its stride is 0.
 SAME_VALUES = ("contiguous", "offset", "sliced", "strided", "transposed")
+# Layouts that change the values: along one dimension all values are equal and the stride is 0.
 EXPANDED = ("expanded first", "expanded last")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 19  # garbage elements before and after; odd, so that the offset is not aligned
@@ -24,7 +24,7 @@ def garbage(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """Copy a view to the device with all the memory behind it.
+    """Copy a CPU view to the device, together with all the memory around its values.
 
     Values are drawn on the CPU, so that a seed gives the same case on every device.
     """
@@ -35,9 +35,9 @@ def on_device(x: Tensor) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """Return ``values`` as a view with that layout in new memory.
+    """Return a copy of ``values`` in the given layout.
 
-    Applying it twice changes nothing.
+    A second call with the same layout does not change the values.
     """
     values = values.detach()
     if layout in EXPANDED:
@@ -54,8 +54,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
     """Copy values into strided memory.
 
-    ``order``: the dimensions, densest first. ``step``: the stride of the densest one. ``gap``:
-    unused elements after each dimension.
+    ``order``: the dimensions by stride, smallest first. ``step``: the smallest stride. ``gap``: the
+    number of unused elements after each dimension.
     """
     strides, stride = [0] * values.dim(), step
     for dim in order:
