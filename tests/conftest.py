@@ -82,7 +82,7 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
-    """Fill the memory that mmfused allocates with NaN, so that reads of unwritten memory show."""
+    """Fill the memory that mmfused allocates with NaN, so that unwritten memory is noticed."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

@@ -358,7 +358,7 @@ def update_selection_bias(draw: Draw) -> dict:
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
     """Return a routing of T tokens and its padding mask.
 
-    The rows are sorted by a kernel or by plain PyTorch. The layout of each tensor is drawn.
+    The rows are sorted by a kernel or by plain PyTorch. Each tensor has a random memory layout.
     """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)

@@ -71,7 +71,7 @@ ROWS = {
     "grouped_mlp": "x",
 }
 ROW_OUTPUTS = ("out", "out0", "out1", "indices", "weights")
-NEIGHBOURS = (6, 40)  # numbers of neighbouring inputs: 40 only if 6 do not clear every fault
+NEIGHBOURS = (6, 40)  # numbers of neighbouring inputs; 40 only if a fault remains after 6
 
 
 class Case:
@@ -297,16 +297,16 @@ def judge(
     No formula needs to be more exact than one rounding of its input. If the exact result changes
     between neighbours by more than plain PyTorch's error, that change replaces the error.
 
-    The norm of a gradient that is 0 except for rounding is no measure of its error. ``sizes``, the
-    norms of the inputs, yield another scale: the norm of a gradient that would change the loss as
-    much as the most influential input does, or by 1. The error may be a few roundings of ``dtype``
-    relative to that scale.
+    The error of a gradient that is 0 except for rounding cannot be relative to its norm. ``sizes``,
+    the norms of the inputs, yield another scale: the norm of a gradient that would change the loss
+    as much as the most influential input does, or by 1. The error may be a few roundings of
+    ``dtype`` relative to that scale.
 
     ``delta_rounds``: the backward pass of a fused attention rounds rowsum(dO * O) separately, so
     the gradients of the logits of a query do not sum to exactly 0. This holds for torch's
-    attention, the pooling kernel at large logits and cross-attention in 16 bits. These cases get
-    more roundings on the scale above for every gradient, and the factors 16 and 64 instead of 3
-    and 12.
+    attention, the pooling kernel at large logits and cross-attention in 16 bits. In these cases
+    every gradient may also be off by some roundings relative to that scale, and the factors are 16
+    and 64 instead of 3 and 12.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -400,8 +400,8 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
     """Return (actual, exact, plain) with 0 where ``exact`` is not finite, and the faults found.
 
-    An output may hold NaN if tokens are returned unchanged. Results for which plain PyTorch
-    overflows are dropped, and gradients if the exact gradient is not finite.
+    An output may hold NaN if tokens are returned unchanged. Results are dropped if plain PyTorch
+    overflows, and gradients also if the exact gradient is not finite.
     """
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():

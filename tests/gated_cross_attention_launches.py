@@ -40,7 +40,8 @@ def attend(
 ) -> None:
     """Call a module forward and backward.
 
-    Some samples lack a side; the second side of sample 2 is fully masked, and of the others partly.
+    Some samples lack a side. The second side of sample 2 is fully masked, that of the other samples
+    partly.
 
     ``context``: the context width of ``GatedCrossAttention``. None:
     ``BidirectionalGatedCrossAttention`` is called.

@@ -39,7 +39,7 @@ def make(
     if keys != "none":
         high = {"one": 1, "three": 3, "many": 2 * c}[keys]
         inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: valid for every row
-        if keys != "three":  # without query keys, a row has its target's key, which may be -1
+        if keys != "three":  # with "three", a row takes the key of its target, which may be -1
             inputs["query_key"] = integers(0, high, b)
     if same_id is not None:
         inputs |= dict(candidate_id=integers(0, c // 3 + 1, c), same_id=same_id)

@@ -1,6 +1,7 @@
 """MOON2.0's equations transcribed literally, in float64.
 
-Only the vision tower is the host's. At the end of this file are a small model and its batches.
+Only the vision tower runs the host's own code. The end of this file makes a small model and its
+batches.
 """
 
 import math
@@ -371,7 +372,7 @@ def tiny(**options) -> MOON2:
 
 
 def random_model(**options) -> MOON2:
-    """Return a float64 model with random parameters, even if they are initialised to 0 or 1."""
+    """Return a float64 model in which all parameters are random, even biases and norm weights."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in (
         *model.host.parameters(),
@@ -400,7 +401,7 @@ def items(seed: int, labels) -> dict:
 
 
 def batch(negatives=True) -> dict:
-    """Return a batch in which queries 0 and 4, and query 1 and negative 5, are the same product.
+    """Return a batch in which queries 0 and 4 share a product, and so do query 1 and negative 5.
 
     Candidates and negatives lack pictures or texts in other rows than the queries.
     """

@@ -232,7 +232,7 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def garbage_in_new_memory():
-    """Fill the memory that mmfused allocates with NaN, or with integers out of the range of any index."""
+    """Fill the memory that mmfused allocates with NaN, or with integers too large for an index."""
 
     def filled(allocate):
         def wrapper(*args, **kwargs):

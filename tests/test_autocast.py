@@ -1,6 +1,6 @@
-"""Under autocast, results have its dtype whatever the dtypes of weights and activations.
+"""Under autocast, ops and modules return the autocast dtype, like ``nn.Linear``.
 
-The behaviour is that of nn.Linear.
+The dtypes of weights and activations do not matter. Losses and routing return float32.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def both(a, w):
     norms = [(w(torch.ones(D)), w(torch.zeros(D))) for _ in range(2)]
     outs = mmfused.bidirectional_gated_cross_attention(
         a(torch.randn(B, N, D)),
-        w(torch.randn(B, N, D)),  # its dtype may differ from the first side
+        w(torch.randn(B, N, D)),  # the dtypes of the two sides may differ
         attention_weights(w),
         attention_weights(a),
         num_heads=2,
@@ -97,29 +97,28 @@ OPS = {
         symmetric=True,
     ),
 }
-# Losses and routing compute and return float32.
-WIDE = ("topk_routing", "topk_routing_from_input", "masked_info_nce")
+FLOAT32_OPS = ("topk_routing", "topk_routing_from_input", "masked_info_nce")
 GRID = [(c, w, a) for c, w, a in itertools.product(HALVES, FLOATS, FLOATS)]
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", GRID, ids=names)
-def test_ops(op, case):
+def test_ops_return_the_autocast_dtype(op, case):
     autocast, weight, activation = case
     torch.manual_seed(0)
     want = OPS[op](lambda x: x, lambda x: x)
     torch.manual_seed(0)
     with torch.autocast(DEVICE, autocast):
         out = OPS[op](lambda x: x.to(activation), lambda x: x.to(weight))
-    assert out.dtype == (torch.float32 if op in WIDE else autocast)
+    assert out.dtype == (torch.float32 if op in FLOAT32_OPS else autocast)
     # Loose bounds for 16-bit numbers; other tests check the error budget.
     torch.testing.assert_close(out.float(), want, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("name", MODULES)
-def test_modules(name, backend):
-    """The output has autocast's dtype, every gradient the dtype of its parameter."""
+def test_modules_return_the_autocast_dtype(name, backend):
+    """Every gradient has the dtype of its parameter."""
     for autocast, weight, activation in GRID:
         torch.manual_seed(0)
         module = MODULES[name].make().to(weight)
@@ -133,8 +132,8 @@ def test_modules(name, backend):
 
 @pytest.mark.parametrize("attachment", ["forward hook", "norm: forward hook", "LoRA", "DoRA"])
 @pytest.mark.parametrize("name", MODULES)
-def test_children_that_are_called(name, attachment):
-    """Children run under the autocast of the module's call; without autocast in their own dtype."""
+def test_called_children_run_under_autocast(name, attachment):
+    """Without autocast, the children run in the dtype of their weights."""
     if ATTACHMENTS[attachment].needs:
         pytest.importorskip(ATTACHMENTS[attachment].needs)
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
@@ -144,7 +143,7 @@ def test_children_that_are_called(name, attachment):
         (None, torch.bfloat16),
     ):
         if autocast == torch.float16 and "post-norm" in name and kind is nn.LayerNorm:
-            continue  # torch has no bfloat16 norm of the float32 sum of float16 and bfloat16
+            continue  # the input of the bfloat16 norm would be float32, which torch rejects
         torch.manual_seed(0)
         module = MODULES[name].make()
         ATTACHMENTS[attachment].attach(module, children(module, kind))
@@ -154,12 +153,12 @@ def test_children_that_are_called(name, attachment):
         with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
             out = MODULES[name].call(module.to(dtype), *inputs)
         assert out.dtype == (autocast or torch.bfloat16)
-        # The median, as rounding may route a token to another expert.
+        # Check the median error, because rounding may route a token to another expert.
         assert (out - want).abs().median() < 0.02
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_called_children_in_float32_beside_tokens_of_16_bits(name):
+def test_called_children_in_float32_accept_bfloat16_tokens(name):
     module = MODULES[name].make()
     ATTACHMENTS["forward hook"].attach(module, children(module, nn.Linear))
     inputs = MODULES[name].inputs()
@@ -173,7 +172,7 @@ def test_called_children_in_float32_beside_tokens_of_16_bits(name):
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_cast_modules(name, dtype):
+def test_modules_cast_to_16_bits_return_that_dtype(name, dtype):
     module = MODULES[name].make().to(dtype)
     out = MODULES[name].call(
         module, *(x.to(dtype) if x.is_floating_point() else x for x in MODULES[name].inputs())
@@ -184,7 +183,7 @@ def test_cast_modules(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-def test_a_cast_mixture_keeps_its_selection_bias(dtype):
+def test_selection_bias_stays_in_float32_if_the_module_is_cast(dtype):
     moe = mmfused.TopKMoE(8, 8, 4, selection_bias=True)
     moe.selection_bias.copy_(torch.tensor([1.0001, 0.0, 0.5003, 0.0]))
     bias = moe.selection_bias.clone()
@@ -192,15 +191,14 @@ def test_a_cast_mixture_keeps_its_selection_bias(dtype):
     mmfused.update_selection_bias(moe.selection_bias, route.counts, rate=0.0)
     assert out.dtype == dtype and moe.selection_bias.dtype == torch.float32
     assert torch.equal(moe.selection_bias, bias)
-    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # as saved by DeepSpeed
+    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # as DeepSpeed saves it
     moe.load_state_dict(state, assign=True)
     assert moe.selection_bias.dtype == torch.float32 and moe.w_up.dtype == dtype
     moe(torch.randn(3, 8, dtype=dtype))
 
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
-def test_fused_attention(weight):
-    """Test a swapped nn.MultiheadAttention with weights and activations of any dtypes."""
+def test_swapped_multihead_attention_matches_the_original(weight):
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)
         module = nn.MultiheadAttention(64, 1, batch_first=True).to(weight)
@@ -214,7 +212,7 @@ def test_fused_attention(weight):
 
 
 @pytest.mark.parametrize("weight", FLOATS, ids=str)
-def test_a_fused_pool_of_timm(weight):
+def test_swapped_timm_pool_matches_the_original(weight):
     timm = pytest.importorskip("timm")
     for autocast, activation in itertools.product(HALVES, FLOATS):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Tests of the benchmark of the models.
+"""Tests of the model benchmark.
 
-Its baselines compute the models without any of the ops, and a run leaves loss curves.
+Its baselines compute the models without mmfused's ops, and a run writes loss curves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmfused.benchmarks import measure, models, run, torch_modules
 from mmfused.benchmarks.model_steps import STEPS, Case, cases
 
 CPU = torch.device("cpu")
-# Functions in the ops' files that are plain torch: checks, UniECS's packing, FLUID's gate.
+# Functions in mmfused/ops that only call torch: checks, UniECS's packing, FLUID's gate.
 PLAIN = {"pack_passes", "unit_rows", "<listcomp>", "check_temperature", "valid_or_nan", "share"}
 
 
@@ -27,7 +27,7 @@ def tiny(name: str) -> Case:
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """Act as on a CPU and skip the slow ceilings, on any machine."""
+    """Hide the GPU, and replace the slow measurement of the ceilings by fixed numbers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
@@ -36,7 +36,7 @@ def small_machine(monkeypatch):
 
 @pytest.fixture(scope="module", params=STEPS)
 def check(request):
-    """Check in float64, where all providers agree up to rounding."""
+    """Return an accuracy check in float64, where all providers agree up to rounding."""
     case = tiny(request.param)
     return measure.AccuracyCheck(models, case, models.make(case, CPU, torch.float64))
 
@@ -45,12 +45,10 @@ def test_every_provider_computes_the_model(check):
     for name in (models.BASELINE, "composed"):
         results = check.build(models.PROVIDERS[name]).results(check.problem)
         torch.testing.assert_close(models.comparable(results), check.exact, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(
-        check.plain, check.exact, rtol=1e-9, atol=1e-12
-    )  # float64 uses the composed path as reference
+    torch.testing.assert_close(check.plain, check.exact, rtol=1e-9, atol=1e-12)
     parameters = {f"d{name}" for name in (*check.problem.inputs, *check.problem.parameters)}
     assert results.keys() == {"out"} | parameters  # every gradient is compared
-    assert all(tensor.count_nonzero() for tensor in check.exact.values())  # and is not all zeros
+    assert all(tensor.count_nonzero() for tensor in check.exact.values())
 
 
 class Operators(TorchDispatchMode):
@@ -64,7 +62,7 @@ class Operators(TorchDispatchMode):
 
 
 def used(check, name: str) -> tuple[set[str], set[str]]:
-    """Return operators, and functions of the ops' files, that a forward and backward use."""
+    """Return the operators, and the functions of mmfused/ops, that a forward and backward call."""
     provider, functions = check.build(models.PROVIDERS[name]), set()
 
     def note(frame, event, _):
@@ -81,17 +79,17 @@ def used(check, name: str) -> tuple[set[str], set[str]]:
     return operators.names, functions
 
 
-def test_the_baseline_uses_no_op(check):
+def test_the_baseline_calls_no_op_of_mmfused(check):
     operators, functions = used(check, models.BASELINE)
     assert operators and not [name for name in operators if name.startswith("mmfused")]
     assert functions <= PLAIN, functions - PLAIN
     assert (
         not used(check, "composed")[1] <= PLAIN
-    )  # the library's model uses them, so this test can detect it
+    )  # the composed provider does call ops, and the test detects the calls
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
-def test_a_baseline_with_another_weight_fails(name):
+def test_a_baseline_with_a_wrong_weight_fails_the_check(name):
     check = measure.AccuracyCheck(models, tiny(name), models.make(tiny(name), CPU, torch.float32))
     provider = check.build(models.torch_modules)
     assert result_of(check, provider) == "passed"
@@ -104,7 +102,7 @@ def test_a_baseline_with_another_weight_fails(name):
     assert result_of(check, provider) == "failed"
 
 
-def test_a_baseline_with_another_temperature_fails():
+def test_a_baseline_with_a_wrong_temperature_fails_the_check():
     check = measure.AccuracyCheck(
         models, tiny("unite"), models.make(tiny("unite"), CPU, torch.float32)
     )
@@ -124,7 +122,7 @@ def result_of(check, provider) -> str:
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """Run all cases through the script and return its output."""
+    """Run all cases; return the exit status and the written records by file name."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -135,7 +133,7 @@ def quick_run(tmp_path_factory):
     return code, {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def test_a_run_leaves_times_and_curves(quick_run):
+def test_a_run_writes_times_and_loss_curves(quick_run):
     code, records = quick_run
     assert code == 0 and records.keys() == {f"models-{name}-float32" for name in STEPS}
     for record in records.values():
@@ -158,7 +156,7 @@ def test_a_run_leaves_times_and_curves(quick_run):
         assert curves["difference"]["composed"] <= curves["bound"] < 1e-2 and not record["faults"]
 
 
-def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
+def test_a_different_loss_curve_is_a_fault(monkeypatch, tmp_path, capsys):
     def other(case, device, dtype):
         provider = models._provider(models.library, "composed", case, device, dtype)
         provider.module.register_forward_hook(lambda module, args, out: out * 1.01)
@@ -196,8 +194,8 @@ def test_another_curve_is_a_fault(monkeypatch, tmp_path, capsys):
     assert "losses: got a difference" in capsys.readouterr().out
 
 
-def test_work_is_counted():
-    """Count UNITE by hand: products of all pairs, one forward and two backward; bytes of rows."""
+def test_work_of_unite_matches_a_count_by_hand():
+    """The work is a product of all pairs, once forward and twice backward."""
     (case,) = [case for case in cases("cpu", quick=True) if case.name == "unite"]
     work, rows = models.work(case, itemsize=4), 3 * case.B * 24 * 4
     assert work["forward"] == [
@@ -208,11 +206,11 @@ def test_work_is_counted():
     ]
 
 
-def test_models_take_no_shape(capsys):
+def test_the_model_benchmark_rejects_a_shape(capsys):
     assert run.main(["models", "--shape", "B=3"]) == 2
     assert "models: shape: got" in capsys.readouterr().err
 
 
-def test_nothing_to_replace_is_refused():
+def test_replacing_a_missing_function_is_an_error():
     with pytest.raises(AttributeError, match="has no topk_router"):
         torch_modules.copy_of("fluid", topk_router=None)

@@ -1,4 +1,4 @@
-"""A benchmark resumes, and measures again after a change of sources, versions or settings."""
+"""A benchmark resumes, and measures again if sources, versions or settings have changed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def small_machine(monkeypatch):
     )
 
 
-def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
+def test_resume_measures_missing_and_outdated_cases(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         query_pooling,
         "CASES",
@@ -66,7 +66,7 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
     assert (
         "all cases are measured already" in capsys.readouterr().out and first.read_bytes() == before
     )
-    assert run.main([*command, "--repeats", "2"]) == 0  # other settings: all cases run again
+    assert run.main([*command, "--repeats", "2"]) == 0  # with other settings, all cases run again
     assert json.loads(third.read_text())["settings"]["repeats"] == 2
 
     found = json.loads(second.read_text())
@@ -85,8 +85,8 @@ def test_resume_measures_what_is_missing(tmp_path, capsys, monkeypatch):
     )
 
 
-def folders_of(op: str) -> set[str]:
-    """Return all sources of an op: in the product, the kernels and the benchmark."""
+def sources_of(op: str) -> set[str]:
+    """Return the sources of an op: functions, kernels, C++ and benchmark."""
     patterns = (
         f"mmfused/ops/{op}/*.py",
         f"kernels/{op}/*.py",
@@ -99,19 +99,20 @@ def folders_of(op: str) -> set[str]:
     }
 
 
-def served(op: str, names: set[str]) -> set[str]:
+def hashed(op: str, names: set[str]) -> set[str]:
+    """Return the names of sources that belong to the source hash of ``op``."""
     return {name for name in names if sources.serves(Path(name), op)}
 
 
 @pytest.mark.parametrize("op", [*sources.OPS, "models"])
-def test_source_hash_is_of_what_an_op_uses(op):
-    own = {each: folders_of(each) for each in sources.OPS}
+def test_source_hash_covers_the_sources_that_an_op_uses(op):
+    own = {each: sources_of(each) for each in sources.OPS}
     assert all(own.values()) and all((sources.ROOT / name).is_file() for name in SHARED | UNUSED)
-    assert served(op, SHARED) == SHARED and served(op, UNUSED) == set()
+    assert hashed(op, SHARED) == SHARED and hashed(op, UNUSED) == set()
     used = sources.OPS if op == "models" else (op, *sources.OPS[op])
     for each, names in own.items():
-        assert served(op, names) == (names if each in used else set())
-    assert served(op, OF_MODELS) == (OF_MODELS if op == "models" else set())
+        assert hashed(op, names) == (names if each in used else set())
+    assert hashed(op, OF_MODELS) == (OF_MODELS if op == "models" else set())
 
 
 def test_source_hash_changes_with_a_source(tmp_path, monkeypatch):
@@ -130,4 +131,4 @@ def test_source_hash_changes_with_a_source(tmp_path, monkeypatch):
     (tmp_path / "kernels/query_pooling/plans.py").write_text("tile = 32")
     after = {op: sources.source_hash(op) for op in before}
     assert [after[op] == before[op] for op in before] == [False, True, False]
-    assert sources.source_facts() == {"commit": "abc", "dirty": None}  # no .git there
+    assert sources.source_facts() == {"commit": "abc", "dirty": None}  # ROOT has no .git

@@ -1,4 +1,4 @@
-"""The benchmarks: the files of a run, the accuracy check before timing, and refused requests."""
+"""Tests of the benchmarks: written files, the accuracy check before timing, rejected arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEM = "query_pooling-custom-B2-N16-D32-L4-H2"
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """Act as on a CPU and skip the slow ceilings, on any machine."""
+    """Hide the GPU, and replace the slow measurement of the ceilings by fixed numbers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         measure, "ceilings", lambda *_: {"flops_per_second": 1e11, "bytes_per_second": 1e10}
@@ -41,7 +41,7 @@ def small_machine(monkeypatch):
 
 
 def broken(error):
-    """A provider that is correct except that its weights are off by ``error``."""
+    """Return the composed provider with a relative ``error`` in the weight of the values."""
 
     def build(case, device, dtype):
         provider = query_pooling.composed(case, device, dtype)
@@ -59,7 +59,7 @@ def record(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_run_leaves_samples_table_and_pictures(tmp_path, capsys):
+def test_run_writes_samples_table_and_plots(tmp_path, capsys):
     assert run.main([*TINY, "--out", str(tmp_path)]) == 0
     found = record(tmp_path)
     assert found.keys() >= {
@@ -110,11 +110,11 @@ def test_run_leaves_samples_table_and_pictures(tmp_path, capsys):
     }
     for name in (f"{STEM}-float32.png", "query_pooling-roofline.png"):
         assert not MATPLOTLIB or (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".*"))  # no half-written file is left
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
     assert "composed is faster" in capsys.readouterr().out
 
 
-def test_quick_run_replaces_no_results(tmp_path, monkeypatch):
+def test_quick_run_does_not_replace_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     assert run.main(["query_pooling", "--case", "bottleneck", "--quick", "--repeats", "1"]) == 0
@@ -123,7 +123,7 @@ def test_quick_run_replaces_no_results(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob(f"results/*/{STEM}-float32.json"))) == 1
 
 
-def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
+def test_run_without_matplotlib_draws_no_plots(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run.main([*TINY, "--forward", "--out", str(tmp_path)]) == 0
     assert "matplotlib is not installed, so no picture was drawn." in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
     assert record(tmp_path)["providers"]["composed"]["seconds"]["eager"].keys() == {"forward"}
 
 
-def test_results_of_other_cases_stay(tmp_path):
+def test_table_keeps_the_results_of_earlier_cases(tmp_path):
     for length in (5, 6):
         shape = f"B=1,N={length},D=8,L=2,H=1"
         assert (
@@ -155,7 +155,7 @@ def test_results_of_other_cases_stay(tmp_path):
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
-def test_failed_check_of_ours_is_an_error_and_not_timed(error, tmp_path, capsys, monkeypatch):
+def test_composed_provider_that_fails_the_check_is_an_error(error, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(query_pooling.PROVIDERS, "composed", broken(error))
     assert run.main([*TINY, "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_failed_check_of_ours_is_an_error_and_not_timed(error, tmp_path, capsys,
     assert "seconds" in providers["nn.MultiheadAttention"]
 
 
-def test_red_baseline_is_reported_and_not_timed(tmp_path, capsys, monkeypatch):
+def test_baseline_that_fails_the_check_is_reported_and_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(query_pooling.PROVIDERS, "projected KV + SDPA", broken(1e-4))
     assert run.main([*TINY, "--out", str(tmp_path)]) == 0
     providers = record(tmp_path)["providers"]
@@ -187,14 +187,11 @@ def test_spent_budget_skips_compiling(tmp_path):
     "case", query_pooling.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_every_provider_computes_the_same_function(case):
-    """Providers that support a case agree in output and gradients.
-
-    All cases, smaller and in float64.
-    """
+    """Compare outputs and gradients of all cases, in smaller sizes and float64."""
     small = query_pooling.Case(case.name, 2, 5, 24, min(case.L, 3), case.H, case.block)
     problem = query_pooling.make(small, torch.device("cpu"), torch.float64)
     check = measure.AccuracyCheck(query_pooling, small, problem)
-    served = set()
+    compared = set()
     for name in query_pooling.PROVIDERS:
         try:
             results = check.build(query_pooling.PROVIDERS[name]).results(problem)
@@ -203,16 +200,13 @@ def test_every_provider_computes_the_same_function(case):
         torch.testing.assert_close(
             query_pooling.comparable(results), check.exact, rtol=1e-10, atol=1e-12
         )
-        served.add(name)
-    assert served >= {"composed", "projected KV + SDPA"}
-    assert ("nn.MultiheadAttention" in served) == case.block
+        compared.add(name)
+    assert compared >= {"composed", "projected KV + SDPA"}
+    assert ("nn.MultiheadAttention" in compared) == case.block
 
 
-def test_work_counts_the_formulas():
-    """Count the pooling alone, as derived.
-
-    Per sample 4 R N D + 2 L D^2 forward and 10 R N D + 4 L D^2 backward.
-    """
+def test_work_of_pooling_matches_the_formulas():
+    """With R = H L, a sample takes 4 R N D + 2 L D^2 FLOPs forward, 10 R N D + 4 L D^2 backward."""
     case = query_pooling.Case("", 1024, 197, 768, 32, 1, block=False)
     work = query_pooling.work(case, itemsize=2)
     by_pass = {
@@ -234,7 +228,7 @@ def test_work_counts_the_formulas():
 
 
 NO_SUCH_OP = f"op: got 'no_such_op', expected one of {', '.join(run.OPS)}"
-REFUSED = [
+REJECTED = [
     (("no_such_op",), NO_SUCH_OP),
     (
         ("query_pooling", "--case", "nope"),
@@ -259,19 +253,19 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
+@pytest.mark.parametrize(("arguments", "message"), REJECTED)
 @pytest.mark.parametrize(
     "main",
     [run.main, lambda arguments: cli.main(["bench", *arguments])],
     ids=["run.py", "mmfused bench"],
 )
-def test_refusals_are_one_sentence(main, arguments, sentence, capsys):
+def test_rejected_arguments_give_a_one_line_error(main, arguments, message, capsys):
     assert main(list(arguments)) == 2
     printed = capsys.readouterr()
-    assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_slices_are_all_cases():
+def test_slices_together_contain_every_case():
     cases = query_pooling.cases("cuda", quick=False)
     parts = [run.sliced(cases, f"{part}/3") for part in (1, 2, 3)]
     assert sorted(case.name for part in parts for case in part) == sorted(
@@ -279,7 +273,7 @@ def test_slices_are_all_cases():
     )
 
 
-def test_runs_as_a_file_from_anywhere(tmp_path):
+def test_run_py_works_in_any_folder(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "CUDA_VISIBLE_DEVICES": ""
     }
@@ -289,7 +283,7 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize("modalities", [1, 3])
-def test_masked_info_nce(tmp_path, modalities):
+def test_masked_info_nce_providers_pass_the_check(tmp_path, modalities):
     shape = f"B=50,D=16,K={modalities}"
     assert (
         run.main(
@@ -317,7 +311,7 @@ def test_masked_info_nce(tmp_path, modalities):
     assert found["composed"]["saved_bytes"] < 50 * 50 * 4
 
 
-def test_masked_info_nce_work():
+def test_work_of_masked_info_nce_matches_a_count_by_hand():
     case = masked_info_nce.Case("hand", B=10, D=4, K=2)
     work = masked_info_nce.work(case, itemsize=2)
     assert work["forward"] == [{"stage": "logits", "flops": 2 * 50 * 4, "bytes": 160}]
@@ -330,7 +324,7 @@ def test_masked_info_nce_work():
 
 
 @pytest.mark.parametrize("shape", ["T=40,E=6,k=3", "T=40,E=6,k=3,D=16,S=2"])
-def test_topk_routing(tmp_path, shape):
+def test_topk_routing_providers_pass_the_check(tmp_path, shape):
     results = results_of_run("topk_routing", shape, tmp_path)
     assert results["eager"] == results["composed"] == "passed"
     assert (
@@ -341,7 +335,7 @@ def test_topk_routing(tmp_path, shape):
     )
 
 
-def test_grouped_mlp(tmp_path):
+def test_grouped_mlp_providers_pass_the_check(tmp_path):
     results = results_of_run("grouped_mlp", "T=40,D=16,I=24,E=6,k=2", tmp_path)
     assert results["eager loop"] == results["dense, all experts"] == results["composed"] == "passed"
     assert results["grouped_mm pattern"] in (
@@ -352,7 +346,7 @@ def test_grouped_mlp(tmp_path):
     assert results["Liger fused_moe"] == results["fused"] == "unavailable"
 
 
-def test_gated_cross_attention(tmp_path):
+def test_gated_cross_attention_providers_pass_the_check(tmp_path):
     results = results_of_run("gated_cross_attention", "B=3,N=10,M=7,D=24,H=3", tmp_path)
     assert {results[name] for name in ("SDPA", "eager", "nn.MultiheadAttention", "composed")} == {
         "passed"
@@ -383,9 +377,9 @@ def results_of_run(op, shape, folder) -> dict[str, str]:
     "case", topk_routing.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_routers_compute_the_same_function(case):
-    """Compare outputs and gradients of all cases, smaller and in float64.
+    """Compare outputs and gradients of all cases, in smaller sizes and float64.
 
-    The order is compared as well, as the output does not depend on it.
+    The order of the rows is compared separately, because no output depends on it.
     """
     small = replace(case, T=50, D=case.D and 24)
     problem = topk_routing.make(small, torch.device("cpu"), torch.float64)
@@ -403,36 +397,42 @@ def test_routers_compute_the_same_function(case):
 
 @pytest.mark.parametrize("case", grouped_mlp.cases("cuda", quick=False), ids=lambda case: case.name)
 def test_experts_compute_the_same_function(case):
-    """Compare all cases, smaller and in float64, except grouped_mm, which does not support it."""
+    """Compare outputs and gradients of all cases, in smaller sizes.
+
+    Both float64 and float32 are tested, because torch's grouped_mm rejects float64.
+    """
     small = replace(case, T=30, D=16, I=24)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         problem = grouped_mlp.make(small, torch.device("cpu"), dtype)
-        check, served = measure.AccuracyCheck(grouped_mlp, small, problem), set()
+        check, compared = measure.AccuracyCheck(grouped_mlp, small, problem), set()
         for name, build in grouped_mlp.PROVIDERS.items():
             try:
                 results = check.build(build).results(problem)
             except (
                 measure.Unavailable,
                 NotImplementedError,
-            ):  # NotImplementedError: torch's grouped_mm rejects float64
+            ):
                 continue
             results = {
                 part: tensor.double() for part, tensor in grouped_mlp.comparable(results).items()
             }
             torch.testing.assert_close(results, check.exact, rtol=tolerance, atol=tolerance)
-            served.add(name)
-        assert served >= {"eager loop", "dense, all experts", "composed"}
+            compared.add(name)
+        assert compared >= {"eager loop", "dense, all experts", "composed"}
 
 
 @pytest.mark.parametrize(
     "case", gated_cross_attention.cases("cuda", quick=False), ids=lambda case: case.name
 )
 def test_cross_attentions_compute_the_same_function(case, monkeypatch):
-    """Compare all cases, smaller and in float64; the exact results are computed in chunks."""
+    """Compare outputs and gradients of all cases, in smaller sizes and float64.
+
+    The exact results are computed in chunks.
+    """
     monkeypatch.setattr(gated_cross_attention, "EXACT_CHUNK", 3)
     small = replace(case, B=7, N=9, M=6, D=24, H=3)
     problem = gated_cross_attention.make(small, torch.device("cpu"), torch.float64)
-    check, served = measure.AccuracyCheck(gated_cross_attention, small, problem), set()
+    check, compared = measure.AccuracyCheck(gated_cross_attention, small, problem), set()
     for name, build in gated_cross_attention.PROVIDERS.items():
         try:
             results = check.build(build).results(problem)
@@ -441,13 +441,13 @@ def test_cross_attentions_compute_the_same_function(case, monkeypatch):
         torch.testing.assert_close(
             gated_cross_attention.comparable(results), check.exact, rtol=1e-10, atol=1e-11
         )
-        served.add(name)
-    assert served >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
-    assert ("SDPA, samples with both gathered" in served) == case.missing
+        compared.add(name)
+    assert compared >= {"SDPA", "eager", "nn.MultiheadAttention", "composed"}
+    assert ("SDPA, samples with both gathered" in compared) == case.missing
 
 
-def test_the_gate_in_triton_is_the_gate(monkeypatch):
-    """Run the baseline through its provider; on a CPU it is interpreted, which is never timed."""
+def test_baseline_with_the_gate_in_triton_passes_the_check(monkeypatch):
+    """On a CPU, the gate runs in Triton's interpreter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(gated_cross_attention, "need_kernels", lambda device, dtype: None)
     case = gated_cross_attention.Case("", B=3, N=9, M=6, D=24, H=3)
@@ -459,7 +459,7 @@ def test_the_gate_in_triton_is_the_gate(monkeypatch):
         gated_cross_attention.triton_gate(replace(case, post_norm=True), device, torch.float32)
 
 
-def test_dropout_is_timed_and_not_judged():
+def test_results_with_dropout_need_only_be_finite():
     case = gated_cross_attention.Case("", B=2, N=5, M=4, D=8, H=2, p=0.5)
     problem = gated_cross_attention.make(case, torch.device("cpu"), torch.float32)
     check, inputs = (
@@ -477,7 +477,7 @@ def test_dropout_is_timed_and_not_judged():
     assert check.admit("composed", None)[1]["reasons"] == ["results with dropout are not finite"]
 
 
-def test_choices_are_routed_as_they_are_called():
+def test_choices_of_experts_have_the_named_distribution():
     shares = {}
     for routed in grouped_mlp.ROUTED:
         found = grouped_mlp.choices(grouped_mlp.Case("", T=2000, D=8, I=8, E=8, k=2, routed=routed))
@@ -491,7 +491,7 @@ def test_choices_are_routed_as_they_are_called():
     assert (shares["half"][4:] == 0).all() and (shares["half"][:4] > 0.4).all()
 
 
-def test_a_loop_over_data_is_not_compiled():
+def test_the_eager_loop_is_not_compiled():
     case = grouped_mlp.Case("", T=8, D=8, I=8, E=2, k=1)
     check = measure.AccuracyCheck(
         grouped_mlp, case, grouped_mlp.make(case, torch.device("cpu"), torch.float32)
@@ -504,7 +504,7 @@ def test_a_loop_over_data_is_not_compiled():
     )
 
 
-# Microseconds forward and backward at 790 TFLOP/s and 4.3 TB/s, computed without work().
+# (forward, backward) in microseconds at 790 TFLOP/s and 4.3 TB/s, computed without work().
 FLOORS = {
     grouped_mlp: {
         "fluid-512": (36.9, 72.2),
@@ -532,12 +532,10 @@ FLOORS = {
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op, floors in FLOORS.items() for name in floors]
 )
-def test_floors(op, name):
+def test_floors_match_independent_numbers(op, name):
     (case,) = [case for case in op.cases("cuda", quick=False) if case.name == name]
     work = op.work(case, itemsize=2)
-    if (
-        op is topk_routing
-    ):  # FLOORS omits the order and the gradient of the weights, which are small
+    if op is topk_routing:  # FLOORS counts only the stage "route"; the others take little time
         work = {
             which: [stage for stage in stages if stage["stage"] == "route"]
             for which, stages in work.items()
@@ -548,8 +546,8 @@ def test_floors(op, name):
     )
 
 
-def test_bytes_of_cross_attention_are_the_tokens():
-    """Reading and writing the tokens once takes 64 us, also if samples lack a modality."""
+def test_bytes_of_cross_attention_are_those_of_the_tokens():
+    """Reading and writing the tokens once takes 64 us, even if samples lack a modality."""
     for case, expected in (("uniecs", 64), ("uniecs-missing", 64)):
         (case,) = [
             found

@@ -19,7 +19,7 @@ from mmfused.data import pictures
 from mmfused.data.pictures import BrokenPicture, load_picture
 
 
-def test_formats_that_are_not_read_are_named_by_their_content(tmp_path):
+def test_unsupported_formats_are_rejected_by_their_content(tmp_path):
     others = [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         b"8BPS",
@@ -35,7 +35,7 @@ def test_formats_that_are_not_read_are_named_by_their_content(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_pipes_devices_and_folders_are_named_and_not_waited_for(tmp_path):
+def test_pipes_devices_and_folders_are_rejected_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     start = time.monotonic()
     for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
@@ -50,7 +50,7 @@ def test_pipes_devices_and_folders_are_named_and_not_waited_for(tmp_path):
     assert time.monotonic() - start < 5
 
 
-def seeds():
+def valid_files():
     turned = [Image.fromarray(NOISE).rotate(angle) for angle in (0, 90)]
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -69,17 +69,17 @@ def damaged(rng, data):
     kind = rng.integers(3)
     if kind == 0:
         return bytes(data[: rng.integers(len(data))])
-    reach = len(data) if kind == 1 else min(len(data), 120)  # headers and sizes
+    reach = len(data) if kind == 1 else min(len(data), 120)  # only the headers
     for place in rng.integers(0, reach, rng.integers(1, 8)):
         data[place] = rng.choice([0, 127, 128, 255, rng.integers(256)])
     return bytes(data)
 
 
-def test_damaged_files_load_or_are_named_and_nothing_else(recwarn, caplog, monkeypatch):
+def test_damaged_files_load_or_raise_broken_picture(recwarn, caplog, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10**6)  # to save time
     rng = np.random.default_rng(16)
-    named = loaded = 0
-    for data in seeds():
+    rejected = loaded = 0
+    for data in valid_files():
         for trial in range(40):
             try:
                 picture = load_picture(damaged(rng, data), (None, 8)[trial % 2])
@@ -87,11 +87,11 @@ def test_damaged_files_load_or_are_named_and_nothing_else(recwarn, caplog, monke
                 loaded += 1
             except BrokenPicture as error:
                 assert str(error) and str(error).isprintable() and len(str(error)) < 300
-                named += 1
-    assert named > 100 and loaded > 100 and not recwarn.list and not caplog.records
+                rejected += 1
+    assert rejected > 100 and loaded > 100 and not recwarn.list and not caplog.records
 
 
-def test_any_exception_of_pillow_is_a_sentence(monkeypatch):
+def test_every_exception_of_pillow_becomes_broken_picture(monkeypatch):
     for error in (
         MemoryError(),
         KeyError(128),
@@ -108,7 +108,7 @@ def test_any_exception_of_pillow_is_a_sentence(monkeypatch):
             load_picture(b"")
 
 
-def test_pillows_warnings_are_kept_back_and_those_of_others_are_not():
+def test_quiet_suppresses_only_the_warnings_of_pillow():
     filters = list(warnings.filters)
     inside, leave = threading.Event(), threading.Event()
 

@@ -1,6 +1,6 @@
 """Hooks, adapters and parametrizations on a module's children act as if each child were called.
 
-This holds on every backend; otherwise the call is an error.
+On a backend that cannot support them, the call of the module is an error.
 """
 
 import itertools
@@ -14,25 +14,25 @@ import mmfused
 from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On "fused", most attachments lead to the same kernel calls: one of each kind is tested in all
-# modules, the others in a single module.
+# On "fused", most attachments lead to the same kernel calls. These attachments are tested in all
+# modules, the others only in QueryPooling.
 KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
 
 
-def is_run(module, attachment, backend):
+def is_tested(module, attachment, backend):
     result = outcome(module, attachment, backend)
-    one = backend != "fused" or attachment in KINDS or module == "QueryPooling"
-    return result == "refused" or (result == "equal" and one)
+    chosen = backend != "fused" or attachment in KINDS or module == "QueryPooling"
+    return result == "refused" or (result == "equal" and chosen)
 
 
-CASES = [case for case in itertools.product(MODULES, ATTACHMENTS, BACKENDS) if is_run(*case)]
+CASES = [case for case in itertools.product(MODULES, ATTACHMENTS, BACKENDS) if is_tested(*case)]
 
 
 def build(name, attachment, attach=True):
     torch.manual_seed(0)
     module = MODULES[name].make()
     for parameter in module.parameters():
-        # With biases of 0 and norms of 1, a wrong parameter would go unnoticed.
+        # If biases were 0 and norm weights 1, the use of a wrong parameter might go unnoticed.
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
         parameter.data += scale * torch.randn_like(parameter)
     attached = ATTACHMENTS[attachment]
@@ -78,13 +78,13 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
             exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
             actual = results(case.call, module, inputs, torch.float32)
             plain = results(case.plain, plain, inputs, torch.float32)
-            # Key biases have a gradient of exactly 0 in float64, of rounding errors in float32.
+            # The gradient of a key bias is 0, and only rounding errors in float32.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)
             budget = [
                 {n: x for n, x in d.items() if n not in noise} for d in (actual, exact, plain)
             ]
-            # A loose bound, as this tests the meaning; the tests of each op use a factor of 2.
+            # The tests of each op check accuracy with a factor of 2.
             assert not over_budget(*budget, factor=8)
 
 
@@ -111,7 +111,7 @@ ADAPTED = {name: (case.make, case.inputs, case.call) for name, case in MODULES.i
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTED)
-def test_lora_acts_learns_and_merges(name, backend):
+def test_lora_changes_the_output_trains_and_merges(name, backend):
     peft = pytest.importorskip("peft")
     make, inputs, call = ADAPTED[name]
     module, inputs = make(), inputs()
@@ -134,8 +134,8 @@ def test_lora_acts_learns_and_merges(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lora_on_the_experts_themselves(backend):
-    """Test peft's target_parameters, a parametrization of the module's own parameters."""
+def test_lora_on_expert_weights_trains_and_merges(backend):
+    """peft's target_parameters parametrizes weights that are not in a child module."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2,
@@ -155,7 +155,7 @@ def test_lora_on_the_experts_themselves(backend):
         torch.testing.assert_close(adapted.merge_and_unload()(x), out, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_for_each_item_of_a_batch():
+def test_items_of_a_batch_may_use_different_adapters():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
     model = peft.get_peft_model(nn.Sequential(mmfused.QueryPooling(16, 2, 2)), config).eval()
@@ -173,8 +173,8 @@ def test_an_adapter_for_each_item_of_a_batch():
 
 
 @pytest.mark.parametrize("attach", [True, False], ids=["hooked", "plain"])
-def test_an_item_alone_and_in_a_batch(attach):
-    """With one head, out_proj is folded into v_proj if that saves work, unless it has a hook."""
+def test_an_item_gives_the_same_result_alone_and_in_a_batch(attach):
+    """The larger batch folds out_proj into v_proj, unless out_proj has a hook."""
     module, calls = mmfused.QueryPooling(8, 4, 1, out_proj=True), []
     if attach:
         module.out_proj.register_forward_hook(lambda m, args, out: calls.append(1) or out.square())
@@ -183,7 +183,7 @@ def test_an_item_alone_and_in_a_batch(attach):
     assert len(calls) == 2 * attach
 
 
-def test_pruning_follows_training():
+def test_pruned_weight_follows_the_optimizer():
     module = mmfused.QueryPooling(16, 2)
     torch.nn.utils.prune.l1_unstructured(module.k_proj, "weight", 0.5)
     optimizer, x, seen = torch.optim.SGD(module.parameters(), lr=1.0), torch.randn(2, 3, 16), []
@@ -195,8 +195,8 @@ def test_pruning_follows_training():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_spectral_norm_iterates_once_a_forward(name):
-    """In training mode, each access of the weight is a step of the power iteration."""
+def test_spectral_norm_iterates_once_per_forward(name):
+    """In training mode, each computation of the weight is a step of the power iteration."""
     module, plain = build(name, "old spectral_norm"), build(name, "old spectral_norm")
     inputs = MODULES[name].inputs()
     MODULES[name].call(module, *inputs)
@@ -205,7 +205,7 @@ def test_spectral_norm_iterates_once_a_forward(name):
         assert torch.equal(ours, theirs), key
 
 
-def test_a_child_of_another_width():
+def test_a_wrong_output_of_a_child_is_an_error():
     module = mmfused.TopKMoE(8, 8, 4)
     module.router = nn.Sequential(nn.Linear(8, 5))
     message = r"TopKMoE.router: got shape \(3, 5\) as output, expected \(3, 4\)"
@@ -218,7 +218,7 @@ def test_a_child_of_another_width():
         module(torch.randn(1, 3, 8), torch.randn(1, 3, 8))
 
 
-def test_called_children_see_no_nan_of_ignored_tokens():
+def test_called_children_get_no_nan_from_ignored_tokens():
     module = mmfused.QueryPooling(8, 2, 2)
     moe = mmfused.TopKMoE(8, 8, 4)
     for child in (module.k_proj, module.v_proj, moe.router):
@@ -230,8 +230,7 @@ def test_called_children_see_no_nan_of_ignored_tokens():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_tensor_on_both_sides(backend):
-    """Each side has its own norm."""
+def test_the_same_tensor_on_both_sides_gets_both_norms(backend):
     for name in ("GatedCrossAttention", "BidirectionalGatedCrossAttention"):
         module, y = build(name, "LoRA", attach=False), torch.randn(2, 5, 16)
         with mmfused.backend(backend):
@@ -253,7 +252,7 @@ def test_the_same_tensor_on_both_sides(backend):
         ("TopKMoE", "router"),
     ],
 )
-def test_a_child_that_is_none(name, child, backend):
+def test_a_child_that_is_none_is_an_error(name, child, backend):
     module = MODULES[name].make()
     setattr(module, child, None)
     message = f"{child}: got None, expected|w_g: got None with gate 'channel', expected"
@@ -263,8 +262,8 @@ def test_a_child_that_is_none(name, child, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_called_children_get_the_whole_batch_once(backend):
-    """The batch includes a sample without context; it is not skipped if children are called."""
+def test_called_children_get_the_full_batch_once(backend):
+    """Samples without context are not skipped if children are called."""
     module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
     for child in (module.norm_a, module.to_a.k_proj):
         child.register_forward_hook(
@@ -282,7 +281,7 @@ def test_called_children_get_the_whole_batch_once(backend):
     torch.testing.assert_close(outs, module(a, b, b_present=present, a_key_padding_mask=ignore))
 
 
-def test_hooks_on_a_direction():
+def test_hooks_on_a_direction_are_called():
     module, calls = mmfused.BidirectionalGatedCrossAttention(16, 2), []
     module.to_a.register_forward_pre_hook(lambda m, args: calls.append("before"))
     module.to_b.register_forward_hook(lambda m, args, out: calls.append("after"))
@@ -291,8 +290,7 @@ def test_hooks_on_a_direction():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_weights_that_their_own_forward_casts(dtype):
-    """Tokens are not rounded to the dtype in which a weight is stored."""
+def test_tokens_keep_their_dtype_if_a_child_casts_its_weight(dtype):
 
     class Stored(nn.Linear):
         def forward(self, x):
@@ -311,7 +309,7 @@ def test_weights_that_their_own_forward_casts(dtype):
 
 @pytest.mark.parametrize("attachment", ["LoRA", "forward hook", "pruning"])
 @pytest.mark.parametrize("name", ["QueryPooling", "GatedCrossAttention", "TopKMoE"])
-def test_compiled_without_a_graph_break(name, attachment):
+def test_attachments_compile_without_a_graph_break(name, attachment):
     if ATTACHMENTS[attachment].needs:
         pytest.importorskip(ATTACHMENTS[attachment].needs)
     module, case = build(name, attachment), MODULES[name]
@@ -340,13 +338,13 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True], ids=["child", "inside"])
 @pytest.mark.parametrize("name", MODULES)
-def test_children_under_fully_shard(name, inside, one_rank):
+def test_children_under_fully_shard_match_plain_children(name, inside, one_rank):
     from torch.distributed.fsdp import fully_shard
 
     module, plain = (build(name, "LoRA", attach=False) for _ in range(2))
     for child in children(module, nn.Linear):
         inner = module.get_submodule(child)
-        if inside:  # as with an adapter: the sharded module is inside the called one
+        if inside:  # the called child contains the sharded module, as with an adapter
             module.set_submodule(child, nn.Sequential(inner))
         fully_shard(inner, mesh=one_rank)
     inputs = MODULES[name].inputs()
@@ -360,7 +358,7 @@ def test_children_under_fully_shard(name, inside, one_rank):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
+def test_children_with_tensor_parallelism_are_rejected(name, one_rank):
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     module = MODULES[name].make()
@@ -370,7 +368,7 @@ def test_children_of_a_tensor_parallel_plan_are_refused(name, one_rank):
         MODULES[name].call(module, *MODULES[name].inputs())
 
 
-def test_a_direction_that_is_sharded_separately(one_rank):
+def test_a_direction_that_is_sharded_separately_is_rejected(one_rank):
     from torch.distributed.fsdp import fully_shard
 
     module = mmfused.BidirectionalGatedCrossAttention(16, 2)

@@ -19,13 +19,11 @@ ROOT = Path(mmfused.__file__).parent.parent
 
 
 def python_m(*arguments, cwd=ROOT):
-    environment = {
-        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
-    }  # without the interpreter, as for users
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-    }  # spinning threads are slow on a busy machine
+    }
     return subprocess.run(
         [sys.executable, "-m", "mmfused", *map(str, arguments)],
         cwd=cwd,
@@ -57,7 +55,7 @@ def test_a_bad_command_line_exits_2(arguments, capsys):
     assert stop.value.code == 2 and "usage: mmfused" in capsys.readouterr().err
 
 
-def test_a_command_imports_only_itself():
+def test_a_command_does_not_import_other_commands():
     code = (
         "import sys; from mmfused.cli import main; main(['env']); "
         "sys.exit('mmfused.cli.demo' in sys.modules or 'timm' in sys.modules)"
@@ -66,7 +64,7 @@ def test_a_command_imports_only_itself():
     assert done.returncode == 0, done.stderr
 
 
-def test_env_names_versions_and_each_op(capsys):
+def test_env_prints_versions_and_ops(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     for word in (
@@ -125,7 +123,7 @@ def train_arguments(mugs, out, *more):
     ]
 
 
-def test_train_ends_with_a_table(mugs, tmp_path, capsys):
+def test_train_prints_a_table_of_results(mugs, tmp_path, capsys):
     assert (
         main(
             train_arguments(
@@ -147,7 +145,7 @@ def test_train_ends_with_a_table(mugs, tmp_path, capsys):
     )
 
 
-def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
+def test_train_reports_an_error_in_one_line(mugs, tmp_path, capsys):
     def error_of(arguments):
         assert main(arguments) == 2
         error = capsys.readouterr().err.splitlines()
@@ -185,7 +183,7 @@ def test_train_says_what_is_wrong_in_one_sentence(mugs, tmp_path, capsys):
     assert (out / "model.safetensors").read_text() == "mine"
 
 
-def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch):
+def test_train_resumes_after_a_signal(mugs, tmp_path, capsys, monkeypatch):
     from mmfused.training import loop as training
 
     arguments = train_arguments(
@@ -206,11 +204,11 @@ def test_train_resumes_what_a_signal_stopped(mugs, tmp_path, capsys, monkeypatch
             training, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
         )
         assert main([*arguments, "--resume"]) == 143
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmfused: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmfused: ")]
     assert (
-        len(told) == 1
-        and "stopped by SIGTERM after step 1, saved in" in told[0]
-        and "--resume" in told[0]
+        len(lines) == 1
+        and "stopped by SIGTERM after step 1, saved in" in lines[0]
+        and "--resume" in lines[0]
     )
     assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
     assert "mmfused: error: resume: lr: got 0.5, expected" in capsys.readouterr().err
@@ -247,7 +245,7 @@ def mug_run(tmp_path_factory):
     return base / "run", val
 
 
-def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
+def test_eval_matches_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
     run, val = mug_run
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     arguments = [
@@ -284,7 +282,7 @@ def test_eval_equals_the_last_validation_of_the_run(mug_run, tmp_path, capsys):
     assert json.loads((tmp_path / "numbers.json").read_text())["loss"] != last["val_loss"]
 
 
-def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
+def test_eval_on_generated_products_matches_the_validation(tmp_path, monkeypatch, capsys):
     from mmfused import data
     from mmfused.training.run import TrainConfig, train
 
@@ -320,7 +318,7 @@ def test_eval_on_the_generated_set(tmp_path, monkeypatch, capsys):
     other = json.loads((tmp_path / "numbers.json").read_text())
     assert (
         other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]
-    )  # the contrastive loss has fewer pairs
+    )  # with smaller batches, the contrastive loss has fewer negatives
 
 
 def reshape_weights(run):
@@ -375,10 +373,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_eval_says_what_is_wrong_with_a_run(mug_run, tmp_path, capsys, damage):
+def test_eval_reports_a_damaged_run(mug_run, tmp_path, capsys, damage):
     run, val = shutil.copytree(mug_run[0], tmp_path / "run"), mug_run[1]
-    spoil, message = DAMAGE[damage]
-    spoil(run)
+    damage_run, message = DAMAGE[damage]
+    damage_run(run)
     (tmp_path / "numbers.json").write_text("mine")
     assert message in error_of_eval(
         capsys, "--checkpoint", run, "--data", val, "--out", tmp_path / "numbers.json"
@@ -386,7 +384,7 @@ def test_eval_says_what_is_wrong_with_a_run(mug_run, tmp_path, capsys, damage):
     assert (tmp_path / "numbers.json").read_text() == "mine"
 
 
-def test_eval_says_what_is_wrong_in_one_sentence(mug_run, tmp_path, capsys):
+def test_eval_reports_an_error_in_one_line(mug_run, tmp_path, capsys):
     run, val = mug_run
     data = folder(tmp_path / "data", [("a red pot", 2)])
     checkpoint = shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
@@ -427,7 +425,7 @@ def error_of_eval(capsys, *arguments):
     return error[0]
 
 
-def test_a_missing_optional_package_is_named(mugs, tmp_path, capsys, monkeypatch):
+def test_train_names_a_missing_optional_package(mugs, tmp_path, capsys, monkeypatch):
     find = builtins.__import__
 
     def without_tqdm(name, *rest):
@@ -463,7 +461,7 @@ def test_demo_compares_two_trainings_and_times_the_op(tmp_path):
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_fails_when_the_curves_part(tmp_path, monkeypatch, capsys):
+def test_demo_fails_if_the_loss_curves_differ(tmp_path, monkeypatch, capsys):
     from mmfused.cli import demo
 
     def fake(backend, steps, out):

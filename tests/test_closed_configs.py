@@ -1,6 +1,6 @@
-"""Loading a model's config or a pretrained folder is safe.
+"""Tests that loading an untrusted config is safe.
 
-It runs no code, opens no files outside and allocates no unbounded memory.
+Loading must not run code from the config, open other files or allocate unbounded memory.
 """
 
 import json
@@ -20,7 +20,7 @@ from mmfused.models.encoders import TEXT_TYPES, build_text  # noqa: E402
 
 PRESETS = [(name, preset) for name, kind in MODELS.items() for preset in kind.config.PRESETS]
 BERT = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 90}
-NOWHERE = {"auto_map": {"AutoModel": "module.Model"}}
+AUTO_MAP = {"auto_map": {"AutoModel": "module.Model"}}
 
 
 def config_of(name, **changes):
@@ -33,7 +33,7 @@ def outside(tmp_path):
     return Outside(tmp_path / "outside")
 
 
-# --- one list of fields, with types and bounds ---
+# --- fields, with their types and bounds ---
 
 IMAGE = [
     (
@@ -79,7 +79,7 @@ IMAGE = [
     ({"mlp_ratio": math.nan}, "image.mlp_ratio: got nan, expected a finite number"),
 ]
 TEXT = [
-    (NOWHERE, "text: got a field 'auto_map', expected model_type"),
+    (AUTO_MAP, "text: got a field 'auto_map', expected model_type"),
     (
         {"attn_implementation": "kernels-community/flash-attn"},
         "text: got a field 'attn_implementation'",
@@ -118,7 +118,7 @@ TEXT = [
     ),
 ]
 HOSTED = [
-    ({"host": NOWHERE}, "host: got a field 'auto_map'"),
+    ({"host": AUTO_MAP}, "host: got a field 'auto_map'"),
     (
         {"host": {"text_config": {"attn_implementation": "x/y"}}},
         "host.text_config: got a field 'attn_implementation'",
@@ -178,7 +178,7 @@ HOSTILE = [
 @pytest.mark.parametrize(
     ("name", "changes", "match"), HOSTILE, ids=[match for _, _, match in HOSTILE]
 )
-def test_a_config_that_says_more_than_it_may_is_refused(name, changes, match, outside):
+def test_a_config_with_unknown_fields_or_invalid_values_is_rejected(name, changes, match, outside):
     text = (
         json.dumps(changes)
         .replace("{pickle}", str(outside.pickle))
@@ -188,8 +188,7 @@ def test_a_config_that_says_more_than_it_may_is_refused(name, changes, match, ou
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_field_refuses_what_it_does_not_take(name):
-    """No field accepts an object in a list; misplaced JSON values give a one-line error."""
+def test_every_field_rejects_a_list_of_objects_in_one_line(name):
     config = config_of(name)
     for field in config.to_dict():
         with pytest.raises(ValueError, match=f"^{field}: got ") as caught:
@@ -200,21 +199,21 @@ def test_every_field_refuses_what_it_does_not_take(name):
             type(config).from_dict(values)
 
 
-def test_a_field_without_a_default_is_missed():
+def test_a_missing_required_field_is_an_error():
     with pytest.raises(ValueError, match="^num_classes: got nothing"):
         MODELS["fluid"].config.from_dict({})
 
 
-def test_sizes_among_the_options_are_the_presets():
+def test_the_option_image_size_overrides_that_of_the_preset():
     assert config_of("fluid", image_size=56).image["img_size"] == 56
     assert config_of("unite", image_size=96).image_size == 96
 
 
-# --- shapes and the picture's size, without memory ---
+# --- shapes and picture sizes from a config, without a model ---
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
-def test_shapes_come_without_memory_and_without_random_numbers(name, preset):
+def test_shapes_of_a_config_match_the_model_and_use_no_random_numbers(name, preset):
     kind = MODELS[name]
     config = kind.config.preset(preset, **kind.config.UNKNOWN)
     before = torch.random.get_rng_state()
@@ -227,7 +226,7 @@ def test_shapes_come_without_memory_and_without_random_numbers(name, preset):
         assert model.picture_size == config.picture_size
 
 
-def test_the_picture_size_is_the_models():
+def test_picture_size_of_a_config_matches_the_model():
     for image in (
         {"name": "vit_tiny_patch16_384", "depth": 1},
         {"name": "vit_tiny_patch16_224", "img_size": 64, "depth": 1},

@@ -1,20 +1,18 @@
-"""torch.compile, and compilation for GPUs that are absent.
+"""Tests of torch.compile, and of compiling kernels for GPUs that this machine does not have.
 
-Both run in separate processes, without Triton's interpreter.
+The tests run in separate processes, without Triton's interpreter.
 """
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Together these reach every kernel; the other cases of `mmfused inspect` differ only in sizes.
+# Cases of `mmfused inspect` that together use every kernel of query pooling and masked InfoNCE. The
+# other cases differ only in sizes.
 CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
-def test_one_graph_for_three_lengths():
-    """Compile with fullgraph and dynamic, with gradients, for each backend available here.
-
-    With and without padding.
-    """
+def test_query_pooling_is_one_graph_for_three_lengths():
+    """Compare results and gradients on each available backend, with and without padding."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -29,7 +27,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
             64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True
         ).to(device)
         counters.clear()
-        # Tracing also the gradients takes long.
+        # "aot_eager" also traces the gradients, which takes long.
         backend = "eager" if name == "reference" or padding is None else "aot_eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for length in (17, 40, 33):
@@ -55,7 +53,7 @@ print("done")
 
 
 def test_fluid_is_one_graph():
-    """Compile the whole model with gradients, for tokens of three lengths and with encoders."""
+    """Compile the model without encoders, for texts of three lengths, and with encoders."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -78,7 +76,7 @@ def check(model, compiled, batch):
 
 labels, there = torch.randint(0, 7, (5,)), torch.tensor([True, True, False, True, True])
 bare = ("q_transform", "gate", "bottleneck", "moe")
-# Tracing also the gradients takes long.
+# "aot_eager" also traces the gradients, which takes long.
 for without, backend in (
     ((), "aot_eager"),
     (bare, "eager"),
@@ -117,11 +115,8 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_fused_op_is_one_node_of_the_graph():
-    """The kernels are opaque to the compiler: one call forward, one backward, no graph break.
-
-    They are traced on fake CUDA tensors.
-    """
+def test_fused_query_pooling_runs_on_fake_tensors():
+    """The fused op and its backward give outputs and gradients of the right shapes."""
     code = """
 import torch, mmfused
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -163,10 +158,10 @@ def test_plans_compile_without_spills(arch, tmp_path):
     assert kernels >= {"sweep", "merge", "pairs", "apply_ds", "owner"}
     assert ("onepass_backward" in kernels) == (arch in ("sm_90", "sm_100"))
     assert not any(row["spilled"] or row["fault"] for row in rows)
-    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
     for row in rows:
         if row["kernel"] not in ("moments", "pack_mask", "merge"):
-            assert row["instructions"][meant], row
+            assert row["instructions"][instruction], row
 
 
 def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811
@@ -175,7 +170,7 @@ def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F
 
 
 def test_inspect_reports_a_fault():
-    """A kernel with more shared memory than any GPU has makes the command fail."""
+    """The command fails for a kernel that needs more shared memory than the GPU has."""
     code = """
 import importlib, sys
 from mmfused import cli
@@ -196,17 +191,17 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
 
 
 @pytest.mark.parametrize(
-    "args, sentence",
+    "args, message",
     [
         (["--arch", "90"], "--arch: got '90', expected one of sm_80"),
         (["--case", "none"], "expected some of fluid"),
     ],
 )
-def test_inspect_bad_arguments(args, sentence):
+def test_inspect_rejects_bad_arguments(args, message):
     done = run_python("-m", "mmfused", "inspect", *args)
-    assert done.returncode == 2 and sentence in done.stderr
+    assert done.returncode == 2 and message in done.stderr
 
 
-def test_inspect_needs_a_compiler():
+def test_inspect_is_rejected_in_the_interpreter():
     done = run_python("-m", "mmfused", "inspect", "--arch", "sm_90", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET: got '1', expected it unset" in done.stderr

@@ -1,14 +1,14 @@
-"""Gated cross-attention compiled: its graph, and its kernels for GPUs that are absent."""
+"""Tests of gated cross-attention under torch.compile, and of compiling its kernels."""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Every kernel; the other cases of `mmfused inspect` differ only in sizes.
+# Cases of `mmfused inspect` that use every kernel of the op. The other cases differ only in sizes.
 CASES = ("cross 768", "block")
 
 
 def test_gated_cross_attention_is_one_graph_for_three_lengths():
-    """Both directions with masks, flags and dropout: one graph for three lengths of both sides."""
+    """Compare both directions, with a padding mask, presence flags and dropout."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -25,7 +25,7 @@ for name in ["composed"] + (["fused"] if device == "cuda" else []):
         torch.manual_seed(0)
         mmfused.set_backend(name)
         model = mmfused.BidirectionalGatedCrossAttention(32, 4, **options).to(device)
-        # Tracing also the gradients takes long.
+        # "aot_eager" also traces the gradients, which takes long.
         backend = "aot_eager" if "dropout" in options else "eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for n, m in ((17, 9), (40, 21), (33, 14)):
@@ -57,8 +57,8 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_fused_op_is_one_node_each_way():
-    """Traced on fake CUDA tensors: one opaque call forward and one backward for both directions."""
+def test_fused_cross_attention_runs_on_fake_tensors():
+    """The fused op and its backward give outputs and gradients of the right shapes."""
     code = """
 import torch, mmfused
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -86,8 +86,8 @@ print("done")
 def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     assert not any(row["spilled"] or row["fault"] for row in rows)
-    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
-    assert any(row["instructions"][meant] for row in rows)
+    instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    assert any(row["instructions"][instruction] for row in rows)
 
 
 def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811

@@ -1,11 +1,11 @@
-"""A training step of UniECS and of UniCA compiles to one graph, from precomputed tokens.
+"""A training step of UniECS or UniCA compiles to one graph, from tokens of the encoders.
 
-The hosted models are compiled in their own tests.
+test_moon2.py and test_unite.py compile the other models.
 """
 
 from compiling import run_python
 
-# One process for both, without Triton's interpreter, because imports take most of the time.
+# Both models run in one process, because imports take most of the time.
 COMPILED = """
 import sys, torch
 
@@ -28,8 +28,8 @@ def check(model, *args, **options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-check(test_uniecs.random_model(), *test_uniecs.token_pair())  # adaptive weights included
-check(unica_equations.random_model(), **unica_equations.token_batch())  # with the whole host
+check(test_uniecs.random_model(), *test_uniecs.token_pair())
+check(unica_equations.random_model(), **unica_equations.token_batch())
 print("agrees")
 """
 

@@ -1,16 +1,17 @@
-"""The mixture of experts compiled: its graph, and its kernels for GPUs that are absent."""
+"""Tests of the mixture of experts under torch.compile, and of compiling its kernels."""
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# All kernels of routing and experts; the other cases of `mmfused inspect` differ only in sizes.
+# Cases of `mmfused inspect` that use every kernel of the router and the experts. The other cases
+# differ only in sizes.
 CASES = ("logits 5", "route exact", "moe fluid 512")
 
 
 def test_moe_is_one_graph_for_three_lengths():
-    """Compile router and experts with masks, segments, a selection bias and jitter.
+    """Compare router and experts, with masks, segments, a selection bias and jitter.
 
-    The number of tokens per expert is never read on the host.
+    Reading the number of tokens per expert on the host would break the graph.
     """
     code = """
 import torch, mmfused
@@ -29,7 +30,7 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
         model = mmfused.TopKMoE(32, 48, 5, 2, activation=activation, jitter=0.1, **options).to(
             device
         )
-        # Tracing also the gradients takes long.
+        # "aot_eager" also traces the gradients, which takes long.
         backend = "eager" if name == "reference" else "aot_eager"
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for length in (17, 40, 33):
@@ -56,10 +57,10 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_fused_moe_is_five_nodes_of_the_graph():
-    """Router and experts are one opaque call each, forward and backward, plus the router's input.
+def test_fused_moe_calls_five_ops_on_fake_tensors():
+    """Router and experts call one op each, forward and backward.
 
-    They are traced on fake CUDA tensors.
+    The fifth op computes the gradient of the router's input.
     """
     code = """
 import torch, mmfused
@@ -116,10 +117,10 @@ def test_plans_compile_without_spills(arch, tmp_path):
     assert kernels >= {"route", "route_x", "scan", "finish", "logits", "dx", "dw"}
     assert kernels >= {"rows", "hidden", "weights", "combine"}
     assert not any(row["spilled"] or row["fault"] for row in rows)
-    meant = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
+    instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
     for row in rows:
         if row["kernel"] in ("rows", "hidden", "weights"):
-            assert row["instructions"][meant], row
+            assert row["instructions"][instruction], row
 
 
 def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811

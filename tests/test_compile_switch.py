@@ -1,4 +1,4 @@
-"""The backend switch under torch.compile, in processes without Triton's interpreter."""
+"""Tests of the backend switch under torch.compile, without Triton's interpreter."""
 
 import pytest
 from compiling import run_python
@@ -74,7 +74,7 @@ run = compiled(uncaught)
 for _ in range(2):
     try:
         run(ONE)
-        raise AssertionError("it did not raise")
+        raise AssertionError("no error was raised")
     except KeyError:
         check(op(ONE), 1)
 
@@ -91,7 +91,7 @@ def wrong(x):
 
 try:
     compiled(wrong)(ONE)
-    raise AssertionError("it did not raise")
+    raise AssertionError("no error was raised")
 except ValueError as error:
     assert "backend name: got 'fast', expected one of" in str(error)
 """
@@ -124,7 +124,7 @@ async def tasks():
 
 asyncio.run(tasks())
 assert len(seen) == 12 and all(want == got for want, got in seen), seen
-assert graphs() == 6  # a default and a with of the same name are two
+assert graphs() == 6  # a backend has two graphs: one as the default, one in a with statement
 """
 
 BREAKS = """
@@ -188,9 +188,11 @@ def recomputed(function):
 
 kinds = {
     "compiled": lambda: compiled(layer, "aot_eager", fullgraph=True),
-    "a checkpoint in it": lambda: compiled(recomputed(layer), "aot_eager", fullgraph=True),
+    "compiled checkpoint": lambda: compiled(recomputed(layer), "aot_eager", fullgraph=True),
     "in a checkpoint": lambda: recomputed(compiled(layer, "aot_eager", fullgraph=True)),
-    "in two": lambda: recomputed(recomputed(compiled(layer, "aot_eager", fullgraph=True))),
+    "in two checkpoints": lambda: recomputed(
+        recomputed(compiled(layer, "aot_eager", fullgraph=True))
+    ),
 }
 for kind, make in kinds.items():
     function = make()
@@ -251,6 +253,6 @@ for name, function in functions.items():
     [TRACED, AROUND, BREAKS, BACKWARD, OPS],
     ids=["with in the function", "around the call", "graph breaks", "backward", "ops"],
 )
-def test_the_switch_under_the_compiler(code):
+def test_compiled_code_follows_the_backend_switch(code):
     done = run_python("-W", "ignore", "-c", f'{COMMON}{code}\nprint("done")')
     assert done.stdout.strip() == "done", done.stderr[-3000:]
