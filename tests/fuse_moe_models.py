@@ -27,7 +27,7 @@ SIZES = dict(
 )
 
 
-def made(model, prefix, name, config="Config", **options):
+def create(model, prefix, name, config="Config", **options):
     """Create an instance of a class of transformers' package ``model``, with tiny sizes."""
     package = f"transformers.models.{model}"
     config = getattr(pytest.importorskip(f"{package}.configuration_{model}"), f"{prefix}{config}")
@@ -36,7 +36,7 @@ def made(model, prefix, name, config="Config", **options):
 
 
 def causal(model, prefix, **options):
-    return lambda **more: made(model, prefix, "ForCausalLM", **options, **more)
+    return lambda **more: create(model, prefix, "ForCausalLM", **options, **more)
 
 
 mixtral, qwen2, qwen3 = (
@@ -83,7 +83,7 @@ def filled(model, dtype=torch.float64):
 
 def block(model, dtype=torch.float64):
     prefix, config = BLOCKS[model]
-    return filled(made(model, prefix, "SparseMoeBlock", config), dtype)
+    return filled(create(model, prefix, "SparseMoeBlock", config), dtype)
 
 
 def experts(path, dtype=torch.float64, **options):

@@ -6,8 +6,8 @@
     python tests/fuzzing.py --minutes 60
 
 A function and a seed determine a case. The seed draws shapes, dtypes, memory layouts and options
-(function_inputs.py), and the backend: composed or fused. Values that the function must not read are
-NaN or infinite, and newly allocated memory holds garbage.
+(function_inputs.py), and the backend: composed or fused. Values that the function must not read may
+be NaN or infinite, and newly allocated memory holds garbage.
 
 There are three kinds of cases. Most check that values and gradients stay within the error budget.
 Some write NaN or infinity into one row of an input, and check that the other rows do not change.

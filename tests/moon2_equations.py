@@ -420,7 +420,7 @@ def batch(negatives=True) -> dict:
 
 def exact(model: MOON2) -> MOON2:
     """Compute the host's norms and rotary angles in float64; the host always uses float32."""
-    turning = model.host.language_model.rotary_emb
+    rotary = model.host.language_model.rotary_emb
     rope = model.host.config.text_config.rope_parameters
     axis = torch.tensor(
         [axis for axis, width in enumerate(rope["mrope_section"]) for _ in range(width)]
@@ -431,7 +431,7 @@ def exact(model: MOON2) -> MOON2:
         angle = (positions[axis].movedim(0, -1) * frequency).repeat(1, 1, 2)
         return angle.cos(), angle.sin()
 
-    turning.forward = angles
+    rotary.forward = angles
     for module in model.modules():
         if type(module).__name__ == "Qwen2VLRMSNorm":
             module.forward = partial(

@@ -41,7 +41,7 @@ def small_machine(monkeypatch):
 
 
 def broken(error):
-    """Return the composed provider with a relative ``error`` in the weight of the values."""
+    """Return a builder of the composed provider with a relative ``error`` in ``w_v``."""
 
     def build(case, device, dtype):
         provider = query_pooling.composed(case, device, dtype)
@@ -177,7 +177,7 @@ def test_baseline_that_fails_the_check_is_reported_and_not_timed(tmp_path, capsy
     assert "failed: " in capsys.readouterr().out
 
 
-def test_spent_budget_skips_compiling(tmp_path):
+def test_compiling_is_skipped_if_the_budget_is_spent(tmp_path):
     assert run.main([*TINY[:-1], "--compile", "--budget-seconds", "0", "--out", str(tmp_path)]) == 0
     compiled = record(tmp_path)["providers"]["composed, compiled"]
     assert compiled["gate"] == "skipped" and "budget" in compiled["reasons"][0]

@@ -40,7 +40,7 @@ def test_python_m_mmfused_lists_every_command():
         assert command in done.stdout
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert (
@@ -49,7 +49,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "--steps", "many"]])
-def test_a_bad_command_line_exits_2(arguments, capsys):
+def test_a_bad_command_line_exits_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "usage: mmfused" in capsys.readouterr().err

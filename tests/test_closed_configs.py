@@ -204,7 +204,7 @@ def test_a_missing_required_field_is_an_error():
         MODELS["fluid"].config.from_dict({})
 
 
-def test_the_option_image_size_overrides_that_of_the_preset():
+def test_image_size_overrides_the_size_of_the_preset():
     assert config_of("fluid", image_size=56).image["img_size"] == 56
     assert config_of("unite", image_size=96).image_size == 96
 
