@@ -11,7 +11,7 @@ from typing import Any
 
 from . import train
 
-HELP = "train a complete model, and the model without each of its components, and compare scores"
+HELP = "train a model with all components, then without each of them, and compare the scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,7 +134,7 @@ def _measure_op(device: torch.device, backend: Backend, repeats: int) -> dict[st
     forward saves for backward.
 
     Raises:
-        RuntimeError: the outputs of the two differ.
+        RuntimeError: the two modules return different outputs.
     """
     from mmfused.testing import interleaved_medians, saved_bytes
 

@@ -181,7 +181,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
     def _fill_blanks(self) -> None:
         """Give each row without an image a zero image of the first image's shape.
 
-        If all images have the same shape, blank ones then have it too.
+        If all images have the same shape, the zero images have that shape too.
         """
         smallest = torch.empty(3, 1, 1, dtype=torch.uint8)
         first = next((image for image in self._images if image is not None), smallest)

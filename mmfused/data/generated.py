@@ -58,11 +58,11 @@ CLASS_PROBABILITIES = (1.0 + RANKS) ** -0.8 / ((1.0 + RANKS) ** -0.8).sum()
 class GeneratedProducts(Dataset[dict[str, Any]]):
     """Generated products of 16 classes, each a pair of a shape and a material.
 
-    The picture shows the shape, and the title names the material. The title also names the shape of
-    many products, and colours correlate with materials, so each modality has some information about
-    both. Some titles or images are missing. Some titles contradict the shape and the colour in the
-    picture; the label then follows the picture. Class frequencies have a long tail. The products
-    depend only on the arguments, and titles and attributes do not depend on ``image_size``.
+    The picture shows the shape, and the title names the material. Many titles also name the shape,
+    and colours correlate with materials, so each modality has some information about both. Some
+    titles or images are missing. Some titles contradict the shape and the colour in the picture;
+    the label then follows the picture. Class frequencies have a long tail. The products depend only
+    on the arguments, and titles and attributes do not depend on ``image_size``.
 
     An item is ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
 
@@ -77,8 +77,8 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
         seed: seed of the random generator.
         missing_text: exact fraction of the products without a text.
         missing_image: exact fraction of the products without an image.
-        contradicting: exact fraction of the products whose title contradicts the picture. Each
-            product is in at most one of the three fractions.
+        contradicting: exact fraction of the products whose title contradicts the picture. No
+            product belongs to more than one of the three fractions.
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]

@@ -91,12 +91,8 @@ def load_folder(
 ) -> product_data.ProductFolder:
     """Return the ProductFolder at ``folder``, and log the rows that it skips.
 
-    Args:
-        name: name of the argument, with which error messages begin.
-        folder: passed to :class:`mmfused.data.ProductFolder`, like the other arguments.
-        image_size: as there.
-        text_column: as there.
-        num_classes: as there.
+    Error messages begin with ``name``, the name of the argument ``folder``. The other arguments are
+    those of :class:`mmfused.data.ProductFolder`.
     """
     check_folder(name, folder)
     try:
@@ -122,7 +118,8 @@ def _warn_of_skipped(name: str, skipped: list[str], most: int = 5) -> None:
 def _check_classes(train_set: Any, val_set: Any) -> None:
     """Raise ValueError if a label is too large.
 
-    Training labels must be below ``MAX_CLASSES``, and validation labels must not exceed them.
+    Training labels must be below ``MAX_CLASSES``. Validation labels must not exceed the largest
+    training label.
     """
     last = train_set.num_classes - 1
     if last >= MAX_CLASSES:
