@@ -113,8 +113,8 @@ def test_image_and_text_together_beat_either_alone_by_fifteen_points():
     shown = [np.where(a["image_missing"], -1, a[name]) for name in ("shape", "colour")]
     said = [np.where(a["text_missing"], -1, a["material"]), a["said_shape"], a["said_colour"]]
     image_only, text_only = best_accuracy(data.labels, *shown), best_accuracy(data.labels, *said)
-    # The rule for both takes the shape from the picture, or from the title if there is no picture,
-    # and the material from the title.
+    # With image and text, take the shape from the picture, or from the title if there is no
+    # picture, and the material from the title.
     shape = np.where(a["image_missing"], a["said_shape"], a["shape"])
     both = best_accuracy(data.labels, shape, said[0])
     assert both >= max(image_only, text_only) + 0.15

@@ -1,4 +1,4 @@
-"""docs/design.md: the functions and files from each module to its first kernel."""
+"""Tests that docs/design.md names the calls from each module to its first kernel."""
 
 import traceback
 from pathlib import Path
@@ -21,11 +21,11 @@ CALLS = {
 
 
 class Launched(Exception):
-    """Raised in place of the first launch."""
+    """Raised instead of launching a kernel."""
 
 
 def stack_of(call, monkeypatch):
-    """Return the functions of this library from a module's forward to its first kernel."""
+    """Return (function, file) of each call from a module's forward to its first kernel."""
     stack = []
 
     def record(kernel, grid):
@@ -43,7 +43,7 @@ def stack_of(call, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs kernels that run on a CPU")
 @pytest.mark.parametrize("module", CALLS)
-def test_a_module_reaches_its_first_kernel_in_six_calls_through_four_files(module, monkeypatch):
+def test_module_reaches_its_first_kernel_in_six_calls_through_four_files(module, monkeypatch):
     stack = stack_of(CALLS[module], monkeypatch)
     functions = [name for name, _ in stack]
     assert functions[0] == "forward"

@@ -88,7 +88,7 @@ def test_text_encoder_loads_from_a_folder(kind, tmp_path):
     assert fields["text_dim"] == 16 and torch.equal(
         encoder.eval()(input_ids=ids).last_hidden_state, expected
     )
-    # The fields, here read back from JSON, rebuild the architecture without the folder.
+    # The fields, read back from JSON, rebuild the architecture without the folder.
     rebuilt = build_text(fields["text_dim"], json.loads(json.dumps(fields["text"])))
     rebuilt.load_state_dict(encoder.state_dict())
     assert torch.equal(rebuilt.eval()(input_ids=ids).last_hidden_state, expected)

@@ -195,7 +195,7 @@ class Positional(nn.Module):
 
 
 def small(name: str):
-    """Return a case with a small module, because the exporter is slow."""
+    """Return a case with a small module, because the ONNX exporter is slow."""
     if name == "experts":
         module = mmfused.TopKMoE(D, 12, 2, 2, selection_bias=True)
         return module, lambda batch, tokens: (

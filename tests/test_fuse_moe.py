@@ -386,7 +386,7 @@ def test_experts_implementation_ignores_experts_of_other_ranks(act, backend):
     weights = weights.masked_fill(index == E, 0.0)
     module.config._experts_implementation = "batched_mm"
     want = run_experts(module, x, index, weights)
-    # In older releases of transformers these gradients are not 0, although the weights are 0.
+    # Older releases of transformers give a gradient to the weights of experts of other ranks.
     want["weights"] = want["weights"].masked_fill(index == E, 0.0)
     module.config._experts_implementation = "mmfused"
     with mmfused.backend(backend):

@@ -197,7 +197,7 @@ BACKENDS = ("reference", "composed")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_direction_matches_the_bidirectional_module(backend):
-    """Lengths must give the same as a mask, and the context may have another width."""
+    """Lengths and a mask must give equal results, and the context may have another width."""
     both = module(missing="zero")
     one = module(GatedCrossAttention, missing="zero")
     state = both.state_dict()

@@ -111,7 +111,7 @@ def test_pairs_of_options_keep_the_error_budget(both, options):
     [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
 def test_composed_matches_the_reference(gate, missing, both, dropout):
-    """Two samples lack a side, so the gathered samples have other indices than in the batch."""
+    """Some samples lack a side, so the gathered samples have other indices than in the batch."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
         gone = ~extra["b_present" if both else "context_present"]
@@ -159,7 +159,7 @@ def test_packed_passes_match_separate_calls_in_the_kernels():
 
 
 def functional(backend, module, inputs, wanted=None, **changes):
-    """Return the output of gated_cross_attention and the gradients of ``wanted`` (None: all)."""
+    """Return the output, and the gradients of the inputs in ``wanted`` (default: all)."""
     weights = module.weights()
     named = dict(zip(("x", "context"), inputs, strict=True))
     named |= {field: weight for field, weight in weights._asdict().items() if weight is not None}
@@ -223,7 +223,7 @@ def test_biases_may_be_missing_in_one_direction(lacking, gate):
 
 
 def test_strided_parameters_give_the_same_results():
-    """Parameters may be slices of a packed parameter."""
+    """Slices of packed parameters have such strides."""
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional("fused", module, inputs)
     weights = module.weights()._asdict() | {
