@@ -1,5 +1,5 @@
-# Every target creates .venv. PYTHON=/path/to/python uses that interpreter as it is instead: nothing
-# is installed, the network is not used, and the package runs from this checkout.
+# Targets create .venv and install the package there. With PYTHON=/path/to/python they use that
+# interpreter instead and install nothing; the package is imported from this checkout.
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -10,16 +10,17 @@ PY := .venv/bin/python
 READY := .venv/installed
 endif
 
-# A file of tests a worker, one thread each, if pytest-xdist is installed: the suite is mostly Python.
+# If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
 .PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=interpreter, used as it is; MINUTES, SEED, JOBS of fuzz; CHECKOUTS, SUITES of peers; OUT=folder for the results of demo, bench and gpu; of gpu: BUDGET=seconds"
-	@echo "after which it ends, SLICES='bench-* test-card' only these (tools/gpu.py lists them), DRY=1 small, on a CPU"
+	@echo "Variables: PYTHON=interpreter to use instead of .venv; OUT=folder for the results of demo, bench and gpu;"
+	@echo "fuzz: MINUTES, SEED, JOBS; peers: CHECKOUTS, SUITES; gpu: BUDGET=seconds after which it stops,"
+	@echo "SLICES='bench-* test-card' to run (listed in tools/gpu.py), DRY=1 for small sizes on a CPU."
 
-demo: $(READY) ## train FLUID with two backends, time the op, draw the curves (OUT, default demo_out)
+demo: $(READY) ## train FLUID with and without mmfused's ops and draw the curves (OUT, default: demo_out)
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
 
 test: $(READY) ## run the test suite
@@ -28,7 +29,7 @@ test: $(READY) ## run the test suite
 bench: $(READY) ## check and time every op on this machine
 	set -e; for op in $$($(PY) -c 'from mmfused.ops import OPS; print(*OPS)'); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
 
-readme: $(READY) ## make README's numbers and pictures from benchmarks/results
+readme: $(READY) ## update README's numbers and pictures from benchmarks/results
 	$(PY) tools/readme.py
 
 lint: $(READY) ## check style, formatting and types
@@ -37,23 +38,23 @@ lint: $(READY) ## check style, formatting and types
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) tools/check_types.py
 
-fuzz: $(READY) ## random calls of every public function against the float64 reference, for MINUTES (default 10), with new seeds
+fuzz: $(READY) ## compare random calls of every public function with the float64 reference, for MINUTES (default 10)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
 
-compile-matrix: $(READY) ## compile every kernel for every supported GPU and Triton; resumes
+compile-matrix: $(READY) ## compile every kernel for every supported GPU architecture and Triton version; resumes
 	$(PY) tools/compile_matrix.py
 
-newest: $(READY) ## compile a few kernels on the newest Triton of the package index
+newest: $(READY) ## compile a few kernels with the newest Triton of the package index
 	$(PY) tools/compile_matrix.py --newest
 
-peers: $(READY) ## run suites of sentence-transformers, open_clip and transformers plain and fused, from their clones in CHECKOUTS
+peers: $(READY) ## run tests of sentence-transformers, open_clip and transformers without and with mmfused, from clones in CHECKOUTS
 	$(PY) tools/peers.py $(if $(CHECKOUTS),--checkouts $(CHECKOUTS)) $(SUITES)
 
-gpu: $(READY) ## on a CUDA GPU: suite, sanitizer, benchmarks, choices; resumes (BUDGET, SLICES, DRY)
+gpu: $(READY) ## run tests, compute-sanitizer and benchmarks on a CUDA GPU; resumes
 	$(PY) tools/gpu.py $(if $(BUDGET),--budget-seconds $(BUDGET)) $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run) $(SLICES)
 
 .venv/installed: pyproject.toml setup.py
-	python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfused needs Python 3.10 or newer as python3.")'
+	python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfused needs python3 to be Python 3.10 or newer.")'
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install --editable ".[dev]"
 	touch $@

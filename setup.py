@@ -1,7 +1,4 @@
-"""The folders of the packages, and the optional CUDA extension.
-
-All other metadata is in pyproject.toml.
-"""
+"""List the packages and the optional CUDA extension; all other metadata is in pyproject.toml."""
 
 import contextlib
 import importlib.util
@@ -12,22 +9,23 @@ from setuptools import setup
 
 
 def folders(root: str) -> list[Path]:
-    """Return the folders below `root` that hold Python sources, `root` included."""
+    """Return ``root`` and the folders below it, without those that contain no Python files."""
     return sorted({source.parent for source in Path(root).rglob("*.py")})
 
 
 @contextlib.contextmanager
 def extension():
-    """Yield the arguments of setup() for csrc/ as mmfused._C, with MMFUSED_CUDA=1.
+    """Yield the arguments of setup() that build csrc/ as mmfused._C.
 
-    Where it cannot be built, print why; without the variable the wheel is pure Python.
+    They are empty unless MMFUSED_CUDA=1 is set. If the extension cannot be built, print the reason
+    and yield no arguments.
     """
     if os.environ.get("MMFUSED_CUDA") != "1":
         yield {}
         return
-    reasons = ["torch is not installed where the build runs (pip install --no-build-isolation)"]
+    reasons = ["the build environment has no torch (use pip install --no-build-isolation)"]
     with contextlib.suppress(ImportError):
-        # By its path: importing the package would need the package's dependencies.
+        # Load the file by its path, because importing mmfused needs the package's dependencies.
         spec = importlib.util.spec_from_file_location("extension", "mmfused/extension.py")
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
@@ -44,14 +42,14 @@ def extension():
         yield {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-# These are installed as mmfused.kernels and so on (mmfused/__init__.py says why they lie outside).
-# csrc goes along as it is: the first use of a C++ kernel compiles it.
+# Folders outside mmfused/ (see mmfused/__init__.py), installed as mmfused.kernels and so on.
+# The sources in csrc are included, because they are compiled when a C++ kernel is first used.
 outside = [*folders("kernels"), *folders("benchmarks"), Path("csrc")]
-places = {".".join(("mmfused", *path.parts)): path.as_posix() for path in outside}
+package_dir = {".".join(("mmfused", *path.parts)): path.as_posix() for path in outside}
 
 with extension() as compiled:
     setup(
-        packages=[".".join(path.parts) for path in folders("mmfused")] + list(places),
-        package_dir=places,
+        packages=[".".join(path.parts) for path in folders("mmfused")] + list(package_dir),
+        package_dir=package_dir,
         **compiled,
     )

@@ -1,4 +1,4 @@
-"""Draw a run: the times of each case as bars, and all cases on a roofline."""
+"""Draw results: the times of each case as bars, and all cases of an op on a roofline."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from . import report
 def draw(
     op: str, fresh: list[dict[str, Any]], records: list[dict[str, Any]], folder: Path
 ) -> str | None:
-    """Draw bars of each ``fresh`` record and the roofline of all ``records``.
+    """Save the bars of each record in ``fresh``, and the roofline of all ``records``.
 
-    Returns a note where matplotlib is missing.
+    Returns None, or a message if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def bars(record: dict[str, Any], axes: Any) -> None:
-    """Draw the median of the longest pass, p10 to p90 as whiskers, the floor as a line."""
+    """Draw the medians of the longest pass with whiskers from p10 to p90, and the floor."""
     timed = {
         name: provider["seconds"]
         for name, provider in record["providers"].items()
@@ -72,26 +72,26 @@ def bars(record: dict[str, Any], axes: Any) -> None:
 
 
 def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
-    """Draw the useful FLOP/s, counting the best algorithm's FLOPs, over its FLOPs per byte.
+    """Draw FLOP/s over FLOPs per byte, where both count the work of the best algorithm.
 
-    Each run has its own pair of measured ceilings.
+    Records with different measured ceilings have separate rooflines.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for index, record in enumerate(records):
         flops, moved = _longest_work(record)
-        if not flops:  # only memory traffic, which has no place on logarithmic axes
+        if not flops:  # 0 cannot be shown on a logarithmic axis
             continue
-        dense = flops / moved
-        axes.axvline(dense, color="0.9", zorder=0)
-        height = 0.01 + 0.15 * (index % 4)  # neighbours may have the same FLOPs per byte
+        intensity = flops / moved
+        axes.axvline(intensity, color="0.9", zorder=0)
+        height = 0.01 + 0.15 * (index % 4)  # so that the names of neighbours do not overlap
         text = {"rotation": 90, "fontsize": 7, "ha": "right"}
-        where = axes.get_xaxis_transform()
-        axes.text(dense, height, record["case"]["name"], transform=where, **text)
+        transform = axes.get_xaxis_transform()
+        axes.text(intensity, height, record["case"]["name"], transform=transform, **text)
         which = report.longest_pass(record)
         for label, provider in record["providers"].items():
             for passes in provider.get("seconds", {}).values():
                 median = report.summary(passes[which])["median"]
-                points.setdefault(label, []).append((dense, flops / median))
+                points.setdefault(label, []).append((intensity, flops / median))
     names = dict.fromkeys(map(report.eager_name, points))
     colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
     for label, places in points.items():

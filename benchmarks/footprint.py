@@ -1,4 +1,4 @@
-"""Measure the memory and the kernels of a provider."""
+"""Measure the memory of a provider, and count its kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .measure import Problem, Provider
 
 
 def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
-    """Measure the memory and kernels of one forward + backward.
+    """Measure the memory of one forward and backward, and count their kernels.
 
-    That is the peak bytes above inputs and parameters, the bytes saved for the backward, and the
-    number of kernels of both passes and of the forward alone. All but the saved bytes are None
-    without CUDA.
+    "peak_bytes": peak memory above what was allocated before the call.
+    "saved_bytes": memory saved for the backward.
+    "kernels", "forward_kernels": numbers of CUDA kernels of both passes, and of the forward.
+
+    Without CUDA, all except "saved_bytes" are None.
     """
     inputs = tuple(problem.inputs.values())
     saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))
@@ -40,7 +42,7 @@ def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
 
 
 def kernel_count(call: Callable) -> int | None:
-    """Count the CUDA kernels of one call; None where the profiler sees none."""
+    """Return the number of CUDA kernels of one call, or None if the profiler records no kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()

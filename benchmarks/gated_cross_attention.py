@@ -1,14 +1,14 @@
-"""Benchmark of gated cross-attention in both directions: baselines, and the least work it needs.
+"""Benchmark of gated cross-attention in both directions: providers, and the least work it needs.
 
-The cases are the layers of UniECS and UniCA. All providers of a case compute the same function of
-the same parameters: modality a attends to b, and b to a, where both are the inputs of the layer.
-The outputs are concatenated into one tensor, which costs every provider one more kernel. Samples
-that lack a modality are returned unchanged: one provider gathers the samples that have both, the
-others compute all and select with torch.where, or skip these samples.
+The cases are the layers of UniECS and UniCA: modality a attends to modality b, and b to a. All
+providers of a case compute the same function of the same parameters. The two outputs are
+concatenated, which adds one kernel to every provider. Samples that lack a modality are returned
+unchanged. "SDPA, samples with both gathered" and the library's kernels compute only the other
+samples; the remaining providers compute all samples and select with torch.where.
 
-Each provider drops different elements, so dropout is on when timed and off in the accuracy check.
-Torch's own attention can return wrong gradients at these lengths (cuDNN returns NaN with 64 keys
-and a mask, pytorch #196678), which the accuracy check finds.
+Providers drop different elements, so the accuracy check runs without dropout. It finds wrong
+gradients of torch's own attention at these lengths (cuDNN's are NaN with 64 keys and a mask,
+pytorch #196678).
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ __all__ = [
 
 SIZES = "B, N, M, D, H"
 OURS = ("composed", "fused", "fused, one block kernel")
-EXACT_CHUNK = 48  # samples in float64 at a time; the pattern of absent modalities has period 3
-ONCE = "compiled only in the headline case, to keep a run short"
+EXACT_CHUNK = 48  # samples per float64 call; a multiple of 3, the period of present()
+ONLY_HEADLINE = "compiled only in the headline case, to keep a run short"
 
 
 # ---- providers: plain layers ---------------------------------------------------------------------
 
 
 def _stacked(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
-    """Return the layout of both sides' Linears and norms.
+    """Return the ``layout`` of a provider from names of Linears and norms, with {} for the side.
 
-    ``qkv_{}="qkv"`` stacks w_q, w_k and w_v of a side in its qkv weight, and their biases likewise.
+    For example, ``qkv_{}="qkv"`` stacks w_q, w_k and w_v of side a in qkv_a.weight, and so on for
+    biases and for side b.
     """
     return {
         f"{name.format(side)}.{kind}": tuple(f"{side}.{kind[0]}_{part}" for part in parts)
@@ -67,7 +68,7 @@ def _stacked(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
 
 def eager(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     names = {f"attention_{{}}.{part}": part for part in "qkvo"} | {"norm_{}": "n", "gate_{}": "g"}
-    uncompiled = None if case.headline else ONCE
+    uncompiled = None if case.headline else ONLY_HEADLINE
     return Provider(
         Plain(case, device).to(device, dtype),
         _stacked(case, **names),
@@ -83,7 +84,7 @@ def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) ->
             layout[f"attention_{side}.in_proj_{kind}"] = tuple(
                 f"{side}.{kind[0]}_{part}" for part in "qkv"
             )
-    uncompiled = None if case.headline else ONCE
+    uncompiled = None if case.headline else ONLY_HEADLINE
     return Provider(
         WithMultiheadAttention(case, device).to(device, dtype),
         layout,
@@ -92,7 +93,7 @@ def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) ->
     )
 
 
-# ---- providers: written well ---------------------------------------------------------------------
+# ---- providers: efficient layers -----------------------------------------------------------------
 
 
 def merged(
@@ -104,7 +105,7 @@ def merged(
     uncompiled: str | None = None,
     blend: Callable[..., Tensor] | None = None,
 ) -> Provider:
-    """Build the provider of a ``Merged`` layer, which stacks parameters of both directions."""
+    """Build the provider of a ``Merged`` layer, whose weights stack parameters of both sides."""
     layout = _stacked(case, **{"out_{}": "o", "norm_{}": "n"})
     for side, other in ("ab", "ba"):
         for kind in ("weight", "bias"):
@@ -151,9 +152,9 @@ def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provi
 
 
 def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """SDPA, with the sigmoid and the blend as one elementwise Triton kernel in each direction.
+    """Build SDPA with one Triton kernel per direction for the gate's sigmoid and blend.
 
-    This is the kernel that a user would most likely write.
+    Users who write a kernel for this layer would most likely write this one.
     """
     if case.post_norm:
         raise Unavailable("there is no gate in this case")
@@ -171,7 +172,7 @@ def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provide
 
 
 def forced(name: Literal["FLASH", "EFFICIENT", "CUDNN"]) -> Callable[..., Provider]:
-    """Return a builder of SDPA with this backend, instead of the one that torch chooses."""
+    """Return a builder of SDPA with the given backend instead of the one that torch chooses."""
     backend = getattr(SDPBackend, f"{name}_ATTENTION")
 
     def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -191,12 +192,12 @@ def forced(name: Literal["FLASH", "EFFICIENT", "CUDNN"]) -> Callable[..., Provid
 def flex_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if device.type != "cuda" or not case.headline:
         raise Unavailable(
-            "it compiles for each shape and has no dropout, so only the headline case is timed, "
-            "on CUDA"
+            "timed only in the headline case on CUDA, because it compiles for each shape and has "
+            "no dropout"
         )
     from torch.nn.attention import flex_attention as flex
 
-    # Without compilation it writes all logits to memory.
+    # Uncompiled flex_attention would write all logits to memory.
     compiled = torch.compile(flex.flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
@@ -223,7 +224,7 @@ def varlen(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
         out: Any = varlen_attn(q, k, v, starts[n], starts[m], n, m)
         return out.unflatten(0, (-1, n))
 
-    return merged(case, device, dtype, attend, uncompiled=None if case.headline else ONCE)
+    return merged(case, device, dtype, attend, uncompiled=None if case.headline else ONLY_HEADLINE)
 
 
 # ---- providers: ours -----------------------------------------------------------------------------
@@ -253,11 +254,10 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Build "fused" with attention and everything after it as one kernel in the forward.
+    """Build "fused" with a forward that computes attention, output and gate in one kernel.
 
-    The forward then has 3 launches instead of 4. It does not read the attention output, T D
-    elements (see ``work``), and writes it only for backward. The FLOPs are those of "fused", except
-    that the tiles of each sample are padded separately.
+    The forward has 3 launches instead of 4. It writes the attention output for the backward but
+    does not read it again. The FLOPs are the same, except that tiles are padded per sample.
     """
     provider = fused(case, device, dtype)
     from mmfused.kernels.gated_cross_attention import plans
@@ -270,7 +270,6 @@ def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 PROVIDERS: dict[str, Callable[..., Provider]] = {
-    # The first is the baseline that must be compiled.
     "SDPA": functools.partial(merged, attend=attend_sdpa),
     "eager": eager,
     "nn.MultiheadAttention": multihead_attention,
@@ -291,9 +290,9 @@ PROVIDERS: dict[str, Callable[..., Provider]] = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the results of the reference in float64.
+    """Return the float64 results of the reference, computed for a few samples at a time.
 
-    It runs a few samples at a time: samples are independent, and gradients of parameters add up.
+    Samples are independent, and the gradients of parameters are summed.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     tensors = (problem.inputs["a"].detach(), problem.inputs["b"].detach(), problem.upstream)
@@ -310,10 +309,9 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the gate's columns, and the gradients of weight and bias of each affine map.
+    """Concatenate the gradients of each weight with those of its bias, and the gate's columns.
 
-    The gradient of the key bias is exactly zero, so its rounding error can only be compared with
-    the gradient of its weight.
+    The exact gradient of a key bias is zero, so that its error has no scale of its own.
     """
     joined = dict(results)
     for side in "ab":
@@ -331,33 +329,32 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Return FLOPs and bytes of each stage of the best known algorithm.
+    """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It reads the tokens X once and writes the outputs Y once; everything else stays on chip. X has
-    T = B (N + M) tokens, and each of the two directions has P = B N M pairs. A multiply-add is
-    2 FLOPs.
+    It reads the tokens x once and writes the outputs y once; all intermediate results stay on chip.
+    There are T = B (N + M) tokens, and R = B N M pairs of tokens in each direction. A multiply-add
+    is 2 FLOPs.
 
         forward
-          project  q of its own direction, k and v of the other  6 T D^2   reads X, 6 D^2
-          attend   S = Q K^T, O = P V, both directions           8 P D
-          output   A = O W_o^T                                   2 T D^2   reads 2 D^2
-          gate     [x ; A] W_g^T, blend (not with post-norm)     4 T D^2   reads 4 D^2, writes Y
+          project  q of a token, k and v for the other direction  6 T D^2   reads x and weights
+          attend   q k^T, and probabilities times v               8 R D
+          output   out_proj                                       2 T D^2   reads weights
+          gate     [x ; output] W_g^T, blend (not if post-norm)   4 T D^2   reads weights, writes y
         backward
-          each GEMM twice, once for each of its factors          24 T D^2
-          attention, with S again                                20 P D
-          reads X and dY, writes dX and the gradients of the weights
+          each GEMM twice, for the gradients of its two factors   24 T D^2
+          attention, with q k^T computed again                    20 R D
+          reads x and dy, writes dx and the gradients of the weights
 
-    Samples that lack a modality are read and written unchanged, without FLOPs. The 2 P H
-    exponentials overlap with the GEMMs. Biases, norms and flags are negligible.
+    Samples that lack a modality are only copied (stage "unchanged"). The exponentials are not
+    counted, because they overlap with the GEMMs, and neither are biases, norms and flags.
     """
     B, N, M, D = case.B, case.N, case.M, case.D
     if case.missing:
         B = (case.B + 2) // 3  # samples with both modalities
-    # Elements of the tokens, of a weight, and of the tokens of the other samples.
-    tokens = B * (N + M) * D
-    square = D * D
-    idle = (case.B - B) * (N + M) * D
-    pairs = B * N * M * D
+    tokens = B * (N + M) * D  # elements of x
+    square = D * D  # elements of a weight
+    unchanged = (case.B - B) * (N + M) * D  # elements of samples that lack a modality
+    pairs = B * N * M * D  # R D
 
     def stage(name: str, flops: int, elements: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": elements * itemsize}
@@ -375,7 +372,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     if not case.post_norm:
         forward.append(stage("gate", 4 * tokens * D, tokens + 4 * square))
         backward.insert(0, stage("gate", 8 * tokens * D, 2 * tokens + 8 * square))
-    if idle:
-        forward.append(stage("unchanged", 0, 2 * idle))
-        backward.append(stage("unchanged", 0, 2 * idle))
+    if unchanged:
+        forward.append(stage("unchanged", 0, 2 * unchanged))
+        backward.append(stage("unchanged", 0, 2 * unchanged))
     return {"forward": forward, "backward": backward}

@@ -1,4 +1,4 @@
-"""The shapes and inputs of gated cross-attention's benchmark."""
+"""Cases and inputs of the benchmark of gated cross-attention."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .measure import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` pairs of ``N`` and ``M`` tokens of width ``D``, with ``H`` heads.
+    """``B`` samples with ``N`` tokens of a and ``M`` tokens of b, width ``D``, ``H`` heads.
 
-    By default the layer of UniECS: pre-norm, a gate for each channel, and a presence flag.
+    The default is the layer of UniECS: pre-norm, a gate for each channel, and a presence flag.
 
-    ``post_norm``: the layer of UniCA, LN(x + A) without a gate.
-    ``missing``: a third of the samples lacks a, another third lacks b.
-    ``p``: dropout of the probabilities and of the attention output.
+    ``post_norm``: the layer of UniCA instead, LayerNorm(x + attention output) without a gate.
+    ``missing``: a third of the samples lacks a, and another third lacks b.
+    ``p``: dropout of the attention probabilities and of the attention output.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Case:
     missing: bool = False
     p: float = 0.0
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = None  # None: not run on a CPU, where it would show nothing new
+    cpu_B: int | None = None  # batch size on a CPU; None: not measured on a CPU
 
 
 CASES = (
@@ -47,10 +47,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device.
-
-    A ``quick`` run keeps the shapes, with at most 3 samples (63 on CUDA).
-    """
+    """Return the cases with the batch sizes of a device; ``quick``: at most 3 (CUDA: 63)."""
     chosen = list(CASES)
     if device_type != "cuda":
         chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
@@ -59,7 +56,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Return UniECS's layer with the user's sizes, by default UniECS's own at B = 8."""
+    """Return a case of UniECS's layer; sizes that are not in ``shape`` are UniECS's, with B = 8."""
     defaults = {"B": 8, "N": 197, "M": 64, "D": 256, "H": 8}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
@@ -77,9 +74,9 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return which samples have a, and which have b; (None, None) where all have both.
+    """Return which samples have a, and which have b, or (None, None) if all samples have both.
 
-    Samples repeat the pattern both, only b, only a.
+    The samples have both, only b, only a, both, and so on.
     """
     if not case.missing:
         return None, None
@@ -88,10 +85,10 @@ def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | N
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw tokens, parameters and upstream gradient; logits and gates have variance near 1.
+    """Draw tokens, parameters and upstream gradient; logits and gates have a variance of about 1.
 
-    ``parameters`` has the gate's weight as a whole and split by columns: those of x, of the
-    attention output and of the flag.
+    The gate's weight w_g is also split into its columns for x, for the attention output and for
+    the presence flag: w_gx, w_ga and w_ge.
     """
     generator, dim = torch.Generator(device).manual_seed(0), case.D
 

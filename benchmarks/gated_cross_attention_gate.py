@@ -1,6 +1,6 @@
-"""A baseline: the blend of the model's gate, as one elementwise Triton kernel in each direction.
+"""A baseline for the gate of cross-attention: an elementwise Triton kernel for sigmoid and blend.
 
-It computes sigmoid(z) attn_out + sigmoid(-z) x, where z are the gate's logits.
+It computes sigmoid(z) attn_out + sigmoid(-z) x, where z are the logits of the gate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 2048
 
 @triton.jit
 def _forward(
-    x_ptr,  # (total,), as all tensors here
+    x_ptr,  # (total,), like all tensors of this kernel
     attn_ptr,
     z_ptr,
     out_ptr,
@@ -34,7 +34,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d_ptr,  # (total,), as all tensors here
+    d_ptr,  # (total,), like all tensors of this kernel
     x_ptr,
     attn_ptr,
     z_ptr,
@@ -76,5 +76,5 @@ class _Blend(torch.autograd.Function):
 
 
 def blend(x: Tensor, attn_out: Tensor, logits: Tensor) -> Tensor:
-    """Return the blend of tensors of one shape and dtype, computed in float32."""
+    """Blend ``x`` and ``attn_out`` in float32; all three tensors have the same shape and dtype."""
     return _Blend.apply(x, attn_out, logits)

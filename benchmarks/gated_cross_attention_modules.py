@@ -1,4 +1,4 @@
-"""The baseline layers of gated cross-attention's benchmark, and the library's own as a Module."""
+"""The layers that the benchmark of gated cross-attention compares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gated_cross_attention_cases import Case, present
 
 
 class Softmax(nn.Module):
-    """Multi-head attention with a Linear for each projection and a softmax over all logits."""
+    """Multi-head attention with a Linear for each projection, and an explicit softmax."""
 
     def __init__(self, dim: int, num_heads: int, p: float) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class Softmax(nn.Module):
 
 
 class Plain(nn.Module):
-    """The released layer of UniECS, or that of UniCA, in plain PyTorch.
+    """The layer of UniECS as released, or that of UniCA.
 
-    Each projection is a Linear, and the gate reads a concatenation.
+    Each projection is a Linear, and the gate's input is a concatenation.
     """
 
     present_a: Tensor | None
@@ -81,7 +81,7 @@ class Plain(nn.Module):
 
 
 class WithMultiheadAttention(Plain):
-    """``Plain`` with nn.MultiheadAttention."""
+    """``Plain`` with nn.MultiheadAttention instead of ``Softmax``."""
 
     def attention(self) -> nn.Module:
         return nn.MultiheadAttention(
@@ -93,13 +93,13 @@ class WithMultiheadAttention(Plain):
 
 
 class Merged(nn.Module):
-    """The layer as efficient as plain PyTorch allows, without a concatenation for the gate.
+    """The layer with fewer GEMMs, and without a concatenation for the gate.
 
-    One GEMM a modality computes its queries and the keys and values of the other direction.
+    One GEMM per modality computes its queries, and its keys and values for the other direction.
 
-    ``attend(q, k, v, p)``: attention; takes and returns (B, tokens, H, D / H).
+    ``attend(q, k, v, p)``: attention on tensors (B, tokens, H, D / H) with dropout p.
     ``gathered``: compute only the samples that have both modalities.
-    ``blend(x, attn_out, logits)``: the sigmoid and the blend; None: torch.lerp.
+    ``blend(x, attn_out, logits)``: sigmoid and blend of the gate, by default with torch.lerp.
     """
 
     both: Tensor | None
@@ -152,14 +152,14 @@ class Merged(nn.Module):
         p = self.case.p if self.training else 0.0
         attn_a = self.attend(q_a, k_b, v_b, p).flatten(2)
         attn_b = self.attend(q_b, k_a, v_a, p).flatten(2)
-        return [self.end("a", a, attn_a), self.end("b", b, attn_b)]
+        return [self.finish("a", a, attn_a), self.finish("b", b, attn_b)]
 
-    def end(self, side: str, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, side: str, x: Tensor, attended: Tensor) -> Tensor:
         attn_out = self.drop(getattr(self, f"out_{side}")(attended))
         if self.case.post_norm:
             return getattr(self, f"norm_{side}")(x + attn_out)
         gate = getattr(self, f"gate_{side}")
-        # All computed samples have both modalities, so the flag is 1.
+        # The flag is 1: outputs of samples that lack a modality are not used.
         bias = gate.bias + getattr(self, f"gate_flag_{side}").weight[:, 0]
         logits = F.linear(x, gate.weight, bias) + getattr(self, f"gate_read_{side}")(attn_out)
         return self.blend(x, attn_out, logits)

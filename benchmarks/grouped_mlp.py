@@ -1,11 +1,11 @@
-"""Experts: FLUID's small head and SwiGLU layers of large models, and their baselines.
+"""Benchmark of experts: FLUID's small layers, SwiGLU layers of large models, and baselines.
 
-The choice of experts is made once and is the same for all providers. Its weights are an input, so
-the accuracy check covers their gradient. Sorting by expert is the router's work (topk_routing.py):
-a provider that takes sorted tokens gets them. The grouped_mm pattern does; the loop and Liger have
-no such interface and sort or search themselves.
+The experts of each token are drawn in advance and are the same for all providers. The routing
+weights are an input, so that their gradient is checked too. Sorting by expert is part of routing
+(topk_routing.py), so "grouped_mm pattern" gets the order of the tokens. The loop and Liger cannot
+use this order, and find the tokens of each expert themselves.
 
-Not compared: the experts of st-moe-pytorch take (E, capacity) slots, and drop tokens beyond them.
+st-moe-pytorch is not compared, because its experts drop tokens beyond a capacity.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 SIZES = "T, D, I, E, k"
 OURS = ("composed", "fused")
 ROUTED = ("uniform", "zipf", "hot", "one-hot", "half")
-DENSE_HIDDEN = (
-    2**31
-)  # elements of all experts' hidden layer beyond which dense computation is not asked for
+DENSE_HIDDEN = 2**31  # largest number of hidden values for which "dense, all experts" is measured
 
 
 @dataclass(frozen=True)
 class Case:
     """``T`` tokens of width ``D``, each routed to ``k`` of ``E`` experts of hidden width ``I``.
 
-    The experts are GELU with biases, or ``gated`` SwiGLU without. ``routed``: "uniform"; "zipf",
-    popularity falls as rank**-1.2; "hot", 90 % of the tokens choose expert 0 among others;
-    "one-hot", all do; "half", no token chooses an expert of the second half.
+    ``gated``: SwiGLU experts without biases, instead of GELU experts with biases.
+    ``routed``: the distribution of the experts. "uniform"; "zipf": the probability of expert e is
+    proportional to (e + 1)**-1.2; "hot": 90 % of the tokens choose expert 0; "one-hot": all tokens
+    choose expert 0; "half": no token chooses an expert of the second half.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Case:
     gated: bool = False
     routed: str = "uniform"
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_T: int | None = None  # None: nothing new on a CPU, or too large for one
+    cpu_T: int | None = None  # number of tokens on a CPU; None: not measured on a CPU
 
 
 CASES = (
@@ -69,7 +68,7 @@ CASES = (
 def cases(device_type: str, quick: bool) -> list[Case]:
     """Return the cases for a device.
 
-    A ``quick`` run has at most 512 tokens, on a CPU 32 and a quarter of the widths.
+    ``quick``: at most 512 tokens on CUDA; 32 tokens and a quarter of the widths on a CPU.
     """
     if device_type == "cuda":
         return [replace(case, T=min(case.T, 512)) for case in CASES] if quick else list(CASES)
@@ -80,30 +79,31 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Return a case of the user's sizes: uniform routing, GELU experts, the rest as in FLUID."""
+    """Return a case with GELU experts; sizes not in ``shape`` are FLUID's, with T = 512."""
     defaults = {"T": 512, "D": 768, "I": 3072, "E": 16, "k": 2}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"shape has {', '.join(unknown)}; grouped_mlp takes {', '.join(defaults)}."
+            f"grouped_mlp: shape: got {', '.join(unknown)}, expected {', '.join(defaults)}"
         )
     sizes = defaults | shape
     if min(sizes.values()) < 1 or sizes["k"] > sizes["E"]:
-        raise ValueError(f"shape is {sizes}; all sizes must be positive and k at most E.")
+        raise ValueError(
+            f"grouped_mlp: shape: got {sizes}, expected positive sizes and k at most E"
+        )
     return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
 
 
 @functools.cache
 def choices(case: Case) -> Tensor:
-    """Return (T, k) int64 on the CPU: experts drawn without replacement as ``case.routed`` says."""
+    """Draw the experts of each token from the distribution ``case.routed``: (T, k) int64, CPU."""
     generator = torch.Generator().manual_seed(1)
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator).clamp(min=1e-30)
 
-    keys = -(
-        -rand(case.T, case.E).log()
-    ).log()  # Gumbel: the k largest sums with log p are a draw from p
+    # Gumbel noise: the k largest of noise + log p are k draws from p without replacement.
+    keys = -(-rand(case.T, case.E).log()).log()
     if case.routed == "zipf":
         keys -= 1.2 * torch.arange(1, case.E + 1).log()
     elif case.routed == "half":
@@ -115,10 +115,7 @@ def choices(case: Case) -> Tensor:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Make random tokens and experts that keep a variance of 1 through each layer.
-
-    Routing weights are float32, as routers give them.
-    """
+    """Draw tokens, experts with outputs of about unit variance, and float32 routing weights."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape, std=1.0):
@@ -148,9 +145,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 class Experts(nn.Module):
-    """The parameters that all providers share.
+    """Base class of the providers' modules, with the parameters.
 
-    Those of SwiGLU are stored as in transformers: one w_up, the gate's rows first.
+    For SwiGLU, w_up contains the rows of the gate, then those of the up projection.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
@@ -174,12 +171,11 @@ class Experts(nn.Module):
 
 
 class Loop(Experts):
-    """Run one expert at a time on its tokens and add to the output: Mixtral's first code."""
+    """Run one expert at a time on its tokens, like the first implementation of Mixtral."""
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         none = [None] * self.E
-        # unbind, since the gradient of w[e] would be a zero tensor as large as all the experts,
-        # each time
+        # Use unbind, because the backward of each w[e] would allocate a tensor as large as w.
         parameters = [
             none if p is None else p.unbind()
             for p in (self.w_up, self.b_up, self.w_down, self.b_down)
@@ -194,7 +190,7 @@ class Loop(Experts):
 
 
 class Dense(Experts):
-    """Run every expert on every token in one batched product, without sorting."""
+    """Run every expert on every token, with batched products."""
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         hidden = self.product(x.expand(self.E, -1, -1), self.w_up, self.b_up)
@@ -212,9 +208,9 @@ class Dense(Experts):
 
 
 class GroupedMM(Experts):
-    """The pattern of transformers and torchtitan: sorted rows, torch's grouped_mm, rows put back.
+    """Sort tokens by expert, call torch's grouped_mm and restore the order of the tokens.
 
-    Biases are indexed by expert.
+    transformers and torchtitan do the same.
     """
 
     def __init__(self, case, device, dtype, grouped_mm):
@@ -251,10 +247,7 @@ class Liger(Experts):
 
 
 class Ours(Experts):
-    """The library's experts, with the routing in the form that ``backend`` makes.
-
-    Only the routing weights are new in each call.
-    """
+    """The library's experts; the routing is computed in advance, except for its weights."""
 
     def __init__(self, case, device, dtype, backend: str):
         super().__init__(case, device, dtype)
@@ -285,16 +278,14 @@ def layout(case: Case) -> dict[str, tuple[str, ...]]:
 
 
 def loop(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    why = "how many tokens an expert has is data: a compiled loop stops at each expert"
-    return Provider(Loop(case, device, dtype), layout(case), uncompiled=why)
+    reason = "the sizes depend on the data, so there is a graph break at each expert"
+    return Provider(Loop(case, device, dtype), layout(case), uncompiled=reason)
 
 
 def dense(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     hidden = case.T * case.E * case.I
     if hidden > DENSE_HIDDEN:
-        raise Unavailable(
-            f"{case.E // case.k} times the work, and {hidden:.2g} hidden values at once"
-        )
+        raise Unavailable(f"it needs {case.E // case.k} times the FLOPs and {hidden:.2g} values")
     return Provider(Dense(case, device, dtype), layout(case))
 
 
@@ -303,19 +294,19 @@ def grouped_mm(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
     if function is None:
         raise Unavailable("this torch has no grouped_mm")
     if dtype == torch.float64:
-        raise Unavailable("grouped_mm takes no float64")
+        raise Unavailable("grouped_mm does not support float64")
     return Provider(GroupedMM(case, device, dtype, function), layout(case))
 
 
 def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if not case.gated:
-        raise Unavailable("it knows SwiGLU without biases only")
+        raise Unavailable("it supports only SwiGLU without biases")
     if device.type != "cuda":
         raise Unavailable("its kernels need CUDA")
     try:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
     except ImportError as error:
-        raise Unavailable("a liger_kernel with fused_moe is not installed") from error
+        raise Unavailable("liger_kernel is not installed, or has no fused_moe") from error
     return Provider(Liger(case, device, dtype, LigerFusedMoEFunction), layout(case))
 
 
@@ -332,7 +323,7 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return _ours("fused", case, device, dtype)
 
 
-reference = loop  # the formula in plain PyTorch, at any size: what the error budget is taken from
+reference = loop  # not the library's reference, which runs every expert on every token
 PROVIDERS = {
     "eager loop": loop,
     "dense, all experts": dense,
@@ -347,9 +338,9 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Compute the composed path in float64.
+    """Return the float64 results of the composed path, which tests compare with the reference.
 
-    Tests compare it with the reference, which would run every expert on every row here.
+    The library's reference would run every expert on every token here.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
@@ -358,10 +349,10 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join weight and bias of an affine map.
+    """Concatenate the gradients of each weight with those of its bias.
 
-    The grouped_mm pattern indexes biases, so their gradient is rounded to 16 bits at every
-    addition. Checked on their own, biases would exclude that baseline.
+    The gradients of biases alone would exclude "grouped_mm pattern", which indexes the biases, so
+    that in 16 bits their gradients are rounded after every addition.
     """
     joined = dict(results)
     for part in ("up", "down"):
@@ -376,23 +367,24 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Return FLOPs and bytes of each stage of the best known algorithm.
+    """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It has two grouped products forward and four backward. R = T k rows, n = 2 (3 with a gate)
-    matrices of I D values each. H, the R rows before the activation, is kept for the backward. A
-    multiply-add is 2 FLOPs, and a tensor moves once in a stage. Of W only chosen experts are read.
+    There are R = T k rows, and u = 1 matrix in W_up (2 with a gate). The hidden rows H before the
+    activation are saved for the backward; A = act(H) are the activations, and O is the output. A
+    multiply-add is 2 FLOPs. Each tensor is moved once in a stage, and only the weights of chosen
+    experts are read.
 
-        forward   up     H = X W_up^T                      2 (n - 1) R I D
+        forward   up     H = X W_up^T                      2 u R I D
                          reads X and W_up, writes H
-                  down   Y = act(H) W_down^T, summed       2 R I D
-                         reads W_down, writes the output
+                  down   Y = A W_down^T, O = sum of Y      2 R I D
+                         reads W_down, writes O
         backward  down   dA = dO W_down, dW_down = dO^T A  4 R I D
                          reads dO, W_down and H, writes dW_down
-                  up     dX = dH W_up, dW_up = dH^T X      4 (n - 1) R I D
+                  up     dX = dH W_up, dW_up = dH^T X      4 u R I D
                          reads X and W_up, writes dX and dW_up
 
-    A = act(H), dH and the rows of Y before their sum count as no bytes, though no kernels keep all
-    of them on chip. Biases, routing weights and indices are small beside the rest.
+    A, dA, dH and Y are not counted, although no kernel keeps all of them on chip. Biases, routing
+    weights and indices are not counted because they are small.
     """
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())

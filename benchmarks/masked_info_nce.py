@@ -1,11 +1,10 @@
-"""Benchmark of masked InfoNCE: batches of CLIP and UNITE training, baselines, and minimal work.
+"""Benchmark of masked InfoNCE: batches of CLIP and UNITE training, and baselines.
 
 All providers of a case compute the same loss of the same embeddings and temperature. Most baselines
-support neither masks nor a second direction. Those without masks run only the unmasked cases; those
-with one direction are called twice in a symmetric case, as their users do. Cut Cross-Entropy by
-default filters gradients, which drops most negatives of a large batch, so only its exact mode is
-compared. "bare GEMMs" is not a loss: it runs the matrix products alone, the upper bound on the
-speed of anything built on them.
+have no masks, so they run only the cases without masks. Most compute only one direction, so they
+are called twice in a symmetric case. By default Cut Cross-Entropy filters gradients, which drops
+most negatives of a large batch, so its exact mode is used. "bare GEMMs" is not a loss: it runs only
+the matrix products, to show how fast a loss that needs them could be.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ __all__ = [
 
 SIZES = "B, D, K"
 OURS = ("composed", "fused")
-ROWS = 4096  # in a checkpointed chunk
-WHOLE_PAIRS = 2**31  # a matrix of more pairs, with its copies, does not fit
+ROWS = 4096  # rows of logits computed at a time
+MAX_LOGITS = 2**31  # more logits and their copies do not fit into GPU memory
 
 
 # ---- providers -----------------------------------------------------------------------------------
 
 
 class Loss(nn.Module):
-    """A loss of one direction, in ``direction``; the mean of both where a case is symmetric."""
+    """Base class of the losses: the mean over both directions in a symmetric case."""
 
     key: Tensor | None
 
@@ -64,7 +63,7 @@ class Loss(nn.Module):
         self.register_buffer("key", modality(case, device))
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """Compute the loss from query to candidate."""
+        """Return the loss from query to candidate."""
         raise NotImplementedError
 
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
@@ -75,9 +74,9 @@ class Loss(nn.Module):
 
 
 class Eager(Loss):
-    """The usual loss with float32 logits.
+    """F.cross_entropy of the matrix of logits, in float32.
 
-    ``rounded``: logits in the dtype of the embeddings, as a matmul under autocast returns them.
+    ``rounded``: compute the logits in the dtype of the embeddings, as autocast does.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Eager(Loss):
 
 
 class Chunked(Loss):
-    """The loss of a block of rows at a time, recomputed in backward; each direction separately."""
+    """Checkpointed loss: blocks of rows, whose logits are computed again in the backward."""
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
         total: Any = 0.0
@@ -114,7 +113,7 @@ class Chunked(Loss):
         return total / len(query)
 
     def block(self, query: Tensor, candidate: Tensor, at: Tensor) -> Tensor:
-        """Sum the loss over the rows ``at``."""
+        """Return the sum of the loss over the rows with indices ``at``."""
         logits = query.float() @ candidate.float().T / self.temperature.float()
         if self.key is not None:
             logits = logits.masked_fill(self.key[at, None] != self.key, float("-inf"))
@@ -122,9 +121,9 @@ class Chunked(Loss):
 
 
 class Head(Loss):
-    """A language model's fused head as a contrastive loss.
+    """A fused linear cross-entropy for language models, used as a contrastive loss.
 
-    The candidates are its weight, and the query is divided by the temperature.
+    The candidates are the weight of the linear layer.
     """
 
     def __init__(
@@ -160,16 +159,16 @@ class Ours(Loss):
 
 
 class Gemms(Loss):
-    """The matrix products alone."""
+    """Only the matrix products of the loss."""
 
     def forward(self, query: Tensor, candidate: Tensor) -> Tensor:
         return Products.apply(query, candidate, self.temperature)
 
 
 class Products(torch.autograd.Function):
-    """Logits forward; logits again and both gradients backward: 8 B B D FLOPs.
+    """Logits in the forward; logits and both gradients in the backward, a block of rows at a time.
 
-    A block of rows at a time.
+    That is 8 B B D FLOPs.
     """
 
     @staticmethod
@@ -194,26 +193,26 @@ LAYOUT: dict[str, tuple[str, ...]] = {"temperature": ("temperature",)}
 
 
 def eager(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    return Provider(whole(Eager, case, device, dtype), LAYOUT)
+    return Provider(with_all_logits(Eager, case, device, dtype), LAYOUT)
 
 
 def eager_autocast(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if dtype == torch.float32:
-        raise Unavailable("float32 logits are those of eager")
-    return Provider(whole(Eager, case, device, dtype, rounded=True), LAYOUT)
+        raise Unavailable("in float32 it is the same as eager")
+    return Provider(with_all_logits(Eager, case, device, dtype, rounded=True), LAYOUT)
 
 
-def whole(
-    kind: type[Loss],
+def with_all_logits(
+    loss: type[Loss],
     case: Case,
     device: torch.device,
     dtype: torch.dtype,
     **options: Any,
 ) -> Loss:
-    """Build a loss that stores the matrix of all pairs."""
-    if case.B**2 > WHOLE_PAIRS:
-        raise Unavailable(f"{case.B} x {case.B} logits and their copies do not fit")
-    return kind(case, device, dtype, **options)
+    """Build a loss that stores all logits; raise Unavailable if they do not fit into memory."""
+    if case.B**2 > MAX_LOGITS:
+        raise Unavailable(f"{case.B} x {case.B} logits and their copies do not fit into memory")
+    return loss(case, device, dtype, **options)
 
 
 def chunked(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -241,8 +240,7 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
         from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    # Release 25.1.1, the one on the package index, lacks this mode; there, without a threshold,
-    # nothing is dropped.
+    # The released version 25.1.1 has no cce_exact, but without filter_eps it drops nothing.
     exact = {"impl": "cce", "filter_eps": None}
     if hasattr(LinearCrossEntropyImpl, "CCE_EXACT"):
         exact = {"impl": "cce_exact"}
@@ -282,15 +280,13 @@ def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if case.K > 1:
-        raise Unavailable(
-            "the products of all pairs are no ceiling where a mask saves most of them"
-        )
-    ceiling = "no loss: the matrix products alone"
+        raise Unavailable("with masks, a loss needs fewer products")
+    ceiling = "not a loss: only the matrix products"
     return Provider(Gemms(case, device, dtype), LAYOUT, ceiling=ceiling)
 
 
 def need_cuda(device: torch.device) -> None:
-    """Raise ``Unavailable`` on another device."""
+    """Raise Unavailable if the device is not a CUDA device."""
     if device.type != "cuda":
         raise Unavailable("its kernels need CUDA")
 
@@ -304,8 +300,7 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Ours(case, device, dtype), LAYOUT, "fused")
 
 
-# The formula in plain PyTorch, at any size: the source of the error budget.
-reference = chunked
+reference = chunked  # not the library's reference, whose logits do not fit into memory
 PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
     "eager": eager,
     "eager, autocast": eager_autocast,
@@ -324,17 +319,16 @@ PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Compute the formula in float64, a block of rows at a time."""
+    """Return the float64 results of the composed path, which agree with the reference to 1e-10."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
-    # In float64 the composed path agrees with the reference to 1e-10, as the tests check.
     with mmfused.backend("composed"):
         provider = composed(case, problem.device, torch.float64).load(parameters)
         return provider.results(Problem(inputs, parameters, problem.upstream.double()))
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is compared: all results."""
+    """Return all results, which are compared as they are."""
     return results
 
 
@@ -342,22 +336,18 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Return FLOPs and bytes, stage by stage, of the best known algorithm.
+    """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    Its logits are never in memory, and both directions share each tile of them.
+    It does not store the logits S, and both directions use the same S. Masks leave a fraction
+    f = 1 / K of the B x B pairs of queries Q and candidates C. A multiply-add is 2 FLOPs, and each
+    tensor is moved once in a stage.
 
-    A share f = 1 / K of the B x B pairs is allowed. A multiply-add is 2 FLOPs, and a tensor moves
-    once in a stage.
-
-        forward   S = Q C^T                        2 f B B D     reads Q and C
-        backward  S again                          2 f B B D     reads Q and C
-                  dQ = dS C, dC = dS^T Q           4 f B B D     reads Q and C, writes dQ and dC
-
-    With one direction, a chunk of S could be kept from the forward to the backward. No such form
-    exists here, so the minimum is the same: 8 f B B D FLOPs in all.
+        forward   S = Q C^T                  2 f B B D   reads Q and C
+        backward  S again                    2 f B B D   reads Q and C
+                  dQ = dS C, dC = dS^T Q     4 f B B D   reads Q and C, writes dQ and dC
     """
     pairs = case.B * case.B / case.K
-    both = 2 * case.B * case.D * itemsize
+    both = 2 * case.B * case.D * itemsize  # bytes of Q and C
 
     def stage(name: str, flops: float, moved: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": moved}

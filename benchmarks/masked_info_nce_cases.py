@@ -1,4 +1,4 @@
-"""The batches that masked InfoNCE is measured on: those of CLIP and UNITE training."""
+"""Cases and inputs of the benchmark of masked InfoNCE: batches of CLIP and UNITE training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` pairs of width ``D`` in ``K`` modalities of equal size that mask each other.
+    """``B`` pairs of embeddings of width ``D``.
 
-    K = 1: no mask.
+    ``K``: number of modalities; pairs of different modalities are masked. K = 1: no mask.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Case:
     K: int = 1
     symmetric: bool = True
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = 2048  # None: not run on a CPU, where it would show nothing new
+    cpu_B: int | None = 2048  # batch size on a CPU; None: not measured on a CPU
 
 
 CASES: tuple[Case, ...] = (
@@ -40,10 +40,7 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device.
-
-    A ``quick`` run keeps the widths, with at most 64 pairs (1024 on CUDA).
-    """
+    """Return the cases with the batch sizes of a device; ``quick``: at most 64 (CUDA: 1024)."""
     on_gpu = device_type == "cuda"
     chosen = list(CASES)
     if not on_gpu:
@@ -54,7 +51,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Return a symmetric case of the given sizes."""
+    """Return a symmetric case; sizes that are not in ``shape`` are B = 4096, D = 768, K = 1."""
     defaults = {"B": 4096, "D": 768, "K": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
@@ -69,19 +66,16 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Make unit embeddings as in training: with a common mean, and pairs that are half aligned.
-
-    The mean is the "cone" of contrastive models.
-    """
+    """Draw unit embeddings as in training: all share a component, and pairs are aligned."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    cone = 0.5 * randn(1, case.D)
+    shared = 0.5 * randn(1, case.D)
     query = randn(case.B, case.D)
     candidate = query + randn(case.B, case.D)
-    embeddings = {"query": query + cone, "candidate": candidate + cone}
+    embeddings = {"query": query + shared, "candidate": candidate + shared}
     inputs = {
         name: F.normalize(x, dim=-1).to(dtype).requires_grad_() for name, x in embeddings.items()
     }
@@ -91,7 +85,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def modality(case: Case, device: torch.device) -> Tensor | None:
-    """Return the key (B,) of each pair, in random order; None without a mask."""
+    """Return the modality of each pair (B,), in random order, or None if K = 1."""
     if case.K == 1:
         return None
     order = torch.randperm(case.B, generator=torch.Generator().manual_seed(1))

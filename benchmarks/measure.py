@@ -1,20 +1,21 @@
 """Check the accuracy of a provider and measure its time.
 
-An op's benchmark (query_pooling.py, for instance) defines
+A provider is one way to compute a case: a baseline, or a backend of the library. The benchmark of
+an op (query_pooling.py, for instance) defines
 
-    cases(device_type, quick)       the cases; quick ones are small
-    custom(shape)                   a case of the user's own sizes
-    SIZES                           the names of these sizes, for the help text
+    cases(device_type, quick)       the list of cases; small ones if quick
+    custom(shape)                   a case with the sizes in ``shape``
+    SIZES                           description of these sizes, for the help text
     make(case, device, dtype)       -> Problem
-    PROVIDERS                       name -> builder(case, device, dtype) -> Provider
-    OURS                            names of the library's own providers, which must be accurate
-    reference                       the builder of the reference
+    PROVIDERS                       dict: name -> builder(case, device, dtype) -> Provider
+    OURS                            names of the library's providers, which must be accurate
+    reference                       builder of the reference provider
     exact(case, problem)            -> float64 results
     comparable(results)             -> the results that the accuracy check compares
-    work(case, itemsize)            -> FLOPs and bytes of each stage of a pass
+    work(case, itemsize)            -> FLOPs and bytes of each stage of each pass
 
-and, where it has more to record, ``extras(case, device, dtype)``: a dict merged into the record,
-in which ``faults`` lists what is wrong.
+and optionally ``extras(case, device, dtype)``, which returns more entries for the record. Its
+entry "faults" is a list of messages.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import mmfused
 from mmfused.library import Backend, why_not_fused
 from mmfused.testing import interleaved_seconds, over_budget, relative_error
 
-MAX_COPIES = 64
+MAX_COPIES = 64  # of the inputs, see rotation()
 
 
 class Unavailable(RuntimeError):
@@ -41,7 +42,7 @@ class Unavailable(RuntimeError):
 
 
 def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise Unavailable where the library's kernels cannot be timed."""
+    """Raise Unavailable if the library's kernels cannot be timed on this device in this dtype."""
     reasons = why_not_fused(device, dtype) or (
         ["interpreted kernels are not timed"] if device.type == "cpu" else []
     )
@@ -51,11 +52,12 @@ def need_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 @dataclass
 class Problem:
-    """One case as tensors.
+    """The tensors of a case.
 
-    ``inputs``: differentiable. ``parameters``: loaded by all providers. ``upstream``: the gradient
-    of the output. ``evicts``: a call moves many times the size of the cache, so the next call finds
-    none of its inputs there.
+    ``inputs``: differentiable inputs, by name.
+    ``parameters``: values that every provider loads into its module.
+    ``upstream``: gradient of the output.
+    ``evicts``: whether a call moves so much data that its inputs are evicted from the cache.
     """
 
     inputs: dict[str, Tensor]
@@ -69,10 +71,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the first input, in which providers are built.
-
-        The output, and hence ``upstream``, may be wider.
-        """
+        """Return the dtype of the first input; the output and ``upstream`` may have a wider one."""
         return next(iter(self.inputs.values())).dtype
 
 
@@ -80,16 +79,16 @@ class Problem:
 class Provider:
     """One way to compute a case.
 
-    ``layout``: for each parameter of ``module``, the problem's parameters stacked in it along the
-    first axis.
-    ``backend``: the library's backend that every call and its backward use.
-    ``run``: the compiled module, where it is compiled.
-    ``ceiling``: the reason why this computes only a part of the case; it is timed without an
-    accuracy check.
-    ``uncompiled``: the reason why it is not compiled.
-    ``drops``: it is timed with dropout, which drops other elements than the reference; accuracy is
-    checked without dropout.
-    ``within``: makes a context for every call and its backward.
+    ``layout``: name of a parameter of ``module`` -> names of the problem's parameters that are
+    stacked in it along the first axis.
+    ``backend``: backend of the library for all calls and their backwards.
+    ``run``: the compiled module, or None to call ``module``.
+    ``ceiling``: the reason why the provider computes only a part of the case. Such a provider is
+    timed without an accuracy check.
+    ``uncompiled``: the reason why the provider must not be compiled.
+    ``drops``: whether the provider is timed with dropout. Accuracy is checked without dropout,
+    because the reference drops other elements.
+    ``within``: returns a context manager for a call and its backward.
     """
 
     module: nn.Module
@@ -102,6 +101,7 @@ class Provider:
     within: Callable[[], AbstractContextManager] = nullcontext
 
     def setting(self) -> AbstractContextManager[Any]:
+        """Return the context for a call and its backward: ``backend`` and ``within``."""
         stack = ExitStack()
         if self.backend is not None:
             stack.enter_context(mmfused.backend(self.backend))
@@ -114,6 +114,7 @@ class Provider:
 
     @torch.no_grad()
     def load(self, parameters: dict[str, Tensor]) -> Provider:
+        """Copy the problem's parameters into the module, and return the provider."""
         names = dict(self.module.named_parameters()).keys()
         if names != self.layout.keys():
             raise ValueError(f"layout: got {sorted(self.layout)}, expected {sorted(names)}")
@@ -130,7 +131,7 @@ class Provider:
             return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
-        """Return the output and all gradients by the names that all providers share."""
+        """Return the output and all gradients, under names that are the same for all providers."""
         if self.drops:
             self.module.eval()
         out, *gradients = self.both(tuple(problem.inputs.values()), problem.upstream)
@@ -151,10 +152,13 @@ class Provider:
 
 
 class AccuracyCheck:
-    """Check providers against the library's error budget.
+    """Check providers against the error budget of mmfused.testing.over_budget.
 
-    The budget compares a provider's error to the reference's in the same dtype (``plain``), both
-    measured against float64 (``exact``). In a record, the key "gate" holds the result.
+    ``exact``: float64 results, against which errors are measured.
+    ``plain``: results of the reference in the dtype of the problem. The error of a provider may be
+    a small multiple of their error.
+
+    The result of the check is the entry "gate" of a provider's record.
     """
 
     def __init__(self, op: ModuleType, case: Any, problem: Problem) -> None:
@@ -168,9 +172,9 @@ class AccuracyCheck:
         )
 
     def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict[str, Any]]:
-        """Build a provider, compile it in ``mode`` unless None, and check it.
+        """Build a provider, compile it with ``mode`` unless it is None, and check its accuracy.
 
-        Returns the provider if it may be timed, else None, and its entry for the record.
+        Returns the provider, or None if it must not be timed, and its entry for the record.
         """
         entry = {"compiled": mode, "gate": "passed", "reasons": []}
         try:
@@ -185,7 +189,7 @@ class AccuracyCheck:
         except Unavailable as why:
             return None, entry | {"gate": "unavailable", "reasons": [str(why)]}
         except Exception as error:
-            # Out of memory, a shape that a kernel or the compiler refuses, another version's API.
+            # Such as out of memory, an unsupported shape, or another version's API.
             reason = f"{type(error).__name__}: {first_line(error)}"
             return None, entry | {"gate": "failed", "reasons": [reason]}
         if faults:
@@ -206,13 +210,14 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-# ---- the clock -----------------------------------------------------------------------------------
+# ---- timing --------------------------------------------------------------------------------------
 
 
 def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
-    """Return the inputs; on CUDA as many copies as no call finds in the L2 cache.
+    """Return the inputs and, on CUDA, copies of them that calls use in turn.
 
-    That is one copy more than twice the size of the cache.
+    There are enough copies (more than twice the size of the L2 cache) that a copy is no longer in
+    the cache when it is used again.
     """
     inputs = tuple(problem.inputs.values())
     if problem.device.type != "cuda" or problem.evicts:
@@ -227,16 +232,16 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable[..., Any]]:
-    """Return what is timed, by pass.
+    """Return pass -> the function of the inputs that is timed.
 
-    ``forward`` builds the autograd graph, ``both`` computes all gradients too, ``step`` is a whole
-    training step of a model.
+    "forward" includes building the autograd graph, "both" is forward and backward, and "step" is a
+    training step with the optimizer.
     """
     found: dict[str, Callable] = {"forward": lambda inputs: (provider(*inputs).detach(),)}
     if backward:
         found["both"] = lambda inputs: provider.both(inputs, upstream)
         step = getattr(provider, "step", None)
-        if provider.layout and step is not None:  # there are parameters, and an optimiser
+        if provider.layout and step is not None:  # there are parameters to train
             found["step"] = lambda inputs: step(inputs, upstream)
     return found
 
@@ -246,9 +251,10 @@ def seconds(
     calls: int,
     repeats: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of a call by provider and pass, timed in turn.
+    """Time the bursts in turn, ``repeats`` times; return the seconds per call by provider and pass.
 
-    ``backward`` is ``both`` minus ``forward``, which are neighbours in a round.
+    ``bursts``: (provider, pass) -> function that makes ``calls`` calls. The seconds of "backward"
+    are those of "both" minus those of "forward" in the same round.
     """
     samples: dict[str, dict[str, list[float]]] = {}
     for (name, which), values in interleaved_seconds(bursts, repeats).items():
@@ -266,7 +272,7 @@ def eager_seconds(
     repeats: int,
     backward: bool,
 ) -> dict[str, Any]:
-    """Time calls from Python, one for each copy of the inputs between two synchronisations."""
+    """Time calls from Python, with a call for each copy of the inputs between synchronizations."""
     copies = rotation(problem)
 
     def burst(step):
@@ -287,12 +293,12 @@ def graph_seconds(
     repeats: int,
     backward: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Time replays of CUDA graphs, each with one call for each copy of the inputs.
+    """Time replays of CUDA graphs that contain a call for each copy of the inputs.
 
-    Returns the seconds and, by name, the reason why a provider has no graph.
+    Returns the seconds, and the reasons why some providers have no graph, by name.
     """
     copies, pool = rotation(problem), torch.cuda.graph_pool_handle()
-    bursts, refused = {}, {}
+    bursts, without_graph = {}, {}
     for name, provider in providers.items():
         try:
             graphs = {
@@ -300,10 +306,10 @@ def graph_seconds(
                 for which, step in steps(provider, problem.upstream, backward).items()
             }
         except RuntimeError as error:
-            refused[name] = f"no CUDA graph: {first_line(error)}"
+            without_graph[name] = f"no CUDA graph: {first_line(error)}"
         else:
             bursts |= graphs
-    return seconds(bursts, len(copies), repeats), refused
+    return seconds(bursts, len(copies), repeats), without_graph
 
 
 def capture(
@@ -312,27 +318,28 @@ def capture(
     pool,
     compared: bool = True,
 ) -> torch.cuda.CUDAGraph:
-    """Capture a graph of one step for each copy.
+    """Capture a CUDA graph that calls ``step`` for each copy of the inputs.
 
-    Graphs share ``pool``: one runs at a time, and its results are not read.
+    ``compared``: raise RuntimeError if a replay and an eager call give different results.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            wanted = step(copies[-1])
+            expected = step(copies[-1])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         for inputs in copies:
-            left = step(inputs)
+            results = step(inputs)
     graph.replay()
     torch.cuda.synchronize()
-    # A kernel on another stream escapes the capture: compare the output and the first gradient.
+    # A kernel on another stream is not captured. The output and the first gradient would show it.
     if compared and not all(
-        relative_error(got, want) < 1e-2 for got, want in zip(left[:2], wanted[:2], strict=True)
+        relative_error(got, want) < 1e-2
+        for got, want in zip(results[:2], expected[:2], strict=True)
     ):
-        raise RuntimeError("the replay does not compute what the eager call does")
+        raise RuntimeError("the replay and the eager call give different results")
     return graph
 
 
@@ -340,10 +347,9 @@ def capture(
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Measure the best rates of this device now.
+    """Measure the FLOP/s of a large matmul, and the bytes/s that a copy reads and writes.
 
-    FLOP/s of a large random matmul, bytes/s read and written by a copy. On a CPU always in float32:
-    many CPUs have no arithmetic in smaller dtypes.
+    On a CPU both are measured in float32, because many CPUs have no 16-bit arithmetic.
     """
     on_cuda = device.type == "cuda"
     size, elements, dtype = (8192, 2**29, dtype) if on_cuda else (1024, 2**25, torch.float32)
@@ -362,10 +368,10 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def floor_seconds(
     work: dict[str, list[dict[str, Any]]], rates: dict[str, float]
 ) -> dict[str, float]:
-    """Return the least time of each pass.
+    """Return the least possible time of each pass at the rates that :func:`ceilings` measured.
 
-    That is the sum over its stages of the time of their FLOPs or of their bytes at the ceilings,
-    whichever is longer.
+    It is the sum over the stages of the time for their FLOPs or for their bytes, whichever is
+    longer.
     """
     peak, bandwidth = rates["flops_per_second"], rates["bytes_per_second"]
     floors: dict[str, float] = {
@@ -376,7 +382,7 @@ def floor_seconds(
 
 
 class Budget:
-    """Limit the seconds from now in which anything is compiled; None: no limit."""
+    """A time limit that starts now; ``limit``: seconds, or None for no limit."""
 
     def __init__(self, limit: float | None) -> None:
         self.limit = limit

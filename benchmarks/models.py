@@ -1,16 +1,13 @@
-"""Train steps of the library's five models, beside the same models in torch's own modules.
+"""Benchmark of the library's five models, against the same models built from torch's modules.
 
-The cases are in `model_steps.py`, the baseline in `torch_modules.py`; both models load the same
-weights. Besides forward and backward, the whole ``step`` is timed with AdamW at a learning rate of
-0: the arithmetic is the same, and the weights stay those of the accuracy check. UNITE's loss has no
-parameters, and so no such step.
+The cases are in model_steps.py and the baseline in torch_modules.py. All providers load the same
+weights. The training step with AdamW is timed too, with a learning rate of 0, so that the weights
+stay those of the accuracy check. UNITE's loss has no parameters, so it has no training step.
 
-In 16 bits on CUDA all providers run with two settings: float32 products (mostly of logits) may use
-TF32, which users of 16 bits allow; SDPA runs without cuDNN, whose gradients with a mask and 64 keys
-may be NaN (pytorch #196678).
+In 16 bits on CUDA, all providers run with TF32 for float32 products, as usual in 16-bit training,
+and without cuDNN's SDPA, whose gradients with a mask and 64 keys may be NaN (pytorch #196678).
 
-`extras` records the losses of a few training steps from the same weights and batch, the library's
-and the baseline's.
+`extras` also records the losses of a few training steps of each provider.
 """
 
 from __future__ import annotations
@@ -52,14 +49,14 @@ __all__ = [
 OURS = ("composed", "fused")
 BASELINE = "torch modules"
 TRAINED = 20  # steps of a loss curve
-RATE = 3e-4  # and their learning rate
-NOISE = 3.0  # how many times the dtype's own error a curve may be off
-EXPERTS = ("w_gate", "w_up")  # MOON2.0's, which the baseline stacks expert by expert
+RATE = 3e-4  # learning rate of a loss curve
+NOISE = 3.0  # largest difference of loss curves, as a multiple of the effect of rounding
+EXPERTS = ("w_gate", "w_up")  # weights of MOON2.0's experts, which the baseline stacks
 
 
 @contextmanager
 def settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Run with the settings that the module's docstring describes."""
+    """Run with the settings for 16 bits on CUDA that the module's docstring describes."""
     if device.type != "cuda" or dtype.itemsize > 2:
         yield
         return
@@ -75,8 +72,8 @@ def settings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 @dataclass
-class Trained(Provider):
-    """A provider with its optimiser's step."""
+class TrainableProvider(Provider):
+    """A provider that can also make a training step."""
 
     def step(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
         results = self.both(inputs, upstream)
@@ -119,7 +116,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def parts(name: str, parameter: Tensor) -> tuple[str, ...]:
-    """The problem's parameters that are stacked in one of a module's."""
+    """Return the names of the problem's parameters that are stacked in a module's parameter."""
     owner, _, kind = name.rpartition(".")
     above, _, last = owner.rpartition(".")
     if kind == "w_gate_up":
@@ -143,7 +140,9 @@ def _provider(
 ) -> Provider:
     step = build(case, device, dtype, models() if callable(models) else models)
     layout = {name: parts(name, parameter) for name, parameter in step.named_parameters()}
-    return Trained(step, layout, backend, within=functools.partial(settings, device, dtype))
+    return TrainableProvider(
+        step, layout, backend, within=functools.partial(settings, device, dtype)
+    )
 
 
 def torch_modules(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -170,16 +169,16 @@ PROVIDERS = {BASELINE: torch_modules, "composed": composed, "fused": fused}
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the results of the composed path in float64, which the tests compare to the reference.
+    """Return the float64 results of the composed path, which tests compare with the reference.
 
-    The reference itself needs far more memory.
+    The reference itself would need far more memory.
     """
     wide = in_dtype(problem, torch.float64)
     return composed(case, problem.device, torch.float64).load(wide.parameters).results(wide)
 
 
 def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
-    """Return the same numbers for a provider of a wider dtype, so that nothing is rounded."""
+    """Return the problem in a wider dtype, with the same numbers."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in problem.inputs.items()}
     return Problem(
@@ -190,46 +189,44 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Group results so that each group has a meaningful relative error.
+    """Concatenate results into groups, so that each group has a meaningful relative error.
 
-    Weight and bias of a layer form one vector, as in the other benchmarks, and so do all experts of
-    a layer. Also:
-    * the loss, a single number whose error may be 0 by luck, is rounded to half the digits (float64
-      is not);
-    * learnable scalars form one vector, for the same reason;
-    * queries and keys of attention over one token, whose gradients are exactly zero, join the
-      values;
-    * FLUID's gate, whose gradient is the small difference of two large sums, joins the norm of the
-      tokens that it blends; likewise UniECS's norms before cross-attention join the values that
-      they scale.
+    The weight and bias of a layer form one group, as in the other benchmarks. So do all experts of
+    a layer, and all learnable scalars, because the error of a single number may be 0 by chance. In
+    addition:
+    * the loss, also a single number, is rounded to float16 if the dtype is float32;
+    * queries and keys of attention over one token, whose gradients are zero, join the values;
+    * FLUID's gate, whose gradient is a small difference of two large sums, joins the norm of the
+      tokens that it blends;
+    * UniECS's norms before cross-attention join the values that they scale.
     """
     (_, loss), (_, first), *_ = results.items()
-    digits = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
+    loss_dtype = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
     groups: dict[str, list[Tensor]] = {}
-    for name, tensor in sorted(results.items()):  # providers have them in orders of their own
-        whole = re.sub(r"\.(weight|bias)$|(?<=w_gate|..w_up)\.\d+$", "", name)
-        whole = re.sub(r"(fusion_blocks\.\d+)\.[qk]_proj$", r"\1.v_proj", whole)
-        whole = re.sub(r"model\.gate\.mlp\.\d+$", "model.image_transform.blocks.0.norm_ffn", whole)
-        whole = re.sub(
+    for name, tensor in sorted(results.items()):  # the order differs between providers
+        group = re.sub(r"\.(weight|bias)$|(?<=w_gate|..w_up)\.\d+$", "", name)
+        group = re.sub(r"(fusion_blocks\.\d+)\.[qk]_proj$", r"\1.v_proj", group)
+        group = re.sub(r"model\.gate\.mlp\.\d+$", "model.image_transform.blocks.0.norm_ffn", group)
+        group = re.sub(
             r"cross\.norm_([ab])$",
             lambda side: f"cross.to_{'ba'['ab'.index(side[1])]}.v_proj",
-            whole,
+            group,
         )
-        scalar = tensor.numel() == 1 and whole == name and name != "out"
-        groups.setdefault("scalars" if scalar else whole, []).append(tensor.flatten())
-    return {name: torch.cat(pieces) for name, pieces in groups.items()} | {"out": loss.to(digits)}
+        scalar = tensor.numel() == 1 and group == name and name != "out"
+        groups.setdefault("scalars" if scalar else group, []).append(tensor.flatten())
+    combined = {name: torch.cat(pieces) for name, pieces in groups.items()}
+    return combined | {"out": loss.to(loss_dtype)}
 
 
 # ---- work ----------------------------------------------------------------------------------------
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Count the FLOPs of the baseline's matrix products and the bytes it must move, in one run.
+    """Count the FLOPs of the baseline's matrix products, and the bytes that it must move.
 
-    Each pass reads the parameters and the inputs once, and the backward writes their gradients. So
-    the bound is that of the plain algorithm, not the lowest possible: pooling without projected
-    tokens, or skipping masked pairs, may be faster. Activations that pass through memory between
-    the products are not counted.
+    Each pass reads the parameters and the inputs once, and the backward writes their gradients;
+    activations are not counted. The resulting floor is not a lower bound, because the library's
+    algorithms may need fewer FLOPs: pooling does not project tokens, and masked pairs are skipped.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
@@ -249,9 +246,9 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
 
 
 class Flops(TorchDispatchMode):
-    """Count FLOPs by torch's own formulas.
+    """Count FLOPs with torch's formulas.
 
-    FlopCounterMode stops at UniECS's gradients within the forward.
+    FlopCounterMode does not support the gradients that UniECS computes within its forward.
     """
 
     total = 0
@@ -259,25 +256,25 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         packet = function._overloadpacket
-        if (
-            packet is torch.ops.aten._grouped_mm
-        ):  # rows by expert times weights, or for their gradient times rows: of all rows
+        if packet is torch.ops.aten._grouped_mm:
+            # (rows, I) by (E, I, O), or for the gradient of the weights (I, rows) by (rows, O).
             self.total += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
 
-# ---- the same loss curve -------------------------------------------------------------------------
+# ---- loss curves ---------------------------------------------------------------------------------
 
 
 def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare the losses of training steps with AdamW on one batch.
+    """Compare the loss curves of the library and the baseline: training with AdamW on one batch.
 
     Returns:
-        "curves": the losses, and the largest relative difference from the baseline's. Its "bound"
-        is NOISE times the difference between the baseline and itself in the next wider dtype.
-        "faults": providers beyond the bound.
+        "curves": the losses; the largest relative difference of each provider from the baseline;
+        and the "bound" of that difference: NOISE times the difference between the baseline and the
+        baseline in the next wider dtype.
+        "faults": a message for each provider whose difference exceeds the bound.
     """
     problem = make(case, device, dtype)
     wider = torch.float32 if dtype.itemsize == 2 else torch.float64
@@ -287,21 +284,21 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, An
             torch_modules, case, in_dtype(problem, wider)
         ),
     }
-    own, exact = losses.values()
-    bound = NOISE * difference(own, exact) + torch.finfo(dtype).eps
+    baseline, exact = losses.values()
+    bound = NOISE * difference(baseline, exact) + torch.finfo(dtype).eps
     differences, faults = {}, []
     for name in OURS:
         try:
             losses[name] = curve(PROVIDERS[name], case, problem)
         except Unavailable:
             continue
-        differences[name] = difference(losses[name], own)
+        differences[name] = difference(losses[name], baseline)
         if not differences[name] <= bound:
             faults.append(
-                f"{case.name}: {name}: losses: got a difference of {differences[name]:.3e}, "
-                f"expected at most {bound:.3e}"
+                f"{case.name}: {name}: losses: got a relative difference of "
+                f"{differences[name]:.3e}, expected at most {bound:.3e}"
             )
-    plain = {
+    finite = {
         name: [loss if math.isfinite(loss) else None for loss in losses[name]] for name in losses
     }
     differences = {
@@ -309,7 +306,7 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, An
     }
     curves = {
         "optimizer": f"AdamW, learning rate {RATE:g}",
-        "losses": plain,
+        "losses": finite,
         "difference": differences,
         "bound": bound,
     }
@@ -317,9 +314,9 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, An
 
 
 def curve(builder, case: Case, problem: Problem) -> list[float]:
-    """Return the loss before each of `TRAINED` steps of the parameters.
+    """Return the loss before each of ``TRAINED`` training steps.
 
-    UNITE's loss has none; there the float32 rows are trained.
+    The parameters are trained, or the inputs in float32 if there are no parameters (UNITE).
     """
     provider = builder(case, problem.device, problem.dtype).load(problem.parameters)
     tokens = [x.detach().to(problem.upstream.dtype, copy=True) for x in problem.inputs.values()]
@@ -336,6 +333,6 @@ def curve(builder, case: Case, problem: Problem) -> list[float]:
 
 
 def difference(a: list[float], b: list[float]) -> float:
-    """The largest, relative to ``b``; NaN counts as infinite."""
+    """Return the largest difference of two loss curves, relative to ``b``; infinite if NaN."""
     found = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
     return math.inf if any(math.isnan(value) for value in found) else max(found)

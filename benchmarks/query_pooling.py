@@ -1,12 +1,11 @@
-"""Benchmark of query pooling: cases, baselines, and the least work the operator needs.
+"""Benchmark of query pooling: cases, baselines, and the least work that the op needs.
 
-The cases are the FLUID and SigLIP heads. A ``block`` adds the projections of nn.MultiheadAttention
-(queries and output, all with biases); without it a case is the pooling alone: queries, W_K and W_V.
-All providers of a case compute the same function of the same parameters.
+The cases are the heads of FLUID and SigLIP. With ``block`` they have all the projections and biases
+of nn.MultiheadAttention; without it they have only queries, W_K and W_V. All providers of a case
+compute the same function of the same parameters.
 
-With one head, nn.MultiheadAttention and SDPA have head_dim 768. Flash and cuDNN stop at 256, so
-torch uses slower attention kernels. Users of FLUID's shape get these, so they are the baseline; the
-cases with h=8 show both at head_dim 96.
+FLUID has one head, so SDPA's head_dim is 768. The flash and cuDNN backends support only up to 256,
+so torch uses a slower backend, and so do users of FLUID. The cases with 8 heads have head_dim 96.
 """
 
 from __future__ import annotations
@@ -25,12 +24,15 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 
 SIZES = "B, N, D, L queries, H heads"
 OURS = ("composed", "fused")
-EXACT_CHUNK = 64  # samples in float64 at a time
+EXACT_CHUNK = 64  # samples per float64 call
 
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` samples of ``N`` tokens of width ``D``, pooled by ``L`` queries with ``H`` heads."""
+    """``B`` samples of ``N`` tokens of width ``D``, pooled by ``L`` queries with ``H`` heads.
+
+    ``block``: project the queries and the output too, and use biases.
+    """
 
     name: str
     B: int
@@ -40,7 +42,7 @@ class Case:
     H: int
     block: bool = True
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_B: int | None = 8  # None: not run on a CPU, where it would show nothing new
+    cpu_B: int | None = 8  # batch size on a CPU; None: not measured on a CPU
 
 
 CASES = (
@@ -56,10 +58,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device.
-
-    A ``quick`` run keeps the shapes, with at most 2 samples (64 on CUDA).
-    """
+    """Return the cases with the batch sizes of a device; ``quick``: at most 2 (CUDA: 64)."""
     chosen = list(CASES)
     if device_type != "cuda":
         chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
@@ -68,7 +67,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Return a block of the user's shape, by default with FLUID's sizes."""
+    """Return a case with ``block``; sizes that are not in ``shape`` are FLUID's, with B = 8."""
     defaults = {"B": 8, "N": 197, "D": 768, "L": 32, "H": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
@@ -85,7 +84,7 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw tokens, parameters and upstream gradient; logits have variance 1, as at first."""
+    """Draw tokens, parameters and upstream gradient; logits have a variance of about 1."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, std: float = 1.0) -> Tensor:
@@ -104,7 +103,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 class MultiheadAttention(nn.Module):
-    """nn.MultiheadAttention as FLUID and the SigLIP head use it: queries repeated per sample."""
+    """nn.MultiheadAttention with queries that are repeated for each sample, as in FLUID."""
 
     def __init__(self, dim: int, num_queries: int, num_heads: int) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class MultiheadAttention(nn.Module):
 
 
 class ProjectedSDPA(nn.Module):
-    """The usual form at its best: one GEMM for keys and values, queries projected once."""
+    """SDPA with one GEMM for keys and values, and with queries that are projected only once."""
 
     def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool) -> None:
         super().__init__()
@@ -136,9 +135,10 @@ class ProjectedSDPA(nn.Module):
 
 
 def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
-    """Return the layout of Linears: ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight.
+    """Return the ``layout`` of a provider from names of Linears.
 
-    The biases of a block are stacked in the same way.
+    For example, ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight and, with ``block``, b_k and
+    b_v in kv_proj.bias.
     """
     kinds = {"weight": "w", "bias": "b"} if block else {"weight": "w"}
     return {
@@ -150,9 +150,7 @@ def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
 
 def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if not case.block:
-        raise Unavailable(
-            "it always projects queries and output, and this case is the pooling alone"
-        )
+        raise Unavailable("it always projects queries and output, which this case does not have")
     module = MultiheadAttention(case.D, case.L, case.H).to(device, dtype)
     layout = {
         "queries": ("queries",),
@@ -172,12 +170,10 @@ def attention_pool_latent(case: Case, device: torch.device, dtype: torch.dtype) 
     options = {"num_heads": case.H, "latent_len": case.L, "pool_type": "", "qkv_bias": case.block}
     if not case.block:
         if "q_proj" not in inspect.signature(AttentionPoolLatent).parameters:
-            raise Unavailable(
-                "this timm always projects the queries, and this case is the pooling alone"
-            )
+            raise Unavailable("this timm always projects the queries, which this case does not do")
         options["q_proj"] = False
     module = AttentionPoolLatent(case.D, case.D if case.block else 0, **options).to(device, dtype)
-    module.mlp = None  # the residual MLP after the pooling is not part of the case
+    module.mlp = None  # the MLP after the pooling is not part of the case
     names = {"q": "q", "kv": "kv", "proj": "o"} if case.block else {"kv": "kv"}
     return Provider(module, {"latent": ("queries",)} | linears(case.block, **names))
 
@@ -223,9 +219,9 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the results of the reference in float64.
+    """Return the float64 results of the reference, computed for a few samples at a time.
 
-    It runs a few samples at a time: samples are independent, and gradients of parameters add up.
+    Samples are independent, and the gradients of parameters are summed.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     provider = reference(case, problem.device, torch.float64).load(parameters)
@@ -244,10 +240,9 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the gradients of weight and bias of each affine map.
+    """Concatenate the gradients of each weight with those of its bias.
 
-    The gradient of the key bias is exactly zero, so its rounding error can only be compared with
-    the gradient of its weight.
+    The exact gradient of the key bias is zero, so that its error has no scale of its own.
     """
     joined = dict(results)
     for part in "qkvo":
@@ -261,11 +256,12 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Return FLOPs and bytes of each stage of the best known algorithm.
+    """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    That is the absorbed form with one pass over the tokens in each direction. X (B, N, D) are the
-    tokens, Q' has R = H L rows, and Z = P X. A multiply-add is 2 FLOPs, and a tensor moves once in
-    a stage. The stages "output" are those of a block only.
+    That is the absorbed form: the logits are S = Q' X^T, where Q' = Q W_K has R = H L rows and X
+    (B, N, D) are the tokens. With the probabilities P = softmax(S), the pooled tokens are Z = P X.
+    The forward and the backward each read X once. A multiply-add is 2 FLOPs, and each tensor is
+    moved once in a stage. Only a case with ``block`` has the stages "output" and q_proj.
 
         forward
           queries  Q' = Q W_K                         2 L D^2        + 2 L D^2 for q_proj
@@ -279,27 +275,26 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                    dX = [P;dS]^T [dZ;Q']              4 B R N D      writes dX
           queries  dW_K and dQ from dQ'               4 L D^2        + 4 L D^2 for q_proj
 
-    P and dS stay on chip, and K and V are never computed, so they move no bytes.
+    P, S and their gradients stay on chip, and K and V are not computed, so none of them is counted.
     """
     B, N, D, L, block = case.B, case.N, case.D, case.L, case.block
     R = case.H * L
-    # Numbers of elements of X, Z, O and of a weight.
-    x, z, o, w = B * N * D, B * R * D, B * L * D, D * D
-    small = (2 if block else 1) * L * w  # W_K into the queries, and q_proj
+    x, z, o, w = B * N * D, B * R * D, B * L * D, D * D  # elements of X, Z, O and a weight
+    queries = (2 if block else 1) * L * w  # multiply-adds of Q W_K and of q_proj
 
     def stage(name: str, flops: int, elements: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": elements * itemsize}
 
-    small_w = (2 if block else 1) * w
+    query_weights = (2 if block else 1) * w
     forward = [
-        stage("queries", 2 * small, small_w + (L + R) * D),
+        stage("queries", 2 * queries, query_weights + (L + R) * D),
         stage("pool", 4 * R * N * D * B, x + z),
         stage("values", 2 * o * D, z + w + o),
     ]
     backward = [
         stage("values", 4 * o * D, o + 2 * z + 2 * w),
         stage("pool", 10 * R * N * D * B, 2 * x + 2 * z),
-        stage("queries", 4 * small, 2 * small_w + 2 * (L + R) * D),
+        stage("queries", 4 * queries, 2 * query_weights + 2 * (L + R) * D),
     ]
     if block:
         forward.append(stage("output", 2 * o * D, 2 * o + w))

@@ -1,4 +1,4 @@
-"""Write the record of each case, a JSON with all raw samples, and a CSV of all cases."""
+"""Write results: for each case a JSON record with all samples, for each op a CSV of all cases."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PASSES = ("forward", "backward", "both", "step")
 PACKAGES = ("torch", "triton", "timm", "transformers", "liger-kernel", "numpy")
 
 
-# ---- the machine and the source ------------------------------------------------------------------
+# ---- the environment -----------------------------------------------------------------------------
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device and commit; None for what cannot be read here."""
+    """Return versions, device and commit; values that cannot be read are None."""
     versions: dict[str, str | None] = {
         "mmfused": mmfused.__version__,
         "python": platform.python_version(),
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux; platform.processor() is often empty there
+    with suppress(OSError):  # on Linux, where platform.processor() is often empty
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         if found := re.search(r"model name\s*:\s*(.+)", text):
             return f"CPU {found[1].strip()}"
@@ -62,7 +62,7 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
         return {}
     try:
         clock = torch.cuda.clock_rate(device)
-    except (ImportError, RuntimeError):  # torch reads it through pynvml, which is optional
+    except (ImportError, RuntimeError):  # torch needs pynvml to read the clock
         clock = None
     capability = torch.cuda.get_device_capability(device)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
@@ -75,6 +75,7 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
+    """Return a device name as the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
@@ -82,7 +83,7 @@ def slug(name: str) -> str:
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Replace ``path`` atomically: ``fill`` first writes a temporary file beside it."""
+    """Replace the file ``path`` atomically; ``fill`` writes a temporary file in the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -93,6 +94,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def stem(record: dict[str, Any]) -> str:
+    """Return the name of the record's files, without a suffix."""
     return f"{record['op']}-{record['case']['name']}-{record['dtype']}"
 
 
@@ -102,7 +104,7 @@ def write_record(record: dict[str, Any], folder: Path) -> None:
 
 def write_json(record: dict[str, Any], path: Path) -> None:
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    # Write a list of numbers on one line: there are many raw samples.
+    # Write each list of numbers on one line, because there are many samples.
     text = re.sub(r"\[[\s\d.,e+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     write(path, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -114,6 +116,7 @@ def read_records(op: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(samples: list[float]) -> dict[str, float]:
+    """Return the median and the 10th and 90th percentiles."""
     ordered = sorted(samples)
 
     def quantile(share: float) -> float:
@@ -125,7 +128,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the record as flat rows, one for each timed provider, launch and pass."""
+    """Return a row of the CSV for each provider, launch and pass that was timed."""
     facts = record["environment"]
     common = {
         "op": record["op"],
@@ -145,12 +148,12 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
                     "launch": launch,
                     "pass": which,
                 }
-                times = measured(record, which, passes[which])
+                times = statistics_of(record, which, passes[which])
                 found.append(common | labels | times | memory | source)
     return found
 
 
-def measured(record: dict[str, Any], which: str, samples: list[float]) -> dict[str, float]:
+def statistics_of(record: dict[str, Any], which: str, samples: list[float]) -> dict[str, float]:
     times = summary(samples)
     floor = record["floor_seconds"]["both" if which == "step" else which]
     return {f"{key}_seconds": value for key, value in times.items()} | {
@@ -177,10 +180,12 @@ def write_csv(op: str, records: list[dict[str, Any]], folder: Path) -> None:
 
 
 def eager_name(label: str) -> str:
+    """Return the name of a provider from the label of its eager or compiled variant."""
     return label.removesuffix(", compiled")
 
 
 def longest_pass(record: dict[str, Any]) -> str:
+    """Return "both", or "forward" if no backward was timed."""
     return "both" if record["backward"] else "forward"
 
 
@@ -189,6 +194,7 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def sizes(record: dict[str, Any]) -> str:
+    """Return the sizes of a case, such as "B=2 N=16 D=32": its fields with one-letter names."""
     return " ".join(
         f"{key}={value}"
         for key, value in record["case"].items()

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py OP        or        mmfused bench OP
 
-Every provider of a case first passes the accuracy check, in the shape and with the compiled code
-that is then timed. A provider that fails is reported and not timed; if it is one of the library's
-own, the exit code is 1.
+Each provider of a case must pass an accuracy check before it is timed, with the same shape and the
+same compiled code. A provider that fails is reported but not timed. If it is a provider of the
+library, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-if not __package__:  # run as a file: import this checkout, whatever is installed
+if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused import ops
@@ -31,42 +31,42 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 
 OPS = (*ops.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-UNFINISHED = 3  # exit code: nothing is wrong, and some cases are left for another run
-BUDGET_SECONDS = 300.0  # on CUDA, for compiling: the whole run then stays under 9 minutes
+UNFINISHED = 3  # exit status if nothing failed but cases are left for another run
+BUDGET_SECONDS = 300.0  # for compiling on CUDA; a whole run then takes less than 9 minutes
 RESULTS = ROOT / "benchmarks" / "results"
-SCRATCH = "runs/bench"  # for what must not replace committed results
+SCRATCH = "runs/bench"  # for results of quick runs, which must not replace committed results
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> None:
-    """Add the options of this script and of ``mmfused bench``, which differ in ``--out``."""
+    """Add the options of this script and ``mmfused bench``; ``out``: the default of ``--out``."""
     parser.add_argument("op", metavar="OP", help=f"one of {', '.join(OPS)}")
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     sizes = "; ".join(f"{op}: {load_op(op).SIZES}" for op in ops.OPS)
-    option("--shape", metavar="B=..,N=..", help=f"one case of your own instead ({sizes})")
+    option("--shape", metavar="B=..,N=..", help=f"sizes of one custom case to run ({sizes})")
     dtypes = f"one of {', '.join(DTYPES)} (default: bf16 on CUDA, fp32 on a CPU)"
     option("--dtype", metavar="DTYPE", help=dtypes)
     which = parser.add_mutually_exclusive_group()
-    forward = "time the forward alone"
+    forward = "time only the forward"
     which.add_argument("--forward", dest="backward", action="store_false", help=forward)
     both = "time forward, backward and both (default)"
     which.add_argument("--backward", action="store_true", default=True, help=both)
     repeats = "samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)"
     option("--repeats", type=int, metavar="N", help=repeats)
-    quick = "small batches and few samples: shows that everything works, not how fast"
+    quick = "use small batches and few samples, to check that everything works"
     option("--quick", action="store_true", help=quick)
-    compiled = "also time everything compiled (default: on CUDA)"
+    compiled = "also time the providers with torch.compile (default: only on CUDA)"
     option("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-    part = "only the I-th of N parts of the cases, to run the parts one by one"
+    part = "run only the I-th of N parts of the cases"
     option("--slice", metavar="I/N", help=part)
     limit = (
-        "compile nothing more after these seconds, and report what was skipped "
+        "seconds after which compiled providers are skipped "
         f"(default: {BUDGET_SECONDS:.0f} on CUDA, else no limit)"
     )
     option("--budget-seconds", type=float, metavar="S", help=limit)
     resume = (
-        "skip cases already measured with these sources, versions and settings; begin none once "
-        f"the budget is spent (exit code {UNFINISHED}: some are left)"
+        "skip cases already measured with these sources, versions and settings; start no case "
+        f"after --budget-seconds (exit status {UNFINISHED} if cases are left)"
     )
     option("--resume", action="store_true", help=resume)
     where = out or f"benchmarks/results/<device>, {SCRATCH} if --quick"
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
 
 @dataclass
 class Settings:
-    """The request, and the device it runs on."""
+    """How to measure: the device and the options of the command."""
 
     device: torch.device
     dtype: torch.dtype
@@ -86,7 +86,7 @@ class Settings:
     budget: measure.Budget
 
     def facts(self) -> dict[str, Any]:
-        """Return what two records of one measurement share, beside the case and the machine."""
+        """Return the settings that a record must share with a run to be kept by ``--resume``."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "repeats": self.repeats,
@@ -97,9 +97,10 @@ class Settings:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the chosen cases; raise ValueError on a bad request.
+    """Measure the requested cases; raise ValueError if an argument is invalid.
 
-    Returns 0: measured; 1: a provider of the library is not accurate; 3: see ``--resume``.
+    Returns 0 if all is well, 1 if a provider of the library is not accurate, or UNFINISHED if cases
+    are left.
     """
     settings = chosen_settings(args)
     device, op = settings.device, load_op(args.op)
@@ -111,10 +112,10 @@ def run(args: argparse.Namespace) -> int:
         cases = [
             case
             for case in cases
-            if not any(measured(case, settings, facts, record) for record in known)
+            if not any(is_result(record, case, settings, facts) for record in known)
         ]
         if not cases:
-            print(f"{args.op}: all cases are measured already, in {folder}.")
+            print(f"{args.op}: all cases have results in {folder} already.")
             return 0
     facts |= {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     rates = measure.ceilings(device, settings.dtype)
@@ -132,10 +133,10 @@ def run(args: argparse.Namespace) -> int:
     if faults := [fault for record in records for fault in faults_of(op, record)]:
         print("FAILED the accuracy check:", *faults, sep="\n  ")
         return 1
-    waiting = [case.name for case in cases[len(records) :]]
-    if waiting:
-        print(f"The budget is spent. Not measured: {', '.join(waiting)}; continue with --resume.")
-    return UNFINISHED if waiting else 0
+    left = [case.name for case in cases[len(records) :]]
+    if left:
+        print(f"The budget is spent. Not measured: {', '.join(left)}; continue with --resume.")
+    return UNFINISHED if left else 0
 
 
 def measured_record(
@@ -154,13 +155,13 @@ def measured_record(
     return record
 
 
-def measured(case: Any, settings: Settings, facts: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Return whether ``record`` is complete, accurate, and of this case, sources and settings."""
-    op, here = load_op(record["op"]), ("device", "versions", "source")
+def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict[str, Any]) -> bool:
+    """Return whether ``record`` is a complete, accurate result of this case with these sources."""
+    op, same = load_op(record["op"]), ("device", "versions", "source")
     return (
         record["case"] == asdict(case)
         and record.get("settings") == settings.facts()
-        and all(record["environment"].get(name) == facts[name] for name in here)
+        and all(record["environment"].get(name) == facts[name] for name in same)
         and record["providers"].keys() == {label for label, *_ in variants(op, case, settings)}
         and not faults_of(op, record)
         and all(found["gate"] != "skipped" for found in record["providers"].values())
@@ -168,7 +169,7 @@ def measured(case: Any, settings: Settings, facts: dict[str, Any], record: dict[
 
 
 def faults_of(op: ModuleType, record: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the library's own providers and with the extras of this case."""
+    """Return the faults of the library's providers and those that ``extras`` reported."""
     case, faults = record["case"]["name"], list(record.get("faults", []))
     for label, found in record["providers"].items():
         if found["gate"] == "failed" and report.eager_name(label) in op.OURS:
@@ -199,32 +200,32 @@ def describe(
 
 
 def measure_case(op: ModuleType, case: Any, settings: Settings) -> dict[str, dict[str, Any]]:
-    """Check and time each provider; return its entry for the record by label."""
+    """Check and time each provider; return the entries of the record by label."""
     if settings.compiled:
-        torch._dynamo.reset()  # each case has its own limit of recompilations
+        torch._dynamo.reset()  # so that the recompilation limit counts for each case separately
     if settings.device.type == "cuda":
-        torch.cuda.empty_cache()  # free the last case's blocks: their sizes do not fit
+        torch.cuda.empty_cache()  # free the memory of the previous case, which had other sizes
     problem = op.make(case, settings.device, settings.dtype)
     check = measure.AccuracyCheck(op, case, problem)
     providers, found = {}, {}
     for label, name, mode in variants(op, case, settings):
         if mode is not None and settings.budget.spent():
             limit = settings.budget.limit
-            why = f"the budget of {limit:.0f} s was spent before it was compiled"
-            provider, entry = None, {"compiled": mode, "gate": "skipped", "reasons": [why]}
+            reason = f"the budget of {limit:.0f} s was spent before it was compiled"
+            provider, entry = None, {"compiled": mode, "gate": "skipped", "reasons": [reason]}
         else:
             provider, entry = check.admit(name, mode)
         print(f"{case.name}: {label}: {'; '.join([entry['gate'], *entry['reasons']])}", flush=True)
         found[label] = entry
         if provider is not None:
             providers[label] = provider
-    del check  # its float64 results are large
-    clock(providers, found, problem, settings)
+    del check  # free its float64 results, which are large
+    time_providers(providers, found, problem, settings)
     return found
 
 
 def variants(op: ModuleType, case: Any, settings: Settings) -> list[tuple[str, str, str | None]]:
-    """Return (label, provider, compile mode) of all that is measured, the compiled ones last."""
+    """Return (label, provider, compile mode) of each variant to measure; compiled ones are last."""
     found: list[tuple[str, str, str | None]] = [(name, name, None) for name in op.PROVIDERS]
     autotuned = case.headline and settings.device.type == "cuda"
     mode = "max-autotune-no-cudagraphs" if autotuned else "default"
@@ -233,36 +234,37 @@ def variants(op: ModuleType, case: Any, settings: Settings) -> list[tuple[str, s
     return found
 
 
-def clock(
+def time_providers(
     providers: dict[str, measure.Provider],
     found: dict[str, dict[str, Any]],
     problem: measure.Problem,
     settings: Settings,
 ) -> None:
-    """Add memory, kernels and times to what is ``found`` about each provider."""
+    """Add memory, kernels and times to the entry of each provider in ``found``."""
     for label, provider in providers.items():
         found[label] |= footprint(provider, problem) | {"seconds": {}}
-    how = (providers, problem, settings.repeats, settings.backward)
-    launches = {"eager": measure.eager_seconds(*how)}
+    arguments = (providers, problem, settings.repeats, settings.backward)
+    launches = {"eager": measure.eager_seconds(*arguments)}
     if settings.device.type == "cuda":
-        launches["graph"], refused = measure.graph_seconds(*how)
-        for label, why in refused.items():
-            found[label]["reasons"].append(why)
+        launches["graph"], without_graph = measure.graph_seconds(*arguments)
+        for label, reason in without_graph.items():
+            found[label]["reasons"].append(reason)
     for launch, samples in launches.items():
         for label, passes in samples.items():
             found[label]["seconds"][launch] = passes
 
 
 def finish(name: str, op: ModuleType, records: list[dict[str, Any]], folder: Path) -> None:
-    everything = report.read_records(name, folder)
-    report.write_csv(name, everything, folder)
-    note = charts.draw(name, records, everything, folder)
+    """Write the CSV and the pictures, and print the tables."""
+    all_records = report.read_records(name, folder)
+    report.write_csv(name, all_records, folder)
+    note = charts.draw(name, records, all_records, folder)
     for record in records:
         print("", tables.table(record, op.OURS), sep="\n")
-    print(f"\nRaw samples, CSV and pictures are in {folder}.", *([note] if note else []))
+    print(f"\nAll samples, the CSV and the pictures are in {folder}.", *([note] if note else []))
 
 
-# ---- the request ---------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def load_op(name: str) -> ModuleType:
@@ -277,8 +279,8 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     dtype = args.dtype or ("bf16" if on_cuda else "fp32")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    usual = 3 if args.quick else 31 if on_cuda else 21
-    repeats = usual if args.repeats is None else args.repeats
+    default = 3 if args.quick else 31 if on_cuda else 21
+    repeats = default if args.repeats is None else args.repeats
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
     limit = BUDGET_SECONDS if args.budget_seconds is None and on_cuda else args.budget_seconds
@@ -297,9 +299,7 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
 def chosen_cases(args: argparse.Namespace, op: ModuleType, device: torch.device) -> list[Any]:
     if args.shape:
         if args.case or args.slice:
-            raise ValueError(
-                f"shape: got {args.shape!r} with case or slice, expected neither: it is one case"
-            )
+            raise ValueError(f"shape: got {args.shape!r} with case or slice, expected shape alone")
         return [op.custom(parse_shape(args.shape))]
     cases = {case.name: case for case in op.cases(device.type, args.quick)}
     for name in args.case or ():

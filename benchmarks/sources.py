@@ -1,4 +1,4 @@
-"""Identify the sources of a result: by commit where there is one, and by a hash."""
+"""Identify the sources that a result was measured with, by their commit and by a hash."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mmfused.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
-# Folders whose sources neither compute nor time an op.
+# Folders with sources that do not affect the results of an op.
 UNUSED = {"tests", "tools", "cli", "data", "fuse", "training"}
 
 
 def source_facts() -> dict[str, Any]:
-    """Return the checkout's commit, and whether any file other than results differs from it.
+    """Return the commit, and whether any file outside benchmarks/results differs from it.
 
-    A copy without .git reports the commit in MMFUSED_COMMIT, if set; the hash can confirm it.
+    In a copy without .git, the commit is the value of MMFUSED_COMMIT or None.
     """
 
     def git(*arguments: str) -> str | None:
@@ -37,24 +37,21 @@ def source_facts() -> dict[str, Any]:
 
 
 def source_hash(op: str | None = None) -> str:
-    """Hash the sources that decide what ``op`` computes and how it is timed.
-
-    None: all sources, tests included.
-    """
-    found = hashlib.sha256()
+    """Return a hash of the sources that affect results of ``op``, or of all sources if None."""
+    digest = hashlib.sha256()
     for path in sorted(path for path in ROOT.rglob("*.*") if path.suffix in SUFFIXES):
         name = path.relative_to(ROOT)
         hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and (op is None or serves(name, op)):
-            found.update(f"{name.as_posix()}\n".encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+        if not hidden and (op is None or affects(name, op)):
+            digest.update(f"{name.as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def serves(name: Path, op: str) -> bool:
-    """Return whether a result of ``op``, an op or "models", may depend on this source file.
+def affects(name: Path, op: str) -> bool:
+    """Return whether the source file ``name`` affects results of ``op`` (an op, or "models").
 
-    It depends on the sources of the op and of the ops that it calls, on its benchmark, and on the
-    files that all ops share.
+    These files do: the sources of the op and of the ops that it calls, the op's benchmark, and the
+    sources that all ops share.
     """
     folders, stem = set(name.parts), name.stem
     used = tuple(OPS) if op == "models" else (op, *OPS[op])
@@ -65,7 +62,8 @@ def serves(name: Path, op: str) -> bool:
     if "benchmarks" in folders:
         shared = ("measure", "footprint", "run")
         if op == "models":
-            shared += ("model_steps", "torch_modules", "torch_functions")
+            shared += ("model_step", "model_steps", "hosted_model_steps")
+            shared += ("torch_modules", "torch_functions")
         return stem in shared or stem.startswith((op, *used))
     owners = [each for each in OPS if each in folders or stem.startswith(each)]
     return not owners or owners[0] in used

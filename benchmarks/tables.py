@@ -1,4 +1,4 @@
-"""Print a run: a table of times, memory and speed-ups for each case."""
+"""Format results as tables of times, memory and speed-ups."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from . import report
 
 
 def table(record: dict[str, Any], ours: tuple[str, ...]) -> str:
-    """Return a case's table: times, memory, and speed-ups of the library's best eager provider."""
+    """Return the table of a case: times, memory, and speed-ups of the fastest provider of ``ours``.
+
+    ``ours``: names of the library's providers. Their compiled variants are not considered.
+    """
     columns = _columns(record)
     best = {
         launch: found
         for launch in dict.fromkeys(launch for launch, _ in columns)
-        if (found := best_of_ours(record, ours, launch))
+        if (found := fastest_of_ours(record, ours, launch))
     }
     times = [f"{launch} {which}, ms" for launch, which in columns]
     ratios = [f"{name} is faster, {launch}" for launch, (name, _) in best.items()]
@@ -31,7 +34,7 @@ def table(record: dict[str, Any], ours: tuple[str, ...]) -> str:
 
 
 def _columns(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the timed pairs of launch and pass."""
+    """Return the pairs of launch and pass that were timed."""
     found = {
         (launch, which)
         for provider in record["providers"].values()
@@ -49,7 +52,7 @@ def cells(
     columns: list[tuple[str, str]],
     best: dict[str, float],
 ) -> list[str]:
-    """Return one provider's line; ``best``: our median for each launch."""
+    """Return the cells of a provider; ``best``: launch -> median of the library's provider."""
     which, none = report.longest_pass(record), "-"
     medians = {
         (launch, name): report.summary(samples)["median"]
@@ -68,15 +71,16 @@ def cells(
     return [*times, fraction, *memory, kernels, *ratios]
 
 
-def best_of_ours(
+def fastest_of_ours(
     record: dict[str, Any], ours: tuple[str, ...], launch: str
 ) -> tuple[str, float] | None:
-    """Return the last of ``ours`` that was timed with this launch, and its median."""
-    for name in reversed(ours):
+    """Return the fastest of ``ours`` with this launch and its median, or None if none was timed."""
+    medians = {}
+    for name in ours:
         passes = record["providers"].get(name, {}).get("seconds", {}).get(launch)
         if passes:
-            return name, report.summary(passes[report.longest_pass(record)])["median"]
-    return None
+            medians[name] = report.summary(passes[report.longest_pass(record)])["median"]
+    return min(medians.items(), key=lambda item: item[1], default=None)
 
 
 def size(count: int | None) -> str:
@@ -88,7 +92,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def align(lines: list[list[str]]) -> list[str]:
-    """Pad columns to their widest cell; a line of name and remark sets the first column alone."""
+    """Pad cells to the width of their column; a line of name and remark has only one column."""
     width = len(lines[0])
     columns = [
         max(len(line[place]) for line in lines if place == 0 or len(line) == width)

@@ -1,9 +1,10 @@
 """Run the cases of benchmarks/run.py under pytest-benchmark.
 
-    pytest benchmarks --benchmark-autosave          later with --benchmark-compare
+    pytest benchmarks --benchmark-autosave       save the times
+    pytest benchmarks --benchmark-compare        compare the times with saved ones
     pytest benchmarks -k "fluid-block and both"
 
-Batches are those of a full run; nothing is compiled.
+The batch sizes are those of a full run. Compiled providers are not timed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROVIDERS = sorted({provider for op in OPS.values() for provider in op.PROVIDERS
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """The op, the case, and the accuracy check of its problem, shared by all its providers."""
+    """Return the op, the case and its accuracy check, which the providers share."""
     name, case = request.param
     return (
         OPS[name],
@@ -44,7 +45,7 @@ def case(request):
 def test_speed(benchmark, case, name, which):
     op, case, check = case
     if name not in op.PROVIDERS:
-        pytest.skip(f"{name} is no provider of this op")
+        pytest.skip(f"{name} is not a provider of this op")
     provider, report = check.admit(name, None)
     why = "; ".join([report["gate"], *report["reasons"]])
     assert report["gate"] != "failed" or name not in op.OURS, why
@@ -58,7 +59,7 @@ def test_speed(benchmark, case, name, which):
 
 
 def burst(step, copies):
-    """Call once for each copy: the time reported is that of ``extra_info["calls"]`` calls."""
+    """Call ``step`` once for each copy, so ``extra_info["calls"]`` times in total."""
     for inputs in copies:
         step(inputs)
     if DEVICE.type == "cuda":

@@ -1,13 +1,12 @@
-"""Top-k routing from logits and from x, as in FLUID and in larger mixtures, with its baselines.
+"""Benchmark of top-k routing from logits and from tokens x, with the sizes of FLUID and larger.
 
-Each provider returns the routing weights and the three losses as one tensor (a ``cat``, one more
-kernel for all of them), and leaves the order by expert on the module, so that no compiler drops it.
-Logits are always float32; the requested dtype is that of x and of the router's weight.
+Each provider concatenates the routing weights and the three losses, which adds one kernel to every
+provider. It stores the order by expert on its module, so that a compiler cannot remove it. Logits
+are always float32; the dtype of a run is that of x and of the router's weight.
 
-Not compared, since they compute something else: st-moe-pytorch builds (T, E, capacity) tensors and
-drops tokens beyond the capacity; with a capacity of T one such tensor takes 17 GB at T=16384.
-Transformer Engine's fused router returns a (T, E) map of probabilities, but no ranked choices, no
-z-loss, no entropy and no order.
+Two libraries are not compared, because they compute something else. st-moe-pytorch builds
+(T, E, capacity) tensors and drops tokens beyond the capacity. Transformer Engine's fused router
+returns a (T, E) map of probabilities, without ranked choices, z-loss, entropy or order.
 """
 
 from __future__ import annotations
@@ -27,20 +26,19 @@ from .measure import Problem, Provider, Unavailable, need_kernels
 
 SIZES = "T, E, k, D, S"
 OURS = ("composed", "fused C++", "fused")
-# Between logits that decide a choice: far beyond the rounding of a float32 product in any order.
+# Least difference between logits that decide a choice; float32 rounding errors are far smaller.
 MARGIN = 1e-4
-LOSS_GRADIENTS = (
-    1.0,
-    0.1,
-    0.5,
-)  # of balance, z and entropy, times T: a token's share of them is as large as that of its weights
+# Upstream gradients of the balance loss, z-loss and entropy, divided by T. They are multiplied by T
+# because the losses are means, so that their effect on a token is as large as that of its weights.
+LOSS_GRADIENTS = (1.0, 0.1, 0.5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``T`` tokens, each routed to ``k`` of ``E`` experts; from logits, or from x of width ``D``.
+    """``T`` tokens, each routed to ``k`` of ``E`` experts.
 
-    With ``S`` segments, over which the balance loss is averaged, a tenth of the tokens is padding.
+    ``D``: width of the tokens, or 0 to start from logits.
+    ``S``: number of segments. With more than one, a tenth of the tokens is padding.
     """
 
     name: str
@@ -50,7 +48,7 @@ class Case:
     D: int = 0
     S: int = 1
     headline: bool = False  # compiled with autotuning on CUDA
-    cpu_T: int | None = None  # None: nothing new on a CPU
+    cpu_T: int | None = None  # number of tokens on a CPU; None: not measured on a CPU
 
 
 CASES = (
@@ -66,10 +64,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases for a device.
-
-    A ``quick`` run has at most 64 tokens (1024 on CUDA).
-    """
+    """Return the cases for a device; ``quick``: at most 64 tokens (CUDA: 1024)."""
     chosen = (
         CASES
         if device_type == "cuda"
@@ -80,23 +75,27 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
 
 def custom(shape: dict[str, int]) -> Case:
-    """Return a case of the user's sizes; D=0, the default, starts from logits."""
+    """Return a case with the sizes in ``shape``; D = 0, the default, starts from logits."""
     defaults = {"T": 16384, "E": 16, "k": 2, "D": 0, "S": 1}
     unknown = sorted(shape.keys() - defaults.keys())
     if unknown:
         raise ValueError(
-            f"shape has {', '.join(unknown)}; topk_routing takes {', '.join(defaults)}."
+            f"topk_routing: shape: got {', '.join(unknown)}, expected {', '.join(defaults)}"
         )
     sizes = defaults | shape
     if min(sizes["T"], sizes["k"], sizes["S"]) < 1 or sizes["E"] < max(2, sizes["k"]):
-        raise ValueError(f"shape is {sizes}; T, k and S must be positive, E at least 2 and k.")
+        raise ValueError(
+            f"topk_routing: shape: got {sizes}, expected positive T, k and S, and E at least 2 "
+            "and at least k"
+        )
     return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Make logits of variance 1.
+    """Draw logits, or tokens whose logits have a variance of about 1.
 
-    Logits that decide a choice differ by at least MARGIN, so that all providers choose alike.
+    Logits that decide a choice differ by at least MARGIN, so that all providers choose the same
+    experts.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -122,7 +121,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return each token's segment (T,) and the padding mask (T,); None for one segment."""
+    """Return each token's segment (T,) and the padding mask (T,), or (None, None) if S = 1."""
     if case.S == 1:
         return None, None
     generator = torch.Generator().manual_seed(1)
@@ -134,9 +133,9 @@ def groups(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | No
 
 
 class Router(nn.Module):
-    """Return weights and losses in one tensor.
+    """Base class of the providers' modules. ``forward`` returns weights and losses in one tensor.
 
-    ``route`` computes them, and the order, position and offsets of the assignments by expert.
+    ``route`` returns the weights, the losses, and the order, positions and offsets by expert.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
@@ -157,10 +156,9 @@ class Router(nn.Module):
 
 
 class Eager(Router):
-    """Switch Transformer's router in plain PyTorch, with the sort that grouped experts need.
+    """The router of Switch Transformer in plain PyTorch, with a sort by expert.
 
-    ``wide``: the product takes 16-bit factors and returns float32; otherwise they are cast to
-    float32 first.
+    ``wide``: multiply 16-bit factors with a float32 result, instead of casting them to float32.
     """
 
     def __init__(self, case, device, dtype, wide: bool = False):
@@ -215,9 +213,9 @@ class Eager(Router):
 
 
 class WideProduct(torch.autograd.Function):
-    """x W^T in float32 of 16-bit factors, which torch computes but cannot differentiate.
+    """x W^T with 16-bit factors and a float32 result, which torch itself cannot differentiate.
 
-    The backward pass is in 16 bits.
+    The products of the backward are in 16 bits.
     """
 
     @staticmethod
@@ -263,17 +261,12 @@ def eager_wide(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
     if not case.D:
         raise Unavailable("this case starts from logits")
     if not has_wide_product(device, dtype):
-        raise Unavailable(
-            "torch has a product of 16-bit factors with a float32 result on CUDA alone"
-        )
+        raise Unavailable("a product of 16-bit factors with a float32 result needs CUDA")
     return Provider(Eager(case, device, dtype, wide=True), layout(case))
 
 
 def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Return the provider that sets the error budget.
-
-    With 16-bit factors that is the product in float32 of them, else the specification.
-    """
+    """Return the library's reference or, from x in 16 bits on CUDA, "eager, 16-bit product"."""
     if case.D and has_wide_product(device, dtype):
         return eager_wide(case, device, dtype)
     return Provider(Ours(case, device, dtype), layout(case), "reference")
@@ -319,7 +312,7 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Compute the specification in float64."""
+    """Return the float64 results of the library's reference."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
     provider = Provider(Ours(case, problem.device, torch.float64), layout(case), "reference").load(
@@ -336,23 +329,23 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-    """Return FLOPs and bytes of each stage of the best known algorithm.
+    """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It reads x once in each pass and stores no probabilities. A choice is 4 bytes of index and 4 of
-    weight; logits are float32; a multiply-add is 2 FLOPs, and a tensor moves once in a stage.
+    It reads x once in each pass, and does not store the probabilities. The logits l are float32. A
+    choice has 4 bytes of index and 4 bytes of weight. A multiply-add is 2 FLOPs, and each tensor is
+    moved once in a stage.
 
-        forward   route    from logits                 reads l, writes the choices
-                           from x      l = x W^T       2 T E D
-                           reads x and W, writes the choices
-                  order    order and position          writes 8 bytes for each choice
-        backward  route    from logits                 reads l, writes dl
-                           from x      dx = dl W       2 T E D
-                           reads x, W and l, writes dx and dW
-                                       dW = dl^T x     2 T E D
-                  weights  reads the choices and the gradient of their weights
-
-    Logits that the forward pass keeps are written there too. Recomputed in the backward pass, which
-    reads x anyway, they are not.
+        from logits
+          forward   route    reads l, writes the choices
+          backward  route    reads l, writes dl
+        from x
+          forward   route    l = x W^T                     2 T E D
+                             reads x and W, writes the choices
+          backward  route    dx = dl W, dW = dl^T x        4 T E D
+                             reads x, W and l, writes dx and dW
+        both
+          forward   order    writes order and position, 8 bytes per choice
+          backward  weights  reads the choices and the gradients of their weights
     """
     T, E, D, R = case.T, case.E, case.D, case.T * case.k
     logits, product = 4 * T * E, 2 * T * E * D

@@ -1,8 +1,7 @@
-"""The functions of the library's ops written with torch alone, for benchmarks/torch_modules.py.
+"""The ops of the library as functions in plain PyTorch, for the baseline in torch_modules.py.
 
-They are written as a good PyTorch programmer would: F.grouped_mm over sorted rows, without those of
-padding, rows moved with index_select, and F.cross_entropy over masked logits. Only the functions
-that the models use are here.
+They are efficient PyTorch: F.grouped_mm over rows sorted by expert, without padding; index_select
+to move rows; and F.cross_entropy over masked logits. They support only what the models use.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfused.ops.topk_routing import Routing  # only the container
+from mmfused.ops.topk_routing import Routing  # a named tuple
 
 # ---- mixture of experts --------------------------------------------------------------------------
 
@@ -25,7 +24,7 @@ def topk_routing(
     balance: str = "switch",
     mask: Tensor | None = None,
 ) -> Routing:
-    """Route tokens to their k best experts; tokens in mask (T,) get weight 0 and the last rows."""
+    """Route each token to its k best experts; masked tokens get weight 0 and are sorted last."""
     tokens, experts = logits.shape
     probs = logits.softmax(-1)
     weights, indices = probs.topk(k)
@@ -57,29 +56,30 @@ def topk_routing(
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows (R, I), sorted by expert, by weight (E, O, I): (R, O).
+    """Multiply rows (R, I), sorted by expert, by the weights (E, O, I) of their experts.
 
-    Rows after those of the last expert are undefined.
+    Result rows after those of the last expert are undefined.
     """
     weight = weight.to(rows.dtype)
     if rows.dtype != torch.float64:
         return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
-    ends = [*offsets.tolist(), len(rows)]  # grouped_mm has no float64
+    ends = [*offsets.tolist(), len(rows)]  # grouped_mm does not support float64
     parts = [rows[first:end] @ w.T for first, end, w in zip(ends, ends[1:], weight, strict=False)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-2], weight.shape[1])])
 
 
 def combine(rows: Tensor, routing: Routing) -> Tensor:
-    """Add up each token's k rows, weighted."""
+    """Return the weighted sum of each token's k rows."""
     chosen = rows.index_select(0, routing.position).unflatten(0, routing.indices.shape)
     return (chosen * routing.weights[:, :, None]).sum(1).to(rows.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
+    """Return the dtype that a matmul of ``x`` has under autocast, or without it."""
+    device = x.device.type
     return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64
         else x.dtype
     )
 
@@ -95,7 +95,7 @@ def grouped_linear(
 ) -> Tensor:
     x = x.to(compute_dtype(x))
     rows = x.index_select(0, routing.order // routing.indices.shape[1]) if gather else x
-    # A product with one-hot rows, because unlike that of index_select its backward sums in float32.
+    # Select biases with a one-hot matmul, whose backward sums in float32, unlike index_select's.
     expert = F.one_hot(routing.indices.flatten()[routing.order], len(weight))
     out = grouped_product(rows, weight, routing.offsets) + expert.to(x.dtype) @ bias.to(x.dtype)
     return _combine(out, routing) if combine else out
@@ -121,7 +121,7 @@ def masked_info_nce(
     positive_weight=0.0,
     row_weight=None,
 ) -> Tensor:
-    """F.cross_entropy over the matrix of logits, in at least float32; masked pairs are -inf."""
+    """Compute masked InfoNCE with F.cross_entropy over all logits, in float32 or float64."""
     if same_id != "drop":
         raise ValueError(f"same_id: got {same_id!r}, expected 'drop'")
     wide = torch.promote_types(query.dtype, torch.float32)

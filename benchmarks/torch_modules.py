@@ -1,12 +1,11 @@
-"""The library's models written with torch's own modules, which benchmarks/models.py compares with.
+"""The library's models in plain PyTorch: the baseline of benchmarks/models.py.
 
-A model's file is loaded once more under another name, and the ops that it imports are replaced
-there by the classes below and the functions in torch_functions.py, which compute the same with
-torch alone. The rest of a model, its losses included, is the library's own. The library itself is
-not changed. Only what the models use is here.
+Each file of a model is loaded again under another name. In this copy, the ops and modules of the
+library are replaced by the classes below and by the functions in torch_functions.py, which compute
+the same in plain PyTorch. The rest of the model is unchanged, and so is the library.
 
-The modules do what a good torch programmer would: SDPA, and projections of the same tokens stacked
-in one weight.
+The classes are efficient PyTorch: they use SDPA, and stack projections of the same tokens in one
+weight. They support only what the models use.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .torch_functions import (
     topk_routing,
 )
 
-# By the name of a Linear here: the library's Linears that are stacked in it along the first axis.
+# Name of a Linear below -> names of the library's Linears that are stacked in it.
 STACKED = {
     "kv_proj": ("k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -42,12 +41,12 @@ STACKED = {
 
 
 def heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
-    """Split (B, N, parts * D) into one (B, heads, N, D / heads) for each part."""
+    """Split (B, N, parts * D) into ``parts`` tensors (B, heads, N, D / heads)."""
     return [y.transpose(1, 2) for y in x.unflatten(-1, (parts, num_heads, -1)).unbind(2)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
-    """Attend with heads, q (B, heads, L, d), to (B, L, D); ignore (B, N) bool."""
+    """Apply SDPA to q (B, heads, L, d) and keys without those in ``ignore``; return (B, L, D)."""
     mask = None if ignore is None else ~ignore[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -101,19 +100,21 @@ class QTransform(nn.Module):
 
 def without_dropout(dropout: float) -> None:
     if dropout:
-        raise ValueError(f"dropout: got {dropout}, expected 0: the accuracy check compares numbers")
+        raise ValueError(f"dropout: got {dropout}, expected 0")
 
 
 # ---- cross-attention and self-attention ----------------------------------------------------------
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """UniECS's and UniCA's layers: one product a modality, and no concatenation for the gate.
+    """The layers of UniECS and UniCA, without a concatenation for the gate.
 
-    A modality's product makes its own queries and the other direction's keys and values.
-    ``missing`` "skip": samples that lack a modality are computed with the rest, then discarded.
-    "constant": attention over equal tokens is the first one's value. SDPA would add up 1/N of each,
-    with N rounding errors, and its gradients fail the accuracy check.
+    One GEMM per modality computes its queries, and its keys and values for the other direction.
+
+    ``missing="skip"``: samples that lack a modality are computed like the others, then discarded.
+    ``missing="constant"``: the tokens of a missing modality are equal, so attention returns the
+    value of the first token. With SDPA over equal tokens, rounding errors in the gradients would
+    fail the accuracy check.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class BidirectionalGatedCrossAttention(nn.Module):
             or missing not in ("skip", "constant")
         ):
             raise ValueError(
-                "options: expected those of UniECS or UniCA, the baseline has no others"
+                f"options: got share_weights {share_weights}, gate {gate!r}, indicator {indicator} "
+                f"and missing {missing!r}, expected the options of UniECS or UniCA"
             )
         self.num_heads, self.pre_norm, self.skips = num_heads, pre_norm, missing == "skip"
         for side in "ab":
@@ -159,14 +161,14 @@ class BidirectionalGatedCrossAttention(nn.Module):
         normed = (self.norm_a(a), self.norm_b(b)) if self.pre_norm else (a, b)
         q_a, k_a, v_a = heads(self.qkv_a(normed[0]), 3, self.num_heads)
         q_b, k_b, v_b = heads(self.qkv_b(normed[1]), 3, self.num_heads)
-        new_a = self.end(
+        new_a = self.finish(
             a,
             self.to_a,
             self.norm_a,
             self.read(q_a, k_b, v_b, b_key_padding_mask, b_present),
             b_present,
         )
-        new_b = self.end(
+        new_b = self.finish(
             b, self.to_b, self.norm_b, self.read(q_b, k_a, v_a, None, a_present), a_present
         )
         if not self.skips:
@@ -189,7 +191,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
             else torch.where(present[:, None, None], read, v[:, :, 0].flatten(1)[:, None])
         )
 
-    def end(
+    def finish(
         self,
         x: Tensor,
         to: nn.Module,
@@ -208,7 +210,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """UniECS's block, with queries, keys and values from one product."""
+    """UniECS's transformer block, with one GEMM for queries, keys and values."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -233,7 +235,7 @@ class Block(nn.Module):
 class Experts(moon2.Experts):
     """MOON2.0's mixture of experts, with gate and up in one weight.
 
-    Rows of padding are sorted to the end, which grouped_mm does not read.
+    Padding is sorted to the end, where grouped_mm does not read it.
     """
 
     def __init__(self, layer: nn.Module, config):
@@ -246,11 +248,11 @@ class Experts(moon2.Experts):
         mask, reports = self.padding.flatten(), self.reports
         self.padding = self.reports = None
         tokens = x.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):  # 16-bit logits choose other experts
+        with torch.autocast(x.device.type, enabled=False):  # 16-bit logits would change choices
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         routing = topk_routing(logits, self.top_k, balance=self.routing["balance"], mask=mask)
-        # Rows of padding have undefined gradients: 0 here, which zeroes the gradient too.
+        # masked_fill also sets the gradients of padding to 0; grouped_mm leaves them undefined.
         tokens = tokens.to(compute_dtype(x)).masked_fill(mask[:, None], 0)
         rows = tokens.index_select(0, routing.order // self.top_k)
         gate, up = grouped_product(rows, self.w_gate_up, routing.offsets).chunk(2, -1)
@@ -277,7 +279,7 @@ class MaskedInfoNCE(nn.Module):
         super().__init__()
         if normalize:
             raise ValueError(
-                "normalize: got True, expected False: the baseline takes unit embeddings"
+                "normalize: got True, expected False (embeddings are normalized already)"
             )
         self.temperature = temperature
         self.options = {"same_id": same_id, "positive_weight": positive_weight}
@@ -292,24 +294,22 @@ class MaskedInfoNCE(nn.Module):
 
 
 def copy_of(name: str, **replaced) -> ModuleType:
-    """Load mmfused.models.<name> once more and replace some of its names."""
+    """Load a copy of mmfused.models.<name> in which the names ``replaced`` have other values."""
     path = importlib.util.find_spec(f"mmfused.models.{name}").origin
     spec = importlib.util.spec_from_file_location(f"{__package__}.torch_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and the compiler look for it
+    sys.modules[spec.name] = module  # dataclasses and torch.compile look up modules there
     spec.loader.exec_module(module)
     unknown = sorted(name for name in replaced if not hasattr(module, name))
     if unknown:
-        raise AttributeError(
-            f"mmfused.models.{name} has no {', '.join(unknown)}, so there is nothing to replace"
-        )
+        raise AttributeError(f"mmfused.models.{name} has no {', '.join(unknown)} to replace")
     vars(module).update(replaced)
     return module
 
 
 @functools.cache
 def models() -> SimpleNamespace:
-    """Return FLUID, UniECS, UniCA, MOON2 and UNITE, built from the library's configs."""
+    """Return a namespace with FLUID, UniECS, UniCA, MOON2 and UNITE in plain PyTorch."""
     nce = {"masked_info_nce": masked_info_nce}
     fluid = copy_of(
         "fluid",

@@ -1,4 +1,4 @@
-// The torch side of csrc/: the ops whose schemas mmfused/ops define, and the host loop that tests call. No gradient, no dispatch.
+// Torch bindings of csrc/: the CUDA ops whose schemas are defined in mmfused/ops, and host functions for tests.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -19,7 +19,7 @@ using at::Tensor;
 using Optional = std::optional<Tensor>;
 using mmfused::Router;
 
-// A contiguous tensor of this dtype, or nothing; who reads its pointer keeps it alive as long.
+// Return a contiguous tensor of this dtype, or an undefined one. The caller must keep it alive while its pointer is in use.
 Tensor dense(const Optional& tensor, at::ScalarType dtype) {
   return tensor.has_value() && tensor->defined() ? tensor->to(dtype).contiguous() : Tensor();
 }
@@ -27,19 +27,19 @@ Tensor dense(const Optional& tensor, at::ScalarType dtype) {
 template <typename T> const T* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr; }
 
 mmfused::Balance balance_of(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "switch" || name == "gshard" || name == "mse", "balance is '", name,
-                    "'; it takes one of switch, gshard, mse.");
+  TORCH_CHECK_VALUE(name == "switch" || name == "gshard" || name == "mse", "topk_routing: balance: got '", name,
+                    "', expected one of switch, gshard, mse");
   return name == "switch" ? mmfused::Balance::switch_loss : name == "gshard" ? mmfused::Balance::gshard : mmfused::Balance::mse;
 }
 
 mmfused::Dtype dtype_of(const Tensor& logits) {
   const auto dtype = logits.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
-                   "the C++ router takes logits of float32, float16 or bfloat16, got ", dtype, ".");
+                   "topk_routing: logits: got dtype ", dtype, ", expected float32, float16 or bfloat16");
   return dtype == at::kFloat ? mmfused::Dtype::float32 : dtype == at::kHalf ? mmfused::Dtype::float16 : mmfused::Dtype::bfloat16;
 }
 
-// What every entry shares, and the tensors behind its pointers.
+// The arguments that all functions below share, checked, with the tensors that own the memory behind the pointers.
 struct Call {
   Tensor logits, mask, segments, available, seed;
   Router router{};
@@ -51,21 +51,21 @@ struct Call {
         segments(dense(segment, at::kLong)),
         available(dense(usable, at::kBool)),
         seed(dense(jitter_seed, at::kLong)) {
-    TORCH_CHECK_VALUE(logits.dim() == 2, "the C++ router takes logits (tokens, experts), got ", logits.sizes(), ".");
-    TORCH_CHECK_VALUE(jitter == 0.0 || seed.defined(), "jitter is ", jitter,
-                      " and jitter_seed is None; the C++ router takes the seed.");
+    TORCH_CHECK_VALUE(logits.dim() == 2, "topk_routing: logits: got shape ", logits.sizes(), ", expected (tokens, experts)");
+    TORCH_CHECK_VALUE(jitter == 0.0 || seed.defined(), "topk_routing: jitter_seed: got None with jitter ", jitter,
+                      ", expected a seed");
     for (const auto& tensor : {mask, segments, available, seed})
-      TORCH_CHECK_VALUE(!tensor.defined() || tensor.device() == logits.device(), "a tensor is on ", tensor.device(),
-                        " but the logits are on ", logits.device(), ".");
-    TORCH_CHECK_VALUE(!mask.defined() || mask.numel() == logits.size(0), "the mask has ", mask.numel(), " entries for ",
-                      logits.size(0), " tokens.");
-    TORCH_CHECK_VALUE(!segments.defined() || segments.numel() == logits.size(0), "segments has ", segments.numel(), " entries for ",
-                      logits.size(0), " tokens.");
-    TORCH_CHECK_VALUE(!available.defined() || available.numel() == num_segments * logits.size(1), "available takes (", num_segments,
-                      ", ", logits.size(1), ").");
-    const char* reason = mmfused::why_not(logits.size(0), logits.size(1), k, num_segments);
-    TORCH_CHECK_VALUE(reason == nullptr, "the C++ router does not take ", reason, " (", logits.sizes(), " logits, k = ", k, ", ",
-                      num_segments, " segments); mmfused.extension.router('triton') does.");
+      TORCH_CHECK_VALUE(!tensor.defined() || tensor.device() == logits.device(), "topk_routing: got a tensor on ", tensor.device(),
+                        ", expected the device of the logits, ", logits.device());
+    TORCH_CHECK_VALUE(!mask.defined() || mask.numel() == logits.size(0), "topk_routing: mask: got ", mask.numel(),
+                      " entries, expected ", logits.size(0));
+    TORCH_CHECK_VALUE(!segments.defined() || segments.numel() == logits.size(0), "topk_routing: segments: got ", segments.numel(),
+                      " entries, expected ", logits.size(0));
+    TORCH_CHECK_VALUE(!available.defined() || available.numel() == num_segments * logits.size(1), "topk_routing: available: got ",
+                      available.numel(), " entries, expected ", num_segments * logits.size(1));
+    const char* expected = mmfused::expected_shape(logits.size(0), logits.size(1), k, num_segments);
+    TORCH_CHECK_VALUE(expected == nullptr, "topk_routing: C++ router: got ", logits.sizes(), " logits, k ", k, ", ", num_segments,
+                      " segments, expected ", expected, "; mmfused.extension.router('triton') has no such limit");
     router = Router{logits.const_data_ptr(),
                     dtype_of(logits),
                     logits.stride(0),
@@ -92,15 +92,16 @@ Routed forward(const Tensor& source, const Optional& router_weight, const Option
                int64_t num_segments, const Optional& available, std::string balance, const Optional& indices, double jitter,
                const Optional& jitter_seed) {
   TORCH_CHECK_VALUE(!router_weight.has_value() && !router_bias.has_value(),
-                    "mmfused::topk_routing_cuda_fwd takes logits; multiply by router_weight before it, in float32.");
+                    "mmfused::topk_routing_cuda_fwd: router_weight: got a tensor, expected None and finished logits");
   const c10::cuda::CUDAGuard guard(source.device());
   const Call call(source, k, sigmoid, renormalize, mask, segments, num_segments, available, balance, jitter, jitter_seed);
   const Router& r = call.router;
   const Tensor bias = dense(selection_bias, at::kFloat), replay = dense(indices, at::kLong);
   const int64_t rows = r.tokens * k, cells = num_segments * r.experts;
-  TORCH_CHECK_VALUE(!bias.defined() || bias.numel() == r.experts, "selection_bias has ", bias.numel(), " entries for ", r.experts,
-                    " experts.");
-  TORCH_CHECK_VALUE(!replay.defined() || replay.numel() == rows, "indices has ", replay.numel(), " entries, not ", rows, ".");
+  TORCH_CHECK_VALUE(!bias.defined() || bias.numel() == r.experts, "topk_routing: selection_bias: got ", bias.numel(),
+                    " entries, expected ", r.experts);
+  TORCH_CHECK_VALUE(!replay.defined() || replay.numel() == rows, "topk_routing: indices: got ", replay.numel(),
+                    " entries, expected ", rows);
   const auto empty = [&](at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, source.options().dtype(dtype)); };
   Routed out{empty({0}, at::kFloat),
              replay.defined() ? empty({0}, at::kLong) : empty({r.tokens, k}, at::kLong),
@@ -133,7 +134,7 @@ Routed forward(const Tensor& source, const Optional& router_weight, const Option
   return out;
 }
 
-struct Upstream {  // keeps what the pointers of a Backward point to
+struct Upstream {  // owns the tensors that the pointers of a Backward refer to
   Tensor d_weights, d_balance, d_z, d_entropy, indices, weights, coefficients, d_logits;
   mmfused::Backward pointers() const {
     return {pointer<float>(d_weights), pointer<float>(d_balance), pointer<float>(d_z),          pointer<float>(d_entropy),
@@ -154,11 +155,17 @@ Tensor backward(const Optional& d_weights, const Optional& d_balance, const Opti
       dense(indices, at::kLong),       dense(weights, at::kFloat),
       dense(coefficients, at::kFloat), at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous))};
   const int64_t assignments = logits.size(0) * indices.size(1);
-  TORCH_CHECK_VALUE(indices.numel() == assignments && weights.numel() == assignments, "indices and weights take (tokens, k).");
-  TORCH_CHECK_VALUE(!up.d_weights.defined() || up.d_weights.numel() == assignments, "d_weights takes (tokens, k).");
-  TORCH_CHECK_VALUE(coefficients.numel() == num_segments * logits.size(1) + 1, "coefficients takes (segments * experts + 1,).");
+  TORCH_CHECK_VALUE(indices.numel() == assignments, "topk_routing: indices: got ", indices.numel(), " entries, expected ",
+                    assignments);
+  TORCH_CHECK_VALUE(weights.numel() == assignments, "topk_routing: weights: got ", weights.numel(), " entries, expected ",
+                    assignments);
+  TORCH_CHECK_VALUE(!up.d_weights.defined() || up.d_weights.numel() == assignments, "topk_routing: d_weights: got ",
+                    up.d_weights.numel(), " entries, expected ", assignments);
+  TORCH_CHECK_VALUE(coefficients.numel() == num_segments * logits.size(1) + 1, "topk_routing: coefficients: got ",
+                    coefficients.numel(), " entries, expected ", num_segments * logits.size(1) + 1);
   if (logits.is_cpu()) {
-    TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, "the host loop takes float32 logits.");
+    TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, "topk_routing: logits: got dtype ", logits.scalar_type(),
+                     " on a CPU, expected float32");
     mmfused::gradient_on_host(call.router, up.pointers());
   } else {
     C10_CUDA_CHECK(mmfused::backward(call.router, up.pointers(), c10::cuda::getCurrentCUDAStream()));
@@ -166,14 +173,15 @@ Tensor backward(const Optional& d_weights, const Optional& d_balance, const Opti
   return up.d_logits;
 }
 
-// indices, weights (T, k), lse, entropy (T,), probabilities (T, E): what the kernels compute of each token, on the host.
+// Compute on the host what the kernels compute for each token: indices, weights (T, k), lse, entropy (T,), probabilities (T, E).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_tokens_on_host(const Tensor& source, int64_t k, bool sigmoid,
                                                                         bool renormalize, const Optional& selection_bias,
                                                                         const Optional& mask, const Optional& segments,
                                                                         int64_t num_segments, const Optional& available,
                                                                         const Optional& indices, double jitter,
                                                                         const Optional& jitter_seed) {
-  TORCH_CHECK_TYPE(source.is_cpu() && source.scalar_type() == at::kFloat, "the host loop takes float32 logits on a CPU.");
+  TORCH_CHECK_TYPE(source.is_cpu() && source.scalar_type() == at::kFloat, "topk_routing: logits: got ", source.scalar_type(),
+                   " on ", source.device(), ", expected float32 on a CPU");
   const Call call(source, k, sigmoid, renormalize, mask, segments, num_segments, available, "switch", jitter, jitter_seed);
   const int64_t tokens = source.size(0);
   const Tensor bias = dense(selection_bias, at::kFloat), replay = dense(indices, at::kLong);
@@ -206,7 +214,7 @@ TORCH_LIBRARY_IMPL(mmfused, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "CUDA C++ kernels of mmfused; importing this implements its ops. The functions run their arithmetic on the host, for tests.";
+      "CUDA C++ kernels of mmfused, registered when this module is imported. For tests, its functions run on the host.";
   m.def("route_tokens_on_host", &route_tokens_on_host);
-  m.def("gradient_rows_on_host", &backward);  // takes what mmfused::topk_routing_cuda_bwd takes
+  m.def("gradient_rows_on_host", &backward);  // the same arguments as mmfused::topk_routing_cuda_bwd
 }

@@ -1,11 +1,11 @@
-// Top-k routing in three launches, and its gradient in one.
+// Top-k routing in three kernels, and its gradient in one.
 //
-//   route    a group of lanes takes a token; a block leaves its indices, weights, and partial counts and sums
-//   scan     over the blocks, in fixed order: where each block's assignments begin within an expert, and every total
-//   finish   each block ranks its assignments and writes order and position; tiles, offsets, losses, coefficients beside it
+//   route    a group of lanes routes a token and writes its indices and weights; each block writes partial counts and sums
+//   scan     adds up the blocks in a fixed order: where each block's assignments begin within an expert, and the totals
+//   finish   each block ranks its assignments and writes order and position; then tiles, offsets, losses and coefficients
 //
-// Blocks own consecutive tokens, so the order is stable. Integers may be counted in any order; floats are added in a fixed one, so
-// two runs agree bit for bit. Rows are addressed with 64 bits.
+// Each block owns consecutive tokens, so the order is stable. Integers are counted in any order, but floats are added in a fixed
+// order, so two runs give the same bits. Offsets of rows have 64 bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,7 +15,7 @@ namespace mmfused {
 namespace {
 
 constexpr int kBackwardThreads = 128;
-constexpr int kScanRows = 16;  // scan cuts the blocks into so many pieces, for 32 columns at a time
+constexpr int kScanRows = 16;  // warps per block of scan_kernel; each warp adds up one piece of the blocks, for 32 columns
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
@@ -31,7 +31,7 @@ template <typename T> struct Load {
 };
 
 __device__ inline int bin_of(const Router& r, const int64_t* indices, int assignment) {
-  if (r.mask != nullptr && r.mask[assignment / r.choices]) return r.experts;  // behind all experts
+  if (r.mask != nullptr && r.mask[assignment / r.choices]) return r.experts;  // masked tokens have the last bin
   const int64_t e = indices[assignment];
   return int(e < 0 ? 0 : e >= r.experts ? r.experts - 1 : e);
 }
@@ -50,15 +50,15 @@ __global__ void __launch_bounds__(kThreads, SLOTS > 8   ? 1
   int* const firsts = counts + p.cells;
   int* const members = counts + (gshard ? 2 : 1) * p.cells;
   float* const every_sums = reinterpret_cast<float*>(shared + p.num_ints);
-  float* const sums = every_sums + group * p.num_floats;  // this group's own: nobody else adds to it
-  for (int i = threadIdx.x; i < p.num_ints + groups * p.num_floats; i += blockDim.x) shared[i] = 0;  // all bits 0: 0.0f too
+  float* const sums = every_sums + group * p.num_floats;  // no other group adds to these
+  for (int i = threadIdx.x; i < p.num_ints + groups * p.num_floats; i += blockDim.x) shared[i] = 0;  // sets the floats to 0 too
   __syncthreads();
 
   const Load<T> load{static_cast<const T*>(r.logits), r.stride_t, r.stride_e};
   const int64_t first = blockIdx.x * int64_t(p.tokens_per_block);
   float squares = 0.0f, entropies = 0.0f;
   for (int i = group; i < p.tokens_per_block; i += groups) {
-    // Past the end a group repeats the last token and keeps nothing: its warp's shuffles need all lanes.
+    // Groups past the end repeat the last token and write nothing, because shuffles need all lanes of the warp.
     const bool exists = first + i < r.tokens;
     const int64_t t = exists ? first + i : r.tokens - 1;
     Token<Group, SLOTS, 1> token(r, t);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, SLOTS > 8   ? 1
       if (f.replay == nullptr) f.indices[t * r.choices + lane] = token.expert[0];
       f.weights[t * r.choices + lane] = weight[0];
     }
-    if (r.balance == Balance::mse) {  // sums of w, not of P
+    if (r.balance == Balance::mse) {  // sum the weights instead of the probabilities
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) token.p[s] = 0.0f;
       token.scatter(weight, token.p);
@@ -106,14 +106,15 @@ __global__ void __launch_bounds__(kThreads, SLOTS > 8   ? 1
 
 // ---- scan ----------------------------------------------------------------------------------------------------------------------
 
-// The workspaces behind the blocks' own: begins (blocks, E + 1), then the totals of ints; the totals of floats.
+// After the blocks' counts, `ints` contains begins (blocks, E + 1) and the totals of the counts. After the blocks' sums, `floats`
+// contains the totals of the sums.
 __device__ inline int* begins_of(const Plan& p, int* ints) { return ints + p.blocks * p.num_ints; }
 __device__ inline int* int_totals(const Plan& p, const Router& r, int* ints) {
   return begins_of(p, ints) + p.blocks * (r.experts + 1);
 }
 __device__ inline float* float_totals(const Plan& p, float* floats) { return floats + p.blocks * p.num_floats; }
 
-// What a block has for one column: assignments to an expert over all segments, or, behind the experts, of masked tokens.
+// Return the number of a block's assignments to expert e over all segments, or, if e = E, of assignments of masked tokens.
 __device__ inline int assignments(const Router& r, const Plan& p, const int* ints, int64_t block, int e) {
   const int* row = ints + block * p.num_ints;
   int found = 0;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(32 * kScanRows) scan_kernel(Router r, Forward 
   const int64_t piece = (p.blocks + kScanRows - 1) / kScanRows;
   const int64_t begin = y * piece < p.blocks ? y * piece : p.blocks;
   const int64_t end = begin + piece < p.blocks ? begin + piece : p.blocks;
-  const int expert_blocks = (r.experts + 32) / 32, int_blocks = (p.num_ints + 31) / 32;  // E + 1 columns
+  const int expert_blocks = (r.experts + 32) / 32, int_blocks = (p.num_ints + 31) / 32;  // E + 1 and num_ints columns
 
   if (blockIdx.x < expert_blocks) {
     const int e = blockIdx.x * 32 + x;
@@ -181,7 +182,8 @@ __global__ void __launch_bounds__(32 * kScanRows) scan_kernel(Router r, Forward 
 
 // ---- finish --------------------------------------------------------------------------------------------------------------------
 
-// start[e], tile[e]: the first row and the first tile of expert e; at E, all of them. One warp, each lane some experts in a row.
+// Set start[e] and tile[e] to the first row and the first tile of expert e, and at e = E to the numbers of rows and tiles. One warp
+// calls this; each lane handles consecutive experts.
 __device__ inline void find_starts(const Router& r, const Forward& f, const int* totals, int* start, int* tile) {
   const int lane = threadIdx.x, share = (r.experts + 31) / 32;
   const int from = lane * share, to = from + share < r.experts ? from + share : r.experts;
@@ -193,7 +195,7 @@ __device__ inline void find_starts(const Router& r, const Forward& f, const int*
     rows += count;
     tiles += (count + f.tile_rows - 1) / f.tile_rows;
   }
-  int rows_to = rows, tiles_to = tiles;  // inclusive sums over the lanes
+  int rows_to = rows, tiles_to = tiles;  // inclusive prefix sums over the lanes
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const int more_rows = __shfl_up_sync(0xffffffffu, rows_to, step), more_tiles = __shfl_up_sync(0xffffffffu, tiles_to, step);
@@ -217,7 +219,7 @@ __device__ inline void find_starts(const Router& r, const Forward& f, const int*
   }
 }
 
-// One block's assignments into the order: each warp takes consecutive ones, 32 at a time, so that ranks are stable.
+// Write order and position of one block's assignments. Each warp handles consecutive ones, 32 at a time, so that ranks are stable.
 __device__ inline void place(const Router& r, const Forward& f, const Plan& p, const int* begins, const int* start, int* bins) {
   const int64_t* const indices = f.replay != nullptr ? f.replay : f.indices;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = r.experts + 1;
@@ -232,7 +234,7 @@ __device__ inline void place(const Router& r, const Forward& f, const Plan& p, c
   __syncthreads();
   for (int64_t a = from + lane; a < to; a += 32) atomicAdd(&bins[warp * width + bin_of(r, indices, int(a))], 1);
   __syncthreads();
-  for (int e = threadIdx.x; e < width; e += blockDim.x) {  // counts of warps become the row each begins with
+  for (int e = threadIdx.x; e < width; e += blockDim.x) {  // replace each warp's count by its first row
     int next = start[e] + begins[blockIdx.x * int64_t(width) + e];
     for (int w = 0; w < warps; ++w) {
       const int count = bins[w * width + e];
@@ -257,12 +259,12 @@ __device__ inline void place(const Router& r, const Forward& f, const Plan& p, c
   }
 }
 
-// A tile of every expert's rows after the other; what is left over belongs to expert -1.
+// Write the tiles as (expert, first row), in the order of the experts. Unused tiles get expert -1.
 __device__ inline void write_tiles(const Router& r, const Forward& f, const int* start, const int* tile) {
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.num_tiles; i += gridDim.x * blockDim.x) {
     int e = -1, row = 0;
     if (i < tile[r.experts]) {
-      int above = r.experts;  // the last expert whose first tile is not behind i: tile[e] <= i < tile[above]
+      int above = r.experts;  // binary search of the last e with tile[e] <= i
       for (e = 0; above - e > 1;) {
         const int middle = (e + above) / 2;
         (tile[middle] <= i ? e : above) = middle;
@@ -274,7 +276,7 @@ __device__ inline void write_tiles(const Router& r, const Forward& f, const int*
   }
 }
 
-// Losses and their coefficients: a warp takes a segment, lanes add up experts, thread 0 the segments in order.
+// Write the losses and their coefficients. A warp handles a segment, its lanes add up the experts; thread 0 adds up the segments.
 __device__ inline void write_losses(const Router& r, const Forward& f, const Plan& p, const int* totals, const float* sums,
                                     float* loss) {
   using Group = Lanes<32>;
@@ -294,7 +296,7 @@ __device__ inline void write_losses(const Router& r, const Forward& f, const Pla
       const int at = s * r.experts + e;
       float slope = 0.0f;
       if (members[s] > 0 && r.balance == Balance::mse) {
-        // What nobody may use has a mean of 0, or NaN.
+        // An unavailable expert has the target 0; its mean weight is 0, or NaN.
         const float target = r.available == nullptr || r.available[at] ? 1.0f / size : 0.0f;
         const float distance = sums[at] / tokens - target;
         value += distance * distance;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 4) finish_kernel(Router r, Forward f
   write_tiles(r, f, start, tile);
   if (blockIdx.x < p.blocks) {
     place(r, f, p, begins_of(p, ints), start, rest);
-  } else {  // one block more than there are of tokens
+  } else {  // the last block has no tokens
     for (int e = threadIdx.x; e <= r.experts; e += blockDim.x) f.offsets[e] = start[e];
     write_losses(r, f, p, totals, float_totals(p, floats), reinterpret_cast<float*>(rest));
   }
@@ -372,11 +374,11 @@ cudaError_t launch(void (*kernel)(Takes...), int64_t blocks, int threads, size_t
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Calls body with the type and the numbers that a shape asks for, as compile-time constants; the lanes are those of plan().
 template <int LANES, int SLOTS> struct Shape {
   static constexpr int lanes = LANES, slots = SLOTS;
 };
 
+// Call body with the dtype and the Shape for this number of experts. The lanes are those of plan().
 template <typename T, class Body> cudaError_t with_shape(int experts, Body body) {
   if (experts <= 8) return body(T{}, Shape<8, 1>{});
   if (experts <= 16) return body(T{}, Shape<16, 1>{});

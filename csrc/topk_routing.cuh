@@ -1,11 +1,11 @@
-// Top-k routing, the arithmetic of one token: noise, score, choice, weights, statistics, gradient row.
+// Top-k routing, the arithmetic of one token: noise, scores, choices, weights, statistics and the gradient of its logits.
 //
-// A group of lanes holds the row of logits, expert e in slot e / lanes of lane e % lanes. A group is part of a warp on the device,
-// or Serial: one lane that holds everything, so that a loop on the host runs the very same lines. All of it in float32.
+// A group of lanes holds the logits of a token: expert e is in slot e / lanes of lane e % lanes. On the device a group is part of a
+// warp. On the host it is Serial, a single lane, so that a loop over tokens runs the same code. All arithmetic is in float32.
 #pragma once
 
 #include <float.h>
-#include <math.h>  // not cmath: isnan and the like without std::
+#include <math.h>  // not <cmath>, which declares isnan and others in std only
 
 #include <cstdint>
 
@@ -16,7 +16,7 @@
 #else
 #define MMFUSED_BOTH inline
 #endif
-#if defined(__CUDA_ARCH__) || defined(MMFUSED_SIMT)  // the second: tests run the kernels on a CPU
+#if defined(__CUDA_ARCH__) || defined(MMFUSED_SIMT)  // MMFUSED_SIMT: tests run the kernels on a CPU
 #define MMFUSED_ON_DEVICE 1
 #else
 #define MMFUSED_ON_DEVICE 0
@@ -26,7 +26,7 @@ namespace mmfused {
 
 // ---- numbers -------------------------------------------------------------------------------------------------------------------
 
-// A product that no compiler may fuse into a sum: noise and logits must be the same bits wherever they are computed.
+// Return a product that the compiler cannot fuse into an FMA: noise and logits must have the same bits on every backend.
 MMFUSED_BOTH float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -36,7 +36,7 @@ MMFUSED_BOTH float rounded_product(float a, float b) {
 #endif
 }
 
-// The first word of Philox4x32-10 at counter (row, column, 0, 0), as a float32 in [0, 1) the way Triton's tl.rand makes it.
+// Return the first word of Philox4x32-10 at counter (row, column, 0, 0), converted to a float32 in [0, 1) like in Triton's tl.rand.
 MMFUSED_BOTH float uniform(uint64_t seed, uint32_t row, uint32_t column) {
   uint32_t c0 = row, c1 = column, c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
@@ -57,7 +57,7 @@ MMFUSED_BOTH float noise(float jitter, uint64_t seed, int64_t token, int expert)
   return 1.0f + rounded_product(jitter, 2.0f * uniform(seed, uint32_t(token), uint32_t(expert)) - 1.0f);
 }
 
-// Larger values have larger keys. Minus zero ties with zero, NaN and minus infinity with the least number; all are above 1.
+// Map a value to a key with the same order. -0 has the key of 0; NaN and -inf have the key of -FLT_MAX. All keys are above 1.
 MMFUSED_BOTH uint32_t selection_key(float value) {
   value = value == 0.0f ? 0.0f : value >= -FLT_MAX ? value : -FLT_MAX;
   uint32_t bits;
@@ -82,14 +82,14 @@ struct Serial {
   template <typename T> static MMFUSED_BOTH T from(T x, int) { return x; }
 };
 
-// LANES neighbours of a warp. Every lane of the warp must call together. The order of a sum is that of a tree: always the same.
+// LANES neighbouring lanes of a warp. All lanes of the warp must call a function together. Sums are added in a fixed order.
 template <int LANES> struct Lanes {
   static constexpr int lanes = LANES;
 #if MMFUSED_ON_DEVICE
   static MMFUSED_BOTH int lane() { return threadIdx.x % LANES; }
   template <typename T> static MMFUSED_BOTH T swapped(T x, int step) { return __shfl_xor_sync(0xffffffffu, x, step, LANES); }
   template <typename T> static MMFUSED_BOTH T from(T x, int source) { return __shfl_sync(0xffffffffu, x, source, LANES); }
-#else  // never run: the compiler's host pass wants to see bodies
+#else  // for the compiler's host pass; never called
   static MMFUSED_BOTH int lane() { return 0; }
   template <typename T> static MMFUSED_BOTH T swapped(T x, int) { return x; }
   template <typename T> static MMFUSED_BOTH T from(T x, int) { return x; }
@@ -111,21 +111,21 @@ template <int LANES> struct Lanes {
 
 // ---- one token -----------------------------------------------------------------------------------------------------------------
 
-// SLOTS experts and CHOICES choices a lane; choice j lies in slot j / lanes of lane j % lanes.
+// Each lane holds SLOTS experts and CHOICES choices. Choice j is in slot j / lanes of lane j % lanes.
 template <class Group, int SLOTS, int CHOICES> struct Token {
   const Router& r;
   int64_t t;
   int segment;
   bool masked;
-  bool sound;  // its segment and the choice it replays exist, and its segment has enough experts; else its logits are NaN
-  bool every;  // of a segment that does not exist or has too few experts all may be chosen: k different ones, as always
-  float l[SLOTS];          // the logit with its noise; 0 for a masked token, -inf for what cannot be chosen
-  float u[SLOTS];          // the logarithm of the score, up to a constant
+  bool sound;  // false: the segment or a replayed expert is out of range, or the segment has fewer than k experts; logits are NaN
+  bool every;  // the segment is out of range or has fewer than k experts, so any k different experts of all may be chosen
+  float l[SLOTS];          // logit with noise; 0 if the token is masked, -inf if the expert is not available
+  float u[SLOTS];          // log of the score, up to a constant
   float p[SLOTS];          // softmax of u
-  float top, log_sum;      // of u: log p = (u - top) - log_sum
-  float inverse;           // of the sum behind log_sum
-  float top_l, inverse_l;  // of l, as top and inverse are of u
-  float lse;               // of l
+  float top, log_sum;      // maximum of u, and log of the sum of exp(u - top); log p = (u - top) - log_sum
+  float inverse;           // 1 / (sum of exp(u - top))
+  float top_l, inverse_l;  // maximum of l, and 1 / (sum of exp(l - top_l))
+  float lse;               // logsumexp of l
   int expert[CHOICES];
 
   MMFUSED_BOTH Token(const Router& router, int64_t token) : r(router), t(token) {
@@ -145,7 +145,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     return e < r.experts && (every || r.available == nullptr || r.available[segment * r.experts + e]);
   }
 
-  // Load is a function of (token, expert): the logits' dtype is its business. A choice that is replayed comes before.
+  // Compute the scores of all experts. load(token, expert) returns a logit as float32. replay() must be called before score().
   template <class Load> MMFUSED_BOTH void score(Load load) {
     const uint64_t seed = r.jitter != 0.0f ? uint64_t(*r.seed) : 0;
     if (r.available != nullptr) {
@@ -161,7 +161,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
       const int e = expert_of(s);
       l[s] = -INFINITY;
       if (usable(e)) {
-        l[s] = masked ? 0.0f : sound ? load(t, e) : NAN;  // a masked row may hold NaN
+        l[s] = masked ? 0.0f : sound ? load(t, e) : NAN;  // logits of a masked token are not read: they may be NaN
         if (r.jitter != 0.0f) l[s] = rounded_product(l[s], noise(r.jitter, seed, t, e));
       }
       u[s] = r.sigmoid ? log_sigmoid(l[s]) : l[s];
@@ -169,7 +169,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     float total = softmax(u, top);
     log_sum = logf(total);
     lse = top + log_sum;
-    // An infinite or NaN score leaves no distribution, neither here nor in PyTorch.
+    // If the logsumexp is infinite or NaN, all probabilities are NaN, like in PyTorch.
     inverse = isfinite(lse) ? 1.0f / total : NAN;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) p[s] *= inverse;
@@ -184,7 +184,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
 
   MMFUSED_BOTH float score_of(float log_score) const { return r.sigmoid ? expf(log_score) : expf(log_score - top) * inverse; }
 
-  // p = exp(x - largest) and its sum. The largest of nothing but infinities counts as 0, so that the sum is 0 or infinity, not NaN.
+  // Set p = exp(x - largest) and return its sum. An infinite maximum is replaced by 0, so that the sum is 0 or infinity, not NaN.
   MMFUSED_BOTH float softmax(const float (&x)[SLOTS], float& largest, bool keep = true) {
     largest = -INFINITY;
 #pragma unroll
@@ -201,13 +201,13 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     return Group::sum(total);
   }
 
-  // The k largest keys, one after the other, ties to the lower expert. Always k different ones; what cannot be chosen comes last.
+  // Choose the k experts with the largest keys; the lower expert wins a tie. The k experts differ; unavailable ones come last.
   MMFUSED_BOTH void choose(const float* selection_bias) {
     uint32_t key[SLOTS];
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int e = expert_of(s);
-      key[s] = e < r.experts;  // 1: below every value; 0: taken, or no expert at all
+      key[s] = e < r.experts;  // 1: not available, which is below every selection_key; 0: not an expert, or already chosen
       if (usable(e)) key[s] = selection_key(selection_bias == nullptr ? l[s] : score_of(u[s]) + selection_bias[e]);
     }
     for (int j = 0; j < r.choices; ++j) {
@@ -225,7 +225,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
   }
 
-  // The choice as given. In place of an expert that does not exist another is kept, so that nothing is read out of bounds.
+  // Take the choices from `indices`. An index out of range is clamped, so that nothing is read out of bounds.
   MMFUSED_BOTH void replay(const int64_t* indices) {
     for (int j = 0; j < r.choices; ++j) {
       const int64_t e = indices[t * r.choices + j];
@@ -241,7 +241,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     for (int j = 0; j < r.choices; ++j) keep(j, log_score, of_expert(choice(j, expert), u));
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) value[c] = score_of(log_score[c]);
-    if (r.renormalize) {  // softmax of u over the chosen: no epsilon, and no score that underflowed
+    if (r.renormalize) {  // softmax of u over the chosen experts, which needs no epsilon and in which no score underflows
       float largest = -INFINITY, total = 0.0f;
 #pragma unroll
       for (int c = 0; c < CHOICES; ++c) largest = log_score[c] > largest ? log_score[c] : largest;
@@ -266,7 +266,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     return Group::sum(total);
   }
 
-  // d l of this token into l. w and its gradient lie as the choices do; what an absent gradient would add is skipped.
+  // Overwrite l with the gradient of the token's logits. Weights are stored like the choices. A null gradient counts as 0.
   MMFUSED_BOTH void gradient(const Backward& b, const float (&weight)[CHOICES]) {
     const bool mse = r.balance == Balance::mse;
     const float* row = b.coefficients + int64_t(segment) * r.experts;
@@ -288,20 +288,21 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
     product = r.renormalize ? Group::sum(product) : 0.0f;
 
-    // The gradient of a softmax sums to 0: what rounding leaves instead, of 1 - P near 1, is taken off here and below.
+    // The gradient of a softmax sums to 0. If P is near 1, rounding leaves a sum that is not 0: `rest`, and below `left`. It is
+    // subtracted in proportion to the weights, or to P.
     float rest = 0.0f;
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) rest += weight[c] * (g[c] - product);
     rest = r.renormalize ? Group::sum(rest) : 0.0f;
 
-    float du[SLOTS], inner = 0.0f;  // du holds gP first
+    float du[SLOTS], inner = 0.0f;  // du is first the gradient of P
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int e = expert_of(s);
       du[s] = 0.0f;
       if (usable(e)) {
         if (!mse && b.d_balance != nullptr) du[s] = d_balance * row[e];
-        // log P, not log P + 1: what is the same for all experts, the inner product takes away.
+        // log P instead of log P + 1: subtracting `inner` removes constants.
         if (b.d_entropy != nullptr && p[s] != 0.0f) du[s] -= d_entropy * (u[s] - top - log_sum);
       }
     }
@@ -332,7 +333,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
   }
 
-  // What lies with the choices, added up where the experts lie, choice by choice.
+  // Add each choice's value to the slot of its expert in `row`.
   MMFUSED_BOTH void scatter(const float (&value)[CHOICES], float (&row)[SLOTS]) const {
     for (int j = 0; j < r.choices; ++j) {
       const int e = choice(j, expert);
@@ -342,7 +343,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
   }
 
-  // Registers have no address: a slot that is known at run time only is found by looking at all.
+  // Registers cannot be indexed by a variable, so the three functions below compare the index with every slot.
   template <typename T> static MMFUSED_BOTH void keep(int j, T (&list)[CHOICES], T value) {
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) list[c] = c * Group::lanes + Group::lane() == j ? value : list[c];
@@ -357,7 +358,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     float found = row[0];
 #pragma unroll
     for (int s = 1; s < SLOTS; ++s) {
-      const float value = row[s];  // first of all: a choice of loads becomes one of addresses, and the row goes to memory
+      const float value = row[s];  // outside the condition: otherwise the compiler puts the row into local memory
       found = e / Group::lanes == s ? value : found;
     }
     return Group::from(found, e % Group::lanes);

@@ -1,15 +1,14 @@
-// What needs no GPU: the plan of a call, and the arithmetic of topk_routing.cuh in a loop over tokens, for tests.
+// Host functions of top-k routing: the plan of a call and, for tests, the arithmetic of topk_routing.cuh in a loop over tokens.
 #include "topk_routing.cuh"
 
 namespace mmfused {
 
-const char* why_not(int64_t tokens, int64_t experts, int64_t choices, int64_t segments) {
-  if (experts < 1 || experts > kMaxExperts) return "other than 1 to 512 experts";
-  if (choices < 1 || choices > kMaxChoices || choices > experts) return "other than 1 to 32 choices, at most as many as experts";
-  if (tokens > (INT32_MAX - kThreads) / choices) return "more than 2^31 assignments";
-  if (segments < 1 || segments > int64_t(kSharedBytes) / experts) return "so many segments of so many experts";
-  if (plan(tokens, int(experts), int(segments), Balance::gshard).shared > kSharedBytes)
-    return "so many segments of so many experts";
+const char* expected_shape(int64_t tokens, int64_t experts, int64_t choices, int64_t segments) {
+  if (experts < 1 || experts > kMaxExperts) return "1 to 512 experts";
+  if (choices < 1 || choices > kMaxChoices || choices > experts) return "k from 1 to 32 and at most the number of experts";
+  if (tokens > (INT32_MAX - kThreads) / choices) return "fewer than 2^31 assignments";
+  if (segments < 1 || segments > int64_t(kSharedBytes) / experts) return "fewer segments or experts";
+  if (plan(tokens, int(experts), int(segments), Balance::gshard).shared > kSharedBytes) return "fewer segments or experts";
   return nullptr;
 }
 
@@ -27,7 +26,7 @@ Plan plan(int64_t tokens, int experts, int segments, Balance balance, int64_t ma
   p.num_floats = p.cells + 2;
   p.threads = kThreads;
   const auto bytes = [&] { return (size_t(p.num_ints) + size_t(p.threads / p.lanes) * p.num_floats) * 4; };
-  while (p.threads > 32 && bytes() > kSharedBytes) p.threads /= 2;  // many segments: fewer groups, each with its own sums
+  while (p.threads > 32 && bytes() > kSharedBytes) p.threads /= 2;  // each group has its own sums
   p.shared = bytes();
   const int groups = p.threads / p.lanes;
   const int64_t rounds = (tokens + max_blocks * groups - 1) / (max_blocks * groups);

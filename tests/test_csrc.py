@@ -401,9 +401,9 @@ def test_the_ops_refuse_cpu_tensors(module):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(tokens=2, experts=600, k=2), "other than 1 to 512 experts"),
-        (dict(tokens=2, experts=64, k=40), "other than 1 to 32 choices"),
-        (dict(tokens=2, experts=100, k=2, segments=50), "so many segments of so many experts"),
+        (dict(tokens=2, experts=600, k=2), "expected 1 to 512 experts"),
+        (dict(tokens=2, experts=64, k=40), "expected k from 1 to 32"),
+        (dict(tokens=2, experts=100, k=2, segments=50), "expected fewer segments or experts"),
     ],
 )
 def test_error_for_unsupported_shapes_suggests_the_triton_router(changes, message, module):

@@ -95,11 +95,11 @@ def test_no_slice_begins_if_the_budget_is_spent(run_slices, tmp_path, capsys):
     code, journal = run_slices(
         [python_slice("build", code_that_appends(tmp_path / "ran", "a"))], "--budget-seconds", "0"
     )
-    assert code == run.UNFINISHED and journal == {} and "left" in capsys.readouterr().out
+    assert code == run.UNFINISHED and journal == {} and "not started" in capsys.readouterr().out
 
 
 def test_slice_over_its_limit_is_killed_with_its_children(run_slices, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LIMIT", 2.0)
+    monkeypatch.setattr(gpu, "LIMIT_SECONDS", 2.0)
     child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
     start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
     text = f"import subprocess, sys, time; {start}; time.sleep(60)"
@@ -112,7 +112,7 @@ def test_slice_over_its_limit_is_killed_with_its_children(run_slices, tmp_path, 
     )
     assert (
         code == 1
-        and journal["bench-x"]["state"] == "ended by its limit"
+        and journal["bench-x"]["state"] == "killed by its limit"
         and time.monotonic() - begun < 30
     )
     assert (tmp_path / "ran").exists()
@@ -133,7 +133,7 @@ def test_remaining_budget_is_passed_to_the_command(run_slices, tmp_path):
 
 
 def test_slice_stopped_by_the_budget_is_unfinished(run_slices, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LAST", 0.5)
+    monkeypatch.setattr(gpu, "RESERVE_SECONDS", 0.5)
     code, journal = run_slices(
         [python_slice("bench-x", "import time; time.sleep(60)")], "--budget-seconds", "2"
     )
@@ -163,7 +163,7 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
         ),
         (
             [],
-            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU",
+            "make gpu needs a CUDA GPU, but torch finds none; DRY=1 runs small slices on a CPU",
         ),
     ],
 )

@@ -25,12 +25,12 @@ from unittest import mock
 
 import torch
 
-if not __package__:  # run as a file: import this checkout, whatever is installed
+if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import measure, report, run
 from mmfused.benchmarks.sources import source_hash
-from mmfused.tools.variants import LIBRARY, Choice, Variants, Wrap, choices, tile_variants
+from mmfused.tools.variants import LIBRARY, Choice, MakeContext, Variants, choices, tile_variants
 
 # ---- running -------------------------------------------------------------------------------------
 
@@ -59,9 +59,9 @@ def compare(
             providers[name] = provider
     del check
     if settings.device.type == "cuda":
-        times, refused = measure.graph_seconds(providers, problem, settings.repeats, True)
-        for name, why in refused.items():
-            found[name]["reasons"].append(why)
+        times, without_graph = measure.graph_seconds(providers, problem, settings.repeats, True)
+        for name, reason in without_graph.items():
+            found[name]["reasons"].append(reason)
     else:
         times = measure.eager_seconds(providers, problem, settings.repeats, True)
     for name, passes in times.items():
@@ -72,7 +72,7 @@ def compare(
 def _build(
     op: types.ModuleType,
     name: str,
-    wrap: Wrap,
+    make_context: MakeContext,
     case: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -80,8 +80,8 @@ def _build(
     provider = op.PROVIDERS["composed" if name == "auto" else name](case, device, dtype)
     if name == "auto":
         provider.backend = "auto"
-    if wrap is not contextlib.nullcontext:
-        provider.within = wrap
+    if make_context is not contextlib.nullcontext:
+        provider.within = make_context
     return provider
 
 

@@ -1,9 +1,9 @@
 """The conditions of tools/targets.py, and the rule for which times they compare.
 
-A speed-up is a ratio of medians from one run on one GPU. If the floor (the least possible time) of
-the forward or the backward is under 100 us, both sides are timed by CUDA graph replay. Otherwise
-both sides are timed with the launch that is faster for the baseline, or, if a condition has no
-baseline, with the launch that is faster for the op.
+A benchmark times each provider with one or two launches: "eager" calls and, on a GPU, replay of a
+CUDA "graph". A speed-up is a ratio of medians with the same launch. If the floor (the least
+possible time) of the forward or the backward is under 100 us, that launch is "graph". Otherwise it
+is the faster launch of the baseline, or of the op if the condition has no baseline.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..benchmarks import report
 
-SMALL_SECONDS = 100e-6  # a case with a lower floor is small
+SMALL_SECONDS = 100e-6  # cases with a lower floor are timed by CUDA graph replay
 SIGNS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 
 
@@ -46,7 +46,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def folders(results: Path) -> list[Path]:
-    """Return those of ``results`` and its subfolders that contain records."""
+    """Return ``results`` and its subfolders, except folders without records."""
     return [folder for folder in (results, *sorted(results.glob("*/"))) if read(folder)]
 
 

@@ -1,18 +1,18 @@
-"""Run the full GPU validation in slices, resuming where it stopped.
+"""Validate the library on a GPU, in slices; resume where the last run stopped.
 
-    make gpu        or        python tools/gpu.py
+    make gpu        or        python tools/gpu.py [SLICE ...]
 
-    build      the CUDA C++ kernels
-    test-*     the suite on the card, one op at a time
-    sanitize   compute-sanitizer on small launches of every kernel
-    bench-*    accuracy, time and memory of each op, and of the models
-    choices    each choice of the library beside its alternatives
-    test-rest  the rest of the suite, which depends least on the card
-    report     which targets are met
+    build      compile the CUDA C++ kernels
+    test-*     run the tests of one op or subject
+    sanitize   run compute-sanitizer on small launches of every kernel
+    bench-*    measure accuracy, time and memory of one op, or of the models
+    choices    time what the library chooses by rules and tables, and the alternatives
+    test-rest  run the remaining tests, which depend least on the GPU
+    report     list which performance targets are met
 
-A slice that was green with the same sources and versions is not run again, unless it is named. A
-red slice does not stop the others. Output and state are written beside the results, in the folder
-named after the card.
+A slice is green if it succeeds and red if it fails. A red slice does not stop the run. A green
+slice is skipped in later runs with the same sources and versions, unless SLICE names it. Results,
+logs and the state of the slices are written to a folder named after the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-if not __package__:  # run as a file: import this checkout, whatever is installed
+if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
@@ -44,9 +44,9 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
 
 DRY_OUT = "runs/gpu-dry-run"
-LIMIT = 540.0  # seconds that a slice may take
-LAST = 120.0  # the last seconds, in which nothing new begins; no slice begins with less left
-# The suite's files by slice; those that match no pattern are "rest".
+LIMIT_SECONDS = 540.0  # maximum duration of a slice
+RESERVE_SECONDS = 120.0  # at the end of a budget, in which no slice and no case starts
+# Slice -> patterns of its test files. Files that match no pattern belong to the slice "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
     "csrc": ("csrc*",),
@@ -59,8 +59,8 @@ TESTS = {op: (f"{op}*",) for op in OPS} | {
 class Slice:
     """One step of the validation.
 
-    ``command``: arguments of this interpreter; "{budget}" stands for the seconds left. ``source``:
-    a hash of the sources for which a green run is valid.
+    ``command``: arguments for the Python interpreter; "{budget}" is replaced by seconds.
+    ``source``: hash of the sources that the slice depends on.
     """
 
     name: str
@@ -70,49 +70,42 @@ class Slice:
 
 
 def slices(out: Path, dry: bool) -> list[Slice]:
-    """Return all slices: correctness first, then speed."""
-    everything, files = source_hash(), test_files()
-    where, interpreted = ("--out", str(out)), (("TRITON_INTERPRET", "1"),) if dry else ()
+    """Return all slices in order: tests before benchmarks."""
+    all_sources, files = source_hash(), test_files()
+    to_out, interpreted = ("--out", str(out)), (("TRITON_INTERPRET", "1"),) if dry else ()
+    size = ("--quick",) if dry else ("--budget-seconds", "{budget}")
 
     def tests(name):
-        how = ("--collect-only", "-p", "no:xdist") if dry else workers()
-        return Slice(f"test-{name}", ("-m", "pytest", "-q", *how, *files[name]), everything)
+        options = ("--collect-only", "-p", "no:xdist") if dry else workers()
+        return Slice(f"test-{name}", ("-m", "pytest", "-q", *options, *files[name]), all_sources)
 
     def bench(op):
-        how = ("--quick",) if dry else ("--budget-seconds", "{budget}")
-        return Slice(
-            f"bench-{op}", ("benchmarks/run.py", op, "--resume", *where, *how), source_hash(op)
-        )
+        command = ("benchmarks/run.py", op, "--resume", *to_out, *size)
+        return Slice(f"bench-{op}", command, source_hash(op))
 
-    if dry:  # the launches, without compute-sanitizer
+    if dry:  # launch the kernels without compute-sanitizer
         sanitize = [
-            Slice(f"sanitize-{op}", ("tools/sanitize.py", "--launch", op), everything, interpreted)
+            Slice(f"sanitize-{op}", ("tools/sanitize.py", "--launch", op), all_sources, interpreted)
             for op in OPS
         ]
     else:
         sanitize = [
-            Slice("sanitize", ("tools/sanitize.py", *where, "--limit-seconds", "150"), everything)
+            Slice("sanitize", ("tools/sanitize.py", *to_out, "--limit-seconds", "150"), all_sources)
         ]
-    choices = (
-        "tools/choices.py",
-        *where,
-        *(("--quick",) if dry else ("--budget-seconds", "{budget}")),
-    )
+    build = ("-c", "from mmfused import extension; print(extension.load())")
     return [
-        Slice(
-            "build", ("-c", "from mmfused import extension; print(extension.load())"), everything
-        ),
+        Slice("build", build, all_sources),
         *(tests(name) for name in TESTS),
         *sanitize,
         *(bench(op) for op in BENCHES),
-        Slice("choices", choices, everything, interpreted),
+        Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
 
 
 def test_files() -> dict[str, list[str]]:
-    """Return the suite's files by slice, each in exactly one."""
+    """Return slice -> test files; each test file belongs to exactly one slice."""
     found: dict[str, list[str]] = {name: [] for name in (*TESTS, "rest")}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         parts = (
@@ -142,27 +135,31 @@ def workers() -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 if all are green, 1 if one is red, 3 if none is red and some are left."""
+    """Run the slices that are not green.
+
+    Returns 0 if all slices are green now, 1 if a slice is red, or 3 if slices are left.
+    """
     check_machine(args.dry_run)
     device = torch.device("cpu" if args.dry_run else "cuda")
     facts = report.environment(device)
     usual = DRY_OUT if args.dry_run else RESULTS / report.slug(facts["device"])
     out = Path(args.out or usual).resolve()
-    chosen = named(slices(out, args.dry_run), args.slices)
+    requested = matching(slices(out, args.dry_run), args.slices)
     journal, begun = out / "make-gpu.json", time.monotonic()
     states = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
     shown = {}
-    for part in chosen:
+    for part in requested:
         left = args.budget_seconds - (time.monotonic() - begun)
-        if not args.slices and green(states.get(part.name), part, facts):
+        if not args.slices and is_green(states.get(part.name), part, facts):
             shown[part.name] = "green before"
-        elif left < LAST:
-            shown[part.name] = "left"
+        elif left < RESERVE_SECONDS:
+            shown[part.name] = "not started"
         else:
             print(f"==== {part.name}", flush=True)
-            code, seconds = start(part, out / "logs" / f"{part.name}.log", min(left, LIMIT))
-            cut = "unfinished" if left < LIMIT else "ended by its limit"
-            shown[part.name] = {0: "green", UNFINISHED: "unfinished", None: cut}.get(code, "RED")
+            limit = min(left, LIMIT_SECONDS)
+            code, seconds = run_slice(part, out / "logs" / f"{part.name}.log", limit)
+            killed = "unfinished" if left < LIMIT_SECONDS else "killed by its limit"
+            shown[part.name] = {0: "green", UNFINISHED: "unfinished", None: killed}.get(code, "RED")
             states[part.name] = {
                 "state": shown[part.name],
                 "exit_code": code,
@@ -175,9 +172,9 @@ def run(args: argparse.Namespace) -> int:
             report.write(journal, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     for name, state in shown.items():
         print(f"{name:32}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
-    print(f"Results, logs and this table's make-gpu.json are in {out}.")
-    wrong = {"RED", "ended by its limit"} & set(shown.values())
-    return 1 if wrong else UNFINISHED if {"left", "unfinished"} & set(shown.values()) else 0
+    print(f"Results, logs and make-gpu.json, which has the states above, are in {out}.")
+    red = {"RED", "killed by its limit"} & set(shown.values())
+    return 1 if red else UNFINISHED if {"not started", "unfinished"} & set(shown.values()) else 0
 
 
 def check_machine(dry: bool) -> None:
@@ -185,35 +182,37 @@ def check_machine(dry: bool) -> None:
         raise ValueError(f"make gpu needs a checkout with tests, not an installed package ({ROOT})")
     if not dry and not torch.cuda.is_available():
         raise ValueError(
-            "make gpu needs a CUDA GPU, and torch finds none here; DRY=1 runs everything on a CPU"
+            "make gpu needs a CUDA GPU, but torch finds none; DRY=1 runs small slices on a CPU"
         )
 
 
-def named(every: list[Slice], patterns: list[str]) -> list[Slice]:
+def matching(parts: list[Slice], patterns: list[str]) -> list[Slice]:
+    """Return the slices that match a pattern, or all slices if there are no patterns."""
     for pattern in patterns:
-        if not fnmatch.filter([part.name for part in every], pattern):
-            known = ", ".join(part.name for part in every)
+        if not fnmatch.filter([part.name for part in parts], pattern):
+            known = ", ".join(part.name for part in parts)
             raise ValueError(f"slice: got {pattern!r}, expected one of {known}, or a pattern")
     return [
         part
-        for part in every
+        for part in parts
         if not patterns or any(fnmatch.fnmatch(part.name, pattern) for pattern in patterns)
     ]
 
 
-def green(state: dict | None, part: Slice, facts: dict) -> bool:
+def is_green(state: dict | None, part: Slice, facts: dict) -> bool:
+    """Return whether an earlier run of the slice was green and is still valid."""
     if state is None or state["state"] != "green" or part.name == "report":
         return False
     return (state["source"], state["versions"]) == (part.source, facts["versions"])
 
 
-def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
-    """Run a slice; return the exit code (None where the limit ended it) and the seconds.
+def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
+    """Run a slice with its output in the terminal and in ``log``.
 
-    Its output goes to the terminal and to ``log``.
+    Returns the exit code, or None if the slice was killed after ``limit`` seconds; and its seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    budget = min(max(1.0, limit - LAST), BUDGET_SECONDS)
+    budget = min(max(1.0, limit - RESERVE_SECONDS), BUDGET_SECONDS)
     command = [
         sys.executable,
         *(word.replace("{budget}", str(int(budget))) for word in part.command),
@@ -222,7 +221,7 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     )
-    begun, over = time.monotonic(), threading.Event()
+    begun, timed_out = time.monotonic(), threading.Event()
     pipe = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
@@ -231,7 +230,7 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
     }
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipe)
-        alarm = threading.Timer(limit, lambda: (over.set(), end(child)))
+        alarm = threading.Timer(limit, lambda: (timed_out.set(), end(child)))
         alarm.start()
         try:
             for line in child.stdout:
@@ -240,15 +239,15 @@ def start(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
             child.wait()
         finally:
             alarm.cancel()
-            if child.poll() is None:  # Ctrl-C: do not leave the child running
+            if child.poll() is None:  # on Ctrl-C, do not leave the child running
                 end(child)
-    return None if over.is_set() else child.returncode, time.monotonic() - begun
+    return None if timed_out.is_set() else child.returncode, time.monotonic() - begun
 
 
 def end(child: subprocess.Popen) -> None:
     """End the process and its children.
 
-    SIGTERM comes first, so that the process can end those children that have their own session.
+    SIGTERM is sent before SIGKILL, so that the process can end children in other sessions.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -266,14 +265,14 @@ def main(argv: list[str] | None = None) -> int:
         "slices",
         nargs="*",
         metavar="SLICE",
-        help="only these, even if green before; patterns such as 'bench-*' work",
+        help="slices to run, even if green before; may be patterns such as 'bench-*'",
     )
     option(
         "--budget-seconds",
         type=float,
         default=float("inf"),
         metavar="S",
-        help="begin nothing after these seconds (exit code 3)",
+        help="stop after these seconds (exit status 3 if slices are left)",
     )
     option(
         "--out",
@@ -283,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     option(
         "--dry-run",
         action="store_true",
-        help="on a CPU: every slice at a small size; shows that everything works",
+        help="run every slice at a small size on a CPU, to check that the tool works",
     )
     try:
         return run(parser.parse_args(argv))

@@ -1,11 +1,12 @@
-"""Run every kernel under compute-sanitizer, at small odd shapes, on a CUDA GPU.
+"""Run every kernel under compute-sanitizer on a CUDA GPU, at small sizes.
 
     python tools/sanitize.py [OP ...]
 
-Each tool runs each op in a separate process, without torch's caching allocator, which would hide
-accesses beyond a tensor. Only this library's kernels are judged, since torch's own, for instance,
-read uninitialised padding. A kernel with a deliberate fault ("control") runs first: a tool that
-does not report it sees none of these kernels.
+Each tool of compute-sanitizer runs each op in a separate process. torch's caching allocator is
+disabled, because it hides accesses beyond the end of a tensor. Reports on kernels of other
+libraries are counted but are not errors: torch's kernels, for example, read uninitialised padding.
+memcheck first runs a kernel with a deliberate fault ("control"), to show that it reports faults of
+Triton kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
-if not __package__:  # run as a file: import this checkout, whatever is installed
+if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
@@ -32,47 +33,46 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
 
 CONTROL = "control"
-# memcheck: accesses out of bounds or misaligned. racecheck: hazards in shared memory. synccheck:
-# barriers. initcheck: reads of unwritten memory; for these it must see every kernel, torch's too,
-# and it is the slowest.
+# memcheck reports out-of-bounds and misaligned accesses; racecheck, hazards in shared memory;
+# synccheck, invalid barriers; initcheck, reads of uninitialised memory. initcheck is the slowest,
+# because it must also follow the kernels of other libraries that initialise memory.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Parts of names of torch's and the vendor's kernels, which some tools can skip.
-ELSEWHERE = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
+# Kernels of torch and of NVIDIA's libraries, by a part of their names.
+OTHERS = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
 OPTIONS = {
-    # torch handles errors that the driver returns, so such calls are not faults.
-    "memcheck": ["--report-api-errors", "no"],
-    "racecheck": ["--kernel-name-exclude", ELSEWHERE],
-    "synccheck": ["--kernel-name-exclude", ELSEWHERE],
+    "memcheck": ["--report-api-errors", "no"],  # torch handles errors that the driver returns
+    "racecheck": ["--kernel-name-exclude", OTHERS],
+    "synccheck": ["--kernel-name-exclude", OTHERS],
     "initcheck": [],
 }
-PLACES = ("bin", "compute-sanitizer")  # where it may be in a CUDA toolkit
+PLACES = ("bin", "compute-sanitizer")  # folders of a CUDA toolkit to search for the program
 USUAL_CUDA = "/usr/local/cuda"
-ERRORS_FOUND = 86  # exit code of compute-sanitizer when its tool found something
+ERRORS_FOUND = 86  # exit code of compute-sanitizer if its tool reported something
 LIMIT_SECONDS = 240.0
 OUT = "runs/sanitize"
-JOBS = 4  # at a time, as most of a run is Python, compilation and instrumentation, not GPU work
-MARK = "launched "
-running: set[subprocess.Popen] = set()
+JOBS = 4  # parallel runs: a run is mostly Python, compilation and instrumentation, not GPU work
+MARK = "launched "  # start of the line that --launch prints when all kernels have run
+running: set[subprocess.Popen] = set()  # compute-sanitizer processes in progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     parser.add_argument(
-        "op", nargs="*", metavar="OP", help=f"some of {', '.join(OPS)} (default: all)"
+        "op", nargs="*", metavar="OP", help=f"ops to run, of {', '.join(OPS)} (default: all)"
     )
     option(
         "--tool",
         action="append",
         metavar="TOOL",
-        help=f"one of {', '.join(TOOLS)}; may be repeated (default: all)",
+        help=f"tool to run, one of {', '.join(TOOLS)}; may be repeated (default: all)",
     )
     option(
         "--out",
         default=OUT,
         metavar="DIR",
-        help=f"folder for sanitize.json and the logs of runs that are not green (default: {OUT})",
+        help=f"folder for sanitize.json and the logs of runs with faults (default: {OUT})",
     )
-    limit = "end a run after this many seconds"
+    limit = "seconds after which a run is killed"
     option(
         "--limit-seconds",
         type=float,
@@ -80,16 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"{limit} (default: {LIMIT_SECONDS:.0f})",
     )
-    option("--jobs", type=int, default=JOBS, metavar="N", help=f"runs at a time (default: {JOBS})")
+    option("--jobs", type=int, default=JOBS, metavar="N", help=f"parallel runs (default: {JOBS})")
     option(
         "--launch",
         metavar="OP",
-        help="only launch the kernels of one op: this runs under the tools",
+        help="launch the kernels of one op without compute-sanitizer, and exit",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 if all runs are green, else 1; raise ValueError on a bad request."""
+    """Return 0 if all runs are green, else 1; raise ValueError if an argument is invalid."""
     check_request(args)
     sanitizer, folder = find_sanitizer(), Path(args.out)
     tools, ops = args.tool or TOOLS, args.op or OPS
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         waiting = []
         for op, tool in pairs:
-            before = found.get(f"{op} {tool}", {})
-            if before.get("source") == sources[op] and before["verdict"] == "green":
+            previous = found.get(f"{op} {tool}", {})
+            if previous.get("source") == sources[op] and previous["verdict"] == "green":
                 print(f"{op:22} {tool:10} green already", flush=True)
                 verdicts.append("green")
                 continue
@@ -115,13 +115,13 @@ def run(args: argparse.Namespace) -> int:
             verdicts.append(result["verdict"])
             write(found, folder)
             print(line(result), flush=True)
-    finally:  # end the children together with this process
+    finally:  # kill the runs in progress if this process is stopped
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             end(process)
     bad = len(verdicts) - verdicts.count("green")
-    where = f" Their logs are in {folder}." if bad else ""
-    print(f"{len(verdicts)} runs, {bad} not green.{where}")
+    note = f" Their logs are in {folder}." if bad else ""
+    print(f"{len(verdicts)} runs, {bad} not green.{note}")
     return 1 if bad else 0
 
 
@@ -135,7 +135,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def source_of(op: str) -> str:
-    """Return a hash of what is launched: the op's sources and the files that launch it."""
+    """Return a hash of the op's sources and of the files that launch its kernels."""
     from mmfused.tools import sanitize_launches
 
     files = {Path(sanitize_launches.__file__), sanitize_launches.file_of(op)}
@@ -191,14 +191,14 @@ def sanitize(sanitizer: str, op: str, tool: str, folder: Path, limit: float) -> 
 
 
 def run_limited(command: list[str], log: Path, limit: float) -> int | None:
-    """Return the exit code; None where the limit ended the run and its children."""
-    settings = {
+    """Run the command; return its exit code, or None if it was killed after ``limit`` seconds."""
+    environment = {
         name: value for name, value in os.environ.items() if not name.startswith("MMFUSED_")
     }
-    settings["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=settings, start_new_session=True
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         running.add(process)
         try:
@@ -212,13 +212,13 @@ def run_limited(command: list[str], log: Path, limit: float) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill the process and its children: the program under the tool, and its compilers."""
+    """Kill the process and its children: the program that it checks, and compilers."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def judge(op: str, text: str, code: int | None, limit: float) -> dict:
-    """Return the verdict on one run's output, with the numbers behind it."""
+    """Return the verdict on the output of one run, and the counts that led to it."""
     rows = [row.removeprefix(MARK) for row in text.splitlines() if row.startswith(MARK)]
     launched = json.loads(rows[0]) if rows else None
     records, kernels = reports(text), own_kernels()
@@ -230,22 +230,20 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
         "device": launched and launched["device"],
         "errors": len(errors),
         "warnings": len(warnings),
-        "elsewhere": len(records) - len(ours),  # reports on kernels that are not this library's
+        "elsewhere": len(records) - len(ours),  # reports on kernels of other libraries
         "reports": list(dict.fromkeys([*errors, *warnings]))[:8],
     }
     verdict, note = "green", ""
     if op == CONTROL:
         if not errors:
             verdict = "failed"
-            note = (
-                "the tool did not report the faulty control kernel: it sees none of these kernels"
-            )
+            note = "the fault of the control kernel was not reported, so other faults may be missed"
     elif errors:
         verdict, note = "errors", errors[0].partition("\n")[0]
     elif code is None:
-        verdict, note = "hung", f"ended after {limit:g} s"
+        verdict, note = "hung", f"killed after {limit:g} s"
     elif "SUMMARY:" not in text:
-        verdict, note = "failed", f"compute-sanitizer gave no summary: {last_line(text)}"
+        verdict, note = "failed", f"compute-sanitizer printed no summary: {last_line(text)}"
     elif launched is None or code not in (0, ERRORS_FOUND):
         verdict = "failed"
         note = f"the launches did not finish, exit code {code}: {last_line(text)}"
@@ -253,7 +251,7 @@ def judge(op: str, text: str, code: int | None, limit: float) -> dict:
 
 
 def reports(text: str) -> list[str]:
-    """Return the tool's reports, each a title with its details, without banner and summary."""
+    """Return the reports in the tool's output, each with its details, without the summary."""
     found: list[str] = []
     for row in text.splitlines():
         matched = re.match(r"={9}( *)(.*)", row)
@@ -286,7 +284,7 @@ def last_line(text: str) -> str:
     return rows[-1].strip(" =") if rows else "nothing was printed"
 
 
-# ---- files, and what runs under the tools --------------------------------------------------------
+# ---- files and commands --------------------------------------------------------------------------
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -302,6 +300,7 @@ def write(found: dict[str, dict], folder: Path) -> None:
 
 
 def launch(op: str) -> int:
+    """Launch the kernels of ``op``, then print how often each was launched."""
     import torch
 
     from mmfused.tools import sanitize_launches
@@ -314,7 +313,7 @@ def launch(op: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools/sanitize.py", description="Every kernel under compute-sanitizer."
+        prog="tools/sanitize.py", description="Run every kernel under compute-sanitizer."
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -326,6 +325,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # On SIGTERM, exit through the finally blocks, which end the children.
+    # On SIGTERM, exit through the `finally` in run(), which kills the runs in progress.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -1,9 +1,9 @@
-"""Run the small launches of an op, or of a faulty kernel, for ``tools/sanitize.py``.
+"""Launch every kernel of an op, or a kernel with a fault, for ``tools/sanitize.py``.
 
 ``launches()`` in tests/<op>_launches.py yields calls that together launch every kernel of the op,
-forward and backward. Sizes are odd, so that every mask of a load is needed; options are those that
-select another kernel or another branch within one. On a GPU they run in bfloat16, and also in
-float32 where it has its own kernels; under ``TRITON_INTERPRET=1`` on the CPU, float16 replaces
+forward and backward. The sizes are small and fill no tile, so that every mask is needed. The
+options cover each kernel and the branches inside kernels. The dtype is bfloat16, and also float32
+if it has kernels of its own. On a CPU, which needs ``TRITON_INTERPRET=1``, float16 replaces
 bfloat16.
 """
 
@@ -89,7 +89,7 @@ def backward(outs: Tensor | tuple[Tensor, ...], *leaves: Tensor | None) -> None:
     torch.autograd.grad(outs, wanted, [torch.randn_like(out) for out in outs])
 
 
-# ---- a fault on purpose --------------------------------------------------------------------------
+# ---- a kernel with a fault -----------------------------------------------------------------------
 
 
 @triton.jit
@@ -98,9 +98,9 @@ def control_kernel(ptr):
 
 
 def control() -> Iterator[Callable[[], None]]:
-    """Write past the end of a buffer, which compute-sanitizer has to report.
+    """Yield a call that writes past the end of a buffer, which compute-sanitizer must report.
 
-    It never runs in the interpreter, where it would write into the memory of this process.
+    It is not allowed in the interpreter, where it would corrupt the memory of this process.
     """
     if DEVICE != "cuda":
         raise ValueError("--launch control needs a CUDA GPU: it writes past the end of a buffer")

@@ -1,7 +1,7 @@
-"""The choices that tools/choices.py measures, and the variants of each.
+"""The choices that tools/choices.py measures, and the variants of each choice.
 
-A variant is a provider of an op's benchmark and a context in which its calls run: another plan,
-another form, another router.
+A variant is a provider of the op's benchmark, with a context manager for its calls. The context
+manager replaces the plan or the form that the library chooses.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from ..benchmarks import run
 from .patching import replaced_plan
 
-LIBRARY = "the library's own"
-Wrap = Callable[[], contextlib.AbstractContextManager]
-Variants = dict[str, tuple[str, Wrap]]  # name -> provider of the op, context of its calls
+LIBRARY = "the library's plan"
+MakeContext = Callable[[], contextlib.AbstractContextManager]
+Variants = dict[str, tuple[str, MakeContext]]  # name -> provider, and the context of its calls
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of the library: the ``cases`` of ``op`` to measure, and the ``variants``.
+    """Something that the library chooses for ``op``, with the cases and variants to measure.
 
-    Without variants, the tiles of each case are varied (:func:`tile_variants`).
+    If ``variants`` is empty, the variants of a case are those of :func:`tile_variants`.
     """
 
     op: str
@@ -38,43 +38,43 @@ class Choice:
     variants: Variants
 
 
-# ---- forms, passes and backwards -----------------------------------------------------------------
+# ---- plans and forms -----------------------------------------------------------------------------
 
 
-def planned(op: str, change: Callable) -> Wrap:
-    """Replace the plans of ``op`` by ``change(plan, *arguments of plan())``."""
+def changed_plan(op: str, change: Callable) -> MakeContext:
+    """Return a context in which ``plan(*args)`` of ``op`` is ``change(plan(*args), *args)``."""
     return lambda: replaced_plan(op, change)
 
 
-def pooling_form(form: str) -> Wrap:
+def pooling_form(form: str) -> MakeContext:
     function = importlib.import_module("mmfused.ops.query_pooling.functional")
     return lambda: mock.patch.object(function, "cheaper_form", lambda *_: form)
 
 
-def pooling_passes(which: str, passes: str) -> Wrap:
-    """Read X once ("one") or twice in the forward or the backward, wherever that is possible."""
+def pooling_passes(which: str, passes: str) -> MakeContext:
+    """Return a context in which the forward or the backward reads X once, or ("two") twice."""
 
     def change(plan, rows, dim, dtype, arch, norm, *_):
         from mmfused.kernels.query_pooling import plans
 
-        hopper, wide_type = arch in (90, 100, 103), dtype == torch.float32
+        big_shared, float32 = arch in (90, 100, 103), dtype == torch.float32
         if passes == "one":
-            few = plans.Tile(16, 16 if rows <= 16 else 32, plans.column_chunk(dim), 8, 1)
-            tiles = {"onepass": few}
+            small = plans.Tile(16, 16 if rows <= 16 else 32, plans.column_chunk(dim), 8, 1)
+            tiles = {"onepass": small}
         else:
             kernels = ("logits", "pool") if which == "forward" else ("dlogits", "dx", "dq")
-            tiles = plans._two_reads(kernels, rows, hopper, wide_type, norm)
+            tiles = plans._two_reads(kernels, rows, big_shared, float32, norm)
         moments = {name: tile for name, tile in getattr(plan, which).items() if name == "moments"}
         return replace(plan, **{which: moments | tiles})
 
-    return planned("query_pooling", change)
+    return changed_plan("query_pooling", change)
 
 
-def loss_plan(**changes: Any) -> Wrap:
-    return planned("masked_info_nce", lambda plan, *_: replace(plan, **changes))
+def loss_plan(**changes: Any) -> MakeContext:
+    return changed_plan("masked_info_nce", lambda plan, *_: replace(plan, **changes))
 
 
-def cross_attention_form(form: str) -> Wrap:
+def cross_attention_form(form: str) -> MakeContext:
     def context():
         from mmfused.kernels.gated_cross_attention import plans
 
@@ -83,7 +83,7 @@ def cross_attention_form(form: str) -> Wrap:
     return context
 
 
-def by_name(op: str, *names: str) -> Callable[[], list]:
+def cases_named(op: str, *names: str) -> Callable[[], list]:
     return lambda: [case for case in run.load_op(op).cases("cuda", False) if case.name in names]
 
 
@@ -102,7 +102,7 @@ def pooling_choices() -> list[Choice]:
     names = ("fluid", "siglip-head", "bottleneck", "fluid-n512")
     return [
         Choice("query_pooling", "form", pooled, forms),
-        Choice("query_pooling", "passes", by_name("query_pooling", *names), passes),
+        Choice("query_pooling", "passes", cases_named("query_pooling", *names), passes),
     ]
 
 
@@ -115,30 +115,31 @@ def loss_choices() -> list[Choice]:
             for modalities in (1, 4)
         ]
 
-    ways = {way: ("fused", loss_plan(backward=way)) for way in ("owner", "chunked")}
+    backwards = {name: ("fused", loss_plan(backward=name)) for name in ("owner", "chunked")}
     chunks = {
         f"{size} MiB of dS": ("fused", loss_plan(chunk_bytes=size * 2**20))
         for size in (32, 128, 512, 2048)
     }
-    large = by_name("masked_info_nce", "clip-65536", "clip-65536-k4")
+    large = cases_named("masked_info_nce", "clip-65536", "clip-65536-k4")
     return [
-        Choice("masked_info_nce", "backward", sizes, ways),
+        Choice("masked_info_nce", "backward", sizes, backwards),
         Choice("masked_info_nce", "chunk", large, chunks),
     ]
 
 
 def choices() -> list[Choice]:
-    """Return every choice that the library makes by a rule or a table."""
+    """Return the choices that are measured if no tiles are requested."""
     plain = contextlib.nullcontext
     forms = {form: ("fused", cross_attention_form(form)) for form in ("epilogue", "block")}
-    layers = ("uniecs", "uniecs-missing", "uniecs-n50", "uniecs-n512")
+    attention = "gated_cross_attention"
+    layers = cases_named(attention, "uniecs", "uniecs-missing", "uniecs-n50", "uniecs-n512")
     routers: Variants = {"triton": ("fused", plain), "C++": ("fused C++", plain)}
     logits = ("logits-16384", "logits-16384-s3", "logits-8192-e128")
-    routed = by_name("topk_routing", *logits, "fluid-512", "x-32768-e128")
+    routed = cases_named("topk_routing", *logits, "fluid-512", "x-32768-e128")
     return [
         *pooling_choices(),
         *loss_choices(),
-        Choice("gated_cross_attention", "form", by_name("gated_cross_attention", *layers), forms),
+        Choice(attention, "form", layers, forms),
         Choice("topk_routing", "router", routed, routers),
     ]
 
@@ -147,30 +148,30 @@ def choices() -> list[Choice]:
 
 
 def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) -> Variants:
-    """Return variants that each change one field of one tile that this case's launches use."""
-    problem, seen = op.make(case, settings.device, settings.dtype), {}
+    """Return variants that each change one field of one of the tiles in the case's plans."""
+    problem, tiles = op.make(case, settings.device, settings.dtype), {}
 
-    def note(plan, *arguments):
+    def collect(plan, *arguments):
         for path, tile in tiles_of(plan, arguments):
-            seen.setdefault(path, tile)
+            tiles.setdefault(path, tile)
         return plan
 
     provider = op.PROVIDERS["fused"](case, settings.device, settings.dtype).load(problem.parameters)
-    with planned(name, note)():
+    with changed_plan(name, collect)():
         provider.both(tuple(problem.inputs.values()), problem.upstream)
     variants: Variants = {LIBRARY: ("fused", contextlib.nullcontext)}
-    for path, tile in seen.items():
+    for path, tile in tiles.items():
         for field, value in neighbours(tile):
             label = f"{'.'.join(path)}: {field} {getattr(tile, field)} -> {value}"
             change = functools.partial(with_field, path, field, value)
-            variants[label] = ("fused", planned(name, change))
+            variants[label] = ("fused", changed_plan(name, change))
     return variants
 
 
 def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
-    """Return (path, tile) of all tiles of a plan.
+    """Return (path, tile) of all tiles in a plan, where ``path`` is a field and perhaps a key.
 
-    If a plan is itself a tile (grouped_mlp), its path is its kind, the first argument of plan().
+    In grouped_mlp a plan is a single tile, whose path is the first argument of plan().
     """
     if hasattr(plan, "num_warps"):
         return [((str(arguments[0]),), plan)]
@@ -185,20 +186,20 @@ def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def neighbours(tile: Any) -> list[tuple[str, int]]:
-    """Return half and double each size and the number of warps, and one stage more or less."""
+    """Return (field, value) with halved or doubled sizes and warps, or one stage more or less."""
     found = []
     for name, value in asdict(tile).items():
         if name == "num_stages":
-            found += [(name, near) for near in (value - 1, value + 1) if near >= 1]
+            found += [(name, new) for new in (value - 1, value + 1) if new >= 1]
         elif name == "num_warps":
-            found += [(name, near) for near in (value // 2, 2 * value) if 1 <= near <= 16]
+            found += [(name, new) for new in (value // 2, 2 * value) if 1 <= new <= 16]
         elif name.startswith("B") and value:
-            found += [(name, near) for near in (value // 2, 2 * value) if near >= 16]
+            found += [(name, new) for new in (value // 2, 2 * value) if new >= 16]
     return found
 
 
 def with_field(path: tuple[str, ...], name: str, value: int, plan: Any, *arguments: Any) -> Any:
-    """Return the plan with one field of the tile at ``path`` changed, if it has that tile."""
+    """Return the plan with one field of the tile at ``path`` changed, if the plan has that tile."""
     tile = dict(tiles_of(plan, arguments)).get(path)
     if tile is None:
         return plan

@@ -39,7 +39,7 @@ extern "C" int simt_forward(void* const* at, const int64_t* number, float jitter
                   static_cast<int*>(at[11]),  static_cast<int*>(at[12]),    static_cast<int*>(at[13]),
                   static_cast<int*>(at[14]),  static_cast<float*>(at[15]),  int(rows / 16 + r.experts),
                   tile_rows(rows, r.experts)};
-  if (why_not(r.tokens, r.experts, r.choices, r.segments) != nullptr) return -1;
+  if (expected_shape(r.tokens, r.experts, r.choices, r.segments) != nullptr) return -1;
   const Plan p = plan(r.tokens, r.experts, r.segments, r.balance, number[10]);
   std::vector<int> ints(p.ints + 1, -1);
   std::vector<float> floats(p.floats + 1, NAN);
