@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     With several ranks, an error on one rank is raised on all ranks. The other ranks raise
     ``ranks.OtherRankError``, whose message contains the error.
 
-    A ValueError, FileNotFoundError or FileExistsError is raised before any file is changed.
+    The settings, the data and the folder are checked before any file is changed.
 
     Args:
         config: the settings.
@@ -65,8 +65,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: the data cannot be used, the backend is not available, a checkpoint was written
             with other settings or data, or ranks differ in settings, data or numbers of steps.
         FileNotFoundError: a data folder is missing.
-        FileExistsError: ``config.out`` holds files that no run made, a run that another process
-            writes to, or a run that neither ``overwrite`` nor ``resume`` allows to change.
+        FileExistsError: ``config.out`` holds files that no run made or a run that another process
+            writes to, or it holds a run and neither ``overwrite`` nor ``resume`` is set.
         RuntimeError: the loss is not finite, or files that the run wrote are missing at the end.
         Stopped: SIGTERM or SIGINT was received in the main thread, and a checkpoint was saved.
     """
