@@ -129,7 +129,7 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
-def test_extreme_values(case, scale, dtype):
+def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
     """A symmetric loss has 33 queries and 41 candidates, so the last 8 candidates have no query.
 
     Four batches are compared together: if few logits dominate, the error of one batch is random.
@@ -147,7 +147,7 @@ def test_extreme_values(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Append a floor to each result: if a gradient cancels, its error is relative to this.
+            # Append a floor, to which the errors of gradients that cancel are relative.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
@@ -213,11 +213,8 @@ def test_the_loss_of_n_identical_embeddings_is_log_n(n):
         dict(candidate_id=[1] * 5, same_id="sum"),
     ],
 )
-def test_rows_without_negatives(options, backend):
-    """Rows without negatives have a loss of exactly 0, plus the positive term.
-
-    The mean counts them. Every second row has a key that no other row has.
-    """
+def test_rows_without_negatives_have_a_loss_of_exactly_zero(options, backend):
+    """Every second row has a unique key. The mean counts such rows, which keep a positive term."""
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
     inputs = make(n, n, keys="one", **options) | dict(query_key=key, candidate_key=key)
@@ -249,7 +246,7 @@ def test_odd_sizes(b, c, monkeypatch):
         assert_close(run(inputs), run(inputs, "reference"), tolerance)
 
 
-@pytest.mark.parametrize("scale", [35.9, 39.9])  # below and above the limit of a common shift
+@pytest.mark.parametrize("scale", [35.9, 39.9])  # shift by one number; shift by row and column
 def test_large_upstream_gradients_do_not_overflow(scale):
     """All logits are at their lower bound, where exp(bound - logit) is largest."""
     inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
@@ -344,7 +341,7 @@ print("done")
 
 
 def run_python(code):
-    """Run in a new process without Triton's interpreter, a GPU or the backend set here."""
+    """Run ``code`` in a new process, without a GPU, TRITON_INTERPRET and MMFUSED_BACKEND."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMFUSED_BACKEND")}
     env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

@@ -97,7 +97,7 @@ def test_large_scales(tiles, scale):
         assert all(value.isfinite().all() for value in got.values())
 
 
-def test_rows_without_negatives(tiles):
+def test_rows_without_negatives_have_a_loss_of_exactly_zero(tiles):
     """Each of the first 20 rows has a unique key; its loss and gradients are exactly 0."""
     key = torch.cat((torch.arange(20), torch.full((17,), 30), torch.full((16,), 31)))
     options = dict(candidate_key=key, symmetric=True, reduction="none")
@@ -248,7 +248,7 @@ def test_plans_stay_within_their_memory_limits():
 @pytest.mark.parametrize("kind", ["owner", "chunked", "composed"])
 @pytest.mark.parametrize("only", [0, 1])
 def test_no_gradient_is_computed_for_a_constant_side(monkeypatch, kind, only):
-    """The other side's gradient does not change by a bit."""
+    """The gradient of the other side is bitwise unchanged."""
     if kind != "composed":
         small_tiles(monkeypatch, kind)
     results, name = [], "info_nce_sweep_bwd" + ("_composed" if kind == "composed" else "")

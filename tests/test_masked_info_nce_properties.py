@@ -24,7 +24,7 @@ def test_masking_a_candidate_equals_deleting_it(by, value, backend):
     inputs = make(
         keys="none" if by == "id" else "three", symmetric="symmetric" in by, label_smoothing=0.1
     )
-    if by == "id":  # every row is of item 7
+    if by == "id":  # every query has the id 7
         inputs |= dict(
             query_id=torch.full((B,), 7, device=DEVICE),
             candidate_id=torch.arange(100, 100 + C, device=DEVICE),
@@ -121,9 +121,9 @@ def test_the_block_size_does_not_change_the_result(keys, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_sums(symmetric, temperature):
-    """The gradients of a row's logits sum to 0; in a symmetric loss, those of all rows do.
+    """The gradients of each row's logits sum to 0. In a symmetric loss, only the total is 0.
 
-    The gradient of an added constant dimension is that sum, up to a factor.
+    The gradient of an added constant dimension is the sum of a row, up to a factor.
     """
     inputs = make(
         keys="three",
@@ -256,7 +256,7 @@ def test_reset_parameters_restores_a_learned_temperature_after_to_empty():
 def test_a_masked_non_finite_candidate_gets_a_gradient_of_zero(backend, value, mask):
     q, c = torch.randn(2, 4, requires_grad=True), torch.randn(4, 4)
     c[2, 1] = value
-    # Candidate 2 is masked: no query has key 7, and its id equals both queries' ids.
+    # Candidate 2 is masked, because no query has its key 7 or because both queries have its id.
     vector = torch.tensor([0, 0, 7, 0]) if mask == "candidate_key" else None
     keys = {"candidate_key": vector}
     if mask == "candidate_id":

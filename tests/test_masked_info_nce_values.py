@@ -53,7 +53,7 @@ def test_kernels_never_read_unwritten_memory(
 
 
 def large(kind, seed):
-    """Return inputs with logits up to 10^4; ``kind`` is the kind of embeddings."""
+    """Return inputs with logits up to 10^4; ``kind`` selects the embeddings."""
     inputs = make(33, 41, 24, scale=1e4, seed=seed)
     query, candidate = inputs["query"], inputs["candidate"]
     if kind == "long rows":

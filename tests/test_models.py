@@ -111,7 +111,7 @@ def test_model_agrees_with_the_equations(options, backend):
 
 
 def test_q_transform_agrees_with_multihead_attention():
-    """The output equals nn.MultiheadAttention's with the same weights.
+    """The output equals that of nn.MultiheadAttention with the same weights.
 
     The transcription reads the projections by name, so it cannot reveal swapped names.
     """

@@ -181,7 +181,7 @@ def test_casts_and_older_states_do_not_change_the_margin():
 
 
 def test_a_new_model_computes_the_same_as_its_host():
-    """With expert noise, the outputs are close to the host's; the host's state can be loaded."""
+    """With expert noise, the outputs are close to those of the host."""
     dense = tiny(without=("moe",)).double()
     part, rows = without_labels(batch()["query"]), []
     rows.append(dense.embed(VIEWS, **part))
@@ -427,7 +427,7 @@ def test_frozen_parts_do_not_change(part):
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_components_change_the_computation(name):
+def test_removing_a_component_changes_the_loss(name):
     outputs, rows = [], []
     for without in ((), (name,)):
         model, parts = random_model(without=without, temperature=0.05), batch()

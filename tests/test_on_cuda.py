@@ -259,7 +259,7 @@ def test_info_nce_of_32768_pairs_needs_less_than_a_gigabyte():
 
 @needs_cuda
 def test_pooling_never_stores_keys_or_values():
-    """The keys alone would be as large as x, and so would the values."""
+    """The keys alone would be as large as x."""
     problem = pooling()(False).to(HALF)
     with mmfused.backend("fused"):
         assert peak_bytes(lambda: problem.module(**problem.inputs)) < problem.inputs["x"].nbytes / 2

@@ -41,7 +41,7 @@ INSTALLED = ("wheel", "sdist", "editable")
 
 
 def run(*arguments: object, cwd: Path, pythonpath: tuple[Path, ...] = (), **variables: str) -> str:
-    """Return the standard output of `python *arguments` in `cwd`; a failure shows all output."""
+    """Run `python *arguments` in `cwd` and return its standard output."""
     settings = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
     environment = {
         name: value
@@ -88,7 +88,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(clone, tmp_path_factory) -> dict[str, Path]:
-    """Build wheels without a network: the clone's, its sdist's and an editable one."""
+    """Build a wheel of the clone, a wheel of its sdist and an editable wheel, without a network."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools installed")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:

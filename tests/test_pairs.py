@@ -9,7 +9,7 @@ from mmfused.data.pairs import hard_negatives, rows_by_label
 
 
 class Rows:
-    """A labelled data set; each pixel value is the number of its row."""
+    """A labeled data set in which all pixels of a picture have the number of the row."""
 
     def __init__(self, labels, coarse=None, first=0):
         self.labels, self.coarse_labels, self.first = labels, coarse, first
@@ -78,7 +78,7 @@ def test_products_replace_rows_as_candidates(collate):
         assert (batch["negative"]["labels"][labels == 3] == 5).all()
 
 
-def test_a_batch_larger_than_the_number_of_labels_repeats_all_equally(collate):
+def test_a_batch_larger_than_the_number_of_labels_repeats_all_labels_equally(collate):
     batch = next(PairBatches(Rows(LABELS, COARSE), collate, 8).stream())
     assert batch["query"]["labels"].bincount().tolist() == [2, 2, 0, 2, 2]
 

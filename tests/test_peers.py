@@ -1,4 +1,4 @@
-"""tools/peers.py reports differing tests of other packages, and missing checkouts."""
+"""tools/peers.py reports tests of other packages that mmfused breaks, and missing checkouts."""
 
 import importlib.util
 import sys
@@ -74,7 +74,7 @@ def checkouts(tmp_path):
     return tmp_path
 
 
-def test_a_difference_is_reported_unless_it_is_an_exception(peers, checkouts, monkeypatch, capsys):
+def test_a_broken_test_is_reported_unless_it_is_an_exception(peers, checkouts, monkeypatch, capsys):
     suites = [
         peers.Suite("small", "checkout", ("tests",)),
         peers.Suite("other", "lost", ("tests",)),
@@ -111,7 +111,7 @@ def test_running_no_op_and_passing_no_test_are_faults(peers, monkeypatch, tmp_pa
         assert peers.compare(suite, tmp_path, tmp_path, 0)[1] == [f"small, fuse: {fault}"]
 
 
-def test_a_test_that_fails_only_once_does_not_count_as_different(peers, monkeypatch, tmp_path):
+def test_a_test_that_fails_only_once_does_not_count_as_broken(peers, monkeypatch, tmp_path):
     suite, runs = peers.Suite("small", "checkout", ("tests",)), iter(["passed", "failed", "passed"])
     note = lambda outcome: {"outcome": outcome, "calls": 1, "failure": ""}  # noqa: E731
     monkeypatch.setattr(peers, "run", lambda *args: {"t": note(next(runs))})

@@ -1,4 +1,4 @@
-"""Loading a pretrained folder runs no code, opens no other files and bounds memory."""
+"""Loading a pretrained folder runs no code, opens no other files and allocates little memory."""
 
 import json
 import pickle

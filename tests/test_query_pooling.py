@@ -164,7 +164,7 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_common_mean(factor, mean):
-    """The logits are in the thousands, or the tokens have a common mean that the norm removes."""
+    """The logits are in the thousands, or the tokens have a common mean, which the norm removes."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
@@ -391,7 +391,7 @@ def test_offsets_are_64_bit():
     from mmfused.kernels.tiles import load_tokens
 
     if CUDA:
-        pytest.skip("the interpreter runs load_tokens; a GPU would need memory for all of x")
+        pytest.skip("tested in the interpreter, which runs the same source")
     import triton
     import triton.language as tl
 

@@ -207,9 +207,9 @@ def test_the_mask_equals_dropout_mask(dtype, backend, form):
 
 
 def test_the_mask_is_random():
-    """Kept shares and correlations deviate from chance by less than 5 standard deviations.
+    """Shares and correlations are within 5 standard deviations of the expected values.
 
-    The correlations are between neighbors, streams and seeds.
+    The correlations are those of neighbors, streams and seeds.
     """
     shape, p = (40, 3, 7, 301), 0.2
     mask = dropout_mask(seed(0), shape, p)

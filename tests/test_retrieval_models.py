@@ -17,7 +17,7 @@ import mmfused
 from mmfused.models.retrieval import VIEWS
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 
-# MOON2.0 computes its balance loss for each forward pass, which differs with GradCache or ranks.
+# MOON2.0's balance loss depends on the forward pass, so it differs with GradCache and with ranks.
 EXACT = {"moon2": {"without": ("balance",)}}
 
 

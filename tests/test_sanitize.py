@@ -1,4 +1,4 @@
-"""tools/sanitize.py: its launches reach every kernel, and it judges compute-sanitizer's output."""
+"""tools/sanitize.py launches every kernel and evaluates the output of compute-sanitizer."""
 
 import contextlib
 import json

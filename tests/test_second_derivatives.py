@@ -1,4 +1,4 @@
-"""Second derivatives of attention, which the backwards of torch's fused attention do not have."""
+"""Second derivatives of attention, which torch's fused attention does not provide."""
 
 import pytest
 import torch

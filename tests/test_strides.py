@@ -106,8 +106,8 @@ VARIANTS = {
         dict(activation="gelu"),
     ],
 }
-# Arguments that cannot be expanded: a permutation and what describes it, and a tensor that is
-# written in place.
+# Arguments that cannot be expanded: permutations with their counts, and a tensor that is written
+# in place.
 NOT_EXPANDED = (
     "routing.indices",
     "routing.order",

@@ -341,7 +341,7 @@ def test_each_segment_is_balanced_by_itself():
 @pytest.mark.parametrize("rows", [128, 1], ids=["one step", "a step each"])
 @pytest.mark.parametrize("masked", [0.0, 0.3, 1.0])
 def test_order_of_a_routing_from_indices(monkeypatch, masked, rows):
-    """Several blocks of tokens are scanned in one step or in one step each.
+    """Several blocks of tokens are scanned, either together or one by one.
 
     A token may choose an expert twice, and some experts get no tokens.
     """
@@ -511,7 +511,7 @@ def test_jitter_is_bitwise_equal_to_plain_pytorchs():
 def test_offsets_are_64_bit():
     """load_logits reads elements far beyond the first 2^31."""
     if CUDA:
-        pytest.skip("tested in the interpreter, with virtual memory that is hardly used")
+        pytest.skip("tested in the interpreter, which runs the same source")
     import triton
     import triton.language as tl
 

@@ -107,7 +107,7 @@ ROWS = {
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_non_finite_row_affects_only_its_token_and_its_segments_losses(score, balance, backend):
-    """With balance "mse", it also affects the gradients of its segment, as in the reference."""
+    """With balance "mse", the row also affects the gradients of its segment."""
     segments, together = (torch.arange(20) % 3 == 0).long().to(DEVICE), Tables()
     for row, renormalize in itertools.product(ROWS.values(), (True, False)):
         leaves = make_logits(20, 7)

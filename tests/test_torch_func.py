@@ -100,7 +100,7 @@ def test_vmap_of_grad_through_routing_from_indices():
 
 
 def test_a_vectorized_jacobian_equals_a_loop():
-    """vmap is applied only to the backward of the composed path, not to its forward."""
+    """PyTorch applies vmap only to the backward of the composed path, not to its forward."""
     module, make = case("experts")
     (x,), _ = make(2, 3)
     jacobian = torch.autograd.functional.jacobian

@@ -127,7 +127,7 @@ def test_the_same_seed_gives_bitwise_equal_losses(products, tmp_path):
 
 
 @pytest.mark.parametrize("modalities", ["both", "image", "text"])
-def test_reference_and_composed_give_the_same_losses(products, tmp_path, modalities):
+def test_reference_and_composed_give_close_losses(products, tmp_path, modalities):
     for backend in ("reference", "composed"):
         train(
             TrainConfig(
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss(products, tmp_path):
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
 
 
-def test_a_run_that_fails_at_the_end_cannot_be_loaded_but_resumed(products, tmp_path, monkeypatch):
+def test_a_run_that_fails_at_the_end_can_be_resumed_but_not_loaded(products, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("disk full")
 

@@ -40,7 +40,7 @@ def random_model(**options) -> UniECS:
 
 
 def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
-    """Return precomputed tokens, with texts of unequal lengths; items 0 and 3 are one product."""
+    """Return precomputed tokens of texts of unequal lengths; items 0 and 3 have the same label."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, rows + 1, (batch,), generator=generator)
     lengths[list(no_text)] = 0
@@ -142,7 +142,7 @@ def test_model_agrees_with_the_equations(options):
 
 
 def test_self_attention_agrees_with_multihead_attention():
-    """The output equals nn.MultiheadAttention's with the same weights.
+    """The output equals that of nn.MultiheadAttention with the same weights.
 
     The transcription reads the projections by name, so it cannot reveal swapped names.
     """
@@ -299,7 +299,7 @@ def test_a_view_depends_only_on_its_modalities():
     assert torch.equal(before["image"], other["image"]) and not torch.allclose(
         before["text"], other["text"]
     )
-    # If an item has one modality, "both" equals the view of that modality.
+    # If an item has only one modality, "both" equals the view of that modality.
     assert torch.allclose(before["both"][2], before["image"][2]) and torch.allclose(
         before["both"][1], before["text"][1]
     )

@@ -79,7 +79,7 @@ def items(seed: int, labels, frames=()) -> dict:
 
 
 def batch(frames=(), negatives=True) -> dict:
-    """Return a batch; queries 0 and 4 have the same product, and so have negative 5 and query 1."""
+    """Return a batch; queries 0 and 4 have the same product, as do negative 5 and query 1."""
     parts = {
         "query": items(1, [7, 1, 2, 3, 7, 5], frames),
         "candidate": items(2, [7, 1, 2, 3, 7, 5], frames),
@@ -360,7 +360,7 @@ def test_frozen_parts_do_not_change():
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_components_change_the_computation(name):
+def test_removing_a_component_changes_the_loss(name):
     stage, losses, rows = 1 if name == "dual" else 2, [], []
     for without in ((), (name,)):
         model, parts = random_model(stage=stage, without=without), batch()
@@ -378,7 +378,7 @@ def test_presets_have_the_sizes_of_the_host(name):
     config = UNITEConfig.preset(name, tokens=TOKENS)
     with torch.device("meta"):
         model = UNITE(config)
-    # Qwen2-VL-2B with a tied head.
+    # The size of Qwen2-VL-2B with a tied head.
     assert 2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9
     assert model.picture_size == 448 and config.temperature == 0.03 and config.stage == 2
     assert config.same_id == ("sum" if name == "code" else "drop")

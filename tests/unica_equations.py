@@ -243,7 +243,7 @@ def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
 
 
 def token_batch() -> dict:
-    """Return a batch; queries 0 and 4 have the same product, and so have negative 5 and query 1."""
+    """Return a batch; queries 0 and 4 have the same product, as do negative 5 and query 1."""
     return {
         "query": token_part(2, labels=[0, 1, 2, 3, 0, 5]),
         "candidate": token_part(3, labels=[0, 1, 2, 3, 0, 5]),

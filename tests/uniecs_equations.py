@@ -152,7 +152,7 @@ def separate(p, image, text):
 
 
 def embeddings(p, items, c):
-    """Return the image, text and fused embeddings (B, 3, D), and (has image, has text) by item."""
+    """Return the image, text and fused embeddings (B, 3, D), and pairs (has image, has text)."""
     rows, flags = [], []
     for i in range(len(items["labels"])):
         image, text = items["image_tokens"][i], items["text_tokens"][i]
