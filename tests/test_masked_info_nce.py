@@ -27,7 +27,7 @@ KEYS, IDS = ("none", "one", "three", "many"), (None, "drop", "mean", "sum")
 # ---- the definition ------------------------------------------------------------------------------
 
 
-LITERAL = {
+DEFINITION_CASES = {
     "plain": dict(target=True, weight=True, positive_weight=0.7),
     "keys": dict(keys="many", symmetric=True),
     "default query keys": dict(keys="three", target=True, label_smoothing=0.2, reduction="none"),
@@ -38,9 +38,9 @@ LITERAL = {
 }
 
 
-@pytest.mark.parametrize("case", LITERAL)
+@pytest.mark.parametrize("case", DEFINITION_CASES)
 def test_reference_equals_the_definition_in_loops(case):
-    inputs = make(6, 8, 4, **LITERAL[case])
+    inputs = make(6, 8, 4, **DEFINITION_CASES[case])
     upstream = torch.randn(
         6 if inputs.get("reduction") == "none" else (), dtype=torch.float64, device=DEVICE
     )
@@ -86,7 +86,7 @@ def test_these_temperatures_reach_both_code_paths():
     assert composed._safe_shift(q, c, c[:, 0] * math.nan, torch.tensor(1.0)) is None
 
 
-BUDGET = {
+BUDGET_CASES = {
     "plain": dict(symmetric=True),
     "keys": dict(keys="three", symmetric=True, weight=True, positive_weight=0.5),
     "ids": dict(same_id="mean", target=True, label_smoothing=0.1),
@@ -95,10 +95,10 @@ BUDGET = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-@pytest.mark.parametrize("case", BUDGET)
+@pytest.mark.parametrize("case", BUDGET_CASES)
 def test_lower_precisions_stay_within_the_budget(case, temperature, dtype, monkeypatch):
     monkeypatch.setattr(composed, "BLOCK_BYTES", 64 * 4 * 150)
-    inputs = make(130, 150, 40, dtype, temperature=temperature, **BUDGET[case])
+    inputs = make(130, 150, 40, dtype, temperature=temperature, **BUDGET_CASES[case])
     upstream = torch.randn((), device=DEVICE)
     exact, plain = (
         run(cast(inputs, torch.float64), "reference", upstream),

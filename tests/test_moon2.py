@@ -376,13 +376,13 @@ def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[
     ]
 
 
-def distance(a, b):
+def largest_error(a, b):
     return max(relative_error(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_composed_backend_trains_like_the_reference():
     expected = train("reference", 30)
-    assert distance(train("composed", 30), expected) < 1e-8
+    assert largest_error(train("composed", 30), expected) < 1e-8
     assert expected[0][-5:, 0].mean() < 0.9 * expected[0][:5, 0].mean()
     for changed in (
         {"intra_temperature": 0.404},
@@ -396,7 +396,7 @@ def test_the_composed_backend_trains_like_the_reference():
 
 def test_the_fused_backend_trains_like_the_reference():
     small = {"dtype": torch.float32, "rows": 2, "negatives": False}
-    assert distance(train("fused", 2, **small), train("reference", 2, **small)) < 1e-4
+    assert largest_error(train("fused", 2, **small), train("reference", 2, **small)) < 1e-4
 
 
 def test_autocast_keeps_the_losses_in_float32():

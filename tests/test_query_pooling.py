@@ -91,7 +91,7 @@ def check_budget(inputs, heads):
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
     """Run the plans for 16 bits on float32 inputs: 16-bit rounding could hide errors."""
     if CUDA:
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+        pytest.skip("a 16-bit plan may not fit a GPU in float32; the interpreter runs it")
     use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=norm, padding=padding, dtype=torch.float32)
     check_budget(inputs, heads)

@@ -127,7 +127,7 @@ def check_budget(inputs, heads, p=P):
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
     if CUDA:
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+        pytest.skip("a 16-bit plan may not fit a GPU in float32; the interpreter runs it")
     use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=norm, padding="mask", dtype=torch.float32)
     check_budget(inputs, heads)

@@ -53,7 +53,7 @@ def test_a_common_mean_does_not_reduce_accuracy(shape, padding, backend, form, d
 @pytest.mark.parametrize("shape", ["one pass", "row blocks"])
 def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, mean):
     if DEVICE == "cuda":
-        pytest.skip("16-bit plans need not fit a card in float32; the interpreter runs them")
+        pytest.skip("a 16-bit plan may not fit a GPU in float32; the interpreter runs it")
     use_half_precision_plan(monkeypatch, arch)
     inputs, heads = make(shape, norm=True, padding="mask", dtype=torch.float32)
     check_budget(shifted(inputs, mean), heads, "fused", "absorbed")

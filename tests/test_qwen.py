@@ -77,7 +77,7 @@ def items(*shape) -> dict:
     }
 
 
-def read(model, batch, view="both", **given):
+def run_host(model, batch, view="both", **given):
     video = batch["pixel_values"].ndim == 5
     pictures, grid = qwen.picture_tokens(model, batch["pixel_values"], batch["image_present"])
     words = (batch["input_ids"], batch["attention_mask"], batch["image_present"])
@@ -194,7 +194,7 @@ def test_without_masks_all_tokens_and_pictures_are_used():
 def test_hidden_states_agree_with_the_hosts_own_forward(kind, shape, view):
     """The host's forward computes positions and inserts pictures itself, for one item at a time."""
     model, batch = host(kind), items(*shape)
-    sequence, states = read(model, batch, view)
+    sequence, states = run_host(model, batch, view)
     for i in range(5):
         ids = torch.tensor(
             [
@@ -225,7 +225,7 @@ def test_hidden_states_agree_with_the_hosts_own_forward(kind, shape, view):
 def test_a_batch_without_pictures_trains():
     model, batch = host().train(), items()
     batch["image_present"][:], batch["pixel_values"][:] = False, float("nan")
-    read(model, batch)[1][:, -1].square().sum().backward()
+    run_host(model, batch)[1][:, -1].square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert name.startswith("language_model") or not parameter.grad.any(), name
@@ -234,7 +234,7 @@ def test_a_batch_without_pictures_trains():
 def test_only_present_pictures_have_gradients():
     model, batch = host(), items()
     batch["pixel_values"] = batch["pixel_values"].nan_to_num(5.0).requires_grad_()
-    read(model, batch)[1][:, -1].square().sum().backward()
+    run_host(model, batch)[1][:, -1].square().sum().backward()
     assert batch["pixel_values"].grad.flatten(1).any(1).tolist() == batch["image_present"].tolist()
 
 
@@ -310,7 +310,7 @@ def test_saved_hosts_load_with_the_same_weights(tmp_path, kind, name, part):
     rebuilt.load_state_dict(loaded.state_dict())
     batch = items()
     assert torch.equal(
-        read(rebuilt.double().eval(), batch)[1], read(loaded.double().eval(), batch)[1]
+        run_host(rebuilt.double().eval(), batch)[1], run_host(loaded.double().eval(), batch)[1]
     )
 
 
@@ -387,7 +387,7 @@ def test_other_model_types_are_refused(tmp_path):
 )
 def test_bad_inputs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        read(host(), {**items(), **changes})
+        run_host(host(), {**items(), **changes})
 
 
 def test_videos_require_qwen2_vl():

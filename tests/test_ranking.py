@@ -14,20 +14,24 @@ from mmfused.training.retrieval_metrics import (
 )
 
 
-def ranks_by_sorting(query, candidate, labels, theirs, within_queries):
+def ranks_by_sorting(query, candidate, labels, candidate_labels, within_queries):
     ranks, nearest = [], []
     for i, q in enumerate(query.tolist()):
         found = []
         for j, c in enumerate(candidate.tolist()):
             if not (within_queries and i == j):
                 found.append(
-                    (-sum(a * b for a, b in zip(q, c, strict=True)), labels[i] == theirs[j], j)
+                    (
+                        -sum(a * b for a, b in zip(q, c, strict=True)),
+                        labels[i] == candidate_labels[j],
+                        j,
+                    )
                 )
         found.sort()  # among equal scores, irrelevant candidates come first
         ranks.append(
             next((place for place, (_, relevant, _) in enumerate(found, 1) if relevant), None)
         )
-        nearest.append(theirs[found[0][2]])
+        nearest.append(candidate_labels[found[0][2]])
     return ranks, nearest
 
 
@@ -36,15 +40,17 @@ def test_scores_equal_ranks_by_sorting(within_queries, monkeypatch):
     monkeypatch.setattr("mmfused.training.retrieval_metrics.ROWS", 4)
     n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
     queries = items(n, labels)
-    theirs = labels if within_queries else [0, 1, 2, 3, 0, 6, 2]
-    candidates = queries if within_queries else items(c, theirs)
+    candidate_labels = labels if within_queries else [0, 1, 2, 3, 0, 6, 2]
+    candidates = queries if within_queries else items(c, candidate_labels)
     pairs = retrieval_scores(queries, None if within_queries else candidates)
     assert len(pairs) == 9
     for name, pair in pairs.items():
         query, candidate = (
             side[view] for side, view in zip((queries, candidates), name.split("->"), strict=True)
         )
-        ranks, nearest = ranks_by_sorting(query, candidate, labels, theirs, within_queries)
+        ranks, nearest = ranks_by_sorting(
+            query, candidate, labels, candidate_labels, within_queries
+        )
         kept = [rank for rank in ranks if rank is not None]
         assert pair["queries"] == len(kept) and pair["unanswerable"] == ranks.count(None) > 0
         for k in (1, 5, 10):

@@ -20,7 +20,7 @@ from mmfused.library import INTERPRETED
 from mmfused.tools import sanitize, sanitize_launches
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHED = 'launched {"device": "a card", "launches": {"forward.sweep_kernel": 3}}'
+LAUNCHED = 'launched {"device": "some GPU", "launches": {"forward.sweep_kernel": 3}}'
 RACE = """\
 ========= Error: Race reported between Write access at rows_kernel+0x2d0 in rows.py:168
 =========     and Read access at rows_kernel+0x3f0 in rows.py:172 [32 hazards]
@@ -96,7 +96,7 @@ def sanitized(tmp_path, *words) -> tuple[int, dict]:
 
 @pytest.mark.skipif(
     not INTERPRETED,
-    reason="the kernels run on the GPU here; the interpreter records the launches of a CPU",
+    reason="the launches are recorded in Triton's interpreter",
 )
 def test_launches_reach_every_kernel():
     """The launches reach every kernel of ``mmfused inspect`` and every kernel in the sources."""
@@ -131,7 +131,7 @@ def test_launch_prints_one_line_of_json_at_the_end(monkeypatch, capsys):
     assert "launch: got 'nothing', expected one of query_pooling" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error occurs only without a GPU")
 def test_launching_needs_a_gpu_or_the_interpreter():
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [
@@ -159,7 +159,7 @@ def test_a_green_run_is_not_repeated_until_the_source_changes(fake, tmp_path, mo
     ]
     assert calls(tmp_path) == sorted(expected) == sorted(found)
     assert found["grouped_mlp memcheck"]["launches"] == {"forward.sweep_kernel": 3}
-    assert found["grouped_mlp memcheck"]["device"] == "a card"
+    assert found["grouped_mlp memcheck"]["device"] == "some GPU"
     assert not list((tmp_path / "out").glob("*.log"))
 
     assert sanitized(tmp_path, *words) == (0, found) and calls(tmp_path) == []
@@ -230,7 +230,7 @@ def test_a_run_that_hangs_is_terminated(fake, tmp_path):
 
 @pytest.mark.skipif(
     not Path("/proc/self").exists(),
-    reason="looks for processes in /proc, which this system does not have",
+    reason="the test finds processes in /proc",
 )
 def test_terminating_the_program_terminates_its_runs(fake, tmp_path):
     fake("query_pooling", "memcheck", "busy", seconds=61)

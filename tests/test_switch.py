@@ -140,15 +140,15 @@ def test_generators_that_end_out_of_order_restore_the_default():
 WIDTH = 16
 
 
-def pooled(x):
+def pool(x):
     return mmfused.query_pooling(x[None], x[:3], x[:WIDTH], x[:WIDTH], num_heads=2)
 
 
-def contrasted(x):
+def contrast(x):
     return mmfused.masked_info_nce(x[:10], x[10:], temperature=0.3, symmetric=True)
 
 
-def mixed(x):
+def route_to_experts(x):
     routing = mmfused.topk_routing_from_input(x, x[:4], 2)
     out = mmfused.grouped_mlp(
         x,
@@ -161,7 +161,7 @@ def mixed(x):
     return out.sum() + routing.balance_loss + routing.z_loss + routing.entropy
 
 
-def read(x):
+def cross_attend(x):
     torch.manual_seed(0)
     layer = mmfused.BidirectionalGatedCrossAttention(WIDTH, 2, dropout=0.1).to(DEVICE)
     seed = torch.tensor(3, device=DEVICE)
@@ -169,10 +169,10 @@ def read(x):
 
 
 OPS = {
-    "query_pooling": pooled,
-    "masked_info_nce": contrasted,
-    "routing and experts": mixed,
-    "cross-attention": read,
+    "query_pooling": pool,
+    "masked_info_nce": contrast,
+    "routing and experts": route_to_experts,
+    "cross-attention": cross_attend,
 }
 
 
@@ -267,7 +267,7 @@ def test_a_recomputation_keeps_the_backend_of_its_forward(op, depth, backward, c
 def test_a_recomputation_keeps_the_default_of_its_forward(chosen):
     mmfused.set_backend("reference")
     x = tokens()
-    loss = checkpoint(pooled, x, use_reentrant=False).sum()
+    loss = checkpoint(pool, x, use_reentrant=False).sum()
     in_another_thread(loss)
     assert chosen == ["reference"] * 2
 
@@ -351,5 +351,5 @@ def test_checkpoints_work_if_torch_does_not_expose_its_hooks(monkeypatch):
     monkeypatch.setattr(mmfused.switch, "_top_hooks", lambda ignore_tracing: None)
     x = tokens()
     with mmfused.backend("reference"):
-        checkpoint(pooled, x, use_reentrant=False).sum().backward()
+        checkpoint(pool, x, use_reentrant=False).sum().backward()
         assert current_backend() == "reference"

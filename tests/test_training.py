@@ -224,7 +224,7 @@ def test_bad_settings_are_refused_before_a_file_is_written(products, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fused runs on this machine's GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fused is refused only without a GPU")
 def test_fused_is_refused_before_training_without_a_gpu(products, tmp_path, monkeypatch):
     monkeypatch.setattr(mmfused.library, "INTERPRETED", False)  # conftest enables the interpreter
     with pytest.raises(ValueError, match="backend: 'fused' cannot run on cpu"):

@@ -213,7 +213,7 @@ def outcomes(tmp_path_factory) -> tuple[Path, list[dict]]:
         if time.monotonic() > deadline:
             for process in ranks.processes:
                 process.kill()
-            pytest.fail("one rank is still waiting for the other")
+            pytest.fail("a rank did not finish within 240 s")
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -18,20 +18,20 @@ MARKED = {
 }
 
 
-def needs(name: str) -> None:
+def skip_without(name: str) -> None:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
 
 
 def test_public_symbols_have_types():
-    needs("pyright")
+    skip_without("pyright")
     command = [sys.executable, ROOT / "tools" / "check_types.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_pyright_reports_exactly_the_marked_lines_of_user_code():
-    needs("pyright")
+    skip_without("pyright")
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run([*command, USER_CODE], cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout)["generalDiagnostics"]
@@ -42,7 +42,7 @@ def test_pyright_reports_exactly_the_marked_lines_of_user_code():
 
 
 def test_mypy_reports_exactly_the_marked_lines_of_user_code(tmp_path):
-    needs("mypy")
+    skip_without("mypy")
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", USER_CODE]
     command += ["--cache-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

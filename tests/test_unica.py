@@ -10,10 +10,10 @@ from unica_equations import (
     SMALL,
     random_model,
     relative_error,
-    shown,
     token_batch,
     token_part,
     transcription,
+    without_labels,
 )
 
 import mmfused
@@ -52,7 +52,7 @@ def test_model_agrees_with_the_equations(options):
         with mmfused.backend(backend):
             output = model(**batch)
             output.loss.backward()
-            embedded = model.embed(VIEWS, **shown(batch["query"]))
+            embedded = model.embed(VIEWS, **without_labels(batch["query"]))
         assert relative_error(output.loss, expected["loss"]) < 1e-12
         assert output.losses.keys() == {"info_nce", "positive_similarity"}
         for name, value in output.losses.items():
@@ -84,7 +84,7 @@ def test_a_text_without_an_image_gets_plain_berts_embedding():
     ).last_hidden_state
     plain = torch.nn.functional.normalize(states[:, 0], dim=-1)
     items["image_present"] = torch.arange(6) == 0
-    views = model.embed(("text", "both"), **shown(items))
+    views = model.embed(("text", "both"), **without_labels(items))
     assert relative_error(views["text"], plain) < 1e-12
     # An image in another item does not change the positions of these texts.
     assert relative_error(views["both"][1:], plain[1:]) < 1e-12
@@ -128,7 +128,7 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
             output.loss.backward()
             optimizer.step()
             history += [output.loss.detach(), *output.losses.values()]
-        views = model.eval().embed(VIEWS, **shown(batch["query"]))
+        views = model.eval().embed(VIEWS, **without_labels(batch["query"]))
     return (
         torch.stack(history),
         torch.cat([p.detach().flatten() for p in model.parameters()]),
@@ -223,14 +223,14 @@ def test_all_missing_texts_give_the_same_embedding():
     items["image_tokens"] = items["image_tokens"][:1].expand(6, -1, -1)
     items["attention_mask"][3] = 0
     present = (items["attention_mask"].sum(1) > 2) & (torch.arange(6) != 4)
-    both = model.embed(**shown(items), text_present=present)["both"]
+    both = model.embed(**without_labels(items), text_present=present)["both"]
     assert torch.equal(both[2], both[3]) and torch.equal(both[2], both[4])
     assert relative_error(both[2], both[5]) > 1e-3
-    assert relative_error(model.embed(**shown(items))["both"][4], both[4]) > 1e-3
+    assert relative_error(model.embed(**without_labels(items))["both"][4], both[4]) > 1e-3
 
 
 def test_items_do_not_depend_on_each_other_or_on_padding():
-    model, items = random_model(), shown(token_part())
+    model, items = random_model(), without_labels(token_part())
     whole = model.embed(VIEWS, **items)
     wider = {
         **items,
@@ -250,7 +250,7 @@ def test_items_do_not_depend_on_each_other_or_on_padding():
 
 
 def test_a_view_depends_only_on_its_modalities():
-    model, items = random_model(), shown(token_part())
+    model, items = random_model(), without_labels(token_part())
     expected = model.embed(VIEWS, **items)
     other = model.embed(VIEWS, **{**items, "image_tokens": items["image_tokens"] + 1})
     assert (
@@ -285,7 +285,7 @@ def test_removing_a_component_changes_the_loss(name):
     (a, terms), (b, ablated_terms) = full(**batch), ablated(**batch)
     assert abs(a - b).item() > 1e-3
     views, ablated_views = (
-        model.embed(VIEWS, **shown(batch["query"])) for model in (full, ablated)
+        model.embed(VIEWS, **without_labels(batch["query"])) for model in (full, ablated)
     )
     changed = [view for view in VIEWS if relative_error(views[view], ablated_views[view]) > 1e-6]
     assert changed == (["both"] if name in ("bica", "ffn", "fusion") else [])
@@ -341,7 +341,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_the_first_token_of_the_image_encoder_is_dropped():
-    model, items = tiny().eval(), shown(pixel_part())
+    model, items = tiny().eval(), without_labels(pixel_part())
     expected = model.embed(VIEWS, **items)
     tokens = model.image_encoder.forward_features(items["pixel_values"])
     assert tokens.shape[1] == 5
@@ -381,7 +381,7 @@ def test_autocast_keeps_embeddings_and_losses_in_float32():
     model, batch = tiny().eval(), pixel_batch()
     expected = model(**batch)
     with torch.autocast("cpu", torch.bfloat16):
-        output, embedded = model(**batch), model.embed(**shown(batch["query"]))
+        output, embedded = model(**batch), model.embed(**without_labels(batch["query"]))
     assert (
         output.loss.dtype
         == embedded["both"].dtype

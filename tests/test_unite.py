@@ -291,14 +291,14 @@ def train(backend, steps, dtype=torch.float64, **options) -> list[torch.Tensor]:
     ]
 
 
-def distance(a, b):
+def largest_error(a, b):
     return max(relative_error(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_composed_backend_trains_like_the_reference(stage):
     expected = train("reference", 30, stage=stage)
-    assert distance(train("composed", 30, stage=stage), expected) < 1e-8
+    assert largest_error(train("composed", 30, stage=stage), expected) < 1e-8
     assert expected[0][-5:].mean() < 0.9 * expected[0][:5].mean()
     perturbed = train("composed", 3, stage=stage, temperature=0.303)[0]
     assert relative_error(perturbed, expected[0][:3]) > 1e-4  # 1 % in the temperature is detected
@@ -307,7 +307,7 @@ def test_the_composed_backend_trains_like_the_reference(stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_fused_backend_trains_like_the_reference(stage):
     expected = train("reference", 2, torch.float32, stage=stage)
-    assert distance(train("fused", 2, torch.float32, stage=stage), expected) < 1e-4
+    assert largest_error(train("fused", 2, torch.float32, stage=stage), expected) < 1e-4
 
 
 def test_precomputed_picture_tokens_give_the_same_output():

@@ -251,7 +251,7 @@ def token_batch() -> dict:
     }
 
 
-def shown(items: dict) -> dict:
+def without_labels(items: dict) -> dict:
     return {name: value for name, value in items.items() if name != "labels"}
 
 
