@@ -3,7 +3,7 @@
 The cases are the layers of UniECS and UniCA: modality a attends to modality b, and b to a. All
 providers of a case compute the same function of the same parameters. The two outputs are
 concatenated, which adds one kernel to every provider. Samples that lack a modality are returned
-unchanged. "SDPA, samples with both gathered" and the library's kernels compute only the other
+unchanged. "SDPA, samples with both gathered" and the library's providers compute only the other
 samples; the remaining providers compute all samples and select with torch.where.
 
 Providers drop different elements, so the accuracy check runs without dropout. It finds wrong

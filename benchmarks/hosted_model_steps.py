@@ -108,7 +108,7 @@ class Moon2Step(Step):
     """MOON2.0 on a Qwen2-VL with the width of the 2B model, 2 layers and 8 experts of width 2048.
 
     The batch has queries, positives and hard negatives, with images, texts, or both. The first
-    E channels of each token decide its experts: the routers read mostly these channels, and the
+    num_experts channels of a token decide its experts: the routers read mostly these, and the
     layers do not change them, so that the experts do not depend on rounding.
     """
 

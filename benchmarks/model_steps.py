@@ -102,8 +102,8 @@ class FluidStep(Step):
 class UniecsStep(Step):
     """UniECS without its encoders: queries and candidates, all losses, adaptive weights.
 
-    A fifth of the items lacks an image, and another fifth a text. The loss takes all negatives of
-    a row as near and as hard, because rounding could change a selection of negatives.
+    A fifth of the items lacks an image, and another fifth lacks a text. The loss uses all negatives
+    of a row, because rounding could change which ones it selects.
     """
 
     def build(self, models: Any) -> Any:

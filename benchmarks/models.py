@@ -50,7 +50,7 @@ OURS = ("composed", "fused")
 BASELINE = "torch modules"
 TRAINED = 20  # steps of a loss curve
 RATE = 3e-4  # learning rate of a loss curve
-NOISE = 3.0  # largest difference of loss curves, as a multiple of the effect of rounding
+NOISE = 3.0  # largest accepted difference of loss curves, as a multiple of the rounding error
 EXPERTS = ("w_gate", "w_up")  # weights of MOON2.0's experts, which the baseline stacks
 
 

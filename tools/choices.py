@@ -231,7 +231,7 @@ def requested_choices(args: argparse.Namespace) -> list[Choice]:
 def resumed(path: Path, fresh: dict) -> dict:
     """Return the record in ``path`` if it can be continued, else ``fresh``.
 
-    It can be if both records have the same device, versions, sources and settings.
+    It can be continued if its device, versions, sources and settings are those of ``fresh``.
     """
     if not path.exists():
         return fresh

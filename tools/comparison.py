@@ -23,7 +23,7 @@ class Comparison:
 
     ``ours``: the fastest kernel provider, or the composed path if no kernels were timed.
     ``best``: the fastest baseline, or None if no baseline was timed.
-    ``faster``: the faster one of ``best`` and the composed path, or None if ours is faster.
+    ``faster``: ``best`` or the composed path, if it is faster than ``ours``, else None.
     """
 
     record: dict

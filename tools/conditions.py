@@ -114,7 +114,7 @@ def common_launch(
 
 @dataclass(frozen=True)
 class Bench:
-    """What a condition is measured on: a case's record, a provider, and all records of the op."""
+    """The data of a condition: the record of a case, a provider's name, all records of the op."""
 
     record: dict
     ours: str

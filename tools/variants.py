@@ -52,7 +52,7 @@ def pooling_form(form: str) -> MakeContext:
 
 
 def pooling_passes(which: str, passes: str) -> MakeContext:
-    """Return a context in which the forward or the backward reads X once, or ("two") twice."""
+    """Return a context in which pass ``which`` reads X once ("one") or twice ("two")."""
 
     def change(plan, rows, dim, dtype, arch, norm, *_):
         from mmfused.kernels.query_pooling import plans
