@@ -88,7 +88,7 @@ def test_kernels_are_deterministic_and_treat_missing_gradients_as_zero(simt):
 
 
 def test_tiles_of_every_height_match_the_reference(simt):
-    for tokens in (20, 60, 130, 300):  # 16, 32, 64 and 128 rows
+    for tokens in (20, 60, 130, 300):  # tiles of 16, 32, 64 and 128 rows
         case = make(tokens, 4, 2)
         out = simt.forward(case)
         assert torch.equal(out["tiles"], expected(case, torch.float32)["tiles"])
@@ -113,7 +113,7 @@ def module():
     return extension.load()
 
 
-HOST = (
+HOST_ARGUMENTS = (
     "source",
     "k",
     "sigmoid",
@@ -128,10 +128,10 @@ HOST = (
 
 
 def route_on_host(module, case) -> dict[str, torch.Tensor]:
-    arguments = [case[name] for name in (*HOST, "jitter", "jitter_seed")]
+    arguments = [case[name] for name in (*HOST_ARGUMENTS, "jitter", "jitter_seed")]
     return dict(
         zip(
-            ("indices", "weights", "lse", "entropy", "P"),
+            ("indices", "weights", "lse", "entropy", "probabilities"),
             module.route_tokens_on_host(*arguments),
             strict=True,
         )
@@ -155,7 +155,7 @@ def test_host_loop_matches_the_reference(name, module):
     if valid.any():  # z loss and entropy are means over tokens
         means = torch.stack([out["lse"][valid].square().mean(), out["entropy"][valid].mean()])
         torch.testing.assert_close(means.double(), exact["losses"][1:], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(out["P"][valid].sum(1), torch.ones(int(valid.sum())))
+        torch.testing.assert_close(out["probabilities"][valid].sum(1), torch.ones(int(valid.sum())))
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -71,7 +71,7 @@ def test_training_rejects_a_folder_with_files_that_no_run_made(tmp_path, name, c
         "checkpoints/best",
     ],
 )
-def test_overwrite_keeps_files_that_were_added_to_a_run(tmp_path, whole_run, place):
+def test_overwrite_never_removes_files_that_were_added_to_a_run(tmp_path, whole_run, place):
     out = shutil.copytree(whole_run, tmp_path / "run")
     if place.endswith("best"):
         (out / place).symlink_to("step-00000009")

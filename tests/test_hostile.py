@@ -26,7 +26,7 @@ from mmfused.training.folder_lock import MARKER
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Make a folder of products, and a retrieval model trained on them for one step."""
+    """Make a folder of products, and train a retrieval model on it for one step."""
     root = tmp_path_factory.mktemp("made")
     write_products(root / "data")
     sizes = "--steps 1 --batch-size 4 --image-size 32 --max-length 12 --save-every 1"
@@ -103,7 +103,7 @@ def eval_command(place):
 
 
 def resume_command(place):
-    """Leave only the last checkpoint of the run, and resume it with the same data."""
+    """Delete all but the last checkpoint of the run; return the command that resumes it."""
     for name in ("config.json", "summary.json", "model.safetensors"):
         (place.run / name).unlink(missing_ok=True)
     return ["train", *place.options, "--out", str(place.run), "--resume"]
