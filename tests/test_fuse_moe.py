@@ -64,7 +64,7 @@ def last_experts(model):
     return model.model.layers[-1].mlp.experts
 
 
-def experts_names(case):
+def expert_names(case):
     return (
         ["model.layers.1.mlp.experts"]
         if "dense" in case
@@ -82,9 +82,9 @@ def test_fused_model_matches_the_original_in_float64(case, training, library_cal
         if name.endswith("mlp.gate"):
             module.register_forward_hook(lambda *args: seen.append(args[2][0].shape))
     report = fuse(model)
-    assert list(report.swapped) == experts_names(case) and not report.left and not library_calls
+    assert list(report.swapped) == expert_names(case) and not report.left and not library_calls
     assert_same(run(model), want)
-    assert library_calls == ["grouped_mlp"] * len(experts_names(case)) and seen == [
+    assert library_calls == ["grouped_mlp"] * len(expert_names(case)) and seen == [
         (B * N, E)
     ] * len(library_calls)
 
@@ -126,7 +126,7 @@ def test_unfuse_restores_the_model(case, library_calls):
     dry = fuse(model, dry_run=True)
     assert {name: type(module) for name, module in model.named_modules()} == types
     report = fuse(model)
-    assert report == dry and list(report.swapped) == experts_names(case)
+    assert report == dry and list(report.swapped) == expert_names(case)
     for name, module in model.named_modules():
         assert isinstance(module, types[name]) and type(module).__name__ == types[name].__name__
         assert (type(module) is not types[name]) == (name in report.swapped)
@@ -149,9 +149,9 @@ def test_unfuse_restores_the_model(case, library_calls):
     for copied in (pickle.loads(pickle.dumps(other)), other, copy.deepcopy(model)):
         library_calls.clear()
         assert_same(run(copied), want)
-        assert len(library_calls) == 2 and unfuse(copied) == experts_names(case)
+        assert len(library_calls) == 2 and unfuse(copied) == expert_names(case)
     assert (
-        unfuse(model) == experts_names(case)
+        unfuse(model) == expert_names(case)
         and {name: type(module) for name, module in model.named_modules()} == types
     )
     library_calls.clear()
@@ -271,7 +271,7 @@ def test_experts_changed_after_fuse_run_the_original(change, library_calls):
     fuse(model)
     change(last_experts(model))
     got = run(model)
-    assert library_calls == ["grouped_mlp"]  # only the other layer
+    assert library_calls == ["grouped_mlp"]  # only the layer that was not changed
     unfuse(model)
     assert_same(got, run(model))
 
@@ -303,7 +303,7 @@ def test_experts_implementation_matches_the_original(case, library_calls):
     want = run(model)
     model.set_experts_implementation("mmfused")
     assert_same(run(model), want)
-    assert len(library_calls) == len(experts_names(case))
+    assert len(library_calls) == len(expert_names(case))
 
 
 def test_experts_implementation_is_set_by_from_config_and_from_pretrained(tmp_path, library_calls):

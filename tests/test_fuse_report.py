@@ -275,7 +275,7 @@ def test_report_is_printed_as_a_table(model):
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    # The three blocks share one line.
+    # The three blocks share one row, and losses has no such line.
     assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
 
 
