@@ -120,7 +120,7 @@ def test_the_block_size_does_not_change_the_result(keys, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_sums(symmetric, temperature):
+def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
     """The gradients of each row's logits sum to 0. In a symmetric loss, only the total is 0.
 
     The gradient of an added constant dimension is the sum of a row, up to a factor.

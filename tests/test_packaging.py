@@ -109,7 +109,7 @@ def wheels(clone, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def site_folders(wheels, tmp_path_factory) -> dict[str, Path]:
-    """Install each wheel into a folder of its own, and return the folders."""
+    """Install each wheel into a separate folder, and return the folders."""
     folders = {mode: tmp_path_factory.mktemp(f"site_{mode}") for mode in wheels}
     for mode, wheel in wheels.items():
         run(

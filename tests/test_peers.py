@@ -55,7 +55,7 @@ def test_fails_plain():
 def peers(monkeypatch):
     spec = importlib.util.spec_from_file_location("peers", TOOLS / "peers.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peers", module)  # where its dataclass looks its module up
+    monkeypatch.setitem(sys.modules, "peers", module)  # its dataclass looks up the module there
     spec.loader.exec_module(module)
     return module
 

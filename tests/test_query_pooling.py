@@ -163,7 +163,7 @@ def test_empty_inputs(batch, length, backend):
 
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
-def test_large_logits_and_common_mean(factor, mean):
+def test_large_logits_and_a_common_mean_stay_within_the_budget(factor, mean):
     """The logits are in the thousands, or the tokens have a common mean, which the norm removes."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():

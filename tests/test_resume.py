@@ -125,7 +125,7 @@ def test_only_the_newest_checkpoints_are_kept_and_all_are_complete(tmp_path):
         weights | {"state.json", "tokenizer/tokenizer.json"} <= files
         and files - {"state.json"} == state["sha256"].keys()
     )
-    # 18 batches of 8 rows were read; an epoch of 60 rows has 7 batches.
+    # The run read 18 batches of 8 rows; an epoch of 60 rows has 7 batches.
     assert (state["step"], state["next_batch"]) == (
         9,
         {"epoch": 2, "batch": 4},

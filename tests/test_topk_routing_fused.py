@@ -271,8 +271,8 @@ def test_nan_in_masked_tokens_has_no_effect(source):
     )
 
 
-def test_replayed_indices_out_of_range():
-    """The losses and the tokens with such indices are NaN on a GPU, where a check needs a sync.
+def test_replayed_indices_out_of_range_give_nan_only_for_their_tokens():
+    """The losses and the weights of tokens with such indices are NaN, because a GPU does not check.
 
     Everything else is as if the indices were clamped.
     """

@@ -223,7 +223,7 @@ def test_a_view_depends_only_on_its_modalities():
         True,
         True,
     ]
-    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the only modality
+    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the view of the only modality
         assert relative_error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
