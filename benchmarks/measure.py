@@ -156,7 +156,7 @@ class AccuracyCheck:
 
     ``exact``: float64 results, against which errors are measured.
     ``plain``: results of the reference in the dtype of the problem. The error of a provider may be
-    a small multiple of their error.
+    a small multiple of the error of ``plain``.
 
     The result of the check is the entry "gate" of a provider's record.
     """
@@ -189,7 +189,7 @@ class AccuracyCheck:
         except Unavailable as why:
             return None, entry | {"gate": "unavailable", "reasons": [str(why)]}
         except Exception as error:
-            # Such as out of memory, an unsupported shape, or another version's API.
+            # For example out of memory, an unsupported shape, or the API of another version.
             reason = f"{type(error).__name__}: {first_line(error)}"
             return None, entry | {"gate": "failed", "reasons": [reason]}
         if faults:

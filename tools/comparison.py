@@ -106,20 +106,20 @@ def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
         else {}
     )
     for op in dict.fromkeys(record["op"] for record in records):
-        of_op = [record for record in records if record["op"] == op]
+        op_records = [record for record in records if record["op"] == op]
         if not any(
             stage["flops"]
-            for record in of_op
+            for record in op_records
             for stages in record["work"].values()
             for stage in stages
         ):
             continue  # an op without FLOPs has no place on a roofline
 
-        def roofline(figure, op=op, of_op=of_op):
+        def roofline(figure, op=op, op_records=op_records):
             figure.set_size_inches(8, 6)
-            charts.roofline(op, of_op, figure.add_subplot())
+            charts.roofline(op, op_records, figure.add_subplot())
 
-        found[folder / f"{op}-roofline.png"] = fingerprint(of_op), roofline
+        found[folder / f"{op}-roofline.png"] = fingerprint(op_records), roofline
     return found
 
 

@@ -269,7 +269,7 @@ def reports(text: str) -> list[str]:
 
 
 def own_kernels() -> set[str]:
-    """Return the names of this library's kernels as Triton and nvcc compile them."""
+    """Return the names of the kernels in the Triton and CUDA sources of this library."""
     folders = {"kernels": "*.py", "csrc": "*.cu", "tools": "sanitize_launches.py"}
     files = [path for folder, pattern in folders.items() for path in (ROOT / folder).rglob(pattern)]
     return {

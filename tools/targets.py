@@ -165,21 +165,21 @@ def judge(records: list[dict]) -> list[Verdict]:
     """Judge each condition of each row by ``records``, which are those of one GPU and of CPUs."""
     found = []
     for row in ROWS:
-        of_op = [
+        op_records = [
             r
             for r in records
             if (r["op"], device_type(r), r["dtype"]) == (row.op, row.device, DTYPES[row.device])
         ]
-        record = next((record for record in of_op if record["case"]["name"] == row.case), None)
-        found += [verdict(row, condition, record, of_op) for condition in row.conditions]
+        record = next((record for record in op_records if record["case"]["name"] == row.case), None)
+        found += [verdict(row, condition, record, op_records) for condition in row.conditions]
     return found
 
 
-def verdict(row: Row, condition: Condition, record: dict | None, of_op: list[dict]) -> Verdict:
+def verdict(row: Row, condition: Condition, record: dict | None, op_records: list[dict]) -> Verdict:
     if record is None:
         return Verdict(row, condition, "not measured", None, None)
     try:
-        value, remark = condition.measure(Bench(record, row.ours, of_op))
+        value, remark = condition.measure(Bench(record, row.ours, op_records))
     except NotMeasured as why:
         return Verdict(row, condition, f"not measured: {why}", None, record["file"])
     except Failed as why:
