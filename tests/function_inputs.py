@@ -278,7 +278,7 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
             if "segments" in options
             else available[:1].expand(tokens, experts)
         )
-        if draw.full:  # valid for any segments
+        if draw.full:  # other layouts may change ``segments``, so use experts of all segments
             usable = available.all(0).expand(tokens, experts)
     if draw.given("selection_bias", 0.3):
         options["selection_bias"] = draw.normal(

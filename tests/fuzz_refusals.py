@@ -62,7 +62,7 @@ BAD_VALUES = {
 }
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
 BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
-# For these arguments only the type is checked, not the content.
+# Functions that check few of their arguments. They are not called with invalid arguments.
 UNCHECKED = ("pack_passes", "update_selection_bias")
 
 

@@ -208,7 +208,7 @@ class Case:
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
-            # Nothing is more exact than float64: compare with its result at the unchanged input.
+            # In float64, no run is more exact, so use the result at the unchanged input.
             exact_there = (
                 exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
             )

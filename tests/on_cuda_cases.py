@@ -19,7 +19,7 @@ from mmfused.kernels.gated_cross_attention.plans import form
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter has no bfloat16
+HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter cannot round to bfloat16
 SEED = 1234567890123
 
 

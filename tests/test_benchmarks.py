@@ -556,7 +556,7 @@ FLOORS = {
 def test_floors_match_independent_numbers(op, name):
     (case,) = [case for case in op.cases("cuda", quick=False) if case.name == name]
     work = op.work(case, itemsize=2)
-    if op is topk_routing:  # FLOORS counts only the stage "route"; the others take little time
+    if op is topk_routing:  # FLOORS counts only the stage "route"; other stages are short
         work = {
             which: [stage for stage in stages if stage["stage"] == "route"]
             for which, stages in work.items()
