@@ -75,7 +75,7 @@ NEIGHBOURS = (6, 40)  # numbers of neighbouring inputs; 40 only if a fault remai
 
 
 class Case:
-    """Everything that one seed draws for one function."""
+    """A call of one function, drawn from one seed."""
 
     def __init__(self, function: str, seed: int):
         self.function, self.seed = function, seed
@@ -105,10 +105,10 @@ class Case:
             "attention" in function or function == "query_pooling"
         )
         self.attention = choice.choice(("torch's own", "math")) if attends else "none"
-        large = function == "query_pooling" and "scale" in self.inputs
-        short = "attention" in function and self.dtype in (torch.float16, torch.bfloat16)
+        large_logits = function == "query_pooling" and "scale" in self.inputs
+        in_16_bits = "attention" in function and self.dtype in (torch.float16, torch.bfloat16)
         self.delta_rounds = self.attention == "torch's own" or (
-            self.backend == "fused" and (large or short)
+            self.backend == "fused" and (large_logits or in_16_bits)
         )
 
     def describe(self) -> str:
