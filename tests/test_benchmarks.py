@@ -115,7 +115,7 @@ def test_run_writes_samples_table_and_plots(tmp_path, capsys):
     assert "composed is faster" in capsys.readouterr().out
 
 
-def test_speed_ups_are_over_the_fastest_provider_of_the_library():
+def test_fastest_of_ours_returns_the_fastest_provider_of_a_launch():
     def timed(**launches):
         seconds = {launch: {"both": [time] * 3} for launch, time in launches.items()}
         return {"gate": "passed", "seconds": seconds}

@@ -122,7 +122,7 @@ def test_lora_changes_the_output_trains_and_merges(name, backend):
         model = peft.get_peft_model(nn.Sequential(module), config)
         out = call(model.base_model.model[0], *inputs)
         assert (out - base).abs().max() > 1e-2
-        # Not out.sum(): the outputs of QTransform's LayerNorm have a constant sum.
+        # The gradient of out.sum() would be 0, as the sum of QTransform's LayerNorm is constant.
         out.backward(torch.randn_like(out))
         gradients = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
         assert len(gradients) == 2 * len(names)
