@@ -441,7 +441,7 @@ def test_invalid_temperature_gives_nan_if_values_are_not_checked(loss, temperatu
     assert loss(torch.randn(5, 3), torch.randn(5, 3), temperature=torch.tensor(temperature)).isnan()
 
 
-LEARNED = {
+WITH_LEARNED_NUMBER = {
     "hard_negative_margin": lambda q, c, number: hard_negative_margin(
         q, c, margin=number, fraction=0.5
     ),
@@ -452,13 +452,13 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", WITH_LEARNED_NUMBER)
 def test_margin_and_tolerance_receive_gradients(name):
     torch.manual_seed(0)
     q, c = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
     number = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda number: LEARNED[name](q, c, number), number)
-    assert torch.autograd.grad(LEARNED[name](q, c, number), number)[0] != 0
+    assert torch.autograd.gradcheck(lambda number: WITH_LEARNED_NUMBER[name](q, c, number), number)
+    assert torch.autograd.grad(WITH_LEARNED_NUMBER[name](q, c, number), number)[0] != 0
 
 
 x, y = torch.randn(4, 3), torch.randn(4, 3)

@@ -35,7 +35,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 # message -> (the arguments that the last rank changes, the type of its error)
-REFUSED = {
+INVALID = {
     "query: got None, expected a torch.Tensor": ({"query": None}, TypeError),
     "candidate: got a list, expected a torch.Tensor": ({"candidate": [1.0]}, TypeError),
     "candidate: got dtype torch.float32, expected torch.float64 as query has": (
@@ -135,7 +135,7 @@ DIFFERENT = {
     ),
 }
 # case -> (rows of the other ranks, rows of the last rank, the message on all ranks)
-GATHERED = {
+GATHER_ERRORS = {
     "shape": (
         torch.zeros(2, 3),
         torch.zeros(2, 4),
@@ -193,7 +193,7 @@ def run_rank(rank: int, world: int, folder: str):
         results[name] = (error, seconds, loss.detach(), good["candidate"].grad)
 
     outcome("good", lambda: None)
-    for name, (change, _) in REFUSED.items():
+    for name, (change, _) in INVALID.items():
         outcome(name, lambda change=change: loss_of(**batch(rank) | (change if is_last else {})))
     for name, (everywhere, change, *_) in DIFFERENT.items():
         outcome(
@@ -202,7 +202,7 @@ def run_rank(rank: int, world: int, folder: str):
                 **batch(rank) | e | (change if is_last else {})
             ),
         )
-    for name, (x, last, _) in GATHERED.items():
+    for name, (x, last, _) in GATHER_ERRORS.items():
         outcome(f"gather_rows {name}", lambda x=x, last=last: gather_rows(last if is_last else x))
     outcome("no rows", lambda: loss_of(torch.randn(0, 8), torch.randn(rank, 8), temperature=0.2))
     outcome(
@@ -264,10 +264,10 @@ def check_refusal(found: list, op: str, kind: str, message: str):
     assert others == [("RuntimeError", f"{op}: rank {len(others)} failed: {quoted}")] * len(others)
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("message", INVALID)
 def test_invalid_input_on_one_rank_raises_on_all_ranks(results, message):
     check_refusal(
-        errors(results, message), "masked_info_nce", REFUSED[message][1].__name__, message
+        errors(results, message), "masked_info_nce", INVALID[message][1].__name__, message
     )
 
 
@@ -282,9 +282,9 @@ def test_settings_that_differ_between_ranks_raise_on_all_ranks(results, name):
         assert (kind, text) == ("ValueError", f"{op}: {message}")
 
 
-@pytest.mark.parametrize("name", GATHERED)
+@pytest.mark.parametrize("name", GATHER_ERRORS)
 def test_gather_rows_raises_on_all_ranks_if_rows_do_not_match(results, name):
-    found, message = errors(results, f"gather_rows {name}"), GATHERED[name][2]
+    found, message = errors(results, f"gather_rows {name}"), GATHER_ERRORS[name][2]
     if name == "scalar":
         return check_refusal(found, "gather_rows", "ValueError", message)
     assert (

@@ -392,7 +392,7 @@ def test_dropout_after_the_attention_draws_the_same_numbers(library_calls):
     assert len(library_calls) == 1
 
 
-DROPS = {  # name -> (make a model, call it)
+DROPOUT_CASES = {  # name -> (make a model, call it)
     "torch": (
         lambda: torch_attention(dropout=0.3),
         lambda m, q, x: m(q, x, x, need_weights=False)[0],
@@ -405,10 +405,10 @@ DROPS = {  # name -> (make a model, call it)
 }
 
 
-@pytest.mark.parametrize("name", DROPS)
+@pytest.mark.parametrize("name", DROPOUT_CASES)
 def test_dropout_of_attention_weights_keeps_its_distribution(name, library_calls):
     """Compare mean and standard deviation of 4000 equal samples, and the output in eval mode."""
-    make, call = DROPS[name]
+    make, call = DROPOUT_CASES[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
         for parameter in model.parameters():

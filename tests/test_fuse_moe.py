@@ -327,7 +327,7 @@ def test_experts_implementation_is_set_by_from_config_and_from_pretrained(tmp_pa
     assert len(library_calls) == 4
 
 
-OTHERS = {
+OTHER_EXPERTS = {
     "mixtral.modeling_mixtral.MixtralExperts": dict(hidden_act="gelu"),
     "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": dict(
         swiglu_limit=0.7, swiglu_alpha=1.702
@@ -338,10 +338,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("path", OTHERS)
+@pytest.mark.parametrize("path", OTHER_EXPERTS)
 def test_experts_implementation_supports_other_activations(path, library_calls):
     mmfused.register_experts()
-    module, inputs = experts(path, **OTHERS[path]), choices()
+    module, inputs = experts(path, **OTHER_EXPERTS[path]), choices()
     want = run_experts(module, *inputs)
     module.config._experts_implementation = "mmfused"
     assert_same(run_experts(module, *inputs), want)

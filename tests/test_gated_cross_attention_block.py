@@ -3,7 +3,12 @@
 import pytest
 import torch
 from gated_cross_attention_cases import CUDA, DEVICE, DTYPES, SHAPES, make, run
-from test_gated_cross_attention_fused import BOTH, ONE, check_budget, check_skip
+from test_gated_cross_attention_fused import (
+    BOTH_DIRECTIONS,
+    ONE_DIRECTION,
+    check_budget,
+    check_skip,
+)
 
 import mmfused
 from mmfused.kernels.gated_cross_attention import call as launcher
@@ -32,11 +37,16 @@ def launches_of_forward(*shape, **options):
 # ---- the form "block" compared with the form "epilogue" ------------------------------------------
 
 
-NARROW = [("narrow", options) for options in (*BOTH, *({**one, "both": False} for one in ONE))]
+NARROW = [
+    ("narrow", options)
+    for options in (*BOTH_DIRECTIONS, *({**one, "both": False} for one in ONE_DIRECTION))
+]
 
 
 @pytest.mark.parametrize(
-    "shape, options", [*NARROW, *(("several tiles", BOTH[i]) for i in (0, 2, 4))], ids=str
+    "shape, options",
+    [*NARROW, *(("several tiles", BOTH_DIRECTIONS[i]) for i in (0, 2, 4))],
+    ids=str,
 )
 def test_both_forms_give_the_same_outputs(monkeypatch, shape, options):
     """Outputs agree up to rounding, and the same elements are equal to the input.
@@ -55,19 +65,25 @@ def test_both_forms_give_the_same_outputs(monkeypatch, shape, options):
         assert torch.equal(got == x, want == x)
 
 
-@pytest.mark.parametrize("options", [BOTH[0], BOTH[2], BOTH[4]], ids=str)
+@pytest.mark.parametrize(
+    "options", [BOTH_DIRECTIONS[0], BOTH_DIRECTIONS[2], BOTH_DIRECTIONS[4]], ids=str
+)
 def test_gradients_stay_within_the_budget(options):
     check_budget(*make(**options, dtype=torch.float32))
 
 
 def test_half_precision_stays_within_the_budget():
-    check_budget(*make("odd", **BOTH[1], dtype=DTYPES[1]))
+    check_budget(*make("odd", **BOTH_DIRECTIONS[1], dtype=DTYPES[1]))
 
 
-PLANNED = {"several tiles": BOTH[0], "many keys": BOTH[3], "four heads of 48": BOTH[0]}
+PLAN_CASES = {
+    "several tiles": BOTH_DIRECTIONS[0],
+    "many keys": BOTH_DIRECTIONS[3],
+    "four heads of 48": BOTH_DIRECTIONS[0],
+}
 
 
-@pytest.mark.parametrize("case", PLANNED)
+@pytest.mark.parametrize("case", PLAN_CASES)
 def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
     """Run the tiles of 16-bit plans in float32, because 16-bit rounding could hide errors."""
     if CUDA:
@@ -76,7 +92,7 @@ def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
     monkeypatch.setattr(
         launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
     )
-    check_budget(*make(case, **PLANNED[case], dtype=torch.float32))
+    check_budget(*make(case, **PLAN_CASES[case], dtype=torch.float32))
 
 
 def test_repeated_calls_agree_bit_for_bit():

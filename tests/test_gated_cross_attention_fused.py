@@ -37,7 +37,7 @@ def check_budget(module, inputs, extra):
     assert not over_budget(fused, exact, plain)
 
 
-BOTH = [
+BOTH_DIRECTIONS = [
     dict(dropout=0.3),
     dict(missing="zero", gate="token"),
     dict(missing="constant", indicator="batch"),
@@ -47,7 +47,7 @@ BOTH = [
     dict(missing="zero", indicator=False, masks="present"),
     dict(share_weights=True, masks="none"),
 ]
-ONE = [
+ONE_DIRECTION = [
     dict(),
     dict(missing="constant"),
     dict(missing="zero", gate="token", indicator="batch", dropout=0.3),
@@ -57,40 +57,44 @@ ONE = [
 ]
 
 
-@pytest.mark.parametrize("options", BOTH, ids=str)
+@pytest.mark.parametrize("options", BOTH_DIRECTIONS, ids=str)
 def test_both_directions_stay_within_the_budget(options):
     check_budget(*make(**options, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("options", ONE, ids=str)
+@pytest.mark.parametrize("options", ONE_DIRECTION, ids=str)
 def test_one_direction_stays_within_the_budget(options):
     check_budget(*make(**options, both=False, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("options", [BOTH[0], BOTH[1], BOTH[4]], ids=str)
+@pytest.mark.parametrize(
+    "options", [BOTH_DIRECTIONS[0], BOTH_DIRECTIONS[1], BOTH_DIRECTIONS[4]], ids=str
+)
 def test_half_precision_stays_within_the_budget(options, dtype):
     check_budget(*make("odd", **options, dtype=dtype))
 
 
 @pytest.mark.parametrize(
-    "shape, options", [("several tiles", BOTH[0]), ("many keys", BOTH[2])], ids=str
+    "shape, options",
+    [("several tiles", BOTH_DIRECTIONS[0]), ("many keys", BOTH_DIRECTIONS[2])],
+    ids=str,
 )
 def test_several_tiles_stay_within_the_budget(shape, options):
     check_budget(*make(shape, **options, dtype=torch.float32))
 
 
-PLANNED = {
-    "several tiles": BOTH[0],
-    "many keys": BOTH[3],
-    "head dim 96": BOTH[0],
-    "wide": BOTH[0],
-    "wide token": BOTH[1],
-    "wide none": BOTH[4],
+PLAN_CASES = {
+    "several tiles": BOTH_DIRECTIONS[0],
+    "many keys": BOTH_DIRECTIONS[3],
+    "head dim 96": BOTH_DIRECTIONS[0],
+    "wide": BOTH_DIRECTIONS[0],
+    "wide token": BOTH_DIRECTIONS[1],
+    "wide none": BOTH_DIRECTIONS[4],
 }
 
 
-@pytest.mark.parametrize("case", PLANNED)
+@pytest.mark.parametrize("case", PLAN_CASES)
 def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
     """Run 16-bit plans in float32, because 16-bit rounding could hide errors."""
     if CUDA:
@@ -102,7 +106,7 @@ def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
         launcher, "plan", lambda *widths_and_dtype: real(*widths_and_dtype[:3], torch.float16, 90)
     )
     shape = "wide" if case.startswith("wide") else case
-    check_budget(*make(shape, **PLANNED[case], dtype=torch.float32))
+    check_budget(*make(shape, **PLAN_CASES[case], dtype=torch.float32))
 
 
 def test_dropout_drops_the_elements_of_dropout_mask():
@@ -263,7 +267,7 @@ def test_strided_tokens_and_gradients_give_the_same_results():
 
 @pytest.mark.parametrize(
     "options",
-    [BOTH[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)],
+    [BOTH_DIRECTIONS[0] | dict(masks="none"), dict(both=False, gate="none", pre_norm=False)],
     ids=str,
 )
 def test_operators_pass_opcheck(monkeypatch, options):

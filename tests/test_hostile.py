@@ -484,7 +484,7 @@ def linked_rows(place):
     (place.data / "metadata.csv").symlink_to(place.outside / "metadata.csv")
 
 
-ROWS = {
+METADATA = {
     "rows from a pipe": (lambda p: fifo(p.data / "metadata.csv"), "metadata.csv"),
     "rows linked from outside": (linked_rows, "leads outside"),
     "rows that are a folder": (
@@ -502,9 +502,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", METADATA)
 def test_hostile_metadata_gives_a_one_line_error(place, capsys, name):
-    damage, pattern = ROWS[name]
+    damage, pattern = METADATA[name]
     damage(place)
     code, errors, _ = run_command(place, embed_command(place), capsys)
     assert code == 2 and len(errors) == 1 and "data: " in errors[0]
@@ -512,7 +512,7 @@ def test_hostile_metadata_gives_a_one_line_error(place, capsys, name):
 
 
 def test_at_least_60_hostile_cases_are_tested():
-    assert len(RUNS) + len(PICTURES) + len(ROWS) >= 60
+    assert len(RUNS) + len(PICTURES) + len(METADATA) >= 60
 
 
 def test_watched_detects_outside_reads_and_code(place):
