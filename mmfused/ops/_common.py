@@ -1,4 +1,4 @@
-"""Padding masks, the masked softmax and argument checks that several operators share."""
+"""Functions that several operators share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..library import check_tensors, check_value
 
 
 def padding_mask(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return the padding mask (B, N) of tokens x (B, N, D), True = ignore; None without padding."""
+    """Return the padding mask (B, N), True = ignore, or None without padding.
+
+    x: tokens (B, N, D).
+    """
     if lengths is not None:
         return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return mask
@@ -26,7 +29,7 @@ def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if ignore is None:
         return logits.softmax(dim, dtype=dtype)
-    # With -inf, the softmax and the gradient of a fully masked row would be NaN.
+    # With -inf instead, the gradient of a fully masked row would be NaN.
     floor = torch.finfo(dtype).min
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
@@ -51,7 +54,7 @@ def check_padding(
 ) -> None:
     """Check the padding: a mask (batch, length), lengths (batch,), or neither.
 
-    ``prefix``: first part of the argument names in error messages, such as "context_".
+    ``prefix``: start of the argument names in error messages, such as "context_".
     """
     mask_name, lengths_name = f"{prefix}key_padding_mask", f"{prefix}lengths"
     if mask is not None and lengths is not None:
@@ -87,9 +90,8 @@ def check_dropout_seed(op: str, seed: Tensor | None) -> None:
 def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
     """Scale each row to length 1 in float32 or float64; a row of zeros stays zero.
 
-    ``may_be_ignored``: whether the loss may ignore rows. An ignored row must get gradient 0 even if
-    the row is not finite, but a division by its length would make the gradient NaN. So NaN is added
-    to such a row instead, and the addition passes on the upstream gradient, which is 0.
+    With ``may_be_ignored``, a row that is not finite becomes NaN and passes its upstream gradient
+    on unchanged. If the loss ignores such a row, its gradient is 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not may_be_ignored:
@@ -118,7 +120,10 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
 
 
 def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
-    """Replace a tensor that is not above 0 by NaN: on a GPU ``check_value`` does not raise."""
+    """Return the temperature, but NaN for a tensor that is not above 0.
+
+    This is for devices where ``check_value`` does not raise.
+    """
     if isinstance(temperature, Tensor):
         return torch.where(temperature > 0, temperature, math.nan)
     return temperature

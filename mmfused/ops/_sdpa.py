@@ -19,8 +19,8 @@ def attention(
 ) -> Tensor:
     """Compute ``F.scaled_dot_product_attention``, with support for ``create_graph=True``.
 
-    The fused backward passes of torch have no second derivative. Under ``create_graph=True`` the
-    backward pass recomputes the gradients with torch's unfused attention.
+    torch's fused attention has no second derivative. Under ``create_graph=True``, the backward pass
+    recomputes the gradients with torch's unfused attention.
 
     Args:
         q, k, v: queries (B, h, L, dk), keys (B, h, N, dk) and values (B, h, N, dv).
@@ -28,10 +28,9 @@ def attention(
         scale: factor of the logits, default dk ** -0.5.
     """
     if k.shape[-2] == 1:
-        # With one key the output is v. This expression gives q and k a gradient of exactly 0,
-        # instead of a rounding error.
+        # With one key the output is v. This expression makes the gradients of q and k exactly 0.
         return v + (q * 0.0).sum(-1, keepdim=True) + (k * 0.0).sum(-1, keepdim=True)
-    # torch.compile raises on second derivatives itself; torch.func rejects _Inputs and _Output.
+    # torch.compile has no second derivatives, and torch.func rejects _Inputs and _Output.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if traced or not torch.is_grad_enabled() or not any(y.requires_grad for y in (q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, scale=scale)
@@ -42,7 +41,7 @@ def attention(
 
 
 class _Output(torch.autograd.Function):
-    """Identity whose backward stores the upstream gradient for _Inputs under create_graph=True."""
+    """Identity; under create_graph=True its backward stores the upstream gradient for _Inputs."""
 
     @staticmethod
     def forward(ctx, out, upstream):
@@ -57,7 +56,7 @@ class _Output(torch.autograd.Function):
 
 
 class _Inputs(torch.autograd.Function):
-    """Identity whose backward recomputes differentiable gradients under create_graph=True."""
+    """Identity; under create_graph=True its backward recomputes the gradients, differentiably."""
 
     @staticmethod
     def forward(ctx, q, k, v, attend, scale, upstream):
@@ -69,7 +68,7 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             *inputs, attend = ctx.saved_tensors
-            # The caller may run backward under autocast.
+            # Backward may run under autocast.
             with no_autocast(inputs[0].device.type), sdpa_kernel(SDPBackend.MATH):
                 out = F.scaled_dot_product_attention(*inputs, attn_mask=attend, scale=ctx.scale)
                 needed = [y for y in inputs if y.requires_grad]

@@ -13,7 +13,7 @@ from ...library import graph_made, launching, once_differentiable, operator
 class Pool(torch.autograd.Function):
     """Compute :func:`.composed.pool_composed` with the kernels.
 
-    Saves x, q, z and one or two numbers per row or token; never K, V, logits or probabilities.
+    Saves x, q, z, the masks, and a few numbers for each row of q and each token of x.
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
 
     DDP and FSDP need a gradient for every parameter.
     """
-    if graph_made():  # an exported graph keeps only the forward of an autograd function
+    if graph_made():  # exporters drop the backward of an autograd function
         return out + (b * 0.0).sum().to(out.dtype)
     return _ZeroGradient.apply(out, b)
 
@@ -128,7 +128,7 @@ def _backward_flops(
     *rest,
     out_shape,
 ):
-    """Count the products for the logits, their gradient and dq, and two more for dx."""
+    """Count three products (logits, gradient of the logits, dq), and two more for dx."""
     return _forward_flops(x, q, out_shape=None) // 2 * (5 if need_dx else 3)
 
 

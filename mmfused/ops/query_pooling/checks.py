@@ -49,7 +49,7 @@ def check(
 
 
 def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
-    """Check the tokens and their padding; modules call this before they project the tokens."""
+    """Check the tokens and their padding, for modules that project the tokens first."""
     check_tensors(OP, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
     _check_x(x)
     check_padding(OP, x.shape[0], x.shape[1], key_padding_mask, lengths)
@@ -65,7 +65,8 @@ def _check_x(x: Tensor) -> None:
 
 
 def _check_dtypes(x: Tensor, floats: dict[str, Any]) -> None:
-    allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}  # float32: master weights
+    # With x in 16 bits, the weights may be float32.
+    allowed = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
     names = " or ".join(sorted(map(str, allowed)))
     for name, tensor in floats.items():
         if tensor is not None and tensor.dtype not in allowed:

@@ -1,4 +1,4 @@
-"""Query pooling in plain PyTorch: both forms, and the choice between them.
+"""Query pooling in plain PyTorch: the absorbed and the projected form, and the choice of form.
 
 The equations and symbols are in reference.py.
 """
@@ -19,9 +19,9 @@ from .reference import PoolingOptions, PoolingWeights, merge_heads, split_heads
 
 Form = Literal["absorbed", "projected"]
 
-# form="auto" picks the absorbed form if it needs this many times fewer FLOPs than the projected
-# form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured. With dropout
-# the projected form cannot use torch's attention, so form="auto" picks the form with fewer FLOPs.
+# form="auto" picks the absorbed form if the projected form needs at least this many times the FLOPs
+# of the absorbed form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured.
+# With dropout, the projected form cannot use torch's attention, and the factor is 1.
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
@@ -56,7 +56,7 @@ def cheaper_form(
 ) -> Form:
     """Return the form that form="auto" picks for these shapes."""
     batch, length, dim = x.shape
-    if graph_made():  # an exported graph serves any batch and length: assume large sizes
+    if graph_made():  # an exported graph serves any size, so assume large sizes
         batch, length = 2**20, 2**20
     shared = queries.dim() == 2
     sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
@@ -71,7 +71,10 @@ def absorb(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the absorbed queries q' (R, D) or (B, R, D), w_v and b_v, with the norm folded in."""
+    """Return the absorbed queries q' (R, D) or (B, R, D), the weight w_v and the bias b_v.
+
+    The LayerNorm's weight and bias are folded into the results.
+    """
     w_k, w_v, b_v = _folded_norm(x, weights, options)
     return _absorbed_queries(x, queries, w_k, options), w_v, b_v
 
@@ -93,7 +96,7 @@ def project_values(
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
     if graph_made() == "onnx":
-        # The code below "else" confuses ONNX's optimizer if there are as many samples as heads.
+        # ONNX's optimizer breaks the other branch if there are as many samples as heads.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
@@ -129,10 +132,10 @@ def _folded_norm(
 
 
 def _centred(w: Tensor) -> Tensor:
-    """Subtract each row's mean.
+    """Subtract from each row of w its mean.
 
-    Each normalised token sums to zero, so subtracting the mean does not change the output. It does
-    make the gradient of each normalised token sum to zero, which the kernels rely on.
+    Normalised tokens sum to zero, so their projections do not change. The gradients of normalised
+    tokens then sum to zero too, which the kernels rely on.
     """
     return w - w.mean(1, keepdim=True)
 
@@ -144,7 +147,7 @@ def _absorbed_queries(
     options: PoolingOptions,
 ) -> Tensor:
     """Return the absorbed queries q' (R, D) or (B, R, D)."""
-    # If the samples share the queries, the product is small and computed in float32 or float64.
+    # The product of shared queries is small, so it is computed in float32 or float64.
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = wide if queries.dim() == 2 else x.dtype
     heads = (options.num_heads, -1)
@@ -168,7 +171,8 @@ def pool_composed(
     """Pool tokens x (B, N, D) with absorbed queries q (R, D) or (B, R, D): z = softmax(q x^T) x.
 
     If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1. Returns z
-    (B, R, D) and, with dropout, ksum (B, R) in float32 or float64. The caller divides by 1 - p.
+    (B, R, D). With dropout, also returns ksum (B, R) in float32 or float64, and the caller must
+    divide by 1 - dropout_p.
     """
     q = q.to(x.dtype)
     ignore = options.ignored(x)
@@ -177,7 +181,7 @@ def pool_composed(
     if eps is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=eps)
     on_cpu = x.device.type == "cpu"
-    if on_cpu:  # one product per sample: just as fast, and up to 5 times less error in dq
+    if on_cpu:  # one product per sample has up to 5 times less error in dq
         q = q.expand(x.shape[0], *q.shape[-2:])
     if on_cpu and q.shape[-2] <= 8:  # backward up to 1.8 times faster than with x q^T
         logits = (q @ x.transpose(1, 2)).transpose(1, 2)  # (B, N, R)
@@ -194,7 +198,7 @@ def pool_composed(
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return a bool (B,), True for samples without tokens; None if no token is ignored."""
+    """Return a bool (B,), True for samples without tokens; None without padding."""
     if not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:
@@ -208,7 +212,7 @@ def projected(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> Tensor:
-    """Pool in the projected form, with torch's attention."""
+    """Pool in the projected form."""
     ignore = options.ignored(x)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
@@ -235,7 +239,7 @@ def attend(
     scale: float,
     options: PoolingOptions,
 ) -> Tensor:
-    """Attend to keys k (B, N, Dk) and values v (B, N, Dv) with torch's attention."""
+    """Attend to keys k (B, N, Dk) and values v (B, N, Dv); return (B, L, Dv)."""
     q, k, v = split_heads(queries, k, v, options.num_heads)
     if options.dropout_p:  # torch's attention would draw its own dropout mask
         seed = options.dropout_seed
@@ -246,8 +250,8 @@ def attend(
         return merge_heads(probs.to(v.dtype) @ v)
     if ignore is None:
         return merge_heads(attention(q, k, v, scale=scale))
-    # Some backends of torch's attention do not give output 0 and gradient 0 for a fully masked row.
-    # Here such a row attends to everything, and its output is set to 0 afterwards.
+    # Some backends of torch's attention do not give output 0 and gradient 0 for a sample without
+    # tokens. Here such a sample attends to all its tokens, and its output is set to 0 afterwards.
     empty = ignore.all(1)
     allowed = ~(ignore & ~empty[:, None])[:, None, None, :]
     out = merge_heads(attention(q, k, v, allowed, scale))

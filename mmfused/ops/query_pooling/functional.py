@@ -61,7 +61,7 @@ def query_pooling(
 
     Args:
         x: tokens (B, N, D); float32, float16, bfloat16 or float64.
-        queries: (L, Dk), shared by the batch, or (B, L, Dk); already projected.
+        queries: projected queries, (B, L, Dk), or (L, Dk) for all samples.
         w_k, w_v: (Dk, D) and (Dv, D), as ``nn.Linear.weight``.
         b_v, b_k: (Dv,) and (Dk,). ``b_k`` has no effect on the output; in the absorbed form its
             gradient is exactly zero.
@@ -69,20 +69,21 @@ def query_pooling(
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample without
             tokens gives output 0 (not the value bias) and gradient 0.
-        lengths: (B,) int in [0, N], the number of tokens to keep, instead of the mask.
-        norm_weight, norm_bias, norm_eps: a LayerNorm (D,) over ``x`` before both projections; its
-            weight and bias are folded into the projections. Tokens are normalised in float32, so a
-            large mean costs no accuracy. There is no kernel for D = 2.
+        lengths: (B,) int, used instead of a mask: sample b has its first ``lengths[b]`` tokens.
+        norm_weight, norm_bias, norm_eps: weight (D,), bias (D,) and epsilon of a LayerNorm over
+            ``x`` before both projections; no LayerNorm if ``norm_weight`` is None. The kernels do
+            not support a LayerNorm with D = 2.
         dropout_p: dropout rate of the attention probabilities, in [0, 1).
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout mask on every backend (``mmfused.testing.dropout_mask``).
-        form: "absorbed" never computes K or V; "projected" computes both and uses torch's
-            attention; "auto" compares FLOPs, except that ``backend("fused")`` needs "absorbed".
+        form: "absorbed" never computes K or V. "projected" computes K and V, and has no kernel.
+            "auto" compares the FLOPs of both forms; under ``backend("fused")`` it is "absorbed".
+            ``backend("reference")`` ignores ``form``.
 
     Returns: (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` if ``backend("fused")``
-    cannot run; all of them before any kernel is launched.
+    Raises: ``TypeError`` or ``ValueError`` on bad input, and ``RuntimeError`` if
+    ``backend("fused")`` cannot run. Errors are raised before any kernel is launched.
 
     Source: FLUID (arXiv 2508.07264), equations 3-8. The absorbed form is specific to this library.
     """
@@ -129,7 +130,7 @@ def _autocast(
     weights: PoolingWeights,
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor, PoolingWeights, PoolingOptions]:
-    """Cast x to the autocast dtype, and parameters of the other 16-bit dtype to float32.
+    """Cast x to the autocast dtype, and parameters in the other 16-bit dtype to float32.
 
     Without autocast, or if ``x`` is float64 or not a tensor, nothing changes.
     """
@@ -145,7 +146,7 @@ def _autocast(
 def _why_no_kernel(x: Tensor, options: PoolingOptions, form: str) -> list[str]:
     reasons = ["form='projected' has no kernel"] if form == "projected" else []
     if options.norm_weight is not None and x.shape[-1] == 2:
-        # Two normalised features are always 1 and -1: the kernel's dx would be all rounding error.
+        # Two normalised features are always 1 and -1, so dx would be nothing but rounding error.
         reasons.append("a LayerNorm of two features has no kernel")
     return reasons
 
@@ -198,10 +199,10 @@ def pool_projected(
     dropout_seed: Tensor | None = None,
     reasons: list[str],
 ) -> Tensor:
-    """Pool keys k (B, N, Dk) and values v (B, N, Dv) that the caller has already projected.
+    """Pool projected keys k (B, N, Dk) and values v (B, N, Dv).
 
-    ``reasons``: why the kernels cannot do the projections. Under ``backend("fused")`` the kernels
-    still run: they pool the concatenated tokens [k v], with weights that select k and v.
+    ``reasons``: why the kernels cannot compute the projections. ``backend("fused")`` pools the
+    concatenated tokens [k v] instead, with weights that select k and v.
     """
     length, k_dim = k.shape[1:]
     v_dim = v.shape[-1]

@@ -36,7 +36,7 @@ class QueryPooling(nn.Module):
         q_proj: whether to project the queries.
         out_proj: whether to project the output.
         bias: whether the projections have biases.
-        norm_kv: whether to apply a LayerNorm to the tokens; it is folded into the projections.
+        norm_kv: whether to apply a LayerNorm to the tokens before both projections.
         dropout: dropout rate of the attention probabilities in training, in [0, 1).
 
     With ``q_proj``, ``out_proj`` and ``bias`` this is the attention of nn.MultiheadAttention,
@@ -98,7 +98,7 @@ class QueryPooling(nn.Module):
             x: (B, N, kv_dim).
             key_padding_mask: (B, N) bool, True = ignore.
             queries: (L, dim) or (B, L, dim), used instead of the learned queries.
-            lengths: (B,) int, the number of tokens to keep, instead of the mask.
+            lengths: (B,) int, used instead of a mask: sample b has its first ``lengths[b]`` tokens.
             dropout_seed: see :func:`query_pooling`.
 
         Returns: (B, L, dim).
@@ -169,17 +169,16 @@ class QueryPooling(nn.Module):
         mask: Tensor | None,
         lengths: Tensor | None,
     ) -> Tensor:
-        """Set the ignored tokens to 0, since they may be NaN, and normalise all tokens."""
+        """Set ignored tokens, which may be NaN, to 0; then apply the norm, if there is one."""
         ignore = padding_mask(x, mask, lengths)
         x = x if ignore is None else x.masked_fill(ignore[:, :, None], 0.0)
         return x if norm is None else layer_norm(x, norm, getattr(self.norm_kv, "eps", 0.0))
 
     def _folds_out_proj(self, rows: int, dropout_p: float) -> bool:
-        """Return whether the weight of ``out_proj`` is folded into that of ``v_proj``.
+        """Return whether to fold ``out_proj`` into ``v_proj``: to multiply the two weights first.
 
-        With one head the product of both weights is one matrix. Computing it is cheaper if there
-        are more pooled rows than ``dim``. Dropout prevents folding: it scales the value bias by the
-        kept probabilities, but not the output bias.
+        Folding needs a single head, and is cheaper if there are more than ``dim`` pooled rows.
+        Dropout prevents folding, since dropout scales the value bias but not the output bias.
         """
         if graph_made():  # an exported graph serves any number of rows
             return False
@@ -192,7 +191,7 @@ class QueryPooling(nn.Module):
         w_o, b_o = weights_of(self.out_proj)
         wide = torch.promote_types(w_o.dtype, w_v.dtype)  # an adapter may be in float32
         w_o, w_v = w_o.to(wide), w_v.to(wide)
-        with no_autocast(w_o.device.type):  # fold first, round once
+        with no_autocast(w_o.device.type):  # autocast would round the product
             bias = None if b_o is None else b_o.to(wide)
             if b_v is not None:
                 shift = w_o @ b_v.to(wide)
@@ -257,10 +256,10 @@ class QTransform(nn.Module):
     ) -> Tensor:
         """Pool tokens x (B, N, dim) into (B, num_queries, dim).
 
-        ``key_padding_mask`` (B, N) or ``lengths`` (B,) as in :class:`QueryPooling`. For a sample
-        without tokens the output of the attention is 0.
+        ``key_padding_mask`` (B, N) and ``lengths`` (B,) are those of :class:`QueryPooling`. For a
+        sample without tokens the output of the attention is 0.
         """
-        q = self.queries  # (L, D), shared by the batch until the first block
+        q = self.queries  # (L, dim); the blocks return (B, L, dim)
         for block in self.blocks:
             q = block(q, x, key_padding_mask, lengths)
         return q

@@ -1,14 +1,14 @@
 """Query pooling: a few learned queries attend to many tokens.
 
 FLUID's Q-Transform and Q-bottleneck (arXiv 2508.07264, equations 3-8), SigLIP's attention-pooling
-head and the Perceiver use this operation. Notation for one sample:
+head and the Perceiver use query pooling. Notation for one sample:
 
     X (N, D)       tokens
     Q (L, Dk)      queries
     W_K (Dk, D)    weight of the key projection, with bias b_K (Dk,)
     W_V (Dv, D)    weight of the value projection, with bias b_V (Dv,)
     O (L, Dv)      output
-    index h        the part of head h: columns of Q, K, V, O; rows of W_K and W_V
+    index h        the part of head h: columns of Q, K, V, O; rows of W_K, W_V, Q', Z
 
 The usual form, called "projected" here, is
 
@@ -16,35 +16,36 @@ The usual form, called "projected" here, is
     V = X W_V^T + b_V
     O_h = softmax(scale Q_h K_h^T) V_h
 
-With few queries and many tokens, computing K and V costs far more than the pooling itself. The
-"absorbed" form multiplies the queries by W_K, and the pooled tokens Z by W_V:
+With few queries and many tokens, K and V cost far more than the pooling itself. The "absorbed" form
+multiplies the queries by W_K, and the pooled tokens Z by W_V:
 
     Q'_h = scale Q_h W_K,h
     S    = Q' X^T                        the logits
     Z    = softmax(S) X
     O_h  = Z_h W_V,h^T + b_V,h
 
-Q', S and Z have R = num_heads * L rows, ordered by head, then query.
+Q', S and Z have R = num_heads * L rows: the L rows of head 0, then those of head 1, and so on.
 
-The two forms are mathematically equivalent. b_K adds the same number to all logits of a row, which
-does not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to
-one, so b_V is added once. The absorbed form never computes K or V. If the samples share the
-queries, the gradient of W_K takes one small product for the whole batch.
+The two forms are mathematically equivalent. b_K adds one number to all logits of a row, which does
+not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to one,
+so b_V is added once. If the samples share the queries, the gradient of W_K takes one small product
+for the whole batch.
 
-A LayerNorm before the projections is folded into their weights: its weight into W_K and W_V, its
-bias into b_V. Only (x - mean) / sqrt(variance + eps) is left to compute for each token x.
+In the absorbed form, a LayerNorm of the tokens is folded into the projections: the norm's weight
+into W_K and W_V, the norm's bias into b_V. Only (x - mean) / sqrt(variance + eps) is left to
+compute for each token x.
 
-Dropout multiplies the probabilities by a mask M of zeros and ones and divides them by 1 - p. A row
-then no longer sums to one:
+Dropout with rate p multiplies the probabilities by a mask M of zeros and ones, and divides the
+products by 1 - p. The rows then no longer sum to one:
 
     Z = (M * softmax(S)) X
     ksum = row sums of M * softmax(S)
     O_h = (Z_h W_V,h^T + ksum_h b_V,h) / (1 - p)
 
-where * is elementwise and b_V includes the folded bias of the LayerNorm.
+where * is elementwise, ksum_h has the L entries of head h, and b_V,h is the part of b_V for head h.
 
-FLOPs per sample, forward and backward, with Dk = Dv = D and H heads: 14 H L N D + 6 L D^2
-(absorbed), 12 N D^2 + 14 L N D (projected).
+FLOPs per sample, forward and backward, with Dk = Dv = D and shared queries: 14 R N D + 6 L D^2
+(absorbed), 12 N D^2 + 14 L N D (projected). The absorbed form adds 6 L D^2 per batch for Q'.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def query_pooling_reference(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`query_pooling` in the projected form, one line per equation.
+    """Compute :func:`query_pooling` in the projected form.
 
     This is the specification: plain PyTorch for any floating dtype on any device.
     """
