@@ -63,7 +63,7 @@ def pooling_passes(which: str, passes: str) -> MakeContext:
             tiles = {"onepass": small}
         else:
             kernels = ("logits", "pool") if which == "forward" else ("dlogits", "dx", "dq")
-            tiles = plans._two_reads(kernels, rows, big_shared, float32, norm)
+            tiles = plans._tiles_of(kernels, rows, big_shared, float32, norm)
         moments = {name: tile for name, tile in getattr(plan, which).items() if name == "moments"}
         return replace(plan, **{which: moments | tiles})
 

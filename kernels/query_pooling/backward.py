@@ -1,23 +1,24 @@
 """Backward of query pooling. For the symbols see forward.py.
 
-With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ Z) and dS = P (dP - delta):
+With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ * Z) and dS = P * (dP - delta), where * is
+elementwise:
 
     dX = P^T dZ + dS^T Q'
     dQ' = dS X, summed over the samples if they share their queries
 
-With NORM, x^ = (x - mean) rstd replaces x, and with G = P^T dZ + dS^T Q'
+With NORM, x^ = (x - mean) rstd replaces x and, with G = P^T dZ + dS^T Q',
 
-    dX = rstd (G - x^ mean_D(G x^))        mean_D(G x^) = sum_r (P dP + dS S) / D
+    dX = rstd * (G - x^ * g_x)        g_x = mean_D(G * x^) = sum_r (P * dP + dS * S) / D
 
 LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 over D.
 
 With DROPOUT, kept(P) is P with zeros for the dropped probabilities. It replaces P in the equations
-above, except in these two:
+above, except that
 
-    dS = kept(P) (dP + dksum) - P delta        delta = rowsum(dZ Z) + dksum ksum
+    dS = kept(P) * (dP + dksum) - P * delta        delta = rowsum(dZ * Z) + dksum * ksum
 
-There are no atomics: one program writes each element of dX, and dQ' is computed as a fixed number
-of partial sums, which are added in order.
+There are no atomics: each element of dX is written by one program, and dQ' is computed as partial
+sums, which are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def backward(
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (B, N, D), (0,) if not needed, and dq of q's shape (float32 if q is shared).
+    """Return dx (B, N, D), or (0,) if not needed, and dq of q's shape (float32 if q is shared).
 
     dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
     outputs of the forward.
@@ -80,15 +81,15 @@ def backward(
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
     tokens = token_arguments(x, mask, lengths)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
-    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    dropout_words = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
     query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
     saved = dict(
         z_ptr=z,
         sums_ptr=sums,
-        keep_ptr=keep,
+        keep_ptr=dropout_words,
         ksum_ptr=ksum,
         dksum_ptr=dksum,
-        DROPOUT=keep is not None,
+        DROPOUT=dropout_words is not None,
     )
     if "onepass" in tiles.backward:
         onepass_backward_kernel[(partials,)](
@@ -103,11 +104,11 @@ def backward(
             **OPTIONS,
         )
     else:
-        _launch_three_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
+        _launch_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
     return dx, dq.sum(0) if shared else dq
 
 
-def _launch_three_steps(
+def _launch_steps(
     tiles: Plan,
     tokens: dict[str, Any],
     query: dict[str, Any],
@@ -170,11 +171,11 @@ def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
-    """Return delta, computed from the diagonal of zdz = Z dZ^T, and dksum.
+    """Return delta and dksum, with rowsum(dZ * Z) from the diagonal of zdz = Z dZ^T.
 
-    delta comes from a matrix product, like dP, so that both are rounded alike: if one token has all
-    the weight of a row, dP must equal delta, so that dS is 0. Moreover, a sum over a tile of dZ
-    that a product reads would be a race (see mmfused/cli/races.py).
+    A matrix product rounds delta like dP: if one token has all the weight of a row, delta must
+    equal dP, so that dS is 0. Moreover, on sm_90 a direct sum over a tile of dZ would be a race
+    with the product that reads the tile (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
@@ -237,7 +238,7 @@ def onepass_backward_kernel(
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
     dx_ptr,  # (B, N, D)
-    dq_ptr,  # (P, R, D)
+    dq_ptr,  # (partials, R, D)
     B,
     N,
     W,
@@ -255,10 +256,9 @@ def onepass_backward_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dX, and partial sums of dQ', in one pass, for R <= BR. Grid (P,).
+    """Compute dX and partial sums of dQ' in one pass over X, for R <= BR. Grid (partials,).
 
-    Program p processes the samples p, p + P, ... All rows and all of dQ'^T stay on chip, so X is
-    read once.
+    Program i processes the samples i, i + partials, ... All of dQ'^T stays on chip.
     """
     rows = tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
@@ -349,7 +349,7 @@ def dlogits_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write P and dS and, with NORM, the sum in mean_D(G x^) over each block of rows.
+    """Write kept(P), dS and, with NORM, the part of g_x from each block of rows.
 
     Grid (B, R / BR, N / BN).
     """

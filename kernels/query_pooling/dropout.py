@@ -1,8 +1,7 @@
 """The dropout mask of query pooling, one bit for each probability.
 
 Forward and backward both compute the mask in a separate kernel. The pooling kernels load one word
-of it for each row of a tile. They have no registers left for Philox, and each kernel would have to
-compute the mask again.
+of the mask for each row of a tile, which takes fewer registers than Philox.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def keep_words_kernel(
 
 @triton.jit
 def rows_keep(words_ptr, b, start, BN: tl.constexpr, rows, N, R):
-    """Return which probabilities of sample b are kept, (BN tokens, rows) bool.
+    """Return which probabilities of sample b are kept, (BN, rows) bool.
 
     The bits of the tokens start .. start + BN must be in one word.
     """

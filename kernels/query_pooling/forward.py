@@ -1,21 +1,22 @@
-"""Forward of query pooling: Z = softmax(Q' X^T) X, an online softmax over the tokens.
+"""Forward of query pooling: Z = softmax(Q' X^T) X, with an online softmax over the tokens.
 
-Q' has R rows of absorbed queries (see mmfused/ops/query_pooling/reference.py). With P = softmax(S),
-tiles are computed transposed: S^T = X Q'^T and Z^T = X^T P^T. Matrix instructions need many rows in
-their first operand, 64 on sm_90. Tokens and columns are many, queries are usually few. D is split
-into NC chunks of BD columns: 768 is 3 x 256.
+Q' has R rows of absorbed queries (see mmfused/ops/query_pooling/reference.py). With S = Q' X^T and
+P = softmax(S), tiles are computed transposed: S^T = X Q'^T and Z^T = X^T P^T. This is because the
+first operand of matrix instructions needs many rows (64 on sm_90), and there are usually few
+queries. D is split into NC chunks of BD columns: 768 is 3 x 256.
 
 With NORM the kernels use (x - mean) rstd in place of x, computed in float32 when x is loaded and
-rounded like LayerNorm's output. If a large mean were subtracted after the products, their rounding
-errors would remain.
+rounded like LayerNorm's output. Subtracting the mean after the products instead would keep their
+rounding errors, which are large if the mean is large.
 
-For each row, ``sums`` holds the largest logit and the logarithm of the softmax's sum. They are not
-added up, because for a large logit the result would have too few digits. In a row without tokens,
-the largest logit is stored as +inf, so that the probabilities are zero in backward.
+``sums`` (B, R, 2) holds the softmax statistics of each row: its largest logit m, and the logarithm
+of the sum of exp(logit - m). The log-sum-exp, m plus this logarithm, would have too few digits if m
+is large. In a row without valid tokens m is stored as +inf, which makes the row's probabilities 0.
 
-With DROPOUT only the kept probabilities are pooled, and ksum is their sum in each row; ``sums`` are
-those before dropout. Z is stored without the division by 1 - p, which is applied to the output. So
-if one token has all the weight, Z equals that token exactly, and backward relies on this.
+With DROPOUT only the kept probabilities are pooled, and ksum is the sum of the kept probabilities
+of each row. ``sums`` covers all probabilities, dropped or kept. The output, not Z, is divided by
+1 - dropout_p. So if one token has all the weight and is kept, Z equals this token exactly, which
+backward relies on (see _delta in backward.py).
 """
 
 from __future__ import annotations
@@ -71,13 +72,18 @@ def forward(
     mean = x.new_empty(per_token, dtype=torch.float32)
     rstd = x.new_empty(per_token, dtype=torch.float32)
     ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
-    keep = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
+    dropout_words = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
     tokens = token_arguments(x, mask, lengths)
     if eps is not None:
         _launch_moments(tiles, tokens, mean, rstd, eps)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
     query = dict(q_ptr=q, stride_qb=q.stride(0) if q.dim() == 3 else 0)
-    out = dict(z_ptr=z, keep_ptr=keep, ksum_ptr=ksum, DROPOUT=keep is not None)
+    out = dict(
+        z_ptr=z,
+        keep_ptr=dropout_words,
+        ksum_ptr=ksum,
+        DROPOUT=dropout_words is not None,
+    )
     if "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
         onepass_forward_kernel[(batch, triton.cdiv(rows, tile.BR))](
@@ -89,7 +95,7 @@ def forward(
             **OPTIONS,
         )
     else:
-        _launch_two_reads(tiles, tokens, query, out, sums)
+        _launch_logits_and_pool(tiles, tokens, query, out, sums)
     return z, sums, mean, rstd, ksum
 
 
@@ -135,14 +141,13 @@ def _launch_moments(
     )
 
 
-def _launch_two_reads(
+def _launch_logits_and_pool(
     tiles: Plan,
     tokens: dict[str, Any],
     query: dict[str, Any],
     out: dict[str, Any],
     sums: Tensor,
 ) -> None:
-    """Compute the logits, then z."""
     x = tokens["x_ptr"]
     batch, rows = sums.shape[:2]
     logits = x.new_empty(batch, x.shape[1], rows, dtype=torch.float32)
@@ -185,8 +190,7 @@ def moments_kernel(
 ):
     """Compute mean and rstd of each token. Grid (B, N / BN).
 
-    The pooling kernels do not compute them, because X would have to pass through registers, and
-    none are free. Chunks are merged with Chan's update, which has no cancellation.
+    The moments of the column chunks are merged with Chan's update, which avoids cancellation.
     """
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
@@ -216,7 +220,7 @@ def _softmax_step(s, m, total, keep):
     s = tl.where(keep[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 0))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    # Subtract before scaling: the difference of large logits is exact.
+    # Subtract before scaling, because the difference of two close logits is exact.
     p = tl.exp2((s - shift[None, :]) * LOG2E)
     alpha = tl.exp2((m - shift) * LOG2E)
     return p, m_new, total * alpha + tl.sum(p, 0), alpha
@@ -265,9 +269,9 @@ def onepass_forward_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Pool in one pass. Grid (B, R / BR).
+    """Pool in one pass over X. Grid (B, R / BR).
 
-    All chunks of Z^T stay in registers, so X is read once.
+    All columns of Z^T, for BR rows, stay in registers.
     """
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -334,7 +338,7 @@ def logits_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute the logits and ``sums``, if Z^T does not fit into registers. Grid (B, R / BR)."""
+    """Compute the logits and ``sums``. Grid (B, R / BR)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     m = tl.full([BR], float("-inf"), tl.float32)
@@ -380,7 +384,7 @@ def pool_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one chunk of Z^T from the logits and X. Grid (B, R / BR, D / BD)."""
+    """Compute Z^T, and with DROPOUT ksum, from the logits. Grid (B, R / BR, D / BD)."""
     b = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)

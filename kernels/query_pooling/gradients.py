@@ -37,10 +37,7 @@ def dx_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dX = P^T dZ + dS^T Q' over all rows; 0 for ignored tokens.
-
-    Grid (B, N / BN, D / BD).
-    """
+    """Compute dX, which is 0 for ignored tokens. Grid (B, N / BN, D / BD)."""
     b = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BN
     n = start + tl.arange(0, BN)
@@ -49,8 +46,8 @@ def dx_kernel(
     lo, hi = token_span(b, span_ptr, N, MASK)
     if (start < hi) & (start + BN > lo):
         _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-        for start in range(0, R, BR):
-            rows = start + tl.arange(0, BR)
+        for first_row in range(0, R, BR):
+            rows = first_row + tl.arange(0, BR)
             p = load_tokens(p_ptr + b * N * R, n, rows, keep, R, R)
             ds = load_tokens(ds_ptr + b * N * R, n, rows, keep, R, R)
             dx = dot(p, load_tokens(dz_ptr + b * R * D, rows, cols, rows < R, D, D), dx, UPCAST)
@@ -74,7 +71,7 @@ def dq_kernel(
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
     span_ptr,  # lengths (B,) or spans (B, 2)
-    dq_ptr,  # (P, R, D)
+    dq_ptr,  # (partials, R, D)
     B,
     N,
     W,
@@ -89,9 +86,9 @@ def dq_kernel(
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one chunk of dQ'^T = X^T dS, summed over the samples p, p + P, ...
+    """Compute partial sums of dQ'^T = X^T dS over the samples. Grid (partials, R / BR, D / BD).
 
-    Grid (P, R / BR, D / BD).
+    Partial sum i covers the samples i, i + partials, ...
     """
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     cols = tl.program_id(2) * BD + tl.arange(0, BD)

@@ -1,8 +1,8 @@
 """Kernels and tile sizes of query pooling, chosen by shape, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
-compares each tile with variants of it.
+supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` compares the
+speed of each tile with that of variants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 
 @dataclass(frozen=True)
 class Tile:
-    """BN tokens, BR rows of queries and BD columns at a time, and the launch options.
+    """A tile of BN tokens, BR rows of queries and BD columns, and the launch options.
 
     BN is at most 64 (see tiles.tokens_kept).
     """
@@ -28,8 +28,8 @@ class Tile:
     maxnreg: int | None = None
 
 
-# On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows and three column chunks of
-# normalised tokens, and with four column chunks of 32 tokens.
+# On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows of queries and three column chunks
+# of normalised tokens, and with four column chunks of 32 tokens.
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 
 
@@ -43,8 +43,8 @@ class Plan:
 
     forward: dict[str, Tile]
     backward: dict[str, Tile]
-    # Number of partial sums for the gradient of shared queries. It is fixed, so that no sum depends
-    # on the GPU.
+    # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
+    # number of multiprocessors, so that GPUs of one architecture compute the same sums.
     partials: int = 128
 
 
@@ -58,16 +58,16 @@ def plan(
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
-    ``onepass`` reads X once. It runs if all of Z^T (forward) or dQ'^T (backward) fits into
-    registers. For the symbols see forward.py and backward.py.
+    ``onepass`` reads X once for each block of BR rows. It is chosen if all columns of Z^T (forward)
+    or dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
     """
-    # 228 KB of shared memory. The tiles for all other architectures fit into 99 KB.
+    # These have 227 KB of shared memory. The tiles for other architectures fit into 99 KB.
     big_shared = arch in (90, 100, 103)
-    # Without matrix instructions, products of float32 need more registers.
+    # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     if dim > (1024 if big_shared else 768) or float32:
-        forward |= _two_reads(("logits", "pool"), rows, big_shared, float32, norm)
+        forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
         forward["onepass"] = _onepass_forward(rows, dim, arch, big_shared, norm, dropout)
     # With more than 16 rows, too few tokens fit beside dQ'^T to keep the matrix units busy.
@@ -76,7 +76,7 @@ def plan(
         stages = 2 if norm or dropout else 1
         backward = {"onepass": Tile(tokens, 16, column_chunk(dim), 8, stages)}
     else:
-        backward = _two_reads(("dlogits", "dx", "dq"), rows, big_shared, float32, norm)
+        backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm)
     return Plan(forward, backward)
 
 
@@ -95,14 +95,14 @@ def _onepass_forward(
     small = small or (dropout and tcgen05 and chunk < 256)
     if not small:
         return Tile(32, 32, chunk, 8, 2 if tcgen05 or norm else 3)
-    # Norm and dropout together leave too few registers for 32 tokens.
+    # On the other architectures, norm and dropout together leave too few registers for 32 tokens.
     crowded = norm and dropout and not big_shared
     tokens = 16 if crowded or (_TRITON_3_6 and dim > 768) else 32
     stages = 1 if crowded else 2
     return Tile(tokens, 16, chunk, 8, stages, 255 if chunk < 256 else None)
 
 
-def _two_reads(
+def _tiles_of(
     kernels: tuple[str, ...],
     rows: int,
     big_shared: bool,
@@ -114,14 +114,14 @@ def _two_reads(
         columns = {kernel: 32 if "logits" in kernel else 64 for kernel in kernels}
         return {kernel: Tile(32, 16, BD, 8, 2, 255) for kernel, BD in columns.items()}
     few_rows = 16 if rows <= 16 or not big_shared else 32
-    rows_back = 64 if rows > 32 and big_shared else few_rows
+    many_rows = 64 if rows > 32 and big_shared else few_rows
     tokens = 64 if big_shared else 32
-    dlogits_warps = 8 if norm or rows_back > 32 else 4
+    dlogits_warps = 8 if norm or many_rows > 32 else 4
     tiles = {
         "logits": Tile(64, few_rows, 64, 4, 3, 255),
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
-        "dlogits": Tile(64, rows_back, 64, dlogits_warps, 3, 255),
-        "dx": Tile(64, rows_back, 128, 4, 2, 255),
+        "dlogits": Tile(64, many_rows, 64, dlogits_warps, 3, 255),
+        "dx": Tile(64, many_rows, 128, 4, 2, 255),
         "dq": Tile(tokens, few_rows, 128, 4, 2 if norm and not big_shared else 3, 255),
     }
     return {kernel: tiles[kernel] for kernel in kernels}

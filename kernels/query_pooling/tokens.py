@@ -34,7 +34,7 @@ def load_normed(
     rstd,
     NORM: tl.constexpr,
 ):
-    """Load a (tokens, columns) tile of one sample, normalised with NORM."""
+    """Load a (tokens, columns) tile of one sample, normalised if NORM."""
     x = load_tokens(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[:, None], rstd[:, None], cols[None, :], D, cols.shape[0], NORM)
 
@@ -51,7 +51,7 @@ def load_normed_t(
     rstd,
     NORM: tl.constexpr,
 ):
-    """Load a (columns, tokens) tile of one sample, normalised with NORM."""
+    """Load a (columns, tokens) tile of one sample, normalised if NORM."""
     x = load_tokens_t(x_ptr, n, cols, keep, stride_n, D)
     return normed(x, mean[None, :], rstd[None, :], cols[:, None], D, cols.shape[0], NORM)
 
@@ -61,8 +61,8 @@ def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.cons
     """Normalise a tile whose columns are ``cols``; without NORM return x."""
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd
-        # If D is not a multiple of BD, the columns from D on are padding and must stay 0. There y
-        # is -mean rstd, which may overflow in 16 bits, and inf * 0 is NaN.
+        # If D is not a multiple of BD, the columns from D on are padding and must stay 0. In these
+        # columns y is -mean rstd, which may overflow in 16 bits, and inf * 0 is NaN.
         if (BD - 1) & D:
             y = tl.where(cols < D, y, 0.0)
         x = y.to(x.dtype)

@@ -1,7 +1,8 @@
 """Backward of top-k routing: the gradient of the logits.
 
-Everything is recomputed from the logits, except the coefficients of the balance loss, one for each
-segment and expert. router_gradients.py computes the gradients of x and of the router's weight.
+Probabilities are recomputed from the logits. The choice, the weights and the derivatives of the
+balance loss, one for each segment and expert, are saved by the forward. router_gradients.py
+computes the gradients of x and of the router's weight.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def logits_kernel(
 ):
     """Compute d_logits from the gradients of weights, balance, z and entropy (None: no gradient).
 
-    grid (T / BR,). The gradient of a softmax sums to 0 over the experts. The computed sum is a
-    rounding error, which is largest if a P is near 1, so it is subtracted.
+    grid (T / BR,). The gradient through a softmax sums to 0 over the experts. Rounding errors make
+    the computed sum nonzero, most of all if a P is near 1, so P times the sum is subtracted.
     """
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)
@@ -223,9 +224,9 @@ def _upstream(
     K: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Return the expert in slot j, its weight, and the weight's gradient.
+    """Return the expert in slot j, its weight, and the weight's upstream gradient.
 
-    With balance "mse", the weight's gradient includes that of the balance.
+    With "mse", this gradient includes the contribution of the balance loss.
     """
     at, _ = load_choice(indices_ptr, n, j, keep, E, K)
     w = tl.load(weights_ptr + n.to(tl.int64) * K + j, mask=keep, other=0.0)

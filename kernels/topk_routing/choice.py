@@ -1,14 +1,14 @@
 """Device functions of forward.py: the choice of experts, and the statistics of a block of tokens.
 
 For each block of BR tokens, one row of W integers and one row of V floats are stored. order.py adds
-up the rows in a fixed order, without atomics. With E experts and S segments, the columns are:
+up the rows in a fixed order, without atomics. The columns, with E experts and S segments:
 
     integers   E: number of assignments to each expert
                1: number of masked tokens
                S: number of valid tokens in each segment
                S x E: number of assignments by segment and expert, only if S > 1
                S x E: number of first choices by segment and expert, only for "gshard"
-    floats     S x E: sums of P (of w for "mse")
+    floats     S x E: sums of P (of w for "mse") by segment and expert
                1: sum of lse^2
                1: sum of the tokens' entropies
 
@@ -56,10 +56,10 @@ def choose_experts(
     BE: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Choose the K experts with the largest keys, or load the given choice.
+    """Choose and store the K experts with the largest keys, or load the given choice.
 
-    For each token, return the expert and its value in each slot, and how often each expert was
-    chosen.
+    For each token, return the expert in each slot, the value of this expert, and how often each
+    expert was chosen.
     """
     choice = tl.zeros([BR, BS], tl.int32)
     chosen = tl.full([BR, BS], float("-inf"), tl.float32)

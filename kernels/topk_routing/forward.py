@@ -1,6 +1,6 @@
 """Forward of top-k routing, from given logits or from x W^T in one pass over x.
 
-The kernels write the choice, the weights and partial statistics for each block of tokens (see
+The kernels write the choice, the weights and the statistics of each block of tokens (see
 choice.py). If x has 16 bits and the router's weight is float32, the weight is not rounded to 16
 bits: it is split into 16-bit parts, and the products of x with each part are added up.
 """
@@ -50,7 +50,7 @@ def forward(
     jitter: float,
     jitter_seed: Tensor | None,  # () int64
 ) -> tuple[Tensor, ...]:
-    """Return the outputs of topk_routing_fwd, in the order of its schema. Three launches."""
+    """Return the outputs of the operator topk_routing_fwd, in three launches."""
     tokens = len(source)
     from_input = router_weight is not None
     experts = len(router_weight) if from_input else source.shape[1]
@@ -60,10 +60,10 @@ def forward(
     programs = triton.cdiv(tokens, tiles.route.BN if from_input else block)
     blocks = programs * (tiles.route.BN // block if from_input else 1)
     cells = num_segments * experts
-    ints = experts + 1 + num_segments
-    ints += cells if num_segments > 1 else 0
-    ints += cells if balance == "gshard" else 0
-    floats = cells + 2
+    count_columns = experts + 1 + num_segments
+    count_columns += cells if num_segments > 1 else 0
+    count_columns += cells if balance == "gshard" else 0
+    float_columns = cells + 2
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return source.new_empty(shape, dtype=dtype)
@@ -73,8 +73,8 @@ def forward(
     chosen = empty(*((tokens, k) if given is None else (0,)), dtype=torch.int64)
     weights = empty(tokens, k)
     logits = empty(*((tokens, experts) if from_input else (0,)))
-    partial_ints = empty(blocks, ints, dtype=torch.int32)
-    partial_floats = empty(blocks, floats)
+    partial_counts = empty(blocks, count_columns, dtype=torch.int32)
+    partial_floats = empty(blocks, float_columns)
     common = {
         "logits_ptr": logits if from_input else source,
         "selection_bias_ptr": dense(selection_bias),
@@ -85,11 +85,11 @@ def forward(
         "seed_ptr": jitter_seed if jitter else None,
         "indices_ptr": chosen,
         "weights_ptr": weights,
-        "ints_ptr": partial_ints,
+        "ints_ptr": partial_counts,
         "floats_ptr": partial_floats,
         "T": tokens,
-        "W": ints,
-        "V": floats,
+        "W": count_columns,
+        "V": float_columns,
         "jitter": jitter,
         "E": experts,
         "K": k,
@@ -132,7 +132,7 @@ def forward(
         coefficients=empty(cells + 1),
     )
     choice = chosen if given is None else given
-    order = sort(choice, mask, experts, num_segments, balance, block, partial_ints, statistics)
+    order = sort(choice, mask, experts, num_segments, balance, block, partial_counts, statistics)
     counts, losses, coefficients = statistics[2:]
     return logits, chosen, weights, counts, losses, *order, coefficients
 
@@ -320,10 +320,10 @@ def route_x_kernel(
 ):
     """Compute float32 logits of BN tokens from x and w, then route BR tokens at a time.
 
-    grid (T / BN,). The logits are stored without jitter and masks, and read back from the cache.
-    Routing takes more registers per token than the product, so its blocks are smaller. A float32
-    weight is split into PARTS numbers of x's dtype: 3 for bfloat16, 2 for float16. The second
-    float16 number is multiplied by LOW_GAIN. PARTS is 1 if x and w have the same dtype.
+    grid (T / BN,). The logits are stored without jitter, and read back from the cache. Routing
+    takes more registers per token than the product, so BR may be less than BN. PARTS is 1 if x and
+    w have the same dtype. Otherwise w is float32 and split into PARTS numbers of x's dtype: 3 for
+    bfloat16, 2 for float16. The second float16 number is multiplied by LOW_GAIN.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     experts = tl.arange(0, BE)

@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they reach every kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import topk_routing as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one routing."""
+    """Sizes and options of one forward and backward."""
 
     experts: int
     k: int
@@ -22,8 +22,8 @@ class Case:
     sigmoid: bool = False
     renormalize: bool = True
     balance: Literal["switch", "gshard", "mse"] = "switch"
-    # Use padding, segments with their own experts, a selection bias and jitter; also launch a
-    # second forward with given indices.
+    # Use padding, segments with their own experts, a selection bias and jitter; also launch
+    # ``order``, and a second forward with given indices.
     everything: bool = False
 
 

@@ -1,9 +1,9 @@
 """Sort the assignments by expert, and finish the statistics of a routing.
 
 ``sort`` runs the last two of the forward's three launches. ``order`` sorts a given choice, in three
-launches. The assignments to an expert are in the order of their tokens: the rank of an assignment
-is the number of the expert's assignments in earlier blocks of tokens, plus the rank within its own
-block. For the columns of the partial counts see choice.py.
+launches. The assignments to an expert stay in the order of their tokens: the rank of an assignment
+is the number of the expert's assignments in earlier blocks of tokens, plus the rank among the
+expert's assignments in the same block. For the columns of the partial counts see choice.py.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SCAN_COLUMNS = 8
 
 
 class Statistics(NamedTuple):
-    """Statistics of a routing: inputs and outputs of finish_kernel."""
+    """Inputs and outputs of ``sort`` for the statistics of a routing."""
 
     available: Tensor | None  # (S, E) bytes
     floats: Tensor  # (blocks, V) float32, the partial sums
     counts: Tensor  # (S, E) int64, output
     losses: Tensor  # (3,), output: balance, z, entropy
-    coefficients: Tensor  # (S * E + 1,), output: gradients of the balance, then 1 / tokens
+    coefficients: Tensor  # (S * E + 1,), output: derivatives of the balance loss, 1 / tokens
 
 
 def order(
@@ -39,7 +39,7 @@ def order(
     mask: Tensor | None,  # (T,) bool
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return order, position, offsets and tiles, in three launches.
+    """Return order, position, offsets and tiles of a given choice, in three launches.
 
     Indices are clamped to [0, E).
     """
@@ -70,35 +70,35 @@ def sort(
     segments: int,
     balance: str,
     block: int,
-    ints: Tensor,
+    partial_counts: Tensor,
     statistics: Statistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return order, position, offsets and tiles, in two launches.
 
-    With ``statistics``, its outputs are computed too. ``ints`` (blocks, W) holds the partial
-    counts, one row for each block of ``block`` tokens.
+    With ``statistics``, also write its outputs. ``partial_counts`` (blocks, W) has one row for each
+    block of ``block`` tokens.
     """
     tokens, k = indices.shape
-    rows, blocks, columns = tokens * k, *ints.shape
+    rows, blocks, count_columns = tokens * k, *partial_counts.shape
     stats = statistics or (None, None, None, None, None)
     available, partial_floats, counts, losses, coefficients = stats
-    floats = 0 if partial_floats is None else partial_floats.shape[1]
+    float_columns = 0 if partial_floats is None else partial_floats.shape[1]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return indices.new_empty(shape, dtype=dtype)
 
-    prefix, totals = empty(blocks, experts + 1), empty(columns)
-    sums = None if partial_floats is None else empty(floats, dtype=torch.float64)
-    int_blocks = triton.cdiv(columns, SCAN_COLUMNS)
-    scan_kernel[(int_blocks + triton.cdiv(floats, SCAN_COLUMNS),)](
-        ints_ptr=ints,
+    prefix, totals = empty(blocks, experts + 1), empty(count_columns)
+    sums = None if partial_floats is None else empty(float_columns, dtype=torch.float64)
+    int_blocks = triton.cdiv(count_columns, SCAN_COLUMNS)
+    scan_kernel[(int_blocks + triton.cdiv(float_columns, SCAN_COLUMNS),)](
+        ints_ptr=partial_counts,
         floats_ptr=partial_floats,
         prefix_ptr=prefix,
         totals_ptr=totals,
         sums_ptr=sums,
         G=blocks,
-        W=columns,
-        V=floats,
+        W=count_columns,
+        V=float_columns,
         int_blocks=int_blocks,
         E=experts,
         BG=SCAN_ROWS,
@@ -257,10 +257,11 @@ def finish_kernel(
     BE: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """Write order and position, tiles, offsets and losses.
+    """Write order, position, tiles and offsets and, unless BALANCE is "none", the statistics.
 
     grid (G + tile_blocks + 1,). Each of the first G programs writes order and position of one block
-    of tokens, each of the next programs BI tiles of H rows, and the last program the rest.
+    of tokens. Each of the next tile_blocks programs writes BI tiles of H rows. The last program
+    writes everything else.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, BE)
@@ -327,7 +328,7 @@ def _place(
     """Write order and position of one block of tokens.
 
     Assignment t * K + j is slot j of token t. The assignments to an expert are in ascending order.
-    Assignments of masked tokens come after all experts.
+    The assignments of masked tokens come last.
     """
     n = program * BR + tl.arange(0, BR)
     keep = tokens_kept(n, mask_ptr, T)
@@ -360,9 +361,9 @@ def _losses(
     S: tl.constexpr,
     BALANCE: tl.constexpr,
 ):
-    """Write counts, losses and coefficients; without tokens, all of them are 0.
+    """Write counts, losses and coefficients, which are all 0 if every token is masked.
 
-    They are computed in float64, because "mse" subtracts nearly equal numbers.
+    Losses are computed in float64, because "mse" subtracts nearly equal numbers.
     """
     SEGMENTS_AT: tl.constexpr = E + 1 + S if S > 1 else 0
     FIRST_AT: tl.constexpr = E + 1 + S + (S * E if S > 1 else 0)

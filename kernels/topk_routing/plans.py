@@ -1,8 +1,8 @@
 """Tile sizes of top-k routing, chosen by shape, dtype and architecture, without autotuning.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. Which tiles are fastest was estimated, not measured; ``make gpu`` compares each tile
-with variants of it.
+architecture. The tiles were chosen by estimates; ``make gpu`` compares the speed of each tile with
+that of variants.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Plan:
     route: Tile | None = None
     dx: Tile | None = None
     dw: Tile | None = None
-    experts: int = 0  # number of experts in one step of dx and dw
-    # With few tokens or columns, dx and dw are split further to reach this number of programs. The
-    # number is fixed, so that no sum depends on the GPU.
+    experts: int = 0  # number of experts in a tile of dx and dw
+    # dx and dw are split until they have about this many programs. The number does not depend on
+    # the number of multiprocessors, so that GPUs of one architecture compute the same sums.
     programs: int = 256
 
 
 def width(num_experts: int, multiplied: bool = False) -> int:
-    """Return the width of a tile with all experts: a power of two, at least 16 if multiplied."""
+    """Return the width of a tile of all experts: a power of two, at least 16 for a product."""
     return max(16 if multiplied else 2, 1 << (num_experts - 1).bit_length())
 
 
@@ -63,8 +63,8 @@ def plan(
 ) -> Plan:
     """Return the tiles of a routing.
 
-    ``from_input``: the logits are computed from x. ``exact``: the router's weight is float32, x has
-    16 bits.
+    ``from_input``: the logits are computed from x. ``exact``: the router's weight is float32, but x
+    has 16 bits.
     """
     experts = width(num_experts, from_input)
     warps = 8 if experts > 16 else 4
@@ -80,7 +80,7 @@ def plan(
     # These architectures have at least 163 KB of shared memory, the others have 99 KB.
     stages = 3 if arch in (80, 87, 90, 100, 103) else 2
     if experts > 32 and arch not in (90, 100, 103):
-        # Matrix instructions read their operands from registers here, so tiles have to be small.
+        # These GPUs' matrix instructions read operands from registers, so tiles have to be small.
         route = Tile(64, 32 if exact else 64, 8, stages)
         dx, dw = Tile(64, 32, 8, 2), Tile(32, 64, 8, stages)
         step_experts = 64

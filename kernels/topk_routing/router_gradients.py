@@ -1,9 +1,10 @@
 """Gradients of x and of the router's weight, from the gradient of the logits.
 
-If x has 16 bits, float32 factors (the gradient of the logits, and the router's weight) are split
-into 16-bit parts, as in forward.py. In float16, the gradient is first divided by a power of two, so
-that its largest elements are between 1 and 2. There are no atomics: one program computes each
-element of dx, and dw is written as a fixed number of partial sums, which are added up in order.
+If x has 16 bits, float32 factors (the logits' gradient g, and a float32 router weight) are split
+into 16-bit parts. In float16, g is first divided by a power of two for each token (dx) or expert
+(dw), which brings the largest element of the token or expert between 1 and 2. There are no atomics:
+each element of dx is written by one program, and dw is computed as partial sums, which are added up
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def _input_gradient(
     (tokens, dim), tile = x.shape, tiles.dx
     dx = x.new_empty(x.shape)
     blocks, chunks = triton.cdiv(tokens, tile.BN), triton.cdiv(dim, tile.BD)
-    parts = min(chunks, triton.cdiv(tiles.programs, max(blocks, 1)))
-    span = triton.cdiv(chunks, parts)
+    splits = min(chunks, triton.cdiv(tiles.programs, max(blocks, 1)))
+    span = triton.cdiv(chunks, splits)
     dx_kernel[(blocks, triton.cdiv(chunks, span))](
         g_ptr=d_logits,
         w_ptr=router_weight.contiguous(),
@@ -83,12 +84,12 @@ def _weight_gradient(
 ) -> Tensor:
     (tokens, dim), experts, tile = x.shape, len(router_weight), tiles.dw
     blocks, chunks = triton.cdiv(tokens, tile.BN), triton.cdiv(dim, tile.BD)
-    most = min(max(blocks, 1), triton.cdiv(tiles.programs, chunks))
-    span = triton.cdiv(blocks, most) * tile.BN
-    parts = max(1, triton.cdiv(tokens, max(span, 1)))
-    dw = x.new_empty(parts, experts, dim, dtype=torch.float32)
+    max_splits = min(max(blocks, 1), triton.cdiv(tiles.programs, chunks))
+    span = triton.cdiv(blocks, max_splits) * tile.BN
+    splits = max(1, triton.cdiv(tokens, max(span, 1)))
+    dw = x.new_empty(splits, experts, dim, dtype=torch.float32)
     g_parts = 1 if x.dtype == torch.float32 else 2
-    dw_kernel[(chunks, parts, triton.cdiv(experts, tiles.experts))](
+    dw_kernel[(chunks, splits, triton.cdiv(experts, tiles.experts))](
         g_ptr=d_logits,
         x_ptr=x,
         mask_ptr=mask,
@@ -105,7 +106,7 @@ def _weight_gradient(
         **asdict(tile),
         **OPTIONS,
     )
-    return (dw[0] if parts == 1 else dw.sum(0)).to(router_weight.dtype)
+    return (dw[0] if splits == 1 else dw.sum(0)).to(router_weight.dtype)
 
 
 @triton.jit
@@ -126,9 +127,10 @@ def dx_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dx = g w, ``span`` chunks of BD columns per program; g is the logits' gradient.
+    """Compute dx = g w, ``span`` chunks of BD columns per program.
 
-    grid (T / BN, parts of D). g stays on chip if BE holds all experts.
+    grid (T / BN, splits of D). g is split into PARTS numbers, w into W_PARTS. g stays on chip if BE
+    holds all experts.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
@@ -166,7 +168,7 @@ def dw_kernel(
     g_ptr,  # (T, E)
     x_ptr,  # (T, D)
     mask_ptr,  # (T,) or None
-    dw_ptr,  # (parts, E, D)
+    dw_ptr,  # (splits, E, D)
     T,
     span,
     stride_n,
@@ -179,11 +181,12 @@ def dw_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute a chunk of dw^T = x^T g over ``span`` tokens, a multiple of BN.
+    """Compute a tile of dw^T = x^T g, summed over ``span`` tokens, a multiple of BN.
 
-    grid (D / BD, parts of T, E / BE). dw is computed transposed, because matrix instructions need
-    64 rows in their first operand. In float16, the power of two by which g is divided grows with
-    the largest g of an expert so far, like the maximum in an online softmax.
+    grid (D / BD, splits of T, E / BE). dw is computed transposed, because matrix instructions of
+    sm_90 need 64 rows in their first operand, and there may be fewer experts. In float16, the power
+    of two that divides an expert's g grows with the largest g so far, like the maximum in an online
+    softmax.
     """
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     experts = tl.program_id(2) * BE + tl.arange(0, BE)
@@ -229,7 +232,7 @@ def _load_parts(
 
 @triton.jit
 def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """Split x into a sum of PARTS numbers of ``dtype``, the largest first."""
+    """Split x into PARTS numbers of ``dtype`` that add up to nearly x, the largest first."""
     parts = ()
     for _ in tl.static_range(PARTS):
         part = x.to(dtype)
@@ -242,7 +245,7 @@ def _split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 def _power_below(x):
     """Return the largest power of two that is at most x, for x >= 0.
 
-    It is clamped so that the power and its inverse are normal numbers, even if x is NaN or inf.
+    The power is clamped so that it and its inverse are normal numbers, even if x is NaN or inf.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(bits, 1 << 23), 252 << 23).to(tl.float32, bitcast=True)

@@ -1,8 +1,8 @@
-"""Device functions of forward and backward that load logits and masks, and compute scores.
+"""Device functions that load logits and masks and compute scores, for forward and backward.
 
 A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding. A
-token is ``broken`` if its segment, its choice or the number of its experts is invalid; its weights
-become NaN.
+token is ``broken`` if its segment or a given expert is out of range, or if fewer than K experts are
+available to it. The weights of a broken token are NaN, unless the token is masked.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
-    """View bools as bytes, in contiguous form."""
+    """Return bools as contiguous bytes; None stays None."""
     return None if flags is None else flags.contiguous().view(torch.uint8)
 
 
 @triton.jit
 def tokens_kept(n, mask_ptr, T):
-    """Return which of the tokens n exist and are not masked (1 = ignore)."""
+    """Return which of the tokens n exist and are not masked. In the mask, 1 means masked."""
     keep = n < T
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + n, mask=n < T, other=1) == 0)
@@ -29,21 +29,21 @@ def tokens_kept(n, mask_ptr, T):
 
 @triton.jit
 def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
-    """Load (tokens, experts) in float32; 0 for tokens that are not kept, which may hold NaN."""
+    """Load (tokens, experts) as float32; 0 for tokens that are not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + experts[None, :].to(tl.int64) * stride_e
     return tl.load(ptr + at, mask=keep[:, None] & (experts[None, :] < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
-    """Return the experts chosen in these slots: first clamped to [0, E), then unclamped."""
+    """Return a pair: the experts in these slots clamped to [0, E), and the experts as stored."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
 
 @triton.jit
 def load_segment(segments_ptr, n, T, S: tl.constexpr):
-    """Return the segment of each token, clamped to [0, S), and which segments had to be clamped.
+    """Return the segment of each token, clamped to [0, S), and which segments were out of range.
 
     Without segments, every token is in segment 0.
     """
@@ -60,8 +60,8 @@ def load_segment(segments_ptr, n, T, S: tl.constexpr):
 def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl.constexpr):
     """Return which experts each token may use, and which tokens are broken.
 
-    The tokens of a segment with fewer than K experts are added to ``broken``. Broken tokens may use
-    all experts, so that K different experts can be chosen.
+    Tokens with fewer than K available experts are added to ``broken``. Broken tokens may use all
+    experts, so that K different experts can be chosen.
     """
     exists = (experts < E)[None, :]
     allowed = exists
@@ -107,8 +107,8 @@ def softmax(x):
     """Return the softmax P over the second axis, log P and the log-sum-exp.
 
     As in PyTorch, P is NaN in a row that holds NaN or inf, or only -inf. The log-sum-exp of such a
-    row is NaN, inf or -inf. log P is not computed from the log-sum-exp, which has too few digits at
-    large logits.
+    row is NaN, inf or -inf, respectively. log P is not computed from the log-sum-exp, which has too
+    few digits at large logits.
     """
     top = tl.max(x, 1)
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
@@ -122,10 +122,10 @@ def softmax(x):
 
 @triton.jit
 def scores(logits, allowed, SIGMOID: tl.constexpr):
-    """Return u, P = softmax(u), log P, and softmax and log-sum-exp of the logits.
+    """Return u, P = softmax(u), log P, softmax(logits), and the log-sum-exp of the logits.
 
-    u is the logits or, with SIGMOID, their log sigmoid. For an expert that is not allowed, u is
-    -inf and P is 0.
+    u is the logits or, with SIGMOID, log(sigmoid(logits)). Both softmaxes and the log-sum-exp leave
+    out experts that are not allowed, and u of such an expert is -inf.
     """
     u = logits
     if SIGMOID:
