@@ -219,7 +219,12 @@ def compare(function, inputs, backend, layout, cache, only=None):
         {name: value for name, value in part.items() if name not in integers}
         for part in (actual, exact, plain)
     ]
-    return faults + over_budget(*floats)
+    actual, exact, plain = floats
+    # A gradient that is 0 but for rounding has no relative error.
+    exact = {name: x if x.norm() > 1e-12 else torch.zeros_like(x) for name, x in exact.items()}
+    # A wrong stride gives an error near 1. Smaller factors fail on some CPUs, whose matrix products
+    # round by layout.
+    return faults + over_budget(actual, exact, plain, factor=10)
 
 
 def exact_and_plain(function, inputs, backend, **options):
