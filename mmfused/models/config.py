@@ -40,7 +40,7 @@ class ModelConfig:
     """
 
     PRESETS: ClassVar[Presets]
-    # Placeholders for fields that depend on the data: the number of classes, token ids.
+    # Placeholders, in `picture_size_of`, for required fields that depend on the data.
     UNKNOWN: ClassVar[dict[str, Any]] = {}
 
     if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ModelConfig:
 
     @classmethod
     def picture_size_of(cls, preset: str = "tiny", **options: Any) -> int | None:
-        """Return a preset's `picture_size`, which needs neither the data nor the tokenizer."""
+        """Return the `picture_size` of a preset, without knowledge of the data."""
         return cls.preset(preset, **{**cls.UNKNOWN, **options}).picture_size
 
     @property
@@ -104,7 +104,7 @@ class ModelConfig:
 
     @staticmethod
     def prepare_tokenizer(tokenizer: Any) -> Any:
-        """Add the special tokens that the model needs to the tokenizer, and return it."""
+        """Add the model's special tokens to the tokenizer in place, and return the tokenizer."""
         return tokenizer
 
     @staticmethod
@@ -137,7 +137,7 @@ class ModelConfig:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Check each field's type and bounds, and turn lists, which JSON returns, into tuples."""
+        """Check the fields, and turn lists into tuples."""
         kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, field.name)
@@ -164,7 +164,7 @@ class ModelConfig:
             raise ValueError(f"{name}: got {got}, expected a divisor of {of}={total}")
 
     def check_frozen(self, names: tuple[str, ...]) -> None:
-        """Require that each encoder to freeze exists."""
+        """Require that the config has the encoders ``names``, which are to be frozen."""
         for name in names:
             if getattr(self, name) is None:
                 got = f"{name!r} with {name} None"

@@ -24,8 +24,8 @@ from mmfused.models.weights import on_meta
 # GroupNorm, "patch" the ViT's linear projection of patches.
 Stem = Literal["conv", "conv_group", "patch"]
 
-# The accepted arguments of timm's VisionTransformer. Arguments that name files, hubs or classes are
-# not accepted.
+# The accepted arguments of timm's VisionTransformer. Arguments that name files or hubs are not
+# accepted.
 VIT_FIELDS: dict[str, object] = {
     "name": str,
     "img_size": int | tuple[int, int],
@@ -86,7 +86,7 @@ TEXT_TYPES: tuple[str, ...] = (
     "xlm-roberta",
     "xlm-roberta-xl",
 )
-# Fields that these models read although their configs do not declare them.
+# Fields that a model type reads but its config does not declare.
 UNDECLARED: dict[str, dict[str, object]] = {
     "deberta": {"embedding_size": int, "talking_head": bool},
     "deberta-v2": {
@@ -126,11 +126,11 @@ ROPE: dict[str, object] = {
 class ConvStem(nn.Sequential):
     """Convolutional patch embedding with the input and output shapes of ``projection``.
 
-    It consists of 3 x 3 convolutions of stride 2 with BatchNorm and ReLU, whose widths double up to
-    the token width, and a 1 x 1 convolution (Xiao et al. 2021, "Early Convolutions Help
-    Transformers See Better"). ``group`` replaces BatchNorm by GroupNorm, so that a picture's tokens
-    do not depend on the other pictures in the batch. Raises ValueError unless the side of a patch
-    is a power of two.
+    It is a stack of 3 x 3 convolutions of stride 2 with BatchNorm and ReLU, then a 1 x 1
+    convolution (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"). The number of
+    channels doubles up to the token width. ``group`` replaces BatchNorm by GroupNorm, so that a
+    picture's tokens do not depend on the other pictures in the batch. Raises ValueError unless the
+    side of a patch is a power of two, at least 2.
     """
 
     def __init__(self, projection: nn.Conv2d, group: bool = False) -> None:
@@ -168,7 +168,7 @@ def check_architecture(field: str, name: object) -> None:
 def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
     """Build timm's VisionTransformer of width ``dim`` without a head, with random weights.
 
-    ``options`` are arguments of VisionTransformer (`VIT_FIELDS`). If they have a ``name``, they are
+    ``options`` are arguments of VisionTransformer (`VIT_FIELDS`). With a ``name``, ``options`` are
     arguments of the timm model of that name.
     """
     timm = import_timm()
@@ -207,11 +207,10 @@ def picture_size(dim: int, options: Options) -> int:
 
 
 def declared(config: Any) -> dict[str, object]:
-    """Return the names and types of the fields that a config class of transformers itself declares.
+    """Return the names and types of the fields that a config class of transformers declares.
 
-    No declared field names a file, a hub or a class. The result excludes the fields that all config
-    classes share, and arguments that transformers accepts without a declaration: some of those
-    arguments make transformers load code or kernels.
+    Fields that all config classes share are excluded. Arguments that transformers accepts without a
+    declaration are excluded, too: some of these arguments make transformers load code or kernels.
     """
     common = {field.name for field in dataclasses.fields(import_transformers().PreTrainedConfig)}
     kinds: dict[str, object] = {
@@ -264,11 +263,11 @@ def text_class(config: Any) -> tuple[Any, dict[str, bool]]:
     """Return the model class of a config, and the arguments that leave out its pooler."""
     if getattr(config, "sinusoidal_pos_embds", False):
         count = config.max_position_embeddings
-        if count * config.dim > 1 << 22:  # computed in a Python loop
+        if count * config.dim > 1 << 22:  # transformers computes the positions in a Python loop
             raise ValueError(f"got {count} sinusoidal positions, expected fewer")
-    kind = import_transformers().MODEL_MAPPING[type(config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
-    return kind, {"add_pooling_layer": False} if has_pooler else {}
+    model_class = import_transformers().MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    return model_class, {"add_pooling_layer": False} if has_pooler else {}
 
 
 def without(values: Kinds, *names: str) -> dict[str, Any]:
@@ -277,7 +276,7 @@ def without(values: Kinds, *names: str) -> dict[str, Any]:
 
 
 def freeze(encoder: nn.Module) -> nn.Module:
-    """Turn off an encoder's gradients, and keep it in evaluation mode even after :meth:`train`."""
+    """Freeze an encoder's weights, and keep the encoder in evaluation mode after :meth:`train`."""
     encoder.requires_grad_(False).eval()
     encoder.train = lambda mode=True: encoder  # type: ignore[method-assign]
     return encoder

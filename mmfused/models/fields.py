@@ -14,10 +14,9 @@ from mmfused.json_files import one_line
 if TYPE_CHECKING:
     Options: TypeAlias = dict[str, Any]
 else:
-    Options = dict  # any dict passes; build_vit and build_text check its fields
+    Options = dict  # any dict passes `fits`; the config's own checks examine its fields
 
-# The fields of an object and the kind of each: a type annotation, or a mapping of the same form if
-# the field holds a nested object or None.
+# The kind of each field of an object: a type annotation, or Kinds for a nested object or None.
 Kinds: TypeAlias = Mapping[str, object]
 
 NoneType: type = type(None)
@@ -200,9 +199,10 @@ def plain(kind: object) -> bool:
 
 @contextmanager
 def refusing(message: str) -> Iterator[None]:
-    """Turn any exception of another library into a ValueError that begins with ``message``.
+    """Turn exceptions of another library into a ValueError that begins with ``message``.
 
-    The other library checks whether values that are valid by themselves fit together.
+    ImportError and MemoryError are not turned into ValueError. The other library checks whether
+    values that are valid by themselves fit together.
     """
     try:
         yield

@@ -42,7 +42,7 @@ class FLUIDConfig(ModelConfig):
     """Configuration of FLUID; the default sizes are tiny, without encoders."""
 
     PRESETS: ClassVar[presets.Presets] = presets.FLUID
-    UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}
+    UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}  # placeholder, see ModelConfig
 
     num_classes: int
     modalities: Literal["both", "image", "text"] = "both"
@@ -55,13 +55,14 @@ class FLUIDConfig(ModelConfig):
     # Dropout of attention probabilities and block outputs in Q-Transforms and Q-bottleneck.
     dropout: float = 0.1
     head_dropout: float = 0.1  # dropout in the gate, the router and the experts
-    # Standard deviation of the initial queries. With 1, as in the public code, they train slowly.
+    # Standard deviation of the initial queries. The public code's 1 makes the queries learn slowly.
     query_std: float = 0.02
     gate_hidden: tuple[int, ...] = (128,)
     router: Literal["mlp", "linear"] = "mlp"
     num_experts: int = 4  # E
     top_k: int = 2
-    # The public code's experts have two hidden layers; linear ones learn faster from few samples.
+    # Widths of the experts' hidden layers. The default, linear experts, learns faster from few
+    # samples than the two hidden layers of the public code.
     expert_hidden: tuple[int, ...] = ()
     balance: Literal["mse", "gshard"] = "mse"
     balance_weight: float = 0.1
@@ -140,7 +141,7 @@ class FirstToken(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """One Linear layer for each of E experts; with ``norm``, one LayerNorm for each follows."""
+    """A Linear layer for each of E experts, and with ``norm`` a LayerNorm for each expert."""
 
     norm_weight: nn.Parameter | None
     norm_bias: nn.Parameter | None
@@ -154,7 +155,7 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights uniformly within 1 / sqrt(inputs); set biases to 0 and norm weights to 1."""
+        """Draw weights between +-1 / sqrt(inputs); set biases to 0 and norm weights to 1."""
         bound = self.weight.shape[2] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
@@ -170,10 +171,17 @@ class ExpertLinear(nn.Module):
         first: bool,
         last: bool,
     ) -> Tensor:
-        """Apply each row's expert: return rows (T*k, O) of rows x (T*k, I), sorted by expert.
+        """Apply to each row its expert.
 
-        With ``first``, x is the tokens (T, I) instead; with ``last``, the result is the tokens
-        (T, O). ``expert`` (T*k, E) int64 is each row's expert, one-hot.
+        Args:
+            x: rows (T*k, I) sorted by expert; if ``first``, tokens (T, I).
+            routing: the routing of the T tokens.
+            expert: (T*k, E) int64, the expert of each sorted row, one-hot.
+            first: whether this is the first layer of the experts.
+            last: whether this is the last layer of the experts.
+
+        Returns:
+            Rows (T*k, O) sorted by expert; if ``last``, tokens (T, O), weighted sums of rows.
         """
         x = grouped_linear(x, routing, self.weight, self.bias, gather=first, combine=last)
         if self.norm_weight is None or self.norm_bias is None:
@@ -239,10 +247,10 @@ class DenseClassifier(nn.Sequential):
 
 
 def contrastive_loss(image: Tensor, text: Tensor, paired: Tensor, temperature: float) -> Tensor:
-    """Return the symmetric InfoNCE of the unit embeddings (B, D) of ``paired`` samples (B,) bool.
+    """Return the symmetric InfoNCE of unit embeddings (B, D).
 
-    Paired samples have both modalities. Other samples are not negatives and do not count in the
-    mean. With fewer than two paired samples the loss is 0.
+    ``paired`` (B,) bool marks the samples with both modalities. Other samples are not negatives and
+    do not count in the mean. With fewer than two paired samples the loss is 0.
     """
     # Each unpaired sample gets a unique key, so that it is not a negative of any other sample.
     rows = torch.arange(1, len(paired) + 1, device=paired.device)
@@ -303,7 +311,7 @@ class FLUID(nn.Module):
 
     @property
     def picture_size(self) -> int:
-        """Side of the input pictures in pixels; 16 if there is no image encoder to read them."""
+        """Side of the input pictures in pixels; 16 without an image encoder."""
         encoder: Any = self.image_encoder if self.uses_image else None
         return 16 if encoder is None else encoder.patch_embed.img_size[0]
 
@@ -325,13 +333,17 @@ class FLUID(nn.Module):
         Inputs of a modality that the model lacks are ignored.
 
         Args:
-            pixel_values: (B, 3, H, W), or else image_tokens (B, N, image_dim).
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real,
-                or else text_tokens (B, T, text_dim), with text_padding_mask (B, T), True = ignore.
-            image_present: (B,) bool, False = the sample has no image: its image tokens are masked,
-                and the sample is left out of the contrastive loss. None = all have an image.
-            text_present: (B,) bool, the same for texts. None = a sample has a text if more than two
-                of its input_ids are real ([CLS] and [SEP] are two), or any of its text_tokens.
+            pixel_values: (B, 3, H, W).
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 = real token; None = all real. Only with input_ids.
+            image_present: (B,) bool, False = the sample has no image; None = all have an image.
+                Samples without an image or without a text are left out of the contrastive loss.
+            image_tokens: (B, N, image_dim), in place of pixel_values.
+            text_present: (B,) bool, False = the sample has no text. None: a sample has a text if
+                more than two of its input_ids are real, because [CLS] and [SEP] are two. If
+                text_tokens are given, one real token is enough.
+            text_tokens: (B, T, text_dim), in place of input_ids.
+            text_padding_mask: (B, T) bool, True = ignore; None = all real. Only with text_tokens.
             labels: (B,) int64 in [0, num_classes).
         """
         c = self.config
@@ -365,7 +377,7 @@ class FLUID(nn.Module):
         return FLUIDOutput(logits, loss, losses, *parts)
 
     def _fuse(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens blended by the gate, or the tokens of the only modality."""
+        """Return the fused tokens (B, l, D), and the gate a (B, l), None without a gate."""
         if image is None or text is None:
             return inputs.one_source("image and text", image, text), None
         inputs.check_batch(len(image), len(text))
@@ -375,7 +387,7 @@ class FLUID(nn.Module):
         return a[..., None] * image + (1 - a[..., None]) * text, a
 
     def _classify(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
-        """Return the logits (B, C) of x (B, R, D), the routing as in FLUIDOutput, the MoE loss."""
+        """Return the logits of x (B, R, D), the routing as in FLUIDOutput, and the MoE loss."""
         c = self.config
         if "moe" in c.without:
             return self.classifier(x), None, x.new_zeros(())

@@ -14,7 +14,7 @@ from mmfused.library import check_value
 
 
 def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Return the input that is not None; raise ValueError unless exactly one is given."""
+    """Return the one input that is not None; raise ValueError if both are None, or neither."""
     if first is not None and second is None:
         return first
     if second is not None and first is None:
@@ -68,7 +68,7 @@ def check_rows(name: str, rows: int, queries: int) -> None:
 
 
 def check_range(name: str, values: Tensor, limit: int) -> None:
-    """Require values in [0, limit), on the CPU only: on CUDA the check would synchronise."""
+    """On the CPU, require values in [0, limit); see `check_value` for CUDA."""
     check_value(
         lambda: ((values >= 0) & (values < limit)).all(),
         f"{name}: got a value out of range, expected values in [0, {limit - 1}]",
@@ -76,10 +76,10 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
 
 
 def clamp_indices(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Return the indices clamped to [0, limit), and a tensor to add to the values they look up.
+    """Return the indices clamped to [0, limit), and a tensor to add to the values looked up.
 
-    The tensor is NaN for each index out of range, else 0. :func:`check_range` does not raise on
-    CUDA, where torch's lookup of an index out of range would end the CUDA context.
+    The tensor is NaN for each index out of range, else 0. It is needed on CUDA, where
+    :func:`check_range` does not raise and an index out of range would end the CUDA context.
     """
     inside = indices.clamp(0, limit - 1)
     return inside, torch.where(inside == indices, 0.0, float("nan"))
@@ -88,7 +88,7 @@ def clamp_indices(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
     """Project tokens to the model's width.
 
-    Ignored tokens are set to 0 first, because NaN in one would reach the gradient of the weight.
+    Before a Linear layer, ignored tokens are set to 0: NaN would reach the gradient of its weight.
     """
     if isinstance(linear, nn.Linear) and ignore is not None:
         tokens = tokens.masked_fill(ignore[..., None], 0)
@@ -117,8 +117,8 @@ def encode_image(encoder: Any, pixels: Tensor, present: Tensor | None) -> Tensor
 def encode_text(encoder: Any, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the encoder's last hidden states (B, T, text_dim) of ids (B, T).
 
-    ``encoder`` is a text model of transformers. If it is None, raise ValueError. An id out of range
-    makes all tokens of its text NaN, because they attend to each other.
+    ``encoder`` is a text model of transformers. If it is None, raise ValueError. On CUDA, an id out
+    of range makes all tokens of the text NaN.
     """
     if encoder is None:
         raise ValueError("input_ids: got ids with the config's text None, expected text_tokens")
@@ -161,8 +161,8 @@ def read_text(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return text tokens (B, T, width), padding (B, T) and has_text (B,).
 
-    The tokens are encoded from ids, or given. If ``present`` is None, a sample has a text if more
-    than two of its ids are real ([CLS] and [SEP] are two), or any of its given tokens.
+    The tokens are encoded from ids, or given. ``present`` is has_text if it is not None. Otherwise
+    has_text is True for more than two real ids ([CLS] and [SEP] are two), or one real given token.
     """
     source = one_source("input_ids and text_tokens", ids, tokens)
     shape = source.shape[:2]

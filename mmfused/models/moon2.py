@@ -1,22 +1,25 @@
 """MOON2.0: a modality-balanced mixture of experts for products (arXiv 2511.12449), on a Qwen2-VL.
 
     r = mean of the last hidden states over the real tokens, scaled to unit length
-    h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h), G~ is G renormalised over the top k
+    h' = sum over the top k of G~_z f_z(h), G = softmax(W_g h)
+    G~_z = G_z / sum of G over the top k if k > 1, else G_z
     L_inter^theta = -log( e(q, p) / (e(q, p) + sum over n in N_q of e(q, n)) ),
                     e(q, x) = exp(q^theta . x^mm / eps)
-    L_intra^w = -log( e(w, w) / (e(w, w) + sum over other products v of e(w, v)) ),
-                e(w, v) = exp(w^i . v^t / eps~)
+    L_intra^w = -log( e~(w, w) / (e~(w, w) + sum over other products v of e~(w, v)) ),
+                e~(w, v) = exp(w^i . v^t / eps~)
     L = sum_m omega_m L_m + rho L_aux + varsigma L_sparsity
-    omega_m = mean over b in B_m of sum_z p_zm G~_zb, p = softmax over m of W* (Z, M)
-    L_sparsity = mean over z of the entropy of p_z
+    omega_m = mean over b in B_m of sum_z a_zm G~_zb, a = softmax over m of W* (Z, M)
+    L_sparsity = mean over z of the entropy of a_z
     weight of a triplet in L_inter = 1 if phi >= delta, else phi
-    phi = sigmoid(kappa (q.p - q.n - D))
+    phi = sigmoid(kappa (q^mm . p^mm - q^mm . n^mm - D))
 
-h is the input of a layer's FFN, which the router W_g and Z experts f_z replace. A triplet is a
-query q, its positive p and its hard negative n. N_q are the negatives of q, B_m the samples of
-objective m. The view theta is t (text), i (image) or mm (both), and w is p or n: the M = 5
-objectives are three L_inter and two L_intra. They are in moon2_losses.py. docs/models.md gives the
-source of each part.
+h is the input of a layer's FFN, which the router W_g and Z experts f_z replace. L_aux is the
+routers' balance loss. A triplet is a query q, its positive p and its hard negative n. N_q are the
+negatives of q. x^theta is the r of an item x in the view theta: t (text), i (image) or mm (both).
+w is p or n, so the M = 5 objectives are three L_inter and two L_intra. B_m are the items whose
+views q^theta or w^i objective m compares. G~_zb is the mean of G~_z over the tokens of item b in
+this view and the layers with a mixture. The objectives are in moon2_losses.py. docs/models.md gives
+the source of each part.
 """
 
 from __future__ import annotations
@@ -69,10 +72,10 @@ class MOON2Config(HostedConfig):
     tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     num_experts: int = 8  # Z
-    # With 1, an expert's output is scaled by its probability, so it first differs from the FFN's.
+    # k. With k = 1, a new mixture scales the output of the FFN by a probability.
     top_k: int = 2
-    moe_every: int = 1  # n: every n-th layer has a mixture
-    # Initial noise in the experts' weights, as a fraction of the weights' standard deviation.
+    moe_every: int = 1  # 1: every layer has a mixture, 2: every second layer, ...
+    # Initial noise in the experts' weights, as a fraction of the FFN weights' standard deviation.
     expert_noise: float = 0.01
     balance: Balance = "switch"  # L_aux, see topk_routing
     balance_weight: float = 0.01  # rho
@@ -80,21 +83,21 @@ class MOON2Config(HostedConfig):
     temperature: float = 0.05  # eps, in L_inter
     intra_temperature: float = 0.07  # eps~, in L_intra
     own_negative_only: bool = False  # whether N_q is only the triplet's own n
-    roll: bool = False  # whether L_intra's only negative is the previous product's text
-    # Whether omega passes no gradient to the routers, which then cannot learn to favour the experts
-    # of easy objectives.
+    roll: bool = False  # whether L_intra's only negative is the text of the previous product
+    # True: omega passes no gradient to the routers. False: the gradient also teaches the routers to
+    # favour the experts of easy objectives.
     detach_routing: bool = False
-    normalise: float | None = None  # scale the omegas to this sum; None: as in the paper, about 1
+    normalise: float | None = None  # sum to which the omegas are scaled; None: they are not scaled
     filter_threshold: float = 0.6  # delta
     filter_slope: float = 10.0  # kappa
     filter_margin: float = 0.2  # D at the start
     freeze: tuple[qwen.Part, ...] = ()  # "language" includes routers and experts
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    # Ablations: "moe" (the host's own FFN, no L_aux and no dual alignment), "dual_alignment" (all
-    # omegas are 1/M, no L_sparsity), "sparsity" (no L_sparsity), "balance" (no L_aux), "filtering"
-    # (all triplets have weight 1), "inter" (no L_inter), "intra" (no L_intra), "fusion" (mm is the
-    # normalised sum of the embeddings of image and text).
+    # Ablations: "moe" (no mixtures, no L_aux, no dual alignment), "dual_alignment" (all omegas are
+    # equal, no L_sparsity), "sparsity" (no L_sparsity), "balance" (no L_aux), "filtering" (all
+    # triplets have weight 1), "inter" (no L_inter), "intra" (no L_intra), "fusion" (the embedding
+    # of the view mm is the normalised sum of the embeddings of image and text).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,15 +124,16 @@ class MOON2Config(HostedConfig):
 
 
 class Experts(TopKMoE):
-    """The mixture that replaces the FFN of a host's layer; its experts start as copies of it.
+    """A mixture that replaces the FFN of one layer; its experts start as noisy copies of the FFN.
 
     A state_dict of the FFN can be loaded into the mixture. The layer calls its FFN with hidden
-    states only, so the padding mask and the list of reports are passed as keyword arguments of the
-    layer. A pre-hook of the attention, which runs before the FFN, stores them here, and `forward`
-    removes them. Gradient checkpointing runs the hook again when it recomputes the layer.
+    states only, but passes its own keyword arguments on to its attention. A pre-hook of the
+    attention moves two of these arguments to `padding` and `reports`, and `forward` uses both.
+    Gradient checkpointing runs the hook again when it recomputes the layer.
     """
 
-    padding: Tensor | None
+    padding: Tensor | None  # (B, L) bool, True = ignore
+    # List to which `forward` appends the experts' shares (B, Z) and the balance loss.
     reports: list[tuple[Tensor, Tensor]] | None
 
     def __init__(self, layer: Any, config: MOON2Config) -> None:
@@ -156,12 +160,12 @@ class Experts(TopKMoE):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Move the padding mask and the reports from the attention's arguments to this module."""
+        """Move two keyword arguments of the attention to `padding` and `reports`."""
         self.padding, self.reports = kwargs.pop("token_padding_mask"), kwargs.pop("reports")
         return args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixture's output for x (B, L, D), and append a report to the stored list."""
+        """Return the mixture's output for x (B, L, D), and append to `reports`."""
         padding, reports = self.padding, self.reports
         self.padding = self.reports = None
         out, routing = super().forward(x, token_padding_mask=padding)
@@ -171,9 +175,9 @@ class Experts(TopKMoE):
 
 
 def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Turn the state of an FFN into a state of the mixture, in place.
+    """If ``state`` is the state of an FFN, turn it into a state of the mixture, in place.
 
-    The experts become copies of the FFN with a little noise. The router keeps its weights.
+    The experts become noisy copies of the FFN. The router keeps its weights.
     """
     if prefix + "up_proj.weight" not in state:
         return
@@ -185,7 +189,7 @@ def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> N
 
 
 def _without_margin(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Drop the margin that old states contain: it follows from the progress of the training."""
+    """Drop the margin, which old states contain and `set_progress` computes."""
     state.pop(f"{prefix}margin", None)
 
 
@@ -207,8 +211,8 @@ class MOON2(RetrievalModel):
         if not {"moe", "dual_alignment"} & set(c.without):
             start = 0.02 * torch.randn(c.num_experts, len(objectives(c)))
             self.alignment = nn.Parameter(start)
-        # D is a tensor, so that its decay does not cause recompilation. It is not a buffer, which a
-        # cast would round and to_empty would lose.
+        # D is a tensor, so that its decay does not cause recompilation. If D were a buffer, a cast
+        # would round D, and to_empty would lose D.
         self.margin: Tensor = torch.tensor(c.filter_margin, dtype=torch.float64, device="cpu")
         self.register_load_state_dict_pre_hook(_without_margin)
 
@@ -235,16 +239,19 @@ class MOON2(RetrievalModel):
         """Encode the items in their three views.
 
         Args:
-            role: "query", "candidate" or "negative"; all are encoded alike.
-            pixel_values: (B, 3, S, S), or else image_tokens (B, n, D) of the vision tower.
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
+            role: no effect.
+            pixel_values: (B, 3, S, S).
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 = real token; None = all real.
             labels: (B,) int64, the product of each item.
             image_present: (B,) bool, False = the item has no image; None = all have an image.
+            image_tokens: (B, n, D), output of the vision tower, in place of pixel_values.
 
         Returns:
-            "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,) bool; "labels".
-            With a mixture also "shares" (B, 3, Z), the experts' shares of each view's tokens, 0 for
-            a view that shows nothing, and "balance", a scalar.
+            A dict with "image", "text", "both" (B, D), unit rows; "has_image", "has_text" (B,)
+            bool; "labels". A model with mixtures adds "shares" (B, 3, Z) and the scalar "balance",
+            which is L_aux. The shares are the experts' mean routing weights in each of VIEWS, and 0
+            in a view that shows nothing.
         """
         items = self._items(pixel_values, image_tokens, input_ids, attention_mask, image_present)
         return {"labels": labels, **self._read(VIEWS, items)}
@@ -258,8 +265,8 @@ class MOON2(RetrievalModel):
         """Return the loss and its terms; row i of each part belongs to query i.
 
         Raises:
-            ValueError: the parts differ in their number of rows, or `negative` is missing although
-                the config sets `own_negative_only`.
+            ValueError: the parts differ in their number of rows, or the config sets
+                `own_negative_only` and `negative` is None.
         """
         c = self.config
         self._check_parts(query, candidate, negative)
@@ -269,7 +276,7 @@ class MOON2(RetrievalModel):
             if "inter" not in c.without:
                 losses = inter_losses(query, candidate, negative, c, self.margin)
             if "intra" not in c.without:
-                losses |= {n: intra_loss(part, c) for n, part in zip(INTRA, parts, strict=False)}
+                losses |= {name: intra_loss(x, c) for name, x in zip(INTRA, parts, strict=False)}
             omega, sparsity = self._omega(list(losses), query, candidate, negative)
             weighted = [w * value for w, value in zip(omega, losses.values(), strict=True)]
             loss = sum(weighted[1:], weighted[0])
@@ -292,7 +299,10 @@ class MOON2(RetrievalModel):
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) in float32 of each view; see `encode` for the arguments."""
+        """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model.
+
+        See `encode` for the arguments.
+        """
         check_views(views)
         items = self._items(pixel_values, image_tokens, input_ids, attention_mask, image_present)
         encoded = self._read(views, items)
@@ -306,7 +316,7 @@ class MOON2(RetrievalModel):
         attention_mask: Tensor | None,
         image_present: Tensor | None,
     ) -> qwen.Items:
-        """Check the inputs and run the vision tower."""
+        """Check the inputs, and encode pixels with the vision tower."""
         pictures, grid = qwen.read_pictures(
             self.host, self.config.image_size, pixel_values, image_tokens, image_present
         )
@@ -328,15 +338,15 @@ class MOON2(RetrievalModel):
             raise reported("MOON2", error, rows)
 
     def _read(self, views: Sequence[View], x: qwen.Items) -> dict[str, Tensor]:
-        """Return the embeddings of the views, and all else that `encode` returns except labels.
+        """Return what `encode` returns for ``views``, without the labels.
 
         The host reads all views as one batch.
         """
         fused = "fusion" not in self.config.without
         host_views = views if fused else ("image", "text")
         tokens = self.config.tokens or {}
-        image, text = qwen.visible(tokens, x.input_ids, x.attention_mask, x.image_present, "both")
-        text = text.any(1)
+        visible = qwen.visible(tokens, x.input_ids, x.attention_mask, x.image_present, "both")
+        has_image, has_text = visible[0], visible[1].any(1)
         sequence = self._sequences(host_views, x)
         states, reports = self._states(sequence, x.pictures.repeat(len(host_views), 1, 1))
         real = sequence.attention_mask[..., None]
@@ -345,19 +355,19 @@ class MOON2(RetrievalModel):
         pooled = unit_rows(states.sum(1) / real.sum(1))  # (views * B, D)
         out: dict[str, Tensor] = dict(zip(host_views, pooled.chunk(len(host_views)), strict=True))
         if not fused:
-            single = torch.where(image[:, None], out["image"], out["text"])
+            single = torch.where(has_image[:, None], out["image"], out["text"])
             both = late_fusion(out["image"], out["text"])
-            out["both"] = torch.where((image == text)[:, None], both, single)
+            out["both"] = torch.where((has_image == has_text)[:, None], both, single)
         if reports:  # one for each layer with a mixture
             shares = torch.stack([share for share, _ in reports]).mean(0).chunk(len(host_views))
             if not fused:
                 shares = (*shares, (shares[0] + shares[1]) / 2)
             out["shares"] = torch.stack(shares, 1)
             out["balance"] = torch.stack([balance for _, balance in reports]).mean(0)
-        return {**out, "has_image": image, "has_text": text}
+        return {**out, "has_image": has_image, "has_text": has_text}
 
     def _sequences(self, views: Sequence[View], x: qwen.Items) -> qwen.Sequence:
-        """Return the sequences of all items, one view after the other."""
+        """Return the sequences of all items, ordered by view."""
         count = len(views)
         indices = [VIEWS.index(name) for name in views]
         view = torch.tensor(indices, device=x.input_ids.device).repeat_interleave(len(x.input_ids))
@@ -374,7 +384,7 @@ class MOON2(RetrievalModel):
         sequence: qwen.Sequence,
         pictures: Tensor,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return `qwen.hidden_states`, and the shares (B, Z) and balance loss of each mixture."""
+        """Return `qwen.hidden_states`, and a list of the reports of the mixtures (`Experts`)."""
         if "moe" in self.config.without:
             return qwen.hidden_states(self.host, sequence, pictures), []
         reports: list[tuple[Tensor, Tensor]] = []
@@ -391,7 +401,10 @@ class MOON2(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None,
     ) -> tuple[Tensor | list[float], Tensor | None]:
-        """Return omega of the objectives in ``names``, and L_sparsity, over all ranks."""
+        """Return omega of the objectives in ``names``, and L_sparsity.
+
+        Without dual alignment, return equal weights and None.
+        """
         c = self.config
         if self.alignment is None:
             return [(c.normalise or 1.0) / len(names)] * len(names), None

@@ -75,7 +75,7 @@ def reliability(
 ) -> Tensor:
     """Return the weights (B,) of the triplets: 1 if phi >= filter_threshold, else phi.
 
-    The weight is also 1 if the negative is an empty item, which ``real`` (B,) marks with False.
+    ``real`` (B,) bool is False for empty negatives, whose triplets have weight 1.
     """
     difference = (query * (positive - negative)).sum(-1)
     phi = torch.sigmoid(c.filter_slope * (difference - margin.to(query.dtype)))
@@ -111,9 +111,9 @@ def objective_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return omega (M,) of the M objectives in ``names``, and L_sparsity.
 
-    ``alignment`` is W*, with a column for each of `objectives(c)`. An objective uses the experts'
-    shares of the sequences that are its queries: a view of the query in L_inter, the image of the
-    candidate or of the negative in L_intra.
+    ``alignment`` is W*, with a column for each of `objectives(c)`. An objective of L_inter uses the
+    experts' shares of its view of ``query``. An objective of L_intra uses the shares of the images
+    of ``candidate`` or of ``negative``.
     """
     intra: dict[str, EncodedPart | None] = dict(zip(INTRA, (candidate, negative), strict=True))
     shares, real = [], []
@@ -137,7 +137,7 @@ def objective_weights(
 
 
 def has(part: EncodedPart, view: View) -> Tensor:
-    """Return a mask (B,) of the items that have everything that the view shows."""
+    """Return a mask (B,) of the items that have the view's modalities: both for "both"."""
     image, text = part["has_image"], part["has_text"]
     return {"image": image, "text": text, "both": image & text}[view]
 
@@ -153,10 +153,11 @@ def contrast(
     candidate_id: Tensor,
     own_only: bool,
 ) -> Tensor:
-    """Return the InfoNCE of B queries over all ranks; candidate i is the positive of query i.
+    """Return the InfoNCE of this rank's B queries with the candidates of all ranks.
 
-    ``weight`` (B,) weighs the queries. Negatives are the ``real`` candidates with another id. With
-    ``own_only``, query i has only candidates i + B, i + 2 B, ... as negatives.
+    Candidate i is the positive of query i. ``weight`` (B,) weighs the queries. Negatives of a query
+    are the ``real`` candidates with another id. With ``own_only``, query i has only candidates
+    i + B, i + 2 B, ... as negatives.
     """
     first = (dist.get_rank() << 32) if in_group() else 0
     rows = torch.arange(len(query), device=query.device) + first
@@ -176,7 +177,7 @@ def contrast(
 
 
 def previous_rows(x: Tensor) -> Tensor:
-    """Return the row before each row in the batch of all ranks, in cyclic order."""
+    """Return the previous row of each row in the batch of all ranks, cyclically."""
     if not in_group():
         return x.roll(1, 0)
     ranks = gather_rows(torch.full((len(x),), dist.get_rank(), device=x.device))

@@ -1,6 +1,6 @@
 """Sizes of the models' presets: "paper", "code" (if the public code differs) and "tiny".
 
-"tiny" updates the defaults of the model's config, whose sizes are tiny too.
+A preset updates the defaults of the model's config, whose sizes are tiny.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ FLUID: Presets = {
             "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.0,
         },
-        # With a thousand photos, augmentation is enough regularisation, and linear experts learn
-        # fastest.
+        # For a thousand photos with augmentation.
         "dropout": 0.0,
         "head_dropout": 0.0,
         "expert_hidden": (),

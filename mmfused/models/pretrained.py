@@ -1,7 +1,7 @@
-"""Loading of pretrained encoders, and of the config fields that rebuild them.
+"""Loading of pretrained encoders, and of the config fields that rebuild the encoders.
 
-Only config.json and safetensors files are read. Paths, addresses, pickles and code in a config.json
-are ignored.
+Only JSON and safetensors files are read. Paths, addresses, pickles and code that a config.json
+names are ignored.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def vit_fields(image: dict[str, Any], vit: Any, pixels: dict[str, Any]) -> dict[
 def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], nn.Module]:
     """Load a folder in timm's format.
 
-    timm's own loader is not used, because it would also load from the paths, addresses and pickles
-    that config.json names.
+    timm's own loader would also load from the paths, addresses and pickles that config.json names.
     """
     timm = import_timm()
     saved_config = read_encoder_folder("image encoder", folder, "model.safetensors")
@@ -183,10 +182,10 @@ def build_with_weights(
     weights: dict[str, Tensor],
     **options: Any,
 ) -> Any:
-    """Build a model of transformers with ``weights`` in float32, whatever prefix their names have.
+    """Build a model of transformers with ``weights`` in float32.
 
-    Given weights, transformers opens no file. Given a folder, it would also load the adapters and
-    quantisers that the folder names.
+    The names of the weights may have a prefix. Given a folder instead of weights, transformers
+    would also load the adapters and quantisers that the folder names.
     """
     with refusing(f"{name}: {source!r} holds the weights of another model"):
         model, info = model_class.from_pretrained(

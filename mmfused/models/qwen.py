@@ -3,8 +3,8 @@
 The sequence of an item in a view is <|vision_start|>, the picture's tokens, <|vision_end|>, the
 text, a prompt, an end token. Padding is on the left, so that the last slot holds the last token of
 every item. Each item has slots for all of these parts, and slots of absent parts become padding.
-Shapes therefore depend only on the shapes of the batch, and no code here loops over items or
-synchronises with the GPU. (The vision tower of transformers does both.)
+Therefore the shapes of the sequences depend only on the shapes of the batch, and no code here loops
+over items or waits for the GPU. (The vision tower of transformers does both.)
 """
 
 from __future__ import annotations
@@ -87,15 +87,16 @@ def patches(
     """Cut pictures into patches, in Qwen2VLImageProcessor's layout.
 
     Args:
-        pixel_values: pictures (B, 3, H, W), each repeated for t frames, or videos
-            (B, frames, 3, H, W).
+        pixel_values: pictures (B, 3, H, W) or videos (B, frames, 3, H, W). A picture is repeated
+            for t frames.
         patch_size: p, the side of a patch in pixels.
         temporal_patch_size: t, the number of frames in a patch.
         merge_size: the number of patches on a token's side.
 
     Returns:
-        Patches (B * n, 3 * t * p * p), with the patches of a token next to each other, and grid_thw
-        (B, 3) int64.
+        Patches (B * n, 3 * t * p * p), in which the n patches of a picture and the patches of a
+        token are adjacent; and grid_thw (B, 3) int64, the numbers of patches in time, rows and
+        columns.
 
     Raises:
         ValueError: the pixels or frames do not divide into whole tokens.
@@ -121,8 +122,8 @@ def picture_tokens(
 ) -> tuple[Tensor, Grid]:
     """Return the tokens of all pictures (B, n, D), and their grid in tokens (time, rows, columns).
 
-    ``present`` (B,) bool is False for items without a picture (None = all have one). The vision
-    tower runs on zeros in place of absent pictures, so that its parameters take part in every step.
+    ``present`` (B,) bool is False for items without a picture; None: all items have one. The vision
+    tower runs on zeros in place of absent pictures.
     """
     c = host.config.vision_config
     if pixel_values.ndim == 5 and host.config.model_type != "qwen2_vl":
@@ -152,8 +153,8 @@ def read_pictures(
 ) -> tuple[Tensor, Grid]:
     """Return `picture_tokens` of the pixels, or the given ``image_tokens`` with their grid.
 
-    Given tokens (B, n, D) are those of square pictures with sides of ``size`` pixels. The vision
-    tower does not run on them, so it should be frozen.
+    ``image_tokens`` (B, n, D) belong to square pictures with sides of ``size`` pixels. The vision
+    tower, which does not run on given tokens, should be frozen.
     """
     source = one_source("pixel_values and image_tokens", pixel_values, image_tokens)
     if image_tokens is None:
@@ -188,19 +189,20 @@ def assemble(
 ) -> Sequence:
     """Assemble the sequences of a batch.
 
-    The prompt names what a sequence contains: an item with only a text gets the prompt for texts in
-    the view "both", too. A sequence without picture and text also gets the prompt for texts.
+    The prompt depends on what the sequence contains, not on the view. A sequence without a picture
+    gets the prompt for texts, even if the sequence has no text.
 
     Args:
         tokens: see `token_ids`.
         grid: a picture's tokens (time, rows, columns), as `picture_tokens` returns it.
-        input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real. Ids in
-            tokens["drop"] count as padding. An item without any other real id has no text.
+        input_ids: (B, T) int64. Ids in tokens["drop"] count as padding. An item whose ids are all
+            padding has no text.
+        attention_mask: (B, T), 1 = real token, 0 = padding; None = all real.
         image_present: (B,) bool, False = the item has no picture; None = all have one.
         view: one of VIEWS, or each item's index in VIEWS, (B,) int64.
         video: whether the pictures are videos, which changes the prompt.
-        prompt: whether sequences have a prompt and an end token. If not, a sequence without picture
-            and text is a lone end token.
+        prompt: whether sequences have a prompt and an end token. If False, only a sequence without
+            picture and text has an end token, and no other token.
     """
     has_image, real_text = visible(tokens, input_ids, attention_mask, image_present, view)
     has_text, device = real_text.any(1), input_ids.device
@@ -231,7 +233,7 @@ def assemble(
 
 
 def check_ids(input_ids: Tensor | None) -> Tensor:
-    """Require ids: models with a host need them for every item, even if all are padding."""
+    """Require ids; an item without a text needs a row of padding."""
     if input_ids is None:
         expected = "ids of each item's text, or padding for an item without a text"
         raise ValueError(f"input_ids: got None, expected {expected}")
@@ -269,7 +271,7 @@ def prompt_table(
     prompt: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return the ids (kinds, P) of the prompts, and which are real; P = 0 without prompts."""
+    """Return the ids (kinds, P) of the prompts, and a mask of real ids; P = 0 without prompts."""
     prompts = [tokens["prompts"][kind] if prompt else [] for kind in KINDS]
     longest = max(map(len, prompts))
     ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]

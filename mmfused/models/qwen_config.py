@@ -29,11 +29,11 @@ MAX_PICTURE_TOKENS = 1 << 16
 class HostedConfig(ModelConfig):
     """Base of the configs with a host.
 
-    `host` holds the options of `build_qwen2_vl`, `tokens` is the result of `token_ids`, and
+    `host` holds the options of `build_qwen2_vl`. `tokens` is the result of `token_ids`.
     `image_size` is the side of the pictures in pixels.
     """
 
-    UNKNOWN: ClassVar[dict[str, Any]] = {
+    UNKNOWN: ClassVar[dict[str, Any]] = {  # placeholder, see ModelConfig
         "tokens": {
             **dict.fromkeys(SPECIAL_TOKENS, 0),
             "pad": 0,
@@ -61,7 +61,7 @@ class HostedConfig(ModelConfig):
 
         `patch_size` is the side in pixels of a token, which merges several patches of the vision
         tower. `host` updates the preset's host, part by part. A `host` with a `model_type` replaces
-        the preset's host, and pictures then have 16 x 16 tokens unless `image_size` is given.
+        the preset's host. Pictures then have 16 x 16 tokens unless `image_size` is given.
         """
         preset_host = cls.values_of(name)["host"]
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
@@ -93,7 +93,7 @@ class HostedConfig(ModelConfig):
 
     @staticmethod
     def prepare_tokenizer(tokenizer: Any) -> Any:
-        """Add the special tokens that the model needs to the tokenizer, and return it."""
+        """Add the model's special tokens to the tokenizer in place, and return the tokenizer."""
         return add_vision_tokens(enclose_texts(tokenizer))
 
     @staticmethod
@@ -102,7 +102,7 @@ class HostedConfig(ModelConfig):
         return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
 
     def check_host_and_tokens(self) -> None:
-        """Require valid options of a host, all tokens, and an image_size of whole tokens."""
+        """Require valid options in `host`, all `tokens`, and whole tokens in `image_size`."""
         check_host(self.host)
         if self.tokens is None:
             expected = "the result of mmfused.models.qwen.token_ids(tokenizer)"

@@ -23,7 +23,7 @@ IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_
 
 
 def token_side(vision: dict[str, Any]) -> int:
-    """Return the side of a picture token in pixels; defaults are those of transformers."""
+    """Return the side in pixels of a picture token; missing sizes are transformers' defaults."""
     sides = {"patch_size": 14, "spatial_merge_size": 2}
     for name, default in sides.items():
         check_field(f"host.vision_config.{name}", vision.get(name, default), int)
@@ -56,24 +56,24 @@ def check_host(options: Options) -> None:
 
 
 def build_qwen2_vl(options: Options, frozen: Sequence[Part] = ()) -> Any:
-    """Build transformers' Qwen2VLModel: vision tower and language model, no head, random weights.
+    """Build a Qwen2-VL or Qwen2.5-VL of transformers, without a head, with random weights.
 
     Args:
-        options: arguments of its config, including text_config and vision_config. ``model_type``
-            "qwen2_5_vl" chooses Qwen2.5-VL. The output width of the vision tower is the hidden_size
-            of text_config.
+        options: arguments of the config in transformers, including text_config and vision_config.
+            ``model_type`` is "qwen2_vl" (default) or "qwen2_5_vl". The hidden_size of text_config
+            is also the output width of the vision tower.
         frozen: parts to freeze.
     """
     transformers = import_transformers()
     check_host(options)
-    kind, width = options.get("model_type", "qwen2_vl"), options["text_config"]["hidden_size"]
-    output = "hidden_size" if kind == "qwen2_vl" else "out_hidden_size"
+    model_type, width = options.get("model_type", "qwen2_vl"), options["text_config"]["hidden_size"]
+    output = "hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"
     options = {
         **without(options, "model_type"),
         "vision_config": {**options["vision_config"], output: width},
     }
-    with refusing(f"host: got options that cannot build a {kind!r}"):
-        config = transformers.AutoConfig.for_model(kind, **options)
+    with refusing(f"host: got options that cannot build a {model_type!r}"):
+        config = transformers.AutoConfig.for_model(model_type, **options)
         return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
 
 
@@ -95,7 +95,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     config_class, kinds = host_fields(saved_config["model_type"])
     parts = {}
     for part in ("text_config", "vision_config"):
-        # In the first releases, the fields of text_config are at the top level.
+        # Early config files of Qwen2-VL have the fields of text_config at the top level.
         values = saved_config.get(part, saved_config if part == "text_config" else {})
         check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
         parts[part] = keep_fields(values, kinds[part])
@@ -115,8 +115,8 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     check_host(options)
     weights = read_weights("host", folder)
     check_size(f"host: {folder}", weights, meta_model)
-    # A checkpoint with a head is loaded into the class with a head: for the class without a head,
-    # transformers 5.10 does not find the language model in the checkpoint.
+    # A checkpoint with a head is loaded into the class with a head, because transformers 5.10 does
+    # not find the checkpoint's language model when it loads the class without a head.
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights)
     if has_head:
         model_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]

@@ -17,11 +17,11 @@ KINDS = ("text", "image", "image and text", "video", "video and text")
 
 
 def enclose_texts(tokenizer: Any) -> Any:
-    """Make the tokenizer enclose each text in two special tokens, as BERT's does, and return it.
+    """Make the tokenizer enclose each text in two special tokens, and return the tokenizer.
 
-    An empty text then becomes the two special tokens alone. A tokenizer that already adds special
-    tokens is left unchanged. Qwen's tokenizer adds none, so <|im_start|> and <|im_end|> are used.
-    `token_ids` lists the two tokens under "drop", and the models' sequences leave them out.
+    The two tokens are <|im_start|> and <|im_end|>. An empty text becomes the two tokens alone. A
+    tokenizer that already adds special tokens, as BERT's does, is left unchanged. `token_ids` lists
+    the two tokens under "drop", and the sequences of `qwen.assemble` leave out dropped tokens.
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -38,7 +38,7 @@ def enclose_texts(tokenizer: Any) -> Any:
 
 
 def add_vision_tokens(tokenizer: Any) -> Any:
-    """Add the `SPECIAL_TOKENS` to the tokenizer as special tokens, and return it."""
+    """Add the `SPECIAL_TOKENS` to the tokenizer as special tokens, and return the tokenizer."""
     missing = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
@@ -49,8 +49,8 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
 
     Returns:
         A dict. "vision_start", "vision_end", "image", "end" and "pad" are ids. "drop" lists the ids
-        of [CLS] and [SEP], which sequences leave out. "prompts" maps each of KINDS to the ids of
-        its prompt.
+        of the tokenizer's cls_token and sep_token, which sequences leave out. "prompts" maps each
+        of KINDS to the ids of a prompt.
 
     Raises:
         ValueError: the vocabulary lacks one of the `SPECIAL_TOKENS`.

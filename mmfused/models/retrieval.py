@@ -1,10 +1,10 @@
 """Base of the four retrieval models: views of an item, parts of a training batch.
 
 An item is a picture, a text, or both. A view of an item shows its picture, its text, or both. The
-parts of a batch are `query`, `candidate` (row i is the positive of query i) and, for models with
-hard negatives, `negative` (row i is a hard negative of query i). A part is a dict of the arguments
-of `encode`, including `labels` (B,) int64. Items with the same label are the same product, and
-InfoNCE does not use them as negatives of each other.
+parts of a batch are `query`, `candidate` and, for models with hard negatives, `negative`. Row i of
+`candidate` is the positive of query i, and row i of `negative` is a hard negative of query i. A
+part is a dict of the arguments of `encode`, including `labels` (B,) int64. Items with the same
+label are the same product. InfoNCE does not use such items as negatives of each other.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class RetrievalModel(nn.Module):
     The loss has two steps, `encode` and `compare`, so that GradCache can encode a part in chunks.
     A subclass defines:
         encode: returns what the loss needs of one part: tensors with a row for each item, and
-            scalars that are means over the items.
+            scalars, which GradCache averages over the chunks.
         compare: returns the loss of the encoded parts.
         embed: returns unit embeddings (B, D) of each view.
 
     On several ranks, the mean of the ranks' gradients is the gradient of one process with the whole
-    batch. A rank may have no rows.
+    batch. MOON2's balance loss and UniCA with gather="local" are exceptions. A rank may have no
+    rows.
     """
 
-    takes_negatives: bool = True  # whether a batch has hard negatives
+    takes_negatives: bool = True  # whether a batch may have hard negatives
 
     def forward(
         self,
@@ -78,12 +79,15 @@ class RetrievalModel(nn.Module):
         raise NotImplementedError
 
     def encode_part(self, role: str, items: dict[str, Any]) -> dict[str, Tensor]:
-        """Encode a part that may have no items; an error on one rank is raised on all ranks."""
+        """Encode a part, which may have no items.
+
+        An error on one rank is raised on all ranks, except in a model sharded by FSDP.
+        """
         try:
             if len(items["labels"]) or not in_group():
                 return self.encode(role, **items)
-            # A rank without rows still takes part in the exchanges of forward and backward.
-            # Encoders do not accept 0 rows, so it encodes one row of zeros and drops the result.
+            # A rank without rows must still take part in the exchanges of forward and backward.
+            # Encoders do not accept 0 rows: the rank encodes a row of zeros and drops the result.
             zeros: dict[str, Any] = {
                 name: None if x is None else x.new_zeros(1, *x.shape[1:])
                 for name, x in items.items()
@@ -102,7 +106,7 @@ class RetrievalModel(nn.Module):
         return encoder.patch_embed.img_size[0]
 
     def set_progress(self, share: float) -> None:
-        """Set the share of training that is done, from 0 to 1, in a model with a schedule."""
+        """Tell a model with a schedule which share of the training is done, from 0 to 1."""
 
 
 def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, key: str) -> None:

@@ -3,14 +3,14 @@
     V = LN(W ViT(image) + positions 1..N)                  N patch tokens, without [CLS]
     [CLS ; T] = LN(BERT's embeddings of the text)          T starts at position N + 1, or at 1 if
                                                            there is no picture
-    V^ = LN(V + Drop(MHA(q = V, k = v = T)))               Bi-CA: cross-attention in both
-    T^ = LN(T + Drop(MHA(q = T, k = v = V)))               directions, without [CLS]
+    V^ = LN(V + Drop(MHA(queries V, keys and values T)))   Bi-CA: cross-attention in both
+    T^ = LN(T + Drop(MHA(queries T, keys and values V)))   directions, without [CLS]
     X' = LN(X^ + Drop(FFN(X^)))                            X is V or T
     e = L2(BERT layers([CLS ; V' ; T'])_CLS)               one encoder for queries and candidates
     L = mean_i -log( exp(q_i.c_i / tau) / sum_j exp(q_i.c_j / tau) ) + lambda mean_i (1 - q_i.c_i)
 
-q_i and c_i are the embeddings e of a query and its positive; c_j are all positives and hard
-negatives of all ranks, except other items with the label of q_i; tau = 0.02. docs/models.md gives
+q_i and c_i are the embeddings e of a query and its positive. c_j are c_i and those positives and
+hard negatives, on any rank, whose labels differ from that of q_i. tau is 0.02. docs/models.md gives
 the source of each part.
 """
 
@@ -71,12 +71,12 @@ class UniCAConfig(ModelConfig):
     positive_weight: float = 1.0  # lambda
     # Whether candidates of other ranks get gradients, see MaskedInfoNCE.
     gather: Literal["global", "local"] = "global"
-    # Encoders whose weights are frozen; gradients still flow through them.
+    # Encoders with frozen weights. Gradients still flow through a frozen encoder.
     freeze: tuple[Literal["image", "text"], ...] = ()
     # Ablations, alone or together: "bica" (no Bi-CA, as in VISTA), "ffn" (no feed-forward parts in
     # Bi-CA), "positive_similarity" (lambda = 0), "hard_negatives" (the only negatives are positives
     # of other queries), "fusion" (image and text are encoded separately, and the embedding of an
-    # item with both is the normalised sum of their embeddings).
+    # item with both is the normalised sum of the two embeddings).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class UniCAConfig(ModelConfig):
 
 
 class Inputs(TypedDict, total=False):
-    """Inputs of B items; either pixel_values or image_tokens is required."""
+    """Inputs of B items; exactly one of pixel_values and image_tokens is required."""
 
     pixel_values: Tensor | None  # (B, 3, S, S) float
     image_tokens: Tensor | None  # (B, N, image_dim), patch tokens without [CLS]
@@ -178,7 +178,7 @@ class BiCA(nn.Module):
         ignore: Tensor,
         both: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return image and text tokens after cross-attention in the samples that have both.
+        """Return the image and text tokens after cross-attention.
 
         Args:
             image: (B, N, D).
@@ -228,7 +228,7 @@ class UniCA(RetrievalModel):
 
     @property
     def picture_size(self) -> int:
-        """Side of the input pictures in pixels; 16 if there is no image encoder to read them."""
+        """Side of the input pictures in pixels; 16 without an image encoder."""
         return 16 if self.image_encoder is None else super().picture_size
 
     def encode(
@@ -294,7 +294,7 @@ class UniCA(RetrievalModel):
         """Return the embeddings (B, D) of the sequences [CLS ; image ; text]."""
         image, ids, real = x.image, *self._fill_missing_texts(x.input_ids, x.real, x.has_text)
         slots = torch.arange(ids.shape[1], device=ids.device)
-        # (B, 1): the positions of a text start after those of its picture, if it has one.
+        # (B, 1): the number of positions that a picture takes before the text.
         offset = image.shape[1] * x.has_image[:, None]
         ids, poison = inputs.clamp_indices(ids, self.text_encoder.config.vocab_size)
         positions = slots + offset * (slots > 0)
@@ -339,7 +339,7 @@ class UniCA(RetrievalModel):
         attention_mask: Tensor | None = None,
         text_present: Tensor | None = None,
     ) -> Items:
-        """Check the inputs, encode pixels, and project patch tokens to BERT's embeddings."""
+        """Check the inputs, encode pixels, and compute V."""
         tokens = self._image_tokens(pixel_values, image_tokens, image_present)
         batch, count = tokens.shape[:2]
         ids = self._check_text(input_ids, attention_mask, text_present, batch, count)
@@ -352,7 +352,7 @@ class UniCA(RetrievalModel):
         all_real = torch.ones_like(ids, dtype=torch.bool)
         real = all_real if attention_mask is None else attention_mask != 0
         if text_present is None:
-            text_present = real.sum(1) > 2  # an empty text has two: [CLS] and [SEP]
+            text_present = real.sum(1) > 2  # an empty text has two tokens, [CLS] and [SEP]
         return Items(image, image_present, ids, real, text_present)
 
     def _image_tokens(

@@ -1,16 +1,15 @@
 """UniECS: one encoder for images, texts and both, for retrieval from any to any (arXiv 2508.13843).
 
     V = L2(ViT(image) P_v) W_pv + b, T = L2(BERT(text) P_t) W_pt + b       for each token
-    A_v = MHA(V, T), A_t = MHA(T, V)                      pre-norm, both before V and T change
-    V' = g_v A_v + (1 - g_v) V, g_v = sigmoid([V ; A_v ; e_t] W + b)       T' likewise
-    x + gamma_1 MHA(LN x), then x + gamma_2 FFN(LN x)     self-attention of V and of T
-    p = tanh(Linear(LN(mean of the tokens)))              of V and of T
-    f = L2(LN(blocks(Linear([p_v ; p_t]))))               blocks over a single token
-    v = Enc(V, 0), t = Enc(0, T), f = Enc(V, T)           the embeddings of an item
+    A_v = MHA(V, T), A_t = MHA(T, V)                                pre-norm
+    V' = g_v A_v + (1 - g_v) V, g_v = sigmoid([V ; A_v ; e_t] W_g + b_g)   T' likewise
+    x + gamma_1 MHA(LN x), then x + gamma_2 FFN(LN x)               self-attention: x is V' or T'
+    p_v = tanh(Linear(LN(mean of the tokens of V')))                p_t likewise
+    Enc(V, T) = L2(LN(blocks(Linear([p_v ; p_t]))))                 blocks over a single token
+    v = Enc(V, 0), t = Enc(0, T), f = Enc(V, T)                     the embeddings of an item
 
-Enc is all of the above. e_t is 1 if the item has a text, else 0. The tokens of a missing modality
-are 0 before W_pv or W_pt. The losses are in uniecs_losses.py. docs/models.md gives the source of
-each part.
+e_t is 1 if the item has a text, else 0. The tokens of a missing modality are 0 before W_pv or W_pt.
+The losses are in uniecs_losses.py. docs/models.md gives the source of each part.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ class UniECSConfig(ModelConfig):
     fusion_blocks: int = 1
     # Dropout of attention probabilities and outputs, and inside the feed-forward parts.
     dropout: float = 0.0
-    # e in the gate: True: each item's | False: no e | "batch": always 1, as in the public code.
+    # e in the gate. True: 1 or 0 for each item | False: no e | "batch": always 1, as in the public
+    # code.
     indicator: bool | Literal["batch"] = True
     # How the gated layers treat an absent modality, see BidirectionalGatedCrossAttention.
     missing: Literal["constant", "zero", "skip"] = "constant"
@@ -86,9 +86,9 @@ class UniECSConfig(ModelConfig):
     nearest: int = 10  # number of neighbours in PLC
     v2f: Literal["v_to_f", "f_to_v"] = "v_to_f"  # V2F and S^vm: v_1 with f_2, or f_1 with v_2
     loss_weights: tuple[float, ...] = (0.5, 1.0, 1.0, 0.2, 0.8, 0.5, 0.5, 2.0, 1.0)  # order: NAMES
-    # "adaptive": the groups' gradients give their weights | "static": loss_weights only.
+    # "adaptive": a group with a larger gradient has a smaller weight | "static": loss_weights only.
     weighting: Literal["adaptive", "static"] = "adaptive"
-    beta: float = 0.5  # exponent of the adaptive weights: 0 = equal weights, 1 = equal gradients
+    beta: float = 0.5  # 0: equal weights of the groups, 1: nearly equal weighted gradients
     # Added to the gradient norms, so that a small gradient does not give a group all the weight.
     epsilon: float = 1e-3
     image_dim: int = 128  # width of the image tokens
@@ -101,7 +101,7 @@ class UniECSConfig(ModelConfig):
     freeze: tuple[Literal["image", "text"], ...] = ()  # encoders that are not trained
     # Ablations: "gate" (V' = V + A_v), "cross" (no gated layers), "cmal", "clal", "imcl" (without
     # this group of losses), "adaptive" (static weights), "hard_negatives" (no L_hard), "fusion" (v
-    # and t are L2(p_v) and L2(p_t) of the encoders' tokens, and f is their normalised sum).
+    # is L2(p_v) of V, t is L2(p_t) of T, and f is the normalised sum of v and t).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -137,12 +137,13 @@ class Items(TypedDict, total=False):
     attention_mask: Tensor | None  # (B, T), 1 = real token, None = all real
     text_tokens: Tensor | None  # (B, T, text_dim), instead of input_ids
     text_padding_mask: Tensor | None  # (B, T) bool, True = ignore; with text_tokens
-    # (B,) bool; None = an item has a text if more than two ids or any of its text_tokens are real.
+    # (B,) bool. None: an item has a text if more than two of its input_ids are real. If text_tokens
+    # are given, one real token is enough.
     text_present: Tensor | None
 
 
 class Tokens(NamedTuple):
-    """Tokens of unit length, or zeros if absent; D = dim."""
+    """Tokens of unit length; absent and padded tokens are zeros. D = dim."""
 
     image: Tensor  # (B, N, D)
     text: Tensor  # (B, T, D)
@@ -283,9 +284,8 @@ class UniECS(RetrievalModel):
         for linear in (self.image_map, self.text_map):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.image_proj, self.text_proj):
-            # All tokens of an absent modality equal this bias. If it were 0, as in the public code,
-            # the tokens would be 0 in all layers, and in backward each LayerNorm would multiply
-            # their gradient by eps**-0.5 = 316, which overflows after a few layers.
+            # All tokens of an absent modality equal this bias. If the bias were 0, as in the public
+            # code, LayerNorms of zeros would multiply gradients by eps**-0.5 = 316 in backward.
             nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
     def encode(self, role: str, *, labels: Tensor, **items: Unpack[Items]) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ class UniECS(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss and its terms over the rows of all ranks, equal on every rank."""
+        """Return the loss of the rows of all ranks, and its terms; every rank computes the same."""
         if negative is not None:
             error = ValueError("negative: got hard negatives, expected None")
             raise reported("UniECS", error, query["both"])
@@ -323,7 +323,7 @@ class UniECS(RetrievalModel):
             terms = loss_terms(rows, self.log_scale, ids, options)
             return RetrievalOutput(weighted_mean(terms, options), terms)
         loss, values = adaptive_loss(rows, self.log_scale, ids, tuple(options))
-        names = (name for group, names in TERMS.items() if group not in c.without for name in names)
+        names = (name for group, terms in TERMS.items() if group not in c.without for name in terms)
         return RetrievalOutput(loss, dict(zip(names, values.unbind(), strict=True)))
 
     def embed(
@@ -371,7 +371,7 @@ class UniECS(RetrievalModel):
         return image, has_image, text, padding, has_text
 
     def _embeddings(self, tokens: Tokens, views: Sequence[View]) -> dict[str, Tensor]:
-        """Encode all views as one batch; in each view, only the modalities that it shows."""
+        """Encode all views as one batch; modalities that a view does not show are absent."""
         if "fusion" in self.config.without:
             return self._separate(tokens, views)
         count = len(views)
@@ -383,7 +383,7 @@ class UniECS(RetrievalModel):
         present = {"a_present": image_shown, "b_present": text_shown}
         if self.config.indicator == "batch":
             present = {}
-        # The padding of an absent text is not ignored: all of its tokens are zeros.
+        # In an absent text no token is ignored, and all tokens are zeros.
         padding = tokens.padding.repeat(count, 1) & text_shown[:, None]
         ignore = padding if self.config.text_mask else None
         image, text = self.image_proj(image), self.text_proj(text)
@@ -396,7 +396,7 @@ class UniECS(RetrievalModel):
         return dict(zip(views, unit_rows(self.fusion_norm(fused[:, 0])).chunk(count), strict=True))
 
     def _separate(self, tokens: Tokens, views: Sequence[View]) -> dict[str, Tensor]:
-        """Return the ablation of the fusion: modalities pooled separately, then late fusion."""
+        """Return the embeddings with the ablation "fusion": separate pooling and late fusion."""
         has_image, has_text = tokens.has_image[:, None], tokens.has_text[:, None]
         ignore = tokens.padding & has_text if self.config.text_mask else None
         image = unit_rows(self.image_pool(self.image_proj(tokens.image)))

@@ -6,8 +6,11 @@ terms compare S^mm = s f_1 f_2^T, S^vm = s v_1 f_2^T and S^tm = s t_1 f_2^T with
     CMAL  alignment 1/2 [2 - cos(v_1, f_1) + 2 - cos(t_1, f_1)]; InfoNCE V2T (symmetric), V2F, T2F
     CLAL  PPM and PDC (hinges), PLC (agreement of the three S on the nearest candidates)
     IMCL  V2V = InfoNCE + L_hard; T2T
+    L_k = mean of the terms of group k, weighted by loss_weights
     L = sum_k omega_k L_k over the three groups k (adaptive)
     omega_k proportional to (g_k + eps)^-beta, with sum 1; g_k = |dL_k / d embeddings|
+
+Without adaptive weights, L is the mean of all terms, weighted by loss_weights.
 """
 
 from __future__ import annotations
@@ -49,10 +52,10 @@ class LossOptions(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Embeddings of one modality of the queries or of the candidates."""
+    """Embeddings v, t or f of the queries or of the candidates."""
 
     rows: Tensor  # (B, D)
-    has: Tensor  # (B,) int64, 1 if the item has the modality, else 0
+    has: Tensor  # (B,) int64, 1 if the item has the modality (f: at least one), else 0
     label: Tensor  # (B,) int64
 
 
@@ -108,8 +111,8 @@ def _nce(
     temperature: float,
     symmetric: bool = False,
 ) -> Tensor:
-    """Return the InfoNCE over the pairs in which both items have the modality compared."""
-    # An item without the modality gets a unique key, so that it is not a negative.
+    """Return the InfoNCE over the pairs in which query and candidate have `has` = 1."""
+    # An item with `has` = 0 gets a unique key, so that it is not a negative.
     count = len(query.rows)
     unique = torch.arange(1, count + 1, device=query.rows.device)
     return masked_info_nce(
@@ -141,7 +144,7 @@ def _sum(values: list[Tensor]) -> Tensor:
 
 
 def _mean_cosine(a: Tensor, b: Tensor, has: Tensor) -> Tensor:
-    """Return the mean cosine of unit rows over the items that have the modality, or 0."""
+    """Return the mean cosine of unit rows over the items with ``has`` = 1; 0 for no items."""
     return ((a * b).sum(1) * has).sum() / has.sum().clamp(min=1)
 
 
@@ -159,16 +162,16 @@ def group_losses(terms: dict[str, Tensor], options: LossOptions) -> list[Tensor]
 
 
 def adaptive_weights(norms: Tensor, options: LossOptions) -> Tensor:
-    """Return the weights omega (K,) of the groups, with sum 1, from their gradient norms (K,).
+    """Return the weights omega (K,) of the groups, given the norms (K,) of their gradients.
 
-    A group with a zero gradient gets weight 0.
+    A group with a zero gradient gets weight 0. The sum is 1 unless all gradients are zero.
     """
     power = (norms + options.epsilon).pow(-options.beta) * (norms > 0)
     return power / power.sum().clamp(min=torch.finfo(power.dtype).tiny)
 
 
 class _AdaptiveLoss(torch.autograd.Function):
-    """Weighted sum of the groups; forward computes their gradients, which the weights need."""
+    """L = sum_k omega_k L_k; forward computes the gradients, on which omega depends."""
 
     @staticmethod
     def forward(
@@ -214,7 +217,7 @@ def adaptive_loss(
     ids: Tensor,
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the groups with adaptive weights, and the stacked terms, detached.
+    """Return L with adaptive weights, and the stacked unweighted terms, which are detached.
 
     The results are the same under no_grad.
     """

@@ -7,8 +7,8 @@
                                     exp S_ij )                                           (MAMCL)
     M_ij = 1[mod(c_i) = mod(c_j)], mod: bitwise OR of TEXT = 1, IMAGE = 2, VIDEO = 4
 
-CE(S) is the cross-entropy of the rows of S with the diagonal as targets. docs/models.md gives the
-source of each part.
+CE(S) is the cross-entropy of the rows of S with the diagonal as targets. In stage 2, S has further
+columns j for hard negatives, with M_ij = 1. docs/models.md gives the source of each part.
 """
 
 from __future__ import annotations
@@ -106,11 +106,12 @@ class UNITE(RetrievalModel):
 
         Args:
             role: "query", "candidate" or "negative"; negatives have the views of candidates.
-            pixel_values: (B, 3, S, S), or videos (B, frames, 3, S, S), or else image_tokens
-                (B, n, D) of the vision tower.
-            input_ids: (B, T) int64, with attention_mask (B, T), 1 = real token, None = all real.
+            pixel_values: pictures (B, 3, S, S) or videos (B, frames, 3, S, S).
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 = real token; None = all real.
             labels: (B,) int64, the product of each item.
             image_present: (B,) bool, False = the item has no image; None = all have an image.
+            image_tokens: (B, n, D), output of the vision tower, in place of pixel_values.
 
         Returns:
             "embedding" (B, D), unit rows in the model's dtype; "code" (B,) int64, mod of each item
@@ -131,7 +132,7 @@ class UNITE(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the stage's loss; row i of `candidate` is query i's positive."""
+        """Return the loss of the config's stage; row i of each part belongs to query i."""
         c = self.config
         candidates, candidate_id = candidate["embedding"], candidate["labels"]
         query_key = candidate_key = None
@@ -168,7 +169,10 @@ class UNITE(RetrievalModel):
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) in float32 of each view; see `encode` for the arguments."""
+        """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model.
+
+        See `encode` for the arguments.
+        """
         check_views(views)
         ids = qwen.check_ids(input_ids)
         items = self._items(pixel_values, image_tokens, ids, attention_mask, image_present)
@@ -182,7 +186,7 @@ class UNITE(RetrievalModel):
         attention_mask: Tensor | None,
         image_present: Tensor | None,
     ) -> qwen.Items:
-        """Check the inputs and run the vision tower."""
+        """Check the inputs, and encode pixels with the vision tower."""
         pictures, grid = qwen.read_pictures(
             self.host, self.config.image_size, pixel_values, image_tokens, image_present
         )
@@ -220,9 +224,10 @@ class UNITE(RetrievalModel):
 
 
 def lora(model: UNITE, rank: int = 8, alpha: float | None = None, dropout: float = 0.05) -> UNITE:
-    """Add LoRA to every Linear layer of the language model, in place, and freeze its own weights.
+    """Add LoRA to every Linear layer of the language model, in place, and freeze other weights.
 
-    ``alpha`` is by default the paper's: 16 in stage 1 and 64 in stage 2. Needs the package peft.
+    The other weights are those of the language model. The default of ``alpha`` is the paper's: 16
+    in stage 1 and 64 in stage 2. This function needs the package peft.
     """
     try:
         import peft

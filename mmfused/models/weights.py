@@ -26,7 +26,7 @@ def on_meta() -> Iterator[None]:
 
 
 def find_folder(name: str, source: str) -> Path:
-    """Return the folder ``source``, or the folder to which a hub model ``source`` is downloaded."""
+    """Return the folder ``source``, or download the hub model ``source`` and return its folder."""
     if Path(source).is_dir():
         return Path(source)
     import huggingface_hub
