@@ -135,7 +135,8 @@ def check_budget(module, inputs, extra):
             ("fused", torch.float32),
         )
     )
-    assert not over_budget(fused, exact, plain)
+    # Not twice: over so few rows plain PyTorch's error depends on how the CPU's BLAS adds.
+    assert not over_budget(fused, exact, plain, factor=3)
 
 
 def test_packed_passes_match_separate_calls_in_the_kernels():
