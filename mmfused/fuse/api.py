@@ -1,22 +1,22 @@
 """Swap known modules of other libraries for this library's ops, in place.
 
 A module is recognised by its exact type and keeps its identity, parameters, hooks and state_dict.
-Only its ``__class__`` changes, to a subclass of its own class with another forward. No class is
-patched, and no other library is imported. In each call, the new forward checks whether it can
-compute that call. If equal results are not certain (attention weights are requested, or a mask is
-not a padding mask), it runs the original forward.
+Its ``__class__`` becomes a subclass of its own class with another forward. No class is patched, and
+no other library is imported. In each call, the new forward checks whether its result will equal
+the original's. If equality is not certain (attention weights are requested, or a mask is not a
+padding mask), the original forward runs.
 
 Results are equal up to rounding, with two exceptions:
 
 * In training, dropout of attention weights has the same distribution, but drops different weights
   for the same seed.
 * A fully masked sample pools to 0. nn.MultiheadAttention returns NaN for such a sample, and the
-  head of SigLIP 2 the mean over the padding.
+  head of SigLIP 2 returns the mean over the padding.
 
-BLIP-2 copies a padding mask (B, N) for every query. Only the values of the copy show that all
-queries have the same mask, and reading the values would wait for the GPU, so such a call runs the
-original forward. Pass ``mask.bool()[:, None, None]`` to the Q-Former instead: the results are the
-same, and the fused forward runs.
+BLIP-2 copies a padding mask (B, N) for every query. To see that all queries have the same mask, the
+values of the copy would have to be read, which would wait for the GPU. Such a call therefore runs
+the original forward. Pass ``mask.bool()[:, None, None]`` to the Q-Former instead: the results are
+the same, and the fused forward runs.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def fuse(
       cross-attention of BLIP-2 and InstructBLIP.
     * "experts": the experts of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3-VL-MoE and
       Qwen3.5-MoE in transformers (for other models see :func:`register_experts`).
-    * "losses": ClipLoss of open_clip; MultipleNegativesRankingLoss,
-      CachedMultipleNegativesRankingLoss and their deprecated symmetric forms of
-      sentence-transformers 6, alone or inside a MatryoshkaLoss, AdaptiveLayerLoss or
-      Matryoshka2dLoss that accepts them.
+    * "losses": ClipLoss of open_clip; of sentence-transformers 6, MultipleNegativesRankingLoss,
+      CachedMultipleNegativesRankingLoss and the deprecated symmetric form of each. A
+      MatryoshkaLoss, AdaptiveLayerLoss or Matryoshka2dLoss may contain these losses.
 
     A call of nn.MultiheadAttention as self-attention runs the original forward. A module is left
     unchanged if its name ("self_attn") or its parent shows that all of its calls are
@@ -71,28 +70,27 @@ def fuse(
     The report lists every known module that was left unchanged, with the reason. Examples are the
     bi-attention of GroundingDINO, which returns its attention weights; SigLipLoss, CoCaLoss and
     DistillClipLoss of open_clip; GISTEmbedLoss and its cached form; subclasses of known classes;
-    and modules that were modified so that equal results are not certain. No module makes this
-    function raise.
+    and modules that were modified so that equal results are not certain. A module that raises when
+    it is inspected is left unchanged, too.
 
-    The router of the experts is called as before, so its recorded logits and the loss computed from
-    them do not change. Experts are left unchanged if the router chooses one expert for each token
-    and renormalises the weight: the weight is then always 1, and has no gradient for the router.
+    The router of the experts is called as before. Its recorded logits do not change, nor does the
+    loss computed from the logits. Experts are left unchanged if the router chooses one expert for
+    each token and renormalises the weight: the weight is then always 1, without a gradient.
 
     Args:
         model: any module, which may itself be a known module. A second call swaps only modules that
             are new.
         only: which modules to swap, as a str or several; default: all known modules. An entry is
-            one of the four words or the qualified name of a module, which includes all modules
-            inside it; the root ``""`` includes everything. A name may be a shell pattern such as
-            ``"vision.*.attn"``, in which ``*`` also matches dots. If a module has one of the words
-            as its name, write a pattern: ``"[l]osses"``. The modules inside a pooling head that is
-            not chosen, such as its attention, are left unchanged, unless an entry names them but
-            not the head.
+            one of the four words, the qualified name of a module, or a shell pattern such as
+            ``"vision.*.attn"``, in which ``*`` also matches dots. A name includes all modules
+            inside the named module; the root ``""`` includes everything. A module whose name is one
+            of the words needs a pattern: ``"[l]osses"``. The attention inside a pooling head that
+            is not chosen is left unchanged, unless an entry names the attention but not the head.
         skip: which of the modules in ``only`` to leave unchanged, in the same form.
         dry_run: return the report without changing the model.
 
     Returns:
-        A :class:`FuseReport`, which prints as a table. It does not list modules of unknown types.
+        A :class:`FuseReport`, which prints as a table. Modules of unknown types are not listed.
 
     Raises:
         TypeError: ``model`` is not an nn.Module, or ``only`` or ``skip`` is neither a str nor an
@@ -148,7 +146,8 @@ class _Owner(NamedTuple):
     """A module whose children are not swapped themselves."""
 
     name: str
-    module: nn.Module | None  # set if it was not chosen: ``only`` may still name its children
+    # The module, if it was not chosen: ``only`` may still name its children. Else None.
+    module: nn.Module | None
 
     def owns(self, name: str, module: nn.Module, selection: Selection) -> bool:
         """Return whether ``module`` is inside this owner and must not be swapped itself."""
@@ -191,7 +190,7 @@ def _inspect(model: nn.Module, selection: Selection) -> tuple[FuseReport, list[_
 
 
 def _why_unknown(cls: type) -> str | None:
-    """Return why a module whose class is not in KINDS is left; None if the class is unknown."""
+    """Return why modules of a class that is not in KINDS are left; None for an unknown class."""
     if path_of(cls) in LEFT:
         return LEFT[path_of(cls)]
     known = next((base.__qualname__ for base in cls.__mro__ if path_of(base) in KINDS), None)

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention over another input, as query pooling.
 
-It skips the computation of keys and values if that saves work, else runs torch's attention.
+Keys and values are not computed if the absorbed form of query pooling saves enough FLOPs.
+Otherwise torch's attention runs.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ def attend(
 ) -> Tensor:
     """Compute :func:`mmfused.query_pooling`, with torch's attention for the projected form.
 
-    torch's attention never writes its dropout mask to memory. Keys and values are computed in one
-    product, as in nn.MultiheadAttention, but without its copies of keys and values.
+    Under the backends "reference" and "fused", query_pooling computes the projected form, too.
     """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
@@ -66,7 +66,7 @@ def attend(
     valid_keys = None
     if key_padding_mask is not None:
         x = x.masked_fill(key_padding_mask[:, :, None], 0.0)  # ignored tokens may hold NaN
-        # A fully masked sample attends to all tokens; the caller sets its output to 0.
+        # A fully masked sample attends to all tokens; the caller sets the sample's output to 0.
         masked = key_padding_mask & ~key_padding_mask.all(1, keepdim=True)
         valid_keys = ~masked[:, None, None]
     if norm.weight is not None:
@@ -169,7 +169,7 @@ class _MultiheadAttention(Pooling, _Original):
             )
         x, q = (key, query) if self.batch_first else (key.transpose(0, 1), query.transpose(0, 1))
         if len(q) == 1 or (len(q) and q.stride(0) == 0):
-            q = q[0]  # one set of queries, expanded over the batch, is projected once
+            q = q[0]  # queries that are the same for all samples are projected once
         out = attend_with(self, x, q, key_padding_mask, batch_first=self.batch_first)
         return out, None
 
@@ -217,7 +217,7 @@ def attend_with(
     )
     fully_masked = None if key_padding_mask is None else key_padding_mask.all(1)
     if not batch_first:
-        # Transposed before the projection, so that the result is contiguous like the original's.
+        # Transposed before the projection, so that the result is contiguous as in the original.
         out = out.transpose(0, 1)
     out = F.linear(out, w_out, mha.out_proj.bias)
     if fully_masked is None:

@@ -1,6 +1,6 @@
-"""The swap of a module in place: its class becomes a subclass of its own class.
+"""The swap of a module in place: its class is replaced by a subclass with another ``forward``.
 
-The subclass has another ``forward``; the module keeps its identity and all its state.
+The module keeps its identity and all its state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Swap(_Mixin):
     description: ClassVar[str] = ""  # what a swapped module does
     benefit: ClassVar[str] = ""  # the expected benefit, and when there is none
     owns_children: ClassVar[bool] = True  # whether all modules inside are left unchanged
-    owned_children: ClassVar[tuple[str, ...]] = ()  # if not, the children that are left unchanged
+    # Names of children that are left unchanged even if `owns_children` is False.
+    owned_children: ClassVar[tuple[str, ...]] = ()
     wrappable_methods: ClassVar[tuple[str, ...]] = ()  # methods that an instance may wrap
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -116,7 +117,7 @@ def fused_class(kind: type[Swap], cls: type) -> type[Swap]:
 
 
 def change_class(module: nn.Module, kind: type[Swap], cls: type) -> None:
-    """Set the class of ``module`` to ``cls``; if that raises, the module is unchanged."""
+    """Set the class of ``module`` to ``cls``; restore it if ``kind.rebind`` fails."""
     before = type(module)
     module.__class__ = cls
     try:

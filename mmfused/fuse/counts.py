@@ -6,7 +6,7 @@ from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE, form_flops
 
 
 def pooling_benefit(dim: int, queries: int | None, k_dim: int, v_dim: int, heads: int) -> str:
-    """Return the text on the benefit; ``queries`` is None if each call brings its own."""
+    """Return the text on the benefit; ``queries`` is None if each call brings its own queries."""
     if queries is None:
         return _benefit_of_calls(dim, k_dim, v_dim, heads)
     cost = _per_token(dim, queries, k_dim, v_dim, heads)
@@ -34,7 +34,7 @@ def _benefit_of_calls(dim: int, k_dim: int, v_dim: int, heads: int) -> str:
 
 
 def _most_queries(times: float, dim: int, k_dim: int, v_dim: int, heads: int) -> int:
-    """Return the most queries for which the absorbed form needs ``times`` fewer FLOPs."""
+    """Return the most queries at which projected FLOPs are at least ``times`` absorbed FLOPs."""
     none, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
     return int(none["projected"] / (times * one["absorbed"] - one["projected"] + none["projected"]))
 

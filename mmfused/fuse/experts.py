@@ -1,10 +1,10 @@
 """The experts of transformers' mixtures on :func:`mmfused.grouped_mlp`.
 
-``fuse`` swaps them, or a model selects them as the experts implementation "mmfused".
+Either ``fuse`` swaps the experts, or a model selects the experts implementation "mmfused".
 
-The swapped module is ``experts`` of a sparse block, which gets tokens, chosen experts and weights.
-The router of the block is called as before: its hooks, its recorded logits and the loss computed
-from them do not change, and the chosen experts are the same.
+The swapped module is ``experts`` of a sparse block. The forward of ``experts`` gets tokens, indices
+of the chosen experts, and routing weights. The router of the block is called as before: its hooks
+run, and its logits and choices are the same.
 
 transformers' ``load_balancing_loss_func`` is k times the "switch" balance loss of this library over
 the tokens of all layers as one batch:
@@ -14,10 +14,11 @@ the tokens of all layers as one batch:
             cat(l_1, ..., l_L), k, token_padding_mask=cat(~mask, ..., ~mask)
         ).balance_loss
 
-For one layer, this is k times the balance loss of the layer. For several layers, it is k times the
-mean of their balance losses, minus k E sum_e Cov(f_e, P_e) over the layers, where f_e is the share
-of tokens routed to expert e in a layer, and P_e the mean probability of expert e. Layers that are
-unbalanced in different ways can thus compensate for each other.
+For one layer, the result is k times the balance loss of the layer. For several layers, the result
+is k times the mean of the layers' balance losses, minus k E sum_e Cov(f_e, P_e). In a layer, f_e is
+the share of expert e in all assignments, and P_e the mean probability of expert e; Cov is the
+covariance over the layers. Layers that are unbalanced in different ways can thus compensate for
+each other.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _not_swiglu(module: Any) -> str | None:
 def _unsupported_weights(module: nn.Module) -> str | None:
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name)
-        # FSDP turns DTensors into plain tensors before forward, and forward checks them again.
+        # FSDP turns DTensors into plain tensors before forward, and forward checks the weights.
         plain = dense(weight) or type(weight).__name__ == "DTensor"
         if not plain or weight.dtype not in FLOATS:
             return (
@@ -95,7 +96,7 @@ def _routing(module: Any, index: Tensor, weights: Tensor) -> Routing:
 def _experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Return the output of the experts in the dtype of ``x``."""
     down = module.down_proj
-    # With x in float64, the weights keep all their digits.
+    # With x in float64, the routing weights become float64, too.
     weights = weights.to(torch.promote_types(weights.dtype, x.dtype))
     routing = _routing(module, index, weights)
     # Under autocast, x may be the float32 output of a norm while the experts are 16-bit.
@@ -133,13 +134,12 @@ def register_experts() -> None:
     Call this function once, before a model selects the implementation with ``from_pretrained(...,
     experts_implementation="mmfused")`` or ``model.set_experts_implementation("mmfused")``. The
     implementation runs the experts of every model that uses transformers' experts interface, under
-    expert parallelism too: with a silu gate on :func:`mmfused.grouped_mlp`, with another gate or
-    without a gate on :func:`mmfused.grouped_linear`. Transposed, interleaved or biased experts
-    (GPT-OSS) raise ``ValueError``.
+    expert parallelism too. Experts with a silu gate run on :func:`mmfused.grouped_mlp`, and other
+    experts on :func:`mmfused.grouped_linear`. Transposed, interleaved or biased experts (GPT-OSS)
+    raise ``ValueError``.
 
-    The call is needed because transformers cannot find an implementation by its name alone, and
-    ``import mmfused`` does not import transformers. A process that unpickles such a model must call
-    this function, too. ``config.save_pretrained`` does not save the implementation's name.
+    A process that unpickles such a model must call this function, too. ``config.save_pretrained``
+    does not save the implementation's name.
 
     Raises:
         ImportError: transformers is missing or has no experts interface.

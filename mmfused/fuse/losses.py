@@ -89,7 +89,7 @@ class _ClipLoss(Swap):
 def _clip_dtype(features: Tensor, scale: float | Tensor) -> torch.dtype | None:
     """Return the dtype of ClipLoss's result, or None if ClipLoss raises for these dtypes.
 
-    The result has the dtype of (scale * features) @ features.T, but autocast computes the
+    Without autocast, the dtype is that of (scale * features) @ features.T. Autocast computes the
     cross-entropy in float32.
     """
     scaled = features.dtype
@@ -107,7 +107,8 @@ def _clip_dtype(features: Tensor, scale: float | Tensor) -> torch.dtype | None:
 def _similarity_name(function: object) -> str | None:
     """Return the name of ``function`` if it is one of SIMILARITIES, else None.
 
-    A function that wraps one of SIMILARITIES may have its name and module, but has other globals.
+    The module is read from the globals, because a wrapper may copy the ``__module__`` of the
+    function that it wraps.
     """
     if type(function) is not FunctionType:
         return None
@@ -147,9 +148,9 @@ def _not_in_one_sweep(module: Any) -> str | None:
 def _ranking_loss(module: Any, columns: list[Tensor]) -> Tensor | None:
     """Return the loss of ``columns``, or None if the original must run.
 
-    The columns are queries, positives and hard negatives. Each query sums over the documents of all
-    columns. In the direction from documents to queries, each positive sums over the queries, and
-    hard negatives have no term, as in a symmetric sweep over C > B candidates.
+    The columns are queries, positives and hard negatives. The softmax of a query is over the
+    documents of all columns. In the direction from documents to queries, the softmax of a positive
+    is over the queries, and hard negatives have no term.
     """
     fits = len(columns) > 1 and _are_embeddings(*columns)
     fits = fits and all(x.shape == columns[0].shape for x in columns)
@@ -173,8 +174,8 @@ def _ranking_dtypes(
 ) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the original's products and of its loss.
 
-    Both dtypes depend on the release, the device and autocast, so the original's operations are run
-    on one row, except in the simplest case.
+    In float32 or float64, without autocast or promotion by the scale, both are the inputs' dtype.
+    Otherwise the original's operations are run on one row to find the dtypes.
     """
     full_precision = query.dtype in (torch.float32, torch.float64)
     promotes = isinstance(module.scale, Tensor) and module.scale.dim() > 0
@@ -283,7 +284,7 @@ class _CachedMultipleNegativesRankingLoss(_RankingLoss):
 
     @staticmethod
     def rebind(module: Any) -> None:
-        # MatryoshkaLoss wraps the method that was bound when the wrapper was created.
+        # MatryoshkaLoss's wrapper holds a bound method of the previous class.
         wrapper = _wrapper(module)
         if wrapper is not None:
             wrapper.fn = MethodType(type(module).calculate_loss, module)

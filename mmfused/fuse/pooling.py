@@ -237,8 +237,8 @@ class _MaskedPoolingHead(_PoolingHead):
     def _is_padding(self, mask: Tensor | None, x: Tensor) -> bool:
         """Return whether ``mask`` is None or a padding mask (B, N), nonzero = attend.
 
-        Phi-4 needs a bool mask. SigLIP 2 accepts other dtypes, but only some of its attention
-        implementations treat the mask as padding.
+        Phi-4, whose head has no config, needs a bool mask. SigLIP 2 accepts other dtypes, but its
+        mask is padding only with some attention implementations.
         """
         if mask is None or not dense(mask) or mask.shape != x.shape[:2]:
             return mask is None

@@ -23,7 +23,7 @@ class Pooling(Swap):
     def sizes(module: Any) -> Sizes:
         """Return token width, number of queries, key width, value width and number of heads.
 
-        The number of queries is None if each call brings its own.
+        The number of queries is None if each call brings its own queries.
         """
         raise NotImplementedError
 
@@ -70,9 +70,9 @@ def are_tokens(x: Any) -> bool:
 def padding_of(mask: Any, heads: int, rows: int, x: Tensor) -> Tensor | None:
     """Return the key padding mask (B, N), True = ignore, that equals an attention mask, or None.
 
-    ``mask`` is (B, heads, rows, N), True = attend. All heads and rows certainly have the same mask
-    only if these dimensions have size 1 or are expanded. In other cases, and for float masks, the
-    values would have to be read, which would wait for the GPU.
+    ``mask`` is (B, heads, rows, N) bool, True = attend; for another dtype the result is None. All
+    heads and rows have the same mask if these dimensions have size 1 or are expanded. Otherwise
+    the result is None, because a comparison of the values would wait for the GPU.
     """
     if not isinstance(mask, Tensor) or not dense(mask):
         return None

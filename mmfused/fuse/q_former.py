@@ -11,8 +11,8 @@ from ..ops.query_pooling import query_pooling
 from .base import KINDS
 from .pooling_base import Pooling, Sizes, are_tokens, not_linear, padding_of, unsupported_dropout
 
-# Arguments that models pass down to the attention although they have no effect there. If any other
-# argument is set, the original forward runs.
+# Arguments that models pass to the attention, where these arguments have no effect. If any other
+# keyword argument is set, the original forward runs.
 _UNUSED_KWARGS = (
     "output_hidden_states",
     "return_dict",

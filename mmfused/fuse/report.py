@@ -23,7 +23,7 @@ class FuseReport:
     Attributes:
         swapped: what each swapped module does now.
         left: why each other module was left unchanged.
-        expected: the expected benefit of each swapped module, and when there is none.
+        expected: the expected benefit of each swapped module, and the cases without a benefit.
         classes: the name of each module's original class.
     """
 
