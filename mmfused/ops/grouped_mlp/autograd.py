@@ -13,11 +13,12 @@ from .checks import Activation
 
 # ---- operators -----------------------------------------------------------------------------------
 #
-# combine_weights (T, k) float32, order, position, offsets and tiles come from the Routing.
+# combine_weights is Routing.weights (T, k) in float32. order, position, offsets and tiles are the
+# fields of the Routing with these names. FLOP formulas get the shape of each tensor in its place.
 
 
 class _Linear(NamedTuple):
-    """The arguments of grouped_linear_fwd in schema order; FLOP formulas get shapes for tensors."""
+    """The arguments of grouped_linear_fwd, in the order of its schema."""
 
     x: Any  # (T, I), or (T*k, I) without gather
     weight: Any  # (E, O, I)
@@ -40,7 +41,7 @@ class _LinearNeeds(NamedTuple):
 
 
 class _MLP(NamedTuple):
-    """The arguments of grouped_mlp_fwd in schema order; FLOP formulas get shapes for tensors."""
+    """The arguments of grouped_mlp_fwd, in the order of its schema."""
 
     x: Any  # (T, D)
     w_up: Any  # (E, I, D); packed (E, 2I, D)
@@ -58,7 +59,7 @@ class _MLP(NamedTuple):
 
 
 class _MLPBackward(NamedTuple):
-    """The arguments of grouped_mlp_bwd in schema order; FLOP formulas get shapes for tensors."""
+    """The arguments of grouped_mlp_bwd, in the order of its schema."""
 
     d_out: Any  # (T, Dout)
     x: Any
@@ -143,7 +144,7 @@ def _linear_flops(*args: Any, out_shape: object) -> int:
 
 
 def _linear_backward_flops(d_out: Any, *args: Any, out_shape: object) -> int:
-    """Count one product for dx and the gradient of combine_weights, and one for dw."""
+    """Count one product that serves dx and the gradient of combine_weights, and one for dw."""
     call, need = _linear_arguments(args)
     products = (need.dx or call.combine_weights is not None) + need.dw
     return _linear_flops(*call, out_shape=None) * products
@@ -152,9 +153,9 @@ def _linear_backward_flops(d_out: Any, *args: Any, out_shape: object) -> int:
 def _mlp_products(call: _MLP | _MLPBackward) -> tuple[int, int]:
     """Return the forward FLOPs of the first layer, including the gate, and of the second layer."""
     _, out, width = call.w_down
-    inputs = 2 if call.activation == "swiglu" else 1
+    matrices = 2 if call.activation == "swiglu" else 1
     rows = call.order[0]
-    return 2 * inputs * rows * call.x[1] * width, 2 * rows * width * out
+    return 2 * matrices * rows * call.x[1] * width, 2 * rows * width * out
 
 
 def _mlp_flops(*args: Any, out_shape: object) -> int:
@@ -174,7 +175,7 @@ def _mlp_backward_flops(*args: Any, out_shape: object) -> int:
     _linear_flops,
 )
 def grouped_linear_fwd(*args: Any) -> Tensor:
-    """Launch the kernel of a linear layer and, with combine_weights, the sum over rows."""
+    """Launch the kernel of a linear layer and, with combine_weights, the kernel that sums rows."""
     from ...kernels.grouped_mlp.forward import linear_forward
 
     with launching(args):
@@ -229,7 +230,7 @@ def grouped_mlp_bwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 class LinearFused(torch.autograd.Function):
-    """Apply the linear layer of each expert. Saves its inputs."""
+    """Compute :func:`grouped_linear` with the kernels. All arguments are saved for backward."""
 
     @staticmethod
     def forward(
@@ -263,9 +264,9 @@ class LinearFused(torch.autograd.Function):
 
 
 class MLPFused(torch.autograd.Function):
-    """Apply two-layer experts and combine their outputs.
+    """Compute :func:`grouped_mlp` with the kernels.
 
-    Saves x and the pre-activations, but no gathered rows, activations or outputs of experts.
+    Of the intermediate results, only the pre-activations are saved for backward.
     """
 
     @staticmethod
@@ -299,7 +300,7 @@ class MLPFused(torch.autograd.Function):
         """Launch the backward operator for the gradients that are needed."""
         needs = ctx.needs_input_grad[:7]
         need_dx, need_dw_up, need_dw_gate, need_dw_down, need_db_up, need_db_down, _ = needs
-        # The saved tensors are the fields x to tiles of _MLPBackward, in that order.
+        # The saved tensors are the fields x to tiles of _MLPBackward, in order.
         call = _MLPBackward(
             d_out.contiguous(),
             *ctx.saved_tensors,

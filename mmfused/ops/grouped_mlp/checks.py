@@ -26,7 +26,7 @@ class Parameters(NamedTuple):
     b_down: Tensor | None  # (E, Dout)
 
     def packed(self, activation: str) -> bool:
-        """Return whether ``w_up`` contains the weight of the gate too."""
+        """Return whether ``w_up`` contains the gate's weight too."""
         return activation == "swiglu" and self.w_gate is None
 
     def to(self, dtype: torch.dtype) -> Parameters:
@@ -115,7 +115,7 @@ def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | N
         raise TypeError(
             f"{op}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
         )
-    # Master weights may stay in float32.
+    # With x in 16 bits, the parameters may be float32.
     dtypes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
     expected = " or ".join(sorted(map(str, dtypes)))
     for name, tensor in parameters.items():

@@ -1,10 +1,16 @@
-"""The composed path of experts: one matrix product for the segment of sorted rows of each expert.
+"""The composed path of experts: one matrix product per expert.
 
-On CUDA in bfloat16, torch's grouped_mm computes all segments at once. grouped_mm does not write the
-rows beyond the last segment, nor, in some releases, the weight gradient of an empty segment. It
-needs dense rows whose address and size are multiples of 16 bytes, and does not support a bias. The
-code below works around these limits. In all other cases a loop runs over the segments; on CUDA the
-loop synchronises, to read the sizes of the segments.
+The sorted rows of one expert are called a segment here. On CUDA in bfloat16, with widths that are
+multiples of 8, torch's grouped_mm computes all segments at once. The code below works around its
+limits:
+
+- grouped_mm does not write the rows beyond the last segment.
+- In some releases, grouped_mm does not write the weight gradient of an empty segment.
+- The addresses and strides of rows must be multiples of 16 bytes.
+- There is no bias.
+
+In all other cases a loop runs over the segments. On CUDA the loop synchronises, to read the sizes
+of the segments.
 """
 
 from __future__ import annotations
@@ -33,12 +39,12 @@ def linear_composed(
     bias: Tensor | None,
     *,
     gather: bool,
-    combines: bool,
+    combine: bool,
 ) -> Tensor:
     """Compute :func:`grouped_linear` in plain PyTorch."""
     rows = _gathered(x, routing) if gather else x
     out = segment_linear(rows, weight, bias, routing.offsets)
-    return _combined(out, routing) if combines else out
+    return _combined(out, routing) if combine else out
 
 
 def mlp_composed(
@@ -118,7 +124,7 @@ def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
         out = _grouped_mm(_dense(x), _aligned(weight).mT, offs=offsets[1:])
         out = out if bias is None else out + bias[expert]
         return out.masked_fill(~valid, 0.0)
-    # In torch 2.14 a bfloat16 product on a CPU reads beyond the end of rows that are not dense.
+    # In torch 2.14, a bfloat16 product on a CPU reads beyond the end of x if x is not contiguous.
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[1])
     ends = offsets.tolist()
@@ -190,8 +196,8 @@ def _grouped_mm_backward(
         empty = (offsets.diff() == 0)[:, None, None]
         dw = _grouped_mm(dy.T, x, offs=offsets[1:]).masked_fill(empty, 0.0)
     if need_db:
-        # This product with zeros and ones sums in a fixed order. Since 0 * NaN is NaN, it leaves
-        # out values that are not finite. The experts of such values get NaN afterwards.
+        # A product with zeros and ones sums in a fixed order. Since 0 * NaN is NaN, values that are
+        # not finite are left out of the product. The sums that need such values become NaN.
         experts = torch.arange(len(weight), device=x.device)[:, None]
         member = ((expert == experts) & valid.T).to(dy.dtype)
         broken = ~dy.isfinite() & valid
@@ -203,7 +209,7 @@ def _grouped_mm_backward(
 def _experts(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the expert of each row (R,), and a bool (R, 1), True for rows inside a segment.
 
-    Rows beyond the last segment get an arbitrary expert.
+    Rows beyond the last segment get the last expert.
     """
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:], rows, right=True).clamp(max=offsets.shape[0] - 2)
@@ -216,13 +222,13 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """Copy ``weight`` unless grouped_mm supports its layout, as for halves of a packed weight."""
-    experts, rows, columns = weight.stride()
+    """Return ``weight``, or a dense copy if grouped_mm does not support the layout."""
+    expert_stride, row_stride, column_stride = weight.stride()
     fits = (
-        columns == 1
-        and rows >= weight.shape[2]
-        and rows % 8 == 0
-        and experts % 8 == 0
+        column_stride == 1
+        and row_stride >= weight.shape[2]
+        and row_stride % 8 == 0
+        and expert_stride % 8 == 0
         and weight.data_ptr() % 16 == 0
     )
     return weight if fits else _dense(weight)
@@ -252,7 +258,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
 
 
-# An exported graph keeps operators but not autograd functions, so the operator has the backward.
+# The backward pass is registered with the operator, since exporters drop autograd functions.
 torch.library.register_autograd("mmfused::segment_linear", _backward, setup_context=_save)
 
 
@@ -260,7 +266,7 @@ torch.library.register_autograd("mmfused::segment_linear", _backward, setup_cont
 
 
 class _Gather(torch.autograd.Function):
-    """Gather rows sorted by expert from x (T, D): row r is x[order[r] // k], or 0 if masked.
+    """Gather the sorted rows from x (T, D): row r is x[order[r] // k], or 0 for a masked token.
 
     The backward pass sums the gradients of the k rows of each token.
     """
@@ -298,7 +304,7 @@ def _gathered(x: Tensor, routing: Routing) -> Tensor:
 def _combined(y: Tensor, routing: Routing) -> Tensor:
     """Return the weighted sum (T, O) of each token's k rows of y (T*k, O), in the dtype of y.
 
-    The sum is computed in float32 or float64. Rows of masked tokens must be 0.
+    The sum is computed in the dtype of ``routing.weights``.
     """
     weights = routing.weights
     # position is a permutation, so the backward of index_select is deterministic.

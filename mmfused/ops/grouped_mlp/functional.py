@@ -21,7 +21,7 @@ def grouped_linear(
     gather: bool = True,
     combine: bool = False,
 ) -> Tensor:
-    """Apply a linear layer of each expert to the tokens of that expert.
+    """Apply the linear layer of each expert to the rows of that expert.
 
     This is a building block for experts that :func:`grouped_mlp` does not support.
 
@@ -29,15 +29,15 @@ def grouped_linear(
         x: tokens (T, I). With ``gather=False``, rows (T*k, I) sorted by expert, such as the result
             of another grouped_linear.
         routing: from :func:`topk_routing` or :func:`routing_from_indices`.
-        weight: (E, O, I), in the dtype of ``x`` or float32.
-        bias: (E, O), in the dtype of ``x`` or float32.
-        gather: whether ``x`` contains tokens, and not sorted rows.
-        combine: whether to sum the k rows of each token, weighted by the routing's weights.
+        weight: (E, O, I), in the dtype of ``x``, or float32 if ``x`` has 16 bits.
+        bias: (E, O), in the dtype of ``x``, or float32 if ``x`` has 16 bits.
+        gather: True if ``x`` contains tokens, False if it contains sorted rows.
+        combine: whether to sum the k rows of each token, weighted by ``routing.weights``.
 
     Returns:
-        Rows (T*k, O) sorted by expert, 0 for masked tokens; with ``combine``, sums (T, O). The
-        dtype is that of ``x``, or the autocast dtype under autocast. The expert of row r is
-        ``routing.indices.flatten()[routing.order[r]]``.
+        Without ``combine``, rows (T*k, O) sorted by expert; the rows of masked tokens are 0. Row r
+        belongs to expert ``routing.indices.flatten()[routing.order[r]]``. With ``combine``, sums
+        (T, O). The dtype is that of ``x``, or the autocast dtype under autocast.
 
     Raises:
         TypeError, ValueError: bad input; raised before any kernel is launched.
@@ -48,13 +48,13 @@ def grouped_linear(
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     with no_autocast(x.device.type):
-        chosen = choose("grouped_linear", x.device, x.dtype, None, ("onnx",))
-        if chosen == "reference":
+        backend = choose("grouped_linear", x.device, x.dtype, None, ("onnx",))
+        if backend == "reference":
             return grouped_linear_reference(
                 x, routing, weight, bias, gather=gather, combine=combine
             )
-        if chosen == "composed":
-            return linear_composed(x, routing, weight, bias, gather=gather, combines=combine)
+        if backend == "composed":
+            return linear_composed(x, routing, weight, bias, gather=gather, combine=combine)
         return LinearFused.apply(
             _dense_rows(x),
             _dense_rows(weight),
@@ -80,22 +80,23 @@ def grouped_mlp(
     w_gate: Tensor | None = None,
     activation: Activation = "gelu",
 ) -> Tensor:
-    """Apply two-layer experts to tokens, and sum their outputs weighted by the routing's weights.
+    """Apply k two-layer experts to each token, and sum the weighted outputs.
 
-    ``out_t = sum_j w_tj (W_down act(W_up x_t + b_up) + b_down)`` over the k experts j of token t.
+    ``out_t = sum_j w_tj (W_down act(W_up x_t + b_up) + b_down)``, where j counts the k experts of
+    token t, ``w_tj`` is ``routing.weights[t, j]``, and W and b belong to the j-th of these experts.
 
     Args:
         x: tokens (T, D), float32, float16, bfloat16 or float64. Tokens that are masked in the
             routing may be NaN and give output 0.
-        routing: from :func:`topk_routing` or :func:`routing_from_indices`; its weights receive
-            gradients.
-        w_up: (E, I, D), in the dtype of ``x`` or float32. It may be half of a packed (E, 2I, D)
-            tensor.
-        w_down: (E, Dout, I), in the dtype of ``x`` or float32.
+        routing: from :func:`topk_routing` or :func:`routing_from_indices`. ``routing.weights`` gets
+            a gradient.
+        w_up: (E, I, D). With "swiglu" and without ``w_gate``, a packed tensor (E, 2I, D) with the
+            rows of the gate first. All weights and biases have the dtype of ``x``, or float32 if
+            ``x`` has 16 bits.
+        w_down: (E, Dout, I).
         b_up: (E, I).
         b_down: (E, Dout).
-        w_gate: (E, I, D) for "swiglu". None if ``w_up`` is a packed (E, 2I, D) tensor with the rows
-            of the gate first; the packed tensor then gets one gradient.
+        w_gate: (E, I, D), for "swiglu" only; None if ``w_up`` is packed.
         activation: "gelu" (the erf form), "relu" or "swiglu", ``silu(W_gate x) * (W_up x + b_up)``.
 
     Returns:
@@ -111,10 +112,10 @@ def grouped_mlp(
     check_mlp(x, routing, parameters, activation)
     parameters = parameters.to(x.dtype)
     with no_autocast(x.device.type):
-        chosen = choose("grouped_mlp", x.device, x.dtype, None, ("onnx",))
-        if chosen == "reference":
+        backend = choose("grouped_mlp", x.device, x.dtype, None, ("onnx",))
+        if backend == "reference":
             return _reference(x, routing, parameters, activation)
-        if chosen == "composed":
+        if backend == "composed":
             return mlp_composed(x, routing, parameters, activation)
         return MLPFused.apply(
             _dense_rows(x),
@@ -155,5 +156,5 @@ def _reference(
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """Copy ``tensor`` unless its last stride is 1, as the kernels need."""
+    """Return ``tensor``, or a copy if the last stride is not 1; the kernels need last stride 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -28,10 +28,17 @@ from .functional import grouped_mlp
 class TopKMoE(nn.Module):
     """A mixture of two-layer MLPs with a router.
 
-    Holds the parameters of :func:`topk_routing_from_input` and :func:`grouped_mlp`: ``router``
-    (nn.Linear without bias), ``w_up`` and with "swiglu" ``w_gate`` (E, hidden_dim, dim), ``w_down``
-    (E, out_dim, hidden_dim), ``b_up`` and ``b_down``. ``forward`` returns the losses in a Routing:
-    add ``coefficient * routing.balance_loss`` to the training loss.
+    The parameters for E experts are
+
+        router    nn.Linear without bias
+        w_up      (E, hidden_dim, dim)
+        w_gate    (E, hidden_dim, dim), with "swiglu" only
+        w_down    (E, out_dim, hidden_dim)
+        b_up      (E, hidden_dim)
+        b_down    (E, out_dim)
+
+    ``forward`` returns the losses in a :class:`Routing`. To balance the experts, add
+    ``coefficient * routing.balance_loss`` to the training loss.
 
     Args:
         dim: width of the tokens.
@@ -42,11 +49,12 @@ class TopKMoE(nn.Module):
         activation: "gelu", "relu" or "swiglu".
         bias: whether the experts have biases. The gate of "swiglu" never has one.
         selection_bias: whether to hold a buffer ``selection_bias`` (E,), which balances the experts
-            without a loss; call :meth:`update_selection_bias` after each optimizer step. The buffer
+            without a loss. Call :meth:`update_selection_bias` after each optimizer step. The buffer
             stays in float32 when the module is cast to 16 bits.
-        available: (num_segments, E) bool, True for the experts that a segment may use; a buffer.
-        score, renormalize, num_segments, balance, jitter: as in :func:`topk_routing`; jitter is
-            applied in training only.
+        available: (num_segments, E) bool, True for the experts that a segment may use; held as a
+            buffer.
+        score, renormalize, num_segments, balance: as in :func:`topk_routing`.
+        jitter: as in :func:`topk_routing`, in training only.
     """
 
     selection_bias: Tensor | None
@@ -103,15 +111,15 @@ class TopKMoE(nn.Module):
         zeros = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.register_buffer("available", available)
-        # A copy for reset_parameters after to_empty(). A meta tensor has no values to copy.
+        # reset_parameters needs these values after to_empty(). A meta tensor has no values.
         self._available = None if available is None or available.is_meta else available.tolist()
         self.register_load_state_dict_pre_hook(_widen_selection_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset parameters and buffers.
+        """Reset the buffers, and draw the parameters as nn.Linear does.
 
-        Parameters are drawn as in nn.Linear: uniformly between +-1 / sqrt(number of inputs).
+        nn.Linear draws uniformly from [-b, b] with b = 1 / sqrt(number of inputs).
         """
         self.router.reset_parameters()
         for weight, bias in (
@@ -148,10 +156,10 @@ class TopKMoE(nn.Module):
         """Return the output (..., out_dim), and the :class:`Routing` of the T tokens.
 
         Args:
-            x: (..., dim); the first dimensions are flattened to T tokens.
+            x: (..., dim); the leading dimensions are flattened to T tokens.
             token_padding_mask: (...) bool, True = ignore. An ignored token has output 0.
             segments: (...) int64, the segment of each token.
-            indices: (T, k) int64, a given choice of experts; see :func:`topk_routing`.
+            indices: (T, top_k) int64, the experts to use; see :func:`topk_routing`.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"TopKMoE: x: got shape {tuple(x.shape)}, expected (..., {self.dim})")
@@ -212,10 +220,10 @@ class TopKMoE(nn.Module):
     ) -> None:
         """Apply :func:`mmfused.update_selection_bias` to this layer.
 
-        Call ``moe.update_selection_bias(routing.counts)`` once after each optimizer step, on every
-        rank with the counts of that rank; the counts are summed over the ranks of ``group``
-        (default all ranks). Under DDP, call the method on the wrapped module. With gradient
-        accumulation, pass the sum of the counts over the micro-batches.
+        Call ``moe.update_selection_bias(routing.counts)`` on every rank, once after each optimizer
+        step. ``counts`` is that of this rank; the counts are summed over the ranks of ``group``
+        (default all ranks). With gradient accumulation, pass the sum over the micro-batches. Under
+        DDP, call the method of ``ddp.module``.
         """
         if self.selection_bias is None:
             raise ValueError(
@@ -235,7 +243,7 @@ class TopKMoE(nn.Module):
 def _widen_selection_bias(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Cast a 16-bit bias in the state dict to float32, since ``assign=True`` would keep 16 bits."""
+    """Cast a 16-bit bias in the state dict to float32: ``assign=True`` would keep the 16 bits."""
     bias = state_dict.get(prefix + "selection_bias")
     if bias is not None:
         wide = torch.promote_types(bias.dtype, torch.float32)

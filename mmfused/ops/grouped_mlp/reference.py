@@ -1,31 +1,32 @@
 """Experts of a mixture (FLUID eq. 9, Mixtral, MOON2.0).
 
-Each expert is a two-layer MLP. Token x_t has k experts and a routing weight w_tj for each of them:
+Each expert is a two-layer MLP. Token x_t has k experts; w_tj is the routing weight of its j-th
+expert:
 
     out_t  = sum over j of w_tj f_e(x_t)          e: the j-th expert of token t
     f_e(x) = W_down,e a + b_down,e
     a      = gelu(h), relu(h), or silu(W_gate,e x) h
     h      = W_up,e x + b_up,e
 
-With T tokens there are T k rows, one for each expert of each token. A Routing sorts the rows by
-expert, so that the rows of an expert form one matrix, and only the last tile of that matrix is
-padded. In the forward pass, the first kernel gathers x in its loads and applies bias and activation
-in its epilogue. The second kernel multiplies by W_down. The third kernel gathers the k rows of each
-token and sums them, without a scatter or atomics. Only x and the pre-activations are saved.
+Each pair of a token and one of its k experts is a row, so there are T k rows for T tokens. A
+Routing sorts the rows by expert. The rows of one expert form a matrix, of which only the last tile
+is padded. The forward pass launches three kernels. The first gathers x in its loads and applies
+bias and activation in its epilogue. The second multiplies by W_down. The third sums the k rows of
+each token, without a scatter or atomics. x and the pre-activations are saved for backward.
 
-The backward pass for one expert, whose rows are the matrices X, H and A of x, h and a, the vector w
-of routing weights, and the matrix dO of the gradients of out, which is gathered in the loads:
+The backward pass for the rows of one expert: X, H and A are the matrices with rows x, h and a. The
+matrix dO holds the gradients of out, one row per row of X. The vector w holds the routing weights.
 
-    dA      = dO W_down
+    dA      = dO W_down                           without the factor w
     dw      = rowsum(dA A) + dO b_down            elementwise product dA A
     dH      = w dA a'(H)                          elementwise; without a gate
     dW_down = (w dO)^T A
     dW_up   = dH^T X
     dX      = dH W_up
 
-So the gradient of the routing weights does not need the outputs of the experts. With D the width of
-x and I the width of h, the forward pass needs 2 n T k D I FLOPs and the backward pass twice that,
-where n = 2, or 3 with a gate.
+So the gradient of the routing weights does not need the outputs of the experts. Let D be the width
+of x and out, I the width of h, and n the number of weight matrices of an expert: 2, or 3 with a
+gate. The forward pass needs 2 n T k D I FLOPs, and the backward pass twice as many.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def grouped_linear_reference(
     gather: bool = True,
     combine: bool = False,
 ) -> Tensor:
-    """Compute :func:`grouped_linear`: apply every expert to every row, and select the results.
+    """Compute :func:`grouped_linear` in plain PyTorch, one expert after the other.
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
     order.
@@ -59,7 +60,7 @@ def grouped_linear_reference(
     expert = routing.indices.flatten().index_select(0, routing.order)
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for e in range(len(weight)):
-        # Rows of other experts may be NaN, and 0 * NaN is NaN in the gradient of the product.
+        # Rows of other experts may be NaN. In the gradient of the product, 0 * NaN would be NaN.
         own = (valid & (expert == e))[:, None]
         own_rows = rows.masked_fill(~own, 0.0)
         result = F.linear(own_rows, weight[e], None if bias is None else bias[e])

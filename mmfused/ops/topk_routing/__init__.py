@@ -1,4 +1,4 @@
-"""Top-k routing: the experts of each token, their weights, and how evenly they are used.
+"""Top-k routing: the experts of each token, the routing weights and the losses.
 
 The module ``TopKMoE`` in :mod:`mmfused.ops.grouped_mlp` combines the router with the experts.
 """

@@ -1,4 +1,4 @@
-"""Types that group the arguments of routing other than the logits."""
+"""Types that group the arguments of routing, except the logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Balance = Literal["switch", "gshard", "mse"]
 
 
 class Inputs(NamedTuple):
-    """Optional tensors other than the logits; see :func:`topk_routing`."""
+    """The optional tensors of :func:`topk_routing`."""
 
     selection_bias: Tensor | None = None  # (E,)
     token_padding_mask: Tensor | None = None  # (T,) bool
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Numbers and switches of routing; see :func:`topk_routing`."""
+    """The arguments of :func:`topk_routing` that are not tensors."""
 
     k: int
     score: Score = "softmax"
@@ -36,7 +36,10 @@ class Options:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether to divide weights by their sum; a single softmax weight would always become 1."""
+        """Whether to divide the chosen scores by their sum.
+
+        With k = 1 and softmax, the result would always be 1, so the score itself is used.
+        """
         return self.renormalize and (self.k > 1 or self.score == "sigmoid")
 
 
@@ -62,7 +65,7 @@ class RoutingArguments(RoutingOptions, total=False):
 
 
 def grouped(k: int, **arguments: Unpack[RoutingArguments]) -> tuple[Inputs, Options]:
-    """Group keyword arguments into inputs and options; an unknown name raises ``TypeError``."""
+    """Group keyword arguments into inputs and options. An unknown name raises ``TypeError``."""
     rest: dict = dict(arguments)
     tensors = {name: rest.pop(name) for name in Inputs._fields if name in rest}
     return Inputs(**tensors), Options(k, **rest)

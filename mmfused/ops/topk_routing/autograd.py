@@ -48,7 +48,7 @@ class _Outputs(NamedTuple):
     position: Tensor  # (T*k,) int32
     offsets: Tensor  # (E+1,) int32
     tiles: Tensor  # (T*k // 16 + E, 2) int32
-    coefficients: Tensor  # (S*E + 1,): derivatives of the balance loss, then 1 / tokens
+    coefficients: Tensor  # (S*E + 1,): derivatives of the balance loss, then 1 / unmasked tokens
 
 
 class _Backward(NamedTuple):
@@ -178,7 +178,7 @@ def topk_routing_input_bwd(*args: Any) -> tuple[Tensor, Tensor]:
         return input_backward(*args)
 
 
-# Implemented in csrc/, for logits only.
+# Implemented in csrc/. These operators accept logits only, not x and a router_weight.
 define("topk_routing_cuda_fwd", _FORWARD, _forward_shapes, no_products)
 define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
 
@@ -187,9 +187,10 @@ define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
 
 
 class RoutingFused(torch.autograd.Function):
-    """Compute the fields of a Routing from logits, or from x, router_weight and router_bias.
+    """Compute the fields of a Routing with the kernels, from logits or from x and a router_weight.
 
-    Saves the logits but not the probabilities.
+    If ``indices`` are given, the returned indices have shape (0,). Saves the logits for backward,
+    but not the probabilities.
     """
 
     @staticmethod
@@ -257,7 +258,7 @@ class RoutingFused(torch.autograd.Function):
         d_entropy: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        """Launch the kernel for the logits' gradient, then the kernels for x and the router."""
+        """Launch the kernel for d_logits and, if x was given, the kernels for dx and dw."""
         x, router_weight, logits, indices, weights, coefficients, *rest = ctx.saved_tensors
         mask, segments, available, jitter_seed = rest
         options = ctx.options

@@ -28,7 +28,7 @@ def check_router(
             f"{op}: x: got shape {tuple(x.shape)} and dtype {x.dtype}, "
             "expected floats (tokens, dim)"
         )
-    # The router may stay in float32.
+    # With x in 16 bits, the router may be float32.
     dtypes = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
     expected = " or ".join(sorted(map(str, dtypes)))
     for name, tensor in (("router_weight", router_weight), ("router_bias", router_bias)):

@@ -1,4 +1,4 @@
-"""The composed path of routing: plain PyTorch with a hand-written gradient.
+"""The composed path of routing: plain PyTorch with a hand-written backward pass.
 
 The equations and symbols are in reference.py.
 """
@@ -21,16 +21,17 @@ from .reference import into_range, largest, nan_where
 def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routing:
     """Compute the :class:`Routing` of logits (T, E) in float32 or float64."""
     experts, mask = logits.shape[1], inputs.token_padding_mask
-    noise = None
+    factor = None
     if options.jitter:
         assert inputs.jitter_seed is not None
-        noise = 1 + options.jitter * (2 * uniform(inputs.jitter_seed, *logits.shape) - 1)
+        factor = 1 + options.jitter * (2 * uniform(inputs.jitter_seed, *logits.shape) - 1)
     known = into_range(experts, inputs, options)
     indices, bias = known.indices, inputs.selection_bias
     if indices is None:
         with torch.no_grad():
-            scored = _scored(logits, noise, mask, known.usable, known.broken, options.score)
-            key = scored[0] if bias is None else scored[2].exp() + bias
+            scored = _scored(logits, factor, mask, known.usable, known.broken, options.score)
+            logit, _, log_score = scored
+            key = logit if bias is None else log_score.exp() + bias
             indices = largest(key, known.usable, options.k)
     order, position, offsets, tiles = expert_order_composed(indices, mask, experts)
     if known.segments is None:
@@ -41,7 +42,7 @@ def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routin
         logits,
         indices,
         counts,
-        noise,
+        factor,
         mask,
         known.segments,
         inputs.available,
@@ -54,14 +55,14 @@ def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routin
 
 def _scored(
     logits: Tensor,
-    noise: Tensor | None,
+    factor: Tensor | None,
     mask: Tensor | None,
     usable: Tensor | None,
     broken: Tensor | None,
     score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return l, u and log s, each (T, E), for the masked logits with ``noise``."""
-    logits = logits if noise is None else logits * noise
+    """Return l, u and log s, each (T, E); l is ``logits`` times the jitter ``factor``, masked."""
+    logits = logits if factor is None else logits * factor
     logits = logits if mask is None else logits.masked_fill(mask[:, None], 0.0)
     logits = logits if usable is None else logits.masked_fill(~usable, float("-inf"))
     logits = nan_where(logits, broken, mask)
@@ -80,7 +81,7 @@ def _counts(
 ) -> Tensor:
     """Return the number of assignments to each expert in each segment, (S, E) int64."""
     place = segments[:, None] * experts + indices
-    if mask is not None:  # masked tokens are counted in an extra last place, which is dropped
+    if mask is not None:  # masked tokens are counted in an extra last element, which is dropped
         place = place.masked_fill(mask[:, None], num_segments * experts)
     sums = place.new_zeros(num_segments * experts + 1)
     sums.scatter_add_(0, place.flatten(), torch.ones_like(place).flatten())
@@ -88,7 +89,7 @@ def _counts(
 
 
 class _WeightsAndLosses(torch.autograd.Function):
-    """Compute the routing weights and the losses balance, z and entropy for chosen experts."""
+    """Compute the routing weights and the losses balance, z and entropy from the indices."""
 
     @staticmethod
     def forward(
@@ -96,7 +97,7 @@ class _WeightsAndLosses(torch.autograd.Function):
         logits: Tensor,
         indices: Tensor,
         counts: Tensor,
-        noise: Tensor | None,
+        factor: Tensor | None,
         mask: Tensor | None,
         segments: Tensor | None,
         available: Tensor | None,
@@ -104,7 +105,7 @@ class _WeightsAndLosses(torch.autograd.Function):
         broken: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logit, u, log_score = _scored(logits, noise, mask, usable, broken, options.score)
+        logit, u, log_score = _scored(logits, factor, mask, usable, broken, options.score)
         probs = log_score.exp() if options.score == "softmax" else u.softmax(-1)
         chosen = log_score.gather(1, indices)
         weights = chosen.softmax(-1) if options.renormalizes else chosen.exp()
@@ -117,7 +118,7 @@ class _WeightsAndLosses(torch.autograd.Function):
         entropy = (torch.special.entr(probs).sum(-1) * valid).sum() / total
         loss, slope = _balance(probs, weights, indices, counts, valid, segments, available, options)
         ctx.save_for_backward(
-            logit, probs, weights, indices, lse, valid, total, slope, noise, segments
+            logit, probs, weights, indices, lse, valid, total, slope, factor, segments
         )
         ctx.options, ctx.dtype = options, logits.dtype
         ctx.set_materialize_grads(False)
@@ -133,39 +134,38 @@ class _WeightsAndLosses(torch.autograd.Function):
         d_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        logit, probs, weights, indices, lse, valid, total, slope, noise, segments = saved
+        logit, probs, weights, indices, lse, valid, total, slope, factor, segments = saved
         options = ctx.options
-        upstream: Tensor = torch.zeros_like(weights) if d_weights is None else d_weights
-        d_probs = torch.zeros_like(probs)
+        g_w: Tensor = torch.zeros_like(weights) if d_weights is None else d_weights
+        g_p = torch.zeros_like(probs)
         if d_balance is not None:
             by_expert = slope[0] if segments is None else slope[segments]  # (E,) or (T, E)
             if options.balance == "mse":
-                chosen = by_expert.expand_as(probs).gather(1, indices)
-                upstream = upstream + d_balance * chosen
+                g_w = g_w + d_balance * by_expert.expand_as(probs).gather(1, indices)
             else:
-                d_probs = d_probs + d_balance * by_expert
+                g_p = g_p + d_balance * by_expert
         if d_entropy is not None:
-            d_probs = d_probs - d_entropy / total * torch.where(probs > 0, probs.log() + 1, 0.0)
+            g_p = g_p - d_entropy / total * torch.where(probs > 0, probs.log() + 1, 0.0)
         du = torch.zeros_like(probs)
         if options.renormalizes:
-            away = upstream - (upstream * weights).sum(-1, keepdim=True)
-            away = weights * (away - (away * weights).sum(-1, keepdim=True))
-            du = du.scatter_add(1, indices, away)
+            centred = g_w - (g_w * weights).sum(-1, keepdim=True)
+            centred = centred - (centred * weights).sum(-1, keepdim=True)  # less rounding error
+            du = du.scatter_add(1, indices, weights * centred)
         elif options.score == "softmax":
-            d_probs = d_probs.scatter_add(1, indices, upstream)
+            g_p = g_p.scatter_add(1, indices, g_w)
         else:
-            du = du.scatter_add(1, indices, weights * upstream)
-        d_probs = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
-        # The gradient d_probs must sum to 0, as for any softmax. Its sum is a rounding error, which
-        # is largest if a probability is close to 1, and is removed here.
-        du = du + d_probs - probs * d_probs.sum(-1, keepdim=True)
-        if options.score == "sigmoid":
-            du = du * torch.sigmoid(-logit)
+            du = du.scatter_add(1, indices, weights * g_w)
+        through_p = probs * (g_p - (g_p * probs).sum(-1, keepdim=True))
+        # Exactly, through_p sums to 0 over the experts. The computed sum is a rounding error, which
+        # is largest if a probability is close to 1.
+        du = du + through_p - probs * through_p.sum(-1, keepdim=True)
+        d_logits = du * torch.sigmoid(-logit) if options.score == "sigmoid" else du
         if d_z is not None:
             softmax = probs if options.score == "softmax" else logit.softmax(-1)
-            du = du + (2 * d_z / total * lse)[:, None] * softmax
-        du = torch.where(valid[:, None] > 0, du, 0.0)
-        return (du if noise is None else du * noise).to(ctx.dtype), *[None] * 9
+            d_logits = d_logits + (2 * d_z / total * lse)[:, None] * softmax
+        d_logits = torch.where(valid[:, None] > 0, d_logits, 0.0)
+        d_logits = d_logits if factor is None else d_logits * factor
+        return d_logits.to(ctx.dtype), *[None] * 9
 
 
 def _balance(
@@ -178,9 +178,10 @@ def _balance(
     available: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the balance loss and its derivative (S, E).
+    """Return the balance loss and its derivatives (S, E).
 
-    The derivative is with respect to P_te (with "mse": w_te) for any token t of the segment.
+    Element (s, e) is the derivative with respect to P_te (with "mse": w_te), which is the same for
+    all tokens t of segment s.
     """
     num_segments, experts = counts.shape
     if available is None:
@@ -198,8 +199,8 @@ def _balance(
         dense = torch.zeros_like(probs).scatter_add(1, indices, weights)
         target = (number > 0)[:, None] / sizes.clamp(min=1)[:, None]
         target = target if available is None else target * available
-        away = _sums(member, dense) / clamped - target
-        return away.square().sum() / nonempty, 2 * away / clamped / nonempty
+        difference = _sums(member, dense) / clamped - target
+        return difference.square().sum() / nonempty, 2 * difference / clamped / nonempty
     share = counts.to(valid.dtype) / (options.k * clamped)
     if options.balance == "gshard":
         first = torch.zeros_like(probs).scatter(1, indices[:, :1], 1.0)
@@ -211,7 +212,8 @@ def _balance(
 def _sums(member: Tensor, values: Tensor) -> Tensor:
     """Return the sums (S, E) of ``values`` (T, E) over the tokens of each segment.
 
-    NaN affects the sum of its own segment only. With one product, 0 * NaN would affect all sums.
+    NaN in ``values`` affects the sum of its own segment only. In a single product, 0 * NaN would
+    affect the sums of all segments.
     """
     nan = values.isnan()
     sums = member.mT @ values.masked_fill(nan, 0.0)

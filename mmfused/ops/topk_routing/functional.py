@@ -48,30 +48,31 @@ def topk_routing(
 
     Args:
         logits: (T, E), float32 (recommended), float16, bfloat16 or float64. If a token has a NaN
-            logit, its weights and the losses are NaN, and its indices are still valid. A logit of
-            -inf means probability 0.
+            logit, the weights of the token and all losses are NaN, but the indices of the token are
+            in [0, E). A logit of -inf means probability 0.
         k: number of experts per token, from 1 to E.
         score: "softmax" or "sigmoid".
-        renormalize: divide the chosen scores by their sum, except for k = 1 with softmax, where the
-            router would get no gradient.
-        selection_bias: (E,) float32, added to the scores for the choice of experts but not for
-            their weights. It balances the experts without a loss, see
-            :func:`update_selection_bias`.
-        token_padding_mask: (T,) bool, True = ignore. An ignored token may be NaN. It has weight 0,
-            is not processed by experts, and is left out of counts and losses.
+        renormalize: whether to divide the chosen scores of a token by their sum. It has no effect
+            with softmax and k = 1, where the weight would always be 1.
+        selection_bias: (E,) float32, added to the scores for the choice of experts, but not for the
+            weights. It balances the experts without a loss, see :func:`update_selection_bias`.
+        token_padding_mask: (T,) bool, True = ignore. The logits of an ignored token may be NaN. The
+            token has weight 0, is not processed by experts, and is left out of counts and losses.
         segments: (T,) int64 in [0, num_segments), such as the modality of each token. The balance
-            loss is the mean of the balance losses of the segments.
+            loss is the mean of the balance losses of the segments that have tokens.
         num_segments: number of segments S.
-        available: (S, E) bool, True for the experts that a segment may use, at least k of them. The
-            other experts have probability 0.
+        available: (S, E) bool, True for the experts that a segment may use, at least k per segment.
+            The other experts have probability 0.
         balance: "switch", "gshard" or "mse". If a segment has only n available experts, n replaces
-            E in the loss. A perfectly balanced routing has a loss of 1, or 0 with "mse".
-        indices: (T, k) int64, a given choice, such as :attr:`Routing.indices` of an earlier call.
-            The rest is computed from the logits. A row may contain the same expert twice.
-        jitter: multiply each logit by a random number from 1 - jitter to 1 + jitter, as Switch
-            Transformer does with its input.
+            E in the loss. The loss of equally used experts is 1. With "mse" it is 0, if the weights
+            are renormalised.
+        indices: (T, k) int64, the experts to use, such as :attr:`Routing.indices` of an earlier
+            call. The weights and losses are computed from the logits. A row may contain the same
+            expert twice.
+        jitter: in [0, 1). Each logit is multiplied by a random number from 1 - jitter to
+            1 + jitter. Switch Transformer multiplies the router's input instead.
         jitter_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
-            the same noise on every backend.
+            the same random numbers on every backend.
 
     Returns:
         A :class:`Routing`. ``balance_loss``, ``z_loss`` and ``entropy`` are differentiable and not
@@ -81,9 +82,8 @@ def topk_routing(
     Raises:
         TypeError: bad input.
         ValueError: bad input; raised before any kernel is launched. Values in tensors are checked
-            on a CPU only. On CUDA, an invalid segment, an invalid index, or a segment with fewer
-            than k available experts makes the losses NaN, and also the weights and gradients of
-            the affected tokens.
+            on a CPU only. On CUDA a token with an invalid segment, an invalid index, or fewer than
+            k available experts gets NaN weights and gradients, and makes all losses NaN.
         RuntimeError: ``backend("fused")`` cannot run.
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906),
@@ -117,17 +117,19 @@ def topk_routing_from_input(
     router_bias: Tensor | None = None,
     **options: Unpack[RoutingArguments],
 ) -> Routing:
-    """Compute :func:`topk_routing` of ``x router_weight^T + router_bias``, in one pass over x.
+    """Compute :func:`topk_routing` of the logits ``x router_weight^T + router_bias``.
 
-    The logits are float32, or float64 if x is. If x has 16 bits, router_weight and router_bias may
-    be float32 and are not rounded. Autocast casts x, but not the router.
+    The logits are float64 if x is float64, and float32 otherwise. If x has 16 bits, router_weight
+    and router_bias may be float32 and are not rounded. Autocast rounds x, but not the router.
 
     Args:
         x: (T, D).
         router_weight: (E, D) as ``nn.Linear.weight``.
         k: number of experts per token.
         router_bias: (E,).
-        options: keyword arguments of :func:`topk_routing`, which documents errors too.
+        options: keyword arguments of :func:`topk_routing`.
+
+    Raises: the errors of :func:`topk_routing`.
     """
     op = "topk_routing_from_input"
     if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
@@ -149,20 +151,23 @@ def _routing(
     inputs: Inputs,
     options: Options,
 ) -> Routing:
-    """Choose a backend and compute the routing; ``source`` is x if there is a router weight."""
+    """Choose a backend and compute the routing.
+
+    ``source`` is x if there is a router weight, else the logits.
+    """
     mask = inputs.token_padding_mask
     if options.jitter and inputs.jitter_seed is None:
         inputs = inputs._replace(jitter_seed=draw_seed(source.device))
     with no_autocast(source.device.type):
-        chosen = choose(op, source.device, dtype, None, ("export", "onnx"))
+        backend = choose(op, source.device, dtype, None, ("export", "onnx"))
         router = current_router()
-        # The C++ kernels accept only logits, so a separate product computes the logits first.
-        if router_weight is not None and (chosen != "fused" or router == "cuda"):
+        # Only the Triton kernels accept x.
+        if router_weight is not None and (backend != "fused" or router == "cuda"):
             source = _logits(source, router_weight, router_bias, mask)
             router_weight = router_bias = None
-        if chosen != "fused":
+        if backend != "fused":
             logits = source.to(torch.promote_types(source.dtype, torch.float32))
-            if chosen == "reference":
+            if backend == "reference":
                 return routing_by_equations(logits, inputs, options)
             return routing_composed(logits, inputs, options)
         if router_weight is not None and source.stride(-1) != 1:
@@ -183,7 +188,7 @@ def _logits(
 ) -> Tensor:
     """Return the logits x router_weight^T + router_bias in float32 or float64.
 
-    Rounding the logits to 16 bits would change the choice of experts of up to 3 % of the tokens.
+    Logits in 16 bits would change the choice of experts for up to 3 % of the tokens.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mask is not None:
@@ -203,26 +208,23 @@ def update_selection_bias(
     """Update a selection bias in place after an optimizer step, to balance the experts.
 
     ``bias += rate * sign(mean(c) - c)``, where c (E,) is the number of assignments to each expert.
-    Experts with fewer assignments than average become more likely to be chosen; the loss does not
-    change (DeepSeek-V3, arXiv 2412.19437).
+    Experts with fewer assignments than average become more likely to be chosen. The loss function
+    does not change (DeepSeek-V3, arXiv 2412.19437).
 
     If a process group is initialised, c is summed over the ranks of ``group``. All these ranks must
-    call this function, and then all of them have the same bias. With different biases, DDP would
-    overwrite the biases with that of rank 0 in its next forward pass, and under FSDP the ranks
-    would route differently.
+    call this function, so that their biases stay equal.
 
     Args:
         bias: (E,) float32 or float64.
         counts: (S, E) or (E,), as in :class:`Routing`; not modified. With gradient accumulation,
-            pass the sum over the micro-batches. Gradient checkpointing runs the forward pass twice,
-            so take the counts from the returned Routing, and do not accumulate counts inside the
-            checkpointed function.
+            pass the sum over the micro-batches. With gradient checkpointing, take the counts from
+            the returned Routing, since code inside the checkpointed function runs twice.
         rate: size of the step.
-        group: default all ranks. If ranks hold different layers (pipeline or expert parallelism),
-            pass the data-parallel group, which contains the ranks that hold this bias.
+        group: the ranks that hold this bias, default all ranks. With pipeline or expert
+            parallelism, pass the data-parallel group.
 
     Raises:
-        TypeError: the bias has 16 bits.
+        TypeError: the bias is neither float32 nor float64.
         ValueError: counts and bias have different numbers of experts.
     """
     op = "update_selection_bias"

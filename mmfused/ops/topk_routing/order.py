@@ -1,8 +1,8 @@
 """The order of tokens by expert, for any router.
 
-An assignment is one choice of one token: choice j of token t is assignment number t * k + j. The
-rows of the grouped products are the assignments, sorted by expert and then by number. Assignments
-of masked tokens come last and do not belong to an expert.
+Choice j of token t is called assignment t * k + j. The rows of the grouped products are the
+assignments, sorted by expert and then by number. Assignments of masked tokens come last and do not
+belong to an expert.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from .checks import check_indices, check_mask
 
 
 class Routing(NamedTuple):
-    """Choice of k of E experts for each of T tokens, which belong to S segments.
+    """The k of E experts chosen for each of T tokens, which belong to S segments.
 
-    The result of :func:`topk_routing`, and an argument of the grouped products.
+    This is the result of :func:`topk_routing`, and an argument of the grouped products.
     """
 
-    # (T, k) int64, the chosen experts, best first; masked tokens have valid indices too
+    # (T, k) int64, the chosen experts, best first unless the caller gave the indices; in [0, E)
+    # for masked tokens too
     indices: Tensor
     # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
     weights: Tensor
-    # (S, E) int64, the number of assignments in each segment to each expert
+    # (S, E) int64, the number of assignments of unmasked tokens to each expert in each segment
     counts: Tensor
     # () in the dtype of weights; not multiplied by a coefficient
     balance_loss: Tensor
-    # ()
+    # () in the dtype of weights; not multiplied by a coefficient
     z_loss: Tensor
-    # ()
+    # () in the dtype of weights; not multiplied by a coefficient
     entropy: Tensor
     # (T*k,) int32, the assignment in each sorted row
     order: Tensor
@@ -41,7 +42,8 @@ class Routing(NamedTuple):
     position: Tensor
     # (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
     offsets: Tensor
-    # (T*k // 16 + E, 2) int32, expert and first row of each tile; (0, 2) without kernels
+    # (T*k // 16 + E, 2) int32, expert and first sorted row of each tile of the grouped products;
+    # (0, 2) if routing ran without kernels
     tiles: Tensor
 
 
@@ -50,10 +52,7 @@ def sort_by_expert(
     mask: Tensor | None,
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return order, position, offsets and empty tiles, in plain PyTorch.
-
-    The shapes do not depend on the values of the indices.
-    """
+    """Return order, position, offsets and empty tiles (0, 2), in plain PyTorch."""
     expert = indices.flatten().clamp(0, num_experts - 1)
     if mask is not None:
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
@@ -88,7 +87,7 @@ _SCHEMA = (
 
 @operator(_SCHEMA, _order_shapes, no_products)
 def expert_order(*args: Any) -> tuple[Tensor, ...]:
-    """Launch the kernels that sort the choices by expert."""
+    """Launch the kernels that sort the assignments by expert."""
     from ...kernels.topk_routing.order import order
 
     with launching(args):
@@ -97,7 +96,7 @@ def expert_order(*args: Any) -> tuple[Tensor, ...]:
 
 @operator(_SCHEMA, _sort_shapes, no_products, devices="all")
 def expert_order_composed(*args: Any) -> tuple[Tensor, ...]:
-    """Compute :func:`sort_by_expert`."""
+    """Call :func:`sort_by_expert`."""
     return sort_by_expert(*args)
 
 
@@ -113,16 +112,17 @@ def routing_from_indices(
     Args:
         indices: (T, k) int64 in [0, E). A row may contain the same expert twice.
         weights: (T, k) floats; weights of masked tokens are replaced by 0.
-        num_experts: E.
+        num_experts: number of experts E.
         token_padding_mask: (T,) bool, True = ignore.
 
     Returns:
-        The routing; ``counts`` has one segment and the losses are 0.
+        The routing, with counts (1, E) and losses 0.
 
     Raises:
         TypeError: bad input.
-        ValueError: bad input. An index out of range raises on a CPU only. On CUDA its weight
-            becomes NaN, and so does the output of its token.
+        ValueError: bad input. An index out of range raises on a CPU only. On CUDA the weight of
+            such an index becomes NaN.
+        RuntimeError: ``backend("fused")`` cannot run.
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)
@@ -147,7 +147,7 @@ def routing_from_indices(
         "composed": expert_order_composed,
         "fused": expert_order,
     }
-    chosen = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
-    order, position, offsets, tiles = sort[chosen](inside, token_padding_mask, num_experts)
+    backend = choose(op, indices.device, weights.dtype, None, ("export", "onnx"))
+    order, position, offsets, tiles = sort[backend](inside, token_padding_mask, num_experts)
     counts, zero = offsets.diff().long()[None], weights.new_zeros(())
     return Routing(inside, weights, counts, zero, zero, zero, order, position, offsets, tiles)

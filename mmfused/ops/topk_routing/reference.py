@@ -7,10 +7,11 @@ For T tokens x (T, D) and E experts, with router weight W_r (E, D) and bias b_r 
     score "softmax":  s = P = softmax(l)                      scores s and probabilities P (T, E)
     score "sigmoid":  s = sigmoid(l), P = s / sum over e of s
 
-    S_t  = the k experts with the largest l, or with the largest s + selection bias
-    w_te = s_te / sum over S_t of s         routing weights (without renormalisation: s_te)
+    C_t  = the k experts with the largest l (with a selection bias: the largest s + bias)
+    w_te = s_te / sum over C_t of s         routing weights (without renormalisation: s_te)
 
-The losses, where mean_t is the mean over the tokens that are not masked:
+The losses, where mean_t is the mean over the tokens that are not masked. The balance losses below
+are those of one segment. With several segments, the loss is the mean over those that have tokens.
 
     balance, "switch" = E sum_e f_e mean_t P_te     f_e: share of expert e in all assignments
                                                     (Switch Transformer, eq. 4)
@@ -21,18 +22,20 @@ The losses, where mean_t is the mean over the tokens that are not masked:
     entropy           = mean_t -sum_e P_te log P_te                    (LIMoE)
 
 For the gradients let u = l with "softmax" and u = log sigmoid(l) with "sigmoid". For both scores
-P = softmax(u), and the renormalised weights are softmax(u) over S_t, so no epsilon is needed. The
+P = softmax(u), and the renormalised weights are softmax(u) over C_t, so no epsilon is needed. The
 shares f_e are constants. So the derivative of the balance loss with respect to P_te (with "mse":
-w_te) is the same for all tokens of a segment. Let g_P, g_w and g_z be the upstream gradients of P,
-w and z, n the number of tokens that are not masked, lse = log sum_e exp l_te, and <a, b> the sum
-over experts of a b. Then
+w_te) is the same for all tokens t of a segment. Let g_P, g_w and g_z be the gradients with respect
+to P, w and z, where g_P comes from the balance loss and the entropy. Let n be the number of tokens
+that are not masked, lse = log sum_e exp l_te, and <a, b> the sum over experts of a b. Then, with
+renormalised weights,
 
-    du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on S_t only
-    dl = du + 2 g_z / n lse softmax(l)                           with "softmax"
-    dl = du sigmoid(-l) + 2 g_z / n lse softmax(l)               with "sigmoid"
+    du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on C_t only
+    dl = du + (2 g_z lse / n) softmax(l)                         with "softmax"
+    dl = du sigmoid(-l) + (2 g_z lse / n) softmax(l)             with "sigmoid"
 
-One kernel computes dl from the logits. The forward pass launches three kernels, without waiting for
-the CPU: choose experts, scan over blocks of tokens, write the order.
+One kernel computes dl from the logits. The forward pass launches three kernels: the first chooses
+experts, the second sums over blocks of tokens, the third writes the order and the losses. The
+launches do not synchronise with the CPU.
 """
 
 from __future__ import annotations
@@ -135,7 +138,7 @@ def _allowed_logits(
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits with jitter and with -inf for unusable experts; and the mask ``usable``."""
+    """Return the logits with jitter, -inf for unusable experts; also the mask ``usable`` (T, E)."""
     tokens, experts = logits.shape
     usable = known.usable
     if usable is None:
@@ -174,19 +177,22 @@ def _balance(
     dense, times = by_expert(indices, weights), by_expert(indices, torch.ones_like(indices))
     first = by_expert(indices[:, :1], torch.ones_like(indices[:, :1]))
     counts, losses = [], []
-    for s in range(options.num_segments):
-        member = (valid & (segments == s))[:, None]
+    for segment in range(options.num_segments):
+        member = (valid & (segments == segment))[:, None]
         counts.append((times * member).sum(0))
-        number, size = (x.sum().clamp(min=1).to(probs.dtype) for x in (member, available[s]))
+        number = member.sum().clamp(min=1).to(probs.dtype)
+        size = available[segment].sum().clamp(min=1).to(probs.dtype)
 
-        # The mean over the tokens of the segment. NaN in other segments must not reach it.
+        # The mean over the tokens of the segment. masked_fill keeps out NaN of other segments.
         def mean(values: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
             return values.masked_fill(~member, 0.0).sum(0) / number
 
         if options.balance == "mse":
-            loss = (mean(dense) - available[s] / size).square().sum()
+            loss = (mean(dense) - available[segment] / size).square().sum()
         else:
-            share = mean(first) if options.balance == "gshard" else counts[s] / (options.k * number)
+            share = counts[segment] / (options.k * number)
+            if options.balance == "gshard":
+                share = mean(first)
             loss = size * (share * mean(probs)).sum()
         losses.append(torch.where(member.any(), loss, 0.0))
     nonempty = (torch.stack(counts).sum(1) > 0).sum().clamp(min=1)
@@ -195,8 +201,8 @@ def _balance(
 
 # ---- values out of range -------------------------------------------------------------------------
 #
-# On CUDA and in compiled graphs, values out of range cannot raise. Instead the functions below make
-# the results of the affected tokens NaN. The composed path uses these functions too.
+# On CUDA and in compiled graphs, values out of range cannot raise. Instead, the results of the
+# affected tokens become NaN. The composed path uses the functions below too.
 
 
 class InRange(NamedTuple):
@@ -204,14 +210,15 @@ class InRange(NamedTuple):
 
     segments: Tensor | None  # (T,) in [0, S)
     indices: Tensor | None  # (T, k) in [0, E)
-    usable: Tensor | None  # (E,) or (T, E) bool, the experts that a token may use, at least k
+    usable: Tensor | None  # (E,) or (T, E) bool, the experts that a token may use; None for all
     broken: Tensor | None  # (T,) or () bool, the tokens whose results become NaN
 
 
 def into_range(num_experts: int, inputs: Inputs, options: Options) -> InRange:
     """Clamp segments and indices to valid values.
 
-    A broken token may use all experts, so that k experts can be chosen for such a token too.
+    A token with an invalid segment or fewer than k available experts may use all experts, so that k
+    experts can be chosen for every token.
     """
     segments, indices, available = inputs.segments, inputs.indices, inputs.available
     broken: list[Tensor] = []
@@ -234,8 +241,8 @@ def into_range(num_experts: int, inputs: Inputs, options: Options) -> InRange:
 def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
     """Return the columns (T, k) of the k largest numbers in each row, in descending order.
 
-    Ties go to the lower column, since argmax returns the first of equal numbers. NaN ranks below
-    all other numbers, but above unusable experts.
+    Ties go to the lower column, since argmax returns the first of equal numbers. NaN and -inf rank
+    below finite numbers, and above unusable experts.
     """
     limits = torch.finfo(key.dtype)
     key = key.detach().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
@@ -248,7 +255,7 @@ def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
 
 
 def nan_where(logits: Tensor, broken: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Make the logits of broken tokens and their gradients NaN, except for masked tokens."""
+    """Make the logits of broken tokens NaN, except for masked tokens."""
     if broken is None:
         return logits
     broken = broken if mask is None else broken & ~mask
