@@ -9,7 +9,7 @@ from setuptools import setup
 
 
 def folders(root: str) -> list[Path]:
-    """Return ``root`` and the folders below it, without those that contain no Python files."""
+    """Return the folders that contain Python files: ``root`` and folders below ``root``."""
     return sorted({source.parent for source in Path(root).rglob("*.py")})
 
 
@@ -17,8 +17,8 @@ def folders(root: str) -> list[Path]:
 def extension():
     """Yield the arguments of setup() that build csrc/ as mmfused._C.
 
-    They are empty unless MMFUSED_CUDA=1 is set. If the extension cannot be built, print the reason
-    and yield no arguments.
+    Unless MMFUSED_CUDA=1 is set, there are no arguments. If the extension cannot be built, print
+    the reasons and yield no arguments.
     """
     if os.environ.get("MMFUSED_CUDA") != "1":
         yield {}

@@ -72,13 +72,14 @@ def bars(record: dict[str, Any], axes: Any) -> None:
 
 
 def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
-    """Draw FLOP/s over FLOPs per byte, where both count the work of the best algorithm.
+    """Draw the FLOP/s of all providers over FLOPs per byte.
 
-    Records with different measured ceilings have separate rooflines.
+    FLOPs and bytes are those that ``work`` in the op's benchmark returns, for every provider. Records
+    with different measured ceilings have separate rooflines.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for index, record in enumerate(records):
-        flops, moved = _longest_work(record)
+        flops, moved = _work_of_longest_pass(record)
         if not flops:  # 0 cannot be shown on a logarithmic axis
             continue
         intensity = flops / moved
@@ -110,8 +111,8 @@ def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def _longest_work(record: dict[str, Any]) -> tuple[float, float]:
-    """Return the FLOPs and bytes of the longest pass."""
+def _work_of_longest_pass(record: dict[str, Any]) -> tuple[float, float]:
+    """Return the total FLOPs and the total bytes."""
     which = report.longest_pass(record)
     stages = [
         stage

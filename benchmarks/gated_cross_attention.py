@@ -3,12 +3,8 @@
 The cases are the layers of UniECS and UniCA: modality a attends to modality b, and b to a. All
 providers of a case compute the same function of the same parameters. The two outputs are
 concatenated, which adds one kernel to every provider. Samples that lack a modality are returned
-unchanged. "SDPA, samples with both gathered" and the library's providers compute only the other
-samples; the remaining providers compute all samples and select with torch.where.
-
-Providers drop different elements, so the accuracy check runs without dropout. It finds wrong
-gradients of torch's own attention at these lengths (cuDNN's are NaN with 64 keys and a mask,
-pytorch #196678).
+unchanged. "SDPA, samples with both gathered" and the library's providers compute only the samples
+with both modalities; the remaining providers compute all samples and select with torch.where.
 """
 
 from __future__ import annotations
@@ -51,11 +47,11 @@ ONLY_HEADLINE = "compiled only in the headline case, to keep a run short"
 # ---- providers: plain layers ---------------------------------------------------------------------
 
 
-def _stacked(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
+def _layout(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
     """Return the ``layout`` of a provider from names of Linears and norms, with {} for the side.
 
-    For example, ``qkv_{}="qkv"`` stacks w_q, w_k and w_v of side a in qkv_a.weight, and so on for
-    biases and for side b.
+    For example, with {"qkv_{}": "qkv"}, qkv_a.weight is the concatenation of a.w_q, a.w_k and
+    a.w_v. The biases and side b follow the same pattern.
     """
     return {
         f"{name.format(side)}.{kind}": tuple(f"{side}.{kind[0]}_{part}" for part in parts)
@@ -71,14 +67,14 @@ def eager(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     uncompiled = None if case.headline else ONLY_HEADLINE
     return Provider(
         Plain(case, device).to(device, dtype),
-        _stacked(case, **names),
+        _layout(case, **names),
         uncompiled=uncompiled,
         drops=case.p > 0,
     )
 
 
 def multihead_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    layout = _stacked(case, **{"attention_{}.out_proj": "o", "norm_{}": "n", "gate_{}": "g"})
+    layout = _layout(case, **{"attention_{}.out_proj": "o", "norm_{}": "n", "gate_{}": "g"})
     for side in "ab":
         for kind in ("weight", "bias"):
             layout[f"attention_{side}.in_proj_{kind}"] = tuple(
@@ -105,8 +101,8 @@ def merged(
     uncompiled: str | None = None,
     blend: Callable[..., Tensor] | None = None,
 ) -> Provider:
-    """Build the provider of a ``Merged`` layer, whose weights stack parameters of both sides."""
-    layout = _stacked(case, **{"out_{}": "o", "norm_{}": "n"})
+    """Build the provider of a ``Merged`` layer; qkv_a and qkv_b hold parameters of both sides."""
+    layout = _layout(case, **{"out_{}": "o", "norm_{}": "n"})
     for side, other in ("ab", "ba"):
         for kind in ("weight", "bias"):
             letter = kind[0]
@@ -152,10 +148,7 @@ def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provi
 
 
 def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Build SDPA with one Triton kernel per direction for the gate's sigmoid and blend.
-
-    Users who write a kernel for this layer would most likely write this one.
-    """
+    """Build SDPA with one Triton kernel per direction for the gate's sigmoid and blend."""
     if case.post_norm:
         raise Unavailable("there is no gate in this case")
     need_kernels(device, dtype)
@@ -237,7 +230,7 @@ def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) ->
         f"layer.to_{{}}.{name}_proj": part
         for name, part in zip(("q", "k", "v", "out", "gate"), "qkvog", strict=True)
     }
-    layout = _stacked(case, **names, **{"layer.norm_{}": "n"})
+    layout = _layout(case, **names, **{"layer.norm_{}": "n"})
     return Provider(Ours(case, device).to(device, dtype), layout, backend, drops=case.p > 0)
 
 
@@ -254,11 +247,7 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Build "fused" with a forward that computes attention, output and gate in one kernel.
-
-    The forward has 3 launches instead of 4. It writes the attention output for the backward but
-    does not read it again. The FLOPs are the same, except that tiles are padded per sample.
-    """
+    """Build "fused" with a forward that computes attention, output and gate in one kernel."""
     provider = fused(case, device, dtype)
     from mmfused.kernels.gated_cross_attention import plans
 
@@ -292,7 +281,7 @@ PROVIDERS: dict[str, Callable[..., Provider]] = {
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """Return the float64 results of the reference, computed for a few samples at a time.
 
-    Samples are independent, and the gradients of parameters are summed.
+    The gradients of the parameters are summed over all samples.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     tensors = (problem.inputs["a"].detach(), problem.inputs["b"].detach(), problem.upstream)
@@ -311,7 +300,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate the gradients of each weight with those of its bias, and the gate's columns.
 
-    The exact gradient of a key bias is zero, so that its error has no scale of its own.
+    The exact gradient of a key bias is zero, so its relative error alone would be meaningless.
     """
     joined = dict(results)
     for side in "ab":
@@ -331,22 +320,22 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It reads the tokens x once and writes the outputs y once; all intermediate results stay on chip.
-    There are T = B (N + M) tokens, and R = B N M pairs of tokens in each direction. A multiply-add
-    is 2 FLOPs.
+    Each pass reads and writes only what is listed; all other results stay on chip. There are
+    T = B (N + M) tokens x, and R = B N M pairs of tokens in each direction. A multiply-add is
+    2 FLOPs.
 
         forward
           project  q of a token, k and v for the other direction  6 T D^2   reads x and weights
           attend   q k^T, and probabilities times v               8 R D
           output   out_proj                                       2 T D^2   reads weights
-          gate     [x ; output] W_g^T, blend (not if post-norm)   4 T D^2   reads weights, writes y
+          gate     [x ; output] W_g^T, blend                      4 T D^2   reads weights, writes y
         backward
           each GEMM twice, for the gradients of its two factors   24 T D^2
           attention, with q k^T computed again                    20 R D
           reads x and dy, writes dx and the gradients of the weights
 
-    Samples that lack a modality are only copied (stage "unchanged"). The exponentials are not
-    counted, because they overlap with the GEMMs, and neither are biases, norms and flags.
+    A post-norm layer has no gate, and its stage "output" writes y. Samples that lack a modality are
+    only copied (stage "unchanged"). Exponentials, biases, norms and flags are not counted.
     """
     B, N, M, D = case.B, case.N, case.M, case.D
     if case.missing:

@@ -13,13 +13,13 @@ from .measure import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` samples with ``N`` tokens of a and ``M`` tokens of b, width ``D``, ``H`` heads.
+    """``B`` samples; ``N`` tokens of modality a, ``M`` of b; width ``D``, ``H`` heads.
 
     The default is the layer of UniECS: pre-norm, a gate for each channel, and a presence flag.
 
     ``post_norm``: the layer of UniCA instead, LayerNorm(x + attention output) without a gate.
     ``missing``: a third of the samples lacks a, and another third lacks b.
-    ``p``: dropout of the attention probabilities and of the attention output.
+    ``p``: dropout probability, for the attention probabilities and for the attention output.
     """
 
     name: str
@@ -47,7 +47,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device; ``quick``: at most 3 (CUDA: 63)."""
+    """Return the cases for a device; ``quick``: at most 3 samples (63 on CUDA)."""
     chosen = list(CASES)
     if device_type != "cuda":
         chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
@@ -74,9 +74,9 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return which samples have a, and which have b, or (None, None) if all samples have both.
+    """Return two masks (B,): samples with a, and samples with b. (None, None) means all samples.
 
-    The samples have both, only b, only a, both, and so on.
+    In turn, samples have both modalities, only b, and only a.
     """
     if not case.missing:
         return None, None
@@ -85,7 +85,7 @@ def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | N
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw tokens, parameters and upstream gradient; logits and gates have a variance of about 1.
+    """Draw tokens, parameters and upstream gradient; attention logits have a variance of about 1.
 
     The gate's weight w_g is also split into its columns for x, for the attention output and for
     the presence flag: w_gx, w_ga and w_ge.

@@ -1,6 +1,6 @@
-"""A baseline for the gate of cross-attention: an elementwise Triton kernel for sigmoid and blend.
+"""A baseline for the gate of cross-attention: sigmoid and blend in one elementwise Triton kernel.
 
-It computes sigmoid(z) attn_out + sigmoid(-z) x, where z are the logits of the gate.
+The output is sigmoid(z) attn_out + sigmoid(-z) x, where z are the logits of the gate.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ class Softmax(nn.Module):
 
 
 class Plain(nn.Module):
-    """The layer of UniECS as released, or that of UniCA.
+    """The layer of UniECS or UniCA, with a Linear for each projection.
 
-    Each projection is a Linear, and the gate's input is a concatenation.
+    The gate's input is the concatenation of x, the attention output and the presence flag.
     """
 
     present_a: Tensor | None
@@ -95,7 +95,8 @@ class WithMultiheadAttention(Plain):
 class Merged(nn.Module):
     """The layer with fewer GEMMs, and without a concatenation for the gate.
 
-    One GEMM per modality computes its queries, and its keys and values for the other direction.
+    One GEMM per modality computes the queries of one direction, and the keys and values of the
+    other direction.
 
     ``attend(q, k, v, p)``: attention on tensors (B, tokens, H, D / H) with dropout p.
     ``gathered``: compute only the samples that have both modalities.
@@ -159,7 +160,7 @@ class Merged(nn.Module):
         if self.case.post_norm:
             return getattr(self, f"norm_{side}")(x + attn_out)
         gate = getattr(self, f"gate_{side}")
-        # The flag is 1: outputs of samples that lack a modality are not used.
+        # The presence flag is 1, because outputs of samples that lack a modality are not used.
         bias = gate.bias + getattr(self, f"gate_flag_{side}").weight[:, 0]
         logits = F.linear(x, gate.weight, bias) + getattr(self, f"gate_read_{side}")(attn_out)
         return self.blend(x, attn_out, logits)

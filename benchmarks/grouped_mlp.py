@@ -1,9 +1,9 @@
 """Benchmark of experts: FLUID's small layers, SwiGLU layers of large models, and baselines.
 
 The experts of each token are drawn in advance and are the same for all providers. The routing
-weights are an input, so that their gradient is checked too. Sorting by expert is part of routing
-(topk_routing.py), so "grouped_mm pattern" gets the order of the tokens. The loop and Liger cannot
-use this order, and find the tokens of each expert themselves.
+weights are an input, so that their gradient is checked too. Sorting tokens by expert is timed in
+topk_routing.py. Here "grouped_mm pattern" gets the order of the tokens; the loop and Liger cannot
+use this order, and find the tokens of each expert in every call.
 
 st-moe-pytorch is not compared, because its experts drop tokens beyond a capacity.
 """
@@ -34,8 +34,8 @@ class Case:
 
     ``gated``: SwiGLU experts without biases, instead of GELU experts with biases.
     ``routed``: the distribution of the experts. "uniform"; "zipf": the probability of expert e is
-    proportional to (e + 1)**-1.2; "hot": 90 % of the tokens choose expert 0; "one-hot": all tokens
-    choose expert 0; "half": no token chooses an expert of the second half.
+    proportional to (e + 1)**-1.2; "hot": about 90 % of the tokens have expert 0 among their k
+    experts; "one-hot": all tokens do; "half": the experts of the second half get no tokens.
     """
 
     name: str
@@ -115,7 +115,7 @@ def choices(case: Case) -> Tensor:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw tokens, experts with outputs of about unit variance, and float32 routing weights."""
+    """Draw tokens, experts, upstream gradient, and routing weights in at least float32."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape, std=1.0):
@@ -147,7 +147,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 class Experts(nn.Module):
     """Base class of the providers' modules, with the parameters.
 
-    For SwiGLU, w_up contains the rows of the gate, then those of the up projection.
+    For SwiGLU, the first I rows of w_up are the gate, and the last I rows the up projection.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
@@ -208,9 +208,9 @@ class Dense(Experts):
 
 
 class GroupedMM(Experts):
-    """Sort tokens by expert, call torch's grouped_mm and restore the order of the tokens.
+    """Order the rows by expert, call torch's grouped_mm, and restore the order of the tokens.
 
-    transformers and torchtitan do the same.
+    transformers and torchtitan do the same. Here the order is computed in advance.
     """
 
     def __init__(self, case, device, dtype, grouped_mm):
@@ -247,7 +247,7 @@ class Liger(Experts):
 
 
 class Ours(Experts):
-    """The library's experts; the routing is computed in advance, except for its weights."""
+    """The library's experts; the routing is computed in advance, except for the routing weights."""
 
     def __init__(self, case, device, dtype, backend: str):
         super().__init__(case, device, dtype)
@@ -340,7 +340,7 @@ PROVIDERS = {
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """Return the float64 results of the composed path, which tests compare with the reference.
 
-    The library's reference would run every expert on every token here.
+    The library's reference runs every expert on every token.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
@@ -351,8 +351,8 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate the gradients of each weight with those of its bias.
 
-    The gradients of biases alone would exclude "grouped_mm pattern", which indexes the biases, so
-    that in 16 bits their gradients are rounded after every addition.
+    "grouped_mm pattern" would fail a check of the bias gradients alone: in 16 bits, the backward of
+    indexing rounds after every addition.
     """
     joined = dict(results)
     for part in ("up", "down"):
@@ -369,9 +369,9 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    There are R = T k rows, and u = 1 matrix in W_up (2 with a gate). The hidden rows H before the
-    activation are saved for the backward; A = act(H) are the activations, and O is the output. A
-    multiply-add is 2 FLOPs. Each tensor is moved once in a stage, and only the weights of chosen
+    There are R = T k rows. W_up holds u matrices: 2 for SwiGLU, else 1. The hidden rows H before
+    the activation are saved for the backward; A = act(H) are the activations, and O is the output.
+    A multiply-add is 2 FLOPs. Each tensor is moved once in a stage, and only the weights of chosen
     experts are read.
 
         forward   up     H = X W_up^T                      2 u R I D
@@ -383,8 +383,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                   up     dX = dH W_up, dW_up = dH^T X      4 u R I D
                          reads X and W_up, writes dX and dW_up
 
-    A, dA, dH and Y are not counted, although no kernel keeps all of them on chip. Biases, routing
-    weights and indices are not counted because they are small.
+    A, dA, dH and Y are not counted. Biases, routing weights and indices are not counted because
+    they are small.
     """
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())

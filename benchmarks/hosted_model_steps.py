@@ -25,7 +25,7 @@ LANGUAGE = {
 SMALL_LANGUAGE = {
     **LANGUAGE,
     "vocab_size": 64,
-    "initializer_range": 0.2,  # the usual 0.02 is too small for narrow layers to have an effect
+    "initializer_range": 0.2,  # with the usual 0.02, narrow layers have almost no effect
     "bos_token_id": None,
     "eos_token_id": None,
     "hidden_size": 32,
@@ -107,9 +107,9 @@ class UnicaStep(Step):
 class Moon2Step(Step):
     """MOON2.0 on a Qwen2-VL with the width of the 2B model, 2 layers and 8 experts of width 2048.
 
-    The batch has queries, positives and hard negatives, with images, texts, or both. The first
-    num_experts channels of a token decide its experts: the routers read mostly these, and the
-    layers do not change them, so that the experts do not depend on rounding.
+    The batch has queries, positives and hard negatives, with images, texts, or both. The routers
+    read mostly the first num_experts channels of a token, and no layer changes these channels.
+    Thus the choice of experts does not depend on rounding.
     """
 
     def build(self, models: Any) -> Any:
@@ -163,7 +163,7 @@ class Moon2Step(Step):
 
 
 def permutations(count: int, experts: int, device: torch.device) -> Tensor:
-    """Return random permutations of 0, ..., experts - 1 as floats, shape (count, experts)."""
+    """Return a random permutation of 0, ..., experts - 1 in each row of (count, experts) floats."""
     drawn = torch.rand(count, experts, generator=torch.Generator().manual_seed(3), device="cpu")
     return drawn.argsort(1).float().to(device)
 
@@ -187,7 +187,7 @@ class UniteStep(Step):
         return {"code": self.randint(1, 6, self.batch), "labels": torch.arange(self.batch)}
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Draw unit embeddings as in training: all share a component, and pairs are aligned."""
+        """Draw unit embeddings; all share a component, and each candidate is close to its query."""
         drawn = super().inputs(device)
         shared = 0.5 * drawn["query"][:1].clone()
         drawn["candidate"] = drawn["candidate"] + drawn["query"]

@@ -2,9 +2,9 @@
 
 All providers of a case compute the same loss of the same embeddings and temperature. Most baselines
 have no masks, so they run only the cases without masks. Most compute only one direction, so they
-are called twice in a symmetric case. By default Cut Cross-Entropy filters gradients, which drops
-most negatives of a large batch, so its exact mode is used. "bare GEMMs" is not a loss: it runs only
-the matrix products, to show how fast a loss that needs them could be.
+are called twice in a symmetric case. Cut Cross-Entropy runs without its gradient filter, which
+would drop most negatives of a large batch. "bare GEMMs" is not a loss: it runs only the matrix
+products of a loss.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
 SIZES = "B, D, K"
 OURS = ("composed", "fused")
 ROWS = 4096  # rows of logits computed at a time
-MAX_LOGITS = 2**31  # more logits and their copies do not fit into GPU memory
+MAX_LOGITS = 2**31  # providers that store all logits skip larger cases
 
 
 # ---- providers -----------------------------------------------------------------------------------
 
 
 class Loss(nn.Module):
-    """Base class of the losses: the mean over both directions in a symmetric case."""
+    """Base class of the losses; ``forward`` averages both directions in a symmetric case."""
 
     key: Tensor | None
 
@@ -103,7 +103,7 @@ class Eager(Loss):
 
 
 class Chunked(Loss):
-    """Checkpointed loss: blocks of rows, whose logits are computed again in the backward."""
+    """A loss over checkpointed blocks of rows: the backward computes their logits again."""
 
     def direction(self, query: Tensor, candidate: Tensor) -> Tensor:
         total: Any = 0.0
@@ -168,7 +168,7 @@ class Gemms(Loss):
 class Products(torch.autograd.Function):
     """Logits in the forward; logits and both gradients in the backward, a block of rows at a time.
 
-    That is 8 B B D FLOPs.
+    Forward and backward together take 8 B B D FLOPs.
     """
 
     @staticmethod
@@ -240,7 +240,7 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
         from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
     except ImportError as error:
         raise Unavailable("cut_cross_entropy is not installed") from error
-    # The released version 25.1.1 has no cce_exact, but without filter_eps it drops nothing.
+    # Version 25.1.1 has no cce_exact, but filter_eps=None turns the filter off.
     exact = {"impl": "cce", "filter_eps": None}
     if hasattr(LinearCrossEntropyImpl, "CCE_EXACT"):
         exact = {"impl": "cce_exact"}
@@ -319,7 +319,7 @@ PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the float64 results of the composed path, which agree with the reference to 1e-10."""
+    """Return the float64 results of the composed path, which tests compare with the reference."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
     with mmfused.backend("composed"):
@@ -328,7 +328,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return all results, which are compared as they are."""
+    """Return the results unchanged."""
     return results
 
 
@@ -338,7 +338,7 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It does not store the logits S, and both directions use the same S. Masks leave a fraction
+    The logits S are not stored, and both directions use the same S. Masks leave a fraction
     f = 1 / K of the B x B pairs of queries Q and candidates C. A multiply-add is 2 FLOPs, and each
     tensor is moved once in a stage.
 

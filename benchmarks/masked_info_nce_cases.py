@@ -15,9 +15,9 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Case:
-    """``B`` pairs of embeddings of width ``D``.
+    """``B`` queries and ``B`` candidates of width ``D``.
 
-    ``K``: number of modalities; pairs of different modalities are masked. K = 1: no mask.
+    ``K``: number of modalities. A query is compared only with the candidates of its own modality.
     """
 
     name: str
@@ -40,7 +40,7 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device; ``quick``: at most 64 (CUDA: 1024)."""
+    """Return the cases for a device; ``quick``: at most 64 queries (1024 on CUDA)."""
     on_gpu = device_type == "cuda"
     chosen = list(CASES)
     if not on_gpu:
@@ -66,7 +66,7 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw unit embeddings as in training: all share a component, and pairs are aligned."""
+    """Draw unit embeddings; all share a component, and each candidate is close to its query."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -85,7 +85,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def modality(case: Case, device: torch.device) -> Tensor | None:
-    """Return the modality of each pair (B,), in random order, or None if K = 1."""
+    """Return the modality of each query and its candidate (B,), or None if K = 1."""
     if case.K == 1:
         return None
     order = torch.randperm(case.B, generator=torch.Generator().manual_seed(1))

@@ -8,14 +8,14 @@ an op (query_pooling.py, for instance) defines
     SIZES                           description of these sizes, for the help text
     make(case, device, dtype)       -> Problem
     PROVIDERS                       dict: name -> builder(case, device, dtype) -> Provider
-    OURS                            names of the library's providers, which must be accurate
+    OURS                            names of the library's providers
     reference                       builder of the reference provider
     exact(case, problem)            -> float64 results
     comparable(results)             -> the results that the accuracy check compares
     work(case, itemsize)            -> FLOPs and bytes of each stage of each pass
 
-and optionally ``extras(case, device, dtype)``, which returns more entries for the record. Its
-entry "faults" is a list of messages.
+and optionally ``extras(case, device, dtype)``, which returns further entries of the record. An
+entry "faults" is a list of error messages. Inaccurate results of ``OURS`` are faults too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import mmfused
 from mmfused.library import Backend, why_not_fused
 from mmfused.testing import interleaved_seconds, over_budget, relative_error
 
-MAX_COPIES = 64  # of the inputs, see rotation()
+MAX_COPIES = 64  # limit of rotation()
 
 
 class Unavailable(RuntimeError):
@@ -71,7 +71,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the first input; the output and ``upstream`` may have a wider one."""
+        """Return the dtype of the first input; the output may have a wider dtype."""
         return next(iter(self.inputs.values())).dtype
 
 
@@ -79,15 +79,15 @@ class Problem:
 class Provider:
     """One way to compute a case.
 
-    ``layout``: name of a parameter of ``module`` -> names of the problem's parameters that are
-    stacked in it along the first axis.
+    ``layout``: name of a parameter of ``module`` -> names of the problem's parameters. The former
+    is the concatenation of the latter along the first axis.
     ``backend``: backend of the library for all calls and their backwards.
     ``run``: the compiled module, or None to call ``module``.
     ``ceiling``: the reason why the provider computes only a part of the case. Such a provider is
     timed without an accuracy check.
     ``uncompiled``: the reason why the provider must not be compiled.
-    ``drops``: whether the provider is timed with dropout. Accuracy is checked without dropout,
-    because the reference drops other elements.
+    ``drops``: whether the provider is timed with dropout. Its accuracy is checked without dropout,
+    because providers have different dropout masks.
     ``within``: returns a context manager for a call and its backward.
     """
 
@@ -172,9 +172,9 @@ class AccuracyCheck:
         )
 
     def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict[str, Any]]:
-        """Build a provider, compile it with ``mode`` unless it is None, and check its accuracy.
+        """Build a provider, compile it if ``mode`` is given, and check its accuracy.
 
-        Returns the provider, or None if it must not be timed, and its entry for the record.
+        Returns a pair: the provider (None if it must not be timed), and its entry of the record.
         """
         entry = {"compiled": mode, "gate": "passed", "reasons": []}
         try:
@@ -189,7 +189,7 @@ class AccuracyCheck:
         except Unavailable as why:
             return None, entry | {"gate": "unavailable", "reasons": [str(why)]}
         except Exception as error:
-            # For example out of memory, an unsupported shape, or the API of another version.
+            # For example out of memory, an unsupported shape, or a changed API.
             reason = f"{type(error).__name__}: {first_line(error)}"
             return None, entry | {"gate": "failed", "reasons": [reason]}
         if faults:
@@ -214,10 +214,10 @@ def first_line(error: Exception) -> str:
 
 
 def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
-    """Return the inputs and, on CUDA, copies of them that calls use in turn.
+    """Return the inputs and, on CUDA, copies of the inputs, for successive calls.
 
-    There are enough copies (more than twice the size of the L2 cache) that a copy is no longer in
-    the cache when it is used again.
+    The copies fill the L2 cache twice, so that inputs are evicted before they are used again. There
+    are no copies if ``problem.evicts``, and at most ``MAX_COPIES``.
     """
     inputs = tuple(problem.inputs.values())
     if problem.device.type != "cuda" or problem.evicts:
@@ -232,7 +232,7 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable[..., Any]]:
-    """Return pass -> the function of the inputs that is timed.
+    """Return the function to time for each pass; its argument is the tuple of inputs.
 
     "forward" includes building the autograd graph, "both" is forward and backward, and "step" is a
     training step with the optimizer.
@@ -272,7 +272,7 @@ def eager_seconds(
     repeats: int,
     backward: bool,
 ) -> dict[str, Any]:
-    """Time calls from Python, with a call for each copy of the inputs between synchronizations."""
+    """Time eager calls; a sample is one call per copy of the inputs, then a synchronization."""
     copies = rotation(problem)
 
     def burst(step):
@@ -295,7 +295,7 @@ def graph_seconds(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time replays of CUDA graphs that contain a call for each copy of the inputs.
 
-    Returns the seconds, and the reasons why some providers have no graph, by name.
+    Returns a pair: the seconds, and a dict with the reason for each provider without a graph.
     """
     copies, pool = rotation(problem), torch.cuda.graph_pool_handle()
     bursts, without_graph = {}, {}
@@ -334,7 +334,7 @@ def capture(
             results = step(inputs)
     graph.replay()
     torch.cuda.synchronize()
-    # A kernel on another stream is not captured. The output and the first gradient would show it.
+    # A kernel launched on another stream is not captured, so the replay would lack its results.
     if compared and not all(
         relative_error(got, want) < 1e-2
         for got, want in zip(results[:2], expected[:2], strict=True)
@@ -370,8 +370,8 @@ def floor_seconds(
 ) -> dict[str, float]:
     """Return the least possible time of each pass at the rates that :func:`ceilings` measured.
 
-    It is the sum over the stages of the time for their FLOPs or for their bytes, whichever is
-    longer.
+    A stage takes the time of its FLOPs or of its bytes, whichever is longer. A pass takes the sum
+    of its stages, and "both" the sum of the passes.
     """
     peak, bandwidth = rates["flops_per_second"], rates["bytes_per_second"]
     floors: dict[str, float] = {

@@ -23,7 +23,7 @@ from .model_step import Step
 class FluidStep(Step):
     """FLUID without its encoders: two Q-Transforms, gate, Q-bottleneck, 16 experts, three losses.
 
-    It has 192 classes, because grouped_mm needs a multiple of 8.
+    The number of classes is a multiple of 8, as grouped_mm requires.
     """
 
     def build(self, models: Any) -> Any:
@@ -62,9 +62,9 @@ class FluidStep(Step):
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Draw inputs whose experts do not depend on rounding.
 
-        A first draw sets the router's bias so that all experts are equally likely, as after
-        training. Then each sample is the best of 16 draws: the draw in which the router's largest
-        logits differ most.
+        A first draw sets the router's bias so that the mean logits of all experts are equal. Then
+        each sample is the best of 16 draws: the draw with the largest margins between the
+        sample's top_k + 1 largest logits.
         """
         generator, outputs = torch.Generator(device).manual_seed(2), []
         router = self.model.moe.router
@@ -103,7 +103,7 @@ class UniecsStep(Step):
     """UniECS without its encoders: queries and candidates, all losses, adaptive weights.
 
     A fifth of the items lacks an image, and another fifth lacks a text. The loss uses all negatives
-    of a row, because rounding could change which ones it selects.
+    of a row, because a selection of negatives could depend on rounding.
     """
 
     def build(self, models: Any) -> Any:
@@ -119,13 +119,13 @@ class UniecsStep(Step):
     def change_weights(model: Any) -> None:
         """Change initial weights with which rounding errors would dominate some gradients.
 
-        * Biases of 0: all layers of an item without an image or a text would get zeros. A LayerNorm
-          of zeros multiplies gradients by 300, and a dozen LayerNorms overflow float32.
-        * Scales of the layers: with larger ones the tokens become almost equal, and then the
+        * Biases: with 0, a missing image or text gives zeros in all layers. A LayerNorm of zeros
+          multiplies gradients by about 300, so the product over many LayerNorms overflows float32.
+        * Scales gamma1 and gamma2: with larger ones, the tokens become almost equal, and the
           gradients of queries and keys are only rounding errors.
         """
         for linear in (model.image_proj, model.text_proj):
-            linear.weight.mul_(linear.in_features**0.5)  # outputs get unit variance
+            linear.weight.mul_(linear.in_features**0.5)
             linear.bias.normal_(std=0.3)
         for name, parameter in model.named_parameters():
             if name.endswith(("gamma1", "gamma2")):
@@ -177,8 +177,8 @@ STEPS = {
 class Case:
     """A model with ``B`` samples, pairs or triplets.
 
-    ``small``: use a small model, for a CPU; its times say nothing about the speed of a real model.
-    ``headline``: compile with autotuning, which would take too long for a model.
+    ``small``: use a small model, for a CPU. Its times do not predict the times of the real model.
+    ``headline``: compile with autotuning; False for all models, because it would take too long.
     """
 
     name: str
@@ -194,7 +194,7 @@ CASES = (
     Case("moon2", 32),
     Case("unite", 4096),
 )
-HOSTED = ("unica", "moon2")  # their host models are in the package transformers
+HOSTED = ("unica", "moon2")  # these models need the package transformers
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:

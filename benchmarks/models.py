@@ -2,7 +2,7 @@
 
 The cases are in model_steps.py and the baseline in torch_modules.py. All providers load the same
 weights. The training step with AdamW is timed too, with a learning rate of 0, so that the weights
-stay those of the accuracy check. UNITE's loss has no parameters, so it has no training step.
+do not change. UNITE's loss has no parameters, so it has no training step.
 
 In 16 bits on CUDA, all providers run with TF32 for float32 products, as usual in 16-bit training,
 and without cuDNN's SDPA, whose gradients with a mask and 64 keys may be NaN (pytorch #196678).
@@ -51,7 +51,7 @@ BASELINE = "torch modules"
 TRAINED = 20  # steps of a loss curve
 RATE = 3e-4  # learning rate of a loss curve
 NOISE = 3.0  # largest accepted difference of loss curves, as a multiple of the rounding error
-EXPERTS = ("w_gate", "w_up")  # weights of MOON2.0's experts, which the baseline stacks
+EXPERTS = ("w_gate", "w_up")  # weights of MOON2.0's experts; concatenated in the baseline
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def parts(name: str, parameter: Tensor) -> tuple[str, ...]:
-    """Return the names of the problem's parameters that are stacked in a module's parameter."""
+    """Return the names of the problem's parameters that a module's parameter concatenates."""
     owner, _, kind = name.rpartition(".")
     above, _, last = owner.rpartition(".")
     if kind == "w_gate_up":
@@ -191,14 +191,15 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate results into groups, so that each group has a meaningful relative error.
 
-    The weight and bias of a layer form one group, as in the other benchmarks. So do all experts of
-    a layer, and all learnable scalars, because the error of a single number may be 0 by chance. In
-    addition:
-    * the loss, also a single number, is rounded to float16 if the dtype is float32;
-    * queries and keys of attention over one token, whose gradients are zero, join the values;
-    * FLUID's gate, whose gradient is a small difference of two large sums, joins the norm of the
-      tokens that it blends;
-    * UniECS's norms before cross-attention join the values that they scale.
+    These gradients form a group:
+    * the weight and bias of a layer;
+    * all experts of a layer;
+    * all learnable scalars, because the error of a single number may be 0 by chance;
+    * queries, keys and values of attention over one token, where those of queries and keys are 0;
+    * FLUID's gate, whose gradient is a small difference of two large sums, and a norm of the tokens
+      that the gate blends;
+    * UniECS's norms before cross-attention, and the values that follow.
+    The loss is rounded to the dtype of the inputs, or to float16 if the inputs are float32.
     """
     (_, loss), (_, first), *_ = results.items()
     loss_dtype = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
@@ -270,11 +271,10 @@ class Flops(TorchDispatchMode):
 def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Compare the loss curves of the library and the baseline: training with AdamW on one batch.
 
-    Returns:
-        "curves": the losses; the largest relative difference of each provider from the baseline;
-        and the "bound" of that difference: NOISE times the difference between the baseline and the
-        baseline in the next wider dtype.
-        "faults": a message for each provider whose difference exceeds the bound.
+    "curves" has the losses, and the "difference": the largest relative difference of each provider
+    from the baseline. Its "bound" is NOISE times the difference between the baseline in ``dtype``
+    and the baseline in the next wider dtype, plus the machine epsilon of ``dtype``. "faults" has a
+    message for each provider whose difference exceeds the bound.
     """
     problem = make(case, device, dtype)
     wider = torch.float32 if dtype.itemsize == 2 else torch.float64
@@ -333,6 +333,6 @@ def curve(builder, case: Case, problem: Problem) -> list[float]:
 
 
 def difference(a: list[float], b: list[float]) -> float:
-    """Return the largest difference of two loss curves, relative to ``b``; infinite if NaN."""
+    """Return the largest relative difference from ``b``, or infinity if it is NaN anywhere."""
     found = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
     return math.inf if any(math.isnan(value) for value in found) else max(found)

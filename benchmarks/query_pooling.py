@@ -4,8 +4,8 @@ The cases are the heads of FLUID and SigLIP. With ``block`` they have all the pr
 of nn.MultiheadAttention; without it they have only queries, W_K and W_V. All providers of a case
 compute the same function of the same parameters.
 
-FLUID has one head, so SDPA's head_dim is 768. The flash and cuDNN backends support only up to 256,
-so torch uses a slower backend, and so do users of FLUID. The cases with 8 heads have head_dim 96.
+FLUID has one head, so SDPA's head_dim is 768. The flash and cuDNN backends support head_dim only up
+to 256, so torch uses a slower backend. The cases with 8 heads have head_dim 96.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases with the batch sizes of a device; ``quick``: at most 2 (CUDA: 64)."""
+    """Return the cases for a device; ``quick``: at most 2 samples (64 on CUDA)."""
     chosen = list(CASES)
     if device_type != "cuda":
         chosen = [replace(case, B=case.cpu_B) for case in CASES if case.cpu_B]
@@ -137,8 +137,8 @@ class ProjectedSDPA(nn.Module):
 def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
     """Return the ``layout`` of a provider from names of Linears.
 
-    For example, ``kv_proj="kv"`` stacks w_k and w_v in kv_proj.weight and, with ``block``, b_k and
-    b_v in kv_proj.bias.
+    For example, with ``kv_proj="kv"``, kv_proj.weight is the concatenation of w_k and w_v. With
+    ``block``, kv_proj.bias is the concatenation of b_k and b_v.
     """
     kinds = {"weight": "w", "bias": "b"} if block else {"weight": "w"}
     return {
@@ -221,7 +221,7 @@ PROVIDERS = {
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
     """Return the float64 results of the reference, computed for a few samples at a time.
 
-    Samples are independent, and the gradients of parameters are summed.
+    The gradients of the parameters are summed over all samples.
     """
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     provider = reference(case, problem.device, torch.float64).load(parameters)
@@ -242,7 +242,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate the gradients of each weight with those of its bias.
 
-    The exact gradient of the key bias is zero, so that its error has no scale of its own.
+    The exact gradient of the key bias is zero, so its relative error alone would be meaningless.
     """
     joined = dict(results)
     for part in "qkvo":
@@ -258,10 +258,10 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    That is the absorbed form: the logits are S = Q' X^T, where Q' = Q W_K has R = H L rows and X
-    (B, N, D) are the tokens. With the probabilities P = softmax(S), the pooled tokens are Z = P X.
-    The forward and the backward each read X once. A multiply-add is 2 FLOPs, and each tensor is
-    moved once in a stage. Only a case with ``block`` has the stages "output" and q_proj.
+    The algorithm moves W_K into the queries: the logits are S = Q' X^T, where Q' = Q W_K has
+    R = H L rows and X (B, N, D) are the tokens. With the probabilities P = softmax(S), the pooled
+    tokens are Z = P X. A multiply-add is 2 FLOPs, and each tensor is moved once in a stage. Only a
+    case with ``block`` has q_proj and the stage "output".
 
         forward
           queries  Q' = Q W_K                         2 L D^2        + 2 L D^2 for q_proj
@@ -275,7 +275,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                    dX = [P;dS]^T [dZ;Q']              4 B R N D      writes dX
           queries  dW_K and dQ from dQ'               4 L D^2        + 4 L D^2 for q_proj
 
-    P, S and their gradients stay on chip, and K and V are not computed, so none of them is counted.
+    P, S, dP and dS stay on chip, so that moving these is not counted. K and V are not computed.
     """
     B, N, D, L, block = case.B, case.N, case.D, case.L, case.block
     R = case.H * L

@@ -194,7 +194,7 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def sizes(record: dict[str, Any]) -> str:
-    """Return the sizes of a case, such as "B=2 N=16 D=32": its fields with one-letter names."""
+    """Return the integer fields of a case that have one-letter names, such as "B=2 N=16 D=32"."""
     return " ".join(
         f"{key}={value}"
         for key, value in record["case"].items()

@@ -3,8 +3,8 @@
     python benchmarks/run.py OP        or        mmfused bench OP
 
 Each provider of a case must pass an accuracy check before it is timed, with the same shape and the
-same compiled code. A provider that fails is reported but not timed. If it is a provider of the
-library, the exit status is 1.
+same compiled code. A provider that fails is reported but not timed. The exit status is 1 if a
+provider of the library fails.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 OPS = (*ops.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNFINISHED = 3  # exit status if nothing failed but cases are left for another run
-BUDGET_SECONDS = 300.0  # for compiling on CUDA; a whole run then takes less than 9 minutes
+BUDGET_SECONDS = 300.0  # default of --budget-seconds on CUDA
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = "runs/bench"  # for results of quick runs, which must not replace committed results
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> None:
-    """Add the options of this script and ``mmfused bench``; ``out``: the default of ``--out``."""
+    """Add the options that this script and ``mmfused bench`` share.
+
+    ``out``: the default of ``--out``.
+    """
     parser.add_argument("op", metavar="OP", help=f"one of {', '.join(OPS)}")
     option = parser.add_argument
     option("--case", action="append", metavar="NAME", help="only this case; may be repeated")
@@ -86,7 +89,7 @@ class Settings:
     budget: measure.Budget
 
     def facts(self) -> dict[str, Any]:
-        """Return the settings that a record must share with a run to be kept by ``--resume``."""
+        """Return the settings that two runs must share for ``--resume`` to skip a case."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "repeats": self.repeats,
@@ -156,7 +159,7 @@ def measured_record(
 
 
 def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict[str, Any]) -> bool:
-    """Return whether ``record`` is a complete, accurate result of this case with these sources."""
+    """Return whether ``record`` is complete, accurate, and of this case, settings and sources."""
     op, same = load_op(record["op"]), ("device", "versions", "source")
     return (
         record["case"] == asdict(case)
@@ -169,7 +172,7 @@ def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict
 
 
 def faults_of(op: ModuleType, record: dict[str, Any]) -> list[str]:
-    """Return the faults of the library's providers and those that ``extras`` reported."""
+    """Return the faults that ``extras`` reported and the faults of the library's providers."""
     case, faults = record["case"]["name"], list(record.get("faults", []))
     for label, found in record["providers"].items():
         if found["gate"] == "failed" and report.eager_name(label) in op.OURS:

@@ -50,7 +50,7 @@ def source_hash(op: str | None = None) -> str:
 def affects(name: Path, op: str) -> bool:
     """Return whether the source file ``name`` affects results of ``op`` (an op, or "models").
 
-    These files do: the sources of the op and of the ops that it calls, the op's benchmark, and the
+    These files do: the sources and the benchmarks of the op and of the ops that it calls, and the
     sources that all ops share.
     """
     folders, stem = set(name.parts), name.stem

@@ -52,7 +52,7 @@ def cells(
     columns: list[tuple[str, str]],
     best: dict[str, float],
 ) -> list[str]:
-    """Return the cells of a provider; ``best``: launch -> median of the library's provider."""
+    """Return the cells of a provider; ``best``: launch -> median of the library's fastest one."""
     which, none = report.longest_pass(record), "-"
     medians = {
         (launch, name): report.summary(samples)["median"]
@@ -74,7 +74,7 @@ def cells(
 def fastest_of_ours(
     record: dict[str, Any], ours: tuple[str, ...], launch: str
 ) -> tuple[str, float] | None:
-    """Return the fastest of ``ours`` with this launch and its median, or None if none was timed."""
+    """Return name and median of the fastest provider of ``ours``, or None if there are no times."""
     medians = {}
     for name in ours:
         passes = record["providers"].get(name, {}).get("seconds", {}).get(launch)
@@ -92,7 +92,10 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def align(lines: list[list[str]]) -> list[str]:
-    """Pad cells to the width of their column; a line of name and remark has only one column."""
+    """Pad cells to the width of their column.
+
+    In a line with only a name and a remark, the remark is not padded.
+    """
     width = len(lines[0])
     columns = [
         max(len(line[place]) for line in lines if place == 0 or len(line) == width)

@@ -31,7 +31,7 @@ PROVIDERS = sorted({provider for op in OPS.values() for provider in op.PROVIDERS
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """Return the op, the case and its accuracy check, which the providers share."""
+    """Return the op, the case and the accuracy check for all providers of the case."""
     name, case = request.param
     return (
         OPS[name],
@@ -46,9 +46,9 @@ def test_speed(benchmark, case, name, which):
     op, case, check = case
     if name not in op.PROVIDERS:
         pytest.skip(f"{name} is not a provider of this op")
-    provider, report = check.admit(name, None)
-    why = "; ".join([report["gate"], *report["reasons"]])
-    assert report["gate"] != "failed" or name not in op.OURS, why
+    provider, entry = check.admit(name, None)
+    why = "; ".join([entry["gate"], *entry["reasons"]])
+    assert entry["gate"] != "failed" or name not in op.OURS, why
     if provider is None:
         pytest.skip(why)
     copies = measure.rotation(check.problem)
@@ -59,7 +59,7 @@ def test_speed(benchmark, case, name, which):
 
 
 def burst(step, copies):
-    """Call ``step`` once for each copy, so ``extra_info["calls"]`` times in total."""
+    """Call ``step`` once for each copy of the inputs."""
     for inputs in copies:
         step(inputs)
     if DEVICE.type == "cuda":

@@ -1,8 +1,8 @@
 """Benchmark of top-k routing from logits and from tokens x, with the sizes of FLUID and larger.
 
-Each provider concatenates the routing weights and the three losses, which adds one kernel to every
-provider. It stores the order by expert on its module, so that a compiler cannot remove it. Logits
-are always float32; the dtype of a run is that of x and of the router's weight.
+Every provider concatenates the routing weights and the three losses, which adds one kernel. The
+order by expert is stored on the module, so that a compiler cannot remove the sort. Logits are
+always float32; the option --dtype sets the dtype of x and of the router's weight.
 
 Two libraries are not compared, because they compute something else. st-moe-pytorch builds
 (T, E, capacity) tensors and drops tokens beyond the capacity. Transformer Engine's fused router
@@ -28,8 +28,8 @@ SIZES = "T, E, k, D, S"
 OURS = ("composed", "fused C++", "fused")
 # Least difference between logits that decide a choice; float32 rounding errors are far smaller.
 MARGIN = 1e-4
-# Upstream gradients of the balance loss, z-loss and entropy, divided by T. They are multiplied by T
-# because the losses are means, so that their effect on a token is as large as that of its weights.
+# Upstream gradients of the balance loss, z-loss and entropy, in units of T, because the losses are
+# means over T tokens.
 LOSS_GRADIENTS = (1.0, 0.1, 0.5)
 
 
@@ -38,7 +38,7 @@ class Case:
     """``T`` tokens, each routed to ``k`` of ``E`` experts.
 
     ``D``: width of the tokens, or 0 to start from logits.
-    ``S``: number of segments. With more than one, a tenth of the tokens is padding.
+    ``S``: number of segments. If S > 1, about a tenth of the tokens is padding.
     """
 
     name: str
@@ -64,7 +64,7 @@ CASES = (
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases for a device; ``quick``: at most 64 tokens (CUDA: 1024)."""
+    """Return the cases for a device; ``quick``: at most 64 tokens (1024 on CUDA)."""
     chosen = (
         CASES
         if device_type == "cuda"
@@ -158,7 +158,7 @@ class Router(nn.Module):
 class Eager(Router):
     """The router of Switch Transformer in plain PyTorch, with a sort by expert.
 
-    ``wide``: multiply 16-bit factors with a float32 result, instead of casting them to float32.
+    ``wide``: multiply 16-bit x and weight with a float32 result, without a cast to float32.
     """
 
     def __init__(self, case, device, dtype, wide: bool = False):
@@ -266,7 +266,7 @@ def eager_wide(case: Case, device: torch.device, dtype: torch.dtype) -> Provider
 
 
 def reference(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Return the library's reference or, from x in 16 bits on CUDA, "eager, 16-bit product"."""
+    """Return "eager, 16-bit product" if x is 16-bit on CUDA, else the library's reference."""
     if case.D and has_wide_product(device, dtype):
         return eager_wide(case, device, dtype)
     return Provider(Ours(case, device, dtype), layout(case), "reference")
@@ -331,9 +331,8 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Return the FLOPs and bytes of each stage of the best known algorithm.
 
-    It reads x once in each pass, and does not store the probabilities. The logits l are float32. A
-    choice has 4 bytes of index and 4 bytes of weight. A multiply-add is 2 FLOPs, and each tensor is
-    moved once in a stage.
+    The probabilities are not stored. The logits l are float32. A choice has 4 bytes of index and 4
+    bytes of weight. A multiply-add is 2 FLOPs, and each tensor is moved once in a stage.
 
         from logits
           forward   route    reads l, writes the choices
@@ -343,9 +342,11 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                              reads x and W, writes the choices
           backward  route    dx = dl W, dW = dl^T x        4 T E D
                              reads x, W and l, writes dx and dW
-        both
+        from either
           forward   order    writes order and position, 8 bytes per choice
           backward  weights  reads the choices and the gradients of their weights
+
+    From x, writing l in the forward is not counted.
     """
     T, E, D, R = case.T, case.E, case.D, case.T * case.k
     logits, product = 4 * T * E, 2 * T * E * D

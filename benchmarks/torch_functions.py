@@ -1,7 +1,8 @@
 """The ops of the library as functions in plain PyTorch, for the baseline in torch_modules.py.
 
-They are efficient PyTorch: F.grouped_mm over rows sorted by expert, without padding; index_select
-to move rows; and F.cross_entropy over masked logits. They support only what the models use.
+The functions are efficient PyTorch: F.grouped_mm over rows sorted by expert, without padding;
+index_select to move rows; and F.cross_entropy over masked logits. The functions support only what
+the models use.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def topk_routing(
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows (R, I), sorted by expert, by the weights (E, O, I) of their experts.
+    """Multiply each row (I) of ``rows`` (R, I), sorted by expert, by its expert's weight (O, I).
 
-    Result rows after those of the last expert are undefined.
+    Rows of the result that belong to no expert are undefined.
     """
     weight = weight.to(rows.dtype)
     if rows.dtype != torch.float64:
@@ -75,7 +76,7 @@ def combine(rows: Tensor, routing: Routing) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a matmul of ``x`` has under autocast, or without it."""
+    """Return the dtype of a matmul of ``x``: autocast's if autocast is on and casts ``x``."""
     device = x.device.type
     return (
         torch.get_autocast_dtype(device)

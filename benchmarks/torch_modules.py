@@ -1,11 +1,11 @@
 """The library's models in plain PyTorch: the baseline of benchmarks/models.py.
 
 Each file of a model is loaded again under another name. In this copy, the ops and modules of the
-library are replaced by the classes below and by the functions in torch_functions.py, which compute
-the same in plain PyTorch. The rest of the model is unchanged, and so is the library.
+library are replaced by the classes below and by the functions in torch_functions.py. These compute
+the same in plain PyTorch. The rest of the copy is unchanged, and so is the original.
 
-The classes are efficient PyTorch: they use SDPA, and stack projections of the same tokens in one
-weight. They support only what the models use.
+The classes are efficient PyTorch: they use SDPA, and one GEMM for all projections of the same
+tokens. The classes support only what the models use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .torch_functions import (
     topk_routing,
 )
 
-# Name of a Linear below -> names of the library's Linears that are stacked in it.
+# Name of a Linear below -> names of the library's Linears whose outputs it concatenates.
 STACKED = {
     "kv_proj": ("k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -46,7 +46,7 @@ def heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
-    """Apply SDPA to q (B, heads, L, d) and keys without those in ``ignore``; return (B, L, D)."""
+    """Apply SDPA to q (B, heads, L, D / heads), without the keys in ``ignore``: (B, L, D)."""
     mask = None if ignore is None else ~ignore[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -109,12 +109,13 @@ def without_dropout(dropout: float) -> None:
 class BidirectionalGatedCrossAttention(nn.Module):
     """The layers of UniECS and UniCA, without a concatenation for the gate.
 
-    One GEMM per modality computes its queries, and its keys and values for the other direction.
+    One GEMM per modality computes the queries of one direction, and the keys and values of the
+    other direction.
 
     ``missing="skip"``: samples that lack a modality are computed like the others, then discarded.
-    ``missing="constant"``: the tokens of a missing modality are equal, so attention returns the
-    value of the first token. With SDPA over equal tokens, rounding errors in the gradients would
-    fail the accuracy check.
+    ``missing="constant"``: the tokens of a missing modality are equal, so the attention output is
+    the value of the first token. With SDPA over equal tokens, rounding errors in the gradients
+    would fail the accuracy check.
     """
 
     def __init__(
@@ -294,7 +295,7 @@ class MaskedInfoNCE(nn.Module):
 
 
 def copy_of(name: str, **replaced) -> ModuleType:
-    """Load a copy of mmfused.models.<name> in which the names ``replaced`` have other values."""
+    """Load a copy of mmfused.models.<name>, and set the globals ``replaced`` in the copy."""
     path = importlib.util.find_spec(f"mmfused.models.{name}").origin
     spec = importlib.util.spec_from_file_location(f"{__package__}.torch_{name}", path)
     module = importlib.util.module_from_spec(spec)

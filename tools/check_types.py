@@ -25,7 +25,10 @@ AT_LEAST = 95.0
 
 
 def install(folder: Path) -> Path:
-    """Create an environment with mmfused and this interpreter's packages; return its Python."""
+    """Create an environment with mmfused and this interpreter's packages.
+
+    Returns the Python executable of the new environment.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     skip = shutil.ignore_patterns("__pycache__", "results", "kernels")
