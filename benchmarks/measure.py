@@ -79,8 +79,8 @@ class Problem:
 class Provider:
     """One way to compute a case.
 
-    ``layout``: name of a parameter of ``module`` -> names of the problem's parameters. The former
-    is the concatenation of the latter along the first axis.
+    ``layout``: maps each parameter of ``module`` to the problem's parameters that it concatenates
+    along the first axis.
     ``backend``: backend of the library for all calls and their backwards.
     ``run``: the compiled module, or None to call ``module``.
     ``ceiling``: the reason why the provider computes only a part of the case. Such a provider is
