@@ -80,8 +80,8 @@ class FLUIDConfig(ModelConfig):
     image: Options | None = None  # options of build_vit; None: the input is image_tokens
     text: Options | None = None  # options of build_text; None: the input is text_tokens
     # Ablations, alone or together: "contrastive" (no contrastive loss), "q_transform" (an encoder's
-    # [CLS] token replaces its l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
-    # are classified and their logits averaged), "moe" (one expert for all tokens, no router).
+    # [CLS] token replaces the l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
+    # are classified, and the logits averaged), "moe" (one expert for all tokens, no router).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -187,8 +187,8 @@ class ExpertLinear(nn.Module):
         if self.norm_weight is None or self.norm_bias is None:
             return x
         with no_autocast(x.device.type):
-            # Products with one-hot rows select each row's scale and shift. Their gradients, unlike
-            # those of indexing, are summed in a fixed order.
+            # Products with one-hot rows select each row's scale and shift. In backward, products
+            # sum the rows' gradients in a fixed order, and indexing would not.
             scale = expert.to(self.norm_weight.dtype) @ self.norm_weight
             shift = expert.to(self.norm_bias.dtype) @ self.norm_bias
         return F.layer_norm(x, x.shape[-1:]) * scale + shift

@@ -189,8 +189,8 @@ def assemble(
 ) -> Sequence:
     """Assemble the sequences of a batch.
 
-    The prompt depends on what the sequence contains, not on the view. A sequence without a picture
-    gets the prompt for texts, even if the sequence has no text.
+    The prompt depends on what the sequence contains. A sequence without a picture gets the prompt
+    for texts, even if the sequence has no text.
 
     Args:
         tokens: see `token_ids`.
@@ -201,8 +201,8 @@ def assemble(
         image_present: (B,) bool, False = the item has no picture; None = all have one.
         view: one of VIEWS, or each item's index in VIEWS, (B,) int64.
         video: whether the pictures are videos, which changes the prompt.
-        prompt: whether sequences have a prompt and an end token. If False, only a sequence without
-            picture and text has an end token, and no other token.
+        prompt: whether sequences have a prompt and an end token. If False, a sequence without
+            picture and text still has the end token.
     """
     has_image, real_text = visible(tokens, input_ids, attention_mask, image_present, view)
     has_text, device = real_text.any(1), input_ids.device

@@ -60,7 +60,7 @@ class UNITEConfig(HostedConfig):
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
     # Ablations: "mamcl" (stage 2 without the mask M), "negatives" (stage 2 without hard negatives),
     # "dual" (stage 1 without CE(S^T)), "fusion" (picture and text are encoded separately, and the
-    # embedding is the normalised sum of their embeddings).
+    # two embeddings are added and normalised).
     without: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
@@ -224,10 +224,10 @@ class UNITE(RetrievalModel):
 
 
 def lora(model: UNITE, rank: int = 8, alpha: float | None = None, dropout: float = 0.05) -> UNITE:
-    """Add LoRA to every Linear layer of the language model, in place, and freeze other weights.
+    """Add LoRA to every Linear layer of the language model, in place.
 
-    The other weights are those of the language model. The default of ``alpha`` is the paper's: 16
-    in stage 1 and 64 in stage 2. This function needs the package peft.
+    The original weights of the language model are frozen. The default of ``alpha`` is the paper's:
+    16 in stage 1 and 64 in stage 2. This function needs the package peft.
     """
     try:
         import peft
