@@ -3,12 +3,13 @@
 ``hidden_kernel`` gathers dO by token. For a tile of rows of one expert and a block of columns of A,
 it computes
 
-    dA = dO W_down      dS = <dA, A>      dH = w dA act'(H)      A' = w A
+    dA = dO W_down      dS = rowsum(dA A)      dH = w dA act'(H)      A' = w A
 
-where w is a row's routing weight and dS the gradient of w. Each block writes its part of dS, and
-combine_kernel adds up the parts in order. There are no atomics, and the outputs of the experts are
-not needed. With activation "none" and x in place of H, these are the gradients of a linear layer
-with combine. weight_gradients.py computes the gradients of the weights from dH and A'.
+where products are elementwise except for dO W_down, w is a row's routing weight, and dS is the
+gradient of w without the bias's term. Each block writes its part of dS. combine_kernel adds up the
+parts in order, and adds the bias's term. There are no atomics, and the outputs of the experts are
+not needed. With activation "none" and x in place of H, dH is the gradient of x in a linear layer
+with combine. weight_gradients.py computes dW_down from dO and A', and dW_up from dH and x.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ def linear_backward(
     """Compute dx, dw, db and, with ``combine_weights``, d_combine (T, k)."""
     rows = sorted_rows(order, position, offsets, tiles, k)
     dx = x.new_empty((rows.number, weight.shape[2]) if need_dx else (0,))
-    operand, gathered, gradient = x, gather, None
+    inputs, gather_inputs, gradient = x, gather, None
     if combine_weights is None:
         d_combine = x.new_empty((0,), dtype=torch.float32)
         if need_dx:
             multiply_rows(rows, d_out, weight.mT, dx, tail=not gather)
     else:
         d_combine = x.new_empty(combine_weights.shape, dtype=torch.float32)
-        if need_dw:  # x times the routing weight, sorted
-            operand, gathered = x.new_empty(rows.number, weight.shape[2]), False
+        if need_dw:  # for A', the sorted rows of x times their routing weights
+            inputs, gather_inputs = x.new_empty(rows.number, weight.shape[2]), False
         partial = hidden_gradients(
             rows,
             d_out,
@@ -72,7 +73,7 @@ def linear_backward(
             x,
             combine_weights,
             dx if need_dx else None,
-            operand if need_dw else None,
+            inputs if need_dw else None,
             gather=gather,
             tail=not gather,
         )
@@ -80,13 +81,13 @@ def linear_backward(
     (dw,), db = weight_gradients(
         rows,
         d_out,
-        operand,
+        inputs,
         combine_weights,
         [weight],
         need_dw,
         need_db,
         gather_y=combine_weights is not None,
-        gather_x=gathered,
+        gather_x=gather_inputs,
     )
     if need_dx and gather:
         dx = combine_rows(rows, dx, gradient=gradient)
@@ -181,13 +182,14 @@ def hidden_gradients(
     gather: bool = False,
     tail: bool = False,
 ) -> Tensor:
-    """Write dH to ``dh`` and A' to ``scaled``; return partial sums of d_combine, (N / BN, R).
+    """Write dH to ``dh`` and A' to ``scaled``; return partial sums of dS, (blocks, R).
 
-    ``weight`` (E, O, I) is the weight of the forward's last matrix product.
+    ``weight`` (E, O, I) is the weight of the forward's last matrix product. ``h`` holds the
+    pre-activations or, for a linear layer, x.
     """
-    _, k, n = weight.shape
+    _, width, n = weight.shape
     kind = "gated hidden" if activation == "swiglu" else "hidden"
-    tile = plan(kind, rows.number, rows.experts, n, k, h.dtype, arch_of(h))
+    tile = plan(kind, rows.number, rows.experts, n, width, h.dtype, arch_of(h))
     slots, blocks = rows.slots(tile.BM), triton.cdiv(n, tile.BN)
     partial = h.new_empty(blocks, rows.number, dtype=torch.float32)
     stride_be, stride_bk, stride_bn = weight.stride()
@@ -211,7 +213,7 @@ def hidden_gradients(
         stride_bk=stride_bk,
         stride_h=h.stride(-2),
         N=n,
-        K=k,
+        K=width,
         k=rows.k,
         **tile_options(tile),
         HALVINGS=tile.halvings,
@@ -316,7 +318,7 @@ def _hidden_columns(
     N: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Store dH and A' of these columns, and return their part of dS."""
+    """Store dH and A' of the columns ``cols``, and return the columns' part of dS."""
     inside = (rows < end)[:, None] & (cols < N)[None, :]
     h_at = h_rows[:, None] * stride_h + cols[None, :]
     dtype: tl.constexpr = h_ptr.dtype.element_ty

@@ -1,6 +1,7 @@
-"""Sums over a token's k rows: outputs in forward, gradients of x and routing weights in backward.
+"""Sums over the k rows of each token: the output in forward, the gradient of x in backward.
 
-Rows are gathered through ``position``, without scatter or atomics, in the same order on every run.
+In backward, the same launch computes the gradient of the routing weights. Rows are gathered through
+``position``, without scatter or atomics, in the same order on every run.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def combine_rows(
     combine_weights: Tensor | None = None,
     gradient: RoutingGradient | None = None,
 ) -> Tensor:
-    """Sum y (R, N) over the rows of each token, to (T, N).
+    """Sum y (R, N), times the routing weights if given, over the rows of each token, to (T, N).
 
-    Without y the result is (0,). With ``gradient``, its d_combine is computed too.
+    Without y the result is (0,). With ``gradient``, its d_combine is written too.
     """
     partial, d_out, bias, d_combine = gradient or (None, None, None, None)
     tokens = rows.number // rows.k
@@ -97,7 +98,7 @@ def combine_kernel(
     """Compute out_t = sum over j of w_tj y[position of (t, j)]; without weights, w = 1.
 
     grid (T / BT, N / BN). With ``ds_ptr``, one more column of programs computes dS, the gradient of
-    the routing weights; without y there is only that column.
+    the routing weights. Without y, the grid has only this column.
     """
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     valid = tl.load(offsets_ptr + E)

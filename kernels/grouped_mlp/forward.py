@@ -1,7 +1,7 @@
 """Forward of the experts: products of sorted rows with the matrices of their experts.
 
-``rows_kernel`` runs one program for each tile of rows, all of one expert, and each block of
-columns. The backward launches it too.
+``rows_kernel`` runs one program for each tile of rows and block of columns. All rows of a tile
+belong to one expert. The backward launches this kernel too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def linear_forward(
     k: int,
     gather: bool,
 ) -> Tensor:
-    """Compute grouped_linear: (R, O) with zeros in rows of masked tokens, or combined (T, O)."""
+    """Compute grouped_linear: (R, O), 0 for masked tokens; with ``combine_weights`` (T, O)."""
     rows = sorted_rows(order, position, offsets, tiles, k)
     y = x.new_empty(rows.number, weight.shape[1])
     multiply_rows(
@@ -121,12 +121,12 @@ def multiply_rows(
 ) -> None:
     """Compute out (R, N) = act(a weight^T + bias).
 
-    weight (E, N, K) may have any strides; those of ``second`` are the same. ``tail``: write zeros
-    to the rows of masked tokens. For ``second`` see rows_kernel.
+    ``second``: b2 of rows_kernel. weight (E, N, K) may have any strides, and ``second`` has the
+    same strides. ``tail``: write zeros to the rows of masked tokens.
     """
-    _, n, k = weight.shape
+    _, n, width = weight.shape
     kind = "gated" if activation == "swiglu" else "rows"
-    terms = k if second is None or activation == "swiglu" else 2 * k
+    terms = width if second is None or activation == "swiglu" else 2 * width
     tile = plan(kind, rows.number, rows.experts, n, terms, a.dtype, arch_of(a))
     slots = rows.slots(tile.BM)
     stride_be, stride_bn, stride_bk = weight.stride()
@@ -148,7 +148,7 @@ def multiply_rows(
         stride_bn=stride_bn,
         stride_bk=stride_bk,
         N=n,
-        K=k,
+        K=width,
         k=rows.k,
         **tile_options(tile),
         HALVINGS=tile.halvings,
@@ -195,8 +195,8 @@ def rows_kernel(
     """Compute out = act(A B + bias); grid (slots * N / BN,).
 
     With "swiglu", b2 is the gate's B, and the gate's pre-activations are stored first in hidden.
-    With "none", hidden is not written, and b2 may be given: A then has 2 K columns, and the second
-    half is multiplied by b2.
+    With "none", hidden is not written. If b2 is given with "none", A has 2 K columns, and the
+    second half is multiplied by b2.
     """
     tile, block = tile_and_block(slots, tl.cdiv(N, BN), GROUP)
     cols = block * BN + tl.arange(0, BN)
@@ -208,7 +208,7 @@ def rows_kernel(
     rows = first + tl.arange(0, BM)
     # Beyond the end, read the last row again, never a row of another expert.
     a_rows = source_rows(order_ptr, tl.minimum(rows, end - 1), k, GATHER)
-    weights = expert.to(tl.int64) * stride_be
+    weight_at = expert.to(tl.int64) * stride_be
     acc = tl.zeros([BM, BN], tl.float32)
     gate = acc
     if ACTIVATION == "swiglu":
@@ -218,8 +218,8 @@ def rows_kernel(
             a_ptr,
             a_rows,
             stride_a,
-            b_ptr + weights,
-            b2_ptr + weights,
+            b_ptr + weight_at,
+            b2_ptr + weight_at,
             cols,
             stride_bn,
             stride_bk,
@@ -235,8 +235,8 @@ def rows_kernel(
             a_ptr,
             a_rows,
             stride_a,
-            b_ptr + weights,
-            b2_ptr + weights,
+            b_ptr + weight_at,
+            b2_ptr + weight_at,
             cols,
             stride_bn,
             stride_bk,
@@ -252,7 +252,7 @@ def rows_kernel(
             a_ptr,
             a_rows,
             stride_a,
-            b_ptr + weights,
+            b_ptr + weight_at,
             None,
             cols,
             stride_bn,

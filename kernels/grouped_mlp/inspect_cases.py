@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they reach every kernel."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return acc + A[a_rows] B, summed over K; B (K, N) has any strides.
+    """Return acc + A[a_rows] B, summed over K; B (K, N) may have any strides.
 
     With ``b2_ptr``, A has 2 K columns, and the second half is multiplied by B2.
     """

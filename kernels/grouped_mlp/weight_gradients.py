@@ -1,7 +1,8 @@
 """Gradients of the experts' weights and biases: outer products summed over the rows of an expert.
 
-dW = Y^T X, with output gradients Y and inputs X. If X are the rows A' of backward.py, they are
-already multiplied by the routing weights, so that this kernel does not have to scale them.
+dW = Y^T X, where Y are the gradients of a layer's outputs, and X its inputs. For a layer whose
+outputs are combined with routing weights, X is A' of backward.py. A' is already multiplied by the
+routing weights, so only db needs them here.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ def weight_gradients(
     gather_y: bool = False,
     gather_x: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return dW of each of the weights (E, O, I), and db (E, O) of the last weight.
+    """Return a list of dW, one for each of the weights (E, O, I), and db (E, O) of the last weight.
 
-    y (R, O times the number of weights) holds O columns for each of the weights, one after the
-    other. A result that is not needed is (0,). ``packed``: the weights are halves of one tensor,
-    and one tensor holds their gradients. Without need_dw and need_db, y and x may be None.
+    ``y`` holds O columns for each of the weights, side by side, and ``x`` holds I columns. Both
+    have R sorted rows. With ``gather_y`` or ``gather_x``, y or x has T rows instead, one for each
+    token. ``combine_weights`` are the routing weights, which multiply the rows of y in db.
+    ``packed``: the weights are the halves of one tensor, and the list holds one gradient of this
+    tensor. A result that is not needed is (0,). Without need_dw and need_db, y and x may be None.
     """
     experts, n, width = weights[0].shape
     db = weights[0].new_empty((experts, n) if need_db else (0,))
@@ -102,9 +105,9 @@ def weights_kernel(
 ):
     """Compute dw = Y^T X over the rows of each expert, and db, the sums of the columns of Y.
 
-    grid (E * N / BM * K / BN,), twice that with dw2. With dw2, Y is the first half of the columns
-    of y and Y2 the second half, dw2 = Y2^T X, and db holds the sums of the columns of Y2. With
-    ``routing_ptr``, the rows summed in db are multiplied by their routing weights.
+    grid (E * N / BM * K / BN,), and twice as many programs with dw2. With dw2, Y is the first half
+    of the columns of y and Y2 the second half, dw2 = Y2^T X, and db holds the sums of the columns
+    of Y2. With ``routing_ptr``, the rows summed in db are multiplied by their routing weights.
     """
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
     high: tl.constexpr = (N + BM - 1) // BM
@@ -123,7 +126,7 @@ def weights_kernel(
     sums_too = False
     if db_ptr is not None:
         sums_too = (block_x == 0) & (part == PARTS - 1)
-    if sums_too:  # a separate loop, because most programs compute no sums
+    if sums_too:  # a separate loop, because most programs do not compute db
         _outer_products(
             y_ptr,
             x_ptr,
@@ -230,9 +233,10 @@ def _outer_products(
 
 @triton.jit
 def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
-    """Return (rows, 16) factors whose sum over the columns is the weight of each row in db.
+    """Return a (BK, 16) matrix whose row sums are the routing weights (1 without ``routing_ptr``).
 
-    The first column holds the weights in ``dtype``, the second their rounding errors, the others 0.
+    The first column holds the routing weights in ``dtype``, the second column their rounding
+    errors, and the other columns 0.
     """
     column = tl.arange(0, 16)[None, :]
     if routing_ptr is None:

@@ -1,23 +1,23 @@
-"""Backward kernels of masked InfoNCE: dq = dS c and dc = dS^T q, both divided by scale.
+"""Backward kernels of masked InfoNCE: dS c and dS^T q, which are dq and dc divided by the scale.
 
 For all pairs except the targets,
 
     dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
 
-The term with w_j occurs only in a symmetric loss, ``positive`` only for further positives, and
-``every`` for all pairs. There are two forms.
+The term with w_j occurs only in a symmetric loss, positive_ij only for further positives. With
+EVERYTHING, every_ij occurs for all pairs. There are two forms of the backward.
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype.
-``apply_ds_kernel`` multiplies it by c and, transposed, by q, and adds the results to float32 sums.
+``apply_ds_kernel`` computes dS c and dS^T q of the chunk, and adds the results to float32 sums.
 This takes 6 B C D FLOPs, 6 bytes of HBM traffic per pair in 16 bits, and 8 bytes per sum and chunk.
 
 Owner-computes: ``owner_kernel`` recomputes S once for each side, and keeps dS and sums on chip.
 This takes 8 B C D FLOPs, and no HBM traffic for dS.
 
-``moment`` holds sums of dS S, from which the scale's gradient is computed. The terms nearly cancel,
-so they are computed from dS before it is rounded. ``gain``, only for float16, is a power of two
-that makes the largest weight about 2^13, because weights near 1 / (B C) are too small for float16.
-Results are divided by ``gain``.
+``moment`` holds sums of dS S (elementwise), from which the scale's gradient is computed. The terms
+of these sums nearly cancel, so they are computed from dS before rounding. ``gain``, only for
+float16, is a power of two that brings the largest w between 2^12 and 2^13, because dS near
+1 / (B C) is too small for float16. Results are divided by ``gain``.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _gradient(
     IDS: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """Return dS of a tile: the softmax minus the terms of further positives and of every pair.
+    """Return dS of a tile: the weighted softmax minus the terms ``positive`` and ``every``.
 
-    dS is 0 for invalid pairs (s is -inf), even if the coefficients of a row or column are NaN.
+    With masks or EVERYTHING, dS is 0 for invalid pairs (s is -inf) even if a coefficient is NaN.
     """
     ds = weighted_softmax(s, x_side[0], x_side[1], y_side[0], y_side[1], safe, HAS_X, HAS_Y)
     if EVERYTHING:
@@ -79,7 +79,7 @@ def _gradient(
 
 @triton.jit
 def _moment(ds, s):
-    """Return dS S, or 0 if s is -inf, for which dS is 0."""
+    """Return dS S, which is 0 if s is -inf and dS is 0."""
     return ds * tl.maximum(s, -3e38)
 
 
@@ -118,11 +118,10 @@ def pairs_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write a tile of dS, 0 for invalid pairs, and its sum of dS S.
+    """Write a tile of dS, 0 for invalid pairs, and the tile's sum of dS S.
 
     grid (row blocks, column tiles) of the chunk at (row0, col0). The BX x BY tiles that
-    apply_ds_kernel reads are written completely, other tiles not at all. BX is a multiple of BM,
-    and BY of BN.
+    apply_ds_kernel reads are written completely. BX is a multiple of BM, and BY of BN.
     """
     i, j = tl.swizzle2d(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP
@@ -171,7 +170,7 @@ def apply_ds_kernel(
     low_ptr,  # (X,) or None
     high_ptr,  # (X,) or None
     shared_ptr,  # (1,) or None
-    out_ptr,  # (S, x1 - x0, D) float32
+    out_ptr,  # (splits, x1 - x0, D) float32
     X,
     Y,
     x0,
@@ -189,12 +188,10 @@ def apply_ds_kernel(
     FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add dS y, over the chunk's y0 .. y1 - 1, to out; with FIRST, overwrite out.
+    """Add dS y, summed over the rows y0 .. y1 - 1 of y, to out; with FIRST, overwrite out.
 
-    grid (D / BD, blocks of x in the chunk, S). Either x = q and y = c, or x = c and y = q, with
-    strides that transpose dS. Only tiles that pairs_kernel wrote are read. Both kernels visit tiles
-    with an allowed pair, and tiles in which keys of one side lie between keys of the other. In both
-    kernels, blocks start at multiples of BX and tiles at multiples of BY.
+    grid (D / BD, blocks of x in the chunk, splits). Either x = q and y = c, or x = c, y = q and the
+    strides transpose dS. Only tiles that pairs_kernel wrote are read.
     """
     local = tl.program_id(1) * BX + tl.arange(0, BX)
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -249,8 +246,8 @@ def owner_kernel(
     y_id_ptr,  # (Y,) or None
     x_side_ptr,  # (4, X) or None
     y_side_ptr,  # (4, Y) or None
-    out_ptr,  # (S, X, D) float32
-    moment_ptr,  # (S, X) or None
+    out_ptr,  # (splits, X, D) float32
+    moment_ptr,  # (splits, X) or None
     X,
     Y,
     D: tl.constexpr,
@@ -263,10 +260,10 @@ def owner_kernel(
     EVERYTHING: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dS y and the sums of dS S, for a block of x and one of S splits of y.
+    """Compute dS y and the sums of dS S, for one block of x and one split of y.
 
-    grid (S, X / BM). BD >= D columns of sums stay in registers. Without SWAP, x = q and y = c. With
-    SWAP, x = c and y = q: S and dS are transposed, bias belongs to x and target to y.
+    grid (splits, X / BM). All sums stay in registers, so BD >= D. Without SWAP, x = q and y = c.
+    With SWAP, x = c and y = q: S and dS are transposed, bias belongs to x and target to y.
     """
     split, block = tl.program_id(0), tl.program_id(1)
     x = block * BM + tl.arange(0, BM)

@@ -1,13 +1,12 @@
 """Forward of masked InfoNCE: statistics over all pairs except the targets.
 
 The statistics of each row and column are the logsumexp of its logits and, with EVERYTHING, the
-number and sum of the logits of further positives, and the number and sum of all logits. The same
-tiles give the statistics of rows and columns. A row or column without a valid pair has logsumexp
--inf.
+number and sum of the logits of further positives, and the number and sum of all logits. Each tile
+of logits is computed once, for the statistics of its rows and of its columns. A row or column
+without a valid pair has logsumexp -inf.
 
-Every program writes partial results of its own, and a second kernel merges them in a fixed order.
-There are no atomics, and results are bitwise repeatable. FLOPs: 2 B C D. Tiles of q and c come from
-L2, partial results go through HBM.
+Every program writes partial results, and a second kernel merges all partial results in a fixed
+order. There are no atomics, and results are bitwise repeatable. FLOPs: 2 B C D.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ def sweep(
     columns: bool,
     everything: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute statistics over all pairs except the targets, and the products of the targets.
+    """Compute statistics over all pairs except the targets, and q . c of each row's target.
 
     q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows (5, B) and columns
-    (5, C), float64, and q . c of each row's target, (B,) float32. Without ``columns``, the
+    (5, C), float64, and the products with the targets (B,), float32. Without ``columns``, the
     statistics of the columns are (5, 0).
     """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
@@ -65,7 +64,7 @@ def sweep(
         column[:, 0] = float("-inf")
         column[:, 1:] = 0
     elif everything and ids != "same":
-        # Without further positives the kernel does not write their sums.
+        # Without further positives the kernel does not write their number and sum.
         column[:, 2:4] = 0
     q_rank, c_rank = id_ranks(q_id, c_id)
     sweep_kernel[(grid.splits, grid.groups)](
@@ -148,13 +147,16 @@ def _number_and_sum(s, AXIS: tl.constexpr):
 def _add_sums(
     sums,
     s,
-    ptr,  # (2, N): this program's own sums of the columns
+    ptr,  # (2, N), number and sum of each column
     N,
     at,
     COLUMNS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Add a tile to the numbers and sums of the rows; store those of the tile's columns."""
+    """Return the numbers and sums of the rows, with a tile added.
+
+    With COLUMNS, also store the numbers and sums of the tile's columns.
+    """
     more = _number_and_sum(s, 1)
     if COLUMNS:
         _store_sums(ptr, N, at, _number_and_sum(s, 0), MERGE)
@@ -178,7 +180,7 @@ def _store_softmax(
     total,
     MERGE: tl.constexpr,
 ):
-    """Store a maximum and sum; with MERGE, merge them with those that are already stored."""
+    """Store a maximum and sum; with MERGE, first merge them with the stored maximum and sum."""
     if MERGE:
         old = tl.load(ptr + at, mask=at < N, other=float("-inf"))
         old_total = tl.load(ptr + N + at, mask=at < N, other=0.0)
@@ -206,8 +208,8 @@ def _store_sums(
 def _softmax_step(s, m, total, safe, COLUMNS: tl.constexpr):
     """Process one tile of the rows' online softmax.
 
-    Return the new maxima and sums of the rows, and those of the tile's columns. With ``safe``,
-    logits are so small that 0 is used for all maxima.
+    Return the new maxima and sums of the rows, then the maxima and sums of the tile's columns. With
+    ``safe``, logits are so small that 0 serves as each maximum.
     """
     column_m = tl.zeros([s.shape[1]], tl.float32)
     column = tl.zeros([s.shape[1]], tl.float32)
@@ -242,7 +244,7 @@ def _is_whole(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return whether every pair of a tile is valid, apart from ids, as in most tiles."""
+    """Return whether all pairs of a tile are valid, as in most tiles. Ids are not checked."""
     whole = (x0 + BM <= B) & (y0 + BN <= C) & ((y0 > last_target) | (y0 + BN <= first_target))
     if KEYS:
         whole = whole & ((y0 + BN <= shared) | ((full_low <= y0) & (y0 + BN <= full_high)))
@@ -262,8 +264,8 @@ def sweep_kernel(
     shared_ptr,  # (1,) or None
     q_id_ptr,  # (B,) or None
     c_id_ptr,  # (C,) or None
-    row_ptr,  # (S, 2 or 6, B)
-    column_ptr,  # (G, 2 or 6, C)
+    row_ptr,  # (splits, 2 or 6, B)
+    column_ptr,  # (groups, 2 or 6, C)
     B,
     C,
     blocks,
@@ -281,8 +283,8 @@ def sweep_kernel(
 ):
     """Write maximum and sum of each softmax and, with EVERYTHING, numbers and sums of logits.
 
-    grid (S, G): program (s, g) owns ``blocks`` row blocks and ``tiles`` column tiles, and visits
-    those of its tiles that hold valid pairs. Splits are the fastest dimension of the grid, so that
+    grid (splits, groups). Each program owns ``blocks`` row blocks and ``tiles`` column tiles, and
+    skips tiles outside a block's key ranges. Splits are the fastest dimension of the grid, so that
     programs that run at the same time share a few row blocks, which stay in L2.
     """
     split, group = tl.program_id(0), tl.program_id(1)
@@ -351,7 +353,7 @@ def merge_kernel(
     BN: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """Merge partial results: logsumexp, then numbers and sums, which are 0 without EVERYTHING.
+    """Merge partial results to logsumexp, numbers and sums (0 without EVERYTHING).
 
     grid (N / BN,). The results are float64, because in float32 the rounding error of a logsumexp
     near 20 would change all probabilities of a row by 1e-6.

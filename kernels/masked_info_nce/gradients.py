@@ -1,7 +1,7 @@
 """Launchers of the backward of masked InfoNCE: owner-computes, or dS in chunks.
 
-Both return dq and dc, divided by scale, and a list of partial sums of dS S, which is empty if the
-scale needs no gradient.
+Both forms return dq and dc, divided by the scale, and a list of partial sums of dS S, which is
+empty if the scale needs no gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..tiles import OPTIONS, arch_of, upcasts
 from . import backward as bwd
-from .plans import Plan, chunk, plan, splits
+from .plans import Plan, chunk, num_splits, plan
 from .vectors import (
     Ranges,
     column_ranges,
@@ -52,8 +52,8 @@ class Gradients:
     need_dc: bool
     need_scale: bool
 
-    def scalars(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the dS kernels that are the same for both sides."""
+    def shared_arguments(self) -> dict[str, Tensor | None]:
+        """Return the arguments that pairs_kernel and owner_kernel take for either side."""
         return dict(
             bias_ptr=self.bias,
             scale_ptr=self.scale,
@@ -63,7 +63,7 @@ class Gradients:
         )
 
     def flags(self) -> dict[str, bool | str]:
-        """Return the constants of the dS kernels."""
+        """Return the constants of pairs_kernel and owner_kernel."""
         return dict(
             KEYS=self.has_keys,
             IDS=self.ids,
@@ -102,13 +102,13 @@ def sweep_backward(
 
     ``row`` (4, B) and ``column`` (4, C) are coefficients (see load_coefficients in pairs.py). The
     other inputs are those of ``sweep``. The gradient of the scale, () float64, is the sum of
-    dS_ij q_i . c_j. A gradient that is not needed is not computed and has the shape (0,).
+    dS_ij q_i . c_j. A gradient that is not needed has the shape (0,).
     """
     masked = c_key is not None or c_id is not None
     both = column is not None
     tiles = plan(q.shape[1], q.dtype, arch_of(q), both, everything, masked or need_scale)
     q, c = q.contiguous(), c.contiguous()
-    if need_scale:  # the sum of dS S is divided by scale below
+    if need_scale:  # the sum of dS S is divided by scale below, so scale must not be 0
         scale = scale.masked_fill(scale == 0, 1e-20)
     row = rounded_coefficients(row)
     column = None if column is None else rounded_coefficients(column)
@@ -156,22 +156,22 @@ def owner_gradients(tiles: Plan, given: Gradients) -> Result:
 
 
 def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | None]:
-    """Return dS y and partial sums of dS S, for x = q and y = c, or the reverse with ``swap``."""
+    """Return dS c, and partial sums of dS S if needed; or, with ``swap``, dS^T q and None."""
     tile = tiles.owner
     x, y = (given.c, given.q) if swap else (given.q, given.c)
     x_id, y_id = (given.c_id, given.q_id) if swap else (given.q_id, given.c_id)
     x_side, y_side = (given.column, given.row) if swap else (given.row, given.column)
     ranges = given.column_ranges if swap else given.row_ranges
     blocks = triton.cdiv(len(x), tile.BM)
-    parts = splits(blocks, triton.cdiv(len(y), tile.BN))
-    out = x.new_empty(parts, *x.shape, dtype=torch.float32)
+    splits = num_splits(blocks, triton.cdiv(len(y), tile.BN))
+    out = x.new_empty(splits, *x.shape, dtype=torch.float32)
     moment = None
     if given.need_scale and not swap:
-        moment = x.new_empty(parts, len(x), dtype=torch.float32)
-    bwd.owner_kernel[(parts, blocks)](
+        moment = x.new_empty(splits, len(x), dtype=torch.float32)
+    bwd.owner_kernel[(splits, blocks)](
         x_ptr=x,
         y_ptr=y,
-        **given.scalars(),
+        **given.shared_arguments(),
         **ranges.pointers(),
         x_id_ptr=x_id,
         y_id_ptr=y_id,
@@ -190,11 +190,11 @@ def _owned(tiles: Plan, given: Gradients, swap: bool) -> tuple[Tensor, Tensor | 
         **tile.launch,
         **OPTIONS,
     )
-    return out[0] if parts == 1 else out.sum(0), moment
+    return out[0] if splits == 1 else out.sum(0), moment
 
 
 def chunked_gradients(tiles: Plan, given: Gradients) -> Result:
-    """Write dS of each chunk once, and multiply it by c and, transposed, by q."""
+    """Write each chunk of dS once, and multiply the chunk by c and its transpose by q."""
     q, c = given.q, given.c
     height, width = chunk(len(q), len(c), tiles.apply_ds, tiles.chunk_bytes, q.element_size())
     ds = q.new_empty(height, width)
@@ -232,7 +232,7 @@ def _write_ds(
     bwd.pairs_kernel[grid](
         q_ptr=q,
         c_ptr=c,
-        **given.scalars(),
+        **given.shared_arguments(),
         **given.row_ranges.pointers(),
         q_id_ptr=given.q_id,
         c_id_ptr=given.c_id,
@@ -268,10 +268,10 @@ def _apply_ds(
     y_span: range,
     transposed: bool,
 ) -> None:
-    """Add dS y of a chunk to out[x_span]; the first chunk of y overwrites it.
+    """Add dS y of a chunk to out[x_span]; the first chunk of y overwrites out[x_span].
 
     x = q and y = c, or the reverse if ``transposed``. If the chunk has few blocks, the sum over y
-    is split into parts, which are added here.
+    is computed in splits, which are added up here.
     """
     tile = tiles.apply_ds
     y = given.q if transposed else given.c
@@ -280,10 +280,10 @@ def _apply_ds(
     stride_x, stride_y = (1, ds.shape[1]) if transposed else (ds.shape[1], 1)
     first = y_span.start == 0
     grid = (triton.cdiv(y.shape[1], tile.BD), triton.cdiv(len(x_span), x_block))
-    parts = splits(grid[0] * grid[1], triton.cdiv(len(y_span), y_block))
+    splits = num_splits(grid[0] * grid[1], triton.cdiv(len(y_span), y_block))
     own = out[x_span.start : x_span.stop]
-    into = own if parts == 1 else out.new_empty(parts, *own.shape)
-    bwd.apply_ds_kernel[(*grid, parts)](
+    into = own if splits == 1 else out.new_empty(splits, *own.shape)
+    bwd.apply_ds_kernel[(*grid, splits)](
         ds_ptr=ds,
         y_ptr=y,
         gain_ptr=given.gain,
@@ -303,11 +303,11 @@ def _apply_ds(
         BK=min(tile.BK, y_block),
         BD=tile.BD,
         KEYS=given.has_keys,
-        FIRST=first or parts > 1,
+        FIRST=first or splits > 1,
         UPCAST=upcasts(given.q.dtype),
         **tile.launch,
         **OPTIONS,
     )
-    if parts > 1:
+    if splits > 1:
         total = into.sum(0)
         own.copy_(total) if first else own.add_(total)

@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they reach every kernel."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Case:
     dtype: str = "bfloat16"
     symmetric: bool = True
     keys: bool = False
-    # "same": other candidates with the row's id are positives
+    # Other candidates with the row's id: "drop" excludes them, "same" makes them positives.
     ids: Literal["none", "drop", "same"] = "none"
-    everything: bool = False  # with the numbers and sums of logits, for label smoothing
+    everything: bool = False  # compute numbers and sums of logits, beside the logsumexp
 
 
 CASES = {

@@ -2,12 +2,12 @@
 
 A program owns a block of BM rows of one side, x, and visits the other side, y, in tiles of BN. With
 keys, both sides are sorted by key. A row of x then sees the rows [0, shared) and [low, high) of y,
-and a block visits tiles at the start of y and one further range of tiles. Tiles outside these
-ranges are never read. Inside them, masks are comparisons of column numbers with low and high.
+and a block visits tiles at the start of y and one further range of tiles. Other tiles are never
+read. Masks are comparisons of the rows' numbers in y with shared, low and high.
 
-The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). Flash
-attention includes it, which saves one multiplication per pair. Here, with logits of 100, this would
-make the errors of float32 gradients three times those of plain PyTorch.
+The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). If the scale
+included log2(e), as in flash attention, this would save one multiplication per pair. But with
+logits of 100, it would make the errors of float32 gradients three times those of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..tiles import LOG2E, dot
 
 # If no |logit| exceeds this bound, no maximum has to be subtracted: exp(s), exp(-lse) and a sum of
 # 2^31 exponentials are normal float32 numbers. One exponential then serves the row and the column
-# of a pair. With a bound of 64 this would be true too, but the rounding errors of exp(s) exp(-lse)
+# of a pair. A bound of 64 would also prevent overflow, but the rounding errors of exp(s) exp(-lse)
 # grow with the exponents, and would be visible in the temperature's gradient.
 SAFE_BOUND = tl.constexpr(32.0)
 
@@ -38,8 +38,8 @@ def block_range(
     """Return low, high, full_low, full_high and shared of the rows start .. start + BM - 1.
 
     Each row sees [0, shared) and a part of [low, high). If the rows are queries, each row sees all
-    of [full_low, full_high). This is not true of candidates, because those with key -1 come first,
-    and all queries see them.
+    of [full_low, full_high). If the rows are candidates, full_low and full_high have no meaning,
+    because candidates with key -1 come first, and all queries see them.
     """
     low = 0
     high = Y
@@ -68,9 +68,9 @@ def visited_tiles(
 ):
     """Return head, own and count: which of the tiles first .. last - 1 a block visits.
 
-    It visits ``count`` tiles: ``head`` tiles with shared columns, from ``first`` on, and the other
-    tiles from ``own`` on. If the block's range is empty, low = high, it may visit the tile with
-    column low.
+    The block visits ``count`` tiles: ``head`` tiles with shared columns, from tile ``first`` on,
+    then the other tiles, from tile ``own`` on. If low = high, the block may visit the tile with
+    column low, although no row sees this column.
     """
     head = last - first
     own = last
@@ -129,8 +129,9 @@ def valid_pairs(
 ):
     """Return which pairs are valid, (BM, BN) bool.
 
-    A pair is valid if it exists, is not a target, is allowed by key and not dropped by id.
-    ``target`` holds the candidate of each query. The queries are x or, with SWAP, y.
+    A pair is valid if it exists, is allowed by key, is not dropped by id, and its candidate is not
+    the query's target. The queries are x or, with SWAP, y. ``target`` holds the target of each
+    query.
     """
     # Rows from X on have an empty range, and no range exceeds Y.
     ok = y[None, :] < tl.where(x < X, shared if KEYS else Y, 0)[:, None]
@@ -201,9 +202,10 @@ def load_coefficients(
     gain,
     EVERYTHING: tl.constexpr,
 ):
-    """Load lse, weight, positive and every of a side at ``at``; multiply all but lse by ``gain``.
+    """Load the coefficients lse, weight, positive and every of a side, for the rows ``at``.
 
-    ``positive`` is subtracted from dS of further positives, ``every`` from dS of every pair.
+    All but lse are multiplied by ``gain``. ``positive`` is subtracted from dS of further positives,
+    ``every`` from dS of every pair.
     """
     lse = tl.full(at.shape, float("inf"), tl.float32)
     weight = tl.zeros(at.shape, tl.float32)
@@ -229,7 +231,7 @@ def weighted_softmax(
     HAS_X: tl.constexpr,
     HAS_Y: tl.constexpr,
 ):
-    """Return weight_x exp(s - lse_x) + weight_y exp(s - lse_y), without sides that have no loss."""
+    """Return x_weight exp(s - x_lse) + y_weight exp(s - y_lse); HAS_X and HAS_Y select terms."""
     ds = s
     if safe:
         e = tl.exp2(s * LOG2E)

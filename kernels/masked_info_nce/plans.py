@@ -1,8 +1,8 @@
 """Kernels and tile sizes of masked InfoNCE, chosen by width, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
-compares each tile with variants of it.
+supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` compares the
+speed of each tile with that of variants.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 MIB = 2**20
-# Two programs for each of an H200's 132 multiprocessors. The number is fixed, so that no result
-# depends on the GPU.
+# Two programs for each of an H200's 132 multiprocessors. The number is the same on every GPU, so
+# that GPUs of one architecture compute the same sums.
 PROGRAMS = 264
 
 
@@ -22,10 +22,11 @@ PROGRAMS = 264
 class Tile:
     """Sizes of a kernel's tiles, and its launch options.
 
-    A tile is BM rows by BN columns of logits, computed from BK columns of D at a time. BD is the
-    number of columns of D for which one program computes sums. In ``apply_ds`` a program owns BM
-    queries or BN candidates by BD columns, and reads dS in tiles of BM x BN. BM and BN of
-    ``apply_ds`` are multiples of those of ``pairs``.
+    A tile of logits has BM rows and BN columns, and is computed from BK elements of each embedding
+    at a time. In ``apply_ds``, BM x BN is a tile of dS instead, and a product sums over BK of its
+    columns (for dq) or rows (for dc). The BM and BN of ``apply_ds`` are multiples of the BM and BN
+    of ``pairs``. BD is the number of elements of each embedding whose gradient one program of
+    ``apply_ds`` or ``owner`` computes.
     """
 
     BM: int
@@ -48,7 +49,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of all kernels. A chunked backward runs ``pairs`` and ``apply_ds``, else ``owner``."""
+    """Tiles of all kernels.
+
+    An owner-computes backward runs ``owner``. A chunked backward runs ``pairs`` and ``apply_ds``.
+    """
 
     sweep: Tile
     backward: Literal["owner", "chunked"]
@@ -56,10 +60,10 @@ class Plan:
     apply_ds: Tile
     owner: Tile
     partial_bytes: int = 512 * MIB  # limit for the forward's partial results of the columns
-    # Limit for a chunk of dS. With both float32 gradients it takes 939 MB at B = C = 65536 and
+    # Limit for a chunk of dS. The chunk and both float32 gradients take 939 MB at B = C = 65536 and
     # D = 768.
     chunk_bytes: int = 512 * MIB
-    merge: tuple[int, int] = (16, 128)  # merge_kernel: partial results and rows at a time
+    merge: tuple[int, int] = (16, 128)  # tile of merge_kernel: partial results, rows or columns
 
 
 def plan(
@@ -72,36 +76,36 @@ def plan(
 ) -> Plan:
     """Choose the tiles and the kind of backward.
 
-    ``columns``: the loss is symmetric, so the columns have statistics too. ``everything``: the
-    number and sum of the logits are needed. ``logits``: the backward needs logits beside dS, for
-    masks or for the temperature's gradient.
+    ``columns``: the forward computes statistics of the columns of S too (symmetric loss).
+    ``everything``: the statistics include numbers and sums of logits, beside the logsumexp.
+    ``logits``: the backward needs the logits beside dS, for masks or the temperature's gradient.
 
     On an H200 (790 TFLOP/s, 4.3 TB/s) owner-computes needs 2 B C D FLOPs more than chunked, or
     2 D / 790e12 s per pair. Chunked moves 6 bytes more per pair, or 6 / 4.3e12 s. So owner-computes
     is faster below D = 550, but its sums fit into registers only up to D = 256. In float32, which
-    uses no matrix instructions here, only FLOPs count, so the backward is always chunked.
+    uses no matrix instructions here, FLOPs dominate, so the backward is always chunked.
     """
     if dtype == torch.float32:
         return _float32_plan(dim)
     backward = "owner" if dim <= 256 else "chunked"
-    if arch in (90, 100, 103):  # 228 KB of shared memory
+    if arch in (90, 100, 103):  # 227 KB of shared memory
         return _large_plan(dim, backward, arch == 90, columns, everything, logits)
-    wide = 64 if everything or dim % 32 else 128
-    sweep = Tile(128, wide, 32, num_warps=8, num_stages=3)
+    width = 64 if everything or dim % 32 else 128
+    sweep = Tile(128, width, 32, num_warps=8, num_stages=3)
     if everything:
-        sweep = Tile(64, wide, 32, num_warps=8, num_stages=3, maxnreg=255)
+        sweep = Tile(64, width, 32, num_warps=8, num_stages=3, maxnreg=255)
     return Plan(
         sweep=sweep,
         backward=backward,
-        pairs=Tile(128, wide, 32, num_warps=8, num_stages=3),
+        pairs=Tile(128, width, 32, num_warps=8, num_stages=3),
         apply_ds=Tile(128, 128, 32, num_warps=8, num_stages=3, BD=min(128, max(64, _power(dim)))),
         owner=Tile(64, 64, 0, num_warps=8, num_stages=2, BD=_power(dim)),
     )
 
 
 def _float32_plan(dim: int) -> Plan:
-    # Logits near 10^4 have no digits to spare in float32. Forward and backward use one tile, so
-    # that their logits are bitwise equal.
+    # Logits near 10^4 have no digits to spare in float32. Forward and backward use the same tile,
+    # so that their logits are bitwise equal.
     sweep = Tile(32, 64, 16, num_warps=8, num_stages=2, maxnreg=255)
     return Plan(
         sweep=sweep,
@@ -120,8 +124,8 @@ def _large_plan(
     everything: bool,
     logits: bool,
 ) -> Plan:
-    """Choose tiles for 16-bit inputs on a GPU with 228 KB of shared memory."""
-    small = everything or dim % 64 != 0  # additional sums and masks over D take registers
+    """Choose tiles for 16-bit inputs on a GPU with 227 KB of shared memory."""
+    small = everything or dim % 64 != 0  # more sums, or masks over D, take registers
     if small:
         height, width = (64, 64) if hopper else (128, 32)
         sweep = Tile(height, width, 64, num_warps=8, num_stages=3)
@@ -149,10 +153,10 @@ def _power(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def splits(blocks: int, most: int) -> int:
-    """Return how many parts to split the work of ``blocks`` programs into, to reach PROGRAMS.
+def num_splits(blocks: int, most: int) -> int:
+    """Return the number of splits of each of ``blocks`` blocks that gives PROGRAMS programs.
 
-    There are at most ``most`` parts, so that each part has at least one tile.
+    There are at most ``most`` splits, so that each split has at least one tile.
     """
     return 1 if blocks >= PROGRAMS else max(1, min(most, -(-PROGRAMS // blocks)))
 
@@ -173,10 +177,11 @@ def sweep_grid(
     partial_bytes: int,
     stats: int,
 ) -> Grid:
-    """Choose a grid of about 4 * PROGRAMS programs, or more if a split would exceed 64 tiles.
+    """Choose a grid of about 4 * PROGRAMS programs.
 
+    There are fewer programs if there are fewer tiles, and more if a split would exceed 64 tiles.
     Each group writes ``stats`` floats per column. All groups together write at most
-    ``partial_bytes``.
+    ``partial_bytes``, unless a single group writes more.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
@@ -189,8 +194,8 @@ def sweep_grid(
 def chunk(rows: int, columns: int, tile: Tile, chunk_bytes: int, itemsize: int) -> tuple[int, int]:
     """Return (rows, columns) of a chunk of dS, multiples of the tile.
 
-    The chunk is nearly square to keep traffic low: the float32 sums of its rows and columns are
-    read and written once per chunk.
+    The chunk is nearly square, if possible, to keep traffic low: the float32 gradients of the rows
+    and columns of a chunk are read and written once.
     """
     most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
     side = int(most**0.5)
@@ -203,9 +208,10 @@ def _padded(length: int, unit: int) -> int:
 
 
 def _even(length: int, most: int, unit: int) -> int:
-    """Divide ``length`` into nearly equal parts, and return their length, a multiple of ``unit``.
+    """Return the length of the parts into which ``length`` is divided nearly evenly.
 
-    Their length is at most ``most``, or one unit if that is more.
+    The length of a part is a multiple of ``unit``: at most ``most``, or one unit if ``most`` is
+    less.
     """
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Ranges(NamedTuple):
-    """Ranges of the other side that each of N rows sees: [low, high) and [0, shared).
+    """Ranges of rows of the other side that each of N rows sees: [low, high) and [0, shared).
 
     Both sides are sorted by key. Without keys, the fields are None.
     """
@@ -27,7 +27,7 @@ class Ranges(NamedTuple):
 
 
 def row_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
-    """Return the candidates that each query sees: those with its key, and those with key -1."""
+    """Return the candidates that each query sees: the candidates with its key or key -1."""
     if q_key is None or c_key is None:
         return Ranges()
     return Ranges(
@@ -38,7 +38,7 @@ def row_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
 
 
 def column_ranges(q_key: Tensor | None, c_key: Tensor | None) -> Ranges:
-    """Return the queries that see each candidate: those with its key, or all if its key is -1."""
+    """Return the queries that see each candidate: all for key -1, else the queries with its key."""
     if q_key is None or c_key is None:
         return Ranges()
     low = torch.searchsorted(q_key, c_key, out_int32=True)
@@ -71,10 +71,11 @@ def id_rule(c_id: Tensor | None, drop: bool) -> str:
 
 
 def logit_bound(q: Tensor, c: Tensor, scale: Tensor) -> Tensor:
-    """Return an upper bound of |logits| as a () tensor, NaN if an embedding holds NaN.
+    """Return an upper bound of |logits| as a () tensor.
 
-    In float32 the bound is infinite, so that the kernels compute exp(S - lse). The alternative,
-    exp(S) exp(-lse), saves an exponential but has more rounding errors.
+    In 16 bits, the bound is NaN if an embedding holds NaN. In float32 it is infinite, so that the
+    kernels compute exp(S - lse). The alternative, exp(S) exp(-lse), saves an exponential but has
+    larger rounding errors.
     """
     if q.dtype == torch.float32:
         return q.new_full((), float("inf"))
@@ -86,7 +87,7 @@ def rounded_coefficients(side: Tensor) -> Tensor:
     """Return the coefficients (4, N), of which the first two are lse and weight, in float32.
 
     The weight is corrected for the rounding error of lse, which would affect a whole row. If the
-    weight is 0 (candidates beyond the B-th in a symmetric loss), lse becomes inf, so that
+    weight is 0 (as for candidates beyond the B-th in a symmetric loss), lse becomes inf, so that
     exp(s - lse) is 0 for any s.
     """
     rounded = side.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -98,7 +99,7 @@ def rounded_coefficients(side: Tensor) -> Tensor:
 def half_gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return the power of two that scales the largest weight to 2^12 .. 2^13; None unless float16.
 
-    |dS| is then at most 2^15, four times as much, and does not overflow.
+    |dS| is then at most four times the scaled weight, 2^15, and does not overflow.
     """
     if dtype != torch.float16:
         return None
