@@ -1,8 +1,8 @@
 """The ``mmfused`` command.
 
 Each subcommand is a module of this package with ``HELP``, ``add_arguments(parser)``, and
-``run(args)``, which returns the exit code. If the command line names a subcommand, only its module
-is imported.
+``run(args)``, which returns the exit code. If the command line starts with a subcommand, the
+modules of the other subcommands are not imported.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     The exit code is 0 for success, 1 if a package is missing or a check failed, 2 for any other
-    error, and 128 + N if signal N stopped the command. Errors are printed in one line.
+    error, and 128 + N if signal N stopped the command.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         with from_extra("models"):
             args = _make_parser(argv).parse_args(argv)
             _check_not_empty(args)
+            # The function `run` in the subcommand's module, for example in train.py.
             return args.run(args)
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_not_empty(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option has an empty value, which would count as not given."""
+    """Raise ValueError if the value of an option is empty or blank."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name}: got {value!r}, expected a non-empty string")

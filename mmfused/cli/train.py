@@ -1,4 +1,4 @@
-"""``mmfused train``: run ``mmfused.training.run.train`` from the command line."""
+"""``mmfused train``: call ``mmfused.training.run.train`` from the command line."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of TrainConfig: the given options, and the recipe for all others."""
+    """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
     from mmfused.training.config import RECIPES
 
     if args.modalities not in MODALITIES:

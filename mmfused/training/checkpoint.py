@@ -61,9 +61,10 @@ def write(
     Args:
         root: the folder ``checkpoints`` of a run.
         state: contents of ``state.json``, without the SHA-256 sums.
-        model: its weights are saved.
-        optimizer: its state is saved.
-        generators: random generators by name, whose states are saved with those of torch's own.
+        model: the model whose weights are saved.
+        optimizer: the optimizer whose state is saved.
+        generators: random generators by name. Their states are saved, and the states of torch's
+            default generators.
         tokenizer: saved with ``save_pretrained``.
         keep: number of checkpoints to keep, at least 1.
 
@@ -143,7 +144,7 @@ def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest intact checkpoint under ``root``, and the contents of its ``state.json``.
+    """Return the newest intact checkpoint under ``root`` and the contents of its ``state.json``.
 
     Damaged checkpoints are skipped with a warning. If there are no checkpoints, return None.
 
@@ -174,7 +175,7 @@ def load_state(
     """Load a checkpoint into the model, the optimizer, ``generators`` and torch's generators.
 
     Raises:
-        ValueError: a tensor does not fit the model, the optimizer or a generator.
+        ValueError: a tensor is missing, or does not fit the model, the optimizer or a generator.
     """
     load_weights(model, path / "model.safetensors")
     state = _read_optimizer_state(path / "optimizer.safetensors", model, optimizer)
@@ -246,7 +247,7 @@ def saved(root: Path) -> list[Path]:
 def remove_after(root: Path, step: int) -> None:
     """Remove the checkpoints after ``step``, and temporary folders of killed processes.
 
-    The newest intact checkpoint is that of ``step``, so all later checkpoints are damaged.
+    Training resumes from the newest intact checkpoint, at ``step``; later ones are damaged.
 
     Raises:
         FileExistsError: a later checkpoint contains foreign files, and is therefore not removed.

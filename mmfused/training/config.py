@@ -36,8 +36,8 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("unite", "paper"): _UNITE,
     ("unite", "code"): _UNITE,
 }
-# Settings that may differ when a run is resumed, because they do not affect its results. The
-# contents of ``data``, ``val`` and ``products`` must not differ: `check_rows` compares them.
+# Settings that may differ when a run is resumed. The folders ``data``, ``val`` and ``products`` may
+# be moved, but `check_rows` requires the same contents.
 FREE_ON_RESUME = {
     "out",
     "data",
@@ -86,16 +86,16 @@ class TrainConfig:
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
-        init: folder of a run or checkpoint of the same model; training starts from its weights and
-            uses its tokenizer, as in UNITE's second stage.
+        init: folder of a run or checkpoint of the same model, whose weights and tokenizer training
+            starts with, as in UNITE's second stage.
         backend: backend of the ops.
-        amp: "bf16" trains under bfloat16 autocast, "off" in float32; "auto" is "bf16" on CUDA
-            devices that support bfloat16, otherwise "off".
+        amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
+            CUDA devices that support bfloat16, otherwise "off".
         modalities: the modalities that FLUID sees.
         steps: number of steps; None derives it from ``epochs``.
         epochs: number of passes over the training set.
         grad_cache: number of items of a batch that are encoded at a time; None encodes all at once.
-        augment: whether to augment pictures; None augments all but generated pictures.
+        augment: whether to augment training pictures; None augments all but generated pictures.
         tokenizer: folder or name of a tokenizer; None trains a tokenizer on the texts.
         val_every: number of steps between validations; None takes a tenth of all steps.
         save_every: number of steps between checkpoints; None takes ``val_every``.
@@ -104,7 +104,7 @@ class TrainConfig:
         resume: continue from the newest checkpoint in ``out``, if there is one.
 
     Raises:
-        ValueError: a value is out of range, or two values exclude each other.
+        ValueError: a value is invalid, or two values exclude each other.
     """
 
     out: str
@@ -259,7 +259,7 @@ class TrainConfig:
         """Return the config with these ``values``, as from :meth:`to_dict`.
 
         Raises:
-            ValueError: a setting is unknown, "out" is missing, or a value is out of range.
+            ValueError: a setting is unknown, "out" is missing, or a value is invalid.
         """
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
         if unknown:
@@ -273,7 +273,7 @@ class TrainConfig:
 
         Args:
             saved: the settings of a run or checkpoint.
-            where: its folder, for the error message.
+            where: folder of the run or checkpoint, for the error message.
         """
         for name, value in self.to_dict().items():
             if name in saved and name not in FREE_ON_RESUME and saved[name] != value:

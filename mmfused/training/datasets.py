@@ -74,7 +74,7 @@ def check_folder(name: str, folder: str) -> None:
 
     Args:
         name: name of the argument, for the error message.
-        folder: its value.
+        folder: value of the argument.
     """
     if not (Path(folder) / "metadata.csv").is_file():
         raise FileNotFoundError(
@@ -118,19 +118,19 @@ def _warn_of_skipped(name: str, skipped: list[str], most: int = 5) -> None:
 def _check_classes(train_set: Any, val_set: Any) -> None:
     """Raise ValueError if a label is too large.
 
-    Training labels must be below ``MAX_CLASSES``. Validation labels must not exceed the largest
+    Training labels must be below ``MAX_CLASSES``. Validation labels must be at most the largest
     training label.
     """
-    last = train_set.num_classes - 1
-    if last >= MAX_CLASSES:
+    largest = train_set.num_classes - 1
+    if largest >= MAX_CLASSES:
         raise ValueError(
-            f"data: got the label {last}, expected labels below {MAX_CLASSES}: "
+            f"data: got the label {largest}, expected labels below {MAX_CLASSES}: "
             "a classifier has an output for each label from 0 to the largest"
         )
-    if val_set.num_classes - 1 > last:
+    if val_set.num_classes - 1 > largest:
         raise ValueError(
             f"val: got the label {val_set.num_classes - 1}, "
-            f"expected labels from 0 to {last}, the largest label of the training data"
+            f"expected labels from 0 to {largest}, the largest label of the training data"
         )
 
 
@@ -143,11 +143,11 @@ def stored_side(config: TrainConfig) -> int:
 
 
 def check_rows(config: TrainConfig, expected: Mapping[str, str], *splits: Any) -> None:
-    """Raise ValueError unless each of the ``splits`` has its ``expected`` digest.
+    """Raise ValueError if the digest of a split is not the ``expected`` one.
 
     Args:
         config: the settings.
-        expected: digests by name of the split.
+        expected: digests by the name of the split.
         splits: data sets in the order of ``SPLITS``; None for a split that the run does not have.
     """
     for name, split in zip(SPLITS, splits, strict=True):

@@ -54,7 +54,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 class Lock:
     """A lock on the marker file of ``folder``, held until :meth:`release`.
 
-    The marker is created if it is missing; ``had_marker`` tells whether it existed before. The
+    A missing marker is created; ``had_marker`` tells whether the marker existed before. The
     operating system releases the lock when the process ends or is killed.
 
     Raises:
@@ -171,11 +171,14 @@ def _names_mmfused(path: Path) -> bool:
 
 
 def foreign_files(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the foreign files among ``names`` and inside them, as paths relative to ``folder``.
+    """Return the foreign files among ``names``, or inside folders among ``names``.
 
     Args:
         folder: the folder to search.
         names: names of a run's files and folders, as in ``RUN_FILES``.
+
+    Returns:
+        Paths relative to ``folder``.
     """
     if not is_run_folder(folder):
         return [name for name in names if os.path.lexists(folder / name)]
@@ -257,6 +260,6 @@ def _final_name(path: Path) -> str:
 
 
 def half_written(folder: Path, names: Collection[str]) -> list[Path]:
-    """Return the temporary files of ``names`` that killed processes left in ``folder``."""
+    """Return temporary files for ``names`` that killed processes left in ``folder``."""
     found = [path for path in folder.glob(".*.tmp") if TEMPORARY_NAME.fullmatch(path.name)]
     return [path for path in found if _final_name(path) in names and not any(foreign_paths(path))]

@@ -23,9 +23,9 @@ def add_gradients(
     """Add the gradient of the mean loss of ``count`` batches to ``.grad``, one batch at a time.
 
     If the loss is a mean over samples and all batches have the same size, the result is the
-    gradient of one large batch. If the loss couples samples, the result differs: a contrastive loss
-    takes its negatives, a balance loss its shares, and BatchNorm its statistics from one batch
-    only. Contrastive losses can use :func:`add_cached_gradients` instead.
+    gradient of one large batch. If the model or the loss couples samples, the result differs,
+    because only samples of one batch are coupled: the negatives of a contrastive loss, for example,
+    come from one batch. Contrastive losses can use :func:`add_cached_gradients` instead.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -55,16 +55,19 @@ def add_cached_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add the gradient of one batch to ``.grad``, encoding ``chunk`` items at a time (GradCache).
 
-    GradCache (Gao et al. 2021, arXiv 2101.06983) encodes all chunks without a graph, computes the
-    loss and its gradient with respect to the encoded rows, then encodes each chunk again and
-    backpropagates through it. The gradient is exact, since the second encoding draws the same
-    dropout. It takes twice the forward passes, and the memory of one chunk's graph. Terms that are
-    means over the items of an encoder call (MOON2.0's balance loss) become means over chunks.
+    GradCache (Gao et al. 2021, arXiv 2101.06983) first encodes all chunks without a graph, and
+    computes the gradient of the loss with respect to the encoded rows. Then it encodes each chunk
+    again, with the same dropout, and backpropagates the rows' gradient through the encoder. Each
+    chunk is encoded twice, but only one chunk's graph is in memory.
+
+    The gradient is exact if the encoder treats items separately. A scalar that the encoder computes
+    from all items of a call, such as MOON2.0's balance loss, is computed for each chunk and
+    averaged. BatchNorm normalises each chunk by its own statistics.
 
     Args:
         model: a retrieval model.
         batch: items by role: "query", "candidate", and "negative" if the model takes negatives.
-        chunk: number of items that are encoded at a time.
+        chunk: number of items of a chunk.
         amp: compute under bfloat16 autocast.
 
     Returns:
@@ -105,11 +108,10 @@ def _backward(
     """Backpropagate the gradients of ``leaves`` through the encoding of one chunk.
 
     Args:
-        encoded: what the model returned for the chunk, by name.
-        leaves: the same for all chunks, with gradients.
+        encoded: the encoding of the chunk, with a graph.
+        leaves: the encodings of all chunks, from :func:`_join`, with gradients.
         rows: rows of the chunk in the leaves.
-        share: fraction of the items that are in the chunk, by which gradients of scalar leaves
-            are multiplied.
+        share: weight of the chunk in the means of scalars.
     """
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
@@ -130,7 +132,10 @@ def _chunks(items: Items, size: int) -> list[Items]:
 
 
 def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
-    """Return leaf tensors: the rows of all chunks, and the scalars averaged over items."""
+    """Return leaf tensors: the rows of all chunks, and the mean of each scalar over chunks.
+
+    In the mean, chunks are weighted by their numbers of items.
+    """
     shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
     leaves: Items = {}
     for name, first in parts[0].items():
@@ -166,10 +171,7 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over ranks, with one all-reduce per dtype.
-
-    A missing gradient counts as zeros.
-    """
+    """Average the gradients over ranks, with one all-reduce per dtype; None counts as zeros."""
     if not in_group():
         return
     groups: dict[torch.dtype, list[Tensor]] = {}

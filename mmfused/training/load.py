@@ -1,4 +1,4 @@
-"""Load a trained model, with its tokenizer and batches, to measure it."""
+"""Load a trained model and its tokenizer, and make batches for it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mmfused.training.setup import (
 
 
 class Trained:
-    """A trained model in evaluation mode, on ``device``.
+    """A trained model with its tokenizer and settings.
 
     Args:
         folder: folder of the run or checkpoint.
-        model: the model.
+        model: the model, in evaluation mode.
         tokenizer: the model's tokenizer.
         settings: the settings saved in ``folder``.
         device: device to which the model is moved.

@@ -104,7 +104,7 @@ class Training:
         """Load the checkpoint ``found`` and the records up to its step.
 
         Raises:
-            ValueError: the checkpoint does not fit the model, or ``metrics.jsonl`` lacks records.
+            ValueError: the checkpoint does not fit the run, or ``metrics.jsonl`` lacks records.
         """
         path, state = found
         if state["step"] > self.steps:
@@ -130,7 +130,7 @@ class Training:
         self.seconds_before: float = state["seconds"]
 
     def shared(self) -> dict[str, Any]:
-        """Return the values that must be equal on all ranks for them to make the same steps."""
+        """Return the values that must be equal on all ranks."""
         rows = {f"{name}'s rows": digest for name, digest in self.settings["rows"].items()}
         return {**rows, "steps": self.steps, "step": self.step, "batches": len(self.batches)}
 
@@ -165,10 +165,12 @@ class Training:
     def loop(self, stop: StopRequest) -> None:
         """Make the remaining steps, and validate and save when due."""
         self.model.train()
+        # `Batches.stream` for a classifier, `PairBatches.stream` for a retrieval model; both
+        # classes are in mmfused/data.
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
             signum = stop_together(stop)
-            # After resuming, this repeats a validation that a signal interrupted.
+            # A validation that a signal interrupted is repeated here after resuming.
             if self.is_due(self.val_every) and self.validated_step() < self.step:
                 with fail_together():
                     self.validate(stop)
@@ -236,7 +238,7 @@ class Training:
         """Record the step if a record is due, and update the progress bar.
 
         Raises:
-            RuntimeError: the loss is not finite.
+            RuntimeError: a record is due and the loss is not finite.
         """
         config = self.config
         if self.is_due(config.log_every):
@@ -274,7 +276,7 @@ class Training:
             self.saved = (self.step, folder)
             return
         self.restore_folder()
-        # The checkpoint refers to the records up to this step, so they are flushed first.
+        # The records are flushed first, because the checkpoint contains the size of their file.
         self.records.sync()
         epoch, batch = divmod(self.step * self.config.accumulate, len(self.batches))
         state = {
@@ -300,7 +302,8 @@ class Training:
         """Create the folder, its marker and ``metrics.jsonl`` again if they have been removed.
 
         Raises:
-            FileExistsError: another process has locked the folder or replaced ``metrics.jsonl``.
+            FileExistsError: another process has locked the folder, or ``metrics.jsonl`` has been
+                replaced.
         """
         assert self.lock is not None
         if not self.lock.is_in_place():
@@ -360,9 +363,9 @@ def update(
     clip: float,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make one optimizer step, and return the mean loss of the batches and its terms by name.
+    """Make one optimizer step; return the mean loss of the batches, and its terms by name.
 
-    Gradients are averaged over ranks before they are clipped.
+    Gradients are averaged over ranks, then clipped.
 
     Args:
         model: the model to train.
@@ -371,7 +374,7 @@ def update(
         batches: the batches of this step.
         count: number of batches.
         rate: learning rate.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient of all parameters.
         amp: compute under bfloat16 autocast.
     """
     for group in optimizer.param_groups:

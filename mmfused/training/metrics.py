@@ -49,7 +49,7 @@ def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
 
     A class occurs if it is in ``predictions`` or in ``labels``.
     """
-    # Classes are renumbered because labels may be large numbers, and `count` allocates that many.
+    # Renumber the classes, because `count` needs memory in proportion to the largest label.
     numbers = torch.cat([predictions, labels]).unique(return_inverse=True)[1]
     counts = count(*numbers.split(len(labels)))
     macro = {f"macro_{name}": float(value.mean()) for name, value in class_scores(counts).items()}
@@ -75,7 +75,7 @@ def predict(
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> tuple[float, Tensor, Tensor] | None:
-    """Return the mean loss, predictions (N,) and labels (N,) in evaluation mode.
+    """Return the mean loss, the predictions (N,) and the labels (N,), in evaluation mode.
 
     Args:
         model: a classifier.
@@ -128,10 +128,7 @@ def evaluate_classifier(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes.
-
-    On CUDA it is that of the allocator, otherwise the resident memory of this process.
-    """
+    """Return the peak memory in bytes: allocated memory on CUDA, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -14,7 +14,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Return the learning rate of one step: linear warm-up, then cosine decay to 0.
 
     Args:
-        step: number of the step, counted from 0.
+        step: index of the step, counted from 0.
         steps: number of all steps.
         peak: the learning rate at the end of the warm-up.
         warmup: fraction of the steps that belongs to the warm-up.
@@ -26,7 +26,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, without weight decay of norms and biases."""
+    """Return AdamW over the trainable parameters; norms, biases and vectors do not decay."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

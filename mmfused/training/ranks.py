@@ -22,8 +22,8 @@ class OtherRankError(RuntimeError):
 def join_ranks(device: torch.device) -> tuple[int, int]:
     """Return the rank and the number of ranks; create the process group under ``torchrun``.
 
-    On CUDA the group has NCCL for CUDA tensors and gloo for CPU tensors. The functions below
-    exchange CPU tensors, for which the device need not be synchronized.
+    On CUDA the new group has NCCL for CUDA tensors and gloo for CPU tensors. In such a group, the
+    functions below exchange CPU tensors, so that they need not wait for the device.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
@@ -42,10 +42,10 @@ def leave_ranks() -> int:
 
 
 def stop_together(stop: StopRequest) -> int | None:
-    """Return on all ranks the signal that any rank has received, or None.
+    """Return the number of a signal that any rank has received, or None.
 
-    Ranks must act on the returned value and not on ``stop``, which may change at any time on one
-    rank only.
+    The result is the same on all ranks. Ranks must act on the result and not on ``stop``, which may
+    change at any time on one rank only.
     """
     if not in_group():
         return stop.signum
@@ -70,11 +70,12 @@ def _gather_texts(text: str) -> list[str]:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raise an error on all ranks if the block raises on one, so that no rank waits forever.
+    """Raise on all ranks if the block raises an Exception on one, so that no rank waits forever.
 
-    The failing rank raises its own error, and the other ranks raise :class:`OtherRankError`. All
-    ranks must enter the block. The block must not contain collective operations, in which other
-    ranks would wait for the failed rank.
+    A rank whose block failed raises its own error, and the other ranks raise
+    :class:`OtherRankError`. Other exceptions, such as KeyboardInterrupt, are raised on their rank
+    only. All ranks must enter the block. The block must not contain collective operations, in which
+    other ranks would wait for a rank that failed.
     """
     error = None
     try:

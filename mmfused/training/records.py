@@ -114,7 +114,7 @@ def check_history(
     """
     logged = step // log_every + (step == steps and step % log_every > 0)
     validated = step // val_every + (step == steps and step % val_every > 0)
-    # If a signal interrupted the validation at ``step``, its record is missing.
+    # If a signal interrupted the validation at ``step``, the record of that validation is missing.
     postponed = len(history["val"]) == validated - 1 and is_due(step, val_every, steps)
     val_fits = len(history["val"]) == validated or postponed
     if len(history["train"]) != logged or not val_fits:
@@ -134,7 +134,7 @@ def read_history(path: Path, length: int, scores: tuple[str, ...]) -> History:
         scores: names of the scores that each validation record must have.
 
     Raises:
-        ValueError: the file is shorter, or a line of it is not a record.
+        ValueError: the file is shorter than ``length``, or a line is not a record.
     """
     data = b""
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Decide where training starts: at step 0, at a checkpoint, or not at all if it is finished."""
+"""Decide where training starts: at step 0, at a checkpoint, or not at all in a finished run."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
     """Return the checkpoint to resume from, FINISHED, or None to start at step 0.
 
     Raises:
-        FileExistsError: ``out`` holds another run, or files that no run made.
-        ValueError: all checkpoints are damaged, or the newest one has other settings.
+        FileExistsError: ``out`` holds files that no run made, or a run that must not be replaced.
+        ValueError: all checkpoints are damaged, or the newest intact one has other settings.
     """
     if not config.resume:
         check_out(out, config.overwrite)
@@ -76,12 +76,13 @@ def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Return the summary of the finished run in ``out``.
 
     Raises:
-        ValueError: the run was trained with other settings or data than those in ``config``.
+        ValueError: the settings or data of the run are not those in ``config``, or a file is
+            corrupt.
     """
     settings = read_settings(out)
     check_fields(settings, {"rows": dict}, out / "config.json")
     config.check_same(settings["training"], out)
-    # `check_rows` compares digests of the picture files, so any size will do.
+    # `check_rows` compares digests of the picture files, so pictures may have any size here.
     train_set, val_set = load_data(config, UNUSED_SIDE)
     check_rows(config, settings["rows"], train_set, val_set, load_catalogue(config, UNUSED_SIDE))
     summary = read_json(path_inside(out, "summary.json"))
@@ -113,7 +114,7 @@ def prepare_folder(
         step: step of the checkpoint, or 0.
         was_marked: whether the folder had a marker before it was locked.
     """
-    # Checked again, because another process may have written to the folder before it was locked.
+    # Checked again, because another process may have written to the folder before the lock.
     if found is None:
         check_out(out, config.overwrite, config.resume)
         clear_out(out)

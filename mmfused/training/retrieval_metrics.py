@@ -25,17 +25,17 @@ def rank_of_first(
     candidate: Tensor,
     relevant: Callable[[int, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return each query's rank of the first relevant candidate, and index of the nearest candidate.
+    """Return for each query the rank of its first relevant candidate, and its nearest candidate.
 
-    Candidates are ranked by dot product. Ranks count from 1, and at equal scores irrelevant
-    candidates rank before relevant ones.
+    Candidates are ranked by dot product. Ranks count from 1. Irrelevant candidates rank before
+    relevant candidates of equal dot product.
 
     Args:
         query: (Q, D) embeddings.
         candidate: (C, D) embeddings.
         relevant: ``relevant(first, last)`` returns a (last - first, C) int8 tensor for the queries
-            from ``first`` to ``last - 1``: 1 for relevant candidates, 0 for irrelevant, -1 for
-            excluded ones.
+            from ``first`` to ``last - 1``: 1 for relevant, 0 for irrelevant and -1 for excluded
+            candidates.
 
     Returns:
         Two (Q,) int64 tensors: the ranks, and the indices of the nearest candidates.
@@ -59,7 +59,7 @@ def rank_of_first(
 
 
 def ranking_scores(ranks: Tensor) -> dict[str, float]:
-    """Return Recall@k and MRR, given the ranks from :func:`rank_of_first`.
+    """Return Recall@k and MRR of the ranks from :func:`rank_of_first`.
 
     Recall@k is the fraction of queries with a relevant candidate among the first k, and MRR is the
     mean of 1 / rank.
@@ -81,7 +81,7 @@ def chance(relevant: int, candidates: int) -> dict[str, float]:
         math.comb(candidates - j, relevant - 1) / ways for j in range(1, candidates - relevant + 2)
     ]
     recalls = {f"recall_at_{k}": sum(first[:k]) for k in KS}
-    return {**recalls, "mrr": sum(share / j for j, share in enumerate(first, 1))}
+    return {**recalls, "mrr": sum(probability / j for j, probability in enumerate(first, 1))}
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def embed_items(
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> Items | None:
-    """Return the embeddings of all items, computed in evaluation mode, on the CPU.
+    """Embed all items in evaluation mode.
 
     Args:
         model: a retrieval model.
@@ -102,8 +102,8 @@ def embed_items(
         stopped: called before each batch; if it returns true, `embed_items` returns None.
 
     Returns:
-        A dict with (N, D) float32 embeddings for each view, (N,) ``labels``, and ``has_image`` and
-        ``has_text``, (N,) bool.
+        A dict of CPU tensors: (N, D) float32 embeddings for each view, (N,) ``labels``, and
+        ``has_image`` and ``has_text``, (N,) bool.
 
     Raises:
         RuntimeError: an embedding is not finite.
@@ -145,14 +145,15 @@ def retrieval_scores(
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each pair of views, by names such as "image->both".
 
-    The scores of a pair are :func:`ranking_scores`, their expected values ``chance`` for random
-    candidates, and accuracy and macro F1 of the nearest candidate's label. Items that lack the
-    input of a view are excluded from its pairs. Queries without a relevant candidate are excluded
-    too, and counted in ``unanswerable``.
+    The scores of a pair are :func:`ranking_scores`, and the accuracy and macro F1 of predicting the
+    label of the nearest candidate. ``chance`` has the expected :func:`ranking_scores` for
+    candidates in random order. Items that lack the input of a view are excluded from the pairs with
+    this view. Queries without a relevant candidate are excluded too, and counted in
+    ``unanswerable``. A pair without queries has no scores.
 
     Args:
         queries: from :func:`embed_items`.
-        candidates: from :func:`embed_items`; None searches the queries, each without itself.
+        candidates: from :func:`embed_items`; if None, each query searches the other queries.
     """
     return {
         f"{query_view}->{candidate_view}": _pair_scores(
@@ -212,7 +213,11 @@ def _mean_chance(relevant: Tensor, candidates: Tensor) -> dict[str, float]:
 
 
 def mean_scores(pairs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the mean of each score over the pairs that have scores."""
+    """Return the mean of each score over the pairs that have scores.
+
+    Raises:
+        ValueError: no pair has scores.
+    """
     measured = [pair for pair in pairs.values() if "mrr" in pair]
     if not measured:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""The function behind ``mmfused train``, which makes a finished run from its settings.
+"""The function behind ``mmfused train``.
 
 A run is a folder. ``metrics.jsonl`` and ``checkpoints/`` are written during training;
 ``model.safetensors``, ``config.json``, ``tokenizer/``, ``summary.json`` and ``curves.png`` are
-written at the end. ``load_run`` loads the result. A run that was stopped or killed resumes from its
-newest checkpoint. On a CPU, its results are then bitwise those of an uninterrupted run.
+written at the end. ``load_run`` loads the result. A run that was stopped or killed can be resumed
+from its newest checkpoint. In one process on a CPU, the weights are then bitwise those of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     run there is finished, its summary is returned and nothing is written. If there is no run, a new
     one is started.
 
-    With several ranks, an error on one rank is raised on all ranks. The other ranks raise
-    ``ranks.OtherRankError``, whose message contains the error.
+    With several ranks, an error on one rank is raised on the other ranks too, as a RuntimeError
+    that quotes the error. In a step of a retrieval model, this holds only for errors in the
+    encoders and the loss.
 
     The settings, the data and the folder are checked before any file is changed.
 
@@ -65,10 +67,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: the data cannot be used, the backend is not available, a checkpoint was written
             with other settings or data, or ranks differ in settings, data or numbers of steps.
         FileNotFoundError: a data folder is missing.
-        FileExistsError: ``config.out`` holds files that no run made or a run that another process
-            writes to, or it holds a run and neither ``overwrite`` nor ``resume`` is set.
+        FileExistsError: ``config.out`` holds files that no run made; another process writes to it;
+            or it holds a run, and neither ``overwrite`` nor ``resume`` is set.
         RuntimeError: the loss is not finite, or files that the run wrote are missing at the end.
-        Stopped: SIGTERM or SIGINT was received in the main thread, and a checkpoint was saved.
+        Stopped: SIGTERM or SIGINT stopped training, and a checkpoint was saved. Signals are
+            handled only if `train` is called in the main thread.
     """
     out = Path(config.out)
     rank, world = join_ranks(pick_device(config.device))
@@ -96,7 +99,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that must be the same on all ranks."""
+    """Return the settings that must be equal on all ranks."""
     may_differ = ("threads", "device", "progress")
     settings = {name: value for name, value in config.to_dict().items() if name not in may_differ}
     return {**settings, "mmfused": mmfused.__version__}
@@ -112,7 +115,7 @@ def prepare(
 
     Args:
         config: the settings.
-        found: the checkpoint to resume from; None starts at step 0.
+        found: the checkpoint to resume from; None to start at step 0.
         rank: rank of this process.
         world: number of ranks.
     """
@@ -123,6 +126,7 @@ def prepare(
         torch.set_num_threads(config.threads)
     model, tokenizer, data = _load_parts(config, found)
     model = model.to(device)
+    # The class `Classification` or `Retrieval` in tasks.py.
     make_task = TASKS[MODELS[config.model].task]
     size = model.picture_size
     task = make_task(config, tokenizer, size, model.config, *data, rank=rank, world=world)
@@ -139,7 +143,7 @@ def prepare(
     if found:
         training.restore(found)
     if rank > 0:
-        # Each rank draws its own dropout. Rank 0 continues the generator in the checkpoint.
+        # Ranks draw different dropout. Rank 0 keeps its generator, whose state is in checkpoints.
         torch.manual_seed(torch_generator(config.seed, training.step, rank).initial_seed())
     return training
 
@@ -169,7 +173,7 @@ def _load_sets(config: TrainConfig, image_size: int) -> tuple:
 
 
 def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, Any]:
-    """Return the settings that rebuild the model, and the digests of the data sets."""
+    """Return the settings of the model and of training, and the digests of the data sets."""
     splits = zip(SPLITS, data, strict=True)
     return {
         "mmfused": mmfused.__version__,

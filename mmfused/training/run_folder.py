@@ -122,7 +122,7 @@ def remove_half_written(out: Path) -> None:
 
 
 def check_complete(out: Path, metrics_bytes: int) -> None:
-    """Raise RuntimeError if a file that the run wrote is missing or has another size.
+    """Raise RuntimeError if a file of the run is missing, or ``metrics.jsonl`` has a wrong size.
 
     Args:
         out: the folder of the run.
@@ -224,7 +224,7 @@ def load_saved(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """Load like :func:`load_run`, with ``settings`` from :func:`read_settings`."""
     model = build_saved(settings, folder)
     load_weights(model, folder / "model.safetensors")
-    # Prepared again, because some tokenizer classes do not save which special tokens they add.
+    # Prepared again, because some tokenizer classes do not save their rule for special tokens.
     return model.eval(), model.config.prepare_tokenizer(load_own_tokenizer(folder))
 
 
@@ -279,10 +279,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError if ``settings`` are not a run's; "model" is checked by the model's config.
+    """Raise ValueError unless ``settings`` are those of a run; fields in "model" are not checked.
 
     Args:
-        settings: to check.
+        settings: the settings.
         path: the file with the settings, for the error message.
     """
     kinds = {"mmfused": str, "training": dict, "model": dict, "image_size": int}

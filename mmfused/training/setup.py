@@ -1,4 +1,4 @@
-"""Build the device, tokenizer, batches and model that the settings of a run describe."""
+"""Make the device, tokenizer, batches and model that the settings of a run describe."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def pick_device(name: str) -> torch.device:
 def use_amp(name: str, device: torch.device) -> bool:
     """Return whether to compute under bfloat16 autocast.
 
-    "auto" uses autocast on CUDA devices that support bfloat16, but not on a CPU, where it is seldom
-    faster.
+    "auto" uses autocast only on CUDA devices that support bfloat16.
     """
     if name != "auto":
         return name == "bf16"
@@ -96,7 +95,7 @@ def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any =
 
 
 def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
-    """Return the batch size, lowered to a multiple of ``world`` if it exceeds ``rows``."""
+    """Return the batch size, lowered to a multiple of ``world`` if there are too few rows."""
     size = min(config.batch_size, rows // world * world)
     if size < config.batch_size:
         logger.warning(
@@ -215,7 +214,7 @@ def check_init(config: TrainConfig) -> None:
 
 
 def load_pretrained(config: TrainConfig) -> Pretrained:
-    """Load the pretrained parts in ``config``, except those that its modalities do not use."""
+    """Load the pretrained parts in ``config``, except encoders of unused modalities."""
     fields: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     if config.image_encoder and config.modalities != "text":
@@ -231,10 +230,11 @@ def load_pretrained(config: TrainConfig) -> Pretrained:
 
 
 def image_sizes(config: TrainConfig) -> tuple[int | None, int | None]:
-    """Return the sides of pictures and of patches; None means that the model decides.
+    """Return the side of pictures and the side of patches; None takes that of the model's config.
 
-    With the preset "tiny", sizes that are not in the settings follow from the data: pictures keep
-    their stored size up to 96 pixels, and patches have 8 pixels for pictures of up to 32 pixels,
+    With the preset "tiny" and no pretrained image encoder or host, sides that are not in the
+    settings follow from the data. The side of pictures is the stored one, but at most 96, rounded
+    down to a multiple of the patch side. The side of patches is 8 for pictures of up to 32 pixels,
     otherwise 16.
     """
     if config.preset != "tiny" or config.image_encoder or config.host:
@@ -272,7 +272,7 @@ def build_model(
     patch_size: int | None,
     pretrained: Pretrained | None = None,
 ) -> Any:
-    """Return the untrained model, with pretrained weights if the settings include any.
+    """Return the model with the weights that training starts from.
 
     Args:
         config: the settings.
@@ -280,7 +280,7 @@ def build_model(
         tokenizer: the model's tokenizer.
         image_size: side of the pictures, from :func:`image_sizes`.
         patch_size: side of the patches, from :func:`image_sizes`.
-        pretrained: the pretrained parts; None loads those in the settings.
+        pretrained: the pretrained parts; if None, they are loaded.
     """
     kind = MODELS[config.model]
     pretrained = pretrained or load_pretrained(config)
@@ -305,19 +305,19 @@ def _model_options(
     num_classes: int,
     pretrained: Pretrained,
 ) -> dict[str, Any]:
-    """Return fields of the model's config, from ``config``, ``pretrained`` and the data.
+    """Return fields of the model's config.
 
-    Fields in ``config.model_options`` take precedence over fields of pretrained parts, and these
-    over fields that follow from the data.
+    The sources, in ascending order of precedence: the task, the pretrained parts, and
+    ``config.model_options``.
     """
-    from_data = {}
+    from_task = {}
     if MODELS[config.model].task == "classification":
-        from_data = {"num_classes": num_classes, "modalities": config.modalities}
-    return {**from_data, **pretrained.fields, **config.model_options}
+        from_task = {"num_classes": num_classes, "modalities": config.modalities}
+    return {**from_task, **pretrained.fields, **config.model_options}
 
 
 def _check_vocabulary(fields: dict[str, Any], tokens: int, source: str) -> None:
-    """Raise ValueError if the tokenizer has more tokens than a pretrained part.
+    """Raise ValueError if the tokenizer has more tokens than a pretrained part's vocabulary.
 
     Args:
         fields: fields of the model's config.

@@ -49,9 +49,9 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Record the first SIGTERM or SIGINT in a `StopRequest`, so that training can finish its step.
 
-    A second signal is handled as it was outside this context. Ignored signals stay ignored, for
-    example in background jobs of a shell. Outside the main thread Python allows no handlers, so
-    signals are handled as before.
+    Later signals are handled as outside this context. Signals that were ignored, as in
+    background jobs of a shell, stay ignored. Outside the main thread, where Python does not let a
+    program set handlers, this context does nothing.
     """
     stop = StopRequest()
     handlers = {}
@@ -67,7 +67,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(signum)
-            # None is a handler that was not set by Python, which `restore` could not set again.
+            # None stands for a handler that Python did not set, and that `restore` could not set.
             if handler not in (None, signal.SIG_IGN):
                 handlers[signum] = handler
         for signum in handlers:

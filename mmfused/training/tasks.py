@@ -63,7 +63,7 @@ class Classification:
 
     def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""
-        # `fail_together` is possible because a classifier exchanges nothing between ranks.
+        # `fail_together` allows no collective operations; the gradients of a classifier need none.
         with fail_together():
             inputs = (model_inputs(model, batch) for batch in batches)
             return add_gradients(model, inputs, count, amp)
@@ -85,12 +85,12 @@ class Classification:
 class Retrieval:
     """Batches, gradients and scores of a retrieval model.
 
-    In validation, each item of ``val_set`` is a query for the products with its label. Without
-    ``products``, it is a query for the other items with its label. The arguments are those of
-    :class:`Classification`, except that ``products`` may be a catalogue.
+    In validation, each item of ``val_set`` is a query. It searches for the products with its label
+    or, if ``products`` is None, for the other items of ``val_set`` with its label. The arguments
+    are those of :class:`Classification`, except that ``products`` may be a catalogue.
 
     Raises:
-        ValueError: no item of ``val_set`` has a product or another item of its label.
+        ValueError: no query has anything to find.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ TASKS: dict[str, type[Classification] | type[Retrieval]] = {
 
 
 def _check_findable(val_set: Any, products: Any) -> None:
-    """Raise ValueError if no item of ``val_set`` has a product or another item of its label."""
+    """Raise ValueError if no query has anything to find."""
     counts = Counter(val_set.labels)
     if products is None:
         found = {label for label, count in counts.items() if count > 1}
@@ -180,12 +180,13 @@ def evaluate_retrieval(
 ) -> dict[str, Any] | None:
     """Return the retrieval scores of a model, or None if ``stopped()`` becomes true.
 
-    The scores are means over the pairs of views; ``pairs`` has the scores of each pair.
+    The scores are means over the pairs of a query view and a candidate view; ``pairs`` has the
+    scores of each pair.
 
     Args:
         model: a retrieval model.
         batches: batches of queries.
-        products: batches of candidates; None searches the queries themselves.
+        products: batches of candidates; if None, each query searches the other queries.
         amp: compute under bfloat16 autocast.
         stopped: called before each batch.
     """
@@ -208,10 +209,10 @@ def drop_modalities(
     generator: torch.Generator,
     tokenizer: Any,
 ) -> Items:
-    """Return the batch with the image or the text of random items hidden.
+    """Return the batch, with the image or the text of random items hidden.
 
-    Items that lack an image or a text are not changed. A hidden image becomes a missing one, and a
-    hidden text becomes the empty text, [CLS] [SEP].
+    Items that lack an image or a text are not changed. A hidden image counts as missing, and a
+    hidden text is replaced by the empty text, [CLS] [SEP].
 
     Args:
         batch: a batch from :class:`mmfused.data.Collate`.
