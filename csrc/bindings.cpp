@@ -19,7 +19,8 @@ using at::Tensor;
 using Optional = std::optional<Tensor>;
 using mmfused::Router;
 
-// Return a contiguous tensor of this dtype, or an undefined one. The caller must keep it alive while its pointer is in use.
+// Return a contiguous tensor of this dtype; None gives an undefined tensor. The caller must keep the result alive while its pointer
+// is in use.
 Tensor dense(const Optional& tensor, at::ScalarType dtype) {
   return tensor.has_value() && tensor->defined() ? tensor->to(dtype).contiguous() : Tensor();
 }
@@ -39,7 +40,7 @@ mmfused::Dtype dtype_of(const Tensor& logits) {
   return dtype == at::kFloat ? mmfused::Dtype::float32 : dtype == at::kHalf ? mmfused::Dtype::float16 : mmfused::Dtype::bfloat16;
 }
 
-// The arguments that all functions below share, checked, with the tensors that own the memory behind the pointers.
+// Checks the arguments that all functions below share, and owns the tensors behind the pointers of `router`.
 struct Call {
   Tensor logits, mask, segments, available, seed;
   Router router{};

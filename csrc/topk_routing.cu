@@ -1,11 +1,11 @@
 // Top-k routing in three kernels, and its gradient in one.
 //
 //   route    a group of lanes routes a token and writes its indices and weights; each block writes partial counts and sums
-//   scan     adds up the blocks in a fixed order: where each block's assignments begin within an expert, and the totals
-//   finish   each block ranks its assignments and writes order and position; then tiles, offsets, losses and coefficients
+//   scan     computes totals over the blocks, and where each block's assignments begin among the assignments of an expert
+//   finish   blocks rank their assignments and write order, position and tiles; the last block writes offsets, losses, coefficients
 //
 // Each block owns consecutive tokens, so the order is stable. Integers are counted in any order, but floats are added in a fixed
-// order, so two runs give the same bits. Offsets of rows have 64 bits.
+// order, so two runs give the same bits. Addresses of rows are computed with 64-bit integers.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -114,7 +114,7 @@ __device__ inline int* int_totals(const Plan& p, const Router& r, int* ints) {
 }
 __device__ inline float* float_totals(const Plan& p, float* floats) { return floats + p.blocks * p.num_floats; }
 
-// Return the number of a block's assignments to expert e over all segments, or, if e = E, of assignments of masked tokens.
+// Return the number of a block's assignments to expert e, in all segments. For e = E, return the assignments of masked tokens.
 __device__ inline int assignments(const Router& r, const Plan& p, const int* ints, int64_t block, int e) {
   const int* row = ints + block * p.num_ints;
   int found = 0;
@@ -219,7 +219,7 @@ __device__ inline void find_starts(const Router& r, const Forward& f, const int*
   }
 }
 
-// Write order and position of one block's assignments. Each warp handles consecutive ones, 32 at a time, so that ranks are stable.
+// Write order and position of one block's assignments. Each warp handles consecutive assignments, 32 at a time, in their order.
 __device__ inline void place(const Router& r, const Forward& f, const Plan& p, const int* begins, const int* start, int* bins) {
   const int64_t* const indices = f.replay != nullptr ? f.replay : f.indices;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = r.experts + 1;

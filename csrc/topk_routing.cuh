@@ -1,7 +1,7 @@
 // Top-k routing, the arithmetic of one token: noise, scores, choices, weights, statistics and the gradient of its logits.
 //
-// A group of lanes holds the logits of a token: expert e is in slot e / lanes of lane e % lanes. On the device a group is part of a
-// warp. On the host it is Serial, a single lane, so that a loop over tokens runs the same code. All arithmetic is in float32.
+// A group of lanes holds the logits of a token: expert e is in slot e / lanes of lane e % lanes. On the device, a group is at most
+// a warp. On the host, the group is Serial, a single lane, so that a loop over tokens runs the same code. Arithmetic is in float32.
 #pragma once
 
 #include <float.h>
@@ -36,7 +36,7 @@ MMFUSED_BOTH float rounded_product(float a, float b) {
 #endif
 }
 
-// Return the first word of Philox4x32-10 at counter (row, column, 0, 0), converted to a float32 in [0, 1) like in Triton's tl.rand.
+// Return the first word of Philox4x32-10 at counter (row, column, 0, 0), converted to a float32 in [0, 1) as in Triton's tl.rand.
 MMFUSED_BOTH float uniform(uint64_t seed, uint32_t row, uint32_t column) {
   uint32_t c0 = row, c1 = column, c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
@@ -117,8 +117,8 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
   int64_t t;
   int segment;
   bool masked;
-  bool sound;  // false: the segment or a replayed expert is out of range, or the segment has fewer than k experts; logits are NaN
-  bool every;  // the segment is out of range or has fewer than k experts, so any k different experts of all may be chosen
+  bool sound;  // false: the logits are NaN, because the segment or a replayed expert is out of range, or because of too few experts
+  bool every;  // all experts count as available, because the segment is out of range or has fewer than k available experts
   float l[SLOTS];          // logit with noise; 0 if the token is masked, -inf if the expert is not available
   float u[SLOTS];          // log of the score, up to a constant
   float p[SLOTS];          // softmax of u
@@ -145,7 +145,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     return e < r.experts && (every || r.available == nullptr || r.available[segment * r.experts + e]);
   }
 
-  // Compute the scores of all experts. load(token, expert) returns a logit as float32. replay() must be called before score().
+  // Compute the scores of all experts. load(token, expert) returns a logit as float32. Any call of replay() must come first.
   template <class Load> MMFUSED_BOTH void score(Load load) {
     const uint64_t seed = r.jitter != 0.0f ? uint64_t(*r.seed) : 0;
     if (r.available != nullptr) {
@@ -169,7 +169,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     float total = softmax(u, top);
     log_sum = logf(total);
     lse = top + log_sum;
-    // If the logsumexp is infinite or NaN, all probabilities are NaN, like in PyTorch.
+    // If the logsumexp is infinite or NaN, all probabilities are NaN, as in PyTorch.
     inverse = isfinite(lse) ? 1.0f / total : NAN;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) p[s] *= inverse;
@@ -184,8 +184,9 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
 
   MMFUSED_BOTH float score_of(float log_score) const { return r.sigmoid ? expf(log_score) : expf(log_score - top) * inverse; }
 
-  // Set p = exp(x - largest) and return its sum. An infinite maximum is replaced by 0, so that the sum is 0 or infinity, not NaN.
-  MMFUSED_BOTH float softmax(const float (&x)[SLOTS], float& largest, bool keep = true) {
+  // Return the sum of exp(x - largest); `store`: set p to the powers. An infinite maximum is replaced by 0, so that the sum is 0 or
+  // infinity, not NaN.
+  MMFUSED_BOTH float softmax(const float (&x)[SLOTS], float& largest, bool store = true) {
     largest = -INFINITY;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) largest = x[s] > largest ? x[s] : largest;
@@ -195,13 +196,13 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const float power = expf(x[s] - largest);
-      if (keep) p[s] = power;
+      if (store) p[s] = power;
       total += power;
     }
     return Group::sum(total);
   }
 
-  // Choose the k experts with the largest keys; the lower expert wins a tie. The k experts differ; unavailable ones come last.
+  // Choose the k experts with the largest keys; the lower index wins a tie. The k experts differ; unavailable experts come last.
   MMFUSED_BOTH void choose(const float* selection_bias) {
     uint32_t key[SLOTS];
 #pragma unroll
@@ -241,7 +242,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     for (int j = 0; j < r.choices; ++j) keep(j, log_score, of_expert(choice(j, expert), u));
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) value[c] = score_of(log_score[c]);
-    if (r.renormalize) {  // softmax of u over the chosen experts, which needs no epsilon and in which no score underflows
+    if (r.renormalize) {  // softmax of u over the chosen experts; its denominator is at least 1, so it needs no epsilon
       float largest = -INFINITY, total = 0.0f;
 #pragma unroll
       for (int c = 0; c < CHOICES; ++c) largest = log_score[c] > largest ? log_score[c] : largest;
@@ -266,7 +267,7 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     return Group::sum(total);
   }
 
-  // Overwrite l with the gradient of the token's logits. Weights are stored like the choices. A null gradient counts as 0.
+  // Overwrite l with the gradient of the token's logits. Weight j is in the slot of choice j. A null gradient counts as 0.
   MMFUSED_BOTH void gradient(const Backward& b, const float (&weight)[CHOICES]) {
     const bool mse = r.balance == Balance::mse;
     const float* row = b.coefficients + int64_t(segment) * r.experts;
@@ -288,21 +289,21 @@ template <class Group, int SLOTS, int CHOICES> struct Token {
     }
     product = r.renormalize ? Group::sum(product) : 0.0f;
 
-    // The gradient of a softmax sums to 0. If P is near 1, rounding leaves a sum that is not 0: `rest`, and below `left`. It is
-    // subtracted in proportion to the weights, or to P.
+    // The gradient of a softmax sums to 0, but rounding leaves other sums if a probability is near 1: `rest` for the weights, and
+    // `left` for p. Each sum is subtracted, in proportion to the weights or to p.
     float rest = 0.0f;
 #pragma unroll
     for (int c = 0; c < CHOICES; ++c) rest += weight[c] * (g[c] - product);
     rest = r.renormalize ? Group::sum(rest) : 0.0f;
 
-    float du[SLOTS], inner = 0.0f;  // du is first the gradient of P
+    float du[SLOTS], inner = 0.0f;  // du is first the gradient of p
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int e = expert_of(s);
       du[s] = 0.0f;
       if (usable(e)) {
         if (!mse && b.d_balance != nullptr) du[s] = d_balance * row[e];
-        // log P instead of log P + 1: subtracting `inner` removes constants.
+        // log p instead of log p + 1: subtracting `inner` removes constants.
         if (b.d_entropy != nullptr && p[s] != 0.0f) du[s] -= d_entropy * (u[s] - top - log_sum);
       }
     }

@@ -54,8 +54,8 @@ struct Backward {
   void* d_logits;                                        // (T, E), contiguous, dtype of the logits
 };
 
-// How the forward divides the tokens into blocks, and the workspaces that its three kernels share. It depends only on the shape.
-// max_blocks is enough to fill any GPU. Larger inputs get more tokens per block, so that the scan over the blocks stays short.
+// How the forward divides the tokens into blocks, and the sizes of the workspaces that its three kernels share. There are at most
+// max_blocks blocks, so that the scan over the blocks stays short; larger inputs get more tokens per block.
 struct Plan {
   int lanes;       // threads per token
   int threads;     // threads per block of route_kernel

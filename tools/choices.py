@@ -41,7 +41,7 @@ def compare(
     variants: Variants,
     settings: run.Settings,
 ) -> dict[str, dict]:
-    """Check and time each variant of one case; return the entries for the record by name."""
+    """Check and time each variant of one case; return the record's entry of each variant."""
     builders = {name: functools.partial(_build, op, *parts) for name, parts in variants.items()}
     problem = op.make(case, settings.device, settings.dtype)
     op_with_variants: Any = types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders})
@@ -170,7 +170,7 @@ def measure_choice(
 ) -> tuple[dict, list[str]]:
     """Measure the cases that the file of ``choice`` does not have yet.
 
-    Returns the record and the names of the cases that the budget left.
+    Returns the record and the names of the cases left for another run.
     """
     op, path = run.load_op(choice.op), folder / f"choices-{choice.op}-{choice.name}.json"
     fresh = {
@@ -190,8 +190,8 @@ def measure_choice(
         if settings.budget.spent():
             left.append(f"{choice.op} {choice.name} {name}")
             continue
-        quick = mock.patch.object(op, "need_kernels", lambda *_: None)
-        with quick if settings.quick else contextlib.nullcontext():
+        interpreted = mock.patch.object(op, "need_kernels", lambda *_: None)
+        with interpreted if settings.quick else contextlib.nullcontext():
             variants = choice.variants or tile_variants(op, choice.op, case, settings)
             record["cases"][name] = compare(op, case, variants, settings)
             record["shapes"][name] = asdict(case)
@@ -229,9 +229,9 @@ def requested_choices(args: argparse.Namespace) -> list[Choice]:
 
 
 def resumed(path: Path, fresh: dict) -> dict:
-    """Return the record in ``path`` if it can be continued, else ``fresh``.
+    """Return the record in ``path``, or ``fresh`` if the record cannot be continued.
 
-    It can be continued if its device, versions, sources and settings are those of ``fresh``.
+    The device, versions, sources and settings of the record must be those of ``fresh``.
     """
     if not path.exists():
         return fresh

@@ -19,11 +19,12 @@ Fill = Callable[[Any], None]  # draws on a matplotlib Figure
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of a case's longest pass with one launch, as (median seconds, provider label).
+    """Times of a case's longest pass, as (median seconds, provider label).
 
+    ``launch``: the launch of all times, "eager" or "graph".
     ``ours``: the fastest kernel provider, or the composed path if no kernels were timed.
     ``best``: the fastest baseline, or None if no baseline was timed.
-    ``faster``: ``best`` or the composed path, if it is faster than ``ours``, else None.
+    ``faster``: the faster of ``best`` and the composed path, or None if ``ours`` is faster.
     """
 
     record: dict
@@ -54,7 +55,7 @@ def memory_key(record: dict) -> str:
 
 
 def compare(record: dict) -> Comparison | None:
-    """Return the comparison of a record, or None if nothing of the library was timed."""
+    """Return the comparison of a record, or None if no provider of the library was timed."""
     which, own = report.longest_pass(record), ours_of(record["op"])
     kernels = with_compiled(name for name in own if name != "composed")
     composed = with_compiled(["composed"])
@@ -86,7 +87,7 @@ def comparisons(records: list[dict]) -> list[Comparison]:
 
 
 def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
-    """Return file -> fingerprint of the numbers shown, and the function that draws the picture."""
+    """Return for each file the fingerprint of its numbers, and the function that draws it."""
     rows = [row for row in comparisons(records) if row.best is not None]
     shown = [
         [
@@ -163,7 +164,7 @@ def label(record: dict) -> str:
 
 
 def speedups(rows: list[Comparison], figure: Any) -> None:
-    """Draw speed-ups as bars that start at 1, and beside them the memory of ours and baseline."""
+    """Draw speed-ups as bars that start at 1; on the right, the memory of ours and the baseline."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     records = [row.record for row in rows]
@@ -210,7 +211,7 @@ def draw_memory(row: Comparison, place: int, axes: Any) -> None:
 
 
 def row_names(records: list[dict]) -> list[str]:
-    """Return the label of each case, with the op's name above the label of its first case."""
+    """Return the label of each case; the first label of an op has the op's name above it."""
     names, before = [], None
     for record in records:
         first = record["op"] != before
@@ -220,7 +221,7 @@ def row_names(records: list[dict]) -> list[str]:
 
 
 def plain_ticks(axes: Any) -> None:
-    """Set the ticks of a logarithmic axis to 1, 2, 5, 10 ..., or to powers of ten if it is long."""
+    """Set the ticks of a logarithmic axis to 1, 2, 5, 10 ...; to powers of ten on a long axis."""
     low, high = axes.get_xlim()
     inside = [
         (step, 10.0**power)

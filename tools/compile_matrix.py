@@ -1,4 +1,4 @@
-"""Compile every case of ``mmfused inspect`` for every supported architecture and Triton.
+"""Compile every case of ``mmfused inspect`` for every supported architecture and Triton version.
 
     python tools/compile_matrix.py             all cases; writes the table
     python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "compile_matrix.md"
-# At least one case of each op, and every case that spilled or raced on a supported version before.
+# At least one case of each op, and every case that once had a spill or a race.
 NEWEST_CASES = (
     "fluid",
     "fluid text",
@@ -92,7 +92,7 @@ def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: 
 
 
 def commit() -> str:
-    """Return the commit of the compiled sources, with a + if the sources differ from it."""
+    """Return the commit of the compiled sources, with a + if there are uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

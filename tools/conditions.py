@@ -1,9 +1,10 @@
 """The conditions of tools/targets.py, and the rule for which times they compare.
 
 A benchmark times each provider with one or two launches: "eager" calls and, on a GPU, replay of a
-CUDA "graph". A speed-up is a ratio of medians with the same launch. If the floor (the least
-possible time) of the forward or the backward is under 100 us, that launch is "graph". Otherwise it
-is the faster launch of the baseline, or of the op if the condition has no baseline.
+CUDA "graph". A speed-up is a ratio of medians with the same launch. The launch is "graph" for a
+small case: on a GPU, with a floor (least possible time) of the forward or the backward under
+100 us. In other cases, it is the launch with which the baseline is faster. A condition without a
+baseline uses the launch with which the op is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from ..benchmarks import report
 
-SMALL_SECONDS = 100e-6  # cases with a lower floor are timed by CUDA graph replay
+SMALL_SECONDS = 100e-6  # cases with a lower floor are compared by CUDA graph replay
 SIGNS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 
 
@@ -70,7 +71,7 @@ def is_compiled(label: str) -> bool:
 def fastest(record: dict, labels: Iterable[str], which: str) -> dict[str, tuple[float, str]]:
     """Return launch -> (median seconds of pass ``which``, label) of the fastest of ``labels``.
 
-    Providers that failed the accuracy check or were not timed do not count.
+    Only providers that passed the accuracy check count.
     """
     best: dict[str, tuple[float, str]] = {}
     for label in labels:
@@ -132,7 +133,7 @@ class Bench:
         return provider
 
     def times(self, which: str, eager: bool = False) -> dict[str, tuple[float, str]]:
-        """Return the times of ``ours`` by launch, compiled or not; ``eager``: only not compiled."""
+        """Return the fastest time of ``ours`` by launch; ``eager``: ignore the compiled variant."""
         self.provider()
         return fastest(self.record, [self.ours] if eager else with_compiled([self.ours]), which)
 
@@ -244,7 +245,7 @@ def fastest_rivals(
 
 
 def timed_pass(record: dict, which: str) -> str:
-    """Return ``which``, or "both" in place of a "step" that no provider of the record has."""
+    """Return ``which``, but "both" instead of "step" if no provider has times of a step."""
     passes = (
         times
         for provider in record["providers"].values()

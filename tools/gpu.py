@@ -10,9 +10,9 @@
     test-rest  run the remaining tests, which depend least on the GPU
     report     list which performance targets are met
 
-A slice is green if it succeeds and red if it fails. A red slice does not stop the run. A green
-slice is skipped in later runs with the same sources and versions, unless SLICE names it. Results,
-logs and the state of the slices are written to a folder named after the GPU.
+A slice is green if it succeeds and red if it fails. A red slice does not stop the run. Later runs
+with the same sources and versions skip green slices, except slices named by SLICE. Results, logs
+and the state of the slices are written to a folder named after the GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mmfused.ops import OPS
 
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT_SECONDS = 540.0  # maximum duration of a slice
-RESERVE_SECONDS = 120.0  # at the end of a budget, in which no slice and no case starts
+RESERVE_SECONDS = 120.0  # in the last seconds of a budget, no slice and no case starts
 # Slice -> patterns of its test files. Files that match no pattern belong to the slice "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
@@ -70,7 +70,7 @@ class Slice:
 
 
 def slices(out: Path, dry: bool) -> list[Slice]:
-    """Return all slices in order: tests before benchmarks."""
+    """Return all slices in the order in which they run."""
     all_sources, files = source_hash(), test_files()
     to_out, interpreted = ("--out", str(out)), (("TRITON_INTERPRET", "1"),) if dry else ()
     size = ("--quick",) if dry else ("--budget-seconds", "{budget}")
@@ -135,9 +135,9 @@ def workers() -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the slices that are not green.
+    """Run the slices that the arguments name or, without names, all slices that are not green.
 
-    Returns 0 if all slices are green now, 1 if a slice is red, or 3 if slices are left.
+    Returns 0 if all these slices are green, 1 if a slice is red, or UNFINISHED if slices are left.
     """
     check_machine(args.dry_run)
     device = torch.device("cpu" if args.dry_run else "cuda")
@@ -209,7 +209,8 @@ def is_green(state: dict | None, part: Slice, facts: dict) -> bool:
 def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
     """Run a slice with its output in the terminal and in ``log``.
 
-    Returns the exit code, or None if the slice was killed after ``limit`` seconds; and its seconds.
+    Returns a pair: the exit code, or None if the slice was killed after ``limit`` seconds, and the
+    duration in seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     budget = min(max(1.0, limit - RESERVE_SECONDS), BUDGET_SECONDS)

@@ -34,7 +34,7 @@ def blocks(folder: Path) -> dict[str, str]:
     }
     for name, model in runs.items():
         scores = model["runs"]["whole"]["pairs"]["image->both"]
-        recall, chance = (100 * found["recall_at_1"] for found in (scores, scores["chance"]))
+        recall, chance = (100 * each["recall_at_1"] for each in (scores, scores["chance"]))
         found[name] = f"photo → product: Recall@1 {recall:.0f} % (chance {chance:.0f} %)"
     return found
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def replaced(package: str, original: Callable, replacement: Callable) -> Iterator[None]:
-    """Replace ``original`` in all loaded modules of ``package``, under whatever name it has."""
+    """Replace ``original`` in all loaded modules of ``package``, under any name."""
     holders = [
         (module, name)
         for module in modules_of(package)

@@ -18,7 +18,7 @@ release, check out the tag of that release. The tests also need
 Nothing is downloaded: HF_HUB_OFFLINE is set, and tools/peers_models.py creates tiny models for the
 tests of sentence-transformers. Only tests that pass plain, that is without mmfused, are compared,
 so tests that need a network or a missing GPU do not matter. The training tests of open_clip leave
-a folder `logs` in its clone.
+a folder `logs` in the clone.
 
 The exit status is 1 if a test passes plain but not with mmfused and is not listed in EXCEPTIONS,
 if no test of a suite passes plain, or if no test of a suite ran an mmfused op. It is 2 if no clone
@@ -198,18 +198,18 @@ def compare(
         excepted = {name: matching_exception(name) for name in found}
         used |= set(filter(None, excepted.values()))
         broken = {name: failure for name, failure in found.items() if not excepted[name]}
-        if broken:  # repeat them: some tests are flaky
+        if broken:  # repeat these tests, because some are flaky
             again = run(suite, checkout, insert, scratch, workers, tuple(broken))
             for name in list(broken):
                 if again.get(name, {}).get("outcome") == "passed":
                     print(f"{label}: {name} failed, but passed when repeated: {broken.pop(name)}")
-        ops = sum(test["calls"] > 0 for test in tests.values())
-        counts = passing(plain), passing(tests), ops, len(broken), len(found)
+        ran_op = sum(test["calls"] > 0 for test in tests.values())
+        counts = passing(plain), passing(tests), ran_op, len(broken), len(found)
         rows.append((label, *map(str, counts)))
         faults += [f"{label}: {name}: {failure}" for name, failure in broken.items()]
         if not passing(plain):
             faults.append(f"{label}: no test passes plain.")
-        elif not ops:
+        elif not ran_op:
             faults.append(f"{label}: no test ran an mmfused op.")
     return rows, faults, used
 

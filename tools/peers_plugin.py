@@ -86,7 +86,10 @@ def experts_setter(mmfused):
 
 
 def fuse_new_losses():
-    """Patch the loss classes imported so far to fuse new instances, except those of subclasses."""
+    """Patch the loss classes imported so far to fuse their new instances.
+
+    Instances of subclasses are not fused.
+    """
     import mmfused
     from mmfused.fuse.base import KINDS
 

@@ -276,7 +276,7 @@ def blocks(results: Path) -> dict[str, str]:
 def fill(text: str, contents: dict[str, str]) -> str:
     """Replace the text between the markers of each block by ``contents[name]``.
 
-    Content of one line is put on the line of its markers if the old content was there too.
+    Content of one line stays on the line of the markers if the old content was on that line.
     """
     marked = [name for _, name, _, _ in MARKED.findall(text)]
     needed = [name for name, block in contents.items() if block != NOT_ON_A_CPU or name in marked]
@@ -319,7 +319,7 @@ def draw_all(drawings: dict[Path, tuple[str, comparison.Fill]]) -> None:
 
 
 def run(check: bool) -> int:
-    """Update README and pictures, or only check them; return 1 if the check fails, else 0."""
+    """Update README and the pictures, or only check both; return 1 if the check fails, else 0."""
     readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     before, drawings = readme.read_text(encoding="utf-8"), all_pictures(results)
     if not check:  # draw before fill() can raise

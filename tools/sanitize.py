@@ -5,8 +5,8 @@
 Each tool of compute-sanitizer runs each op in a separate process. torch's caching allocator is
 disabled, because it hides accesses beyond the end of a tensor. Reports on kernels of other
 libraries are counted but are not errors: torch's kernels, for example, read uninitialised padding.
-memcheck first runs a kernel with a deliberate fault ("control"), to show that it reports faults of
-Triton kernels.
+memcheck also runs a kernel with a deliberate fault ("control"), to show that memcheck reports
+faults of Triton kernels.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def find_sanitizer() -> str:
 
 
 def sanitize(sanitizer: str, op: str, tool: str, folder: Path, limit: float) -> dict:
-    """Run the launches of ``op`` under ``tool`` and judge them; keep the log if not green."""
+    """Run the launches of ``op`` under ``tool`` and judge the log; delete the log if green."""
     folder.mkdir(parents=True, exist_ok=True)
     log, start = folder / f"sanitize-{op}-{tool}.log", time.monotonic()
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS_FOUND)]

@@ -3,8 +3,8 @@
 ``launches()`` in tests/<op>_launches.py yields calls that together launch every kernel of the op,
 forward and backward. The sizes are small and fill no tile, so that every mask is needed. The
 options cover each kernel and the branches inside kernels. The dtype is bfloat16, and also float32
-if it has kernels of its own. On a CPU, which needs ``TRITON_INTERPRET=1``, float16 replaces
-bfloat16.
+if there are kernels only for float32. On a CPU, which needs ``TRITON_INTERPRET=1``, float16
+replaces bfloat16.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def launches_of(op: str) -> Iterator[Callable[[], None]]:
 
 
 def launch(op: str) -> Counter:
-    """Run every launch of ``op``; count the launches of each kernel by "module.kernel"."""
+    """Make all calls of ``op``; return the number of launches of each "module.kernel"."""
     if DEVICE == "cpu" and not tiles.INTERPRETED:
         raise ValueError(
             "--launch needs a CUDA GPU, or TRITON_INTERPRET=1 to run the kernels on a CPU"
@@ -100,7 +100,7 @@ def control_kernel(ptr):
 def control() -> Iterator[Callable[[], None]]:
     """Yield a call that writes past the end of a buffer, which compute-sanitizer must report.
 
-    It is not allowed in the interpreter, where it would corrupt the memory of this process.
+    Triton's interpreter would corrupt the memory of this process, so the call needs a GPU.
     """
     if DEVICE != "cuda":
         raise ValueError("--launch control needs a CUDA GPU: it writes past the end of a buffer")

@@ -126,7 +126,7 @@ def contrastive_rows() -> list[Row]:
         return Row("masked_info_nce", case, conditions)
 
     eager = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
-    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # less than one byte per pair of rows
+    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # less than 1 byte per query and candidate
     return [
         row("clip-65536", share_of_floor("both", 0.7), memory("peak", "<=", 1)),
         row("clip-65536-k4", faster_than_case("clip-65536", 3)),
@@ -216,7 +216,7 @@ def markdown(verdicts: list[Verdict]) -> str:
 def by_card(results: Path) -> list[tuple[str | None, list[dict]]]:
     """Return each GPU's name with the records of the GPU and of all CPUs.
 
-    If there are no records of a GPU, the result is None with the records of all CPUs.
+    If there are no records of a GPU, the only entry is (None, records of all CPUs).
     """
     by_folder = [read(folder) for folder in folders(results)]
     on_cpu = [record for records in by_folder for record in records if device_type(record) == "cpu"]

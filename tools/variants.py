@@ -1,7 +1,7 @@
 """The choices that tools/choices.py measures, and the variants of each choice.
 
 A variant is a provider of the op's benchmark, with a context manager for its calls. The context
-manager replaces the plan or the form that the library chooses.
+manager may replace the plan or the form that the library chooses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Choice:
 
 
 def changed_plan(op: str, change: Callable) -> MakeContext:
-    """Return a context in which ``plan(*args)`` of ``op`` is ``change(plan(*args), *args)``."""
+    """Make contexts in which ``plan(*args)`` of ``op`` returns ``change(plan(*args), *args)``."""
     return lambda: replaced_plan(op, change)
 
 
@@ -52,7 +52,7 @@ def pooling_form(form: str) -> MakeContext:
 
 
 def pooling_passes(which: str, passes: str) -> MakeContext:
-    """Return a context in which pass ``which`` reads X once ("one") or twice ("two")."""
+    """Make contexts in which pass ``which`` reads X once ("one") or twice ("two")."""
 
     def change(plan, rows, dim, dtype, arch, norm, *_):
         from mmfused.kernels.query_pooling import plans
@@ -148,7 +148,7 @@ def choices() -> list[Choice]:
 
 
 def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) -> Variants:
-    """Return variants that each change one field of one of the tiles in the case's plans."""
+    """Return the library's plan, and variants that change one field of one tile of the plan."""
     problem, tiles = op.make(case, settings.device, settings.dtype), {}
 
     def collect(plan, *arguments):
