@@ -7,9 +7,9 @@ the child is called.
 * Some attachments only change the weight: pruning, the weight and spectral norms of
   ``torch.nn.utils``, and peft's LoRA without dropout. In that case the effective weight is
   computed, with its gradients, and every backend uses it.
-* In all other cases the child is called, and the kernels cannot run. These are children with hooks
-  or a replaced ``forward`` (other adapters, offloading, sharding on demand), children of another
-  class (quantised layers), and children whose weight is a tensor subclass.
+* In all other cases the child is called, and kernels that need its weight cannot run. These are
+  children with hooks or a replaced ``forward`` (other adapters, offloading, sharding on demand),
+  children of another class (quantised layers), and children whose weight is a tensor subclass.
 
 Global hooks (``register_module_forward_hook``) run for the module itself and for called children.
 """
@@ -167,8 +167,7 @@ def why_called(
 ) -> str | None:
     """Return why a child in the place of a ``kind`` must be called; None if its weights suffice.
 
-    This function has no side effects, unlike :func:`weights_of`, in which spectral norms update
-    their state.
+    This function has no side effects. (:func:`weights_of` updates the state of spectral norms.)
     """
     why = attached(child, _WEIGHT_SETTERS)
     if why is not None:
@@ -193,7 +192,7 @@ def why_called(
 
 
 def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
-    """Return what is attached to a module that takes effect only in calls, or None.
+    """Return what is attached to a module and takes effect only in calls of the module, or None.
 
     Args:
         module: the module.
@@ -251,7 +250,7 @@ def _active(layer: Any) -> list[str]:
 
 
 def reset_children(module: nn.Module) -> None:
-    """Call ``reset_parameters`` of each child; for children without it, of their children."""
+    """Call ``reset_parameters`` of each child that has it, and recurse into other children."""
     for child in module.children():
         reset: Any = getattr(child, "reset_parameters", None)
         if reset is not None:

@@ -2,7 +2,7 @@
 
 Before any data, the ranks exchange a small message. If one rank cannot continue, all ranks raise an
 error instead of waiting for data that never comes. Then each rank gathers the candidates of all
-ranks, gradients are returned to the ranks of their candidates, and column sums are reduced.
+ranks. Column sums are added over ranks, and each candidate's gradient is returned to its rank.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _exchange(
 ) -> list[list[int]]:
     """Exchange a small message, and return the ``sizes`` of each rank.
 
-    If a rank has failed, all other ranks raise an error. If the settings in ``text`` differ, all
-    ranks do.
+    If some ranks have failed, the other ranks raise an error. If no rank has failed and the
+    settings in ``text`` differ, all ranks raise an error.
 
     Args:
         op: name of the operator.
@@ -109,10 +109,10 @@ def _all_gather(x: Tensor) -> Tensor:
 
 
 def _message_device(near: object) -> torch.device:
-    """Return the device for small messages, which must have the same type on all ranks.
+    """Return the device for small messages.
 
-    If the group supports the CPU, return the CPU, because the inputs of the ranks may be on devices
-    of different types.
+    The device type must be the same on all ranks, but the ranks' inputs may be on devices of
+    different types. Therefore the CPU is used if the group supports it.
     """
     kinds = [part.partition(":")[0] for part in str(dist.get_backend_config()).split(",")]
     if "cpu" in kinds:
@@ -189,8 +189,8 @@ class Ranks:
         """Return the gradient of this rank's candidates.
 
         Args:
-            x: gradient of all candidates from the rows of this rank. If gradients are shared, those
-                of all ranks are added.
+            x: gradient of all candidates from the rows of this rank. If gradients are shared, the
+                gradients from the rows of all ranks are added.
         """
         largest = max(self.candidates)
         if not self.share_gradients or not largest:
@@ -247,13 +247,13 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(x: Tensor) -> Tensor:
     """Return the rows of all ranks, in rank order; ranks may have different numbers of rows, or 0.
 
-    The gradient of a row is the sum of its gradients on all ranks. If every rank evaluates the same
-    loss on all rows, and DDP averages the gradients over ranks, the result is therefore the
-    gradient of a single process.
+    The gradient of a row is the sum of the row's gradients on all ranks. If every rank evaluates
+    the same loss on all rows, and DDP averages the gradients over ranks, the result is therefore
+    the gradient of a single process.
 
     Raises:
-        ValueError: rows differ between ranks in shape, dtype or the need for a gradient; the error
-            is raised on all ranks.
+        ValueError: rows differ between ranks in shape, dtype, device type or the need for a
+            gradient; the error is raised on all ranks.
     """
     if not in_group():
         return x

@@ -130,8 +130,8 @@ def source_folder() -> Path:
 def build_folder() -> Path:
     """Return the folder of this build.
 
-    Its name contains a hash of everything that affects the compiler's output, so an outdated module
-    is never loaded.
+    The name of the folder contains a hash of the sources, the flags, the GPU architectures, and the
+    versions of torch, CUDA and Python. A change of one of these therefore causes a new build.
     """
     versions = (torch.__version__, torch.version.cuda, sys.version_info[:2])
     recipe = hashlib.sha256(repr((*versions, CXX_FLAGS, NVCC_FLAGS)).encode())
@@ -147,8 +147,8 @@ def build_folder() -> Path:
 def architectures(unseen: str = "9.0") -> str:
     """Return the GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST.
 
-    They are the value of TORCH_CUDA_ARCH_LIST if it is set, otherwise the architecture of the
-    visible GPU, or ``unseen`` if no GPU is visible.
+    Return the value of TORCH_CUDA_ARCH_LIST if it is set, otherwise the architecture of the current
+    GPU, or ``unseen`` if no GPU is visible.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
@@ -161,7 +161,7 @@ def architectures(unseen: str = "9.0") -> str:
 def include_folders() -> list[str]:
     """Return the folder of the CUDA headers in pip's packages, if it is needed and exists.
 
-    It is needed if the toolkit lacks headers that torch includes.
+    The folder is needed if the toolkit lacks headers that torch includes.
     """
     home = _cuda_home()
     if home is not None and (home / "include" / "cusparse.h").is_file():
@@ -257,7 +257,7 @@ def _build_lock(folder: Path) -> Iterator[None]:
         ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
+        (folder / "lock").unlink(missing_ok=True)  # torch's lock file, left by a killed process
         yield
 
 

@@ -1,8 +1,8 @@
 """Backend switch, operator registration and argument checks, shared by all operators.
 
 :func:`operator` registers a function as ``torch.ops.mmfused.<name>``. Public functions call
-:func:`choose` to pick the backend ``reference``, ``composed`` or ``fused``. Users control that with
-:class:`backend`, :func:`set_backend` or the environment variable ``MMFUSED_BACKEND``.
+:func:`choose` to pick the backend ``reference``, ``composed`` or ``fused``. Users control the
+choice with :class:`backend`, :func:`set_backend` or the environment variable ``MMFUSED_BACKEND``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class backend(Choice[Backend]):
 def set_backend(name: Backend) -> None:
     """Set the default backend of this process, for all threads.
 
-    ``with mmfused.backend(...)`` overrides it. The initial value is ``MMFUSED_BACKEND``, or "auto".
+    ``with mmfused.backend(...)`` overrides the default. The initial default is the value of the
+    environment variable ``MMFUSED_BACKEND``, or "auto".
+
     Raises ``ValueError`` for a name that :class:`backend` does not accept.
     """
     _backend.set(name)
@@ -120,7 +122,7 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
 
 def graph_made() -> Literal["export", "onnx"] | None:
     """Return the exporter that is tracing this call: "export" (torch.export), "onnx", or None."""
-    # Not is_exporting(): in torch 2.11 that is also true under torch.compile.
+    # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
     if not torch.compiler._is_exporting_flag:
         return None
     return "onnx" if torch.onnx.is_in_onnx_export() else "export"
@@ -136,8 +138,7 @@ def choose(
     """Pick the backend of one call of ``op``.
 
     The result depends on the requested backend, on the arguments below, and on whether torch.func,
-    torch.export or ONNX export is active. It does not depend on tensor values, so all ranks agree
-    and torch.compile can trace the call.
+    torch.export or ONNX export is active. It does not depend on tensor values.
 
     Args:
         op: name of the operator, for messages.
@@ -226,7 +227,7 @@ def operator(
 
 
 def launching(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager that makes the device of the tensors in ``args`` current.
+    """Return a context manager that makes the device of the first tensor in ``args`` current.
 
     Triton launches on the current device. Raises ``RuntimeError`` if a gradient is needed in an
     exported graph, which contains the kernel without its autograd function.
@@ -244,7 +245,7 @@ def launching(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yield the tensors among the arguments, including those in lists."""
+    """Yield the tensors among the arguments, and in lists and tuples among the arguments."""
     flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
     return (x for x in flat if isinstance(x, torch.Tensor))
 
@@ -268,7 +269,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Replace repeated tensors by views of them.
+    """Return the tensors, with a view in place of each repeated tensor.
 
     torch.compile cannot trace an autograd function that gets the same tensor twice, such as one key
     tensor for both queries and candidates.
@@ -321,8 +322,8 @@ def check_fractions(op: str, **fractions: float) -> None:
 def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:
     """Raise ``ValueError`` if tensor values are invalid, on a CPU in eager mode only.
 
-    Raising on CUDA would need a synchronisation. There, and in compiled graphs, callers turn
-    invalid values into NaN. ``MMFUSED_CHECK=1`` asserts on the device instead, for debugging.
+    Raising on CUDA would need a synchronisation. On CUDA and in compiled graphs, callers turn
+    invalid values into NaN. ``MMFUSED_CHECK=1`` also asserts on the device, for debugging.
 
     Args:
         condition: returns a bool scalar, True if the values are valid.
@@ -390,7 +391,7 @@ def wide_unless(dtype: torch.dtype, *values: Any) -> list[Any]:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager that disables autocast; it also accepts the meta device."""
+    """Return a context manager that disables autocast; ``device_type`` may be "meta"."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -1,9 +1,9 @@
-"""Small losses of the five papers, in plain PyTorch.
+"""Small losses in plain PyTorch.
 
 Only ``positive_similarity`` normalises its embeddings. The losses are float32 or float64 scalars.
-If a loss compares all pairs of rows, it is computed for a block of rows at a time and recomputed in
-backward, so the (B, C) matrix of pairs is never stored. ``dual_alignment`` and ``expert_shares``
-compute the weights of MOON2.0's objectives.
+Losses that compare all pairs of rows are computed for a block of rows at a time. If there are
+several blocks, they are recomputed in backward, so only one block's pairs are stored at a time.
+``dual_alignment`` and ``expert_shares`` compute the weights of MOON2.0's objectives.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def hard_negative_margin(
     margin: float | Tensor = 0.2,
     fraction: float = 0.5,
 ) -> Tensor:
-    """Return the mean of ``max(0, margin + S_ij - S_ii)`` over each row's hardest negatives j.
+    """Return the mean of ``max(0, margin + S_ij - S_ii)`` over rows i and their hard negatives j.
 
     This is L_hard in the V2V term of UniECS (arXiv 2508.13843), on logits S = query candidate^T /
-    temperature. The positive of row i is candidate i, and the hardest negatives are the
-    ``floor(fraction * C)`` other candidates with the largest logits. The loss is 0 if there are no
-    negatives.
+    temperature. The positive of row i is candidate i. The hard negatives are the other candidates
+    with the largest logits. Their number is ``min(floor(fraction * C), C - 1)``; if it is 0, the
+    loss is 0.
 
     Args:
         query: (B, D).
@@ -157,7 +157,7 @@ def product_consistency(
         text: query and candidate embeddings of the texts.
         scale: factor of the similarities, a number or a tensor of one element.
         tolerance: a number or a tensor of one element.
-        top: number of columns per row, at most B of which are used.
+        top: number of columns per row; at most B are used.
     """
     op = "product_consistency"
     if top < 1:
@@ -174,9 +174,10 @@ def product_consistency(
             for part, (_, candidate) in zip(rows.split(widths, 1), pairs, strict=True)
         ]
         nearest = similarities[0].topk(top).indices
-        mm, vm, tm = (matrix.gather(1, nearest) for matrix in similarities)
+        s_product, s_image, s_text = (matrix.gather(1, nearest) for matrix in similarities)
         first, second, third = (
-            F.relu((a - b).square() - tolerance).sum() for a, b in ((vm, mm), (tm, mm), (vm, tm))
+            F.relu((a - b).square() - tolerance).sum()
+            for a, b in ((s_image, s_product), (s_text, s_product), (s_image, s_text))
         )
         return first + second + third
 
@@ -193,7 +194,7 @@ def sigmoid_contrastive(
 ) -> Tensor:
     """Return the loss of SigLIP (arXiv 2303.15343).
 
-    It is ``-1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias))`` for queries q and
+    The loss is ``-1/B sum_ij log sigmoid(z_ij (q_i . c_j / temperature + bias))`` for queries q and
     candidates c. z_ij is 1 if i = j and -1 otherwise.
 
     Args:
@@ -221,7 +222,7 @@ def expert_shares(routing: Routing, samples: int) -> Tensor:
 
     This is the vector G of a sample in MOON2.0 (arXiv 2511.12449), as this library interprets the
     paper. B is ``samples``, and Z is the number of experts. Masked tokens do not count. If all
-    tokens of a sample are masked, its row is 0.
+    tokens of a sample are masked, the row of the sample is 0.
 
     Args:
         routing: the routing of B * N tokens, in which the tokens of a sample are adjacent.
@@ -258,13 +259,13 @@ def dual_alignment(
 
     z is one of Z experts, and m one of the M objectives. B_m are the samples of objective m, and G
     are the routing weights in ``shares``. An objective has a large weight if its samples use the
-    experts that are aligned with it.
+    experts that are aligned with the objective.
 
     Args:
         alignment: (Z, M) learned matrix. Initialise it near zero, so that all objectives have the
             same weight at first.
         shares: (B, Z) routing weights of each sample, from :func:`expert_shares`. With several
-            layers, use their mean.
+            layers, use the mean over layers.
         members: (B, M) bool, which samples belong to each objective; None means all. An objective
             without samples has weight 0.
         detach_routing: whether to stop gradients to the router. With gradients, as in the paper,
@@ -375,11 +376,11 @@ def _described(tensor: Tensor) -> str:
 
 
 def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
-    """Return the sum of ``block(rows, their indices)`` over blocks of rows.
+    """Return the sum of ``block(rows, indices of the rows)`` over blocks of rows.
 
-    If there are several blocks, they are recomputed in backward. There is only one block in an
-    exported graph, which must be valid for any number of rows, and under torch.func, which does not
-    support checkpoints.
+    If there are several blocks, they are recomputed in backward. An exported graph has one block,
+    because it must be valid for any number of rows. Under torch.func, which does not support
+    checkpoints, there is one block too.
 
     Args:
         block: returns the sum of the loss over the given rows.

@@ -54,7 +54,7 @@ class Switch(Generic[Name]):
         what: name of the setting in error messages.
         names: the allowed values.
         variable: environment variable that sets the default of the process.
-        default: the default if that variable is not set.
+        default: the default if the environment variable is not set.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Switch(Generic[Name]):
         self.names: tuple[Name, ...] = names
         self.variable: str = variable
         self.default: Name = self.checked(os.environ.get(variable, default), variable)
-        # Each choice is paired with the topmost hook on saved tensors when it was entered.
+        # Choices, each with the hook on saved tensors that was topmost when the choice was entered.
         self.entered: ContextVar[tuple[Any, ...]] = ContextVar(variable, default=())
         self.traced: tuple[Name, ...] = ()  # choices inside the function that is being compiled
         _switches[variable] = self
@@ -195,7 +195,7 @@ def _saved_tensor_hooks() -> list:
 
 
 def _checkpoint(hook) -> tuple[object | None, bool]:
-    """Return the frame of the checkpoint that owns a hook, and whether it is recomputing.
+    """Return the frame of the checkpoint that owns a hook, and whether the checkpoint recomputes.
 
     The frame is None if the hook does not belong to a checkpoint.
     """

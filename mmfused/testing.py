@@ -39,7 +39,7 @@ def over_budget(
 ) -> list[str]:
     """Return one sentence for each tensor that exceeds its error budget.
 
-    The budget of the relative error is ``factor`` times that of plain PyTorch, plus one rounding.
+    The budget is ``factor`` times the relative error of plain PyTorch, plus one rounding.
 
     Args:
         actual: results of the tested implementation, by name.
@@ -75,7 +75,7 @@ def value_and_gradients(
 
     Args:
         fn: the function.
-        inputs: its arguments by name.
+        inputs: arguments of the function, by name.
         upstream: gradient of the output; None takes ones.
 
     Returns:
@@ -123,8 +123,8 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Return the wall-clock seconds of each call, by the name of the function.
 
-    The functions are called in turn, ``repeats`` times each, so that changes in the machine's speed
-    affect all functions equally.
+    The functions are called in turn, so that changes in the machine's speed affect all functions
+    equally. The first ``warmup`` calls of each function are not measured, the next ``repeats`` are.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in fns}
@@ -158,10 +158,12 @@ def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0
 
     Args:
         seed: the seed, a () int64 tensor.
-        shape: (B, num_heads, L, N) for the probabilities of query pooling, (B, num_heads, N, M) for
-            those of gated cross-attention, (B, N, D) for its output.
+        shape: (B, num_heads, L, N) for the probabilities of query pooling; for gated
+            cross-attention, (B, num_heads, N, M) for the probabilities and (B, N, D) for the
+            output of the attention.
         p: probability of dropout.
-        stream: 0 for query pooling and for the probabilities of gated cross-attention, 1 for its
-            output; in the other direction of bidirectional attention, 2 and 3.
+        stream: 0 for query pooling. For gated cross-attention, 0 for the probabilities and 1 for
+            the output of the attention; in the second direction of
+            :func:`mmfused.bidirectional_gated_cross_attention`, 2 and 3.
     """
     return _keep_mask(seed, shape, p, stream)

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, time query pooling and print the table; return 1 if the loss curves differ, else 0."""
+    """Train, time query pooling and print the table.
+
+    Return 1 if the loss curves differ by more than ``CURVE_BOUND``, else 0.
+    """
     from mmfused.training.files import write_atomically, write_json
 
     out = Path(args.out)

@@ -143,7 +143,7 @@ class Parts:
     def locked(self, job: Mapping[str, Any], overwrite: bool) -> Iterator[Lock]:
         """Create and lock the folder, and write ``job.json`` if it is missing.
 
-        Temporary files are removed, and with ``overwrite`` all parts.
+        Temporary files are removed. With ``overwrite``, the parts and ``job.json`` are removed too.
 
         Raises:
             FileExistsError: another process writes to the folder, or the folder holds foreign
@@ -252,7 +252,7 @@ def _embed_parts(
 
 
 def _is_intact(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
-    """Return whether a part has the tensors in ``example``, with ``rows`` rows, all finite."""
+    """Return whether a part has ``rows`` rows, only finite values, and else fits ``example``."""
     intact = done.keys() == example.keys() and all(
         done[name].dtype == value.dtype
         and done[name].shape == (rows, *value.shape[1:])

@@ -261,9 +261,10 @@ def recorded_launches(
 
 
 def _job(op: str, case: str, arch: str, launch: Launch) -> Job:
-    """Return the job of a launch, with the types that Triton's launcher gives to its arguments.
+    """Return the job of a launch; arguments get the types that Triton's launcher gives them.
 
-    Arguments that are 1 or None become constants, and multiples of 16 are marked as divisible.
+    Arguments that are 1 or None become constants. Pointers and multiples of 16 are marked as
+    divisible.
     """
     kernel = launch.kernel
     signature: dict[str, str] = {}

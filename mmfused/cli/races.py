@@ -1,11 +1,11 @@
-"""Find a race in the TTGIR that Triton's software pipeliner causes in kernels for sm_90.
+"""Find a race that Triton's software pipeliner causes in kernels for sm_90, from their TTGIR.
 
 The pipeliner loads tiles through ring buffers in shared memory, which asynchronous copies fill
 ahead of use. A tile that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile
 that is loaded into registers, because the dot of the previous iteration may still be reading. If a
-tile is used in both ways, Triton omits that slot, so a copy overwrites data that the tensor cores
-still read. Triton's interpreter does not show the race, and on a GPU it rarely has an effect. To
-avoid it, use the tile in one way only, or set ``num_stages=1``.
+tile is used in both ways, Triton omits the additional slot, so a copy overwrites data that the
+tensor cores still read. Triton's interpreter does not show the race, and on a GPU the race rarely
+has an effect. To avoid the race, use the tile in one way only, or set ``num_stages=1``.
 """
 
 from __future__ import annotations

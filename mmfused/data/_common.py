@@ -10,7 +10,7 @@ import torch
 
 
 class Rows(Protocol):
-    """A dataset of items, whose keys :class:`mmfused.data.ProductFolder` documents."""
+    """A dataset; :class:`mmfused.data.ProductFolder` documents the keys of its items."""
 
     def __len__(self) -> int: ...
 

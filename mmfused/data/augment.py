@@ -81,7 +81,7 @@ def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     turn[:, 1, 2] = -turn[:, 2, 1]
     matrix = brightness * contrast * (YIQ_TO_RGB @ turn @ RGB_TO_YIQ)
     flat = pixels.flatten(2)
-    # Contrast scales the differences from the mean grey of the picture with its new brightness.
+    # Contrast scales the differences from the mean grey of the brightened picture.
     grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
     offset = (1 - contrast) * brightness * grey
     return torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)

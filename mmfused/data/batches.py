@@ -34,8 +34,8 @@ class Collate:
     ``(seed, epoch)``.
 
     Args:
-        tokenizer: a tokenizer with a padding token, which encodes an empty text as at least one
-            token.
+        tokenizer: a tokenizer that has a padding token, and that encodes an empty text as at least
+            one token.
         image_size: side S of the model's input images, in pixels.
         max_length: largest number of tokens of a text; longer texts are truncated.
         augment: augment the images as :mod:`.augment` describes.
@@ -117,7 +117,8 @@ class Collate:
         Args:
             images: (B, 3, H, W) uint8.
             present: (B,) bool; absent images become zeros.
-            generator: random generator of the augmentation; None takes that of ``set_epoch``.
+            generator: random generator of the augmentation; None takes the one that ``set_epoch``
+                seeds.
         """
         if self.augment:
             generator = self.generator if generator is None else generator
@@ -180,8 +181,8 @@ class Batches:
     """Iterate over ``dataset`` in batches, with images and token ids cached in memory.
 
     Every iteration over an epoch gives the same batches: the order depends only on ``seed`` and the
-    epoch, and the augmentation of batch i only on ``collate.seed``, the epoch and i. Any batch can
-    therefore be made without the batches before it. ``len`` is the number of batches per epoch.
+    epoch. The augmentation of batch i depends only on ``collate.seed``, the epoch, i and the rank.
+    ``len`` is the number of batches per epoch.
 
     Args:
         dataset: the dataset.
@@ -254,8 +255,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
-            # Counted from 1: `torch_generator(seed, epoch, 0)` would equal the generator of the
-            # order, `torch_generator(seed, epoch)`.
+            # `batch + 1`, because the generator of (seed, epoch, 0) would equal that of
+            # (seed, epoch), which draws the order.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = -(-len(rows) // self.world)
@@ -264,10 +265,11 @@ class Batches:
 
 
 def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
-    """Return images of equal shape: unchanged if possible, otherwise cropped and resized.
+    """Return images of equal shape.
 
-    Images of equal shape are kept up to twice ``size``, since random crops can use the additional
-    pixels. In larger images, the crops' bilinear sampling would skip pixels.
+    Images that already have equal shapes are returned unchanged if no side exceeds twice ``size``,
+    because random crops can use the additional pixels. Larger images are cropped and resized, like
+    images of different shapes, because the bilinear sampling of crops would skip pixels.
     """
     if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
         return images

@@ -62,8 +62,8 @@ class ProductFolder(Dataset[dict[str, Any]]):
     Raises:
         FileNotFoundError: ``root`` does not exist or has no metadata.csv.
         ValueError: metadata.csv is unreadable, a column is missing or occurs twice, no row is
-            usable, the images do not fit into this machine's memory, or a row is invalid with
-            ``strict``.
+            usable, or the images do not fit into this machine's memory. With ``strict``, also if a
+            row is invalid.
     """
 
     class_names: list[str] | None = None
@@ -106,9 +106,9 @@ class ProductFolder(Dataset[dict[str, Any]]):
             self._images = self._images[: len(self.labels)]
 
     def _allocate(self, rows: int) -> torch.Tensor | list[torch.Tensor | None]:
-        """Return uninitialized memory for the images of ``rows`` rows.
+        """Return an uninitialized tensor for all images, or a list if ``image_size`` is None.
 
-        The operating system commits the memory when it is written, so skipped rows use none.
+        The operating system commits memory when it is written, so skipped rows use no memory.
         """
         if self.image_size is None:
             return []
@@ -160,7 +160,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
             raise BrokenRow(f"the image cannot be read: {error}") from error
 
     def _fill(self, items: Iterable[Item], coarse_labels: list[int]) -> str:
-        """Store the items and return their digest."""
+        """Store the items, append their coarse labels to the list, and return their digest."""
         total = hashlib.sha256()
         for row, item in enumerate(items):
             self.file_names.append(item.file_name)
@@ -208,8 +208,8 @@ class ProductFolder(Dataset[dict[str, Any]]):
 def _in_threads(load: Callable[[Row], T], rows: list[Row]) -> Iterator[T]:
     """Yield ``load(row)`` for each row in order, computed in several threads.
 
-    Threads are enough, because Pillow releases the GIL while it decodes. A few results at a time
-    are in memory.
+    Threads run in parallel, because Pillow releases the GIL while it decodes. At most a few results
+    are in memory at a time.
     """
     threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool, quiet():
@@ -231,7 +231,7 @@ def physical_memory() -> int | None:
 
 
 def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int | None:
-    """Return the short side of the first picture in a folder whose header is readable, or None."""
+    """Return the short side of a folder's first picture with a readable header, or None."""
     for row in read_rows(Path(root), text_column):
         name = row.fields.get("file_name", "").strip()
         if row.broken is None and name:

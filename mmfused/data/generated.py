@@ -59,26 +59,26 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
     """Generated products of 16 classes, each a pair of a shape and a material.
 
     The picture shows the shape, and the title names the material. Many titles also name the shape,
-    and colours correlate with materials, so each modality has some information about both. Some
-    titles or images are missing. Some titles contradict the shape and the colour in the picture;
-    the label then follows the picture. Class frequencies have a long tail. The products depend only
-    on the arguments, and titles and attributes do not depend on ``image_size``.
+    and colours correlate with materials, so each modality has some information about both shape and
+    material. Some titles or images are missing. Some titles contradict the shape and the colour in
+    the picture; the label then follows the picture. Class frequencies have a long tail. The
+    products depend only on the arguments; titles and attributes do not depend on ``image_size``.
 
     An item is ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
 
-    ``.attributes`` holds (N,) integer arrays of the drawn attributes (label, shape, material,
-    colour, pattern, size) and of what the title names (said_shape and said_colour, -1 for nothing),
-    and the boolean arrays text_missing, image_missing and contradicts.
+    ``.attributes`` holds (N,) arrays by name. The integer arrays label, shape, material, colour,
+    pattern and size are the drawn attributes. The integer arrays said_shape and said_colour are
+    what the title names, or -1. The arrays text_missing, image_missing and contradicts are boolean.
 
     Args:
         split: "train" or "val"; both are drawn independently from the same distribution.
         size: number of products; None takes 4096 for "train" and 1024 for "val".
         image_size: side S of the pictures, at least 8.
         seed: seed of the random generator.
-        missing_text: exact fraction of the products without a text.
-        missing_image: exact fraction of the products without an image.
-        contradicting: exact fraction of the products whose title contradicts the picture. No
-            product belongs to more than one of the three fractions.
+        missing_text: fraction of the products without a text.
+        missing_image: fraction of the products without an image.
+        contradicting: fraction of the products whose title contradicts the picture. The three
+            fractions are exact up to rounding, and no product belongs to more than one of them.
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
@@ -227,9 +227,9 @@ def _draw_block(
     count = len(pick["shape"])
     x, y = _coordinates(rng, pick["size"], side)
     coverage = _coverage(x, y, pick["shape"], pick["size"], side)[:, None]
-    stripe = _pattern(x, y, pick["pattern"])[:, None]
+    darkened = _pattern(x, y, pick["pattern"])[:, None]
     colour = palette[pick["colour"]] * rng.uniform(0.85, 1.1, (count, 1)).astype(np.float32)
-    ink = colour[:, :, None, None] * (1 - 0.4 * stripe)
+    ink = colour[:, :, None, None] * (1 - 0.4 * darkened)
     ground = rng.uniform(0.75, 0.95, (count, 3)).astype(np.float32)[:, :, None, None]
     noise = rng.standard_normal((count, 3, side, side), dtype=np.float32) * 0.04
     picture = ground + (ink - ground) * coverage + noise

@@ -1,4 +1,4 @@
-"""Read the rows of a metadata.csv, and find the reasons why rows are broken."""
+"""Read the rows of a metadata.csv, and find out why rows are broken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 UNCLOSED = "it has an opening quote without a closing quote"
 MAX_BYTES = 2**30
-# Lines of one row. Without a limit, the rest of the file would be searched for a closing quote.
+# Largest number of lines of a row, so that not all of the file is searched for a closing quote.
 MAX_LINES = 1000
 
 
@@ -34,8 +34,8 @@ def read_rows(
     """Yield the rows of ``root/metadata.csv`` (UTF-8) in order.
 
     A quoted text may span several lines. If a quote is never closed, the line with the quote is a
-    broken row, and reading continues with the next line. A quoted text that contains complete rows
-    is treated in the same way, because its closing quote probably belongs to another row.
+    broken row, and reading continues with the next line. The same holds for a quoted text that
+    contains complete rows, because its closing quote probably belongs to another row.
 
     Args:
         root: the folder.
@@ -186,8 +186,9 @@ def _parse_leniently(line: str) -> list[str]:
 def _has_stray_quote(root: Path, record: list[str], columns: list[str]) -> bool:
     """Return whether a record of several lines consists of separate rows and a stray quote.
 
-    This is assumed if the first line is a complete row without its quote, and either all other
-    lines are complete rows, or an inner line is a complete row that names an existing file.
+    The first line must be a complete row once its quotes are removed. In addition, either all other
+    lines are complete rows, or a line between the first and the last is a complete row that names
+    an existing file.
     """
     first, *others = record
     if not _is_complete_row(first.replace('"', ""), columns):

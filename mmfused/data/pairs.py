@@ -24,25 +24,26 @@ class PairBatches:
     another label but the same coarse label. If there is no such item, the negative is any item with
     another label.
 
-    Labels are drawn in proportion to their number of items. If the batch size is not larger than
-    the number of labels, all labels in a batch differ, so the candidates of other rows are true
-    negatives. Items that have no candidate are never drawn.
+    Labels with more items are more likely to be drawn. If the batch size is not larger than the
+    number of labels, all labels in a batch differ, so the candidates of other rows are true
+    negatives. In a larger batch, each label occurs almost equally often. Items that have no
+    candidate are never drawn.
 
-    Batch i depends only on ``seed``, the epoch and i.
+    The rows of batch i depend only on ``seed``, the epoch and i.
 
     Args:
         dataset: the queries.
         collate: makes the batches.
         batch_size: number of rows per batch, over all ranks.
-        products: the candidates; None takes them from ``dataset``.
+        products: the candidates; None takes candidates from ``dataset``.
         negatives: whether batches have hard negatives.
         seed: seed of the random draws.
         rank: rank of this process; each rank gets its own share of every batch.
         world: number of ranks.
 
     Raises:
-        ValueError: no item has a candidate, all items have one label, or ``batch_size`` is not a
-            multiple of ``world``.
+        ValueError: no item has a candidate, all candidates have one label and there are
+            ``negatives``, or ``batch_size`` is not a multiple of ``world``.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PairBatches:
             position += 1
 
     def batch(self, epoch: int, batch: int) -> dict[str, Batch]:
-        """Return one batch of an epoch."""
+        """Return this rank's share of one batch of an epoch."""
         drawn = self.draw(torch_generator(self.seed, epoch, batch + 1))
         share = self.batch_size // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
@@ -109,7 +110,7 @@ class PairBatches:
         return {role: sources[role].batch(rows[mine], generator) for role, rows in drawn.items()}
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return random rows for each role of a batch of all ranks."""
+        """Return random rows of one batch over all ranks, by role."""
         whole, rest = divmod(self.batch_size, len(self.labels))
         picks = [torch.randperm(len(self.labels), generator=generator) for _ in range(whole)]
         if rest:
@@ -129,7 +130,7 @@ class PairBatches:
 
 
 def rows_by_label(labels: Sequence[int]) -> dict[int, np.ndarray]:
-    """Return the rows of each label, in ascending order."""
+    """Return, for each label, its rows in ascending order."""
     values = np.asarray(labels, dtype=np.int64)
     order = np.argsort(values, kind="stable")
     found, starts = np.unique(values[order], return_index=True)
@@ -141,13 +142,13 @@ def hard_negatives(
     pool: LabelledRows,
     partners: dict[int, np.ndarray],
 ) -> dict[int, np.ndarray]:
-    """Return the rows of the hard negatives of each label.
+    """Return, for each label, the rows of its hard negatives.
 
-    They have the coarse label of the label, but another label. If no row does, they are all rows
-    with another label.
+    A hard negative of a label has another label but the same coarse label. If there is no such row,
+    all rows with another label are returned.
 
     Args:
-        labels: the labels.
+        labels: labels of queries.
         pool: the dataset from which negatives are drawn.
         partners: rows of ``pool`` by label.
     """

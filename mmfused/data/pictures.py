@@ -80,7 +80,8 @@ def load_picture(
     Args:
         source: a path, the bytes of a file, or an open file.
         size: side of the square to which the picture is cropped and resized (bicubic, antialiased);
-            None keeps its size. A JPEG is decoded at a size near ``size``, which saves memory.
+            None keeps the picture's size. To save memory, a large JPEG is decoded at a reduced
+            size, at least twice ``size``.
 
     Raises:
         BrokenPicture: the picture cannot be loaded; the message gives the reason.
@@ -90,7 +91,7 @@ def load_picture(
 
 
 def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
-    """Return the bytes of a picture file; raise BrokenPicture if it exceeds ``MAX_BYTES``."""
+    """Return the bytes of a picture file; raise BrokenPicture if there are over ``MAX_BYTES``."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -106,7 +107,7 @@ def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
 
 
 def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the bytes of a regular file; raise BrokenPicture if it has more than ``limit``."""
+    """Return the bytes of a regular file; raise BrokenPicture if there are over ``limit``."""
     try:
         _check_regular(os.stat(path))
         # The file may have been replaced by a pipe, so do not block, and check again.
@@ -235,9 +236,9 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
 
 
 def _draft(image: Any, size: int | None) -> tuple[float, float]:
-    """Select the size at which Pillow decodes a JPEG, and return the width and height as floats.
+    """Select the size at which Pillow decodes a JPEG; return the width and height before rounding.
 
-    The size is reduced if ``size`` is not None, but to no less than twice ``size``.
+    If ``size`` is not None, a large JPEG is decoded at a reduced size, at least twice ``size``.
     """
     full_size = image.size
     width, height = full_size
@@ -281,7 +282,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _orientation_of(image: Any) -> int:
     """Return the EXIF orientation; 1 means upright."""
-    # Pillow rotates a TIFF when it loads it.
+    # Pillow's `load` rotates a TIFF.
     if image.format == "TIFF":
         return 1
     # Pillow raises many types of exceptions for damaged EXIF data.
@@ -321,7 +322,7 @@ def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image
 
 
 def _wide_grey(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
-    """Scale 16-bit or float grey values to 8 bits, where Pillow would clip them at 255."""
+    """Scale 16-bit or float grey values to 8 bits; Pillow's own conversion would clip at 255."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     inverted = tags.get(PHOTOMETRIC) == 0
     values = np.asarray(image)

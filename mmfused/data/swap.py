@@ -19,7 +19,7 @@ class SwappedTexts(Dataset[dict[str, Any]]):
     Args:
         dataset: the original dataset.
         swapped: rows whose text is replaced.
-        donors: for each row in ``swapped``, the row that has its new text.
+        donors: for each row in ``swapped``, another row, whose text replaces the row's text.
     """
 
     def __init__(self, dataset: Products, swapped: list[int], donors: list[int]) -> None:
@@ -52,7 +52,7 @@ def swap_texts(dataset: Products, fraction: float, seed: int) -> SwappedTexts:
     """Return ``dataset`` with a fraction of its texts replaced by texts of other labels.
 
     Exactly ``round(fraction * len(dataset))`` rows are drawn without replacement. The new text of
-    each row is drawn uniformly from the texts of all other labels.
+    each row is drawn uniformly from the non-empty texts of all other labels.
 
     Args:
         dataset: the dataset.

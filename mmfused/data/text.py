@@ -34,7 +34,7 @@ SPECIAL = {
 # Largest size of tokenizer.json, which has about 30 MB for 256,000 tokens.
 MAX_BYTES = 256 << 20
 TOKENS = ("bos_token", "eos_token", *SPECIAL)
-# The other settings in tokenizer_config.json that are used, and their types.
+# The settings in tokenizer_config.json that are used besides special tokens, and their types.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "model_max_length": (int, float),
     "padding_side": (str,),
@@ -58,7 +58,8 @@ def train_tokenizer(
 
     Args:
         texts: the texts; empty texts are ignored.
-        vocab_size: largest size of the vocabulary; few texts give a smaller vocabulary.
+        vocab_size: largest size of the vocabulary, unless single letters need more. Few texts give
+            a smaller vocabulary.
         kind: "wordpiece" as in BERT, or "bpe" (byte-level) as in GPT-2.
 
     Raises:
@@ -291,7 +292,7 @@ def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken 
 
 
 def _decode_word_ends(tokenizer: Tokenizer) -> None:
-    """Make the tokenizer decode CLIP's word ends as spaces, which tokenizer.json leaves out."""
+    """Make the tokenizer decode CLIP's word ends as spaces; tokenizer.json lacks this rule."""
     suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
     if suffix and isinstance(tokenizer.decoder, decoders.ByteLevel):
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(suffix, " ")])
