@@ -19,7 +19,7 @@ def kernel_arguments(
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
 ) -> tuple[Any, ...]:
-    """Return the arguments of :class:`CrossAttention` for one direction or both."""
+    """Return the arguments of :class:`CrossAttention` for one or two directions."""
     tokens = [_rows_contiguous(side.tokens) for side in sides]
     none = tokens[0].new_empty(0)
     no_mask = none.bool()
@@ -40,7 +40,7 @@ def kernel_arguments(
         options.dropout_p,
     )
     flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
-    if torch.compiler.is_compiling():  # `none` and shared weights occur several times
+    if torch.compiler.is_compiling():  # `none` occurs several times, and weights may be shared
         flat = distinct(*flat)
     return constants, len(directions), *flat
 
@@ -60,10 +60,10 @@ def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -
 
 
 class CrossAttention(torch.autograd.Function):
-    """Compute the outputs of one direction or both with the kernels.
+    """Compute the outputs of one or two directions with the kernels.
 
-    Saves tokens, projections, and the attention's output before and after W_o and dropout. The
-    backward pass recomputes probabilities and gates. Symbols are those of reference.py.
+    Saves the inputs, the projections, and the attention output before W_o (attended) and after W_o
+    (attn_out). The backward pass recomputes the probabilities and the gates.
     """
 
     @staticmethod
@@ -103,8 +103,8 @@ def _split(flat, directions):
 
 # ---- operators -----------------------------------------------------------------------------------
 
-# In the lists an empty tensor stands for None. The first direction has the queries of the first
-# side, the second direction those of the second. `weights` holds FIELDS tensors per direction.
+# In these lists an empty tensor stands for None. Direction i has the queries of side i. `weights`
+# holds FIELDS tensors per direction.
 _LISTS = (
     "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] absents, Tensor[] weights,"
     " Tensor[] flags"
@@ -118,7 +118,8 @@ _OPTIONS = (
 def _widths(directions: int, dim: int) -> tuple[int, int]:
     """Return the width of the projections of each side.
 
-    One direction: queries of side 0, keys and values of side 1. Two: all three of both sides.
+    With one direction, side 0 has queries, and side 1 has keys and values. With two directions,
+    each side has queries, keys and values.
     """
     return (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
 
@@ -151,8 +152,8 @@ def _fake_forward(
     lse = [
         x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in queries_from
     ]
-    projected_out = [x.new_empty(x.shape) for x in queries_from]
-    return [*outs, *projected, *moments, *attended, *lse, *projected_out]
+    attn_out = [x.new_empty(x.shape) for x in queries_from]
+    return [*outs, *projected, *moments, *attended, *lse, *attn_out]
 
 
 def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, saved, *options):
@@ -161,7 +162,7 @@ def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, save
 
 
 def _products(tokens, weights, gate) -> tuple[int, int, int, int]:
-    """Return the forward FLOPs of projections, attention, output projections and gates."""
+    """Return the forward FLOPs of input projections, attention, output projections and gates."""
     directions, (batch, _, dim) = len(weights) // FIELDS, tokens[0]
     rows = batch * sum(x[1] for x in tokens[:directions])
     widths = _widths(directions, dim)
@@ -200,7 +201,7 @@ def _backward_flops(
     *rest,
     out_shape,
 ):
-    """Count each product twice, and the recomputed attention logits and gates once more."""
+    """Count each product twice, and a third time if it is recomputed (attention logits, gates)."""
     project, attend, output, gates = _products(tokens, weights, gate)
     return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
 

@@ -64,7 +64,10 @@ def check_options(
     pre_norm: bool,
     **dropout: float,
 ) -> None:
-    """Check the options that are not tensors; ``dropout`` is the rate under its public name."""
+    """Check the options that are not tensors.
+
+    ``dropout``: the dropout rate, under the name that the caller's argument has.
+    """
     for option, value, choices in (
         ("gate", gate, GATES),
         ("missing", missing, MISSING),
@@ -131,7 +134,7 @@ def _check_dtypes(op: str, names: tuple[str, str], floats: dict[str, Any]) -> No
             f"{op}: {names[0]}: got dtype {first.dtype}, "
             "expected float32, float16, bfloat16 or float64"
         )
-    # Master weights may stay in float32.
+    # With tokens in 16 bits, the weights may be float32.
     allowed = {first.dtype, torch.promote_types(first.dtype, torch.float32)}
     expected = " or ".join(sorted(map(str, allowed)))
     for name, tensor in floats.items():
@@ -153,7 +156,7 @@ def _check_tokens(
     directions: Sequence[CrossAttentionWeights],
 ) -> None:
     x = given[0].tokens
-    first = "weights" if len(directions) == 1 else "to_a"
+    weights_name = "weights" if len(directions) == 1 else "to_a"
     for name, side in zip(names, given, strict=True):
         tokens = side.tokens
         if tokens.dim() != 3 or tokens.shape[0] != x.shape[0]:
@@ -167,7 +170,7 @@ def _check_tokens(
         if isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] != width:
             raise ValueError(
                 f"{op}: {name}: got width {width}, expected {w.shape[1]}, "
-                f"the number of columns of {first}.{field}"
+                f"the number of columns of {weights_name}.{field}"
             )
 
 

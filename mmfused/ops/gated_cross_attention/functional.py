@@ -49,38 +49,41 @@ def gated_cross_attention(
 ) -> Tensor:
     """Let x (B, N, D) attend to context (B, M, Dc), and blend x and the result with a gate.
 
-    The output is ``g * A + (1 - g) * x`` with the gate g and the output A of the attention. The
+    The output is ``g * A + (1 - g) * x``, where g is the gate and A the attention output. The
     equations are in :mod:`mmfused.ops.gated_cross_attention.reference`.
 
     Args:
-        x, context: tokens, in the same dtype.
+        x, context: tokens; both have one dtype.
         weights: a :class:`CrossAttentionWeights`.
         num_heads: number of heads, a divisor of D.
-        norm_x, norm_context: weight and bias of a LayerNorm over the tokens. ``pre_norm`` needs
-            both. ``pre_norm=False`` needs norm_x only, for the output ``norm_x(x + A)``.
+        norm_x, norm_context: weight and bias of the LayerNorm over x, and of that over the context.
+            With ``pre_norm``, both are needed. Without it, only norm_x is accepted, for the output
+            ``norm_x(x + A)``.
         gate: "channel": one gate per channel, w_g (D, 2D + 1). "token": one gate per token, w_g
             (1, 2D + 1). "none": no gate, the output is ``x + A``. ``pre_norm=False`` needs "none".
-        indicator: whether the gate gets a flag for the presence of the context, which has the last
-            column of w_g. "batch": all samples get the same flag, 1 if any sample has a context
-            (UniECS's released code). False: no flag, and w_g has 2D columns.
+        indicator: True: the gate has an additional input, 1 if the sample has a context, else 0.
+            Its weight is the last column of w_g. "batch": this input is 1 for all samples if any
+            sample has a context (UniECS's released code). False: no such input, and w_g has 2D
+            columns.
         missing: what to do if the context of a sample is absent or fully masked. "skip": return x
-            unchanged without computing anything; the context may be NaN. "zero": use A = 0 and
-            apply the gate. "attend": attend to the tokens as they are. "constant": like "attend",
-            if the tokens of an absent context are all equal; without dropout, only the first
-            unmasked token is attended to.
-        pre_norm: whether to normalise before the projections.
+            unchanged; the context may be NaN. "zero": apply the gate with A = 0. "attend": attend
+            to the unmasked tokens. "constant": the same result as "attend", provided that all
+            tokens of an absent context are equal; without dropout, only the first unmasked token is
+            attended to.
+        pre_norm: whether to normalise x and the context before the projections.
         norm_eps: epsilon of the LayerNorms.
         dropout_p: dropout rate of the attention probabilities and of A, in [0, 1).
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout masks on every backend (``mmfused.testing.dropout_mask``).
         context_key_padding_mask: (B, M) bool, True = ignore. Ignored tokens may be NaN.
-        context_lengths: (B,) int, the number of tokens to keep, instead of the mask.
+        context_lengths: (B,) int, used instead of a mask: the context of sample b has its first
+            ``context_lengths[b]`` tokens.
         context_present: (B,) bool, default all True.
 
     Returns: the output (B, N, D).
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, ``RuntimeError`` if ``backend("fused")``
-    cannot run; all of them before any kernel is launched.
+    Raises: ``TypeError`` or ``ValueError`` on bad input, and ``RuntimeError`` if
+    ``backend("fused")`` cannot run. Errors are raised before any kernel is launched.
 
     Source: UniECS (arXiv 2508.13843), its released EnhancedCrossModalAttention; UniCA (arXiv
     2606.28350) with ``pre_norm=False``.
@@ -137,11 +140,10 @@ def bidirectional_gated_cross_attention(
 ) -> tuple[Tensor, Tensor]:
     """Let a (B, N, D) attend to b (B, M, D) with ``to_a``, and b to a with ``to_b``.
 
-    The outputs equal those of two calls of :func:`gated_cross_attention` with the given a and b,
-    and the options are the same. The kernels compute both directions in the same launches. Each
-    norm applies to its side in both directions. Tokens that the mask of their own side ignores are
-    returned unchanged. With ``missing="skip"``, both sides of a sample are returned unchanged if
-    one side is absent.
+    Each direction is a :func:`gated_cross_attention` of the given a and b; see there for the
+    options. norm_a applies to a in both directions, and norm_b to b. The kernels compute both
+    directions in the same launches. Masked tokens are returned unchanged. With ``missing="skip"``,
+    both sides of a sample are returned unchanged if either side is absent.
 
     Returns: the outputs for a (B, N, D) and b (B, M, D).
     """
@@ -175,7 +177,7 @@ def bidirectional_gated_cross_attention(
 
 
 class _Problem(NamedTuple):
-    """The two sides, the weights of one direction or both, and the options."""
+    """The two sides, the weights of each direction (one or two), and the options."""
 
     sides: list[Side]
     directions: list[CrossAttentionWeights]
@@ -200,7 +202,7 @@ def _checked(
 ) -> _Call:
     """Cast and check the arguments, and pick a backend."""
     uncast = [side.tokens for side in inputs]
-    # Cast before the checks, because under autocast the arguments may have several dtypes.
+    # Cast before the checks: under autocast the arguments may have different dtypes.
     given = [_autocast(side) for side in inputs]
     directions = [_autocast_parts(w) for w in directions]
     check(op, names, given, directions, options)
@@ -231,7 +233,10 @@ def _nan_for_wrong_lengths(outs: Iterable[Tensor], call: _Call) -> list[Tensor]:
 
 
 def _attend_in_pytorch(call: _Call) -> list[Tensor]:
-    """Compute each direction without kernels; modules that must be called get the whole batch."""
+    """Compute each direction without kernels.
+
+    Samples are skipped only if no module must be called.
+    """
     sides, directions, options = call.problem
     if options.pre_norm:
         sides = _call_norms(sides, call.uncast, len(directions), options)
@@ -256,8 +261,8 @@ def _each(
     """Call ``attend`` for each direction."""
     pairs = ((sides[0], sides[1]), (sides[1], sides[0]))
     return [
-        attend(x, context, w, options, stream=stream)
-        for stream, ((x, context), w) in enumerate(zip(pairs, directions, strict=False))
+        attend(x, context, w, options, direction=i)
+        for i, ((x, context), w) in enumerate(zip(pairs, directions, strict=False))
     ]
 
 
@@ -272,8 +277,8 @@ def _call_norms(
     directions: int,
     options: CrossAttentionOptions,
 ) -> list[Side]:
-    """Call each norm that must be called, once, on the tokens before autocast rounds them."""
-    # With "zero" and two directions, the tokens of an absent side are still used as queries.
+    """Call each norm that must be called, once, on the tokens as they were before autocast."""
+    # With "zero" and two directions, the tokens of an absent side are still queries.
     hide_absent = options.missing == "skip" or (options.missing == "zero" and directions == 1)
     out = []
     for side, tokens in zip(sides, uncast, strict=True):
@@ -298,7 +303,7 @@ def _autocast(side: SideInput) -> SideInput:
 
 
 def _autocast_parts(parts: Any) -> Any:
-    """Cast a norm or the weights of a direction; return other objects, which the checks reject."""
+    """Cast a norm or the weights of a direction. Other objects, which the checks reject, stay."""
     if not isinstance(parts, tuple | list):
         return parts
     cast = to_autocast(*parts)

@@ -1,4 +1,4 @@
-"""Modules for gated cross-attention, and FLUID's gate that blends two sequences of equal length."""
+"""Modules for gated cross-attention, and FLUID's gate between two sequences of equal length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reference import CrossAttentionWeights, Gate, Indicator, Missing
 
 
 class ModuleOptions(TypedDict):
-    """The options that both modules pass to their functions."""
+    """The options of a module that are passed to the function in every call."""
 
     num_heads: int
     gate: Gate
@@ -59,7 +59,7 @@ class _Direction(nn.Module):
         name: str = "GatedCrossAttention",
         device_type: str = "cpu",
     ) -> CrossAttentionWeights:
-        """Return the weights for a call of the function.
+        """Return the weights as :func:`gated_cross_attention` takes them.
 
         Args:
             name: name of this direction in error messages.
@@ -82,16 +82,16 @@ class GatedCrossAttention(_Direction):
     """Let x attend to a context, and blend x and the result with a gate.
 
     Holds the parameters of :func:`gated_cross_attention`: norm_x, norm_context (with pre_norm),
-    q_proj, k_proj, v_proj, out_proj and gate_proj. The input of gate_proj is x, then the output A
-    of the attention, then the indicator.
+    q_proj, k_proj, v_proj, out_proj and gate_proj. The input of gate_proj is the concatenation of
+    x, the attention output A, and the indicator.
 
     Args:
         dim: width of x and of the output; a multiple of ``num_heads``.
         num_heads: number of attention heads.
         context_dim: width of the context, default ``dim``.
         gate, indicator, missing: as in :func:`gated_cross_attention`.
-        pre_norm: whether to normalise before the projections. False normalises the sum ``x + A``
-            instead (UniCA) and needs ``gate="none"``.
+        pre_norm: True: normalise x and the context before the projections. False: normalise the sum
+            ``x + A`` instead (UniCA); needs ``gate="none"``.
         bias: whether the projections have biases.
         dropout: dropout rate of the attention probabilities and of A in training, in [0, 1).
         norm_eps: epsilon of the LayerNorms.
@@ -147,7 +147,7 @@ class GatedCrossAttention(_Direction):
             x: (B, N, dim).
             context: (B, M, context_dim).
             context_key_padding_mask: (B, M) bool, True = ignore.
-            context_lengths: (B,) int, the number of tokens to keep, instead of the mask.
+            context_lengths: (B,) int, the number of first tokens to use, instead of a mask.
             context_present: (B,) bool, default all True.
             dropout_seed: see :func:`gated_cross_attention`.
         """
@@ -183,12 +183,12 @@ class BidirectionalGatedCrossAttention(nn.Module):
     """Let a attend to b and b attend to a, in the same kernel launches.
 
     Holds the parameters of :func:`bidirectional_gated_cross_attention`: norm_a, norm_b, and the
-    directions to_a and to_b, each with q_proj, k_proj, v_proj, out_proj and gate_proj.
+    submodules to_a and to_b, each with q_proj, k_proj, v_proj, out_proj and gate_proj.
 
     Args:
         dim: width of both sides; a multiple of ``num_heads``.
         num_heads: number of attention heads.
-        share_weights: whether both directions share their projections (LXMERT).
+        share_weights: whether to_a and to_b are one module (LXMERT).
         gate, indicator, missing, pre_norm, bias, dropout, norm_eps: as in
             :class:`GatedCrossAttention`.
     """
@@ -248,7 +248,7 @@ class BidirectionalGatedCrossAttention(nn.Module):
         Args:
             a, b: (B, N, dim) and (B, M, dim).
             a_key_padding_mask, b_key_padding_mask: (B, N) and (B, M) bool, True = ignore.
-            a_lengths, b_lengths: (B,) int, the number of tokens to keep, instead of the mask.
+            a_lengths, b_lengths: (B,) int, the number of first tokens to use, instead of a mask.
             a_present, b_present: (B,) bool, default all True.
             dropout_seed: see :func:`gated_cross_attention`.
         """
@@ -339,16 +339,16 @@ def pack_passes(
     b: Tensor,
     passes: Sequence[Literal["both", "a", "b"]] = ("both", "a", "b"),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pack several passes over the same pairs into one batch.
+    """Pack several passes over the pairs (a, b) into one batch.
 
-    In a pass "a" the side b is absent, in a pass "b" the side a; the absent side is zeros. UniECS
-    encodes every item in the passes "both", "a" and "b". Call a
-    :class:`BidirectionalGatedCrossAttention` on the packed batch, and split its outputs with
-    ``chunk(len(passes))`` to get the outputs of each pass.
+    In the pass "both", both sides are present. In the pass "a", side b is absent and set to zeros.
+    In the pass "b", side a is absent and set to zeros. UniECS encodes every item in these three
+    passes. Call a :class:`BidirectionalGatedCrossAttention` on the packed batch, and split each
+    output with ``chunk(len(passes))``.
 
     Args:
         a, b: (B, N, dim) and (B, M, dim).
-        passes: a sequence of "both", "a" and "b".
+        passes: the passes to pack, each "both", "a" or "b".
 
     Returns: a, b, a_present and b_present, each with ``len(passes) * B`` samples.
     """

@@ -4,24 +4,24 @@
     g  = sigmoid([x ; A ; e] W_g^T + b_g)
     x' = g * A + (1 - g) * x
 
-x are the tokens of a modality, A is what they gather from the context, g is the gate and x' the
-output. MHA is multi-head attention with projections of q, k and v; W_o and b_o project its output.
-The indicator e is 1 if the context is present, else 0, and [ ; ] concatenates. The gate has one
-number for each channel or for each token. The equations for g and x' use x without normalisation.
-Dropout also acts on the attention probabilities. UniECS uses this block (arXiv 2508.13843). UniCA
-uses it without a gate and normalises the sum: x' = LN_x(x + A) (arXiv 2606.28350).
+x are the tokens of a modality, A is the attention output, g the gate and x' the result. MHA is
+multi-head attention with projections of q, k and v. The indicator e is 1 if the context is present,
+else 0, and [ ; ] concatenates. The gate has one number for each channel or for each token. The x in
+g and x' is not normalised. Dropout also acts on the attention probabilities. UniECS uses this block
+(arXiv 2508.13843). UniCA (arXiv 2606.28350) has no gate, and normalises the sum instead of x and
+context: x' = LN_x(x + A).
 
-In the bidirectional form, a attends to b, and b attends to the original a. The kernels compute both
-directions in the same launches. The projection kernels normalise tokens while loading them. One
-product per modality computes the queries of its own direction and the keys and values of the other
-direction. The attention skips samples without a context. The last kernel computes output
-projection, dropout, gate and blend. No kernel concatenates x, A and e. Instead, with W_gx, W_ga and
-w_e the columns of W_g for x, A and e,
+In the bidirectional form, a attends to b, and b attends to a, not to the output for a. The kernels
+compute both directions in the same launches. The projection kernels normalise the tokens that they
+load. One product per modality computes its queries, and its keys and values for the other modality.
+The last kernel computes output projection, dropout, gate and blend. No kernel concatenates x, A and
+e. Instead, with W_gx, W_ga and w_e the columns of W_g for x, A and e,
 
     [x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e^T
 
 FLOPs per sample for both directions, with N_a and N_b tokens of width D and a gate per channel:
-12 (N_a + N_b) D^2 + 8 N_a N_b D forward, and twice that backward.
+12 (N_a + N_b) D^2 + 8 N_a N_b D forward. Backward needs twice as many, plus those to recompute the
+logits of attention and gate.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Side(NamedTuple):
 
     tokens: Tensor  # (B, N, D)
     norm: Norm | Called | None
-    ignore: Tensor | None  # (B, N) bool: tokens that are not attended to
-    absent: Tensor | None  # (B,) bool: samples not present or fully masked; None if all are present
+    ignore: Tensor | None  # (B, N) bool: masked tokens
+    absent: Tensor | None  # (B,) bool: samples that are not present or fully masked
     normed: Tensor | None = None  # (B, N, D): normalised tokens, if ``norm`` had to be called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
-        """Normalise ``tokens``, which are the tokens of this side with masked tokens replaced."""
+        """Return ``normed`` if it is given, else normalise ``tokens``."""
         if self.normed is not None:
             return self.normed
         assert self.norm is not None
@@ -119,7 +119,7 @@ def gated_cross_attention_reference(
     context_lengths: Tensor | None = None,
     context_present: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`gated_cross_attention`, one line per equation.
+    """Compute :func:`gated_cross_attention`.
 
     This is the specification: plain PyTorch for any floating dtype on any device.
     """
@@ -177,8 +177,8 @@ def bidirectional_gated_cross_attention_reference(
     side_a = side_of(SideInput(a, norm_a, a_key_padding_mask, a_lengths, a_present))
     side_b = side_of(SideInput(b, norm_b, b_key_padding_mask, b_lengths, b_present))
     return (
-        attend_reference(side_a, side_b, to_a, options, stream=0),
-        attend_reference(side_b, side_a, to_b, options, stream=1),
+        attend_reference(side_a, side_b, to_a, options, direction=0),
+        attend_reference(side_b, side_a, to_b, options, direction=1),
     )
 
 
@@ -206,15 +206,14 @@ def attend_reference(
     context: Side,
     w: CrossAttentionWeights,
     options: CrossAttentionOptions,
-    stream: int = 0,
+    direction: int = 0,
 ) -> Tensor:
     """Compute the output x' (B, N, D) of one direction.
 
-    ``stream``: number of the direction, 0 or 1. It gives the two directions different dropout masks
-    from one seed.
+    ``direction``: 0 or 1. The two directions have different dropout masks from one seed.
     """
     num_heads, dropout_p, seed = options.num_heads, options.dropout_p, options.dropout_seed
-    keys, ignore = read_keys(context, options.missing, collapse=dropout_p == 0)
+    context_tokens, ignore = read_context(context, options.missing, collapse=dropout_p == 0)
     unchanged = unchanged_tokens(x, context, options.missing)
     # Tokens that stay unchanged may be NaN.
     tokens = x.tokens if unchanged is None else x.tokens.masked_fill(unchanged[:, :, None], 0.0)
@@ -226,44 +225,44 @@ def attend_reference(
         y = linear(y, weight, bias)
         return y.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, h, tokens, d)
 
-    keys = normed(keys, context)
+    context_tokens = normed(context_tokens, context)
     q = heads(normed(tokens, x), w.w_q, w.b_q)
-    k = heads(keys, w.w_k, w.b_k)
-    v = heads(keys, w.w_v, w.b_v)
+    k = heads(context_tokens, w.w_k, w.b_k)
+    v = heads(context_tokens, w.w_v, w.b_v)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     probs = masked_softmax(logits, None if ignore is None else ignore[:, None, None], -1)
     if seed is not None and dropout_p:
-        probs = probs * keep_mask(seed, probs.shape, dropout_p, 2 * stream) / (1 - dropout_p)
+        probs = probs * keep_mask(seed, probs.shape, dropout_p, 2 * direction) / (1 - dropout_p)
     attended = (probs.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    attended = linear(attended, w.w_o, w.b_o)
+    attn_out = linear(attended, w.w_o, w.b_o)
     if ignore is not None:  # a fully masked context gives A = 0, without b_o
-        attended = attended.masked_fill(ignore.all(1)[:, None, None], 0.0)
+        attn_out = attn_out.masked_fill(ignore.all(1)[:, None, None], 0.0)
     if seed is not None and dropout_p:
-        kept = keep_mask(seed, attended.shape, dropout_p, 2 * stream + 1)
-        attended = attended * kept / (1 - dropout_p)
+        kept = keep_mask(seed, attn_out.shape, dropout_p, 2 * direction + 1)
+        attn_out = attn_out * kept / (1 - dropout_p)
 
     if options.gate == "none":
-        out = tokens + attended
+        out = tokens + attn_out
         if not options.pre_norm:
             assert x.norm is not None
             out = layer_norm(out, x.norm, options.norm_eps)
     else:
         # (B, N, D) or (B, N, 1)
-        g = gate_logits(tokens, attended, context, w, options.indicator).sigmoid()
-        out = g * attended + (1 - g) * tokens
+        g = gate_logits(tokens, attn_out, context, w, options.indicator).sigmoid()
+        out = g * attn_out + (1 - g) * tokens
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
 
 def gate_logits(
     x: Tensor,
-    attended: Tensor,
+    attn_out: Tensor,
     context: Side,
     w: CrossAttentionWeights,
     indicator: Indicator,
 ) -> Tensor:
     """Return the logits of the gate, ``[x ; A ; e] W_g^T + b_g``."""
     assert w.w_g is not None
-    parts = [x, attended]
+    parts = [x, attn_out]
     if indicator:
         e = indicator_of(context, x.shape[0], indicator, x)
         parts.append(e[:, None, None].expand(*x.shape[:2], 1))
@@ -284,10 +283,10 @@ def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) 
 
 
 def unchanged_tokens(x: Side, context: Side, missing: Missing) -> Tensor | None:
-    """Return a mask (B, N) of the tokens whose output equals their input, or None.
+    """Return a mask (B, N) of the tokens of x that are returned unchanged, or None.
 
-    The mask covers ignored tokens of x and, with "skip", all tokens of samples without x or
-    context.
+    These are the masked tokens. With "skip", they are also all tokens of a sample in which x or the
+    context is absent.
     """
     batch, length = x.tokens.shape[:2]
     masks = [] if x.ignore is None else [x.ignore]
@@ -300,15 +299,15 @@ def unchanged_tokens(x: Side, context: Side, missing: Missing) -> Tensor | None:
     return torch.stack(masks).any(0) if masks else None
 
 
-def read_keys(
+def read_context(
     context: Side,
     missing: Missing,
     collapse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the context's tokens, and a mask (B, M) of the tokens not attended to, or None.
 
-    Tokens not attended to are set to 0, since they may be NaN. ``collapse``: whether "constant"
-    attends to only one token of an absent sample.
+    Tokens not attended to may be NaN and are set to 0. ``collapse``: whether, with "constant", only
+    one token of an absent context is attended to.
     """
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore
@@ -321,7 +320,7 @@ def read_keys(
         if missing in ("skip", "zero"):
             ignore = ignore | absent
         if missing == "constant" and collapse:
-            # All tokens of an absent sample are equal, so the first unmasked token is enough.
+            # All tokens of an absent context are equal, so the first unmasked token is enough.
             first = (~ignore).to(torch.int32).cumsum(1) == 1
             ignore = ignore | (absent & ~first)
     return context.tokens.masked_fill(ignore[:, :, None], 0.0), ignore
