@@ -1,4 +1,4 @@
-"""Code shared by all kernels: limits of each architecture, padding, tiles, jit helpers."""
+"""Code shared by the kernels: limits of each architecture, padding, tiles and jit helpers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Options of every launch. The compiler's default differs by version: Triton 3.10 does not fuse
-# multiplication and addition.
+# Options of every launch. The default differs by version: Triton 3.10 does not fuse multiplication
+# and addition.
 OPTIONS = {"enable_fp_fusion": True}
 
 # The architecture that plans are chosen for, in place of the GPU's; set by recording.launches_for.
@@ -48,9 +48,9 @@ def arch_of(tensor: torch.Tensor) -> int:
 
 
 def upcasts(dtype: torch.dtype) -> bool:
-    """Return whether ``dot`` must widen its operands.
+    """Return whether ``dot`` must convert its operands to float32.
 
-    Triton's interpreter would multiply the bit patterns of bfloat16 instead of its values.
+    Triton's interpreter multiplies the bit patterns of bfloat16 operands instead of their values.
     """
     return INTERPRETED and dtype == torch.bfloat16
 
@@ -61,7 +61,7 @@ def pack_padding(
     """Pack a padding mask (B, N) bool or lengths (B,) for the kernels.
 
     Return words of bits (B, W), spans of the valid tokens (B, 2), W, and the kind of padding:
-    "none", "padding" or "lengths". Lengths are returned in place of spans.
+    "none", "padding" or "lengths". If lengths are given, they are returned in place of the spans.
     """
     if mask is None:
         return None, lengths, 0, "none" if lengths is None else "lengths"
@@ -96,7 +96,7 @@ def tile_rows(rows: int, num_experts: int) -> int:
 def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor:
     """Return the tiles (rows // 16 + E, 2) int32 for offsets (E + 1,) int32.
 
-    Each tile is (expert, first row), in the order of the experts; unused tiles are (-1, 0).
+    Each tile is (expert, first row), sorted by expert. Unused tiles come last and are (-1, 0).
     """
     tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
     block = tile_block(num_experts)
@@ -116,7 +116,7 @@ def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor
 
 
 def tile_block(num_experts: int) -> int:
-    """Return the number of tiles that one program of tile_map_kernel writes."""
+    """Return the number of entries of tile_map that one program writes."""
     return max(16, 2048 // triton.next_power_of_2(num_experts))
 
 
@@ -131,10 +131,10 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
-    """Return columns first .. first + BN of mmfused.random.keep_mask, (rows, BN) bool.
+    """Return the given rows and the columns first .. first + BN - 1 of mmfused.random.keep_mask.
 
     ``first`` and BN are multiples of 4, because one call of Philox serves four columns. ``seed`` is
-    an int64 value, not a pointer, and ``rows`` are indices of rows of the mask.
+    an int64 value, not a pointer.
     """
     quads = first // 4 + tl.arange(0, BN // 4)
     zero = tl.zeros([rows.shape[0], BN // 4], tl.uint32)
@@ -163,7 +163,7 @@ def pack_mask_kernel(
 ):
     """Pack a padding mask into words of 64 bits; the bits of valid tokens are set.
 
-    Grid (B,). The span of a sample is (first valid token, last valid token + 1).
+    Grid (B,). Also write the span of each sample: (first valid token, last valid token + 1).
     """
     b = tl.program_id(0).to(tl.int64)
     first = N
@@ -197,10 +197,10 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
 
 @triton.jit
 def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
-    """Return the tokens start .. start + BN, and which of them are valid.
+    """Return the tokens start .. start + BN - 1, and which of these tokens are valid.
 
-    BN is at most 64, and ``start`` is a multiple of BN. The mask of a tile is loaded as one scalar:
-    Triton would not prefetch tokens if a tensor load decided which of them to load.
+    BN is at most 64, and ``start`` is a multiple of BN. The mask of a tile is loaded as one scalar,
+    because Triton would not prefetch tokens with a mask that is itself loaded as a tensor.
     """
     n = start + tl.arange(0, BN)
     keep = n < hi
@@ -212,7 +212,7 @@ def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr
 
 @triton.jit
 def load_tokens(x_ptr, n, cols, keep, stride_n, D):
-    """Load (tokens, columns) of one sample; ignored tokens are never read and may hold NaN."""
+    """Load (tokens, columns) of one sample; 0 for tokens that are not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + cols[None, :]
     return tl.load(x_ptr + at, mask=keep[:, None] & (cols[None, :] < D), other=0.0)
 
@@ -248,8 +248,8 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 def tile_entries(i, begin, end, H):
     """Return expert and first row of the tiles with indices i; -1 and 0 beyond the last tile.
 
-    The sorted rows of an expert are [begin, end). ``begin`` and ``end`` are padded to a power of
-    two with experts without rows.
+    ``begin`` and ``end`` hold the range of sorted rows of each expert, and are padded to a power of
+    two with empty ranges.
     """
     height = (end - begin + H - 1) // H
     last = tl.cumsum(height, 0)
