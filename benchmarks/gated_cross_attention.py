@@ -251,7 +251,7 @@ def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     provider = fused(case, device, dtype)
     from mmfused.kernels.gated_cross_attention import plans
 
-    if not plans.block_takes(case.D, case.D // case.H, dtype):
+    if not plans.block_supports(case.D, case.D // case.H, dtype):
         raise Unavailable(
             "the block kernel needs D <= 256 and heads of at most 64 channels, or 32 in float32"
         )

@@ -1,9 +1,9 @@
-"""Attention of both directions: softmax(Q K^T / sqrt(d)) V for each head, online over the keys.
+"""Attention of both directions: softmax(Q K^T / sqrt(d)) V for each head, by online softmax.
 
-Exponentials are in base 2. lse, the logarithm of each row's sum of exponentials, is in units of
-q . k, because the backward pass subtracts it before scaling. For a fully masked row lse is +inf,
-and later kernels recognise such rows by this value. Tiles without valid keys at the start and the
-end of a sample are skipped.
+Exponentials are in base 2. lse, the log-sum-exp of each row, is divided by the scale 1 / sqrt(d),
+because the backward pass subtracts lse from q . k before scaling. For a fully masked row lse is
++inf, and later kernels recognise such rows by this value. Tiles without valid keys at the start and
+the end of a sample are skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def attend_head(
 ):
     """Compute one head of the attention of the queries n to the keys lo .. hi - 1.
 
-    Store the result, and return it in the dtype in which it was stored.
+    Store the result and lse. Return the result in the dtype in which it is stored.
     """
     lse_at = (b * H + head) * N + n
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -92,7 +92,7 @@ def attend_head(
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             weight = tl.exp2(
                 (s - shift[:, None]) * (scale * LOG2E)
-            )  # subtract before scaling: the difference of large logits is exact
+            )  # subtract before scaling, because the difference of two close logits is exact
             alpha = tl.exp2((m - shift) * (scale * LOG2E))
             total = total * alpha + tl.sum(weight, 1)
             if DROPOUT:
@@ -127,7 +127,7 @@ def spans(
 ):
     """Return lo and hi: BM queries from ``first`` on attend to keys in [lo, hi).
 
-    [lo, hi) is empty if the mask of the queries ignores all of them.
+    [lo, hi) is empty if these queries are outside the span of the valid queries.
     """
     lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
     if IGNORE != 0:

@@ -1,11 +1,13 @@
 """Backward of the attention of both directions.
 
-With P the probabilities, M the dropout mask divided by 1 - p (or 1), and dP = M (dO V^T):
+With P the probabilities, E the dropout mask divided by 1 - p (1 without dropout), scale =
+1 / sqrt(d), and * for elementwise products:
 
-    delta = rowsum(dO O)     dS = P (dP - delta)     dQ = dS K     dK = dS^T Q     dV = (M P)^T dO
+    dP = E * (dO V^T)     delta = rowsum(dO * O)     dS = P * (dP - delta)
+    dQ = scale dS K       dK = scale dS^T Q          dV = (E * P)^T dO
 
-There are no atomics: in one launch each program computes dQ of BM queries of a head, in another
-launch dK and dV of BN keys.
+There are no atomics: one launch computes dQ, BM queries of a head per program, and another launch
+computes dK and dV, BN keys of a head per program.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def _tile(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return P and dP of these queries and of BN keys from ``start`` on, and the keys."""
+    """Return P and dP of these queries and BN keys from ``start`` on, and the keys."""
     j = start + tl.arange(0, BN)
     k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
     v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
@@ -106,12 +108,10 @@ def d_query_kernel(
 ):
     """Compute dQ and delta of BM queries; grid (directions * B * H * tiles,).
 
-    Both are 0 for fully masked rows.
-
-    With EXACT, for float32, delta and 1 / sum(P) are computed from the same P and dP as dS, so that
-    dS sums to 0 and P to 1 up to the last digit. In 16 bits the rounding of dS hides such errors,
-    except if there is only one tile of keys, where one key may have all the probability: delta is
-    then computed in the same way.
+    dQ is 0 for fully masked rows. With EXACT, for float32, delta and 1 / sum(P) are computed from
+    the same P and dP as dS, so that dS sums to 0 and P to 1 up to the last digit. In 16 bits the
+    rounding of dS hides such errors. But if there is only one tile of keys, one key may have all
+    the probability, so delta is then computed from P and dP too.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
@@ -288,7 +288,7 @@ def d_key_kernel(
 ):
     """Compute dK and dV of BN keys, 0 for masked keys; grid (directions * B * H * tiles,).
 
-    Tiles are transposed: their rows are keys.
+    Tiles of P and dS are transposed: their rows are keys.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)

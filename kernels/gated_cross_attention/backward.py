@@ -32,9 +32,10 @@ def backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """Return d_tokens of both sides, d_norms and d_weights, one after the other.
+    """Return d_tokens of both sides, d_norms and d_weights in one list.
 
-    ``saved`` are the results of the forward behind ``outs``; the other arguments are the forward's.
+    ``saved`` are the results of the forward without ``outs``. The other arguments are those of the
+    forward.
     """
     call = Call(
         tokens,
@@ -103,7 +104,7 @@ def _d_blend(
     d_tokens,
     d_norms,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return dz and dy of each direction; write dx without the part from attention to d_tokens."""
+    """Return dz and dy of each direction. Write dx without the attention's part to d_tokens."""
     dy = [torch.empty_like(d) for d in d_outs]
     dz = [
         d.new_empty(
@@ -269,15 +270,15 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
 def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights) -> Tensor | None:
     """Compute the gradients of one side's tokens, norm and projections.
 
-    Return the tokens (rows, D) that the gate read, 0 in rows that it did not read, or None if it
-    read no tokens of this side.
+    Return the tokens (rows, D) that the gate read, with 0 in other rows, or None if no gate read
+    tokens of this side.
     """
     x, rows = call.tokens[side], call.rows[side]
     parts, width = call.parts(side), x.shape[-1]
-    asks, read = side < call.directions, 1 - side < call.directions
+    is_query_side, is_key_side = side < call.directions, 1 - side < call.directions
     weights = [call.parameter(*part) for part in parts]
     d_normed = x.new_empty(rows, width)
-    sizes = dict(SIDE=side, IS_QUERY_SIDE=asks, READ=read)
+    sizes = dict(SIDE=side, IS_QUERY_SIDE=is_query_side, READ=is_key_side)
     tile = call.plan.product
     gradients.d_normed_kernel[(triton.cdiv(rows, tile.BM) * triton.cdiv(width, tile.BN),)](
         d_projected,
@@ -297,7 +298,8 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
     plain = x.is_contiguous() and not (
         call.given["IGNORE"] or call.given["ABSENT"]
     )  # every row is changed and may be read
-    cleans = asks and call.gate != "none" and not plain
+    gated = is_query_side and call.gate != "none"
+    cleans = gated and not plain
     normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if cleans else (0,))
     partials = call.partials(rows)
     sums = x.new_empty((2, partials, width) if call.pre_norm else (0,), dtype=torch.float32)
@@ -333,6 +335,6 @@ def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights)
             normed,
             d_weight,
             d_bias,
-            shifts=field != W_K,
+            bias_matters=field != W_K,
         )
-    return clean if cleans else x.reshape(rows, width) if asks and call.gate != "none" else None
+    return clean if cleans else x.reshape(rows, width) if gated else None

@@ -64,7 +64,7 @@ def store_kept(
     BN: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Compute A from ``acc``, the product with W_o, and store its columns first .. first + BN."""
+    """Compute A from ``acc``, the product with W_o, and store BN columns of A from ``first`` on."""
     cols = first + tl.arange(0, BN)
     acc = tl.where(has_keys_rows[:, None], acc + load_vector(b_ptr, cols, biased * D)[None, :], 0.0)
     if DROPOUT:
@@ -278,7 +278,7 @@ def blend_tokens(
     POSTNORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute the output from A: columns begin .. end with a gate per channel, else whole rows."""
+    """Compute the output from A: with a gate per channel columns [begin, end), else whole rows."""
     if GATE == "channel":
         for first in range(begin, end, BN):
             cols = first + tl.arange(0, BN)
@@ -398,8 +398,8 @@ def blend_kernel(
 ):
     """Compute A (READ), the output (BLEND), or both; grid (rows / BM [* D / BN], directions).
 
-    With both, a program computes whole rows, BN columns at a time. In every case A is stored and
-    read back, so that it is rounded in the same way.
+    With both, a program computes whole rows, BN columns at a time. Even then A is stored and read
+    back, so that A is rounded in the same way.
     """
     direction = tl.program_id(1)
     back = direction == 1

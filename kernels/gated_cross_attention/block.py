@@ -1,8 +1,8 @@
 """The form "block": attention and its epilogue in one kernel.
 
 For a block of queries, each head adds its part of the output projection in float32. The result, A,
-is stored and read back by the gate, as in blend.py. The outputs equal those of the form "epilogue",
-so the backward pass is the same.
+is stored and read back by the gate, as in blend.py. The backward pass is that of the form
+"epilogue".
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def block_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute BM queries of one sample with all heads; grid (directions * B * tiles,).
+    """Compute the output for BM queries of one sample; grid (directions * B * tiles,).
 
     The attention reads BN keys at a time, the epilogue writes BN columns at a time.
     """

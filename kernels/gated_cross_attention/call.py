@@ -27,7 +27,7 @@ def bits(tensors: list[Tensor]) -> int:
 
 
 def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
-    """Return the tile's sizes that are parameters of the kernel, and the options of its launch."""
+    """Return the sizes of the tile that the kernel takes, and the options of its launch."""
     sizes = {name: size for name, size in asdict(tile).items() if name in kernel.arg_names}
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg)
     return sizes | options | OPTIONS
@@ -37,12 +37,12 @@ def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
 class Call:
     """The arguments of the operator, and sizes and flags computed from them."""
 
-    tokens: list[Tensor]
-    norms: list[Tensor]
-    ignores: list[Tensor]
-    absents: list[Tensor]
-    weights: list[Tensor]
-    flags: list[Tensor]
+    tokens: list[Tensor]  # of side 0 and side 1
+    norms: list[Tensor]  # weight and bias of side 0, then of side 1
+    ignores: list[Tensor]  # of side 0 and side 1; without elements if not given
+    absents: list[Tensor]  # of side 0 and side 1; without elements if not given
+    weights: list[Tensor]  # FIELDS weights and biases of each direction
+    flags: list[Tensor]  # the gate's indicator of each direction
     heads: int
     gate: str
     missing: str
@@ -87,7 +87,7 @@ class Call:
         return self.norms[part::2]
 
     def parts(self, side: int) -> list[tuple[int, int]]:
-        """Return (direction, weight) of each projection of a side.
+        """Return (direction, W_Q, W_K or W_V) of each projection of a side.
 
         A side is projected to the queries of its own direction, then to keys and values of the
         other direction.

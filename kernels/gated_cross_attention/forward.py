@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tiles import dot
 from . import attend, blend, block
 from .call import B_G, B_O, B_Q, FIELDS, W_G, W_O, W_Q, Call, bits, both, tile_options
-from .plans import Tile, asked_block, power
+from .plans import Tile, power, tile_of_block_form
 from .tokens import any_of, attends, pick, tile_at, valid_keys
 
 
@@ -32,7 +32,7 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """Return outs, projected, moments, attended, lse and attn_out, one after the other."""
+    """Return the tensors outs, projected, moments, attended, lse and attn_out in one list."""
     call = Call(
         tokens,
         norms,
@@ -48,17 +48,18 @@ def forward(
         dropout_p,
         dropout_seed,
     )
-    whole = asked_block(call.plan, call.dim, call.heads)
-    asking = tokens[: call.directions]
-    outs, attended, attn_out = ([x.new_empty(x.shape) for x in asking] for _ in range(3))
+    block_tile = tile_of_block_form(call.plan, call.dim, call.heads)
+    queries = tokens[: call.directions]
+    outs, attended, attn_out = ([x.new_empty(x.shape) for x in queries] for _ in range(3))
     projected = [
         x.new_empty(*x.shape[:2], width) for x, width in zip(tokens, call.widths, strict=True)
     ]
     moments = [x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in tokens]
-    lse = [x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in asking]
+    lse = [x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in queries]
+    # Aligned copies of W_g for the kernels, see _pack_row.
     packs = gate == "channel" and call.indicator
     packed = (
-        [x.new_empty(call.dim, 2 * call.dim) for x in asking]
+        [x.new_empty(call.dim, 2 * call.dim) for x in queries]
         if packs
         else call.weights[W_G::FIELDS]
     )
@@ -70,16 +71,16 @@ def forward(
             moments[side],
             packed[side] if packs and side < call.directions else None,
         )
-    if whole is None:
+    if block_tile is None:
         _attend(call, projected, attended, lse)
         _blend(call, attended, lse, packed, attn_out, outs, moments)
     else:
-        _block(call, whole, projected, attended, lse, packed, attn_out, outs, moments)
+        _block(call, block_tile, projected, attended, lse, packed, attn_out, outs, moments)
     return [*outs, *projected, *moments, *attended, *lse, *attn_out]
 
 
 def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor | None) -> None:
-    """Project one side, and copy its W_g to ``packed``, if given, in the same launch."""
+    """Project one side, and copy its W_g without the last column to ``packed``, if given."""
     x, tile = call.tokens[side], call.plan.project
     parts = call.parts(side)
     weights = [call.parameter(*part) for part in parts]
@@ -136,13 +137,13 @@ def _attend(
         tiles,
         call.head_dim**-0.5,
         call.p,
-        **_reads(call),
+        **_attention_constants(call),
         **call.given,
         **tile_options(attend.attend_kernel, tile),
     )
 
 
-def _reads(call: Call) -> dict:
+def _attention_constants(call: Call) -> dict:
     """Return the constants of the kernels that compute attention."""
     return dict(
         H=call.heads,
@@ -156,7 +157,7 @@ def _reads(call: Call) -> dict:
     )
 
 
-def _gates(call: Call) -> dict:
+def _gate_constants(call: Call) -> dict:
     """Return the constants of the kernels that compute the gate and the output."""
     biased = bits(call.weights[B_G::FIELDS])
     return dict(
@@ -199,8 +200,8 @@ def _block(
         call.p,
         BIAS_O=bits(call.weights[B_O::FIELDS]),
         BD=power(call.dim),
-        **_reads(call),
-        **_gates(call),
+        **_attention_constants(call),
+        **_gate_constants(call),
         **call.given,
         **tile_options(block.block_kernel, tile),
     )
@@ -234,7 +235,7 @@ def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
             H=call.heads,
             BIAS_O=bits(call.weights[B_O::FIELDS]),
             DROPOUT=call.p > 0,
-            **_gates(call),
+            **_gate_constants(call),
             **call.given,
             **tile_options(blend.blend_kernel, tile),
         )
@@ -255,7 +256,7 @@ def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
         *norms,
         *call.mask_bytes,
         *sizes,
-        **_gates(call),
+        **_gate_constants(call),
         **call.masks,
         **tile_options(blend.blend_rows_kernel, tile),
     )
@@ -303,7 +304,7 @@ def _load_normed(
     D: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Load the columns k of x, or of LN(x) with NORM, in x's dtype; 0 if not ok."""
+    """Load the columns k of x, or of LN(x) with NORM, in x's dtype; 0 in rows that are not ok."""
     inside = ok[:, None] & (k[None, :] < D)
     x = tl.load(x_ptr + at[:, None] + k[None, :], mask=inside, other=0.0)
     if NORM:
@@ -378,9 +379,8 @@ def project_kernel(
 ):
     """Project BM rows of x by one of PARTS weights (C, D); grid (R / BM * PARTS [+ rows of W_g],).
 
-    With IS_QUERY_SIDE, the first weight is that of the queries. Rows that this part does not need
-    are neither read nor multiplied. Their results are 0 if their sample attends, else not written.
-    The last programs pack W_g.
+    With IS_QUERY_SIDE, the first weight is that of the queries. Masked rows are not read, and their
+    results are 0. Rows of samples that do not attend are not written. The last programs pack W_g.
     """
     pid = tl.program_id(0)
     if pid >= blocks:

@@ -1,6 +1,7 @@
 """Backward of everything except the attention.
 
-With g = sigmoid(z), A = ``attn_out`` of the forward pass, and dropout' the forward's dropout mask:
+With y = attended W_o^T + b_o, A = dropout(y), which is ``attn_out`` of the forward, g = sigmoid(z),
+and dropout' and LN' the gradients through dropout and norm:
 
     dz = dout (A - x) g (1 - g)     dy = dropout'(g dout + dz W_ga)     d attended = dy W_o
     dx = (1 - g) dout + dz W_gx + LN'(dQ W_q + dK W_k + dV W_v)
@@ -162,7 +163,7 @@ def through_gate_kernel(
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add the first half of dz W_g to dx, and the second half, after dropout', to dy.
+    """Add the first half of dz W_g to dx and the second half to dy, then apply dropout' to dy.
 
     Grid (rows / BM * 2 D / BN, directions).
     """
@@ -250,10 +251,10 @@ def d_rows_kernel(
     POSTNORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Compute dz, dy and dx, BM whole rows at a time, unless the gate is per channel.
+    """Compute dz, dy and dx, BM whole rows at a time, for a gate per token or without a gate.
 
-    Grid (P, directions). Program i computes the blocks i, i + P, ... With POSTNORM, it stores its
-    sums for the gradients of the norm's weight and bias in partial (2, P, D).
+    Grid (P, directions). Program i computes the blocks i, i + P, ... With POSTNORM, a program
+    stores its sums for the gradients of the norm's weight and bias in partial (2, P, D).
     """
     direction = tl.program_id(1)
     back = direction == 1
@@ -522,11 +523,11 @@ def d_tokens_kernel(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Compute the gradient of one side's tokens from that of its normalised tokens; grid (P,).
+    """Compute the gradient of one side's tokens from d_normed; grid (P,).
 
     With IS_QUERY_SIDE, the result is added to dx. For the gradients of the weights, the kernel also
-    writes the tokens that were projected (``normed``) and, with CLEAN, those that the gate read
-    (``clean``), with 0 in all other rows. For ``partial`` see d_rows_kernel.
+    writes the tokens that were projected (``normed``) and, with CLEAN, the tokens that the gate
+    read (``clean``), with 0 in all other rows. For ``partial`` see d_rows_kernel.
     """
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
     cols = tl.arange(0, BN)

@@ -1,4 +1,4 @@
-"""The launches that ``mmfused inspect`` compiles. Together they cover every kernel and variant."""
+"""The launches that ``mmfused inspect`` compiles. Together they reach every kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Case:
     masks: bool = True
     pre_norm: bool = True
     dropout: float = 0.0
-    form: str | None = None  # None: the default form; otherwise no backward is launched
+    form: str | None = None  # None: the default form, followed by a backward
 
 
 CASES = {

@@ -11,19 +11,19 @@ from torch import Tensor
 
 def d_linear(
     d_out: Tensor,
-    given: Tensor,
+    inputs: Tensor,
     d_weight: Tensor,
     d_bias: Tensor,
-    shifts: bool = True,
+    bias_matters: bool = True,
 ) -> None:
-    """Write d_weight (O, I) and d_bias (O,) or (0,) from d_out (R, O) and the input given (R, I).
+    """Write d_weight (O, I) and d_bias, (O,) or (0,), from d_out (R, O) and inputs (R, I).
 
-    ``shifts`` is False for the keys, whose bias does not change the softmax. The gradient of this
-    bias is then exactly 0, not a rounding error.
+    ``bias_matters`` is False for the keys, whose bias does not change the softmax. The gradient of
+    this bias is then exactly 0, not a rounding error.
     """
-    torch.mm(d_out.t(), given, out=d_weight)
+    torch.mm(d_out.t(), inputs, out=d_weight)
     if d_bias.numel():
-        torch.sum(d_out, 0, out=d_bias) if shifts else d_bias.zero_()
+        torch.sum(d_out, 0, out=d_bias) if bias_matters else d_bias.zero_()
 
 
 def d_gate_weight(
@@ -53,6 +53,6 @@ def d_gate_weight(
 
 
 def d_norm(partial: Tensor, d_gamma: Tensor, d_beta: Tensor) -> None:
-    """Write d_gamma and d_beta, the sums of ``partial`` (2, P, D), float32, added in order."""
+    """Write d_gamma and d_beta, the sums over the partials of ``partial`` (2, partials, D)."""
     d_gamma.copy_(partial[0].sum(0))
     d_beta.copy_(partial[1].sum(0))

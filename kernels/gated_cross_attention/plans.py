@@ -1,13 +1,14 @@
 """Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. Which tiles are fastest was estimated, not measured; ``make gpu``
-compares each tile with variants of it.
+supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` compares the
+speed of each tile with that of variants.
 
-After the projections, the forward pass has two forms with equal results. "epilogue" computes
-attention for each head, then the output projection, gate and blend. "block" does the same in one
-launch, for one block of queries at a time. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses the
-form, and is read at every call. The backward pass does not depend on the form.
+After the projections, the forward pass has two forms, whose results agree up to rounding.
+"epilogue" computes the attention of each head in one launch, then output projection, gate and blend
+in one or two more launches. "block" computes everything in one launch, one block of queries per
+program. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses the form, and is read at every call. The
+backward pass does not depend on the form.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 FORMS = ("epilogue", "block")
 FORM = "epilogue"  # the default if MMFUSED_CROSS_ATTENTION is not set
-_asked: ContextVar[str | None] = ContextVar("form", default=None)
+_requested: ContextVar[str | None] = ContextVar("form", default=None)
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Plan:
     product: Tile
     rows: Tile  # whole rows of BN columns
     together: Tile | None
-    # All heads of BM queries, first by BN keys at a time, then by BN columns of the output.
+    # BM queries with all heads: BN keys at a time, then BN columns of the output at a time.
     block: Tile | None
-    # Number of partial sums for the norms' gradients, fixed so that no sum depends on the GPU.
+    # Maximum number of partial sums for the norms' gradients. It does not depend on the number of
+    # multiprocessors, so that GPUs of one architecture compute the same sums.
     partials: int = 256
 
 
@@ -67,43 +69,43 @@ def power(n: int) -> int:
 
 @contextmanager
 def form(name: str):
-    """Override MMFUSED_CROSS_ATTENTION by ``name`` inside ``with``, for the current thread."""
-    before = _asked.set(name)
+    """Use the form ``name`` inside ``with``, in place of MMFUSED_CROSS_ATTENTION."""
+    before = _requested.set(name)
     try:
         yield
     finally:
-        _asked.reset(before)
+        _requested.reset(before)
 
 
-def asked_block(chosen: Plan, dim: int, heads: int) -> Tile | None:
-    """Return the tile of the form "block" if it is to run, else None.
+def tile_of_block_form(chosen: Plan, dim: int, heads: int) -> Tile | None:
+    """Return the tile of the form "block", or None if the form "epilogue" is to run.
 
-    Sizes that "block" does not support are an error only if it was requested.
+    Raise ValueError if "block" was requested but does not support these sizes.
     """
-    asked = _asked.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
-    if asked not in (None, *FORMS):
+    requested = _requested.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
+    if requested not in (None, *FORMS):
         raise ValueError(
-            f"MMFUSED_CROSS_ATTENTION: got {asked!r}, expected one of {', '.join(FORMS)}"
+            f"MMFUSED_CROSS_ATTENTION: got {requested!r}, expected one of {', '.join(FORMS)}"
         )
-    if asked == "block" and chosen.block is None:
+    if requested == "block" and chosen.block is None:
         raise ValueError(
             f"MMFUSED_CROSS_ATTENTION: got 'block' with dim {dim} and {heads} heads, expected "
             "dim <= 256 and heads of at most 64 channels, 32 in float32"
         )
-    return chosen.block if (asked or FORM) == "block" else None
+    return chosen.block if (requested or FORM) == "block" else None
 
 
-def block_takes(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
+def block_supports(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether the form "block" supports these sizes.
 
-    At larger sizes its output projection would spill, because the weights of one head pass through
-    registers.
+    At larger sizes the output projection of "block" would spill, because the weights of one head
+    pass through registers.
     """
     return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
 
 
 def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | None:
-    if not block_takes(dim, head_dim, dtype):
+    if not block_supports(dim, head_dim, dtype):
         return None
     if dtype == torch.float32:
         return Tile(16, 32, 32, 8, 1)
@@ -120,18 +122,18 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
     block = _block(dim, head_dim, dtype, arch)
     warps = 4 if head_dim <= 64 else 8
-    if dtype == torch.float32:  # without matrix instructions, products need more registers
+    if dtype == torch.float32:  # without matrix instructions, its products need more registers
         tile = Tile(32, 32, 16, 4, 2)
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    # 228 KB of shared memory, from which matrix instructions can read their operands. On other
-    # GPUs the operands are in registers.
+    # These have 227 KB of shared memory, from which their matrix instructions can read operands. On
+    # other GPUs the operands are in registers.
     big_shared = arch in (90, 100, 103)
     project = Tile(64, 64, widest if widest <= 256 and big_shared else 64, 4, 2)
     wide = head_dim > (64 if big_shared else 32)
     # Under Triton 3.8, wide heads spill 80 bytes in d_key with 32 queries at a time. On sm_120,
-    # wide heads spill 8 bytes in attend with four warps, and a product of 128 columns spills 8.
+    # wide heads spill 8 bytes in attend with four warps, and so does a product of 128 columns.
     attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
     # In d_query, 64 queries spill with four warps under Triton 3.8.
     d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)

@@ -69,7 +69,7 @@ def changed(
 
 @triton.jit
 def valid_span(side, b, N, masks, IGNORE: tl.constexpr):
-    """Return lo and hi: all valid tokens of sample b are in [lo, hi), or lo = hi without any."""
+    """Return lo and hi: all valid tokens of sample b are in [lo, hi). Without any, lo = hi."""
     lo = 0
     hi = N
     if IGNORE != 0:
@@ -98,7 +98,7 @@ def key_span(
 ):
     """Return lo and hi: in this direction, sample b attends to tokens in [lo, hi).
 
-    COLLAPSE: a sample in which the other side is absent attends only to the first valid token.
+    COLLAPSE: if the other side is absent, the sample attends only to its first valid token.
     """
     there = attends(direction, b, M > 0, masks, ABSENT, MISSING)
     lo = 0
