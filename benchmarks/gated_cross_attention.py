@@ -332,7 +332,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
         backward
           each GEMM twice, for the gradients of its two factors   24 T D^2
           attention, with q k^T computed again                    20 R D
-          reads x and dy, writes dx and the gradients of the weights
+          reads x, dy and the weights, writes dx and the gradients of the weights
 
     A post-norm layer has no gate, and its stage "output" writes y. Samples that lack a modality are
     only copied (stage "unchanged"). Exponentials, biases, norms and flags are not counted.

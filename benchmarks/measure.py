@@ -14,8 +14,9 @@ an op (query_pooling.py, for instance) defines
     comparable(results)             -> the results that the accuracy check compares
     work(case, itemsize)            -> FLOPs and bytes of each stage of each pass
 
-and optionally ``extras(case, device, dtype)``, which returns further entries of the record. An
-entry "faults" is a list of error messages. Inaccurate results of ``OURS`` are faults too.
+and optionally ``extras(case, device, dtype)``, which returns further entries of the record. The run
+fails if an entry "faults", a list of messages, is not empty, or if a provider of ``OURS`` fails the
+accuracy check.
 """
 
 from __future__ import annotations

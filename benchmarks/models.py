@@ -191,14 +191,14 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate results into groups, so that each group has a meaningful relative error.
 
-    These gradients form a group:
+    The gradients of each item form one group:
     * the weight and bias of a layer;
     * all experts of a layer;
     * all learnable scalars, because the error of a single number may be 0 by chance;
-    * queries, keys and values of attention over one token, where those of queries and keys are 0;
+    * the projections q, k and v of attention over one token, where the gradients of q and k are 0;
     * FLUID's gate, whose gradient is a small difference of two large sums, and a norm of the tokens
       that the gate blends;
-    * UniECS's norms before cross-attention, and the values that follow.
+    * a norm before UniECS's cross-attention, and the value projection that reads its output.
     The loss is rounded to the dtype of the inputs, or to float16 if the inputs are float32.
     """
     (_, loss), (_, first), *_ = results.items()

@@ -275,7 +275,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                    dX = [P;dS]^T [dZ;Q']              4 B R N D      writes dX
           queries  dW_K and dQ from dQ'               4 L D^2        + 4 L D^2 for q_proj
 
-    P, S, dP and dS stay on chip, so that moving these is not counted. K and V are not computed.
+    No bytes are counted for P, S, dP and dS, which stay on chip. K and V are not computed.
     """
     B, N, D, L, block = case.B, case.N, case.D, case.L, case.block
     R = case.H * L

@@ -159,7 +159,10 @@ def measured_record(
 
 
 def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict[str, Any]) -> bool:
-    """Return whether ``record`` is complete, accurate, and of this case, settings and sources."""
+    """Return whether ``record`` is a complete and accurate result of this case.
+
+    The record must have these settings, and the device, versions and source hash of ``facts``.
+    """
     op, same = load_op(record["op"]), ("device", "versions", "source")
     return (
         record["case"] == asdict(case)

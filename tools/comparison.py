@@ -24,7 +24,7 @@ class Comparison:
     ``launch``: the launch of all times, "eager" or "graph".
     ``ours``: the fastest kernel provider, or the composed path if no kernels were timed.
     ``best``: the fastest baseline, or None if no baseline was timed.
-    ``faster``: the faster of ``best`` and the composed path, or None if ``ours`` is faster.
+    ``faster``: the faster of ``best`` and the composed path, or None if neither beats ``ours``.
     """
 
     record: dict
@@ -87,7 +87,7 @@ def comparisons(records: list[dict]) -> list[Comparison]:
 
 
 def pictures(records: list[dict], folder: Path) -> dict[Path, tuple[str, Fill]]:
-    """Return for each file the fingerprint of its numbers, and the function that draws it."""
+    """Return for each picture the fingerprint of its numbers, and the function that draws it."""
     rows = [row for row in comparisons(records) if row.best is not None]
     shown = [
         [

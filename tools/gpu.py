@@ -11,8 +11,8 @@
     report     list which performance targets are met
 
 A slice is green if it succeeds and red if it fails. A red slice does not stop the run. Later runs
-with the same sources and versions skip green slices, except slices named by SLICE. Results, logs
-and the state of the slices are written to a folder named after the GPU.
+with the same sources and versions skip green slices, except the report and slices named by SLICE.
+Results, logs and the state of the slices are written to a folder named after the GPU.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def choices() -> list[Choice]:
 
 
 def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) -> Variants:
-    """Return the library's plan, and variants that change one field of one tile of the plan."""
+    """Return the library's plan, and variants that change one field of one of its tiles."""
     problem, tiles = op.make(case, settings.device, settings.dtype), {}
 
     def collect(plan, *arguments):
