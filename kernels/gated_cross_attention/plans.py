@@ -69,7 +69,7 @@ def power(n: int) -> int:
 
 @contextmanager
 def form(name: str):
-    """Use the form ``name`` inside ``with``, in place of MMFUSED_CROSS_ATTENTION."""
+    """Use the form ``name`` inside ``with``, not that of MMFUSED_CROSS_ATTENTION."""
     before = _requested.set(name)
     try:
         yield
@@ -127,8 +127,8 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    # These have 227 KB of shared memory, from which their matrix instructions can read operands. On
-    # other GPUs the operands are in registers.
+    # These architectures have 227 KB of shared memory, from which matrix instructions can read their
+    # operands. On other architectures the operands are in registers.
     big_shared = arch in (90, 100, 103)
     project = Tile(64, 64, widest if widest <= 256 and big_shared else 64, 4, 2)
     wide = head_dim > (64 if big_shared else 32)

@@ -162,7 +162,7 @@ def _routing_gradient(
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Compute dS: the partial sums of hidden_kernel, added in order, plus <dO, bias of the expert>.
+    """Compute dS: the partial sums of hidden_kernel in order, plus dO . b, b the expert's bias.
 
     dS is 0 for masked tokens.
     """

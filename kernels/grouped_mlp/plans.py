@@ -56,7 +56,7 @@ def plan(
     For the first four kinds, BM is ``tile_rows(rows, experts)``.
     """
     height = tile_rows(rows, experts)
-    # These have 227 KB of shared memory. The tiles for other architectures fit into 99 KB.
+    # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
     odd = n % 16 != 0 or terms % 16 != 0  # elements are loaded one by one, which takes registers
     if kind.endswith("weights"):

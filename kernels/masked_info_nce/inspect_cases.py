@@ -13,7 +13,7 @@ from .. import masked_info_nce as kernels
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and options of a loss, forward and backward."""
+    """Sizes and options of one forward and backward."""
 
     batch: int
     candidates: int

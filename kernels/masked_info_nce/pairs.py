@@ -3,7 +3,7 @@
 A program owns a block of BM rows of one side, x, and visits the other side, y, in tiles of BN. With
 keys, both sides are sorted by key. A row of x then sees the rows [0, shared) and [low, high) of y,
 and a block visits tiles at the start of y and one further range of tiles. Other tiles are never
-read. Masks are comparisons of the rows' numbers in y with shared, low and high.
+read. Masks compare the numbers of the rows of y with shared, low and high.
 
 The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). If the scale
 included log2(e), as in flash attention, this would save one multiplication per pair. But with

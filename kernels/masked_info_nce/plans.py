@@ -154,7 +154,7 @@ def _power(dim: int) -> int:
 
 
 def num_splits(blocks: int, most: int) -> int:
-    """Return the number of splits of each of ``blocks`` blocks that gives PROGRAMS programs.
+    """Return the number of splits of each block, so that all splits are about PROGRAMS programs.
 
     There are at most ``most`` splits, so that each split has at least one tile.
     """
@@ -208,10 +208,9 @@ def _padded(length: int, unit: int) -> int:
 
 
 def _even(length: int, most: int, unit: int) -> int:
-    """Return the length of the parts into which ``length`` is divided nearly evenly.
+    """Divide ``length`` into nearly equal parts, and return the length of a part.
 
-    The length of a part is a multiple of ``unit``: at most ``most``, or one unit if ``most`` is
-    less.
+    It is a multiple of ``unit``, and at most ``most`` unless ``most`` is less than one unit.
     """
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

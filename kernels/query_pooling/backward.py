@@ -213,7 +213,7 @@ def _dlogits(
 
 @triton.jit
 def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """Zero dX of the tokens [first, last), which no query attends to."""
+    """Write dX = 0 for the tokens [first, last), to which no query attends."""
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         for c in tl.static_range((D + BD - 1) // BD):

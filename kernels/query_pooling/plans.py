@@ -61,7 +61,7 @@ def plan(
     ``onepass`` reads X once for each block of BR rows. It is chosen if all columns of Z^T (forward)
     or dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
     """
-    # These have 227 KB of shared memory. The tiles for other architectures fit into 99 KB.
+    # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
