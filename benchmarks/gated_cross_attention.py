@@ -1,4 +1,4 @@
-"""Benchmark of gated cross-attention in both directions: providers, and the least work it needs.
+"""Benchmark of gated cross-attention in both directions: providers, and the least work needed.
 
 The cases are the layers of UniECS and UniCA: modality a attends to modality b, and b to a. All
 providers of a case compute the same function of the same parameters. The two outputs are
@@ -50,8 +50,8 @@ ONLY_HEADLINE = "compiled only in the headline case, to keep a run short"
 def _layout(case: Case, **names: str) -> dict[str, tuple[str, ...]]:
     """Return the ``layout`` of a provider from names of Linears and norms, with {} for the side.
 
-    For example, with {"qkv_{}": "qkv"}, qkv_a.weight is the concatenation of a.w_q, a.w_k and
-    a.w_v. The biases and side b follow the same pattern.
+    For example, {"norm_{}": "n"} maps norm_a.weight to a.w_n and norm_a.bias to a.b_n, and so on
+    for side b.
     """
     return {
         f"{name.format(side)}.{kind}": tuple(f"{side}.{kind[0]}_{part}" for part in parts)

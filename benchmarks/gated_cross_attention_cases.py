@@ -74,9 +74,10 @@ def custom(shape: dict[str, int]) -> Case:
 
 
 def present(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return two masks (B,): samples with a, and samples with b. (None, None) means all samples.
+    """Return two masks (B,): the samples that have a, and the samples that have b.
 
-    In turn, samples have both modalities, only b, and only a.
+    In turn, samples have both modalities, only b, and only a. Without ``case.missing``, both masks
+    are None.
     """
     if not case.missing:
         return None, None

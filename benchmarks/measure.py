@@ -8,15 +8,14 @@ an op (query_pooling.py, for instance) defines
     SIZES                           description of these sizes, for the help text
     make(case, device, dtype)       -> Problem
     PROVIDERS                       dict: name -> builder(case, device, dtype) -> Provider
-    OURS                            names of the library's providers
+    OURS                            names of the library's providers; all must be accurate
     reference                       builder of the reference provider
     exact(case, problem)            -> float64 results
     comparable(results)             -> the results that the accuracy check compares
     work(case, itemsize)            -> FLOPs and bytes of each stage of each pass
 
-and optionally ``extras(case, device, dtype)``, which returns further entries of the record. The run
-fails if an entry "faults", a list of messages, is not empty, or if a provider of ``OURS`` fails the
-accuracy check.
+and optionally ``extras(case, device, dtype)``, which returns further entries of the record. Its
+entry "faults" is a list of messages; the run fails if the list is not empty.
 """
 
 from __future__ import annotations

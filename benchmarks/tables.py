@@ -52,7 +52,7 @@ def cells(
     columns: list[tuple[str, str]],
     best: dict[str, float],
 ) -> list[str]:
-    """Return the cells of a provider; ``best``: launch -> median of the library's fastest one."""
+    """Return the cells of a provider; ``best``: launch -> median of our fastest provider."""
     which, none = report.longest_pass(record), "-"
     medians = {
         (launch, name): report.summary(samples)["median"]
@@ -74,7 +74,7 @@ def cells(
 def fastest_of_ours(
     record: dict[str, Any], ours: tuple[str, ...], launch: str
 ) -> tuple[str, float] | None:
-    """Return name and median of the fastest provider of ``ours``, or None if there are no times."""
+    """Return name and median of the fastest provider of ``ours`` with ``launch``, or None."""
     medians = {}
     for name in ours:
         passes = record["providers"].get(name, {}).get("seconds", {}).get(launch)

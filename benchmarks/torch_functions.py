@@ -57,9 +57,9 @@ def topk_routing(
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply each row (I) of ``rows`` (R, I), sorted by expert, by its expert's weight (O, I).
+    """Multiply each row by the weight of its expert: (R, I), (E, O, I) -> (R, O).
 
-    Rows of the result that belong to no expert are undefined.
+    The rows are sorted by expert. Rows of the result that belong to no expert are undefined.
     """
     weight = weight.to(rows.dtype)
     if rows.dtype != torch.float64:

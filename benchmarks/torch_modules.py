@@ -46,7 +46,7 @@ def heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ignore: Tensor | None) -> Tensor:
-    """Apply SDPA to q (B, heads, L, D / heads), without the keys in ``ignore``: (B, L, D)."""
+    """Apply SDPA without the keys in ``ignore``: q (B, heads, L, D / heads) -> (B, L, D)."""
     mask = None if ignore is None else ~ignore[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 

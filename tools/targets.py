@@ -126,7 +126,7 @@ def contrastive_rows() -> list[Row]:
         return Row("masked_info_nce", case, conditions)
 
     eager = faster_than("eager", "eager, autocast", at_least=1.5, form="both")
-    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # less than 1 byte per query and candidate
+    no_matrix = memory("saved", "<", 4096**2 / 1e9)  # less than 1 byte per logit
     return [
         row("clip-65536", share_of_floor("both", 0.7), memory("peak", "<=", 1)),
         row("clip-65536-k4", faster_than_case("clip-65536", 3)),
