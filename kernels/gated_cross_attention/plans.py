@@ -127,7 +127,7 @@ def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: in
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
         return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
-    # These architectures have 227 KB of shared memory, from which matrix instructions can read their
+    # These architectures have 227 KB of shared memory, from which matrix instructions can read
     # operands. On other architectures the operands are in registers.
     big_shared = arch in (90, 100, 103)
     project = Tile(64, 64, widest if widest <= 256 and big_shared else 64, 4, 2)

@@ -15,8 +15,8 @@ from .plans import Tile
 def target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
     """Return q . c of each row's target, (B,) float32, with the same bits as in a sweep.
 
-    ``tile`` is the tile of the sweep. Equal candidates must get equal probabilities, but with logits of
-    10^4, another order of summation would change a logit by 10^-3.
+    ``tile`` is the tile of the sweep. Equal candidates must get equal probabilities, but with
+    logits of 10^4, another order of summation would change a logit by 10^-3.
     """
     out = q.new_empty(len(q), dtype=torch.float32)
     target_kernel[(triton.cdiv(len(q), min(tile.BM, tile.BN)),)](
