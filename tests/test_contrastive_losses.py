@@ -1,4 +1,4 @@
-"""Tests of the papers' losses, as calls of this library, against their formulas in float64."""
+"""Tests of the contrastive losses against the formulas of the papers, in float64."""
 
 import math
 
@@ -60,13 +60,13 @@ def info_nce(q, c, tau):
 
 
 # ---- UniECS (arXiv 2508.13843) -------------------------------------------------------------------
-# f, v and t embed the whole product, its image and its text, of the query (1) and candidate (2).
+# Embeddings: f of the whole product, v of its image, t of its text; 1: query, 2: candidate.
 
 
 def hardest_negatives(v1, v2, tau=0.05, a4=0.2):
-    """Return the mean of max(0, a4 + logit_ij - logit_ii) over all i and their hardest negatives j.
+    """Return the mean of max(0, a4 + logit_ij - logit_ii) over i and the hardest negatives j.
 
-    The hardest negatives of a row are its floor(B/2) largest off-diagonal logits.
+    The hardest negatives of i are the floor(B/2) columns j != i with the largest logits.
     """
     logits, n = v1 @ v2.T / tau, len(v1) // 2
     largest = [
@@ -167,10 +167,10 @@ def test_uniecs_losses_match_the_formulas(term, blocks):
 
 
 def unite(q, c, tau, modality=None, negatives=None, item=None):
-    """Compute UNITE's modality-masked contrastive loss, MAMCL, as its published code does.
+    """Compute MAMCL, the modality-masked contrastive loss, as UNITE's published code does.
 
-    Masked logits are -1e9, explicit negatives are appended unmasked, and the losses of positives
-    with the same id are summed.
+    Masked logits are -1e9. Explicit negatives are appended and never masked. The log-probabilities
+    of a query's positives are summed.
     """
     logits = q @ c.T / tau
     if modality is not None:
@@ -184,7 +184,7 @@ def unite(q, c, tau, modality=None, negatives=None, item=None):
 
 
 def test_unite_losses_match_the_published_code():
-    # Modalities 4, 5 and 7 occur once: their rows have no negatives and a loss of 0.
+    # Modalities 4, 5 and 7 occur once: in stage 2, their rows have no negatives and a loss of 0.
     modality = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
     negatives = inputs | dict(negatives=unit(B, D))
@@ -212,7 +212,7 @@ def test_unite_losses_match_the_published_code():
             ),
         ),
     }
-    paper = {
+    published = {
         "stage 1": lambda q, c, tau: (unite(q, c, tau) + unite(c, q, tau)) / 2,
         "stage 2": lambda q, c, tau: unite(q, c, tau, modality),
         "negatives": lambda q, c, tau, negatives: unite(q, c, tau, modality, negatives),
@@ -220,25 +220,26 @@ def test_unite_losses_match_the_published_code():
     }
     for name, (given, call) in ours.items():
         got = value_and_gradients(call, given)
-        assert_close(got, value_and_gradients(paper[name], given), 1e-9)
+        assert_close(got, value_and_gradients(published[name], given), 1e-9)
         if name == "stage 2":
             assert not got["dq"][[3, 4, 12]].any() and not got["dc"][[3, 4, 12]].any()
 
 
 def test_unica_loss_matches_the_formula():
-    """Each query has three candidates, the positive first.
+    """Rows 3i to 3i + 2 of c are the candidates of query i, the positive first.
 
-    The loss is InfoNCE over all candidates plus the weighted cosine distance to the positive.
+    The loss is InfoNCE over the candidates of all queries plus the weighted cosine distance to the
+    positive.
     """
-    groups, weight = 3, 0.7
+    per_query, weight = 3, 0.7
     inputs, target = (
-        dict(q=unit(B, D), c=unit(B * groups, D)),
-        torch.arange(B, device=DEVICE) * groups,
+        dict(q=unit(B, D), c=unit(B * per_query, D)),
+        torch.arange(B, device=DEVICE) * per_query,
     )
 
     def paper(q, c):
-        contrast = mean(cross_entropy(q[i] @ c.T / 0.02 - 50, i * groups) for i in range(B))
-        return contrast + weight * mean(1 - q[i] @ c[i * groups] for i in range(B))
+        contrast = mean(cross_entropy(q[i] @ c.T / 0.02 - 50, i * per_query) for i in range(B))
+        return contrast + weight * mean(1 - q[i] @ c[i * per_query] for i in range(B))
 
     got = value_and_gradients(
         lambda q, c: masked_info_nce(q, c, temperature=0.02, target=target, positive_weight=weight),
@@ -249,9 +250,10 @@ def test_unica_loss_matches_the_formula():
 
 @pytest.mark.parametrize("own_negative_only", [False, True])
 def test_moon_inter_product_loss_matches_the_formula(own_negative_only):
-    """Contrast the views t, i and mm of each query with its positive p and the negatives n.
+    """Contrast the views t, i and mm of each query with the query's positive p and negatives.
 
-    omega weights the views. phi weights the triplets; values of at least 0.6 count as 1.
+    The negatives are all n and the other queries' p, or only the query's own n. omega weights the
+    views. phi weights the queries; a phi of at least 0.6 counts as 1.
     """
     inputs = dict(
         t=unit(B, D),

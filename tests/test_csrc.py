@@ -214,7 +214,7 @@ def test_gradient_rows_match_autograd(sigmoid, renormalize, module):
 
 
 def test_binding_accepts_strided_views(module):
-    """Each tensor with dimensions is a view of every second element of a wider tensor."""
+    """Views whose last stride is 2 give the results of contiguous tensors."""
     case = make(12, 10, 3, segments=2, available=True, biased=True, masked=True, jitter=0.2)
     case["source"] = torch.randn(12, 10)
     gradients, coefficients = upstream(case), torch.randn(21)
@@ -257,7 +257,7 @@ def test_binding_accepts_strided_views(module):
 def test_ties_go_to_the_expert_with_the_lower_index(module):
     case = make(4, 40, 5)
     case["source"] = torch.zeros(4, 40)
-    case["source"][1, ::2] = -0.0  # equal to zero
+    case["source"][1, ::2] = -0.0  # compares equal to 0.0
     case["source"][2, 33] = case["source"][2, 35] = 1.0
     case["source"][3] = torch.randint(0, 3, (40,)).float()
     out = route_on_host(module, case)
@@ -268,7 +268,7 @@ def test_ties_go_to_the_expert_with_the_lower_index(module):
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_tokens_with_nan_or_infinite_logits_choose_distinct_experts(sigmoid, renormalize, module):
-    """A NaN logit also makes all weights of its token NaN."""
+    """All weights of a token are NaN if a logit of an available expert is NaN."""
     case = make(5, 6, 3, sigmoid=sigmoid, renormalize=renormalize, available=True, segments=1)
     case["available"] = torch.tensor([[True, True, False, True, True, True]])
     case["source"][1, 4] = case["source"][2, :] = float("nan")
@@ -296,7 +296,7 @@ def test_tokens_with_nan_or_infinite_logits_choose_distinct_experts(sigmoid, ren
 
 
 def test_jitter_has_the_same_bits_as_in_python(module):
-    """With one expert, the logsumexp is the jittered logit itself, so every bit is compared."""
+    """The logsumexp of one expert is the jittered logit itself, so every bit is compared."""
     case = make(64, 1, 1, sigmoid=True, jitter=0.37)
     case["source"] = torch.full((64, 1), 3.0)
     for seed in (0, 1, 2**63 - 1, -5):
@@ -347,7 +347,7 @@ def test_nvcc_compiles_the_kernels_without_spills(arch, pytestconfig, tmp_path):
             re.search(r"Used (\d+) registers", kernel).group(1)
         )
     print(f"sm_{arch}:", {" ".join(name): count for name, count in registers.items()})
-    assert len(registers) == 2 * 3 * 6 + 2  # passes, dtypes, shapes; scan and finish
+    assert len(registers) == 2 * 3 * 6 + 2  # passes * dtypes * shapes; scan and finish
     assert max(registers.values()) <= 255
 
 

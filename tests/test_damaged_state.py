@@ -1,4 +1,4 @@
-"""Tests that resuming from damaged files raises a one-line error and changes no file."""
+"""Tests that resuming from damaged or changed files raises a one-line error."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def change_json(path, **values):
 
 
 def rewrite_checksums(step):
-    """Rewrite the checkpoint's checksums, as if it had been saved with these contents."""
+    """Recompute the checksums of a checkpoint after a change of its files."""
     files = [path for path in step.rglob("*") if path.is_file() and path.name != "state.json"]
     change_json(
         step / "state.json",
@@ -33,8 +33,8 @@ def rewrite_checksums(step):
     )
 
 
-def change_tensors(path, act):
-    tensors = act(safetensors.torch.load_file(path))
+def change_tensors(path, change):
+    tensors = change(safetensors.torch.load_file(path))
     path.write_bytes(safetensors.torch.save(tensors))
     rewrite_checksums(path.parent)
 
@@ -59,7 +59,7 @@ DAMAGE = {
         lambda s: change_json(s / "state.json", step="7"),
         "step is of type str, expected int",
     ),
-    "step is a fraction": (
+    "step is a float": (
         lambda s: change_json(s / "state.json", step=1e9),
         "step is of type float, expected int",
     ),
@@ -83,7 +83,7 @@ DAMAGE = {
     ),
     "settings lack the model": (lambda s: change_settings(s, model=None), "state.json lacks model"),
     "settings lack the rows": (lambda s: change_settings(s, rows=None), "state.json lacks rows"),
-    "rows of another type": (lambda s: change_settings(s, rows=[]), "rows is of type list"),
+    "rows is a list": (lambda s: change_settings(s, rows=[]), "rows is of type list"),
     "a training setting of the wrong type": (
         lambda s: change_settings(s, training={"out": "x", "lr": "much"}),
         "lr: got 'much', expected a finite number",

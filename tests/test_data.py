@@ -46,7 +46,7 @@ def test_generated_items_have_the_documented_types(products):
     assert products.num_classes == len(products.class_names) == 16 and products.skipped == []
 
 
-def test_generated_set_depends_only_on_split_size_and_seed(products):
+def test_generated_set_is_reproducible_and_differs_between_splits_and_seeds(products):
     again = GeneratedProducts("train", size=600)
     assert again.texts == products.texts and again.labels == products.labels
     assert all(torch.equal(again[i]["image"], products[i]["image"]) for i in range(600))
@@ -109,12 +109,12 @@ def best_accuracy(labels, *columns):
 def test_image_and_text_together_beat_either_alone_by_fifteen_points():
     data = GeneratedProducts("train", size=20000, image_size=8)
     a = data.attributes
-    # All attributes that depend on the label.
+    # All columns that depend on the label; -1 if the modality is missing.
     shown = [np.where(a["image_missing"], -1, a[name]) for name in ("shape", "colour")]
     said = [np.where(a["text_missing"], -1, a["material"]), a["said_shape"], a["said_colour"]]
     image_only, text_only = best_accuracy(data.labels, *shown), best_accuracy(data.labels, *said)
-    # With image and text, take the shape from the picture, or from the title if there is no
-    # picture, and the material from the title.
+    # With both, the material is read from the title. The shape is read from the picture, or from
+    # the title if there is no picture.
     shape = np.where(a["image_missing"], a["said_shape"], a["shape"])
     both = best_accuracy(data.labels, shape, said[0])
     assert both >= max(image_only, text_only) + 0.15
@@ -123,20 +123,20 @@ def test_image_and_text_together_beat_either_alone_by_fifteen_points():
 
 
 def test_shape_is_visible_in_the_picture():
-    """Classify unpatterned products of one size by the nearest class mean of the foreground mask.
+    """A nearest-mean classifier of foreground masks finds the shape of unpatterned products.
 
-    The accuracy is far above chance (0.25).
+    All products have the same size. The accuracy of chance is 0.25.
     """
     train, val = (
         GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val")
     )
 
     def masks(data):
-        keep = np.flatnonzero((data.attributes["size"] == 1) & (data.attributes["pattern"] == 0))
-        images = torch.stack([data[row]["image"] for row in keep]).float()
+        rows = np.flatnonzero((data.attributes["size"] == 1) & (data.attributes["pattern"] == 0))
+        images = torch.stack([data[row]["image"] for row in rows]).float()
         # Saturation distinguishes the coloured product from the pale background.
         return (images.amax(1) - images.amin(1) > 80).float().flatten(1), torch.tensor(
-            data.attributes["shape"][keep]
+            data.attributes["shape"][rows]
         )
 
     (x, y), (x_val, y_val) = masks(train), masks(val)
@@ -202,8 +202,8 @@ def test_folder_resizes_the_short_side_and_crops_the_centre(tmp_path):
     picture[:, 10:20] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
     image = ProductFolder(tmp_path, image_size=5)[0]["image"]
-    # The resize filter reaches slightly across the border of the crop, so the mean is tested; the
-    # mean of the whole picture would be 85.
+    # The resize filter mixes in some black at the border of the crop. The mean of the whole picture
+    # would be 85.
     assert image.shape == (3, 5, 5) and image.float().mean() > 235
 
 
@@ -366,7 +366,7 @@ def test_grocery_test_photos_load():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_swap_replaces_exactly_the_fraction_by_texts_of_other_labels(products, fraction):
+def test_swap_gives_exactly_the_fraction_of_rows_a_text_of_another_label(products, fraction):
     swapped = swap_texts(products, fraction, seed=3)
     assert len(swapped.swapped) == len(set(swapped.swapped)) == round(fraction * 600)
     for row, donor in zip(swapped.swapped, swapped.donors, strict=True):
@@ -379,7 +379,7 @@ def test_swap_replaces_exactly_the_fraction_by_texts_of_other_labels(products, f
     )
 
 
-def test_swap_depends_on_the_seed_and_uses_texts_of_every_other_label(products):
+def test_swap_depends_on_the_seed_and_mixes_all_pairs_of_common_labels(products):
     swapped = swap_texts(products, 1.0, seed=3)
     assert (
         swapped.texts

@@ -187,8 +187,9 @@ def test_augmentation_crops_flips_recolours_and_erases():
     ramp = torch.linspace(0, 200, 48).expand(3, 48, 48).byte()
     out = augment(ramp.expand(400, 3, 48, 48), 48, torch.Generator().manual_seed(0))
     assert out.shape == (400, 3, 48, 48) and out.min() >= 0 and out.max() <= 1
+    # ERASE_PROBABILITY is 0.1.
     erased = (out == 0.5).all(dim=1).flatten(1).float().mean(1)
-    assert 0.07 < (erased > 0.01).float().mean() < 0.13 and erased.max() < 0.25  # ERASE_PROBABILITY
+    assert 0.07 < (erased > 0.01).float().mean() < 0.13 and erased.max() < 0.25
     intact = out[erased < 0.01]
     slope = intact[..., -1].mean((1, 2)) - intact[..., 0].mean((1, 2))
     assert 0.4 < (slope < 0).float().mean() < 0.6

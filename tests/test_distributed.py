@@ -1,4 +1,4 @@
-"""Tests that a loss over 1, 2 or 3 gloo processes equals that of one process on the whole batch.
+"""Tests that 1 to 3 gloo processes give the loss and gradients of one process on all rows.
 
 test_distributed_refusals.py tests invalid inputs and settings that differ between ranks.
 """
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mmfused
 from mmfused import MaskedInfoNCE
 
-# number of ranks -> splits; a split holds the numbers of queries and candidates of each rank
+# number of ranks -> splits; a split holds (number of queries, number of candidates) of each rank
 SPLITS = {
     1: [[(11, 14)]],
     2: [[(7, 8), (4, 6)], [(0, 0), (5, 6)], [(5, 6), (0, 2)]],
@@ -36,7 +36,7 @@ if not torch.cuda.is_available():  # few cases, because the Triton interpreter i
 
 
 class Towers(nn.Module):
-    """Two linear towers and the loss; DDP averages the gradients of weights and temperature."""
+    """Two linear towers and the loss, whose temperature is learned."""
 
     def __init__(self, gather, options):
         super().__init__()
@@ -51,7 +51,7 @@ class Towers(nn.Module):
 def batch_of_rank(case: str, split: list, rank: int) -> tuple:
     """Return this rank's rows of a fixed batch.
 
-    Candidate i of a rank is the positive of its query i. Further candidates are extra negatives.
+    Candidate i of a rank is the positive of the rank's query i. Extra candidates have no query.
     """
     queries, candidates = split[rank]
     generator = torch.Generator().manual_seed(100 + rank)
@@ -71,7 +71,7 @@ def batch_of_rank(case: str, split: list, rank: int) -> tuple:
 
 
 def whole_batch(case: str, split: list) -> tuple:
-    """Return the batch of all ranks, positives first, for a single process."""
+    """Concatenate the batches of all ranks; the extra candidates come after all positives."""
     parts = [batch_of_rank(case, split, rank) for rank in range(len(split))]
     sizes = [queries for queries, _ in split]
 

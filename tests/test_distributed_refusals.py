@@ -1,7 +1,7 @@
-"""Tests that an error on one gloo process raises on all, and that all can continue afterwards.
+"""Tests that an error on one gloo process raises on all processes, which can then continue.
 
 The selection bias over ranks is tested, too. The processes are started once for all cases, because
-starting takes longer than running the cases.
+starting them is slow.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-# message -> (the arguments that the last rank changes, the type of its error)
+# message -> (the arguments that the last rank changes, the type of the last rank's error)
 INVALID = {
     "query: got None, expected a torch.Tensor": ({"query": None}, TypeError),
     "candidate: got a list, expected a torch.Tensor": ({"candidate": [1.0]}, TypeError),
@@ -94,8 +94,8 @@ INVALID = {
 }
 KEYS, IDS = {"candidate_key": ints(0, 0, 1, 1, 0, 0)}, {"candidate_id": ints(0, 1, 2, 3, 4, 5)}
 NEEDED, NOT_NEEDED = "needed", "not needed (no_grad, or frozen)"
-# setting -> (arguments of all ranks, arguments that the last rank changes, the setting's value on
-# rank 0, its value on the last rank)
+# setting -> (arguments of all ranks, arguments that the last rank changes, value of the setting on
+# rank 0, value on the last rank)
 DIFFERENT = {
     "dtype": (
         {},
@@ -180,7 +180,7 @@ def run_rank(rank: int, world: int, folder: str):
     is_last, results = rank == world - 1, {}
 
     def outcome(name, call):
-        """Store the call's error, and a valid loss that is computed over the ranks afterwards."""
+        """Store the call's error and duration, then the loss and gradient of a valid call."""
         start, error = time.monotonic(), None
         try:
             call()
@@ -223,7 +223,7 @@ def run_rank(rank: int, world: int, folder: str):
 
 
 def fail_in_a_model(is_last: bool):
-    """Raise like a model's loss on the last rank, and start an exchange on the other ranks."""
+    """On the last rank, raise as a model's loss does. On the other ranks, start an exchange."""
     if is_last:
         raise reported("Model", ValueError("negative: got None, expected one"), None)
     return gather_rows(torch.zeros(2, 3))
@@ -257,7 +257,7 @@ def errors(results: list, name: str) -> list[tuple[str, str]]:
 
 
 def check_refusal(found: list, op: str, kind: str, message: str):
-    """Check the last rank's error, and that the other ranks' errors name the rank and quote it."""
+    """Check the last rank's error. The other ranks must quote this error and name the last rank."""
     *others, (own_kind, own) = found
     assert own_kind == kind and message in own
     quoted = own.removeprefix(f"{op}: ").encode()[:4096].decode(errors="replace")
@@ -339,7 +339,7 @@ def mixture() -> TopKMoE:
 
 
 def tokens(rank: int, step: int) -> torch.Tensor:
-    """Draw tokens whose mean differs between ranks, so that each rank's counts differ."""
+    """Draw tokens with a different mean on each rank, so that the ranks' counts differ."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     return torch.randn(30 + 20 * rank, 6, generator=generator) + torch.randn(6, generator=generator)
 
@@ -347,7 +347,7 @@ def tokens(rank: int, step: int) -> torch.Tensor:
 def biases(rank: int, world: int) -> dict:
     """Return the selection biases after four updates.
 
-    The counts come from all ranks, a pair of ranks, this rank alone, or all ranks under DDP.
+    The counts come from all ranks ("all", "ddp"), ranks 0 and 1 ("pair") or this rank ("alone").
     """
     groups = [dist.new_group([0, 1]), *(dist.new_group([i]) for i in range(world))]
     found = {}
@@ -375,7 +375,7 @@ def bias_of_one_process(ranks) -> torch.Tensor:
     return moe.selection_bias
 
 
-def test_selection_bias_of_all_ranks_equals_that_of_one_process(results):
+def test_selection_bias_of_all_ranks_equals_the_bias_of_one_process(results):
     want = bias_of_one_process(range(len(results)))
     for rank, found in enumerate(results):
         assert torch.equal(found["bias"]["all"], want) and torch.equal(found["bias"]["ddp"], want)

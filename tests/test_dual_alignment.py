@@ -89,7 +89,7 @@ def test_shares_of_a_sample_are_the_mean_over_its_tokens():
         torch.randn(15, 4, dtype=torch.float64, requires_grad=True),
         torch.zeros(15, dtype=torch.bool),
     )
-    masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # all tokens of the last sample
+    masked[[3, 4, 5, 10, 11, 12, 13, 14]] = True  # 10 to 14 are the last sample
     routing = mmfused.topk_routing(logits, 2, token_padding_mask=masked)
     shares = expert_shares(routing, 3)
     want = torch.zeros(3, 4, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Tests of encoders at their published sizes and of encoders from local checkpoints.
+"""Tests of encoders at their published sizes, and of pretrained encoders.
 
-Loaded weights must equal the saved weights, and no pickle may be opened.
+Loaded weights must equal the saved weights. A pickle must never be opened.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def test_image_encoder_loads_from_a_folder(tmp_path):
     assert larger["image"]["img_size"] == 64 and resampled.pos_embed.shape == (1, 1 + 16, 192)
 
 
-def test_loaded_encoder_replaces_that_of_the_preset(tmp_path):
+def test_loaded_encoder_replaces_the_encoder_of_the_preset(tmp_path):
     config = transformers.DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=90
     )
@@ -132,7 +132,7 @@ def test_folder_without_safetensors_raises(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match=r"image encoder: .* lacks a file"):
         pretrained_vit(str(tmp_path))  # pytorch_model.bin is a pickle
-    (tmp_path / "another.safetensors").touch()  # timm alone would still open the pickle first
+    (tmp_path / "another.safetensors").touch()  # timm alone would open the pickle
     with pytest.raises(
         FileNotFoundError,
         match=r"image encoder: .* lacks a file, expected config.json and model.safetensors",

@@ -1,7 +1,7 @@
-"""Tests that exported programs (torch.export, ONNX) equal the module, also at other sizes.
+"""Tests that exported programs (torch.export, ONNX) match the module, also at other sizes.
 
-A torch.export program has the module's gradients. A program that holds a kernel has no gradients
-and raises if a gradient is needed.
+A torch.export program without a kernel also has the module's gradients. A program with a kernel
+raises if a gradient is needed.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from mmfused.library import graph_made
 
 
 class Flat(nn.Module):
-    """Pass a tuple and a dict of arguments to a module; return its outputs with gradients."""
+    """Pass a tuple and a dict of arguments to a module; return the differentiable outputs."""
 
     def __init__(self, module):
         super().__init__()
@@ -70,7 +70,7 @@ def compare(exported, module, make, sizes) -> None:
         want, got = (with_gradients(f, args, named) for f in (module, exported))
         assert want.keys() == got.keys()
         for name, value in want.items():
-            if value is None:  # no output depends on this input
+            if value is None:  # no output depends on this leaf
                 assert got[name] is None
             else:
                 assert_close(got[name], value, name)
@@ -173,8 +173,8 @@ def test_export_of_losses_with_dynamic_batch_matches_the_module(monkeypatch):
         return (floats(batch, D), floats(batch, D), floats(D, 3)), {}
 
     module = Flat(Losses())
-    batch = Dim("batch", min=3, max=64)  # product_consistency needs at least three rows
-    # Eager mode then computes several blocks; the exported graph always has one.
+    batch = Dim("batch", min=3, max=64)  # top=3 needs three rows in the exported graph
+    # Eager mode then computes several blocks of pairs; the exported graph always has one block.
     monkeypatch.setattr(losses, "BLOCK_PAIRS", 64)
     shapes = (({0: batch}, {0: batch}, None), {})
     exported = export(module, make(6, None), dynamic_shapes=shapes)
@@ -195,14 +195,14 @@ class Positional(nn.Module):
 
 
 def small(name: str):
-    """Return a case with a small module, because the ONNX exporter is slow."""
+    """Return a case; "experts" is a smaller module here, because the ONNX exporter is slow."""
     if name == "experts":
         module = mmfused.TopKMoE(D, 12, 2, 2, selection_bias=True)
         return module, lambda batch, tokens: (
             (floats(batch, tokens, D),),
             dict(token_padding_mask=some(batch, tokens)),
         )
-    if name == "as many samples as heads":  # which the exporter's optimizer can confuse
+    if name == "as many samples as heads":  # the exporter's optimizer can confuse the two sizes
         return mmfused.QueryPooling(32, 3, 4), lambda batch, tokens: ((floats(batch, 20, 32),), {})
     return case(name)
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import mmfused
 from mmfused.library import operator
 
-# Samples, tokens, tokens of the context, width, queries, heads; their products all differ.
+# Samples, tokens, tokens of the context, width, queries, heads.
 B, N, M, D, L, H = 3, 20, 7, 32, 3, 2
 
 
@@ -69,7 +69,7 @@ def test_gated_cross_attention_flops(gate):
     project = 2 * B * N * D * D + 2 * B * M * (D // 2) * 2 * D
     attend, output, blend = 4 * B * N * M * D, 2 * B * N * D * D, 2 * B * N * 2 * D * gates
     forward, inputs = project + attend + output + blend, (leaf(B, N, D), leaf(B, M, D // 2))
-    # torch's attention also recomputes its logits in backward; the kernels recompute the gate, too.
+    # In backward, torch's attention recomputes the logits. The kernels also recompute the gate.
     backward = 2 * forward + attend // 2
     assert count(module, *inputs) == (forward, backward)
     assert count(module, *inputs, backend="fused") == (forward, backward + blend)
@@ -100,7 +100,7 @@ def test_expert_flops(activation):
     module = mmfused.TopKMoE(D, hidden, experts, k, activation=activation)
     router, layer = 2 * tokens * D * experts, 2 * tokens * k * D * hidden
     layers = layer * (3 if activation == "swiglu" else 2)
-    sums = 2 * (2 * tokens * experts)  # composed sums with matrix products, in the forward only
+    sums = 2 * (2 * tokens * experts)  # "composed" sums by matrix products, only in the forward
     assert count(module, leaf(tokens, D)) == (router + layers + sums, 2 * (router + layers))
     forward = router + layers
     assert count(module, leaf(tokens, D), backend="fused") == (forward, 2 * forward)
@@ -138,7 +138,7 @@ def test_contrastive_loss_flops(backend):
     module = mmfused.MaskedInfoNCE(symmetric=True, learnable_temperature=True)
     assert count(module, query, candidate, backend=backend) == (pairs, 3 * pairs)
     assert count(module, query, candidate.detach(), backend=backend) == (pairs, 2 * pairs)
-    # Excluded pairs are counted, too: which pairs are excluded depends on the keys' values.
+    # Pairs that the keys exclude are counted, too, because the count cannot depend on values.
     keys = dict(query_key=torch.arange(rows) % 2, candidate_key=torch.arange(columns) % 2)
     found = count(lambda q, c: module(q, c, **keys), query, candidate, backend=backend)
     assert found == (pairs, 3 * pairs)

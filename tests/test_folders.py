@@ -1,6 +1,6 @@
-"""Tests that training changes only its own files and locks its folder.
+"""Tests that training changes only the run's own files and locks the run's folder.
 
-Training must also fail if one of its files is missing at the end.
+Training must also fail if a file of the run is missing at the end.
 """
 
 import errno
@@ -126,7 +126,7 @@ def test_temporary_files_that_the_run_did_not_write_are_kept(tmp_path, whole_run
     (out / ".tokenizer.77.tmp" / "notes.txt").write_text("mine")
     (out / ".config.json.77.tmp").write_text("mine")
     train(small_run(out))
-    assert (out / ".config.json.77.tmp").read_text() == "mine"  # older than the run in this folder
+    assert (out / ".config.json.77.tmp").read_text() == "mine"  # older than the run
     train(small_run(out, overwrite=True))
     assert (out / ".tokenizer.77.tmp" / "notes.txt").read_text() == "mine"
 
@@ -203,7 +203,7 @@ def test_training_warns_if_the_file_system_has_no_locks(tmp_path, monkeypatch, c
 def test_training_rejects_a_folder_that_another_run_uses_after_the_check(
     tmp_path, monkeypatch, whole_run
 ):
-    """The folder is empty at the check. Another run then locks it, or starts and finishes."""
+    """After the check of the empty folder, another run locks the folder, or runs to its end."""
     prepare, out = training_run.prepare, tmp_path / "run"
 
     def act_after_prepare(act):
@@ -263,7 +263,7 @@ def test_run_restores_removed_records_but_replaces_no_foreign_records(
     assert (out / "metrics.jsonl").read_text() == "mine"
 
 
-def test_run_stops_if_another_run_has_locked_its_new_folder(tmp_path, monkeypatch):
+def test_run_stops_if_its_removed_folder_was_recreated_and_locked(tmp_path, monkeypatch):
     out, held = tmp_path / "run", []
 
     def replace_and_lock():

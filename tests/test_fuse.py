@@ -101,7 +101,7 @@ def test_fused_model_matches_the_original_in_float64(case, training, library_cal
     assert set(report.swapped) == swapped and set(report.left) == left, report
     got = results(model, call, inputs)
     assert len(library_calls) == len(swapped)
-    for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
+    for name in want:  # atol: the key bias's gradient is 0, up to rounding errors
         torch.testing.assert_close(
             got[name], want[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -110,7 +110,7 @@ def test_fused_model_matches_the_original_in_float64(case, training, library_cal
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
 def test_fused_model_keeps_the_error_budget_in_float32(case, library_calls):
-    """Whole Q-Formers are left out, because self-attention magnifies their rounding errors.
+    """Whole Q-Formers are left out, because self-attention magnifies rounding errors.
 
     The case "instructblip" tests the cross-attention module alone.
     """
@@ -407,7 +407,10 @@ DROPOUT_CASES = {  # name -> (make a model, call it)
 
 @pytest.mark.parametrize("name", DROPOUT_CASES)
 def test_dropout_of_attention_weights_keeps_its_distribution(name, library_calls):
-    """Compare mean and standard deviation of 4000 equal samples, and the output in eval mode."""
+    """Compare the output's mean and standard deviation over 4000 copies of one sample.
+
+    In eval mode, compare the output itself.
+    """
     make, call = DROPOUT_CASES[name]
     model = make().to(DEVICE, torch.float64)
     with torch.no_grad():
@@ -495,7 +498,7 @@ print("done")
 )
 @pytest.mark.parametrize("case", ["timm", "blip2"])
 def test_modified_children_take_effect(case, attachment, library_calls):
-    """The effective weights of children are used; if a child must be called, the original runs."""
+    """The swapped module reads effective weights, or runs the original if it must call a child."""
     attached = ATTACHMENTS[attachment]
     if attached.needs:
         pytest.importorskip(attached.needs)

@@ -73,7 +73,7 @@ class BiAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A few queries, which differ between samples, attend to many tokens."""
+    """One query of each sample attends to many tokens."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ def results(model, call, inputs):
 
 def assert_same(got, want, rtol=1e-10, atol=1e-11):
     assert got.keys() == want.keys()
-    for name in want:  # atol: the key bias has gradient 0, computed as 0 or as rounding errors
+    for name in want:  # atol: the key bias's gradient is 0, up to rounding errors
         torch.testing.assert_close(
             got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -330,7 +330,10 @@ def test_open_clip_block_is_left_because_key_is_not_value():
 
 
 def test_dropout_of_attention_weights_keeps_its_distribution(library_calls):
-    """Compare mean and standard deviation of 4000 equal samples, and the output in eval mode."""
+    """Compare the output's mean and standard deviation over 4000 copies of one sample.
+
+    In eval mode, compare the output itself.
+    """
     model = randomised(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.3))
     a, b = (t[:1].repeat(4000, 1, 1) for t in data(D, False).values())
 
@@ -377,8 +380,8 @@ print("done")
 class SharedLogits(nn.Module):
     """GroundingDINO's bi-attention, written with two calls of query_pooling.
 
-    Both directions share one matrix of logits: ``vision_proj`` and ``text_proj`` each give the
-    queries of one direction and the keys of the other.
+    One direction's logits are the transpose of the other's: ``vision_proj`` and ``text_proj`` each
+    give the queries of one direction and the keys of the other.
     """
 
     def __init__(self, dim, embed_dim, num_heads):

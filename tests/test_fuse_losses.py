@@ -156,9 +156,9 @@ def wrapping(function):
 
 
 def with_instance_method(loss, function):
-    """Set calculate_loss on the instance.
+    """Set ``calculate_loss`` on the instance.
 
-    The value is ``function`` in MatryoshkaLoss's wrapper; None stands for the loss's own method.
+    The value is ``function`` in MatryoshkaLoss's wrapper, or the loss's own method for None.
     """
     own = loss.calculate_loss
     return edited(
@@ -250,7 +250,7 @@ def chunks(grad=True):
 
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_cached_loss_supports_with_backward(with_backward, loss_calls):
-    """With ``with_backward``, the call itself computes all gradients and returns no graph."""
+    """With ``with_backward``, the call itself computes all gradients; its loss has no graph."""
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):
@@ -293,7 +293,7 @@ def test_cached_loss_with_unequal_or_missing_columns_runs_the_original(loss_call
 
 @pytest.mark.parametrize("first", ["wrapped", "fused"])
 def test_matryoshka_works_before_and_after_fuse(first, loss_calls):
-    """MatryoshkaLoss wraps the method that is bound to the loss at its construction."""
+    """On construction, MatryoshkaLoss wraps the loss's current ``calculate_loss``."""
     make, shapes, call, *_ = CASES["cached matryoshka"]
     torch.manual_seed(0)
     model, inputs = make().double(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -324,7 +324,7 @@ def test_matryoshka_works_before_and_after_fuse(first, loss_calls):
 @pytest.fixture(scope="module")
 def sentence_transformer(tmp_path_factory):
     """Create a real SentenceTransformer, small and random."""
-    transformers, losses = (
+    transformers, sentence_transformers = (
         pytest.importorskip("transformers"),
         pytest.importorskip("sentence_transformers"),
     )
@@ -338,14 +338,13 @@ def sentence_transformer(tmp_path_factory):
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
+        max_position_embeddings=16,
     )
-    dropout = dict(
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16
-    )
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     transformers.BertModel(transformers.BertConfig(**sizes, **dropout)).save_pretrained(folder)
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     parts = [modules.Transformer(str(folder)), modules.Pooling(D)]
-    return losses.SentenceTransformer(modules=parts, device="cpu").double().train()
+    return sentence_transformers.SentenceTransformer(modules=parts, device="cpu").double().train()
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])

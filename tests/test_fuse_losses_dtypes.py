@@ -125,11 +125,11 @@ def test_swapped_loss_has_the_dtype_and_numbers_of_the_original(name, autocast, 
         assert len(loss_calls) == SEEDS, case  # the library computes every loss that does not raise
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in plain.items()}, case
         exact = outcome(name, kind, dtype, False, None, exact=True)
-        # In float64, plain PyTorch is exact except for the rounding of a 16- or 32-bit gradient.
+        # With float64 embeddings, only the scale's gradient may be rounded to another dtype.
         if dtype == torch.float64:
             for key in [k for k, v in got.items() if v.dtype == dtype]:
                 assert (got.pop(key) - exact.pop(key)).norm() <= 1e-10 * plain.pop(key).norm(), case
-        # The error of plain PyTorch may be 0 by chance, so two rounding errors are added.
+        # Plain PyTorch's error may be 0 by chance, so two rounding errors are added.
         for key, value in exact.items():
             error, allowed = relative_error(got[key], value), 2 * relative_error(plain[key], value)
             assert error <= allowed + 2 * torch.finfo(got[key].dtype).eps, (
@@ -144,7 +144,7 @@ def test_swapped_loss_has_the_dtype_and_numbers_of_the_original(name, autocast, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_a_16_bit_scale_is_as_accurate_as_the_original(dtype):
-    """The loss must not round 1 / scale to 16 bits, which would double the error."""
+    """The swapped loss must not round 1 / scale to 16 bits."""
     clip = pytest.importorskip("open_clip.loss").ClipLoss
     errors = {"plain": [], "fused": []}
     for seed in range(60):

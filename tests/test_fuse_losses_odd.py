@@ -1,4 +1,4 @@
-"""Tests of fuse on losses with unusual attributes, which it must leave instead of raising."""
+"""Tests that fuse leaves modules with unusual attributes and does not raise."""
 
 import functools
 
@@ -21,7 +21,7 @@ class Scaled:
 
 class Hostile(Scaled):
     def __getattribute__(self, name):
-        if name != "__class__":  # nn.Module reads __class__ when it is assigned
+        if name != "__class__":  # nn.Module.__setattr__ reads __class__
             raise RuntimeError("no attributes here")
         return super().__getattribute__(name)
 
