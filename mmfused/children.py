@@ -7,7 +7,7 @@ the child is called.
 * Some attachments only change the weight: pruning, the weight and spectral norms of
   ``torch.nn.utils``, and peft's LoRA without dropout. In that case the effective weight is
   computed, with its gradients, and every backend uses it.
-* In all other cases the child is called, and kernels that need its weight cannot run. These are
+* In all other cases the child is called, and kernels that need its weight cannot run. Examples are
   children with hooks or a replaced ``forward`` (other adapters, offloading, sharding on demand),
   children of another class (quantised layers), and children whose weight is a tensor subclass.
 

@@ -26,7 +26,7 @@ def draw_seed(device: torch.device) -> Tensor:
 def uniform(seed: Tensor, rows: int, columns: int) -> Tensor:
     """Return (rows, columns) float32 numbers in [0, 1).
 
-    The number at (r, c) is the first word of Philox4x32-10 with counter (r, c, 0, 0).
+    The number at (r, c) is the first word of Philox with counter (r, c, 0, 0), scaled to [0, 1).
     """
     row = torch.arange(rows, device=seed.device)[:, None]
     column = torch.arange(columns, device=seed.device)[None, :]

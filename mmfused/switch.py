@@ -41,7 +41,7 @@ try:  # private functions, of which torch's stubs lack some
     from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 
     _top_hooks(False)
-except (ImportError, TypeError):  # in a torch without them, a recomputation uses the current value
+except (ImportError, TypeError):  # without these, a recomputation uses the current value
 
     def _top_hooks(ignore_is_tracing: bool) -> Any:
         return None

@@ -252,7 +252,7 @@ def _embed_parts(
 
 
 def _is_intact(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
-    """Return whether a part has ``rows`` rows, only finite values, and else fits ``example``."""
+    """Return whether a part has the tensors of ``example``, ``rows`` rows and finite values."""
     intact = done.keys() == example.keys() and all(
         done[name].dtype == value.dtype
         and done[name].shape == (rows, *value.shape[1:])

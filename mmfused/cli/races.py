@@ -1,4 +1,4 @@
-"""Find a race that Triton's software pipeliner causes in kernels for sm_90, from their TTGIR.
+"""Find, in the TTGIR of kernels for sm_90, a race that Triton's software pipeliner causes.
 
 The pipeliner loads tiles through ring buffers in shared memory, which asynchronous copies fill
 ahead of use. A tile that an asynchronous ``warp_group_dot`` reads needs one slot more than a tile

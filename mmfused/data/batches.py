@@ -267,9 +267,9 @@ class Batches:
 def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
     """Return images of equal shape.
 
-    Images that already have equal shapes are returned unchanged if no side exceeds twice ``size``,
-    because random crops can use the additional pixels. Larger images are cropped and resized, like
-    images of different shapes, because the bilinear sampling of crops would skip pixels.
+    Images that already have equal shapes are returned unchanged if no side exceeds twice ``size``.
+    Other images are cropped to central squares and resized. Larger images are not returned
+    unchanged, because the bilinear sampling of random crops would skip pixels.
     """
     if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
         return images

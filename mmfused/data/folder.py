@@ -42,8 +42,8 @@ class ProductFolder(Dataset[dict[str, Any]]):
     labels. Other columns are ignored. If ``file_name`` is empty, the item has no image: its image
     is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
 
-    A row is skipped if it has neither an image nor a text, if its label is invalid, if it is not
-    well-formed, or if :func:`~mmfused.data.pictures.load_picture` cannot load its image.
+    A row is skipped if it is not well-formed, has neither an image nor a text, has an invalid label
+    or coarse label, or has an image that :func:`~mmfused.data.pictures.load_picture` cannot load.
     ``.skipped`` has one sentence about each skipped row.
 
     An item is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``.
@@ -179,10 +179,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
         return total.hexdigest()
 
     def _fill_blanks(self) -> None:
-        """Give each row without an image a zero image of the first image's shape.
-
-        If all images have the same shape, the zero images have that shape too.
-        """
+        """Give each row without an image a zero image of the first image's shape."""
         smallest = torch.empty(3, 1, 1, dtype=torch.uint8)
         first = next((image for image in self._images if image is not None), smallest)
         blank = torch.zeros_like(first)

@@ -186,9 +186,9 @@ def _parse_leniently(line: str) -> list[str]:
 def _has_stray_quote(root: Path, record: list[str], columns: list[str]) -> bool:
     """Return whether a record of several lines consists of separate rows and a stray quote.
 
-    The first line must be a complete row once its quotes are removed. In addition, either all other
-    lines are complete rows, or a line between the first and the last is a complete row that names
-    an existing file.
+    This is assumed if the first line, without its quotes, is a complete row, and one of two
+    conditions holds: all other lines are complete rows, or a line between the first and the last is
+    a complete row that names an existing file.
     """
     first, *others = record
     if not _is_complete_row(first.replace('"', ""), columns):

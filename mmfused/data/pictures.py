@@ -91,7 +91,7 @@ def load_picture(
 
 
 def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
-    """Return the bytes of a picture file; raise BrokenPicture if there are over ``MAX_BYTES``."""
+    """Return the bytes of a picture file; raise BrokenPicture if it is unreadable or too large."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -107,7 +107,7 @@ def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
 
 
 def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the bytes of a regular file; raise BrokenPicture if there are over ``limit``."""
+    """Return the bytes of a regular file of at most ``limit`` bytes, or raise BrokenPicture."""
     try:
         _check_regular(os.stat(path))
         # The file may have been replaced by a pipe, so do not block, and check again.

@@ -77,11 +77,11 @@ class TrainConfig:
         out: the folder of the run.
         data: folder with images and metadata.csv, or "generated".
         val: folder of the validation set; None if ``data`` is "generated".
-        products: folder of the catalogue that retrieval models search; None searches ``data`` and
-            ``val`` themselves.
+        products: folder of the catalogue that retrieval models search. If None, training searches
+            ``data`` and validation searches ``val``.
         text_column: text column of the metadata.csv in ``data`` and ``val``.
         model: name of the model.
-        preset: "tiny", or "paper" or "code" for published sizes.
+        preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes).
         model_options: fields of the model's config.
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.

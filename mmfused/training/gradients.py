@@ -24,8 +24,8 @@ def add_gradients(
 
     If the loss is a mean over samples and all batches have the same size, the result is the
     gradient of one large batch. If the model or the loss couples samples, the result differs,
-    because only samples of one batch are coupled: the negatives of a contrastive loss, for example,
-    come from one batch. Contrastive losses can use :func:`add_cached_gradients` instead.
+    because samples of different batches are not coupled. Contrastive losses, whose negatives come
+    from one batch, can use :func:`add_cached_gradients` instead.
 
     Args:
         model: called with each batch as keyword arguments.

@@ -49,9 +49,9 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Record the first SIGTERM or SIGINT in a `StopRequest`, so that training can finish its step.
 
-    Later signals are handled as outside this context. Signals that were ignored, as in
-    background jobs of a shell, stay ignored. Outside the main thread, where Python does not let a
-    program set handlers, this context does nothing.
+    Later signals are handled as outside this context. Signals that were ignored, as in background
+    jobs of a shell, stay ignored. Outside the main thread, where Python allows no handlers, this
+    context does nothing.
     """
     stop = StopRequest()
     handlers = {}

@@ -85,12 +85,12 @@ class Classification:
 class Retrieval:
     """Batches, gradients and scores of a retrieval model.
 
-    In validation, each item of ``val_set`` is a query. It searches for the products with its label
-    or, if ``products`` is None, for the other items of ``val_set`` with its label. The arguments
-    are those of :class:`Classification`, except that ``products`` may be a catalogue.
+    In validation, each item of ``val_set`` is a query. The relevant items are the products with the
+    query's label or, if ``products`` is None, the other items of ``val_set`` with this label. The
+    arguments are those of :class:`Classification`, except that ``products`` may be a catalogue.
 
     Raises:
-        ValueError: no query has anything to find.
+        ValueError: no query has a relevant item.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ TASKS: dict[str, type[Classification] | type[Retrieval]] = {
 
 
 def _check_findable(val_set: Any, products: Any) -> None:
-    """Raise ValueError if no query has anything to find."""
+    """Raise ValueError if no query has a relevant item."""
     counts = Counter(val_set.labels)
     if products is None:
         found = {label for label, count in counts.items() if count > 1}
