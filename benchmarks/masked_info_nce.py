@@ -347,15 +347,15 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                   dQ = dS C, dC = dS^T Q     4 f B B D   reads Q and C, writes dQ and dC
     """
     pairs = case.B * case.B / case.K
-    both = 2 * case.B * case.D * itemsize  # bytes of Q and C
+    embeddings = 2 * case.B * case.D * itemsize  # bytes of Q and C
 
     def stage(name: str, flops: float, moved: int) -> dict[str, Any]:
         return {"stage": name, "flops": flops, "bytes": moved}
 
     return {
-        "forward": [stage("logits", 2 * pairs * case.D, both)],
+        "forward": [stage("logits", 2 * pairs * case.D, embeddings)],
         "backward": [
-            stage("logits", 2 * pairs * case.D, both),
-            stage("gradients", 4 * pairs * case.D, 2 * both),
+            stage("logits", 2 * pairs * case.D, embeddings),
+            stage("gradients", 4 * pairs * case.D, 2 * embeddings),
         ],
     }
